@@ -1,0 +1,317 @@
+"""The configuration: one pydantic model per room, one YAML file, `section.key=value` overrides.
+
+Unknown keys are rejected with the nearest valid name. Values derived from others are properties that show the formula.
+`docs/config.md` is generated from the descriptions here (`launch.py config-reference`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.errors import ConfigError
+
+
+_EXPONENT = re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys forbidden, numbers not guessed from strings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    """The run as a whole."""
+
+    name: str = Field("agro", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run; also of its W&B run.")
+    dir: str | None = Field(None, description="Run directory; None: `runs/<name>-<time>`.")
+    seed: int = Field(0, ge=0, description="Seed of the prompt stream, the sampling and the learner.")
+    steps: int = Field(100, ge=1, description="Optimizer steps.")
+    timeout_s: float = Field(600.0, gt=0, description="Limit of every wait on another process; its error names who did not answer.")
+
+
+class ModelConfig(Section):
+    """The policy: any Hugging Face causal language model."""
+
+    path: str = Field(..., description="Local Hugging Face directory, or a hub id.")
+    make: str | None = Field(
+        None, pattern=r"^[\w.]+:\w+$", description="`module:function` called with the path when the directory does not exist yet."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of weights in learner and actors.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention of the learner.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off unless you read it.")
+
+
+class DataConfig(Section):
+    """Prompts: local jsonl or parquet (file or directory) or a hub id, read by `datasets`."""
+
+    path: str = Field(..., description="Training prompts: a jsonl/parquet file, a directory with `<split>.jsonl`/`.parquet`, or a hub id (`id:subset`).")
+    split: str = Field("train", description="Split to train on (directories and hub ids).")
+    eval_path: str | None = Field(None, description="Held-out prompts; None: the same `path`, at `eval_split`.")
+    eval_split: str = Field("test", description="Split to evaluate on (directories and hub ids).")
+    eval_rows: int = Field(128, ge=0, description="Held-out rows evaluated, the first so many; 0 switches evaluation off.")
+    chat_template: bool = Field(True, description="Render prompts with the tokenizer's chat template; off: the text as it is.")
+    system_prompt: str | None = Field(None, description="System message put before every prompt (chat template only).")
+    max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are bad rows: reported, never cut.")
+    on_bad_row: Literal["stop", "skip"] = Field("stop", description="`skip` leaves bad rows out and counts them.")
+
+
+class RewardFunction(Section):
+    """One reward function and its weight in the sum."""
+
+    name: str = Field(..., description="Built-in name (`exact_match`, `math_verify`) or `module:function`.")
+    weight: float = Field(1.0, description="Weight in the sum of all functions.")
+
+
+class RewardsConfig(Section):
+    """Reward functions, run in killable worker processes."""
+
+    functions: tuple[RewardFunction, ...] = Field(..., min_length=1, description="The functions; the reward is their weighted sum.")
+    timeout_s: float = Field(10.0, gt=0, description="A group not scored within this is killed and marked `error`.")
+    max_error_fraction: float = Field(0.2, ge=0, le=1, description="The run stops when more than this share of samples fails.")
+
+
+class ActorsConfig(Section):
+    """Rollout actors: one vLLM engine each."""
+
+    count: int = Field(1, ge=1, description="Number of rollout actors.")
+    num_cpus: float = Field(1.0, ge=0, description="CPUs of one actor (Ray's logical CPUs, fractions allowed).")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs of one actor: vLLM tensor parallelism over so many.")
+    group_size: int = Field(8, ge=2, description="Samples per prompt (n; AGRO needs at least 2).")
+    slots: int = Field(128, ge=1, description="Sequences an engine generates at once (vLLM max_num_seqs).")
+    max_new_tokens: int = Field(256, ge=1, description="Completion limit; a completion cut here is kept as truncated.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature, also of the learner's log-probs.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; below 1 breaks coverage (a warning says so).")
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of a CPU engine, GiB.")
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="Share of GPU memory a GPU engine may take.")
+
+
+class BufferConfig(Section):
+    """The shared replay buffer."""
+
+    sampler: Literal["uniform", "fresh", "oldest"] = Field("uniform", description="Which stored groups a batch takes.")
+    max_uses: int = Field(1, ge=1, description="How often a group is trained on before it leaves.")
+    max_staleness: int = Field(16, ge=0, description="Learner steps; groups with an older token are evicted and counted.")
+    capacity: int = Field(256, ge=1, description="Groups not yet trained on that may exist, stored or being generated: backpressure on actors.")
+
+
+class LearnerConfig(Section):
+    """The learner: DeepSpeed ZeRO-3 ranks."""
+
+    ranks: int = Field(1, ge=1, description="ZeRO-3 ranks.")
+    num_cpus: float = Field(1.0, ge=0, description="CPUs of one rank.")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs of one rank.")
+    objective: str = Field("agro", description="File name under learner/objectives/.")
+    groups_per_step: int = Field(32, ge=1, description="Groups of one optimizer step (P).")
+    lr: float = Field(1e-6, gt=0, description="Peak learning rate (AdamW).")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up: constant, or down to 10 % of the peak at the last step.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    grad_clip: float = Field(1.0, gt=0, description="Gradient norm limit.")
+    micro_batch_tokens: int = Field(8192, ge=16, description="Token budget of one forward pass of one rank, padding included.")
+    layout: Literal["padded", "packed"] = Field("padded", description="`packed` joins sequences without padding (position ids).")
+    offload: bool = Field(False, description="Parameters and optimizer in CPU memory.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+
+
+class AgroConfig(Section):
+    """The objective (learner/agro.py; docs/architecture.md gives the reasons)."""
+
+    beta: float = Field(0.03, ge=0, description="Strength of the pull towards the reference; 0: leave-one-out REINFORCE.")
+    weight: Literal["none", "truncated"] = Field(
+        "truncated", description="Per-sequence weight after centring: `truncated` is min(cap, pi/mu), for lagged data."
+    )
+    weight_cap: float = Field(1.0, gt=0, description="Cap of the weight.")
+    lr_coef: float = Field(0.0, ge=0, description="On-policy term's coefficient; 0: off-policy AGRO.")
+    lr_baseline: Literal["none", "loo"] = Field("loo", description="Baseline of the on-policy term.")
+    zero_std: Literal["keep", "drop"] = Field("keep", description="Groups whose rewards are all equal still carry the KL pull.")
+
+
+class WeightsConfig(Section):
+    """Weight snapshots from the learner to the actors."""
+
+    publish_every: int = Field(2, ge=1, description="Learner steps between snapshots.")
+    bucket_mib: float = Field(64.0, gt=0, description="Size of one gathered bucket, MiB: bounds the memory of a publication.")
+
+
+class EvalConfig(Section):
+    """Held-out evaluation, by the actors, at a named policy version."""
+
+    every: int = Field(50, ge=1, description="Learner steps between evaluations (rounded up to the next publication).")
+    samples: int = Field(4, ge=1, description="Completions per held-out prompt.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature of evaluations; 0: greedy.")
+
+
+class MonitorConfig(Section):
+    """metrics.jsonl always; W&B when it can; the terminal."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = Field("auto", description="`auto`: online if an API key is present, else offline.")
+    project: str = Field("agro", description="W&B project.")
+    samples_every: int = Field(20, ge=1, description="Steps between sample tables (samples.jsonl, W&B, report).")
+
+
+class Config(Section):
+    """Everything a run needs."""
+
+    run: RunConfig = RunConfig()  # type: ignore[call-arg]
+    model: ModelConfig
+    data: DataConfig
+    rewards: RewardsConfig
+    actors: ActorsConfig = ActorsConfig()  # type: ignore[call-arg]
+    buffer: BufferConfig = BufferConfig()  # type: ignore[call-arg]
+    learner: LearnerConfig = LearnerConfig()  # type: ignore[call-arg]
+    agro: AgroConfig = AgroConfig()  # type: ignore[call-arg]
+    weights: WeightsConfig = WeightsConfig()  # type: ignore[call-arg]
+    eval: EvalConfig = EvalConfig()  # type: ignore[call-arg]
+    monitor: MonitorConfig = MonitorConfig()  # type: ignore[call-arg]
+
+    @property
+    def admitted_groups(self) -> int:
+        """Groups that may exist untrained: `min(capacity, (max_staleness + 1) * groups_per_step)`.
+
+        A group started when this many are ahead of it is trained at most `max_staleness` steps later, so that nothing
+        is born too stale (publication lag excepted, which eviction counts).
+        """
+        return min(self.buffer.capacity, (self.buffer.max_staleness + 1) * self.learner.groups_per_step)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence: `max_prompt_tokens + max_new_tokens`."""
+        return self.data.max_prompt_tokens + self.actors.max_new_tokens
+
+    @pydantic.model_validator(mode="after")
+    def _rooms_fit_together(self) -> Config:
+        if self.buffer.capacity < self.learner.groups_per_step:
+            raise ValueError(
+                f"buffer.capacity = {self.buffer.capacity} is below learner.groups_per_step = {self.learner.groups_per_step}: "
+                "a batch could never be filled. Raise buffer.capacity or lower learner.groups_per_step."
+            )
+        if self.learner.micro_batch_tokens < self.max_sequence_tokens:
+            raise ValueError(
+                f"learner.micro_batch_tokens = {self.learner.micro_batch_tokens} is below the longest sequence, "
+                f"data.max_prompt_tokens + actors.max_new_tokens = {self.max_sequence_tokens}. Raise it to at least that."
+            )
+        if self.agro.lr_coef > 0 and self.agro.beta == 0:
+            raise ValueError("agro.lr_coef > 0 needs agro.beta > 0: the on-policy term is divided by beta.")
+        return self
+
+    def warnings(self) -> list[str]:
+        """What is allowed but probably not meant, one sentence each."""
+        found = []
+        if self.actors.top_p < 1:
+            found.append(f"actors.top_p = {self.actors.top_p}: truncated sampling does not cover the reference; the optimum is no longer the paper's.")
+        if self.agro.lr_coef > 2 * self.agro.beta:
+            found.append(
+                f"agro.lr_coef = {self.agro.lr_coef} > 2 * beta = {2 * self.agro.beta}: for prompts solved less than half the time "
+                "the on-policy term pushes correct answers down (docs/architecture.md, hazard)."
+            )
+        if self.buffer.max_staleness < self.weights.publish_every:
+            found.append(
+                f"buffer.max_staleness = {self.buffer.max_staleness} < weights.publish_every = {self.weights.publish_every}: "
+                "most groups will be evicted as stale."
+            )
+        return found
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """The Config in the YAML file `path` with `section.key=value` overrides applied (values are YAML).
+
+    Raises ConfigError that lists every problem: the field, the value found, what is accepted, the nearest valid name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise ConfigError(f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "; see configs/ for examples."))
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {_first_lines(error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, expected sections such as `model:` and `data:`; see configs/quickstart.yaml.")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
+    """The Config that a mapping of sections describes; raises ConfigError (see `load_config`)."""
+    try:
+        return Config.model_validate(_lists_as_tuples(tree))
+    except pydantic.ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        shown = "\n".join(f"  - {line}" for line in problems[:10])
+        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ConfigError(f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{shown}{more}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = key.split(".")
+    if not equals or len(names) != 2 or not all(names):
+        raise ConfigError(f"override {override!r} is not section.key=value, for example learner.lr=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {_first_lines(error)}") from None
+    section, name = names
+    if tree.get(section) is None:
+        tree[section] = {}
+    if not isinstance(tree[section], dict):
+        raise ConfigError(f"override {override!r}: {section!r} is no section")
+    tree[section][name] = value
+
+
+def _lists_as_tuples(value: Any) -> Any:
+    """YAML lists as tuples, and YAML's `1e-5` (a string to PyYAML) as the number it means: strict models want both."""
+    if isinstance(value, dict):
+        return {key: _lists_as_tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_lists_as_tuples(item) for item in value)
+    if isinstance(value, str) and _EXPONENT.match(value):
+        return float(value)
+    return value
+
+
+def _explain(problem: Any) -> str:
+    """One line for one pydantic problem: field, value, what to do."""
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        valid = _valid_names(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(sorted(valid))}"
+        return f"{where} is not a known key; {hint}"
+    if problem["type"] == "missing":
+        return f"{where} is missing; set it in the file or with {where}=<value>"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return message
+    value = repr(problem["input"])
+    value = value if len(value) <= 80 else value[:77] + "..."
+    return f"{where} = {value}: {message[0].lower()}{message[1:]}"
+
+
+def _valid_names(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            model = RewardFunction
+        else:
+            annotation = model.model_fields[part].annotation
+            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+    return list(model.model_fields)
+
+
+def _first_lines(error: Exception, count: int = 3) -> str:
+    return " ".join(str(error).splitlines()[:count])
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML, in the order of the sections. Holds no secret: secrets come from the environment only."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
