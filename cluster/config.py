@@ -52,7 +52,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Prompts: local jsonl or parquet (file or directory) or a hub id, read by `datasets`."""
 
-    path: str = Field(..., description="Training prompts: a jsonl/parquet file, a directory with `<split>.jsonl`/`.parquet`, or a hub id (`id:subset`).")
+    path: str = Field(
+        ..., description="Training prompts: a jsonl/parquet file, a directory with `<split>.jsonl`/`.parquet`, or a hub id (`id:subset`)."
+    )
     split: str = Field("train", description="Split to train on (directories and hub ids).")
     eval_path: str | None = Field(None, description="Held-out prompts; None: the same `path`, at `eval_split`.")
     eval_split: str = Field("test", description="Split to evaluate on (directories and hub ids).")
@@ -99,7 +101,9 @@ class BufferConfig(Section):
     sampler: Literal["uniform", "fresh", "oldest"] = Field("uniform", description="Which stored groups a batch takes.")
     max_uses: int = Field(1, ge=1, description="How often a group is trained on before it leaves.")
     max_staleness: int = Field(16, ge=0, description="Learner steps; groups with an older token are evicted and counted.")
-    capacity: int = Field(256, ge=1, description="Groups not yet trained on that may exist, stored or being generated: backpressure on actors.")
+    capacity: int = Field(
+        256, ge=1, description="Groups not yet trained on that may exist, stored or being generated: backpressure on actors."
+    )
 
 
 class LearnerConfig(Section):
@@ -112,7 +116,9 @@ class LearnerConfig(Section):
     groups_per_step: int = Field(32, ge=1, description="Groups of one optimizer step (P).")
     lr: float = Field(1e-6, gt=0, description="Peak learning rate (AdamW).")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
-    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up: constant, or down to 10 % of the peak at the last step.")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="After the warm-up: constant, or down to 10 % of the peak at the last step."
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     grad_clip: float = Field(1.0, gt=0, description="Gradient norm limit.")
     micro_batch_tokens: int = Field(8192, ge=16, description="Token budget of one forward pass of one rank, padding included.")
@@ -160,17 +166,17 @@ class MonitorConfig(Section):
 class Config(Section):
     """Everything a run needs."""
 
-    run: RunConfig = RunConfig()  # type: ignore[call-arg]
+    run: RunConfig = RunConfig()
     model: ModelConfig
     data: DataConfig
     rewards: RewardsConfig
-    actors: ActorsConfig = ActorsConfig()  # type: ignore[call-arg]
-    buffer: BufferConfig = BufferConfig()  # type: ignore[call-arg]
-    learner: LearnerConfig = LearnerConfig()  # type: ignore[call-arg]
-    agro: AgroConfig = AgroConfig()  # type: ignore[call-arg]
-    weights: WeightsConfig = WeightsConfig()  # type: ignore[call-arg]
-    eval: EvalConfig = EvalConfig()  # type: ignore[call-arg]
-    monitor: MonitorConfig = MonitorConfig()  # type: ignore[call-arg]
+    actors: ActorsConfig = ActorsConfig()
+    buffer: BufferConfig = BufferConfig()
+    learner: LearnerConfig = LearnerConfig()
+    agro: AgroConfig = AgroConfig()
+    weights: WeightsConfig = WeightsConfig()
+    eval: EvalConfig = EvalConfig()
+    monitor: MonitorConfig = MonitorConfig()
 
     @property
     def admitted_groups(self) -> int:
@@ -206,7 +212,9 @@ class Config(Section):
         """What is allowed but probably not meant, one sentence each."""
         found = []
         if self.actors.top_p < 1:
-            found.append(f"actors.top_p = {self.actors.top_p}: truncated sampling does not cover the reference; the optimum is no longer the paper's.")
+            found.append(
+                f"actors.top_p = {self.actors.top_p}: truncated sampling does not cover the reference; the optimum is no longer the paper's."
+            )
         if self.agro.lr_coef > 2 * self.agro.beta:
             found.append(
                 f"agro.lr_coef = {self.agro.lr_coef} > 2 * beta = {2 * self.agro.beta}: for prompts solved less than half the time "
@@ -228,13 +236,17 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise ConfigError(f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "; see configs/ for examples."))
+        raise ConfigError(
+            f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "; see configs/ for examples.")
+        )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {_first_lines(error)}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {type(tree).__name__}, expected sections such as `model:` and `data:`; see configs/quickstart.yaml.")
+        raise ConfigError(
+            f"{path} holds {type(tree).__name__}, expected sections such as `model:` and `data:`; see configs/quickstart.yaml."
+        )
     for override in overrides or []:
         _apply_override(tree, override)
     return parse_config(tree, source=str(path))
