@@ -1,0 +1,130 @@
+"""The quickstart's task and base model: sums of two numbers, and a Llama of 0.4 M parameters that half knows them.
+
+    python -m recipes.arithmetic rows  OUT_DIR     writes train.jsonl and test.jsonl (disjoint problems)
+    python -m recipes.arithmetic base  OUT_DIR     makes the base model: a normal Hugging Face directory
+
+The base is warmed up on noisy sums: right with probability `P_RIGHT`, else off by a little. It therefore knows what an
+answer looks like and finds the right one less than half the time, which is where reinforcement learning starts.
+Nothing in the training loop knows about this file; `model.make` in configs/quickstart.yaml names `make_base`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+MAX_OPERAND = 29
+NUM_HELD_OUT = 128
+P_RIGHT = 0.4
+MAX_ERROR = 4
+WARM_UP_STEPS = 1500
+BATCH = 256
+CHARACTERS = "0123456789+="
+
+
+def problems(seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """(training rows, held-out rows): every `a+b=` with operands up to MAX_OPERAND once, split at random."""
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(MAX_OPERAND + 1) for b in range(MAX_OPERAND + 1)]
+    random.Random(seed).shuffle(rows)
+    return rows[NUM_HELD_OUT:], rows[:NUM_HELD_OUT]
+
+
+def write_rows(out_dir: str) -> None:
+    """train.jsonl and test.jsonl in `out_dir`."""
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    for name, rows in zip(("train", "test"), problems(), strict=True):
+        (Path(out_dir) / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_tokenizer():  # type: ignore[no-untyped-def]
+    """A character tokenizer as a `PreTrainedTokenizerFast`: one token a character, `<eos>` ends an answer."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")  # type: ignore[assignment]
+    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def make_llama(vocab_size: int, *, tied: bool = True, hidden: int = 96, layers: int = 3, seed: int = 0):  # type: ignore[no-untyped-def]
+    """A LlamaForCausalLM of random weights, head_dim 32, about 0.35 M parameters by default."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        head_dim=32,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def noisy_answer(a: int, b: int, rng: random.Random) -> int:
+    """a + b with probability P_RIGHT, else off by 1 to MAX_ERROR (never negative)."""
+    if rng.random() < P_RIGHT:
+        return a + b
+    error = rng.choice([e for e in range(-MAX_ERROR, MAX_ERROR + 1) if e != 0 and a + b + e >= 0])
+    return a + b + error
+
+
+def make_base(out_dir: str) -> None:
+    """Make and warm up the base model in `out_dir`; about a minute on one core. Written aside, then renamed."""
+    import torch
+
+    torch.set_num_threads(1)
+    rng = random.Random(0)
+    tokenizer = make_tokenizer()
+    model = make_llama(len(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=WARM_UP_STEPS, pct_start=0.1)
+    pairs = [(a, b) for a in range(MAX_OPERAND + 1) for b in range(MAX_OPERAND + 1)]
+    print(f"making the base model: {sum(p.numel() for p in model.parameters()):,} parameters, {WARM_UP_STEPS} steps on noisy sums", flush=True)
+    started = time.perf_counter()
+    for step in range(1, WARM_UP_STEPS + 1):
+        texts = [(f"{a}+{b}=", f"{noisy_answer(a, b, rng)}") for a, b in rng.choices(pairs, k=BATCH)]
+        ids = [(tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eos_token_id]) for prompt, answer in texts]
+        width = max(len(p) + len(c) for p, c in ids)
+        inputs = torch.tensor([p + c + [0] * (width - len(p) - len(c)) for p, c in ids])
+        labels = torch.tensor([[-100] * len(p) + c + [-100] * (width - len(p) - len(c)) for p, c in ids])
+        loss = model(input_ids=inputs, attention_mask=(labels != -100) | (inputs != 0), labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 250 == 0:
+            print(f"  warm-up {step}/{WARM_UP_STEPS}  loss {loss.item():.3f}  {time.perf_counter() - started:.0f} s", flush=True)
+    aside = Path(f"{out_dir}.making-{os.getpid()}")
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(out_dir, ignore_errors=True)
+    aside.rename(out_dir)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("what", choices=("rows", "base"))
+    parser.add_argument("out_dir")
+    arguments = parser.parse_args()
+    {"rows": write_rows, "base": make_base}[arguments.what](arguments.out_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The buffer under random schedules of actors and a learner, and under kill -9 of its own process: the invariants by name."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import random
+import struct
+import time
+from typing import Any
+
+import pytest
+
+from buffer.ledger import audit
+from buffer.records import decode_batch
+from buffer.server import LEDGER_NAME, ReplayBuffer
+from tests.test_buffer_server import NUM_ROWS, check_sums, make_config, make_payload, ordinals_of, run_virtually
+
+
+class Schedule:
+    """Random actors, some of which die, sleep too long or report twice, and one learner, on virtual time."""
+
+    def __init__(self, seed: int, run_dir: str) -> None:
+        self.rng = rng = random.Random(seed)
+        capacity = rng.randint(1, 6)
+        self.config = make_config(
+            timeout_s=5.0,
+            groups_per_step=rng.randint(1, capacity),
+            capacity=capacity,
+            max_uses=rng.randint(1, 3),
+            max_staleness=rng.randint(0, 3),
+            sampler=rng.choice(["uniform", "fresh", "oldest"]),
+        )
+        self.buffer = ReplayBuffer(self.config, run_dir, NUM_ROWS)
+        self.step = 0
+
+    async def actor(self, name: str) -> None:
+        while True:
+            version, rng = self.step, self.rng
+            for item in await self.buffer.lease(name, rng.randint(1, 3), rng.choice([0.0, 2.0, 20.0])):
+                (ordinal,) = ordinals_of([item])
+                await asyncio.sleep(rng.choice([0.0, 0.1, 0.5]))
+                await self.report(name, ordinal, version)
+                await self.check_admission()
+            await asyncio.sleep(0.01)
+
+    async def report(self, name: str, ordinal: int, version: int) -> None:
+        rng, payload = self.rng, make_payload(ordinal, version)
+        match rng.choice(["insert"] * 6 + ["twice", "late", "fail", "give_back", "die", "forget", "too_small"]):
+            case "insert":
+                assert await self.buffer.insert(name, [payload]) == [ordinal]
+            case "twice":
+                await asyncio.gather(self.buffer.insert(name, [payload, payload]), self.buffer.insert(name, [payload]))
+            case "late":
+                await asyncio.sleep(8.0)
+                assert await self.buffer.insert(name, [payload]) == [ordinal]
+            case "fail":
+                await self.buffer.fail(name, [ordinal], "random")
+            case "give_back":
+                await self.buffer.give_back(name, [ordinal])
+            case "die":
+                await self.buffer.release_actor(name)
+            case "too_small":
+                await self.buffer.insert(name, [make_payload(ordinal, version, rewards=(None, 1.0))])
+
+    async def check_admission(self) -> None:
+        stats = await check_sums(self.buffer)
+        assert stats["leased"] + stats["unconsumed"] <= self.config.admitted_groups
+        assert stats["evicted_capacity"] == 0
+
+    async def learner(self, num_steps: int) -> None:
+        while self.step < num_steps:
+            batch = await self.buffer.sample(self.step, self.config.learner.groups_per_step, 1000.0)
+            assert batch is not None, f"the learner starved at step {self.step}"
+            groups = decode_batch(batch).groups
+            assert len({group.group_id for group in groups}) == len(groups)
+            for group in groups:
+                assert self.step - group.oldest_version <= self.config.buffer.max_staleness
+                assert 1 <= group.uses <= self.config.buffer.max_uses
+            await self.check_admission()
+            await asyncio.sleep(self.rng.choice([0.0, 0.1, 3.0]))
+            self.step += 1
+            if self.rng.random() < 0.5:
+                await self.buffer.set_step(self.step)
+
+    async def run(self) -> dict[str, float]:
+        actors = [asyncio.create_task(self.actor(f"actor-{i}")) for i in range(self.rng.randint(1, 4))]
+        learner = asyncio.create_task(self.learner(8))
+        await asyncio.wait([learner, *actors], return_when=asyncio.FIRST_COMPLETED)
+        for task in actors:
+            task.cancel()
+        outcomes = await asyncio.gather(*actors, return_exceptions=True)
+        assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes), outcomes
+        await learner
+        stats = await check_sums(self.buffer)
+        await self.buffer.close()
+        return stats
+
+
+@pytest.fixture(scope="module")
+def schedules(tmp_path_factory) -> list[tuple[Schedule, dict[str, float], dict[str, Any]]]:
+    """200 finished random schedules with their stats and audits; each asserts the bounds while it runs."""
+    finished = []
+    for seed in range(200):
+        run_dir = tmp_path_factory.mktemp("schedule")
+
+        async def run_one(seed: int = seed, run_dir: str = str(run_dir)) -> tuple[Schedule, dict[str, float]]:
+            schedule = Schedule(seed, run_dir)
+            return schedule, await schedule.run()
+
+        finished.append((*run_virtually(run_one()), audit(run_dir / LEDGER_NAME)))
+    return finished
+
+
+@pytest.mark.slow
+def test_invariant_1_every_leased_item_ends_exactly_once(schedules):
+    for _, stats, ledger in schedules:
+        status = ledger["status"]
+        assert ledger["violations"] == []
+        assert sum(status.values()) == stats["frontier"]
+        assert status.get("leased", 0) + status.get("waiting", 0) == stats["leased"]
+        assert status.get("failed", 0) == stats["failed"] + stats["evicted_too_small"]
+        assert status.get("stored", 0) == stats["groups"]
+        assert ledger["evictions"].get("evicted_used", 0) == stats["evicted_used"]
+        assert ledger["evictions"].get("evicted_stale", 0) == stats["evicted_stale"]
+    totals = {name: sum(stats[name] for _, stats, _ in schedules) for name in schedules[0][1]}
+    assert all(totals[name] > 100 for name in ("duplicates", "reissued", "expired", "failed", "evicted_stale", "evicted_used")), totals
+
+
+@pytest.mark.slow
+def test_invariant_3_the_staleness_bound_holds_in_every_schedule(schedules):
+    for schedule, _, ledger in schedules:
+        assert ledger["max_staleness"] <= schedule.config.buffer.max_staleness
+    assert max(ledger["max_staleness"] for _, _, ledger in schedules) == 3
+
+
+@pytest.mark.slow
+def test_invariant_4_no_schedule_deadlocks_or_exceeds_admission(schedules):
+    assert all(schedule.step == 8 for schedule, _, _ in schedules)
+    assert sum(stats["wait_admission_s"] for _, stats, _ in schedules) > 0
+    assert sum(stats["wait_batch_s"] for _, stats, _ in schedules) > 0
+
+
+# Kills
+
+
+def _serve_until_killed(run_dir: str, seed: int, acks: int) -> None:
+    """An actor and a learner in the buffer's own process; tells every id after its acknowledgement."""
+
+    async def work() -> None:
+        rng = random.Random(seed)
+        config = make_config(capacity=8, max_uses=2, max_staleness=2)
+        buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+        os.write(acks, struct.pack("<q", -1))
+        step = buffer._step
+        while True:
+            ordinals = ordinals_of(await buffer.lease("a", rng.randint(1, 5), 0.0))
+            keep = [ordinal for ordinal in ordinals if rng.random() < 0.8]
+            for ordinal in await buffer.insert("a", [make_payload(ordinal, step) for ordinal in keep]):
+                os.write(acks, struct.pack("<q", ordinal))
+            await buffer.fail("a", [ordinal for ordinal in ordinals if ordinal not in keep and rng.random() < 0.5], "random")
+            if await buffer.sample(step, 2, 0.0):
+                step += 1
+            await buffer.release_actor("a")
+
+    asyncio.run(work())
+
+
+@pytest.mark.slow
+def test_invariant_2_an_acknowledged_group_survives_the_death_of_the_buffer(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    rng = random.Random(1)
+    acknowledged: list[int] = []
+    for kill in range(25):
+        reader, writer = os.pipe()
+        process = fork.Process(target=_serve_until_killed, args=(str(tmp_path), kill, writer))
+        process.start()
+        os.close(writer)
+        told = os.read(reader, 8)
+        time.sleep(rng.uniform(0.0, 0.08))
+        process.kill()
+        process.join()
+        with os.fdopen(reader, "rb") as pipe:
+            told += pipe.read()
+        acknowledged += [ordinal for (ordinal,) in struct.iter_unpack("<q", told) if ordinal >= 0]
+
+    async def look() -> dict[str, float]:
+        buffer = ReplayBuffer(make_config(capacity=8, max_uses=2, max_staleness=2), str(tmp_path), NUM_ROWS)
+        assert all(not buffer._admission.is_open(ordinal) for ordinal in acknowledged), "an acknowledged group would be made again"
+        stats = await check_sums(buffer)
+        await buffer.close()
+        return stats
+
+    stats = asyncio.run(look())
+    ledger = audit(tmp_path / LEDGER_NAME)
+    assert ledger["violations"] == []
+    assert len(set(acknowledged)) == len(acknowledged) > 500
+    assert ledger["events"]["inserted"] == stats["inserted"] >= len(acknowledged)
+    assert ledger["status"].get("stored", 0) == stats["groups"]

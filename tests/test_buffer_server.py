@@ -1,0 +1,354 @@
+"""The buffer as actors and learner meet it: leases, acknowledgement, waits, restarts, kills; times are virtual where they can be."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+import pytest
+
+from buffer.admission import LeaseError, work_item
+from buffer.ledger import audit
+from buffer.records import Group, Sample, VersionSpan, WorkItem, decode_batch, encode
+from buffer.server import LEDGER_NAME, ReplayBuffer
+from buffer.store import StoreError
+from cluster.config import Config, parse_config
+from cluster.errors import ConfigError, DataError, StalenessError
+
+NUM_ROWS = 13
+
+
+def make_config(*, timeout_s: float = 60.0, groups_per_step: int = 2, **buffer: Any) -> Config:
+    tree = {
+        "run": {"timeout_s": timeout_s, "seed": 5},
+        "model": {"path": "none"},
+        "data": {"path": "none"},
+        "rewards": {"functions": [{"name": "exact_match"}]},
+        "learner": {"groups_per_step": groups_per_step},
+        "buffer": buffer,
+    }
+    return parse_config(tree)
+
+
+def make_payload(ordinal: int, version: int = 0, rewards: tuple[float | None, ...] = (1.0, 0.0), num_tokens: int = 4) -> bytes:
+    samples = tuple(
+        Sample(
+            token_ids=tuple(range(num_tokens)),
+            logprobs=(-0.5,) * num_tokens,
+            version_spans=(VersionSpan(version, 0, num_tokens),),
+            finish_reason="stop",
+            text="four",
+            reward=reward,
+            error="ValueError: boom" if reward is None else None,
+        )
+        for reward in rewards
+    )
+    return encode(Group(group_id=ordinal, row=0, prompt="p", prompt_ids=(1, 2), samples=samples, actor="a"))
+
+
+class JumpingSelector(selectors.DefaultSelector):
+    """Jumps the clock to the next timer instead of waiting for it; a loop that waits for nothing at all is deadlocked."""
+
+    now_s = 0.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        if timeout is None:
+            raise AssertionError("deadlock: every task waits and no timer is running")
+        self.now_s += max(0.0, timeout)
+        return super().select(0)
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self.jumping = JumpingSelector()
+        super().__init__(self.jumping)
+
+    def time(self) -> float:
+        return self.jumping.now_s
+
+
+def run_virtually(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(coroutine)
+
+
+def ordinals_of(items: list[bytes]) -> list[int]:
+    return [msgspec.msgpack.decode(item, type=WorkItem).ordinal for item in items]
+
+
+def ids_of(batch: bytes | None) -> list[int]:
+    assert batch is not None, "no batch came"
+    return [group.group_id for group in decode_batch(batch).groups]
+
+
+async def check_sums(buffer: ReplayBuffer) -> dict[str, float]:
+    """The stats without their prefix, after checking that every generated group is accounted for."""
+    stats = {name.removeprefix("buffer/"): value for name, value in (await buffer.stats()).items()}
+    assert stats["frontier"] == stats["inserted"] + stats["evicted_too_small"] + stats["failed"] + stats["leased"]
+    assert stats["inserted"] == stats["groups"] + stats["evicted_used"] + stats["evicted_stale"] + stats["evicted_capacity"]
+    return stats
+
+
+def scenario(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[[Any], None]:
+    """Runs an async test on virtual time with the run directory `tmp_path`."""
+
+    def run(tmp_path: Any) -> None:
+        run_virtually(test(str(tmp_path)))
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+@scenario
+async def test_a_group_goes_from_lease_to_batch(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=4, max_uses=2, sampler="oldest"), run_dir, NUM_ROWS)
+    items = [msgspec.msgpack.decode(item, type=WorkItem) for item in await buffer.lease("a", 3, 1.0)]
+    assert items == [work_item(ordinal, seed=5, num_rows=NUM_ROWS) for ordinal in range(3)]
+    assert await buffer.insert("a", [make_payload(1), make_payload(0)]) == [1, 0]
+    for use in (1, 2):
+        batch = decode_batch(await buffer.sample(use, 2, 1.0) or b"")
+        assert batch.step == use
+        assert [(group.group_id, group.uses, len(group.samples)) for group in batch.groups] == [(1, use, 2), (0, use, 2)]
+    stats = await check_sums(buffer)
+    assert (stats["groups"], stats["evicted_used"], stats["leased"], stats["frontier"]) == (0, 2, 1, 3)
+
+
+@scenario
+async def test_insertion_is_idempotent_also_after_the_group_has_left(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=4), run_dir, NUM_ROWS)
+    await buffer.lease("a", 4, 1.0)
+    assert await buffer.insert("a", [make_payload(0), make_payload(0, version=3)]) == [0, 0]
+    assert await asyncio.gather(*(buffer.insert("a", [make_payload(1)]) for _ in range(4))) == [[1]] * 4
+    assert sorted(ids_of(await buffer.sample(0, 2, 1.0))) == [0, 1]
+    assert await buffer.insert("a", [make_payload(0)]) == [0]
+    stats = await check_sums(buffer)
+    assert (stats["inserted"], stats["duplicates"], stats["groups"]) == (2, 5, 0)
+
+
+@scenario
+async def test_a_wrong_insert_changes_nothing(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=4), run_dir, NUM_ROWS)
+    await buffer.lease("a", 2, 1.0)
+    with pytest.raises(LeaseError, match="group 9 was never leased"):
+        await buffer.insert("a", [make_payload(0), make_payload(9)])
+    with pytest.raises(DataError, match="reward nan"):
+        await buffer.insert("a", [make_payload(0), make_payload(1, rewards=(1.0, float("nan")))])
+    with pytest.raises(msgspec.ValidationError):
+        await buffer.insert("a", [make_payload(0), encode(work_item(1, seed=0, num_rows=1))])
+    stats = await check_sums(buffer)
+    assert (stats["inserted"], stats["leased"]) == (0, 2)
+
+
+@scenario
+async def test_failed_samples_are_counted_and_too_small_groups_not_stored(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=4), run_dir, NUM_ROWS)
+    await buffer.lease("a", 3, 1.0)
+    payloads = [make_payload(0, rewards=(1.0, None, 0.5)), make_payload(1, rewards=(1.0, None, None))]
+    assert await buffer.insert("a", payloads) == [0, 1], "both are acknowledged"
+    await buffer.fail("a", [2], "prompt too long")
+    stats = await check_sums(buffer)
+    assert (stats["groups"], stats["evicted_too_small"], stats["failed"], stats["leased"]) == (1, 1, 1, 0)
+    assert await buffer.error_summary() == (3, 6, ["ValueError: boom"] * 3)
+    ledger = audit(f"{run_dir}/{LEDGER_NAME}")
+    assert (ledger["violations"], ledger["status"]) == ([], {"stored": 1, "failed": 2})
+
+
+@scenario
+async def test_a_lease_waits_for_admission_and_an_insert_wakes_the_learner(run_dir):
+    clock = asyncio.get_running_loop().time
+    buffer = ReplayBuffer(make_config(capacity=2), run_dir, NUM_ROWS)
+    assert ordinals_of(await buffer.lease("a", 5, 1.0)) == [0, 1]
+    assert await buffer.lease("b", 1, 7.0) == []
+    assert clock() == pytest.approx(7.0)
+    learner = asyncio.create_task(buffer.sample(0, 2, 100.0))
+    waiting = asyncio.create_task(buffer.lease("b", 1, 50.0))
+    await asyncio.sleep(3.0)
+    assert (await check_sums(buffer))["wait_batch_s"] == pytest.approx(3.0), "a wait counts while it lasts"
+    await buffer.insert("a", [make_payload(0), make_payload(1)])
+    assert sorted(ids_of(await learner)) == [0, 1]
+    assert ordinals_of(await waiting) == [2], "the groups that were consumed made room"
+    assert clock() == pytest.approx(10.0)
+    stats = await check_sums(buffer)
+    assert (stats["wait_batch_s"], stats["wait_admission_s"]) == (pytest.approx(3.0), pytest.approx(10.0))
+
+
+@scenario
+async def test_every_way_of_making_room_wakes_a_waiting_actor_at_once(run_dir):
+    clock = asyncio.get_running_loop().time
+    buffer = ReplayBuffer(make_config(capacity=2, max_staleness=1), run_dir, NUM_ROWS)
+    ways_with_open_items = [
+        lambda ordinals: buffer.fail("a", ordinals, "random"),
+        lambda ordinals: buffer.give_back("a", ordinals),
+        lambda _: buffer.release_actor("a"),
+        lambda ordinals: buffer.insert("a", [make_payload(ordinal, rewards=(1.0,)) for ordinal in ordinals]),
+    ]
+    ways_with_stored_groups = [
+        lambda _: buffer.sample(0, 2, 0.0),
+        lambda _: buffer.set_step(2),
+        lambda _: buffer.sample(2, 2, 0.0),  # finds stale groups only: no batch, but room
+    ]
+    ordinals = ordinals_of(await buffer.lease("a", 2, 1.0))
+    for make_room in ways_with_open_items + ways_with_stored_groups:
+        if make_room in ways_with_stored_groups:
+            await buffer.insert("a", [make_payload(ordinal) for ordinal in ordinals])
+        waiting = asyncio.create_task(buffer.lease("a", 2, 50.0))
+        await asyncio.sleep(1.0)
+        assert not waiting.done()
+        start_s = clock()
+        await make_room(ordinals)
+        ordinals = ordinals_of(await waiting)
+        assert (len(ordinals), clock()) == (2, start_s)
+
+
+@scenario
+async def test_a_batch_that_does_not_come_is_none(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=2), run_dir, NUM_ROWS)
+    assert await buffer.sample(0, 1, 30.0) is None
+    assert asyncio.get_running_loop().time() == pytest.approx(30.0)
+
+
+@scenario
+async def test_a_lease_that_runs_out_wakes_who_waits_and_its_late_insert_counts_once(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=2, timeout_s=10.0), run_dir, NUM_ROWS)
+    await buffer.lease("dead", 2, 1.0)
+    again = await buffer.lease("alive", 1, 100.0)
+    assert asyncio.get_running_loop().time() == pytest.approx(10.0)
+    assert again == [encode(work_item(0, seed=5, num_rows=NUM_ROWS))], "the same item"
+    assert await buffer.insert("dead", [make_payload(0)]) == [0]
+    assert await buffer.insert("alive", [make_payload(0)]) == [0]
+    stats = await check_sums(buffer)
+    assert (stats["inserted"], stats["duplicates"], stats["reissued"], stats["expired"]) == (1, 1, 1, 2)
+    assert audit(f"{run_dir}/{LEDGER_NAME}")["violations"] == []
+
+
+@scenario
+async def test_items_handed_back_or_of_an_actor_gone_are_issued_again(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=4), run_dir, NUM_ROWS)
+    await buffer.lease("a", 2, 1.0)
+    await buffer.lease("b", 2, 1.0)
+    waiting = asyncio.create_task(buffer.lease("c", 4, 50.0))
+    await asyncio.sleep(1)
+    await buffer.give_back("a", [1, 2])
+    assert ordinals_of(await waiting) == [1], "2 is another's"
+    await buffer.release_actor("b")
+    assert ordinals_of(await buffer.lease("c", 4, 1.0)) == [2, 3]
+    assert (await check_sums(buffer))["ignored_reports"] == 1
+
+
+@scenario
+async def test_the_learners_step_evicts_stale_groups_and_makes_room(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=2, max_staleness=3), run_dir, NUM_ROWS)
+    await buffer.lease("a", 2, 1.0)
+    await buffer.insert("a", [make_payload(0, version=1), make_payload(1, version=2)])
+    await buffer.set_step(4)
+    assert (await check_sums(buffer))["evicted_stale"] == 0
+    await buffer.set_step(5)
+    assert (await check_sums(buffer))["evicted_stale"] == 1
+    assert ordinals_of(await buffer.lease("a", 2, 1.0)) == [2]
+    assert await buffer.sample(6, 1, 1.0) is None, "the last one went stale too"
+    assert (await check_sums(buffer))["groups"] == 0
+
+
+@scenario
+async def test_invariant_3_a_stored_group_older_than_its_index_says_is_an_error(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=2, max_staleness=3, max_uses=2), run_dir, NUM_ROWS)
+    await buffer.lease("a", 1, 1.0)
+    await buffer.insert("a", [make_payload(0, version=5)])
+    buffer._store.update_payloads([msgspec.msgpack.decode(make_payload(0, version=1), type=Group)])
+    with pytest.raises(StalenessError, match="group 0 has a token of version 1 at learner step 5"):
+        await buffer.sample(5, 1, 1.0)
+    assert (await check_sums(buffer))["unconsumed"] == 1, "nothing was consumed"
+
+
+@scenario
+async def test_reference_logprobs_are_cached_with_groups_still_stored(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=2, max_uses=2), run_dir, NUM_ROWS)
+    await buffer.lease("a", 1, 1.0)
+    await buffer.insert("a", [make_payload(0, rewards=(1.0, None, 0.0))])
+    await buffer.sample(0, 1, 1.0)
+    with pytest.raises(DataError, match="expected 2 finite numbers"):
+        await buffer.set_ref_logprobs({0: [-1.0, -2.0, -3.0]})
+    assert await buffer.set_ref_logprobs({0: [-1.5, -2.5], 77: [-1.0]}) == 1
+    (group,) = decode_batch(await buffer.sample(1, 1, 1.0) or b"").groups
+    assert [sample.ref_logprob for sample in group.samples] == [-1.5, -2.5]
+    assert group.uses == 2
+
+
+@scenario
+async def test_a_restart_goes_on_where_the_last_process_stood(run_dir):
+    config = make_config(capacity=6, max_uses=2, sampler="oldest")
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    await buffer.lease("a", 6, 1.0)
+    await buffer.insert("a", [make_payload(3), make_payload(1), make_payload(2, rewards=(None, None)), make_payload(4)])
+    await buffer.sample(7, 2, 1.0)
+    before = await check_sums(buffer)
+    await buffer.close()
+
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    after = await check_sums(buffer)
+    waits = {"wait_admission_s", "wait_batch_s"}
+    assert {name: value for name, value in after.items() if name not in waits} == {k: v for k, v in before.items() if k not in waits}
+    assert ordinals_of(await buffer.lease("b", 9, 1.0)) == [0, 5, 6, 7, 8], "open leases first, then on from the frontier"
+    assert await buffer.insert("a", [make_payload(0), make_payload(1)]) == [0, 1], "an actor that outlived the buffer"
+    assert [(g.group_id, g.uses) for g in decode_batch(await buffer.sample(8, 4, 1.0) or b"").groups] == [(3, 2), (1, 2), (4, 1), (0, 1)]
+    assert audit(f"{run_dir}/{LEDGER_NAME}")["violations"] == []
+
+
+@scenario
+async def test_another_prompt_stream_in_the_same_directory_is_refused(run_dir):
+    await ReplayBuffer(make_config(), run_dir, NUM_ROWS).close()
+    with pytest.raises(ConfigError, match=r"13 rows of data, now run\.seed = 5 and there are 14"):
+        ReplayBuffer(make_config(), run_dir, 14)
+    await ReplayBuffer(make_config(), run_dir, NUM_ROWS).close()
+
+
+@scenario
+async def test_a_full_disk_refuses_the_insert_and_the_retry_succeeds(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=4), run_dir, NUM_ROWS)
+    await buffer.lease("a", 2, 1.0)
+    await buffer.insert("a", [make_payload(0)])
+    database = buffer._store._db
+    num_pages = database.execute("PRAGMA page_count").fetchone()[0]
+    database.execute(f"PRAGMA max_page_count={num_pages}")
+    with pytest.raises(StoreError, match="Free space"):
+        await buffer.insert("a", [make_payload(1, num_tokens=5000)])
+    stats = await check_sums(buffer)
+    assert (stats["groups"], stats["leased"]) == (1, 1), "the memory follows the disk"
+    database.execute(f"PRAGMA max_page_count={num_pages + 1000}")
+    assert await buffer.insert("a", [make_payload(1, num_tokens=5000)]) == [1]
+    assert sorted(ids_of(await buffer.sample(0, 2, 1.0))) == [0, 1]
+    assert audit(f"{run_dir}/{LEDGER_NAME}")["violations"] == []
+
+
+@scenario
+async def test_closing_ends_all_waits(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=2), run_dir, NUM_ROWS)
+    await buffer.lease("a", 2, 1.0)
+    waits = asyncio.gather(buffer.lease("b", 1, 1e6), buffer.sample(0, 1, 1e6))
+    await asyncio.sleep(1.0)
+    await buffer.close()
+    await buffer.close()
+    assert await waits == [[], None]
+    assert asyncio.get_running_loop().time() < 100
+
+
+def test_a_core_inserts_and_samples_300_groups_per_second(tmp_path):
+    num_groups = 600
+
+    async def pump() -> float:
+        buffer = ReplayBuffer(make_config(capacity=256, groups_per_step=32), str(tmp_path), NUM_ROWS)
+        start_s = time.perf_counter()
+        for step in range(num_groups // 30):
+            for _ in range(30):
+                (ordinal,) = ordinals_of(await buffer.lease("a", 1, 1.0))
+                await buffer.insert("a", [make_payload(ordinal, step, rewards=(1.0,) * 8)])
+            assert await buffer.sample(step, 30, 1.0)
+        return num_groups / (time.perf_counter() - start_s)
+
+    groups_per_s = asyncio.run(pump())
+    print(f"{groups_per_s:.0f} groups/s")
+    assert groups_per_s > 300

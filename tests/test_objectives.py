@@ -1,0 +1,248 @@
+"""The objective interface, AGRO with its weights, and the log-probs they stand on."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import learner.logprobs
+from cluster.config import AgroConfig
+from cluster.errors import ConfigError
+from learner.agro import agro_advantages
+from learner.logprobs import selective_log_softmax
+from learner.objectives import TokenBatch, load_objective, token_gradients
+
+SIZES = torch.tensor([3, 1, 4, 2, 2, 5, 1, 3, 2])  # tokens of each sequence
+GROUPS = torch.tensor([4, 9, 4, 4, 9, 9, 2, 7, 7])  # sizes 3, 3, 1, 2
+
+
+def make_batch(**changes):
+    random = torch.Generator().manual_seed(0)
+    sequence_T = torch.arange(9).repeat_interleave(SIZES)
+    logprobs_T = -torch.rand(len(sequence_T), generator=random, dtype=torch.float64)
+    fields: dict[str, Any] = {
+        "logprobs_T": logprobs_T.requires_grad_(),
+        "behaviour_logprobs_T": -torch.rand(len(sequence_T), generator=random, dtype=torch.float64),
+        "sequence_T": sequence_T,
+        "rewards_N": torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.5, 0.5], dtype=torch.float64),
+        "ref_logprobs_N": -torch.rand(9, generator=random, dtype=torch.float64) * SIZES,
+        "groups_N": GROUPS,
+        "staleness_N": torch.tensor([0.0, 3.0, 1.0, 0.0, 0.0, 2.0, 0.0, 5.0, 0.0], dtype=torch.float64),
+        "num_groups": 6,
+    }
+    return TokenBatch(**(fields | changes))
+
+
+def make_objective(**changes):
+    options: dict[str, Any] = {"beta": 0.2, "weight": "none"} | changes
+    return load_objective("agro", AgroConfig(**options))
+
+
+def select(batch, keep_N):
+    """The batch of the sequences in `keep_N` only."""
+    keep_T = keep_N[batch.sequence_T]
+    renumber = keep_N.cumsum(0) - 1
+    return dataclasses.replace(
+        batch,
+        **{name: getattr(batch, name)[keep_T] for name in ("logprobs_T", "behaviour_logprobs_T")},
+        **{name: getattr(batch, name)[keep_N] for name in ("rewards_N", "ref_logprobs_N", "groups_N", "staleness_N")},
+        sequence_T=renumber[batch.sequence_T[keep_T]],
+    )
+
+
+def test_loss_is_the_formula_read_aloud():
+    batch = make_batch()
+    loss, diagnostics = make_objective(weight="truncated", weight_cap=1.5).loss(batch)
+    by_sequence = batch.logprobs_T.detach().split(SIZES.tolist())
+    behaviour = batch.behaviour_logprobs_T.split(SIZES.tolist())
+    expected = 0.0
+    for i in range(9):
+        members = [j for j in range(9) if GROUPS[j] == GROUPS[i]]
+        residuals = {j: batch.rewards_N[j] - 0.2 * (by_sequence[j].sum() - batch.ref_logprobs_N[j]) for j in members}
+        others = [residuals[j] for j in members if j != i]
+        advantage = residuals[i] - sum(others) / len(others) if others else torch.tensor(0.0)
+        weight = min(1.5, math.exp(by_sequence[i].sum() - behaviour[i].sum()))
+        expected -= weight * advantage * by_sequence[i].sum() / len(members) / 6
+        assert diagnostics["advantage"][i].item() == pytest.approx(float(advantage), abs=1e-12)
+        assert diagnostics["weight"][i].item() == pytest.approx(weight, abs=1e-12)
+        assert diagnostics["residual"][i].item() == pytest.approx(float(residuals[i]), abs=1e-12)
+        assert diagnostics["log_ratio"][i].item() == pytest.approx(float(by_sequence[i].sum() - batch.ref_logprobs_N[i]), abs=1e-12)
+    assert loss.item() == pytest.approx(float(expected), abs=1e-12)
+    assert not any(value.requires_grad for value in diagnostics.values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"weight": "truncated"}, {"lr_coef": 0.1}, {"zero_std": "drop"}])
+def test_losses_and_gradients_of_groups_add_up(changes):
+    batch, objective = make_batch(), make_objective(**changes)
+    first = torch.isin(GROUPS, torch.tensor([4, 7]))
+    losses = [objective.loss(select(batch, keep))[0] for keep in (first, ~first)]
+    whole = objective.loss(batch)[0]
+    assert whole.item() == pytest.approx(sum(loss.item() for loss in losses), abs=1e-13)
+    parts = torch.autograd.grad(sum(losses), batch.logprobs_T)[0]
+    torch.testing.assert_close(parts, torch.autograd.grad(whole, batch.logprobs_T)[0], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_token_gradients_are_those_of_the_loss_also_without_gradient_mode(dtype):
+    batch = make_batch(logprobs_T=make_batch().logprobs_T.detach().to(dtype).requires_grad_())
+    objective = make_objective(weight="truncated", lr_coef=0.1)
+    with torch.no_grad():
+        found = token_gradients(objective, batch)
+    assert found.dtype == dtype
+    assert not found.requires_grad
+    assert batch.logprobs_T.grad is None
+    assert torch.equal(found, torch.autograd.grad(objective.loss(batch)[0], batch.logprobs_T)[0])
+    assert found.abs().max() > 0
+
+
+def test_a_group_of_one_contributes_nothing():
+    gradients = make_batch().sequence_sums(token_gradients(make_objective(weight="truncated"), make_batch()))
+    assert gradients[6] == 0  # group 2
+    assert (gradients[:6] != 0).all()
+
+
+def test_groups_of_equal_rewards_keep_the_kl_pull_unless_dropped():
+    batch = make_batch()
+    kept, dropped = (make_objective(zero_std=choice).loss(batch) for choice in ("keep", "drop"))
+    assert kept[1]["zero_std"].tolist() == [False] * 6 + [True] * 3  # group 2 has one sample, group 7 two of reward 0.5
+    assert (kept[1]["advantage"][7:] != 0).all()
+    assert (dropped[1]["advantage"][6:] == 0).all()
+    assert torch.equal(kept[1]["advantage"][:6], dropped[1]["advantage"][:6])
+    assert dropped[1]["zero_std"].sum() == 3  # counted either way
+    gradients = [make_batch().sequence_sums(token_gradients(make_objective(zero_std=choice), batch)) for choice in ("keep", "drop")]
+    assert torch.equal(gradients[0][:6], gradients[1][:6])  # P still counts all groups
+
+
+@pytest.mark.parametrize("log_ratio", [1e4, 30.0, 0.3, -0.3, -30.0])
+def test_truncated_weight_is_the_capped_ratio_and_never_overflows(log_ratio):
+    batch = make_batch(logprobs_T=make_batch().logprobs_T.detach().float())
+    for cap in (0.5, 1.0, 3.0):
+        behaviour_T = batch.logprobs_T - log_ratio / SIZES[batch.sequence_T]
+        moved = dataclasses.replace(batch, behaviour_logprobs_T=behaviour_T)
+        loss, diagnostics = make_objective(weight="truncated", weight_cap=cap).loss(moved)
+        expected = cap if log_ratio > 700 else min(cap, math.exp(log_ratio))
+        torch.testing.assert_close(diagnostics["weight"], torch.full((9,), expected, dtype=torch.float64), rtol=1e-5, atol=0)
+        assert (diagnostics["weight"] > 0).all()
+        assert loss.isfinite()
+
+
+def test_weights_multiply_the_gradient_of_each_sequence():
+    batch = make_batch()
+    plain, weighted = (token_gradients(make_objective(weight=kind), batch) for kind in ("none", "truncated"))
+    weight_N = make_objective(weight="truncated").loss(batch)[1]["weight"]
+    assert 0 < (weight_N < 1).sum() < 9
+    torch.testing.assert_close(weighted, plain * weight_N[batch.sequence_T], rtol=1e-13, atol=0)
+
+
+def test_the_on_policy_term_acts_on_fresh_samples_only():
+    batch = make_batch()
+    log_ratio_N = batch.sequence_sums(batch.logprobs_T.detach()) - batch.ref_logprobs_N
+    off_policy = agro_advantages(batch.rewards_N, log_ratio_N, GROUPS, beta=0.2)
+    on_policy = agro_advantages(batch.rewards_N, log_ratio_N, GROUPS, beta=0.2, lr_coef=0.3, lr_baseline="none")
+    found = make_objective(lr_coef=0.3, lr_baseline="none").loss(batch)[1]["advantage"]
+    fresh = batch.staleness_N == 0
+    assert torch.equal(found, torch.where(fresh, on_policy, off_policy))
+    assert (found[fresh & (GROUPS != 2)] != off_policy[fresh & (GROUPS != 2)]).all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"weight": "truncated"}, {"weight": "truncated", "weight_cap": 3.0}])
+def test_descent_reaches_the_optimum_from_data_of_another_policy(changes):
+    random = torch.Generator().manual_seed(1)
+    rewards, reference = torch.rand(6, generator=random).double(), torch.randn(6, generator=random).double().log_softmax(0)
+    optimum = (reference + rewards / 0.2).log_softmax(0)
+    theta, objective = reference.clone().requires_grad_(), make_objective(**changes)
+    for _ in range(1500):  # each outcome once: the exact gradient for uniform mu, up to a factor
+        logprobs = theta.log_softmax(0)
+        index = torch.arange(6)
+        batch = TokenBatch(
+            logprobs, torch.full_like(logprobs, -math.log(6)), index, rewards, reference, index * 0, torch.ones(6), num_groups=1
+        )
+        theta = (theta - 10 * torch.autograd.grad(objective.loss(batch)[0], theta)[0]).detach().requires_grad_()
+    distance = (optimum.exp() * (optimum - theta.log_softmax(0))).sum()
+    assert (optimum.exp() * (optimum - reference)).sum() > 0.1
+    assert distance.abs() < 1e-12
+
+
+def test_needs_say_what_the_config_asks_for_and_the_rest_may_be_nan():
+    assert make_objective().needs == {"reference"}
+    assert make_objective(weight="truncated").needs == {"reference", "behaviour_logprobs"}
+    assert make_objective(lr_coef=0.1).needs == {"reference", "freshness"}
+    batch = make_batch()
+    poisoned = dataclasses.replace(
+        batch, behaviour_logprobs_T=batch.behaviour_logprobs_T * math.nan, staleness_N=batch.staleness_N * math.nan
+    )
+    assert torch.equal(token_gradients(make_objective(), poisoned), token_gradients(make_objective(), batch))
+    with pytest.raises(ValueError, match="behaviour_logprobs_T"):
+        make_objective(weight="truncated").loss(poisoned)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sequence_T": torch.arange(5)}, "sequence_T"),
+        ({"behaviour_logprobs_T": torch.zeros(23, 1)}, "behaviour_logprobs_T"),
+        ({"ref_logprobs_N": torch.zeros(8)}, "ref_logprobs_N"),
+        ({"groups_N": torch.zeros(10, dtype=torch.int64)}, "groups_N"),
+        ({"staleness_N": torch.zeros(1)}, "staleness_N"),
+        ({"num_groups": 0}, "num_groups"),
+    ],
+)
+def test_a_batch_whose_shapes_disagree_names_the_field(changes, named):
+    with pytest.raises(ValueError, match=named):
+        make_batch(**changes)
+
+
+def test_sequence_sums_count_empty_sequences_as_zero():
+    batch = select(make_batch(), torch.arange(9) < 3)
+    assert torch.equal(batch.sequence_sums(torch.ones(8)), torch.tensor([3.0, 1.0, 4.0]))
+    moved = dataclasses.replace(batch, sequence_T=batch.sequence_T.clamp_max(1))
+    assert torch.equal(moved.sequence_sums(torch.ones(8)), torch.tensor([3.0, 5.0, 0.0]))
+
+
+@pytest.mark.parametrize(("name", "hint"), [("agr", "did you mean 'agro'"), ("../agro", "agro"), ("xyz", "valid here: agro")])
+def test_an_unknown_objective_is_refused_with_the_nearest(name, hint):
+    with pytest.raises(ConfigError, match=hint):
+        load_objective(name, AgroConfig())
+
+
+@pytest.fixture(params=[1, 100, 1 << 24])
+def _chunks(request, monkeypatch):
+    """Chunks of one row, of several, of everything."""
+    monkeypatch.setattr(learner.logprobs, "CHUNK_ELEMENTS", request.param)
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_selective_log_softmax_is_log_softmax_in_value_and_gradient(dtype, tolerance, temperature):
+    random = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(4, 5, 31, generator=random)).to(dtype).requires_grad_()
+    targets = torch.randint(31, (4, 5), generator=random)
+    upstream = torch.randn(4, 5, generator=random)
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+    found = selective_log_softmax(logits, targets, temperature)
+    found_gradient = torch.autograd.grad((found * upstream).sum(), logits)[0]
+
+    exact_logits = logits.detach().double().requires_grad_()
+    exact = (exact_logits / temperature).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    exact_gradient = torch.autograd.grad((exact * upstream).sum(), exact_logits)[0]
+    assert found.dtype == accumulation
+    assert found_gradient.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=min(tolerance, 1e-5) * 20)  # fp32 inside also for bf16
+    torch.testing.assert_close(found_gradient.double(), exact_gradient, rtol=tolerance, atol=tolerance)
+
+
+def test_selective_log_softmax_stands_extreme_logits():
+    logits = torch.tensor([[1e4, 0.0, -1e4], [-1e4, -1e4, -1e4]], requires_grad=True)
+    found = selective_log_softmax(logits, torch.tensor([1, 2]), 1.0)
+    torch.testing.assert_close(found, torch.tensor([-1e4, -math.log(3)]), rtol=0, atol=1e-2)
+    assert torch.autograd.grad(found.sum(), logits)[0].isfinite().all()
+
+
+def test_selective_log_softmax_refuses_what_does_not_fit():
+    with pytest.raises(ConfigError, match="temperature is 0"):
+        selective_log_softmax(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), 0.0)
+    with pytest.raises(ValueError, match="targets has shape"):
+        selective_log_softmax(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), 1.0)

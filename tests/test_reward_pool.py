@@ -1,0 +1,264 @@
+"""The pool under attack: whatever a reward function does, its group gets an answer in time and the others go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.config import RewardFunction, RewardsConfig
+from cluster.errors import RewardError
+from rewards.pool import RewardPool
+from rewards.scoring import Scored
+
+TIMEOUT_S = 1.0
+RESULT_LIMIT_S = 60.0
+
+
+def pool_of(*names, timeout_s=TIMEOUT_S, workers=1):
+    functions = tuple(RewardFunction(name=name) for name in names)
+    return RewardPool(RewardsConfig(functions=functions, timeout_s=timeout_s), workers)
+
+
+def attack_pool(function, **settings):
+    return pool_of(f"tests.reward_functions:{function}", **settings)
+
+
+def score(pool, *completions, **columns):
+    return pool.submit("q", completions, columns).result(RESULT_LIMIT_S)
+
+
+def wait_until(condition, limit_s=10.0):
+    deadline_s = time.monotonic() + limit_s
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    return condition()
+
+
+def worker_processes(parent=None):
+    return [child for child in psutil.Process(parent).children() if "rewards.pool" in " ".join(child.cmdline())]
+
+
+def is_running(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+ATTACKS = [
+    ("hang", "timed out after 1 s (tests.reward_functions:hang)", "timeout"),
+    ("big_power", "timed out after 1 s", "timeout"),
+    ("spin", "timed out after 1 s", "timeout"),
+    ("ignore_sigterm_and_spin", "timed out after 1 s", "timeout"),
+    ("stop_itself", "timed out after 1 s", "timeout"),
+    ("segfault", "the worker died: SIGSEGV", "crash"),
+    ("kill_itself", "the worker died: SIGKILL (out of memory?)", "crash"),
+    ("leave", "the worker died: it exited with code 3", "crash"),
+    ("allocate", "raised MemoryError", "raised"),
+]
+
+
+@pytest.mark.parametrize(("function", "error", "kind"), ATTACKS)
+def test_an_attack_is_over_in_time_and_the_next_groups_are_scored(function, error, kind):
+    with attack_pool(function) as pool:
+        before = score(pool, "a")
+        start_s = time.monotonic()
+        hurt = pool.submit("q", ["a", "bad", "c"], {})
+        waiting = pool.submit("q", ["a", "b"], {})
+        scored = hurt.result(RESULT_LIMIT_S)
+        assert time.monotonic() - start_s < TIMEOUT_S + 1.0
+        assert [sample.reward for sample in scored] == [None] * 3
+        assert all(error in sample.error for sample in scored), scored
+        assert before == [Scored(1.0)]
+        assert waiting.result(RESULT_LIMIT_S) == [Scored(1.0), Scored(1.0)]
+        assert (pool.num_scored, pool.num_errors) == (3, 3)
+        assert (pool.num_timeouts, pool.num_crashes) == (kind == "timeout", kind == "crash")
+
+
+def test_a_hanging_group_does_not_delay_the_other_worker():
+    with attack_pool("hang", workers=2, timeout_s=5.0) as pool:
+        assert wait_until(lambda: len(worker_processes()) == 2)
+        score(pool, "warm")
+        score(pool, "warm")
+        time.sleep(0.5)
+        hurt = pool.submit("q", ["bad"], {})
+        start_s = time.monotonic()
+        assert [score(pool, "a" * length)[0].reward for length in range(1, 21)] == list(range(1, 21))
+        assert time.monotonic() - start_s < 2.0
+        assert not hurt.done()
+
+
+def test_many_crashes_in_a_row_never_break_the_pool():
+    with attack_pool("leave", workers=2) as pool:
+        futures = [pool.submit("q", ["bad" if index % 2 else "good"], {}) for index in range(20)]
+        scored = [future.result(RESULT_LIMIT_S)[0] for future in futures]
+    assert [sample.reward for sample in scored[::2]] == [4.0] * 10
+    assert all("exited with code 3" in sample.error for sample in scored[1::2])
+    assert pool.num_crashes == 10
+
+
+def test_a_worker_that_dies_while_idle_costs_no_group():
+    with attack_pool("length") as pool:
+        assert score(pool, "abc") == [Scored(3.0)]
+        for worker in worker_processes():
+            worker.kill()
+            assert wait_until(lambda worker=worker: worker.status() == psutil.STATUS_ZOMBIE)
+        assert score(pool, "abcd") == [Scored(4.0)]
+        assert (pool.num_errors, pool.num_crashes) == (0, 0)
+
+
+def test_a_killed_worker_takes_its_children_along(tmp_path):
+    pid_file = tmp_path / "pid"
+    with attack_pool("hang_with_child") as pool:
+        assert "timed out" in score(pool, "a", pid_file=str(pid_file))[0].error
+        assert wait_until(lambda: not is_running(int(pid_file.read_text())))
+
+
+@pytest.mark.slow
+def test_an_allocation_of_2_gb_is_within_the_limit():
+    with attack_pool("allocate_2_gb", timeout_s=20.0) as pool:
+        assert score(pool, "a") == [Scored(2.0)]
+
+
+def test_a_worker_is_reused_is_another_process_and_imports_nothing_heavy():
+    with attack_pool("process_id") as pool:
+        first, second = score(pool, "a")[0].reward, score(pool, "a")[0].reward
+        assert first == second != os.getpid()
+    with attack_pool("num_heavy_modules") as pool:
+        assert score(pool, "a") == [Scored(0.0)]
+
+
+def test_columns_reach_the_function_unchanged():
+    with attack_pool("echo_column") as pool:
+        assert score(pool, "a", "b", value=2.5, prompt=[{"role": "user", "content": "q"}], none=None) == [Scored(2.5)] * 2
+
+
+def test_an_exception_in_the_reward_costs_its_group_and_no_worker():
+    with pool_of("tests.reward_functions:raises", "exact_match") as pool:
+        scored = score(pool, "a", answer="a")
+        assert "raised KeyError" in scored[0].error
+        assert (pool.num_errors, pool.num_crashes) == (1, 0)
+
+
+@pytest.mark.slow
+def test_a_hanging_expression_is_killed_and_marked_by_math_verify():
+    with pool_of("math_verify", timeout_s=2.0) as pool:
+        assert score(pool, r"\boxed{4}", answer="4") == [Scored(1.0)]
+        start_s = time.monotonic()
+        scored = score(pool, r"\boxed{4}", r"\boxed{9^{9^{9^{9}}}}", answer="4")
+        assert time.monotonic() - start_s < 3.0
+        assert [sample.error for sample in scored] == ["timed out after 2 s (math_verify)"] * 2
+        assert score(pool, r"\boxed{5}", answer="4") == [Scored(0.0)]
+
+
+def test_functions_are_checked_when_the_pool_is_built():
+    with pytest.raises(RewardError, match="did you mean 'exact_match'"):
+        pool_of("exact_mtch")
+    with pytest.raises(RewardError, match="no module named 'no_such_module'"):
+        pool_of("no_such_module:f")
+
+
+def test_a_function_only_the_parent_can_import_is_an_error_that_says_so(tmp_path, monkeypatch):
+    module = tmp_path / "short_lived.py"
+    module.write_text("def f(prompts, completions, **columns): return [1.0] * len(completions)")
+    monkeypatch.syspath_prepend(tmp_path)
+    __import__("short_lived")
+    module.unlink()
+    with pool_of("short_lived:f") as pool:
+        assert "a worker could not load its functions: reward function 'short_lived:f'" in score(pool, "a")[0].error
+        assert pool.num_crashes == 1
+
+
+def test_what_does_not_pickle_is_an_error_and_not_an_exception():
+    with attack_pool("length") as pool:
+        assert "cannot be sent to a worker" in score(pool, "a", lock=threading.Lock())[0].error
+        assert score(pool, "a") == [Scored(1.0)]
+
+
+def test_large_groups_pass():
+    with attack_pool("length", timeout_s=10.0) as pool:
+        assert score(pool, *["x" * 1_000_000] * 20, padding="y" * 1_000_000) == [Scored(1e6)] * 20
+
+
+def test_close_kills_the_workers_within_two_seconds_and_answers_what_was_waiting():
+    pool = attack_pool("spin", timeout_s=100.0, workers=2)
+    score(pool, "a")
+    futures = [pool.submit("q", ["bad"], {}) for _ in range(5)]
+    assert wait_until(lambda: len(worker_processes()) == 2)
+    time.sleep(0.5)
+    start_s = time.monotonic()
+    pool.close()
+    assert time.monotonic() - start_s < 2.0
+    assert worker_processes() == []
+    assert all("pool was closed" in future.result(1.0)[0].error for future in futures)
+    assert score(pool, "a") == [Scored(error="the reward pool is closed")]
+    pool.close()
+
+
+PARENT = textwrap.dedent("""
+    import time
+    from cluster.config import RewardFunction, RewardsConfig
+    from rewards.pool import RewardPool
+    pool = RewardPool(RewardsConfig(functions=(RewardFunction(name="tests.reward_functions:FUNCTION"),), timeout_s=100.0), workers=2)
+    pool.submit("q", ["a"], {}).result()
+    futures = [pool.submit("q", ["bad"], {}) for _ in range(2)]
+    time.sleep(1.0)
+    print("ready", flush=True)
+    time.sleep(100)
+""")
+
+
+@pytest.mark.parametrize("function", ["length", "spin", "big_power"])
+def test_no_worker_survives_the_parents_kill_9(function):
+    repository = Path(__file__).parent.parent
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT.replace("FUNCTION", function)], cwd=repository, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    try:
+        assert parent.stdout.readline() == "ready\n"
+        workers = worker_processes(parent.pid)
+        assert len(workers) == 2
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        assert wait_until(lambda: not any(is_running(worker.pid) for worker in workers), limit_s=2.0)
+    finally:
+        parent.kill()
+        parent.stdout.close()
+
+
+@pytest.mark.slow
+def test_a_ray_actor_can_run_a_pool_and_leaves_no_worker_when_killed():
+    code = textwrap.dedent("""
+        import os, psutil, ray, time
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+
+        @ray.remote
+        class Actor:
+            def __init__(self):
+                from cluster.config import RewardFunction, RewardsConfig
+                from rewards.pool import RewardPool
+                functions = (RewardFunction(name="tests.reward_functions:num_heavy_modules"),)
+                self.pool = RewardPool(RewardsConfig(functions=functions))
+            def score(self):
+                return self.pool.submit("q", ["a"], {}).result()[0].reward
+            def workers(self):
+                return [child.pid for child in psutil.Process().children()]
+
+        actor = Actor.remote()
+        reward = ray.get(actor.score.remote(), timeout=60)
+        workers = ray.get(actor.workers.remote(), timeout=60)
+        ray.kill(actor)
+        time.sleep(2)
+        alive = [pid for pid in workers if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+        print("result", reward, len(workers), len(alive))
+    """)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180)
+    assert "result 0.0 1 0" in run.stdout, run.stderr[-2000:]

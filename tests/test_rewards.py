@@ -1,0 +1,186 @@
+"""The reward protocol: names to functions, and one group scored with every value checked."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import RewardError
+from rewards.exact_match import exact_match
+from rewards.registry import BUILTINS, WeightedReward, load_reward
+from rewards.scoring import MAX_ERROR_CHARS, Scored, score_group
+
+
+def constant(values):
+    return lambda prompts, completions, **columns: values
+
+
+def score(*functions, completions=("a", "b"), columns=None):
+    rewards = [WeightedReward(f"f{index}", weight, function) for index, (function, weight) in enumerate(functions)]
+    return score_group(rewards, "question", list(completions), columns or {})
+
+
+def test_builtin_names_load():
+    assert {name: load_reward(name).__name__ for name in BUILTINS} == {"exact_match": "exact_match", "math_verify": "math_verify"}
+
+
+def test_module_and_function_load():
+    assert load_reward("tests.reward_functions:length")(["q"], ["four"]) == [4.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("exact_mach", "did you mean 'exact_match'"),
+        ("mathverify", "did you mean 'math_verify'"),
+        ("zzz", "built in: exact_match, math_verify"),
+        ("", "built in:"),
+        (":f", "module:function"),
+        ("tests.reward_functions:", "module:function"),
+        ("tests.no_such_module:f", "no module named 'tests.no_such_module'"),
+        ("tests.reward_functions:lenght", "did you mean 'length'"),
+        ("tests.reward_functions:NOT_A_FUNCTION", "int, which cannot be called"),
+        ("tests.reward_functions:asynchronous", "asynchronous"),
+        ("tests.reward_functions:without_columns", "let it end in \\*\\*columns"),
+        ("math:sqrt", "signature"),
+    ],
+)
+def test_what_cannot_be_loaded_says_why(name, message):
+    with pytest.raises(RewardError, match=message):
+        load_reward(name)
+
+
+def test_a_module_that_fails_to_import_says_with_what(tmp_path, monkeypatch):
+    (tmp_path / "broken_reward.py").write_text("raise ZeroDivisionError('at import')")
+    (tmp_path / "needy_reward.py").write_text("import a_package_nobody_has")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RewardError, match="raised ZeroDivisionError: at import"):
+        load_reward("broken_reward:f")
+    with pytest.raises(RewardError, match=r"not installed.*a_package_nobody_has"):
+        load_reward("needy_reward:f")
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "expected"),
+    [("72", "72", 1.0), (" 72\n", "72 ", 1.0), ("72.", "72", 0.0), ("", "72", 0.0), ("72", 72, 1.0), ("Yes", "yes", 0.0)],
+)
+def test_exact_match_compares_stripped(completion, answer, expected):
+    assert exact_match(["q"], [completion], answer=[answer], other=[1]) == [expected]
+
+
+def test_reward_is_the_weighted_sum():
+    assert score((constant([1.0, 0.0]), 2.0), (constant([0.5, 1]), -1.0)) == [Scored(1.5), Scored(-1.0)]
+
+
+def test_functions_get_the_prompt_and_every_column_once_per_completion():
+    seen: dict[str, object] = {}
+
+    def spy(prompts, completions, **columns):
+        seen.update(prompts=prompts, completions=completions, **columns)
+        return [0.0] * len(completions)
+
+    nested = [{"role": "user", "content": "q"}]
+    score((spy, 1.0), columns={"answer": "72", "prompt": nested})
+    assert seen == {"prompts": ["question"] * 2, "completions": ["a", "b"], "answer": ["72", "72"], "prompt": [nested, nested]}
+
+
+def test_a_function_cannot_change_what_the_next_one_sees():
+    def vandal(prompts, completions, **columns):
+        completions.clear()
+        return [0.0, 0.0]
+
+    assert score((vandal, 1.0), (lambda prompts, completions, **columns: [float(len(completions))] * 2, 1.0)) == [Scored(2.0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "returned None"),
+        (math.nan, "returned nan"),
+        (math.inf, "returned inf"),
+        (-math.inf, "returned -inf"),
+        ("1.0", "returned a str, expected a number"),
+        ([1.0], "returned a list"),
+        (1 + 2j, "returned a complex"),
+        (10**400, "beyond the range"),
+    ],
+)
+def test_a_value_that_is_no_finite_number_is_an_error_of_its_sample_only(value, reason):
+    good, bad = score((constant([1.0, value]), 1.0))
+    assert good == Scored(1.0)
+    assert bad.reward is None
+    assert bad.error.startswith("f0 ")
+    assert reason in bad.error
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ([1.0], "1 values for 2 completions"),
+        ([1.0] * 3, "3 values for 2 completions"),
+        ([], "0 values"),
+        (None, "returned NoneType, expected a list of 2 numbers"),
+        (1.0, "returned float"),
+        ("ab", "returned str"),
+        ({0: 1.0, 1: 1.0}, "returned dict"),
+    ],
+)
+def test_a_result_of_the_wrong_shape_is_an_error_of_the_whole_group(values, reason):
+    scored = score((constant(values), 1.0))
+    assert [sample.reward for sample in scored] == [None, None]
+    assert all(reason in sample.error for sample in scored)
+
+
+def test_an_exception_is_an_error_with_its_last_line_and_place():
+    scored = score((load_reward("tests.reward_functions:raises"), 1.0))
+    assert scored[0] == scored[1]
+    assert scored[0].reward is None
+    assert "f0 raised KeyError: 'no such thing' (reward_functions.py:" in scored[0].error
+
+
+def test_sys_exit_and_a_missing_column_are_errors():
+    exit_error = score((load_reward("tests.reward_functions:sys_exit"), 1.0))[0].error
+    column_error = score((exact_match, 1.0))[0].error
+    assert "SystemExit: enough" in exit_error
+    assert "missing 1 required keyword-only argument: 'answer'" in column_error
+
+
+def test_one_failing_function_makes_the_sample_an_error_and_is_named():
+    scored = score((constant([1.0, 1.0]), 1.0), (constant([None, 1.0]), 0.0))
+    assert scored[0] == Scored(error="f1 returned None (could not score)")
+    assert scored[1] == Scored(1.0)
+
+
+def test_a_weighted_sum_that_overflows_is_an_error():
+    assert score((constant([1e308, 1.0]), 1e10))[0].error == "the weighted sum of f0 is inf"
+
+
+def test_error_texts_stay_short():
+    def loud(prompts, completions, **columns):
+        raise ValueError("x" * 100_000)
+
+    assert len(score((loud, 1.0), (loud, 1.0))[0].error) <= MAX_ERROR_CHARS
+
+
+def test_no_completions_give_no_rewards():
+    assert score((constant([]), 1.0), completions=()) == []
+
+
+@given(st.lists(st.one_of(st.floats(), st.integers(), st.none(), st.text(), st.booleans()), max_size=6), st.integers(0, 6))
+def test_every_completion_gets_a_finite_reward_or_an_error_whatever_is_returned(values, num_completions):
+    scored = score((constant(values), 1.5), completions=["x"] * num_completions)
+    assert len(scored) == num_completions
+    assert all((sample.reward is None) != (sample.error is None) for sample in scored)
+    assert all(sample.reward is None or math.isfinite(sample.reward) for sample in scored)
+
+
+def test_scoring_and_pool_import_nothing_heavy():
+    code = (
+        "import sys, rewards.pool; from tests.reward_functions import HEAVY_MODULES; print([m for m in HEAVY_MODULES if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

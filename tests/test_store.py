@@ -1,0 +1,207 @@
+"""The store and the ledger: what was acknowledged survives kill -9; the auditor finds what may not be."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import sqlite3
+import struct
+import time
+from typing import Any
+
+import pytest
+
+from buffer import store as store_module
+from buffer.ledger import Ledger, audit, read_statuses
+from buffer.records import Group, Sample, VersionSpan
+from buffer.store import Store, StoreError
+
+
+def make_group(group_id: int, version: int = 0, num_tokens: int = 4) -> Group:
+    sample = Sample(
+        token_ids=tuple(range(num_tokens)),
+        logprobs=(-0.5,) * num_tokens,
+        version_spans=(VersionSpan(version, 0, num_tokens),),
+        finish_reason="stop",
+        text=f"answer {group_id}",
+        reward=1.0,
+    )
+    return Group(group_id=group_id, row=group_id, prompt="p", prompt_ids=(1, 2), samples=(sample, sample), actor="a0")
+
+
+def test_a_store_opened_again_holds_groups_uses_order_and_state(tmp_path):
+    store = Store(tmp_path / "b.sqlite")
+    assert store.load_state() is None
+    assert store.put_many([make_group(7), make_group(3, version=5)]) == [7, 3]
+    store.set_uses({3: 2})
+    store.save_state({"frontier": 8})
+    store.close()
+    store = Store(tmp_path / "b.sqlite")
+    assert [(meta.group_id, meta.oldest_version, meta.uses, meta.num_tokens) for meta in store.recover()] == [(7, 0, 0, 12), (3, 5, 2, 12)]
+    assert store.load_state() == {"frontier": 8}
+    assert store.get_many([3, 7])[1] == make_group(7)
+    assert store.get_many([3])[0].uses == 2
+
+
+def test_putting_an_id_again_changes_nothing(tmp_path):
+    store = Store(tmp_path / "b.sqlite")
+    assert store.put_many([make_group(1)]) == [1]
+    assert store.put_many([make_group(1, version=9), make_group(2), make_group(2, version=9)]) == [2]
+    assert store.get_many([1, 2]) == [make_group(1), make_group(2)]
+
+
+def test_a_transaction_that_raises_leaves_nothing_behind(tmp_path):
+    store = Store(tmp_path / "b.sqlite")
+    store.put_many([make_group(1)])
+
+    def change_and_fail() -> None:
+        with store.transaction():
+            store.put_many([make_group(2)])
+            store.delete_many([1])
+            raise KeyError("boom")
+
+    with pytest.raises(KeyError, match="boom"):
+        change_and_fail()
+    assert [meta.group_id for meta in store.recover()] == [1]
+
+
+def test_a_missing_group_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(StoreError, match="group 5 is not in"):
+        Store(tmp_path / "b.sqlite").get_many([5])
+
+
+def test_a_full_disk_is_explained_and_loses_nothing(tmp_path):
+    store = Store(tmp_path / "b.sqlite")
+    store.put_many([make_group(1)])
+    num_pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count={num_pages}")
+    with pytest.raises(StoreError, match="Free space on that disk"):
+        store.put_many([make_group(2), make_group(3, num_tokens=50_000)])
+    assert [meta.group_id for meta in store.recover()] == [1]
+    store._db.execute(f"PRAGMA max_page_count={num_pages + 1000}")
+    assert store.put_many([make_group(3, num_tokens=50_000)]) == [3]
+
+
+def test_a_second_process_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "LOCK_TIMEOUT_S", 0.1)
+    Store(tmp_path / "b.sqlite").put_many([make_group(1)])
+    held = Store(tmp_path / "c.sqlite")
+    held.put_many([make_group(1)])
+    with pytest.raises(StoreError, match="is a second run"):
+        Store(tmp_path / "c.sqlite")
+
+
+def test_a_file_that_is_no_database_is_explained(tmp_path):
+    (tmp_path / "b.sqlite").write_bytes(b"not sqlite " * 100)
+    with pytest.raises(StoreError, match="Move the file away"):
+        Store(tmp_path / "b.sqlite")
+
+
+def _write_until_killed(path, first_id: int, seed: int, acks: int) -> None:
+    """Puts groups in batches of random sizes; tells each batch's last id after its commit."""
+    rng = random.Random(seed)
+    store = Store(path)
+    next_id = first_id
+    while True:
+        batch = [make_group(next_id + i, num_tokens=rng.choice([4, 50, 900])) for i in range(rng.randint(1, 4))]
+        store.put_many(batch)
+        store.save_state({"frontier": next_id + len(batch)})
+        os.write(acks, struct.pack("<q", batch[-1].group_id))
+        next_id += len(batch)
+
+
+def test_invariant_2_acknowledged_groups_survive_25_kills_of_the_writer(tmp_path):
+    path = tmp_path / "b.sqlite"
+    fork = multiprocessing.get_context("fork")
+    rng = random.Random(0)
+    num_acknowledged, first_id = 0, 0
+    for kill in range(25):
+        reader, writer = os.pipe()
+        process = fork.Process(target=_write_until_killed, args=(path, first_id, kill, writer))
+        process.start()
+        os.close(writer)
+        last = os.read(reader, 8)  # so that every writer gets past its start
+        time.sleep(rng.uniform(0.0, 0.06))
+        process.kill()
+        process.join()
+        with os.fdopen(reader, "rb") as pipe:
+            last += pipe.read()
+        acknowledged_to = struct.unpack("<q", last[-8:])[0]
+
+        store = Store(path)
+        stored = [meta.group_id for meta in store.recover()]
+        assert stored == list(range(len(stored))), "a hole or a duplicate"
+        assert len(stored) > acknowledged_to
+        assert (store.load_state() or {"frontier": 0})["frontier"] > acknowledged_to
+        num_acknowledged += acknowledged_to + 1 - first_id
+        first_id = len(stored)
+        store.close()
+    store = Store(path)
+    assert all(group.group_id == group_id for group_id, group in enumerate(store.get_many(range(first_id))))
+    store.close()
+    with sqlite3.connect(path) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert num_acknowledged > 500
+
+
+def _write_ledger(path, events: list[tuple[Any, int]]) -> None:
+    ledger = Ledger(path)
+    for event, group_id in events:
+        ledger.record(event, group_id, step=9, version=4, reason="because" if event == "evicted" else "")
+    ledger.close()
+
+
+def test_audit_follows_every_item(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    history = [("leased", i) for i in range(6)] + [("expired", 0), ("leased", 0), ("inserted", 0), ("trained", 0), ("trained", 0)]
+    history += [("evicted", 0), ("failed", 1), ("cancelled", 2), ("inserted", 3), ("expired", 4)]
+    _write_ledger(path, history)
+    found = audit(path)
+    assert found["violations"] == []
+    assert found["status"] == {"evicted": 1, "failed": 1, "cancelled": 1, "stored": 1, "waiting": 1, "leased": 1}
+    assert found["events"]["trained"] == 2
+    assert found["evictions"] == {"because": 1}
+    assert found["max_staleness"] == 5
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        ["leased", "inserted", "inserted"],
+        ["leased", "inserted", "failed"],
+        ["leased", "failed", "inserted"],
+        ["leased", "cancelled", "failed"],
+        ["leased", "leased"],
+        ["inserted"],
+        ["leased", "trained"],
+        ["leased", "inserted", "evicted", "trained"],
+        ["leased", "inserted", "evicted", "evicted"],
+    ],
+)
+def test_audit_finds_a_planted_double_ending(tmp_path, planted):
+    path = tmp_path / "ledger.jsonl"
+    _write_ledger(path, [("leased", 1), *((event, 2) for event in planted), ("inserted", 1)])
+    violations = audit(path)["violations"]
+    assert len(violations) == 1
+    assert f"group 2 {planted[-1]}" in violations[0]
+
+
+def test_a_ledger_cut_inside_a_line_goes_on_in_a_new_one(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    _write_ledger(path, [("leased", 1), ("leased", 2)])
+    path.write_bytes(path.read_bytes()[:-20])
+    _write_ledger(path, [("inserted", 1)])
+    found = audit(path)
+    assert found["torn_lines"] == 1
+    assert found["violations"] == []
+    assert read_statuses(path) == {1: "stored"}
+
+
+def test_a_ledger_on_a_full_disk_keeps_its_lines():
+    ledger = Ledger("/dev/full")
+    ledger.record("leased", 1, step=0)
+    ledger.flush()
+    ledger.record("leased", 2, step=0)
+    ledger.flush()
+    assert ledger.num_unwritten == 2
