@@ -78,7 +78,7 @@ class Engine:
         """Requests submitted and not finished."""
         return self._engine.get_num_unfinished_requests()
 
-    def submit(self, request_id: str, prompt_ids: tuple[int, ...], *, seed: int, temperature: float | None = None) -> None:
+    def submit(self, request_id: str, prompt_ids: tuple[int, ...], *, seed: int | None = None, temperature: float | None = None) -> None:
         """Queue one sample. `temperature` None: the configured one; 0: greedy."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind

@@ -93,7 +93,7 @@ def read_snapshot(manifest: Manifest, buckets: Sequence[np.ndarray]) -> Iterator
             raise SnapshotError(f"snapshot {manifest.version}, bucket {number}: {bucket.nbytes} bytes arrived of {size}; it is torn")
         if (found := xxhash.xxh3_128_hexdigest(bucket)) != checksum:
             raise SnapshotError(f"snapshot {manifest.version}, bucket {number}: checksum {found}, expected {checksum}; it is torn")
-    return (_tensor(entry, buckets[entry.bucket]) for entry in manifest.params)
+    return ((entry.name, _tensor(entry, buckets[entry.bucket])) for entry in manifest.params)
 
 
 def _tensor(entry: ParamEntry, bucket: np.ndarray) -> torch.Tensor:

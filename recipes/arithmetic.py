@@ -94,7 +94,9 @@ def make_base(out_dir: str) -> None:
     model = make_llama(len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=PEAK_LR, total_steps=WARM_UP_STEPS, pct_start=0.1)
-    print(f"making the base model: {sum(p.numel() for p in model.parameters()):,} parameters, {WARM_UP_STEPS} steps on noisy sums", flush=True)
+    print(
+        f"making the base model: {sum(p.numel() for p in model.parameters()):,} parameters, {WARM_UP_STEPS} steps on noisy sums", flush=True
+    )
     started = time.perf_counter()
     for step in range(1, WARM_UP_STEPS + 1):
         inputs, labels = _noisy_batch(tokenizer, rng)

@@ -1,0 +1,262 @@
+"""The rollout actor: leases prompts, generates with whatever weights it has, has them scored, inserts whole groups.
+
+    buffer --lease--> WorkItems --engine--> Samples --reward pool--> Group --insert--> buffer
+    board  --poll---> newer snapshot: fetched while generation goes on, applied between two engine steps
+                      evaluation items: exactly their version is loaded, and kept until they are done
+
+The loop never waits while there is something to generate. Its waits are counters: `wait_admission_s` (the buffer admits
+no more work) and `wait_weights_s` (before the first snapshot: an actor is not eligible until it has one).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+import ray
+
+from actors.engine import Engine
+from actors.prompts import PromptRow, PromptSet
+from buffer.records import EvalItem, EvalSample, Group, Sample, WorkItem, encode
+from cluster.board import Directive
+from cluster.config import Config
+from cluster.errors import SnapshotError
+from cluster.weights import Manifest, read_snapshot
+from rewards.pool import RewardPool
+
+POLL_S = 5.0
+REPORT_EVERY_S = 1.0
+IDLE_S = 0.1
+SCORING_S = 0.002
+RETRY_S = 1.0
+
+
+@dataclass
+class OpenGroup:
+    """A prompt whose samples are being generated."""
+
+    item: WorkItem | EvalItem
+    row: PromptRow
+    samples: list[Sample | None]
+    missing: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.missing = len(self.samples)
+
+
+class RolloutActor:
+    """One vLLM engine and its loop; `cluster.run` makes it a Ray actor. `run` returns when the board retires it."""
+
+    def __init__(
+        self, name: str, config: Config, prompts: PromptSet, eval_prompts: PromptSet, buffer: Any, board: Any, monitor: Any
+    ) -> None:
+        self._name, self._config = name, config
+        self._prompts, self._eval_prompts = prompts, eval_prompts
+        self._buffer, self._board, self._monitor = buffer, board, monitor
+        self._rewards = RewardPool(config.rewards)
+        seed = (config.run.seed * 1_000_003 + sum(name.encode()) * 7919) % 2**31
+        self._engine = Engine(config.model, config.actors, max_model_len=config.max_sequence_tokens, seed=seed, version=-1)
+        self._work: deque[WorkItem] = deque()
+        self._open: dict[str, tuple[OpenGroup, int]] = {}
+        self._scoring: list[tuple[OpenGroup, Future]] = []
+        self._evaluating = 0
+        self._directive: Directive | None = None
+        self._buckets: tuple[Manifest, list] | None = None
+        self._calls: dict[str, Any] = {}  # At most one outstanding Ray call of each kind.
+        self._inserts: list[Any] = []
+        self._retry_at_s = self._reported_s = 0.0
+        self._retired = False
+        self._counters: dict[str, float] = dict.fromkeys(
+            ("generated_tokens", "generated_samples", "groups", "busy_s", "wait_admission_s", "wait_weights_s", "updates", "errors"), 0.0
+        )
+
+    def run(self) -> dict[str, float]:
+        """Generate until retired; the final counters."""
+        while not self._retired:
+            self._follow_board()
+            self._take_work()
+            if self._engine.num_unfinished:
+                self._generate()
+            else:
+                self._idle()
+            self._deliver()
+            self._report()
+        if self._work or self._open:
+            ordinals = {group.item.ordinal for group, _ in self._open.values() if isinstance(group.item, WorkItem)}
+            ray.get(self._buffer.give_back.remote(self._name, [*ordinals, *(item.ordinal for item in self._work)]), timeout=self._timeout_s)
+        self._rewards.close()
+        return dict(self._counters)
+
+    @property
+    def _timeout_s(self) -> float:
+        return self._config.run.timeout_s
+
+    # --- the board: weights and evaluations -----------------------------------------------------------------------
+
+    def _follow_board(self) -> None:
+        if self._directive is None and not self._evaluating and time.monotonic() >= self._retry_at_s:
+            if "poll" not in self._calls:
+                max_items = max(1, self._config.actors.slots // self._config.eval.samples)
+                self._calls["poll"] = self._board.poll.remote(self._name, self._engine.version, max_items, POLL_S)
+            elif (payload := self._answer("poll")) is not None:
+                self._obey(msgspec.msgpack.decode(payload, type=Directive))
+        if self._directive is not None:
+            self._fetch_snapshot(self._directive)
+
+    def _obey(self, directive: Directive) -> None:
+        self._retired = directive.retire
+        if directive.version != self._engine.version:
+            self._directive = directive
+        else:
+            self._start_evaluating(directive.eval_items)
+
+    def _fetch_snapshot(self, directive: Directive) -> None:
+        """Pull the directive's snapshot, over as many turns of the loop as it takes; apply it when all of it is here."""
+        if self._buckets is None:
+            if "snapshot" not in self._calls:
+                self._calls["snapshot"] = self._board.snapshot.remote(directive.version)
+            elif "snapshot" in self._calls and self._is_ready("snapshot"):
+                snapshot = self._answer("snapshot")
+                if snapshot is None:  # Dropped for newer ones since: ask again.
+                    self._directive = None
+                    return
+                self._buckets = (msgspec.msgpack.decode(snapshot[0], type=Manifest), snapshot[1])
+        if self._buckets is not None:
+            manifest, references = self._buckets
+            ready, _ = ray.wait(references, num_returns=len(references), timeout=0, fetch_local=True)
+            if len(ready) == len(references):
+                self._apply(directive, manifest, ray.get(references, timeout=self._timeout_s))
+
+    def _apply(self, directive: Directive, manifest: Manifest, buckets: list[np.ndarray]) -> None:
+        self._directive = self._buckets = None
+        start_s = time.perf_counter()
+        try:
+            weights = read_snapshot(manifest, buckets)
+        except SnapshotError as error:  # The old weights stay; the samples say so.
+            self._counters["errors"] += 1
+            self._monitor.event.remote(f"{self._name} keeps version {self._engine.version}: {error}")
+            self._retry_at_s = time.monotonic() + RETRY_S
+            return
+        self._engine.load_weights(manifest.version, weights)
+        self._counters["apply_s"] = time.perf_counter() - start_s
+        self._counters["updates"] += 1
+        self._start_evaluating(directive.eval_items)
+
+    def _start_evaluating(self, items: tuple[EvalItem, ...]) -> None:
+        for item in items:
+            self._evaluating += 1
+            self._submit(item, self._eval_prompts[item.row], self._config.eval.samples, self._config.eval.temperature)
+
+    # --- work -----------------------------------------------------------------------------------------------------
+
+    def _take_work(self) -> None:
+        """Keep the engine's slots full, and a few leases at hand to refill them."""
+        actors = self._config.actors
+        if self._engine.version < 0:
+            return
+        reserve = max(1, actors.slots // (2 * actors.group_size))
+        if "lease" in self._calls:
+            for payload in self._answer("lease") or ():
+                self._work.append(msgspec.msgpack.decode(payload, type=WorkItem))
+        if "lease" not in self._calls and len(self._work) < reserve:
+            self._calls["lease"] = self._buffer.lease.remote(self._name, reserve, POLL_S)
+        while self._work and self._engine.num_unfinished < actors.slots:
+            item = self._work.popleft()
+            self._submit(item, self._prompts[item.row], actors.group_size, actors.temperature)
+
+    def _submit(self, item: WorkItem | EvalItem, row: PromptRow, count: int, temperature: float) -> None:
+        group = OpenGroup(item, row, [None] * count)
+        key = f"train-{item.ordinal}" if isinstance(item, WorkItem) else f"eval-{item.evaluation_id}-{item.row}"
+        for index in range(count):
+            request_id = f"{key}-{index}"
+            self._open[request_id] = (group, index)
+            # No seed: with one per request vLLM's CPU sampler is 15 times slower; the engine's own seed decides.
+            self._engine.submit(request_id, row.token_ids, temperature=temperature)
+
+    def _generate(self) -> None:
+        start_s = time.perf_counter()
+        for request_id, sample in self._engine.step():
+            group, index = self._open.pop(request_id)
+            group.samples[index] = sample
+            group.missing -= 1
+            if isinstance(group.item, WorkItem):
+                self._counters["generated_tokens"] += len(sample.token_ids)
+                self._counters["generated_samples"] += 1
+            if not group.missing:
+                texts = [sample.text for sample in group.samples if sample is not None]
+                self._scoring.append((group, self._rewards.submit(group.row.text, texts, group.row.columns)))
+        self._counters["busy_s"] += time.perf_counter() - start_s
+
+    def _deliver(self) -> None:
+        """Insert the groups whose rewards are there; hand evaluations to the board."""
+        scored = [(group, future.result()) for group, future in self._scoring if future.done()]
+        if scored:
+            self._scoring = [entry for entry in self._scoring if not entry[1].done()]
+        groups, evaluated = [], []
+        for group, scores in scored:
+            samples = [
+                msgspec.structs.replace(sample, reward=score.reward, error=score.error)
+                for sample, score in zip(group.samples, scores, strict=True)
+                if sample is not None
+            ]
+            self._counters["errors"] += sum(sample.error is not None for sample in samples)
+            if isinstance(group.item, WorkItem):
+                groups.append(encode(self._group(group.item, group.row, samples)))
+            else:
+                evaluated.append(_eval_sample(group.item, group.row, samples))
+        if groups:
+            self._counters["groups"] += len(groups)
+            self._inserts.append(self._buffer.insert.remote(self._name, groups))
+        if evaluated:
+            self._evaluating -= len(evaluated)
+            self._inserts.append(self._board.finish.remote(msgspec.msgpack.encode(evaluated)))
+        if self._inserts:
+            done, self._inserts = ray.wait(self._inserts, num_returns=len(self._inserts), timeout=0)
+            ray.get(done)  # Raises here what the buffer refused.
+
+    def _group(self, item: WorkItem, row: PromptRow, samples: list[Sample]) -> Group:
+        return Group(
+            group_id=item.ordinal, row=row.row, prompt=row.text, prompt_ids=row.token_ids, samples=tuple(samples), actor=self._name
+        )
+
+    # --- waiting and telling --------------------------------------------------------------------------------------
+
+    def _is_ready(self, call: str) -> bool:
+        return bool(ray.wait([self._calls[call]], timeout=0)[0])
+
+    def _answer(self, call: str) -> Any:
+        """The result of an outstanding call, or None while there is none."""
+        return ray.get(self._calls.pop(call), timeout=self._timeout_s) if self._is_ready(call) else None
+
+    def _idle(self) -> None:
+        """Nothing to generate: wait for an answer, and count what for."""
+        start_s = time.perf_counter()
+        waiting = [*self._calls.values(), *self._inserts]
+        limit_s = SCORING_S if self._scoring else IDLE_S
+        if waiting:
+            ray.wait(waiting, num_returns=1, timeout=limit_s)
+        else:
+            time.sleep(limit_s)
+        wait = "wait_weights_s" if self._engine.version < 0 else "wait_admission_s"
+        self._counters[wait] += time.perf_counter() - start_s
+
+    def _report(self) -> None:
+        if time.monotonic() - self._reported_s >= REPORT_EVERY_S:
+            self._reported_s = time.monotonic()
+            self._monitor.log_actor.remote(self._name, {**self._counters, "version": self._engine.version})
+
+
+def _eval_sample(item: EvalItem, row: PromptRow, samples: list[Sample]) -> EvalSample:
+    return EvalSample(
+        item=item,
+        prompt=row.text,
+        texts=tuple(sample.text for sample in samples),
+        rewards=tuple(sample.reward for sample in samples),
+        errors=tuple(sample.error for sample in samples),
+        version_spans=tuple(sample.version_spans for sample in samples),
+    )

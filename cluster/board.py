@@ -1,0 +1,199 @@
+"""The board: the one place rollout actors look at between engine steps. An asyncio class; a run wraps it as a Ray actor.
+
+    learner  --publish(version)-->  board  <--poll(actor, version)--  actors     newest snapshot, evaluation items, or retire
+                                      |   <--finish(evaluated)------
+                                      `--Evaluation--> monitor
+
+Snapshots: references to immutable buckets. The newest `KEEP` are held, besides those an evaluation still needs.
+
+Evaluations: each belongs to one policy version. An actor handed its items loads exactly that version and takes no update
+until they are done; training goes on meanwhile. Items of an actor that dies are handed out again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import msgspec
+
+from buffer.records import EvalItem, EvalSample, Evaluation
+from cluster.config import Config
+
+KEEP = 3
+
+Snapshot: TypeAlias = tuple[bytes, list]
+"""An encoded Manifest and, per bucket, a reference to it."""
+
+
+class Directive(msgspec.Struct, frozen=True):
+    """What an actor should do next: load `version` (when it has another), evaluate `eval_items`, or retire."""
+
+    version: int
+    eval_items: tuple[EvalItem, ...] = ()
+    retire: bool = False
+
+
+class _OpenEvaluation:
+    def __init__(self, evaluation_id: int, version: int, num_rows: int, seed: int) -> None:
+        self.version, self.num_rows = version, num_rows
+        self.pending = deque(EvalItem(evaluation_id, version, row, (seed + row) % 2**31) for row in range(num_rows))
+        self.taken: dict[EvalItem, str] = {}
+        self.done: dict[int, EvalSample] = {}
+
+    def take(self, actor: str, count: int) -> tuple[EvalItem, ...]:
+        items = tuple(self.pending.popleft() for _ in range(min(count, len(self.pending))))
+        self.taken.update(dict.fromkeys(items, actor))
+        return items
+
+    def release(self, actor: str) -> None:
+        lost = [item for item, holder in self.taken.items() if holder == actor and item.row not in self.done]
+        for item in lost:
+            del self.taken[item]
+        self.pending.extend(lost)
+
+
+class Board:
+    """Snapshots, evaluations and retirements; see the module's docstring."""
+
+    def __init__(self, config: Config, num_eval_rows: int, on_evaluation: Callable[[Evaluation, list[dict[str, Any]]], Any]) -> None:
+        """`on_evaluation(result, samples)` is called when an evaluation is complete."""
+        self._config, self._num_eval_rows, self._on_evaluation = config, num_eval_rows, on_evaluation
+        self._snapshots: dict[int, Snapshot] = {}
+        self._newest = -1
+        self._evaluations: dict[int, _OpenEvaluation] = {}
+        self._results: list[Evaluation] = []
+        self._retired: set[str] = set()
+        self._heard: dict[str, float] = {}
+        self._changed = asyncio.Condition()
+
+    # --- learner ------------------------------------------------------------------------------------------------
+
+    async def publish(self, manifest: bytes, buckets: list, version: int, *, evaluate: bool) -> None:
+        """Make a snapshot the newest one; with `evaluate`, its evaluation begins."""
+        self._snapshots[version] = (manifest, buckets)
+        self._newest = version
+        if evaluate and self._num_eval_rows:
+            number = len(self._results) + len(self._evaluations)
+            self._evaluations[number] = _OpenEvaluation(number, version, self._num_eval_rows, self._config.run.seed)
+        self._drop_old_snapshots()
+        await self._wake()
+
+    # --- actors -------------------------------------------------------------------------------------------------
+
+    async def poll(self, actor: str, version: int, max_items: int, timeout_s: float) -> bytes:
+        """The actor's next Directive (msgpack), as soon as there is something new for it or after `timeout_s`.
+
+        `version`: what it has loaded. `max_items`: how many evaluation prompts it can take now. Also its heartbeat.
+        """
+        self._heard[actor] = time.monotonic()
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + timeout_s
+        async with self._changed:
+            while (directive := self._directive(actor, version, max_items)) is None:
+                left_s = until_s - loop.time()
+                if left_s <= 0:
+                    directive = Directive(version)
+                    break
+                try:
+                    await asyncio.wait_for(self._changed.wait(), left_s)
+                except TimeoutError:
+                    continue
+        self._heard[actor] = time.monotonic()
+        return msgspec.msgpack.encode(directive)
+
+    async def snapshot(self, version: int) -> Snapshot | None:
+        """The snapshot of `version`, or None when it has been dropped since (poll again)."""
+        return self._snapshots.get(version)
+
+    async def finish(self, payload: bytes) -> None:
+        """Results of evaluation items (msgpack list of EvalSample). Twice the same item counts once."""
+        for sample in msgspec.msgpack.decode(payload, type=list[EvalSample]):
+            evaluation = self._evaluations.get(sample.item.evaluation_id)
+            if evaluation is None:
+                continue
+            if any(span.version != evaluation.version for spans in sample.version_spans for span in spans):
+                evaluation.pending.append(sample.item)  # Not the policy it claims to measure: again.
+                continue
+            evaluation.done[sample.item.row] = sample
+            if len(evaluation.done) == evaluation.num_rows:
+                self._complete(sample.item.evaluation_id, evaluation)
+        await self._wake()
+
+    async def release_actor(self, actor: str) -> None:
+        """The actor is gone: its evaluation items are handed out again."""
+        for evaluation in self._evaluations.values():
+            evaluation.release(actor)
+        self._heard.pop(actor, None)
+        await self._wake()
+
+    # --- driver -------------------------------------------------------------------------------------------------
+
+    async def retire(self, actors: list[str]) -> None:
+        """These actors finish: they hand back their leases and return."""
+        self._retired.update(actors)
+        await self._wake()
+
+    async def silent_s(self) -> dict[str, float]:
+        """Seconds since each actor was last heard of."""
+        now = time.monotonic()
+        return {actor: now - heard for actor, heard in self._heard.items()}
+
+    async def evaluations(self) -> tuple[int, list[Evaluation]]:
+        """(number still open, results so far)."""
+        return len(self._evaluations), list(self._results)
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _directive(self, actor: str, version: int, max_items: int) -> Directive | None:
+        if actor in self._retired:
+            return Directive(version, retire=True)
+        if self._newest < 0:
+            return None
+        for evaluation in self._evaluations.values():
+            if evaluation.pending and max_items > 0:
+                return Directive(evaluation.version, evaluation.take(actor, max_items))
+        return Directive(self._newest) if self._newest != version else None
+
+    def _complete(self, evaluation_id: int, evaluation: _OpenEvaluation) -> None:
+        del self._evaluations[evaluation_id]
+        samples = [evaluation.done[row] for row in sorted(evaluation.done)]
+        rewards = [reward for sample in samples for reward in sample.rewards if reward is not None]
+        num_samples = sum(len(sample.rewards) for sample in samples)
+        result = Evaluation(
+            evaluation_id=evaluation_id,
+            policy_version=evaluation.version,
+            solve_rate=sum(rewards) / len(rewards) if rewards else float("nan"),
+            num_problems=len(samples),
+            num_samples=num_samples,
+            num_errors=num_samples - len(rewards),
+        )
+        self._results.append(result)
+        self._drop_old_snapshots()
+        self._on_evaluation(result, [_shown(sample) for sample in samples])
+
+    def _drop_old_snapshots(self) -> None:
+        needed = {evaluation.version for evaluation in self._evaluations.values()} | set(sorted(self._snapshots)[-KEEP:])
+        for version in [version for version in self._snapshots if version not in needed]:
+            del self._snapshots[version]
+
+    async def _wake(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+
+def _shown(sample: EvalSample) -> dict[str, Any]:
+    """The first completion of a problem, as the report's sample viewer wants it."""
+    return {
+        "step": sample.item.policy_version,
+        "version": sample.item.policy_version,
+        "staleness": 0,
+        "prompt": sample.prompt,
+        "completion": sample.texts[0],
+        "reward": sample.rewards[0],
+        "error": sample.errors[0],
+        "advantage": None,
+    }

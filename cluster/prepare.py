@@ -1,0 +1,105 @@
+"""Everything that can fail before anything starts: the base model, the prompts, the rewards, the run directory."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.prompts import PromptSet, load_prompts
+from cluster.config import Config, dump_config
+from cluster.errors import ConfigError
+from cluster.monitor import wandb_mode
+from learner.objectives import load_objective
+from rewards.registry import load_reward
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made of, checked. `config` has an absolute model path."""
+
+    config: Config
+    prompts: PromptSet
+    eval_prompts: PromptSet
+    pad_id: int
+    run_dir: Path
+    wandb_mode: str
+
+
+def prepare(config: Config) -> Inputs:
+    """Check and load what the run needs; raises ConfigError, DataError or RewardError with a remedy. Makes the run directory last."""
+    mode = wandb_mode(config)
+    for function in config.rewards.functions:
+        load_reward(function.name)
+    load_objective(config.learner.objective, config.agro)
+    config = ensure_model(config)
+    tokenizer = load_tokenizer(config)
+    prompts = load_prompts(config.data, tokenizer)
+    if config.data.eval_rows:
+        eval_prompts = load_prompts(config.data, tokenizer, evaluation=True)
+    else:
+        eval_prompts = PromptSet(rows=[], num_bad_rows=0, source="none")
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    return Inputs(config, prompts, eval_prompts, pad_id, make_run_dir(config), mode)
+
+
+def ensure_model(config: Config) -> Config:
+    """The config with the model's path made absolute; a model that does not exist yet is made by `model.make`."""
+    model = config.model
+    path = Path(model.path).expanduser()
+    if not path.exists() and model.make:
+        module_name, function_name = model.make.split(":")
+        try:
+            make = getattr(importlib.import_module(module_name), function_name)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"model.make = {model.make}: {error}. Expected module:function, importable from here.") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make(str(path))
+    if not path.exists():
+        return config  # A hub id: transformers resolves it, or says why it cannot.
+    absolute = model.model_copy(update={"path": str(path.resolve())})
+    return config.model_copy(update={"model": absolute})
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The policy's tokenizer; raises ConfigError when the model is neither on disk nor to be had from the hub."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.path = {config.model.path}: no tokenizer to be had ({reason}). "
+            "Give a local Hugging Face directory, or a hub id this machine can reach."
+        ) from None
+
+
+def make_run_dir(config: Config) -> Path:
+    """A new run directory with the resolved config in it; raises ConfigError when `run.dir` already holds a run."""
+    if config.run.dir:
+        run_dir = Path(config.run.dir).expanduser()
+    else:
+        run_dir = runs_root() / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = run_dir.resolve()
+    if (run_dir / "config.yaml").exists():
+        raise ConfigError(f"run.dir = {run_dir} already holds a run. Choose another run.dir, or leave it out for a new one.")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    return run_dir
+
+
+def runs_root() -> Path:
+    """`runs/` here; for a submitted job, whose working directory is a throw-away copy, `~/agro-runs`. `AGRO_RUNS` overrides both."""
+    if root := os.environ.get("AGRO_RUNS"):
+        return Path(root)
+    return Path.home() / "agro-runs" if "runtime_resources" in Path.cwd().parts else Path("runs")
+
+
+def repository_root() -> Path:
+    """Where launch.py lies: what workers need on their path."""
+    return Path(sys.modules["cluster"].__path__[0]).resolve().parent

@@ -1,0 +1,28 @@
+"""`launch.py train`: from a config to a summary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.config import Config
+from cluster.errors import AgroError
+from cluster.prepare import prepare
+from cluster.supervisor import StopSignal, Supervisor, ray_session
+from cluster.terminal import Terminal
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Run `config` to its end, or to SIGINT or SIGTERM, in order; the summary. Raises AgroError after writing what there is."""
+    inputs = prepare(config)
+    with ray_session(inputs.config), StopSignal() as stop:
+        supervisor = Supervisor(inputs)
+        try:
+            supervisor.start()
+            with Terminal() as terminal:
+                totals = supervisor.watch(stop, terminal)
+            return supervisor.finish(totals, stop.name)
+        except AgroError as error:
+            supervisor.finish([], str(error).splitlines()[0])
+            raise
+        finally:
+            supervisor.close()

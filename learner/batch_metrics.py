@@ -1,0 +1,50 @@
+"""What a batch looks like, before it is learned from: rewards, ages, lengths, and a few samples to read."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from buffer.records import Batch
+
+SHOWN_SAMPLES = 8
+
+
+def batch_metrics(batch: Batch) -> dict[str, float]:
+    """Metrics of the batch by their names in metrics.jsonl; ages in learner steps, measured now, when it is consumed."""
+    samples = [sample for group in batch.groups for sample in group.samples]
+    rewards = [sample.reward for sample in samples if sample.reward is not None]
+    lengths = [len(sample.token_ids) for sample in samples]
+    ages = [batch.step - sample.mean_version for sample in samples]
+    zero_std = [len({sample.reward for sample in group.samples}) <= 1 for group in batch.groups]
+    return {
+        "reward/mean": statistics.fmean(rewards),
+        "reward/std": statistics.pstdev(rewards),
+        "reward/zero_std_fraction": statistics.fmean(zero_std),
+        "staleness/mean": sum(age * length for age, length in zip(ages, lengths, strict=True)) / sum(lengths),
+        "staleness/max": max(ages),
+        "staleness/oldest_token": float(batch.step - min(group.oldest_version for group in batch.groups)),
+        "completions/mean_length": statistics.fmean(lengths),
+        "completions/truncated_fraction": statistics.fmean(sample.finish_reason == "length" for sample in samples),
+    }
+
+
+def shown_samples(batch: Batch, diagnostics: dict[int, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """The first sample of the first groups with everything a reader wants to know of it."""
+    shown = []
+    for group in batch.groups:
+        if group.group_id not in diagnostics or len(shown) == SHOWN_SAMPLES:
+            continue
+        sample = group.samples[0]
+        shown.append(
+            {
+                "prompt": group.prompt,
+                "completion": sample.text,
+                "reward": sample.reward,
+                "error": sample.error,
+                "advantage": diagnostics[group.group_id][0]["advantage"],
+                "version": sample.oldest_version,
+                "staleness": batch.step - sample.oldest_version,
+            }
+        )
+    return shown

@@ -1,0 +1,168 @@
+"""The policy under DeepSpeed ZeRO-3: every call into deepspeed is in this file.
+
+CPU (gloo) and GPU (NCCL) run the same code. torch.distributed is initialised here, with the run's own timeout.
+
+Surprises: outside a gather a partitioned parameter has `numel() == 0`, so sizes come from `ds_numel`; every rank must call
+`forward`, `backward`, `step` and `named_weights` equally often and in one order, since each of them gathers; a gather with
+`modifier_rank` set would broadcast everything back, so it stays None for reading.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.config import LearnerConfig, ModelConfig
+from cluster.errors import TrainingError
+from learner.packing import ModelInputs, token_logprobs
+
+
+def init_process_group(rank: int, world_size: int, address: str, port: int, *, use_gpu: bool, timeout_s: float) -> torch.device:
+    """Join the ranks and return this one's device. Raises torch's DistStoreError when a rank is missing after `timeout_s`."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port))
+    if not use_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size, timeout=timeout)
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", verbose=False)
+    return torch.device("cuda", 0) if use_gpu else torch.device("cpu")
+
+
+def _deepspeed_config(learner: LearnerConfig, dtype: str, *, training: bool) -> dict[str, Any]:
+    offload = {"device": "cpu" if learner.offload else "none"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": 3, "offload_param": offload},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if training:
+        config["zero_optimization"]["offload_optimizer"] = offload
+        config["gradient_clipping"] = learner.grad_clip
+        config["optimizer"] = {
+            "type": "AdamW",
+            "params": {"lr": learner.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": learner.weight_decay, "torch_adam": True},
+        }
+    return config
+
+
+def _load(model: ModelConfig, learner: LearnerConfig, *, training: bool) -> Any:
+    """A Hugging Face causal LM, partitioned by ZeRO-3, as a DeepSpeed engine."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_pretrained(
+        model.path,
+        dtype=getattr(torch, model.dtype),
+        attn_implementation=model.attention,
+        trust_remote_code=model.trust_remote_code,
+    )
+    module.config.use_cache = False
+    if training and learner.gradient_checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not training:
+        module.requires_grad_(False).eval()
+    parameters = [p for p in module.parameters() if p.requires_grad] or None
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=parameters, config=_deepspeed_config(learner, model.dtype, training=training)
+    )
+    return engine
+
+
+class ZeroReference:
+    """The frozen reference, partitioned like the policy."""
+
+    def __init__(self, model: ModelConfig, learner: LearnerConfig) -> None:
+        self._engine = _load(model, learner, training=False)
+        self._engine.eval()
+
+    @torch.no_grad()
+    def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
+        """[T] log-probs of the completion tokens. Collective."""
+        return token_logprobs(self._engine(**inputs.model_kwargs()).logits, inputs, temperature)
+
+
+class ZeroPolicy:
+    """The trained policy: log-probs, gradients, optimizer steps, and its weights one bucket at a time."""
+
+    def __init__(self, model: ModelConfig, learner: LearnerConfig) -> None:
+        self._model, self._learner = model, learner
+        self._engine = _load(model, learner, training=True)
+        self.module: Any = self._engine.module
+
+    def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
+        """[T] log-probs of the completion tokens, differentiable unless under `torch.no_grad`. Collective."""
+        self._engine.train(torch.is_grad_enabled())
+        return token_logprobs(self._engine(**inputs.model_kwargs()).logits, inputs, temperature)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of this rank's share of the loss; `last` marks the step's last call. Collective.
+
+        The gradient is the SUM over ranks and calls: DeepSpeed averages over ranks, which the factor undoes.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """One AdamW step at `lr` with clipping; returns the gradient norm before clipping. Collective.
+
+        Raises TrainingError on every rank when the norm is not finite; parameters are then not to be used.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        if not norm < float("inf"):
+            raise TrainingError(
+                f"the gradient norm is {norm}: a log-prob or a reward blew up. Lower learner.lr, or see the last samples in the report."
+            )
+        return norm
+
+    def named_weights(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole tensor) of every parameter, tied ones once, gathered in buckets of about `bucket_bytes`.
+
+        Valid only until the next item is asked for. Collective: every rank must iterate to the end.
+        """
+        import deepspeed
+
+        for bucket in _buckets(self.module.named_parameters(), bucket_bytes):
+            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
+                yield from ((name, parameter.data) for name, parameter in bucket)
+
+    def save_pretrained(self, directory: str, bucket_bytes: int) -> None:
+        """Write a Hugging Face directory (safetensors) from rank 0. Collective."""
+        state = {}
+        for name, tensor in self.named_weights(bucket_bytes):
+            if dist.get_rank() == 0:
+                state[name] = tensor.detach().cpu().clone()
+        if dist.get_rank() == 0:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            self.module.config.use_cache = True
+            self.module.save_pretrained(directory, state_dict=state)
+            self.module.config.use_cache = False
+        dist.barrier()
+
+
+def _buckets(named: Iterator[tuple[str, torch.nn.Parameter]], bucket_bytes: int) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+    bucket: list[tuple[str, torch.nn.Parameter]] = []
+    size = 0
+    for name, parameter in named:
+        num_bytes = parameter.ds_numel * parameter.element_size()  # type: ignore[attr-defined]
+        if bucket and size + num_bytes > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, parameter))
+        size += num_bytes
+    if bucket:
+        yield bucket
