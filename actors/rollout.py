@@ -10,6 +10,7 @@ no more work) and `wait_weights_s` (before the first snapshot: an actor is not e
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -56,6 +57,8 @@ class RolloutActor:
         self, name: str, config: Config, prompts: PromptSet, eval_prompts: PromptSet, buffer: Any, board: Any, monitor: Any
     ) -> None:
         self._name, self._config = name, config
+        if config.actors.num_cpus < 1 and not config.actors.num_gpus:
+            os.nice(4)  # Sharing a core with the learner, which is what everything waits for: step back.
         self._prompts, self._eval_prompts = prompts, eval_prompts
         self._buffer, self._board, self._monitor = buffer, board, monitor
         self._rewards = RewardPool(config.rewards)

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from cluster.errors import ConfigError
 
 
+# What PyYAML's constructors raise besides YAMLError: on a date that is none, a bad tag, or nesting without end.
+_NOT_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError)
 _EXPONENT = re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
 
 
@@ -85,7 +87,7 @@ class ActorsConfig(Section):
 
     count: int = Field(1, ge=1, description="Number of rollout actors.")
     num_cpus: float = Field(1.0, ge=0, description="CPUs of one actor (Ray's logical CPUs, fractions allowed).")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs of one actor: vLLM tensor parallelism over so many.")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs of one actor: vLLM tensor parallelism over so many; a fraction shares one.")
     group_size: int = Field(8, ge=2, description="Samples per prompt (n; AGRO needs at least 2).")
     slots: int = Field(128, ge=1, description="Sequences an engine generates at once (vLLM max_num_seqs).")
     max_new_tokens: int = Field(256, ge=1, description="Completion limit; a completion cut here is kept as truncated.")
@@ -111,7 +113,7 @@ class LearnerConfig(Section):
 
     ranks: int = Field(1, ge=1, description="ZeRO-3 ranks.")
     num_cpus: float = Field(1.0, ge=0, description="CPUs of one rank.")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs of one rank.")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs of one rank: 0 trains on the CPU, 1 on a GPU, a fraction shares one.")
     objective: str = Field("agro", description="File name under learner/objectives/.")
     groups_per_step: int = Field(32, ge=1, description="Groups of one optimizer step (P).")
     lr: float = Field(1e-6, gt=0, description="Peak learning rate (AdamW).")
@@ -206,6 +208,27 @@ class Config(Section):
             )
         if self.agro.lr_coef > 0 and self.agro.beta == 0:
             raise ValueError("agro.lr_coef > 0 needs agro.beta > 0: the on-policy term is divided by beta.")
+        if self.data.system_prompt is not None and not self.data.chat_template:
+            raise ValueError(
+                "data.system_prompt is set but data.chat_template = false: nothing would put it before the prompts. "
+                "Set data.chat_template=true or remove data.system_prompt."
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _devices_fit(self) -> Config:
+        actors, learner = self.actors, self.learner
+        if actors.num_gpus > 1 and actors.num_gpus % 1:
+            raise ValueError(f"actors.num_gpus = {actors.num_gpus}: above 1 only whole GPUs can be given to an actor. Round it.")
+        if learner.num_gpus > 1:
+            raise ValueError(
+                f"learner.num_gpus = {learner.num_gpus}: one rank uses one GPU. Set learner.num_gpus=1 and raise learner.ranks instead."
+            )
+        if self.model.attention == "flash_attention_2" and (learner.num_gpus == 0 or self.model.dtype != "bfloat16"):
+            raise ValueError(
+                f"model.attention = flash_attention_2 needs learner.num_gpus > 0 (here {learner.num_gpus:g}) and model.dtype = bfloat16 "
+                f"(here {self.model.dtype}). Use model.attention=sdpa otherwise."
+            )
         return self
 
     def warnings(self) -> list[str]:
@@ -225,6 +248,14 @@ class Config(Section):
                 f"buffer.max_staleness = {self.buffer.max_staleness} < weights.publish_every = {self.weights.publish_every}: "
                 "most groups will be evicted as stale."
             )
+        if self.learner.warmup_steps >= self.run.steps:
+            found.append(
+                f"learner.warmup_steps = {self.learner.warmup_steps} >= run.steps = {self.run.steps}: the peak learning rate is not passed."
+            )
+        if self.learner.offload and self.learner.num_gpus == 0:
+            found.append("learner.offload = true with learner.num_gpus = 0: everything is in CPU memory anyway.")
+        if not any(function.weight for function in self.rewards.functions):
+            found.append("rewards.functions: every weight is 0, so that nothing is rewarded.")
         return found
 
 
@@ -241,12 +272,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except _NOT_YAML as error:
         raise ConfigError(f"{path} is not YAML: {_first_lines(error)}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path} holds {type(tree).__name__}, expected sections such as `model:` and `data:`; see configs/quickstart.yaml."
-        )
+        found = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise ConfigError(f"{path} holds {found}, expected sections such as `model:` and `data:`; see configs/quickstart.yaml.")
     for override in overrides or []:
         _apply_override(tree, override)
     return parse_config(tree, source=str(path))
@@ -256,6 +288,8 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
     """The Config that a mapping of sections describes; raises ConfigError (see `load_config`)."""
     try:
         return Config.model_validate(_lists_as_tuples(tree))
+    except RecursionError:
+        raise ConfigError(f"{source}: a list or mapping contains itself (YAML anchors), or is nested without end.") from None
     except pydantic.ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         shown = "\n".join(f"  - {line}" for line in problems[:10])
@@ -267,16 +301,19 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     names = key.split(".")
     if not equals or len(names) != 2 or not all(names):
-        raise ConfigError(f"override {override!r} is not section.key=value, for example learner.lr=1e-5")
+        raise ConfigError(f"override {_short(override)} is not section.key=value, for example learner.lr=1e-5")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {_first_lines(error)}") from None
+    except _NOT_YAML as error:
+        raise ConfigError(f"override {_short(override)}: the value is not YAML: {_first_lines(error)}") from None
     section, name = names
     if tree.get(section) is None:
         tree[section] = {}
     if not isinstance(tree[section], dict):
-        raise ConfigError(f"override {override!r}: {section!r} is no section")
+        found = f"the file holds {_short(tree[section])} there"
+        raise ConfigError(
+            f"override {_short(override)}: {section!r} is no section; {found}. Give {section}: its keys on lines of their own."
+        )
     tree[section][name] = value
 
 
@@ -293,20 +330,44 @@ def _lists_as_tuples(value: Any) -> Any:
 
 def _explain(problem: Any) -> str:
     """One line for one pydantic problem: field, value, what to do."""
-    where = ".".join(str(part) for part in problem["loc"])
+    names = [str(part) for part in problem["loc"]]
+    where = ".".join(name if name.isprintable() and len(name) <= 40 else _short(name) for name in names)
     if problem["type"] == "extra_forbidden":
-        valid = _valid_names(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(sorted(valid))}"
-        return f"{where} is not a known key; {hint}"
+        return f"{where} is not a known key; {_nearest(problem['loc'])}"
     if problem["type"] == "missing":
-        return f"{where} is missing; set it in the file or with {where}=<value>"
-    message = problem["msg"].removeprefix("Value error, ")
+        how = f"set it in the file or with {where}=<value>" if len(names) == 2 else f"write {where}: in the file"
+        return f"{where} is missing; {how}"
     if problem["type"] == "value_error":
-        return message
-    value = repr(problem["input"])
-    value = value if len(value) <= 80 else value[:77] + "..."
-    return f"{where} = {value}: {message[0].lower()}{message[1:]}"
+        return problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    value = problem["input"]
+    expected = {
+        "model_type": "expected a mapping of keys, one a line below it; remove the line to take the defaults",
+        "tuple_type": "expected a list, for example [{name: exact_match}]",
+        "string_type": "expected text; if it is meant as text, put it in quotes in the file",
+        "string_pattern_mismatch": f"{message}; {_description(problem['loc'])}",
+        "too_short": "expected a list of at least one entry, for example [{name: exact_match}]",
+        "bool_type": "expected true or false",
+        "int_type": "expected a whole number",
+    }.get(problem["type"], message)
+    return f"{where} = {_short(value)}: {expected}"
+
+
+def _nearest(location: tuple[Any, ...]) -> str:
+    """What may be meant by a key that is not known: one spelt alike here, or one of this name in another section."""
+    key, valid = str(location[-1]), _valid_names(location[:-1])
+    if near := difflib.get_close_matches(key, valid, n=1, cutoff=0.6):
+        return f"did you mean {near[0]!r}?"
+    homes = [name for name, field in Config.model_fields.items() if key in getattr(field.annotation, "model_fields", {})]
+    if homes:
+        return "did you mean " + " or ".join(f"{home}.{key}" for home in homes) + "?"
+    return f"valid here: {', '.join(sorted(valid))}"
+
+
+def _description(location: tuple[Any, ...]) -> str:
+    section, name = str(location[0]), str(location[1])
+    annotation: Any = Config.model_fields[section].annotation
+    return annotation.model_fields[name].description
 
 
 def _valid_names(location: tuple[Any, ...]) -> list[str]:
@@ -318,6 +379,12 @@ def _valid_names(location: tuple[Any, ...]) -> list[str]:
             annotation = model.model_fields[part].annotation
             model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
     return list(model.model_fields)
+
+
+def _short(value: Any) -> str:
+    """`repr` of at most 80 characters, on one line."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _first_lines(error: Exception, count: int = 3) -> str:

@@ -2,14 +2,16 @@
 
     (name, tensor)* --SnapshotWriter--> Manifest + buckets (bytes in host memory or Ray's object store) --read_snapshot--> (name, tensor)*
 
-A bucket is a flat uint8 array of about `bucket_bytes`; the manifest says where each parameter lies and each bucket's
-xxh3 checksum. A snapshot is applied whole or not at all: every bucket is verified before the first tensor is handed out.
+A bucket is a flat uint8 array of at most `bucket_bytes`, or of one parameter larger than that; the manifest says where
+each parameter lies and each bucket's xxh3 checksum. A snapshot is applied whole or not at all: every bucket is verified
+before the first tensor is handed out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,6 +19,8 @@ import torch
 import xxhash
 
 from cluster.errors import SnapshotError
+
+ALIGNMENT_BYTES = 16  # Enough for a view of any dtype.
 
 
 class ParamEntry(msgspec.Struct, frozen=True):
@@ -46,7 +50,7 @@ class Manifest(msgspec.Struct, frozen=True):
 class SnapshotWriter:
     """Collects parameters into buckets; each full bucket is handed to `store`, whose results `finish` returns in order."""
 
-    def __init__(self, bucket_bytes: int, store=lambda bucket: bucket) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, bucket_bytes: int, store: Callable[[np.ndarray], Any] = lambda bucket: bucket) -> None:
         self._bucket_bytes = bucket_bytes
         self._store = store
         self._stored: list = []
@@ -59,13 +63,14 @@ class SnapshotWriter:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append one parameter (any device, whole); copied before this returns."""
         data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().copy()
-        if self._pending and self._pending_bytes + data.nbytes > self._bucket_bytes:
+        padding = -self._pending_bytes % ALIGNMENT_BYTES
+        if self._pending and self._pending_bytes + padding + data.nbytes > self._bucket_bytes:
             self._flush()
-        entry = ParamEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), len(self._stored), self._pending_bytes)
-        self._params.append(entry)
-        padding = -data.nbytes % 16  # Tensors of any dtype stay aligned.
-        self._pending.append(data if not padding else np.concatenate([data, np.zeros(padding, np.uint8)]))
-        self._pending_bytes += data.nbytes + padding
+            padding = 0
+        offset = self._pending_bytes + padding
+        self._params.append(ParamEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), len(self._stored), offset))
+        self._pending += [np.zeros(padding, np.uint8), data]
+        self._pending_bytes = offset + data.nbytes
 
     def finish(self, version: int) -> tuple[Manifest, list]:
         """The manifest of `version` and what `store` returned for each bucket."""
@@ -75,7 +80,7 @@ class SnapshotWriter:
 
     def _flush(self) -> None:
         bucket = np.concatenate(self._pending)
-        self._checksums.append(xxhash.xxh3_128_hexdigest(bucket))
+        self._checksums.append(xxhash.xxh3_128_hexdigest(bucket.data))
         self._sizes.append(bucket.nbytes)
         self._stored.append(self._store(bucket))
         self._pending, self._pending_bytes = [], 0
@@ -91,7 +96,7 @@ def read_snapshot(manifest: Manifest, buckets: Sequence[np.ndarray]) -> Iterator
     for number, (bucket, size, checksum) in enumerate(zip(buckets, manifest.sizes, manifest.checksums, strict=True)):
         if bucket.nbytes != size:
             raise SnapshotError(f"snapshot {manifest.version}, bucket {number}: {bucket.nbytes} bytes arrived of {size}; it is torn")
-        if (found := xxhash.xxh3_128_hexdigest(bucket)) != checksum:
+        if (found := xxhash.xxh3_128_hexdigest(bucket.data)) != checksum:
             raise SnapshotError(f"snapshot {manifest.version}, bucket {number}: checksum {found}, expected {checksum}; it is torn")
     return ((entry.name, _tensor(entry, buckets[entry.bucket])) for entry in manifest.params)
 
@@ -99,7 +104,5 @@ def read_snapshot(manifest: Manifest, buckets: Sequence[np.ndarray]) -> Iterator
 def _tensor(entry: ParamEntry, bucket: np.ndarray) -> torch.Tensor:
     dtype = getattr(torch, entry.dtype)
     num_bytes = math.prod(entry.shape) * dtype.itemsize
-    view = bucket[entry.offset : entry.offset + num_bytes]
-    if not view.flags.writeable:  # From the object store. torch warns of read-only arrays; a reinterpreted view of them is enough here.
-        view = np.frombuffer(bytearray(view), np.uint8)
-    return torch.from_numpy(view).view(dtype).view(entry.shape)
+    # By DLPack, because `from_numpy` warns of read-only arrays, which is what the object store hands out.
+    return torch.from_dlpack(bucket[entry.offset : entry.offset + num_bytes]).view(dtype).view(entry.shape)

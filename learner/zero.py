@@ -52,7 +52,7 @@ def _deepspeed_config(learner: LearnerConfig, dtype: str, *, training: bool) -> 
         config["gradient_clipping"] = learner.grad_clip
         config["optimizer"] = {
             "type": "AdamW",
-            "params": {"lr": learner.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": learner.weight_decay, "torch_adam": True},
+            "params": {"lr": learner.lr, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": learner.weight_decay, "torch_adam": True},
         }
     return config
 

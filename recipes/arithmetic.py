@@ -21,7 +21,7 @@ from pathlib import Path
 MAX_OPERAND = 19
 NUM_HELD_OUT = 100
 P_RIGHT = 0.5
-MAX_ERROR = 4
+MAX_ERROR = 9
 WARM_UP_STEPS = 800
 PEAK_LR = 4e-3
 BATCH = 256

@@ -1,0 +1,40 @@
+"""The tests' environment, set before anything else is imported, and models made on the spot."""
+
+import os
+
+os.environ |= {
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",  # As in the processes of a run; more threads than cores stand in each other's way.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+os.environ.setdefault("WANDB_MODE", "offline")
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Hugging Face directories of a random two-layer Llama over the arithmetic characters: "tied" and "untied" embeddings.
+
+    Weights of standard deviation 0.2 make the next token's distribution uneven, with `<eos>` now and then.
+    """
+    import torch
+
+    from recipes.arithmetic import make_llama, make_tokenizer
+
+    tokenizer = make_tokenizer()
+    directories = {}
+    for name in ("tied", "untied"):
+        model = make_llama(len(tokenizer), tied=name == "tied", hidden=64, layers=2)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    torch.nn.init.normal_(parameter, std=0.2)
+        directories[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(directories[name])
+        tokenizer.save_pretrained(directories[name])
+    return directories

@@ -1,0 +1,231 @@
+"""The whole system with its real parts, started as a user starts it: bare, by `ray job submit`, stopped by signals, killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from buffer.ledger import audit
+from cluster.metrics import METRICS
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
+STEPS = 12
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This environment with the venv's programs first, and without a cluster that happens to run."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return {**env, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}", "RAY_USAGE_STATS_ENABLED": "0", **extra}
+
+
+def overrides(model: Path, run_dir: Path, steps: int = STEPS) -> list[str]:
+    """The quickstart, small: its own rows, a random model, few steps, an evaluation in between."""
+    return [
+        f"model.path={model}",
+        f"run.dir={run_dir}",
+        f"run.steps={steps}",
+        "run.timeout_s=180",
+        "eval.every=6",
+        "eval.samples=1",
+        "data.eval_rows=20",
+        "learner.groups_per_step=8",
+        "buffer.capacity=24",
+        "monitor.samples_every=5",
+    ]
+
+
+def rows_of(run_dir: Path, name: str = "metrics") -> list[dict]:
+    path = run_dir / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def start_train(model: Path, run_dir: Path, steps: int = STEPS, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "launch.py", "train", "configs/quickstart.yaml", *overrides(model, run_dir, steps), *more]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int, limit_s: float = 150) -> None:
+    until_s = time.monotonic() + limit_s
+    while len(rows_of(run_dir)) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until_s, f"step {step} not reached in {limit_s} s"
+        time.sleep(0.2)
+
+
+def processes_of(run_dir: Path, parents: list[int]) -> list[psutil.Process]:
+    """Every process started below `parents`."""
+    found = []
+    for pid in parents:
+        if psutil.pid_exists(pid):
+            found += [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return found
+
+
+class TestFinishedRun:
+    """One run to its end; everything it left is looked at."""
+
+    @pytest.fixture(scope="class")
+    def run(self, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+        run_dir = tmp_path_factory.mktemp("run") / "run"
+        process = start_train(tiny_models["tied"], run_dir, STEPS, "learner.ranks=2", "learner.num_cpus=0.5")
+        out, err = process.communicate(timeout=280)
+        assert process.returncode == 0, out + err
+        yield run_dir, out
+
+    def test_one_row_per_step_with_every_metric(self, run: tuple[Path, str]) -> None:
+        rows = rows_of(run[0])
+        assert [row["progress/step"] for row in rows] == list(range(1, STEPS + 1))
+        assert all(METRICS.keys() <= row.keys() for row in rows)
+        last = rows[-1]
+        unknown = [name for name in METRICS if last[name] is None]
+        assert unknown in ([], ["perf/generated_tokens_per_s", "time/actor_busy_fraction"]), unknown
+
+    def test_off_policy_within_the_bound(self, run: tuple[Path, str]) -> None:
+        ages = [row["staleness/oldest_token"] for row in rows_of(run[0])]
+        assert 0 < max(ages) <= 16
+
+    def test_weights_were_published_and_the_evaluations_name_their_version(self, run: tuple[Path, str]) -> None:
+        rows, evaluations = rows_of(run[0]), rows_of(run[0], "evaluations")
+        assert rows[-1]["weights/version"] == STEPS
+        assert [evaluation["policy_version"] for evaluation in evaluations] == [0, 6, 12]
+        assert all(evaluation["num_problems"] == 20 for evaluation in evaluations)
+        assert rows[-1]["eval/policy_version"] == STEPS
+
+    def test_held_out_prompts_never_enter_the_buffer_and_every_lease_ends_once(self, run: tuple[Path, str]) -> None:
+        result = audit(run[0] / "ledger.jsonl")
+        assert result["violations"] == []
+        held_out = {json.loads(line)["prompt"] for line in (ROOT / "configs/arithmetic/test.jsonl").read_text().splitlines()}
+        trained = {sample["prompt"] for sample in rows_of(run[0], "samples")}
+        assert trained
+        assert not trained & held_out
+
+    def test_summary_names_staleness_solve_rates_and_what_to_do_next(self, run: tuple[Path, str]) -> None:
+        out = run[1]
+        for words in ("solve rate", "staleness  mean", "report.html", "launch.py chat", "launch.py evaluate"):
+            assert words in out
+        assert "Traceback" not in out
+
+    def test_wandb_offline_run_and_report_are_written(self, run: tuple[Path, str]) -> None:
+        (wandb_file,) = run[0].glob("wandb/offline-run-*/*.wandb")
+        assert wandb_file.stat().st_size > 1000
+        report = (run[0] / "report.html").read_text()
+        assert "<svg" in report or "svg" in report
+        assert not re.search(r"(src|href)=[\"']https?://", report)
+
+    def test_policy_loads_in_transformers_and_answers_through_the_cli(self, run: tuple[Path, str], tiny_models: dict[str, Path]) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        trained = AutoModelForCausalLM.from_pretrained(run[0] / "policy").state_dict()
+        base = AutoModelForCausalLM.from_pretrained(tiny_models["tied"]).state_dict()
+        assert trained.keys() == base.keys()
+        assert any(not torch.equal(trained[name], base[name]) for name in base)
+        command = [sys.executable, "launch.py", "chat", str(run[0] / "policy"), "3+4="]
+        assert subprocess.run(command, cwd=ROOT, env=environment(), timeout=120, capture_output=True).returncode == 0
+
+    def test_policy_is_evaluated_by_vllm_through_the_cli(self, run: tuple[Path, str]) -> None:
+        command = [sys.executable, "launch.py", "evaluate", str(run[0] / "policy")]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=200, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"solve rate [01]\.\d+ on 20 held-out problems, 20 samples", done.stdout)
+
+    def test_the_same_directory_is_not_overwritten(self, run: tuple[Path, str], tiny_models: dict[str, Path]) -> None:
+        process = start_train(tiny_models["tied"], run[0])
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 2
+        assert "already holds a run" in err
+        assert "Traceback" not in err
+
+
+def test_sigterm_ends_the_run_in_order_and_leaves_no_process(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    process = start_train(tiny_models["tied"], tmp_path / "run", 5000)
+    wait_for_step(process, tmp_path / "run", 3)
+    family = processes_of(tmp_path, [process.pid])
+    process.send_signal(signal.SIGTERM)
+    start_s = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - start_s <= 30
+    assert process.returncode == 143, out + err
+    assert "stopped: SIGTERM" in out
+    assert (tmp_path / "run" / "policy" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "report.html").exists()
+    assert len(family) > 5
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert [p.name() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_killed_driver_leaves_no_process_and_an_actor_that_dies_is_replaced(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    process = start_train(tiny_models["tied"], tmp_path / "run", 5000)
+    wait_for_step(process, tmp_path / "run", 2)
+    rollouts = [p for p in processes_of(tmp_path, [process.pid]) if "RolloutActor" in " ".join(p.cmdline())]
+    assert len(rollouts) == 2
+    rollouts[0].kill()
+    until_s = time.monotonic() + 120
+    while not any("restarted" in event["text"] for event in rows_of(tmp_path / "run", "events")):
+        assert time.monotonic() < until_s
+        time.sleep(0.2)
+    wait_for_step(process, tmp_path / "run", len(rows_of(tmp_path / "run")) + 3)
+    family = processes_of(tmp_path, [process.pid])
+    process.kill()
+    process.communicate(timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert [p.name() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_failing_rewards_stop_the_run_with_the_reason(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    process = start_train(tiny_models["tied"], tmp_path / "run", 50, "rewards.functions=[{name: 'tests.reward_functions:raises'}]")
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert "samples got no reward" in err
+    assert "raises" in err
+    assert "Traceback (most recent call last)" not in err
+
+
+@pytest.fixture
+def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A local head with token authentication, ended by its own pid."""
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        port, dashboard_port = one.getsockname()[1], two.getsockname()[1]
+    env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0123456789abcdef" * 4)
+    temp_dir = Path("/tmp") / f"agro-ray-{os.getpid()}"  # Ray's sockets need a short path.
+    command = ["ray", "start", "--head", "--block", "--num-cpus=4", f"--port={port}", f"--dashboard-port={dashboard_port}"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={temp_dir}"]
+    log = (tmp_path / "head.log").open("w")
+    head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+    until_s = time.monotonic() + 90
+    while "Ray runtime started" not in (tmp_path / "head.log").read_text():
+        assert head.poll() is None and time.monotonic() < until_s, (tmp_path / "head.log").read_text()
+        time.sleep(0.5)
+    yield {**env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}"}
+    family = psutil.Process(head.pid).children(recursive=True)
+    head.terminate()
+    head.wait(timeout=30)
+    for process in psutil.wait_procs(family, timeout=10)[1]:
+        process.kill()
+
+
+def test_ray_job_submit_with_token_authentication(ray_head: dict[str, str], tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    entrypoint = ["python", "launch.py", "train", "configs/quickstart.yaml", *overrides(tiny_models["untied"], tmp_path / "run", 4)]
+    command = ["ray", "job", "submit", "--working-dir", ".", "--", *entrypoint]
+    refused = subprocess.run(command, cwd=ROOT, env={**ray_head, "RAY_AUTH_TOKEN": "f" * 64}, timeout=60, capture_output=True, text=True)
+    assert refused.returncode != 0
+    done = subprocess.run(command, cwd=ROOT, env=ray_head, timeout=280, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "succeeded" in done.stdout
+    assert "quickstart finished" in done.stdout
+    assert [row["progress/step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4]
+    assert (tmp_path / "run" / "report.html").exists()

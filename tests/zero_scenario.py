@@ -1,0 +1,50 @@
+"""One rank of tests/test_zero.py: `python zero_scenario.py DIR RANK`, with DIR/config.json; rank 0 writes metrics.json and policy/."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import socket
+
+import torch
+
+
+def meet(out_dir: Path, rank: int) -> int:
+    """The port that rank 0 chose."""
+    path = out_dir / "port"
+    if rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        path.with_suffix(".tmp").write_text(str(port))
+        path.with_suffix(".tmp").rename(path)
+    while not path.exists():
+        time.sleep(0.05)
+    return int(path.read_text())
+
+
+def main(out_dir: Path, rank: int) -> None:
+    from cluster.config import Config
+    from learner.objectives import load_objective
+    from learner.update import Updater
+    from learner.zero import ZeroPolicy, ZeroReference, init_process_group
+    from tests.test_zero import LR, random_batches
+
+    torch.set_num_threads(1)
+    config = Config.model_validate_json((out_dir / "config.json").read_text())
+    device = init_process_group(rank, config.learner.ranks, "127.0.0.1", meet(out_dir, rank), use_gpu=False, timeout_s=120)
+    policy, reference = ZeroPolicy(config.model, config.learner), ZeroReference(config.model, config.learner)
+    updater = Updater(config, policy, reference, load_objective("agro", config.agro), 0, device)
+    metrics = [updater.update(batch, LR)[0] for batch in random_batches(policy.module.config.vocab_size)]
+    policy.save_pretrained(str(out_dir / "policy"), bucket_bytes=4096)
+    if rank == 0:
+        (out_dir / "metrics.json").write_text(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
