@@ -19,8 +19,8 @@ def chat(directory: str, prompt: str, max_new_tokens: int = 256) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _check_policy(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
     if tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -17,9 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.errors import ConfigError
 
-
 # What PyYAML's constructors raise besides YAMLError: on a date that is none, a bad tag, or nesting without end.
 _NOT_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError)
+_EXPECTED = {  # By pydantic's type of problem; its own message where none is here.
+    "model_type": "expected a mapping of keys, one a line below it; remove the line to take the defaults",
+    "tuple_type": "expected a list, for example [{name: exact_match}]",
+    "too_short": "expected a list of at least one entry, for example [{name: exact_match}]",
+    "string_type": "expected text; if it is meant as text, put it in quotes in the file",
+    "bool_type": "expected true or false",
+    "int_type": "expected a whole number",
+}
 _EXPONENT = re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
 
 
@@ -164,6 +171,11 @@ class MonitorConfig(Section):
     project: str = Field("agro", description="W&B project.")
     samples_every: int = Field(20, ge=1, description="Steps between sample tables (samples.jsonl, W&B, report).")
 
+    @pydantic.field_validator("wandb", mode="before")
+    @classmethod
+    def _off_without_quotes(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false.
+
 
 class Config(Section):
     """Everything a run needs."""
@@ -236,7 +248,7 @@ class Config(Section):
         found = []
         if self.actors.top_p < 1:
             found.append(
-                f"actors.top_p = {self.actors.top_p}: truncated sampling does not cover the reference; the optimum is no longer the paper's."
+                f"actors.top_p = {self.actors.top_p}: truncated sampling does not cover the reference: the optimum is another one."
             )
         if self.agro.lr_coef > 2 * self.agro.beta:
             found.append(
@@ -311,9 +323,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree[section] = {}
     if not isinstance(tree[section], dict):
         found = f"the file holds {_short(tree[section])} there"
-        raise ConfigError(
-            f"override {_short(override)}: {section!r} is no section; {found}. Give {section}: its keys on lines of their own."
-        )
+        raise ConfigError(f"override {_short(override)}: {section!r} is no section; {found}. Write its keys below `{section}:`.")
     tree[section][name] = value
 
 
@@ -330,27 +340,20 @@ def _lists_as_tuples(value: Any) -> Any:
 
 def _explain(problem: Any) -> str:
     """One line for one pydantic problem: field, value, what to do."""
-    names = [str(part) for part in problem["loc"]]
+    kind, location = problem["type"], problem["loc"]
+    names = [str(part) for part in location]
     where = ".".join(name if name.isprintable() and len(name) <= 40 else _short(name) for name in names)
-    if problem["type"] == "extra_forbidden":
-        return f"{where} is not a known key; {_nearest(problem['loc'])}"
-    if problem["type"] == "missing":
-        how = f"set it in the file or with {where}=<value>" if len(names) == 2 else f"write {where}: in the file"
+    if kind in ("extra_forbidden", "invalid_key"):
+        return f"{where} is not a known key; {_nearest(location)}"
+    if kind == "missing":
+        how = f"set it in the file or with {where}=<value>" if len(names) == 2 else f"write {names[-1]}: in the file"
         return f"{where} is missing; {how}"
-    if problem["type"] == "value_error":
+    if kind == "value_error":
         return problem["msg"].removeprefix("Value error, ")
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    value = problem["input"]
-    expected = {
-        "model_type": "expected a mapping of keys, one a line below it; remove the line to take the defaults",
-        "tuple_type": "expected a list, for example [{name: exact_match}]",
-        "string_type": "expected text; if it is meant as text, put it in quotes in the file",
-        "string_pattern_mismatch": f"{message}; {_description(problem['loc'])}",
-        "too_short": "expected a list of at least one entry, for example [{name: exact_match}]",
-        "bool_type": "expected true or false",
-        "int_type": "expected a whole number",
-    }.get(problem["type"], message)
-    return f"{where} = {_short(value)}: {expected}"
+    expected = _EXPECTED.get(kind, problem["msg"][0].lower() + problem["msg"][1:])
+    if kind == "string_pattern_mismatch":
+        expected += f"; {_description(location)}"
+    return f"{where} = {_short(problem['input'])}: {expected}"
 
 
 def _nearest(location: tuple[Any, ...]) -> str:

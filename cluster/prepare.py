@@ -81,11 +81,8 @@ def load_tokenizer(config: Config) -> Any:
 
 def make_run_dir(config: Config) -> Path:
     """A new run directory with the resolved config in it; raises ConfigError when `run.dir` already holds a run."""
-    if config.run.dir:
-        run_dir = Path(config.run.dir).expanduser()
-    else:
-        run_dir = runs_root() / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = run_dir.resolve()
+    new = runs_root() / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = (Path(config.run.dir).expanduser() if config.run.dir else new).resolve()
     if (run_dir / "config.yaml").exists():
         raise ConfigError(f"run.dir = {run_dir} already holds a run. Choose another run.dir, or leave it out for a new one.")
     run_dir.mkdir(parents=True, exist_ok=True)

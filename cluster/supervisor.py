@@ -29,6 +29,7 @@ from buffer.server import ReplayBuffer
 from cluster.board import Board
 from cluster.config import Config
 from cluster.errors import AgroError, PeerTimeout, PlacementError, RewardError, TrainingError
+from cluster.guardian import guard
 from cluster.monitor import Monitor
 from cluster.prepare import Inputs, repository_root
 from cluster.report import write_report
@@ -72,6 +73,7 @@ def ray_session(config: Config) -> Iterator[None]:
         if on_cluster:
             ray.init(address="auto", **common)
         else:
+            guard()
             # Logical CPUs: a machine with fewer cores than the config asks for still runs it, only slower.
             asked = config.actors.count * config.actors.num_cpus + config.learner.ranks * config.learner.num_cpus
             env = {"PYTHONPATH": os.pathsep.join([str(repository_root()), *filter(None, [os.environ.get("PYTHONPATH")])])}
@@ -93,7 +95,7 @@ class Supervisor:
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs, self._config = inputs, inputs.config
-        self._groups: list[PlacementGroup] = []
+        self._groups: dict[str, PlacementGroup] = {}
         self._rollouts: dict[Any, str] = {}  # the running call of each rollout actor -> its name
         self._handles: dict[str, Any] = {}
         self._pids: dict[str, int] = {}
@@ -106,23 +108,26 @@ class Supervisor:
     def _start_services(self) -> None:
         config, inputs = self._config, self._inputs
         run_dir = str(inputs.run_dir)
-        self.monitor = ray.remote(Monitor).options(num_cpus=0).remote(config, run_dir)
-        buffer_class = ray.remote(ReplayBuffer).options(num_cpus=0, max_concurrency=1000)
+        self.monitor = _remote(Monitor).options(num_cpus=0).remote(config, run_dir)
+        buffer_class = _remote(ReplayBuffer).options(num_cpus=0, max_concurrency=1000)
         self.buffer = buffer_class.remote(config, run_dir, len(inputs.prompts))
         monitor = self.monitor
 
         def tell(evaluation: Any, samples: Any) -> None:
             monitor.log_evaluation.remote(evaluation, samples)
 
-        self.board = ray.remote(Board).options(num_cpus=0, max_concurrency=1000).remote(config, len(inputs.eval_prompts), tell)
+        self.board = _remote(Board).options(num_cpus=0, max_concurrency=1000).remote(config, len(inputs.eval_prompts), tell)
 
-    def start(self) -> None:
+    def start(self, warnings: list[str]) -> None:
         """Place and start learner and actors; returns when every learner rank is ready. Actors may still be loading."""
+        for warning in warnings:
+            self._event(f"warning: {warning}")
         config = self._config
         learner, actors = config.learner, config.actors
         group = self._place("learner", [{"CPU": learner.num_cpus, "GPU": learner.num_gpus}] * learner.ranks)
+        self._await_placed("learner")
         self._ranks = [
-            ray.remote(LearnerRank)
+            _remote(LearnerRank)
             .options(max_concurrency=2, runtime_env=_threads(learner.num_cpus), **_on(group, index, learner.num_cpus, learner.num_gpus))
             .remote(index, config, self._inputs.pad_id)
             for index in range(learner.ranks)
@@ -140,7 +145,7 @@ class Supervisor:
         config, actors = self._config, self._config.actors
         group = self._place(name, [{"CPU": actors.num_cpus, "GPU": actors.num_gpus}])
         handle = (
-            ray.remote(RolloutActor)
+            _remote(RolloutActor)
             .options(runtime_env=_threads(actors.num_cpus, engine=True), **_on(group, 0, actors.num_cpus, actors.num_gpus))
             .remote(name, config, self._inputs.prompts, self._inputs.eval_prompts, self.buffer, self.board, self.monitor)
         )
@@ -148,14 +153,21 @@ class Supervisor:
         self._rollouts[handle.run.remote()] = name
 
     def _place(self, role: str, bundles: list[dict[str, float]]) -> PlacementGroup:
-        group = placement_group([{key: value for key, value in bundle.items() if value} or {"CPU": 0.001} for bundle in bundles], "PACK")
-        self._groups.append(group)
+        """A placement group of its own for `role`, instead of the one it had."""
+        if role in self._groups:
+            remove_placement_group(self._groups.pop(role))
+        asked = [{key: value for key, value in bundle.items() if value} or {"CPU": 0.001} for bundle in bundles]
+        self._groups[role] = placement_group(asked, "PACK")
+        return self._groups[role]
+
+    def _await_placed(self, role: str) -> None:
+        """Raises PlacementError that says what was asked for and what is free."""
+        group = self._groups[role]
         if not ray.wait([group.ready()], timeout=START_TIMEOUT_S)[0]:
-            asked = ", ".join(str(bundle) for bundle in bundles)
+            asked = ", ".join(str(bundle) for bundle in group.bundle_specs)
             raise PlacementError(
                 f"{role} could not be placed in {START_TIMEOUT_S:.0f} s: asks for {asked}; free now: {ray.available_resources()}"
             )
-        return group
 
     # --- watch ----------------------------------------------------------------------------------------------------
 
@@ -169,7 +181,7 @@ class Supervisor:
                 self._event(f"{stop.name}: ending after the step in progress")
                 for rank in self._ranks:
                     rank.request_stop.remote()
-            ready, pending = ray.wait([*self._training, *self._rollouts], num_returns=1, timeout=WATCH_S)
+            ready, _ = ray.wait([*self._training, *self._rollouts], num_returns=1, timeout=WATCH_S)
             for call in ready:
                 if call in self._rollouts:
                     self._replace(call)
@@ -281,7 +293,7 @@ class Supervisor:
         """Kill whatever is left and free its resources."""
         for handle in [*self._handles.values(), *getattr(self, "_ranks", []), self.buffer, self.board, self.monitor]:
             ray.kill(handle)
-        for group in self._groups:
+        for group in self._groups.values():
             remove_placement_group(group)
 
     # --- helpers --------------------------------------------------------------------------------------------------
@@ -308,6 +320,11 @@ class Supervisor:
             raise TrainingError(f"{who} died: {_death_cause(error, self._pids.get('learner-0'))}") from None
 
 
+def _remote(part: type) -> Any:
+    """The class as a Ray actor class; untyped, as its handles are."""
+    return ray.remote(part)
+
+
 def _on(group: PlacementGroup, index: int, num_cpus: float, num_gpus: float) -> dict[str, Any]:
     strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
     return {"num_cpus": num_cpus, "num_gpus": num_gpus, "scheduling_strategy": strategy}
@@ -326,9 +343,14 @@ def _death_cause(error: RayActorError, pid: int | None) -> str:
     reason = str(error) if isinstance(error, ActorDiedError) else type(error).__name__
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     known = next((line for line in lines if "cause" in line.lower() or "exit" in line.lower()), lines[0] if lines else "no cause given")
-    logs = Path(ray._private.worker.global_worker.node.get_session_dir_path()) / "logs"  # Ray has no public way to a worker's log.
+    logs = Path(_ray_node().get_session_dir_path()) / "logs"
     tail = [_last_lines(path.read_text(errors="replace"), 5) for path in logs.glob(f"*-{pid}.err")] if pid else []
     return "\n".join([known[:300], *tail])
+
+
+def _ray_node() -> Any:
+    """Ray's record of this node; private, but there is no public way to a worker's log."""
+    return ray._private.worker._global_node
 
 
 def _last_lines(text: str, count: int) -> str:

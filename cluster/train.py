@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster import placement
 from cluster.config import Config
 from cluster.errors import AgroError
 from cluster.prepare import prepare
@@ -15,9 +16,10 @@ def train(config: Config) -> dict[str, Any]:
     """Run `config` to its end, or to SIGINT or SIGTERM, in order; the summary. Raises AgroError after writing what there is."""
     inputs = prepare(config)
     with ray_session(inputs.config), StopSignal() as stop:
+        warnings = [*config.warnings(), *placement.check(placement.bundles(config), placement.ask_ray())]
         supervisor = Supervisor(inputs)
         try:
-            supervisor.start()
+            supervisor.start(warnings)
             with Terminal() as terminal:
                 totals = supervisor.watch(stop, terminal)
             return supervisor.finish(totals, stop.name)

@@ -31,7 +31,7 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
 
 def shown_samples(batch: Batch, diagnostics: dict[int, list[dict[str, float]]]) -> list[dict[str, Any]]:
     """The first sample of the first groups with everything a reader wants to know of it."""
-    shown = []
+    shown: list[dict[str, Any]] = []
     for group in batch.groups:
         if group.group_id not in diagnostics or len(shown) == SHOWN_SAMPLES:
             continue

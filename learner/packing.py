@@ -11,7 +11,6 @@ mask: use `padded` for them.
 Tensor letters: B rows, L row length, K positions whose logits are computed, T completion tokens, V vocabulary.
 """
 
-# ruff: noqa: N815 -- shape suffixes on fields, as the docstring explains
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -127,7 +127,8 @@ class LearnerRank:
                 return payload
             if time.monotonic() > until_s:
                 raise PeerTimeout(
-                    f"the learner waited {config.run.timeout_s:.0f} s (run.timeout_s) at step {step} for {config.learner.groups_per_step} groups: "
+                    f"the learner waited {config.run.timeout_s:.0f} s (run.timeout_s) at step {step} "
+                    f"for {config.learner.groups_per_step} groups: "
                     "the rollout actors delivered too few. See events.jsonl; raise run.timeout_s if generation is merely slow."
                 )
         return None

@@ -141,7 +141,9 @@ class ZeroPolicy:
                 yield from ((name, parameter.data) for name, parameter in bucket)
 
     def save_pretrained(self, directory: str, bucket_bytes: int) -> None:
-        """Write a Hugging Face directory (safetensors) from rank 0. Collective."""
+        """Write a Hugging Face directory (safetensors, tokenizer, generation config) from rank 0. Collective."""
+        from transformers import AutoTokenizer
+
         state = {}
         for name, tensor in self.named_weights(bucket_bytes):
             if dist.get_rank() == 0:
@@ -151,6 +153,7 @@ class ZeroPolicy:
             self.module.config.use_cache = True
             self.module.save_pretrained(directory, state_dict=state)
             self.module.config.use_cache = False
+            AutoTokenizer.from_pretrained(self._model.path, trust_remote_code=self._model.trust_remote_code).save_pretrained(directory)
         dist.barrier()
 
 

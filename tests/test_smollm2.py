@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,8 @@ def test_the_made_model_answers_through_its_chat_template(tmp_path):
     assert not list(tmp_path.glob("*.making-*"))
     assert "quantization_config" not in json.loads((out_dir / "config.json").read_text())
 
-    model = AutoModelForCausalLM.from_pretrained(out_dir, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(out_dir)
+    model: Any = AutoModelForCausalLM.from_pretrained(out_dir, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(out_dir)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -77,12 +77,12 @@ class TestFinishedRun:
     """One run to its end; everything it left is looked at."""
 
     @pytest.fixture(scope="class")
-    def run(self, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    def run(self, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         run_dir = tmp_path_factory.mktemp("run") / "run"
         process = start_train(tiny_models["tied"], run_dir, STEPS, "learner.ranks=2", "learner.num_cpus=0.5")
         out, err = process.communicate(timeout=280)
         assert process.returncode == 0, out + err
-        yield run_dir, out
+        return run_dir, out
 
     def test_one_row_per_step_with_every_metric(self, run: tuple[Path, str]) -> None:
         rows = rows_of(run[0])
@@ -133,7 +133,8 @@ class TestFinishedRun:
         assert trained.keys() == base.keys()
         assert any(not torch.equal(trained[name], base[name]) for name in base)
         command = [sys.executable, "launch.py", "chat", str(run[0] / "policy"), "3+4="]
-        assert subprocess.run(command, cwd=ROOT, env=environment(), timeout=120, capture_output=True).returncode == 0
+        done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=120, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
     def test_policy_is_evaluated_by_vllm_through_the_cli(self, run: tuple[Path, str]) -> None:
         command = [sys.executable, "launch.py", "evaluate", str(run[0] / "policy")]
@@ -208,7 +209,8 @@ def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
     head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
     until_s = time.monotonic() + 90
     while "Ray runtime started" not in (tmp_path / "head.log").read_text():
-        assert head.poll() is None and time.monotonic() < until_s, (tmp_path / "head.log").read_text()
+        assert head.poll() is None, (tmp_path / "head.log").read_text()
+        assert time.monotonic() < until_s
         time.sleep(0.5)
     yield {**env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}"}
     family = psutil.Process(head.pid).children(recursive=True)

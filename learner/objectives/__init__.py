@@ -10,7 +10,6 @@ By the chain rule that is the gradient of one pass over everything, for any obje
 Tensor letters: T tokens of all completions, ordered by sequence; N sequences (samples).
 """
 
-# ruff: noqa: N815 -- shape suffixes on fields, as the docstring explains
 from __future__ import annotations
 
 import dataclasses

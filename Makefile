@@ -1,0 +1,75 @@
+# AGRO: set up, run, test. `make` lists the targets.
+#
+# Needs python3 >= 3.11 with pip and venv, nothing else. PYTHON=... chooses the interpreter, ARGS="run.steps=20" overrides
+# config fields. Packages come from where pip is told to look; PIP_FIND_LINKS is passed on to uv.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+UV_VERSION := 0.13.8
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+
+KIND := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+space := $(subst ,, )
+comma := ,
+export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
+
+# Never a bare torch without a GPU: that is several GB of CUDA. Its CPU build lies where pip is told to look, or else in
+# PyTorch's own index, which uv knows.
+OPTIONS_cpu := --overrides requirements/overrides-cpu.txt $(if $(UV_FIND_LINKS),,--torch-backend cpu)
+OPTIONS_gpu :=
+COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
+
+.PHONY: help setup quickstart demo-smollm2 doctor test test-fast check constraints clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
+
+setup: .venv/.ready  ## make .venv with everything in it (a minute or two, once)
+
+# From nothing every time: a set-up that was cut short leaves no stamp, and what it left is not to be trusted. Removed first,
+# so that $(PYTHON) is never the one in .venv itself.
+# Compiling to bytecode takes half a minute once, and saves ten seconds at every start of an engine where Python may not
+# write bytecode itself.
+.venv/.ready: $(wildcard requirements/*.txt)
+	@rm -f $@ && rm -rf .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "AGRO needs Python 3.11 or newer, $(PYTHON) is not. Name another: make setup PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --compile-bytecode $(OPTIONS_$(KIND)) \
+	  --constraints requirements/constraints-$(KIND).txt --requirements requirements/$(KIND).txt
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --requirements requirements/no-deps.txt
+	@touch $@
+
+quickstart: setup  ## train a tiny model on sums, minutes on two cores
+	.venv/bin/python launch.py train configs/quickstart.yaml $(ARGS)
+
+demo-smollm2: setup  ## three steps of a real 135M model on word problems
+	.venv/bin/python launch.py train configs/smollm2_gsm8k.yaml run.steps=3 $(ARGS)
+
+doctor: setup  ## check this machine
+	.venv/bin/python launch.py doctor
+
+test: setup  ## all tests, the slow ones too
+	.venv/bin/python -m pytest -q --durations=15 $(ARGS)
+
+test-fast: setup  ## tests without engines, ranks and clusters
+	.venv/bin/python -m pytest -q -m "not slow" $(ARGS)
+
+check: setup  ## lint, format, types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+constraints: setup  ## resolve the requirements anew: newer versions of what they bring along
+	$(COMPILE) $(OPTIONS_cpu) requirements/cpu.txt --output-file requirements/constraints-cpu.txt
+	UV_FIND_LINKS= $(COMPILE) $(OPTIONS_gpu) requirements/gpu.txt --output-file requirements/constraints-gpu.txt
+
+clean:  ## remove .venv and all caches; runs/ stays
+	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

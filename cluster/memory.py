@@ -1,0 +1,208 @@
+"""How much memory a run will want, from the model's config alone: no weights are read, nothing is downloaded.
+
+An estimate, for choosing GPUs before they are paid for. Legend: P parameters, N ranks, b bytes of `model.dtype`,
+T `learner.micro_batch_tokens`, L layers, h hidden size, f MLP size, k key/value width (heads x head size), V vocabulary.
+
+Learner, per rank, DeepSpeed ZeRO-3 with AdamW (DeepSpeed 0.19's buffers; the same sum as the ZeRO paper's, arXiv 1910.02054):
+
+    parameters b P/N, gradients b P/N, Adam's two moments 8 P/N, float32 master 4 P/N (none if b = 4: it is the parameters)
+    reference     b P/N
+    gathered      b min(P, 1e9), if N > 1: whole parameters kept at hand (stage3_max_live_parameters)
+    activations   b T (L (8h + 2k + 4f) + 2h), counted on Llama with sdpa; with gradient checkpointing b T (L h + 8h + 2k + 4f + 2h)
+    logits        2 b T V, the logits and their gradient, and 128 MiB to upcast pieces of them
+
+Actor: weights b P / tensor parallelism, and a KV cache of 2 L k b per token.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cluster.config import Config
+
+GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2}
+MAX_LIVE_PARAMETERS = 1e9  # DeepSpeed's default of stage3_max_live_parameters.
+PROCESS_BYTES = 0.6 * GIB  # Resident with torch, Ray and the libraries imported, measured.
+_SIZE_IN_NAME = re.compile(r"(?<![A-Za-z\d.])(?:(\d+)x)?(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z\d])")
+
+
+class Part(NamedTuple):
+    """One use of memory. `on_host`: in CPU memory also when the process has a GPU."""
+
+    name: str
+    num_bytes: float
+    on_host: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What one learner rank and one actor want. `source` says where the figures come from; without a model the parts are empty.
+
+    `notes` are sentences about what follows for the config.
+    """
+
+    source: str
+    num_params: int | None = None
+    learner: tuple[Part, ...] = ()
+    actor: tuple[Part, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class _Shape(NamedTuple):
+    """What the formulas need of a model. All but the parameters are 0 when only these are known."""
+
+    num_params: int
+    layers: int = 0
+    hidden: int = 0
+    mlp: int = 0
+    kv_width: int = 0
+    vocabulary: int = 0
+
+
+def estimate_memory(config: Config) -> MemoryEstimate:
+    """The estimate for `config.model`: by its config if that is on disk or in the hub's cache, else by the size in its name."""
+    path = config.model.path
+    try:
+        shape = _shape_of(config)
+    except (OSError, ValueError, ImportError, AttributeError) as error:  # not there, broken, or no transformer
+        millions = _size_in_name(path)
+        reason = _why_not_at_hand(path, error)
+        if millions is None:
+            return MemoryEstimate(f"{path}: model config not at hand ({reason}): no estimate")
+        source = f"{path}: model config not at hand ({reason}): rough, by the size in the name; activations, logits, KV cache left out"
+        shape = _Shape(int(millions * 1e6))
+    else:
+        source = f"{shape.num_params:,} parameters, counted from the config of {path}; the rest by formula"
+    learner, actor = _learner_parts(config, shape), _actor_parts(config, shape)
+    return MemoryEstimate(source, shape.num_params, learner, actor, tuple(_notes(config, shape)))
+
+
+def _shape_of(config: Config) -> _Shape:
+    """Shape of the model by its Hugging Face config, built on the meta device. Raises OSError when there is no config at hand."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trust = config.model.trust_remote_code
+    hf_config: Any = AutoConfig.from_pretrained(config.model.path, local_files_only=True, trust_remote_code=trust)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trust)
+    text = hf_config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return _Shape(
+        num_params=sum(parameter.numel() for parameter in model.parameters()),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        mlp=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        kv_width=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        vocabulary=text.vocab_size,
+    )
+
+
+def _why_not_at_hand(path: str, error: Exception) -> str:
+    if isinstance(error, OSError) and not Path(path).is_dir():
+        return "neither a model directory nor in the hub's cache"
+    return str(error).strip().splitlines()[0]
+
+
+def _size_in_name(path: str) -> float | None:
+    """Millions of parameters by a name such as `Llama-3-8B`, `SmolLM2-135M` or `8x7B`; None when it says nothing."""
+    match = _SIZE_IN_NAME.search(path.rstrip("/").rsplit("/", 1)[-1])
+    if match is None:
+        return None
+    experts, number, unit = match.groups()
+    return int(experts or 1) * float(number) * (1000 if unit in "Bb" else 1)
+
+
+def _learner_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
+    learner, b = config.learner, BYTES[config.model.dtype]
+    share = shape.num_params / learner.ranks
+    tokens = learner.micro_batch_tokens
+    one_layer = 8 * shape.hidden + 2 * shape.kv_width + 4 * shape.mlp
+    elements = (shape.layers * shape.hidden + one_layer if learner.gradient_checkpointing else shape.layers * one_layer) + 2 * shape.hidden
+    parts = [
+        Part("parameters", b * share, learner.offload),
+        Part("gradients", b * share, learner.offload),
+        Part("float32 master", (4 if b < 4 else 0) * share, learner.offload),
+        Part("Adam moments", 8 * share, learner.offload),
+        Part("reference", b * share, learner.offload),
+        Part("gathered parameters", b * min(shape.num_params, MAX_LIVE_PARAMETERS) if learner.ranks > 1 else 0),
+        Part("activations", b * tokens * elements),
+        Part("logits", 2 * b * tokens * shape.vocabulary + (2**27 if shape.vocabulary else 0)),
+        Part("process", PROCESS_BYTES, on_host=True),
+    ]
+    return tuple(part for part in parts if part.num_bytes)
+
+
+def _actor_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
+    weights = Part("weights", BYTES[config.model.dtype] * shape.num_params / max(1, int(config.actors.num_gpus)))
+    if config.actors.num_gpus == 0:
+        cache = Part("KV cache", config.actors.kv_cache_gib * GIB)
+    else:
+        cache = Part("KV cache of all slots", _cache_bytes(config, shape) * config.actors.slots)
+    return tuple(part for part in (weights, cache, Part("process", PROCESS_BYTES, on_host=True)) if part.num_bytes)
+
+
+def _cache_bytes(config: Config, shape: _Shape) -> float:
+    """KV cache of one sequence of full length on one GPU (or the CPU): 2 L k b max_sequence_tokens / tensor parallelism."""
+    per_token = 2 * shape.layers * shape.kv_width * BYTES[config.model.dtype]
+    return per_token * config.max_sequence_tokens / max(1, int(config.actors.num_gpus))
+
+
+def _notes(config: Config, shape: _Shape) -> list[str]:
+    notes, actors = [], config.actors
+    one = _cache_bytes(config, shape)
+    whole = BYTES[config.model.dtype] * shape.num_params / GIB
+    if whole >= 1:
+        notes.append(f"while it loads, each learner rank holds the whole model once more: {whole:.1f} GiB, first in host memory.")
+    if not one:
+        return notes
+    length = f"full length ({config.max_sequence_tokens} tokens)"
+    cache = f"actors.kv_cache_gib = {actors.kv_cache_gib}"
+    if actors.num_gpus > 0:
+        gpu = sum(part.num_bytes for part in _actor_parts(config, shape) if not part.on_host) / actors.gpu_memory_utilization
+        notes.append(
+            f"an actor's GPU of {gpu / GIB:.1f} GiB holds all {actors.slots} slots at {length}; on a smaller one vLLM runs fewer at once."
+        )
+    elif actors.kv_cache_gib * GIB < one:
+        notes.append(
+            f"{cache} is below one sequence of {length}, {one / GIB:.2f} GiB: vLLM will refuse to start. "
+            "Raise it, or lower actors.max_new_tokens."
+        )
+    elif actors.kv_cache_gib * GIB < one * actors.slots:
+        notes.append(
+            f"{cache} holds {int(actors.kv_cache_gib * GIB // one)} sequences of {length}, fewer than actors.slots = {actors.slots}; "
+            f"all of them want {one * actors.slots / GIB:.2f} GiB."
+        )
+    return notes
+
+
+def host_bytes(config: Config, estimate: MemoryEstimate) -> float:
+    """CPU memory of all ranks and actors together."""
+
+    def on_host(parts: tuple[Part, ...], num_gpus: float) -> float:
+        return sum(part.num_bytes for part in parts if part.on_host or not num_gpus)
+
+    learner, actors = config.learner, config.actors
+    return learner.ranks * on_host(estimate.learner, learner.num_gpus) + actors.count * on_host(estimate.actor, actors.num_gpus)
+
+
+def render_memory(config: Config, estimate: MemoryEstimate) -> list[str]:
+    """Lines: the source, then the parts of one rank and one actor in GiB."""
+    lines = [f"  {estimate.source}"]
+    for role, parts, num_gpus in (
+        (f"learner, each of {config.learner.ranks}", estimate.learner, config.learner.num_gpus),
+        (f"actor, each of {config.actors.count}", estimate.actor, config.actors.num_gpus),
+    ):
+        for where, here in (
+            ("GPU", [p for p in parts if num_gpus and not p.on_host]),
+            ("host", [p for p in parts if p.on_host or not num_gpus]),
+        ):
+            if here:
+                listed = ", ".join(f"{part.name} {part.num_bytes / GIB:.2f}" for part in here)
+                lines.append(f"  {role:<22} {where:<4} {sum(part.num_bytes for part in here) / GIB:>7.2f} GiB: {listed}")
+    return lines + [f"  {note}" for note in estimate.notes]

@@ -1,0 +1,342 @@
+"""Configs: every bad one is one short ConfigError that names field, value and remedy; the shipped ones load and are documented."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cluster.config import Config, dump_config, load_config, parse_config
+from cluster.errors import AgroError, ConfigError
+from cluster.reference import config_reference, num_fields
+
+REPOSITORY = Path(__file__).parent.parent
+SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
+EXAMPLE: dict[str, Any] = {
+    "run": {"name": "example", "steps": 10},
+    "model": {"path": ".cache/base"},
+    "data": {"path": "configs/arithmetic", "chat_template": False, "max_prompt_tokens": 8},
+    "rewards": {"functions": [{"name": "exact_match", "weight": 1.0}]},
+    "actors": {"count": 2, "num_cpus": 0.5, "max_new_tokens": 4},
+    "buffer": {"capacity": 96},
+    "learner": {"groups_per_step": 32, "lr": 3.0e-4},
+}
+SECTION_MODELS: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
+MAX_LINES = 12
+
+
+@pytest.fixture
+def example(tmp_path):
+    path = tmp_path / "example.yaml"
+    path.write_text(yaml.safe_dump(EXAMPLE))
+    return path
+
+
+def message_of(path, *overrides: str) -> str:
+    """The ConfigError's message; fails on no error, another error, or a message that is not short."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, list(overrides))
+    message = str(caught.value)
+    assert len(message.splitlines()) <= MAX_LINES
+    assert "Traceback" not in message
+    assert "pydantic" not in message
+    assert isinstance(caught.value, AgroError)
+    return message
+
+
+# Overrides: change -> what the message must contain.
+BAD_OVERRIDES = [
+    # Unknown names, with the nearest valid one
+    ("learner.lrr=1e-5", ["learner.lrr", "not a known key", "did you mean 'lr'"]),
+    ("learnr.lr=1e-5", ["learnr", "did you mean 'learner'"]),
+    ("actors.groupsize=4", ["actors.groupsize", "did you mean 'group_size'"]),
+    ("buffer.max_stalenes=4", ["did you mean 'max_staleness'"]),
+    ("model.torch_dtype=float32", ["model.torch_dtype", "did you mean 'dtype'"]),
+    ("actors.lr=1e-5", ["actors.lr", "did you mean learner.lr"]),
+    ("learner.seed=3", ["learner.seed", "did you mean run.seed"]),
+    ("learner.temperature=1.0", ["did you mean actors.temperature or eval.temperature"]),
+    ("agro.zzzzzz=1", ["agro.zzzzzz", "valid here", "beta", "lr_coef"]),
+    # Types
+    ("run.steps=ten", ["run.steps", "'ten'", "whole number"]),
+    ("run.steps=1.5", ["run.steps", "1.5", "whole number"]),
+    ("run.steps=true", ["run.steps", "True", "whole number"]),
+    ("run.steps=", ["run.steps", "None", "whole number"]),
+    ("run.steps='100'", ["run.steps", "'100'", "whole number"]),
+    ("learner.lr=fast", ["learner.lr", "'fast'", "number"]),
+    ("learner.lr=true", ["learner.lr", "True", "number"]),
+    ("learner.lr=[1e-5]", ["learner.lr", "number"]),
+    ("learner.offload=1", ["learner.offload", "true or false"]),
+    ("learner.offload='yes'", ["learner.offload", "'yes'", "true or false"]),
+    ("run.name=3", ["run.name = 3", "expected text", "quotes"]),
+    ("run.name=2024-01-31", ["run.name", "datetime.date(2024, 1, 31)", "quotes"]),
+    ("model.path={a: b}", ["model.path", "expected text"]),
+    ("rewards.functions=math_verify", ["rewards.functions", "'math_verify'", "expected a list", "name: exact_match"]),
+    ("rewards.functions=[math_verify]", ["rewards.functions.0", "'math_verify'", "expected a mapping"]),
+    ("rewards.functions=[]", ["rewards.functions", "at least one"]),
+    ("rewards.functions=[{weight: 1.0}]", ["rewards.functions.0.name", "missing"]),
+    ("rewards.functions=[{name: exact_match, wait: 2}]", ["rewards.functions.0.wait", "did you mean 'weight'"]),
+    # Ranges and choices
+    ("run.steps=0", ["run.steps = 0", "greater than or equal to 1"]),
+    ("run.seed=-1", ["run.seed = -1", "greater than or equal to 0"]),
+    ("run.timeout_s=0", ["run.timeout_s = 0", "greater than 0"]),
+    ("run.name=my/run", ["run.name = 'my/run'", "A-Za-z0-9"]),
+    ("model.make=recipes.smollm2", ["model.make = 'recipes.smollm2'", "module:function"]),
+    ("model.dtype=float16", ["model.dtype = 'float16'", "'float32' or 'bfloat16'"]),
+    ("learner.lr=-1e-5", ["learner.lr = -1e-05", "greater than 0"]),
+    ("learner.lr=.nan", ["learner.lr = nan", "finite"]),
+    ("learner.lr=.inf", ["learner.lr = inf", "finite"]),
+    ("actors.group_size=1", ["actors.group_size = 1", "greater than or equal to 2"]),
+    ("actors.top_p=1.5", ["actors.top_p = 1.5", "less than or equal to 1"]),
+    ("actors.temperature=0", ["actors.temperature = 0", "greater than 0"]),
+    ("actors.gpu_memory_utilization=90", ["actors.gpu_memory_utilization = 90", "less than or equal to 1"]),
+    ("buffer.sampler=newest", ["buffer.sampler = 'newest'", "'uniform', 'fresh' or 'oldest'"]),
+    ("agro.beta=-0.1", ["agro.beta = -0.1", "greater than or equal to 0"]),
+    ("rewards.max_error_fraction=2", ["rewards.max_error_fraction = 2", "less than or equal to 1"]),
+    ("monitor.wandb=yes please", ["monitor.wandb", "'auto', 'online', 'offline' or 'off'"]),
+    # What does not fit together
+    ("buffer.capacity=31", ["buffer.capacity = 31", "learner.groups_per_step = 32", "Raise buffer.capacity"]),
+    ("learner.micro_batch_tokens=16 actors.max_new_tokens=100", ["learner.micro_batch_tokens = 16", "= 108", "Raise"]),
+    ("agro.lr_coef=0.1 agro.beta=0", ["agro.lr_coef > 0", "agro.beta > 0"]),
+    ("data.system_prompt=Think.", ["data.system_prompt", "data.chat_template = false", "Set data.chat_template=true"]),
+    ("actors.num_gpus=1.5", ["actors.num_gpus = 1.5", "whole GPUs"]),
+    ("learner.num_gpus=4", ["learner.num_gpus = 4", "raise learner.ranks"]),
+    ("model.attention=flash_attention_2", ["model.attention = flash_attention_2", "learner.num_gpus > 0", "sdpa"]),
+    ("model.attention=flash_attention_2 learner.num_gpus=1", ["model.dtype = bfloat16", "here float32"]),
+    # Overrides that are none
+    ("learner.lr", ["'learner.lr'", "not section.key=value", "learner.lr=1e-5"]),
+    ("lr=1e-5", ["'lr=1e-5'", "not section.key=value"]),
+    ("=1", ["'=1'", "not section.key=value"]),
+    (".lr=1", ["'.lr=1'", "not section.key=value"]),
+    ("rewards.functions.0=1", ["not section.key=value"]),
+    ("--lr=3", ["'--lr=3'", "not section.key=value"]),
+    ("learner.lr=[1", ["'learner.lr=[1'", "not YAML"]),
+    ("learner.lr=: :", ["not YAML"]),
+    ("run.name=2024-13-45", ["'run.name=2024-13-45'", "not YAML"]),
+    ("run.name=!!python/object/apply:os.system [id]", ["not YAML"]),
+    ("run.name=!!bool maybe", ["not YAML"]),
+    ("actors.count=0b_", ["not YAML"]),
+    ("run.name=&a [*a]", ["contains itself"]),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BAD_OVERRIDES, ids=[change for change, _ in BAD_OVERRIDES])
+def test_a_bad_override_is_explained(example, change, words):
+    overrides = change.split(" ") if change.count(".") > 1 and change.count("=") > 1 and "[" not in change else [change]
+    message = message_of(example, *overrides)
+    for word in words:
+        assert word in message, message
+
+
+BAD_FILES = [
+    ("", ["nothing", "expected sections", "quickstart.yaml"]),
+    ("# only a comment\n", ["nothing", "expected sections"]),
+    ("- a\n- b\n", ["a list", "expected sections"]),
+    ("hello", ["a str", "expected sections"]),
+    ("model: {path: x", ["not YAML"]),
+    ("model:\n\tpath: x\n", ["not YAML"]),
+    ("model: !!timestamp noon\n", ["not YAML"]),
+    (b"model: \xff\xfe\n", ["not YAML"]),
+    ("{}", ["3 problems", "model is missing", "data is missing", "rewards is missing"]),
+    ("model: &m {path: *m}\n", ["contains itself"]),
+    ("model: &m\n  path: x\n  more: *m\n", ["contains itself"]),
+    ("model: x\n", ["model = 'x'", "expected a mapping"]),
+    ("actors:\n", ["actors = None", "expected a mapping", "remove the line"]),
+    ("1: 2\n", ["1 is not a known key", "valid here: actors"]),
+    ("[" * 1200, ["not YAML"]),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), BAD_FILES, ids=range(len(BAD_FILES)))
+def test_a_bad_file_is_explained(tmp_path, content, words):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = message_of(path)
+    assert str(path) in message
+    for word in words:
+        assert word in message, message
+
+
+def test_a_missing_file_names_the_nearest(example):
+    assert f"did you mean {example}" in message_of(example.with_name("exampel.yaml"))
+    assert "see configs/" in message_of(example.with_name("zzz"))
+    assert "no config file" in message_of(example.parent)
+
+
+def test_a_config_of_another_system_is_ten_problems_and_a_count(example):
+    tree = {**EXAMPLE, "learner": {f"made_up_{number}": number for number in range(25)}}
+    example.write_text(yaml.safe_dump(tree))
+    message = message_of(example)
+    assert "25 problems" in message
+    assert "and 15 more" in message
+
+
+def test_long_and_multi_line_values_are_cut():
+    tree = {**EXAMPLE, "run": {"name": "x\n" * 500}, "x\ny" * 200: 1}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree)
+    assert len(str(caught.value).splitlines()) == 3
+    assert all(len(line) < 400 for line in str(caught.value).splitlines())
+
+
+def test_an_override_below_something_that_is_no_section_is_explained(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: some/path\n")
+    message = message_of(path, "model.path=x")
+    assert "'model' is no section" in message
+    assert "'some/path'" in message
+
+
+def test_overrides_are_yaml_and_the_last_one_counts(example):
+    config = load_config(
+        example,
+        [
+            "learner.lr=1e-5",
+            "learner.lr=2E-6",
+            "run.steps=7",
+            "learner.offload=true",
+            "run.dir=null",
+            "agro.beta=0",
+            "eval.every=3",
+            "run.name='7'",
+            "rewards.functions=[{name: math_verify}, {name: exact_match, weight: 2}]",
+        ],
+    )
+    assert config.learner.lr == 2e-6
+    assert config.run.steps == 7
+    assert config.learner.offload is True
+    assert config.run.dir is None
+    assert config.agro.beta == 0
+    assert config.eval.every == 3
+    assert config.run.name == "7"
+    assert [(f.name, f.weight) for f in config.rewards.functions] == [("math_verify", 1.0), ("exact_match", 2.0)]
+
+
+def test_a_value_may_hold_an_equals_sign(example):
+    assert load_config(example, ["data.path=a=b.jsonl"]).data.path == "a=b.jsonl"
+
+
+def test_off_needs_no_quotes(example):
+    assert load_config(example, ["monitor.wandb=off"]).monitor.wandb == "off"
+    assert "monitor.wandb = True" in message_of(example, "monitor.wandb=on")
+
+
+def test_derived_values_follow_their_formulas(example):
+    config = load_config(example)
+    assert config.admitted_groups == min(96, 17 * 32)
+    assert load_config(example, ["buffer.max_staleness=1"]).admitted_groups == 64
+    assert config.max_sequence_tokens == 12
+
+
+WARNINGS = [
+    ("actors.top_p=0.9", "does not cover the reference"),
+    ("agro.lr_coef=0.5", "hazard"),
+    ("buffer.max_staleness=1", "evicted as stale"),
+    ("learner.warmup_steps=10", "peak learning rate"),
+    ("learner.offload=true", "in CPU memory anyway"),
+    ("rewards.functions=[{name: exact_match, weight: 0.0}]", "nothing is rewarded"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), WARNINGS)
+def test_what_is_allowed_but_not_meant_is_a_warning(example, change, words):
+    assert load_config(example).warnings() == []
+    (warning,) = load_config(example, [change]).warnings()
+    assert words in warning
+    assert change.partition("=")[0].removesuffix("[") in warning
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.name for path in SHIPPED])
+def test_a_shipped_config_loads_without_warning_and_round_trips(path, tmp_path):
+    config = load_config(path)
+    assert config.warnings() == []
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(dump_config(config))
+    assert load_config(dumped) == config
+
+
+def test_the_papers_setting_is_in_its_config():
+    config = load_config(REPOSITORY / "configs" / "llama3_8b_math.yaml")
+    assert config.agro.beta == 0.001
+    assert config.eval.every == 100
+    assert config.agro.weight == "none"
+    assert config.agro.lr_coef == 0
+
+
+def test_a_config_cannot_be_changed(example):
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(example).run.steps = 5  # type: ignore[misc]
+
+
+def test_there_are_at_most_64_fields():
+    assert num_fields() <= 64
+
+
+def test_the_committed_reference_is_current_and_complete():
+    committed = (REPOSITORY / "docs" / "config.md").read_text(encoding="utf-8")
+    assert committed == config_reference(), "run: python launch.py config-reference > docs/config.md"
+    for section, model in SECTION_MODELS.items():
+        assert f"## {section}\n" in committed
+        for name, inner in model.model_fields.items():
+            assert f"| `{name}` |" in committed
+            assert inner.description, f"{section}.{name} has no description"
+
+
+# Whatever is done to a tree, the outcome is a Config or a ConfigError ---------------------------------------------------
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**20), 10**20),
+    st.floats(),
+    st.text(max_size=20),
+    st.dates(),
+    st.binary(max_size=4),
+    st.sampled_from(["1e-5", "-1E400", "nan", "0x10", "bfloat16", "math_verify"]),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=3),
+    max_leaves=6,
+)
+SECTIONS = [*Config.model_fields, "lerner", "", "über"]
+KEYS = [*sorted({name for model in SECTION_MODELS.values() for name in model.model_fields}), "lrr", "", "a\nb"]
+
+
+def config_or_message(function, *arguments) -> Config | str:
+    try:
+        return function(*arguments)
+    except ConfigError as error:
+        return str(error)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.tuples(st.sampled_from(SECTIONS), st.sampled_from(KEYS) | st.text(max_size=8) | st.none(), VALUES), min_size=1, max_size=4)
+)
+def test_a_mutated_tree_is_a_config_or_a_short_config_error(mutations):
+    tree = copy.deepcopy(EXAMPLE)
+    for section, key, value in mutations:
+        if key is None or not isinstance(tree.setdefault(section, {}), dict):
+            tree[section] = value
+        else:
+            tree[section][key] = value
+    outcome = config_or_message(parse_config, tree)
+    if isinstance(outcome, Config):
+        assert parse_config(yaml.safe_load(dump_config(outcome))) == outcome
+    else:
+        assert len(outcome.splitlines()) <= MAX_LINES
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.text(st.characters(codec="utf-8"), max_size=30), st.sampled_from(["", "learner.lr=", "run.name=", "rewards.functions=[", "model."])
+)
+def test_any_text_as_an_override_is_a_config_or_a_config_error(text, before):
+    path = REPOSITORY / "configs" / "llama3_8b_math.yaml"
+    outcome = config_or_message(load_config, path, [before + text])
+    assert isinstance(outcome, Config) or len(outcome.splitlines()) <= MAX_LINES
