@@ -33,6 +33,9 @@ def init_process_group(rank: int, world_size: int, address: str, port: int, *, u
     dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size, timeout=timeout)
     import deepspeed
 
+    # DeepSpeed would compile a shared-memory all-reduce now, which ZeRO-3 does not use: half a minute, a compiler, and a lock
+    # file which, left by a killed process, every later run waits for without end.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", verbose=False)
     return torch.device("cuda", 0) if use_gpu else torch.device("cpu")
 

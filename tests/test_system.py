@@ -56,7 +56,7 @@ def start_train(model: Path, run_dir: Path, steps: int = STEPS, *more: str) -> s
     return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int, limit_s: float = 150) -> None:
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int, limit_s: float = 240) -> None:
     until_s = time.monotonic() + limit_s
     while len(rows_of(run_dir)) < step:
         assert process.poll() is None, process.communicate()
