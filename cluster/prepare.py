@@ -32,6 +32,7 @@ class Inputs:
 
 def prepare(config: Config) -> Inputs:
     """Check and load what the run needs; raises ConfigError, DataError or RewardError with a remedy. Makes the run directory last."""
+    quiet_libraries()
     mode = wandb_mode(config)
     for function in config.rewards.functions:
         load_reward(function.name)
@@ -45,6 +46,16 @@ def prepare(config: Config) -> Inputs:
         eval_prompts = PromptSet(rows=[], num_bad_rows=0, source="none")
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     return Inputs(config, prompts, eval_prompts, pad_id, make_run_dir(config), mode)
+
+
+def quiet_libraries() -> None:
+    """No progress bars between our own lines, and no warning of DeepSpeed's that there is no GPU."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def ensure_model(config: Config) -> Config:

@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -236,10 +237,16 @@ def summary_screen(summary: Mapping[str, Any]) -> str:
         ("W&B", summary.get("wandb_mode") or "-"),
     ]
     if policy:
-        rows += [("chat", f"python launch.py chat {shlex.quote(policy)}"), ("evaluate", f"python launch.py evaluate {shlex.quote(policy)}")]
+        rows += [(verb, f"{_python()} launch.py {verb} {shlex.quote(policy)}") for verb in ("chat", "evaluate")]
     outcome = f"stopped: {stopped}" if stopped else "finished"
     lines = [f"{summary.get('name') or '-'} {outcome}", *(f"  {label:<11}{value}" for label, value in rows)]
     return "\n".join(lines)
+
+
+def _python() -> str:
+    """This interpreter as one would type it here."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
