@@ -24,11 +24,11 @@ def _train(arguments: argparse.Namespace) -> int:
     from cluster.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    for warning in config.warnings():
-        print(f"warning: {warning}", file=sys.stderr)
     if arguments.dry_run:
         from cluster.placement import dry_run
+        from cluster.prepare import check_named
 
+        check_named(config)
         print(dry_run(config))
         return 0
     from cluster.terminal import summary_screen
@@ -108,9 +108,14 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+def _parse_dry_run() -> argparse.Namespace:
+    """`--dry-run` anywhere on the line, also before the overrides, which argparse would not take."""
+    return parser().parse_args([*(word for word in sys.argv[1:] if word != "--dry-run"), "--dry-run"])
+
+
 def main() -> int:
     """Exit code of the command; errors in a few lines, without a traceback."""
-    arguments = parser().parse_args()
+    arguments = parser().parse_args() if "--dry-run" not in sys.argv else _parse_dry_run()
     try:
         return arguments.run(arguments)
     except AgroError as error:

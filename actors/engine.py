@@ -124,8 +124,8 @@ class Engine:
         when parameters of the model are missing from `weights`: the engine is then unusable.
         """
         tensors = list(weights)
-        (missing,) = self._engine.apply_model(lambda model: _reload(model, tensors, self._engine.vllm_config.model_config))
-        if missing:
+        workers = self._engine.apply_model(lambda model: _reload(model, tensors, self._engine.vllm_config.model_config))
+        if missing := sorted(set().union(*workers)):
             raise SnapshotError(f"weights of version {version} lack {len(missing)} parameters of the model: {', '.join(missing[:5])}")
         self._num_updates += 1
         self._engine.set_weight_version(str(version))

@@ -65,6 +65,7 @@ class RolloutActor:
         seed = (config.run.seed * 1_000_003 + sum(name.encode()) * 7919) % 2**31
         self._engine = Engine(config.model, config.actors, max_model_len=config.max_sequence_tokens, seed=seed, version=-1)
         self._work: deque[WorkItem] = deque()
+        self._ordinals: set[int] = set()  # Of the groups being generated or scored here.
         self._open: dict[str, tuple[OpenGroup, int]] = {}
         self._scoring: list[tuple[OpenGroup, Future]] = []
         self._evaluating = 0
@@ -89,9 +90,9 @@ class RolloutActor:
                 self._idle()
             self._deliver()
             self._report()
-        if self._work or self._open:
-            ordinals = {group.item.ordinal for group, _ in self._open.values() if isinstance(group.item, WorkItem)}
-            ray.get(self._buffer.give_back.remote(self._name, [*ordinals, *(item.ordinal for item in self._work)]), timeout=self._timeout_s)
+        ray.get(self._inserts, timeout=self._timeout_s)
+        # What is leased, or about to be: the buffer hands it to another actor, or to the next start of the run.
+        ray.get(self._buffer.release_actor.remote(self._name), timeout=self._timeout_s)
         self._rewards.close()
         return dict(self._counters)
 
@@ -126,7 +127,7 @@ class RolloutActor:
             elif "snapshot" in self._calls and self._is_ready("snapshot"):
                 snapshot = self._answer("snapshot")
                 if snapshot is None:  # Dropped for newer ones since: ask again.
-                    self._directive = None
+                    self._drop_directive()
                     return
                 self._buckets = (msgspec.msgpack.decode(snapshot[0], type=Manifest), snapshot[1])
         if self._buckets is not None:
@@ -143,12 +144,18 @@ class RolloutActor:
         except SnapshotError as error:  # The old weights stay; the samples say so.
             self._counters["errors"] += 1
             self._monitor.event.remote(f"{self._name} keeps version {self._engine.version}: {error}")
-            self._retry_at_s = time.monotonic() + RETRY_S
+            self._drop_directive()
             return
         self._engine.load_weights(manifest.version, weights)
         self._counters["apply_s"] = time.perf_counter() - start_s
         self._counters["updates"] += 1
         self._start_evaluating(directive.eval_items)
+
+    def _drop_directive(self) -> None:
+        """Not to be done: evaluation items go back to the board, and the board is asked again in a while."""
+        self._directive = None
+        self._retry_at_s = time.monotonic() + RETRY_S
+        self._inserts.append(self._board.give_back.remote(self._name))
 
     def _start_evaluating(self, items: tuple[EvalItem, ...]) -> None:
         for item in items:
@@ -170,6 +177,9 @@ class RolloutActor:
             self._calls["lease"] = self._buffer.lease.remote(self._name, reserve, POLL_S)
         while self._work and self._engine.num_unfinished < actors.slots:
             item = self._work.popleft()
+            if item.ordinal in self._ordinals:
+                continue  # Its lease ran out while it is still being generated here: the one under way will do.
+            self._ordinals.add(item.ordinal)
             self._submit(item, self._prompts[item.row], actors.group_size, actors.temperature)
 
     def _submit(self, item: WorkItem | EvalItem, row: PromptRow, count: int, temperature: float) -> None:
@@ -208,6 +218,7 @@ class RolloutActor:
             ]
             self._counters["errors"] += sum(sample.error is not None for sample in samples)
             if isinstance(group.item, WorkItem):
+                self._ordinals.discard(group.item.ordinal)
                 groups.append(encode(self._group(group.item, group.row, samples)))
             else:
                 evaluated.append(_eval_sample(group.item, group.row, samples))

@@ -19,6 +19,8 @@ def chat(directory: str, prompt: str, max_new_tokens: int = 256) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _check_policy(directory)
+    if not list(Path(directory).glob("tokenizer*")):
+        raise ConfigError(f"{directory} has no tokenizer files: copy those of the base model there")
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
     if tokenizer.chat_template:

@@ -81,6 +81,7 @@ class ReplayBuffer:
         self._error_texts: deque[str] = deque(maxlen=_NUM_ERROR_TEXTS)
         self._step = 0
         self._closed = False
+        self._released: set[str] = set()
         self._changed = asyncio.Condition()
         self._admission_wait = WaitTimer()
         self._batch_wait = WaitTimer()
@@ -101,7 +102,7 @@ class ReplayBuffer:
         async with self._changed:
             with self._admission_wait.running(clock):
                 ordinals = self._lease_now(actor, max_groups, clock())
-                while not ordinals and clock() < deadline_s and not self._closed:
+                while not ordinals and clock() < deadline_s and not self._closed and actor not in self._released:
                     await self._wait_for_change(min(deadline_s, self._admission.next_expiry_s))
                     ordinals = self._lease_now(actor, max_groups, clock())
         return [encode(work_item(ordinal, seed=self._config.run.seed, num_rows=self._num_rows)) for ordinal in ordinals]
@@ -136,7 +137,8 @@ class ReplayBuffer:
         await self._take_back(actor, ordinals, "given back")
 
     async def release_actor(self, actor: str) -> None:
-        """Takes back all leases of an actor that is gone."""
+        """Takes back all leases of an actor that is gone; its name gets none again, nor does a call of it that still waits."""
+        self._released.add(actor)
         await self._take_back(actor, None, "actor gone")
 
     async def _take_back(self, actor: str, ordinals: list[int] | None, reason: str) -> None:
@@ -221,7 +223,7 @@ class ReplayBuffer:
     # Synchronous sections: all changes happen in here, under the condition's lock.
 
     def _lease_now(self, actor: str, max_groups: int, now_s: float) -> list[int]:
-        if self._closed:
+        if self._closed or actor in self._released:
             return []
         if self._admission.next_expiry_s <= now_s:
             with self._commit():

@@ -13,7 +13,6 @@ until they are done; training goes on meanwhile. Items of an actor that dies are
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -67,7 +66,7 @@ class Board:
         self._evaluations: dict[int, _OpenEvaluation] = {}
         self._results: list[Evaluation] = []
         self._retired: set[str] = set()
-        self._heard: dict[str, float] = {}
+        self._released: set[str] = set()
         self._changed = asyncio.Condition()
 
     # --- learner ------------------------------------------------------------------------------------------------
@@ -87,9 +86,8 @@ class Board:
     async def poll(self, actor: str, version: int, max_items: int, timeout_s: float) -> bytes:
         """The actor's next Directive (msgpack), as soon as there is something new for it or after `timeout_s`.
 
-        `version`: what it has loaded. `max_items`: how many evaluation prompts it can take now. Also its heartbeat.
+        `version`: what it has loaded. `max_items`: how many evaluation prompts it can take now.
         """
-        self._heard[actor] = time.monotonic()
         loop = asyncio.get_running_loop()
         until_s = loop.time() + timeout_s
         async with self._changed:
@@ -102,7 +100,6 @@ class Board:
                     await asyncio.wait_for(self._changed.wait(), left_s)
                 except TimeoutError:
                     continue
-        self._heard[actor] = time.monotonic()
         return msgspec.msgpack.encode(directive)
 
     async def snapshot(self, version: int) -> Snapshot | None:
@@ -124,10 +121,14 @@ class Board:
         await self._wake()
 
     async def release_actor(self, actor: str) -> None:
-        """The actor is gone: its evaluation items are handed out again."""
+        """The actor is gone: its evaluation items are handed out again, and none to a call of it that still waits."""
+        self._released.add(actor)
+        await self.give_back(actor)
+
+    async def give_back(self, actor: str) -> None:
+        """The actor cannot evaluate what it took: these items are handed out again."""
         for evaluation in self._evaluations.values():
             evaluation.release(actor)
-        self._heard.pop(actor, None)
         await self._wake()
 
     # --- driver -------------------------------------------------------------------------------------------------
@@ -137,11 +138,6 @@ class Board:
         self._retired.update(actors)
         await self._wake()
 
-    async def silent_s(self) -> dict[str, float]:
-        """Seconds since each actor was last heard of."""
-        now = time.monotonic()
-        return {actor: now - heard for actor, heard in self._heard.items()}
-
     async def evaluations(self) -> tuple[int, list[Evaluation]]:
         """(number still open, results so far)."""
         return len(self._evaluations), list(self._results)
@@ -149,7 +145,7 @@ class Board:
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _directive(self, actor: str, version: int, max_items: int) -> Directive | None:
-        if actor in self._retired:
+        if actor in self._retired or actor in self._released:
             return Directive(version, retire=True)
         if self._newest < 0:
             return None

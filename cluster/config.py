@@ -271,6 +271,18 @@ class Config(Section):
         return found
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error: PyYAML would keep the last one and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """The Config in the YAML file `path` with `section.key=value` overrides applied (values are YAML).
 
@@ -283,7 +295,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
             f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "; see configs/ for examples.")
         )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except _NOT_YAML as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 from actors.prompts import PromptSet, load_prompts
 from cluster.config import Config, dump_config
-from cluster.errors import ConfigError
+from cluster.errors import AgroError, ConfigError, DataError
 from cluster.monitor import wandb_mode
 from learner.objectives import load_objective
 from rewards.registry import load_reward
@@ -34,9 +34,7 @@ def prepare(config: Config) -> Inputs:
     """Check and load what the run needs; raises ConfigError, DataError or RewardError with a remedy. Makes the run directory last."""
     quiet_libraries()
     mode = wandb_mode(config)
-    for function in config.rewards.functions:
-        load_reward(function.name)
-    load_objective(config.learner.objective, config.agro)
+    check_named(config)
     config = ensure_model(config)
     tokenizer = load_tokenizer(config)
     prompts = load_prompts(config.data, tokenizer)
@@ -46,6 +44,16 @@ def prepare(config: Config) -> Inputs:
         eval_prompts = PromptSet(rows=[], num_bad_rows=0, source="none")
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     return Inputs(config, prompts, eval_prompts, pad_id, make_run_dir(config), mode)
+
+
+def check_named(config: Config) -> None:
+    """What the config names exists: rewards, objective, local data; raises RewardError, ConfigError or DataError."""
+    for function in config.rewards.functions:
+        load_reward(function.name)
+    load_objective(config.learner.objective, config.agro)
+    for field, path in (("data.path", config.data.path), ("data.eval_path", config.data.eval_path)):
+        if path and path.startswith(("/", ".", "~")) and not Path(path).expanduser().exists():
+            raise DataError(f"{field} = {path}: no such file or directory (seen from {Path.cwd()}). Give another path, or a hub id.")
 
 
 def quiet_libraries() -> None:
@@ -69,7 +77,12 @@ def ensure_model(config: Config) -> Config:
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"model.make = {model.make}: {error}. Expected module:function, importable from here.") from None
         path.parent.mkdir(parents=True, exist_ok=True)
-        make(str(path))
+        try:
+            make(str(path))
+        except AgroError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- the user's code: whatever it raises is theirs to read, in one line
+            raise ConfigError(f"model.make = {model.make} failed for {path}: {type(error).__name__}: {error}") from None
     if not path.exists():
         return config  # A hub id: transformers resolves it, or says why it cannot.
     absolute = model.model_copy(update={"path": str(path.resolve())})
@@ -96,8 +109,11 @@ def make_run_dir(config: Config) -> Path:
     run_dir = (Path(config.run.dir).expanduser() if config.run.dir else new).resolve()
     if (run_dir / "config.yaml").exists():
         raise ConfigError(f"run.dir = {run_dir} already holds a run. Choose another run.dir, or leave it out for a new one.")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"run.dir = {run_dir} cannot be made: {error.strerror}. Choose another run.dir.") from None
     return run_dir
 
 

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -79,7 +79,7 @@ def ray_session(config: Config) -> Iterator[None]:
             env = {"PYTHONPATH": os.pathsep.join([str(repository_root()), *filter(None, [os.environ.get("PYTHONPATH")])])}
             cpus = max(os.cpu_count() or 1, int(asked + 0.999))
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env={"env_vars": env}, **common)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, RayError) as error:
         raise PlacementError(
             f"no connection to Ray at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {str(error).splitlines()[0]}. "
             "Start a head (`ray start --head`) or unset RAY_ADDRESS to run alone; see `python launch.py doctor`."
@@ -98,7 +98,7 @@ class Supervisor:
         self._groups: dict[str, PlacementGroup] = {}
         self._rollouts: dict[Any, str] = {}  # the running call of each rollout actor -> its name
         self._handles: dict[str, Any] = {}
-        self._pids: dict[str, int] = {}
+        self._pid_calls: dict[str, Any] = {}
         self._restarts = 0
         self._start_s = time.monotonic()
         self._start_services()
@@ -136,7 +136,7 @@ class Supervisor:
             self._start_rollout(f"actor-{index}")
         address = self._get(self._ranks[0].address.remote(), "learner rank 0")
         self._get([rank.start.remote(address) for rank in self._ranks], "learner ranks", config.run.timeout_s)
-        self._note_pids({f"learner-{index}": rank for index, rank in enumerate(self._ranks)})
+        self._pid_calls["learner ranks"] = self._ranks[0].__ray_call__.remote(lambda _: os.getpid())
         self.policy_dir = str(self._inputs.run_dir / "policy")
         self._training = [rank.train.remote(self.buffer, self.board, self.monitor, self.policy_dir) for rank in self._ranks]
         self._event(f"learner ready: {learner.ranks} ZeRO-3 rank(s); {actors.count} rollout actors loading")
@@ -151,11 +151,10 @@ class Supervisor:
         )
         self._handles[name] = handle
         self._rollouts[handle.run.remote()] = name
+        self._pid_calls[name] = handle.__ray_call__.remote(lambda _: os.getpid())
 
     def _place(self, role: str, bundles: list[dict[str, float]]) -> PlacementGroup:
-        """A placement group of its own for `role`, instead of the one it had."""
-        if role in self._groups:
-            remove_placement_group(self._groups.pop(role))
+        """A placement group of its own for `role`."""
         asked = [{key: value for key, value in bundle.items() if value} or {"CPU": 0.001} for bundle in bundles]
         self._groups[role] = placement_group(asked, "PACK")
         return self._groups[role]
@@ -187,11 +186,11 @@ class Supervisor:
                     self._replace(call)
             if any(call in self._training for call in ready):
                 done, running = ray.wait(self._training, num_returns=len(self._training), timeout=0)
-                self._get(list(done), "learner")  # Raises what any rank raised.
+                self._get(list(done), "learner ranks")  # Raises what any rank raised.
                 if not running:
                     break
                 time.sleep(WATCH_S)
-        totals = self._get(self._training, "learner")
+        totals = self._get(self._training, "learner ranks")
         self._await_evaluations(stop, terminal)
         return totals
 
@@ -223,14 +222,20 @@ class Supervisor:
                 f"rollout actor {name} failed: {type(error.cause).__name__}: {cause}\n{_last_lines(str(error), 6)}"
             ) from None
         except RayActorError as error:
-            cause = _death_cause(error, self._pids.get(name))
+            cause = _death_cause(error, self._pid_of(name))
+            if "error raised in its creation task" in str(error):
+                raise TrainingError(f"rollout actor {name} could not start:\n{_last_lines(str(error), 3)}") from None
         self._restarts += 1
         self._event(f"{name} died: {cause}")
         if self._restarts > MAX_RESTARTS:
             raise TrainingError(f"rollout actors died {self._restarts} times, the last one ({name}): {cause}")
         self._get([self.buffer.release_actor.remote(name), self.board.release_actor.remote(name)], "buffer and board")
-        self._start_rollout(name)
-        self._event(f"{name} restarted ({self._restarts} of at most {MAX_RESTARTS})")
+        remove_placement_group(self._groups.pop(name))
+        del self._handles[name]
+        # A name of its own: what its predecessor still asks for is refused by name.
+        successor = f"{name.split('.')[0]}.{self._restarts}"
+        self._start_rollout(successor)
+        self._event(f"{name} restarted as {successor} ({self._restarts} of at most {MAX_RESTARTS})")
 
     def _await_evaluations(self, stop: StopSignal, terminal: Terminal) -> None:
         until_s = time.monotonic() + self._config.run.timeout_s
@@ -252,10 +257,11 @@ class Supervisor:
     def finish(self, totals: list[dict[str, float]], stopped: str | None) -> dict[str, Any]:
         """Retire the actors, write summary and report; the summary."""
         inputs = self._inputs
-        _, results = self._get(self.board.evaluations.remote(), "board")
+        _, arrived = self._get(self.board.evaluations.remote(), "board")
+        results = sorted(arrived, key=lambda evaluation: evaluation.policy_version)
         stats = self._get(self.buffer.stats.remote(), "replay buffer")
         self.monitor.log_buffer.remote(stats)
-        self._get(self.board.retire.remote(list(self._handles)), "board")
+        self._get(self.board.retire.remote(list(self._handles)), "board")  # They end their loops.
         ray.wait(list(self._rollouts), num_returns=len(self._rollouts), timeout=CLOSE_TIMEOUT_S)
         wall_s = time.monotonic() - self._start_s
         first = totals[0] if totals else {}
@@ -283,7 +289,7 @@ class Supervisor:
             },
             "wandb_mode": inputs.wandb_mode,
         }
-        ray.get(self.monitor.close.remote(summary), timeout=CLOSE_TIMEOUT_S)
+        self._get(self.monitor.close.remote(summary), "monitor", CLOSE_TIMEOUT_S)
         with contextlib.suppress(RayActorError, GetTimeoutError):
             ray.get(self.buffer.close.remote(), timeout=CLOSE_TIMEOUT_S)
         write_report(inputs.run_dir)
@@ -301,9 +307,14 @@ class Supervisor:
     def _event(self, text: str) -> None:
         self.monitor.event.remote(text)
 
-    def _note_pids(self, handles: dict[str, Any]) -> None:
-        pids = self._get([handle.__ray_call__.remote(lambda _: os.getpid()) for handle in handles.values()], "learner ranks")
-        self._pids.update(zip(handles, pids, strict=True))
+    def _pid_of(self, role: str) -> int | None:
+        """Its process id, if it lived long enough to tell: by it the log is found."""
+        call = self._pid_calls.get(role)
+        if call is None or not ray.wait([call], timeout=0)[0]:
+            return None
+        with contextlib.suppress(RayActorError):
+            return int(ray.get(call))
+        return None
 
     def _get(self, calls: Any, who: str, timeout_s: float | None = None) -> Any:
         """ray.get with the run's timeout; its error names who did not answer, or why it died."""
@@ -317,7 +328,7 @@ class Supervisor:
                 raise error.cause from None
             raise TrainingError(f"{who} failed: {type(error.cause).__name__}: {error.cause}\n{_last_lines(str(error), 8)}") from None
         except RayActorError as error:
-            raise TrainingError(f"{who} died: {_death_cause(error, self._pids.get('learner-0'))}") from None
+            raise TrainingError(f"{who} died: {_death_cause(error, self._pid_of(who))}") from None
 
 
 def _remote(part: type) -> Any:
@@ -342,7 +353,7 @@ def _death_cause(error: RayActorError, pid: int | None) -> str:
     """In a few lines: what Ray knows, and the last lines of the process's log where it is on this machine."""
     reason = str(error) if isinstance(error, ActorDiedError) else type(error).__name__
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    known = next((line for line in lines if "cause" in line.lower() or "exit" in line.lower()), lines[0] if lines else "no cause given")
+    known = next((line for line in lines if "worker exit" in line.lower()), lines[0] if lines else "no cause given")
     logs = Path(_ray_node().get_session_dir_path()) / "logs"
     tail = [_last_lines(path.read_text(errors="replace"), 5) for path in logs.glob(f"*-{pid}.err")] if pid else []
     return "\n".join([known[:300], *tail])

@@ -24,7 +24,10 @@ def train(config: Config) -> dict[str, Any]:
                 totals = supervisor.watch(stop, terminal)
             return supervisor.finish(totals, stop.name)
         except AgroError as error:
-            supervisor.finish([], str(error).splitlines()[0])
+            try:
+                supervisor.finish([], str(error).splitlines()[0])
+            except AgroError as second:  # What is left of the run cannot be closed in order: say so, but the first error is the cause.
+                raise type(error)(f"{error}\n(and the run's files could not be completed: {str(second).splitlines()[0]})") from None
             raise
         finally:
             supervisor.close()

@@ -29,7 +29,8 @@ def init_process_group(rank: int, world_size: int, address: str, port: int, *, u
     if not use_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
-    timeout = datetime.timedelta(seconds=timeout_s)
+    # Longer than a wait for a batch: rank 0, which knows what it waits for, is the one to give up first.
+    timeout = datetime.timedelta(seconds=timeout_s + 60)
     dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size, timeout=timeout)
     import deepspeed
 
@@ -72,6 +73,11 @@ def _load(model: ModelConfig, learner: LearnerConfig, *, training: bool) -> Any:
         trust_remote_code=model.trust_remote_code,
     )
     module.config.use_cache = False
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0  # pi and pi_ref are the same function of their weights, and both passes of an update give one value.
+        elif isinstance(getattr(layer, "attention_dropout", None), float):
+            layer.attention_dropout = 0.0  # type: ignore[assignment]
     if training and learner.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not training:

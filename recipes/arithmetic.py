@@ -1,4 +1,4 @@
-"""The quickstart's task and base model: sums of two numbers, and a Llama of 0.4 M parameters that half knows them.
+"""The quickstart's task and base model: sums of two numbers, and a Llama of 0.3 M parameters that half knows them.
 
     python -m recipes.arithmetic rows  OUT_DIR     writes train.jsonl and test.jsonl (disjoint problems)
     python -m recipes.arithmetic base  OUT_DIR     makes the base model: a normal Hugging Face directory
