@@ -81,7 +81,7 @@ class ReplayBuffer:
         self._error_texts: deque[str] = deque(maxlen=_NUM_ERROR_TEXTS)
         self._step = 0
         self._closed = False
-        self._released: set[str] = set()
+        self._releases: Counter[str] = Counter()
         self._changed = asyncio.Condition()
         self._admission_wait = WaitTimer()
         self._batch_wait = WaitTimer()
@@ -102,8 +102,11 @@ class ReplayBuffer:
         async with self._changed:
             with self._admission_wait.running(clock):
                 ordinals = self._lease_now(actor, max_groups, clock())
-                while not ordinals and clock() < deadline_s and not self._closed and actor not in self._released:
+                releases = self._releases[actor]
+                while not ordinals and clock() < deadline_s and not self._closed:
                     await self._wait_for_change(min(deadline_s, self._admission.next_expiry_s))
+                    if self._releases[actor] != releases:
+                        break  # The actor died while this call of it waited.
                     ordinals = self._lease_now(actor, max_groups, clock())
         return [encode(work_item(ordinal, seed=self._config.run.seed, num_rows=self._num_rows)) for ordinal in ordinals]
 
@@ -137,8 +140,8 @@ class ReplayBuffer:
         await self._take_back(actor, ordinals, "given back")
 
     async def release_actor(self, actor: str) -> None:
-        """Takes back all leases of an actor that is gone; its name gets none again, nor does a call of it that still waits."""
-        self._released.add(actor)
+        """Takes back all leases of an actor that is gone; a call of it that still waits gets none."""
+        self._releases[actor] += 1
         await self._take_back(actor, None, "actor gone")
 
     async def _take_back(self, actor: str, ordinals: list[int] | None, reason: str) -> None:
@@ -223,7 +226,7 @@ class ReplayBuffer:
     # Synchronous sections: all changes happen in here, under the condition's lock.
 
     def _lease_now(self, actor: str, max_groups: int, now_s: float) -> list[int]:
-        if self._closed or actor in self._released:
+        if self._closed:
             return []
         if self._admission.next_expiry_s <= now_s:
             with self._commit():

@@ -145,7 +145,7 @@ class Board:
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _directive(self, actor: str, version: int, max_items: int) -> Directive | None:
-        if actor in self._retired or actor in self._released:
+        if actor in self._retired or actor in self._released:  # A name is not used again (cluster/supervisor.py).
             return Directive(version, retire=True)
         if self._newest < 0:
             return None

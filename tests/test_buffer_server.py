@@ -177,13 +177,24 @@ async def test_a_lease_waits_for_admission_and_an_insert_wakes_the_learner(run_d
 
 
 @scenario
+async def test_leases_of_a_dead_actor_go_to_the_living_not_to_a_call_of_it_that_still_waits(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=2, max_staleness=1), run_dir, NUM_ROWS)
+    ordinals = ordinals_of(await buffer.lease("a", 2, 1.0))
+    of_the_dead = asyncio.create_task(buffer.lease("a", 2, 50.0))
+    of_the_living = asyncio.create_task(buffer.lease("b", 2, 50.0))
+    await asyncio.sleep(1.0)
+    await buffer.release_actor("a")
+    assert ordinals_of(await of_the_living) == ordinals
+    assert await of_the_dead == []
+
+
+@scenario
 async def test_every_way_of_making_room_wakes_a_waiting_actor_at_once(run_dir):
     clock = asyncio.get_running_loop().time
     buffer = ReplayBuffer(make_config(capacity=2, max_staleness=1), run_dir, NUM_ROWS)
     ways_with_open_items = [
         lambda ordinals: buffer.fail("a", ordinals, "random"),
         lambda ordinals: buffer.give_back("a", ordinals),
-        lambda _: buffer.release_actor("a"),
         lambda ordinals: buffer.insert("a", [make_payload(ordinal, rewards=(1.0,)) for ordinal in ordinals]),
     ]
     ways_with_stored_groups = [
