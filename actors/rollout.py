@@ -124,7 +124,7 @@ class RolloutActor:
         if self._buckets is None:
             if "snapshot" not in self._calls:
                 self._calls["snapshot"] = self._board.snapshot.remote(directive.version)
-            elif "snapshot" in self._calls and self._is_ready("snapshot"):
+            elif self._is_ready("snapshot"):
                 snapshot = self._answer("snapshot")
                 if snapshot is None:  # Dropped for newer ones since: ask again.
                     self._drop_directive()
