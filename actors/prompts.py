@@ -31,6 +31,16 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
+class OfflineSample:
+    """A logged completion. `token_ids` end in EOS unless `finish_reason` is "length"; `reward` None: not scored yet."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    reward: float | None
+    finish_reason: str
+
+
+@dataclass(frozen=True)
 class PromptRow:
     """One usable prompt.
 
@@ -38,12 +48,14 @@ class PromptRow:
     text       what is tokenised: the rendered chat template, or the text as it is
     token_ids  the tokens of `text`, special tokens once
     columns    every column of the row, for the rewards; the answer is in `answer`, whatever its column is called
+    offline    what others generated for it (`data.offline`), no completion twice
     """
 
     row: int
     text: str
     token_ids: tuple[int, ...]
     columns: dict[str, Any]
+    offline: tuple[OfflineSample, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,22 +74,22 @@ class PromptSet:
 
 
 @dataclass(frozen=True)
-class _Bad:
+class Bad:
     """Why a row cannot be used."""
 
     reason: str
 
 
-_Rows: TypeAlias = dict[int, "dict[str, Any] | _Bad"]
+Rows: TypeAlias = dict[int, "dict[str, Any] | Bad"]
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """What was read: `rows` by index, and `unit`, the word for a row in messages ("line" or "row")."""
 
     name: str
     unit: str
-    rows: _Rows
+    rows: Rows
 
 
 def load_prompts(data: DataConfig, tokenizer: Any, *, evaluation: bool = False) -> PromptSet:
@@ -88,35 +100,42 @@ def load_prompts(data: DataConfig, tokenizer: Any, *, evaluation: bool = False) 
     """
     if evaluation and data.eval_rows == 0:
         return PromptSet([], 0, "no evaluation (data.eval_rows = 0)")
+    source = _read_evaluation(data) if evaluation else read_source("data.path", data.path, data.split)
+    rows, bad = render_rows(source, data, tokenizer)
+    report_bad_rows(source, bad, num_usable=len(rows), on_bad_row=data.on_bad_row)
+    return PromptSet(list(rows.values()), len(bad), source.name)
+
+
+def render_rows(source: Source, data: DataConfig, tokenizer: Any) -> tuple[dict[int, PromptRow], dict[int, str]]:
+    """The usable prompts of `source` by row index, and why the other rows are bad. Raises DataError without a chat template."""
     if data.chat_template and getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
             "the tokenizer has no chat template. Set data.chat_template=false to use prompts as they are, "
             "or use an instruction-tuned model."
         )
-    source = _read_evaluation(data) if evaluation else _read("data.path", data.path, data.split, limit=None)
     answer_column = _answer_column(source.rows)
     bad: dict[int, str] = {}
     texts: dict[int, str] = {}
     for index, row in source.rows.items():
-        outcome = row if isinstance(row, _Bad) else _render(row, answer_column, data, tokenizer)
-        if isinstance(outcome, _Bad):
+        outcome = row if isinstance(row, Bad) else _render(row, answer_column, data, tokenizer)
+        if isinstance(outcome, Bad):
             bad[index] = outcome.reason
         else:
             texts[index] = outcome
-    rows = []
-    for index, token_ids in _tokenise(tokenizer, texts, templated=data.chat_template).items():
+    rows = {}
+    # A rendered chat template holds its special tokens already: they are not added a second time.
+    for index, token_ids in tokenise(tokenizer, texts, add_special_tokens=not data.chat_template).items():
         if 1 <= len(token_ids) <= data.max_prompt_tokens:
-            rows.append(PromptRow(index, texts[index], token_ids, _columns(source.rows[index], answer_column)))
+            rows[index] = PromptRow(index, texts[index], token_ids, _columns(source.rows[index], answer_column))
         elif not token_ids:
             bad[index] = "the prompt has no tokens"
         else:
             bad[index] = f"the prompt is {len(token_ids)} tokens long, data.max_prompt_tokens is {data.max_prompt_tokens}"
-    _report(source, bad, num_usable=len(rows), on_bad_row=data.on_bad_row)
-    return PromptSet(rows, len(bad), source.name)
+    return rows, bad
 
 
-def _report(source: _Source, bad: dict[int, str], num_usable: int, on_bad_row: str) -> None:
-    """Raise DataError when there are bad rows that may not be skipped, or no usable ones."""
+def report_bad_rows(source: Source, bad: dict[int, str], num_usable: int, on_bad_row: str) -> None:
+    """Raises DataError when there are bad rows that may not be skipped (the first five with number and reason), or no usable ones."""
     if not source.rows:
         raise DataError(f"{source.name} has no rows.")
     if num_usable and (not bad or on_bad_row == "skip"):
@@ -131,19 +150,26 @@ def _report(source: _Source, bad: dict[int, str], num_usable: int, on_bad_row: s
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def _read_evaluation(data: DataConfig) -> _Source:
+def _read_evaluation(data: DataConfig) -> Source:
     if data.eval_path is not None:
-        return _read("data.eval_path", data.eval_path, data.eval_split, limit=data.eval_rows)
+        return read_source("data.eval_path", data.eval_path, data.eval_split, limit=data.eval_rows)
+    if data.path is None:
+        raise DataError("there are no held-out prompts: set data.eval_path, or data.eval_rows=0 to switch evaluation off.")
     if Path(data.path).expanduser().is_file():
         raise DataError(
             f"data.path = {data.path} is one file: it has no split {data.eval_split!r} to evaluate on, and its rows are trained on. "
             "Set data.eval_path, or data.eval_rows=0 to switch evaluation off."
         )
-    return _read("data.path", data.path, data.eval_split, limit=data.eval_rows)
+    return read_source("data.path", data.path, data.eval_split, limit=data.eval_rows)
 
 
-def _read(key: str, name: str, split: str, limit: int | None) -> _Source:
-    """The first `limit` rows (None: all) of what `name` means; `key` is the config key it came from."""
+def read_source(key: str, name: str | None, split: str, limit: int | None = None) -> Source:
+    """The first `limit` rows (None: all) of what `name` means; `key` is the config key it came from.
+
+    Raises DataError when there is nothing readable, with what was tried and what is accepted.
+    """
+    if name is None:
+        raise DataError(f"{key} is not set. Accepted: {ACCEPTED}.")
     path = Path(name).expanduser()
     if path.is_dir():
         return _read_files(key, _split_files(key, path, split), limit)
@@ -169,43 +195,43 @@ def _split_files(key: str, folder: Path, split: str) -> list[Path]:
     )
 
 
-def _read_files(key: str, files: list[Path], limit: int | None) -> _Source:
+def _read_files(key: str, files: list[Path], limit: int | None) -> Source:
     path = files[0]
     name = str(path) if len(files) == 1 else f"{path.parent}/{path.name} and {len(files) - 1} more"
     try:
         if path.suffix == ".jsonl":
-            return _Source(name, "line", _read_jsonl(path, limit))
+            return Source(name, "line", _read_jsonl(path, limit))
         if path.suffix == ".parquet":
-            return _Source(name, "row", _read_parquet(files, limit))
+            return Source(name, "row", _read_parquet(files, limit))
     except OSError as error:
         raise DataError(f"{key} = {path} cannot be read: {error}") from error
     raise DataError(f"{key} = {path} is neither .jsonl nor .parquet. Accepted: {ACCEPTED}.")
 
 
-def _read_jsonl(path: Path, limit: int | None) -> _Rows:
+def _read_jsonl(path: Path, limit: int | None) -> Rows:
     """Rows by line index; blank lines are no rows."""
     with path.open("rb") as file:
         filled = ((index, line) for index, line in enumerate(file) if line.strip())
         return {index: _parse_line(line) for index, line in itertools.islice(filled, limit)}
 
 
-def _parse_line(line: bytes) -> dict[str, Any] | _Bad:
+def _parse_line(line: bytes) -> dict[str, Any] | Bad:
     try:
         row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
-        return _Bad(f"not UTF-8 (byte {error.start + 1})")
+        return Bad(f"not UTF-8 (byte {error.start + 1})")
     except json.JSONDecodeError as error:
-        return _Bad(f"not JSON: {error.msg} (column {error.colno})")
+        return Bad(f"not JSON: {error.msg} (column {error.colno})")
     except (ValueError, RecursionError) as error:
-        return _Bad(f"not JSON: {error}")
-    return row if isinstance(row, dict) else _Bad(f"holds {_kind(row)}, expected an object such as {{'prompt': ..., 'answer': ...}}")
+        return Bad(f"not JSON: {error}")
+    return row if isinstance(row, dict) else Bad(f"holds {kind_of(row)}, expected an object such as {{'prompt': ..., 'answer': ...}}")
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _read_parquet(files: list[Path], limit: int | None) -> _Rows:
+def _read_parquet(files: list[Path], limit: int | None) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -221,7 +247,7 @@ def _read_parquet(files: list[Path], limit: int | None) -> _Rows:
     return dict(enumerate(rows))
 
 
-def _read_hub(key: str, name: str, split: str, limit: int | None) -> _Source:
+def _read_hub(key: str, name: str, split: str, limit: int | None) -> Source:
     import datasets
 
     hub_id, _, subset = name.partition(":")
@@ -235,28 +261,28 @@ def _read_hub(key: str, name: str, split: str, limit: int | None) -> _Source:
         ) from error
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    return _Source(f"{name} ({split})", "row", dict(enumerate(dataset.to_list())))
+    return Source(f"{name} ({split})", "row", dict(enumerate(dataset.to_list())))
 
 
 # Checking ------------------------------------------------------------------------------------------------------------
 
 
-def _answer_column(rows: _Rows) -> str | None:
+def _answer_column(rows: Rows) -> str | None:
     """The first of ANSWER_COLUMNS that any row has; None when none has one (a reward may not need it)."""
     present = {column for row in rows.values() if isinstance(row, dict) for column in ANSWER_COLUMNS if column in row}
     return next((column for column in ANSWER_COLUMNS if column in present), None)
 
 
-def _columns(row: dict[str, Any] | _Bad, answer_column: str | None) -> dict[str, Any]:
+def _columns(row: dict[str, Any] | Bad, answer_column: str | None) -> dict[str, Any]:
     assert isinstance(row, dict)
     return row if answer_column is None else {**row, "answer": row[answer_column]}
 
 
-def _render(row: dict[str, Any], answer_column: str | None, data: DataConfig, tokenizer: Any) -> str | _Bad:
+def _render(row: dict[str, Any], answer_column: str | None, data: DataConfig, tokenizer: Any) -> str | Bad:
     """The text to tokenise, or the first thing that is wrong with the row."""
     reason = next(_problems(row, answer_column, data), None)
     if reason is not None:
-        return _Bad(reason)
+        return Bad(reason)
     prompt = row[_prompt_column(row)]
     if not data.chat_template:
         return prompt
@@ -268,7 +294,7 @@ def _render(row: dict[str, Any], answer_column: str | None, data: DataConfig, to
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
-        return _Bad(f"the chat template refuses the messages: {error}")
+        return Bad(f"the chat template refuses the messages: {error}")
 
 
 def _prompt_column(row: dict[str, Any]) -> str:
@@ -286,9 +312,9 @@ def _problems(row: dict[str, Any], answer_column: str | None, data: DataConfig) 
             yield f"{column!r} is a list of messages, which needs data.chat_template=true"
         yield from _message_problems(column, prompt, data.system_prompt)
     elif isinstance(prompt, str):
-        yield from _text_problems(repr(column), prompt)
+        yield from text_problems(repr(column), prompt)
     else:
-        yield f"{column!r} is {_kind(prompt)}, expected text or a list of messages"
+        yield f"{column!r} is {kind_of(prompt)}, expected text or a list of messages"
     if answer_column is not None:
         yield from _answer_problems(row, answer_column)
     for reserved in RESERVED_COLUMNS:
@@ -296,7 +322,8 @@ def _problems(row: dict[str, Any], answer_column: str | None, data: DataConfig) 
             yield f"the column name {reserved!r} is taken by the reward protocol; rename it"
 
 
-def _text_problems(what: str, text: str) -> Iterator[str]:
+def text_problems(what: str, text: str) -> Iterator[str]:
+    """What is wrong with a text called `what`."""
     if not text.strip():
         yield f"{what} is empty"
     try:
@@ -317,9 +344,9 @@ def _message_problems(column: str, messages: list[Any], system_prompt: str | Non
         if message["role"] not in ROLES:
             yield f"{what} has the role {message['role']!r}, expected one of {', '.join(ROLES)}"
         if isinstance(message["content"], str):
-            yield from _text_problems(f"the content of {what}", message["content"])
+            yield from text_problems(f"the content of {what}", message["content"])
         else:
-            yield f"the content of {what} is {_kind(message['content'])}, expected text"
+            yield f"the content of {what} is {kind_of(message['content'])}, expected text"
     if messages[-1]["role"] == "assistant":
         yield f"the last message of {column!r} is the assistant's: nothing is left to answer"
     if system_prompt is not None and any(message["role"] == "system" for message in messages):
@@ -337,7 +364,7 @@ def _answer_problems(row: dict[str, Any], column: str) -> Iterator[str]:
         yield f"{column!r} is empty"
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What a JSON value is, as its author would say."""
     if value is None:
         return "null"
@@ -345,9 +372,9 @@ def _kind(value: Any) -> str:
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-def _tokenise(tokenizer: Any, texts: dict[int, str], templated: bool) -> dict[int, tuple[int, ...]]:
-    """Token ids by row. A rendered chat template holds its special tokens already: they are not added a second time."""
+def tokenise(tokenizer: Any, texts: dict[int, str], *, add_special_tokens: bool) -> dict[int, tuple[int, ...]]:
+    """Token ids by row."""
     if not texts:
         return {}
-    encoded = tokenizer(list(texts.values()), add_special_tokens=not templated, return_attention_mask=False, verbose=False)
+    encoded = tokenizer(list(texts.values()), add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
     return {index: tuple(token_ids) for index, token_ids in zip(texts, encoded["input_ids"], strict=True)}

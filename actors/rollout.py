@@ -1,11 +1,14 @@
 """The rollout actor: leases prompts, generates with whatever weights it has, has them scored, inserts whole groups.
 
+With offline data, some samples of each group are taken from there; where all are, this actor only evaluates.
+
     buffer --lease--> WorkItems --engine--> Samples --reward pool--> Group --insert--> buffer
     board  --poll---> newer snapshot: fetched while generation goes on, applied between two engine steps
                       evaluation items: exactly their version is loaded, and kept until they are done
 
 The loop never waits while there is something to generate. Its waits are counters: `wait_admission_s` (the buffer admits
-no more work) and `wait_weights_s` (before the first snapshot: an actor is not eligible until it has one).
+no more work), `wait_weights_s` (before the first snapshot: an actor is not eligible until it has one) and
+`wait_evaluation_s` (it only evaluates, and there is nothing to).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +26,7 @@ import numpy as np
 import ray
 
 from actors.engine import Engine
+from actors.offline import choose_samples, with_scores
 from actors.prompts import PromptRow, PromptSet
 from buffer.records import EvalItem, EvalSample, Group, Sample, WorkItem, encode
 from cluster.board import Directive
@@ -39,7 +44,7 @@ RETRY_S = 1.0
 
 @dataclass
 class OpenGroup:
-    """A prompt whose samples are being generated."""
+    """A prompt whose samples are being generated: those that are None; the others are offline samples."""
 
     item: WorkItem | EvalItem
     row: PromptRow
@@ -47,7 +52,7 @@ class OpenGroup:
     missing: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.missing = len(self.samples)
+        self.missing = self.samples.count(None)
 
 
 class RolloutActor:
@@ -75,9 +80,9 @@ class RolloutActor:
         self._inserts: list[Any] = []
         self._retry_at_s = self._reported_s = 0.0
         self._retired = False
-        self._counters: dict[str, float] = dict.fromkeys(
-            ("generated_tokens", "generated_samples", "groups", "busy_s", "wait_admission_s", "wait_weights_s", "updates", "errors"), 0.0
-        )
+        waits = ("wait_admission_s", "wait_evaluation_s", "wait_weights_s")
+        counted = ("generated_tokens", "generated_samples", "groups", "busy_s", *waits, "updates", "errors")
+        self._counters: dict[str, float] = dict.fromkeys(counted, 0.0)
 
     def run(self) -> dict[str, float]:
         """Generate until retired; the final counters."""
@@ -167,7 +172,7 @@ class RolloutActor:
     def _take_work(self) -> None:
         """Keep the engine's slots full, and a few leases at hand to refill them."""
         actors = self._config.actors
-        if self._engine.version < 0:
+        if self._engine.version < 0 or self._config.is_offline:
             return
         reserve = max(1, actors.slots // (2 * actors.group_size))
         if "lease" in self._calls:
@@ -180,10 +185,13 @@ class RolloutActor:
             if item.ordinal in self._ordinals:
                 continue  # Its lease ran out while it is still being generated here: the one under way will do.
             self._ordinals.add(item.ordinal)
-            self._submit(item, self._prompts[item.row], actors.group_size, actors.temperature)
+            row = self._prompts[item.row]
+            offline = choose_samples(row, self._config.offline_samples, item.seed)
+            self._submit(item, row, actors.group_size - len(offline), actors.temperature, offline)
 
-    def _submit(self, item: WorkItem | EvalItem, row: PromptRow, count: int, temperature: float) -> None:
-        group = OpenGroup(item, row, [None] * count)
+    def _submit(self, item: WorkItem | EvalItem, row: PromptRow, count: int, temperature: float, offline: Sequence[Sample] = ()) -> None:
+        """Generate `count` samples; `offline`: those that make up the group with them."""
+        group = OpenGroup(item, row, [*[None] * count, *offline])
         key = f"train-{item.ordinal}" if isinstance(item, WorkItem) else f"eval-{item.evaluation_id}-{item.row}"
         for index in range(count):
             request_id = f"{key}-{index}"
@@ -211,11 +219,7 @@ class RolloutActor:
             self._scoring = [entry for entry in self._scoring if not entry[1].done()]
         groups, evaluated = [], []
         for group, scores in scored:
-            samples = [
-                msgspec.structs.replace(sample, reward=score.reward, error=score.error)
-                for sample, score in zip(group.samples, scores, strict=True)
-                if sample is not None
-            ]
+            samples = with_scores([sample for sample in group.samples if sample is not None], scores)
             self._counters["errors"] += sum(sample.error is not None for sample in samples)
             if isinstance(group.item, WorkItem):
                 self._ordinals.discard(group.item.ordinal)
@@ -255,7 +259,8 @@ class RolloutActor:
             ray.wait(waiting, num_returns=1, timeout=limit_s)
         else:
             time.sleep(limit_s)
-        wait = "wait_weights_s" if self._engine.version < 0 else "wait_admission_s"
+        wait = "wait_evaluation_s" if self._config.is_offline else "wait_admission_s"
+        wait = "wait_weights_s" if self._engine.version < 0 else wait
         self._counters[wait] += time.perf_counter() - start_s
 
     def _report(self) -> None:

@@ -45,12 +45,13 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """One generation.
 
     token_ids      completion tokens as sampled; EOS included iff it was sampled
-    logprobs       behaviour log-probability of each token, nats, at the sampling temperature
-    version_spans  which policy version sampled which tokens; covers [0, len(token_ids)) without gaps
+    logprobs       behaviour log-probability of each token, nats, at the sampling temperature; empty for an offline sample
+    version_spans  which policy version sampled which tokens; covers [0, len(token_ids)) without gaps; empty for an offline sample
     finish_reason  "stop" (EOS or stop string) or "length" (cut at the token limit: a valid outcome)
     reward         finite float, or None while unscored or when `error` is set
     error          why there is no reward; a failure is never reward 0
     ref_logprob    sum over tokens of log pi_ref, filled by the learner's kernels; None until then
+    answer         what votes as one answer (`agro.target: majority@k`), as the reward reads it; None: the stripped text
     """
 
     token_ids: tuple[int, ...]
@@ -61,15 +62,23 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     reward: float | None = None
     error: str | None = None
     ref_logprob: float | None = None
+    answer: str | None = None
 
     @property
-    def oldest_version(self) -> int:
-        """The version of the oldest token."""
-        return min(span.version for span in self.version_spans)
+    def is_offline(self) -> bool:
+        """Sampled by an unknown policy (`data.offline`): it has no behaviour log-probs and no age."""
+        return not self.version_spans
 
     @property
-    def mean_version(self) -> float:
-        """Token-weighted mean of the versions."""
+    def oldest_version(self) -> int | None:
+        """The version of the oldest token; None for an offline sample."""
+        return min((span.version for span in self.version_spans), default=None)
+
+    @property
+    def mean_version(self) -> float | None:
+        """Token-weighted mean of the versions; None for an offline sample."""
+        if self.is_offline:
+            return None
         num_tokens = sum(span.end - span.start for span in self.version_spans)
         return sum(span.version * (span.end - span.start) for span in self.version_spans) / num_tokens
 
@@ -86,9 +95,9 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     uses: int = 0
 
     @property
-    def oldest_version(self) -> int:
-        """The version of the oldest token of the group: what `max_staleness` bounds."""
-        return min(sample.oldest_version for sample in self.samples)
+    def oldest_version(self) -> int | None:
+        """The version of the oldest token of the group: what `max_staleness` bounds; None when all its samples are offline."""
+        return min((sample.oldest_version for sample in self.samples if sample.oldest_version is not None), default=None)
 
     @property
     def num_tokens(self) -> int:

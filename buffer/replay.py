@@ -6,7 +6,14 @@ A group leaves for exactly one counted reason:
     evicted_stale     at `take` or `evict_stale`, learner step - oldest_version > `max_staleness`
     evicted_capacity  an insert put more than `capacity` unconsumed groups here (admission should make that never happen)
 
-so that at any time `inserted = stored + evicted_used + evicted_stale + evicted_capacity`.
+so that at any time `inserted = stored + evicted_used + evicted_stale + evicted_capacity`. A group of offline samples has
+no age: it is never stale, and never too young.
+
+With `min_staleness` = m > 0 a batch of k groups at step s takes only versions <= max(0, s - m), and only once (m + 1) * k
+groups are stored. The second condition is what makes the first one satisfiable. Versions above s - m appear only after the
+take of step s - m, which left m * k groups that are all old enough at step s; the m - 1 takes in between used at most
+(m - 1) * k of them, so k are left, unless some went stale meanwhile (`max_staleness` close to m). For that case: when the buffer
+is full, so that nothing older can come, the batch is the oldest k groups, and those too young are counted (`taken_young`).
 """
 
 from __future__ import annotations
@@ -18,8 +25,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from buffer.records import Group
-from buffer.sampling import SAMPLERS, GroupMeta
+from buffer.records import Group, Sample
+from buffer.sampling import AGELESS, SAMPLERS, GroupMeta
 from cluster.config import BufferConfig
 from cluster.errors import ConfigError, DataError, StalenessError
 
@@ -29,11 +36,10 @@ MIN_SAMPLES = 2
 _EVICTIONS = ("evicted_used", "evicted_stale", "evicted_capacity")
 
 
-def usable_group(group: Group) -> tuple[Group | None, list[str]]:
-    """The group as it is stored, and the error texts of the samples left out.
+def usable_group(group: Group) -> tuple[Group, list[str]]:
+    """The group without the samples that have an `error` (a failure is never reward 0), and their error texts.
 
-    Samples with an `error` are left out (a failure is never reward 0); a group that keeps fewer than MIN_SAMPLES is not
-    stored: None. Raises DataError for a sample without tokens, or with neither a finite reward nor an error.
+    Raises DataError for a sample without tokens, with log-probs but no version, or with neither a finite reward nor an error.
     """
     errors = [sample.error for sample in group.samples if sample.error is not None]
     kept = tuple(sample for sample in group.samples if sample.error is None)
@@ -43,20 +49,64 @@ def usable_group(group: Group) -> tuple[Group | None, list[str]]:
                 f"group {group.group_id} from actor {group.actor!r}: reward {sample.reward} in scored sample {index}. "
                 "Score a group before inserting it, or set the sample's `error`."
             )
-        if not sample.version_spans:
-            raise DataError(f"group {group.group_id} from actor {group.actor!r}: sample {index} has no tokens and no version.")
-    if len(kept) < MIN_SAMPLES:
-        return None, errors
+        if not sample.token_ids or (sample.is_offline and sample.logprobs):
+            what = "log-probs but no version" if sample.token_ids else "no tokens and no version"
+            raise DataError(f"group {group.group_id} from actor {group.actor!r}: sample {index} has {what}.")
     return (msgspec.structs.replace(group, samples=kept) if errors else group), errors
 
 
 def meta_of(group: Group) -> GroupMeta:
     """The index entry of a group."""
-    return GroupMeta(group.group_id, group.oldest_version, group.num_tokens, group.uses)
+    version = AGELESS if group.oldest_version is None else group.oldest_version
+    return GroupMeta(group.group_id, version, group.num_tokens, group.uses)
+
+
+class HeldSamples:
+    """The one usable sample of a group too small to be stored, by row, until a group of its row takes it in.
+
+    `counts`: held_samples, joined_samples, and held_stale: dropped since they came to be older than `max_staleness`.
+    """
+
+    def __init__(self, max_staleness: int) -> None:
+        self.max_staleness = max_staleness
+        self.counts: Counter[str] = Counter()
+        self._by_row: dict[int, Sample] = {}
+
+    def join(self, group: Group, step: int) -> Group:
+        """The group with the sample held for its row, if there is one that is not stale at learner step `step`."""
+        self._drop_stale(step)
+        if not group.samples or group.row not in self._by_row:
+            return group
+        sample = self._by_row.pop(group.row)
+        self.counts["joined_samples"] += 1
+        return msgspec.structs.replace(group, samples=(*group.samples, sample))
+
+    def hold(self, group: Group) -> bool:
+        """Keeps the group's only sample; False when it has none, or an offline one: the row will bring that again by itself."""
+        if not group.samples or group.samples[0].is_offline:
+            return False
+        (self._by_row[group.row],) = group.samples
+        self.counts["held_samples"] += 1
+        return True
+
+    def get_state(self) -> dict[str, Any]:
+        """The samples and counts as JSON values."""
+        return {"samples": [[row, msgspec.to_builtins(sample)] for row, sample in self._by_row.items()], "counts": dict(self.counts)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Takes over `get_state`'s value."""
+        self._by_row = {row: msgspec.convert(sample, Sample) for row, sample in state["samples"]}
+        self.counts = Counter(state["counts"])
+
+    def _drop_stale(self, step: int) -> None:
+        for row, sample in [*self._by_row.items()]:
+            if sample.oldest_version is not None and step - sample.oldest_version > self.max_staleness:
+                del self._by_row[row]
+                self.counts["held_stale"] += 1
 
 
 class Replay:
-    """Stored groups by id, in order of insertion. `counts`: inserted, duplicates and the reasons of the module docstring."""
+    """Stored groups by id, in order of insertion. `counts`: inserted, duplicates, taken_young, and the reasons of the module docstring."""
 
     def __init__(self, config: BufferConfig, seed: int) -> None:
         self.config = config
@@ -109,17 +159,19 @@ class Replay:
         for group in [group for group in self._groups.values() if step - group.oldest_version > self.config.max_staleness]:
             self._evict(group, "evicted_stale")
 
-    def take(self, k: int, step: int) -> list[int]:
-        """Ids of the `k` groups of learner step `step`, no id twice; empty when fewer are left after evicting stale ones.
+    def take(self, k: int, step: int, *, is_full: bool = False) -> list[int]:
+        """Ids of the `k` groups of learner step `step`, no id twice; empty when fewer may be taken after evicting stale ones.
 
-        The choice depends on the seed, the step and what is stored, nothing else. Groups taken for the last time leave.
+        `is_full`: no group will come before one leaves. The choice depends on the seed, the step, what is stored and, with a
+        `min_staleness`, on `is_full`; on nothing else. Groups taken for the last time leave.
         """
         self.evict_stale(step)
-        if len(self._groups) < k:
+        candidates = self._candidates(k, step, is_full)
+        if len(candidates) < k:
             return []
         # The third word keeps this stream apart from the prompt stream's.
         rng = np.random.Generator(np.random.PCG64([self.seed, step, 1]))
-        chosen = self._sampler(list(self._groups.values()), k, rng)
+        chosen = self._sampler(candidates, k, rng)
         self._check_choice(chosen, k, step)
         for group_id in chosen:
             self._use(group_id)
@@ -161,6 +213,20 @@ class Replay:
             problems.append(f"{self.counts['inserted']} groups inserted, but {len(self._groups)} stored and {left} evicted")
         return problems
 
+    def _candidates(self, k: int, step: int, is_full: bool) -> list[GroupMeta]:
+        """What a batch of `k` groups may take, in order of insertion; the module's docstring says why. Counts `taken_young`."""
+        stored, lag = list(self._groups.values()), self.config.min_staleness
+        if not lag:
+            return stored
+        newest_allowed = max(0, step - lag)
+        old_enough = [group for group in stored if group.version is None or group.version <= newest_allowed]
+        if is_full and len(old_enough) < k <= len(stored):
+            num_young = k - len(old_enough)
+            self.counts["taken_young"] += num_young
+            young = [group for group in stored if newest_allowed < group.oldest_version < AGELESS]
+            return old_enough + sorted(young, key=lambda group: group.oldest_version)[:num_young]
+        return old_enough if is_full or len(stored) >= (lag + 1) * k else []
+
     def _use(self, group_id: int) -> None:
         group = self._groups[group_id]
         self._num_unconsumed -= group.uses == 0
@@ -181,12 +247,12 @@ class Replay:
                 f"buffer.sampler = {self.config.sampler!r} is broken: asked for {k} different stored groups, it chose {chosen}."
             )
         for group_id in chosen:
-            check_staleness(group_id, self._groups[group_id].oldest_version, step, self.config.max_staleness)
+            check_staleness(group_id, self._groups[group_id].version, step, self.config.max_staleness)
 
 
-def check_staleness(group_id: int, oldest_version: int, step: int, max_staleness: int) -> None:
-    """Raises StalenessError when `step - oldest_version > max_staleness` (learner steps)."""
-    if step - oldest_version > max_staleness:
+def check_staleness(group_id: int, oldest_version: int | None, step: int, max_staleness: int) -> None:
+    """Raises StalenessError when `step - oldest_version > max_staleness` (learner steps); None has no age."""
+    if oldest_version is not None and step - oldest_version > max_staleness:
         raise StalenessError(
             f"group {group_id} has a token of version {oldest_version} at learner step {step}: staleness {step - oldest_version} is above "
             f"buffer.max_staleness = {max_staleness}. It should have been evicted: this is a bug in the buffer."

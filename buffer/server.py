@@ -6,11 +6,12 @@
 | wait   | of      | until                                             | ended by                                      |
 |--------|---------|---------------------------------------------------|-----------------------------------------------|
 | lease  | actors  | open + stored-unconsumed < admitted, or a re-issue | sample, eviction, fail, a lease that runs out |
-| sample | learner | `num_groups` stored groups                        | insert                                        |
+| sample | learner | `num_groups` stored groups, old enough             | insert                                        |
 
 Neither waits for the other for ever: a learner waits only while fewer than `groups_per_step <= admitted` groups are here,
-and then an actor may lease. Every change is one synchronous section that commits to disk before anyone sees it; the disk is
-the truth: after a failed commit the memory is read back from it, just as after a restart.
+and then an actor may lease. It waits for groups as old as `min_staleness` only while the buffer is not full. Every change is
+one synchronous section that commits to disk before anyone sees it; the disk is the truth: after a failed commit the memory is
+read back from it, just as after a restart.
 
 A batch that was handed out counts as trained: if the learner dies with it, these uses are not taken back.
 """
@@ -30,7 +31,7 @@ import msgspec
 from buffer.admission import Admission, work_item
 from buffer.ledger import Ledger, read_statuses
 from buffer.records import Batch, Group, decode_group, encode
-from buffer.replay import Replay, check_staleness, meta_of, usable_group
+from buffer.replay import MIN_SAMPLES, HeldSamples, Replay, check_staleness, meta_of, usable_group
 from buffer.store import Store
 from cluster.config import Config
 from cluster.errors import ConfigError, DataError
@@ -77,6 +78,7 @@ class ReplayBuffer:
         directory.mkdir(parents=True, exist_ok=True)
         self._admission = Admission(config.admitted_groups, config.run.timeout_s)
         self._replay = Replay(config.buffer, config.run.seed)
+        self._held = HeldSamples(config.buffer.max_staleness)
         self._counts: Counter[str] = Counter()
         self._error_texts: deque[str] = deque(maxlen=_NUM_ERROR_TEXTS)
         self._step = 0
@@ -206,9 +208,10 @@ class ReplayBuffer:
             "wait_batch_s": self._batch_wait.total_s(now_s),
             "ledger_unwritten": self._ledger.num_unwritten,
         }
-        values |= {name: replay[name] for name in ("inserted", "evicted_stale", "evicted_used", "evicted_capacity")}
+        values |= {name: replay[name] for name in ("inserted", "evicted_stale", "evicted_used", "evicted_capacity", "taken_young")}
         values |= {name: admission[name] for name in ("failed", "expired", "reissued", "ignored_reports")}
         values |= {name: self._counts[name] for name in ("evicted_too_small", "samples_error", "samples_total")}
+        values |= {name: self._held.counts[name] for name in ("held_samples", "joined_samples", "held_stale")}
         return {f"buffer/{name}": float(value) for name, value in values.items()}
 
     async def error_summary(self) -> tuple[int, int, list[str]]:
@@ -241,19 +244,20 @@ class ReplayBuffer:
                 self._record("leased", ordinal, actor=actor)
         return ordinals
 
-    def _end_item(self, actor: str, group: Group, kept: Group | None, errors: list[str]) -> Group | None:
-        """The group to store now; None when its item ended before or too little of it is left."""
+    def _end_item(self, actor: str, group: Group, usable: Group, errors: list[str]) -> Group | None:
+        """The group to store now; None when its item ended before or too little of it is left (`usable`: what is left)."""
         if not self._admission.end(group.group_id):
             self._counts["duplicates"] += 1
             return None
         self._counts["samples_total"] += len(group.samples)
         self._counts["samples_error"] += len(errors)
         self._error_texts.extend(errors)
-        if kept is None:
+        kept = msgspec.structs.replace(self._held.join(usable, self._step), uses=0)
+        if len(kept.samples) < MIN_SAMPLES:
             self._counts["evicted_too_small"] += 1
-            self._record("failed", group.group_id, actor=actor, reason="too_small")
+            reason = "too_small_held" if self._held.hold(kept) else "too_small"
+            self._record("failed", group.group_id, actor=actor, reason=reason)
             return None
-        kept = msgspec.structs.replace(kept, uses=0)
         self._replay.insert(meta_of(kept))
         self._record("inserted", group.group_id, actor=actor, version=kept.oldest_version)
         return kept
@@ -263,7 +267,9 @@ class ReplayBuffer:
         if self._closed:
             return []
         self._step = step
-        chosen = self._replay.take(num_groups, step)
+        self._replay.evict_stale(step)  # What leaves makes room for groups that may be older.
+        is_full = not self._admission.num_open and not self._admission.num_leasable(self._replay.num_unconsumed)
+        chosen = self._replay.take(num_groups, step, is_full=is_full)
         if not chosen:
             self._commit_evictions()
             return []
@@ -304,7 +310,7 @@ class ReplayBuffer:
                 yield
                 evicted = self._replay.pop_evicted()
                 for group, reason in evicted:
-                    self._record("evicted", group.group_id, version=group.oldest_version, reason=reason)
+                    self._record("evicted", group.group_id, version=group.version, reason=reason)
                 self._store.delete_many(group.group_id for group, _ in evicted)
                 self._store.save_state(self._state())
         except BaseException:
@@ -320,6 +326,7 @@ class ReplayBuffer:
             "admission": self._admission.get_state(),
             "replay_counts": dict(self._replay.counts),
             "counts": dict(self._counts),
+            "held": self._held.get_state(),
         }
 
     def _recover(self) -> None:
@@ -329,6 +336,7 @@ class ReplayBuffer:
             return
         self._step = state["step"]
         self._counts = Counter(state["counts"])
+        self._held.set_state(state["held"])
         self._admission.set_state(state["admission"])
         self._replay.set_state({"groups": self._store.recover(), "counts": state["replay_counts"]})
 
@@ -349,7 +357,7 @@ class ReplayBuffer:
             if status == "leased" and self._admission.is_open(ordinal):
                 self._record("expired", ordinal, reason="buffer restarted")
             elif status in ("leased", "waiting") and is_stored:
-                self._record("inserted", ordinal, version=self._replay[ordinal].oldest_version, reason="written at restart")
+                self._record("inserted", ordinal, version=self._replay[ordinal].version, reason="written at restart")
             elif status in ("leased", "waiting") and not self._admission.is_open(ordinal):
                 self._record("failed", ordinal, reason="written at restart")
             elif status == "stored" and not is_stored:

@@ -61,8 +61,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Prompts: local jsonl or parquet (file or directory) or a hub id, read by `datasets`."""
 
-    path: str = Field(
-        ..., description="Training prompts: a jsonl/parquet file, a directory with `<split>.jsonl`/`.parquet`, or a hub id (`id:subset`)."
+    path: str | None = Field(
+        None,
+        description="Training prompts: a jsonl/parquet file, a directory with `<split>.jsonl`/`.parquet`, or a hub id (`id:subset`). "
+        "Needed unless all samples come from `offline`.",
     )
     split: str = Field("train", description="Split to train on (directories and hub ids).")
     eval_path: str | None = Field(None, description="Held-out prompts; None: the same `path`, at `eval_split`.")
@@ -72,6 +74,10 @@ class DataConfig(Section):
     system_prompt: str | None = Field(None, description="System message put before every prompt (chat template only).")
     max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are bad rows: reported, never cut.")
     on_bad_row: Literal["stop", "skip"] = Field("stop", description="`skip` leaves bad rows out and counts them.")
+    offline: str | None = Field(
+        None, description="Generations of anybody to train on: jsonl/parquet with prompt, completion and, if given, reward and group."
+    )
+    offline_share: float = Field(1.0, gt=0, le=1, description="Share of each group that comes from `offline`; 1: no sample is generated.")
 
 
 class RewardFunction(Section):
@@ -92,7 +98,7 @@ class RewardsConfig(Section):
 class ActorsConfig(Section):
     """Rollout actors: one vLLM engine each."""
 
-    count: int = Field(1, ge=1, description="Number of rollout actors.")
+    count: int = Field(1, ge=0, description="Number of rollout actors; 0 only where all samples are offline (nothing is evaluated then).")
     num_cpus: float = Field(1.0, ge=0, description="CPUs of one actor (Ray's logical CPUs, fractions allowed).")
     num_gpus: float = Field(0.0, ge=0, description="GPUs of one actor: vLLM tensor parallelism over so many; a fraction shares one.")
     group_size: int = Field(8, ge=2, description="Samples per prompt (n; AGRO needs at least 2).")
@@ -109,6 +115,9 @@ class BufferConfig(Section):
 
     sampler: Literal["uniform", "fresh", "oldest"] = Field("uniform", description="Which stored groups a batch takes.")
     max_uses: int = Field(1, ge=1, description="How often a group is trained on before it leaves.")
+    min_staleness: int = Field(
+        0, ge=0, description="Learner steps; a batch takes no group younger than this while it can be had: an enforced lag, for studies."
+    )
     max_staleness: int = Field(16, ge=0, description="Learner steps; groups with an older token are evicted and counted.")
     capacity: int = Field(
         256, ge=1, description="Groups not yet trained on that may exist, stored or being generated: backpressure on actors."
@@ -137,16 +146,49 @@ class LearnerConfig(Section):
 
 
 class AgroConfig(Section):
-    """The objective (learner/agro.py; docs/architecture.md gives the reasons)."""
+    """The objective (learner/objectives/agro.py; docs/objectives.md gives formulas and reasons)."""
 
     beta: float = Field(0.03, ge=0, description="Strength of the pull towards the reference; 0: leave-one-out REINFORCE.")
-    weight: Literal["none", "truncated"] = Field(
-        "truncated", description="Per-sequence weight after centring: `truncated` is min(cap, pi/mu), for lagged data."
+    weight: Literal["none", "truncated", "token", "geometric"] = Field(
+        "truncated",
+        description="Weight after centring, for lagged data: min(cap, pi/mu) of the sequence, of each token, or of the mean token.",
     )
     weight_cap: float = Field(1.0, gt=0, description="Cap of the weight.")
-    lr_coef: float = Field(0.0, ge=0, description="On-policy term's coefficient; 0: off-policy AGRO.")
-    lr_baseline: Literal["none", "loo"] = Field("loo", description="Baseline of the on-policy term.")
+    lr_coef: float = Field(0.0, ge=0, le=1, description="On-policy term's coefficient; 0: off-policy AGRO, 1: its literal on-policy form.")
+    lr_baseline: Literal["none", "loo", "running"] = Field(
+        "loo", description="Baseline of the on-policy term; `running`: the prompt's variance in earlier steps."
+    )
+    lr_gate: Literal["fresh", "weighted"] = Field(
+        "fresh", description="The on-policy term acts on samples of staleness 0 only, or on all, times min(weight_cap, pi/mu)."
+    )
     zero_std: Literal["keep", "drop"] = Field("keep", description="Groups whose rewards are all equal still carry the KL pull.")
+    duplicates: Literal["keep", "drop"] = Field(
+        "keep", description="`drop` counts equal completions of a group once; independent samples may be equal, replayed ones should not."
+    )
+    target: str = Field(
+        "mean",
+        pattern=r"^(mean|(pass|majority)@[1-9][0-9]*)$",
+        description="What a prompt's samples are trained for: `mean` reward, `pass@k` (best of k) or `majority@k` (vote of k).",
+    )
+    ref_update_every: int = Field(0, ge=0, description="Learner steps between moves of the reference to the policy; 0: it never moves.")
+
+    @property
+    def target_k(self) -> int:
+        """k of `pass@k` and `majority@k`; 1 for `mean`."""
+        return int(self.target.partition("@")[2] or 1)
+
+
+class RivalsConfig(Section):
+    """What the other objectives under learner/objectives/ take besides `agro.beta`, their KL coefficient."""
+
+    clip_low: float = Field(0.2, gt=0, lt=1, description="Ratios below 1 - clip_low are clipped (PPO's epsilon).")
+    clip_high: float = Field(0.2, gt=0, description="Ratios above 1 + clip_high are clipped.")
+    is_correction: Literal["none", "tis_token", "tis_sequence", "mis_token", "mis_sequence"] = Field(
+        "none", description="Importance weights against stale data: truncated at `is_cap` (tis) or masked above it (mis)."
+    )
+    is_cap: float = Field(2.0, gt=0, description="Cap of the importance weights.")
+    proximal_every: int = Field(4, ge=1, description="Steps between copies of the policy that serve as its proximal policy.")
+    baseline_shift: float = Field(0.1, ge=0, description="How far asymre's baseline lies below the group's mean reward.")
 
 
 class WeightsConfig(Section):
@@ -188,6 +230,7 @@ class Config(Section):
     buffer: BufferConfig = BufferConfig()
     learner: LearnerConfig = LearnerConfig()
     agro: AgroConfig = AgroConfig()
+    rivals: RivalsConfig = RivalsConfig()
     weights: WeightsConfig = WeightsConfig()
     eval: EvalConfig = EvalConfig()
     monitor: MonitorConfig = MonitorConfig()
@@ -200,6 +243,16 @@ class Config(Section):
         is born too stale (publication lag excepted, which eviction counts).
         """
         return min(self.buffer.capacity, (self.buffer.max_staleness + 1) * self.learner.groups_per_step)
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether every sample comes from `data.offline`: the rollout actors, if any, only evaluate."""
+        return self.data.offline is not None and self.data.offline_share == 1
+
+    @property
+    def offline_samples(self) -> int:
+        """Offline samples of each group: `round(offline_share * group_size)`; 0 without `data.offline`."""
+        return round(self.data.offline_share * self.actors.group_size) if self.data.offline is not None else 0
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -218,12 +271,47 @@ class Config(Section):
                 f"learner.micro_batch_tokens = {self.learner.micro_batch_tokens} is below the longest sequence, "
                 f"data.max_prompt_tokens + actors.max_new_tokens = {self.max_sequence_tokens}. Raise it to at least that."
             )
-        if self.agro.lr_coef > 0 and self.agro.beta == 0:
-            raise ValueError("agro.lr_coef > 0 needs agro.beta > 0: the on-policy term is divided by beta.")
         if self.data.system_prompt is not None and not self.data.chat_template:
             raise ValueError(
                 "data.system_prompt is set but data.chat_template = false: nothing would put it before the prompts. "
                 "Set data.chat_template=true or remove data.system_prompt."
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _objective_fits(self) -> Config:
+        agro, n = self.agro, self.actors.group_size
+        if agro.lr_coef > 0 and agro.beta == 0:
+            raise ValueError("agro.lr_coef > 0 needs agro.beta > 0: the on-policy term is divided by beta.")
+        if agro.target_k > n:
+            raise ValueError(f"agro.target = {agro.target} needs k <= actors.group_size = {n}. Raise actors.group_size or lower k.")
+        if agro.target != "mean" and agro.lr_coef > 0:
+            raise ValueError(f"agro.target = {agro.target} and agro.lr_coef = {agro.lr_coef} do not go together. Set agro.lr_coef=0.")
+        if agro.target != "mean" and self.learner.objective != "agro":
+            raise ValueError(
+                f"agro.target = {agro.target}: objective {self.learner.objective} knows the mean only. Set learner.objective=agro."
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _samples_come_from_somewhere(self) -> Config:
+        data, buffer = self.data, self.buffer
+        if data.offline is None and data.path is None:
+            raise ValueError("data.path is missing; give training prompts, or data.offline for generations to train on")
+        if not self.is_offline and data.path is None:
+            raise ValueError(f"data.offline_share = {data.offline_share}: the other samples are generated, from prompts: set data.path.")
+        if not self.is_offline and self.actors.count == 0:
+            raise ValueError("actors.count = 0: nothing would generate. Set it to 1 or more, or train on data.offline alone.")
+        if data.offline is not None and not self.is_offline and not 0 < self.offline_samples < self.actors.group_size:
+            raise ValueError(
+                f"data.offline_share = {data.offline_share} of actors.group_size = {self.actors.group_size} rounds to "
+                f"{self.offline_samples} samples. Choose a share that leaves at least one offline and one fresh sample."
+            )
+        needed = (buffer.min_staleness + 1) * self.learner.groups_per_step
+        if buffer.min_staleness > buffer.max_staleness or (buffer.min_staleness and buffer.capacity < needed):
+            raise ValueError(
+                f"buffer.min_staleness = {buffer.min_staleness} needs buffer.max_staleness >= {buffer.min_staleness} (here "
+                f"{buffer.max_staleness}) and buffer.capacity >= (min_staleness + 1) * groups_per_step = {needed} (here {buffer.capacity})."
             )
         return self
 
@@ -253,7 +341,7 @@ class Config(Section):
         if self.agro.lr_coef > 2 * self.agro.beta:
             found.append(
                 f"agro.lr_coef = {self.agro.lr_coef} > 2 * beta = {2 * self.agro.beta}: for prompts solved less than half the time "
-                "the on-policy term pushes correct answers down (docs/architecture.md, hazard)."
+                "the on-policy term pushes correct answers down (docs/objectives.md, hazard)."
             )
         if self.buffer.max_staleness < self.weights.publish_every:
             found.append(

@@ -8,7 +8,9 @@ theirs when they set their titles.)
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import select
 import subprocess
 import sys
@@ -31,20 +33,40 @@ def guard() -> None:
 
 def main(driver_pid: int) -> None:
     """Watch the family of `driver_pid` until standard input ends, then end what is left of it."""
-    driver = psutil.Process(driver_pid)
-    family: set[psutil.Process] = set()  # By pid and start time: a number that is used again is another process.
+    try:
+        family = {psutil.Process(driver_pid)}
+    except psutil.NoSuchProcess:
+        return
     while not select.select([sys.stdin], [], [], LOOK_S)[0]:
-        try:
-            alive = {process for process in family if process.is_running()}
-            family = alive | {process for process in driver.children(recursive=True) if process.pid != os.getpid()}
-        except psutil.NoSuchProcess:
-            break
+        family = _with_descendants(family)
     time.sleep(GRACE_S)
-    for process in family:
-        try:
+    for process in family | _of_ray_session(driver_pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue
+
+
+def _of_ray_session(driver_pid: int) -> set[psutil.Process]:
+    """Workers that the raylet started since the last look, orphans by now: they name the session, which ends in the driver's pid."""
+    session = re.compile(rf"/session_[\d_-]+_{driver_pid}/")
+    return {process for process in psutil.process_iter(["cmdline"]) if session.search(" ".join(process.info["cmdline"] or []))}
+
+
+def _with_descendants(family: set[psutil.Process]) -> set[psutil.Process]:
+    """Those of the family that still run, and every process below them; not this one."""
+    # By pid and start time: a number that is used again is another process.
+    found = {process for process in family if process.is_running()}
+    known = {process.pid for process in found} - {os.getpid()}
+    children: dict[int, list[psutil.Process]] = {}
+    for process in psutil.process_iter(["ppid"]):  # One look at all processes; `children()` would be one for each of the family.
+        children.setdefault(process.info["ppid"], []).append(process)
+    waiting = list(known)
+    while waiting:
+        for child in children.get(waiting.pop(), []):
+            if child.pid not in known and child.pid != os.getpid():
+                known.add(child.pid)
+                found.add(child)
+                waiting.append(child.pid)
+    return found
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from learner.diagnostics import bucket_metrics
+
 METRICS: dict[str, str] = {
     "progress/step": "Optimizer steps done; the x axis of everything.",
     "progress/samples": "Samples trained on so far.",
@@ -29,6 +31,8 @@ METRICS: dict[str, str] = {
     "eval/solve_rate": "Mean reward on held-out prompts at the newest evaluation.",
     "eval/policy_version": "Policy version which that evaluation measured.",
     "staleness/mean": "Token-weighted mean age of the batch: learner step minus policy version.",
+    "staleness/offline_fraction": "Share of the samples that are offline: they have no age.",
+    "staleness/mixed_version_fraction": "Share of the groups whose tokens come from more than one policy version.",
     "staleness/max": "Largest token-weighted age of a sample in the batch.",
     "staleness/oldest_token": "Age of the oldest token in the batch; what `buffer.max_staleness` bounds.",
     "weights/version": "Newest published policy version.",
@@ -36,7 +40,15 @@ METRICS: dict[str, str] = {
     "weights/apply_s": "Time an actor spent on its newest update; the slowest of the actors.",
     "agro/residual_mean": "Mean residual R = r - beta * log(pi/pi_ref); estimates beta log Z near the optimum.",
     "agro/residual_std": "Standard deviation of the residual within groups; 0 at the optimum.",
+    "agro/reward_std": "Standard deviation of the rewards within groups.",
+    "agro/kl_std": "Standard deviation of beta * log(pi/pi_ref) within groups: the pull that the rewards are up against.",
+    "agro/brake_share": "Sum of |beta (ell - group mean)| over the sum of |r - group mean|: how much of its push the KL takes back.",
+    "agro/log_ratio_min": "Smallest sequence log-ratio of policy to reference in the batch: the most suppressed sample.",
+    "agro/weight_mean": "Mean weight on the samples (agro.weight, or the objective's own ratio).",
+    "agro/advantage_abs_mean": "Mean size of the advantages.",
+    "agro/ess_fraction": "Effective sample size of the ratios pi/mu over the samples, as a share of their number.",
     "agro/kl_ref": "Mean sequence log-ratio of policy to reference on the batch.",
+    **bucket_metrics(),
     "optim/grad_norm": "Gradient norm before clipping.",
     "optim/lr": "Learning rate.",
     "buffer/groups": "Groups stored and ready to be sampled.",

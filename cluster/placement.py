@@ -62,7 +62,7 @@ def check(placement: Placement, resources: Resources | Sequence[Resources]) -> l
     learner, actor = placement
     num_actors = most_actors(nodes, placement)
     has = f"the cluster has {_in_words(_sum(nodes))} on {len(nodes)} node{'' if len(nodes) == 1 else 's'}"
-    if not num_actors:
+    if num_actors is None or (actor.count and not num_actors):
         short = _short_of(placement, nodes)
         why = (
             f"too few: {short}" if short else "enough in sum, but each rank and each actor must lie on one node, and no arrangement does it"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.offline import load_offline
 from actors.prompts import PromptSet, load_prompts
 from cluster.config import Config, dump_config
 from cluster.errors import AgroError, ConfigError, DataError
@@ -20,7 +21,7 @@ from rewards.registry import load_reward
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made of, checked. `config` has an absolute model path."""
+    """What a run is made of, checked. `config` has an absolute model path; `notes` are to be told at the start."""
 
     config: Config
     prompts: PromptSet
@@ -28,6 +29,7 @@ class Inputs:
     pad_id: int
     run_dir: Path
     wandb_mode: str
+    notes: tuple[str, ...] = ()
 
 
 def prepare(config: Config) -> Inputs:
@@ -37,23 +39,61 @@ def prepare(config: Config) -> Inputs:
     check_named(config)
     config = ensure_model(config)
     tokenizer = load_tokenizer(config)
-    prompts = load_prompts(config.data, tokenizer)
-    if config.data.eval_rows:
-        eval_prompts = load_prompts(config.data, tokenizer, evaluation=True)
-    else:
+    prompts, notes = load_training(config, tokenizer)
+    if reason := no_evaluation(config):
         eval_prompts = PromptSet(rows=[], num_bad_rows=0, source="none")
+        notes = [*notes, reason]
+    else:
+        eval_prompts = load_prompts(config.data, tokenizer, evaluation=True)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    return Inputs(config, prompts, eval_prompts, pad_id, make_run_dir(config), mode)
+    return Inputs(config, prompts, eval_prompts, pad_id, make_run_dir(config), mode, tuple(notes))
+
+
+def load_training(config: Config, tokenizer: Any) -> tuple[PromptSet, list[str]]:
+    """What is trained on, from `data.path`, `data.offline` or both, and what to tell about it; raises DataError."""
+    if config.is_offline:
+        return load_offline(config, tokenizer)
+    prompts = load_prompts(config.data, tokenizer)
+    return (prompts, []) if config.data.offline is None else load_offline(config, tokenizer, prompts)
+
+
+def no_evaluation(config: Config) -> str:
+    """Why there is no evaluation, to be told; empty when there is one."""
+    if not config.data.eval_rows:
+        return "nothing is evaluated: data.eval_rows = 0"
+    if config.actors.count == 0:
+        return "warning: actors.count = 0: nothing is evaluated during the run; afterwards, use `launch.py evaluate`"
+    if config.data.path is None and config.data.eval_path is None:
+        return "warning: nothing is evaluated: there is neither data.eval_path nor data.path. Set data.eval_path, or actors.count=0"
+    return ""
 
 
 def check_named(config: Config) -> None:
     """What the config names exists: rewards, objective, local data; raises RewardError, ConfigError or DataError."""
     for function in config.rewards.functions:
         load_reward(function.name)
-    load_objective(config.learner.objective, config.agro)
-    for field, path in (("data.path", config.data.path), ("data.eval_path", config.data.eval_path)):
+    check_needs(config, load_objective(config.learner.objective, config.agro, config.rivals).needs)
+    data = config.data
+    for field, path in (("data.path", data.path), ("data.eval_path", data.eval_path), ("data.offline", data.offline)):
         if path and path.startswith(("/", ".", "~")) and not Path(path).expanduser().exists():
             raise DataError(f"{field} = {path}: no such file or directory (seen from {Path.cwd()}). Give another path, or a hub id.")
+
+
+def check_needs(config: Config, needs: frozenset[str]) -> None:
+    """Raises ConfigError when the data cannot give what the objective `needs` (learner/objectives: NEEDS)."""
+    name = config.learner.objective
+    if "behaviour_logprobs" in needs and config.data.offline is not None:
+        remedy = "Set agro.weight=none (and agro.lr_gate=fresh)."
+        if name != "agro":
+            remedy = "If it works on ratios, use another objective, such as agro with agro.weight=none; else set rivals.is_correction=none."
+        raise ConfigError(
+            f"learner.objective = {name} needs behaviour log-probs, which the samples of data.offline = {config.data.offline} "
+            f"do not have. {remedy}"
+        )
+    if "freshness" in needs and (config.is_offline or config.buffer.min_staleness):
+        why = "all samples are offline" if config.is_offline else f"buffer.min_staleness = {config.buffer.min_staleness}"
+        remedy = "Set agro.lr_coef=0." if name == "agro" else "Use another objective."
+        raise ConfigError(f"learner.objective = {name} needs samples of the current policy, but {why}: none is ever fresh. {remedy}")
 
 
 def quiet_libraries() -> None:

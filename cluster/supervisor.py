@@ -3,14 +3,16 @@
     monitor, buffer, board   one Ray actor each, no CPU reserved
     learner ranks            one placement group for the gang
     rollout actors           one placement group each, so that one that cannot be placed never blocks the others
+    offline actor            one, no CPU reserved, where all samples are offline; the rollout actors then only evaluate
 
-A rollout actor that dies is replaced; its leases and evaluation items are handed out again. A learner rank that dies ends
-the run with the cause.
+An actor that dies is replaced; its leases and evaluation items are handed out again. A learner rank that dies ends the run
+with the cause.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -24,6 +26,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayEr
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.offline import OfflineActor
 from actors.rollout import RolloutActor
 from buffer.server import ReplayBuffer
 from cluster.board import Board
@@ -41,6 +44,7 @@ START_TIMEOUT_S = 180.0
 MAX_RESTARTS = 5
 MIN_SCORED_SAMPLES = 64
 CLOSE_TIMEOUT_S = 30.0
+FEEDER = "offline"
 
 
 class StopSignal:
@@ -96,7 +100,7 @@ class Supervisor:
     def __init__(self, inputs: Inputs) -> None:
         self._inputs, self._config = inputs, inputs.config
         self._groups: dict[str, PlacementGroup] = {}
-        self._rollouts: dict[Any, str] = {}  # the running call of each rollout actor -> its name
+        self._rollouts: dict[Any, str] = {}  # the running call of each rollout actor, and of the offline actor -> its name
         self._handles: dict[str, Any] = {}
         self._pid_calls: dict[str, Any] = {}
         self._restarts = 0
@@ -120,8 +124,8 @@ class Supervisor:
 
     def start(self, warnings: list[str]) -> None:
         """Place and start learner and actors; returns when every learner rank is ready. Actors may still be loading."""
-        for warning in warnings:
-            self._event(f"warning: {warning}")
+        for text in [*(f"warning: {warning}" for warning in warnings), *self._inputs.notes]:
+            self._event(text)
         config = self._config
         learner, actors = config.learner, config.actors
         group = self._place("learner", [{"CPU": learner.num_cpus, "GPU": learner.num_gpus}] * learner.ranks)
@@ -132,8 +136,8 @@ class Supervisor:
             .remote(index, config, self._inputs.pad_id)
             for index in range(learner.ranks)
         ]
-        for index in range(actors.count):
-            self._start_rollout(f"actor-{index}")
+        for name in [*([FEEDER] if config.is_offline else []), *(f"actor-{index}" for index in range(actors.count))]:
+            self._start_actor(name)
         address = self._get(self._ranks[0].address.remote(), "learner rank 0")
         self._get([rank.start.remote(address) for rank in self._ranks], "learner ranks", config.run.timeout_s)
         self._pid_calls["learner ranks"] = self._ranks[0].__ray_call__.remote(lambda _: os.getpid())
@@ -141,14 +145,17 @@ class Supervisor:
         self._training = [rank.train.remote(self.buffer, self.board, self.monitor, self.policy_dir) for rank in self._ranks]
         self._event(f"learner ready: {learner.ranks} ZeRO-3 rank(s); {actors.count} rollout actors loading")
 
-    def _start_rollout(self, name: str) -> None:
-        config, actors = self._config, self._config.actors
-        group = self._place(name, [{"CPU": actors.num_cpus, "GPU": actors.num_gpus}])
-        handle = (
-            _remote(RolloutActor)
-            .options(runtime_env=_threads(actors.num_cpus, engine=True), **_on(group, 0, actors.num_cpus, actors.num_gpus))
-            .remote(name, config, self._inputs.prompts, self._inputs.eval_prompts, self.buffer, self.board, self.monitor)
-        )
+    def _start_actor(self, name: str) -> None:
+        config, inputs, actors = self._config, self._inputs, self._config.actors
+        peers = (self.buffer, self.board, self.monitor)
+        if _role(name) == FEEDER:
+            actor_class = _remote(OfflineActor).options(num_cpus=0, runtime_env=_threads(1))
+            handle = actor_class.remote(name, config, inputs.prompts, *peers)
+        else:
+            group = self._place(name, [{"CPU": actors.num_cpus, "GPU": actors.num_gpus}])
+            placed = _on(group, 0, actors.num_cpus, actors.num_gpus)
+            actor_class = _remote(RolloutActor).options(runtime_env=_threads(actors.num_cpus, engine=True), **placed)
+            handle = actor_class.remote(name, config, inputs.prompts, inputs.eval_prompts, *peers)
         self._handles[name] = handle
         self._rollouts[handle.run.remote()] = name
         self._pid_calls[name] = handle.__ray_call__.remote(lambda _: os.getpid())
@@ -209,7 +216,7 @@ class Supervisor:
             )
 
     def _replace(self, call: Any) -> None:
-        """A rollout actor ended although nobody retired it: say why, hand its work out again, start another."""
+        """An actor ended although nobody retired it: say why, hand its work out again, start another."""
         name = self._rollouts.pop(call)
         try:
             ray.get(call)
@@ -218,23 +225,22 @@ class Supervisor:
             if isinstance(error, AgroError):
                 raise
             cause = str(error.cause).strip().splitlines()[-1][:300] if str(error.cause).strip() else type(error.cause).__name__
-            raise TrainingError(
-                f"rollout actor {name} failed: {type(error.cause).__name__}: {cause}\n{_last_lines(str(error), 6)}"
-            ) from None
+            raise TrainingError(f"actor {name} failed: {type(error.cause).__name__}: {cause}\n{_last_lines(str(error), 6)}") from None
         except RayActorError as error:
             cause = _death_cause(error, self._pid_of(name))
             if "error raised in its creation task" in str(error):
-                raise TrainingError(f"rollout actor {name} could not start:\n{_last_lines(str(error), 3)}") from None
+                raise TrainingError(f"actor {name} could not start:\n{_last_lines(str(error), 3)}") from None
         self._restarts += 1
         self._event(f"{name} died: {cause}")
         if self._restarts > MAX_RESTARTS:
-            raise TrainingError(f"rollout actors died {self._restarts} times, the last one ({name}): {cause}")
+            raise TrainingError(f"actors died {self._restarts} times, the last one ({name}): {cause}")
         self._get([self.buffer.release_actor.remote(name), self.board.release_actor.remote(name)], "buffer and board")
-        remove_placement_group(self._groups.pop(name))
+        if name in self._groups:
+            remove_placement_group(self._groups.pop(name))
         del self._handles[name]
         # A name of its own: what its predecessor still asks for is refused by name.
-        successor = f"{name.split('.')[0]}.{self._restarts}"
-        self._start_rollout(successor)
+        successor = f"{_role(name)}.{self._restarts}"
+        self._start_actor(successor)
         self._event(f"{name} restarted as {successor} ({self._restarts} of at most {MAX_RESTARTS})")
 
     def _await_evaluations(self, stop: StopSignal, terminal: Terminal) -> None:
@@ -272,8 +278,7 @@ class Supervisor:
             "base_solve_rate": results[0].solve_rate if results and results[0].policy_version == 0 else None,
             "final_solve_rate": results[-1].solve_rate if results else None,
             "final_policy_version": results[-1].policy_version if results else None,
-            "staleness_mean": first.get("staleness_mean"),
-            "staleness_max": first.get("staleness_max"),
+            **{name: _known(first.get(name)) for name in ("staleness_mean", "staleness_max")},
             "samples": first.get("samples"),
             "tokens": first.get("tokens"),
             "samples_per_s": first["samples"] / wall_s if first else None,
@@ -334,6 +339,16 @@ class Supervisor:
 def _remote(part: type) -> Any:
     """The class as a Ray actor class; untyped, as its handles are."""
     return ray.remote(part)
+
+
+def _role(name: str) -> str:
+    """An actor's name without the number that its restarts gave it."""
+    return name.split(".")[0]
+
+
+def _known(value: float | None) -> float | None:
+    """None for NaN: all samples were offline, and had no age."""
+    return None if value is None or math.isnan(value) else value
 
 
 def _on(group: PlacementGroup, index: int, num_cpus: float, num_gpus: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-LR_BASELINES = ("none", "loo")
+LR_BASELINES = ("none", "loo", "running")
 
 
 def agro_advantages(
@@ -23,6 +23,7 @@ def agro_advantages(
     beta: float,
     lr_coef: float = 0.0,
     lr_baseline: str = "loo",
+    running_variances: Tensor | None = None,
 ) -> Tensor:
     """Advantages A_i such that `-(1/num_groups) sum_g (1/n_g) sum_i A_i logp_i` has AGRO's gradient.
 
@@ -30,7 +31,8 @@ def agro_advantages(
 
         off-policy   A_i = R_i - mean_{j != i} R_j
         on-policy    A_i - lr_coef / (2 beta) * q_i,   q_i = (R_i - mean_{j != i} R_j)^2 - b_i
-        b_i          "none": 0;  "loo": n/(n-1) * variance (ddof 1) of the others' R
+        b_i          "none": 0;  "loo": n/(n-1) * variance (ddof 1) of the others' R;
+                     "running": n/(n-1) * the prompt's variance of R in earlier steps, "loo" where that is NaN
 
     At the optimum pi* the residual is constant within a prompt [V, theorem 1], so every A_i is 0 for any behaviour
     policy (with lr_coef = 0). For n >= 2 independent samples of one behaviour policy mu the off-policy form is unbiased
@@ -46,6 +48,7 @@ def agro_advantages(
         beta: strength of the KL pull, >= 0; 0 is leave-one-out REINFORCE.
         lr_coef: >= 0; 0 is the off-policy form, 1 the literal on-policy one. Needs beta > 0.
         lr_baseline: one of LR_BASELINES.
+        running_variances: [N], for "running": equal within a group, NaN where the prompt was never seen.
 
     Returns:
         [N], dtype of `rewards`, detached. Computed in float64: a common offset of the residuals costs no accuracy.
@@ -55,6 +58,8 @@ def agro_advantages(
     """
     _check_tensors(rewards, log_ratios, groups)
     _check_options(beta, lr_coef, lr_baseline)
+    if lr_baseline == "running" and (running_variances is None or running_variances.shape != rewards.shape):
+        raise ValueError("running_variances is missing or has another shape than rewards; lr_baseline 'running' needs one per sample")
     with torch.no_grad():
         _, group_of, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
         n = sizes[group_of].double()
@@ -64,8 +69,13 @@ def agro_advantages(
         advantages = centred * n / (n - 1).clamp_min(1)
         if lr_coef > 0:
             excess = advantages.square()
-            if lr_baseline == "loo":
-                excess = excess - _expected_square(centred, n, group_of, sizes)
+            if lr_baseline != "none":
+                expected = _expected_square(centred, n, group_of, sizes)
+                if lr_baseline == "running":
+                    assert running_variances is not None
+                    seen = running_variances.double() * n / (n - 1).clamp_min(1)
+                    expected = torch.where(seen.isnan() | (n < 2), expected, seen)
+                excess = torch.where(n >= 2, excess - expected, 0.0)
             advantages = advantages - lr_coef / (2 * beta) * excess
         return advantages.to(rewards.dtype)
 

@@ -12,9 +12,11 @@ Ranks may have unlike numbers of micro-batches, but ZeRO-3 gathers in every pass
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,8 +24,12 @@ from torch import Tensor
 from buffer.records import Batch, Group, Sample
 from cluster.config import Config
 from cluster.errors import TrainingError
+from learner.diagnostics import COLUMNS, objective_metrics
 from learner.objectives import Objective, TokenBatch, token_gradients
 from learner.packing import MicroBatch, ModelInputs, TokenSequence, assign_groups, collate, plan_micro_batches
+
+VARIANCE_MEMORY = 0.5
+"""How much of a prompt's running variance an earlier visit keeps; prompts come back an epoch later, to another policy."""
 
 
 class Policy(Protocol):
@@ -35,11 +41,20 @@ class Policy(Protocol):
 
     def step(self, lr: float) -> float: ...
 
+    def named_weights(self, bucket_bytes: int) -> Iterable[tuple[str, Tensor]]: ...
 
-class Reference(Protocol):
-    """What an update needs of the reference."""
+
+class FrozenPolicy(Protocol):
+    """What an update needs of the reference and of the proximal policy."""
 
     def logprobs(self, inputs: ModelInputs, temperature: float) -> Tensor: ...
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
+
+
+def frozen_policies(objective: Objective) -> tuple[bool, bool]:
+    """Whether the objective needs a reference, and a proximal policy: neither is loaded for nothing."""
+    return bool({"reference", "reference_tokens"} & objective.needs), "proximal" in objective.needs
 
 
 class Row:
@@ -47,28 +62,61 @@ class Row:
 
     def __init__(self, group: Group, index: int, step: int) -> None:
         self.sample: Sample = group.samples[index]
-        self.group_id, self.index = group.group_id, index
-        self.staleness = step - self.sample.oldest_version
+        self.group_id, self.index, self.prompt_row = group.group_id, index, group.row
+        oldest = self.sample.oldest_version
+        self.staleness = math.nan if oldest is None else float(step - oldest)
         self.sequence = TokenSequence(group.prompt_ids, self.sample.token_ids)
         self.ref_logprob = self.sample.ref_logprob
+        self.ref_logprobs: Tensor | None = None  # Per token, where the objective needs them.
+        self.proximal_logprobs: Tensor | None = None
+
+    @property
+    def behaviour_logprobs(self) -> Sequence[float]:
+        """One per token; NaN for an offline sample."""
+        return self.sample.logprobs if not self.sample.is_offline else [math.nan] * len(self.sample.token_ids)
+
+    @property
+    def answer_id(self) -> int:
+        """Equal for equal answers."""
+        return zlib.crc32((self.sample.text.strip() if self.sample.answer is None else self.sample.answer).encode())
+
+    @property
+    def completion_id(self) -> int:
+        """Equal for equal tokens."""
+        return hash(self.sample.token_ids)
 
 
 class Updater:
     """Turns Batches into optimizer steps on this rank."""
 
     def __init__(
-        self, config: Config, policy: Policy, reference: Reference, objective: Objective, pad_id: int, device: torch.device
+        self,
+        config: Config,
+        policy: Policy,
+        reference: FrozenPolicy | None,
+        objective: Objective,
+        pad_id: int,
+        device: torch.device,
+        proximal: FrozenPolicy | None = None,
     ) -> None:
-        self._config, self._policy, self._reference, self._objective = config, policy, reference, objective
+        self._config, self._policy, self._objective = config, policy, objective
+        self._reference, self._proximal = reference, proximal
         self._pad_id, self._device = pad_id, device
+        self._variances: dict[int, float] = {}  # By the prompt's row; for lr_baseline = running.
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether reference log-probs stay true for later uses of a sample."""
+        return self._reference is not None and not self._config.agro.ref_update_every
+
     def update(self, batch: Batch, lr: float) -> tuple[dict[str, float], dict[int, list[dict[str, float]]]]:
-        """One step. Returns metrics of the whole batch (equal on every rank) and this rank's diagnostics per group and sample.
+        """One step. Returns metrics and the samples' diagnostics by group, in the group's order; of all ranks, equal on every rank.
 
         Raises TrainingError on every rank when a log-prob of any is not finite, before the parameters are touched.
         """
         _check_batch(batch)
+        self._move_frozen(batch.step)
         rows = self._rows_of_rank(batch)
         micro_batches = plan_micro_batches(
             [row.sequence.num_tokens for row in rows],
@@ -76,7 +124,7 @@ class Updater:
             self._config.learner.micro_batch_tokens,
             self._config.learner.layout,
         )
-        self._fill_reference(rows, micro_batches)
+        self._fill_frozen(rows, micro_batches)
         split = [micro for micro in micro_batches if not micro.whole]
         coefficients, diagnostics = self._first_pass(rows, split, len(batch.groups))
         passes: list[MicroBatch | None] = [*micro_batches]
@@ -88,11 +136,14 @@ class Updater:
             self._policy.backward(loss, last=number == len(passes) - 1)
             diagnostics.update(found)
         grad_norm = self._policy.step(lr)
+        samples = self._gather(rows, diagnostics)
+        if "prompt_variance" in self._objective.needs:
+            self._observe_variances(samples)
         per_group: dict[int, list[dict[str, float]]] = {}
-        for row_number in sorted(diagnostics):
-            row = rows[row_number]
-            per_group.setdefault(row.group_id, []).append({**diagnostics[row_number], "ref_logprob": row.ref_logprob or 0.0})
-        return {"optim/grad_norm": grad_norm, "optim/lr": lr, **self._metrics(rows, diagnostics)}, per_group
+        for values in zip(*samples.values(), strict=True):
+            sample = dict(zip(samples, map(float, values), strict=True))
+            per_group.setdefault(int(sample["group"]), []).append(sample)
+        return {"optim/grad_norm": grad_norm, "optim/lr": lr, **objective_metrics(samples, self._config.agro.beta)}, per_group
 
     # --- passes ---------------------------------------------------------------------------------------------------
 
@@ -101,15 +152,36 @@ class Updater:
         groups = [batch.groups[index] for index in shares[self._rank]]
         return [Row(group, index, batch.step) for group in groups for index in range(len(group.samples))]
 
-    def _fill_reference(self, rows: list[Row], micro_batches: list[MicroBatch]) -> None:
-        """log pi_ref of every sample that does not carry it yet, by the learner's own kernels."""
-        missing = [micro for micro in micro_batches if any(rows[i].ref_logprob is None for i in micro.indices)]
-        for number in range(self._most(len(missing))):
-            micro = missing[number] if number < len(missing) else None
+    def _move_frozen(self, step: int) -> None:
+        """Copy the policy into the reference (`agro.ref_update_every`) and the proximal policy when their time has come. Collective."""
+        every = self._config.agro.ref_update_every
+        bucket_bytes = int(self._config.weights.bucket_mib * 2**20)
+        if self._reference is not None and every and step and step % every == 0:
+            self._reference.load(self._policy.named_weights(bucket_bytes))
+        if self._proximal is not None and step % self._config.rivals.proximal_every == 0:
+            self._proximal.load(self._policy.named_weights(bucket_bytes))
+
+    def _fill_frozen(self, rows: list[Row], micro_batches: list[MicroBatch]) -> None:
+        """Log-probs by the reference, and by the proximal policy, as the objective needs them; by the learner's own kernels.
+
+        Sums by a reference that never moves come with the sample once they are known.
+        """
+        if self._reference is not None:
+            cached = "reference_tokens" not in self._objective.needs and self.keeps_reference
+            missing = [m for m in micro_batches if not cached or any(rows[i].ref_logprob is None for i in m.indices)]
+            for index, values in self._frozen_logprobs(self._reference, rows, missing):
+                rows[index].ref_logprobs, rows[index].ref_logprob = values, float(values.double().sum())
+        if self._proximal is not None:
+            for index, values in self._frozen_logprobs(self._proximal, rows, micro_batches):
+                rows[index].proximal_logprobs = values
+
+    def _frozen_logprobs(self, model: FrozenPolicy, rows: list[Row], micro_batches: list[MicroBatch]) -> Iterable[tuple[int, Tensor]]:
+        for number in range(self._most(len(micro_batches))):
+            micro = micro_batches[number] if number < len(micro_batches) else None
             inputs = self._inputs(rows, micro)
-            sums = _sequence_sums(self._reference.logprobs(inputs, self._config.actors.temperature), inputs)
-            for index, value in zip(micro.indices if micro else (), sums.tolist(), strict=micro is not None):
-                rows[index].ref_logprob = value
+            values_T = model.logprobs(inputs, self._config.actors.temperature)
+            if micro:
+                yield from zip(micro.indices, _by_sequence(values_T, inputs), strict=True)
 
     def _first_pass(
         self, rows: list[Row], split: list[MicroBatch], num_groups: int
@@ -129,7 +201,7 @@ class Updater:
         batch = self._token_batch([rows[i] for i in indices], torch.cat([logprobs[i] for i in indices]), num_groups)
         gradients = token_gradients(self._objective, batch).split([len(rows[i].sample.token_ids) for i in indices])
         _, diagnostics = self._objective.loss(batch)
-        return dict(zip(indices, gradients, strict=True)), _per_row(indices, diagnostics)
+        return dict(zip(indices, gradients, strict=True)), dict(zip(indices, _sample_values(batch, diagnostics), strict=True))
 
     def _loss(
         self, rows: list[Row], micro: MicroBatch | None, logprobs_T: Tensor, coefficients: dict[int, Tensor], num_groups: int
@@ -139,8 +211,9 @@ class Updater:
             return 0.0 * logprobs_T.sum(), {}
         if not micro.whole:
             return (torch.cat([coefficients[i] for i in micro.indices]) * logprobs_T).sum(), {}
-        loss, diagnostics = self._objective.loss(self._token_batch([rows[i] for i in micro.indices], logprobs_T, num_groups))
-        return loss, _per_row(micro.indices, diagnostics)
+        batch = self._token_batch([rows[i] for i in micro.indices], logprobs_T, num_groups)
+        loss, diagnostics = self._objective.loss(batch)
+        return loss, dict(zip(micro.indices, _sample_values(batch, diagnostics), strict=True))
 
     def _inputs(self, rows: list[Row], micro: MicroBatch | None) -> ModelInputs:
         sequences = [rows[i].sequence for i in micro.indices] if micro else [TokenSequence((self._pad_id,), (self._pad_id,))]
@@ -150,16 +223,25 @@ class Updater:
         def tensor(values: list, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=self._device)
 
+        def per_token(values: list[Tensor | None]) -> Tensor | None:
+            known = [value for value in values if value is not None]
+            return torch.cat(known) if known and len(known) == len(values) else None
+
         lengths = tensor([len(row.sample.token_ids) for row in rows], torch.int64)
         return TokenBatch(
             logprobs_T=logprobs_T,
-            behaviour_logprobs_T=tensor([value for row in rows for value in row.sample.logprobs], torch.float32),
+            behaviour_logprobs_T=tensor([value for row in rows for value in row.behaviour_logprobs], torch.float32),
             sequence_T=torch.arange(len(rows), device=self._device).repeat_interleave(lengths),
             rewards_N=tensor([row.sample.reward for row in rows]),
-            ref_logprobs_N=tensor([row.ref_logprob for row in rows]),
+            ref_logprobs_N=tensor([math.nan if row.ref_logprob is None else row.ref_logprob for row in rows]),
             groups_N=tensor([row.group_id for row in rows], torch.int64),
             staleness_N=tensor([row.staleness for row in rows]),
             num_groups=num_groups,
+            ref_logprobs_T=per_token([row.ref_logprobs for row in rows]),
+            proximal_logprobs_T=per_token([row.proximal_logprobs for row in rows]),
+            prompt_variance_N=tensor([self._variances.get(row.prompt_row, math.nan) for row in rows]),
+            answers_N=tensor([row.answer_id for row in rows], torch.int64),
+            completions_N=tensor([row.completion_id for row in rows], torch.int64),
         )
 
     # --- over the ranks -------------------------------------------------------------------------------------------
@@ -178,27 +260,37 @@ class Updater:
                 "the policy's log-probs are not finite on some rank. Lower learner.lr, or check the model with transformers."
             )
 
-    def _metrics(self, rows: list[Row], diagnostics: dict[int, dict[str, float]]) -> dict[str, float]:
-        """Means over all samples of all ranks; the residual's spread is taken within groups."""
-        by_group: dict[int, list[float]] = {}
-        for number, values in diagnostics.items():
-            by_group.setdefault(rows[number].group_id, []).append(values["residual"])
-        spread = sum(sum((r - sum(residuals) / len(residuals)) ** 2 for r in residuals) for residuals in by_group.values())
-        names = ("residual", "log_ratio", "weight", "advantage_abs")
-        totals = [sum(values.get(name, math.nan) for values in diagnostics.values()) for name in names]
-        freedom = sum(len(residuals) - 1 for residuals in by_group.values())
-        sums = torch.tensor([float(len(diagnostics)), spread, float(freedom), *totals], dtype=torch.float64)
+    def _gather(self, rows: list[Row], diagnostics: dict[int, dict[str, float]]) -> dict[str, np.ndarray]:
+        """The columns of learner/diagnostics.py over all ranks, ordered by group and place in it."""
+        table = [self._values(rows[number], diagnostics[number]) for number in sorted(diagnostics)]
+        tables = [np.array(table, dtype=np.float64).reshape(-1, len(COLUMNS))]
         if self._world_size > 1:
-            dist.all_reduce(sums)
-        count, spread, freedom_all, *totals = sums.tolist()
-        residual, log_ratio, weight, advantage = (total / count for total in totals)
-        return {
-            "agro/residual_mean": residual,
-            "agro/residual_std": math.sqrt(spread / max(freedom_all, 1.0)),
-            "agro/kl_ref": log_ratio,
-            "agro/weight_mean": weight,
-            "agro/advantage_abs_mean": advantage,
+            mine, tables = tables[0], [tables[0]] * self._world_size
+            dist.all_gather_object(tables, mine)
+        samples = np.concatenate(tables)
+        samples = samples[np.lexsort((samples[:, COLUMNS.index("index")], samples[:, COLUMNS.index("group")]))]
+        return {name: samples[:, number] for number, name in enumerate(COLUMNS)}
+
+    def _values(self, row: Row, found: dict[str, float]) -> list[float]:
+        known: dict[str, float] = {
+            "group": row.group_id,
+            "row": row.prompt_row,
+            "index": row.index,
+            "reward": math.nan if row.sample.reward is None else row.sample.reward,
+            "staleness": row.staleness,
+            "ref_logprob": math.nan if row.ref_logprob is None else row.ref_logprob,
         }
+        return [{**known, **found}[name] for name in COLUMNS]
+
+    def _observe_variances(self, samples: dict[str, np.ndarray]) -> None:
+        """Let the residuals of this step count for their prompts' next visit."""
+        residuals = samples["reward"] - self._config.agro.beta * samples["log_ratio"]
+        for row in np.unique(samples["row"]):
+            values = residuals[samples["row"] == row]
+            if len(values) > 1:
+                variance = float(np.var(values, ddof=1))
+                before = self._variances.get(int(row), variance)
+                self._variances[int(row)] = VARIANCE_MEMORY * before + (1 - VARIANCE_MEMORY) * variance
 
 
 def _check_batch(batch: Batch) -> None:
@@ -209,16 +301,19 @@ def _check_batch(batch: Batch) -> None:
                 raise TrainingError(f"group {group.group_id} holds a sample without finite reward and log-probs: {sample}")
 
 
-def _sequence_sums(values_T: Tensor, inputs: ModelInputs) -> Tensor:
-    num_sequences = int(inputs.sequence_T[-1]) + 1
-    return values_T.new_zeros(num_sequences).index_add(0, inputs.sequence_T, values_T)
-
-
 def _by_sequence(values_T: Tensor, inputs: ModelInputs) -> tuple[Tensor, ...]:
     return values_T.split(torch.bincount(inputs.sequence_T).tolist())
 
 
-def _per_row(indices: Sequence[int], diagnostics: dict[str, Tensor]) -> dict[int, dict[str, float]]:
-    columns = {name: values.tolist() for name, values in diagnostics.items()}
-    found = {index: {name: float(column[n]) for name, column in columns.items()} for n, index in enumerate(indices)}
-    return {index: {**values, "advantage_abs": abs(values["advantage"])} for index, values in found.items()}
+def _sample_values(batch: TokenBatch, diagnostics: dict[str, Tensor]) -> list[dict[str, float]]:
+    """Per sample what the objective says of it, and what holds for any objective."""
+    logprobs_T = batch.logprobs_T.detach().double()
+    logprob_N = batch.sequence_sums(logprobs_T)
+    columns = {
+        "advantage": diagnostics["advantage"],
+        "weight": diagnostics["weight"],
+        "log_ratio": logprob_N - batch.ref_logprobs_N,
+        "log_importance": batch.sequence_sums(logprobs_T - batch.behaviour_logprobs_T.double()),
+        "loss": -diagnostics["weight"] * diagnostics["advantage"] * logprob_N,
+    }
+    return [dict(zip(columns, map(float, values), strict=True)) for values in zip(*(c.tolist() for c in columns.values()), strict=True)]

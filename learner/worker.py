@@ -22,7 +22,7 @@ from cluster.errors import PeerTimeout
 from cluster.weights import SnapshotWriter
 from learner.batch_metrics import batch_metrics, shown_samples
 from learner.objectives import load_objective
-from learner.update import Updater
+from learner.update import Updater, frozen_policies
 
 BATCH_POLL_S = 2.0
 MIB = 2**20
@@ -53,8 +53,8 @@ class LearnerRank:
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def start(self, address: tuple[str, int]) -> None:
-        """Join the other ranks and build policy and reference."""
-        from learner.zero import ZeroPolicy, ZeroReference, init_process_group
+        """Join the other ranks and build the policy, and reference and proximal policy where the objective needs them."""
+        from learner.zero import ZeroFrozen, ZeroPolicy, init_process_group
 
         config = self._config
         use_gpu = config.learner.num_gpus > 0
@@ -63,9 +63,9 @@ class LearnerRank:
         torch.manual_seed(config.run.seed)
         device = init_process_group(self._rank, config.learner.ranks, *address, use_gpu=use_gpu, timeout_s=config.run.timeout_s)
         self._policy = ZeroPolicy(config.model, config.learner)
-        reference = ZeroReference(config.model, config.learner)
-        objective = load_objective(config.learner.objective, config.agro)
-        self._updater = Updater(config, self._policy, reference, objective, self._pad_id, device)
+        objective = load_objective(config.learner.objective, config.agro, config.rivals)
+        reference, proximal = (ZeroFrozen(config.model, config.learner) if needed else None for needed in frozen_policies(objective))
+        self._updater = Updater(config, self._policy, reference, objective, self._pad_id, device, proximal)
 
     def request_stop(self) -> None:
         """End `train` in order after the step in progress."""
@@ -129,7 +129,7 @@ class LearnerRank:
                 raise PeerTimeout(
                     f"the learner waited {config.run.timeout_s:.0f} s (run.timeout_s) at step {step} "
                     f"for {config.learner.groups_per_step} groups: "
-                    "the rollout actors delivered too few. See events.jsonl; raise run.timeout_s if generation is merely slow."
+                    "the actors delivered too few. See events.jsonl; raise run.timeout_s if generation is merely slow."
                 )
         return None
 
@@ -167,5 +167,5 @@ class LearnerRank:
         self._monitor.log_step.remote(row)
         if step == 1 or step % self._config.monitor.samples_every == 0:
             self._monitor.log_samples.remote(step, shown_samples(batch, diagnostics))
-        if self._config.buffer.max_uses > 1:
+        if self._config.buffer.max_uses > 1 and self._updater.keeps_reference:
             self._buffer.set_ref_logprobs.remote({gid: [d["ref_logprob"] for d in rows] for gid, rows in diagnostics.items()})

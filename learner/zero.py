@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,8 @@ def _load(model: ModelConfig, learner: LearnerConfig, *, training: bool) -> Any:
     return engine
 
 
-class ZeroReference:
-    """The frozen reference, partitioned like the policy."""
+class ZeroFrozen:
+    """A policy that is not trained, partitioned like the policy: the reference, or the proximal policy."""
 
     def __init__(self, model: ModelConfig, learner: LearnerConfig) -> None:
         self._engine = _load(model, learner, training=False)
@@ -100,6 +100,16 @@ class ZeroReference:
     def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
         """[T] log-probs of the completion tokens. Collective."""
         return token_logprobs(self._engine(**inputs.model_kwargs()).logits, inputs, temperature)
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take over these weights (`ZeroPolicy.named_weights`), all of them. Collective."""
+        import deepspeed
+
+        parameters = dict(self._engine.module.named_parameters())
+        for name, tensor in weights:
+            # Rank 0's value is partitioned anew over the ranks when the gather ends.
+            with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0), torch.no_grad():
+                parameters[name].copy_(tensor)
 
 
 class ZeroPolicy:

@@ -85,14 +85,14 @@ def noisy_answer(a: int, b: int, rng: random.Random) -> int:
     return a + b + error
 
 
-def make_base(out_dir: str) -> None:
+def make_base(out_dir: str, hidden: int = 96, layers: int = 3) -> None:
     """Make and warm up the base model in `out_dir`; about a minute on one core. Written aside, then renamed."""
     import torch
 
     torch.set_num_threads(1)  # The same base on every machine; and two OpenMP threads crawl when another program runs.
     rng = random.Random(0)
     tokenizer = make_tokenizer()
-    model = make_llama(len(tokenizer))
+    model = make_llama(len(tokenizer), hidden=hidden, layers=layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=PEAK_LR, total_steps=WARM_UP_STEPS, pct_start=0.1)
     print(
@@ -114,6 +114,11 @@ def make_base(out_dir: str) -> None:
     tokenizer.save_pretrained(aside)
     shutil.rmtree(out_dir, ignore_errors=True)
     aside.rename(out_dir)
+
+
+def make_small_base(out_dir: str) -> None:
+    """The same of 0.1 M parameters: for studies of many runs (benchmarks/)."""
+    make_base(out_dir, hidden=64, layers=2)
 
 
 def _noisy_batch(tokenizer, rng: random.Random):

@@ -38,6 +38,15 @@ def math_verify(prompts: list[str], completions: list[str], *, answer: list[Any]
     return [float(_equal(str(gold), completion)) for completion, gold in zip(completions, answer, strict=True)]
 
 
+def _final_answer(completion: str) -> str | None:
+    """The text of the completion's answer; None when there is none to read."""
+    expressions = _parse_answer(completion)
+    return str(expressions[-1]) if expressions else None
+
+
+math_verify.answer = _final_answer  # type: ignore[attr-defined]
+
+
 def _equal(gold: str, completion: str) -> bool:
     # Parsed first: a gold answer that cannot be read is an error even for an empty completion.
     gold_expressions = _parse_gold(gold)
@@ -54,6 +63,7 @@ def _parse_gold(gold: str) -> list[Any]:
     return expressions
 
 
+@functools.lru_cache(maxsize=256)  # A completion is read for its reward and again for its vote.
 def _parse_answer(text: str) -> list[Any]:
     """What math-verify reads in the answer part of `text`: a sympy expression and its source; empty when there is none."""
     if r"\boxed{" in text:

@@ -23,6 +23,12 @@ class WeightedReward(NamedTuple):
     weight: float
     function: RewardCallable
 
+    @property
+    def answer(self) -> Callable[[str], str | None] | None:
+        """What reads a completion's answer, if the function offers that."""
+        found = getattr(self.function, "answer", None)
+        return found if callable(found) else None
+
 
 def load_reward(name: str) -> RewardCallable:
     """The function that `name` means: a built-in name or `module:function`.

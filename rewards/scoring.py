@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,14 @@ MAX_ERROR_CHARS = 400
 
 
 class Scored(msgspec.Struct, frozen=True):
-    """The reward of one completion: a finite weighted sum, or None and the reason in `error`. Exactly one of the two is set."""
+    """The reward of one completion: a finite weighted sum, or None and the reason in `error`. Exactly one of the two is set.
+
+    `answer` is what votes as the completion's answer, by the first function that can tell; None: nothing, or it failed.
+    """
 
     reward: float | None = None
     error: str | None = None
+    answer: str | None = None
 
 
 def score_group(functions: Sequence[WeightedReward], prompt: str, completions: Sequence[str], columns: Mapping[str, Any]) -> list[Scored]:
@@ -33,14 +37,18 @@ def score_group(functions: Sequence[WeightedReward], prompt: str, completions: S
     columns  the dataset row; each value is repeated per completion
     """
     values_per_function = [_call(reward, prompt, list(completions), columns) for reward in functions]
+    read_answer = next((reward.answer for reward in functions if reward.answer is not None), lambda completion: None)
     scored = []
-    for values in zip(*values_per_function, strict=True):
+    for completion, *values in zip(completions, *values_per_function, strict=True):
         errors = [value for value in values if isinstance(value, str)]
         if errors:
             scored.append(Scored(error=shorten("; ".join(errors))))
             continue
         total = math.fsum(reward.weight * value for reward, value in zip(functions, values, strict=True))
-        scored.append(Scored(total) if math.isfinite(total) else Scored(error=f"the weighted sum of {_names(functions)} is {total}"))
+        if math.isfinite(total):
+            scored.append(Scored(total, answer=_answer(read_answer, completion)))
+        else:
+            scored.append(Scored(error=f"the weighted sum of {_names(functions)} is {total}"))
     return scored
 
 
@@ -61,6 +69,14 @@ def _call(reward: WeightedReward, prompt: str, completions: list[str], columns: 
     if len(values) != num:
         return [f"{reward.name} returned {len(values)} values for {num} completions"] * num
     return [_checked(reward.name, value) for value in values]
+
+
+def _answer(read_answer: Callable[[str], Any], completion: str) -> str | None:
+    try:
+        answer = read_answer(completion)
+        return answer if isinstance(answer, str) and answer.encode() is not None else None
+    except (Exception, SystemExit):  # noqa: BLE001 - the user's code may raise anything; without an answer there is no vote
+        return None
 
 
 def _checked(name: str, value: Any) -> float | str:

@@ -9,13 +9,16 @@ import subprocess
 import sys
 from collections import Counter
 
+import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from buffer.admission import Admission, LeaseError, work_item
 from buffer.records import Group, Sample, VersionSpan
-from buffer.replay import Replay, usable_group
-from buffer.sampling import SAMPLERS, GroupMeta
+from buffer.replay import HeldSamples, Replay, meta_of, usable_group
+from buffer.sampling import AGELESS, SAMPLERS, GroupMeta
 from cluster.config import BufferConfig
 from cluster.errors import ConfigError, DataError, StalenessError
 
@@ -195,6 +198,60 @@ def test_uniform_takes_every_group_equally_often():
     assert all(abs(taken[group_id] - expected) < 4.5 * sigma for group_id in range(10))
 
 
+def test_groups_without_age_are_the_newest_and_never_stale():
+    replay = Replay(BufferConfig(sampler="fresh", max_staleness=2, capacity=3, max_uses=2), 0)
+    for group_id, version in [(0, 1), (1, AGELESS), (2, 7), (3, AGELESS)]:
+        replay.insert(GroupMeta(group_id, version, 1))
+    assert [group.group_id for group, _ in replay.pop_evicted()] == [0], "for capacity, the oldest with an age"
+    assert replay.take(2, step=9) == [3, 1], "newest first, and the later one before the earlier one"
+    assert replay.take(3, step=9000) == [], "2 is stale by now"
+    assert replay.take(2, step=9001) == [3, 1]
+
+
+def test_groups_wait_until_they_are_old_enough_and_the_pipeline_is_filled():
+    replay = Replay(BufferConfig(sampler="fresh", min_staleness=2, max_staleness=5), 0)
+    for group_id in range(5):
+        replay.insert(GroupMeta(group_id, 0, 1))
+    assert replay.take(2, step=0) == [], "(2 + 1) * 2 groups are needed for two steps to have old ones"
+    replay.insert(GroupMeta(5, 0, 1))
+    assert replay.take(2, step=0) == [5, 4]
+    for group_id, version in [(6, 1), (7, AGELESS), (8, 2), (9, 3)]:
+        replay.insert(GroupMeta(group_id, version, 1))
+    assert replay.take(2, step=2) == [7, 3], "neither 1 nor 2 nor 3 is two steps old, and what has no age is never too young"
+    assert replay.take(3, step=3) == [], "fewer than 9 are stored"
+
+
+@given(st.data())
+def test_no_batch_is_younger_than_min_staleness_and_one_always_comes(data):
+    """Groups of any version that may exist come between the takes, as many as admission lets; nothing goes stale."""
+    lag, k = data.draw(st.integers(1, 4), "lag"), data.draw(st.integers(1, 3), "k")
+    capacity = data.draw(st.integers((lag + 1) * k, (lag + 3) * k), "capacity")
+    sampler = data.draw(st.sampled_from(sorted(SAMPLERS)), "sampler")
+    max_uses = data.draw(st.integers(1, 2), "max_uses")
+    config = BufferConfig(sampler=sampler, min_staleness=lag, max_staleness=1000, capacity=capacity, max_uses=max_uses)
+    replay, next_id, step = Replay(config, 0), 0, 0
+    versions = {}
+    for step in range(12):
+        while not (taken := replay.take(k, step, is_full=replay.num_unconsumed == capacity)):
+            assert replay.num_unconsumed < capacity, "deadlock: the buffer is full and nothing may be taken"
+            for _ in range(data.draw(st.integers(1, capacity - replay.num_unconsumed), "num_new")):
+                versions[next_id] = data.draw(st.integers(max(0, step - 1), step), "version")
+                replay.insert(GroupMeta(next_id, versions[next_id], 1))
+                next_id += 1
+        assert all(versions[group_id] <= max(0, step - lag) for group_id in taken)
+    assert replay.counts["taken_young"] == 0
+    assert replay.check_valid() == []
+
+
+def test_a_full_buffer_of_young_groups_gives_the_oldest_and_counts_them():
+    replay = Replay(BufferConfig(sampler="oldest", min_staleness=3, max_staleness=3, capacity=4), 0)
+    for group_id, version in [(0, 6), (1, 8), (2, 7), (3, 4)]:
+        replay.insert(GroupMeta(group_id, version, 1))
+    assert replay.take(2, step=7) == [], "only one of version <= 4, and (3 + 1) * 2 are not stored"
+    assert replay.take(2, step=7, is_full=True) == [3, 0], "the one that is old enough, and of the others the oldest"
+    assert replay.counts["taken_young"] == 1
+
+
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_every_sampler_takes_different_stored_groups(name):
     rng = np.random.default_rng(1)
@@ -349,15 +406,45 @@ def test_a_state_that_contradicts_itself_is_refused():
 def test_samples_with_an_error_are_left_out_and_their_texts_told():
     failed = make_sample(version=0, reward=None, error="boom")
     kept, errors = usable_group(make_group(make_sample(4), failed, make_sample(3)))
-    assert kept is not None
     assert kept.samples == (make_sample(4), make_sample(3))
     assert kept.oldest_version == 3, "the version of a sample that is gone does not count"
     assert errors == ["boom"]
 
 
-def test_a_group_of_one_is_not_stored():
-    assert usable_group(make_group(make_sample(), make_sample(reward=None, error="x"))) == (None, ["x"])
-    assert usable_group(make_group()) == (None, [])
+def test_offline_samples_are_usable_and_those_without_tokens_or_with_half_a_past_are_not():
+    offline = msgspec.structs.replace(make_sample(), logprobs=(), version_spans=())
+    group = make_group(offline, offline)
+    assert usable_group(group) == (group, [])
+    assert (group.oldest_version, meta_of(group).version, meta_of(group).oldest_version) == (None, None, AGELESS)
+    with pytest.raises(DataError, match="sample 1 has log-probs but no version"):
+        usable_group(make_group(offline, msgspec.structs.replace(make_sample(), version_spans=())))
+    with pytest.raises(DataError, match="sample 0 has no tokens"):
+        usable_group(make_group(msgspec.structs.replace(offline, token_ids=())))
+
+
+# Groups of one
+
+
+def test_a_held_sample_joins_the_next_group_of_its_row_unless_it_is_stale():
+    held = HeldSamples(max_staleness=3)
+    alone, others = make_group(make_sample(version=2)), make_group(make_sample(4), make_sample(4))
+    assert held.hold(alone)
+    assert held.join(msgspec.structs.replace(others, row=1), step=4).samples == others.samples, "another prompt"
+    assert held.join(make_group(), step=4).samples == (), "a group of which nothing is left takes nothing in"
+    restored = HeldSamples(max_staleness=3)
+    restored.set_state(json.loads(json.dumps(held.get_state())))
+    assert restored.join(others, step=5).samples == (*others.samples, *alone.samples)
+    assert restored.join(others, step=5) == others, "it joins once"
+    assert restored.counts == {"held_samples": 1, "joined_samples": 1}
+    assert held.join(others, step=6) == others
+    assert held.counts == {"held_samples": 1, "held_stale": 1}
+
+
+def test_neither_nothing_nor_an_offline_sample_is_held():
+    held = HeldSamples(max_staleness=3)
+    assert not held.hold(make_group())
+    assert not held.hold(make_group(msgspec.structs.replace(make_sample(), logprobs=(), version_spans=())))
+    assert held.counts == {}
 
 
 @pytest.mark.parametrize("reward", [None, float("nan"), float("inf")])

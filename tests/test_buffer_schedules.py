@@ -21,19 +21,17 @@ from tests.test_buffer_server import NUM_ROWS, check_sums, make_config, make_pay
 class Schedule:
     """Random actors, some of which die, sleep too long or report twice, and one learner, on virtual time."""
 
-    def __init__(self, seed: int, run_dir: str) -> None:
+    def __init__(self, seed: int, run_dir: str, lag: int = 0) -> None:
         self.rng = rng = random.Random(seed)
         capacity = rng.randint(1, 6)
-        self.config = make_config(
-            timeout_s=5.0,
-            groups_per_step=rng.randint(1, capacity),
-            capacity=capacity,
-            max_uses=rng.randint(1, 3),
-            max_staleness=rng.randint(0, 3),
-            sampler=rng.choice(["uniform", "fresh", "oldest"]),
-        )
+        settings = {"groups_per_step": rng.randint(1, capacity), "capacity": capacity, "max_staleness": rng.randint(0, 3)}
+        if lag:
+            size, slack = rng.randint(1, 2), rng.choice([0, 1, 2, 1000])
+            settings = {"groups_per_step": size, "capacity": (lag + 1) * size + rng.randint(0, 3), "max_staleness": lag + slack}
+        sampler = rng.choice(["uniform", "fresh", "oldest"])
+        self.config = make_config(timeout_s=5.0, max_uses=rng.randint(1, 3), sampler=sampler, min_staleness=lag, **settings)
         self.buffer = ReplayBuffer(self.config, run_dir, NUM_ROWS)
-        self.step = 0
+        self.step = self.num_young = 0
 
     async def actor(self, name: str) -> None:
         while True:
@@ -41,6 +39,8 @@ class Schedule:
             for item in await self.buffer.lease(name, rng.randint(1, 3), rng.choice([0.0, 2.0, 20.0])):
                 (ordinal,) = ordinals_of([item])
                 await asyncio.sleep(rng.choice([0.0, 0.1, 0.5]))
+                if self.config.buffer.min_staleness:
+                    version = self.step  # As young as can be: generated after the last publication.
                 await self.report(name, ordinal, version)
                 await self.check_admission()
             await asyncio.sleep(0.01)
@@ -78,6 +78,7 @@ class Schedule:
             for group in groups:
                 assert self.step - group.oldest_version <= self.config.buffer.max_staleness
                 assert 1 <= group.uses <= self.config.buffer.max_uses
+                self.num_young += group.oldest_version > max(0, self.step - self.config.buffer.min_staleness)
             await self.check_admission()
             await asyncio.sleep(self.rng.choice([0.0, 0.1, 3.0]))
             self.step += 1
@@ -140,6 +141,26 @@ def test_invariant_4_no_schedule_deadlocks_or_exceeds_admission(schedules):
     assert all(schedule.step == 8 for schedule, _, _ in schedules)
     assert sum(stats["wait_admission_s"] for _, stats, _ in schedules) > 0
     assert sum(stats["wait_batch_s"] for _, stats, _ in schedules) > 0
+
+
+@pytest.mark.slow
+def test_no_batch_is_younger_than_min_staleness_but_where_a_full_buffer_holds_nothing_older(tmp_path):
+    num_strict = num_young = 0
+    for seed in range(120):
+
+        async def run_one(seed: int = seed) -> tuple[Schedule, dict[str, float]]:
+            schedule = Schedule(seed, str(tmp_path / str(seed)), lag=1 + seed % 4)
+            return schedule, await schedule.run()
+
+        schedule, stats = run_virtually(run_one())
+        assert schedule.step == 8, "a deadlock would have starved the learner"
+        assert schedule.num_young == stats["taken_young"]
+        if not stats["evicted_stale"]:
+            num_strict += 1
+            assert schedule.num_young == 0
+        num_young += schedule.num_young
+    assert num_strict > 30
+    assert num_young > 0, "some of the tight ones had nothing older"
 
 
 # Kills

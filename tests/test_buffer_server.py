@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import selectors
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -48,6 +50,12 @@ def make_payload(ordinal: int, version: int = 0, rewards: tuple[float | None, ..
         for reward in rewards
     )
     return encode(Group(group_id=ordinal, row=0, prompt="p", prompt_ids=(1, 2), samples=samples, actor="a"))
+
+
+def make_offline_payload(ordinal: int, rewards: tuple[float, ...] = (1.0, 0.0)) -> bytes:
+    group = msgspec.msgpack.decode(make_payload(ordinal, rewards=rewards), type=Group)
+    samples = tuple(msgspec.structs.replace(sample, logprobs=(), version_spans=()) for sample in group.samples)
+    return encode(msgspec.structs.replace(group, samples=samples))
 
 
 class JumpingSelector(selectors.DefaultSelector):
@@ -158,6 +166,74 @@ async def test_failed_samples_are_counted_and_too_small_groups_not_stored(run_di
 
 
 @scenario
+async def test_the_one_sample_left_of_a_group_waits_through_a_restart_for_the_next_group_of_its_row(run_dir):
+    config = make_config(capacity=8, max_staleness=3)
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    await buffer.lease("a", 5, 1.0)
+    await buffer.set_step(4)
+    await buffer.insert("a", [make_payload(0, version=2, rewards=(0.25, None))])
+    await buffer.close()
+
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    await buffer.insert("a", [make_payload(1, version=4), make_payload(2, version=4), make_payload(3, version=1, rewards=(None, 0.75))])
+    await buffer.set_step(5)
+    await buffer.insert("a", [make_payload(4, version=4)])
+    groups = {group.group_id: group for group in decode_batch(await buffer.sample(5, 3, 1.0) or b"").groups}
+    assert [sample.reward for sample in groups[1].samples] == [1.0, 0.0, 0.25]
+    assert (groups[1].oldest_version, groups[2].oldest_version) == (2, 4)
+    assert len(groups[4].samples) == 2, "version 1 is stale at step 5"
+    stats = await check_sums(buffer)
+    assert [stats[name] for name in ("evicted_too_small", "held_samples", "joined_samples", "held_stale")] == [2, 2, 1, 1]
+    lines = [json.loads(line) for line in Path(run_dir, LEDGER_NAME).read_text().splitlines()]
+    assert [line["reason"] for line in lines if line["event"] == "failed"] == ["too_small_held"] * 2
+    assert audit(f"{run_dir}/{LEDGER_NAME}")["violations"] == []
+
+
+@scenario
+async def test_a_batch_waits_for_groups_that_are_old_enough_and_takes_young_ones_when_none_can_come(run_dir):
+    config = make_config(capacity=4, groups_per_step=2, min_staleness=1, max_staleness=1, sampler="oldest")
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    await buffer.lease("a", 4, 1.0)
+    await buffer.insert("a", [make_payload(ordinal) for ordinal in range(3)])
+    assert await buffer.sample(0, 2, 1.0) is None, "of four the learner may use two"
+    await buffer.insert("a", [make_payload(3)])
+    assert ids_of(await buffer.sample(0, 2, 1.0)) == [0, 1]
+    await buffer.lease("a", 2, 1.0)
+    learner = asyncio.create_task(buffer.sample(1, 2, 100.0))
+    await buffer.insert("a", [make_payload(4, version=1)])
+    await asyncio.sleep(1.0)
+    assert not learner.done()
+    await buffer.insert("a", [make_payload(5, version=1)])
+    assert ids_of(await learner) == [2, 3], "4 and 5 are too young, and wait"
+    await buffer.lease("a", 2, 1.0)
+    await buffer.insert("a", [make_payload(ordinal, version=3) for ordinal in (6, 7)])
+    learner = asyncio.create_task(buffer.sample(3, 2, 100.0))
+    await asyncio.sleep(1.0)
+    assert not learner.done(), "4 and 5 went stale; what comes for them might be old enough"
+    await buffer.lease("a", 2, 1.0)
+    await buffer.insert("a", [make_payload(ordinal, version=3) for ordinal in (8, 9)])
+    assert ids_of(await learner) == [6, 7]
+    stats = await check_sums(buffer)
+    assert (stats["taken_young"], stats["evicted_stale"]) == (2, 2)
+
+
+@scenario
+async def test_offline_groups_are_stored_without_a_version_through_a_restart_and_never_stale(run_dir):
+    config = make_config(capacity=4, max_staleness=1, max_uses=2)
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    await buffer.lease("offline", 2, 1.0)
+    assert await buffer.insert("offline", [make_offline_payload(0), make_offline_payload(1)]) == [0, 1]
+    assert len(ids_of(await buffer.sample(500, 2, 1.0))) == 2
+    await buffer.close()
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    groups = decode_batch(await buffer.sample(900, 2, 1.0) or b"").groups
+    assert [group.oldest_version for group in groups] == [None, None]
+    assert (await check_sums(buffer))["evicted_used"] == 2
+    result = audit(f"{run_dir}/{LEDGER_NAME}")
+    assert (result["violations"], result["max_staleness"]) == ([], 0)
+
+
+@scenario
 async def test_a_lease_waits_for_admission_and_an_insert_wakes_the_learner(run_dir):
     clock = asyncio.get_running_loop().time
     buffer = ReplayBuffer(make_config(capacity=2), run_dir, NUM_ROWS)
@@ -195,7 +271,7 @@ async def test_every_way_of_making_room_wakes_a_waiting_actor_at_once(run_dir):
     ways_with_open_items = [
         lambda ordinals: buffer.fail("a", ordinals, "random"),
         lambda ordinals: buffer.give_back("a", ordinals),
-        lambda ordinals: buffer.insert("a", [make_payload(ordinal, rewards=(1.0,)) for ordinal in ordinals]),
+        lambda ordinals: buffer.insert("a", [make_payload(ordinal, rewards=(None, None)) for ordinal in ordinals]),
     ]
     ways_with_stored_groups = [
         lambda _: buffer.sample(0, 2, 0.0),

@@ -48,6 +48,7 @@ def select(batch, keep_N):
         batch,
         **{name: getattr(batch, name)[keep_T] for name in ("logprobs_T", "behaviour_logprobs_T")},
         **{name: getattr(batch, name)[keep_N] for name in ("rewards_N", "ref_logprobs_N", "groups_N", "staleness_N")},
+        completions_N=None if batch.completions_N is None else batch.completions_N[keep_N],
         sequence_T=renumber[batch.sequence_T[keep_T]],
     )
 
@@ -73,7 +74,7 @@ def test_loss_is_the_formula_read_aloud():
     assert not any(value.requires_grad for value in diagnostics.values())
 
 
-@pytest.mark.parametrize("changes", [{}, {"weight": "truncated"}, {"lr_coef": 0.1}, {"zero_std": "drop"}])
+@pytest.mark.parametrize("changes", [{}, {"weight": "truncated"}, {"weight": "token"}, {"lr_coef": 0.1}, {"zero_std": "drop"}])
 def test_losses_and_gradients_of_groups_add_up(changes):
     batch, objective = make_batch(), make_objective(**changes)
     first = torch.isin(GROUPS, torch.tensor([4, 7]))
@@ -136,6 +137,84 @@ def test_weights_multiply_the_gradient_of_each_sequence():
     torch.testing.assert_close(weighted, plain * weight_N[batch.sequence_T], rtol=1e-13, atol=0)
 
 
+def weights_read_aloud(batch, kind, cap):
+    ratios = (batch.logprobs_T.detach() - batch.behaviour_logprobs_T).split(SIZES.tolist())
+    if kind == "token":
+        return torch.cat([values.exp().clamp_max(cap) for values in ratios])
+    return torch.cat([values.mean().exp().clamp_max(cap).expand(len(values)) for values in ratios])
+
+
+@pytest.mark.parametrize("cap", [0.8, 1.0, 3.0])
+@pytest.mark.parametrize("kind", ["token", "geometric"])
+def test_token_and_geometric_weights_are_what_they_say(kind, cap):
+    batch = make_batch()
+    plain = token_gradients(make_objective(), batch)
+    objective = make_objective(weight=kind, weight_cap=cap)
+    expected_T = weights_read_aloud(batch, kind, cap)
+    torch.testing.assert_close(token_gradients(objective, batch), plain * expected_T, rtol=1e-12, atol=0)
+    means = torch.stack([values.mean() for values in expected_T.split(SIZES.tolist())])
+    torch.testing.assert_close(objective.loss(batch)[1]["weight"], means, rtol=1e-12, atol=0)
+    assert "behaviour_logprobs" in objective.needs
+
+
+def test_a_geometric_weight_does_not_vanish_with_length_as_the_sequence_ratio_does():
+    logprobs_T = torch.full((400,), -1.05, dtype=torch.float64, requires_grad=True)
+    batch = TokenBatch(
+        logprobs_T,
+        torch.full((400,), -1.0, dtype=torch.float64),
+        torch.arange(2).repeat_interleave(200),
+        torch.tensor([1.0, 0.0]),
+        torch.zeros(2),
+        torch.zeros(2, dtype=torch.int64),
+        torch.ones(2),
+        num_groups=1,
+    )
+    weights = {kind: make_objective(weight=kind).loss(batch)[1]["weight"][0].item() for kind in ("truncated", "token", "geometric")}
+    assert weights["truncated"] == pytest.approx(math.exp(-10))
+    assert weights["token"] == pytest.approx(math.exp(-0.05))
+    assert weights["geometric"] == pytest.approx(math.exp(-0.05))
+
+
+def test_the_weighted_gate_lets_the_on_policy_term_act_on_stale_samples_by_their_ratio():
+    batch = make_batch()
+    off_policy = make_objective(weight="truncated", weight_cap=1.5).loss(batch)[1]
+    gated = make_objective(weight="truncated", weight_cap=1.5, lr_coef=0.3, lr_gate="weighted").loss(batch)[1]["advantage"]
+    log_ratio_N = batch.sequence_sums(batch.logprobs_T.detach()) - batch.ref_logprobs_N
+    literal = agro_advantages(batch.rewards_N, log_ratio_N, GROUPS, beta=0.2, lr_coef=0.3)
+    expected = off_policy["advantage"] + off_policy["weight"] * (literal - off_policy["advantage"])
+    torch.testing.assert_close(gated, expected, rtol=1e-12, atol=1e-14)
+    assert make_objective(lr_coef=0.3, lr_gate="weighted").needs == {"reference", "behaviour_logprobs"}
+
+
+def test_the_running_baseline_is_the_prompts_variance_and_loo_for_a_prompt_never_seen():
+    variances = torch.tensor([0.3, math.nan, 0.3, 0.3, math.nan, math.nan, 0.1, 0.2, 0.2], dtype=torch.float64)
+    batch = make_batch(prompt_variance_N=variances, staleness_N=torch.zeros(9, dtype=torch.float64))
+    running, loo, none = (
+        make_objective(lr_coef=0.3, lr_baseline=baseline).loss(batch)[1]["advantage"] for baseline in ("running", "loo", "none")
+    )
+    group_nine = GROUPS == 9
+    assert torch.equal(running[group_nine], loo[group_nine])
+    group_four = GROUPS == 4  # three samples: b = n/(n-1) * variance
+    torch.testing.assert_close(running[group_four], none[group_four] + 0.3 / (2 * 0.2) * 1.5 * 0.3, rtol=1e-12, atol=0)
+    assert running[GROUPS == 2] == 0
+    assert "prompt_variance" in make_objective(lr_coef=0.3, lr_baseline="running").needs
+    with pytest.raises(ValueError, match="prompt_variance_N is None"):
+        make_objective(lr_coef=0.3, lr_baseline="running").loss(make_batch(staleness_N=torch.zeros(9)))
+
+
+def test_dropped_duplicates_count_once_and_the_rest_is_centred_without_them():
+    completions = torch.tensor([5, 1, 5, 6, 2, 3, 5, 8, 8])  # group 4: samples 0 and 2; group 7: both; across groups nothing
+    batch = make_batch(completions_N=completions)
+    objective = make_objective(duplicates="drop")
+    unique = torch.ones(9, dtype=torch.bool).index_fill(0, torch.tensor([2, 8]), False)
+    expected = make_objective().loss(select(batch, unique))
+    loss, diagnostics = objective.loss(batch)
+    assert loss.item() == pytest.approx(expected[0].item(), abs=1e-14)
+    assert torch.equal(diagnostics["advantage"][unique], expected[1]["advantage"])
+    assert (diagnostics["advantage"][~unique] == 0).all()
+    assert "completions" in objective.needs
+
+
 def test_the_on_policy_term_acts_on_fresh_samples_only():
     batch = make_batch()
     log_ratio_N = batch.sequence_sums(batch.logprobs_T.detach()) - batch.ref_logprobs_N
@@ -147,7 +226,9 @@ def test_the_on_policy_term_acts_on_fresh_samples_only():
     assert (found[fresh & (GROUPS != 2)] != off_policy[fresh & (GROUPS != 2)]).all()
 
 
-@pytest.mark.parametrize("changes", [{}, {"weight": "truncated"}, {"weight": "truncated", "weight_cap": 3.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"weight": "truncated"}, {"weight": "truncated", "weight_cap": 3.0}, {"weight": "token"}, {"weight": "geometric"}]
+)
 def test_descent_reaches_the_optimum_from_data_of_another_policy(changes):
     random = torch.Generator().manual_seed(1)
     rewards, reference = torch.rand(6, generator=random).double(), torch.randn(6, generator=random).double().log_softmax(0)
@@ -169,6 +250,7 @@ def test_needs_say_what_the_config_asks_for_and_the_rest_may_be_nan():
     assert make_objective().needs == {"reference"}
     assert make_objective(weight="truncated").needs == {"reference", "behaviour_logprobs"}
     assert make_objective(lr_coef=0.1).needs == {"reference", "freshness"}
+    assert make_objective(beta=0.0).needs == frozenset()
     batch = make_batch()
     poisoned = dataclasses.replace(
         batch, behaviour_logprobs_T=batch.behaviour_logprobs_T * math.nan, staleness_N=batch.staleness_N * math.nan

@@ -127,6 +127,11 @@ def test_evaluation_never_takes_the_training_file_silently(tokenizer, write):
         load_prompts(plain(write(GOOD)), tokenizer, evaluation=True)
 
 
+def test_evaluation_without_any_path_names_the_remedy(tokenizer):
+    with pytest.raises(DataError, match=r"set data\.eval_path, or data\.eval_rows=0"):
+        load_prompts(DataConfig(offline="log.jsonl", chat_template=False), tokenizer, evaluation=True)
+
+
 def test_a_changed_file_is_read_again_and_nothing_is_left_behind(tokenizer, write, tmp_path):
     load_prompts(plain(write(GOOD)), tokenizer)
     prompts = load_prompts(plain(write({"prompt": "new", "answer": "1"})), tokenizer)

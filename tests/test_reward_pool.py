@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -44,7 +45,12 @@ def wait_until(condition, limit_s=10.0):
 
 
 def worker_processes(parent=None):
-    return [child for child in psutil.Process(parent).children() if "rewards.pool" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(parent).children():
+        with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):  # One that ends while we look.
+            if "rewards.pool" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def is_running(pid):
@@ -139,6 +145,11 @@ def test_columns_reach_the_function_unchanged():
         assert score(pool, "a", "b", value=2.5, prompt=[{"role": "user", "content": "q"}], none=None) == [Scored(2.5)] * 2
 
 
+def test_the_answer_that_votes_comes_with_the_reward():
+    with pool_of("tests.reward_functions:length", "exact_match") as pool:
+        assert score(pool, " 4 ", "five", answer="4") == [Scored(4.0, answer="4"), Scored(4.0, answer="five")]
+
+
 def test_an_exception_in_the_reward_costs_its_group_and_no_worker():
     with pool_of("tests.reward_functions:raises", "exact_match") as pool:
         scored = score(pool, "a", answer="a")
@@ -149,12 +160,12 @@ def test_an_exception_in_the_reward_costs_its_group_and_no_worker():
 @pytest.mark.slow
 def test_a_hanging_expression_is_killed_and_marked_by_math_verify():
     with pool_of("math_verify", timeout_s=2.0) as pool:
-        assert score(pool, r"\boxed{4}", answer="4") == [Scored(1.0)]
+        assert score(pool, r"\boxed{4}", answer="4") == [Scored(1.0, answer="4")]
         start_s = time.monotonic()
         scored = score(pool, r"\boxed{4}", r"\boxed{9^{9^{9^{9}}}}", answer="4")
         assert time.monotonic() - start_s < 3.0
         assert [sample.error for sample in scored] == ["timed out after 2 s (math_verify)"] * 2
-        assert score(pool, r"\boxed{5}", answer="4") == [Scored(0.0)]
+        assert score(pool, r"\boxed{5}", answer="4") == [Scored(0.0, answer="5")]
 
 
 def test_functions_are_checked_when_the_pool_is_built():

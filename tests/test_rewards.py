@@ -156,6 +156,40 @@ def test_one_failing_function_makes_the_sample_an_error_and_is_named():
     assert scored[1] == Scored(1.0)
 
 
+def with_answer(read_answer):
+    def reward(prompts, completions, **columns):
+        return [1.0] * len(completions)
+
+    reward.answer = read_answer
+    return reward
+
+
+def test_the_first_function_that_can_read_an_answer_does():
+    scored = score((constant([0.0, 0.0]), 1.0), (with_answer(str.upper), 0.0), (with_answer(str.lower), 1.0), completions=("Aa", "Bb"))
+    assert scored == [Scored(1.0, answer="AA"), Scored(1.0, answer="BB")]
+    assert score((constant([0.0, 0.0]), 1.0)) == [Scored(0.0)] * 2
+    assert score((with_answer("no function"), 1.0)) == [Scored(1.0)] * 2
+
+
+@pytest.mark.parametrize("read_answer", [lambda text: None, lambda text: 4, lambda text: text[99], sys.exit, lambda text: "\ud800"])
+def test_an_answer_that_cannot_be_read_or_sent_is_none_and_no_error(read_answer):
+    assert score((with_answer(read_answer), 1.0)) == [Scored(1.0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        (r"so it is \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        ("2 + 2 = 4\n#### 1,000", "1,000"),
+        ("The final answer is $x=3$.", "x=3"),
+        ("I do not know", None),
+        (r"cut: \boxed{4", None),
+    ],
+)
+def test_math_votes_with_the_text_of_the_final_answer(completion, answer):
+    assert score((load_reward("math_verify"), 1.0), completions=[completion], columns={"answer": "4"})[0].answer == answer
+
+
 def test_a_weighted_sum_that_overflows_is_an_error():
     assert score((constant([1e308, 1.0]), 1e10))[0].error == "the weighted sum of f0 is inf"
 

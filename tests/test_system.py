@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -72,6 +73,16 @@ def processes_of(run_dir: Path, parents: list[int]) -> list[psutil.Process]:
     for pid in parents:
         if psutil.pid_exists(pid):
             found += [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return found
+
+
+def described(processes: list[psutil.Process]) -> list[str]:
+    """What the processes that still live are, for a failed test to say."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                found.append(f"{process.pid} {process.status()} child of {process.ppid()}: {' '.join(process.cmdline())[:300]}")
     return found
 
 
@@ -170,7 +181,7 @@ def test_a_signal_ends_the_run_in_order_and_leaves_no_process(name: str, code: i
     assert (tmp_path / "run" / "report.html").exists()
     assert len(family) > 5
     _, alive = psutil.wait_procs(family, timeout=10)
-    assert [p.name() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+    assert described(alive) == []
 
 
 def test_killed_driver_leaves_no_process_and_an_actor_that_dies_is_replaced(tiny_models: dict[str, Path], tmp_path: Path) -> None:
@@ -188,7 +199,7 @@ def test_killed_driver_leaves_no_process_and_an_actor_that_dies_is_replaced(tiny
     process.kill()
     process.communicate(timeout=20)
     _, alive = psutil.wait_procs(family, timeout=10)
-    assert [p.name() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+    assert described(alive) == []
 
 
 def test_failing_rewards_stop_the_run_with_the_reason(tiny_models: dict[str, Path], tmp_path: Path) -> None:

@@ -31,15 +31,17 @@ def meet(out_dir: Path, rank: int) -> int:
 def main(out_dir: Path, rank: int) -> None:
     from cluster.config import Config
     from learner.objectives import load_objective
-    from learner.update import Updater
-    from learner.zero import ZeroPolicy, ZeroReference, init_process_group
+    from learner.update import Updater, frozen_policies
+    from learner.zero import ZeroFrozen, ZeroPolicy, init_process_group
     from tests.test_zero import LR, random_batches
 
     torch.set_num_threads(1)
     config = Config.model_validate_json((out_dir / "config.json").read_text())
     device = init_process_group(rank, config.learner.ranks, "127.0.0.1", meet(out_dir, rank), use_gpu=False, timeout_s=120)
-    policy, reference = ZeroPolicy(config.model, config.learner), ZeroReference(config.model, config.learner)
-    updater = Updater(config, policy, reference, load_objective("agro", config.agro), 0, device)
+    objective = load_objective(config.learner.objective, config.agro, config.rivals)
+    policy = ZeroPolicy(config.model, config.learner)
+    reference, proximal = (ZeroFrozen(config.model, config.learner) if needed else None for needed in frozen_policies(objective))
+    updater = Updater(config, policy, reference, objective, 0, device, proximal)
     metrics = [updater.update(batch, LR)[0] for batch in random_batches(policy.module.config.vocab_size)]
     policy.save_pretrained(str(out_dir / "policy"), bucket_bytes=4096)
     if rank == 0:

@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cluster.config import AgroConfig
+from cluster.config import AgroConfig, RivalsConfig
 from cluster.errors import ConfigError
 
 
@@ -36,10 +36,18 @@ class TokenBatch:
     rewards_N             float
     ref_logprobs_N        float, log pi_ref of the completion, summed over its tokens
     groups_N              int64, group ids
-    staleness_N           float, learner step minus the version of the oldest token
+    staleness_N           float, learner step minus the version of the oldest token; NaN for offline samples
     num_groups            groups of the WHOLE optimizer step, over all ranks and micro-batches: the loss's divisor
 
-    What an objective does not name in `needs` may hold NaN. Raises ValueError when shapes disagree.
+    Only where an objective names them in `needs`; otherwise those above may hold NaN and these be None:
+
+    ref_logprobs_T        float, log pi_ref of each token                                   "reference_tokens"
+    proximal_logprobs_T   float, log pi of each token as of the newest proximal copy        "proximal"
+    prompt_variance_N     float, the prompt's running residual variance, NaN when unseen    "prompt_variance"
+    answers_N             int64, equal where samples of one group vote for one answer       "answers"
+    completions_N         int64, equal where completions of one group have the same tokens  "completions"
+
+    Raises ValueError when shapes disagree.
     """
 
     logprobs_T: Tensor
@@ -50,16 +58,19 @@ class TokenBatch:
     groups_N: Tensor
     staleness_N: Tensor
     num_groups: int
+    ref_logprobs_T: Tensor | None = None
+    proximal_logprobs_T: Tensor | None = None
+    prompt_variance_N: Tensor | None = None
+    answers_N: Tensor | None = None
+    completions_N: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, like in (
-            ("behaviour_logprobs_T", "logprobs_T"),
-            ("sequence_T", "logprobs_T"),
-            ("ref_logprobs_N", "rewards_N"),
-            ("groups_N", "rewards_N"),
-            ("staleness_N", "rewards_N"),
-        ):
-            shape, expected = tuple(getattr(self, name).shape), tuple(getattr(self, like).shape)
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if not isinstance(value, Tensor):
+                continue
+            like = "logprobs_T" if name.endswith("_T") else "rewards_N"
+            shape, expected = tuple(value.shape), tuple(getattr(self, like).shape)
             if shape != expected or len(shape) != 1:
                 raise ValueError(f"{name} has shape {shape}, {like} {expected}; expected one dimension of one length")
         if self.num_groups < 1:
@@ -69,13 +80,38 @@ class TokenBatch:
         """[N] sums of per-token values over each sequence, in the dtype of `values_T`; differentiable."""
         return values_T.new_zeros(len(self.rewards_N)).index_add(0, self.sequence_T, values_T)
 
+    def sequence_means(self, values_T: Tensor) -> Tensor:
+        """[N] means of per-token values over each sequence; 0 for a sequence without tokens."""
+        return self.sequence_sums(values_T) / self.sequence_sums(torch.ones_like(values_T)).clamp_min(1)
+
+    def needed(self, name: str) -> Tensor:
+        """The optional field `name`; ValueError when it was not provided."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"{name} is None; the objective must list it in `needs`, and the caller provide it")
+        return value
+
+
+NEEDS = frozenset(
+    {
+        "behaviour_logprobs",  # What sampled each token is known, with its log-prob.
+        "reference",  # log pi_ref of the sequence.
+        "reference_tokens",  # log pi_ref of each token.
+        "proximal",  # log-probs of a copy of the policy made every `rivals.proximal_every` steps.
+        "freshness",  # Some samples are of the current policy.
+        "prompt_variance",
+        "answers",
+        "completions",
+    }
+)
+
 
 class Objective(Protocol):
-    """A loss over whole groups. A module of this folder offers one as `build(config: AgroConfig) -> Objective`."""
+    """A loss over whole groups. A module of this folder offers one as `build(agro: AgroConfig, rivals: RivalsConfig) -> Objective`."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the worker must provide, of "behaviour_logprobs", "reference", "proximal", "freshness"."""
+        """What the worker must provide, of NEEDS. A config that cannot provide it is refused at the start."""
         ...
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -95,11 +131,14 @@ def token_gradients(objective: Objective, batch: TokenBatch) -> Tensor:
         return torch.autograd.grad(loss, leaf)[0]
 
 
-def load_objective(name: str, config: AgroConfig) -> Objective:
+_RIVALS = RivalsConfig()
+
+
+def load_objective(name: str, agro: AgroConfig, rivals: RivalsConfig = _RIVALS) -> Objective:
     """The objective in the file `name`.py of this folder; ConfigError with the nearest name when there is none."""
     available = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
     if name not in available:
         near = difflib.get_close_matches(name, available, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(available)}"
         raise ConfigError(f"learner.objective = {name!r} is no file under learner/objectives/; {hint}")
-    return importlib.import_module(f"{__name__}.{name}").build(config)
+    return importlib.import_module(f"{__name__}.{name}").build(agro, rivals)

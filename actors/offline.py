@@ -1,0 +1,292 @@
+"""Offline data: completions that others generated, read and checked before anything starts, and the actor that feeds them.
+
+    data.offline --load_offline--> PromptRows with OfflineSamples --+--> OfflineActor --> buffer     all samples offline
+                                                                    `--> RolloutActor --> buffer     some of each group
+
+A logged completion has no behaviour log-probs and no policy version: mu is whoever wrote it, which AGRO need not know.
+It is taken as finished (EOS appended) unless its row says `truncated: true`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import sys
+import time
+from collections.abc import Awaitable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from actors.prompts import (
+    PROMPT_COLUMNS,
+    OfflineSample,
+    PromptRow,
+    PromptSet,
+    kind_of,
+    read_source,
+    render_rows,
+    report_bad_rows,
+    text_problems,
+    tokenise,
+)
+from buffer.records import Group, Sample, WorkItem, encode
+from cluster.board import Directive
+from cluster.config import Config
+from cluster.errors import DataError, PeerTimeout
+from rewards.pool import RewardPool
+from rewards.scoring import Scored
+
+OWN_COLUMNS = ("completion", "reward", "truncated", "group")
+MIN_COMPLETIONS = 2
+LEASE_S = 1.0
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
+def load_offline(config: Config, tokenizer: Any, training: PromptSet | None = None) -> tuple[PromptSet, list[str]]:
+    """The prompts of `data.offline` with their samples; and, in sentences, what was found and left out.
+
+    A row has a prompt (rendered and tokenised as training prompts are), `completion` (text) and, optionally, `reward` (a finite
+    number; true and false are 1 and 0; without one, or null, the reward functions score it), `group` (which rows of a prompt
+    belong together; without it all do) and `truncated`. The other columns go to the reward functions, of the rows of a prompt
+    the first one's. A group needs two different completions.
+
+    With `training` (samples are mixed) these prompts come back, each with the samples of all rows that have its text; groups
+    and other columns do not matter then.
+
+    Raises DataError: nothing readable; bad rows, with number, value and reason (`data.on_bad_row`); nothing that can be used.
+    """
+    source = read_source("data.offline", config.data.offline, config.data.split)
+    rows, bad = render_rows(source, config.data, tokenizer)
+    samples = _read_samples(rows, bad, config, tokenizer)
+    _refuse_strangers(rows, samples, bad, training, source.unit)
+    report_bad_rows(source, bad, num_usable=len(samples), on_bad_row=config.data.on_bad_row)
+    notes = [f"data.offline: {len(bad)} bad rows of {source.name} skipped"] if bad else []
+    if training is not None:
+        mixed, found = _mix(training, rows, samples, config.offline_samples)
+        return PromptSet(mixed, training.num_bad_rows + len(bad), training.source), [*notes, *found]
+    prompts, found = _by_prompt(rows, samples, source.name)
+    return PromptSet(prompts, len(bad), source.name), [*notes, *found]
+
+
+def _read_samples(rows: dict[int, PromptRow], bad: dict[int, str], config: Config, tokenizer: Any) -> dict[int, OfflineSample]:
+    """The samples of the rows that have a usable one; the others' reasons go to `bad`."""
+    reasons = {index: next(_problems(row.columns), None) for index, row in rows.items()}
+    bad.update((index, reason) for index, reason in reasons.items() if reason is not None)
+    texts = {index: row.columns["completion"] for index, row in rows.items() if reasons[index] is None}
+    is_cut = {index: bool(rows[index].columns.get("truncated")) for index in texts}
+    if tokenizer.eos_token_id is None and not all(is_cut.values()):
+        raise DataError("data.offline: the tokenizer has no EOS token to end a finished completion with. Give it one (eos_token).")
+    samples, limit = {}, config.actors.max_new_tokens
+    for index, token_ids in tokenise(tokenizer, texts, add_special_tokens=False).items():
+        # A log may hold the EOS as text: the policy would not sample it twice.
+        if not is_cut[index] and token_ids[-1:] != (tokenizer.eos_token_id,):
+            token_ids = (*token_ids, tokenizer.eos_token_id)
+        if 1 <= len(token_ids) <= limit:
+            reward = rows[index].columns.get("reward")
+            finish_reason = "length" if is_cut[index] else "stop"
+            samples[index] = OfflineSample(token_ids, texts[index], None if reward is None else float(reward), finish_reason)
+        else:
+            bad[index] = f"the completion is {len(token_ids)} tokens long, EOS included; actors.max_new_tokens is {limit}"
+    return samples
+
+
+def _problems(columns: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a row besides its prompt."""
+    if "completion" not in columns:
+        yield f"no column 'completion'; it has {', '.join(map(repr, columns))}"
+        return
+    completion, reward, truncated, group = (columns.get(name) for name in OWN_COLUMNS)
+    if isinstance(completion, str):
+        yield from text_problems("'completion'", completion)
+    else:
+        yield f"'completion' is {kind_of(completion)}, expected text"
+    if not isinstance(reward, int | float | None):
+        yield f"'reward' is {kind_of(reward)} ({str(reward)[:40]!r}), expected a finite number, or null to have it computed"
+    elif reward is not None and not abs(reward) <= sys.float_info.max:  # As NaN is not.
+        yield f"'reward' is {str(reward)[:40]}, expected a finite number, or null to have it computed"
+    if not isinstance(truncated, bool | None):
+        yield f"'truncated' is {kind_of(truncated)}, expected true or false"
+    if not isinstance(group, str | int | None):
+        yield f"'group' is {kind_of(group)}, expected text or a whole number"
+
+
+def _refuse_strangers(
+    rows: dict[int, PromptRow], samples: dict[int, OfflineSample], bad: dict[int, str], training: PromptSet | None, unit: str
+) -> None:
+    """Move to `bad`: rows whose prompt is none of `training`; without it, rows with another answer than the first of their prompt."""
+    known = {row.text for row in training.rows} if training is not None else set()
+    first: dict[str, PromptRow] = {}
+    for index in list(samples):
+        row = rows[index]
+        before = first.setdefault(row.text, row)
+        if training is not None and row.text not in known:
+            bad[index] = f"its prompt {row.text[:60]!r} is no training prompt (data.path), so that nothing could be mixed with it"
+        elif training is None and row.columns.get("answer") != before.columns.get("answer"):
+            answers = [str(found.columns.get("answer"))[:40] for found in (row, before)]
+            bad[index] = f"its 'answer' is {answers[0]!r}, but {answers[1]!r} in {unit} {before.row + 1}, which has the same prompt"
+        else:
+            continue
+        del samples[index]
+
+
+def _by_prompt(rows: dict[int, PromptRow], samples: dict[int, OfflineSample], source: str) -> tuple[list[PromptRow], list[str]]:
+    """A PromptRow for each prompt and group with two different completions, and what to tell."""
+    members: dict[tuple[str, Any], list[int]] = {}
+    for index in samples:
+        members.setdefault((rows[index].text, rows[index].columns.get("group")), []).append(index)
+    prompts, differing = [], set()
+    for indices in members.values():
+        found = _different([samples[index] for index in indices])
+        columns, *others = [_reward_columns(rows[index]) for index in indices]
+        names = set(columns).union(*others) - set(PROMPT_COLUMNS)
+        differing |= {name for other in others for name in names if columns.get(name) != other.get(name)}
+        if len(found) >= MIN_COMPLETIONS:
+            prompts.append(dataclasses.replace(rows[indices[0]], columns=columns, offline=found))
+    num_different = sum(len({samples[index].token_ids for index in indices}) for indices in members.values())
+    told = f"{len(samples)} samples of {len(members)} prompts, {len(samples) - num_different} of them exact duplicates"
+    if not prompts:
+        raise DataError(
+            f"data.offline = {source}: no prompt has two different completions ({told}). "
+            "AGRO compares the completions of one prompt: log at least two different ones of it."
+        )
+    notes = [f"data.offline: {told}, which are left out"]
+    if num_alone := len(members) - len(prompts):
+        notes.append(f"data.offline: {num_alone} prompts left out: fewer than two different completions carry no signal")
+    if differing:
+        notes.append(f"data.offline: rows of one prompt differ in {', '.join(sorted(differing))}; reward functions get the first row's")
+    return prompts, notes
+
+
+def _mix(
+    training: PromptSet, rows: dict[int, PromptRow], samples: dict[int, OfflineSample], per_group: int
+) -> tuple[list[PromptRow], list[str]]:
+    """The training prompts with what is there of each, and what to tell."""
+    members: dict[str, list[OfflineSample]] = {}
+    for index, sample in samples.items():
+        members.setdefault(rows[index].text, []).append(sample)
+    mixed = [dataclasses.replace(row, offline=_different(members.get(row.text, []))) for row in training.rows]
+    num_different = sum(len(_different(found)) for found in members.values())
+    num_enough = sum(len(row.offline) >= per_group for row in mixed)
+    num_some = sum(0 < len(row.offline) < per_group for row in mixed)
+    return mixed, [
+        f"data.offline: {len(samples)} samples of {len(members)} prompts, {len(samples) - num_different} exact duplicates left out",
+        f"offline samples for {num_enough} of {len(mixed)} prompts ({per_group} of each group); "
+        f"{num_some} have fewer: what is missing is generated",
+    ]
+
+
+def _different(samples: Sequence[OfflineSample]) -> tuple[OfflineSample, ...]:
+    """Without those whose tokens an earlier one has; the earlier one's reward stays."""
+    different: dict[tuple[int, ...], OfflineSample] = {}
+    for sample in samples:
+        different.setdefault(sample.token_ids, sample)
+    return tuple(different.values())
+
+
+def _reward_columns(row: PromptRow) -> dict[str, Any]:
+    return {name: value for name, value in row.columns.items() if name not in OWN_COLUMNS}
+
+
+# Using ---------------------------------------------------------------------------------------------------------------
+
+
+def choose_samples(row: PromptRow, count: int, seed: int) -> list[Sample]:
+    """`count` of the row's offline samples (all when there are fewer), in a random order that `seed` alone decides.
+
+    They come without log-probs and versions, with the reward they were given or None.
+    """
+    keys = np.random.PCG64([seed, len(row.offline)]).random_raw(len(row.offline))
+    chosen = [row.offline[index] for index in np.argsort(keys, kind="stable")[:count]]
+    return [
+        Sample(
+            token_ids=sample.token_ids,
+            logprobs=(),
+            version_spans=(),
+            finish_reason=sample.finish_reason,
+            text=sample.text,
+            reward=sample.reward,
+        )
+        for sample in chosen
+    ]
+
+
+def with_scores(samples: Sequence[Sample], scores: Sequence[Scored]) -> list[Sample]:
+    """The samples with reward or error, and answer; a reward that came with a sample stands, whatever the functions say."""
+    return [
+        msgspec.structs.replace(
+            sample,
+            reward=score.reward if sample.reward is None else sample.reward,
+            error=score.error if sample.reward is None else None,
+            answer=score.answer,
+        )
+        for sample, score in zip(samples, scores, strict=True)
+    ]
+
+
+class OfflineActor:
+    """Leases prompts and inserts groups of their offline samples; `cluster.supervisor` makes it a Ray actor beside the rollout actors.
+
+    `buffer`, `board` and `monitor` are handles whose `method.remote(...)` can be awaited.
+    """
+
+    def __init__(self, name: str, config: Config, prompts: PromptSet, buffer: Any, board: Any, monitor: Any) -> None:
+        self._name, self._config, self._prompts = name, config, prompts
+        self._buffer, self._board, self._monitor = buffer, board, monitor
+        self._rewards = RewardPool(config.rewards)
+        self._scores_all = config.agro.target.startswith("majority")  # A vote needs the answers of all.
+        self._version = -1
+        self._counters = dict.fromkeys(("groups", "samples", "errors", "wait_admission_s"), 0.0)
+
+    async def run(self) -> dict[str, float]:
+        """Feed until retired; the final counters. Raises PeerTimeout when buffer or board does not answer."""
+        with self._rewards:
+            while not await self._is_retired():
+                await self._feed()
+                self._monitor.log_actor.remote(self._name, {**self._counters, "version": self._version})
+            await self._ask(self._buffer.release_actor.remote(self._name), "the replay buffer")
+        return dict(self._counters)
+
+    async def _feed(self) -> None:
+        """One lease of at most a batch, to its insertion; nothing when the buffer admits none."""
+        start_s = time.perf_counter()
+        lease = self._buffer.lease.remote(self._name, self._config.learner.groups_per_step, LEASE_S)
+        items = [msgspec.msgpack.decode(payload, type=WorkItem) for payload in await self._ask(lease, "the replay buffer")]
+        self._counters["wait_admission_s"] += time.perf_counter() - start_s
+        groups = await asyncio.gather(*map(self._group, items))
+        if groups:
+            await self._ask(self._buffer.insert.remote(self._name, list(map(encode, groups))), "the replay buffer")
+        self._counters["groups"] += len(groups)
+        self._counters["samples"] += sum(len(group.samples) for group in groups)
+        self._counters["errors"] += sum(sample.error is not None for group in groups for sample in group.samples)
+
+    async def _group(self, item: WorkItem) -> Group:
+        row = self._prompts[item.row]
+        samples = choose_samples(row, self._config.actors.group_size, item.seed)
+        to_score = [index for index, sample in enumerate(samples) if sample.reward is None or self._scores_all]
+        if to_score:
+            unscored = [samples[index] for index in to_score]
+            # The pool answers within its own limit, whatever a reward function does.
+            scores = await asyncio.wrap_future(self._rewards.submit(row.text, [sample.text for sample in unscored], row.columns))
+            for index, sample in zip(to_score, with_scores(unscored, scores), strict=True):
+                samples[index] = sample
+        return Group(
+            group_id=item.ordinal, row=row.row, prompt=row.text, prompt_ids=row.token_ids, samples=tuple(samples), actor=self._name
+        )
+
+    async def _is_retired(self) -> bool:
+        """Asks the board; takes note of the newest version, for the monitor."""
+        payload = await self._ask(self._board.poll.remote(self._name, self._version, 0, 0.0), "the board")
+        directive = msgspec.msgpack.decode(payload, type=Directive)
+        self._version = directive.version
+        return directive.retire
+
+    async def _ask(self, call: Awaitable[Any], who: str) -> Any:
+        limit_s = self._config.run.timeout_s
+        try:
+            return await asyncio.wait_for(call, limit_s)
+        except TimeoutError:
+            raise PeerTimeout(f"{who} did not answer {self._name} within {limit_s:.0f} s (run.timeout_s)") from None

@@ -1,0 +1,215 @@
+"""One training run in one process, at an enforced lag: the staleness study's instrument.
+
+    rows --> groups by the current policy --> Replay (sampler oldest, min_staleness = lag) --> Updater --> step
+
+The buffer's index, the objectives, the packing, the update and its metrics are the system's own; only the engine (a plain
+sampler instead of vLLM), ZeRO-3 (AdamW with its settings) and Ray are left out, so that hundreds of runs fit into an hour. A
+policy is published every step, so a sample that `Replay` hands out at lag L was generated exactly L steps ago (from step L on; before,
+the base policy's samples, which nothing older exists than). Every run generates the same number of groups, one batch a step.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buffer.admission import work_item
+from buffer.records import Batch, Group, Sample, VersionSpan
+from buffer.replay import Replay, meta_of
+from cluster.config import Config
+from learner.objectives import load_objective
+from learner.packing import ModelInputs, token_logprobs
+from learner.update import Updater, frozen_policies
+from learner.worker import learning_rate
+
+Score = Callable[[Sequence[int], dict[str, Any]], float]
+
+
+class PlainPolicy:
+    """A Hugging Face model with AdamW and nothing else, as `learner.update.Updater` uses it."""
+
+    def __init__(self, config: Config, *, trained: bool) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.module: Any = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+        self.module.requires_grad_(trained)
+        self._grad_clip = config.learner.grad_clip
+        if trained:
+            self._optimizer = torch.optim.AdamW(
+                self.module.parameters(), lr=config.learner.lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=config.learner.weight_decay
+            )
+
+    def logprobs(self, inputs: ModelInputs, temperature: float) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and next(self.module.parameters()).requires_grad):
+            return token_logprobs(self.module(**inputs.model_kwargs()).logits, inputs, temperature)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        del last
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._grad_clip))
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def named_weights(self, bucket_bytes: int) -> Iterable[tuple[str, Tensor]]:
+        del bucket_bytes
+        return ((name, parameter.data) for name, parameter in self.module.named_parameters())
+
+    @torch.no_grad()
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        parameters = dict(self.module.named_parameters())
+        for name, tensor in weights:
+            parameters[name].copy_(tensor)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts as token ids with whatever `score(completion ids, row)` needs; `eos_id` None: completions always have full length."""
+
+    train: list[dict[str, Any]]
+    test: list[dict[str, Any]]
+    score: Score
+    eos_id: int | None
+
+
+@torch.no_grad()
+def sample(
+    module: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, eos_id: int | None, generator: torch.Generator
+) -> list[tuple[list[int], list[float]]]:
+    """(completion ids, their log-probs) for each prompt, prompts padded on the left, one forward pass with cache a token."""
+    from transformers import DynamicCache
+
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + [*prompt] for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    cache, alive = DynamicCache(), torch.ones(len(prompts), dtype=torch.bool)
+    tokens, logprobs, lived = [], [], []
+    position = (mask.cumsum(1) - 1).clamp_min(0)
+    for _ in range(max_new_tokens):
+        out = module(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        distribution = (out.logits[:, -1] / temperature).log_softmax(-1)
+        chosen = torch.multinomial(distribution.exp(), 1, generator=generator)
+        tokens.append(chosen[:, 0])
+        logprobs.append(distribution.gather(1, chosen)[:, 0])
+        lived.append(alive)
+        alive = alive & (chosen[:, 0] != eos_id) if eos_id is not None else alive
+        if not alive.any():
+            break
+        ids, position = chosen, position[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(chosen)], 1)
+    lengths = torch.stack(lived, 1).sum(1).tolist()
+    columns = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), lengths, strict=True)
+    return [(row[:length], values[:length]) for row, values, length in columns]
+
+
+class LagRun:
+    """One run of `config` (its buffer holds the lag, its learner and agro sections the method) on `task`."""
+
+    def __init__(self, config: Config, task: Task, *, engine_noise: float = 0.0) -> None:
+        self._config, self._task, self._noise = config, task, engine_noise
+        torch.manual_seed(config.run.seed)
+        self._generator = torch.Generator().manual_seed(config.run.seed)
+        objective = load_objective(config.learner.objective, config.agro, config.rivals)
+        needs_reference, needs_proximal = frozen_policies(objective)
+        self.policy = PlainPolicy(config, trained=True)
+        reference = PlainPolicy(config, trained=False) if needs_reference else None
+        proximal = PlainPolicy(config, trained=False) if needs_proximal else None
+        self._updater = Updater(config, self.policy, reference, objective, 0, torch.device("cpu"), proximal)
+        self._replay = Replay(config.buffer, config.run.seed)
+        self._groups: dict[int, Group] = {}
+        self._frontier = 0
+
+    def run(self, eval_every: int) -> list[dict[str, float]]:
+        """All steps; one row per `eval_every` steps: step, held-out reward, and the step's metrics."""
+        rows = [{"step": 0.0, "held_out": self.evaluate()}]
+        config = self._config
+        for step in range(config.run.steps):
+            # Before anything is old enough, more groups of the base policy: a batch a step from the first step on.
+            batch = self._batch(step)
+            metrics, _ = self._updater.update(batch, learning_rate(step, config))
+            if (step + 1) % eval_every == 0:
+                rows.append({"step": step + 1.0, "held_out": self.evaluate(), **metrics})
+        return rows
+
+    def _batch(self, step: int) -> Batch:
+        lag = self._config.buffer.min_staleness
+        if step == 0:
+            self._generate(0, lag + 1)
+        elif step + lag < self._config.run.steps + lag:
+            self._generate(step, 1)
+        chosen = self._replay.take(self._config.learner.groups_per_step, step)
+        assert chosen, f"no batch at step {step}"
+        return Batch(step, tuple(self._groups.pop(group_id) for group_id in chosen))
+
+    def _generate(self, version: int, num_batches: int) -> None:
+        config, size = self._config, self._config.actors.group_size
+        for _ in range(num_batches):
+            items = [
+                work_item(self._frontier + number, seed=config.run.seed, num_rows=len(self._task.train))
+                for number in range(config.learner.groups_per_step)
+            ]
+            prompts = [self._task.train[item.row]["ids"] for item in items for _ in range(size)]
+            made = self._sample(prompts)
+            for number, item in enumerate(items):
+                samples = tuple(self._sample_of(made[number * size + i], item.row, version) for i in range(size))
+                row = self._task.train[item.row]
+                group = Group(group_id=item.ordinal, row=item.row, prompt="", prompt_ids=tuple(row["ids"]), samples=samples)
+                self._groups[group.group_id] = group
+                self._replay.insert(meta_of(group))
+            self._frontier += len(items)
+
+    def _sample(self, prompts: list[Sequence[int]], temperature: float | None = None) -> list[tuple[list[int], list[float]]]:
+        actors = self._config.actors
+        return sample(
+            self.policy.module, prompts, actors.max_new_tokens, temperature or actors.temperature, self._task.eos_id, self._generator
+        )
+
+    def _sample_of(self, made: tuple[list[int], list[float]], row: int, version: int) -> Sample:
+        tokens, logprobs = made
+        if self._noise:  # As of an engine whose kernels differ from the learner's.
+            logprobs = (torch.tensor(logprobs) + self._noise * torch.randn(len(logprobs), generator=self._generator)).tolist()
+        return Sample(
+            token_ids=tuple(tokens),
+            logprobs=tuple(logprobs),
+            version_spans=(VersionSpan(version, 0, len(tokens)),),
+            finish_reason="stop",
+            text="",
+            reward=self._task.score(tokens, self._task.train[row]),
+        )
+
+    def evaluate(self) -> float:
+        """Mean reward of `eval.samples` completions of each held-out prompt, at the training temperature."""
+        rows = [row for row in self._task.test for _ in range(self._config.eval.samples)]
+        made = self._sample([row["ids"] for row in rows])
+        return sum(self._task.score(tokens, row) for (tokens, _), row in zip(made, rows, strict=True)) / len(rows)
+
+
+def arithmetic_task(model_dir: str, rows_dir: str) -> Task:
+    """The quickstart's sums: reward 1 for exactly the right answer, ended."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        lines = (Path(rows_dir) / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        found = [json.loads(line) for line in lines]
+        return [{"ids": tokenizer(row["prompt"])["input_ids"], "answer": [*tokenizer(row["answer"])["input_ids"], 1]} for row in found]
+
+    return Task(rows("train"), rows("test"), lambda tokens, row: float([*tokens] == row["answer"]), tokenizer.eos_token_id)
+
+
+def timed(run: LagRun, eval_every: int) -> tuple[list[dict[str, float]], float]:
+    """`run.run(eval_every)` and the seconds it took."""
+    start_s = time.perf_counter()
+    return run.run(eval_every), time.perf_counter() - start_s

@@ -1,0 +1,224 @@
+"""The staleness study: held-out reward against an enforced lag, for AGRO and its rivals (benchmarks/lag_lab.py runs each point).
+
+    python -m benchmarks.staleness_study run   [--workers 2]    every missing run, appended to docs/figures/staleness_runs.jsonl
+    python -m benchmarks.staleness_study draw                   staleness_study.csv and .png from what is there
+    python -m benchmarks.staleness_study run --reduced --out DIR   minutes instead of hours; shows that it works, nothing else
+
+First each method's learning rate is chosen from GRID on a seed of its own, by the mean over CHOICE_LAGS; then every method runs
+at every lag with that rate and SEEDS. All runs generate and train on the same number of groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Config, load_config
+
+LAGS = (0, 1, 4, 16, 64, 256)
+SEEDS = (1, 2, 3)
+GRID = (1e-4, 3e-4, 1e-3)
+CHOICE_SEED = 100
+CHOICE_LAGS = (0, 64)
+STEPS = 400
+EVAL_EVERY = 40
+TAIL = 3
+"""The score of a run is the mean of its last so many evaluations."""
+
+MODEL = ".cache/arithmetic-small"
+ROWS = "configs/arithmetic"
+METHODS: dict[str, tuple[str, ...]] = {
+    "agro, beta 0.01, truncated": ("learner.objective=agro", "agro.beta=0.01", "agro.weight=truncated"),
+    "agro, beta 0.01, no weight": ("learner.objective=agro", "agro.beta=0.01", "agro.weight=none"),
+    "agro, beta 0.1, truncated": ("learner.objective=agro", "agro.beta=0.1", "agro.weight=truncated"),
+    "agro, beta 0.1, no weight": ("learner.objective=agro", "agro.beta=0.1", "agro.weight=none"),
+    "kl_pg, beta 0.01": ("learner.objective=kl_pg", "agro.beta=0.01"),
+    "grpo": ("learner.objective=grpo", "agro.beta=0.0"),
+    "ppo_decoupled": ("learner.objective=ppo_decoupled", "agro.beta=0.0"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: `method` of METHODS at `lag` learner steps with `lr`."""
+
+    method: str
+    lag: int
+    lr: float
+    seed: int
+    steps: int
+
+
+def config_of(job: Job, *extra: str) -> Config:
+    """The config of one run: the quickstart's, at the job's lag."""
+    groups = 16
+    overrides = [
+        f"run.steps={job.steps}",
+        f"run.seed={job.seed}",
+        f"model.path={MODEL}",
+        f"learner.lr={job.lr:.1e}",
+        "learner.decay=constant",
+        "learner.warmup_steps=10",
+        f"learner.groups_per_step={groups}",
+        "learner.micro_batch_tokens=65536",
+        f"buffer.min_staleness={job.lag}",
+        f"buffer.max_staleness={job.lag}",
+        f"buffer.capacity={(job.lag + 2) * groups}",
+        *METHODS[job.method],
+        *extra,
+    ]
+    return load_config("configs/quickstart.yaml", overrides)
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Run it; a record of the job, its curve and its score."""
+    import torch
+
+    from benchmarks.lag_lab import LagRun, arithmetic_task, timed
+
+    torch.set_num_threads(1)
+    rows, seconds = timed(LagRun(config_of(job), arithmetic_task(MODEL, ROWS)), EVAL_EVERY)
+    held_out = [round(row["held_out"], 4) for row in rows]
+    kept = {name: round(rows[-1][name], 5) for name in ("agro/kl_ref", "agro/ess_fraction", "agro/brake_share", "agro/weight_mean")}
+    return {
+        **asdict(job),
+        "score": round(statistics.fmean(held_out[-TAIL:]), 4),
+        "held_out": held_out,
+        "seconds": round(seconds, 1),
+        **kept,
+    }
+
+
+def choice_jobs(steps: int) -> Iterator[Job]:
+    """The runs by which learning rates are chosen."""
+    for method in METHODS:
+        for lr in GRID:
+            yield from (Job(method, lag, lr, CHOICE_SEED, steps) for lag in CHOICE_LAGS)
+
+
+def chosen_rates(records: list[dict[str, Any]]) -> dict[str, float]:
+    """The best rate of GRID for each method: by the mean score over CHOICE_LAGS on CHOICE_SEED."""
+    rates = {}
+    for method in METHODS:
+        scores = {lr: [r["score"] for r in records if r["method"] == method and r["lr"] == lr and r["seed"] == CHOICE_SEED] for lr in GRID}
+        rates[method] = max(scores, key=lambda lr: statistics.fmean(scores[lr]) if scores[lr] else -1.0)
+    return rates
+
+
+def study_jobs(rates: dict[str, float], steps: int, lags: tuple[int, ...] = LAGS, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
+    """Every point of the study; whole seeds first, so that what is there is always balanced."""
+    for seed in seeds:
+        for lag in lags:
+            yield from (Job(method, lag, rates[method], seed, steps) for method in METHODS)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All runs so far."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def run_missing(jobs: Iterator[Job], path: Path, workers: int) -> None:
+    """Run what `path` does not hold yet, `workers` at a time, appending each result as it comes."""
+    done = {tuple(r[key] for key in Job.__dataclass_fields__) for r in read_records(path)}
+    missing = [job for job in jobs if tuple(asdict(job).values()) not in done]
+    if not missing:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(workers) as pool, path.open("a", encoding="utf-8") as file:
+        for number, record in enumerate(pool.imap(run_job, missing), 1):
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            left_s = (time.monotonic() - started) / number * (len(missing) - number)
+            print(f"{number}/{len(missing)}  {record['method']}, lag {record['lag']}, lr {record['lr']:g}: {record['score']:.3f}", end="  ")
+            print(f"({record['seconds']:.0f} s; {left_s / 60:.0f} min left)", flush=True)
+
+
+def table(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per method and lag: mean score, standard error over seeds, number of seeds."""
+    rates = chosen_rates(records)
+    rows = []
+    for method in METHODS:
+        for lag in LAGS:
+            scores = [
+                r["score"] for r in records if (r["method"], r["lag"], r["lr"]) == (method, lag, rates[method]) and r["seed"] in SEEDS
+            ]
+            if scores:
+                error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
+                rows.append(
+                    {
+                        "method": method,
+                        "lag": lag,
+                        "lr": rates[method],
+                        "mean": round(statistics.fmean(scores), 4),
+                        "standard_error": round(error, 4),
+                        "seeds": len(scores),
+                    }
+                )
+    return rows
+
+
+def draw(records: list[dict[str, Any]], out_dir: Path) -> None:
+    """staleness_study.csv and staleness_study.png in `out_dir`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = table(records)
+    with (out_dir / "staleness_study.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    base = statistics.fmean(r["held_out"][0] for r in records)
+    axes.axhline(base, color="grey", linewidth=0.8, linestyle=":", label="base model")
+    for number, method in enumerate(METHODS):
+        points = [row for row in rows if row["method"] == method]
+        places = [LAGS.index(row["lag"]) + 0.04 * (number - 3) for row in points]
+        style = "-" if "truncated" in method else "--" if method.startswith("agro") else ":"
+        label = f"{method} (lr {points[0]['lr']:g})" if points else method
+        means, errors = [row["mean"] for row in points], [row["standard_error"] for row in points]
+        axes.errorbar(places, means, yerr=errors, marker="o", markersize=4, capsize=2, linestyle=style, label=label)
+    axes.set_xticks(range(len(LAGS)), [str(lag) for lag in LAGS])
+    axes.set_xlabel("lag of every sample, learner steps")
+    axes.set_ylabel(f"held-out solve rate, mean of the last {TAIL} evaluations")
+    seeds = max(row["seeds"] for row in rows)
+    axes.set_title(f"Sums, 0.1 M parameters, {records[-1]['steps']} steps, {seeds} seeds, bars: standard error", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(out_dir / "staleness_study.png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("run", "draw"))
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=Path("docs/figures"))
+    parser.add_argument("--reduced", action="store_true", help="few steps, two lags, one seed")
+    arguments = parser.parse_args()
+    path = arguments.out / "staleness_runs.jsonl"
+    if arguments.what == "run":
+        if not Path(MODEL).exists():
+            from recipes.arithmetic import make_small_base
+
+            make_small_base(MODEL)
+        steps = 20 if arguments.reduced else STEPS
+        run_missing(choice_jobs(steps), path, arguments.workers)
+        rates = chosen_rates(read_records(path))
+        lags, seeds = ((0, 16), SEEDS[:1]) if arguments.reduced else (LAGS, SEEDS)
+        run_missing(study_jobs(rates, steps, lags, seeds), path, arguments.workers)
+    draw(read_records(path), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What the objective saw in one step: numbers that say whether it works, over all samples of all ranks. Pure numpy.
+
+The residual R = r - beta * ell is constant within a prompt at the optimum, where it is beta log Z: its spread within groups is the
+distance still to go. ell = log pi/pi_ref of the sequence. The effective sample size is that of the ratios pi/mu of the sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+Column = npt.NDArray[np.float64]
+
+COLUMNS = ("group", "row", "index", "reward", "advantage", "weight", "log_ratio", "log_importance", "staleness", "loss", "ref_logprob")
+"""Of one sample: its group's id, the prompt's row, its place in the group, then what the names say; NaN where it is not known."""
+
+STALENESS_BUCKETS: dict[str, tuple[float, float]] = {"0": (0, 0), "1-3": (1, 3), "4-15": (4, 15), "16-63": (16, 63), "64+": (64, math.inf)}
+SOLVE_RATE_BUCKETS: dict[str, tuple[float, float]] = {
+    "none": (-math.inf, 0.0),
+    "few": (0.0, 0.25),
+    "some": (0.25, 0.75),
+    "most": (0.75, 1.0),
+    "all": (1.0, math.inf),
+}
+"""Open below, closed above; "most" ends before 1."""
+
+
+def objective_metrics(samples: Mapping[str, Column], beta: float) -> dict[str, float]:
+    """Metrics by their names in metrics.jsonl from the columns named in COLUMNS; NaN where nothing is known."""
+    _, group_of = np.unique(samples["group"], return_inverse=True)
+    reward, pull = samples["reward"], beta * samples["log_ratio"]
+    reward_off, pull_off = reward - _group_mean(reward, group_of), pull - _group_mean(pull, group_of)
+    freedom = max(1, len(reward) - len(np.unique(group_of)))
+    metrics = {
+        "agro/residual_mean": _mean(reward - pull),
+        "agro/residual_std": math.sqrt(float(np.sum((reward_off - pull_off) ** 2)) / freedom),
+        "agro/reward_std": math.sqrt(float(np.sum(reward_off**2)) / freedom),
+        "agro/kl_std": math.sqrt(float(np.sum(pull_off**2)) / freedom),
+        "agro/brake_share": _ratio(np.abs(pull_off).sum(), np.abs(reward_off).sum()),
+        "agro/kl_ref": _mean(samples["log_ratio"]),
+        "agro/log_ratio_min": float(np.min(samples["log_ratio"])) if len(reward) else math.nan,
+        "agro/weight_mean": _mean(samples["weight"]),
+        "agro/advantage_abs_mean": _mean(np.abs(samples["advantage"])),
+        "agro/ess_fraction": _effective_share(samples["log_importance"]),
+    }
+    solve_rate = _group_mean(reward, group_of)
+    for name, (low, high) in STALENESS_BUCKETS.items():
+        metrics |= _bucket("staleness", name, (samples["staleness"] >= low) & (samples["staleness"] <= high), samples)
+    for name, (low, high) in SOLVE_RATE_BUCKETS.items():
+        inside = (solve_rate >= 1) if name == "all" else (solve_rate > low) & (solve_rate <= high) & (solve_rate < 1)
+        metrics |= _bucket("solve_rate", name, inside, samples)
+    return metrics
+
+
+def bucket_metrics() -> dict[str, str]:
+    """Name and description of the metrics per bucket."""
+    described = {}
+    for what, buckets, unit in (
+        ("staleness", STALENESS_BUCKETS, "learner steps"),
+        ("solve_rate", SOLVE_RATE_BUCKETS, "of the group's samples solved"),
+    ):
+        for name in buckets:
+            described[f"by_{what}/loss_{name}"] = f"Mean loss of the samples with {what} {name} ({unit})."
+            described[f"by_{what}/advantage_{name}"] = f"Mean size of their advantages: {what} {name} ({unit})."
+    return described
+
+
+def _bucket(what: str, name: str, inside: npt.NDArray[np.bool_], samples: Mapping[str, Column]) -> dict[str, float]:
+    return {
+        f"by_{what}/loss_{name}": _mean(samples["loss"][inside]),
+        f"by_{what}/advantage_{name}": _mean(np.abs(samples["advantage"][inside])),
+    }
+
+
+def _group_mean(values: Column, group_of: npt.NDArray[np.intp]) -> Column:
+    return (np.bincount(group_of, weights=values) / np.bincount(group_of))[group_of]
+
+
+def _mean(values: Column) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+def _ratio(above: float, below: float) -> float:
+    return float(above / below) if below > 0 else math.nan
+
+
+def _effective_share(log_importance: Column) -> float:
+    """(sum w)^2 / (N sum w^2) of w = exp(log_importance), scaled so that it cannot overflow; offline samples have none."""
+    known = log_importance[np.isfinite(log_importance)]
+    if not len(known):
+        return math.nan
+    weights = np.exp(known - known.max())
+    return float(weights.sum() ** 2 / (len(weights) * np.square(weights).sum()))

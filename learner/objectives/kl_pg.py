@@ -1,0 +1,46 @@
+"""KL-regularised policy gradient, the KL in the reward: the baseline AGRO is compared with.
+
+    loss = -(1/P) sum_groups (1/n) sum_i stop_gradient[w_i A_i] log pi(y_i|x)
+    A_i  = r_i - mean_{j != i} r_j - beta * ell_i,     ell_i = log pi - log pi_ref of the sequence, at the CURRENT policy
+
+Only the reward is centred. On fresh data that changes nothing on average; off-policy E_mu[grad log pi] != 0 and the fixed
+point is no longer pi*. Source: the KL-regularised policy gradient of Tang et al. (arXiv 2503.19612), its form derived here.
+w_i: importance weights, see _common.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cluster.config import AgroConfig, RivalsConfig
+from learner.objectives import Objective, TokenBatch
+from learner.objectives._common import Groups, corrects, log_ratios, needs, refuse_agro_only, token_weights
+
+
+@dataclass(frozen=True)
+class KlPg:
+    """The objective; see the module's formula."""
+
+    agro: AgroConfig
+    rivals: RivalsConfig
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return needs(reference=self.agro.beta > 0, behaviour_logprobs=corrects(self.rivals))
+
+    def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        groups, beta = Groups(batch), self.agro.beta
+        advantage_N = groups.leave_one_out(groups.rewards_N)
+        if beta > 0:
+            advantage_N = advantage_N - beta * log_ratios(batch, self.needs)
+        weight_T = token_weights(batch, self.rivals)
+        loss = groups.total(-advantage_N * batch.sequence_sums(weight_T * batch.logprobs_T))
+        return loss, groups.report(self.needs, beta, advantage_N, batch.sequence_means(weight_T))
+
+
+def build(agro: AgroConfig, rivals: RivalsConfig) -> Objective:
+    """KL-regularised policy gradient as configured; ConfigError for knobs of AGRO's it does not have."""
+    refuse_agro_only("kl_pg", agro)
+    return KlPg(agro, rivals)
