@@ -24,7 +24,7 @@ OPTIONS_cpu := --overrides requirements/overrides-cpu.txt $(if $(UV_FIND_LINKS),
 OPTIONS_gpu :=
 COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
 
-.PHONY: help setup quickstart demo-smollm2 doctor test test-fast check constraints clean
+.PHONY: help setup quickstart demo-smollm2 doctor test test-fast figures staleness-study check constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -60,6 +60,13 @@ test: setup  ## all tests, the slow ones too
 
 test-fast: setup  ## tests without engines, ranks and clusters
 	.venv/bin/python -m pytest -q -m "not slow" $(ARGS)
+
+figures: setup  ## the paper's figures: tabular (a minute), then the language model's missing runs (an hour on two cores)
+	.venv/bin/python -m benchmarks.tabular_figures
+	.venv/bin/python -m benchmarks.figures run
+
+staleness-study: setup  ## held-out reward against an enforced lag, all methods: the missing runs (an hour on two cores)
+	.venv/bin/python -m benchmarks.staleness_study run
 
 check: setup  ## lint, format, types
 	.venv/bin/ruff check .

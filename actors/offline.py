@@ -68,7 +68,7 @@ def load_offline(config: Config, tokenizer: Any, training: PromptSet | None = No
     if training is not None:
         mixed, found = _mix(training, rows, samples, config.offline_samples)
         return PromptSet(mixed, training.num_bad_rows + len(bad), training.source), [*notes, *found]
-    prompts, found = _by_prompt(rows, samples, source.name)
+    prompts, found = _by_prompt(rows, samples, source.name, max(MIN_COMPLETIONS, config.agro.target_k), config.agro.target)
     return PromptSet(prompts, len(bad), source.name), [*notes, *found]
 
 
@@ -133,8 +133,10 @@ def _refuse_strangers(
         del samples[index]
 
 
-def _by_prompt(rows: dict[int, PromptRow], samples: dict[int, OfflineSample], source: str) -> tuple[list[PromptRow], list[str]]:
-    """A PromptRow for each prompt and group with two different completions, and what to tell."""
+def _by_prompt(
+    rows: dict[int, PromptRow], samples: dict[int, OfflineSample], source: str, least: int, target: str
+) -> tuple[list[PromptRow], list[str]]:
+    """A PromptRow for each prompt and group with `least` different completions, and what to tell."""
     members: dict[tuple[str, Any], list[int]] = {}
     for index in samples:
         members.setdefault((rows[index].text, rows[index].columns.get("group")), []).append(index)
@@ -144,18 +146,18 @@ def _by_prompt(rows: dict[int, PromptRow], samples: dict[int, OfflineSample], so
         columns, *others = [_reward_columns(rows[index]) for index in indices]
         names = set(columns).union(*others) - set(PROMPT_COLUMNS)
         differing |= {name for other in others for name in names if columns.get(name) != other.get(name)}
-        if len(found) >= MIN_COMPLETIONS:
+        if len(found) >= least:
             prompts.append(dataclasses.replace(rows[indices[0]], columns=columns, offline=found))
     num_different = sum(len({samples[index].token_ids for index in indices}) for indices in members.values())
     told = f"{len(samples)} samples of {len(members)} prompts, {len(samples) - num_different} of them exact duplicates"
     if not prompts:
         raise DataError(
-            f"data.offline = {source}: no prompt has two different completions ({told}). "
-            "AGRO compares the completions of one prompt: log at least two different ones of it."
+            f"data.offline = {source}: no prompt has {least} different completions ({told}). AGRO compares the completions of one prompt"
+            f"{f', {least} at a time with agro.target = {target}' if least > MIN_COMPLETIONS else ''}: log at least so many of it."
         )
     notes = [f"data.offline: {told}, which are left out"]
     if num_alone := len(members) - len(prompts):
-        notes.append(f"data.offline: {num_alone} prompts left out: fewer than two different completions carry no signal")
+        notes.append(f"data.offline: {num_alone} prompts left out: fewer than {least} different completions carry no signal")
     if differing:
         notes.append(f"data.offline: rows of one prompt differ in {', '.join(sorted(differing))}; reward functions get the first row's")
     return prompts, notes

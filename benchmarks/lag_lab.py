@@ -5,7 +5,7 @@
 The buffer's index, the objectives, the packing, the update and its metrics are the system's own; only the engine (a plain
 sampler instead of vLLM), ZeRO-3 (AdamW with its settings) and Ray are left out, so that hundreds of runs fit into an hour. A
 policy is published every step, so a sample that `Replay` hands out at lag L was generated exactly L steps ago (from step L on; before,
-the base policy's samples, which nothing older exists than). Every run generates the same number of groups, one batch a step.
+the base policy's samples, which nothing older exists than: at lag L the first L + 1 steps). Every run generates one batch a step.
 """
 
 from __future__ import annotations
@@ -144,11 +144,13 @@ class LagRun:
 
     def _batch(self, step: int) -> Batch:
         lag = self._config.buffer.min_staleness
+        is_last = step + lag >= self._config.run.steps  # What is generated from here on would be trained on by nobody.
         if step == 0:
-            self._generate(0, lag + 1)
-        elif step + lag < self._config.run.steps + lag:
+            self._generate(0, min(lag + 1, self._config.run.steps))
+        elif not is_last:
             self._generate(step, 1)
-        chosen = self._replay.take(self._config.learner.groups_per_step, step)
+        chosen = self._replay.take(self._config.learner.groups_per_step, step, is_full=is_last)
+        self._replay.pop_evicted()
         assert chosen, f"no batch at step {step}"
         return Batch(step, tuple(self._groups.pop(group_id) for group_id in chosen))
 

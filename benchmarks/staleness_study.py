@@ -5,7 +5,8 @@
     python -m benchmarks.staleness_study run --reduced --out DIR   minutes instead of hours; shows that it works, nothing else
 
 First each method's learning rate is chosen from GRID on a seed of its own, by the mean over CHOICE_LAGS; then every method runs
-at every lag with that rate and SEEDS. All runs generate and train on the same number of groups.
+at every lag with that rate and SEEDS. All runs generate and train on the same number of groups; at lag L the
+first L + 1 steps train on samples of the base policy, since nothing older exists: at lag 256 that is most of the run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ EVAL_EVERY = 40
 TAIL = 3
 """The score of a run is the mean of its last so many evaluations."""
 
+OUT = Path("docs/figures")
 MODEL = ".cache/arithmetic-small"
 ROWS = "configs/arithmetic"
 METHODS: dict[str, tuple[str, ...]] = {
@@ -126,21 +128,25 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def run_missing(jobs: Iterator[Job], path: Path, workers: int) -> None:
-    """Run what `path` does not hold yet, `workers` at a time, appending each result as it comes."""
-    done = {tuple(r[key] for key in Job.__dataclass_fields__) for r in read_records(path)}
-    missing = [job for job in jobs if tuple(asdict(job).values()) not in done]
+def run_missing(jobs: Iterator[Any], path: Path, workers: int, run: Callable[[Any], dict[str, Any]]) -> None:
+    """`run` those jobs (dataclasses) whose records `path` does not hold yet, `workers` at a time, appending each as it comes."""
+    records = read_records(path)
+    missing = [job for job in jobs if not any(asdict(job).items() <= record.items() for record in map(_hashable, records))]
     if not missing:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(workers) as pool, path.open("a", encoding="utf-8") as file:
-        for number, record in enumerate(pool.imap(run_job, missing), 1):
+        for number, record in enumerate(pool.imap(run, missing), 1):
             file.write(json.dumps(record) + "\n")
             file.flush()
             left_s = (time.monotonic() - started) / number * (len(missing) - number)
-            print(f"{number}/{len(missing)}  {record['method']}, lag {record['lag']}, lr {record['lr']:g}: {record['score']:.3f}", end="  ")
-            print(f"({record['seconds']:.0f} s; {left_s / 60:.0f} min left)", flush=True)
+            what = ", ".join(str(value) for value in asdict(missing[number - 1]).values())
+            print(f"{number}/{len(missing)}  {what}: {record['score']:.3f}  ({left_s / 60:.0f} min left)", flush=True)
+
+
+def _hashable(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if not isinstance(value, list)}
 
 
 def table(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -203,21 +209,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("run", "draw"))
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=Path("docs/figures"))
+    parser.add_argument("--out", type=Path, help=f"default: {OUT}; needed with --reduced")
     parser.add_argument("--reduced", action="store_true", help="few steps, two lags, one seed")
     arguments = parser.parse_args()
-    path = arguments.out / "staleness_runs.jsonl"
+    if arguments.reduced and arguments.out is None:
+        parser.error("--reduced needs --out: its short runs do not belong among the study's")
+    out_dir = arguments.out or OUT
+    path = out_dir / "staleness_runs.jsonl"
     if arguments.what == "run":
         if not Path(MODEL).exists():
             from recipes.arithmetic import make_small_base
 
             make_small_base(MODEL)
         steps = 20 if arguments.reduced else STEPS
-        run_missing(choice_jobs(steps), path, arguments.workers)
+        run_missing(choice_jobs(steps), path, arguments.workers, run_job)
         rates = chosen_rates(read_records(path))
         lags, seeds = ((0, 16), SEEDS[:1]) if arguments.reduced else (LAGS, SEEDS)
-        run_missing(study_jobs(rates, steps, lags, seeds), path, arguments.workers)
-    draw(read_records(path), arguments.out)
+        run_missing(study_jobs(rates, steps, lags, seeds), path, arguments.workers, run_job)
+    draw(read_records(path), out_dir)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def meta_of(group: Group) -> GroupMeta:
 
 
 class HeldSamples:
-    """The one usable sample of a group too small to be stored, by row, until a group of its row takes it in.
+    """The one usable sample of a group too small to be stored, by row, until another such group of its row makes two of them.
 
     `counts`: held_samples, joined_samples, and held_stale: dropped since they came to be older than `max_staleness`.
     """
@@ -73,9 +73,12 @@ class HeldSamples:
         self._by_row: dict[int, Sample] = {}
 
     def join(self, group: Group, step: int) -> Group:
-        """The group with the sample held for its row, if there is one that is not stale at learner step `step`."""
+        """A group too small by itself with the sample held for its row, if there is one that is not stale at learner step `step`.
+
+        A group that is large enough stays as it is: the held sample would only make it older.
+        """
         self._drop_stale(step)
-        if not group.samples or group.row not in self._by_row:
+        if not 0 < len(group.samples) < MIN_SAMPLES or group.row not in self._by_row:
             return group
         sample = self._by_row.pop(group.row)
         self.counts["joined_samples"] += 1

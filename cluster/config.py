@@ -7,6 +7,7 @@ Unknown keys are rejected with the nearest valid name. Values derived from other
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,8 @@ _EXPECTED = {  # By pydantic's type of problem; its own message where none is he
     "bool_type": "expected true or false",
     "int_type": "expected a whole number",
 }
+MAX_VOTE_SUBSETS = 20_000
+"""Votes of `majority@k` are counted subset by subset."""
 _EXPONENT = re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
 
 
@@ -283,8 +286,20 @@ class Config(Section):
         agro, n = self.agro, self.actors.group_size
         if agro.lr_coef > 0 and agro.beta == 0:
             raise ValueError("agro.lr_coef > 0 needs agro.beta > 0: the on-policy term is divided by beta.")
+        if agro.ref_update_every and agro.beta == 0:
+            raise ValueError(f"agro.ref_update_every = {agro.ref_update_every} with agro.beta = 0: there is no reference to move.")
+        if self.learner.objective == "agro" and self.rivals.is_correction != "none":
+            raise ValueError(
+                f"rivals.is_correction = {self.rivals.is_correction} is for the other objectives; AGRO's weights are agro.weight and "
+                "agro.weight_cap. Remove it, or choose another learner.objective."
+            )
         if agro.target_k > n:
             raise ValueError(f"agro.target = {agro.target} needs k <= actors.group_size = {n}. Raise actors.group_size or lower k.")
+        if agro.target.startswith("majority") and math.comb(n, agro.target_k) > MAX_VOTE_SUBSETS:
+            raise ValueError(
+                f"agro.target = {agro.target} of actors.group_size = {n}: {math.comb(n, agro.target_k)} subsets to vote in each group, "
+                f"more than {MAX_VOTE_SUBSETS}. Choose a smaller k or group_size."
+            )
         if agro.target != "mean" and agro.lr_coef > 0:
             raise ValueError(f"agro.target = {agro.target} and agro.lr_coef = {agro.lr_coef} do not go together. Set agro.lr_coef=0.")
         if agro.target != "mean" and self.learner.objective != "agro":
@@ -295,7 +310,7 @@ class Config(Section):
 
     @pydantic.model_validator(mode="after")
     def _samples_come_from_somewhere(self) -> Config:
-        data, buffer = self.data, self.buffer
+        data = self.data
         if data.offline is None and data.path is None:
             raise ValueError("data.path is missing; give training prompts, or data.offline for generations to train on")
         if not self.is_offline and data.path is None:
@@ -307,11 +322,25 @@ class Config(Section):
                 f"data.offline_share = {data.offline_share} of actors.group_size = {self.actors.group_size} rounds to "
                 f"{self.offline_samples} samples. Choose a share that leaves at least one offline and one fresh sample."
             )
-        needed = (buffer.min_staleness + 1) * self.learner.groups_per_step
-        if buffer.min_staleness > buffer.max_staleness or (buffer.min_staleness and buffer.capacity < needed):
+        if data.offline is None and data.offline_share < 1:
+            raise ValueError(f"data.offline_share = {data.offline_share} without data.offline: there is nothing to take a share of.")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _lag_can_be_held(self) -> Config:
+        buffer = self.buffer
+        if not buffer.min_staleness:
+            return self
+        if self.is_offline:
+            raise ValueError(f"buffer.min_staleness = {buffer.min_staleness}: offline samples have no age. Remove it.")
+        # A version is published every so many steps: what is old enough comes in strides.
+        oldest = buffer.min_staleness + self.weights.publish_every - 1
+        groups = (buffer.min_staleness + 1) * self.learner.groups_per_step
+        if buffer.max_staleness < oldest or buffer.capacity < groups:
             raise ValueError(
-                f"buffer.min_staleness = {buffer.min_staleness} needs buffer.max_staleness >= {buffer.min_staleness} (here "
-                f"{buffer.max_staleness}) and buffer.capacity >= (min_staleness + 1) * groups_per_step = {needed} (here {buffer.capacity})."
+                f"buffer.min_staleness = {buffer.min_staleness} needs buffer.max_staleness >= min_staleness + weights.publish_every - 1 = "
+                f"{oldest} (here {buffer.max_staleness}) and buffer.capacity >= (min_staleness + 1) * learner.groups_per_step = {groups} "
+                f"(here {buffer.capacity})."
             )
         return self
 
@@ -343,6 +372,17 @@ class Config(Section):
                 f"agro.lr_coef = {self.agro.lr_coef} > 2 * beta = {2 * self.agro.beta}: for prompts solved less than half the time "
                 "the on-policy term pushes correct answers down (docs/objectives.md, hazard)."
             )
+        found += self._unused_knobs()
+        if self.agro.lr_coef > 0 and self.agro.lr_gate == "fresh" and self.weights.publish_every > 1:
+            found.append(
+                f"agro.lr_coef = {self.agro.lr_coef} with agro.lr_gate = fresh and weights.publish_every = {self.weights.publish_every}: "
+                "few samples are ever of the current policy (staleness/fresh_fraction); on the others the on-policy term does nothing."
+            )
+        if self.agro.target != "mean" and self.agro.target_k == self.actors.group_size:
+            found.append(
+                f"agro.target = {self.agro.target} with actors.group_size = {self.actors.group_size}: with k = n nothing is left to "
+                "centre with on off-policy data. Raise actors.group_size."
+            )
         if self.buffer.max_staleness < self.weights.publish_every:
             found.append(
                 f"buffer.max_staleness = {self.buffer.max_staleness} < weights.publish_every = {self.weights.publish_every}: "
@@ -357,6 +397,18 @@ class Config(Section):
         if not any(function.weight for function in self.rewards.functions):
             found.append("rewards.functions: every weight is 0, so that nothing is rewarded.")
         return found
+
+    def _unused_knobs(self) -> list[str]:
+        """Settings other than the default that the chosen objective does not look at."""
+        is_agro = self.learner.objective == "agro"
+        section, of_section = ("rivals", self.rivals) if is_agro else ("agro", self.agro)
+        names = RivalsConfig.model_fields if is_agro else _OWN_KNOBS_OF_AGRO
+        changed = [name for name in names if getattr(of_section, name) != type(of_section).model_fields[name].default]
+        unused = ", ".join(f"{section}.{name} = {getattr(of_section, name)}" for name in changed)
+        return [f"{unused}: learner.objective = {self.learner.objective} does not use that."] if unused else []
+
+
+_OWN_KNOBS_OF_AGRO = ("weight", "weight_cap", "lr_coef", "lr_baseline", "lr_gate", "zero_std", "duplicates")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

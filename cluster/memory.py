@@ -6,7 +6,7 @@ T `learner.micro_batch_tokens`, L layers, h hidden size, f MLP size, k key/value
 Learner, per rank, DeepSpeed ZeRO-3 with AdamW (DeepSpeed 0.19's buffers; the same sum as the ZeRO paper's, arXiv 1910.02054):
 
     parameters b P/N, gradients b P/N, Adam's two moments 8 P/N, float32 master 4 P/N (none if b = 4: it is the parameters)
-    reference     b P/N
+    reference     b P/N, proximal policy b P/N, each only where the objective needs it
     gathered      b min(P, 1e9), if N > 1: whole parameters kept at hand (stage3_max_live_parameters)
     activations   b T (L (8h + 2k + 4f) + 2h), counted on Llama with sdpa; with gradient checkpointing b T (L h + 8h + 2k + 4f + 2h)
     logits        2 b T V, the logits and their gradient, and 128 MiB to upcast pieces of them
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.config import Config
+from learner.objectives import load_objective
+from learner.update import frozen_policies
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -121,6 +123,7 @@ def _size_in_name(path: str) -> float | None:
 def _learner_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
     learner, b = config.learner, BYTES[config.model.dtype]
     share = shape.num_params / learner.ranks
+    needs_reference, needs_proximal = frozen_policies(load_objective(learner.objective, config.agro, config.rivals))
     tokens = learner.micro_batch_tokens
     one_layer = 8 * shape.hidden + 2 * shape.kv_width + 4 * shape.mlp
     elements = (shape.layers * shape.hidden + one_layer if learner.gradient_checkpointing else shape.layers * one_layer) + 2 * shape.hidden
@@ -129,7 +132,8 @@ def _learner_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
         Part("gradients", b * share, learner.offload),
         Part("float32 master", (4 if b < 4 else 0) * share, learner.offload),
         Part("Adam moments", 8 * share, learner.offload),
-        Part("reference", b * share, learner.offload),
+        Part("reference", b * share if needs_reference else 0, learner.offload),
+        Part("proximal policy", b * share if needs_proximal else 0, learner.offload),
         Part("gathered parameters", b * min(shape.num_params, MAX_LIVE_PARAMETERS) if learner.ranks > 1 else 0),
         Part("activations", b * tokens * elements),
         Part("logits", 2 * b * tokens * shape.vocabulary + (2**27 if shape.vocabulary else 0)),

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from cluster.metrics import METRICS, finite_tree, read_json_lines
+from learner.diagnostics import SOLVE_RATE_BUCKETS, STALENESS_BUCKETS
 
 MAX_POINTS = 800
 MAX_SAMPLES = 1500
@@ -34,6 +35,14 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("Staleness", "learner steps", (("mean", "staleness/mean"), ("oldest token", "staleness/oldest_token"))),
     ("KL to the reference", "nats per sequence", (("KL", "agro/kl_ref"),)),
     ("Residual", "reward minus beta times log-ratio", (("mean", "agro/residual_mean"), ("std", "agro/residual_std"))),
+    ("Spread within groups", "standard deviation", (("reward", "agro/reward_std"), ("beta * log-ratio", "agro/kl_std"))),
+    ("Brake", "share of the reward's push that the KL takes back", (("share", "agro/brake_share"),)),
+    ("Importance", "share", (("effective samples of pi/mu", "agro/ess_fraction"), ("mean weight", "agro/weight_mean"))),
+    ("Smallest log-ratio", "nats, of the batch", (("smallest", "agro/log_ratio_min"),)),
+    ("Advantage by staleness", "mean size", tuple((f"{name} steps", f"by_staleness/advantage_{name}") for name in STALENESS_BUCKETS)),
+    ("Advantage by solve rate", "mean size", tuple((f"{name} solved", f"by_solve_rate/advantage_{name}") for name in SOLVE_RATE_BUCKETS)),
+    ("Loss by staleness", "mean", tuple((f"{name} steps", f"by_staleness/loss_{name}") for name in STALENESS_BUCKETS)),
+    ("Loss by solve rate", "mean", tuple((f"{name} solved", f"by_solve_rate/loss_{name}") for name in SOLVE_RATE_BUCKETS)),
     ("Gradient norm", "before clipping", (("norm", "optim/grad_norm"),)),
     ("Throughput", "tokens per second", (("generated", "perf/generated_tokens_per_s"), ("trained", "perf/trained_tokens_per_s"))),
     ("Busy", "share of wall time", (("actors", "time/actor_busy_fraction"), ("learner", "time/learner_busy_fraction"))),
@@ -98,9 +107,7 @@ def curves_png(run_dir: str | Path, path: str | Path) -> None:
     run_dir = Path(run_dir)
     rows = _last_of_each(read_json_lines(run_dir / "metrics.jsonl")[0], "progress/step")
     charts = _charts(rows, _last_of_each(read_json_lines(run_dir / "evaluations.jsonl")[0], "policy_version"))
-    shown = [
-        chart for chart in charts if chart["title"] in ("Reward", "Solve rate", "Staleness", "KL to the reference", "Throughput", "Busy")
-    ]
+    shown = [chart for chart in charts if chart["title"] in PICTURE_CHARTS]
     colors = ("#2a78d6", "#eb6834")
     figure, panels = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for panel, chart in zip(panels.flat, shown, strict=True):

@@ -31,6 +31,7 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
         "staleness/max": max((age for age, _ in ages), default=math.nan),
         "staleness/oldest_token": float(batch.step - oldest),
         "staleness/offline_fraction": statistics.fmean(sample.is_offline for sample in samples),
+        "staleness/fresh_fraction": statistics.fmean(sample.oldest_version == batch.step for sample in samples),
         "staleness/mixed_version_fraction": statistics.fmean(len(found) > 1 for found in versions),
         "completions/mean_length": statistics.fmean(lengths),
         "completions/truncated_fraction": statistics.fmean(sample.finish_reason == "length" for sample in samples),

@@ -31,7 +31,7 @@ SOLVE_RATE_BUCKETS: dict[str, tuple[float, float]] = {
 def objective_metrics(samples: Mapping[str, Column], beta: float) -> dict[str, float]:
     """Metrics by their names in metrics.jsonl from the columns named in COLUMNS; NaN where nothing is known."""
     _, group_of = np.unique(samples["group"], return_inverse=True)
-    reward, pull = samples["reward"], beta * samples["log_ratio"]
+    reward, pull = samples["reward"], beta * samples["log_ratio"] if beta else np.zeros_like(samples["reward"])
     reward_off, pull_off = reward - _group_mean(reward, group_of), pull - _group_mean(pull, group_of)
     freedom = max(1, len(reward) - len(np.unique(group_of)))
     metrics = {
@@ -41,6 +41,7 @@ def objective_metrics(samples: Mapping[str, Column], beta: float) -> dict[str, f
         "agro/kl_std": math.sqrt(float(np.sum(pull_off**2)) / freedom),
         "agro/brake_share": _ratio(np.abs(pull_off).sum(), np.abs(reward_off).sum()),
         "agro/kl_ref": _mean(samples["log_ratio"]),
+        "agro/kl_policy": _weighted_mean(samples["log_ratio"], samples["log_importance"]),
         "agro/log_ratio_min": float(np.min(samples["log_ratio"])) if len(reward) else math.nan,
         "agro/weight_mean": _mean(samples["weight"]),
         "agro/advantage_abs_mean": _mean(np.abs(samples["advantage"])),
@@ -63,7 +64,7 @@ def bucket_metrics() -> dict[str, str]:
         ("solve_rate", SOLVE_RATE_BUCKETS, "of the group's samples solved"),
     ):
         for name in buckets:
-            described[f"by_{what}/loss_{name}"] = f"Mean loss of the samples with {what} {name} ({unit})."
+            described[f"by_{what}/loss_{name}"] = f"Mean of -weight * advantage * log pi of the samples with {what} {name} ({unit})."
             described[f"by_{what}/advantage_{name}"] = f"Mean size of their advantages: {what} {name} ({unit})."
     return described
 
@@ -85,6 +86,15 @@ def _mean(values: Column) -> float:
 
 def _ratio(above: float, below: float) -> float:
     return float(above / below) if below > 0 else math.nan
+
+
+def _weighted_mean(values: Column, log_importance: Column) -> float:
+    """Self-normalised: sum w v / sum w, w = exp(log_importance); over the samples whose w is known."""
+    known = np.isfinite(log_importance)
+    if not known.any():
+        return math.nan
+    weights = np.exp(log_importance[known] - log_importance[known].max())
+    return float((weights * values[known]).sum() / weights.sum())
 
 
 def _effective_share(log_importance: Column) -> float:

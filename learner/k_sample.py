@@ -21,8 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-MAX_SUBSETS = 20_000
-"""Votes are counted subset by subset; a larger C(n, k) is refused."""
+from cluster.config import MAX_VOTE_SUBSETS
 
 
 def k_sample_advantages(rewards: Tensor, groups: Tensor, *, target: str, k: int, answers: Tensor | None = None) -> Tensor:
@@ -36,7 +35,7 @@ def k_sample_advantages(rewards: Tensor, groups: Tensor, *, target: str, k: int,
         answers: [N] int64, equal where samples of one group give one answer; needed for "majority".
 
     Raises:
-        ValueError: for another target, k < 1, a missing `answers`, or more than MAX_SUBSETS subsets of a group to vote.
+        ValueError: for another target, k < 1, a missing `answers`, or more than MAX_VOTE_SUBSETS subsets of a group to vote.
     """
     if target not in ("pass", "majority") or k < 1:
         raise ValueError(f"target is {target!r} with k = {k}; expected 'pass' or 'majority' and k >= 1")
@@ -80,8 +79,10 @@ def vote_of(values: Tensor, answers: Tensor) -> Tensor:
 def _votes(values: Tensor, answers: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """U, and U_{-i} [n], of majority@k."""
     n = len(values)
-    if math.comb(n, k) > MAX_SUBSETS:
-        raise ValueError(f"majority@{k} of {n} samples has {math.comb(n, k)} subsets to count, more than {MAX_SUBSETS}; choose a smaller k")
+    if math.comb(n, k) > MAX_VOTE_SUBSETS:
+        raise ValueError(
+            f"majority@{k} of {n} samples has {math.comb(n, k)} subsets to count, more than {MAX_VOTE_SUBSETS}; choose a smaller k"
+        )
     subsets = _subsets(n, k, values.device)
     outcome = vote_of(values[subsets], answers[subsets])
     if n == k:

@@ -180,6 +180,7 @@ class Updater:
             micro = micro_batches[number] if number < len(micro_batches) else None
             inputs = self._inputs(rows, micro)
             values_T = model.logprobs(inputs, self._config.actors.temperature)
+            self._check_finite(values_T)
             if micro:
                 yield from zip(micro.indices, _by_sequence(values_T, inputs), strict=True)
 
@@ -193,6 +194,7 @@ class Updater:
             inputs = self._inputs(rows, micro)
             with torch.no_grad():
                 values_T = self._policy.logprobs(inputs, self._config.actors.temperature)
+            self._check_finite(values_T)
             if micro:
                 logprobs.update(zip(micro.indices, _by_sequence(values_T, inputs), strict=True))
         if not logprobs:
@@ -257,7 +259,8 @@ class Updater:
     def _check_finite(self, values: Tensor) -> None:
         if self._most(0 if bool(torch.isfinite(values).all()) else 1):
             raise TrainingError(
-                "the policy's log-probs are not finite on some rank. Lower learner.lr, or check the model with transformers."
+                "the log-probs of the policy, or of a copy of it, are not finite on some rank. Lower learner.lr, or check the model "
+                "with transformers."
             )
 
     def _gather(self, rows: list[Row], diagnostics: dict[int, dict[str, float]]) -> dict[str, np.ndarray]:

@@ -119,17 +119,19 @@ class LearnerRank:
 
     def _ask_for_batch(self, step: int) -> bytes | None:
         config = self._config
-        until_s = time.monotonic() + config.run.timeout_s
+        until_s, delivered = time.monotonic() + config.run.timeout_s, -1.0
         while not self._stopping:
             answer = self._buffer.sample.remote(step, config.learner.groups_per_step, BATCH_POLL_S)
             payload = ray.get(answer, timeout=config.run.timeout_s)
             if payload is not None:
                 return payload
+            stats = ray.get(self._buffer.stats.remote(), timeout=config.run.timeout_s)
+            if stats["buffer/inserted"] > delivered:  # Slow, but coming: a first batch at an enforced lag needs many groups.
+                until_s, delivered = time.monotonic() + config.run.timeout_s, stats["buffer/inserted"]
             if time.monotonic() > until_s:
                 raise PeerTimeout(
-                    f"the learner waited {config.run.timeout_s:.0f} s (run.timeout_s) at step {step} "
-                    f"for {config.learner.groups_per_step} groups: "
-                    "the actors delivered too few. See events.jsonl; raise run.timeout_s if generation is merely slow."
+                    f"no group came for {config.run.timeout_s:.0f} s (run.timeout_s) while the learner waited at step {step} "
+                    f"for {config.learner.groups_per_step} groups. See events.jsonl; raise run.timeout_s if generation is merely slow."
                 )
         return None
 

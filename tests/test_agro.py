@@ -97,6 +97,16 @@ def test_on_policy_term_is_unbiased(n, lr_baseline, lr_coef):
     assert relative(found, exact) < 1e-12
 
 
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_the_running_baseline_leaves_the_on_policy_term_unbiased_whatever_it_was(n):
+    def running(rewards, log_ratios, ids):
+        variances = torch.full_like(rewards, 0.7)  # Of earlier steps: the same whatever this group holds.
+        return agro_advantages(rewards, log_ratios, ids, beta=BETA, lr_coef=1.0, lr_baseline="running", running_variances=variances)
+
+    exact = gradient_of(lambda theta: half_variance(theta, theta.softmax(0)) / BETA)
+    assert relative(expected_gradient(THETA.softmax(0), n, running), exact) < 1e-12
+
+
 @pytest.mark.parametrize("lr_baseline", ["none", "loo"])
 def test_lr_coef_one_is_the_gradient_that_differentiates_the_sampling_too(lr_baseline):
     exact = gradient_of(lambda theta: half_variance(theta, theta.softmax(0)) / BETA)

@@ -425,18 +425,20 @@ def test_offline_samples_are_usable_and_those_without_tokens_or_with_half_a_past
 # Groups of one
 
 
-def test_a_held_sample_joins_the_next_group_of_its_row_unless_it_is_stale():
+def test_a_held_sample_joins_the_next_group_of_one_of_its_row_unless_it_is_stale():
     held = HeldSamples(max_staleness=3)
-    alone, others = make_group(make_sample(version=2)), make_group(make_sample(4), make_sample(4))
+    alone, other = make_group(make_sample(version=2)), make_group(make_sample(4))
+    large = make_group(make_sample(4), make_sample(4))
     assert held.hold(alone)
-    assert held.join(msgspec.structs.replace(others, row=1), step=4).samples == others.samples, "another prompt"
+    assert held.join(msgspec.structs.replace(other, row=1), step=4).samples == other.samples, "another prompt"
     assert held.join(make_group(), step=4).samples == (), "a group of which nothing is left takes nothing in"
+    assert held.join(large, step=4) == large, "a group that is large enough would only grow older"
     restored = HeldSamples(max_staleness=3)
     restored.set_state(json.loads(json.dumps(held.get_state())))
-    assert restored.join(others, step=5).samples == (*others.samples, *alone.samples)
-    assert restored.join(others, step=5) == others, "it joins once"
+    assert restored.join(other, step=5).samples == (*other.samples, *alone.samples)
+    assert restored.join(other, step=5) == other, "it joins once"
     assert restored.counts == {"held_samples": 1, "joined_samples": 1}
-    assert held.join(others, step=6) == others
+    assert held.join(other, step=6) == other
     assert held.counts == {"held_samples": 1, "held_stale": 1}
 
 

@@ -32,6 +32,7 @@ def make_config(*, timeout_s: float = 60.0, groups_per_step: int = 2, **buffer: 
         "rewards": {"functions": [{"name": "exact_match"}]},
         "learner": {"groups_per_step": groups_per_step},
         "buffer": buffer,
+        "weights": {"publish_every": 1},
     }
     return parse_config(tree)
 
@@ -166,7 +167,7 @@ async def test_failed_samples_are_counted_and_too_small_groups_not_stored(run_di
 
 
 @scenario
-async def test_the_one_sample_left_of_a_group_waits_through_a_restart_for_the_next_group_of_its_row(run_dir):
+async def test_the_one_sample_left_of_a_group_waits_through_a_restart_for_the_next_such_group_of_its_row(run_dir):
     config = make_config(capacity=8, max_staleness=3)
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
     await buffer.lease("a", 5, 1.0)
@@ -175,11 +176,13 @@ async def test_the_one_sample_left_of_a_group_waits_through_a_restart_for_the_ne
     await buffer.close()
 
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
-    await buffer.insert("a", [make_payload(1, version=4), make_payload(2, version=4), make_payload(3, version=1, rewards=(None, 0.75))])
+    await buffer.insert(
+        "a", [make_payload(1, version=4, rewards=(1.0, None)), make_payload(2, version=4), make_payload(3, version=1, rewards=(None, 0.75))]
+    )
     await buffer.set_step(5)
     await buffer.insert("a", [make_payload(4, version=4)])
     groups = {group.group_id: group for group in decode_batch(await buffer.sample(5, 3, 1.0) or b"").groups}
-    assert [sample.reward for sample in groups[1].samples] == [1.0, 0.0, 0.25]
+    assert [sample.reward for sample in groups[1].samples] == [1.0, 0.25]
     assert (groups[1].oldest_version, groups[2].oldest_version) == (2, 4)
     assert len(groups[4].samples) == 2, "version 1 is stale at step 5"
     stats = await check_sums(buffer)

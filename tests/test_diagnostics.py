@@ -42,6 +42,7 @@ def test_spreads_are_within_groups_and_the_brake_is_their_ratio():
     assert found["agro/kl_std"] == pytest.approx(math.sqrt((2 * 0.01 + 2 * 0.25) / 2))
     assert found["agro/brake_share"] == pytest.approx((0.1 + 0.1 + 0.5 + 0.5) / 1.0)
     assert found["agro/kl_ref"] == pytest.approx(-0.5)
+    assert found["agro/kl_policy"] == pytest.approx((0.2 - 3 * 0.2 + 0.0 - 2.0) / 6)
     assert found["agro/log_ratio_min"] == -2.0
     assert found["agro/weight_mean"] == pytest.approx(0.875)
     assert found["agro/ess_fraction"] == pytest.approx((1 + 3 + 1 + 1) ** 2 / (4 * (1 + 9 + 1 + 1)))

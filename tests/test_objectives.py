@@ -177,12 +177,16 @@ def test_a_geometric_weight_does_not_vanish_with_length_as_the_sequence_ratio_do
 
 def test_the_weighted_gate_lets_the_on_policy_term_act_on_stale_samples_by_their_ratio():
     batch = make_batch()
-    off_policy = make_objective(weight="truncated", weight_cap=1.5).loss(batch)[1]
-    gated = make_objective(weight="truncated", weight_cap=1.5, lr_coef=0.3, lr_gate="weighted").loss(batch)[1]["advantage"]
+    weight_N = make_objective(weight="truncated", weight_cap=1.5).loss(batch)[1]["weight"]
     log_ratio_N = batch.sequence_sums(batch.logprobs_T.detach()) - batch.ref_logprobs_N
+    off_policy = agro_advantages(batch.rewards_N, log_ratio_N, GROUPS, beta=0.2)
     literal = agro_advantages(batch.rewards_N, log_ratio_N, GROUPS, beta=0.2, lr_coef=0.3)
-    expected = off_policy["advantage"] + off_policy["weight"] * (literal - off_policy["advantage"])
-    torch.testing.assert_close(gated, expected, rtol=1e-12, atol=1e-14)
+    sizes_N = torch.tensor([3, 3, 3, 3, 3, 3, 1, 2, 2])
+    for weight, of_off_policy in (("none", torch.ones(9, dtype=torch.float64)), ("truncated", weight_N)):
+        # Whatever weighs the rest, the on-policy term is weighed once.
+        expected_N = -(of_off_policy * off_policy + weight_N * (literal - off_policy)) / (6 * sizes_N)
+        objective = make_objective(weight=weight, weight_cap=1.5, lr_coef=0.3, lr_gate="weighted")
+        torch.testing.assert_close(token_gradients(objective, batch), expected_N[batch.sequence_T], rtol=1e-12, atol=1e-14)
     assert make_objective(lr_coef=0.3, lr_gate="weighted").needs == {"reference", "behaviour_logprobs"}
 
 

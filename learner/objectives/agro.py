@@ -89,8 +89,15 @@ class Agro:
             lr_baseline=config.lr_baseline,
             running_variances=variances,
         )
-        gate_N = (batch.staleness_N == 0).double() if config.lr_gate == "fresh" else self._sequence_weight(logprobs_T, batch)
-        return off_policy + gate_N[kept_N] * (on_policy - off_policy)
+        return off_policy + self._gate(logprobs_T, batch)[kept_N] * (on_policy - off_policy)
+
+    def _gate(self, logprobs_T: Tensor, batch: TokenBatch) -> Tensor:
+        """[N] what the on-policy term is multiplied by, besides the weight that everything is multiplied by."""
+        if self.config.lr_gate == "fresh":
+            return (batch.staleness_N == 0).double()
+        if self.config.weight == "truncated":
+            return torch.ones_like(batch.staleness_N)  # min(cap, pi/mu) is on the whole advantage already.
+        return self._sequence_weight(logprobs_T, batch)
 
     def _weights(self, logprobs_T: Tensor, batch: TokenBatch) -> Tensor:
         """[T] weights after centring."""
