@@ -78,6 +78,7 @@ class RolloutActor:
         self._buckets: tuple[Manifest, list] | None = None
         self._calls: dict[str, Any] = {}  # At most one outstanding Ray call of each kind.
         self._inserts: list[Any] = []
+        self._leasing_version = self._outdated_version = -1  # What the newest lease was asked with; what the buffer refused.
         self._retry_at_s = self._reported_s = 0.0
         self._retired = False
         waits = ("wait_admission_s", "wait_evaluation_s", "wait_weights_s")
@@ -175,11 +176,14 @@ class RolloutActor:
         if self._engine.version < 0 or self._config.is_offline:
             return
         reserve = max(1, actors.slots // (2 * actors.group_size))
-        if "lease" in self._calls:
-            for payload in self._answer("lease") or ():
-                self._work.append(msgspec.msgpack.decode(payload, type=WorkItem))
-        if "lease" not in self._calls and len(self._work) < reserve:
-            self._calls["lease"] = self._buffer.lease.remote(self._name, reserve, POLL_S)
+        if "lease" in self._calls and self._is_ready("lease"):
+            payloads = self._answer("lease")
+            if payloads is None:
+                self._outdated_version = self._leasing_version
+            self._work.extend(msgspec.msgpack.decode(payload, type=WorkItem) for payload in payloads or ())
+        if "lease" not in self._calls and len(self._work) < reserve and self._engine.version != self._outdated_version:
+            self._leasing_version = self._engine.version
+            self._calls["lease"] = self._buffer.lease.remote(self._name, reserve, POLL_S, self._leasing_version)
         while self._work and self._engine.num_unfinished < actors.slots:
             item = self._work.popleft()
             if item.ordinal in self._ordinals:
@@ -260,7 +264,7 @@ class RolloutActor:
         else:
             time.sleep(limit_s)
         wait = "wait_evaluation_s" if self._config.is_offline else "wait_admission_s"
-        wait = "wait_weights_s" if self._engine.version < 0 else wait
+        wait = "wait_weights_s" if self._engine.version in (-1, self._outdated_version) else wait
         self._counters[wait] += time.perf_counter() - start_s
 
     def _report(self) -> None:

@@ -1,6 +1,6 @@
 """The paper's language-model figures on the tiny model, by the real system: Ray, vLLM, the buffer and ZeRO-3.
 
-    python -m benchmarks.figures run  [--only NAME ...]   every missing run (runs/figures/), about an hour on two cores, then draw
+    python -m benchmarks.figures run  [--only NAME ...]   every missing run (runs/figures/), about 40 minutes on two cores, then draw
     python -m benchmarks.figures draw                     lm_*.csv and lm_*.png in docs/figures from the runs that are there
 
     figures 2, 3   training and held-out reward, on-policy data: regularised policy gradient, off-policy AGRO, on-policy AGRO
@@ -31,18 +31,18 @@ COMMON = (
     f"model.path={MODEL}",
     "model.make=recipes.arithmetic:make_small_base",
     "learner.decay=constant",
-    "learner.lr=3e-4",
+    "learner.lr=4e-4",
     "learner.groups_per_step=16",
     "eval.every=20",
     "monitor.wandb=off",
     "monitor.samples_every=100",
 )
-ON_POLICY = ("run.steps=160", "weights.publish_every=1", "buffer.max_staleness=0", "buffer.capacity=16", "agro.weight=none")
-OFF_POLICY = ("run.steps=160", "weights.publish_every=4", "buffer.max_staleness=16", "buffer.capacity=128", "agro.weight=truncated")
+ON_POLICY = ("run.steps=120", "weights.publish_every=1", "buffer.max_staleness=0", "buffer.capacity=16", "agro.weight=none")
+OFF_POLICY = ("run.steps=120", "weights.publish_every=4", "buffer.max_staleness=16", "buffer.capacity=128", "agro.weight=truncated")
 FROM_FILE = (
-    "run.steps=400",
-    "eval.every=40",
-    "weights.publish_every=20",
+    "run.steps=300",
+    "eval.every=30",
+    "weights.publish_every=15",
     "actors.count=1",
     f"data.offline={OFFLINE}",
     "data.path=null",
@@ -54,9 +54,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "on-policy: kl_pg": (*ON_POLICY, "learner.objective=kl_pg", "agro.beta=0.01"),
     "on-policy: AGRO": (*ON_POLICY, "agro.beta=0.01"),
     "on-policy: on-policy AGRO, lr_coef 0.02": (*ON_POLICY, "agro.beta=0.01", "agro.lr_coef=0.02"),
-    "on-policy: on-policy AGRO, lr_coef 1": (*ON_POLICY, "agro.beta=0.01", "agro.lr_coef=1.0"),
     "off-policy: AGRO": (*OFF_POLICY, "agro.beta=0.01"),
-    "off-policy: AGRO, beta 0.1": (*OFF_POLICY, "agro.beta=0.1"),
     "offline: AGRO": (*FROM_FILE, "agro.beta=0.1"),
     "offline: kl_pg": (*FROM_FILE, "learner.objective=kl_pg", "agro.beta=0.1"),
 }

@@ -114,10 +114,15 @@ def sample(
 
 
 class LagRun:
-    """One run of `config` (its buffer holds the lag, its learner and agro sections the method) on `task`."""
+    """One run of `config` (its buffer holds the lag, its learner and agro sections the method) on `task`.
 
-    def __init__(self, config: Config, task: Task, *, engine_noise: float = 0.0) -> None:
+    `engine_noise`: standard deviation, nats a token, of noise on the behaviour log-probs. `fresh_groups`: so many groups of each batch
+    are of the current policy, whatever the lag of the others.
+    """
+
+    def __init__(self, config: Config, task: Task, *, engine_noise: float = 0.0, fresh_groups: int = 0) -> None:
         self._config, self._task, self._noise = config, task, engine_noise
+        self._num_fresh, self._num_lagged = fresh_groups, config.learner.groups_per_step - fresh_groups
         torch.manual_seed(config.run.seed)
         self._generator = torch.Generator().manual_seed(config.run.seed)
         objective = load_objective(config.learner.objective, config.agro, config.rivals)
@@ -149,27 +154,37 @@ class LagRun:
             self._generate(0, min(lag + 1, self._config.run.steps))
         elif not is_last:
             self._generate(step, 1)
-        chosen = self._replay.take(self._config.learner.groups_per_step, step, is_full=is_last)
+        chosen = self._replay.take(self._num_lagged, step, is_full=is_last)
         self._replay.pop_evicted()
         assert chosen, f"no batch at step {step}"
-        return Batch(step, tuple(self._groups.pop(group_id) for group_id in chosen))
+        fresh = self._groups_by(step, self._num_fresh)
+        return Batch(step, (*(self._groups.pop(group_id) for group_id in chosen), *fresh))
 
     def _generate(self, version: int, num_batches: int) -> None:
-        config, size = self._config, self._config.actors.group_size
         for _ in range(num_batches):
-            items = [
-                work_item(self._frontier + number, seed=config.run.seed, num_rows=len(self._task.train))
-                for number in range(config.learner.groups_per_step)
-            ]
-            prompts = [self._task.train[item.row]["ids"] for item in items for _ in range(size)]
-            made = self._sample(prompts)
-            for number, item in enumerate(items):
-                samples = tuple(self._sample_of(made[number * size + i], item.row, version) for i in range(size))
-                row = self._task.train[item.row]
-                group = Group(group_id=item.ordinal, row=item.row, prompt="", prompt_ids=tuple(row["ids"]), samples=samples)
+            for group in self._groups_by(version, self._num_lagged):
                 self._groups[group.group_id] = group
                 self._replay.insert(meta_of(group))
-            self._frontier += len(items)
+
+    def _groups_by(self, version: int, num_groups: int) -> list[Group]:
+        """The next groups of the prompt stream by the current policy."""
+        if not num_groups:
+            return []
+        seed, size = self._config.run.seed, self._config.actors.group_size
+        items = [work_item(self._frontier + number, seed=seed, num_rows=len(self._task.train)) for number in range(num_groups)]
+        self._frontier += num_groups
+        rows = [self._task.train[item.row] for item in items]
+        made = iter(self._sample([row["ids"] for row in rows for _ in range(size)]))
+        return [
+            Group(
+                group_id=item.ordinal,
+                row=item.row,
+                prompt="",
+                prompt_ids=tuple(row["ids"]),
+                samples=tuple(self._sample_of(next(made), item.row, version) for _ in range(size)),
+            )
+            for item, row in zip(items, rows, strict=True)
+        ]
 
     def _sample(self, prompts: list[Sequence[int]], temperature: float | None = None) -> list[tuple[list[int], list[float]]]:
         actors = self._config.actors

@@ -26,12 +26,12 @@ from cluster.config import load_config
 
 MODEL = ".cache/counting-base"
 LENGTH = 256
-STEPS = 100
+STEPS = 80
 EVAL_EVERY = 20
 SEEDS = (1, 2)
 LR = 3e-4
-WEIGHTS = ("none", "truncated", "geometric", "token")
-CONDITIONS = ((0, 0.0), (16, 0.0), (16, 0.05))
+WEIGHTS = ("none", "truncated, cap 1", "geometric, cap 1", "token, cap 1", "token, cap 5")
+CONDITIONS = ((0, 0.0), (16, 0.05))
 """Lag in learner steps, noise in nats a token."""
 
 
@@ -102,13 +102,15 @@ def run_job(job: LongJob) -> dict[str, Any]:
         f"learner.lr={LR:.1e}",
         "learner.decay=constant",
         "learner.groups_per_step=8",
+        "weights.publish_every=1",
         "learner.micro_batch_tokens=65536",
         f"actors.max_new_tokens={LENGTH}",
         f"buffer.min_staleness={job.lag}",
         f"buffer.max_staleness={job.lag}",
         f"buffer.capacity={(job.lag + 2) * 8}",
         "agro.beta=0.001",
-        f"agro.weight={job.weight}",
+        f"agro.weight={job.weight.partition(',')[0]}",
+        f"agro.weight_cap={job.weight.partition('cap ')[2] or 1}.0",
         "eval.samples=1",
     ]
     task = Task(prompts[20:], prompts[:20], share_of_right_steps, None)
@@ -126,7 +128,7 @@ def draw(records: list[dict[str, Any]], out_dir: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = []
-    figure, panels = plt.subplots(1, len(CONDITIONS), figsize=(12, 3.8), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, len(CONDITIONS), figsize=(10, 3.8), layout="constrained", sharey=True)
     for axes, (lag, noise) in zip(panels, CONDITIONS, strict=True):
         for weight in WEIGHTS:
             found = [r for r in records if (r["weight"], r["lag"], r["noise"]) == (weight, lag, noise)]

@@ -49,6 +49,34 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 
 
+KNOB_METHOD = "agro, beta 0.01, truncated"
+KNOB_LR = 3e-4
+KNOB_SEEDS = (1, 2)
+KNOBS: dict[str, tuple[tuple[str, ...], tuple[int, ...], int]] = {
+    "weight token, cap 1": (("agro.weight=token",), (0, 16, 64), 0),
+    "weight token, cap 2": (("agro.weight=token", "agro.weight_cap=2.0"), (0, 16, 64), 0),
+    "weight token, cap 5": (("agro.weight=token", "agro.weight_cap=5.0"), (0, 16, 64), 0),
+    "weight truncated, cap 3": (("agro.weight_cap=3.0",), (0, 16, 64), 0),
+    "weight truncated, cap 5": (("agro.weight_cap=5.0",), (0, 16, 64), 0),
+    "lr 1e-4": (("learner.lr=1e-4",), (0, 16, 64), 0),
+    "n 4, 32 groups": (("actors.group_size=4", "learner.groups_per_step=32", "buffer.capacity=4096"), (64,), 0),
+    "n 16, 8 groups": (("actors.group_size=16", "learner.groups_per_step=8"), (64,), 0),
+    "a quarter of the groups fresh": ((), (64,), 4),
+    "a quarter fresh, no weight": (("agro.weight=none",), (64,), 4),
+}
+"""One change each from KNOB_METHOD at KNOB_LR: overrides, lags, fresh groups of a batch."""
+
+
+@dataclass(frozen=True)
+class KnobJob:
+    """One run of KNOBS."""
+
+    knob: str
+    lag: int
+    seed: int
+    steps: int
+
+
 @dataclass(frozen=True)
 class Job:
     """One run: `method` of METHODS at `lag` learner steps with `lr`."""
@@ -70,6 +98,7 @@ def config_of(job: Job, *extra: str) -> Config:
         f"learner.lr={job.lr:.1e}",
         "learner.decay=constant",
         "learner.warmup_steps=10",
+        "weights.publish_every=1",
         f"learner.groups_per_step={groups}",
         "learner.micro_batch_tokens=65536",
         f"buffer.min_staleness={job.lag}",
@@ -98,6 +127,27 @@ def run_job(job: Job) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         **kept,
     }
+
+
+def run_knob(job: KnobJob) -> dict[str, Any]:
+    """Run it; a record of the job and its score."""
+    import torch
+
+    from benchmarks.lag_lab import LagRun, arithmetic_task, timed
+
+    torch.set_num_threads(1)
+    overrides, _, fresh_groups = KNOBS[job.knob]
+    config = config_of(Job(KNOB_METHOD, job.lag, KNOB_LR, job.seed, job.steps), *overrides)
+    rows, seconds = timed(LagRun(config, arithmetic_task(MODEL, ROWS), fresh_groups=fresh_groups), EVAL_EVERY)
+    held_out = [round(row["held_out"], 4) for row in rows]
+    return {**asdict(job), "score": round(statistics.fmean(held_out[-TAIL:]), 4), "held_out": held_out, "seconds": round(seconds, 1)}
+
+
+def knob_jobs(steps: int) -> Iterator[KnobJob]:
+    """Every point of KNOBS, whole seeds first."""
+    for seed in KNOB_SEEDS:
+        for knob, (_, lags, _) in KNOBS.items():
+            yield from (KnobJob(knob, lag, seed, steps) for lag in lags)
 
 
 def choice_jobs(steps: int) -> Iterator[Job]:
@@ -173,6 +223,18 @@ def table(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def write_knobs(records: list[dict[str, Any]], path: Path) -> None:
+    """One row per knob and lag."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["knob", "lag", "mean", "low", "high", "seeds"])
+        for knob, (_, lags, _) in KNOBS.items():
+            for lag in lags:
+                scores = [r["score"] for r in records if (r["knob"], r["lag"]) == (knob, lag)]
+                if scores:
+                    writer.writerow([knob, lag, round(statistics.fmean(scores), 4), min(scores), max(scores), len(scores)])
+
+
 def draw(records: list[dict[str, Any]], out_dir: Path) -> None:
     """staleness_study.csv and staleness_study.png in `out_dir`."""
     import matplotlib
@@ -226,7 +288,11 @@ def main() -> None:
         rates = chosen_rates(read_records(path))
         lags, seeds = ((0, 16), SEEDS[:1]) if arguments.reduced else (LAGS, SEEDS)
         run_missing(study_jobs(rates, steps, lags, seeds), path, arguments.workers, run_job)
+        if not arguments.reduced:
+            run_missing(knob_jobs(steps), out_dir / "knob_runs.jsonl", arguments.workers, run_knob)
     draw(read_records(path), out_dir)
+    if knobs := read_records(out_dir / "knob_runs.jsonl"):
+        write_knobs(knobs, out_dir / "staleness_knobs.csv")
 
 
 if __name__ == "__main__":

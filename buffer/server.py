@@ -6,6 +6,7 @@
 | wait   | of      | until                                             | ended by                                      |
 |--------|---------|---------------------------------------------------|-----------------------------------------------|
 | lease  | actors  | open + stored-unconsumed < admitted, or a re-issue | sample, eviction, fail, a lease that runs out |
+| lease  | actor   | its weights are new enough for the next batch      | a publication; it is told at once, and asks again |
 | sample | learner | `num_groups` stored groups, old enough             | insert                                        |
 
 Neither waits for the other for ever: a learner waits only while fewer than `groups_per_step <= admitted` groups are here,
@@ -81,7 +82,7 @@ class ReplayBuffer:
         self._held = HeldSamples(config.buffer.max_staleness)
         self._counts: Counter[str] = Counter()
         self._error_texts: deque[str] = deque(maxlen=_NUM_ERROR_TEXTS)
-        self._step = 0
+        self._step = self._next_step = 0  # Of the newest call of `sample`, and of the batch to come.
         self._closed = False
         self._releases: Counter[str] = Counter()
         self._changed = asyncio.Condition()
@@ -97,18 +98,25 @@ class ReplayBuffer:
 
     # Actors
 
-    async def lease(self, actor: str, max_groups: int, timeout_s: float) -> list[bytes]:
-        """Up to `max_groups` encoded WorkItems, as soon as one is admitted; none after `timeout_s` seconds or when closed."""
+    async def lease(self, actor: str, max_groups: int, timeout_s: float, version: int | None = None) -> list[bytes] | None:
+        """Up to `max_groups` encoded WorkItems, as soon as one is admitted; none after `timeout_s` seconds or when closed.
+
+        None instead of a list: samples of policy `version` would be too stale for the next batch; ask again with newer weights.
+        """
         clock = asyncio.get_running_loop().time
         deadline_s = clock() + timeout_s
         async with self._changed:
             with self._admission_wait.running(clock):
+                if self._is_outdated(version):
+                    return None
                 ordinals = self._lease_now(actor, max_groups, clock())
                 releases = self._releases[actor]
                 while not ordinals and clock() < deadline_s and not self._closed:
                     await self._wait_for_change(min(deadline_s, self._admission.next_expiry_s))
                     if self._releases[actor] != releases:
                         break  # The actor died while this call of it waited.
+                    if self._is_outdated(version):
+                        return None
                     ordinals = self._lease_now(actor, max_groups, clock())
         return [encode(work_item(ordinal, seed=self._config.run.seed, num_rows=self._num_rows)) for ordinal in ordinals]
 
@@ -228,6 +236,14 @@ class ReplayBuffer:
 
     # Synchronous sections: all changes happen in here, under the condition's lock.
 
+    def _is_outdated(self, version: int | None) -> bool:
+        """Whether what policy `version` generates now would be evicted as stale before any batch could take it."""
+        if version is None:
+            return False
+        publish_every = self._config.weights.publish_every
+        newest_version = self._next_step // publish_every * publish_every
+        return version < min(self._next_step - self._config.buffer.max_staleness, newest_version)
+
     def _lease_now(self, actor: str, max_groups: int, now_s: float) -> list[int]:
         if self._closed:
             return []
@@ -273,6 +289,7 @@ class ReplayBuffer:
         if not chosen:
             self._commit_evictions()
             return []
+        self._next_step = step + 1
         with self._commit():
             groups = [msgspec.structs.replace(group, uses=group.uses + 1) for group in self._store.get_many(chosen)]
             for group in groups:
@@ -334,7 +351,7 @@ class ReplayBuffer:
         state = self._store.load_state()
         if state is None:
             return
-        self._step = state["step"]
+        self._step = self._next_step = state["step"]
         self._counts = Counter(state["counts"])
         self._held.set_state(state["held"])
         self._admission.set_state(state["admission"])

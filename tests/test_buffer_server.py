@@ -193,6 +193,35 @@ async def test_the_one_sample_left_of_a_group_waits_through_a_restart_for_the_ne
 
 
 @scenario
+async def test_an_actor_whose_weights_are_too_old_for_the_next_batch_is_told_so_at_once_and_nobody_else_waits(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=2, max_staleness=0), run_dir, NUM_ROWS)
+    assert len(await buffer.lease("a", 2, 1.0, 0) or []) == 2
+    waiting = asyncio.create_task(buffer.lease("a", 2, 100.0, 0))
+    await buffer.insert("a", [make_payload(0), make_payload(1)])
+    assert not waiting.done(), "the buffer is full, but version 0 is new enough so far"
+    assert ids_of(await buffer.sample(0, 2, 1.0)) == [0, 1]
+    assert await waiting is None, "what version 0 generates now comes to step 1"
+    assert await buffer.lease("a", 2, 100.0, 0) is None
+    assert len(await buffer.lease("b", 1, 1.0, 1) or []) == 1
+    assert len(await buffer.lease("feeder", 1, 1.0) or []) == 1, "offline samples have no version"
+    stats = await check_sums(buffer)
+    assert stats["evicted_stale"] == 0
+
+
+@scenario
+async def test_weights_that_are_not_published_yet_are_not_asked_for(run_dir):
+    config = parse_config({**make_config(capacity=8, max_staleness=1).model_dump(), "weights": {"publish_every": 3}})
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    for step in range(3):  # Version 3 is published after step 2; until then nothing newer than 0 can be had.
+        ordinals = ordinals_of(await buffer.lease("a", 2, 1.0, 0) or [])
+        assert len(ordinals) == 2, step
+        await buffer.insert("a", [make_payload(ordinal, version=max(0, step - 1)) for ordinal in ordinals])
+        assert await buffer.sample(step, 2, 1.0) is not None
+    assert await buffer.lease("a", 2, 1.0, 0) is None
+    assert len(await buffer.lease("a", 2, 1.0, 3) or []) == 2
+
+
+@scenario
 async def test_a_batch_waits_for_groups_that_are_old_enough_and_takes_young_ones_when_none_can_come(run_dir):
     config = make_config(capacity=4, groups_per_step=2, min_staleness=1, max_staleness=1, sampler="oldest")
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
