@@ -38,11 +38,18 @@ COMMON = (
     "monitor.samples_every=100",
 )
 ON_POLICY = ("run.steps=120", "weights.publish_every=1", "buffer.max_staleness=0", "buffer.capacity=16", "agro.weight=none")
-OFF_POLICY = ("run.steps=120", "weights.publish_every=4", "buffer.max_staleness=16", "buffer.capacity=128", "agro.weight=truncated")
+OFF_POLICY = (
+    "run.steps=120",
+    "weights.publish_every=4",
+    "buffer.max_staleness=16",
+    "buffer.capacity=128",
+    "agro.weight=truncated",
+    "agro.weight_cap=5.0",
+)
 FROM_FILE = (
-    "run.steps=300",
-    "eval.every=30",
-    "weights.publish_every=15",
+    "run.steps=160",
+    "eval.every=20",
+    "weights.publish_every=10",
     "actors.count=1",
     f"data.offline={OFFLINE}",
     "data.path=null",

@@ -39,9 +39,9 @@ OUT = Path("docs/figures")
 MODEL = ".cache/arithmetic-small"
 ROWS = "configs/arithmetic"
 METHODS: dict[str, tuple[str, ...]] = {
-    "agro, beta 0.01, truncated": ("learner.objective=agro", "agro.beta=0.01", "agro.weight=truncated"),
+    "agro, beta 0.01, truncated": ("learner.objective=agro", "agro.beta=0.01", "agro.weight=truncated", "agro.weight_cap=1.0"),
     "agro, beta 0.01, no weight": ("learner.objective=agro", "agro.beta=0.01", "agro.weight=none"),
-    "agro, beta 0.1, truncated": ("learner.objective=agro", "agro.beta=0.1", "agro.weight=truncated"),
+    "agro, beta 0.1, truncated": ("learner.objective=agro", "agro.beta=0.1", "agro.weight=truncated", "agro.weight_cap=1.0"),
     "agro, beta 0.1, no weight": ("learner.objective=agro", "agro.beta=0.1", "agro.weight=none"),
     "kl_pg, beta 0.01": ("learner.objective=kl_pg", "agro.beta=0.01"),
     "grpo": ("learner.objective=grpo", "agro.beta=0.0"),
@@ -53,11 +53,12 @@ KNOB_METHOD = "agro, beta 0.01, truncated"
 KNOB_LR = 3e-4
 KNOB_SEEDS = (1, 2)
 KNOBS: dict[str, tuple[tuple[str, ...], tuple[int, ...], int]] = {
-    "weight token, cap 1": (("agro.weight=token",), (0, 16, 64), 0),
+    "weight token, cap 1": (("agro.weight=token", "agro.weight_cap=1.0"), (0, 16, 64), 0),
     "weight token, cap 2": (("agro.weight=token", "agro.weight_cap=2.0"), (0, 16, 64), 0),
     "weight token, cap 5": (("agro.weight=token", "agro.weight_cap=5.0"), (0, 16, 64), 0),
     "weight truncated, cap 3": (("agro.weight_cap=3.0",), (0, 16, 64), 0),
-    "weight truncated, cap 5": (("agro.weight_cap=5.0",), (0, 16, 64), 0),
+    "weight truncated, cap 5": (("agro.weight_cap=5.0",), LAGS, 0),  # What is shipped: on the plot, with all seeds.
+    "weight truncated, cap 20": (("agro.weight_cap=20.0",), (0, 16, 64), 0),
     "lr 1e-4": (("learner.lr=1e-4",), (0, 16, 64), 0),
     "n 4, 32 groups": (("actors.group_size=4", "learner.groups_per_step=32", "buffer.capacity=4096"), (64,), 0),
     "n 16, 8 groups": (("actors.group_size=16", "learner.groups_per_step=8"), (64,), 0),
@@ -145,9 +146,10 @@ def run_knob(job: KnobJob) -> dict[str, Any]:
 
 def knob_jobs(steps: int) -> Iterator[KnobJob]:
     """Every point of KNOBS, whole seeds first."""
-    for seed in KNOB_SEEDS:
+    for seed in SEEDS:
         for knob, (_, lags, _) in KNOBS.items():
-            yield from (KnobJob(knob, lag, seed, steps) for lag in lags)
+            if seed in KNOB_SEEDS or lags == LAGS:
+                yield from (KnobJob(knob, lag, seed, steps) for lag in lags)
 
 
 def choice_jobs(steps: int) -> Iterator[Job]:
@@ -209,18 +211,23 @@ def table(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 r["score"] for r in records if (r["method"], r["lag"], r["lr"]) == (method, lag, rates[method]) and r["seed"] in SEEDS
             ]
             if scores:
-                error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
-                rows.append(
-                    {
-                        "method": method,
-                        "lag": lag,
-                        "lr": rates[method],
-                        "mean": round(statistics.fmean(scores), 4),
-                        "standard_error": round(error, 4),
-                        "seeds": len(scores),
-                    }
-                )
+                rows.append({"method": method, "lag": lag, "lr": rates[method], **_mean_of(scores)})
     return rows
+
+
+def shipped_rows(knobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as of `table` for the knobs that ran at every lag."""
+    rows = []
+    for knob, (_, lags, _) in KNOBS.items():
+        for lag in lags if lags == LAGS else ():
+            if scores := [r["score"] for r in knobs if (r["knob"], r["lag"]) == (knob, lag)]:
+                rows.append({"method": f"shipped: {KNOB_METHOD}, {knob}", "lag": lag, "lr": KNOB_LR, **_mean_of(scores)})
+    return rows
+
+
+def _mean_of(scores: list[float]) -> dict[str, float]:
+    error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
+    return {"mean": round(statistics.fmean(scores), 4), "standard_error": round(error, 4), "seeds": len(scores)}
 
 
 def write_knobs(records: list[dict[str, Any]], path: Path) -> None:
@@ -235,14 +242,16 @@ def write_knobs(records: list[dict[str, Any]], path: Path) -> None:
                     writer.writerow([knob, lag, round(statistics.fmean(scores), 4), min(scores), max(scores), len(scores)])
 
 
-def draw(records: list[dict[str, Any]], out_dir: Path) -> None:
-    """staleness_study.csv and staleness_study.png in `out_dir`."""
+def draw(records: list[dict[str, Any]], knobs: list[dict[str, Any]], out_dir: Path) -> None:
+    """staleness_study.csv and staleness_study.png in `out_dir`; staleness_knobs.csv if there are any."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = table(records)
+    rows = [*table(records), *shipped_rows(knobs)]
+    if knobs:
+        write_knobs(knobs, out_dir / "staleness_knobs.csv")
     with (out_dir / "staleness_study.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -250,11 +259,11 @@ def draw(records: list[dict[str, Any]], out_dir: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
     base = statistics.fmean(r["held_out"][0] for r in records)
     axes.axhline(base, color="grey", linewidth=0.8, linestyle=":", label="base model")
-    for number, method in enumerate(METHODS):
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         points = [row for row in rows if row["method"] == method]
         places = [LAGS.index(row["lag"]) + 0.04 * (number - 3) for row in points]
         style = "-" if "truncated" in method else "--" if method.startswith("agro") else ":"
-        label = f"{method} (lr {points[0]['lr']:g})" if points else method
+        label = f"{method} (lr {points[0]['lr']:g})"
         means, errors = [row["mean"] for row in points], [row["standard_error"] for row in points]
         axes.errorbar(places, means, yerr=errors, marker="o", markersize=4, capsize=2, linestyle=style, label=label)
     axes.set_xticks(range(len(LAGS)), [str(lag) for lag in LAGS])
@@ -290,9 +299,7 @@ def main() -> None:
         run_missing(study_jobs(rates, steps, lags, seeds), path, arguments.workers, run_job)
         if not arguments.reduced:
             run_missing(knob_jobs(steps), out_dir / "knob_runs.jsonl", arguments.workers, run_knob)
-    draw(read_records(path), out_dir)
-    if knobs := read_records(out_dir / "knob_runs.jsonl"):
-        write_knobs(knobs, out_dir / "staleness_knobs.csv")
+    draw(read_records(path), read_records(out_dir / "knob_runs.jsonl"), out_dir)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ class AgroConfig(Section):
         "truncated",
         description="Weight after centring, for lagged data: min(cap, pi/mu) of the sequence, of each token, or of the mean token.",
     )
-    weight_cap: float = Field(1.0, gt=0, description="Cap of the weight.")
+    weight_cap: float = Field(5.0, gt=0, description="Cap of the weight; docs/objectives.md says what a lower one costs.")
     lr_coef: float = Field(0.0, ge=0, le=1, description="On-policy term's coefficient; 0: off-policy AGRO, 1: its literal on-policy form.")
     lr_baseline: Literal["none", "loo", "running"] = Field(
         "loo", description="Baseline of the on-policy term; `running`: the prompt's variance in earlier steps."
