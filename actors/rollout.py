@@ -34,6 +34,7 @@ from cluster.config import Config
 from cluster.errors import SnapshotError
 from cluster.weights import Manifest, read_snapshot
 from rewards.pool import RewardPool
+from rewards.scoring import Scored
 
 POLL_S = 5.0
 REPORT_EVERY_S = 1.0
@@ -218,10 +219,8 @@ class RolloutActor:
 
     def _deliver(self) -> None:
         """Insert the groups whose rewards are there; hand evaluations to the board."""
-        scored = [(group, future.result()) for group, future in self._scoring if future.done()]
-        if scored:
-            self._scoring = [entry for entry in self._scoring if not entry[1].done()]
         groups, evaluated = [], []
+        scored = self._take_scored()
         for group, scores in scored:
             samples = with_scores([sample for sample in group.samples if sample is not None], scores)
             self._counters["errors"] += sum(sample.error is not None for sample in samples)
@@ -239,6 +238,17 @@ class RolloutActor:
         if self._inserts:
             done, self._inserts = ray.wait(self._inserts, num_returns=len(self._inserts), timeout=0)
             ray.get(done)  # Raises here what the buffer refused.
+
+    def _take_scored(self) -> list[tuple[OpenGroup, list[Scored]]]:
+        """The groups whose rewards are there, no longer among those being scored."""
+        scored, waiting = [], []
+        for group, future in self._scoring:  # Each asked once: a future may be done a moment after it was not.
+            if future.done():
+                scored.append((group, future.result()))
+            else:
+                waiting.append((group, future))
+        self._scoring = waiting
+        return scored
 
     def _group(self, item: WorkItem, row: PromptRow, samples: list[Sample]) -> Group:
         return Group(
