@@ -221,7 +221,14 @@ def shipped_rows(knobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for knob, (_, lags, _) in KNOBS.items():
         for lag in lags if lags == LAGS else ():
             if scores := [r["score"] for r in knobs if (r["knob"], r["lag"]) == (knob, lag)]:
-                rows.append({"method": f"shipped: {KNOB_METHOD}, {knob}", "lag": lag, "lr": KNOB_LR, **_mean_of(scores)})
+                rows.append(
+                    {
+                        "method": f"shipped: {KNOB_METHOD.removesuffix('truncated')}{knob.removeprefix('weight ')}",
+                        "lag": lag,
+                        "lr": KNOB_LR,
+                        **_mean_of(scores),
+                    }
+                )
     return rows
 
 
@@ -256,14 +263,15 @@ def draw(records: list[dict[str, Any]], knobs: list[dict[str, Any]], out_dir: Pa
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 4.8), layout="constrained")
     base = statistics.fmean(r["held_out"][0] for r in records)
     axes.axhline(base, color="grey", linewidth=0.8, linestyle=":", label="base model")
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         points = [row for row in rows if row["method"] == method]
         places = [LAGS.index(row["lag"]) + 0.04 * (number - 3) for row in points]
         style = "-" if "truncated" in method else "--" if method.startswith("agro") else ":"
-        label = f"{method} (lr {points[0]['lr']:g})"
+        cap = ", cap 1" if method.endswith("truncated") else ""
+        label = f"{method}{cap} (lr {points[0]['lr']:g})"
         means, errors = [row["mean"] for row in points], [row["standard_error"] for row in points]
         axes.errorbar(places, means, yerr=errors, marker="o", markersize=4, capsize=2, linestyle=style, label=label)
     axes.set_xticks(range(len(LAGS)), [str(lag) for lag in LAGS])
@@ -272,7 +280,7 @@ def draw(records: list[dict[str, Any]], knobs: list[dict[str, Any]], out_dir: Pa
     seeds = max(row["seeds"] for row in rows)
     axes.set_title(f"Sums, 0.1 M parameters, {records[-1]['steps']} steps, {seeds} seeds, bars: standard error", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(out_dir / "staleness_study.png", dpi=120)
 
 
