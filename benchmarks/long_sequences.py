@@ -30,7 +30,7 @@ STEPS = 80
 EVAL_EVERY = 20
 SEEDS = (1, 2)
 LR = 3e-4
-WEIGHTS = ("none", "truncated, cap 1", "geometric, cap 1", "token, cap 1", "token, cap 5")
+WEIGHTS = ("none", "truncated, cap 1", "truncated, cap 5", "geometric, cap 1", "token, cap 1", "token, cap 5")
 CONDITIONS = ((0, 0.0), (16, 0.05))
 """Lag in learner steps, noise in nats a token."""
 
@@ -50,7 +50,12 @@ def jobs(steps: int = STEPS) -> Iterator[LongJob]:
     """Every point, whole seeds first."""
     for seed in SEEDS:
         for lag, noise in CONDITIONS:
-            yield from (LongJob(weight, lag, noise, seed, steps) for weight in WEIGHTS)
+            yield from (LongJob(weight, lag, noise, seed, steps) for weight in weights_at(lag))
+
+
+def weights_at(lag: int) -> tuple[str, ...]:
+    """At lag 0 without noise pi is mu, and every weight is 1: one curve stands for all."""
+    return WEIGHTS if lag else WEIGHTS[:1]
 
 
 def make_counting_base(out_dir: str) -> None:
@@ -130,7 +135,7 @@ def draw(records: list[dict[str, Any]], out_dir: Path) -> None:
     rows = []
     figure, panels = plt.subplots(1, len(CONDITIONS), figsize=(10, 3.8), layout="constrained", sharey=True)
     for axes, (lag, noise) in zip(panels, CONDITIONS, strict=True):
-        for weight in WEIGHTS:
+        for weight in weights_at(lag):
             found = [r for r in records if (r["weight"], r["lag"], r["noise"]) == (weight, lag, noise)]
             if not found:
                 continue
@@ -143,7 +148,7 @@ def draw(records: list[dict[str, Any]], out_dir: Path) -> None:
         axes.set(title=f"lag {lag}, noise {noise:g} nats a token", xlabel="learner steps")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("share of right steps, held-out")
-    panels[0].legend(title="agro.weight", fontsize=8)
+    panels[1].legend(title="agro.weight", fontsize=8)
     figure.suptitle(f"Completions of {LENGTH} tokens: mean and range of {len(SEEDS)} seeds", fontsize=10)
     figure.savefig(out_dir / "long_sequences.png", dpi=110)
     with (out_dir / "long_sequences.csv").open("w", newline="", encoding="utf-8") as file:

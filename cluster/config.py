@@ -153,7 +153,7 @@ class AgroConfig(Section):
 
     beta: float = Field(0.03, ge=0, description="Strength of the pull towards the reference; 0: leave-one-out REINFORCE.")
     weight: Literal["none", "truncated", "token", "geometric"] = Field(
-        "truncated",
+        "token",
         description="Weight after centring, for lagged data: min(cap, pi/mu) of the sequence, of each token, or of the mean token.",
     )
     weight_cap: float = Field(5.0, gt=0, description="Cap of the weight; docs/objectives.md says what a lower one costs.")

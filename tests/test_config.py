@@ -253,7 +253,7 @@ WARNINGS = [
     ("agro.lr_coef=0.01", "few samples are ever of the current policy"),
     ("agro.target=pass@8", "nothing is left to centre with"),
     ("rivals.clip_low=0.1", "rivals.clip_low = 0.1: learner.objective = agro does not use that"),
-    ("learner.objective=grpo & agro.weight=token", "agro.weight = token: learner.objective = grpo does not use that"),
+    ("learner.objective=grpo & agro.weight=geometric", "agro.weight = geometric: learner.objective = grpo does not use that"),
     ("buffer.max_staleness=1", "evicted as stale"),
     ("learner.warmup_steps=10", "peak learning rate"),
     ("learner.offload=true", "in CPU memory anyway"),

@@ -107,7 +107,17 @@ def test_duplicates_and_prompts_with_one_completion_are_left_out_and_counted(loa
         ("1+1=", [("2", None), ("3", None)])
     ]
     assert "5 samples of 2 prompts, 2 of them exact duplicates, which are left out" in notes[0]
-    assert "1 prompts left out: fewer than two different completions" in notes[1]
+    assert "1 prompts left out: fewer than 2 different completions" in notes[1]
+
+
+def test_a_target_of_k_samples_needs_k_completions_of_a_prompt(load):
+    third, other = {**GOOD[0], "completion": "4"}, [{**row, "prompt": "1+2=", "answer": "3"} for row in GOOD]
+    agro = {"weight": "none", "target": "pass@3"}
+    prompts, notes = load(*GOOD, third, *other, agro=agro)
+    assert [(row.text, len(row.offline)) for row in prompts.rows] == [("1+1=", 3)]
+    assert "1 prompts left out: fewer than 3 different completions" in notes[1]
+    with pytest.raises(DataError, match=r"no prompt has 3 different completions.*3 at a time with agro.target = pass@3"):
+        load(*GOOD, agro=agro)
 
 
 def test_columns_that_differ_within_a_prompt_are_named(load):
@@ -154,7 +164,7 @@ def test_a_nan_in_a_parquet_file_is_a_bad_reward(tmp_path):
 
 
 def test_a_log_in_which_no_prompt_has_two_completions_says_what_is_there(load):
-    with pytest.raises(DataError, match=r"no prompt has two different completions \(2 samples of 1 prompts, 1 of them exact duplicates\)"):
+    with pytest.raises(DataError, match=r"no prompt has 2 different completions \(2 samples of 1 prompts, 1 of them exact duplicates\)"):
         load(GOOD[0], GOOD[0])
 
 
