@@ -199,7 +199,7 @@ def _draw_offline(out_dir: Path, runs: dict[str, list[dict[str, list[float]]]]) 
     for method, found in runs.items():
         rows += _band(axes, method.removeprefix("offline: "), [(run["version"], run["held_out"]) for run in found], "held_out")
     axes.set(
-        title="Offline data only: distinct samples of the base (beta 0.1), mean and range of 3 seeds",
+        title="Only distinct samples of the base, beta 0.1: mean and range",
         xlabel="learner steps",
         ylabel="held-out solve rate",
     )
