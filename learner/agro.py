@@ -58,8 +58,7 @@ def agro_advantages(
     """
     _check_tensors(rewards, log_ratios, groups)
     _check_options(beta, lr_coef, lr_baseline)
-    if lr_baseline == "running" and (running_variances is None or running_variances.shape != rewards.shape):
-        raise ValueError("running_variances is missing or has another shape than rewards; lr_baseline 'running' needs one per sample")
+    _check_variances(lr_baseline, running_variances, rewards)
     with torch.no_grad():
         _, group_of, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
         n = sizes[group_of].double()
@@ -127,3 +126,8 @@ def _check_options(beta: float, lr_coef: float, lr_baseline: str) -> None:
         raise ValueError(f"lr_coef is {lr_coef} with beta 0: the on-policy term is divided by beta; set beta > 0 or lr_coef 0")
     if lr_baseline not in LR_BASELINES:
         raise ValueError(f"lr_baseline is {lr_baseline!r}; expected one of {', '.join(LR_BASELINES)}")
+
+
+def _check_variances(lr_baseline: str, running_variances: Tensor | None, rewards: Tensor) -> None:
+    if lr_baseline == "running" and (running_variances is None or running_variances.shape != rewards.shape):
+        raise ValueError("running_variances is missing or has another shape than rewards; lr_baseline 'running' needs one per sample")
