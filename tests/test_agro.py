@@ -264,6 +264,7 @@ GOOD = {"rewards": torch.rand(3), "log_ratios": torch.rand(3), "groups": torch.t
         ({"lr_coef": -1.0}, "lr_coef"),
         ({"lr_coef": math.nan}, "lr_coef"),
         ({"lr_baseline": "mean"}, "lr_baseline"),
+        ({"lr_baseline": "running"}, "running_variances"),
     ],
 )
 def test_a_bad_argument_is_named(changed, named):
