@@ -21,7 +21,7 @@ EXIT_CODES = {None: 0, "SIGINT": 130, "SIGTERM": 143}
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from cluster.config import load_config
+    from cluster.config_file import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:

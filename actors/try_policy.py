@@ -9,7 +9,8 @@ from typing import Any
 from actors.engine import Engine
 from actors.prompts import load_prompts
 from buffer.records import Sample
-from cluster.config import Config, load_config
+from cluster.config import Config
+from cluster.config_file import load_config
 from cluster.errors import ConfigError
 from rewards.pool import RewardPool
 

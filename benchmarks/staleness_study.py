@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config, load_config
+from cluster.config import Config
+from cluster.config_file import load_config
 
 LAGS = (0, 1, 4, 16, 64, 256)
 SEEDS = (1, 2, 3)

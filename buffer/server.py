@@ -32,8 +32,9 @@ import msgspec
 from buffer.admission import Admission, work_item
 from buffer.ledger import Ledger, read_statuses
 from buffer.records import Batch, Group, decode_group, encode
-from buffer.replay import MIN_SAMPLES, HeldSamples, Replay, check_staleness, meta_of, usable_group
+from buffer.replay import Replay, check_staleness, meta_of
 from buffer.store import Store
+from buffer.usable import MIN_SAMPLES, HeldSamples, usable_group
 from cluster.config import Config
 from cluster.errors import ConfigError, DataError
 

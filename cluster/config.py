@@ -6,31 +6,15 @@ Unknown keys are rejected with the nearest valid name. Values derived from other
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.errors import ConfigError
-
-# What PyYAML's constructors raise besides YAMLError: on a date that is none, a bad tag, or nesting without end.
-_NOT_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError)
-_EXPECTED = {  # By pydantic's type of problem; its own message where none is here.
-    "model_type": "expected a mapping of keys, one a line below it; remove the line to take the defaults",
-    "tuple_type": "expected a list, for example [{name: exact_match}]",
-    "too_short": "expected a list of at least one entry, for example [{name: exact_match}]",
-    "string_type": "expected text; if it is meant as text, put it in quotes in the file",
-    "bool_type": "expected true or false",
-    "int_type": "expected a whole number",
-}
 MAX_VOTE_SUBSETS = 20_000
 """Votes of `majority@k` are counted subset by subset."""
-_EXPONENT = re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
 
 
 class Section(BaseModel):
@@ -47,6 +31,9 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="Seed of the prompt stream, the sampling and the learner.")
     steps: int = Field(100, ge=1, description="Optimizer steps.")
     timeout_s: float = Field(600.0, gt=0, description="Limit of every wait on another process; its error names who did not answer.")
+    deterministic: bool = Field(
+        False, description="The same parameters bit for bit from the same config (CPU), also through a kill and a resume; slower."
+    )
 
 
 class ModelConfig(Section):
@@ -101,7 +88,11 @@ class RewardsConfig(Section):
 class ActorsConfig(Section):
     """Rollout actors: one vLLM engine each."""
 
-    count: int = Field(1, ge=0, description="Number of rollout actors; 0 only where all samples are offline (nothing is evaluated then).")
+    count: int = Field(
+        1, ge=0, description="Rollout actors at the start; 0 only where all samples are offline (nothing is evaluated then)."
+    )
+    min: int = Field(1, ge=1, description="Autoscaling keeps at least so many.")
+    max: int | None = Field(None, ge=1, description="Autoscaling adds actors up to so many while the learner waits; None: no autoscaling.")
     num_cpus: float = Field(1.0, ge=0, description="CPUs of one actor (Ray's logical CPUs, fractions allowed).")
     num_gpus: float = Field(0.0, ge=0, description="GPUs of one actor: vLLM tensor parallelism over so many; a fraction shares one.")
     group_size: int = Field(8, ge=2, description="Samples per prompt (n; AGRO needs at least 2).")
@@ -111,12 +102,27 @@ class ActorsConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; below 1 breaks coverage (a warning says so).")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of a CPU engine, GiB.")
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="Share of GPU memory a GPU engine may take.")
+    on_update: Literal["continue", "drain", "abort"] = Field(
+        "continue", description="Unfinished generations at new weights: go on with them, finish on the old ones first, or start again."
+    )
+    sample_timeout_s: float | None = Field(None, gt=0, description="A sample generated for longer than this ends as truncated.")
+    group_timeout_s: float | None = Field(
+        None, gt=0, description="A group does not wait longer than this for its last samples: it goes in with those it has."
+    )
 
 
 class BufferConfig(Section):
     """The shared replay buffer."""
 
-    sampler: Literal["uniform", "fresh", "oldest"] = Field("uniform", description="Which stored groups a batch takes.")
+    sampler: Literal["uniform", "fresh", "oldest", "stratified", "priority"] = Field(
+        "uniform", description="Which stored groups a batch takes (buffer/sampling.py)."
+    )
+    mix: dict[str, float] = Field(
+        {"0-1": 0.5, "2-7": 0.3, "8+": 0.2}, description="Share of a batch by staleness in learner steps, for sampler `stratified`."
+    )
+    samples_per_insert: tuple[float, float] | None = Field(
+        None, description="Band of batch entries per inserted group: above it the learner waits, below it the actors; None: no band."
+    )
     max_uses: int = Field(1, ge=1, description="How often a group is trained on before it leaves.")
     min_staleness: int = Field(
         0, ge=0, description="Learner steps; a batch takes no group younger than this while it can be had: an enforced lag, for studies."
@@ -125,6 +131,31 @@ class BufferConfig(Section):
     capacity: int = Field(
         256, ge=1, description="Groups not yet trained on that may exist, stored or being generated: backpressure on actors."
     )
+    fsync: Literal["normal", "full"] = Field(
+        "normal", description="`normal`: what was acknowledged survives any process; `full`: a power cut too, at a third of the speed."
+    )
+    num_shards: int = Field(1, ge=1, le=64, description="Buffer processes; more than one where one cannot take in what the actors make.")
+
+    @property
+    def mix_ranges(self) -> tuple[tuple[int, int | None, float], ...]:
+        """`mix` as (first, last, share), learner steps, youngest first; last None: without end."""
+        ranges = []
+        for name, share in self.mix.items():
+            first, _, last = name.rstrip("+").partition("-")
+            ranges.append((int(first), None if name.endswith("+") else int(last or first), share))
+        return tuple(sorted(ranges, key=lambda entry: entry[0]))
+
+    @pydantic.model_validator(mode="after")
+    def _mix_is_a_partition(self) -> BufferConfig:
+        if bad := [name for name in self.mix if not re.fullmatch(r"\d{1,9}(-\d{1,9}|\+)?", name)]:
+            raise ValueError(f"buffer.mix: {bad[0][:40]!r} is no range of staleness; write for example {{0-1: 0.5, 2-7: 0.3, 8+: 0.2}}.")
+        total, ranges = sum(self.mix.values()), self.mix_ranges
+        if any(share <= 0 for share in self.mix.values()) or abs(total - 1) > 1e-6:
+            raise ValueError(f"buffer.mix: the shares are {list(self.mix.values())}; expected positive numbers whose sum is 1.")
+        for (first, last, _), after in zip(ranges, [*ranges[1:], None], strict=True):
+            if (last is not None and last < first) or (after is not None and (last is None or last >= after[0])):
+                raise ValueError(f"buffer.mix: {list(self.mix)}: the range from {first} is empty or overlaps another one.")
+        return self
 
 
 class LearnerConfig(Section):
@@ -135,6 +166,8 @@ class LearnerConfig(Section):
     num_gpus: float = Field(0.0, ge=0, description="GPUs of one rank: 0 trains on the CPU, 1 on a GPU, a fraction shares one.")
     objective: str = Field("agro", description="File name under learner/objectives/.")
     groups_per_step: int = Field(32, ge=1, description="Groups of one optimizer step (P).")
+    lora_rank: int = Field(0, ge=0, description="Train low-rank adapters of this rank (peft) instead of all weights; 0: all weights.")
+    lora_alpha: float = Field(32.0, gt=0, description="Scale of the adapters: alpha / rank.")
     lr: float = Field(1e-6, gt=0, description="Peak learning rate (AdamW).")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     decay: Literal["constant", "linear", "cosine"] = Field(
@@ -198,7 +231,18 @@ class WeightsConfig(Section):
     """Weight snapshots from the learner to the actors."""
 
     publish_every: int = Field(2, ge=1, description="Learner steps between snapshots.")
+    transport: Literal["snapshot", "nccl", "ipc"] = Field(
+        "snapshot",
+        description="`snapshot`: pulled through host memory; `nccl`: broadcast to a fixed set of GPU actors; `ipc`: within one GPU.",
+    )
     bucket_mib: float = Field(64.0, gt=0, description="Size of one gathered bucket, MiB: bounds the memory of a publication.")
+
+
+class CheckpointConfig(Section):
+    """Checkpoints of the learner; buffer and prompt stream are durable by themselves and tied to them."""
+
+    every: int = Field(50, ge=0, description="Learner steps between checkpoints; 0: none, and a run that dies starts again.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept; the older of them is used when the newest does not verify.")
 
 
 class EvalConfig(Section):
@@ -235,6 +279,7 @@ class Config(Section):
     agro: AgroConfig = AgroConfig()
     rivals: RivalsConfig = RivalsConfig()
     weights: WeightsConfig = WeightsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     monitor: MonitorConfig = MonitorConfig()
 
@@ -327,8 +372,42 @@ class Config(Section):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _actors_can_scale(self) -> Config:
+        actors = self.actors
+        if actors.max is not None and not actors.min <= actors.count <= actors.max:
+            raise ValueError(
+                f"actors.count = {actors.count} is not within actors.min = {actors.min} and actors.max = {actors.max}. "
+                "Autoscaling starts with actors.count."
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _band_can_be_held(self) -> Config:
+        buffer, size = self.buffer, self.learner.groups_per_step
+        if buffer.samples_per_insert is None:
+            return self
+        low, high = buffer.samples_per_insert
+        if not 0 <= low <= high or high < 1:
+            raise ValueError(f"buffer.samples_per_insert = [{low:g}, {high:g}]: expected 0 <= low <= high and high >= 1.")
+        if high > buffer.max_uses:
+            raise ValueError(
+                f"buffer.samples_per_insert = [{low:g}, {high:g}]: no group is used more than buffer.max_uses = {buffer.max_uses} times. "
+                "Raise buffer.max_uses or lower the band."
+            )
+        if buffer.num_shards > 1 or buffer.min_staleness:
+            raise ValueError("buffer.samples_per_insert goes with neither buffer.num_shards > 1 nor buffer.min_staleness. Remove it.")
+        if self.admitted_groups < size:
+            raise ValueError(f"buffer.samples_per_insert needs min(capacity, ...) = {self.admitted_groups} >= groups_per_step = {size}.")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _lag_can_be_held(self) -> Config:
         buffer = self.buffer
+        if buffer.min_staleness and buffer.num_shards > 1:
+            raise ValueError(
+                f"buffer.min_staleness = {buffer.min_staleness} with buffer.num_shards = {buffer.num_shards}: a lag is held by one shard "
+                "only. Set buffer.num_shards=1."
+            )
         if not buffer.min_staleness:
             return self
         if self.is_offline:
@@ -409,143 +488,3 @@ class Config(Section):
 
 
 _OWN_KNOBS_OF_AGRO = ("weight", "weight_cap", "lr_coef", "lr_baseline", "lr_gate", "zero_std", "duplicates")
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error: PyYAML would keep the last one and say nothing."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """The Config in the YAML file `path` with `section.key=value` overrides applied (values are YAML).
-
-    Raises ConfigError that lists every problem: the field, the value found, what is accepted, the nearest valid name.
-    """
-    path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise ConfigError(
-            f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "; see configs/ for examples.")
-        )
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except _NOT_YAML as error:
-        raise ConfigError(f"{path} is not YAML: {_first_lines(error)}") from None
-    if not isinstance(tree, dict):
-        found = "nothing" if tree is None else f"a {type(tree).__name__}"
-        raise ConfigError(f"{path} holds {found}, expected sections such as `model:` and `data:`; see configs/quickstart.yaml.")
-    for override in overrides or []:
-        _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
-
-
-def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
-    """The Config that a mapping of sections describes; raises ConfigError (see `load_config`)."""
-    try:
-        return Config.model_validate(_lists_as_tuples(tree))
-    except RecursionError:
-        raise ConfigError(f"{source}: a list or mapping contains itself (YAML anchors), or is nested without end.") from None
-    except pydantic.ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
-        shown = "\n".join(f"  - {line}" for line in problems[:10])
-        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ConfigError(f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{shown}{more}") from None
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    names = key.split(".")
-    if not equals or len(names) != 2 or not all(names):
-        raise ConfigError(f"override {_short(override)} is not section.key=value, for example learner.lr=1e-5")
-    try:
-        value = yaml.safe_load(text)
-    except _NOT_YAML as error:
-        raise ConfigError(f"override {_short(override)}: the value is not YAML: {_first_lines(error)}") from None
-    section, name = names
-    if tree.get(section) is None:
-        tree[section] = {}
-    if not isinstance(tree[section], dict):
-        found = f"the file holds {_short(tree[section])} there"
-        raise ConfigError(f"override {_short(override)}: {section!r} is no section; {found}. Write its keys below `{section}:`.")
-    tree[section][name] = value
-
-
-def _lists_as_tuples(value: Any) -> Any:
-    """YAML lists as tuples, and YAML's `1e-5` (a string to PyYAML) as the number it means: strict models want both."""
-    if isinstance(value, dict):
-        return {key: _lists_as_tuples(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return tuple(_lists_as_tuples(item) for item in value)
-    if isinstance(value, str) and _EXPONENT.match(value):
-        return float(value)
-    return value
-
-
-def _explain(problem: Any) -> str:
-    """One line for one pydantic problem: field, value, what to do."""
-    kind, location = problem["type"], problem["loc"]
-    names = [str(part) for part in location]
-    where = ".".join(name if name.isprintable() and len(name) <= 40 else _short(name) for name in names)
-    if kind in ("extra_forbidden", "invalid_key"):
-        return f"{where} is not a known key; {_nearest(location)}"
-    if kind == "missing":
-        how = f"set it in the file or with {where}=<value>" if len(names) == 2 else f"write {names[-1]}: in the file"
-        return f"{where} is missing; {how}"
-    if kind == "value_error":
-        return problem["msg"].removeprefix("Value error, ")
-    expected = _EXPECTED.get(kind, problem["msg"][0].lower() + problem["msg"][1:])
-    if kind == "string_pattern_mismatch":
-        expected += f"; {_description(location)}"
-    return f"{where} = {_short(problem['input'])}: {expected}"
-
-
-def _nearest(location: tuple[Any, ...]) -> str:
-    """What may be meant by a key that is not known: one spelt alike here, or one of this name in another section."""
-    key, valid = str(location[-1]), _valid_names(location[:-1])
-    if near := difflib.get_close_matches(key, valid, n=1, cutoff=0.6):
-        return f"did you mean {near[0]!r}?"
-    homes = [name for name, field in Config.model_fields.items() if key in getattr(field.annotation, "model_fields", {})]
-    if homes:
-        return "did you mean " + " or ".join(f"{home}.{key}" for home in homes) + "?"
-    return f"valid here: {', '.join(sorted(valid))}"
-
-
-def _description(location: tuple[Any, ...]) -> str:
-    section, name = str(location[0]), str(location[1])
-    annotation: Any = Config.model_fields[section].annotation
-    return annotation.model_fields[name].description
-
-
-def _valid_names(location: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
-    for part in location:
-        if isinstance(part, int):
-            model = RewardFunction
-        else:
-            annotation = model.model_fields[part].annotation
-            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
-    return list(model.model_fields)
-
-
-def _short(value: Any) -> str:
-    """`repr` of at most 80 characters, on one line."""
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
-
-
-def _first_lines(error: Exception, count: int = 3) -> str:
-    return " ".join(str(error).splitlines()[:count])
-
-
-def dump_config(config: Config) -> str:
-    """The resolved config as YAML, in the order of the sections. Holds no secret: secrets come from the environment only."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)

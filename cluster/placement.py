@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from cluster.config import Config, dump_config
+from cluster.config import Config
+from cluster.config_file import dump_config
 from cluster.errors import PlacementError
 from cluster.memory import GIB, MemoryEstimate, estimate_memory, host_bytes, render_memory
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from actors.offline import load_offline
 from actors.prompts import PromptSet, load_prompts
-from cluster.config import Config, dump_config
+from cluster.config import Config
+from cluster.config_file import dump_config
 from cluster.errors import AgroError, ConfigError, DataError
 from cluster.monitor import wandb_mode
 from learner.objectives import load_objective

@@ -9,7 +9,7 @@ import msgspec
 
 from buffer.records import EvalItem, EvalSample, Evaluation, VersionSpan
 from cluster.board import KEEP, Board, Directive
-from cluster.config import parse_config
+from cluster.config_file import parse_config
 
 CONFIG = parse_config({"model": {"path": "m"}, "data": {"path": "d"}, "rewards": {"functions": [{"name": "exact_match"}]}})
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from buffer.admission import Admission, LeaseError, work_item
 from buffer.records import Group, Sample, VersionSpan
-from buffer.replay import HeldSamples, Replay, meta_of, usable_group
+from buffer.replay import Replay, meta_of
 from buffer.sampling import AGELESS, SAMPLERS, GroupMeta
+from buffer.usable import HeldSamples, usable_group
 from cluster.config import BufferConfig
 from cluster.errors import ConfigError, DataError, StalenessError
 

@@ -18,7 +18,8 @@ from buffer.ledger import audit
 from buffer.records import Group, Sample, VersionSpan, WorkItem, decode_batch, encode
 from buffer.server import LEDGER_NAME, ReplayBuffer
 from buffer.store import StoreError
-from cluster.config import Config, parse_config
+from cluster.config import Config
+from cluster.config_file import parse_config
 from cluster.errors import ConfigError, DataError, StalenessError
 
 NUM_ROWS = 13

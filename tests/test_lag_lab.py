@@ -10,7 +10,8 @@ import torch
 
 from benchmarks import staleness_study
 from benchmarks.lag_lab import LagRun, PlainPolicy, Task, arithmetic_task, sample
-from cluster.config import Config, load_config
+from cluster.config import Config
+from cluster.config_file import load_config
 from learner.packing import TokenSequence, collate
 
 ROOT = Path(__file__).resolve().parent.parent

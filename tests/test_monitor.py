@@ -17,7 +17,8 @@ from rich.console import Console
 
 from buffer.records import Evaluation
 from cluster import monitor as monitor_module
-from cluster.config import Config, parse_config
+from cluster.config import Config
+from cluster.config_file import parse_config
 from cluster.errors import ConfigError
 from cluster.metrics import METRICS, JsonLines, Redactor, read_json_lines
 from cluster.monitor import Monitor, wandb_mode

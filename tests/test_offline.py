@@ -20,7 +20,8 @@ from buffer.ledger import audit
 from buffer.records import Batch, Group, Sample, VersionSpan, decode_batch
 from buffer.server import LEDGER_NAME, ReplayBuffer
 from cluster.board import Board
-from cluster.config import Config, parse_config
+from cluster.config import Config
+from cluster.config_file import parse_config
 from cluster.errors import ConfigError, DataError, PeerTimeout
 from cluster.prepare import check_needs, load_training, no_evaluation
 from learner.batch_metrics import batch_metrics, shown_samples

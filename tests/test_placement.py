@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config import parse_config
+from cluster.config_file import parse_config
 from cluster.errors import PlacementError
 from cluster.memory import GIB, estimate_memory, host_bytes
 from cluster.placement import ask_ray, bundles, check, dry_run, most_actors, render
@@ -300,7 +300,7 @@ def test_render_shows_a_run_that_cannot_be_placed_instead_of_raising(llama_dir):
 def test_the_papers_config_can_be_dry_run_without_network_gpu_or_ray(monkeypatch):
     import ray
 
-    from cluster.config import load_config
+    from cluster.config_file import load_config
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     text = dry_run(load_config("configs/llama3_8b_math.yaml"))

@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.lag_lab import PlainPolicy
 from buffer.records import Batch, Group, Sample, VersionSpan
-from cluster.config import Config, parse_config
+from cluster.config import Config
+from cluster.config_file import parse_config
 from learner.objectives import Objective, TokenBatch, load_objective
 from learner.update import Updater, frozen_policies
 

@@ -1,0 +1,81 @@
+"""What a group is worth before it is stored: its usable samples, and those of groups too small to be stored by themselves."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import msgspec
+
+from buffer.records import Group, Sample
+from cluster.errors import DataError
+
+MIN_SAMPLES = 2
+"""A group with fewer samples carries no signal: its leave-one-out mean does not exist."""
+
+
+def usable_group(group: Group) -> tuple[Group, list[str]]:
+    """The group without the samples that have an `error` (a failure is never reward 0), and their error texts.
+
+    Raises DataError for a sample without tokens, with log-probs but no version, or with neither a finite reward nor an error.
+    """
+    errors = [sample.error for sample in group.samples if sample.error is not None]
+    kept = tuple(sample for sample in group.samples if sample.error is None)
+    for index, sample in enumerate(kept):
+        if sample.reward is None or not math.isfinite(sample.reward):
+            raise DataError(
+                f"group {group.group_id} from actor {group.actor!r}: reward {sample.reward} in scored sample {index}. "
+                "Score a group before inserting it, or set the sample's `error`."
+            )
+        if not sample.token_ids or (sample.is_offline and sample.logprobs):
+            what = "log-probs but no version" if sample.token_ids else "no tokens and no version"
+            raise DataError(f"group {group.group_id} from actor {group.actor!r}: sample {index} has {what}.")
+    return (msgspec.structs.replace(group, samples=kept) if errors else group), errors
+
+
+class HeldSamples:
+    """The one usable sample of a group too small to be stored, by row, until another such group of its row makes two of them.
+
+    `counts`: held_samples, joined_samples, and held_stale: dropped since they came to be older than `max_staleness`.
+    """
+
+    def __init__(self, max_staleness: int) -> None:
+        self.max_staleness = max_staleness
+        self.counts: Counter[str] = Counter()
+        self._by_row: dict[int, Sample] = {}
+
+    def join(self, group: Group, step: int) -> Group:
+        """A group too small by itself with the sample held for its row, if there is one that is not stale at learner step `step`.
+
+        A group that is large enough stays as it is: the held sample would only make it older.
+        """
+        self._drop_stale(step)
+        if not 0 < len(group.samples) < MIN_SAMPLES or group.row not in self._by_row:
+            return group
+        sample = self._by_row.pop(group.row)
+        self.counts["joined_samples"] += 1
+        return msgspec.structs.replace(group, samples=(*group.samples, sample))
+
+    def hold(self, group: Group) -> bool:
+        """Keeps the group's only sample; False when it has none, or an offline one: the row will bring that again by itself."""
+        if not group.samples or group.samples[0].is_offline:
+            return False
+        (self._by_row[group.row],) = group.samples
+        self.counts["held_samples"] += 1
+        return True
+
+    def get_state(self) -> dict[str, Any]:
+        """The samples and counts as JSON values."""
+        return {"samples": [[row, msgspec.to_builtins(sample)] for row, sample in self._by_row.items()], "counts": dict(self.counts)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Takes over `get_state`'s value."""
+        self._by_row = {row: msgspec.convert(sample, Sample) for row, sample in state["samples"]}
+        self.counts = Counter(state["counts"])
+
+    def _drop_stale(self, step: int) -> None:
+        for row, sample in [*self._by_row.items()]:
+            if sample.oldest_version is not None and step - sample.oldest_version > self.max_staleness:
+                del self._by_row[row]
+                self.counts["held_stale"] += 1
