@@ -2,6 +2,9 @@
 
     python launch.py train CONFIG [section.key=value ...]     train; with --dry-run only say what would run
     python launch.py doctor                                   versions, hardware, Ray: what is wrong, what to do
+    python launch.py status RUN_DIR                           where a run is: step, actors, buffer, waits
+    python launch.py scale RUN_DIR --actors N                 more or fewer rollout actors, while the run goes on
+    python launch.py audit RUN_DIR                            what became of every prompt that was handed out
     python launch.py chat DIR PROMPT                          ask a trained policy
     python launch.py evaluate DIR [section.key=value ...]     its solve rate on the run's held-out prompts
     python launch.py report RUN_DIR                           write report.html again
@@ -15,96 +18,42 @@ from __future__ import annotations
 import argparse
 import sys
 
-from cluster.errors import AgroError, ConfigError
-
-EXIT_CODES = {None: 0, "SIGINT": 130, "SIGTERM": 143}
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from cluster.config_file import load_config
-
-    config = load_config(arguments.config, arguments.overrides)
-    if arguments.dry_run:
-        from cluster.placement import dry_run
-        from cluster.prepare import check_named
-
-        check_named(config)
-        print(dry_run(config))
-        return 0
-    from cluster.terminal import summary_screen
-    from cluster.train import train
-
-    summary = train(config)
-    print(summary_screen(summary))
-    return EXIT_CODES[summary["stopped"]]
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    from cluster.doctor import diagnose, render
-
-    checks = diagnose()
-    print(render(checks))
-    return 0 if all(check.ok for check in checks) else 1
-
-
-def _chat(arguments: argparse.Namespace) -> int:
-    from actors.try_policy import chat
-
-    print(chat(arguments.dir, arguments.prompt))
-    return 0
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from actors.try_policy import evaluate
-
-    result = evaluate(arguments.dir, arguments.overrides)
-    rate = "-" if result["solve_rate"] is None else f"{result['solve_rate']:.3f}"
-    print(f"solve rate {rate} on {result['problems']} held-out problems, {result['samples']} samples")
-    for error, count in result["errors"].items():
-        print(f"  {count} not scored: {error}")
-    return 0
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from cluster.report import write_report
-
-    if not (Path(arguments.run_dir) / "config.yaml").is_file():
-        raise ConfigError(f"{arguments.run_dir} is no run directory (no config.yaml in it)")
-    print(write_report(arguments.run_dir))
-    return 0
-
-
-def _config_reference(arguments: argparse.Namespace) -> int:
-    from cluster.reference import config_reference
-
-    print(config_reference(), end="")
-    return 0
+from cluster import commands
+from cluster.errors import AgroError
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     root = argparse.ArgumentParser(prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = root.add_subparsers(dest="command", required=True, metavar="command")
-    train = commands.add_parser("train", help="train a policy")
+    of = root.add_subparsers(dest="command", required=True, metavar="command")
+    train = of.add_parser("train", help="train a policy")
     train.add_argument("config")
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.add_argument("--dry-run", action="store_true", help="print the resolved config, the placement and a memory estimate")
-    train.set_defaults(run=_train)
-    commands.add_parser("doctor", help="check this machine").set_defaults(run=_doctor)
-    ask = commands.add_parser("chat", help="ask a trained policy")
-    ask.add_argument("dir")
-    ask.add_argument("prompt")
-    ask.set_defaults(run=_chat)
-    measure = commands.add_parser("evaluate", help="solve rate of a trained policy")
-    measure.add_argument("dir")
-    measure.add_argument("overrides", nargs="*", metavar="section.key=value")
-    measure.set_defaults(run=_evaluate)
-    report = commands.add_parser("report", help="write report.html again")
+    train.set_defaults(run=commands.train)
+    of.add_parser("doctor", help="check this machine").set_defaults(run=commands.doctor)
+    status = of.add_parser("status", help="where a run is")
+    status.add_argument("run_dir")
+    status.set_defaults(run=commands.status)
+    scale = of.add_parser("scale", help="more or fewer rollout actors, while the run goes on")
+    scale.add_argument("run_dir")
+    scale.add_argument("--actors", type=int, required=True, metavar="N", help="how many there shall be")
+    scale.set_defaults(run=commands.scale)
+    audit = of.add_parser("audit", help="what became of every prompt that was handed out")
+    audit.add_argument("run_dir")
+    audit.set_defaults(run=commands.audit)
+    chat = of.add_parser("chat", help="ask a trained policy")
+    chat.add_argument("dir")
+    chat.add_argument("prompt")
+    chat.set_defaults(run=commands.chat)
+    evaluate = of.add_parser("evaluate", help="solve rate of a trained policy")
+    evaluate.add_argument("dir")
+    evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
+    evaluate.set_defaults(run=commands.evaluate)
+    report = of.add_parser("report", help="write report.html again")
     report.add_argument("run_dir")
-    report.set_defaults(run=_report)
-    commands.add_parser("config-reference", help="every config field").set_defaults(run=_config_reference)
+    report.set_defaults(run=commands.report)
+    of.add_parser("config-reference", help="every config field").set_defaults(run=commands.config_reference)
     return root
 
 

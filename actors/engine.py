@@ -6,33 +6,63 @@ unfinished generations go on. Each sample is a request of its own; vLLM's prefix
 Weights arrive through vLLM's layerwise reload, the lifecycle of its own transfer engines. Two surprises are handled here:
 on a CPU vLLM packs the linear layers and drops the originals, so a bare `load_weights` fails; and after a reload a tied
 `lm_head` keeps the packed matrix of the OLD weights, silently wrong. `tests/test_engine.py` holds both to account.
+
+Weights that the learner pushes (`weights.transport` nccl or ipc) arrive through vLLM's own transfer engines, in a session of
+start, updates and finish in which the model is in pieces: no step may come between. vLLM's own checksums are not used to confirm
+them: they hash all of its fused parameters on the host, seconds for each GB, and the learner has nothing to compare them with.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import time
 from collections import deque
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 
 from buffer.records import Sample, VersionSpan
 from cluster.config import ActorsConfig, ModelConfig
-from cluster.errors import SnapshotError
+from cluster.errors import AgroError, SnapshotError
+from cluster.weights import checksum
 
 # What this file uses of vLLM 0.32, checked by a contract test that names what is missing.
 VLLM_SYMBOLS = (
     "vllm:EngineArgs",
-    "vllm:LLMEngine",
+    "vllm:LLMEngine.from_engine_args",
+    "vllm:LLMEngine.abort_request",
+    "vllm:LLMEngine.add_request",
+    "vllm:LLMEngine.apply_model",
+    "vllm:LLMEngine.collective_rpc",
+    "vllm:LLMEngine.get_num_unfinished_requests",
+    "vllm:LLMEngine.set_weight_version",
+    "vllm:LLMEngine.step",
     "vllm:SamplingParams",
+    "vllm.exceptions:VLLMValidationError",
     "vllm.inputs.engine:tokens_input",
-    "vllm.sampling_params:RequestOutputKind",
+    "vllm.sampling_params:RequestOutputKind.FINAL_ONLY",
+    "vllm.v1.engine:FinishReason.LENGTH",
+    "vllm.v1.engine.output_processor:RequestState.make_request_output",
     "vllm.model_executor.model_loader.reload:initialize_layerwise_reload",
     "vllm.model_executor.model_loader.reload:finalize_layerwise_reload",
     "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+    "vllm.config.weight_transfer:WeightTransferConfig",
+    "vllm.v1.worker.gpu_worker:Worker.init_weight_transfer_engine",
+    "vllm.v1.worker.gpu_worker:Worker.shutdown_weight_transfer_engine",
+    "vllm.v1.worker.gpu_worker:Worker.start_weight_update",
+    "vllm.v1.worker.gpu_worker:Worker.update_weights",
+    "vllm.v1.worker.gpu_worker:Worker.finish_weight_update",
+    "vllm.distributed.weight_transfer.base:WeightTransferEngine.shutdown",
 )
+
+
+class PromptRefused(AgroError, ValueError):
+    """vLLM does not take the prompt of request `request_id`: too long for it, empty, or with token ids it does not know."""
+
+    request_id = ""
 
 
 def set_engine_environment(config: ActorsConfig) -> None:
@@ -46,33 +76,51 @@ def set_engine_environment(config: ActorsConfig) -> None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
+def engine_arguments(model: ModelConfig, config: ActorsConfig, *, max_model_len: int, seed: int) -> dict[str, Any]:
+    """The arguments of vLLM's engine, by the names of its EngineArgs."""
+    return {
+        "model": model.path,
+        "dtype": model.dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": config.slots,
+        "seed": seed,
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "trust_remote_code": model.trust_remote_code,
+        "generation_config": "vllm",
+        **_device_arguments(config),
+    }
+
+
 class Engine:
     """One vLLM engine that speaks token ids in, Samples out."""
 
-    def __init__(self, model: ModelConfig, config: ActorsConfig, *, max_model_len: int, seed: int = 0, version: int = 0) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: ActorsConfig,
+        *,
+        max_model_len: int,
+        seed: int = 0,
+        version: int = 0,
+        transport: str = "snapshot",
+    ) -> None:
+        """`transport`: `weights.transport`; with any other than snapshot, weights can be pushed too."""
         set_engine_environment(config)
         from vllm import EngineArgs, LLMEngine
 
         self._config = config
-        self._engine: Any = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=model.path,
-                dtype=model.dtype,
-                max_model_len=max_model_len,
-                max_num_seqs=config.slots,
-                seed=seed,
-                logprobs_mode="processed_logprobs",
-                enable_prefix_caching=True,
-                disable_log_stats=True,
-                trust_remote_code=model.trust_remote_code,
-                generation_config="vllm",
-                **_device_arguments(config),
-            )
-        )
+        arguments = engine_arguments(model, config, max_model_len=max_model_len, seed=seed)
+        if transport != "snapshot":
+            arguments["weight_transfer_config"] = {"backend": transport}
+        self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
         # `_reload` checks itself what a snapshot leaves out; vLLM names layers that have nothing to load, at every update.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         self._waiting: deque[tuple[str, list[int], Any]] = deque()
+        self._started_s: dict[str, float] = {}  # When each running request got its slot; the oldest first.
         self._num_updates = 0
+        self._transfer: Literal["", "started", "arriving", "failed", "arrived"] = ""
         self.version = version
         self._engine.set_weight_version(str(version))
 
@@ -102,19 +150,44 @@ class Engine:
         """One forward pass of everything running; the samples that finished with it.
 
         A request waits here until it has a slot, so that it takes up the prefix cache of the weights it starts with.
+        Raises PromptRefused, before the pass, when vLLM does not take such a request: that one is gone, the others are as before.
         """
-        from vllm.inputs.engine import tokens_input
-
         while self._waiting and self._engine.get_num_unfinished_requests() < self._config.slots:
-            request_id, prompt_ids, params = self._waiting.popleft()
-            self._engine.add_request(request_id, tokens_input(prompt_ids, cache_salt=f"update-{self._num_updates}"), params)
-        return [(output.request_id, _sample(output.outputs[0])) for output in self._engine.step() if output.finished]
+            self._start(*self._waiting.popleft())
+        finished = [(output.request_id, _sample(output.outputs[0])) for output in self._engine.step() if output.finished]
+        for request_id, _ in finished:
+            del self._started_s[request_id]
+        return finished
+
+    def overdue(self, limit_s: float) -> list[str]:
+        """The requests that have had a slot for longer than `limit_s` seconds."""
+        until_s = time.monotonic() - limit_s
+        return [request_id for request_id, _ in itertools.takewhile(lambda started: started[1] < until_s, self._started_s.items())]
+
+    def truncate(self, request_ids: list[str]) -> list[tuple[str, Sample]]:
+        """End requests now; the samples, with finish reason "length", of those that have a token. Their slots are free.
+
+        vLLM drops what an aborted request has: it is taken out of the request's state before.
+        """
+        from vllm.v1.engine import FinishReason
+
+        processor = self._engine.output_processor
+        ended = []
+        for request_id in request_ids:
+            for internal_id in processor.external_req_ids.get(request_id, ()):
+                output = processor.request_states[internal_id].make_request_output([], None, FinishReason.LENGTH, None).outputs[0]
+                if output.token_ids:
+                    ended.append((request_id, _sample(output)))
+        self.abort(request_ids)
+        return ended
 
     def abort(self, request_ids: list[str]) -> None:
         """Drop requests, started or not."""
         dropped = set(request_ids)
         self._waiting = deque(request for request in self._waiting if request[0] not in dropped)
         self._engine.abort_request(request_ids)
+        for request_id in dropped:
+            self._started_s.pop(request_id, None)
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Swap in the weights of `version`; unfinished generations continue with them, on the old keys and values.
@@ -127,9 +200,78 @@ class Engine:
         workers = self._engine.apply_model(lambda model: _reload(model, tensors, self._engine.vllm_config.model_config))
         if missing := sorted(set().union(*workers)):
             raise SnapshotError(f"weights of version {version} lack {len(missing)} parameters of the model: {', '.join(missing[:5])}")
+        self._take_over(version)
+
+    # --- weights that the learner pushes (actors/receiver.py) -----------------------------------------------------
+
+    def init_transfer(self, init_info: dict[str, Any]) -> None:
+        """Connect the workers to the learner; returns when all of the group have met."""
+        self._engine.collective_rpc("shutdown_weight_transfer_engine")  # vLLM itself would leave the old group's communicator behind.
+        self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+
+    def start_transfer(self) -> None:
+        """The model is taken apart: no `step` before `finish_transfer` or `undo_transfer`."""
+        self._engine.collective_rpc("start_weight_update")
+        self._transfer = "started"
+
+    def update_transfer(self, update_info: dict[str, Any]) -> None:
+        """Receive what `update_info` describes. Raises what vLLM, NCCL or CUDA do."""
+        self._transfer = "failed"
+        self._engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
+        self._transfer = "arriving"
+
+    def finish_transfer(self, version: int, probes: Mapping[str, str]) -> int:
+        """Put the new weights in place, as `load_weights` does; how many of `probes` (checksums by parameter) vLLM's model confirms.
+
+        Raises SnapshotError when one of them differs: `undo_transfer` then.
+        """
+        self._engine.collective_rpc("finish_weight_update")
+        self._transfer = "arrived"
+        model_config = self._engine.vllm_config.model_config
+        found: list[dict[str, str]] = self._engine.apply_model(lambda model: _mended(model, model_config, probes))
+        for name, value in probes.items():
+            if any(worker.get(name, value) != value for worker in found):
+                raise SnapshotError(f"version {version} arrived damaged: {name} is not what the learner sent")
+        self._transfer = ""
+        self._take_over(version)
+        return min(map(len, found))
+
+    def undo_transfer(self) -> None:
+        """Put the model together again: as it was if nothing had arrived, else without weights that count (version -1)."""
+        state, self._transfer = self._transfer, ""
+        model_config = self._engine.vllm_config.model_config
+        if state in ("started", "arriving"):
+            self._engine.collective_rpc("finish_weight_update")  # Layers that got nothing keep what they had.
+        elif state == "failed":  # vLLM has closed its session, but not the reload.
+            self._engine.apply_model(lambda model: _finalize(model, model_config))
+        self._engine.apply_model(lambda model: _mended(model, model_config, {}))
+        if state != "started":
+            self.version = -1
+            self._engine.set_weight_version("-1")
+
+    def abort_transfer(self) -> None:
+        """From any thread: end a broadcast that nobody sends any more. Not with tensor parallelism, where the workers cannot be reached
+        while they wait in it; the fleet then finds the actor hung."""
+        if self._config.num_gpus <= 1:
+            self._engine.collective_rpc(lambda worker: worker.weight_transfer_engine.shutdown())
+
+    def _take_over(self, version: int) -> None:
+        """The weights in place are those of `version`, for all that starts from here on."""
         self._num_updates += 1
         self._engine.set_weight_version(str(version))
         self.version = version
+
+    def _start(self, request_id: str, prompt_ids: list[int], params: Any) -> None:
+        from vllm.exceptions import VLLMValidationError
+        from vllm.inputs.engine import tokens_input
+
+        try:
+            self._engine.add_request(request_id, tokens_input(prompt_ids, cache_salt=f"update-{self._num_updates}"), params)
+        except VLLMValidationError as error:
+            refused = PromptRefused(f"vLLM does not take the prompt of {len(prompt_ids)} tokens: {str(error)[:300]}")
+            refused.request_id = request_id
+            raise refused from error
+        self._started_s[request_id] = time.monotonic()
 
 
 def _device_arguments(config: ActorsConfig) -> dict[str, Any]:
@@ -154,17 +296,29 @@ def _sample(output: Any) -> Sample:
 
 def _reload(model: Any, tensors: list[tuple[str, torch.Tensor]], model_config: Any) -> list[str]:
     """Load `tensors` into `model`; the names, as vLLM has them, of parameters that got nothing."""
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
     initialize_layerwise_reload(model)
     expected = {name for name, _ in model.named_parameters()}
     loaded = model.load_weights(tensors)
-    finalize_layerwise_reload(model, model_config)
-    head = getattr(model, "lm_head", None)
+    _finalize(model, model_config)
+    _mended(model, model_config, {})
     if model_config.hf_text_config.tie_word_embeddings:
         expected.discard("lm_head.weight")
-        _repack_head(head)
     return sorted(expected - loaded)
+
+
+def _finalize(model: Any, model_config: Any) -> None:
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(model, model_config)
+
+
+def _mended(model: Any, model_config: Any, probes: Mapping[str, str]) -> dict[str, str]:
+    """What vLLM leaves to do after a reload; the checksums of those of `probes` that are parameters of the model by that name."""
+    if model_config.hf_text_config.tie_word_embeddings:
+        _repack_head(getattr(model, "lm_head", None))
+    return {name: checksum(parameter) for name, parameter in model.named_parameters() if name in probes}
 
 
 def _repack_head(head: Any) -> None:

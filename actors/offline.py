@@ -10,7 +10,9 @@ It is taken as finished (EOS appended) unless its row says `truncated: true`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Awaitable, Iterator, Sequence
@@ -19,6 +21,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from actors.exchange import BUFFER, RETRY_S
+from actors.heartbeat import Heartbeat
 from actors.prompts import (
     PROMPT_COLUMNS,
     OfflineSample,
@@ -32,9 +36,11 @@ from actors.prompts import (
     tokenise,
 )
 from buffer.records import Group, Sample, WorkItem, encode
+from buffer.store import DiskFullError
 from cluster.board import Directive
 from cluster.config import Config
 from cluster.errors import DataError, PeerTimeout
+from cluster.peers import connect_buffer
 from rewards.pool import RewardPool
 from rewards.scoring import Scored
 
@@ -229,41 +235,67 @@ def with_scores(samples: Sequence[Sample], scores: Sequence[Scored]) -> list[Sam
     ]
 
 
-class OfflineActor:
+class OfflineActor(Heartbeat):
     """Leases prompts and inserts groups of their offline samples; `cluster.supervisor` makes it a Ray actor beside the rollout actors.
 
-    `buffer`, `board` and `monitor` are handles whose `method.remote(...)` can be awaited.
+    `buffers` are the handles of the buffer's shards; `board` and `monitor` handles too, whose `method.remote(...)` can be awaited.
     """
 
-    def __init__(self, name: str, config: Config, prompts: PromptSet, buffer: Any, board: Any, monitor: Any) -> None:
+    def __init__(self, name: str, config: Config, prompts: PromptSet, buffers: Sequence[Any], board: Any, monitor: Any) -> None:
         self._name, self._config, self._prompts = name, config, prompts
-        self._buffer, self._board, self._monitor = buffer, board, monitor
+        self._buffer, self._board, self._monitor = connect_buffer(buffers), board, monitor
         self._rewards = RewardPool(config.rewards)
         self._scores_all = config.agro.target.startswith("majority")  # A vote needs the answers of all.
         self._version = -1
-        self._counters = dict.fromkeys(("groups", "samples", "errors", "wait_admission_s"), 0.0)
+        self._counters = dict.fromkeys(("groups", "samples", "errors", "insert_retries", "wait_admission_s"), 0.0)
 
     async def run(self) -> dict[str, float]:
         """Feed until retired; the final counters. Raises PeerTimeout when buffer or board does not answer."""
         with self._rewards:
             while not await self._is_retired():
+                self._beat()
                 await self._feed()
                 self._monitor.log_actor.remote(self._name, {**self._counters, "version": self._version})
-            await self._ask(self._buffer.release_actor.remote(self._name), "the replay buffer")
+            with contextlib.suppress(DiskFullError):  # Told before; the leases run out.
+                await self._ask(self._buffer.release_actor(self._name), BUFFER)
         return dict(self._counters)
 
     async def _feed(self) -> None:
         """One lease of at most a batch, to its insertion; nothing when the buffer admits none."""
         start_s = time.perf_counter()
-        lease = self._buffer.lease.remote(self._name, self._config.learner.groups_per_step, LEASE_S)
-        items = [msgspec.msgpack.decode(payload, type=WorkItem) for payload in await self._ask(lease, "the replay buffer")]
+        try:
+            # Nothing is held from one turn to the next.
+            lease = self._buffer.lease(self._name, self._config.learner.groups_per_step, LEASE_S, holding=[])
+            items = [msgspec.msgpack.decode(payload, type=WorkItem) for payload in await self._ask(lease, BUFFER) or ()]
+        except DiskFullError as error:
+            self._monitor.event.remote(f"{self._name} leases nothing: {error}")
+            await asyncio.sleep(RETRY_S)
+            return
         self._counters["wait_admission_s"] += time.perf_counter() - start_s
         groups = await asyncio.gather(*map(self._group, items))
-        if groups:
-            await self._ask(self._buffer.insert.remote(self._name, list(map(encode, groups))), "the replay buffer")
+        if not groups or not await self._insert(groups):
+            return
         self._counters["groups"] += len(groups)
         self._counters["samples"] += sum(len(group.samples) for group in groups)
         self._counters["errors"] += sum(sample.error is not None for group in groups for sample in group.samples)
+
+    async def _insert(self, groups: Sequence[Group]) -> bool:
+        """Sends the groups, again every second while the buffer's disk is full; False when retired before they were taken."""
+        payloads = [encode(group) for group in groups]
+        for attempt in itertools.count():
+            try:
+                await self._ask(self._buffer.insert(self._name, payloads), BUFFER)
+            except DiskFullError as error:
+                if attempt == 0:
+                    self._monitor.event.remote(f"{self._name} keeps its groups and sends them again every {RETRY_S:g} s: {error}")
+            else:
+                return True
+            await asyncio.sleep(RETRY_S)
+            self._beat()
+            if await self._is_retired():
+                break
+            self._counters["insert_retries"] += 1
+        return False
 
     async def _group(self, item: WorkItem) -> Group:
         row = self._prompts[item.row]
@@ -284,7 +316,7 @@ class OfflineActor:
         payload = await self._ask(self._board.poll.remote(self._name, self._version, 0, 0.0), "the board")
         directive = msgspec.msgpack.decode(payload, type=Directive)
         self._version = directive.version
-        return directive.retire
+        return bool(directive.retire)
 
     async def _ask(self, call: Awaitable[Any], who: str) -> Any:
         limit_s = self._config.run.timeout_s

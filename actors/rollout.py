@@ -1,243 +1,272 @@
 """The rollout actor: leases prompts, generates with whatever weights it has, has them scored, inserts whole groups.
 
+    buffer --lease--> WorkItems --engine--> Samples --reward pool--> Group --insert--> buffer       groups.py, exchange.py
+    board  --poll---> newer snapshot: fetched while generation goes on, applied between two steps   follower.py
+                      evaluation items: exactly their version is loaded, and kept until they are done
+                      retire: 'drain' finishes what was begun, 'now' hands everything back
+
 With offline data, some samples of each group are taken from there; where all are, this actor only evaluates.
 
-    buffer --lease--> WorkItems --engine--> Samples --reward pool--> Group --insert--> buffer
-    board  --poll---> newer snapshot: fetched while generation goes on, applied between two engine steps
-                      evaluation items: exactly their version is loaded, and kept until they are done
-
 The loop never waits while there is something to generate. Its waits are counters: `wait_admission_s` (the buffer admits
-no more work), `wait_weights_s` (before the first snapshot: an actor is not eligible until it has one) and
-`wait_evaluation_s` (it only evaluates, and there is nothing to).
+no more work), `wait_disk_s` (nor takes any: its disk is full), `wait_weights_s` (before the first snapshot: an actor is not
+eligible until it has one) and `wait_evaluation_s` (it only evaluates, and there is nothing to).
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import msgspec
-import numpy as np
 import ray
 
 from actors.engine import Engine
+from actors.exchange import BUFFER, RETRY_S, Ask, Outbox
+from actors.follower import POLL_S, Follower
+from actors.groups import Generator, Groups, OpenGroup
+from actors.heartbeat import Heartbeat
 from actors.offline import choose_samples, with_scores
-from actors.prompts import PromptRow, PromptSet
+from actors.prompts import PromptSet
+from actors.receiver import Receiver, Receiving
 from buffer.records import EvalItem, EvalSample, Group, Sample, WorkItem, encode
-from cluster.board import Directive
+from buffer.store import DiskFullError
 from cluster.config import Config
 from cluster.errors import SnapshotError
-from cluster.weights import Manifest, read_snapshot
+from cluster.peers import Calls, connect_buffer
 from rewards.pool import RewardPool
 from rewards.scoring import Scored
 
-POLL_S = 5.0
 REPORT_EVERY_S = 1.0
 IDLE_S = 0.1
-SCORING_S = 0.002
-RETRY_S = 1.0
+RETIRE_LIMIT_S = 30.0
+HAND_BACK_LIMIT_S = 10.0
+NICENESS = 4
 
 
-@dataclass
-class OpenGroup:
-    """A prompt whose samples are being generated: those that are None; the others are offline samples."""
+class RolloutActor(Heartbeat):
+    """One vLLM engine and its loop; `cluster/supervisor.py` makes it a Ray actor. `run` returns when the board retires it.
 
-    item: WorkItem | EvalItem
-    row: PromptRow
-    samples: list[Sample | None]
-    missing: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.missing = self.samples.count(None)
-
-
-class RolloutActor:
-    """One vLLM engine and its loop; `cluster.run` makes it a Ray actor. `run` returns when the board retires it."""
+    `buffers` are the handles of the buffer's shards; `board` and `monitor` handles too. What `method.remote(...)` of a handle
+    returns can be awaited.
+    """
 
     def __init__(
-        self, name: str, config: Config, prompts: PromptSet, eval_prompts: PromptSet, buffer: Any, board: Any, monitor: Any
+        self, name: str, config: Config, prompts: PromptSet, eval_prompts: PromptSet, buffers: Sequence[Any], board: Any, monitor: Any
     ) -> None:
         self._name, self._config = name, config
-        if config.actors.num_cpus < 1 and not config.actors.num_gpus:
-            os.nice(4)  # Sharing a core with the learner, which is what everything waits for: step back.
+        self._step_back()
         self._prompts, self._eval_prompts = prompts, eval_prompts
-        self._buffer, self._board, self._monitor = buffer, board, monitor
+        self._buffer, self._board, self._monitor = connect_buffer(buffers), board, monitor
         self._rewards = RewardPool(config.rewards)
-        seed = (config.run.seed * 1_000_003 + sum(name.encode()) * 7919) % 2**31
-        self._engine = Engine(config.model, config.actors, max_model_len=config.max_sequence_tokens, seed=seed, version=-1)
+        self._engine = self._make_engine()
+        self._groups = Groups(self._engine, config.actors)
+        self._calls = Calls(config.run.timeout_s)
+        self._follower = Follower(name, config, board, self._calls, self._tell)
+        self._receiver = self._make_receiver()
+        self._outbox = Outbox(self._calls, name, config.run.timeout_s, self._tell_refused)
         self._work: deque[WorkItem] = deque()
-        self._ordinals: set[int] = set()  # Of the groups being generated or scored here.
-        self._open: dict[str, tuple[OpenGroup, int]] = {}
-        self._scoring: list[tuple[OpenGroup, Future]] = []
+        self._holding: set[int] = set()  # Ordinals from their lease to the acknowledgement of what became of them.
+        self._scoring: list[tuple[OpenGroup, Future[list[Scored]]]] = []
         self._evaluating = 0
-        self._directive: Directive | None = None
-        self._buckets: tuple[Manifest, list] | None = None
-        self._calls: dict[str, Any] = {}  # At most one outstanding Ray call of each kind.
-        self._inserts: list[Any] = []
+        self._lease: Ask[list[bytes] | None] | None = None
         self._leasing_version = self._outdated_version = -1  # What the newest lease was asked with; what the buffer refused.
-        self._retry_at_s = self._reported_s = 0.0
-        self._retired = False
-        waits = ("wait_admission_s", "wait_evaluation_s", "wait_weights_s")
-        counted = ("generated_tokens", "generated_samples", "groups", "busy_s", *waits, "updates", "errors")
-        self._counters: dict[str, float] = dict.fromkeys(counted, 0.0)
+        self._lease_at_s = self._reported_s = 0.0
+        self._retire_until_s: float | None = None
+        waits = ("wait_admission_s", "wait_disk_s", "wait_evaluation_s", "wait_weights_s")
+        self._counters: dict[str, float] = dict.fromkeys(("groups", "groups_failed", "busy_s", *waits, "errors"), 0.0)
 
     def run(self) -> dict[str, float]:
-        """Generate until retired; the final counters."""
-        while not self._retired:
+        """Generate until retired; the final counters. Raises PeerTimeout when buffer or board does not answer."""
+        self._step_back()
+        if self._receiver is not None:
+            self._calls.ask(self._board.join.remote(self._name, self._own_handle()), "the board")
+        while not self._is_over():
+            self._beat()
             self._follow_board()
             self._take_work()
-            if self._engine.num_unfinished:
+            if self._engine.num_unfinished and self._engine.version >= 0:  # Else a transfer was broken off: a snapshot comes first.
                 self._generate()
             else:
                 self._idle()
             self._deliver()
             self._report()
-        ray.get(self._inserts, timeout=self._timeout_s)
-        # What is leased, or about to be: the buffer hands it to another actor, or to the next start of the run.
-        ray.get(self._buffer.release_actor.remote(self._name), timeout=self._timeout_s)
-        self._rewards.close()
-        return dict(self._counters)
+        self._hand_back()
+        return self._all_counters()
 
-    @property
-    def _timeout_s(self) -> float:
-        return self._config.run.timeout_s
+    def _step_back(self) -> None:
+        """Sharing a core with the learner, which is what everything waits for. Linux has a niceness for each thread: Ray's may differ."""
+        if self._config.actors.num_cpus < 1 and not self._config.actors.num_gpus:
+            os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
 
-    # --- the board: weights and evaluations -----------------------------------------------------------------------
+    def _make_engine(self) -> Generator:
+        """The engine, without weights that count. Benchmarks and tests of the loop put a simulated one in its place."""
+        seed = (self._config.run.seed * 1_000_003 + sum(self._name.encode()) * 7919) % 2**31
+        config = self._config
+        transport = config.weights.transport
+        return Engine(config.model, config.actors, max_model_len=config.max_sequence_tokens, seed=seed, version=-1, transport=transport)
+
+    def receive(self, verb: str, number: int, *arguments: Any) -> str:
+        """An order of the learner about weights that it pushes, from any thread: see actors/receiver.py."""
+        if self._receiver is None:
+            raise SnapshotError(f"{self._name} takes snapshots only: weights.transport = {self._config.weights.transport}")
+        return self._receiver.order(verb, number, *arguments)
+
+    def _make_receiver(self) -> Receiver | None:
+        """None where nobody pushes weights."""
+        if self._config.weights.transport == "snapshot":
+            return None
+        limit_s, engine = self._config.run.timeout_s, cast(Receiving, self._engine)
+        return Receiver(
+            engine,
+            limit_s,
+            may_start=self._may_receive,
+            on_updated=self._groups.updated,
+            beat=self._beat,
+            tell=lambda text: self._tell(f"{self._name}: {text}"),
+        )
+
+    def _may_receive(self) -> str:
+        """Why weights cannot be pushed now."""
+        if self._engine.version < 0:
+            return "it has no weights yet: its first are a snapshot's, which is checked to be complete"
+        if self._follower.retire:
+            return "it retires"
+        return "it evaluates" if self._evaluating or not self._follower.give_way() else ""
+
+    def _own_handle(self) -> Any:
+        return ray.get_runtime_context().current_actor
+
+    # --- the board: weights, evaluations, the end -----------------------------------------------------------------
 
     def _follow_board(self) -> None:
-        if self._directive is None and not self._evaluating and time.monotonic() >= self._retry_at_s:
-            if "poll" not in self._calls:
-                max_items = max(1, self._config.actors.slots // self._config.eval.samples)
-                self._calls["poll"] = self._board.poll.remote(self._name, self._engine.version, max_items, POLL_S)
-            elif (payload := self._answer("poll")) is not None:
-                self._obey(msgspec.msgpack.decode(payload, type=Directive))
-        if self._directive is not None:
-            self._fetch_snapshot(self._directive)
-
-    def _obey(self, directive: Directive) -> None:
-        self._retired = directive.retire
-        if directive.version != self._engine.version:
-            self._directive = directive
-        else:
-            self._start_evaluating(directive.eval_items)
-
-    def _fetch_snapshot(self, directive: Directive) -> None:
-        """Pull the directive's snapshot, over as many turns of the loop as it takes; apply it when all of it is here."""
-        if self._buckets is None:
-            if "snapshot" not in self._calls:
-                self._calls["snapshot"] = self._board.snapshot.remote(directive.version)
-            elif self._is_ready("snapshot"):
-                snapshot = self._answer("snapshot")
-                if snapshot is None:  # Dropped for newer ones since: ask again.
-                    self._drop_directive()
-                    return
-                self._buckets = (msgspec.msgpack.decode(snapshot[0], type=Manifest), snapshot[1])
-        if self._buckets is not None:
-            manifest, references = self._buckets
-            ready, _ = ray.wait(references, num_returns=len(references), timeout=0, fetch_local=True)
-            if len(ready) == len(references):
-                self._apply(directive, manifest, ray.get(references, timeout=self._timeout_s))
-
-    def _apply(self, directive: Directive, manifest: Manifest, buckets: list[np.ndarray]) -> None:
-        self._directive = self._buckets = None
-        start_s = time.perf_counter()
-        try:
-            weights = read_snapshot(manifest, buckets)
-        except SnapshotError as error:  # The old weights stay; the samples say so.
-            self._counters["errors"] += 1
-            self._monitor.event.remote(f"{self._name} keeps version {self._engine.version}: {error}")
-            self._drop_directive()
+        """Carries out what the learner pushes, and what the board wants as soon as all for it is here."""
+        if self._receiver is not None:
+            self._receiver.look()
+        self._follower.look(self._engine.version, is_evaluating=self._evaluating > 0)
+        update = self._follower.update
+        if update is None or (update.weights is not None and not self._groups.update(update.version, update.weights)):
             return
-        self._engine.load_weights(manifest.version, weights)
-        self._counters["apply_s"] = time.perf_counter() - start_s
-        self._counters["updates"] += 1
-        self._start_evaluating(directive.eval_items)
-
-    def _drop_directive(self) -> None:
-        """Not to be done: evaluation items go back to the board, and the board is asked again in a while."""
-        self._directive = None
-        self._retry_at_s = time.monotonic() + RETRY_S
-        self._inserts.append(self._board.give_back.remote(self._name))
-
-    def _start_evaluating(self, items: tuple[EvalItem, ...]) -> None:
-        for item in items:
+        self._follower.update = None
+        for item in update.eval_items:
             self._evaluating += 1
-            self._submit(item, self._eval_prompts[item.row], self._config.eval.samples, self._config.eval.temperature)
+            samples: list[Sample | None] = [None] * self._config.eval.samples
+            self._groups.start(OpenGroup(item, self._eval_prompts[item.row], samples, temperature=self._config.eval.temperature))
+
+    def _is_over(self) -> bool:
+        """Whether to leave the loop: at once, or drained, or after RETIRE_LIMIT_S of draining."""
+        if self._follower.retire != "drain":
+            return self._follower.retire == "now"
+        if self._retire_until_s is None:
+            self._retire_until_s = time.monotonic() + RETIRE_LIMIT_S
+        return time.monotonic() > self._retire_until_s or not (len(self._groups) or self._scoring or len(self._outbox))
+
+    def _hand_back(self) -> None:
+        """What was not finished goes to another actor, or to the next start of the run; what was is still waited for."""
+        concurrent.futures.wait(self._outbox.futures, HAND_BACK_LIMIT_S)
+        self._outbox.look()
+        self._calls.ask(self._board.give_back.remote(self._name), "the board")
+        try:
+            self._calls.ask(self._buffer.release_actor(self._name), BUFFER)
+        except DiskFullError as error:
+            self._tell(f"{self._name} could not hand back {len(self._holding)} leases; they will run out: {error}")
+        self._rewards.close()
 
     # --- work -----------------------------------------------------------------------------------------------------
 
     def _take_work(self) -> None:
-        """Keep the engine's slots full, and a few leases at hand to refill them."""
+        """Keep the engine's slots full, and a few leases at hand to refill them; a retired actor hands those back."""
         actors = self._config.actors
-        if self._engine.version < 0 or self._config.is_offline:
+        self._receive_lease()
+        if self._follower.retire:
+            if unstarted := [self._work.popleft().ordinal for _ in range(len(self._work))]:
+                self._outbox.post(partial(self._buffer.give_back, self._name, unstarted), BUFFER, unstarted)
             return
         reserve = max(1, actors.slots // (2 * actors.group_size))
-        if "lease" in self._calls and self._is_ready("lease"):
-            payloads = self._answer("lease")
-            if payloads is None:
-                self._outdated_version = self._leasing_version
-            self._work.extend(msgspec.msgpack.decode(payload, type=WorkItem) for payload in payloads or ())
-        if "lease" not in self._calls and len(self._work) < reserve and self._engine.version != self._outdated_version:
+        if self._may_lease() and len(self._work) < reserve:
             self._leasing_version = self._engine.version
-            self._calls["lease"] = self._buffer.lease.remote(self._name, reserve, POLL_S, self._leasing_version)
-        while self._work and self._engine.num_unfinished < actors.slots:
+            call = self._buffer.lease(self._name, reserve, POLL_S, self._leasing_version, sorted(self._holding))
+            self._lease = Ask(self._calls, call, who=BUFFER, name=self._name, limit_s=POLL_S + self._config.run.timeout_s)
+        is_draining = self._follower.update is not None
+        while self._work and self._engine.num_unfinished < actors.slots and not is_draining:
             item = self._work.popleft()
-            if item.ordinal in self._ordinals:
-                continue  # Its lease ran out while it is still being generated here: the one under way will do.
-            self._ordinals.add(item.ordinal)
             row = self._prompts[item.row]
             offline = choose_samples(row, self._config.offline_samples, item.seed)
-            self._submit(item, row, actors.group_size - len(offline), actors.temperature, offline)
+            missing: list[Sample | None] = [None] * (actors.group_size - len(offline))
+            self._groups.start(OpenGroup(item, row, missing, offline, actors.temperature))
 
-    def _submit(self, item: WorkItem | EvalItem, row: PromptRow, count: int, temperature: float, offline: Sequence[Sample] = ()) -> None:
-        """Generate `count` samples; `offline`: those that make up the group with them."""
-        group = OpenGroup(item, row, [*[None] * count, *offline])
-        key = f"train-{item.ordinal}" if isinstance(item, WorkItem) else f"eval-{item.evaluation_id}-{item.row}"
-        for index in range(count):
-            request_id = f"{key}-{index}"
-            self._open[request_id] = (group, index)
-            self._engine.submit(request_id, row.token_ids, seed=(item.seed + index) % 2**31, temperature=temperature)
+    def _may_lease(self) -> bool:
+        if self._lease is not None or self._outbox.is_refused or time.monotonic() < self._lease_at_s or self._config.is_offline:
+            return False
+        return self._engine.version >= 0 and self._engine.version != self._outdated_version
+
+    def _receive_lease(self) -> None:
+        if self._lease is None or not self._lease.is_done():
+            return
+        lease, self._lease = self._lease, None
+        try:
+            payloads = lease.result()
+        except DiskFullError as error:
+            self._lease_at_s = time.monotonic() + RETRY_S
+            self._tell(f"{self._name} leases nothing: {error}")
+            return
+        if payloads is None:
+            self._outdated_version = self._leasing_version
+        items = [msgspec.msgpack.decode(payload, type=WorkItem) for payload in payloads or ()]
+        # One whose lease ran out while it is still being worked on here: that will do.
+        self._work.extend(item for item in items if item.ordinal not in self._holding)
+        self._holding.update(item.ordinal for item in items)
 
     def _generate(self) -> None:
+        """One step of the engine; the groups that ended with it are scored, or fail."""
         start_s = time.perf_counter()
-        for request_id, sample in self._engine.step():
-            group, index = self._open.pop(request_id)
-            group.samples[index] = sample
-            group.missing -= 1
-            if isinstance(group.item, WorkItem):
-                self._counters["generated_tokens"] += len(sample.token_ids)
-                self._counters["generated_samples"] += 1
-            if not group.missing:
-                texts = [sample.text for sample in group.samples if sample is not None]
-                self._scoring.append((group, self._rewards.submit(group.row.text, texts, group.row.columns)))
+        for group in self._groups.step():
+            if group.is_too_small:
+                self._fail(group)
+            else:
+                self._scoring.append((group, self._score(group)))
         self._counters["busy_s"] += time.perf_counter() - start_s
 
+    def _score(self, group: OpenGroup) -> Future[list[Scored]]:
+        texts = [sample.text for sample in group.members]
+        if texts:
+            return self._rewards.submit(group.row.text, texts, group.row.columns)
+        nothing: Future[list[Scored]] = Future()
+        nothing.set_result([])
+        return nothing
+
+    def _fail(self, group: OpenGroup) -> None:
+        """The item ends without a group: never with rewards of 0."""
+        assert isinstance(group.item, WorkItem)
+        ordinals = [group.item.ordinal]
+        self._counters["groups_failed"] += 1
+        if self._counters["groups_failed"] == 1:  # The ledger names them all.
+            self._tell(f"{self._name}: group {group.item.ordinal} failed: {group.reason}")
+        self._outbox.post(partial(self._buffer.fail, self._name, ordinals, group.reason), BUFFER, ordinals)
+
     def _deliver(self) -> None:
-        """Insert the groups whose rewards are there; hand evaluations to the board."""
+        """Send off the groups whose rewards are there; take note of what has arrived."""
         groups, evaluated = [], []
-        scored = self._take_scored()
-        for group, scores in scored:
-            samples = with_scores([sample for sample in group.samples if sample is not None], scores)
+        for open_group, scores in self._take_scored():
+            samples = with_scores(open_group.members, scores)
             self._counters["errors"] += sum(sample.error is not None for sample in samples)
-            if isinstance(group.item, WorkItem):
-                self._ordinals.discard(group.item.ordinal)
-                groups.append(encode(self._group(group.item, group.row, samples)))
+            if isinstance(open_group.item, WorkItem):
+                groups.append(_group(open_group.item, open_group, samples, self._name))
             else:
-                evaluated.append(_eval_sample(group.item, group.row, samples))
+                evaluated.append(_eval_sample(open_group.item, open_group, samples))
         if groups:
             self._counters["groups"] += len(groups)
-            self._inserts.append(self._buffer.insert.remote(self._name, groups))
+            payloads = [encode(group) for group in groups]
+            self._outbox.post(partial(self._buffer.insert, self._name, payloads), BUFFER, [group.group_id for group in groups])
         if evaluated:
             self._evaluating -= len(evaluated)
-            self._inserts.append(self._board.finish.remote(msgspec.msgpack.encode(evaluated)))
-        if self._inserts:
-            done, self._inserts = ray.wait(self._inserts, num_returns=len(self._inserts), timeout=0)
-            ray.get(done)  # Raises here what the buffer refused.
+            self._outbox.post(partial(self._board.finish.remote, msgspec.msgpack.encode(evaluated)), "the board")
+        self._holding.difference_update(self._outbox.look())
 
     def _take_scored(self) -> list[tuple[OpenGroup, list[Scored]]]:
         """The groups whose rewards are there, no longer among those being scored."""
@@ -250,43 +279,57 @@ class RolloutActor:
         self._scoring = waiting
         return scored
 
-    def _group(self, item: WorkItem, row: PromptRow, samples: list[Sample]) -> Group:
-        return Group(
-            group_id=item.ordinal, row=row.row, prompt=row.text, prompt_ids=row.token_ids, samples=tuple(samples), actor=self._name
-        )
-
     # --- waiting and telling --------------------------------------------------------------------------------------
 
-    def _is_ready(self, call: str) -> bool:
-        return bool(ray.wait([self._calls[call]], timeout=0)[0])
-
-    def _answer(self, call: str) -> Any:
-        """The result of an outstanding call, or None while there is none."""
-        return ray.get(self._calls.pop(call), timeout=self._timeout_s) if self._is_ready(call) else None
-
     def _idle(self) -> None:
-        """Nothing to generate: wait for an answer, and count what for."""
-        start_s = time.perf_counter()
-        waiting = [*self._calls.values(), *self._inserts]
-        limit_s = SCORING_S if self._scoring else IDLE_S
-        if waiting:
-            ray.wait(waiting, num_returns=1, timeout=limit_s)
+        """Nothing to generate: wait for any answer, and count what for."""
+        start_s = time.monotonic()
+        if waiting := list(self._awaited()):
+            concurrent.futures.wait(waiting, IDLE_S, concurrent.futures.FIRST_COMPLETED)
         else:
-            time.sleep(limit_s)
+            time.sleep(IDLE_S)
         wait = "wait_evaluation_s" if self._config.is_offline else "wait_admission_s"
+        wait = "wait_disk_s" if self._outbox.is_refused or start_s < self._lease_at_s else wait
         wait = "wait_weights_s" if self._engine.version in (-1, self._outdated_version) else wait
-        self._counters[wait] += time.perf_counter() - start_s
+        self._counters[wait] += time.monotonic() - start_s
+
+    def _awaited(self) -> Iterator[Future[Any]]:
+        yield from self._follower.futures
+        yield from self._outbox.futures
+        yield from (future for _, future in self._scoring)
+        if self._lease is not None:
+            yield self._lease.future
 
     def _report(self) -> None:
         if time.monotonic() - self._reported_s >= REPORT_EVERY_S:
             self._reported_s = time.monotonic()
-            self._monitor.log_actor.remote(self._name, {**self._counters, "version": self._engine.version})
+            self._monitor.log_actor.remote(self._name, {**self._all_counters(), "version": self._engine.version})
+
+    def _all_counters(self) -> dict[str, float]:
+        counters = {**self._counters, **self._groups.counters, "fetch_s": self._follower.fetch_s}
+        counters["transfers_failed"] = 0.0 if self._receiver is None else float(self._receiver.num_failed)
+        return {**counters, "insert_retries": float(self._outbox.retries), "snapshots_failed": float(self._follower.num_failed)}
+
+    def _tell(self, text: str) -> None:
+        self._monitor.event.remote(text)
+
+    def _tell_refused(self, reason: str) -> None:
+        self._tell(f"{self._name} keeps its groups and sends them again every {RETRY_S:g} s: {reason}")
 
 
-def _eval_sample(item: EvalItem, row: PromptRow, samples: list[Sample]) -> EvalSample:
+def _group(item: WorkItem, group: OpenGroup, samples: Sequence[Sample], actor: str) -> Group:
+    row = group.row
+    return Group(group_id=item.ordinal, row=row.row, prompt=row.text, prompt_ids=row.token_ids, samples=tuple(samples), actor=actor)
+
+
+def _eval_sample(item: EvalItem, group: OpenGroup, scored: Sequence[Sample]) -> EvalSample:
+    """The result of an evaluation item; a sample that was dropped has neither text nor reward, but an error."""
+    left = iter(scored)
+    dropped = Sample(token_ids=(), logprobs=(), version_spans=(), finish_reason="length", text="", error=group.reason)
+    samples = [dropped if sample is None else next(left) for sample in group.samples]
     return EvalSample(
         item=item,
-        prompt=row.text,
+        prompt=group.row.text,
         texts=tuple(sample.text for sample in samples),
         rewards=tuple(sample.reward for sample in samples),
         errors=tuple(sample.error for sample in samples),

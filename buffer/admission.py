@@ -2,8 +2,9 @@
 
 An item is *open* from its first lease until it ends: inserted or failed. While open it is either held by one actor or
 waiting to be issued again. Invariants:
-  - items below `frontier` and not open have ended, all others were never leased: three states, told apart in O(open);
-  - `open + stored-unconsumed <= allowed`: a new item is leased only below the bound; one issued again changes no count.
+  - of a shard's items, the first `frontier` were leased; those of them that are not open have ended: told apart in O(open);
+  - `open + stored-unconsumed <= allowed`: a new item is leased only below the bound; one issued again changes no count;
+  - an item whose holder died or was late `MAX_LOSSES` times ends as failed: a prompt that kills its actor must not kill them all.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from buffer.records import WorkItem
 from cluster.errors import AgroError
+
+MAX_LOSSES = 5
 
 
 class LeaseError(AgroError, LookupError):
@@ -43,20 +47,31 @@ def work_item(ordinal: int, *, seed: int, num_rows: int) -> WorkItem:
     return WorkItem(ordinal=ordinal, row=int(_permutation(seed, epoch, num_rows)[position]), seed=item_seed)
 
 
-class Admission:
-    """Leases on the prompt stream. Times are seconds on any one monotonic clock, given by the caller.
+class Lease(msgspec.Struct):
+    """Of an open item. `actor` '': waiting to be issued again. `since_s` None: held since before this process began."""
 
-    `counts`: failed, expired (leases that ran out), reissued, ignored_reports (about items that are another's or ended).
+    actor: str
+    losses: int = 0
+    since_s: float | None = None
+
+
+class Admission:
+    """Leases on one shard's part of the prompt stream: ordinals `shard`, `shard + num_shards`, ...
+
+    Times are seconds on any one monotonic clock, given by the caller. `counts`: failed, expired (leases that ran out), reissued,
+    lost_too_often, ignored_reports (about items that are another's or ended).
     """
 
-    def __init__(self, allowed: int, lease_timeout_s: float) -> None:
+    def __init__(self, allowed: int, lease_timeout_s: float, shard: int = 0, num_shards: int = 1) -> None:
         self.allowed = allowed
         self.lease_timeout_s = lease_timeout_s
+        self.shard, self.num_shards = shard, num_shards
         self.frontier = 0
         self.counts: Counter[str] = Counter()
-        # Held leases in the order of their start, so that the first is always the next to expire.
-        self._held: dict[int, tuple[str, float]] = {}
-        self._waiting: dict[int, None] = {}
+        # Held in the order of their start, so that the first is always the next to expire; waiting in the order of their loss.
+        self._held: dict[int, Lease] = {}
+        self._waiting: dict[int, Lease] = {}
+        self._changed: dict[int, None] = {}
 
     @property
     def num_open(self) -> int:
@@ -65,22 +80,33 @@ class Admission:
 
     @property
     def next_expiry_s(self) -> float:
-        """When the oldest lease runs out; infinity without leases."""
-        return next((since_s + self.lease_timeout_s for _, since_s in self._held.values()), math.inf)
+        """When the oldest lease runs out; minus infinity when `expire` has to be told the time first; infinity without leases."""
+        for lease in self._held.values():
+            return -math.inf if lease.since_s is None else lease.since_s + self.lease_timeout_s
+        return math.inf
 
     def num_leasable(self, stored_unconsumed: int) -> int:
         """Items that `lease` would give: those to issue again, and new ones while admitted."""
         return len(self._waiting) + max(0, self.allowed - self.num_open - stored_unconsumed)
 
+    def lease_of(self, ordinal: int) -> Lease | None:
+        """The open item's lease; None when it is not open."""
+        return self._held.get(ordinal) or self._waiting.get(ordinal)
+
     def holder(self, ordinal: int) -> str | None:
         """The actor that holds the item; None when nobody does."""
-        return self._held[ordinal][0] if ordinal in self._held else None
+        return self._held[ordinal].actor if ordinal in self._held else None
+
+    def held_by(self, actor: str) -> list[int]:
+        """What the actor holds."""
+        return [ordinal for ordinal, lease in self._held.items() if lease.actor == actor]
 
     def is_open(self, ordinal: int) -> bool:
-        """Whether the item still has to end; False when it has. Raises LeaseError when it was never leased."""
-        if not 0 <= ordinal < self.frontier:
+        """Whether the item still has to end; False when it has. Raises LeaseError when it was never leased here."""
+        position, shard = divmod(ordinal, self.num_shards)
+        if shard != self.shard or not 0 <= position < self.frontier:
             raise LeaseError(
-                f"group {ordinal} was never leased: items 0 to {self.frontier - 1} were. "
+                f"group {ordinal} was never leased: shard {self.shard} of {self.num_shards} has leased {self.frontier} items. "
                 "Group ids are the ordinals of leased WorkItems; is this actor of another run?"
             )
         return ordinal in self._held or ordinal in self._waiting
@@ -89,29 +115,44 @@ class Admission:
         """Ordinals now held by `actor`, at most `max_items`: first those to issue again, then new ones while admitted."""
         num_items = max(0, min(max_items, self.num_leasable(stored_unconsumed)))
         again = list(self._waiting)[:num_items]
-        for ordinal in again:
-            del self._waiting[ordinal]
         num_new = num_items - len(again)
-        ordinals = again + list(range(self.frontier, self.frontier + num_new))
+        new = [position * self.num_shards + self.shard for position in range(self.frontier, self.frontier + num_new)]
         self.frontier += num_new
         self.counts["reissued"] += len(again)
-        self._held.update((ordinal, (actor, now_s)) for ordinal in ordinals)
-        return ordinals
+        for ordinal in (*again, *new):
+            losses = self._waiting.pop(ordinal).losses if ordinal in self._waiting else 0
+            self._held[ordinal] = Lease(actor, losses, now_s)
+            self._changed[ordinal] = None
+        return [*again, *new]
 
-    def expire(self, now_s: float) -> list[int]:
-        """Takes back the leases that ran out; returns their ordinals, which will be issued again."""
-        late = [ordinal for ordinal, (_, since_s) in self._held.items() if since_s + self.lease_timeout_s <= now_s]
-        self._take_back(late)
+    def expire(self, now_s: float) -> tuple[list[int], list[int]]:
+        """Takes back the leases that ran out: (to be issued again, lost too often and ended)."""
+        late = []
+        for ordinal, lease in self._held.items():
+            if lease.since_s is None:
+                lease.since_s = now_s  # Held since before this process began: its time begins anew.
+            elif lease.since_s + self.lease_timeout_s <= now_s:
+                late.append(ordinal)
         self.counts["expired"] += len(late)
-        return late
+        return self._lose(late)
 
-    def give_back(self, actor: str, ordinals: Sequence[int] | None = None) -> list[int]:
-        """Takes back these leases of `actor` (None: all it holds), to be issued again; returns those it did hold."""
-        if ordinals is None:
-            ordinals = [ordinal for ordinal, (holder, _) in self._held.items() if holder == actor]
+    def lose_actor(self, actor: str) -> tuple[list[int], list[int]]:
+        """Takes back what a dead actor held: (to be issued again, lost too often and ended)."""
+        return self._lose(self.held_by(actor))
+
+    def give_back(self, actor: str, ordinals: Sequence[int]) -> list[int]:
+        """Takes back these leases of `actor`, to be issued again; returns those it did hold."""
         held = [ordinal for ordinal in dict.fromkeys(ordinals) if self.holder(ordinal) == actor]
         self.counts["ignored_reports"] += len(ordinals) - len(held)
-        self._take_back(held)
+        for ordinal in held:
+            self._wait(ordinal, self._held[ordinal].losses)
+        return held
+
+    def release_all(self) -> list[int]:
+        """Takes back all leases: the actors are of an earlier start of the run. Returns them."""
+        held = list(self._held)
+        for ordinal in held:
+            self._wait(ordinal, self._held[ordinal].losses)
         return held
 
     def end(self, ordinal: int) -> bool:
@@ -120,6 +161,7 @@ class Admission:
             return False
         self._held.pop(ordinal, None)
         self._waiting.pop(ordinal, None)
+        self._changed[ordinal] = None
         return True
 
     def fail(self, actor: str, ordinals: Sequence[int]) -> list[int]:
@@ -131,27 +173,49 @@ class Admission:
         self.counts["ignored_reports"] += len(ordinals) - len(ended)
         return ended
 
+    def pop_changed(self) -> list[int]:
+        """Items whose lease began, changed hands or ended since the last call."""
+        changed = list(self._changed)
+        self._changed.clear()
+        return changed
+
     def get_state(self) -> dict[str, Any]:
-        """What must survive: frontier, open ordinals, counts. Holders and times do not: a new process re-issues what is open."""
-        return {"frontier": self.frontier, "open": [*self._waiting, *self._held], "counts": dict(self.counts)}
+        """Frontier, counts and the open items as (ordinal, actor, losses)."""
+        leases = [(ordinal, lease.actor, lease.losses) for ordinal, lease in (*self._waiting.items(), *self._held.items())]
+        return {"frontier": self.frontier, "counts": dict(self.counts), "leases": leases}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Takes over `get_state`'s value. Open items that have a holder here keep it; the others wait to be issued again."""
-        still_open = dict.fromkeys(state["open"])
+        """Takes over `get_state`'s value. Leases keep their holder; their time begins at the next `expire`."""
         self.frontier = state["frontier"]
         self.counts = Counter(state["counts"])
-        self._held = {ordinal: lease for ordinal, lease in self._held.items() if ordinal in still_open}
-        self._waiting = {ordinal: None for ordinal in still_open if ordinal not in self._held}
+        self._held = {ordinal: Lease(actor, losses) for ordinal, actor, losses in state["leases"] if actor}
+        self._waiting = {ordinal: Lease("", losses) for ordinal, actor, losses in state["leases"] if not actor}
+        self._changed.clear()
 
     def check_valid(self) -> list[str]:
         """What is wrong with the state, in words; empty when nothing is."""
-        problems = [f"item {o} is both held and waiting" for o in self._held if o in self._waiting]
-        problems += [
-            f"open item {o} is not below the frontier {self.frontier}" for o in (*self._held, *self._waiting) if o >= self.frontier
-        ]
+        problems = [f"item {ordinal} is both held and waiting" for ordinal in self._held if ordinal in self._waiting]
+        for ordinal in (*self._held, *self._waiting):
+            position, shard = divmod(ordinal, self.num_shards)
+            if shard != self.shard or position >= self.frontier:
+                problems.append(f"open item {ordinal} is none of the {self.frontier} leased by shard {self.shard} of {self.num_shards}")
         return problems
 
-    def _take_back(self, ordinals: Iterable[int]) -> None:
+    def _lose(self, ordinals: list[int]) -> tuple[list[int], list[int]]:
+        again, ended = [], []
         for ordinal in ordinals:
-            del self._held[ordinal]
-            self._waiting[ordinal] = None
+            losses = self._held[ordinal].losses + 1
+            self._wait(ordinal, losses)
+            if losses < MAX_LOSSES:
+                again.append(ordinal)
+            else:
+                self.end(ordinal)
+                ended.append(ordinal)
+        self.counts["lost_too_often"] += len(ended)
+        self.counts["failed"] += len(ended)
+        return again, ended
+
+    def _wait(self, ordinal: int, losses: int) -> None:
+        del self._held[ordinal]
+        self._waiting[ordinal] = Lease("", losses)
+        self._changed[ordinal] = None

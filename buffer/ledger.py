@@ -13,11 +13,13 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import msgspec
+
+from cluster.errors import DataError
 
 EventName: TypeAlias = Literal["leased", "inserted", "trained", "evicted", "failed", "expired", "cancelled"]
 
@@ -74,10 +76,6 @@ class Ledger:
         )
         self._new.append(self._encoder.encode(line) + b"\n")
 
-    def discard(self) -> None:
-        """Forgets what was noted since the last flush: it was rolled back."""
-        self._new.clear()
-
     def flush(self) -> None:
         """Writes what was noted. An error of the disk is no error here: the database is the truth; see `num_unwritten`."""
         self._unwritten += b"".join(self._new)
@@ -128,6 +126,54 @@ def audit(path: str | Path) -> dict[str, Any]:
         "torn_lines": torn_lines,
         "violations": violations,
     }
+
+
+def audit_run(run_dir: str | Path) -> dict[str, Any]:
+    """`audit` of all ledgers of a run together, and `balance`: where every generated item is now, as one line.
+
+    Raises DataError when the run has no ledger.
+    """
+    paths = sorted(Path(run_dir).glob("ledger*.jsonl"))
+    if not paths:
+        raise DataError(f"{run_dir} holds no ledger*.jsonl: is it the directory of a run?")
+    found = [audit(path) for path in paths]
+    merged: dict[str, Any] = {
+        name: dict(sum((Counter(each[name]) for each in found), Counter())) for name in ("status", "events", "evictions")
+    }
+    merged["max_staleness"] = max(each["max_staleness"] for each in found)
+    merged["torn_lines"] = sum(each["torn_lines"] for each in found)
+    merged["violations"] = [
+        f"{path.name}, {text}" if len(paths) > 1 else text for path, each in zip(paths, found, strict=True) for text in each["violations"]
+    ]
+    status, used = merged["status"], merged["evictions"].get("evicted_used", 0)
+    places = {
+        "trained": used,
+        "buffered": status.get("stored", 0),
+        "evicted": status.get("evicted", 0) - used,
+        "failed": status.get("failed", 0) + status.get("cancelled", 0),
+        "in flight": status.get("leased", 0) + status.get("waiting", 0),
+    }
+    merged["balance"] = f"{sum(status.values())} generated = " + " + ".join(f"{count} {place}" for place, count in places.items())
+    return merged
+
+
+def missing_events(statuses: Mapping[int, str], leases: Mapping[int, str], stored: Set[int]) -> Iterator[tuple[EventName, int]]:
+    """What leads from the ledger (`statuses`) to the database: `leases` by ordinal ('': waiting to be issued again), and `stored`."""
+    for ordinal, status in statuses.items():
+        is_open = ordinal in leases
+        if status == "leased" and is_open and not leases[ordinal]:
+            yield "expired", ordinal
+        elif status == "waiting" and is_open and leases[ordinal]:
+            yield "leased", ordinal
+        elif status in ("leased", "waiting") and not is_open:
+            yield ("inserted" if ordinal in stored else "failed"), ordinal
+        elif status == "stored" and ordinal not in stored:
+            yield "evicted", ordinal
+    for ordinal, actor in leases.items():
+        if ordinal not in statuses:
+            yield "leased", ordinal
+            if not actor:
+                yield "expired", ordinal
 
 
 def read_statuses(path: str | Path) -> dict[int, str]:

@@ -7,6 +7,7 @@ On the wire every record is msgpack (`encode` / `decode_group` ...): no pickle c
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -97,7 +98,7 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def oldest_version(self) -> int | None:
         """The version of the oldest token of the group: what `max_staleness` bounds; None when all its samples are offline."""
-        return min((sample.oldest_version for sample in self.samples if sample.oldest_version is not None), default=None)
+        return min((span.version for sample in self.samples for span in sample.version_spans), default=None)
 
     @property
     def num_tokens(self) -> int:
@@ -134,11 +135,25 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     num_errors: int
 
 
-Record: TypeAlias = WorkItem | EvalItem | Sample | Group | Batch | EvalSample | Evaluation
+Record: TypeAlias = WorkItem | EvalItem | Sample | Group | EvalSample | Evaluation
+
+
+class _WireGroup(msgspec.Struct, frozen=True, array_like=True):
+    """A stored group on its way to the learner: its payload as it was inserted, and what the buffer has learnt of it since."""
+
+    uses: int
+    ref_logprobs: tuple[float, ...] | None
+    group: msgspec.Raw
+
+
+class _WireBatch(msgspec.Struct, frozen=True, array_like=True):
+    step: int
+    groups: tuple[_WireGroup, ...]
+
 
 _encoder = msgspec.msgpack.Encoder()
 _group_decoder = msgspec.msgpack.Decoder(Group)
-_batch_decoder = msgspec.msgpack.Decoder(Batch)
+_batch_decoder = msgspec.msgpack.Decoder(_WireBatch)
 
 
 def encode(record: Record) -> bytes:
@@ -151,6 +166,30 @@ def decode_group(payload: bytes) -> Group:
     return _group_decoder.decode(payload)
 
 
+def encode_batch(step: int, groups: Iterable[tuple[int, Sequence[float] | None, bytes]]) -> bytes:
+    """A Batch from stored payloads, which are not decoded: (uses, reference log-prob of each sample or None, payload)."""
+    return _encoder.encode(
+        _WireBatch(
+            step, tuple(_WireGroup(uses, None if ref is None else tuple(ref), msgspec.Raw(payload)) for uses, ref, payload in groups)
+        )
+    )
+
+
 def decode_batch(payload: bytes) -> Batch:
     """The Batch in `payload`; raises msgspec.ValidationError when it is not one."""
-    return _batch_decoder.decode(payload)
+    wire = _batch_decoder.decode(payload)
+    return Batch(wire.step, tuple(_completed(_group_decoder.decode(entry.group), entry) for entry in wire.groups))
+
+
+def merge_batches(parts: Sequence[bytes]) -> bytes:
+    """One encoded Batch with the groups of all `parts`, encoded Batches of the same step."""
+    wires = [_batch_decoder.decode(part) for part in parts]
+    return _encoder.encode(_WireBatch(wires[0].step, tuple(entry for wire in wires for entry in wire.groups)))
+
+
+def _completed(group: Group, wire: _WireGroup) -> Group:
+    samples = group.samples
+    if wire.ref_logprobs is not None:
+        pairs = zip(samples, wire.ref_logprobs, strict=True)
+        samples = tuple(msgspec.structs.replace(sample, ref_logprob=value) for sample, value in pairs)
+    return msgspec.structs.replace(group, uses=wire.uses, samples=samples)

@@ -18,14 +18,18 @@ is full, so that nothing older can come, the batch is the oldest k groups, and t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
+from sortedcontainers import SortedList
 
+from buffer.order import Entry, Order
 from buffer.records import Group
-from buffer.sampling import AGELESS, SAMPLERS, GroupMeta
+from buffer.sampling import AGELESS, SAMPLERS, GroupMeta, View
 from cluster.config import BufferConfig
 from cluster.errors import ConfigError, DataError, StalenessError
 
@@ -35,19 +39,34 @@ _EVICTIONS = ("evicted_used", "evicted_stale", "evicted_capacity")
 def meta_of(group: Group) -> GroupMeta:
     """The index entry of a group."""
     version = AGELESS if group.oldest_version is None else group.oldest_version
-    return GroupMeta(group.group_id, version, group.num_tokens, group.uses)
+    rewards = [sample.reward for sample in group.samples if sample.reward is not None]
+    mean = sum(reward / len(rewards) for reward in rewards)
+    # hypot: no overflow on the way to a standard deviation that is a finite number.
+    reward_std = math.hypot(*(reward - mean for reward in rewards)) / math.sqrt(max(1, len(rewards)))
+    return GroupMeta(group.group_id, version, group.num_tokens, group.uses, reward_std)
 
 
 class Replay:
-    """Stored groups by id, in order of insertion. `counts`: inserted, duplicates, taken_young, and the reasons of the module docstring."""
+    """Stored groups by id, in order of insertion and of age. `counts`: inserted, duplicates, taken_young, strata_short, and the
+    reasons of the module docstring.
+    """
 
     def __init__(self, config: BufferConfig, seed: int) -> None:
         self.config = config
         self.seed = seed
-        self.counts: Counter[str] = Counter()
         self._sampler = SAMPLERS[config.sampler]
-        self._groups: dict[int, GroupMeta] = {}
-        self._num_unconsumed = 0
+        self._load((), {})
+
+    def _load(self, groups: Sequence[GroupMeta], counts: Mapping[str, int]) -> None:
+        self.counts: Counter[str] = Counter(counts)
+        self._groups = {group.group_id: group for group in groups}
+        self._entries = {group.group_id: Entry(group.oldest_version, place, group.group_id) for place, group in enumerate(groups)}
+        self._next_sequence = len(self._entries)
+        self._newest_ripe = self._newest_ripe_at(0)
+        self._ripe = Order(entry for entry in self._entries.values() if self._is_ripe(entry))
+        self._young = Order(entry for entry in self._entries.values() if not self._is_ripe(entry))
+        self._unconsumed = SortedList(self._entries[group.group_id] for group in groups if group.uses == 0)
+        self._num_tokens = sum(group.num_tokens for group in groups)
         self._evicted: list[tuple[GroupMeta, str]] = []
 
     def __len__(self) -> int:
@@ -62,35 +81,54 @@ class Replay:
     @property
     def num_unconsumed(self) -> int:
         """Groups that were in no batch yet."""
-        return self._num_unconsumed
+        return len(self._unconsumed)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all stored groups, as the learner sees them."""
-        return sum(group.num_tokens for group in self._groups.values())
+        return self._num_tokens
 
     @property
     def has_evicted(self) -> bool:
         """Whether groups left that `pop_evicted` has not reported."""
         return bool(self._evicted)
 
+    @property
+    def view(self) -> View:
+        """What a sampler may choose from: the groups that are old enough for the last step asked about."""
+        return View(self._ripe, self._groups, self.config, self.counts)
+
+    def num_takeable(self, step: int) -> int:
+        """Groups that a batch of learner step `step` may choose from: neither stale nor younger than `min_staleness`. Changes nothing."""
+        oldest, newest = step - self.config.max_staleness, self._newest_ripe_at(step)
+        return sum(
+            max(0, order.num_older(newest + 1) - order.num_older(oldest)) + len(order) - order.num_older(AGELESS)
+            for order in (self._ripe, self._young)
+        )
+
     def insert(self, group: GroupMeta) -> bool:
         """Stores a group; False, counted, when its id is stored already."""
         if group.group_id in self._groups:
             self.counts["duplicates"] += 1
             return False
+        entry = Entry(group.oldest_version, self._next_sequence, group.group_id)
+        self._next_sequence += 1
         self._groups[group.group_id] = group
-        self._num_unconsumed += group.uses == 0
+        self._entries[group.group_id] = entry
+        self._order_of(entry).add(entry)
+        if group.uses == 0:
+            self._unconsumed.add(entry)
+        self._num_tokens += group.num_tokens
         self.counts["inserted"] += 1
-        while self._num_unconsumed > self.config.capacity:
-            unconsumed = (stored for stored in self._groups.values() if stored.uses == 0)
-            self._evict(min(unconsumed, key=lambda stored: stored.oldest_version), "evicted_capacity")
+        while len(self._unconsumed) > self.config.capacity:
+            self._evict(self._unconsumed[0], "evicted_capacity")
         return True
 
     def evict_stale(self, step: int) -> None:
         """Evicts what no batch of learner step `step` or later may hold."""
-        for group in [group for group in self._groups.values() if step - group.oldest_version > self.config.max_staleness]:
-            self._evict(group, "evicted_stale")
+        for order in (self._ripe, self._young):
+            for entry in order.between(None, step - self.config.max_staleness):
+                self._evict(entry, "evicted_stale")
 
     def take(self, k: int, step: int, *, is_full: bool = False) -> list[int]:
         """Ids of the `k` groups of learner step `step`, no id twice; empty when fewer may be taken after evicting stale ones.
@@ -99,13 +137,20 @@ class Replay:
         `min_staleness`, on `is_full`; on nothing else. Groups taken for the last time leave.
         """
         self.evict_stale(step)
-        candidates = self._candidates(k, step, is_full)
-        if len(candidates) < k:
+        self._ripen(step)
+        num_young = max(0, k - len(self._ripe))
+        num_needed = k if is_full else (self.config.min_staleness + 1) * k  # The module's docstring says why.
+        if len(self) < num_needed or (num_young and not is_full):
             return []
-        # The third word keeps this stream apart from the prompt stream's.
-        rng = np.random.Generator(np.random.PCG64([self.seed, step, 1]))
-        chosen = self._sampler(candidates, k, rng)
+        if num_young:
+            chosen = [entry.group_id for entry in (*self._ripe.by_insertion, *self._young.by_age[:num_young])]
+        else:
+            # The third word keeps this stream apart from the prompt stream's.
+            rng = np.random.Generator(np.random.PCG64([self.seed, step, 1]))
+            chosen = self._sampler(self.view, k, step, rng)
         self._check_choice(chosen, k, step)
+        if num_young:
+            self.counts["taken_young"] += num_young
         for group_id in chosen:
             self._use(group_id)
         return chosen
@@ -120,57 +165,70 @@ class Replay:
         return {"groups": list(self._groups.values()), "counts": dict(self.counts)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Takes over `get_state`'s value; raises DataError when it contradicts itself.
+        """Takes over `get_state`'s value; raises DataError, changing nothing, when it contradicts itself.
 
         When `max_uses` was lowered meanwhile, groups used that often already leave.
         """
-        groups = {group.group_id: group for group in state["groups"]}
-        if len(groups) != len(state["groups"]):
+        groups, counts = state["groups"], state["counts"]
+        if len({group.group_id for group in groups}) != len(groups):
             raise DataError("replay state holds a group id twice; it was not written by get_state.")
-        self._groups = groups
-        self._num_unconsumed = sum(group.uses == 0 for group in groups.values())
-        self.counts = Counter(state["counts"])
-        self._evicted = []
-        if problems := self.check_valid():
+        if problems := _count_problems(len(groups), counts):
             raise DataError(f"replay state contradicts itself: {problems[0]}")
-        for group in [group for group in groups.values() if group.uses >= self.config.max_uses]:
-            self._evict(group, "evicted_used")
+        self._load(groups, counts)
+        for group in groups:
+            if group.uses >= self.config.max_uses:
+                self._evict(self._entries[group.group_id], "evicted_used")
 
     def check_valid(self) -> list[str]:
-        """What is wrong with the state, in words; empty when nothing is."""
-        problems = []
-        if self._num_unconsumed != sum(group.uses == 0 for group in self._groups.values()):
-            problems.append(f"{self._num_unconsumed} unconsumed groups counted, another number stored")
-        left = sum(self.counts[reason] for reason in _EVICTIONS)
-        if self.counts["inserted"] != len(self._groups) + left:
-            problems.append(f"{self.counts['inserted']} groups inserted, but {len(self._groups)} stored and {left} evicted")
+        """What is wrong with the state, in words; empty when nothing is. Looks at every group."""
+        problems = _count_problems(len(self), self.counts)
+        unconsumed = [entry for group_id, entry in self._entries.items() if self._groups[group_id].uses == 0]
+        if sorted(unconsumed) != list(self._unconsumed):
+            problems.append(f"{len(self._unconsumed)} groups listed as unconsumed, {len(unconsumed)} or others are")
+        if self._num_tokens != (num_tokens := sum(group.num_tokens for group in self._groups.values())):
+            problems.append(f"{self._num_tokens} tokens counted, {num_tokens} stored")
+        ordered = sorted([*self._ripe.by_age, *self._young.by_age])
+        if ordered != sorted(self._entries.values()) or self._entries.keys() != self._groups.keys():
+            problems.append(f"{len(ordered)} groups in order of age, {len(self._entries)} in order of insertion, {len(self)} stored")
+        if wrong := [entry for entry in self._ripe.by_age if not self._is_ripe(entry)] + [*filter(self._is_ripe, self._young.by_age)]:
+            problems.append(f"group {wrong[0].group_id} of version {wrong[0].oldest_version} is on the wrong side of {self._newest_ripe}")
         return problems
 
-    def _candidates(self, k: int, step: int, is_full: bool) -> list[GroupMeta]:
-        """What a batch of `k` groups may take, in order of insertion; the module's docstring says why. Counts `taken_young`."""
-        stored, lag = list(self._groups.values()), self.config.min_staleness
-        if not lag:
-            return stored
-        newest_allowed = max(0, step - lag)
-        old_enough = [group for group in stored if group.version is None or group.version <= newest_allowed]
-        if is_full and len(old_enough) < k <= len(stored):
-            num_young = k - len(old_enough)
-            self.counts["taken_young"] += num_young
-            young = [group for group in stored if newest_allowed < group.oldest_version < AGELESS]
-            return old_enough + sorted(young, key=lambda group: group.oldest_version)[:num_young]
-        return old_enough if is_full or len(stored) >= (lag + 1) * k else []
+    def _newest_ripe_at(self, step: int) -> int:
+        """The newest version that is old enough for `min_staleness` at learner step `step`."""
+        return max(0, step - self.config.min_staleness) if self.config.min_staleness else AGELESS - 1
+
+    def _is_ripe(self, entry: Entry) -> bool:
+        return entry.oldest_version <= self._newest_ripe or entry.oldest_version == AGELESS
+
+    def _order_of(self, entry: Entry) -> Order:
+        return self._ripe if self._is_ripe(entry) else self._young
+
+    def _ripen(self, step: int) -> None:
+        """Moves the groups whose side changes with the step: each once, as steps grow; back, should one be asked for again."""
+        self._newest_ripe = self._newest_ripe_at(step)
+        now_ripe = self._young.between(None, self._newest_ripe + 1)
+        now_young = self._ripe.between(self._newest_ripe + 1, AGELESS)
+        for moving, source, target in ((now_ripe, self._young, self._ripe), (now_young, self._ripe, self._young)):
+            for entry in moving:
+                source.remove(entry)
+                target.add(entry)
 
     def _use(self, group_id: int) -> None:
-        group = self._groups[group_id]
-        self._num_unconsumed -= group.uses == 0
-        used = msgspec.structs.replace(group, uses=group.uses + 1)
-        self._groups[group_id] = used
-        if used.uses >= self.config.max_uses:
-            self._evict(used, "evicted_used")
+        group, entry = self._groups[group_id], self._entries[group_id]
+        if group.uses == 0:
+            self._unconsumed.remove(entry)
+        self._groups[group_id] = msgspec.structs.replace(group, uses=group.uses + 1)
+        if group.uses + 1 >= self.config.max_uses:
+            self._evict(entry, "evicted_used")
 
-    def _evict(self, group: GroupMeta, reason: str) -> None:
-        del self._groups[group.group_id]
-        self._num_unconsumed -= group.uses == 0
+    def _evict(self, entry: Entry, reason: str) -> None:
+        group = self._groups.pop(entry.group_id)
+        del self._entries[entry.group_id]
+        self._order_of(entry).remove(entry)
+        if group.uses == 0:
+            self._unconsumed.remove(entry)
+        self._num_tokens -= group.num_tokens
         self.counts[reason] += 1
         self._evicted.append((group, reason))
 
@@ -181,6 +239,13 @@ class Replay:
             )
         for group_id in chosen:
             check_staleness(group_id, self._groups[group_id].version, step, self.config.max_staleness)
+
+
+def _count_problems(num_stored: int, counts: Mapping[str, int]) -> list[str]:
+    left = sum(counts.get(reason, 0) for reason in _EVICTIONS)
+    if counts.get("inserted", 0) == num_stored + left:
+        return []
+    return [f"{counts.get('inserted', 0)} groups inserted, but {num_stored} stored and {left} evicted"]
 
 
 def check_staleness(group_id: int, oldest_version: int | None, step: int, max_staleness: int) -> None:

@@ -1,139 +1,223 @@
-"""Groups on disk: sqlite with a write-ahead log. What was committed survives the death of any process (not a power cut).
+"""Groups on disk: sqlite with a write-ahead log. What `flush` has written survives the death of any process.
 
-    groups(position, group_id, oldest_version, num_tokens, uses, payload)   payload: a Group as msgpack
-    meta(key, value)                                                        the buffer's state as JSON
+    groups(position, group_id, ..., payload)   payload: a Group as msgpack; `has_left`: out of the buffer, kept for a batch
+    leases(ordinal, actor, losses)             the open items; actor '': waiting to be issued again
+    batches(step, groups)                      what each batch held, from the watermark on
+    held(row, sample)                          samples of groups that were too small
+    meta(key, value)                           the buffer's counters as JSON
 
-`synchronous=NORMAL` costs no fsync per commit. The database is locked for one process: two buffers on one run directory
-would each believe to be the truth.
+Changes are noted in order and written together by `flush`. What a full disk refuses stays noted, is seen by all reads, and is
+written by a later flush: the memory is ahead of the disk then, and nothing is acknowledged.
+
+`fsync: normal` costs no fsync per flush; `full` is for power cuts. The database is locked for one process: two buffers on one
+run directory would each believe to be the truth.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from buffer.records import Group, decode_group, encode
-from buffer.replay import meta_of
+from buffer.records import Sample, encode
 from buffer.sampling import GroupMeta
 from cluster.errors import AgroError
 
 LOCK_TIMEOUT_S = 10.0
 """How long opening waits for another process to let go of the database: one that was just killed needs a moment."""
+FORMAT = 2
 
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS groups (
-    position INTEGER PRIMARY KEY, group_id INTEGER NOT NULL UNIQUE, oldest_version INTEGER NOT NULL,
-    num_tokens INTEGER NOT NULL, uses INTEGER NOT NULL, payload BLOB NOT NULL);
+    position INTEGER PRIMARY KEY, group_id INTEGER NOT NULL UNIQUE, oldest_version INTEGER NOT NULL, num_tokens INTEGER NOT NULL,
+    reward_std REAL NOT NULL, num_samples INTEGER NOT NULL, uses INTEGER NOT NULL DEFAULT 0, last_step INTEGER NOT NULL DEFAULT -1,
+    has_left INTEGER NOT NULL DEFAULT 0, ref_logprobs BLOB, payload BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS groups_kept_for_a_batch ON groups(last_step) WHERE has_left = 1;
+CREATE TABLE IF NOT EXISTS leases (ordinal INTEGER PRIMARY KEY, actor TEXT NOT NULL, losses INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS batches (step INTEGER PRIMARY KEY, groups BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS held (row INTEGER PRIMARY KEY, sample BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL);
+PRAGMA user_version = {FORMAT};
 """
+_PUT_GROUP = """INSERT OR IGNORE INTO groups(group_id, oldest_version, num_tokens, reward_std, num_samples, payload)
+    VALUES (?, ?, ?, ?, ?, ?)"""
 
 
 class StoreError(AgroError, RuntimeError):
     """The buffer's database cannot be opened, read or written."""
 
 
+class DiskFullError(StoreError):
+    """The disk refuses writes. Nothing acknowledged is lost; what was not can be sent again."""
+
+
+class BatchEntry(msgspec.Struct, frozen=True, array_like=True):
+    """A group in a recorded batch: `uses` with this one, and whether its reference log-probs were known then."""
+
+    group_id: int
+    uses: int
+    has_ref_logprobs: bool
+
+
 class Store:
     """One connection to `path`, made if missing. Not for concurrent use: calls must come one after another."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, fsync: str = "normal") -> None:
         self.path = Path(path)
+        self._pending: list[tuple[str, Sequence[Any]]] = []
+        self._unwritten: dict[int, tuple[bytes, list[float] | None]] = {}  # Payloads that are not on the disk yet.
         with self._explained():
             # Ray constructs an asyncio actor in one thread and runs its coroutines in another; never both at once.
             self._db = sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=NORMAL"):
+            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", f"synchronous={fsync.upper()}"):
                 self._db.execute(f"PRAGMA {pragma}")
+            found = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if found not in (0, FORMAT) or (found == 0 and self._db.execute("SELECT 1 FROM sqlite_master").fetchone()):
+                self._db.close()
+                raise StoreError(f"buffer database {self.path} has format {found or 1}, this version writes {FORMAT}. Set another run.dir.")
             self._db.executescript(_SCHEMA)
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All calls inside are committed together on leaving, or none on an exception. Nested ones join the outer one."""
-        if self._db.in_transaction:
-            yield
+    @property
+    def num_pending(self) -> int:
+        """Changes noted and not written."""
+        return len(self._pending)
+
+    # Changes
+
+    def put_group(self, meta: GroupMeta, num_samples: int, payload: bytes) -> None:
+        """Stores a group, encoded. An id that is stored stays as it is."""
+        self._unwritten.setdefault(meta.group_id, (payload, None))
+        row = (meta.group_id, meta.oldest_version, meta.num_tokens, meta.reward_std, num_samples, payload)
+        self._pending.append((_PUT_GROUP, row))
+
+    def put_batch(self, step: int, entries: Sequence[BatchEntry]) -> None:
+        """Records the batch of learner step `step`, and its groups' uses with it."""
+        self._pending.append(("INSERT OR REPLACE INTO batches VALUES (?, ?)", (step, msgspec.msgpack.encode(entries))))
+        for entry in entries:
+            self._pending.append(("UPDATE groups SET uses = ?, last_step = ? WHERE group_id = ?", (entry.uses, step, entry.group_id)))
+
+    def leave(self, group: GroupMeta) -> None:
+        """Takes a group out of the buffer; if it was in a batch, it stays for that until `forget_batches`."""
+        if group.uses:
+            self._pending.append(("UPDATE groups SET has_left = 1 WHERE group_id = ?", (group.group_id,)))
+        else:
+            self._pending.append(("DELETE FROM groups WHERE group_id = ?", (group.group_id,)))
+
+    def forget_batches(self, before_step: int) -> None:
+        """Deletes the batches of learner steps before `before_step`, and the groups kept for them."""
+        self._pending.append(("DELETE FROM batches WHERE step < ?", (before_step,)))
+        self._pending.append(("DELETE FROM groups WHERE has_left = 1 AND last_step < ?", (before_step,)))
+
+    def put_ref_logprobs(self, group_id: int, values: Sequence[float]) -> None:
+        """Reference log-prob sums of a group's samples (nats)."""
+        if group_id in self._unwritten:
+            self._unwritten[group_id] = (self._unwritten[group_id][0], list(values))
+        self._pending.append(("UPDATE groups SET ref_logprobs = ? WHERE group_id = ?", (msgspec.msgpack.encode(values), group_id)))
+
+    def put_lease(self, ordinal: int, actor: str, losses: int) -> None:
+        """An open item: who holds it ('': nobody), and how often it was lost."""
+        self._pending.append(("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", (ordinal, actor, losses)))
+
+    def end_lease(self, ordinal: int) -> None:
+        """The item has ended."""
+        self._pending.append(("DELETE FROM leases WHERE ordinal = ?", (ordinal,)))
+
+    def put_held(self, row: int, sample: Sample) -> None:
+        """The held sample of a row."""
+        self._pending.append(("INSERT OR REPLACE INTO held VALUES (?, ?)", (row, encode(sample))))
+
+    def end_held(self, row: int) -> None:
+        """The row's sample is held no more."""
+        self._pending.append(("DELETE FROM held WHERE row = ?", (row,)))
+
+    def put_state(self, state: Mapping[str, Any]) -> None:
+        """Replaces the counters (JSON values only)."""
+        self._pending.append(("INSERT OR REPLACE INTO meta VALUES ('state', ?)", (msgspec.json.encode(state),)))
+
+    def flush(self) -> None:
+        """Writes all changes noted, or none: they stay noted then. Raises DiskFullError, or StoreError for what will not mend."""
+        if not self._pending:
             return
         with self._explained():
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                yield
+                for statement, values in self._pending:
+                    self._db.execute(statement, values)
                 self._db.execute("COMMIT")
             except BaseException:
-                # A full disk makes sqlite roll back by itself.
-                if self._db.in_transaction:
+                if self._db.in_transaction:  # A full disk makes sqlite roll back by itself.
                     self._db.execute("ROLLBACK")
                 raise
+        self._pending.clear()
+        self._unwritten.clear()
 
-    def put_many(self, groups: Iterable[Group]) -> list[int]:
-        """Stores groups in one transaction; returns the ids that were new. An id that is stored stays as it is."""
-        new = []
-        with self.transaction():
-            for group in groups:
-                meta = meta_of(group)
-                row = (meta.group_id, meta.oldest_version, meta.num_tokens, meta.uses, encode(group))
-                cursor = self._db.execute(
-                    "INSERT OR IGNORE INTO groups(group_id, oldest_version, num_tokens, uses, payload) VALUES (?, ?, ?, ?, ?)", row
-                )
-                if cursor.rowcount:
-                    new.append(group.group_id)
-        return new
+    # Reads
 
-    def get_many(self, group_ids: Iterable[int]) -> list[Group]:
-        """The groups in the order asked for, `uses` as set last. Raises StoreError for an id that is not stored."""
-        groups = []
+    def read_groups(self, group_ids: Iterable[int]) -> list[tuple[bytes, list[float] | None]]:
+        """(payload, reference log-probs or None) in the order asked for, changes not yet written included.
+
+        Raises StoreError for an id that is not there.
+        """
+        return [self._unwritten[group_id] if group_id in self._unwritten else self._read_group(group_id) for group_id in group_ids]
+
+    def num_samples(self, group_id: int) -> int | None:
+        """Samples of a group on disk; None when it is not there."""
         with self._explained():
-            for group_id in group_ids:
-                row = self._db.execute("SELECT uses, payload FROM groups WHERE group_id = ?", (group_id,)).fetchone()
-                if row is None:
-                    raise StoreError(f"group {group_id} is not in {self.path}; was it deleted by another process?")
-                groups.append(msgspec.structs.replace(decode_group(row[1]), uses=row[0]))
-        return groups
-
-    def set_uses(self, uses: Mapping[int, int]) -> None:
-        """Sets the uses of groups, by id."""
-        with self.transaction():
-            self._db.executemany("UPDATE groups SET uses = ? WHERE group_id = ?", [(count, group_id) for group_id, count in uses.items()])
-
-    def update_payloads(self, groups: Iterable[Group]) -> None:
-        """Replaces the contents of stored groups; version, tokens, uses and position stay."""
-        with self.transaction():
-            rows = [(encode(group), group.group_id) for group in groups]
-            self._db.executemany("UPDATE groups SET payload = ? WHERE group_id = ?", rows)
-
-    def delete_many(self, group_ids: Iterable[int]) -> None:
-        """Deletes groups; ids that are not stored are no error."""
-        with self.transaction():
-            self._db.executemany("DELETE FROM groups WHERE group_id = ?", [(group_id,) for group_id in group_ids])
-
-    def save_state(self, state: dict[str, Any]) -> None:
-        """Replaces the state (JSON values only)."""
-        with self.transaction():
-            self._db.execute("INSERT OR REPLACE INTO meta(key, value) VALUES ('state', ?)", (msgspec.json.encode(state),))
+            row = self._db.execute("SELECT num_samples FROM groups WHERE group_id = ?", (group_id,)).fetchone()
+        return None if row is None else row[0]
 
     def load_state(self) -> dict[str, Any] | None:
-        """The state saved last; None in a new database."""
+        """The counters saved last; None in a new database."""
         with self._explained():
             row = self._db.execute("SELECT value FROM meta WHERE key = 'state'").fetchone()
         return None if row is None else msgspec.json.decode(row[0])
 
-    def recover(self) -> list[GroupMeta]:
-        """The index of all stored groups, in order of insertion."""
+    def load_groups(self) -> list[GroupMeta]:
+        """The index of the groups in the buffer, in order of insertion."""
+        query = "SELECT group_id, oldest_version, num_tokens, uses, reward_std FROM groups WHERE has_left = 0 ORDER BY position"
         with self._explained():
-            rows = self._db.execute("SELECT group_id, oldest_version, num_tokens, uses FROM groups ORDER BY position").fetchall()
-        return [GroupMeta(*row) for row in rows]
+            return [GroupMeta(*row) for row in self._db.execute(query)]
+
+    def load_leases(self) -> list[tuple[int, str, int]]:
+        """(ordinal, actor, losses) of the open items, by ordinal."""
+        with self._explained():
+            return self._db.execute("SELECT ordinal, actor, losses FROM leases ORDER BY ordinal").fetchall()
+
+    def load_batches(self) -> dict[int, list[BatchEntry]]:
+        """The recorded batches, by step."""
+        with self._explained():
+            rows = self._db.execute("SELECT step, groups FROM batches ORDER BY step").fetchall()
+        return {step: msgspec.msgpack.decode(groups, type=list[BatchEntry]) for step, groups in rows}
+
+    def load_held(self) -> dict[int, Sample]:
+        """The held samples, by row."""
+        with self._explained():
+            rows = self._db.execute("SELECT row, sample FROM held").fetchall()
+        return {row: msgspec.msgpack.decode(sample, type=Sample) for row, sample in rows}
 
     def close(self) -> None:
-        """Closes the connection; the log is folded into the database file."""
+        """Closes the connection; the log is folded into the database file. Changes not written are lost."""
         self._db.close()
+
+    def _read_group(self, group_id: int) -> tuple[bytes, list[float] | None]:
+        with self._explained():
+            row = self._db.execute("SELECT payload, ref_logprobs FROM groups WHERE group_id = ?", (group_id,)).fetchone()
+        if row is None:
+            raise StoreError(f"group {group_id} is not in {self.path}; was it deleted by another process?")
+        return row[0], None if row[1] is None else msgspec.msgpack.decode(row[1])
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
-            raise StoreError(f"buffer database {self.path}: {error}. {_remedy(str(error))}") from error
+            is_full = getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+            kind = DiskFullError if is_full else StoreError
+            raise kind(f"buffer database {self.path}: {error}. {_remedy(str(error))}") from error
 
 
 def _remedy(message: str) -> str:

@@ -44,16 +44,20 @@ class HeldSamples:
         self.max_staleness = max_staleness
         self.counts: Counter[str] = Counter()
         self._by_row: dict[int, Sample] = {}
+        self._changed: dict[int, None] = {}
 
     def join(self, group: Group, step: int) -> Group:
         """A group too small by itself with the sample held for its row, if there is one that is not stale at learner step `step`.
 
         A group that is large enough stays as it is: the held sample would only make it older.
         """
-        self._drop_stale(step)
         if not 0 < len(group.samples) < MIN_SAMPLES or group.row not in self._by_row:
             return group
         sample = self._by_row.pop(group.row)
+        self._changed[group.row] = None
+        if sample.oldest_version is not None and step - sample.oldest_version > self.max_staleness:
+            self.counts["held_stale"] += 1
+            return group
         self.counts["joined_samples"] += 1
         return msgspec.structs.replace(group, samples=(*group.samples, sample))
 
@@ -62,20 +66,22 @@ class HeldSamples:
         if not group.samples or group.samples[0].is_offline:
             return False
         (self._by_row[group.row],) = group.samples
+        self._changed[group.row] = None
         self.counts["held_samples"] += 1
         return True
 
+    def pop_changed(self) -> list[tuple[int, Sample | None]]:
+        """Rows whose held sample changed since the last call, with it, or None."""
+        changed = [(row, self._by_row.get(row)) for row in self._changed]
+        self._changed.clear()
+        return changed
+
     def get_state(self) -> dict[str, Any]:
-        """The samples and counts as JSON values."""
-        return {"samples": [[row, msgspec.to_builtins(sample)] for row, sample in self._by_row.items()], "counts": dict(self.counts)}
+        """The samples by row, and the counts."""
+        return {"samples": dict(self._by_row), "counts": dict(self.counts)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes over `get_state`'s value."""
-        self._by_row = {row: msgspec.convert(sample, Sample) for row, sample in state["samples"]}
+        self._by_row = dict(state["samples"])
         self.counts = Counter(state["counts"])
-
-    def _drop_stale(self, step: int) -> None:
-        for row, sample in [*self._by_row.items()]:
-            if sample.oldest_version is not None and step - sample.oldest_version > self.max_staleness:
-                del self._by_row[row]
-                self.counts["held_stale"] += 1
+        self._changed.clear()

@@ -13,9 +13,10 @@ until they are done; training goes on meanwhile. Items of an actor that dies are
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -28,12 +29,16 @@ Snapshot: TypeAlias = tuple[bytes, list]
 """An encoded Manifest and, per bucket, a reference to it."""
 
 
+Retirement: TypeAlias = Literal["", "drain", "now"]
+"""Not at all; finish what is started, take no more, and return; or hand everything back and return at once."""
+
+
 class Directive(msgspec.Struct, frozen=True):
     """What an actor should do next: load `version` (when it has another), evaluate `eval_items`, or retire."""
 
     version: int
     eval_items: tuple[EvalItem, ...] = ()
-    retire: bool = False
+    retire: Retirement = ""
 
 
 class _OpenEvaluation:
@@ -62,26 +67,54 @@ class Board:
         """`on_evaluation(result, samples)` is called when an evaluation is complete."""
         self._config, self._num_eval_rows, self._on_evaluation = config, num_eval_rows, on_evaluation
         self._snapshots: dict[int, Snapshot] = {}
-        self._newest = -1
+        self._newest = self._pushed = -1
+        self._members: dict[str, Any] = {}
         self._evaluations: dict[int, _OpenEvaluation] = {}
+        self._evaluation_ids = itertools.count()
         self._results: list[Evaluation] = []
-        self._retired: set[str] = set()
-        self._released: set[str] = set()
+        self._retiring: dict[str, Retirement] = {}
+        self._told: dict[str, Retirement] = {}
         self._changed = asyncio.Condition()
 
     # --- learner ------------------------------------------------------------------------------------------------
 
+    async def forget_snapshots(self) -> list[int]:
+        """The learner died, and what it published with it: nothing is handed out before it publishes again.
+
+        Returns the versions of the open evaluations, which are dropped: whoever publishes such a version again has it evaluated.
+        """
+        dropped = [evaluation.version for evaluation in self._evaluations.values()]
+        self._snapshots.clear()
+        self._evaluations.clear()
+        self._newest = self._pushed = -1
+        await self._wake()
+        return dropped
+
     async def publish(self, manifest: bytes, buckets: list, version: int, *, evaluate: bool) -> None:
         """Make a snapshot the newest one; with `evaluate`, its evaluation begins."""
+        # What is newer is of a learner that has gone back to its checkpoint since.
+        self._snapshots = {held: snapshot for held, snapshot in self._snapshots.items() if held < version}
         self._snapshots[version] = (manifest, buckets)
-        self._newest = version
-        if evaluate and self._num_eval_rows:
-            number = len(self._results) + len(self._evaluations)
+        self._newest = self._pushed = version
+        if evaluate and self._num_eval_rows and all(result.policy_version != version for result in self._results):
+            number = next(self._evaluation_ids)
             self._evaluations[number] = _OpenEvaluation(number, version, self._num_eval_rows, self._config.run.seed)
         self._drop_old_snapshots()
         await self._wake()
 
+    async def announce(self, version: int) -> None:
+        """Actors get `version` by another road: who has it, or any since the newest snapshot, is not sent back to that."""
+        self._pushed = version
+
+    async def members(self) -> dict[str, Any]:
+        """The handles of the actors that can be pushed weights: those that have joined and do not retire."""
+        return {name: handle for name, handle in self._members.items() if name not in self._retiring}
+
     # --- actors -------------------------------------------------------------------------------------------------
+
+    async def join(self, actor: str, handle: Any) -> None:
+        """The actor takes weights that are pushed: `handle.receive` (actors/receiver.py)."""
+        self._members[actor] = handle
 
     async def poll(self, actor: str, version: int, max_items: int, timeout_s: float) -> bytes:
         """The actor's next Directive (msgpack), as soon as there is something new for it or after `timeout_s`.
@@ -94,7 +127,7 @@ class Board:
             while (directive := self._directive(actor, version, max_items)) is None:
                 left_s = until_s - loop.time()
                 if left_s <= 0:
-                    directive = Directive(version)
+                    directive = Directive(version, retire=self._retiring.get(actor, ""))
                     break
                 try:
                     await asyncio.wait_for(self._changed.wait(), left_s)
@@ -122,7 +155,8 @@ class Board:
 
     async def release_actor(self, actor: str) -> None:
         """The actor is gone: its evaluation items are handed out again, and none to a call of it that still waits."""
-        self._released.add(actor)
+        self._retiring[actor] = "now"
+        self._members.pop(actor, None)
         await self.give_back(actor)
 
     async def give_back(self, actor: str) -> None:
@@ -133,9 +167,11 @@ class Board:
 
     # --- driver -------------------------------------------------------------------------------------------------
 
-    async def retire(self, actors: list[str]) -> None:
-        """These actors finish: they hand back their leases and return."""
-        self._retired.update(actors)
+    async def retire(self, actors: list[str], how: Retirement = "now") -> None:
+        """These actors end: `drain` (a scale-down) or `now` (the run is over); `now` also hurries those that drain."""
+        for actor in actors:
+            if self._retiring.get(actor) != "now":
+                self._retiring[actor] = how
         await self._wake()
 
     async def evaluations(self) -> tuple[int, list[Evaluation]]:
@@ -145,14 +181,16 @@ class Board:
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _directive(self, actor: str, version: int, max_items: int) -> Directive | None:
-        if actor in self._retired or actor in self._released:  # A name is not used again (cluster/supervisor.py).
-            return Directive(version, retire=True)
+        if how := self._retiring.get(actor):  # For good: a name is not used again (cluster/fleet.py).
+            is_new = self._told.get(actor) != how
+            self._told[actor] = how
+            return Directive(version, retire=how) if is_new else None  # Told once; after that at every timeout.
         if self._newest < 0:
             return None
         for evaluation in self._evaluations.values():
             if evaluation.pending and max_items > 0:
                 return Directive(evaluation.version, evaluation.take(actor, max_items))
-        return Directive(self._newest) if self._newest != version else None
+        return None if self._newest <= version <= self._pushed else Directive(self._newest)
 
     def _complete(self, evaluation_id: int, evaluation: _OpenEvaluation) -> None:
         del self._evaluations[evaluation_id]

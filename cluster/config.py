@@ -439,6 +439,36 @@ class Config(Section):
             )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _weights_can_travel(self) -> Config:
+        actors, learner, transport = self.actors, self.learner, self.weights.transport
+        name = f"weights.transport = {transport}"
+        if transport == "snapshot":
+            return self
+        if actors.num_gpus == 0 or learner.num_gpus == 0:
+            raise ValueError(
+                f"{name} goes from GPU to GPU, but actors.num_gpus = {actors.num_gpus:g} and learner.num_gpus = {learner.num_gpus:g}. "
+                "Give both a GPU, or set weights.transport=snapshot, which needs none."
+            )
+        if actors.on_update == "drain":
+            raise ValueError(
+                f"{name} with actors.on_update = drain: the learner would wait for the longest generation of any actor. "
+                "Set actors.on_update=continue or abort, or weights.transport=snapshot."
+            )
+        gpus = learner.num_gpus + (actors.max or actors.count) * actors.num_gpus
+        if transport == "ipc" and (learner.ranks > 1 or gpus > 1):
+            raise ValueError(
+                f"{name} stays within one GPU, but {learner.ranks} learner ranks and {actors.max or actors.count} actors ask for {gpus:g}. "
+                "Set learner.ranks=1 and fractions that add up to 1, such as learner.num_gpus=0.5 actors.num_gpus=0.5, "
+                "or weights.transport=nccl."
+            )
+        if transport == "nccl" and (actors.num_gpus < 1 or learner.num_gpus < 1):
+            raise ValueError(
+                f"{name} takes no two processes on one GPU, but actors.num_gpus = {actors.num_gpus:g} and learner.num_gpus = "
+                f"{learner.num_gpus:g}. Give each a whole one, or set weights.transport=ipc or snapshot."
+            )
+        return self
+
     def warnings(self) -> list[str]:
         """What is allowed but probably not meant, one sentence each."""
         found = []

@@ -6,6 +6,7 @@
     |-- RewardError     (RuntimeError)  a reward function that cannot be found, or fails too often
     |-- PlacementError  (RuntimeError)  resources asked for that the cluster does not have
     |-- SnapshotError   (ValueError)    weights that arrived torn, or of another model
+    |-- CheckpointError (RuntimeError)  a checkpoint that is missing, damaged, of another model, or not finite
     |-- StalenessError  (RuntimeError)  a sample older than `buffer.max_staleness` reached the learner
     |-- TrainingError   (RuntimeError)  non-finite numbers, a dead learner: the run cannot go on
     `-- PeerTimeout     (TimeoutError)  another process did not answer in time
@@ -37,6 +38,10 @@ class PlacementError(AgroError, RuntimeError):
 
 class SnapshotError(AgroError, ValueError):
     """A weight snapshot failed its checksum or does not fit the model."""
+
+
+class CheckpointError(AgroError, RuntimeError):
+    """A checkpoint cannot be used, or would hold what must not be in one."""
 
 
 class StalenessError(AgroError, RuntimeError):

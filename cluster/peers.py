@@ -63,5 +63,3 @@ def connect_buffer(handles: Sequence[Any]) -> ShardedBuffer:
 
 async def _awaited(call: Awaitable[T]) -> T:
     return await call
-
-

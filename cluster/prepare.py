@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 from actors.offline import load_offline
 from actors.prompts import PromptSet, load_prompts
 from cluster.config import Config
-from cluster.config_file import dump_config
 from cluster.errors import AgroError, ConfigError, DataError
 from cluster.monitor import wandb_mode
+from cluster.run_dir import open_run_dir
 from learner.objectives import load_objective
 from rewards.registry import load_reward
 
@@ -31,10 +30,11 @@ class Inputs:
     run_dir: Path
     wandb_mode: str
     notes: tuple[str, ...] = ()
+    is_continued: bool = False
 
 
 def prepare(config: Config) -> Inputs:
-    """Check and load what the run needs; raises ConfigError, DataError or RewardError with a remedy. Makes the run directory last."""
+    """Check and load what the run needs; raises ConfigError, DataError or RewardError with a remedy. Opens the run directory last."""
     quiet_libraries()
     mode = wandb_mode(config)
     check_named(config)
@@ -46,8 +46,9 @@ def prepare(config: Config) -> Inputs:
         notes = [*notes, reason]
     else:
         eval_prompts = load_prompts(config.data, tokenizer, evaluation=True)
+    run_dir = open_run_dir(config)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    return Inputs(config, prompts, eval_prompts, pad_id, make_run_dir(config), mode, tuple(notes))
+    return Inputs(config, prompts, eval_prompts, pad_id, run_dir.path, mode, (*notes, *run_dir.notes), run_dir.is_continued)
 
 
 def load_training(config: Config, tokenizer: Any) -> tuple[PromptSet, list[str]]:
@@ -142,27 +143,6 @@ def load_tokenizer(config: Config) -> Any:
             f"model.path = {config.model.path}: no tokenizer to be had ({reason}). "
             "Give a local Hugging Face directory, or a hub id this machine can reach."
         ) from None
-
-
-def make_run_dir(config: Config) -> Path:
-    """A new run directory with the resolved config in it; raises ConfigError when `run.dir` already holds a run."""
-    new = runs_root() / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = (Path(config.run.dir).expanduser() if config.run.dir else new).resolve()
-    if (run_dir / "config.yaml").exists():
-        raise ConfigError(f"run.dir = {run_dir} already holds a run. Choose another run.dir, or leave it out for a new one.")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"run.dir = {run_dir} cannot be made: {error.strerror}. Choose another run.dir.") from None
-    return run_dir
-
-
-def runs_root() -> Path:
-    """`runs/` here; for a submitted job, whose working directory is a throw-away copy, `~/agro-runs`. `AGRO_RUNS` overrides both."""
-    if root := os.environ.get("AGRO_RUNS"):
-        return Path(root)
-    return Path.home() / "agro-runs" if "runtime_resources" in Path.cwd().parts else Path("runs")
 
 
 def repository_root() -> Path:

@@ -8,7 +8,8 @@ from cluster import placement
 from cluster.config import Config
 from cluster.errors import AgroError
 from cluster.prepare import prepare
-from cluster.supervisor import StopSignal, Supervisor, ray_session
+from cluster.session import StopSignal, ray_session
+from cluster.supervisor import Supervisor
 from cluster.terminal import Terminal
 
 

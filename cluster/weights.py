@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import msgspec
@@ -47,43 +48,99 @@ class Manifest(msgspec.Struct, frozen=True):
         return sum(self.sizes)
 
 
-class SnapshotWriter:
-    """Collects parameters into buckets; each full bucket is handed to `store`, whose results `finish` returns in order."""
+class Buffers:
+    """Host memory for buckets, used again by the next snapshot; page-locked where there is a GPU to copy from.
 
-    def __init__(self, bucket_bytes: int, store: Callable[[np.ndarray], Any] = lambda bucket: bucket) -> None:
-        self._bucket_bytes = bucket_bytes
-        self._store = store
-        self._stored: list = []
+    At most one snapshot's worth: `give_back` when all that was taken is stored.
+    """
+
+    def __init__(self) -> None:
+        self._all: list[np.ndarray] = []
+        self._num_taken = 0
+
+    def take(self, num_bytes: int) -> np.ndarray:
+        """At least so many bytes, of any content."""
+        if self._num_taken == len(self._all):
+            self._all.append(np.empty(0, np.uint8))
+        if self._all[self._num_taken].nbytes < num_bytes:
+            self._all[self._num_taken] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
+        self._num_taken += 1
+        return self._all[self._num_taken - 1]
+
+    def give_back(self) -> None:
+        """Nobody reads any of them any longer."""
+        self._num_taken = 0
+
+
+class _AtOnce(Executor):
+    """Calls in the caller's thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+class SnapshotWriter:
+    """Copies parameters into buckets; each full bucket is handed to `store`, whose results `finish` returns in order.
+
+    Checksums and `store` run in `executor`, by default in the thread that calls `add`; the copies are always made there.
+    `take` gives a bucket's memory (`Buffers.take`), which `store` must not keep if it is used again.
+    """
+
+    def __init__(
+        self,
+        bucket_bytes: int,
+        store: Callable[[np.ndarray], Any] = lambda bucket: bucket,
+        *,
+        executor: Executor | None = None,
+        take: Callable[[int], np.ndarray] = lambda num_bytes: np.empty(num_bytes, np.uint8),
+    ) -> None:
+        self._bucket_bytes, self._store, self._take = bucket_bytes, store, take
+        self._executor = _AtOnce() if executor is None else executor
+        self._stored: list[Future[tuple[str, Any]]] = []
         self._params: list[ParamEntry] = []
-        self._checksums: list[str] = []
         self._sizes: list[int] = []
-        self._pending: list[np.ndarray] = []
-        self._pending_bytes = 0
+        self._bucket: np.ndarray | None = None
+        self._used = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append one parameter (any device, whole); copied before this returns."""
-        data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().copy()
-        padding = -self._pending_bytes % ALIGNMENT_BYTES
-        if self._pending and self._pending_bytes + padding + data.nbytes > self._bucket_bytes:
-            self._flush()
-            padding = 0
-        offset = self._pending_bytes + padding
+        data = tensor.detach().contiguous().flatten().view(torch.uint8)
+        padding = -self._used % ALIGNMENT_BYTES
+        if self._bucket is not None and self._used + padding + data.nbytes > self._bucket_bytes:
+            self._flush(self._bucket)
+            self._bucket = None
+        if self._bucket is None:
+            self._bucket, self._used, padding = self._take(max(self._bucket_bytes, data.nbytes)), 0, 0
+        offset = self._used + padding
         self._params.append(ParamEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), len(self._stored), offset))
-        self._pending += [np.zeros(padding, np.uint8), data]
-        self._pending_bytes = offset + data.nbytes
+        self._bucket[self._used : offset] = 0
+        torch.from_numpy(self._bucket[offset : offset + data.nbytes]).copy_(data)
+        self._used = offset + data.nbytes
 
-    def finish(self, version: int) -> tuple[Manifest, list]:
-        """The manifest of `version` and what `store` returned for each bucket."""
-        if self._pending:
-            self._flush()
-        return Manifest(version, tuple(self._params), tuple(self._checksums), tuple(self._sizes)), self._stored
+    def end(self) -> None:
+        """That was the last parameter: the bucket begun is on its way too."""
+        if self._bucket is not None:
+            self._flush(self._bucket)
+            self._bucket = None
 
-    def _flush(self) -> None:
-        bucket = np.concatenate(self._pending)
-        self._checksums.append(xxhash.xxh3_128_hexdigest(bucket.data))
+    def finish(self, version: int) -> tuple[Manifest, list[Any]]:
+        """The manifest of `version` and what `store` returned for each bucket; waits for `executor` (its one thread: call `end` before)."""
+        self.end()
+        sealed = [future.result() for future in self._stored]
+        manifest = Manifest(version, tuple(self._params), tuple(checksum for checksum, _ in sealed), tuple(self._sizes))
+        return manifest, [stored for _, stored in sealed]
+
+    def _flush(self, memory: np.ndarray) -> None:
+        bucket = memory[: self._used]
         self._sizes.append(bucket.nbytes)
-        self._stored.append(self._store(bucket))
-        self._pending, self._pending_bytes = [], 0
+        self._stored.append(self._executor.submit(lambda: (xxhash.xxh3_128_hexdigest(bucket.data), self._store(bucket))))
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """Of a tensor's elements, wherever it lies."""
+    return xxhash.xxh3_128_hexdigest(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
 
 
 def read_snapshot(manifest: Manifest, buckets: Sequence[np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,12 +1,12 @@
-"""Sequences to ranks, to micro-batches, to tensors, and logits back to one log-prob per completion token.
+"""Sequences to ranks, to micro-batches, to tensors, through a model, to one log-prob per completion token.
 
-    groups --assign_groups--> ranks --plan_micro_batches--> indices --collate--> ModelInputs --model--> token_logprobs
+    groups --assign_groups--> ranks --plan_micro_batches--> indices --collate--> ModelInputs --TokenLogprobs--> log-probs
 
 Two layouts. `padded`: one row per sequence, padding on the right. `packed`: one row for all, without padding; positions
-restart at 0, from which transformers derives the block-diagonal causal mask. It does so only when there is neither an
-attention mask nor a key-value cache: a model called without `use_cache=False` lets packed sequences see each other,
-silently. Call models with `ModelInputs.model_kwargs()`, which holds all of that. Models with recurrent layers know no such
-mask: use `padded` for them.
+restart at 0. Attention stays within sequences by learner/attention.py. For other attentions than sdpa, transformers derives
+a block-diagonal causal mask from the positions, only when there is neither an attention mask nor a key-value cache: a model
+called without `use_cache=False` lets packed sequences see each other, silently. Call models with
+`ModelInputs.model_kwargs()`, which holds all of that. Models with recurrent layers know no such mask: use `padded` for them.
 
 Tensor letters: B rows, L row length, K positions whose logits are computed, T completion tokens, V vocabulary.
 """
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ConfigError, DataError
-from learner.logprobs import selective_log_softmax
+from learner.attention import Packing, install_packed_sdpa
+from learner.logprobs import install_logprob_head, selective_log_softmax
 
 Layout: TypeAlias = Literal["padded", "packed"]
 
@@ -56,6 +57,7 @@ class ModelInputs:
     rows_T, columns_T        int64 [T], the logits (row, index into K) that predict each completion token
     targets_T                int64 [T], the completion tokens, by sequence, then position
     sequence_T               int64 [T], sorted: the index of each token's sequence among those collated
+    packing                  where the sequences lie in a packed row; None when padded
     """
 
     input_ids: Tensor
@@ -66,6 +68,7 @@ class ModelInputs:
     columns_T: Tensor
     targets_T: Tensor
     sequence_T: Tensor
+    packing: Packing | None = None
 
     def model_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for a Hugging Face causal language model."""
@@ -172,6 +175,7 @@ def collate(sequences: Sequence[TokenSequence], layout: Layout, pad_id: int, dev
         columns_T=columns_T.to(device),
         targets_T=_int64([token for sequence in sequences for token in sequence.completion_ids]).to(device),
         sequence_T=torch.arange(len(sequences)).repeat_interleave(sizes_N).to(device),
+        packing=Packing([sequence.num_tokens for sequence in sequences], device) if layout == "packed" else None,
     )
 
 
@@ -213,3 +217,27 @@ def token_logprobs(logits: Tensor, inputs: ModelInputs, temperature: float) -> T
     targets_BK = inputs.targets_T.new_zeros(logits.shape[:-1])
     targets_BK[inputs.rows_T, inputs.columns_T] = inputs.targets_T
     return selective_log_softmax(logits, targets_BK, temperature)[inputs.rows_T, inputs.columns_T]
+
+
+class TokenLogprobs:
+    """The learner's way through a Hugging Face causal LM: attention within packed sequences, log-probs without the logits.
+
+    Made of the bare module, which it changes, before DeepSpeed wraps it; called with whatever then stands for the model.
+    """
+
+    def __init__(self, module: Any, layout: Layout, attention: str) -> None:
+        self._head = install_logprob_head(module)
+        self._packs = layout == "packed" and attention == "sdpa" and install_packed_sdpa(module)
+
+    def __call__(self, model: Any, inputs: ModelInputs, temperature: float) -> Tensor:
+        """[T] log-probs of the completion tokens, by sequence, then position; float32 (float64 for a float64 model).
+
+        Raises ConfigError for models whose attention or head turns out to be of another kind than it looked.
+        """
+        kwargs = inputs.model_kwargs() | ({"packing": inputs.packing} if self._packs else {})
+        if self._head is None:
+            return token_logprobs(model(**kwargs).logits, inputs, temperature)
+        with self._head.asked(inputs.rows_T, inputs.columns_T, inputs.targets_T, temperature):
+            logprobs_T: Tensor = model(**kwargs).logits
+            self._head.check_unchanged(logprobs_T)
+        return logprobs_T

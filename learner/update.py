@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -103,6 +103,7 @@ class Updater:
         self._reference, self._proximal = reference, proximal
         self._pad_id, self._device = pad_id, device
         self._variances: dict[int, float] = {}  # By the prompt's row; for lr_baseline = running.
+        self._moved: set[str] = set()
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     @property
@@ -145,6 +146,20 @@ class Updater:
             per_group.setdefault(int(sample["group"]), []).append(sample)
         return {"optim/grad_norm": grad_norm, "optim/lr": lr, **objective_metrics(samples, self._config.agro.beta)}, per_group
 
+    @property
+    def moved(self) -> frozenset[str]:
+        """Which of "reference" and "proximal" are copies of the policy by now, no longer the base model."""
+        return frozenset(self._moved)
+
+    def get_state(self) -> dict[str, Any]:
+        """What an update keeps for later ones besides the policies' weights, as JSON; equal on every rank."""
+        return {"variances": sorted(self._variances.items()), "moved": sorted(self._moved)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `get_state` returned; the weights of what has `moved` are to be restored besides."""
+        self._variances = {int(row): float(variance) for row, variance in state["variances"]}
+        self._moved = set(state["moved"])
+
     # --- passes ---------------------------------------------------------------------------------------------------
 
     def _rows_of_rank(self, batch: Batch) -> list[Row]:
@@ -158,8 +173,10 @@ class Updater:
         bucket_bytes = int(self._config.weights.bucket_mib * 2**20)
         if self._reference is not None and every and step and step % every == 0:
             self._reference.load(self._policy.named_weights(bucket_bytes))
+            self._moved.add("reference")
         if self._proximal is not None and step % self._config.rivals.proximal_every == 0:
             self._proximal.load(self._policy.named_weights(bucket_bytes))
+            self._moved.add("proximal")
 
     def _fill_frozen(self, rows: list[Row], micro_batches: list[MicroBatch]) -> None:
         """Log-probs by the reference, and by the proximal policy, as the objective needs them; by the learner's own kernels.

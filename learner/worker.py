@@ -1,26 +1,44 @@
 """One learner rank as a Ray actor: the training loop.
 
-buffer --Batch--> rank 0 --broadcast--> all ranks --update--> step --every k steps--> snapshot --> board
-                                                             `--metrics, samples--> monitor
+    buffer --Batch--> rank 0 --broadcast--> all ranks --update--> step --every k steps--> snapshot --> board
+       ^                                                         |  `--metrics, samples--> monitor
+       `--watermark-- checkpoint, written while training goes on <'
+
+A run that goes on from a checkpoint publishes its weights first, and asks the buffer for the batches since then by their steps: they
+are the same batches again.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import random
+import secrets
 import socket
+import sys
+import threading
 import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import ray
 import torch
 import torch.distributed as dist
 
 from buffer.records import Batch, decode_batch
 from cluster.config import Config
+from cluster.config_file import dump_config
 from cluster.errors import PeerTimeout
-from cluster.weights import SnapshotWriter
+from cluster.peers import Calls, connect_buffer
+from cluster.transports import Sender, ZeroSource, load_transport
 from learner.batch_metrics import batch_metrics, shown_samples
+from learner.checkpoint import Checkpoint, Part, verify
+from learner.checkpoint_writer import CheckpointWriter, code_version, set_random_states
 from learner.objectives import load_objective
 from learner.update import Updater, frozen_policies
 
@@ -38,13 +56,33 @@ def learning_rate(step: int, config: Config) -> float:
     return learner.lr * (shape if learner.decay == "constant" else 0.1 + 0.9 * shape)
 
 
+class Progress(msgspec.Struct):
+    """How far the run is: what the loop counts, and a checkpoint carries on. Staleness in learner steps; NaN: of offline samples only."""
+
+    step: int = 0
+    published: int = -1
+    samples: int = 0
+    tokens: int = 0
+    staleness_sum: float = 0.0
+    staleness_max: float = math.nan
+
+    def totals(self) -> dict[str, float]:
+        """Totals of the run, for its summary."""
+        return {
+            "steps": self.step,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "staleness_mean": self.staleness_sum / max(1, self.step),
+            "staleness_max": self.staleness_max,
+        }
+
+
 class LearnerRank:
-    """One ZeRO-3 rank. `start` on all ranks at once, then `train` on all ranks at once."""
+    """One ZeRO-3 rank. `start` on all ranks at once, then `train` on all ranks at once; the other methods at any time."""
 
     def __init__(self, rank: int, config: Config, pad_id: int) -> None:
         self._rank, self._config, self._pad_id = rank, config, pad_id
         self._stopping = False
-        self._samples = self._tokens = 0
 
     def address(self) -> tuple[str, int]:
         """Host and a free port, for the ranks to meet at (asked of rank 0)."""
@@ -59,73 +97,118 @@ class LearnerRank:
         config = self._config
         use_gpu = config.learner.num_gpus > 0
         if not use_gpu:
-            torch.set_num_threads(max(1, int(config.learner.num_cpus)))
-        torch.manual_seed(config.run.seed)
+            torch.set_num_threads(1 if config.run.deterministic else max(1, int(config.learner.num_cpus)))
+        torch.use_deterministic_algorithms(config.run.deterministic)
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(config.run.seed)
         device = init_process_group(self._rank, config.learner.ranks, *address, use_gpu=use_gpu, timeout_s=config.run.timeout_s)
         self._policy = ZeroPolicy(config.model, config.learner)
         objective = load_objective(config.learner.objective, config.agro, config.rivals)
-        reference, proximal = (ZeroFrozen(config.model, config.learner) if needed else None for needed in frozen_policies(objective))
+        needed = zip(("reference", "proximal"), frozen_policies(objective), strict=True)
+        self._frozen = {name: ZeroFrozen(config.model, config.learner) for name, is_needed in needed if is_needed}
+        reference, proximal = self._frozen.get("reference"), self._frozen.get("proximal")
         self._updater = Updater(config, self._policy, reference, objective, self._pad_id, device, proximal)
 
+    def ping(self) -> int:
+        """This rank's number: its process answers."""
+        return self._rank
+
+    def stacks(self) -> str:
+        """Where every thread is: for the log of a learner that makes no progress."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        frames = sys._current_frames().items()
+        return "\n".join(f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames)
+
     def request_stop(self) -> None:
-        """End `train` in order after the step in progress."""
+        """End `train` in order after the step in progress, with a checkpoint."""
         self._stopping = True
 
-    def train(self, buffer: Any, board: Any, monitor: Any, policy_dir: str) -> dict[str, float]:
-        """All steps: batch, update, publication; then the trained policy in `policy_dir`. Totals of the run (rank 0)."""
-        self._buffer, self._board, self._monitor = buffer, board, monitor
-        steps, publish_every = self._config.run.steps, self._config.weights.publish_every
-        staleness: list[tuple[float, float]] = []
-        published = 0
-        publish_s = self._publish(0)
-        step = 0
-        while step < steps:
+    def train(
+        self,
+        buffers: Sequence[Any],
+        board: Any,
+        monitor: Any,
+        policy_dir: str,
+        resume_from: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> dict[str, float]:
+        """All steps: batch, update, publication, checkpoint; then the trained policy in `policy_dir`. Totals of the run (rank 0).
+
+        `buffers`: the replay buffer's shards. Checkpoints lie beside `policy_dir`, in `checkpoints/`; `resume_from` is one of them
+        that verified (`latest_checkpoint`). `extra` (JSON) is kept in each. Raises CheckpointError when `resume_from` does not fit.
+        """
+        self._connect(buffers, board, monitor, Path(policy_dir).parent, dict(extra or {}))
+        progress, config = self._restore(resume_from), self._config
+        publish_s = self._publish(progress)
+        while progress.step < config.run.steps:
             step_start_s = time.perf_counter()
-            batch = self._next_batch(step)
+            batch = self._next_batch(progress.step)
             if batch is None:
                 break
             wait_s = time.perf_counter() - step_start_s
-            metrics, diagnostics = self._updater.update(batch, learning_rate(step, self._config))
-            step += 1
-            if step % publish_every == 0 or step == steps:
-                publish_s, published = self._publish(step), step
+            metrics, diagnostics = self._updater.update(batch, learning_rate(progress.step, config))
+            progress.step += 1
+            if progress.step % config.weights.publish_every == 0 or progress.step == config.run.steps:
+                publish_s = self._publish(progress)
             if self._rank == 0:
-                row = {**batch_metrics(batch), **metrics, "weights/version": float(published), "weights/publish_s": publish_s}
-                staleness.append((row["staleness/mean"], row["staleness/oldest_token"]))
-                self._report(step, batch, row, diagnostics, wait_s, time.perf_counter() - step_start_s)
-        if published != step:
-            self._publish(step, evaluate=False)
+                row = {**batch_metrics(batch), **metrics, "weights/publish_s": publish_s}
+                self._report(progress, batch, row, diagnostics, wait_s, time.perf_counter() - step_start_s)
+            if config.checkpoint.every and progress.step % config.checkpoint.every == 0:
+                self._save(progress)
+        if progress.published != progress.step:
+            self._publish(progress, evaluate=False)
+        self._transport.flush()
+        if config.checkpoint.every:
+            self._save(progress)
         self._policy.save_pretrained(policy_dir, self._bucket_bytes)
-        return {
-            "steps": step,
-            "samples": self._samples,
-            "tokens": self._tokens,
-            "staleness_mean": sum(mean for mean, _ in staleness) / max(1, len(staleness)),
-            "staleness_max": max((oldest for _, oldest in staleness), default=0.0),
-        }
+        self._checkpoints.close()
+        return progress.totals()
 
     # --- verbs of the loop ----------------------------------------------------------------------------------------
+
+    def _connect(self, buffers: Sequence[Any], board: Any, monitor: Any, run_dir: Path, extra: dict[str, Any]) -> None:
+        self._calls, self._buffer = Calls(self._config.run.timeout_s), connect_buffer(buffers)
+        self._monitor = monitor
+        self._run_dir, self._saved = run_dir, -1
+        self._origin = {"code_version": code_version(), "extra": extra}
+        source = ZeroSource(self._policy, self._bucket_bytes)
+        self._transport = load_transport(Sender(self._rank, self._config, source, board, self._calls, ray.put, monitor.event.remote))
+        (session,) = self._broadcast(secrets.token_hex(4))
+        self._checkpoints = CheckpointWriter(
+            run_dir,
+            self._rank,
+            dist.get_world_size(),
+            session=session,
+            keep=self._config.checkpoint.keep,
+            timeout_s=self._config.run.timeout_s,
+            on_event=lambda text: monitor.event.remote(text),
+            on_durable=self._set_watermark,
+        )
 
     @property
     def _bucket_bytes(self) -> int:
         return int(self._config.weights.bucket_mib * MIB)
 
-    def _next_batch(self, step: int) -> Batch | None:
-        """The batch of this step on every rank, or None to stop. Raises PeerTimeout when the actors deliver nothing."""
-        box: list[bytes | None] = [self._ask_for_batch(step) if self._rank == 0 else None]
+    def _broadcast(self, value: Any) -> list[Any]:
+        """Rank 0's value on every rank, as a list of one. Collective."""
+        box = [value]
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return None if box[0] is None else decode_batch(box[0])
+        return box
+
+    def _next_batch(self, step: int) -> Batch | None:
+        """The batch of this step on every rank, or None to stop. Raises PeerTimeout when the actors deliver nothing."""
+        (payload,) = self._broadcast(self._ask_for_batch(step) if self._rank == 0 else None)
+        return None if payload is None else decode_batch(payload)
 
     def _ask_for_batch(self, step: int) -> bytes | None:
         config = self._config
         until_s, delivered = time.monotonic() + config.run.timeout_s, -1.0
         while not self._stopping:
-            answer = self._buffer.sample.remote(step, config.learner.groups_per_step, BATCH_POLL_S)
-            payload = ray.get(answer, timeout=config.run.timeout_s)
+            payload = self._calls.ask(self._buffer.sample(step, config.learner.groups_per_step, BATCH_POLL_S), "replay buffer")
             if payload is not None:
                 return payload
-            stats = ray.get(self._buffer.stats.remote(), timeout=config.run.timeout_s)
+            stats = self._calls.ask(self._buffer.stats(), "replay buffer")
             if stats["buffer/inserted"] > delivered:  # Slow, but coming: a first batch at an enforced lag needs many groups.
                 until_s, delivered = time.monotonic() + config.run.timeout_s, stats["buffer/inserted"]
             if time.monotonic() > until_s:
@@ -135,22 +218,11 @@ class LearnerRank:
                 )
         return None
 
-    def _publish(self, version: int, evaluate: bool | None = None) -> float:
-        """Gather the weights and put them on the board as `version`; seconds it took. Collective."""
+    def _publish(self, progress: Progress, evaluate: bool | None = None) -> float:
+        """Bring the weights on their way to the actors as version `progress.step`; seconds that the learner stood still. Collective."""
         start_s = time.perf_counter()
-        writer = SnapshotWriter(self._bucket_bytes, store=ray.put)
-        for name, tensor in self._policy.named_weights(self._bucket_bytes):
-            if self._rank == 0:
-                writer.add(name, tensor)
-        if self._rank == 0:
-            manifest, references = writer.finish(version)
-            publication = self._board.publish.remote(
-                msgspec.msgpack.encode(manifest),
-                references,
-                version,
-                evaluate=self._is_evaluated(version) if evaluate is None else evaluate,
-            )
-            ray.get(publication, timeout=self._config.run.timeout_s)
+        version = progress.published = progress.step
+        self._transport.publish(version, evaluate=self._is_evaluated(version) if evaluate is None else evaluate)
         return time.perf_counter() - start_s
 
     def _is_evaluated(self, version: int) -> bool:
@@ -159,15 +231,70 @@ class LearnerRank:
         return version in (0, self._config.run.steps) or version // every > (version - publish_every) // every
 
     def _report(
-        self, step: int, batch: Batch, row: dict[str, float], diagnostics: dict[int, list[dict[str, float]]], wait_s: float, step_s: float
+        self,
+        progress: Progress,
+        batch: Batch,
+        row: dict[str, float],
+        diagnostics: dict[int, list[dict[str, float]]],
+        wait_s: float,
+        step_s: float,
     ) -> None:
-        self._samples += sum(len(group.samples) for group in batch.groups)
-        self._tokens += sum(len(sample.token_ids) for group in batch.groups for sample in group.samples)
-        row["progress/step"], row["progress/samples"], row["progress/tokens"] = step, self._samples, self._tokens
+        step = progress.step
+        progress.samples += sum(len(group.samples) for group in batch.groups)
+        progress.tokens += sum(len(sample.token_ids) for group in batch.groups for sample in group.samples)
+        progress.staleness_sum += row["staleness/mean"]
+        progress.staleness_max = float(np.fmax(progress.staleness_max, row["staleness/oldest_token"]))
+        row["progress/step"], row["progress/samples"], row["progress/tokens"] = step, progress.samples, progress.tokens
+        row["weights/version"] = float(progress.published)
         row["time/learner_busy_fraction"] = 1.0 - wait_s / step_s
         row["perf/trained_tokens_per_s"] = sum(group.num_tokens for group in batch.groups) / step_s
-        self._monitor.log_step.remote(row)
+        self._monitor.log_step.remote(row | self._transport.metrics() | self._checkpoints.metrics())
         if step == 1 or step % self._config.monitor.samples_every == 0:
             self._monitor.log_samples.remote(step, shown_samples(batch, diagnostics))
         if self._config.buffer.max_uses > 1 and self._updater.keeps_reference:
-            self._buffer.set_ref_logprobs.remote({gid: [d["ref_logprob"] for d in rows] for gid, rows in diagnostics.items()})
+            self._calls.start(self._buffer.set_ref_logprobs({gid: [d["ref_logprob"] for d in rows] for gid, rows in diagnostics.items()}))
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save(self, progress: Progress) -> None:
+        """Begin the checkpoint of this step, unless it is what the run has already. Raises CheckpointError for a NaN."""
+        if progress.step == max(0, self._saved):
+            return
+        self._saved = progress.step
+        self._transport.flush()  # What it calls published can be had.
+        self._checkpoints.save(progress.step, self._parts(), self._state(progress))
+
+    def _parts(self) -> Iterator[Part]:
+        """fp32 first, then what is in the model's dtype."""
+        return chain(self._policy.parts(), *(self._frozen[name].parts(name) for name in sorted(self._updater.moved)))
+
+    def _state(self, progress: Progress) -> dict[str, Any]:
+        wandb_id = self._run_dir / "wandb_id"
+        return {
+            "progress": msgspec.to_builtins(progress),
+            "adam_steps": self._policy.adam_steps,
+            "updater": self._updater.get_state(),
+            "config": dump_config(self._config),
+            "wandb_run_id": wandb_id.read_text(encoding="utf-8").strip() if wandb_id.is_file() else None,
+            **self._origin,
+        }
+
+    def _restore(self, path: str | None) -> Progress:
+        """The state saved in `path` on this rank; how far it was. A rank that the checkpoint has not keeps its own random state."""
+        if path is None:
+            return Progress()
+        checkpoint = Checkpoint(Path(path), verify(Path(path), contents=False))
+        state = checkpoint.state
+        self._policy.restore(checkpoint.read, state["adam_steps"])
+        self._updater.set_state(state["updater"])
+        for name in self._updater.moved:
+            self._frozen[name].restore(name, checkpoint.read)
+        if metadata := checkpoint.rank_metadata(self._rank):
+            set_random_states(json.loads(metadata["rng"]))
+        progress = msgspec.convert(state["progress"], Progress)
+        self._saved = progress.step
+        return progress
+
+    def _set_watermark(self, oldest_step: int) -> None:
+        """Batches since the OLDEST checkpoint are kept: it is what the run goes on from when the newer ones are damaged."""
+        self._calls.ask(self._buffer.set_watermark(oldest_step), "replay buffer")

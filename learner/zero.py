@@ -9,18 +9,24 @@ Surprises: outside a gather a partitioned parameter has `numel() == 0`, so sizes
 
 from __future__ import annotations
 
+import collections
 import datetime
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 
 from cluster.config import LearnerConfig, ModelConfig
 from cluster.errors import TrainingError
-from learner.packing import ModelInputs, token_logprobs
+from learner.checkpoint import Part, TensorEntry, partition
+from learner.export import write_model
+from learner.packing import ModelInputs, TokenLogprobs
+
+Read: TypeAlias = Callable[[str, int, int], torch.Tensor]
+"""(key, start, stop) -> these elements of a flattened tensor."""
 
 
 def init_process_group(rank: int, world_size: int, address: str, port: int, *, use_gpu: bool, timeout_s: float) -> torch.device:
@@ -48,6 +54,7 @@ def _deepspeed_config(learner: LearnerConfig, dtype: str, *, training: bool) -> 
         "gradient_accumulation_steps": 1,
         "zero_optimization": {"stage": 3, "offload_param": offload},
         "bf16": {"enabled": dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},  # Over micro-batches; in bfloat16 the later ones of many would be rounded away.
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
@@ -61,45 +68,56 @@ def _deepspeed_config(learner: LearnerConfig, dtype: str, *, training: bool) -> 
     return config
 
 
-def _load(model: ModelConfig, learner: LearnerConfig, *, training: bool) -> Any:
-    """A Hugging Face causal LM, partitioned by ZeRO-3, as a DeepSpeed engine."""
+def _load(model: ModelConfig, learner: LearnerConfig, *, training: bool) -> tuple[Any, TokenLogprobs]:
+    """A Hugging Face causal LM, partitioned by ZeRO-3, as a DeepSpeed engine; and the way to log-probs through it."""
     import deepspeed
-    from transformers import AutoModelForCausalLM
 
+    config = _deepspeed_config(learner, model.dtype, training=training)
+    module = _from_pretrained(model, config)
+    module.config.use_cache = False
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0  # pi and pi_ref are the same function of their weights, and both passes of an update give one value.
+        elif isinstance(getattr(layer, "attention_dropout", None), float):
+            layer.attention_dropout = 0.0
+    if training and learner.gradient_checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not training:
+        module.requires_grad_(False).eval()
+    token_logprobs = TokenLogprobs(module, learner.layout, model.attention)
+    parameters = [p for p in module.parameters() if p.requires_grad] or None
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)
+    return engine, token_logprobs
+
+
+def _from_pretrained(model: ModelConfig, config: dict[str, Any]) -> Any:
+    """The Hugging Face model; with several ranks each weight is partitioned as soon as it is made, so that no rank ever holds all."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # As long as it lives, transformers builds models under deepspeed.zero.Init. One rank alone would only load more slowly.
+    partitioning = HfDeepSpeedConfig(config) if dist.get_world_size() > 1 else None
     module = AutoModelForCausalLM.from_pretrained(
         model.path,
         dtype=getattr(torch, model.dtype),
         attn_implementation=model.attention,
         trust_remote_code=model.trust_remote_code,
     )
-    module.config.use_cache = False
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.Dropout):
-            layer.p = 0.0  # pi and pi_ref are the same function of their weights, and both passes of an update give one value.
-        elif isinstance(getattr(layer, "attention_dropout", None), float):
-            layer.attention_dropout = 0.0  # type: ignore[assignment]
-    if training and learner.gradient_checkpointing:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if not training:
-        module.requires_grad_(False).eval()
-    parameters = [p for p in module.parameters() if p.requires_grad] or None
-    engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=parameters, config=_deepspeed_config(learner, model.dtype, training=training)
-    )
-    return engine
+    del partitioning
+    return module
 
 
 class ZeroFrozen:
     """A policy that is not trained, partitioned like the policy: the reference, or the proximal policy."""
 
     def __init__(self, model: ModelConfig, learner: LearnerConfig) -> None:
-        self._engine = _load(model, learner, training=False)
+        self._engine, self._token_logprobs = _load(model, learner, training=False)
         self._engine.eval()
 
     @torch.no_grad()
     def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
         """[T] log-probs of the completion tokens. Collective."""
-        return token_logprobs(self._engine(**inputs.model_kwargs()).logits, inputs, temperature)
+        return self._token_logprobs(self._engine, inputs, temperature)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take over these weights (`ZeroPolicy.named_weights`), all of them. Collective."""
@@ -111,19 +129,32 @@ class ZeroFrozen:
             with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0), torch.no_grad():
                 parameters[name].copy_(tensor)
 
+    def parts(self, kind: str) -> Iterator[Part]:
+        """This rank's part of the weights, named `<kind>/<parameter>`; views: copy them. Not collective."""
+        for name, parameter in self._engine.module.named_parameters():
+            first, last = _held(parameter)
+            yield Part(f"{kind}/{name}", tuple(parameter.ds_shape), parameter.ds_tensor.data[: last - first])
+
+    @torch.no_grad()
+    def restore(self, kind: str, read: Read) -> None:
+        """Take over weights saved by `parts(kind)`. `read` as `Checkpoint.read`."""
+        self._engine.empty_partition_cache()  # Small parameters are kept whole: they would stay as they were.
+        for name, parameter in self._engine.module.named_parameters():
+            parameter.ds_tensor.copy_(_padded(parameter, read, f"{kind}/{name}", parameter.ds_tensor.dtype))
+
 
 class ZeroPolicy:
     """The trained policy: log-probs, gradients, optimizer steps, and its weights one bucket at a time."""
 
     def __init__(self, model: ModelConfig, learner: LearnerConfig) -> None:
         self._model, self._learner = model, learner
-        self._engine = _load(model, learner, training=True)
+        self._engine, self._token_logprobs = _load(model, learner, training=True)
         self.module: Any = self._engine.module
 
     def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
         """[T] log-probs of the completion tokens, differentiable unless under `torch.no_grad`. Collective."""
         self._engine.train(torch.is_grad_enabled())
-        return token_logprobs(self._engine(**inputs.model_kwargs()).logits, inputs, temperature)
+        return self._token_logprobs(self._engine, inputs, temperature)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate the gradient of this rank's share of the loss; `last` marks the step's last call. Collective.
@@ -160,20 +191,73 @@ class ZeroPolicy:
                 yield from ((name, parameter.data) for name, parameter in bucket)
 
     def save_pretrained(self, directory: str, bucket_bytes: int) -> None:
-        """Write a Hugging Face directory (safetensors, tokenizer, generation config) from rank 0. Collective."""
-        from transformers import AutoTokenizer
-
-        state = {}
-        for name, tensor in self.named_weights(bucket_bytes):
+        """Write a Hugging Face directory (safetensors, tokenizer, generation config) from rank 0, with one bucket in memory. Collective."""
+        weights = self.named_weights(bucket_bytes)
+        try:
             if dist.get_rank() == 0:
-                state[name] = tensor.detach().cpu().clone()
-        if dist.get_rank() == 0:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            self.module.config.use_cache = True
-            self.module.save_pretrained(directory, state_dict=state)
-            self.module.config.use_cache = False
-            AutoTokenizer.from_pretrained(self._model.path, trust_remote_code=self._model.trust_remote_code).save_pretrained(directory)
+                dtype = self._model.dtype
+                entries = [TensorEntry(name, dtype, tuple(parameter.ds_shape)) for name, parameter in self.module.named_parameters()]
+                write_model(Path(directory), self._model, entries, (tensor.to(getattr(torch, dtype)) for _, tensor in weights))
+        finally:
+            collections.deque(weights, maxlen=0)  # To the end, also where the disk was full: the other ranks gather with us.
         dist.barrier()
+
+    @property
+    def adam_steps(self) -> int:
+        """Steps that Adam has counted."""
+        return max((int(state["step"]) for state in self._engine.optimizer.state.values()), default=0)
+
+    def parts(self) -> Iterator[Part]:
+        """This rank's part of the fp32 weights and, after Adam's first step, of its moments; views: copy them. Not collective."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        moments = ("exp_avg", "exp_avg_sq") if self.adam_steps else ()
+        for name, parameter in _trained(self.module):
+            first, last = _held(parameter)
+            yield Part(f"master/{name}", tuple(parameter.ds_shape), safe_get_local_fp32_param(parameter).detach()[: last - first])
+            for moment in moments:
+                values = safe_get_local_optimizer_state(parameter, moment)
+                yield Part(f"{moment}/{name}", tuple(parameter.ds_shape), values[: last - first])
+
+    @torch.no_grad()
+    def restore(self, read: Read, adam_steps: int) -> None:
+        """Take over fp32 weights and Adam's state; the model's weights become their cast. `read` as `Checkpoint.read`."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        self._engine.empty_partition_cache()  # Small parameters are kept whole: they would stay as they were.
+        self._make_moments(adam_steps)
+        for name, parameter in _trained(self.module):
+            master = _padded(parameter, read, f"master/{name}", torch.float32)
+            safe_set_local_fp32_param(parameter, master)
+            parameter.ds_tensor.copy_(master)
+            for moment in ("exp_avg", "exp_avg_sq") if adam_steps else ():
+                safe_set_local_optimizer_state(parameter, _padded(parameter, read, f"{moment}/{name}", torch.float32), moment)
+
+    def _make_moments(self, adam_steps: int) -> None:
+        """Adam's state as its first step would make it, and its count of steps."""
+        optimizer = self._engine.optimizer
+        is_torch = isinstance(optimizer.optimizer, torch.optim.AdamW)  # DeepSpeed's own for the CPU counts in an int.
+        for flat in optimizer.fp32_partitioned_groups_flat if adam_steps else ():
+            count = torch.tensor(float(adam_steps)) if is_torch else adam_steps
+            moments = {name: torch.zeros_like(flat, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[flat] = {"step": count, **moments}
+
+
+def _trained(module: Any) -> Iterator[tuple[str, Any]]:
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
+def _held(parameter: Any) -> tuple[int, int]:
+    """This rank's elements of the flattened parameter."""
+    return partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
+
+
+def _padded(parameter: Any, read: Read, key: str, dtype: torch.dtype) -> torch.Tensor:
+    """This rank's partition as ZeRO-3 wants it: the elements it holds, then zeros."""
+    values = torch.zeros(parameter.ds_tensor.ds_numel, dtype=dtype)
+    first, last = _held(parameter)
+    values[: last - first] = read(key, first, last)
+    return values
 
 
 def _buckets(named: Iterator[tuple[str, torch.nn.Parameter]], bucket_bytes: int) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:

@@ -9,24 +9,37 @@ model, with the sabotaged updates, which the tests must be able to tell from the
 from __future__ import annotations
 
 import importlib
+import operator
 import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 from safetensors.torch import load_file
 
 import actors.engine
-from actors.engine import VLLM_SYMBOLS, Engine
-from buffer.records import Sample
+from actors.engine import VLLM_SYMBOLS, Engine, PromptRefused
+from actors.groups import Groups, OpenGroup
+from actors.prompts import PromptRow
+from actors.rollout import RolloutActor
+from buffer.records import Sample, WorkItem
 from cluster.config import ActorsConfig, ModelConfig
+from cluster.config_file import parse_config
 from cluster.errors import SnapshotError
 from cluster.weights import SnapshotWriter, read_snapshot
+from tests.in_process import Bench
 
 MAX_NEW_TOKENS = 16
 SLOTS = 8
 SHORT = (4, 13, 5, 14)
 LONG = tuple(3 + i * i % 12 for i in range(70))  # Two whole blocks of the prefix cache and a bit.
+ON_UPDATE = {"continue": 11, "drain": 12, "abort": 13}
+"""The ways to update, and the version that each of them loads in its phase."""
+SEED = 1000
+NUM_LOADS = 7
 
 
 class Generated(msgspec.Struct):
@@ -36,6 +49,7 @@ class Generated(msgspec.Struct):
     temperature: float
     version: int
     sample: Sample
+    seed: int | None = None
 
 
 class Report(msgspec.Struct):
@@ -44,6 +58,13 @@ class Report(msgspec.Struct):
     missing_symbols: list[str]
     phases: dict[str, list[Generated]] = {}
     num_unfinished_after_abort: int = 0
+    num_started_after_truncation: int = 0
+    num_unfinished_after_truncation: int = 0
+    num_overdue_after_truncation: int = 0
+    num_restarted: dict[str, float] = {}
+    refused: list[tuple[str, str]] = []
+    pauses_s: list[float] = []
+    loads_s: list[float] = []
     incomplete_error: str = ""
 
 
@@ -58,23 +79,33 @@ class Scenario:
     """Submits to one engine and keeps what comes back, by phase."""
 
     def __init__(self, model_dir: Path) -> None:
-        config = ActorsConfig(slots=SLOTS, max_new_tokens=MAX_NEW_TOKENS, kv_cache_gib=1 / 64)
+        self.config = ActorsConfig(slots=SLOTS, max_new_tokens=MAX_NEW_TOKENS, kv_cache_gib=1 / 64)
         self.model_dir = model_dir
-        self.engine = Engine(ModelConfig(path=str(model_dir)), config, max_model_len=len(LONG) + MAX_NEW_TOKENS)
+        self.engine = Engine(ModelConfig(path=str(model_dir)), self.config, max_model_len=len(LONG) + MAX_NEW_TOKENS)
         self.phases: dict[str, list[Generated]] = {}
-        self._submitted: dict[str, tuple[str, tuple[int, ...], float, int]] = {}
+        self.report = Report([], self.phases)
+        self._submitted: dict[str, tuple[str, tuple[int, ...], float, int, int | None]] = {}
 
-    def submit(self, phase: str, prompt_ids: tuple[int, ...], count: int, temperature: float = 1.0, seed: int | None = None) -> None:
-        for _ in range(count):
-            request_id = f"{phase}-{len(self._submitted)}"
-            self._submitted[request_id] = (phase, prompt_ids, temperature, self.engine.version)
+    def submit(self, phase: str, prompt_ids: tuple[int, ...], count: int, temperature: float = 1.0, seed: int | None = None) -> list[str]:
+        """The ids of `count` requests that differ in nothing."""
+        request_ids = [f"{phase}-{len(self._submitted) + number}" for number in range(count)]
+        for request_id in request_ids:
+            self._submitted[request_id] = (phase, prompt_ids, temperature, self.engine.version, seed)
             self.engine.submit(request_id, prompt_ids, seed=seed, temperature=temperature)
+        return request_ids
+
+    def submit_seeded(self, phase: str, prompt_ids: tuple[int, ...]) -> list[str]:
+        """Requests for all slots, each with a seed of its own, the same in every phase."""
+        return [self.submit(phase, prompt_ids, 1, seed=SEED + number)[0] for number in range(SLOTS)]
+
+    def keep(self, request_id: str, sample: Sample) -> None:
+        phase, prompt_ids, temperature, version, seed = self._submitted[request_id]
+        self.phases.setdefault(phase, []).append(Generated(prompt_ids, temperature, version, sample, seed))
 
     def step(self, count: int) -> None:
         for _ in range(count):
             for request_id, sample in self.engine.step():
-                phase, prompt_ids, temperature, version = self._submitted[request_id]
-                self.phases.setdefault(phase, []).append(Generated(prompt_ids, temperature, version, sample))
+                self.keep(request_id, sample)
 
     def finish(self) -> None:
         while self.engine.num_unfinished:
@@ -125,6 +156,100 @@ def sabotaged_updates(scenario: Scenario) -> None:
     scenario.finish()
 
 
+def truncations(scenario: Scenario) -> None:
+    """The same requests to their end, and cut after a while; then all slots must be free, for others and in the engine's books."""
+    scenario.submit_seeded("whole", LONG)
+    scenario.finish()
+    scenario.submit_seeded("truncated", LONG)
+    scenario.submit("never started", SHORT, 2 * SLOTS)
+    scenario.step(6)
+    for request_id, sample in scenario.engine.truncate(list(scenario._submitted)):
+        scenario.keep(request_id, sample)
+    scenario.report.num_unfinished_after_truncation = scenario.engine.num_unfinished
+    scenario.report.num_overdue_after_truncation = len(scenario.engine.overdue(0.0))
+    request_ids = scenario.submit("after truncation", SHORT, SLOTS)
+    first = dict(scenario.engine.step())
+    scenario.report.num_started_after_truncation = len({**first, **dict(scenario.engine.truncate(request_ids))})
+
+
+def refusals(scenario: Scenario) -> None:
+    """Prompts that vLLM does not take, among others that it does."""
+    for name, prompt_ids in (("too long", LONG * 2), ("empty", ()), ("unknown token", (4, 10**6))):
+        (request_id,) = scenario.submit(name, prompt_ids, 1)
+        scenario.submit("beside a refused one", SHORT, 1)
+        try:
+            scenario.step(1)
+        except PromptRefused as refused:
+            scenario.report.refused.append((name if refused.request_id == request_id else refused.request_id, str(refused)))
+        scenario.finish()
+
+
+def updates_by_kind(scenario: Scenario) -> None:
+    """Every `actors.on_update` as the actor does it, with groups in the slots and waiting; then fresh samples."""
+    for kind, version in ON_UPDATE.items():
+        config = scenario.config.model_copy(update={"on_update": kind})
+        groups, ended = Groups(scenario.engine, config), []
+        for ordinal in range(2):
+            row = PromptRow(ordinal, "", LONG, {})
+            groups.start(OpenGroup(WorkItem(ordinal, ordinal, SEED + SLOTS * ordinal), row, [None] * SLOTS, temperature=1.0))
+        for _ in range(4):
+            ended += groups.step()
+        new = list(weights(scenario.model_dir, version).items())
+        while not groups.update(version, new):
+            ended += groups.step()
+        while len(groups):
+            ended += groups.step()
+        entries = [(group.item.seed + number, sample) for group in ended for number, sample in enumerate(group.samples)]
+        scenario.phases[f"{kind} in flight"] = [Generated(LONG, 1.0, -1, sample, seed) for seed, sample in entries if sample is not None]
+        scenario.report.num_restarted[kind] = groups.counters["samples_restarted"]
+        scenario.fresh(f"after {kind}")
+        scenario.submit_seeded(f"seeded after {kind}", LONG)
+        scenario.finish()
+
+
+class ScenarioActor(RolloutActor):
+    """The actor on the scenario's engine."""
+
+    def __init__(self, bench: Bench, engine: Engine) -> None:
+        self._given = engine
+        super().__init__("actor-0", bench.config, bench.prompts, bench.eval_prompts, *bench.peers())
+
+    def _make_engine(self) -> Engine:
+        return self._given
+
+
+def updates_in_the_loop(scenario: Scenario, directory: Path) -> None:
+    """Snapshots published to the real loop while it generates; their pauses, and the bare loading of the same tensors."""
+    tree: dict[str, Any] = {
+        "model": {"path": str(scenario.model_dir)},
+        "data": {"path": "none", "max_prompt_tokens": len(LONG)},
+        "rewards": {"functions": [{"name": "exact_match"}]},
+        "actors": {"group_size": 4, "slots": SLOTS, "max_new_tokens": MAX_NEW_TOKENS},
+        "buffer": {"capacity": 512, "max_staleness": 1000, "sampler": "fresh"},
+        "learner": {"groups_per_step": 4},
+    }
+    bench = Bench(parse_config(tree), directory, [PromptRow(row, "", prompt, {"answer": "7"}) for row, prompt in enumerate((SHORT, LONG))])
+    actor = ScenarioActor(bench, scenario.engine)
+    bench.start(actor)
+    versions = range(20, 20 + NUM_LOADS)
+    for step, version in enumerate(versions):
+        bench.publish(version, tensors=list(weights(scenario.model_dir, version).items()))
+        until_s = time.monotonic() + 20
+        while actor._groups.counters["updates"] <= step and time.monotonic() < until_s:
+            time.sleep(0.001)
+        scenario.report.pauses_s.append(actor._groups.counters["apply_s"])
+        for group in bench.train(step, 4):
+            prompt_ids = group.prompt_ids
+            scenario.phases.setdefault("loop", []).extend(Generated(prompt_ids, 1.0, -1, sample) for sample in group.samples)
+    assert bench.close()["violations"] == []
+    scenario.engine.abort([f"train-{ordinal}-{number}" for ordinal in range(4096) for number in range(4)])
+    for version in versions:
+        new = list(weights(scenario.model_dir, version).items())
+        start_s = time.perf_counter()
+        scenario.engine.load_weights(version, new)
+        scenario.report.loads_s.append(time.perf_counter() - start_s)
+
+
 def run(model_dir: Path) -> Report:
     """The whole scenario; its last update leaves the engine unusable."""
     if missing := missing_symbols():
@@ -137,19 +262,23 @@ def run(model_dir: Path) -> Report:
     scenario.submit("aborted", SHORT, 2 * SLOTS)
     scenario.step(1)
     scenario.engine.abort(list(scenario._submitted))
-    num_unfinished = scenario.engine.num_unfinished
+    scenario.report.num_unfinished_after_abort = scenario.engine.num_unfinished
     scenario.step(1)
+    truncations(scenario)
     updates_in_flight(scenario)
     scenario.fresh("version 1")
     scenario.load_snapshot(2)
     scenario.fresh("version 2")
+    refusals(scenario)
+    updates_by_kind(scenario)
+    with tempfile.TemporaryDirectory() as directory:
+        updates_in_the_loop(scenario, Path(directory))
     sabotaged_updates(scenario)
-    error = ""
     try:
         scenario.engine.load_weights(6, [(name, tensor) for name, tensor in weights(model_dir, 6).items() if "layers.1.mlp" not in name])
     except SnapshotError as raised:
-        error = str(raised)
-    return Report([], scenario.phases, num_unfinished, error)
+        scenario.report.incomplete_error = str(raised)
+    return scenario.report
 
 
 def missing_symbols() -> list[str]:
@@ -158,7 +287,7 @@ def missing_symbols() -> list[str]:
     for symbol in VLLM_SYMBOLS:
         module, _, name = symbol.partition(":")
         try:
-            getattr(importlib.import_module(module), name)
+            operator.attrgetter(name)(importlib.import_module(module))
         except (ImportError, AttributeError):
             missing.append(symbol)
     return missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.engine_scenario import MAX_NEW_TOKENS, Generated, Report, weights
+from tests.engine_scenario import MAX_NEW_TOKENS, NUM_LOADS, ON_UPDATE, SLOTS, Generated, Report, weights
 
 pytestmark = pytest.mark.slow
 
@@ -137,6 +138,90 @@ def test_aborted_requests_are_gone_started_or_not(observed: Observed):
     assert observed.report.num_unfinished_after_abort == 0
     finished = observed.report.phases.get("aborted", [])
     assert all(len(generated.sample.token_ids) == 1 for generated in finished), "only a first token that ends it can come before"
+
+
+class TestTruncation:
+    """Requests ended on the way, with what they have."""
+
+    def test_what_is_there_is_the_beginning_of_the_whole(self, observed: Observed):
+        whole = {generated.seed: generated.sample for generated in observed.phase("whole")}
+        samples = [
+            generated for generated in observed.phase("truncated") if len(generated.sample.token_ids) < len(whole[generated.seed].token_ids)
+        ]
+        assert samples
+        for generated in samples:
+            sample, full = generated.sample, whole[generated.seed]
+            num_tokens = len(sample.token_ids)
+            assert sample.finish_reason == "length"
+            assert sample.token_ids == full.token_ids[:num_tokens]
+            assert full.text.startswith(sample.text)
+            assert sample.logprobs == pytest.approx(full.logprobs[:num_tokens], abs=TOLERANCE_NATS)
+            assert observed.errors_nats(generated, 0).max() < TOLERANCE_NATS
+
+    def test_what_has_no_token_yields_nothing(self, observed: Observed):
+        assert all(generated.sample.token_ids for generated in observed.phase("truncated"))
+        assert len(observed.phase("truncated")) == SLOTS
+        assert len(observed.report.phases.get("never started", [])) < 2 * SLOTS
+
+    def test_all_slots_are_free_afterwards(self, observed: Observed):
+        report = observed.report
+        assert report.num_unfinished_after_truncation == report.num_overdue_after_truncation == 0
+        assert report.num_started_after_truncation == SLOTS
+
+
+def test_a_prompt_vllm_refuses_is_named_and_disturbs_no_other(observed: Observed):
+    reasons = dict(observed.report.refused)
+    assert reasons.keys() == {"too long", "empty", "unknown token"}
+    for name, words in (("too long", "longer than the maximum"), ("empty", "cannot be empty"), ("unknown token", "out of vocabulary")):
+        assert words in reasons[name]
+    assert len(observed.phase("beside a refused one")) == 3
+
+
+@pytest.mark.parametrize("kind", ON_UPDATE)
+class TestUpdateByKind:
+    """`actors.on_update`, with groups in the slots and others waiting."""
+
+    def test_fresh_samples_have_the_logprobs_of_the_new_weights(self, observed: Observed, kind: str):
+        assert observed.worst_nats(f"after {kind}", ON_UPDATE[kind]) < TOLERANCE_NATS
+        assert observed.worst_nats(f"after {kind}", 0) > 1.0
+
+    def test_samples_under_way_hold_the_versions_they_may(self, observed: Observed, kind: str):
+        samples = [generated.sample for generated in observed.phase(f"{kind} in flight")]
+        assert len(samples) == 2 * SLOTS
+        versions = [tuple(span.version for span in sample.version_spans) for sample in samples]
+        if kind == "continue":
+            assert (2, ON_UPDATE[kind]) in versions
+        else:
+            assert {len(found) for found in versions} == {1}
+        if kind == "drain":
+            assert set(versions) == {(ON_UPDATE["continue"],)}
+
+    def test_only_abort_starts_again_with_the_same_seeds(self, observed: Observed, kind: str):
+        assert (observed.report.num_restarted[kind] > 0) == (kind == "abort")
+        seeded = {generated.seed: generated.sample for generated in observed.phase(f"seeded after {kind}")}
+        again = [
+            generated
+            for generated in observed.phase(f"{kind} in flight")
+            if generated.seed in seeded and generated.sample.version_spans[0].version == ON_UPDATE[kind]
+        ]
+        assert bool(again) == (kind == "abort")
+        assert all(generated.sample.token_ids == seeded[generated.seed].token_ids for generated in again)
+
+
+class TestUpdatesInTheLoop:
+    """Snapshots that the real loop fetched while it generated."""
+
+    def test_samples_have_the_logprobs_of_their_version(self, observed: Observed):
+        pure = [generated for generated in observed.phase("loop") if len(generated.sample.version_spans) == 1]
+        assert len({generated.sample.version_spans[0].version for generated in pure}) > 1
+        for generated in pure:
+            assert observed.errors_nats(generated, generated.sample.version_spans[0].version).max() < TOLERANCE_NATS
+
+    def test_the_pause_is_the_load(self, observed: Observed):
+        """At most 1.2x on a quiet machine; here there is none."""
+        report = observed.report
+        assert len(report.pauses_s) == len(report.loads_s) == NUM_LOADS
+        assert statistics.median(report.pauses_s) < 2 * statistics.median(report.loads_s)
 
 
 def test_an_incomplete_snapshot_is_refused_by_name(observed: Observed):

@@ -18,7 +18,7 @@ from actors.offline import OfflineActor, OfflineSample, choose_samples, load_off
 from actors.prompts import PromptRow, PromptSet, load_prompts
 from buffer.ledger import audit
 from buffer.records import Batch, Group, Sample, VersionSpan, decode_batch
-from buffer.server import LEDGER_NAME, ReplayBuffer
+from buffer.server import ReplayBuffer
 from cluster.board import Board
 from cluster.config import Config
 from cluster.config_file import parse_config
@@ -292,7 +292,7 @@ def test_the_feeder_fills_a_real_buffer_with_scored_groups_and_ends_when_retired
 
     async def scenario() -> tuple[list[Any], dict[str, float], dict[str, float]]:
         buffer, board, told = ReplayBuffer(config, str(tmp_path / "run"), len(prompts)), Board(config, 0, print), Told()
-        feeder = OfflineActor("offline", config, prompts, Handle(buffer), Handle(board), Handle(told))
+        feeder = OfflineActor("offline", config, prompts, [Handle(buffer)], Handle(board), Handle(told))
         running = asyncio.create_task(feeder.run())
         batches = [decode_batch(await buffer.sample(step, 2, 30.0) or b"") for step in range(8)]  # Prompts come again.
         groups = [group for batch in batches for group in batch.groups]
@@ -313,7 +313,7 @@ def test_the_feeder_fills_a_real_buffer_with_scored_groups_and_ends_when_retired
     assert (answers["1+1=", "2"], answers["2+2=", "4"]) == ("2", None), "what had a reward was not scored"
     assert len({group.group_id for group in groups}) == 16
     assert counters["errors"] == stats["buffer/samples_error"] == stats["buffer/leased"] == 0
-    assert audit(tmp_path / "run" / LEDGER_NAME)["violations"] == []
+    assert audit(tmp_path / "run" / "ledger.jsonl")["violations"] == []
 
 
 def test_a_buffer_that_does_not_answer_the_feeder_is_named(tmp_path):
@@ -324,7 +324,7 @@ def test_a_buffer_that_does_not_answer_the_feeder_is_named(tmp_path):
             await asyncio.sleep(60)
 
     async def scenario() -> None:
-        peers = (Handle(Silent()), Handle(Board(config, 0, print)), Handle(Told()))
+        peers = ([Handle(Silent())], Handle(Board(config, 0, print)), Handle(Told()))
         await OfflineActor("offline", config, PromptSet([], 0, "none"), *peers).run()
 
     with pytest.raises(PeerTimeout, match="the replay buffer did not answer offline within"):
@@ -380,7 +380,7 @@ def test_a_run_trains_on_a_log_alone_without_any_actor(tiny_models: dict[str, Pa
     assert [row["reward/mean"] for row in metrics] == [pytest.approx(0.1, abs=0.07)] * 4, "8 of 10 completions, of which 1 is right"
     assert metrics[-1]["progress/samples"] == 4 * 8 * 8
     assert {(sample["version"], sample["staleness"]) for sample in rows_of(run_dir, "samples")} == {(None, None)}
-    result = audit(run_dir / LEDGER_NAME)
+    result = audit(run_dir / "ledger.jsonl")
     assert (result["violations"], result["events"]["trained"], result["max_staleness"]) == ([], 32, 0)
     events = " ".join(event["text"] for event in rows_of(run_dir, "events"))
     assert "nothing is evaluated" in events
@@ -403,7 +403,7 @@ def test_a_run_mixes_a_quarter_of_logged_samples_into_every_group(tiny_models: d
     assert all(row["reward/mean"] >= 0.25 * 7 / 8 * 5 for row in metrics), "logged rewards stand"
     assert all(row["staleness/mean"] is not None for row in metrics)
     assert metrics[-1]["progress/samples"] == 4 * 8 * 8
-    result = audit(run_dir / LEDGER_NAME)
+    result = audit(run_dir / "ledger.jsonl")
     assert (result["violations"], result["events"]["trained"]) == ([], 32)
     events = " ".join(event["text"] for event in rows_of(run_dir, "events"))
     assert "offline samples for 299 of 300 prompts (2 of each group)" in events

@@ -1,4 +1,4 @@
-"""The rollout actor's own bookkeeping; its engine, buffer and board are in tests/test_engine.py and tests/test_system.py."""
+"""The rollout actor's own bookkeeping; its loop is in tests/test_rollout_loop.py, its engine in tests/test_engine.py."""
 
 from concurrent.futures import Future
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from actors.rollout import RolloutActor
 
 
-class LateFuture(Future):  # type: ignore[type-arg]
+class LateFuture(Future[Any]):
     """Done a moment after it was first asked, as a reward worker's answer may arrive between two looks."""
 
     asked = 0

@@ -14,8 +14,10 @@ import pytest
 
 from buffer import store as store_module
 from buffer.ledger import Ledger, audit, read_statuses
-from buffer.records import Group, Sample, VersionSpan
-from buffer.store import Store, StoreError
+from buffer.records import Group, Sample, VersionSpan, decode_group, encode
+from buffer.replay import meta_of
+from buffer.sampling import GroupMeta
+from buffer.store import BatchEntry, DiskFullError, Store, StoreError
 
 
 def make_group(group_id: int, version: int = 0, num_tokens: int = 4) -> Group:
@@ -30,64 +32,106 @@ def make_group(group_id: int, version: int = 0, num_tokens: int = 4) -> Group:
     return Group(group_id=group_id, row=group_id, prompt="p", prompt_ids=(1, 2), samples=(sample, sample), actor="a0")
 
 
+def put(store: Store, *groups: Group) -> None:
+    for group in groups:
+        store.put_group(meta_of(group), len(group.samples), encode(group))
+    store.flush()
+
+
+def read(store: Store, *group_ids: int) -> list[Group]:
+    return [decode_group(payload) for payload, _ in store.read_groups(group_ids)]
+
+
+def ids(store: Store) -> list[int]:
+    return [meta.group_id for meta in store.load_groups()]
+
+
 def test_a_store_opened_again_holds_groups_uses_order_and_state(tmp_path):
     store = Store(tmp_path / "b.sqlite")
     assert store.load_state() is None
-    assert store.put_many([make_group(7), make_group(3, version=5)]) == [7, 3]
-    store.set_uses({3: 2})
-    store.save_state({"frontier": 8})
+    put(store, make_group(7), make_group(3, version=5))
+    store.put_batch(4, [BatchEntry(3, 1, False)])
+    store.put_ref_logprobs(3, [-1.0, -2.0])
+    store.put_lease(9, "a", 2)
+    store.put_lease(8, "", 0)
+    store.put_held(5, make_group(1).samples[0])
+    store.put_state({"frontier": 8})
+    store.flush()
     store.close()
     store = Store(tmp_path / "b.sqlite")
-    assert [(meta.group_id, meta.oldest_version, meta.uses, meta.num_tokens) for meta in store.recover()] == [(7, 0, 0, 12), (3, 5, 2, 12)]
-    assert store.load_state() == {"frontier": 8}
-    assert store.get_many([3, 7])[1] == make_group(7)
-    assert store.get_many([3])[0].uses == 2
+    assert [(meta.group_id, meta.oldest_version, meta.uses, meta.num_tokens) for meta in store.load_groups()] == [
+        (7, 0, 0, 12),
+        (3, 5, 1, 12),
+    ]
+    assert (store.load_state(), store.load_leases()) == ({"frontier": 8}, [(8, "", 0), (9, "a", 2)])
+    assert (store.load_batches(), store.load_held()) == ({4: [BatchEntry(3, 1, False)]}, {5: make_group(1).samples[0]})
+    assert read(store, 3, 7)[1] == make_group(7)
+    assert [ref for _, ref in store.read_groups([3, 7])] == [[-1.0, -2.0], None]
 
 
 def test_putting_an_id_again_changes_nothing(tmp_path):
     store = Store(tmp_path / "b.sqlite")
-    assert store.put_many([make_group(1)]) == [1]
-    assert store.put_many([make_group(1, version=9), make_group(2), make_group(2, version=9)]) == [2]
-    assert store.get_many([1, 2]) == [make_group(1), make_group(2)]
+    put(store, make_group(1))
+    put(store, make_group(1, version=9), make_group(2), make_group(2, version=9))
+    assert read(store, 1, 2) == [make_group(1), make_group(2)]
 
 
-def test_a_transaction_that_raises_leaves_nothing_behind(tmp_path):
+def test_a_group_that_left_stays_while_a_batch_needs_it(tmp_path):
     store = Store(tmp_path / "b.sqlite")
-    store.put_many([make_group(1)])
+    put(store, make_group(1), make_group(2), make_group(3))
+    store.put_batch(4, [BatchEntry(1, 1, False)])
+    store.put_batch(6, [BatchEntry(2, 1, False)])
+    for group_id, uses in ((1, 1), (2, 1), (3, 0)):
+        store.leave(GroupMeta(group_id, 0, 12, uses))
+    store.flush()
+    assert ids(store) == []
+    assert read(store, 1, 2) == [make_group(1), make_group(2)]
+    with pytest.raises(StoreError, match="group 3 is not in"):
+        read(store, 3)
+    store.forget_batches(6)
+    store.flush()
+    assert store.load_batches().keys() == {6}
+    assert read(store, 2) == [make_group(2)]
+    with pytest.raises(StoreError, match="group 1 is not in"):
+        read(store, 1)
 
-    def change_and_fail() -> None:
-        with store.transaction():
-            store.put_many([make_group(2)])
-            store.delete_many([1])
-            raise KeyError("boom")
 
-    with pytest.raises(KeyError, match="boom"):
-        change_and_fail()
-    assert [meta.group_id for meta in store.recover()] == [1]
+@pytest.mark.parametrize(("fsync", "level"), [("normal", 1), ("full", 2)])
+def test_fsync_is_what_was_asked_for(tmp_path, fsync, level):
+    assert Store(tmp_path / "b.sqlite", fsync)._db.execute("PRAGMA synchronous").fetchone() == (level,)
+
+
+def test_a_database_of_another_format_is_refused(tmp_path):
+    with sqlite3.connect(tmp_path / "b.sqlite") as db:
+        db.execute("CREATE TABLE groups (group_id)")
+    with pytest.raises(StoreError, match="has format 1, this version writes 2"):
+        Store(tmp_path / "b.sqlite")
 
 
 def test_a_missing_group_is_an_error_that_names_it(tmp_path):
     with pytest.raises(StoreError, match="group 5 is not in"):
-        Store(tmp_path / "b.sqlite").get_many([5])
+        read(Store(tmp_path / "b.sqlite"), 5)
 
 
 def test_a_full_disk_is_explained_and_loses_nothing(tmp_path):
     store = Store(tmp_path / "b.sqlite")
-    store.put_many([make_group(1)])
+    put(store, make_group(1))
     num_pages = store._db.execute("PRAGMA page_count").fetchone()[0]
     store._db.execute(f"PRAGMA max_page_count={num_pages}")
-    with pytest.raises(StoreError, match="Free space on that disk"):
-        store.put_many([make_group(2), make_group(3, num_tokens=50_000)])
-    assert [meta.group_id for meta in store.recover()] == [1]
+    with pytest.raises(DiskFullError, match="Free space on that disk"):
+        put(store, make_group(2), make_group(3, num_tokens=50_000))
+    assert ids(store) == [1]
+    assert read(store, 3, 1) == [make_group(3, num_tokens=50_000), make_group(1)], "what is not written yet can be read"
     store._db.execute(f"PRAGMA max_page_count={num_pages + 1000}")
-    assert store.put_many([make_group(3, num_tokens=50_000)]) == [3]
+    store.flush()
+    assert ids(store) == [1, 2, 3]
+    assert store.num_pending == 0
 
 
 def test_a_second_process_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "LOCK_TIMEOUT_S", 0.1)
-    Store(tmp_path / "b.sqlite").put_many([make_group(1)])
     held = Store(tmp_path / "c.sqlite")
-    held.put_many([make_group(1)])
+    put(held, make_group(1))
     with pytest.raises(StoreError, match="is a second run"):
         Store(tmp_path / "c.sqlite")
 
@@ -105,8 +149,8 @@ def _write_until_killed(path, first_id: int, seed: int, acks: int) -> None:
     next_id = first_id
     while True:
         batch = [make_group(next_id + i, num_tokens=rng.choice([4, 50, 900])) for i in range(rng.randint(1, 4))]
-        store.put_many(batch)
-        store.save_state({"frontier": next_id + len(batch)})
+        store.put_state({"frontier": next_id + len(batch)})
+        put(store, *batch)
         os.write(acks, struct.pack("<q", batch[-1].group_id))
         next_id += len(batch)
 
@@ -130,7 +174,7 @@ def test_invariant_2_acknowledged_groups_survive_25_kills_of_the_writer(tmp_path
         acknowledged_to = struct.unpack("<q", last[-8:])[0]
 
         store = Store(path)
-        stored = [meta.group_id for meta in store.recover()]
+        stored = ids(store)
         assert stored == list(range(len(stored))), "a hole or a duplicate"
         assert len(stored) > acknowledged_to
         assert (store.load_state() or {"frontier": 0})["frontier"] > acknowledged_to
@@ -138,7 +182,7 @@ def test_invariant_2_acknowledged_groups_survive_25_kills_of_the_writer(tmp_path
         first_id = len(stored)
         store.close()
     store = Store(path)
-    assert all(group.group_id == group_id for group_id, group in enumerate(store.get_many(range(first_id))))
+    assert all(group.group_id == group_id for group_id, group in enumerate(read(store, *range(first_id))))
     store.close()
     with sqlite3.connect(path) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)

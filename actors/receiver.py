@@ -1,0 +1,163 @@
+"""The actor's end of weights that the learner pushes (cluster/transports/push.py): orders, carried out between two engine steps.
+
+    Ray's threads  receive(verb, number, ...) --queue--> the loop: look() --> engine    hello, init, start, update ..., finish
+                   abort ------------------------------> the engine's communicator, at once
+
+From start to finish the loop does nothing else: the model is in pieces. A transfer that is broken off before anything has
+arrived leaves the engine as it was; one that had begun to arrive leaves it without weights (version -1), and it does not
+generate until a snapshot has been loaded. An order is of a transfer `number`; those of one that was broken off are refused.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from cluster.errors import PeerTimeout, SnapshotError
+
+LOOK_S = 1.0
+
+
+class Receiving(Protocol):
+    """An engine that takes weights in pieces (actors/engine.py)."""
+
+    version: int
+
+    def init_transfer(self, init_info: dict[str, Any]) -> None: ...
+    def start_transfer(self) -> None: ...
+    def update_transfer(self, update_info: dict[str, Any]) -> None: ...
+    def finish_transfer(self, version: int, probes: Mapping[str, str]) -> int: ...
+    def undo_transfer(self) -> None: ...
+    def abort_transfer(self) -> None: ...
+
+
+@dataclass
+class _Order:
+    verb: str
+    number: int
+    arguments: tuple[Any, ...]
+    done: Future[str] = field(default_factory=Future)
+
+
+class Receiver:
+    """`order` from any thread, `look` from the loop's.
+
+    num_failed   transfers that were broken off, or whose weights were not confirmed
+    """
+
+    def __init__(
+        self,
+        engine: Receiving,
+        limit_s: float,
+        *,
+        may_start: Callable[[], str],
+        on_updated: Callable[[float], None],
+        beat: Callable[[], None],
+        tell: Callable[[str], None],
+    ) -> None:
+        """`may_start` says why no transfer can begin now, '' if one can; `on_updated` gets the clock's value when generation stopped
+        for the weights now in place; `beat` is called while the loop waits for orders. `limit_s`: of every wait."""
+        self._engine, self._limit_s = engine, limit_s
+        self._may_start, self._on_updated, self._beat, self._tell = may_start, on_updated, beat, tell
+        self._orders: queue.Queue[_Order] = queue.Queue()
+        self._receiving: int | None = None
+        self._num_updates = 0
+        self._since_s = 0.0
+        self._broken_off = -1  # No order up to this number counts any more.
+        self.num_failed = 0
+
+    # --- any thread -----------------------------------------------------------------------------------------------
+
+    def order(self, verb: str, number: int, *arguments: Any) -> str:
+        """Has it carried out; '' or why it was declined. Raises what the engine raised, and PeerTimeout where the loop is too late."""
+        order = _Order(verb, number, arguments)
+        if verb == "abort":
+            self._broken_off = max(self._broken_off, number)
+            if self._receiving == number:
+                self._engine.abort_transfer()
+            self._orders.put(order)  # Wakes the loop, if it waits for the next order.
+            return ""
+        self._orders.put(order)
+        try:
+            return order.done.result(self._limit_s)
+        except TimeoutError:
+            if order.done.done():
+                raise
+            order.done.cancel()
+            raise PeerTimeout(f"the actor's loop did not come to `{verb}` within {self._limit_s:.0f} s") from None
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Carries out what was ordered; with a transfer under way, until that is over."""
+        silent_since_s = time.monotonic()
+        while True:
+            try:
+                order = self._orders.get(timeout=LOOK_S) if self._receiving is not None else self._orders.get_nowait()
+            except queue.Empty:
+                if self._receiving is None:
+                    return
+                self._beat()
+                if time.monotonic() - silent_since_s > self._limit_s / 2:
+                    self._give_up(f"the learner has sent nothing for {self._limit_s / 2:.0f} s")
+                continue
+            self._carry_out(order)
+            silent_since_s = time.monotonic()
+
+    def _carry_out(self, order: _Order) -> None:
+        if self._receiving is not None and (order.number != self._receiving or order.verb == "abort"):
+            self._give_up(str(order.arguments[0]) if order.verb == "abort" else "the learner has begun another transfer")
+        if order.verb == "abort" or not order.done.set_running_or_notify_cancel():
+            return
+        try:
+            order.done.set_result(self._obey(order))
+        except Exception as error:  # noqa: BLE001 -- what vLLM, NCCL or CUDA raise goes to the learner; the actor lives on without it
+            if self._receiving is not None:
+                self._give_up(f"{type(error).__name__}: {error}")
+            order.done.set_exception(error)
+
+    def _obey(self, order: _Order) -> str:
+        if order.number <= self._broken_off:
+            return "this transfer was broken off"
+        match order.verb:
+            case "init":
+                self._engine.init_transfer(*order.arguments)
+            case "start":
+                if reason := self._may_start():
+                    return reason
+                self._since_s = time.perf_counter()
+                self._engine.start_transfer()
+                self._receiving, self._num_updates = order.number, 0
+            case "update" | "finish" if self._receiving is None:
+                return "it has not started"
+            case "update":
+                self._num_updates += 1
+                self._engine.update_transfer(*order.arguments)
+                self._refuse_if_aborted(order)
+            case "finish":
+                self._finish(*order.arguments)
+        return ""
+
+    def _finish(self, version: int, probes: Mapping[str, str]) -> None:
+        num_confirmed = self._engine.finish_transfer(version, probes)
+        self._receiving = None
+        self._on_updated(self._since_s)
+        if not num_confirmed:
+            self._tell(f"version {version} arrived unconfirmed: none of {', '.join(probes)} is a parameter of vLLM's model by that name")
+
+    def _refuse_if_aborted(self, order: _Order) -> None:
+        """After an abort the communicator is gone, and what was received is whatever lay in its buffers."""
+        if order.number <= self._broken_off:
+            raise SnapshotError("the transfer was broken off while weights arrived")
+
+    def _give_up(self, reason: str) -> None:
+        """Back to the old weights, or to none."""
+        self._receiving = None
+        self.num_failed += 1
+        self._engine.undo_transfer()
+        kept = f"keeps version {self._engine.version}" if self._engine.version >= 0 else "waits for a snapshot"
+        self._tell(f"a transfer of weights was broken off, the actor {kept}: {reason}")

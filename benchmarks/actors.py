@@ -1,0 +1,291 @@
+"""What the rollout actors cost and how they scale: `make bench-actors`. Real Ray, buffer and board; ratios within one run.
+
+tokens     one actor's tokens per second against bare vLLM `generate`: same model, prompts, engine arguments, in turns
+together   two actors at once against two bare engines at once
+pause      an actor's pause per weight update against a bare in-memory load of the same tensors
+scaling    1, 2, 4, 8, 16 actors with a simulated engine: groups per second against linear
+straggler  learner steps per second with one of four (simulated) actors five times slower, against none slower
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import ray
+
+from actors.engine import Engine, engine_arguments, set_engine_environment
+from actors.prompts import PromptSet, load_prompts
+from actors.rollout import RolloutActor
+from benchmarks.results import save
+from buffer.server import ReplayBuffer
+from cluster.board import Board
+from cluster.config import Config
+from cluster.config_file import load_config
+from cluster.peers import Calls, connect_buffer
+from cluster.prepare import ensure_model, load_tokenizer
+from cluster.weights import SnapshotWriter
+from tests.fake_engine import FakeEngine
+
+ROUNDS = 3
+WINDOW_S = 15.0
+WARM_S = 5.0
+
+
+def _remote(part: Any) -> Any:
+    """As a Ray actor class or task; untyped, as its handles are."""
+    return ray.remote(part)
+
+
+class Tally:
+    """Stands for the monitor: keeps the newest counters of each actor."""
+
+    def __init__(self) -> None:
+        self._counters: dict[str, dict[str, float]] = {}
+
+    def log_actor(self, name: str, counters: dict[str, float]) -> None:
+        self._counters[name] = counters
+
+    def event(self, text: str) -> None:
+        pass
+
+    def total(self, counter: str) -> float:
+        """Over all actors."""
+        return sum(counters.get(counter, 0.0) for counters in self._counters.values())
+
+    def counters(self) -> dict[str, dict[str, float]]:
+        """By actor."""
+        return self._counters
+
+
+class SimulatedActor(RolloutActor):
+    """The real loop on an engine that only sleeps: `SIMULATED_STEP_S` a step, 40 tokens a sample."""
+
+    def _make_engine(self) -> Any:
+        step_s = 0.02 * (5.0 if self._name.endswith("-slow") else 1.0)
+        return FakeEngine(self._config.actors, step_s=step_s, num_tokens=(40, 40))
+
+
+class BareEngine:
+    """vLLM by itself: `LLM.generate` on the prompts, as many samples of each as an actor draws."""
+
+    def __init__(self, config: Config, prompts: PromptSet) -> None:
+        if config.actors.num_cpus < 1:
+            os.nice(4)
+        set_engine_environment(config.actors)
+        from vllm import LLM
+
+        arguments = engine_arguments(config.model, config.actors, max_model_len=config.max_sequence_tokens, seed=0)
+        self._llm = LLM(**arguments)
+        self._config, self._prompts = config, prompts
+
+    def tokens_per_s(self, seconds: float) -> float:
+        """Over about so many seconds of back-to-back batches, each of four rounds of all slots."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        actors = self._config.actors
+        num_prompts = max(1, 4 * actors.slots // actors.group_size)
+        tokens, row, start_s = 0, 0, time.perf_counter()
+        while time.perf_counter() - start_s < seconds:
+            rows = [self._prompts[(row + number) % len(self._prompts)] for number in range(num_prompts)]
+            row += num_prompts
+            inputs = [TokensPrompt(prompt_token_ids=list(entry.token_ids)) for entry in rows for _ in range(actors.group_size)]
+            params = [
+                SamplingParams(temperature=actors.temperature, max_tokens=actors.max_new_tokens, seed=number, logprobs=0)
+                for number in range(len(inputs))
+            ]
+            outputs = self._llm.generate(inputs, params, use_tqdm=False)
+            tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+        return tokens / (time.perf_counter() - start_s)
+
+
+class Rig:
+    """Buffer, board, tally and actors of one measurement; a consumer that takes batches as fast as they come."""
+
+    def __init__(
+        self, config: Config, prompts: PromptSet, run_dir: str, weights: list[tuple[str, Any]], names: list[str], kind: type
+    ) -> None:
+        self.config = config
+        self._calls = Calls(600.0)
+        self._shard = _remote(ReplayBuffer).options(num_cpus=0, max_concurrency=1000).remote(config, run_dir, len(prompts), 0)
+        self.buffer = connect_buffer([self._shard])
+        self.board = _remote(Board).options(num_cpus=0, max_concurrency=1000).remote(config, 0, _ignore)
+        self.tally = _remote(Tally).options(num_cpus=0).remote()
+        self._weights, self.version, self.step = weights, -1, 0
+        self.publish()
+        environment = {"env_vars": {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TOKENIZERS_PARALLELISM": "false"}}
+        actor_class = _remote(kind).options(num_cpus=0, max_concurrency=2, runtime_env=environment)
+        self.actors: list[Any] = [
+            actor_class.remote(name, config, prompts, prompts, [self._shard], self.board, self.tally) for name in names
+        ]
+        ray.get([actor.ping.remote() for actor in self.actors], timeout=300)
+        self._names, self._runs = names, [actor.run.remote() for actor in self.actors]
+
+    def publish(self) -> None:
+        """The same weights as a new version."""
+        self.version += 1
+        writer = SnapshotWriter(64 << 20, store=ray.put)
+        for name, tensor in self._weights:
+            writer.add(name, tensor)
+        manifest, references = writer.finish(self.version)
+        ray.get(self.board.publish.remote(msgspec.msgpack.encode(manifest), references, self.version, evaluate=False))
+
+    def consume(self, seconds: float, step_s: float = 0.0) -> int:
+        """Takes batches for so long, each followed by a learner's step of `step_s`; how many."""
+        until_s, count = time.perf_counter() + seconds, 0
+        while time.perf_counter() < until_s:
+            payload = self._calls.ask(self.buffer.sample(self.step, self.config.learner.groups_per_step, 1.0), "buffer")
+            if payload is not None:
+                self.step, count = self.step + 1, count + 1
+                time.sleep(step_s)
+        return count
+
+    def rate(self, counter: str, seconds: float) -> float:
+        """Growth of a counter per second while batches are taken."""
+        before, start_s = ray.get(self.tally.total.remote(counter)), time.perf_counter()
+        self.consume(seconds)
+        return (ray.get(self.tally.total.remote(counter)) - before) / (time.perf_counter() - start_s)
+
+    def groups_per_s(self, seconds: float) -> float:
+        """Groups inserted per second while batches are taken."""
+        before, start_s = self._stats()["buffer/inserted"], time.perf_counter()
+        self.consume(seconds)
+        return (self._stats()["buffer/inserted"] - before) / (time.perf_counter() - start_s)
+
+    def close(self) -> None:
+        """Ends the actors and everything else."""
+        ray.get(self.board.retire.remote(self._names, "now"), timeout=60)
+        ray.wait(self._runs, num_returns=len(self._runs), timeout=60)
+        for handle in (*self.actors, self._shard, self.board, self.tally):
+            ray.kill(handle)
+
+    def _stats(self) -> dict[str, float]:
+        return self._calls.ask(self.buffer.stats(), "buffer")
+
+
+def _ignore(evaluation: Any, samples: Any) -> None:
+    """No evaluation is asked for."""
+
+
+def prepare(*overrides: str) -> tuple[Config, PromptSet, list[tuple[str, Any]]]:
+    """The quickstart's config, prompts and weights, with a buffer that never holds an actor back."""
+    from transformers import AutoModelForCausalLM
+
+    more = ["buffer.capacity=100000", "buffer.max_staleness=100000", "checkpoint.every=0", "weights.publish_every=1", *overrides]
+    config = ensure_model(load_config("configs/quickstart.yaml", more))
+    prompts = load_prompts(config.data, load_tokenizer(config))
+    model = AutoModelForCausalLM.from_pretrained(config.model.path)
+    return config, prompts, [(name, parameter.data) for name, parameter in model.named_parameters()]
+
+
+def against_bare(run_dir: Path, num_engines: int) -> dict[str, float]:
+    """Tokens per second of so many actors and of so many bare engines, in turns; the ratio of the medians."""
+    config, prompts, weights = prepare("actors.max_new_tokens=32", "data.max_prompt_tokens=8", "actors.num_cpus=1")
+    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}}
+    bare_class = _remote(BareEngine).options(num_cpus=0, runtime_env=environment)
+    ours, bare = [], []
+    for number in range(ROUNDS):
+        engines = [bare_class.remote(config, prompts) for _ in range(num_engines)]
+        ray.get([engine.tokens_per_s.remote(WARM_S) for engine in engines], timeout=300)
+        bare.append(sum(ray.get([engine.tokens_per_s.remote(WINDOW_S) for engine in engines], timeout=300)))
+        for engine in engines:
+            ray.kill(engine)
+        names = [f"actor-{index}" for index in range(num_engines)]
+        rig = Rig(config, prompts, str(run_dir / f"bare-{num_engines}-{number}"), weights, names, RolloutActor)
+        rig.consume(WARM_S)
+        ours.append(rig.rate("generated_tokens", WINDOW_S))
+        rig.close()
+    ratio = statistics.median(ours) / statistics.median(bare)
+    return {"actor_tokens_per_s": statistics.median(ours), "bare_tokens_per_s": statistics.median(bare), "ratio": ratio}
+
+
+def pause(run_dir: Path) -> dict[str, float]:
+    """Seconds an actor does not generate at an update, and a bare in-memory load of the same tensors by the same engine."""
+    config, prompts, weights = prepare()
+    rig = Rig(config, prompts, str(run_dir / "pause"), weights, ["actor-0"], _LoadingActor)
+    rig.consume(WARM_S)
+    pauses = []
+    for _ in range(12):
+        rig.publish()
+        rig.consume(1.5)
+        pauses.append(ray.get(rig.tally.counters.remote())["actor-0"]["apply_s"])
+    rig.close()
+    bare = ray.get(_remote(_bare_loads).options(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}).remote(config, weights))
+    return {"pause_s": statistics.median(pauses), "bare_load_s": bare, "ratio": statistics.median(pauses) / bare}
+
+
+class _LoadingActor(RolloutActor):
+    """As it is; a name of its own in the process list."""
+
+
+def _bare_loads(config: Config, weights: list[tuple[str, Any]]) -> float:
+    engine = Engine(config.model, config.actors, max_model_len=config.max_sequence_tokens)
+    seconds = []
+    for version in range(12):
+        start_s = time.perf_counter()
+        engine.load_weights(version, weights)
+        seconds.append(time.perf_counter() - start_s)
+    return statistics.median(seconds)
+
+
+def scaling(run_dir: Path) -> list[dict[str, float]]:
+    """Groups per second of simulated actors by their number, and the share of linear growth from one."""
+    config, prompts, weights = prepare("actors.slots=32")
+    rows: list[dict[str, float]] = []
+    for count in (1, 2, 4, 8, 16):
+        rig = Rig(config, prompts, str(run_dir / f"scaling-{count}"), weights, [f"actor-{index}" for index in range(count)], SimulatedActor)
+        rig.consume(WARM_S)
+        rate = rig.groups_per_s(WINDOW_S)
+        rig.close()
+        rows.append({"actors": count, "groups_per_s": rate, "share_of_linear": rate / count / rows[0]["groups_per_s"] if rows else 1.0})
+    return rows
+
+
+def straggler(run_dir: Path) -> dict[str, float]:
+    """Steps per second of a learner that needs half of what four simulated actors make, without and with a slow one."""
+    config, prompts, weights = prepare("actors.slots=32", "learner.groups_per_step=8")
+    rates = []
+    for slow in (False, True):
+        names = ["actor-0", "actor-1", "actor-2", "actor-3-slow" if slow else "actor-3"]
+        rig = Rig(config, prompts, str(run_dir / f"straggler-{slow}"), weights, names, SimulatedActor)
+        rig.consume(WARM_S)
+        start_s = time.perf_counter()
+        rates.append(rig.consume(WINDOW_S, step_s=0.8) / (time.perf_counter() - start_s))
+        rig.close()
+    return {"steps_per_s": rates[0], "with_a_slow_actor": rates[1], "kept": rates[1] / rates[0]}
+
+
+def main() -> None:
+    """The rows asked for (all), printed and written to benchmarks/results/."""
+    import tempfile
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    rows = ("tokens", "together", "pause", "scaling", "straggler")
+    parser.add_argument("rows", nargs="*", default=rows, choices=[*rows, []], metavar="ROW")
+    asked = parser.parse_args().rows
+    ray.init(address="local", num_cpus=64, include_dashboard=False, log_to_driver=False)
+    measures = {
+        "tokens": lambda directory: against_bare(directory, 1),
+        "together": lambda directory: against_bare(directory, 2),
+        "pause": pause,
+        "scaling": scaling,
+        "straggler": straggler,
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        result: dict[str, Any] = {}
+        for row in asked:
+            result[row] = measures[row](Path(directory))
+            print(row, result[row], flush=True)
+    ray.shutdown()
+    if set(asked) == set(rows):
+        print(f"written to {save('actors', result)}")
+
+
+if __name__ == "__main__":
+    main()

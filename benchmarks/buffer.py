@@ -1,0 +1,152 @@
+"""What the replay buffer costs: `make bench-buffer`. One process, ratios within one run.
+
+rate       durable inserts and samples per second, against bare sqlite committing the same bytes
+latency    p50 and p99 of a batch of 32 groups at 1,000, 10,000 and 100,000 stored groups: must not grow
+recovery   opening again, per 10,000 groups
+memory     resident bytes at 100,000 groups; the payloads stay on disk
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from benchmarks.results import save
+from buffer.records import Group, Sample, VersionSpan, encode
+from buffer.server import ReplayBuffer
+from cluster.config import Config
+from cluster.config_file import parse_config
+
+NUM_ROWS = 1000
+BATCH_GROUPS = 32
+ROUNDS = 15
+SIZES = (1_000, 10_000, 100_000)
+SAMPLERS = ("uniform", "fresh", "oldest", "stratified", "priority")
+
+
+def make_config(sampler: str = "uniform", fsync: str = "normal", capacity: int = 1_000_000) -> Config:
+    """A config whose buffer admits everything and forgets nothing."""
+    tree = {
+        "model": {"path": "none"},
+        "data": {"path": "none"},
+        "rewards": {"functions": [{"name": "exact_match"}]},
+        "learner": {"groups_per_step": BATCH_GROUPS},
+        "buffer": {"sampler": sampler, "fsync": fsync, "capacity": capacity, "max_staleness": 1_000_000, "max_uses": 1_000_000},
+        "checkpoint": {"every": 0},
+    }
+    return parse_config(tree)
+
+
+def make_payload(ordinal: int, num_samples: int = 8, num_tokens: int = 100) -> bytes:
+    """A group of about 10 KiB: 8 samples of 100 tokens."""
+    samples = tuple(
+        Sample(
+            token_ids=tuple(range(1000, 1000 + num_tokens)),
+            logprobs=(-0.5,) * num_tokens,
+            version_spans=(VersionSpan(ordinal % 50, 0, num_tokens),),
+            finish_reason="stop",
+            text="four" * 30,
+            reward=float(number % 2),
+        )
+        for number in range(num_samples)
+    )
+    return encode(Group(group_id=ordinal, row=0, prompt="p" * 100, prompt_ids=tuple(range(50)), samples=samples, actor="a"))
+
+
+async def rates(fsync: str) -> dict[str, float]:
+    """Inserts per second, one group a commit, alternating with bare sqlite; and groups sampled per second."""
+    with tempfile.TemporaryDirectory() as directory:
+        buffer = ReplayBuffer(make_config(fsync=fsync), directory, NUM_ROWS)
+        bare = sqlite3.connect(Path(directory) / "bare.sqlite", isolation_level=None)
+        bare.execute("PRAGMA journal_mode=WAL")
+        bare.execute(f"PRAGMA synchronous={fsync.upper()}")
+        bare.execute("CREATE TABLE groups (group_id INTEGER PRIMARY KEY, payload BLOB)")
+        ours, theirs, per_round, next_id = [], [], 200, 0
+        for _ in range(ROUNDS):
+            await buffer.lease("a", per_round, 1.0)
+            payloads = [make_payload(next_id + number) for number in range(per_round)]
+            start_s = time.perf_counter()
+            for payload in payloads:
+                await buffer.insert("a", [payload])
+            ours.append(per_round / (time.perf_counter() - start_s))
+            start_s = time.perf_counter()
+            for number, payload in enumerate(payloads):
+                bare.execute("INSERT INTO groups VALUES (?, ?)", (next_id + number, payload))
+            theirs.append(per_round / (time.perf_counter() - start_s))
+            next_id += per_round
+        start_s = time.perf_counter()
+        for step in range(100):
+            await buffer.sample(step, BATCH_GROUPS, 1.0)
+        sampled = 100 * BATCH_GROUPS / (time.perf_counter() - start_s)
+        await buffer.close()
+    return {
+        "inserts_per_s": statistics.median(ours),
+        "bare_sqlite_inserts_per_s": statistics.median(theirs),
+        "ratio": statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True)),
+        "sampled_groups_per_s": sampled,
+        "payload_bytes": len(make_payload(0)),
+    }
+
+
+async def filled(directory: str, num_groups: int) -> None:
+    """A run directory with so many groups."""
+    buffer = ReplayBuffer(make_config(), directory, NUM_ROWS)
+    for first in range(0, num_groups, 500):
+        await buffer.lease("a", 500, 1.0)
+        await buffer.insert("a", [make_payload(first + number, 2, 20) for number in range(500)])
+    await buffer.close()
+
+
+async def at_size(num_groups: int) -> dict[str, Any]:
+    """Recovery time, resident memory and sampling latency with so many stored groups."""
+    found: dict[str, Any] = {"groups": num_groups}
+    with tempfile.TemporaryDirectory() as directory:
+        await filled(directory, num_groups)
+        step = 0
+        for sampler in SAMPLERS:
+            before = psutil.Process().memory_info().rss
+            start_s = time.perf_counter()
+            buffer = ReplayBuffer(make_config(sampler), directory, NUM_ROWS)
+            found.setdefault("recovery_s_per_10k_groups", (time.perf_counter() - start_s) / num_groups * 10_000)
+            found.setdefault("resident_mib", (psutil.Process().memory_info().rss - before) / 2**20)
+            latencies_ms = []
+            for _ in range(200):
+                start_s = time.perf_counter()
+                await buffer.sample(step, BATCH_GROUPS, 1.0)
+                latencies_ms.append((time.perf_counter() - start_s) * 1e3)
+                step += 1
+            found[sampler] = {"p50_ms": float(np.percentile(latencies_ms, 50)), "p99_ms": float(np.percentile(latencies_ms, 99))}
+            await buffer.close()
+    return found
+
+
+async def main() -> None:
+    """All rows, printed and written to benchmarks/results/."""
+    result: dict[str, Any] = {"rates": {fsync: await rates(fsync) for fsync in ("normal", "full")}}
+    for fsync, row in result["rates"].items():
+        print(
+            f"fsync {fsync:<7} {row['inserts_per_s']:7.0f} inserts/s durable, bare sqlite {row['bare_sqlite_inserts_per_s']:7.0f} "
+            f"(ratio {row['ratio']:.2f}); {row['sampled_groups_per_s']:7.0f} groups/s sampled; {row['payload_bytes']} bytes a group"
+        )
+    result["sizes"] = []
+    for size in SIZES:
+        row = await at_size(size)
+        result["sizes"].append(row)
+        latency = ", ".join(f"{name} {row[name]['p50_ms']:.1f}/{row[name]['p99_ms']:.1f}" for name in SAMPLERS)
+        print(
+            f"{size:>7} groups: recovery {row['recovery_s_per_10k_groups']:.3f} s per 10,000, {row['resident_mib']:.0f} MiB more; "
+            f"p50/p99 ms of {BATCH_GROUPS}: {latency}"
+        )
+    print(f"written to {save('buffer', result)}")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,420 @@
+"""What the learner costs, as ratios within one process: against a plain PyTorch loop, packed against padded, chunked against whole logits.
+
+    python -m benchmarks.learner [speed] [layouts] [memory]     all of them by default; benchmarks/results/learner-<cpu|gpu>.json
+
+speed    Trained tokens/s of Updater and ZeroPolicy (one rank) against the shortest loop that trains the same: same model, batches,
+         micro-batches, attention and objective; whole logits, AdamW, no DeepSpeed, no metrics. Steps alternate. Beside it our Updater
+         without DeepSpeed: what lies between them is ours, the rest DeepSpeed's.
+layouts  Forward and backward over the same sequences: padded, packed under transformers' block mask, packed by learner/attention.py.
+memory   Growth of the peak by log-probs of T tokens and their gradient, one process each, above what is there before.
+
+Lengths are those of GSM8K's questions and answers, at 4 characters a token. On a CPU times are the process's own CPU seconds on one
+thread, so that other programs on the machine do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import random
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path("benchmarks/results")
+GSM8K = Path("../shared/data/gsm8k/train.jsonl")
+CHARACTERS_PER_TOKEN = 4
+TEMPERATURE = 1.0
+ROUNDS = 4
+MIB = 2**20
+
+
+class Shape(NamedTuple):
+    """A model of random weights, and the batch it is trained on."""
+
+    name: str
+    hidden: int
+    layers: int
+    vocabulary: int
+    groups: int
+    budget_tokens: int
+    short: bool = False  # Sums like the quickstart's instead of word problems.
+
+
+SHAPES = (
+    Shape("tiny model, sums", 96, 3, 15, groups=32, budget_tokens=8192, short=True),
+    Shape("tiny model, GSM8K lengths", 96, 3, 15, groups=8, budget_tokens=4096),
+    Shape("23M model, GSM8K lengths", 512, 6, 8192, groups=3, budget_tokens=4096),
+)
+GROUP_SIZE = 8
+LAYOUT_SHAPE = Shape("5M model", 256, 4, 2048, groups=8, budget_tokens=0)
+LAYOUT_BUDGETS = (1024, 2048, 4096, 8192)
+MEMORY_TOKENS = (2048, 8192, 32768)
+MEMORY_VOCABULARIES = (8192, 32768)
+MEMORY_HIDDEN = 128
+
+
+def gsm8k_lengths() -> list[tuple[int, int]]:
+    """(prompt, completion) tokens of each training row."""
+    with GSM8K.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [(-(-len(row["question"]) // CHARACTERS_PER_TOKEN), -(-len(row["answer"]) // CHARACTERS_PER_TOKEN)) for row in rows]
+
+
+def make_batch(shape: Shape, seed: int = 0) -> Any:
+    """A Batch of random tokens; the lengths of a group's completions are those of as many answers."""
+    from buffer.records import Batch, Group, Sample, VersionSpan
+
+    rng, lengths = random.Random(seed), [(5, rng_length) for rng_length in (2, 3, 3, 4)] if shape.short else gsm8k_lengths()
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(3, shape.vocabulary) for _ in range(count))
+
+    def sample() -> Any:
+        count = rng.choice(lengths)[1]
+        return Sample(
+            token_ids=ids(count),
+            logprobs=(-2.0,) * count,
+            version_spans=(VersionSpan(0, 0, count),),
+            finish_reason="stop",
+            text="",
+            reward=float(rng.random() < 0.5),
+            ref_logprob=-2.0 * count,
+        )
+
+    groups = (
+        Group(
+            group_id=number,
+            row=number,
+            prompt="",
+            prompt_ids=ids(rng.choice(lengths)[0]),
+            samples=tuple(sample() for _ in range(GROUP_SIZE)),
+        )
+        for number in range(shape.groups)
+    )
+    return Batch(0, tuple(groups))
+
+
+def make_model(shape: Shape) -> Any:
+    """A Llama of random weights."""
+    from recipes.arithmetic import make_llama
+
+    model = make_llama(shape.vocabulary, hidden=shape.hidden, layers=shape.layers)
+    model.config.use_cache = False
+    return model
+
+
+def load_model(config: Any, device: str) -> Any:
+    """The model saved for this config, as transformers loads it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    module: Any = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    return module.to(device)
+
+
+def config_of(shape: Shape, model_dir: str, device: str) -> Any:
+    """A run's config for this shape."""
+    from cluster.config_file import parse_config
+
+    return parse_config(
+        {
+            "model": {"path": model_dir},
+            "data": {"path": "unused", "max_prompt_tokens": 300},
+            "rewards": {"functions": [{"name": "exact_match"}]},
+            "actors": {"max_new_tokens": 500, "temperature": TEMPERATURE},
+            "learner": {
+                "groups_per_step": shape.groups,
+                "layout": "packed",
+                "micro_batch_tokens": shape.budget_tokens,
+                "num_gpus": float(device != "cpu"),
+            },
+            "agro": {"weight": "none"},
+        }
+    )
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+class PlainLoop:
+    """The shortest loop that takes the same optimizer steps."""
+
+    def __init__(self, config: Any, device: str) -> None:
+        import torch
+
+        from learner.attention import install_packed_sdpa
+        from learner.objectives import load_objective
+
+        self._config, self._device = config, device
+        self._objective = load_objective("agro", config.agro, config.rivals)
+        self.module: Any = load_model(config, device)
+        install_packed_sdpa(self.module)
+        self._optimizer = torch.optim.AdamW(self.module.parameters(), lr=config.learner.lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def step(self, batch: Any) -> None:
+        """One optimizer step."""
+        import torch
+
+        from learner.objectives import TokenBatch
+        from learner.packing import TokenSequence, collate, plan_micro_batches
+
+        rows = [(group, sample) for group in batch.groups for sample in group.samples]
+        sequences = [TokenSequence(group.prompt_ids, sample.token_ids) for group, sample in rows]
+        budget, layout = self._config.learner.micro_batch_tokens, self._config.learner.layout
+        plan = plan_micro_batches([s.num_tokens for s in sequences], [group.group_id for group, _ in rows], budget, layout)
+        for micro in plan:
+            inputs = collate([sequences[i] for i in micro.indices], layout, 0, self._device)
+            logits = self.module(**inputs.model_kwargs(), packing=inputs.packing).logits[0]
+            logprobs_T = logits.log_softmax(-1).gather(-1, inputs.targets_T[:, None])[:, 0]
+            mine = [rows[i] for i in micro.indices]
+            token_batch = TokenBatch(
+                logprobs_T=logprobs_T,
+                behaviour_logprobs_T=torch.zeros_like(logprobs_T),
+                sequence_T=inputs.sequence_T,
+                rewards_N=torch.tensor([sample.reward for _, sample in mine], device=self._device),
+                ref_logprobs_N=torch.tensor([sample.ref_logprob for _, sample in mine], device=self._device),
+                groups_N=torch.tensor([group.group_id for group, _ in mine], device=self._device),
+                staleness_N=torch.zeros(len(mine), device=self._device),
+                num_groups=len(batch.groups),
+            )
+            self._objective.loss(token_batch)[0].backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._config.learner.grad_clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def make_plain_policy(config: Any, device: str) -> Any:
+    """ZeroPolicy's way to log-probs, without DeepSpeed."""
+    from benchmarks.lag_lab import PlainPolicy
+    from learner.packing import TokenLogprobs
+
+    class Policy(PlainPolicy):
+        def logprobs(self, inputs: Any, temperature: float) -> Any:
+            return token_logprobs(self.module, inputs, temperature)
+
+    policy = Policy(config, trained=True)
+    policy.module.to(device)
+    token_logprobs = TokenLogprobs(policy.module, config.learner.layout, config.model.attention)
+    return policy
+
+
+def measure_speed(device: str) -> list[dict[str, Any]]:
+    """Ours and the plain loop, step by step in turn; the best step of each counts."""
+    import torch
+
+    from learner.zero import init_process_group
+
+    own_linear = torch.nn.functional.linear
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    init_process_group(0, 1, "127.0.0.1", port, use_gpu=device != "cpu", timeout_s=120)
+    return [measure_shape(shape, device, own_linear) for shape in SHAPES]
+
+
+def measure_shape(shape: Shape, device: str, own_linear: Callable) -> dict[str, Any]:
+    """One row of `measure_speed`."""
+    import torch
+
+    from learner.objectives import load_objective
+    from learner.update import Updater
+    from learner.zero import ZeroPolicy
+
+    with tempfile.TemporaryDirectory() as model_dir:
+        make_model(shape).save_pretrained(model_dir)
+        config = config_of(shape, model_dir, device)
+        objective = load_objective("agro", config.agro, config.rivals)
+        zero = Updater(config, ZeroPolicy(config.model, config.learner), None, objective, 0, torch.device(device))
+        bare = Updater(config, make_plain_policy(config, device), None, objective, 0, torch.device(device))
+        loop = PlainLoop(config, device)
+    batch, zero_linear = make_batch(shape), torch.nn.functional.linear  # DeepSpeed replaces it for the whole process.
+
+    def plain(step: Callable[[], Any]) -> None:
+        torch.nn.functional.linear = own_linear
+        step()
+        torch.nn.functional.linear = zero_linear
+
+    calls: list[Callable[[], Any]] = [
+        lambda: zero.update(batch, config.learner.lr),
+        lambda: plain(lambda: bare.update(batch, config.learner.lr)),
+        lambda: plain(lambda: loop.step(batch)),
+    ]
+    zero_s, bare_s, plain_s = alternate(calls, device)
+    tokens = sum(group.num_tokens for group in batch.groups)
+    return {
+        "case": shape.name,
+        "parameters": sum(parameter.numel() for parameter in loop.module.parameters()),
+        "tokens_per_step": tokens,
+        "tokens_per_s": round(tokens / zero_s),
+        "without_deepspeed": round(tokens / bare_s),
+        "plain_loop": round(tokens / plain_s),
+        "ratio": round(plain_s / zero_s, 3),
+        "ratio_without_deepspeed": round(plain_s / bare_s, 3),
+    }
+
+
+def alternate(calls: list[Callable[[], Any]], device: str) -> list[float]:
+    """Seconds of the best of ROUNDS calls of each, in turn, after one that warms up."""
+    import torch
+
+    clock, wait = (time.process_time, int) if device == "cpu" else (time.perf_counter, torch.cuda.synchronize)
+    times: list[list[float]] = [[] for _ in calls]
+    for number in range(ROUNDS + 1):
+        for call, own in zip(calls, times, strict=True):
+            wait()
+            start_s = clock()
+            call()
+            wait()
+            if number:
+                own.append(clock() - start_s)
+    return [min(own) for own in times]
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def measure_layouts(device: str) -> list[dict[str, Any]]:
+    """Tokens/s of one pass over a batch at several budgets, and the share of positions that are padding."""
+    from learner.packing import TokenLogprobs, TokenSequence, collate, plan_micro_batches
+
+    shape, batch = LAYOUT_SHAPE, make_batch(LAYOUT_SHAPE)
+    rows_of = [(group, sample) for group in batch.groups for sample in group.samples]
+    sequences = [TokenSequence(group.prompt_ids, sample.token_ids) for group, sample in rows_of]
+    lengths, groups = [s.num_tokens for s in sequences], [group.group_id for group, _ in rows_of]
+    models = {}
+    for name, layout, attention in (("padded", "padded", "sdpa"), ("packed, mask", "packed", ""), ("packed", "packed", "sdpa")):
+        module = make_model(shape).to(device)
+        models[name] = (module, layout, TokenLogprobs(module, layout, attention))  # type: ignore[arg-type]
+    found = []
+    for budget in LAYOUT_BUDGETS:
+        calls: list[Callable[[], Any]] = []
+        padding = {}
+        for name, (module, layout, token_logprobs) in models.items():
+            plan = plan_micro_batches(lengths, groups, budget, layout)  # type: ignore[arg-type]
+            inputs = [collate([sequences[i] for i in micro.indices], layout, 0, device) for micro in plan]  # type: ignore[arg-type]
+            padding[name] = 1 - sum(lengths) / sum(one.input_ids.numel() for one in inputs)
+
+            calls.append(functools.partial(pass_over, module, inputs, token_logprobs))
+        seconds = dict(zip(models, alternate(calls, device), strict=True))
+        found += [
+            {
+                "budget_tokens": budget,
+                "layout": name,
+                "tokens_per_s": round(sum(lengths) / seconds[name]),
+                "against_padded": round(seconds["padded"] / seconds[name], 2),
+                "padding": round(padding[name], 3),
+            }
+            for name in models
+        ]
+    return found
+
+
+def pass_over(module: Any, inputs: list[Any], token_logprobs: Any) -> None:
+    """Forward and backward over all of `inputs`."""
+    for one in inputs:
+        token_logprobs(module, one, TEMPERATURE).sum().backward()
+    module.zero_grad()
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def measure_memory() -> list[dict[str, Any]]:
+    """Peak growth of chunked and whole log-probs, forward and backward, in MiB; float32, hidden size MEMORY_HIDDEN."""
+    found = []
+    for vocabulary in MEMORY_VOCABULARIES:
+        for tokens in MEMORY_TOKENS:
+            row: dict[str, Any] = {"vocabulary": vocabulary, "tokens": tokens, "logits_mib": tokens * vocabulary * 4 // MIB}
+            for method in ("chunked", "whole"):
+                command = [sys.executable, "-m", "benchmarks.learner", "peak", method, str(tokens), str(vocabulary)]
+                row[f"{method}_mib"] = round(float(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
+            found.append(row)
+    return found
+
+
+def peak_growth(method: str, tokens: int, vocabulary: int) -> float:
+    """MiB by which the peak of this process's memory grows."""
+    import torch
+
+    from learner.logprobs import linear_logprobs
+
+    torch.set_num_threads(1)
+    hidden = torch.randn(tokens, MEMORY_HIDDEN, requires_grad=True)
+    weight = torch.randn(vocabulary, MEMORY_HIDDEN, requires_grad=True)
+    targets = torch.randint(vocabulary, (tokens,))
+    linear_logprobs(hidden[:8], weight, targets[:8], TEMPERATURE).sum().backward()  # Libraries, and room for the gradients.
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if method == "chunked":
+        logprobs = linear_logprobs(hidden, weight, targets, TEMPERATURE)
+    else:
+        logprobs = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None])
+    logprobs.sum().backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / MIB
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """The machine in words that name no host."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    ram_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return {
+        "kind": "gpu" if gpu else "cpu",
+        "cpus": os.cpu_count(),
+        "ram_gib": round(ram_gib),
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """A table; columns by the first row."""
+    cells = [[str(key) for key in rows[0]], *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    print(f"\n{title}")
+    for line in cells:
+        print("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["speed", "layouts", "memory"], help="speed, layouts, memory")
+    parts = parser.parse_args().parts
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if parts[0] == "peak":
+        print(peak_growth(parts[1], int(parts[2]), int(parts[3])))
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = RESULTS / f"learner-{'cpu' if device == 'cpu' else 'gpu'}.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    measures: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "speed": lambda: measure_speed(device),
+        "layouts": lambda: measure_layouts(device),
+        "memory": measure_memory,
+    }
+    for part in parts:
+        results[part] = measures[part]()
+        show(part, results[part])
+    results["machine"] = machine()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

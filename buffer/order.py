@@ -1,0 +1,48 @@
+"""Stored groups in two orders at once, by insertion and by age; every operation is O(log n)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import NamedTuple
+
+from sortedcontainers import SortedKeyList, SortedList
+
+
+class Entry(NamedTuple):
+    """A group's place: entries compare by age, the oldest version first, and the earlier inserted of equals. `sequence` rises with every
+    insertion.
+    """
+
+    oldest_version: int
+    sequence: int
+    group_id: int
+
+
+class Order:
+    """Entries by rank: `by_insertion[0]` is the first that came, `by_age[0]` the oldest."""
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self.by_age = SortedList(entries)
+        self.by_insertion = SortedKeyList(self.by_age, key=attrgetter("sequence"))
+
+    def __len__(self) -> int:
+        return len(self.by_age)
+
+    def add(self, entry: Entry) -> None:
+        """Takes in an entry that is not here."""
+        self.by_age.add(entry)
+        self.by_insertion.add(entry)
+
+    def remove(self, entry: Entry) -> None:
+        """Removes an entry; ValueError when it is not here."""
+        self.by_age.remove(entry)
+        self.by_insertion.remove(entry)
+
+    def num_older(self, version: int) -> int:
+        """Entries older than `version`: the age rank of the first that is not."""
+        return self.by_age.bisect_left((version,))  # Shorter, hence before every entry of that version.
+
+    def between(self, start: int | None, stop: int) -> list[Entry]:
+        """Entries with `start <= oldest_version < stop`, oldest first; start None: from the oldest on. O(log n) and their number."""
+        return list(self.by_age.irange(None if start is None else (start,), (stop,)))

@@ -1,0 +1,120 @@
+"""What the supervisor concludes from the gauges of buffer and monitor: rewards that fail, a buffer that keeps dying, no progress."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Config
+from cluster.errors import RewardError, TrainingError
+from cluster.fleet import MAX_DEATHS, DeathCount, Fleet, crash_loop
+from cluster.learner import Learner
+from cluster.services import BUFFER, Services
+from cluster.watchdog import Observation, Watchdog, dump_stacks
+
+MIN_SCORED_SAMPLES = 64
+
+
+class Health:
+    """Judges one set of gauges after another; tells, or raises AgroError."""
+
+    def __init__(self, config: Config, services: Services, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config, self._services, self._run_dir, self._clock = config, services, run_dir, clock
+        self._watchdog = Watchdog(config.run.timeout_s)
+        self._buffer_deaths = DeathCount()
+        self._starts: float | None = None
+        self._waited_s = 0.0
+        self._alone_since_step: int | None = None  # The step at which the learner had no actor left; None while it has.
+
+    @property
+    def num_buffer_deaths(self) -> int:
+        """Restarts of buffer shards so far."""
+        return self._buffer_deaths.total
+
+    def look(self, stats: Mapping[str, float], view: Mapping[str, Any], num_evaluations: int, fleet: Fleet, learner: Learner) -> None:
+        """Judge. `stats` of the buffer, `view` of the monitor. Raises RewardError, TrainingError."""
+        self._judge_rewards(stats)
+        self._judge_buffer(stats)
+        if learner.state == "training":
+            step = step_of(view)
+            self._notice_lonely_learner(stats, step, fleet)
+            self._watch_progress(self._observed(stats, view, num_evaluations, fleet), fleet, learner)
+
+    def _judge_rewards(self, stats: Mapping[str, float]) -> None:
+        errors, samples = stats["buffer/samples_error"], stats["buffer/samples_total"]
+        if samples >= MIN_SCORED_SAMPLES and errors / samples > self._config.rewards.max_error_fraction:
+            _, _, texts = self._services.ask(self._services.buffer.error_summary(), BUFFER)
+            shown = "\n  ".join(dict.fromkeys(texts))
+            raise RewardError(
+                f"{errors:.0f} of {samples:.0f} samples got no reward, more than rewards.max_error_fraction = "
+                f"{self._config.rewards.max_error_fraction}. The last errors:\n  {shown}"
+            )
+
+    def _judge_buffer(self, stats: Mapping[str, float]) -> None:
+        """A rising number of starts: a shard was started again by Ray."""
+        starts = stats["buffer/starts"]
+        if self._starts is None:
+            self._services.last_words_of_shards()  # Takes note of their processes.
+        elif starts > self._starts:
+            words = self._services.last_words_of_shards()
+            for _ in range(int(starts - self._starts)):
+                count = self._buffer_deaths.note(BUFFER, self._clock())
+                text = f"{BUFFER} restarted ({_ordinal(self.num_buffer_deaths)} time), {stats['buffer/groups']:.0f} groups recovered"
+                self._services.event(f"{text}\n{words}".strip())
+                if count >= MAX_DEATHS:
+                    raise TrainingError(crash_loop(BUFFER, count, f"the last lines of its log:\n{words}"))
+        self._starts = starts
+
+    def _notice_lonely_learner(self, stats: Mapping[str, float], step: int, fleet: Fleet) -> None:
+        """The learner waits and nobody is there who could feed it: said once, and when it goes on."""
+        is_waiting = stats["buffer/wait_batch_s"] > self._waited_s
+        self._waited_s = stats["buffer/wait_batch_s"]
+        running = fleet.names("running")
+        has_actors = bool(set(running) - set(fleet.rollout_names())) if self._config.is_offline else bool(fleet.rollout_names("running"))
+        if self._alone_since_step is None and fleet.num_deaths and not has_actors and is_waiting:
+            self._alone_since_step = step
+            self._services.event(f"all actors are dead; the learner waits at step {step} and goes on by itself when one is back")
+        elif self._alone_since_step is not None and step > self._alone_since_step and has_actors:
+            self._alone_since_step = None
+            self._services.event(f"the learner goes on: step {step}")
+
+    def _observed(self, stats: Mapping[str, float], view: Mapping[str, Any], num_evaluations: int, fleet: Fleet) -> Observation:
+        running = set(fleet.names("running", "retiring"))
+        coming = [entry for entry in fleet.status() if entry["state"] in ("waiting for placement", "loading")]
+        absent = [f"{entry['name']} {entry['state']} for {entry['since_s']:.0f} s {entry['note']}".strip() for entry in coming]
+        return Observation(
+            time_s=self._clock(),
+            step=step_of(view),
+            actors={name: counters for name, counters in view["actors"].items() if name in running},
+            absent=absent,
+            stats=stats,
+            num_evaluations=num_evaluations,
+            group_size=self._config.actors.group_size - self._config.offline_samples,
+            admitted_groups=self._config.admitted_groups,
+        )
+
+    def _watch_progress(self, seen: Observation, fleet: Fleet, learner: Learner) -> None:
+        stall = self._watchdog.look(seen)
+        if stall is not None:
+            handles = {**fleet.handles(), **learner.handles()}
+            # Some may not answer for seconds: not in the way of the next look.
+            threading.Thread(target=self._tell_stall, args=(stall, handles), name="stacks", daemon=True).start()
+
+    def _tell_stall(self, stall: str, handles: Mapping[str, Any]) -> None:
+        path, silent = dump_stacks(handles, self._run_dir)
+        who = f"; no answer from {', '.join(silent)}" if silent else ""
+        self._services.event(f"{stall}. Stacks of every process: {path.name}{who}")
+
+
+def step_of(view: Mapping[str, Any]) -> int:
+    """Optimizer steps done, as far as the monitor knows."""
+    return int(view["row"].get("progress/step") or 0)
+
+
+def _ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th."""
+    suffix = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th") if number % 100 not in (11, 12, 13) else "th"
+    return f"{number}{suffix}"

@@ -1,0 +1,134 @@
+"""Hugging Face directories, written tensor by tensor: a checkpoint's policy (`export`), and the trained policy at the end of a run.
+
+    rank files --slices--> one tensor --cast--> shard ... + index, config, generation config, tokenizer
+
+In memory at once: the largest tensor, in fp32 and in the model's dtype. Needs neither DeepSpeed nor torch.distributed.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from cluster.config import ModelConfig
+from cluster.config_file import parse_config
+from cluster.errors import CheckpointError
+from learner.checkpoint import (
+    Checkpoint,
+    TensorEntry,
+    checkpoint_dirs,
+    checkpoint_name,
+    checkpoint_root,
+    latest_checkpoint,
+    replace_directory,
+    verify,
+    write_tensors,
+)
+
+SHARD_BYTES = 2 * 2**30
+WEIGHTS = "master/"
+
+
+def export(run_dir: str | Path, step: int | None, out_dir: str | Path, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write the policy of the run's checkpoint of `step` (None: the newest that verifies) as a Hugging Face directory; its path.
+
+    In the dtype of the run's config, tied weights once. Raises CheckpointError when there is no such checkpoint, it does not
+    verify, it holds adapters only, or `out_dir` is not empty; OSError when the disk is full.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise CheckpointError(f"{out_dir} exists and is not an empty directory. Give another one.")
+    checkpoint = _open(run_dir, step)
+    model = parse_config(yaml.safe_load(checkpoint.state["config"]), source="the checkpoint's config").model
+    keys = [key for key in checkpoint.tensors if key.startswith(WEIGHTS)]
+    if any("lora_" in key for key in keys):
+        raise CheckpointError(f"{checkpoint.path} holds LoRA adapters without their base: export the run's policy/ directory instead.")
+    entries = [TensorEntry(key.removeprefix(WEIGHTS), model.dtype, checkpoint.tensors[key].shape) for key in keys]
+    dtype = getattr(torch, model.dtype)
+    write_model(out_dir, model, entries, (checkpoint.read(key).to(dtype) for key in keys), shard_bytes)
+    return out_dir
+
+
+def write_model(
+    out_dir: Path, model: ModelConfig, entries: Sequence[TensorEntry], tensors: Iterable[Tensor], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write `tensors`, in the order of `entries`, with everything else of `model.path` that a policy needs. Whole or not at all.
+
+    What was in `out_dir` goes. Raises OSError.
+    """
+    aside = out_dir.with_name(f".{out_dir.name}.making-{secrets.token_hex(4)}")
+    aside.mkdir(parents=True)
+    try:
+        _write_shards(aside, entries, iter(tensors), shard_bytes)
+        _write_model_files(aside, model)
+        replace_directory(aside, out_dir)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _open(run_dir: str | Path, step: int | None) -> Checkpoint:
+    if step is None:
+        problems: list[str] = []
+        found = latest_checkpoint(run_dir, problems.append)
+        if found is None:
+            raise CheckpointError("\n".join([f"{run_dir} has no checkpoint that verifies (checkpoint.every).", *problems[:5]]))
+        return Checkpoint(*found)
+    path = checkpoint_root(run_dir) / checkpoint_name(step)
+    if not path.is_dir():
+        steps = [number for number, _ in checkpoint_dirs(run_dir)]
+        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; there are: {', '.join(map(str, steps)) or 'none'}.")
+    return Checkpoint(path, verify(path))
+
+
+def _write_shards(directory: Path, entries: Sequence[TensorEntry], tensors: Iterator[Tensor], shard_bytes: int) -> None:
+    shards = list(_shards(entries, shard_bytes))
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        write_tensors(directory / name, shard, islice(tensors, len(shard)), {"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {entry.key: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+        index = {"metadata": {"total_size": sum(entry.num_bytes for entry in entries)}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _shards(entries: Sequence[TensorEntry], shard_bytes: int) -> Iterator[list[TensorEntry]]:
+    """Consecutive entries of at most `shard_bytes` together, or one that is larger."""
+    shard: list[TensorEntry] = []
+    size = 0
+    for entry in entries:
+        if shard and size + entry.num_bytes > shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(entry)
+        size += entry.num_bytes
+    yield shard
+
+
+def _write_model_files(directory: Path, model: ModelConfig) -> None:
+    """Config, generation config and tokenizer as the base has them; the base's own code where it comes with some."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    trust = model.trust_remote_code
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=trust)
+    config.dtype = getattr(torch, model.dtype)
+    config.save_pretrained(directory)
+    try:
+        generation = GenerationConfig.from_pretrained(model.path)
+    except OSError:  # The base has none of its own.
+        generation = GenerationConfig.from_model_config(config)
+    generation.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust).save_pretrained(directory)
+    if trust and Path(model.path).is_dir():
+        for code in Path(model.path).glob("*.py"):
+            shutil.copy(code, directory / code.name)
