@@ -24,7 +24,8 @@ OPTIONS_cpu := --overrides requirements/overrides-cpu.txt $(if $(UV_FIND_LINKS),
 OPTIONS_gpu :=
 COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
 
-.PHONY: help setup quickstart demo-smollm2 doctor test test-fast figures staleness-study check constraints clean
+.PHONY: help setup quickstart demo-smollm2 doctor test test-fast figures staleness-study bench bench-buffer bench-actors bench-learner \
+  bench-weights check constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -67,6 +68,20 @@ figures: setup  ## the paper's figures: tabular (a minute), then the language mo
 
 staleness-study: setup  ## held-out reward against an enforced lag, all methods: the missing runs (an hour on two cores)
 	.venv/bin/python -m benchmarks.staleness_study run
+
+bench: bench-buffer bench-actors bench-learner bench-weights  ## all benchmarks: ratios against the bare libraries (half an hour on two cores)
+
+bench-buffer: setup  ## durable inserts and samples against bare sqlite, latency by size, recovery
+	.venv/bin/python -m benchmarks.buffer
+
+bench-actors: setup  ## actors against bare vLLM, update pause, scaling, a straggler
+	.venv/bin/python -m benchmarks.actors
+
+bench-learner: setup  ## trained tokens against a plain PyTorch loop, packing, memory
+	.venv/bin/python -m benchmarks.learner
+
+bench-weights: setup  ## publish and apply against memcpy and gathers one by one
+	.venv/bin/python -m benchmarks.weights
 
 check: setup  ## lint, format, types
 	.venv/bin/ruff check .

@@ -5,6 +5,7 @@
     python launch.py status RUN_DIR                           where a run is: step, actors, buffer, waits
     python launch.py scale RUN_DIR --actors N                 more or fewer rollout actors, while the run goes on
     python launch.py audit RUN_DIR                            what became of every prompt that was handed out
+    python launch.py inspect-batch FILE [--tokenizer DIR]     the batch of a skipped learner step, as text
     python launch.py chat DIR PROMPT                          ask a trained policy
     python launch.py evaluate DIR [section.key=value ...]     its solve rate on the run's held-out prompts
     python launch.py report RUN_DIR                           write report.html again
@@ -42,6 +43,10 @@ def parser() -> argparse.ArgumentParser:
     audit = of.add_parser("audit", help="what became of every prompt that was handed out")
     audit.add_argument("run_dir")
     audit.set_defaults(run=commands.audit)
+    inspect = of.add_parser("inspect-batch", help="the batch of a skipped learner step, as text")
+    inspect.add_argument("file", help="RUN_DIR/bad-batches/step-*.msgpack")
+    inspect.add_argument("--tokenizer", metavar="DIR", help="show the tokens as it decodes them, special ones too")
+    inspect.set_defaults(run=commands.inspect_batch)
     chat = of.add_parser("chat", help="ask a trained policy")
     chat.add_argument("dir")
     chat.add_argument("prompt")

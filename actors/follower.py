@@ -57,7 +57,7 @@ class Follower:
         self._poll: Ask[bytes] | None = None
         self._fetch: Ask[Weights] | None = None
         self._directive: Directive | None = None
-        self._is_asking_for_work = False
+        self._is_asking_for_work, self._asked_version = False, -1
         self._poll_at_s = self._work_at_s = self._fetched_from_s = 0.0
         self.retire = ""
         self.update: Update | None = None
@@ -83,7 +83,7 @@ class Follower:
         # Who has something to do still has to hear that it is retired, but takes nothing else.
         is_busy = is_evaluating or self._directive is not None or self.update is not None or bool(self.retire)
         if self._poll is None and time.monotonic() >= (self._poll_at_s if is_busy else self._work_at_s):
-            self._is_asking_for_work = not is_busy
+            self._is_asking_for_work, self._asked_version = not is_busy, version
             max_items, wait_s = (0, 0.0) if is_busy else (self._max_items, POLL_S)
             self._poll_at_s = time.monotonic() + RETRY_S
             self._poll = self._ask(self._board.poll.remote(self._name, version, max_items, wait_s), wait_s + self._limit_s)
@@ -99,8 +99,8 @@ class Follower:
         self.retire = directive.retire or self.retire
         if self.retire:
             self.update = self._directive = self._fetch = None
-        elif not self._is_asking_for_work:
-            return
+        elif not self._is_asking_for_work or (not directive.eval_items and version != self._asked_version):
+            return  # The latter: weights were pushed while the board was about to answer.
         elif directive.version != version:
             self._directive, self._fetched_from_s = directive, time.monotonic()
             # It keeps the limit itself; the rest is for its checksums.

@@ -11,6 +11,7 @@ the base policy's samples, which nothing older exists than: at lag L the first L
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ class PlainPolicy:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._grad_clip))
-        self._optimizer.step()
+        if math.isfinite(norm):
+            self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
 

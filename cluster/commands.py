@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,26 @@ def report(arguments: Namespace) -> int:
     if not (Path(arguments.run_dir) / "config.yaml").is_file():
         raise ConfigError(f"{arguments.run_dir} is no run directory (no config.yaml in it)")
     print(write_report(arguments.run_dir))
+    return 0
+
+
+def inspect_batch(arguments: Namespace) -> int:
+    """A batch that a skipped step left, as text."""
+    from learner.bad_batch import render
+
+    decode: Callable[[Sequence[int]], str] | None = None
+    if arguments.tokenizer:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--tokenizer {arguments.tokenizer}: no tokenizer there: {str(error).splitlines()[0]}") from None
+
+        def decode(token_ids: Sequence[int]) -> str:
+            return str(tokenizer.decode(list(token_ids)))
+
+    print(render(Path(arguments.file), decode))
     return 0
 
 

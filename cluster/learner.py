@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
-from cluster.errors import TrainingError
+from cluster.errors import ConfigError, TrainingError
 from cluster.gang import LearnerGang, RankDied, State
 from learner.checkpoint import latest_checkpoint
 
@@ -87,6 +87,11 @@ class Learner:
     def _make_gang(self) -> LearnerGang:
         found = latest_checkpoint(self._run_dir, self._tell)
         if found is not None:
+            if found[1].step > self._config.run.steps:
+                raise ConfigError(
+                    f"run.steps = {self._config.run.steps}, but the run in {self._run_dir} has done {found[1].step} steps already. "
+                    "Raise run.steps."
+                )
             self._tell(f"going on from {found[0].name}")
         wandb_id = self._run_dir / "wandb_id"
         extra = {"wandb_run_id": wandb_id.read_text(encoding="utf-8").strip() if wandb_id.is_file() else None}

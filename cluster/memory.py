@@ -1,15 +1,20 @@
 """How much memory a run will want, from the model's config alone: no weights are read, nothing is downloaded.
 
 An estimate, for choosing GPUs before they are paid for. Legend: P parameters, N ranks, b bytes of `model.dtype`,
-T `learner.micro_batch_tokens`, L layers, h hidden size, f MLP size, k key/value width (heads x head size), V vocabulary.
+T `learner.micro_batch_tokens`, L layers, h hidden size, f MLP size, k key/value width (heads x head size), V vocabulary,
+Q parameters that are trained: P, or with LoRA rank (in + out) of every linear layer but the LM head.
 
 Learner, per rank, DeepSpeed ZeRO-3 with AdamW (DeepSpeed 0.19's buffers; the same sum as the ZeRO paper's, arXiv 1910.02054):
 
-    parameters b P/N, gradients b P/N, Adam's two moments 8 P/N, float32 master 4 P/N (none if b = 4: it is the parameters)
-    reference     b P/N, proximal policy b P/N, each only where the objective needs it
+    parameters b P/N, adapters b Q/N; gradients b Q/N, Adam's two moments 8 Q/N, float32 master 4 Q/N (none if b = 4: it is the parameters)
+    reference     b P/N, proximal policy b P/N, each only where the objective needs it; with LoRA b Q/N, and nothing before it has moved
     gathered      b min(P, 1e9), if N > 1: whole parameters kept at hand (stage3_max_live_parameters)
-    activations   b T (L (8h + 2k + 4f) + 2h), counted on Llama with sdpa; with gradient checkpointing b T (L h + 8h + 2k + 4f + 2h)
-    logits        2 b T V, the logits and their gradient, and 128 MiB to upcast pieces of them
+    activations   b T (L (8h + 2k + 4f) + 2h), counted on Llama with sdpa; with gradient checkpointing b T (L h + 8h + 2k + 4f + 2h);
+                  with LoRA a layer keeps 2h less, whose norms need no gradient, and 7 rank more
+    log-probs     three float32 chunks of the logits, 128 MiB each at most, and up to 256 MiB of logits (learner/logprobs.py); the LM head's
+                  gradient, b V h, and 4 V h more while it is summed over chunks, unless it is frozen. For models that rescale their
+                  logits: 2 b T V, all logits and their gradient, and 128 MiB to upcast pieces of them
+    checkpoint    what is saved, once more in host memory: (4 + 8) Q/N, and copies that have moved
 
 Actor: weights b P / tensor parallelism, and a KV cache of 2 L k b per token.
 """
@@ -22,6 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.config import Config
+from learner.logprobs import CHUNK_BYTES, KEPT_BYTES, install_logprob_head
+from learner.lora import adapted_layers
 from learner.objectives import load_objective
 from learner.update import frozen_policies
 
@@ -55,7 +62,7 @@ class MemoryEstimate:
 
 
 class _Shape(NamedTuple):
-    """What the formulas need of a model. All but the parameters are 0 when only these are known."""
+    """What the formulas need of a model. All but the parameters are 0 when only these are known (LoRA: all are counted as trained)."""
 
     num_params: int
     layers: int = 0
@@ -63,6 +70,9 @@ class _Shape(NamedTuple):
     mlp: int = 0
     kv_width: int = 0
     vocabulary: int = 0
+    adapted: int = 0
+    """Inputs and outputs of all linear layers but the LM head."""
+    has_whole_logits: bool = False
 
 
 def estimate_memory(config: Config) -> MemoryEstimate:
@@ -94,6 +104,7 @@ def _shape_of(config: Config) -> _Shape:
         model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trust)
     text = hf_config.get_text_config()
     heads = text.num_attention_heads
+    layers = adapted_layers(model).values() if config.learner.lora_rank else ()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return _Shape(
         num_params=sum(parameter.numel() for parameter in model.parameters()),
@@ -102,6 +113,8 @@ def _shape_of(config: Config) -> _Shape:
         mlp=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         kv_width=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
         vocabulary=text.vocab_size,
+        adapted=sum(layer.in_features + layer.out_features for layer in layers),
+        has_whole_logits=install_logprob_head(model) is None,
     )
 
 
@@ -123,23 +136,53 @@ def _size_in_name(path: str) -> float | None:
 def _learner_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
     learner, b = config.learner, BYTES[config.model.dtype]
     share = shape.num_params / learner.ranks
-    needs_reference, needs_proximal = frozen_policies(load_objective(learner.objective, config.agro, config.rivals))
-    tokens = learner.micro_batch_tokens
-    one_layer = 8 * shape.hidden + 2 * shape.kv_width + 4 * shape.mlp
-    elements = (shape.layers * shape.hidden + one_layer if learner.gradient_checkpointing else shape.layers * one_layer) + 2 * shape.hidden
+    adapters = learner.lora_rank * shape.adapted / learner.ranks
+    trained = adapters or share
+    states = 4 + 8  # Bytes of fp32 weights and Adam's moments, which is what a checkpoint holds.
+    reference, proximal = _frozen_bytes(config, share, adapters)
+    moved = (reference if config.agro.ref_update_every else 0) + proximal
     parts = [
         Part("parameters", b * share, learner.offload),
-        Part("gradients", b * share, learner.offload),
-        Part("float32 master", (4 if b < 4 else 0) * share, learner.offload),
-        Part("Adam moments", 8 * share, learner.offload),
-        Part("reference", b * share if needs_reference else 0, learner.offload),
-        Part("proximal policy", b * share if needs_proximal else 0, learner.offload),
+        Part("adapters", b * adapters, learner.offload),
+        Part("gradients", b * trained, learner.offload),
+        Part("float32 master", (4 if b < 4 else 0) * trained, learner.offload),
+        Part("Adam moments", 8 * trained, learner.offload),
+        Part("reference", reference, learner.offload),
+        Part("proximal policy", proximal, learner.offload),
         Part("gathered parameters", b * min(shape.num_params, MAX_LIVE_PARAMETERS) if learner.ranks > 1 else 0),
-        Part("activations", b * tokens * elements),
-        Part("logits", 2 * b * tokens * shape.vocabulary + (2**27 if shape.vocabulary else 0)),
+        Part("activations", _activation_bytes(config, shape)),
+        Part("log-probs", _logprob_bytes(config, shape)),
+        Part("checkpoint buffers", states * trained + moved if config.checkpoint.every else 0, on_host=True),
         Part("process", PROCESS_BYTES, on_host=True),
     ]
     return tuple(part for part in parts if part.num_bytes)
+
+
+def _frozen_bytes(config: Config, share: float, adapters: float) -> tuple[float, float]:
+    """Of the reference and of the proximal policy, of one rank: whole models, or copies of adapters once they are any."""
+    has_reference, has_proximal = frozen_policies(load_objective(config.learner.objective, config.agro, config.rivals))
+    b = BYTES[config.model.dtype]
+    if config.learner.lora_rank:
+        return b * adapters * (has_reference and config.agro.ref_update_every > 0), b * adapters * has_proximal
+    return b * share * has_reference, b * share * has_proximal
+
+
+def _activation_bytes(config: Config, shape: _Shape) -> float:
+    learner = config.learner
+    one_layer = 8 * shape.hidden + 2 * shape.kv_width + 4 * shape.mlp
+    if learner.lora_rank:
+        one_layer += 7 * learner.lora_rank - 2 * shape.hidden
+    layers = shape.layers * shape.hidden + one_layer if learner.gradient_checkpointing else shape.layers * one_layer
+    return BYTES[config.model.dtype] * learner.micro_batch_tokens * (layers + 2 * shape.hidden)
+
+
+def _logprob_bytes(config: Config, shape: _Shape) -> float:
+    """Of the LM head's log-probs and their gradient."""
+    b, logits = BYTES[config.model.dtype], config.learner.micro_batch_tokens * shape.vocabulary
+    if shape.has_whole_logits:
+        return 2 * b * logits + CHUNK_BYTES
+    head = 0 if config.learner.lora_rank else shape.vocabulary * shape.hidden * (b if 4 * logits <= CHUNK_BYTES else b + 4)
+    return 3 * min(4 * logits, CHUNK_BYTES) + min(b * logits, KEPT_BYTES) + head
 
 
 def _actor_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:

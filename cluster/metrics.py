@@ -53,6 +53,8 @@ METRICS: dict[str, str] = {
     **bucket_metrics(),
     "optim/grad_norm": "Gradient norm before clipping.",
     "optim/lr": "Learning rate.",
+    "guard/skipped_steps": "Learner steps skipped so far because a number was not finite; events.jsonl names the groups.",
+    "guard/alarms": "Alarms so far: loss or KL far above what they were lately. They stop nothing; see events.jsonl.",
     "buffer/groups": "Groups stored and ready to be sampled.",
     "buffer/evicted_stale": "Groups evicted so far because a token was older than `buffer.max_staleness`.",
     "buffer/evicted_used": "Groups that left so far after `buffer.max_uses` uses.",

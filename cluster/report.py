@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
+from buffer.records import Evaluation
 from cluster.metrics import METRICS, finite_tree, read_json_lines
 from learner.diagnostics import SOLVE_RATE_BUCKETS, STALENESS_BUCKETS
 
@@ -127,6 +129,16 @@ def curves_png(run_dir: str | Path, path: str | Path) -> None:
             panel.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def read_evaluations(run_dir: Path) -> list[Evaluation]:
+    """The evaluations that the run directory holds, by policy version, the last written of each."""
+    lines = _last_of_each(read_json_lines(run_dir / "evaluations.jsonl")[0], "policy_version")
+    return [msgspec.convert({"solve_rate": math.nan, **finite_values}, Evaluation) for finite_values in map(_known_values, lines)]
+
+
+def _known_values(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if value is not None}
 
 
 def _page(data: dict[str, Any]) -> str:

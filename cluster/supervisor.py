@@ -29,7 +29,7 @@ from cluster.health import Health, step_of
 from cluster.learner import Learner
 from cluster.prepare import Inputs
 from cluster.processes import remote, threads
-from cluster.report import write_report
+from cluster.report import read_evaluations, write_report
 from cluster.services import BOARD, BUFFER, MONITOR, Polled, Services
 from cluster.session import StopSignal, ray_session
 from cluster.terminal import Terminal
@@ -68,6 +68,7 @@ class Supervisor:
             timeout_s=self._config.run.timeout_s,
         )
         self._learner: Learner | None = None
+        self._earlier_evaluations = read_evaluations(inputs.run_dir)  # Of earlier starts of the run.
 
     # --- start ----------------------------------------------------------------------------------------------------
 
@@ -233,7 +234,7 @@ class Supervisor:
         stats = services.ask(services.buffer.stats(), BUFFER)
         self._log_buffer(stats)
         self._retire_all()
-        results = sorted(arrived, key=lambda evaluation: evaluation.policy_version)
+        results = sorted([*self._earlier_evaluations, *arrived], key=lambda evaluation: evaluation.policy_version)
         summary = self._summary(totals[0] if totals else {}, results, stats, stopped)
         self._state, self._stopped = "over", stopped
         self._control.write(self._status(stats, services.ask(services.monitor.view.remote(), MONITOR)))
@@ -274,7 +275,8 @@ class Supervisor:
             **{name: _known(first.get(name)) for name in ("staleness_mean", "staleness_max")},
             "samples": first.get("samples"),
             "tokens": first.get("tokens"),
-            "samples_per_s": first["samples"] / wall_s if first else None,
+            # Of a run in one piece only: the wall time of its earlier starts is not known here.
+            "samples_per_s": first["samples"] / wall_s if first and not inputs.is_continued else None,
             "policy_dir": self.policy_dir if first else None,
             "report": str(inputs.run_dir / "report.html"),
             "run_dir": str(inputs.run_dir),

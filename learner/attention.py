@@ -6,7 +6,7 @@ With a mask, as transformers packs for "sdpa", a forward pass costs the square o
 it. Here every sequence costs its own square, and a pass a call for each length, not for each sequence. Buckets are padded
 on the right, where a causal attention never looks; the rest of the model sees no padding.
 
-Tensor letters: S tokens of all sequences, P places in the buckets (S and padding), H heads, D head size.
+Tensor letters: N sequences, S tokens of all of them, P places in the buckets (S and padding), H heads, D head size.
 """
 
 from __future__ import annotations
@@ -32,28 +32,27 @@ class Packing:
 
     to_places_P     int64 [P], of each place the token that goes there; padding repeats the sequence's last token
     to_tokens_S     int64 [S], of each token its place
-    padding         int64, the places that are padding
+    padding         int64, the places that are padding; their gradient is none
     shapes          (sequences, longest) of each bucket, in the order of the places
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        places, tokens, padding = [], torch.empty(starts[-1], dtype=torch.int64), []
-        self.shapes: list[tuple[int, int]] = []
-        size = 0
-        for bucket in _buckets(lengths):
-            longest = lengths[bucket[0]]
-            self.shapes.append((len(bucket), longest))
-            for index in bucket:
-                start, length = starts[index], lengths[index]
-                places.append(torch.arange(start, start + longest).clamp_max_(start + length - 1))
-                tokens[start : start + length] = torch.arange(size, size + length)
-                padding.append(torch.arange(size + length, size + longest))
-                size += longest
-        self.to_places_P, self.to_tokens_S = torch.cat(places).to(device), tokens.to(device)
-        self.padding = torch.cat(padding).to(device)
+        buckets = _buckets(lengths)
+        self.shapes = [(len(bucket), lengths[bucket[0]]) for bucket in buckets]
+        lengths_N = torch.tensor(lengths)
+        starts_N = lengths_N.cumsum(0) - lengths_N
+        order_N = torch.tensor([index for bucket in buckets for index in bucket])
+        widths_N = torch.tensor([longest for num, longest in self.shapes for _ in range(num)])
+        sequence_P = order_N.repeat_interleave(widths_N)
+        places_P = torch.arange(len(sequence_P))
+        offset_P = places_P - (widths_N.cumsum(0) - widths_N).repeat_interleave(widths_N)
+        last_P = lengths_N[sequence_P] - 1
+        is_token_P = offset_P <= last_P
+        to_places_P = starts_N[sequence_P] + torch.minimum(offset_P, last_P)
+        to_tokens_S = torch.empty(int(lengths_N.sum()), dtype=torch.int64)
+        to_tokens_S[to_places_P[is_token_P]] = places_P[is_token_P]
+        self.to_places_P, self.to_tokens_S = to_places_P.to(device), to_tokens_S.to(device)
+        self.padding = places_P[~is_token_P].to(device)
 
     def unpack(self, packed_SHD: Tensor) -> list[Tensor]:
         """[S, H, D] -> for each bucket [n, H, longest, D]."""

@@ -1,6 +1,7 @@
 """Hugging Face directories, written tensor by tensor: a checkpoint's policy (`export`), and the trained policy at the end of a run.
 
     rank files --slices--> one tensor --cast--> shard ... + index, config, generation config, tokenizer
+    (of adapters: model.path's files --> one tensor + scale B A, the slices of its adapter)
 
 In memory at once: the largest tensor, in fp32 and in the model's dtype. Needs neither DeepSpeed nor torch.distributed.
 """
@@ -13,12 +14,13 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
 
-from cluster.config import ModelConfig
+from cluster.config import Config, ModelConfig
 from cluster.config_file import parse_config
 from cluster.errors import CheckpointError
 from learner.checkpoint import (
@@ -32,28 +34,31 @@ from learner.checkpoint import (
     verify,
     write_tensors,
 )
+from learner.lora import adapters_by_weight, merged
 
 SHARD_BYTES = 2 * 2**30
 WEIGHTS = "master/"
+INDEX_NAME = "model.safetensors.index.json"
 
 
 def export(run_dir: str | Path, step: int | None, out_dir: str | Path, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write the policy of the run's checkpoint of `step` (None: the newest that verifies) as a Hugging Face directory; its path.
 
     In the dtype of the run's config, tied weights once. Raises CheckpointError when there is no such checkpoint, it does not
-    verify, it holds adapters only, or `out_dir` is not empty; OSError when the disk is full.
+    verify, it holds adapters whose base is not at `model.path`, or `out_dir` is not empty; OSError when the disk is full.
     """
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise CheckpointError(f"{out_dir} exists and is not an empty directory. Give another one.")
     checkpoint = _open(run_dir, step)
-    model = parse_config(yaml.safe_load(checkpoint.state["config"]), source="the checkpoint's config").model
-    keys = [key for key in checkpoint.tensors if key.startswith(WEIGHTS)]
-    if any("lora_" in key for key in keys):
-        raise CheckpointError(f"{checkpoint.path} holds LoRA adapters without their base: export the run's policy/ directory instead.")
-    entries = [TensorEntry(key.removeprefix(WEIGHTS), model.dtype, checkpoint.tensors[key].shape) for key in keys]
-    dtype = getattr(torch, model.dtype)
-    write_model(out_dir, model, entries, (checkpoint.read(key).to(dtype) for key in keys), shard_bytes)
+    config = parse_config(yaml.safe_load(checkpoint.state["config"]), source="the checkpoint's config")
+    if config.learner.lora_rank:
+        entries, tensors = _merged_weights(checkpoint, config)
+    else:
+        keys, dtype = [key for key in checkpoint.tensors if key.startswith(WEIGHTS)], getattr(torch, config.model.dtype)
+        entries = [TensorEntry(key.removeprefix(WEIGHTS), config.model.dtype, checkpoint.tensors[key].shape) for key in keys]
+        tensors = (checkpoint.read(key).to(dtype) for key in keys)
+    write_model(out_dir, config.model, entries, tensors, shard_bytes)
     return out_dir
 
 
@@ -89,6 +94,54 @@ def _open(run_dir: str | Path, step: int | None) -> Checkpoint:
     return Checkpoint(path, verify(path))
 
 
+def _merged_weights(checkpoint: Checkpoint, config: Config) -> tuple[list[TensorEntry], Iterator[Tensor]]:
+    """The base's weights, each with its adapter added: as the learner's, in its dtype and by its formula."""
+    base = _base_files(checkpoint, config.model.path)
+    adapters = adapters_by_weight([key.removeprefix(WEIGHTS) for key in checkpoint.tensors if key.startswith(WEIGHTS)])
+    if missing := [name for name in adapters if name not in base]:
+        raise CheckpointError(
+            f"{config.model.path} has no {missing[0]}, to which {checkpoint.path} holds an adapter: its files are of another model, or "
+            "name their tensors otherwise. Take the run's policy/ directory, which is whole, or set model.path right."
+        )
+    entries = [TensorEntry(name, config.model.dtype, tuple(base[name].get_slice(name).get_shape())) for name in base]
+    dtype, scale = getattr(torch, config.model.dtype), config.learner.lora_alpha / config.learner.lora_rank
+
+    def adapter(key: str) -> Tensor:
+        return checkpoint.read(WEIGHTS + key).view(checkpoint.tensors[WEIGHTS + key].shape).to(dtype)
+
+    def tensors() -> Iterator[Tensor]:
+        for name in base:
+            weight = base[name].get_tensor(name).to(dtype)
+            if name not in adapters:
+                yield weight
+                continue
+            key_a, key_b = adapters[name]
+            yield merged(weight, adapter(key_a), adapter(key_b), scale)
+
+    return entries, tensors()
+
+
+def _base_files(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
+    """The open safetensors file of each tensor of the model at `path`, a directory or in the hub's cache, in the order of their names."""
+    from safetensors import SafetensorError, safe_open
+    from transformers.utils import cached_file
+
+    try:
+        try:
+            index = Path(str(cached_file(path, INDEX_NAME)))
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except OSError:
+            names = ["model.safetensors"]
+        files = [safe_open(cached_file(path, name), framework="pt") for name in names]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path} holds adapters, and their base, model.path = {path}, has no safetensors files that can be read: "
+            f"{str(error).strip().splitlines()[0]}\nTake the run's policy/ directory, which is whole, or bring the base back."
+        ) from None
+    found = {name: file for file in files for name in file.keys()}  # noqa: SIM118 -- no dict
+    return {name: found[name] for name in sorted(found)}
+
+
 def _write_shards(directory: Path, entries: Sequence[TensorEntry], tensors: Iterator[Tensor], shard_bytes: int) -> None:
     shards = list(_shards(entries, shard_bytes))
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -99,7 +152,7 @@ def _write_shards(directory: Path, entries: Sequence[TensorEntry], tensors: Iter
     if len(shards) > 1:
         weight_map = {entry.key: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         index = {"metadata": {"total_size": sum(entry.num_bytes for entry in entries)}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+        (directory / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _shards(entries: Sequence[TensorEntry], shard_bytes: int) -> Iterator[list[TensorEntry]]:

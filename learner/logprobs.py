@@ -30,7 +30,7 @@ CHUNK_ELEMENTS = 1 << 24
 CHUNK_BYTES = 1 << 27
 """Float32 logits that `linear_logprobs` works on at a time; it holds about three times as much at its peak."""
 KEPT_BYTES = 1 << 28
-"""Logits it keeps for the backward pass, which is a fourth matrix product cheaper with them; later chunks are made again."""
+"""Logits it keeps for the backward pass, which saves one of four matrix products; those of later chunks are made again."""
 
 RESCALED_LOGITS = (
     "final_logit_softcapping",

@@ -7,12 +7,15 @@ Where it does not, pass 1 (no gradient) gives the log-probs of all its samples, 
 each token's log-prob follows from them, and pass 2 accumulates sum_t c_t log pi_t piece by piece: the same gradient.
 
 Ranks may have unlike numbers of micro-batches, but ZeRO-3 gathers in every pass: those with fewer run empty ones.
+
+A number that is not finite skips the update on every rank, as if the batch had never been. What is found before the first gradient is
+agreed upon with the number of passes. A rank that finds one later goes on with a loss of NaN, since the others need its passes; then the
+gradient's norm is not finite either, which all of them see.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -21,12 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from buffer.records import Batch, Group, Sample
+from buffer.records import Batch
 from cluster.config import Config
-from cluster.errors import TrainingError
+from learner.bad_batch import Skip
 from learner.diagnostics import COLUMNS, objective_metrics
 from learner.objectives import Objective, TokenBatch, token_gradients
 from learner.packing import MicroBatch, ModelInputs, TokenSequence, assign_groups, collate, plan_micro_batches
+from learner.rows import Row, batch_faults, by_row, note_faults, note_logprobs
 
 VARIANCE_MEMORY = 0.5
 """How much of a prompt's running variance an earlier visit keeps; prompts come back an epoch later, to another policy."""
@@ -39,7 +43,9 @@ class Policy(Protocol):
 
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
 
-    def step(self, lr: float) -> float: ...
+    def step(self, lr: float) -> float:
+        """The gradient's norm before clipping. Not finite: the step was not done, the gradients are gone, nothing has changed."""
+        ...
 
     def named_weights(self, bucket_bytes: int) -> Iterable[tuple[str, Tensor]]: ...
 
@@ -55,35 +61,6 @@ class FrozenPolicy(Protocol):
 def frozen_policies(objective: Objective) -> tuple[bool, bool]:
     """Whether the objective needs a reference, and a proximal policy: neither is loaded for nothing."""
     return bool({"reference", "reference_tokens"} & objective.needs), "proximal" in objective.needs
-
-
-class Row:
-    """One sample with what belongs to it, as the learner handles it."""
-
-    def __init__(self, group: Group, index: int, step: int) -> None:
-        self.sample: Sample = group.samples[index]
-        self.group_id, self.index, self.prompt_row = group.group_id, index, group.row
-        oldest = self.sample.oldest_version
-        self.staleness = math.nan if oldest is None else float(step - oldest)
-        self.sequence = TokenSequence(group.prompt_ids, self.sample.token_ids)
-        self.ref_logprob = self.sample.ref_logprob
-        self.ref_logprobs: Tensor | None = None  # Per token, where the objective needs them.
-        self.proximal_logprobs: Tensor | None = None
-
-    @property
-    def behaviour_logprobs(self) -> Sequence[float]:
-        """One per token; NaN for an offline sample."""
-        return self.sample.logprobs if not self.sample.is_offline else [math.nan] * len(self.sample.token_ids)
-
-    @property
-    def answer_id(self) -> int:
-        """Equal for equal answers."""
-        return zlib.crc32((self.sample.text.strip() if self.sample.answer is None else self.sample.answer).encode())
-
-    @property
-    def completion_id(self) -> int:
-        """Equal for equal tokens."""
-        return hash(self.sample.token_ids)
 
 
 class Updater:
@@ -104,6 +81,9 @@ class Updater:
         self._pad_id, self._device = pad_id, device
         self._variances: dict[int, float] = {}  # By the prompt's row; for lr_baseline = running.
         self._moved: set[str] = set()
+        self._is_base = False  # No step was done: policy, reference and proximal policy are the base model.
+        self.skip: Skip | None = None
+        """Why the last update was not done; None when it was."""
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     @property
@@ -114,10 +94,14 @@ class Updater:
     def update(self, batch: Batch, lr: float) -> tuple[dict[str, float], dict[int, list[dict[str, float]]]]:
         """One step. Returns metrics and the samples' diagnostics by group, in the group's order; of all ranks, equal on every rank.
 
-        Raises TrainingError on every rank when a log-prob of any is not finite, before the parameters are touched.
+        Where a number is not finite the step is skipped: `skip` says why, the policy and its optimizer are as before, and so is what
+        the updater keeps; there are no diagnostics then.
         """
-        _check_batch(batch)
+        self.skip = None
+        self._is_base = batch.step == 0
         self._move_frozen(batch.step)
+        if reasons := batch_faults(batch):
+            return self._skipped(Skip(reasons=reasons), lr)
         rows = self._rows_of_rank(batch)
         micro_batches = plan_micro_batches(
             [row.sequence.num_tokens for row in rows],
@@ -128,15 +112,19 @@ class Updater:
         self._fill_frozen(rows, micro_batches)
         split = [micro for micro in micro_batches if not micro.whole]
         coefficients, diagnostics = self._first_pass(rows, split, len(batch.groups))
+        num_passes, is_faulty = self._largest([len(micro_batches), any(row.fault for row in rows)])
+        if is_faulty:
+            return self._skipped(self._gather_skip(rows, math.nan), lr)
         passes: list[MicroBatch | None] = [*micro_batches]
-        passes += [None] * (self._most(len(passes)) - len(passes))
+        passes += [None] * (num_passes - len(passes))
         for number, micro in enumerate(passes):
             logprobs_T = self._policy.logprobs(self._inputs(rows, micro), self._config.actors.temperature)
-            self._check_finite(logprobs_T)
             loss, found = self._loss(rows, micro, logprobs_T, coefficients, len(batch.groups))
             self._policy.backward(loss, last=number == len(passes) - 1)
             diagnostics.update(found)
         grad_norm = self._policy.step(lr)
+        if not math.isfinite(grad_norm):
+            return self._skipped(self._gather_skip(rows, grad_norm), lr)
         samples = self._gather(rows, diagnostics)
         if "prompt_variance" in self._objective.needs:
             self._observe_variances(samples)
@@ -181,25 +169,40 @@ class Updater:
     def _fill_frozen(self, rows: list[Row], micro_batches: list[MicroBatch]) -> None:
         """Log-probs by the reference, and by the proximal policy, as the objective needs them; by the learner's own kernels.
 
-        Sums by a reference that never moves come with the sample once they are known.
+        Sums by a reference that never moves come with the sample once they are known. At step 0 both are the policy: see `_note`.
         """
+        if self._is_base:
+            return
         if self._reference is not None:
             cached = "reference_tokens" not in self._objective.needs and self.keeps_reference
             missing = [m for m in micro_batches if not cached or any(rows[i].ref_logprob is None for i in m.indices)]
-            for index, values in self._frozen_logprobs(self._reference, rows, missing):
+            for index, values in self._frozen_logprobs(self._reference, "reference", rows, missing):
                 rows[index].ref_logprobs, rows[index].ref_logprob = values, float(values.double().sum())
         if self._proximal is not None:
-            for index, values in self._frozen_logprobs(self._proximal, rows, micro_batches):
+            for index, values in self._frozen_logprobs(self._proximal, "proximal policy", rows, micro_batches):
                 rows[index].proximal_logprobs = values
 
-    def _frozen_logprobs(self, model: FrozenPolicy, rows: list[Row], micro_batches: list[MicroBatch]) -> Iterable[tuple[int, Tensor]]:
+    def _note(self, rows: list[Row], micro: MicroBatch, logprobs_T: Tensor) -> None:
+        """Let the rows have their log-probs by the policy; at step 0 those by its copies too: they need no passes then."""
+        note_logprobs(rows, micro.indices, logprobs_T)
+        if not self._is_base:
+            return
+        for index, values in zip(micro.indices, by_row(rows, micro.indices, logprobs_T), strict=True):
+            row = rows[index]
+            if self._reference is not None:
+                row.ref_logprobs, row.ref_logprob = values, float(values.double().sum())
+            if self._proximal is not None:
+                row.proximal_logprobs = values
+
+    def _frozen_logprobs(
+        self, model: FrozenPolicy, name: str, rows: list[Row], micro_batches: list[MicroBatch]
+    ) -> Iterable[tuple[int, Tensor]]:
         for number in range(self._most(len(micro_batches))):
             micro = micro_batches[number] if number < len(micro_batches) else None
-            inputs = self._inputs(rows, micro)
-            values_T = model.logprobs(inputs, self._config.actors.temperature)
-            self._check_finite(values_T)
+            values_T = model.logprobs(self._inputs(rows, micro), self._config.actors.temperature)
             if micro:
-                yield from zip(micro.indices, _by_sequence(values_T, inputs), strict=True)
+                note_faults(rows, micro.indices, values_T, f"log-probs by the {name}")
+                yield from zip(micro.indices, by_row(rows, micro.indices, values_T), strict=True)
 
     def _first_pass(
         self, rows: list[Row], split: list[MicroBatch], num_groups: int
@@ -208,30 +211,40 @@ class Updater:
         logprobs: dict[int, Tensor] = {}
         for number in range(self._most(len(split))):
             micro = split[number] if number < len(split) else None
-            inputs = self._inputs(rows, micro)
             with torch.no_grad():
-                values_T = self._policy.logprobs(inputs, self._config.actors.temperature)
-            self._check_finite(values_T)
+                values_T = self._policy.logprobs(self._inputs(rows, micro), self._config.actors.temperature)
             if micro:
-                logprobs.update(zip(micro.indices, _by_sequence(values_T, inputs), strict=True))
-        if not logprobs:
+                self._note(rows, micro, values_T)
+                logprobs.update(zip(micro.indices, by_row(rows, micro.indices, values_T), strict=True))
+        if not logprobs or any(row.fault for row in rows):
             return {}, {}
         indices = sorted(logprobs)
         batch = self._token_batch([rows[i] for i in indices], torch.cat([logprobs[i] for i in indices]), num_groups)
-        gradients = token_gradients(self._objective, batch).split([len(rows[i].sample.token_ids) for i in indices])
+        gradients_T = token_gradients(self._objective, batch)
+        note_faults(rows, indices, gradients_T, "loss")
         _, diagnostics = self._objective.loss(batch)
-        return dict(zip(indices, gradients, strict=True)), dict(zip(indices, _sample_values(batch, diagnostics), strict=True))
+        coefficients = dict(zip(indices, by_row(rows, indices, gradients_T), strict=True))
+        return coefficients, dict(zip(indices, _sample_values(batch, diagnostics), strict=True))
 
     def _loss(
         self, rows: list[Row], micro: MicroBatch | None, logprobs_T: Tensor, coefficients: dict[int, Tensor], num_groups: int
     ) -> tuple[Tensor, dict[int, dict[str, float]]]:
-        """The loss of one micro-batch, and diagnostics of its rows (none for split groups: the first pass gave them)."""
+        """The loss of one micro-batch, and diagnostics of its rows (none for split groups: the first pass gave them).
+
+        NaN, differentiable like any loss, where something is not finite; the objective does not see such log-probs.
+        """
         if micro is None:
             return 0.0 * logprobs_T.sum(), {}
+        self._note(rows, micro, logprobs_T.detach())
+        if any(rows[i].fault for i in micro.indices):
+            return math.nan * logprobs_T.sum(), {}
         if not micro.whole:
             return (torch.cat([coefficients[i] for i in micro.indices]) * logprobs_T).sum(), {}
         batch = self._token_batch([rows[i] for i in micro.indices], logprobs_T, num_groups)
         loss, diagnostics = self._objective.loss(batch)
+        if not math.isfinite(float(loss.detach())):
+            note_faults(rows, micro.indices, logprobs_T.detach() * math.nan, "loss")
+            return math.nan * logprobs_T.sum(), {}
         return loss, dict(zip(micro.indices, _sample_values(batch, diagnostics), strict=True))
 
     def _inputs(self, rows: list[Row], micro: MicroBatch | None) -> ModelInputs:
@@ -267,18 +280,34 @@ class Updater:
 
     def _most(self, count: int) -> int:
         """The largest `count` of any rank."""
-        if self._world_size == 1:
-            return count
-        value = torch.tensor([count])
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return int(value)
+        return self._largest([count])[0]
 
-    def _check_finite(self, values: Tensor) -> None:
-        if self._most(0 if bool(torch.isfinite(values).all()) else 1):
-            raise TrainingError(
-                "the log-probs of the policy, or of a copy of it, are not finite on some rank. Lower learner.lr, or check the model "
-                "with transformers."
-            )
+    def _largest(self, counts: list[int]) -> list[int]:
+        """Each the largest of any rank."""
+        if self._world_size == 1:
+            return counts
+        values = torch.tensor(counts)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.tolist()
+
+    def _skipped(self, skip: Skip, lr: float) -> tuple[dict[str, float], dict[int, list[dict[str, float]]]]:
+        """What `update` returns of a step that is not done."""
+        self.skip = skip
+        return {"optim/grad_norm": skip.grad_norm, "optim/lr": lr}, {}
+
+    def _gather_skip(self, rows: list[Row], grad_norm: float) -> Skip:
+        """What every rank knows of the step that is not done. Collective."""
+        mine = [(row.group_id, row.index, row.fault, row.mean_logprob) for row in rows]
+        parts = [mine] * self._world_size
+        if self._world_size > 1:
+            dist.all_gather_object(parts, mine)
+        reasons: dict[int, str] = {}
+        means: dict[int, list[float | None]] = {}
+        for group_id, _, fault, mean_logprob in sorted((row for part in parts for row in part), key=lambda row: row[:2]):
+            means.setdefault(group_id, []).append(mean_logprob)
+            if fault:
+                reasons.setdefault(group_id, fault)
+        return Skip(reasons=reasons, grad_norm=grad_norm, mean_logprobs={group_id: tuple(values) for group_id, values in means.items()})
 
     def _gather(self, rows: list[Row], diagnostics: dict[int, dict[str, float]]) -> dict[str, np.ndarray]:
         """The columns of learner/diagnostics.py over all ranks, ordered by group and place in it."""
@@ -311,18 +340,6 @@ class Updater:
                 variance = float(np.var(values, ddof=1))
                 before = self._variances.get(int(row), variance)
                 self._variances[int(row)] = VARIANCE_MEMORY * before + (1 - VARIANCE_MEMORY) * variance
-
-
-def _check_batch(batch: Batch) -> None:
-    """Every rank looks at the whole batch, so that all of them stop together."""
-    for group in batch.groups:
-        for sample in group.samples:
-            if not math.isfinite(sum(sample.logprobs)) or sample.reward is None or not math.isfinite(sample.reward):
-                raise TrainingError(f"group {group.group_id} holds a sample without finite reward and log-probs: {sample}")
-
-
-def _by_sequence(values_T: Tensor, inputs: ModelInputs) -> tuple[Tensor, ...]:
-    return values_T.split(torch.bincount(inputs.sequence_T).tolist())
 
 
 def _sample_values(batch: TokenBatch, diagnostics: dict[str, Tensor]) -> list[dict[str, float]]:

@@ -39,6 +39,7 @@ from cluster.transports import Sender, ZeroSource, load_transport
 from learner.batch_metrics import batch_metrics, shown_samples
 from learner.checkpoint import Checkpoint, Part, verify
 from learner.checkpoint_writer import CheckpointWriter, code_version, set_random_states
+from learner.guards import Guards, check_staleness
 from learner.objectives import load_objective
 from learner.update import Updater, frozen_policies
 
@@ -92,7 +93,7 @@ class LearnerRank:
 
     def start(self, address: tuple[str, int]) -> None:
         """Join the other ranks and build the policy, and reference and proximal policy where the objective needs them."""
-        from learner.zero import ZeroFrozen, ZeroPolicy, init_process_group
+        from learner.zero import ZeroAdapters, ZeroFrozen, ZeroPolicy, init_process_group
 
         config = self._config
         use_gpu = config.learner.num_gpus > 0
@@ -102,10 +103,14 @@ class LearnerRank:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(config.run.seed)
         device = init_process_group(self._rank, config.learner.ranks, *address, use_gpu=use_gpu, timeout_s=config.run.timeout_s)
-        self._policy = ZeroPolicy(config.model, config.learner)
+        self._policy = ZeroPolicy(config.model, config.learner, config.run.seed)
         objective = load_objective(config.learner.objective, config.agro, config.rivals)
         needed = zip(("reference", "proximal"), frozen_policies(objective), strict=True)
-        self._frozen = {name: ZeroFrozen(config.model, config.learner) for name, is_needed in needed if is_needed}
+        self._frozen: dict[str, ZeroAdapters | ZeroFrozen] = {
+            name: ZeroAdapters(self._policy) if config.learner.lora_rank else ZeroFrozen(config.model, config.learner)
+            for name, is_needed in needed
+            if is_needed
+        }
         reference, proximal = self._frozen.get("reference"), self._frozen.get("proximal")
         self._updater = Updater(config, self._policy, reference, objective, self._pad_id, device, proximal)
 
@@ -142,11 +147,14 @@ class LearnerRank:
         publish_s = self._publish(progress)
         while progress.step < config.run.steps:
             step_start_s = time.perf_counter()
-            batch = self._next_batch(progress.step)
-            if batch is None:
+            payload = self._next_batch(progress.step)
+            if payload is None:
                 break
             wait_s = time.perf_counter() - step_start_s
+            batch = decode_batch(payload)
+            check_staleness(batch, config.buffer.max_staleness)
             metrics, diagnostics = self._updater.update(batch, learning_rate(progress.step, config))
+            self._guards.judge(batch.step, payload, metrics, self._updater.skip)
             progress.step += 1
             if progress.step % config.weights.publish_every == 0 or progress.step == config.run.steps:
                 publish_s = self._publish(progress)
@@ -173,6 +181,7 @@ class LearnerRank:
         self._origin = {"code_version": code_version(), "extra": extra}
         source = ZeroSource(self._policy, self._bucket_bytes)
         self._transport = load_transport(Sender(self._rank, self._config, source, board, self._calls, ray.put, monitor.event.remote))
+        self._guards = Guards(run_dir / "bad-batches", self._rank, tell=monitor.event.remote, share=self._broadcast)
         (session,) = self._broadcast(secrets.token_hex(4))
         self._checkpoints = CheckpointWriter(
             run_dir,
@@ -196,10 +205,10 @@ class LearnerRank:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box
 
-    def _next_batch(self, step: int) -> Batch | None:
-        """The batch of this step on every rank, or None to stop. Raises PeerTimeout when the actors deliver nothing."""
+    def _next_batch(self, step: int) -> bytes | None:
+        """The batch of this step, encoded, on every rank, or None to stop. Raises PeerTimeout when the actors deliver nothing."""
         (payload,) = self._broadcast(self._ask_for_batch(step) if self._rank == 0 else None)
-        return None if payload is None else decode_batch(payload)
+        return payload
 
     def _ask_for_batch(self, step: int) -> bytes | None:
         config = self._config
@@ -240,15 +249,16 @@ class LearnerRank:
         step_s: float,
     ) -> None:
         step = progress.step
-        progress.samples += sum(len(group.samples) for group in batch.groups)
-        progress.tokens += sum(len(sample.token_ids) for group in batch.groups for sample in group.samples)
+        trained = [group for group in batch.groups if group.group_id in diagnostics]  # None of a skipped step.
+        progress.samples += sum(len(group.samples) for group in trained)
+        progress.tokens += sum(len(sample.token_ids) for group in trained for sample in group.samples)
         progress.staleness_sum += row["staleness/mean"]
         progress.staleness_max = float(np.fmax(progress.staleness_max, row["staleness/oldest_token"]))
         row["progress/step"], row["progress/samples"], row["progress/tokens"] = step, progress.samples, progress.tokens
         row["weights/version"] = float(progress.published)
         row["time/learner_busy_fraction"] = 1.0 - wait_s / step_s
-        row["perf/trained_tokens_per_s"] = sum(group.num_tokens for group in batch.groups) / step_s
-        self._monitor.log_step.remote(row | self._transport.metrics() | self._checkpoints.metrics())
+        row["perf/trained_tokens_per_s"] = sum(group.num_tokens for group in trained) / step_s
+        self._monitor.log_step.remote(row | self._guards.metrics() | self._transport.metrics() | self._checkpoints.metrics())
         if step == 1 or step % self._config.monitor.samples_every == 0:
             self._monitor.log_samples.remote(step, shown_samples(batch, diagnostics))
         if self._config.buffer.max_uses > 1 and self._updater.keeps_reference:
@@ -274,6 +284,7 @@ class LearnerRank:
             "progress": msgspec.to_builtins(progress),
             "adam_steps": self._policy.adam_steps,
             "updater": self._updater.get_state(),
+            "guards": self._guards.get_state(),
             "config": dump_config(self._config),
             "wandb_run_id": wandb_id.read_text(encoding="utf-8").strip() if wandb_id.is_file() else None,
             **self._origin,
@@ -287,6 +298,7 @@ class LearnerRank:
         state = checkpoint.state
         self._policy.restore(checkpoint.read, state["adam_steps"])
         self._updater.set_state(state["updater"])
+        self._guards.set_state(state["guards"])
         for name in self._updater.moved:
             self._frozen[name].restore(name, checkpoint.read)
         if metadata := checkpoint.rank_metadata(self._rank):

@@ -10,7 +10,9 @@ Surprises: outside a gather a partitioned parameter has `numel() == 0`, so sizes
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,9 +22,9 @@ import torch
 import torch.distributed as dist
 
 from cluster.config import LearnerConfig, ModelConfig
-from cluster.errors import TrainingError
 from learner.checkpoint import Part, TensorEntry, partition
 from learner.export import write_model
+from learner.lora import Weight, adapters_off, add_adapters, weights_of
 from learner.packing import ModelInputs, TokenLogprobs
 
 Read: TypeAlias = Callable[[str, int, int], torch.Tensor]
@@ -68,13 +70,18 @@ def _deepspeed_config(learner: LearnerConfig, dtype: str, *, training: bool) -> 
     return config
 
 
-def _load(model: ModelConfig, learner: LearnerConfig, *, training: bool) -> tuple[Any, TokenLogprobs]:
-    """A Hugging Face causal LM, partitioned by ZeRO-3, as a DeepSpeed engine; and the way to log-probs through it."""
+def _load(model: ModelConfig, learner: LearnerConfig, *, training: bool, seed: int = 0) -> tuple[Any, TokenLogprobs]:
+    """A Hugging Face causal LM, partitioned by ZeRO-3, as a DeepSpeed engine; and the way to log-probs through it.
+
+    `seed`: of the adapters, where they are what is trained.
+    """
     import deepspeed
 
     config = _deepspeed_config(learner, model.dtype, training=training)
     module = _from_pretrained(model, config)
     module.config.use_cache = False
+    if training and learner.lora_rank:
+        add_adapters(module, learner, seed)
     for layer in module.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0  # pi and pi_ref are the same function of their weights, and both passes of an update give one value.
@@ -85,9 +92,24 @@ def _load(model: ModelConfig, learner: LearnerConfig, *, training: bool) -> tupl
     if not training:
         module.requires_grad_(False).eval()
     token_logprobs = TokenLogprobs(module, learner.layout, model.attention)
+    _gather_by_layer(module)
     parameters = [p for p in module.parameters() if p.requires_grad] or None
     engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)
     return engine, token_logprobs
+
+
+def _gather_by_layer(module: Any) -> None:
+    """Let ZeRO-3 gather and release whole layers: its hooks on every submodule cost a tiny model a third of its time.
+
+    Not where part of a model is frozen: DeepSpeed takes the gradients of such a layer when its input has one, and for zero if that is
+    before they are there, as in a first layer whose input needs none.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if len({parameter.requires_grad for parameter in module.parameters()}) == 1:
+        layers = {type(layer) for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)}
+        set_z3_leaf_modules(module, list(layers), raise_if_not_found=False)
 
 
 def _from_pretrained(model: ModelConfig, config: dict[str, Any]) -> Any:
@@ -146,9 +168,10 @@ class ZeroFrozen:
 class ZeroPolicy:
     """The trained policy: log-probs, gradients, optimizer steps, and its weights one bucket at a time."""
 
-    def __init__(self, model: ModelConfig, learner: LearnerConfig) -> None:
+    def __init__(self, model: ModelConfig, learner: LearnerConfig, seed: int = 0) -> None:
+        """`seed`: of the adapters (`learner.lora_rank`); equal on all ranks."""
         self._model, self._learner = model, learner
-        self._engine, self._token_logprobs = _load(model, learner, training=True)
+        self._engine, self._token_logprobs = _load(model, learner, training=True, seed=seed)
         self.module: Any = self._engine.module
 
     def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
@@ -167,28 +190,24 @@ class ZeroPolicy:
     def step(self, lr: float) -> float:
         """One AdamW step at `lr` with clipping; returns the gradient norm before clipping. Collective.
 
-        Raises TrainingError on every rank when the norm is not finite; parameters are then not to be used.
+        inf on every rank when a gradient of any is not finite: DeepSpeed then drops the gradients, and weights, moments and Adam's
+        count stay as they were.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
-        if not norm < float("inf"):
-            raise TrainingError(
-                f"the gradient norm is {norm}: a log-prob or a reward blew up. Lower learner.lr, or see the last samples in the report."
-            )
-        return norm
+        return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
 
     def named_weights(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole tensor) of every parameter, tied ones once, gathered in buckets of about `bucket_bytes`.
+        """(name, whole tensor) of every weight, tied ones once, gathered in buckets of about `bucket_bytes`; adapters merged into theirs.
 
         Valid only until the next item is asked for. Collective: every rank must iterate to the end.
         """
         import deepspeed
 
-        for bucket in _buckets(self.module.named_parameters(), bucket_bytes):
-            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
-                yield from ((name, parameter.data) for name, parameter in bucket)
+        for bucket in _buckets(weights_of(self.module), bucket_bytes):
+            with deepspeed.zero.GatheredParameters([parameter for weight in bucket for parameter in weight.parameters]):
+                yield from ((weight.name, weight.value()) for weight in bucket)
 
     def save_pretrained(self, directory: str, bucket_bytes: int) -> None:
         """Write a Hugging Face directory (safetensors, tokenizer, generation config) from rank 0, with one bucket in memory. Collective."""
@@ -196,11 +215,15 @@ class ZeroPolicy:
         try:
             if dist.get_rank() == 0:
                 dtype = self._model.dtype
-                entries = [TensorEntry(name, dtype, tuple(parameter.ds_shape)) for name, parameter in self.module.named_parameters()]
+                entries = [TensorEntry(weight.name, dtype, weight.shape) for weight in weights_of(self.module)]
                 write_model(Path(directory), self._model, entries, (tensor.to(getattr(torch, dtype)) for _, tensor in weights))
         finally:
             collections.deque(weights, maxlen=0)  # To the end, also where the disk was full: the other ranks gather with us.
         dist.barrier()
+
+    def forget_gathered(self) -> None:
+        """Before partitions are changed: small parameters are kept whole, and would stay as they were. Not collective."""
+        self._engine.empty_partition_cache()
 
     @property
     def adam_steps(self) -> int:
@@ -224,7 +247,7 @@ class ZeroPolicy:
         """Take over fp32 weights and Adam's state; the model's weights become their cast. `read` as `Checkpoint.read`."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-        self._engine.empty_partition_cache()  # Small parameters are kept whole: they would stay as they were.
+        self.forget_gathered()
         self._make_moments(adam_steps)
         for name, parameter in _trained(self.module):
             master = _padded(parameter, read, f"master/{name}", torch.float32)
@@ -241,6 +264,59 @@ class ZeroPolicy:
             count = torch.tensor(float(adam_steps)) if is_torch else adam_steps
             moments = {name: torch.zeros_like(flat, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[flat] = {"step": count, **moments}
+
+
+class ZeroAdapters:
+    """A frozen policy that costs next to nothing where adapters are trained: at first the base, which is the policy with its adapters off.
+
+    After a `load` it is a copy of the adapters as they were then, which change places with the policy's while it is asked. It is the
+    reference and the proximal policy alike; as ZeroFrozen otherwise.
+    """
+
+    def __init__(self, policy: ZeroPolicy) -> None:
+        self._policy = policy
+        self._copy: list[torch.Tensor] | None = None  # This rank's partition of each adapter.
+
+    @torch.no_grad()
+    def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
+        """[T] log-probs of the completion tokens. Collective."""
+        with adapters_off(self._policy.module) if self._copy is None else self._exchanged(self._copy):
+            return self._policy.logprobs(inputs, temperature)
+
+    @torch.no_grad()
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take over the policy as it is; its merged `weights` are not looked at, and not even made. Not collective."""
+        del weights
+        self._copy = [parameter.ds_tensor.clone() for _, parameter in _trained(self._policy.module)]
+
+    def parts(self, kind: str) -> Iterator[Part]:
+        """This rank's part of the copied adapters, named `<kind>/<parameter>`; views: copy them. Not collective."""
+        for (name, parameter), values in zip(_trained(self._policy.module), self._copy or (), strict=True):
+            first, last = _held(parameter)
+            yield Part(f"{kind}/{name}", tuple(parameter.ds_shape), values[: last - first])
+
+    def restore(self, kind: str, read: Read) -> None:
+        """Take over adapters saved by `parts(kind)`. `read` as `Checkpoint.read`."""
+        self._copy = [
+            _padded(parameter, read, f"{kind}/{name}", parameter.ds_tensor.dtype).to(parameter.ds_tensor.device)
+            for name, parameter in _trained(self._policy.module)
+        ]
+
+    @contextlib.contextmanager
+    def _exchanged(self, copy: list[torch.Tensor]) -> Iterator[None]:
+        """Within: the policy's adapters are `copy`, and the other way round."""
+        self._exchange(copy)
+        try:
+            yield
+        finally:
+            self._exchange(copy)
+
+    def _exchange(self, copy: list[torch.Tensor]) -> None:
+        self._policy.forget_gathered()
+        for (_, parameter), values in zip(_trained(self._policy.module), copy, strict=True):
+            mine = parameter.ds_tensor.clone()
+            parameter.ds_tensor.copy_(values)
+            values.copy_(mine)
 
 
 def _trained(module: Any) -> Iterator[tuple[str, Any]]:
@@ -260,15 +336,15 @@ def _padded(parameter: Any, read: Read, key: str, dtype: torch.dtype) -> torch.T
     return values
 
 
-def _buckets(named: Iterator[tuple[str, torch.nn.Parameter]], bucket_bytes: int) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
-    bucket: list[tuple[str, torch.nn.Parameter]] = []
+def _buckets(weights: Iterable[Weight], bucket_bytes: int) -> Iterator[list[Weight]]:
+    bucket: list[Weight] = []
     size = 0
-    for name, parameter in named:
-        num_bytes = parameter.ds_numel * parameter.element_size()  # type: ignore[attr-defined]
+    for weight in weights:
+        num_bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in weight.parameters)
         if bucket and size + num_bytes > bucket_bytes:
             yield bucket
             bucket, size = [], 0
-        bucket.append((name, parameter))
+        bucket.append(weight)
         size += num_bytes
     if bucket:
         yield bucket

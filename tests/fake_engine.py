@@ -13,13 +13,15 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from actors.engine import PromptRefused
 from buffer.records import Sample, VersionSpan
 from cluster.config import ActorsConfig
+from cluster.errors import SnapshotError
+from cluster.weights import checksum
 
 EOS = 1
 FIRST_DIGIT = 3
@@ -65,6 +67,7 @@ class FakeEngine:
     num_tokens   length of a sample: the bounds of a uniform draw, or a function of its seed
     refuses      why a prompt is not taken, "" when it is
     submitted    request id and seed of everything submitted so far; `loaded`: the versions loaded
+    transfer     takes weights that are pushed: one of vLLM's WeightTransferEngines, whose model is a `PushedWeights`
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class FakeEngine:
         self.version = version
         self.submitted: list[tuple[str, int]] = []
         self.loaded: list[int] = []
+        self.transfer: Any = None
+        self._has_arrived = False
 
     @property
     def num_unfinished(self) -> int:
@@ -130,3 +135,39 @@ class FakeEngine:
         time.sleep(self._load_s)
         self.version = version
         self.loaded.append(version)
+
+    def init_transfer(self, init_info: dict[str, Any]) -> None:
+        self.transfer.shutdown()
+        self.transfer.init_transfer_engine(self.transfer.parse_init_info(init_info))
+
+    def start_transfer(self) -> None:
+        self._has_arrived = False
+
+    def update_transfer(self, update_info: dict[str, Any]) -> None:
+        self._has_arrived = True
+        self.transfer.update_weights(update_info)
+
+    def finish_transfer(self, version: int, probes: Mapping[str, str]) -> int:
+        weights = self.transfer.model.weights
+        if damaged := [name for name, value in probes.items() if checksum(weights[name]) != value]:
+            raise SnapshotError(f"version {version} arrived damaged: {damaged[0]}")
+        self.version = version
+        self.loaded.append(version)
+        return len(probes)
+
+    def undo_transfer(self) -> None:
+        if self._has_arrived:
+            self.version = -1
+
+    def abort_transfer(self) -> None:
+        self.transfer.shutdown()
+
+
+class PushedWeights:
+    """A model for vLLM's transfer engines: keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Any] = {}
+
+    def load_weights(self, pairs: Iterable[tuple[str, Any]]) -> None:
+        self.weights |= {name: tensor.clone() for name, tensor in pairs}

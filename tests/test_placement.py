@@ -182,18 +182,74 @@ def test_states_are_shared_by_the_ranks_and_16_bytes_a_parameter(llama_dir):
             assert parts["reference"] == parts["parameters"]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_with_adapters_only_these_have_states_and_the_reference_is_free(llama_dir, dtype):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from learner.lora import add_adapters
+
+    tree = {"model": {"path": llama_dir, "dtype": dtype}, "learner": {"ranks": 2, "lora_rank": 8}}
+    config = config_of(**tree)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(llama_dir))
+    base = sum(parameter.numel() for parameter in model.parameters())
+    add_adapters(model, config.learner, seed=0)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    parts, num_bytes = parts_of(estimate_memory(config).learner), 2 if dtype == "bfloat16" else 4
+    assert parts["parameters"] == num_bytes * base / 2
+    assert sum(parts.get(name, 0) for name in ("adapters", "gradients", "float32 master", "Adam moments")) == 16 * trained / 2
+    assert "reference" not in parts
+    assert parts["checkpoint buffers"] == 12 * trained / 2
+    moving = parts_of(estimate_memory(config_of(**tree, agro={"ref_update_every": 5})).learner)
+    assert moving["reference"] == num_bytes * trained / 2
+    assert moving["checkpoint buffers"] == (12 + num_bytes) * trained / 2
+    whole = estimate_memory(config_of(model=tree["model"], learner={"ranks": 2})).learner
+    assert sum(parts.values()) < sum(part.num_bytes for part in whole)
+
+
+def test_checkpoints_are_held_in_host_memory_while_they_are_written(llama_dir):
+    estimate = estimate_memory(config_of(model={"path": llama_dir}))
+    (part,) = (part for part in estimate.learner if part.name == "checkpoint buffers")
+    assert part.on_host
+    assert estimate.num_params
+    assert part.num_bytes == 12 * estimate.num_params / 4
+    assert "checkpoint buffers" not in parts_of(estimate_memory(config_of(model={"path": llama_dir}, checkpoint={"every": 0})).learner)
+
+
+def test_log_probs_in_chunks_do_not_grow_with_tokens_and_whole_logits_do(llama_dir, tmp_path):
+    from transformers import AutoConfig
+
+    def log_probs(path, num_tokens, **learner):
+        config = config_of(model={"path": path}, learner={"micro_batch_tokens": num_tokens, **learner})
+        return parts_of(estimate_memory(config).learner)["log-probs"]
+
+    hf_config = AutoConfig.from_pretrained(llama_dir)
+    hf_config.vocab_size = 128_000
+    hf_config.save_pretrained(tmp_path / "wide")
+    wide = str(tmp_path / "wide")
+    assert log_probs(wide, 8192) == log_probs(wide, 65_536) == 3 * 2**27 + 2**28 + 6 * 128_000 * 64
+    assert log_probs(wide, 8192, lora_rank=4) == 3 * 2**27 + 2**28
+    hf_config.logits_scaling = 2.0
+    hf_config.save_pretrained(tmp_path / "rescaled")
+    assert log_probs(str(tmp_path / "rescaled"), 8192) == 2 * 2 * 8192 * 128_000 + 2**27
+
+
 def test_activations_are_what_autograd_keeps(llama_dir):
     """Counted on the real module: every tensor saved for the backward pass that is not a parameter."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from cluster.config import LearnerConfig
+    from learner.lora import add_adapters
+
     num_tokens = 512
     wide = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 8, "num_attention_heads": 8}
-    for checkpointing in (False, True):
+    for checkpointing, lora_rank in ((False, 0), (True, 0), (False, 16)):
         hf_config = AutoConfig.from_pretrained(llama_dir, use_cache=False, **wide)
         model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa").train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if lora_rank:
+            add_adapters(model, LearnerConfig(lora_rank=lora_rank), seed=0)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         kept: dict[int, Any] = {}
 
@@ -213,7 +269,7 @@ def test_activations_are_what_autograd_keeps(llama_dir):
             model={"path": llama_dir + "-wide", "dtype": "float32"},
             data={"max_prompt_tokens": 8},
             actors={"max_new_tokens": 8},
-            learner={"micro_batch_tokens": num_tokens, "gradient_checkpointing": checkpointing},
+            learner={"micro_batch_tokens": num_tokens, "gradient_checkpointing": checkpointing, "lora_rank": lora_rank},
         )
         estimated = parts_of(estimate_memory(config).learner)["activations"]
         one_layer = 4 * num_tokens * (8 * 256 + 2 * 64 + 4 * 640)
@@ -246,7 +302,7 @@ def test_offloaded_states_are_host_memory(llama_dir):
     wide = config_of(model={"path": llama_dir}, learner={"offload": True})
     estimate = estimate_memory(wide)
     on_host = {part.name for part in estimate.learner if part.on_host}
-    assert on_host == {"parameters", "gradients", "float32 master", "Adam moments", "reference", "process"}
+    assert on_host == {"parameters", "gradients", "float32 master", "Adam moments", "reference", "checkpoint buffers", "process"}
     assert host_bytes(wide, estimate) > host_bytes(
         config_of(model={"path": llama_dir}), estimate_memory(config_of(model={"path": llama_dir}))
     )

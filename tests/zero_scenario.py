@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -28,6 +29,20 @@ def meet(out_dir: Path, rank: int) -> int:
     return int(path.read_text())
 
 
+def partition_everything() -> None:
+    """Tiny parameters too, which ZeRO-3 would keep whole: between the passes they are empty, as a large model's are."""
+    from learner import zero
+
+    make_config = zero._deepspeed_config
+
+    def with_threshold(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        config = make_config(*args, **kwargs)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return config
+
+    zero._deepspeed_config = with_threshold
+
+
 def main(out_dir: Path, rank: int) -> None:
     from cluster.config import Config
     from learner.objectives import load_objective
@@ -36,6 +51,7 @@ def main(out_dir: Path, rank: int) -> None:
     from tests.test_zero import LR, random_batches
 
     torch.set_num_threads(1)
+    partition_everything()
     config = Config.model_validate_json((out_dir / "config.json").read_text())
     device = init_process_group(rank, config.learner.ranks, "127.0.0.1", meet(out_dir, rank), use_gpu=False, timeout_s=120)
     objective = load_objective(config.learner.objective, config.agro, config.rivals)
@@ -43,6 +59,7 @@ def main(out_dir: Path, rank: int) -> None:
     reference, proximal = (ZeroFrozen(config.model, config.learner) if needed else None for needed in frozen_policies(objective))
     updater = Updater(config, policy, reference, objective, 0, device, proximal)
     metrics = [updater.update(batch, LR)[0] for batch in random_batches(policy.module.config.vocab_size)]
+    assert not any(parameter.numel() for parameter in policy.module.parameters()), "not everything is partitioned between the steps"
     policy.save_pretrained(str(out_dir / "policy"), bucket_bytes=4096)
     if rank == 0:
         (out_dir / "metrics.json").write_text(json.dumps(metrics))

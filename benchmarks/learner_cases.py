@@ -1,0 +1,113 @@
+"""What benchmarks/learner.py trains: random models, and batches with GSM8K's lengths at 4 characters a token."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+GSM8K = Path("../shared/data/gsm8k/train.jsonl")
+CHARACTERS_PER_TOKEN = 4
+TEMPERATURE = 1.0
+
+
+class Shape(NamedTuple):
+    """A model of random weights, and the batch it is trained on."""
+
+    name: str
+    hidden: int
+    layers: int
+    vocabulary: int
+    groups: int
+    budget_tokens: int
+    short: bool = False  # Sums like the quickstart's instead of word problems.
+
+
+SHAPES = (
+    Shape("tiny model, sums", 96, 3, 15, groups=32, budget_tokens=8192, short=True),
+    Shape("tiny model, GSM8K lengths", 96, 3, 15, groups=8, budget_tokens=4096),
+    Shape("23M model, GSM8K lengths", 512, 6, 8192, groups=2, budget_tokens=4096),
+)
+GROUP_SIZE = 8
+LAYOUT_SHAPE = Shape("5M model", 256, 4, 2048, groups=6, budget_tokens=0)
+
+
+def gsm8k_lengths() -> list[tuple[int, int]]:
+    """(prompt, completion) tokens of each training row."""
+    with GSM8K.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [(-(-len(row["question"]) // CHARACTERS_PER_TOKEN), -(-len(row["answer"]) // CHARACTERS_PER_TOKEN)) for row in rows]
+
+
+def make_batch(shape: Shape, seed: int = 0) -> Any:
+    """A Batch of random tokens; the lengths of a group's completions are those of as many answers."""
+    from buffer.records import Batch, Group, Sample, VersionSpan
+
+    rng, lengths = random.Random(seed), [(5, 2), (5, 3), (5, 3), (5, 4)] if shape.short else gsm8k_lengths()
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(3, shape.vocabulary) for _ in range(count))
+
+    def sample() -> Any:
+        count = rng.choice(lengths)[1]
+        return Sample(
+            token_ids=ids(count),
+            logprobs=(-2.0,) * count,
+            version_spans=(VersionSpan(0, 0, count),),
+            finish_reason="stop",
+            text="",
+            reward=float(rng.random() < 0.5),
+            ref_logprob=-2.0 * count,
+        )
+
+    groups = (
+        Group(
+            group_id=number,
+            row=number,
+            prompt="",
+            prompt_ids=ids(rng.choice(lengths)[0]),
+            samples=tuple(sample() for _ in range(GROUP_SIZE)),
+        )
+        for number in range(shape.groups)
+    )
+    return Batch(0, tuple(groups))
+
+
+def make_model(shape: Shape) -> Any:
+    """A Llama of random weights."""
+    from recipes.arithmetic import make_llama
+
+    model = make_llama(shape.vocabulary, hidden=shape.hidden, layers=shape.layers)
+    model.config.use_cache = False
+    return model
+
+
+def load_model(config: Any, device: str) -> Any:
+    """The model saved for this config, as transformers loads it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    module: Any = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    return module.to(device)
+
+
+def config_of(shape: Shape, model_dir: str, device: str) -> Any:
+    """A run's config for this shape."""
+    from cluster.config_file import parse_config
+
+    return parse_config(
+        {
+            "model": {"path": model_dir},
+            "data": {"path": "unused", "max_prompt_tokens": 300},
+            "rewards": {"functions": [{"name": "exact_match"}]},
+            "actors": {"max_new_tokens": 500, "temperature": TEMPERATURE},
+            "learner": {
+                "groups_per_step": shape.groups,
+                "layout": "packed",
+                "micro_batch_tokens": shape.budget_tokens,
+                "num_gpus": float(device != "cpu"),
+            },
+            "agro": {"weight": "none"},
+        }
+    )

@@ -1,0 +1,305 @@
+"""What it costs to bring weights from the learner to the actors, as ratios within one run.
+
+    python -m benchmarks.weights [tiny] [30M]     both by default; benchmarks/results/weights-<machine>.json
+
+gather   a pass over the source by two ZeRO-3 ranks: in buckets (`weights.bucket_mib`), against one parameter at a time
+publish  how long the learner stands still for a snapshot: stored in the background, against stored by the learner itself; and how
+         long the background works on it. The object store is Ray's
+apply    checksums and `Engine.load_weights` of a snapshot by a real vLLM engine, the latter being the actor's pause
+push     nccl (two GPUs) and ipc (one): stall of the learner and pause of the actor. NEVER RUN: there was no GPU
+memcpy   of as many bytes into memory that is used again, which is what all bandwidths are compared with
+
+Medians of REPEATS, memcpy the best; what is compared alternates. Two ranks and Ray share the cores there are: see `cpus` in the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from benchmarks.results import save
+from cluster.config import Config
+from cluster.config_file import parse_config
+from cluster.processes import remote
+
+REPEATS = 7
+MODELS = {"tiny": {"hidden": 96, "layers": 3}, "30M": {"hidden": 512, "layers": 10}}
+NO_GPU = "not measured (no GPU)"
+MIB = 2**20
+
+
+class Board:
+    """A handle that keeps the newest snapshot. `actors`: by name, those that weights are pushed to."""
+
+    def __init__(self, actors: dict[str, Any] | None = None) -> None:
+        self.newest: tuple[bytes, list[Any]] = b"", []
+        self.publish, self.announce = self._method(self._publish), self._method(lambda version: None)
+        self.members = self._method(lambda: actors or {})
+
+    def _publish(self, manifest: bytes, buckets: list[Any], version: int, *, evaluate: bool) -> None:
+        self.newest = manifest, buckets
+
+    @staticmethod
+    def _method(function: Callable[..., Any]) -> Any:
+        async def remote(*arguments: Any, **named: Any) -> Any:
+            return function(*arguments, **named)
+
+        return type("Method", (), {"remote": staticmethod(remote)})
+
+
+def make_config(model_dir: str, **sections: Any) -> Config:
+    tree: dict[str, Any] = {"model": {"path": model_dir}, "data": {"path": "none"}, "rewards": {"functions": [{"name": "exact_match"}]}}
+    return parse_config(tree | sections)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Of one call."""
+    start_s = time.perf_counter()
+    work()
+    return time.perf_counter() - start_s
+
+
+def memcpy_s(num_bytes: int) -> float:
+    """One copy between two buffers whose pages exist; the fastest of many, since it is over before anybody can be in its way."""
+    source, target = torch.ones(num_bytes, dtype=torch.uint8), torch.ones(num_bytes, dtype=torch.uint8)
+    return min(seconds(lambda: target.copy_(source)) for _ in range(5 * REPEATS))
+
+
+# --- two learner ranks ---------------------------------------------------------------------------------------------
+
+
+def learn(rank: int, model_dir: str, port: int, out: str) -> None:
+    """A rank; rank 0 writes what it measured."""
+    import ray
+
+    from cluster.peers import Calls
+    from cluster.transports import Sender, ZeroSource, load_transport
+    from cluster.weights import SnapshotWriter
+    from learner.zero import ZeroPolicy, init_process_group
+
+    torch.set_num_threads(1)
+    config = make_config(model_dir, learner={"ranks": 2})
+    init_process_group(rank, 2, "127.0.0.1", port, use_gpu=False, timeout_s=300)
+    policy = ZeroPolicy(config.model, config.learner)
+    bucket_bytes = int(config.weights.bucket_mib * MIB)
+    source, one_by_one = ZeroSource(policy, bucket_bytes), ZeroSource(policy, 1)
+    if rank == 0:
+        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=2**30)
+    transport = load_transport(Sender(rank, config, source, Board(), Calls(300), ray.put, print))
+
+    def store_by_itself() -> None:
+        writer = SnapshotWriter(bucket_bytes, ray.put)
+        for name, tensor in source:
+            if rank == 0:
+                writer.add(name, tensor)
+        writer.finish(0)
+
+    found: dict[str, list[float]] = {name: [] for name in ("gather", "one_by_one", "by_itself", "stall", "store")}
+    for number in range(REPEATS + 1):
+        row = {
+            "gather": seconds(lambda: deque(source, maxlen=0)),
+            "one_by_one": seconds(lambda: deque(one_by_one, maxlen=0)),
+            "by_itself": seconds(store_by_itself),
+            "stall": seconds(lambda number=number: transport.publish(number, evaluate=False)),  # type: ignore[misc]
+        }
+        transport.flush()
+        row["store"] = transport.metrics().get("weights/store_s", 0.0)
+        if number:  # The first makes buffers and connections.
+            for name, value in row.items():
+                found[name].append(value)
+    if rank == 0:
+        num_bytes = sum(parameter.num_bytes for parameter in source.metadata())
+        Path(out).write_text(json.dumps({"bytes": num_bytes} | {name: statistics.median(values) for name, values in found.items()}))
+        ray.shutdown()
+
+
+def learner_side(model_dir: str, directory: Path) -> dict[str, float]:
+    """`learn` by two processes; its figures as bandwidths and ratios."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out = directory / "ranks.json"
+    spawn = multiprocessing.get_context("spawn")
+    ranks = [spawn.Process(target=learn, args=(rank, model_dir, port, str(out))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(900)
+    found = json.loads(out.read_text())
+    copy_s, mib = memcpy_s(found["bytes"]), found["bytes"] / MIB
+    return {
+        "mib": mib,
+        "memcpy_mib_per_s": mib / copy_s,
+        "gather_mib_per_s": mib / found["gather"],
+        "gather_against_memcpy": copy_s / found["gather"],
+        "gather_against_one_by_one": found["one_by_one"] / found["gather"],
+        "publish_stall_s": found["stall"],
+        "publish_against_memcpy": copy_s / found["stall"],
+        "stall_against_storing_by_itself": found["stall"] / found["by_itself"],
+        "stall_against_bare_gather": found["stall"] / found["gather"],
+        "background_s": found["store"],
+    }
+
+
+# --- an actor ------------------------------------------------------------------------------------------------------
+
+
+def apply(model_dir: str, out: str) -> None:
+    """A real engine loads snapshots of its own weights."""
+    from safetensors.torch import load_file
+
+    from actors.engine import Engine
+    from cluster.weights import SnapshotWriter, read_snapshot
+
+    weights = load_file(Path(model_dir) / "model.safetensors")
+    config = make_config(model_dir)
+    engine = Engine(config.model, config.actors.model_copy(update={"slots": 8, "kv_cache_gib": 1 / 16}), max_model_len=64)
+    writer = SnapshotWriter(int(config.weights.bucket_mib * MIB))
+    for name, tensor in weights.items():
+        writer.add(name, tensor)
+    manifest, buckets = writer.finish(1)
+    verify_s, load_s = [], []
+    for version in range(REPEATS + 1):
+        verify_s.append(seconds(lambda: list(read_snapshot(manifest, buckets))))
+        tensors = list(read_snapshot(manifest, buckets))
+        load_s.append(seconds(lambda version=version, tensors=tensors: engine.load_weights(version, tensors)))  # type: ignore[misc]
+    found = {"verify_s": statistics.median(verify_s[1:]), "pause_s": statistics.median(load_s[1:])}
+    Path(out).write_text(json.dumps(found | {"bytes": sum(tensor.nbytes for tensor in weights.values())}))
+
+
+def actor_side(model_dir: str, directory: Path) -> dict[str, float]:
+    """`apply` in a process of its own; vLLM is not to be started twice in one."""
+    out = directory / "apply.json"
+    process = multiprocessing.get_context("spawn").Process(target=apply, args=(model_dir, str(out)))
+    process.start()
+    process.join(600)
+    found = json.loads(out.read_text())
+    copy_s = memcpy_s(found["bytes"])
+    return {
+        "apply_pause_s": found["pause_s"],
+        "apply_mib_per_s": found["bytes"] / MIB / found["pause_s"],
+        "apply_against_memcpy": copy_s / found["pause_s"],
+        "verify_against_memcpy": copy_s / found["verify_s"],
+    }
+
+
+# --- pushes: needs GPUs, never run -----------------------------------------------------------------------------------
+
+
+class PushedActor:
+    """As a Ray actor: an engine, and a loop that looks for orders; `pauses`: how long each transfer kept it from generating."""
+
+    def __init__(self, config: Config) -> None:
+        from actors.engine import Engine
+        from actors.receiver import Receiver
+
+        engine = Engine(config.model, config.actors, max_model_len=64, transport=config.weights.transport)
+        self._pauses: list[float] = []
+        self._receiver = Receiver(
+            engine,
+            config.run.timeout_s,
+            may_start=lambda: "",
+            on_updated=lambda start_s: self._pauses.append(time.perf_counter() - start_s),
+            beat=lambda: None,
+            tell=print,
+        )
+        threading.Thread(target=self._turn, daemon=True).start()
+
+    def _turn(self) -> None:
+        while True:
+            self._receiver.look()
+            time.sleep(0.0005)
+
+    def receive(self, verb: str, number: int, *arguments: Any) -> str:
+        """As of a rollout actor."""
+        return self._receiver.order(verb, number, *arguments)
+
+    def pauses(self) -> list[float]:
+        """Seconds, one for each transfer."""
+        return self._pauses
+
+
+class PushingLearner:
+    """As a Ray actor: rank 0 with a whole model on its GPU, which is what ZeRO-3 on one rank is."""
+
+    def __init__(self, config: Config) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._config = config
+        model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=getattr(torch, config.model.dtype))
+        self.module = cast(Any, model).to("cuda")
+
+    def named_weights(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Nothing has to be gathered."""
+        return ((name, parameter.data) for name, parameter in self.module.named_parameters())
+
+    def push(self, actor: Any) -> list[float]:
+        """The learner's stall at each publication but the first, which makes a snapshot and connections."""
+        import ray
+
+        from cluster.peers import Calls
+        from cluster.transports import Sender, ZeroSource, load_transport
+
+        source = ZeroSource(self, int(self._config.weights.bucket_mib * MIB))
+        transport = load_transport(Sender(0, self._config, source, Board({"actor-0": actor}), Calls(300), ray.put, print))
+        stalls = [seconds(lambda version=version: transport.publish(version, evaluate=False)) for version in range(REPEATS + 1)]  # type: ignore[misc]
+        return stalls[1:]
+
+
+def push(model_dir: str, road: str) -> str | dict[str, float]:
+    """A learner and an actor on two GPUs (nccl) or one (ipc)."""
+    needed = 2 if road == "nccl" else 1
+    if torch.cuda.device_count() < needed:
+        return NO_GPU if not torch.cuda.is_available() else f"not measured ({torch.cuda.device_count()} GPU)"
+    import ray
+
+    share = 1.0 if road == "nccl" else 0.5
+    sections: dict[str, Any] = {"weights": {"transport": road}, "learner": {"num_gpus": share}, "buffer": {"max_staleness": 1000}}
+    config = make_config(model_dir, actors={"num_gpus": share, "gpu_memory_utilization": 0.3}, **sections)
+    ray.init(address="local", include_dashboard=False)
+    actor = remote(PushedActor).options(num_gpus=share, max_concurrency=4).remote(config)
+    learner = remote(PushingLearner).options(num_gpus=share).remote(config)
+    stalls, pauses = ray.get(learner.push.remote(actor), timeout=600), ray.get(actor.pauses.remote(), timeout=60)
+    ray.shutdown()
+    return {"stall_s": statistics.median(stalls), "pause_s": statistics.median(pauses[1:])}
+
+
+def main() -> None:
+    """The models asked for (both), printed and written to benchmarks/results/."""
+    from recipes.arithmetic import make_llama, make_tokenizer
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []], metavar="MODEL")
+    asked = parser.parse_args().models or [*MODELS]
+    tokenizer = make_tokenizer()
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for name in asked:
+            model_dir = Path(directory) / name
+            make_llama(len(tokenizer), tied=False, **MODELS[name]).save_pretrained(model_dir)
+            tokenizer.save_pretrained(model_dir)
+            row: dict[str, Any] = {**learner_side(str(model_dir), Path(directory)), **actor_side(str(model_dir), Path(directory))}
+            row |= {road: push(str(model_dir), road) for road in ("nccl", "ipc")}
+            result[name] = row
+            for key, value in row.items():
+                print(f"{name:>5} {key:<34} {value if isinstance(value, (str, dict)) else f'{value:.4g}'}", flush=True)
+    if set(asked) == set(MODELS):
+        print(f"written to {save('weights', result)}")
+
+
+if __name__ == "__main__":
+    main()

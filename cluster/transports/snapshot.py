@@ -1,0 +1,82 @@
+"""Snapshots: buckets in Ray's object store that actors pull at their own pace. The default; works everywhere.
+
+    the step's thread   gather bucket by bucket, copy to host memory | next step ...
+    rank 0's writer               checksum, store | checksum, store | ... | tell the board
+
+The copy is made before the learner goes on, because with one rank a gathered tensor is the parameter itself. Rank 0 keeps host
+memory for one copy of the model and uses it again; a new publication waits for the one before.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import msgspec
+
+from cluster.errors import PeerTimeout
+from cluster.transports.base import Sender, Transport
+from cluster.weights import Buffers, SnapshotWriter
+
+MIB = 2**20
+
+
+def build(sender: Sender) -> Transport:
+    """Snapshots through `sender.store`."""
+    return SnapshotTransport(sender)
+
+
+class SnapshotTransport(Transport):
+    """See the module's docstring. `begin` and `store` are the two halves of a publication, for transports that do more in between."""
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
+        self._buffers = Buffers()
+        self._storing: tuple[int, Future[None]] | None = None
+        self._store_s = math.nan
+
+    def publish(self, version: int, *, evaluate: bool) -> None:
+        writer = self.begin()
+        for name, tensor in self._sender.source:
+            if self._sender.rank == 0:
+                writer.add(name, tensor)
+        if self._sender.rank == 0:
+            self.store(writer, version, evaluate=evaluate)
+
+    def begin(self) -> SnapshotWriter:
+        """An empty snapshot, once the one before is stored. Not collective."""
+        self.flush()
+        self._buffers.give_back()
+        bucket_bytes = int(self._sender.config.weights.bucket_mib * MIB)
+        return SnapshotWriter(bucket_bytes, self._sender.store, executor=self._thread, take=self._buffers.take)
+
+    def store(self, writer: SnapshotWriter, version: int, *, evaluate: bool) -> None:
+        """Everything has been added: the rest happens in the background (rank 0)."""
+        writer.end()
+        self._storing = version, self._thread.submit(self._finish, writer, version, evaluate, time.perf_counter())
+
+    def flush(self) -> None:
+        if self._storing is None:
+            return
+        (version, future), limit_s = self._storing, self._sender.config.run.timeout_s
+        try:
+            future.result(limit_s)
+        except concurrent.futures.TimeoutError:
+            if future.done():
+                raise
+            who = f"object store or board, for the snapshot of version {version},"
+            raise PeerTimeout(f"{who} did not answer within {limit_s:.0f} s (run.timeout_s)") from None
+        self._storing = None
+
+    def metrics(self) -> dict[str, float]:
+        return {"weights/store_s": self._store_s} if self._sender.rank == 0 else {}
+
+    def _finish(self, writer: SnapshotWriter, version: int, evaluate: bool, start_s: float) -> None:
+        sender = self._sender
+        manifest, references = writer.finish(version)
+        published = sender.board.publish.remote(msgspec.msgpack.encode(manifest), references, version, evaluate=evaluate)
+        sender.calls.ask(published, "board")
+        self._store_s = time.perf_counter() - start_s
