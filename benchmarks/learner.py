@@ -30,7 +30,6 @@ from typing import Any
 from benchmarks.learner_cases import LAYOUT_SHAPE, SHAPES, TEMPERATURE, Shape, config_of, load_model, make_batch, make_model
 
 RESULTS = Path("benchmarks/results")
-ROUNDS = 8
 MIB = 2**20
 LAYOUT_BUDGETS = (1024, 2048, 4096, 8192)
 MEMORY_TOKENS = (2048, 8192, 32768)
@@ -144,7 +143,7 @@ def measure_shape(shape: Shape, device: str, own_linear: Callable) -> dict[str, 
         lambda: plain(lambda: bare.update(batch, config.learner.lr)),
         lambda: plain(lambda: loop.step(batch)),
     ]
-    zero_s, bare_s, plain_s = alternate(calls, device)
+    zero_s, bare_s, plain_s = alternate(calls, device, shape.rounds)
     tokens = sum(group.num_tokens for group in batch.groups)
     return {
         "case": shape.name,
@@ -158,13 +157,13 @@ def measure_shape(shape: Shape, device: str, own_linear: Callable) -> dict[str, 
     }
 
 
-def alternate(calls: list[Callable[[], Any]], device: str) -> list[float]:
-    """Seconds of the best of ROUNDS calls of each, in turn, after one that warms up."""
+def alternate(calls: list[Callable[[], Any]], device: str, rounds: int) -> list[float]:
+    """Seconds of the best of so many calls of each, in turn, after one that warms up."""
     import torch
 
     clock, wait = (time.process_time, int) if device == "cpu" else (time.perf_counter, torch.cuda.synchronize)
     times: list[list[float]] = [[] for _ in calls]
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         for call, own in zip(calls, times, strict=True):
             wait()
             start_s = clock()
@@ -200,7 +199,7 @@ def measure_layouts(device: str) -> list[dict[str, Any]]:
             padding[name] = 1 - sum(lengths) / sum(one.input_ids.numel() for one in inputs)
 
             calls.append(functools.partial(pass_over, module, inputs, token_logprobs))
-        seconds = dict(zip(models, alternate(calls, device), strict=True))
+        seconds = dict(zip(models, alternate(calls, device, LAYOUT_SHAPE.rounds), strict=True))
         found += [
             {
                 "budget_tokens": budget,
@@ -274,7 +273,8 @@ def machine() -> dict[str, Any]:
     ram_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return {
         "kind": "gpu" if gpu else "cpu",
-        "cpus": os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "load": [round(load, 1) for load in os.getloadavg()],  # Ratios are not to be trusted far above the number of CPUs.
         "ram_gib": round(ram_gib),
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "threads": torch.get_num_threads(),
@@ -288,7 +288,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     print(f"\n{title}")
     for line in cells:
-        print("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+        print("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
 
 
 def main() -> None:
@@ -313,9 +313,9 @@ def main() -> None:
     for part in parts:
         results[part] = measures[part]()
         show(part, results[part])
-    results["machine"] = machine()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        results["machine"] = machine()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ _FIXED = (
     "data.max_prompt_tokens",
     "buffer.num_shards",
     "learner.lora_rank",
+    "learner.lora_alpha",
 )
 _held_locks: list[int] = []
 """Descriptors of the run directories this process holds: the kernel lets go of them when it ends, however it ends."""

@@ -187,9 +187,9 @@ def test_a_killed_and_resumed_run_is_exact_its_checkpoints_are_small_and_its_exp
 @pytest.mark.slow
 def test_the_whole_system_trains_adapters_and_nobody_but_the_learner_notices(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     """vLLM evaluates merged weights; the policy and the checkpoint's export are the same whole model."""
-    process = start_train(
-        tiny_models["tied"], tmp_path / "run", 6, "learner.lora_rank=4", "learner.lr=0.01", "checkpoint.every=6", "actors.count=1"
-    )
+    reward = "rewards.functions=[{name: tests.reward_functions:length}]"  # Of the right answer a random model has no signal.
+    more = ("learner.lora_rank=4", "learner.lr=0.01", "checkpoint.every=6", "actors.count=1", reward)
+    process = start_train(tiny_models["tied"], tmp_path / "run", 6, *more)
     out, err = process.communicate(timeout=280)
     assert process.returncode == 0, out + err
     rows, evaluations = rows_of(tmp_path / "run"), rows_of(tmp_path / "run", "evaluations")
@@ -252,9 +252,9 @@ def test_adapters_go_off_and_come_back_even_after_an_error(tiny_models: dict[str
 def test_merging_rounds_once_to_the_weights_dtype() -> None:
     weight, a, b = torch.randn(6, 5), torch.randn(2, 5), torch.randn(6, 2)
     torch.testing.assert_close(merged(weight, a, b, 0.5), weight + 0.5 * b @ a)
-    low = [tensor.bfloat16() for tensor in (weight, a, b)]
-    exact = low[0].double() + 0.5 * low[1].double().T.matmul(low[2].double().T).T
-    assert torch.equal(merged(*low, 0.5), exact.float().bfloat16())
+    low, low_a, low_b = (tensor.bfloat16() for tensor in (weight, a, b))
+    exact = low.double() + 0.5 * low_b.double() @ low_a.double()
+    assert torch.equal(merged(low, low_a, low_b, 0.5), exact.float().bfloat16())
 
 
 # --- export -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Snapshots: buckets in Ray's object store that actors pull at their own pace. The default; works everywhere.
 
     the step's thread   gather bucket by bucket, copy to host memory | next step ...
-    rank 0's writer               checksum, store | checksum, store | ... | tell the board
+    rank 0's writer                                                  | checksum and store each bucket, tell the board
 
 The copy is made before the learner goes on, because with one rank a gathered tensor is the parameter itself. Rank 0 keeps host
 memory for one copy of the model and uses it again; a new publication waits for the one before.
@@ -9,8 +9,9 @@ memory for one copy of the model and uses it again; a new publication waits for 
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
-import math
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -36,26 +37,31 @@ class SnapshotTransport(Transport):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
         self._buffers = Buffers()
         self._storing: tuple[int, Future[None]] | None = None
-        self._store_s = math.nan
+        self._store_s: float | None = None
 
     def publish(self, version: int, *, evaluate: bool) -> None:
+        if self._sender.rank != 0:
+            collections.deque(self._sender.source, maxlen=0)
+            return
         writer = self.begin()
         for name, tensor in self._sender.source:
-            if self._sender.rank == 0:
-                writer.add(name, tensor)
-        if self._sender.rank == 0:
-            self.store(writer, version, evaluate=evaluate)
+            writer.add(name, tensor)
+        self.store(writer, version, evaluate=evaluate)
 
     def begin(self) -> SnapshotWriter:
-        """An empty snapshot, once the one before is stored. Not collective."""
+        """An empty snapshot, once the one before is stored (rank 0)."""
         self.flush()
         self._buffers.give_back()
+        # Checksums and copies take cores and memory bandwidth, which the gather, for which everybody waits, has use for.
+        self._is_gathered = threading.Event()
+        self._thread.submit(self._is_gathered.wait, self._sender.config.run.timeout_s)
         bucket_bytes = int(self._sender.config.weights.bucket_mib * MIB)
         return SnapshotWriter(bucket_bytes, self._sender.store, executor=self._thread, take=self._buffers.take)
 
     def store(self, writer: SnapshotWriter, version: int, *, evaluate: bool) -> None:
         """Everything has been added: the rest happens in the background (rank 0)."""
         writer.end()
+        self._is_gathered.set()
         self._storing = version, self._thread.submit(self._finish, writer, version, evaluate, time.perf_counter())
 
     def flush(self) -> None:
@@ -72,7 +78,7 @@ class SnapshotTransport(Transport):
         self._storing = None
 
     def metrics(self) -> dict[str, float]:
-        return {"weights/store_s": self._store_s} if self._sender.rank == 0 else {}
+        return {} if self._store_s is None else {"weights/store_s": self._store_s}
 
     def _finish(self, writer: SnapshotWriter, version: int, evaluate: bool, start_s: float) -> None:
         sender = self._sender
