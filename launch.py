@@ -6,6 +6,7 @@
     python launch.py scale RUN_DIR --actors N                 more or fewer rollout actors, while the run goes on
     python launch.py audit RUN_DIR                            what became of every prompt that was handed out
     python launch.py inspect-batch FILE [--tokenizer DIR]     the batch of a skipped learner step, as text
+    python launch.py export RUN_DIR [--step N] --out DIR      a checkpoint as a Hugging Face directory
     python launch.py chat DIR PROMPT                          ask a trained policy
     python launch.py evaluate DIR [section.key=value ...]     its solve rate on the run's held-out prompts
     python launch.py report RUN_DIR                           write report.html again
@@ -47,6 +48,11 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", help="RUN_DIR/bad-batches/step-*.msgpack")
     inspect.add_argument("--tokenizer", metavar="DIR", help="show the tokens as it decodes them, special ones too")
     inspect.set_defaults(run=commands.inspect_batch)
+    export = of.add_parser("export", help="a checkpoint as a Hugging Face directory")
+    export.add_argument("run_dir")
+    export.add_argument("--step", type=int, metavar="N", help="of which learner step; without it the newest that verifies")
+    export.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
+    export.set_defaults(run=commands.export)
     chat = of.add_parser("chat", help="ask a trained policy")
     chat.add_argument("dir")
     chat.add_argument("prompt")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ConfigError
+from cluster.errors import AgroError, CheckpointError, ConfigError
 
 EXIT_CODES = {None: 0, "SIGINT": 130, "SIGTERM": 143}
 
@@ -70,6 +70,19 @@ def report(arguments: Namespace) -> int:
     if not (Path(arguments.run_dir) / "config.yaml").is_file():
         raise ConfigError(f"{arguments.run_dir} is no run directory (no config.yaml in it)")
     print(write_report(arguments.run_dir))
+    return 0
+
+
+def export(arguments: Namespace) -> int:
+    """A checkpoint as a Hugging Face directory."""
+    from learner.export import export
+
+    try:
+        print(export(arguments.run_dir, arguments.step, arguments.out))
+    except OSError as error:
+        if isinstance(error, AgroError):
+            raise
+        raise CheckpointError(f"{arguments.out} cannot be written: {error.strerror}. Free space, or give another --out.") from None
     return 0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from learner.checkpoint_writer import CheckpointWriter
 from recipes.arithmetic import make_llama, make_tokenizer
 from tests.test_zero import config_for
 
+ROOT = Path(__file__).resolve().parent.parent
 NUM_RANKS = 3
 
 
@@ -133,6 +136,29 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_left(
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(CheckpointError, match=r"rank-1\.safetensors has the sha256"):
         export.export(run_dir, 5, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_command_line_exports_and_explains(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    model = load(tiny_models["tied"])
+    save_checkpoint(tmp_path / "run", model, tiny_models["tied"])
+
+    def launched(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "launch.py", "export", *words], cwd=ROOT, timeout=120, capture_output=True, text=True)
+
+    done = launched(str(tmp_path / "run"), "--step", "5", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    pairs = zip(load(tmp_path / "out").parameters(), model.parameters(), strict=True)
+    assert all(torch.equal(exported, saved) for exported, saved in pairs)
+    for words, message in (
+        (("--step", "5", "--out", str(tmp_path / "out")), "is not an empty directory"),
+        (("--step", "6", "--out", str(tmp_path / "other")), "6"),
+        (("--out", "/proc/nothing/out"), "/proc/nothing/out cannot be written"),
+    ):
+        refused = launched(str(tmp_path / "run"), *words)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
 
 
 def test_an_export_never_has_more_than_a_few_tensors_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
