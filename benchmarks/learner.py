@@ -1,6 +1,6 @@
 """What the learner costs, as ratios within one process: against a plain PyTorch loop, packed against padded, chunked against whole logits.
 
-    python -m benchmarks.learner [speed] [layouts] [memory]     all of them by default; benchmarks/results/learner-<cpu|gpu>.json
+    python -m benchmarks.learner [speed] [layouts] [memory]     all of them by default; benchmarks/results/learner-<kind>.json
 
 speed    Trained tokens/s of Updater and ZeroPolicy (one rank) against the shortest loop that trains the same: same model, batches,
          micro-batches, attention and objective; whole logits, AdamW, no DeepSpeed, no metrics. Steps alternate. Beside it our Updater
@@ -32,7 +32,7 @@ from benchmarks.learner_cases import LAYOUT_SHAPE, SHAPES, TEMPERATURE, Shape, c
 RESULTS = Path("benchmarks/results")
 MIB = 2**20
 LAYOUT_BUDGETS = (1024, 2048, 4096, 8192)
-MEMORY_TOKENS = (2048, 8192, 32768)
+MEMORY_TOKENS = (2048, 8192, 16384)
 MEMORY_VOCABULARIES = (8192, 32768)
 MEMORY_HIDDEN = 128
 
@@ -269,11 +269,11 @@ def machine() -> dict[str, Any]:
     """The machine in words that name no host."""
     import torch
 
-    gpu = torch.cuda.is_available()
+    gpu, cpus = torch.cuda.is_available(), len(os.sched_getaffinity(0))
     ram_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return {
-        "kind": "gpu" if gpu else "cpu",
-        "cpus": len(os.sched_getaffinity(0)),
+        "kind": "gpu" if gpu else f"cpu{cpus}",
+        "cpus": cpus,
         "load": [round(load, 1) for load in os.getloadavg()],  # Ratios are not to be trusted far above the number of CPUs.
         "ram_gib": round(ram_gib),
         "gpu": torch.cuda.get_device_name() if gpu else None,
@@ -303,7 +303,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = RESULTS / f"learner-{'cpu' if device == 'cpu' else 'gpu'}.json"
+    path = RESULTS / f"learner-{machine()['kind']}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     measures: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "speed": lambda: measure_speed(device),

@@ -282,6 +282,7 @@ def main() -> None:
     from recipes.arithmetic import make_llama, make_tokenizer
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)  # As in the processes that are measured.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", choices=[*MODELS, []], metavar="MODEL")
     asked = parser.parse_args().models or [*MODELS]

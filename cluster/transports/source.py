@@ -1,7 +1,7 @@
 """The policy's weights as vLLM's trainer API wants them (`WeightSource`), from a model partitioned by ZeRO-3.
 
 Nothing of vLLM is imported here: its trainer engines ask for `metadata()` and iterate, and that is all of the interface that
-a source which holds every parameter has to have. `cluster/transports/push.py` makes the formal `WeightSource` of it.
+a source which holds every parameter has to have. `cluster/transports/passes.py` makes the formal `WeightSource` of it.
 """
 
 from __future__ import annotations
