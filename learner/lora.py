@@ -50,7 +50,7 @@ def add_adapters(module: Any, learner: LearnerConfig, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = list(adapted_layers(module))
-    config = LoraConfig(r=learner.lora_rank, lora_alpha=learner.lora_alpha, lora_dropout=0.0, target_modules=targets)  # type: ignore[arg-type]
+    config = LoraConfig(r=learner.lora_rank, lora_alpha=learner.lora_alpha, lora_dropout=0.0, target_modules=targets)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         inject_adapter_in_model(config, module, ADAPTER)

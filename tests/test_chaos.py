@@ -16,8 +16,8 @@ from buffer.ledger import audit_run
 from tests.test_system import processes_of, rows_of, start_train, wait_for_step
 
 pytestmark = pytest.mark.slow
-STEPS = 160
-MAX_KILLS = 7
+STEPS = 100
+MAX_KILLS = 5
 EVERY_S = 10.0
 # What dies, and how: an engine lives in its actor's process, so that a stopped process is a hung engine.
 DEATHS = (
