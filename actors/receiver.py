@@ -82,13 +82,14 @@ class Receiver:
             self._orders.put(order)  # Wakes the loop, if it waits for the next order.
             return ""
         self._orders.put(order)
+        limit_s = 2 * self._limit_s  # The learner gives up first: it knows who else has not answered.
         try:
-            return order.done.result(self._limit_s)
+            return order.done.result(limit_s)
         except TimeoutError:
             if order.done.done():
                 raise
             order.done.cancel()
-            raise PeerTimeout(f"the actor's loop did not come to `{verb}` within {self._limit_s:.0f} s") from None
+            raise PeerTimeout(f"the actor's loop did not come to `{verb}` within {limit_s:.0f} s") from None
 
     # --- the loop -------------------------------------------------------------------------------------------------
 

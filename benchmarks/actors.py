@@ -267,8 +267,10 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rows = ("tokens", "together", "pause", "scaling", "straggler")
-    parser.add_argument("rows", nargs="*", default=rows, choices=[*rows, []], metavar="ROW")
-    asked = parser.parse_args().rows
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(rows))
+    asked = parser.parse_args().rows or rows
+    if unknown := set(asked) - set(rows):
+        parser.error(f"unknown rows {sorted(unknown)}; expected some of {', '.join(rows)}")
     ray.init(address="local", num_cpus=64, include_dashboard=False, log_to_driver=False)
     measures = {
         "tokens": lambda directory: against_bare(directory, 1),

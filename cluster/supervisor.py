@@ -109,8 +109,9 @@ class Supervisor:
 
     def _spawn_rollout(self, name: str, options: dict[str, Any]) -> Any:
         inputs, num_cpus = self._inputs, self._config.actors.num_cpus
-        # Two threads: one generates, the other answers whether it still does.
-        actor_class = remote(RolloutActor).options(max_concurrency=2, runtime_env=threads(num_cpus, engine=True), **options)
+        # One thread generates, another answers whether it still does; where weights are pushed, an order and its abortion wait in two more.
+        num_threads = 2 if self._config.weights.transport == "snapshot" else 4
+        actor_class = remote(RolloutActor).options(max_concurrency=num_threads, runtime_env=threads(num_cpus, engine=True), **options)
         return actor_class.remote(name, self._config, inputs.prompts, inputs.eval_prompts, *self._services.peers)
 
     def _spawn_feeder(self, name: str, options: dict[str, Any]) -> Any:
