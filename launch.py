@@ -18,6 +18,7 @@ On a Ray cluster: ray job submit --working-dir . -- python launch.py train CONFI
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from cluster import commands
@@ -83,6 +84,9 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `launch.py audit RUN | head`: what reads has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":
