@@ -250,10 +250,8 @@ class Engine:
             self._engine.set_weight_version("-1")
 
     def abort_transfer(self) -> None:
-        """From any thread: end a broadcast that nobody sends any more. Not with tensor parallelism, where the workers cannot be reached
-        while they wait in it; the fleet then finds the actor hung."""
-        if self._config.num_gpus <= 1:
-            self._engine.collective_rpc(lambda worker: worker.weight_transfer_engine.shutdown())
+        """From any thread: end a broadcast that nobody sends any more."""
+        self._engine.collective_rpc(lambda worker: worker.weight_transfer_engine.shutdown())
 
     def _take_over(self, version: int) -> None:
         """The weights in place are those of `version`, for all that starts from here on."""
@@ -276,7 +274,7 @@ class Engine:
 
 def _device_arguments(config: ActorsConfig) -> dict[str, Any]:
     if config.num_gpus:
-        return {"gpu_memory_utilization": config.gpu_memory_utilization, "tensor_parallel_size": max(1, int(config.num_gpus))}
+        return {"gpu_memory_utilization": config.gpu_memory_utilization}
     # More OpenMP threads than cores, with a learner beside it, made no progress at all on two cores.
     torch.set_num_threads(max(1, int(config.num_cpus)))
     # Blocks of 32 tokens, not vLLM's 128 for a CPU: only whole blocks of a prompt are shared by its group.

@@ -5,7 +5,8 @@
       |      +--> cancelled
       +--- expired(reason): the lease was taken back; the item will be leased again, or a late report still ends it
 
-Lines are written after the database's commit, so a kill can lose the last ones: the buffer adds them when it starts again.
+Lines are written after the database's commit, and never forced to the disk: a kill, a full disk or a power cut can lose the last ones.
+The buffer adds what leads to the database's state when it starts again; how often a lost item was trained on is not told then.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -21,6 +22,7 @@ import msgspec
 
 from cluster.errors import DataError
 
+AT_RESTART = "written at restart"
 EventName: TypeAlias = Literal["leased", "inserted", "trained", "evicted", "failed", "expired", "cancelled"]
 
 
@@ -157,23 +159,34 @@ def audit_run(run_dir: str | Path) -> dict[str, Any]:
     return merged
 
 
-def missing_events(statuses: Mapping[int, str], leases: Mapping[int, str], stored: Set[int]) -> Iterator[tuple[EventName, int]]:
-    """What leads from the ledger (`statuses`) to the database: `leases` by ordinal ('': waiting to be issued again), and `stored`."""
-    for ordinal, status in statuses.items():
-        is_open = ordinal in leases
-        if status == "leased" and is_open and not leases[ordinal]:
-            yield "expired", ordinal
-        elif status == "waiting" and is_open and leases[ordinal]:
-            yield "leased", ordinal
-        elif status in ("leased", "waiting") and not is_open:
-            yield ("inserted" if ordinal in stored else "failed"), ordinal
-        elif status == "stored" and ordinal not in stored:
-            yield "evicted", ordinal
-    for ordinal, actor in leases.items():
-        if ordinal not in statuses:
-            yield "leased", ordinal
-            if not actor:
-                yield "expired", ordinal
+def missing_events(
+    statuses: Mapping[int, str], issued: Iterable[int], leases: Mapping[int, str], stored: Set[int], used_up: Set[int]
+) -> Iterator[tuple[EventName, int, str]]:
+    """What leads from the ledger (`statuses`) to the database, as (event, item, reason).
+
+    `issued`: all items leased so far; of those, `leases`: the open ones ('': waiting to be issued again), `stored`, and `used_up`: those
+    that left after their last use, as far as that is known.
+    """
+    for ordinal in issued:
+        status, reason = statuses.get(ordinal, "new"), AT_RESTART
+        if status == "new":
+            yield "leased", ordinal, reason
+            status = "leased"
+        if ordinal in leases:
+            if status == "leased" and not leases[ordinal]:
+                yield "expired", ordinal, reason
+            elif status == "waiting" and leases[ordinal]:
+                yield "leased", ordinal, reason
+            continue
+        is_ended = ordinal not in stored
+        if status in ("leased", "waiting"):
+            if is_ended and ordinal not in used_up:
+                yield "failed", ordinal, reason
+                continue
+            yield "inserted", ordinal, reason
+            status = "stored"
+        if status == "stored" and is_ended:
+            yield "evicted", ordinal, "evicted_used" if ordinal in used_up else reason
 
 
 def read_statuses(path: str | Path) -> dict[int, str]:

@@ -5,8 +5,9 @@ A group leaves for exactly one counted reason:
     evicted_used      it was in `max_uses` batches: its regular end
     evicted_stale     at `take` or `evict_stale`, learner step - oldest_version > `max_staleness`
     evicted_capacity  an insert put more than `capacity` unconsumed groups here (admission should make that never happen)
+    evicted_surplus   an insert put more than `max_uses * capacity` groups here: the oldest of those used before leaves
 
-so that at any time `inserted = stored + evicted_used + evicted_stale + evicted_capacity`. A group of offline samples has
+so that at any time `inserted` = stored and all evicted. A group of offline samples has
 no age: it is never stale, and never too young.
 
 With `min_staleness` = m > 0 a batch of k groups at step s takes only versions <= max(0, s - m), and only once (m + 1) * k
@@ -33,17 +34,17 @@ from buffer.sampling import AGELESS, SAMPLERS, GroupMeta, View
 from cluster.config import BufferConfig
 from cluster.errors import ConfigError, DataError, StalenessError
 
-_EVICTIONS = ("evicted_used", "evicted_stale", "evicted_capacity")
+EVICTIONS = ("evicted_used", "evicted_stale", "evicted_capacity", "evicted_surplus")
 
 
 def meta_of(group: Group) -> GroupMeta:
-    """The index entry of a group."""
+    """The index entry of a group on its arrival: in no batch yet, whatever it says of its uses."""
     version = AGELESS if group.oldest_version is None else group.oldest_version
     rewards = [sample.reward for sample in group.samples if sample.reward is not None]
     mean = sum(reward / len(rewards) for reward in rewards)
     # hypot: no overflow on the way to a standard deviation that is a finite number.
     reward_std = math.hypot(*(reward - mean for reward in rewards)) / math.sqrt(max(1, len(rewards)))
-    return GroupMeta(group.group_id, version, group.num_tokens, group.uses, reward_std)
+    return GroupMeta(group.group_id, version, group.num_tokens, uses=0, reward_std=reward_std)
 
 
 class Replay:
@@ -66,6 +67,7 @@ class Replay:
         self._ripe = Order(entry for entry in self._entries.values() if self._is_ripe(entry))
         self._young = Order(entry for entry in self._entries.values() if not self._is_ripe(entry))
         self._unconsumed = SortedList(self._entries[group.group_id] for group in groups if group.uses == 0)
+        self._used = SortedList(self._entries[group.group_id] for group in groups if group.uses > 0)
         self._num_tokens = sum(group.num_tokens for group in groups)
         self._evicted: list[tuple[GroupMeta, str]] = []
 
@@ -116,12 +118,13 @@ class Replay:
         self._groups[group.group_id] = group
         self._entries[group.group_id] = entry
         self._order_of(entry).add(entry)
-        if group.uses == 0:
-            self._unconsumed.add(entry)
+        self._side_of(group).add(entry)
         self._num_tokens += group.num_tokens
         self.counts["inserted"] += 1
         while len(self._unconsumed) > self.config.capacity:
             self._evict(self._unconsumed[0], "evicted_capacity")
+        while len(self._groups) > self.config.max_uses * self.config.capacity:
+            self._evict(self._used[0], "evicted_surplus")
         return True
 
     def evict_stale(self, step: int) -> None:
@@ -185,6 +188,8 @@ class Replay:
         unconsumed = [entry for group_id, entry in self._entries.items() if self._groups[group_id].uses == 0]
         if sorted(unconsumed) != list(self._unconsumed):
             problems.append(f"{len(self._unconsumed)} groups listed as unconsumed, {len(unconsumed)} or others are")
+        if len(self._used) + len(self._unconsumed) != len(self):
+            problems.append(f"{len(self._used)} groups listed as used, {len(self) - len(unconsumed)} are")
         if self._num_tokens != (num_tokens := sum(group.num_tokens for group in self._groups.values())):
             problems.append(f"{self._num_tokens} tokens counted, {num_tokens} stored")
         ordered = sorted([*self._ripe.by_age, *self._young.by_age])
@@ -216,18 +221,20 @@ class Replay:
 
     def _use(self, group_id: int) -> None:
         group, entry = self._groups[group_id], self._entries[group_id]
-        if group.uses == 0:
-            self._unconsumed.remove(entry)
-        self._groups[group_id] = msgspec.structs.replace(group, uses=group.uses + 1)
-        if group.uses + 1 >= self.config.max_uses:
+        self._side_of(group).remove(entry)
+        group = self._groups[group_id] = msgspec.structs.replace(group, uses=group.uses + 1)
+        self._side_of(group).add(entry)
+        if group.uses >= self.config.max_uses:
             self._evict(entry, "evicted_used")
+
+    def _side_of(self, group: GroupMeta) -> SortedList:
+        return self._used if group.uses else self._unconsumed
 
     def _evict(self, entry: Entry, reason: str) -> None:
         group = self._groups.pop(entry.group_id)
         del self._entries[entry.group_id]
         self._order_of(entry).remove(entry)
-        if group.uses == 0:
-            self._unconsumed.remove(entry)
+        self._side_of(group).remove(entry)
         self._num_tokens -= group.num_tokens
         self.counts[reason] += 1
         self._evicted.append((group, reason))
@@ -242,7 +249,7 @@ class Replay:
 
 
 def _count_problems(num_stored: int, counts: Mapping[str, int]) -> list[str]:
-    left = sum(counts.get(reason, 0) for reason in _EVICTIONS)
+    left = sum(counts.get(reason, 0) for reason in EVICTIONS)
     if counts.get("inserted", 0) == num_stored + left:
         return []
     return [f"{counts.get('inserted', 0)} groups inserted, but {num_stored} stored and {left} evicted"]

@@ -34,9 +34,9 @@ from buffer.admission import Admission, work_item
 from buffer.layout import check_num_shards, ledger_name, share_of, store_name
 from buffer.ledger import Ledger, missing_events, read_statuses
 from buffer.records import Group, decode_group, encode, encode_batch
-from buffer.replay import Replay, meta_of
+from buffer.replay import EVICTIONS, Replay, meta_of
 from buffer.sampling import GroupMeta
-from buffer.store import BatchEntry, DiskFullError, Store
+from buffer.store import BatchEntry, DiskFullError, RecordedBatch, Store
 from buffer.usable import MIN_SAMPLES, HeldSamples, usable_group
 from buffer.waits import WaitTimer
 from cluster.config import Config
@@ -46,12 +46,19 @@ _NUM_ERROR_TEXTS = 5
 
 
 class Offer(NamedTuple):
-    """What a shard has now. `change` counts its changes, for `changed_since`; `recorded`: groups it gave to this step's batch."""
+    """What a shard has now.
+
+    change          counts its changes, for `changed_since`
+    recorded        groups it gave to this step's batch, which is one of `total` groups on all shards; 0 and 0: none
+    is_forgotten    it is past the step, and has no part in its batch
+    """
 
     change: int
-    num_leasable: int
-    num_takeable: int
-    recorded: int
+    num_leasable: int = 0
+    num_takeable: int = 0
+    recorded: int = 0
+    total: int = 0
+    is_forgotten: bool = False
 
 
 class ReplayBuffer:
@@ -72,13 +79,13 @@ class ReplayBuffer:
         self._replay = Replay(config.buffer.model_copy(update={"capacity": capacity}), config.run.seed + shard)
         self._held = HeldSamples(config.buffer.max_staleness)
         self._counts: Counter[str] = Counter()
-        self._batches: dict[int, list[BatchEntry]] = {}
+        self._batches: dict[int, RecordedBatch] = {}
         self._left: list[tuple[GroupMeta, str]] = []  # Groups that left, to be written.
         self._error_texts: deque[str] = deque(maxlen=_NUM_ERROR_TEXTS)
         self._step = self._next_step = 0  # The newest step told, and that of the batch to come.
         self._watermark = 0
         self._closed = False
-        self._releases: Counter[str] = Counter()
+        self._gone: set[str] = set()
         self._change = 0
         self._changed = asyncio.Condition()
         self._admission_wait = WaitTimer()
@@ -87,7 +94,7 @@ class ReplayBuffer:
         self._recover(directory)
         self._ledger = self._open_ledger(directory / ledger_name(shard, self._num_shards))
         self._counts["starts"] += 1
-        self._write()
+        self._write_or_count()  # It may have died of a full disk.
 
     # Actors
 
@@ -103,16 +110,17 @@ class ReplayBuffer:
         clock = asyncio.get_running_loop().time
         deadline_s = clock() + timeout_s
         async with self._changed:
+            if actor in self._gone:
+                return []  # It is gone: this call of it was on its way when it died.
             if holding is not None and (unknown := [o for o in self._admission.held_by(actor) if o not in set(holding)]):
                 self._take_back(actor, self._admission.give_back(actor, unknown), "not known to its actor")
             with self._admission_wait.running(clock):
                 if self._is_outdated(version):
                     return None
                 ordinals = self._lease_now(actor, max_groups, clock())
-                releases = self._releases[actor]
                 while not ordinals and clock() < deadline_s and not self._closed:
                     await self._wait_for_change(min(deadline_s, self._admission.next_expiry_s))
-                    if self._releases[actor] != releases:
+                    if actor in self._gone:
                         break  # The actor died while this call of it waited.
                     if self._is_outdated(version):
                         return None
@@ -151,32 +159,33 @@ class ReplayBuffer:
             self._take_back(actor, self._admission.give_back(actor, ordinals), "given back")
 
     async def release_actor(self, actor: str) -> None:
-        """Takes back all leases of an actor that is gone; a call of it that still waits gets none."""
+        """Takes back all leases of an actor that is gone for good; calls of it that still wait, or come later, get none."""
         async with self._changed:
-            self._releases[actor] += 1
+            self._gone.add(actor)
             again, ended = self._admission.lose_actor(actor)
             self._take_back(actor, again, "actor gone", ended)
 
     async def release_all(self) -> None:
         """Takes back the leases of all actors: they were those of an earlier start of the run."""
         async with self._changed:
+            self._gone.clear()
             self._take_back("", self._admission.release_all(), "run started again")
 
     # Learner
 
-    async def sample(self, step: int, num_groups: int, timeout_s: float) -> bytes | None:
+    async def sample(self, step: int, num_groups: int, timeout_s: float, total: int | None = None) -> bytes | None:
         """The encoded Batch of learner step `step` as soon as `num_groups` groups are stored; None after `timeout_s` seconds
         or when closed. `Group.uses` counts this batch too: 1 at the first use. The same step again is the same batch, whatever
-        `num_groups` says. Raises StalenessError rather than hand out a group older than `max_staleness`, DataError for a step
-        whose batch was forgotten."""
+        `num_groups` says. `total`: groups of the whole batch, when this is a part of one. Raises StalenessError rather than hand
+        out a group older than `max_staleness`, DataError for a step whose batch was forgotten."""
         clock = asyncio.get_running_loop().time
         deadline_s = clock() + timeout_s
         async with self._changed:
             with self._batch_wait.running(clock):
-                batch = self._sample_now(step, num_groups)
+                batch = self._sample_now(step, num_groups, total or num_groups)
                 while batch is None and clock() < deadline_s and not self._closed:
                     await self._wait_for_change(deadline_s)
-                    batch = self._sample_now(step, num_groups)
+                    batch = self._sample_now(step, num_groups, total or num_groups)
         return batch
 
     async def set_step(self, step: int) -> None:
@@ -206,34 +215,38 @@ class ReplayBuffer:
 
     # Everybody
 
-    async def offer(self, step: int | None = None) -> Offer:
-        """What may be leased and what a batch of learner step `step` may take, now; evicts what is stale at that step."""
+    async def offer(self, step: int | None = None, waited_s: float = 0.0) -> Offer:
+        """What may be leased (step None) or what a batch of learner step `step` may take, now; evicts what is stale at that step.
+
+        `waited_s`: how long the caller has waited for the same since it last asked.
+        """
         async with self._changed:
             if step is None:
-                return Offer(self._change, self._num_leasable(asyncio.get_running_loop().time()), 0, 0)
-            recorded = len(self._batches.get(step, ()))
-            if not recorded:
-                self._check_not_forgotten(step)
-                self._advance(step)
-            return Offer(self._change, 0, 0 if recorded else self._num_takeable(step), recorded)
+                self._admission_wait.add(waited_s)
+                return Offer(self._change, num_leasable=self._num_leasable(asyncio.get_running_loop().time()))
+            self._batch_wait.add(waited_s)
+            if batch := self._batches.get(step):
+                return Offer(self._change, recorded=len(batch.entries), total=batch.total)
+            if step < max(self._watermark, self._next_step):
+                return Offer(self._change, is_forgotten=True)
+            self._advance(step)
+            return Offer(self._change, num_takeable=self._num_takeable(step))
 
-    async def changed_since(self, change: int, timeout_s: float, waits_for: str) -> None:
-        """Returns as soon as there was another change than number `change`, or after `timeout_s`. `waits_for`: admission or batch."""
+    async def changed_since(self, change: int, timeout_s: float) -> None:
+        """Returns as soon as there was another change than number `change`, or after `timeout_s`."""
         clock = asyncio.get_running_loop().time
         deadline_s = clock() + timeout_s
-        timer = self._batch_wait if waits_for == "batch" else self._admission_wait
         async with self._changed:
-            with timer.running(clock):
-                while self._change == change and clock() < deadline_s and not self._closed:
-                    await self._wait_for_change(min(deadline_s, self._admission.next_expiry_s))
-                    if self._admission.next_expiry_s <= clock():
-                        self._expire(clock())
+            while self._change == change and clock() < deadline_s and not self._closed:
+                await self._wait_for_change(min(deadline_s, self._admission.next_expiry_s))
+                if self._admission.next_expiry_s <= clock():
+                    self._expire(clock())
 
     async def stats(self) -> dict[str, float]:
         """Metrics; counts and waits are cumulative, counts over restarts too.
 
         `frontier = inserted + evicted_too_small + failed + leased` and
-        `inserted = groups + evicted_used + evicted_stale + evicted_capacity` at any time.
+        `inserted` = `groups` and all of buffer.replay.EVICTIONS at any time.
         """
         now_s = asyncio.get_running_loop().time()
         replay, admission = self._replay.counts, self._admission.counts
@@ -249,8 +262,7 @@ class ReplayBuffer:
             "ledger_unwritten": self._ledger.num_unwritten,
             "changes_unwritten": self._store.num_pending,
         }
-        names = ("inserted", "evicted_stale", "evicted_used", "evicted_capacity", "taken_young", "strata_short")
-        values |= {name: replay[name] for name in names}
+        values |= {name: replay[name] for name in ("inserted", *EVICTIONS, "taken_young", "strata_short")}
         values |= {name: admission[name] for name in ("failed", "expired", "reissued", "lost_too_often", "ignored_reports")}
         names = ("evicted_too_small", "samples_error", "samples_total", "taken", "starts", "disk_errors")
         values |= {name: self._counts[name] for name in names}
@@ -339,28 +351,23 @@ class ReplayBuffer:
         self._replay.insert(meta)
         self._record("inserted", group.group_id, actor=actor, version=meta.version)
 
-    def _sample_now(self, step: int, num_groups: int) -> bytes | None:
+    def _sample_now(self, step: int, num_groups: int, total: int) -> bytes | None:
         """The batch; None when there are too few groups, or when closed."""
         if self._closed:
             return None
         if step in self._batches:
             return self._read_batch(step)
-        self._check_not_forgotten(step)
+        if step < max(self._watermark, self._next_step):
+            raise forgotten(step)
         self._advance(step)
         if self._exceeds_band(num_groups):
             return None
         chosen = self._replay.take(num_groups, step, is_full=self._is_full())
         if not chosen:
             return None
-        return self._hand_out(step, chosen)
+        return self._hand_out(step, chosen, total)
 
-    def _check_not_forgotten(self, step: int) -> None:
-        if step < max(self._watermark, self._next_step):
-            raise DataError(
-                f"the batch of step {step} was forgotten: the buffer is at step {self._next_step}. Resume from a newer checkpoint."
-            )
-
-    def _hand_out(self, step: int, chosen: list[int]) -> bytes:
+    def _hand_out(self, step: int, chosen: list[int], total: int) -> bytes:
         # Those taken for the last time have left the index already.
         self._left += self._replay.pop_evicted()
         left = {group.group_id: group for group, _ in self._left}
@@ -371,15 +378,15 @@ class ReplayBuffer:
         entries = [BatchEntry(meta.group_id, meta.uses, ref is not None) for meta, ref in zip(metas, refs, strict=True)]
         self._counts["taken"] += len(entries)
         self._next_step = step + 1
-        self._batches[step] = entries
-        self._store.put_batch(step, entries)
+        batch = self._batches[step] = RecordedBatch(total, entries)
+        self._store.put_batch(step, batch)
         if not self._config.checkpoint.every:
             self._forget_batches(step)
         self._write_or_count()
         return self._read_batch(step)
 
     def _read_batch(self, step: int) -> bytes:
-        entries = self._batches[step]
+        entries = self._batches[step].entries
         stored = self._store.read_groups(entry.group_id for entry in entries)
         # Reference log-probs cached since are left out: a batch asked for again is the same to the last bit.
         pairs = zip(entries, stored, strict=True)
@@ -496,13 +503,21 @@ class ReplayBuffer:
 
     def _open_ledger(self, path: Path) -> Ledger:
         """The ledger, with the lines added that the last process committed but could not write."""
-        statuses = read_statuses(path)
+        statuses, state = read_statuses(path), self._admission.get_state()
         ledger = Ledger(path)
-        leases = {ordinal: actor for ordinal, actor, _ in self._admission.get_state()["leases"]}
+        issued = (position * self._num_shards + self._shard for position in range(state["frontier"]))
+        leases = {ordinal: actor for ordinal, actor, _ in state["leases"]}
         stored = {group.group_id for group in self._replay.get_state()["groups"]}
-        for event, ordinal in missing_events(statuses, leases, stored):
-            ledger.record(event, ordinal, step=self._step, actor=leases.get(ordinal, ""), reason="written at restart")
+        entries = [entry for batch in self._batches.values() for entry in batch.entries]
+        used_up = {entry.group_id for entry in entries if entry.uses >= self._config.buffer.max_uses}
+        for event, ordinal, reason in missing_events(statuses, issued, leases, stored, used_up):
+            ledger.record(event, ordinal, step=self._step, actor=leases.get(ordinal, ""), reason=reason)
         return ledger
+
+
+def forgotten(step: int) -> DataError:
+    """The error of whoever asks for a batch that a checkpoint, or another batch, has passed."""
+    return DataError(f"the batch of step {step} was forgotten: the buffer is past it. Resume from a newer checkpoint.")
 
 
 def _check_ref_logprobs(group_id: int, values: list[float], num_samples: int | None) -> None:

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from buffer.records import decode_group, merge_batches
-from buffer.server import Offer
+from buffer.server import Offer, forgotten
+from buffer.store import DiskFullError
 
 WAIT_S = 0.5
 """Limit of one wait on all shards: those given up are forgotten by their shard within that time."""
-_MEANS = ("buffer/wait_admission_s", "buffer/wait_batch_s")  # Callers wait for all shards at once.
+_MEANS = ("buffer/wait_admission_s", "buffer/wait_batch_s")  # Callers wait for all shards at once, and tell each how long.
 
 
 class ShardedBuffer:
@@ -38,14 +39,14 @@ class ShardedBuffer:
         if len(self._shards) == 1:
             return await self._shards[0].lease(actor, max_groups, timeout_s, version, holding)
         clock = asyncio.get_running_loop().time
-        deadline_s = clock() + timeout_s
+        deadline_s, waited_s = clock() + timeout_s, 0.0
         while True:
-            offers = await self._all("offer")
+            offers = await self._all("offer", None, waited_s)
             items = await self._lease_offered(offers, actor, max_groups, version, holding)
             left_s = deadline_s - clock()
             if items or items is None or left_s <= 0:
                 return items
-            await self._wait_for_any(offers, left_s, "admission")
+            waited_s = await self._wait_for_any(offers, left_s)
 
     async def insert(self, actor: str, payloads: list[bytes]) -> list[int]:
         """As `ReplayBuffer.insert`. When a shard refuses its part, the others may have taken theirs: send all again."""
@@ -78,21 +79,24 @@ class ShardedBuffer:
         if len(self._shards) == 1:
             return await self._shards[0].sample(step, num_groups, timeout_s)
         clock = asyncio.get_running_loop().time
-        deadline_s = clock() + timeout_s
+        deadline_s, waited_s = clock() + timeout_s, 0.0
         while True:
-            offers = await self._all("offer", step)
-            missing = max(0, num_groups - sum(offer.recorded for offer in offers))
+            offers = await self._all("offer", step, waited_s)
+            total = max(offer.total for offer in offers) or num_groups
+            missing = total - sum(offer.recorded for offer in offers)
+            if missing == total and any(offer.is_forgotten for offer in offers):
+                raise forgotten(step)
             if missing <= sum(offer.num_takeable for offer in offers):
                 shares = apportion(missing, [offer.num_takeable for offer in offers])
                 asked = [shard for shard, offer, share in zip(self._shards, offers, shares, strict=True) if offer.recorded or share]
                 shares = [max(1, share) for offer, share in zip(offers, shares, strict=True) if offer.recorded or share]
-                parts = await _gather(shard.sample(step, share, 0.0) for shard, share in zip(asked, shares, strict=True))
+                parts = await _gather(shard.sample(step, share, 0.0, total) for shard, share in zip(asked, shares, strict=True))
                 if all(part is not None for part in parts):
                     return merge_batches(parts)
             left_s = deadline_s - clock()
             if left_s <= 0:
                 return None
-            await self._wait_for_any(offers, left_s, "batch")
+            waited_s = await self._wait_for_any(offers, left_s)
 
     async def set_step(self, step: int) -> None:
         """As `ReplayBuffer.set_step`."""
@@ -127,7 +131,10 @@ class ShardedBuffer:
     async def _lease_offered(
         self, offers: Sequence[Offer], actor: str, max_groups: int, version: int | None, holding: list[int] | None
     ) -> list[bytes] | None:
-        """Leases of the shards that have some, beginning with another shard every time; None when `version` is outdated."""
+        """Leases of the shards that have some, beginning with another shard every time; None when `version` is outdated.
+
+        Raises DiskFullError only when no shard has given any: what one gave must reach the actor.
+        """
         self._turn += 1
         items: list[bytes] = []
         for number in range(len(self._shards)):
@@ -135,16 +142,23 @@ class ShardedBuffer:
             if not offers[index].num_leasable or len(items) == max_groups:
                 continue
             mine = None if holding is None else [ordinal for ordinal in holding if ordinal % len(self._shards) == index]
-            answer = await self._shards[index].lease(actor, max_groups - len(items), 0.0, version, mine)
+            try:
+                answer = await self._shards[index].lease(actor, max_groups - len(items), 0.0, version, mine)
+            except DiskFullError:
+                if items:
+                    return items
+                raise
             if answer is None:
                 return items or None
             items += answer
         return items
 
-    async def _wait_for_any(self, offers: Sequence[Offer], timeout_s: float, waits_for: str) -> None:
-        """Returns when any shard changed since its offer, or after a while. The other waits end by themselves, and take nothing."""
+    async def _wait_for_any(self, offers: Sequence[Offer], timeout_s: float) -> float:
+        """Seconds until any shard changed since its offer, or a while passed. The other waits end by themselves, and take nothing."""
+        clock = asyncio.get_running_loop().time
+        start_s = clock()
         waits = [
-            asyncio.ensure_future(_awaited(shard.changed_since(offer.change, min(timeout_s, WAIT_S), waits_for)))
+            asyncio.ensure_future(_awaited(shard.changed_since(offer.change, min(timeout_s, WAIT_S))))
             for shard, offer in zip(self._shards, offers, strict=True)
         ]
         done, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -152,6 +166,7 @@ class ShardedBuffer:
             wait.cancel()
         for wait in done:
             wait.result()
+        return clock() - start_s
 
     async def _all(self, method: str, *arguments: Any) -> list[Any]:
         return await _gather(getattr(shard, method)(*arguments) for shard in self._shards)

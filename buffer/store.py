@@ -29,9 +29,10 @@ from cluster.errors import AgroError
 
 LOCK_TIMEOUT_S = 10.0
 """How long opening waits for another process to let go of the database: one that was just killed needs a moment."""
-FORMAT = 2
+FORMAT = 3
 
 _SCHEMA = f"""
+BEGIN;
 CREATE TABLE IF NOT EXISTS groups (
     position INTEGER PRIMARY KEY, group_id INTEGER NOT NULL UNIQUE, oldest_version INTEGER NOT NULL, num_tokens INTEGER NOT NULL,
     reward_std REAL NOT NULL, num_samples INTEGER NOT NULL, uses INTEGER NOT NULL DEFAULT 0, last_step INTEGER NOT NULL DEFAULT -1,
@@ -42,6 +43,7 @@ CREATE TABLE IF NOT EXISTS batches (step INTEGER PRIMARY KEY, groups BLOB NOT NU
 CREATE TABLE IF NOT EXISTS held (row INTEGER PRIMARY KEY, sample BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL);
 PRAGMA user_version = {FORMAT};
+COMMIT;
 """
 _PUT_GROUP = """INSERT OR IGNORE INTO groups(group_id, oldest_version, num_tokens, reward_std, num_samples, payload)
     VALUES (?, ?, ?, ?, ?, ?)"""
@@ -63,6 +65,13 @@ class BatchEntry(msgspec.Struct, frozen=True, array_like=True):
     has_ref_logprobs: bool
 
 
+class RecordedBatch(msgspec.Struct, frozen=True, array_like=True):
+    """A batch, or one shard's part of it. `total`: groups of the whole batch."""
+
+    total: int
+    entries: list[BatchEntry]
+
+
 class Store:
     """One connection to `path`, made if missing. Not for concurrent use: calls must come one after another."""
 
@@ -79,7 +88,8 @@ class Store:
             if found not in (0, FORMAT) or (found == 0 and self._db.execute("SELECT 1 FROM sqlite_master").fetchone()):
                 self._db.close()
                 raise StoreError(f"buffer database {self.path} has format {found or 1}, this version writes {FORMAT}. Set another run.dir.")
-            self._db.executescript(_SCHEMA)
+            if found != FORMAT:  # A database that is there is opened without a write: the disk may be full.
+                self._db.executescript(_SCHEMA)
 
     @property
     def num_pending(self) -> int:
@@ -94,10 +104,10 @@ class Store:
         row = (meta.group_id, meta.oldest_version, meta.num_tokens, meta.reward_std, num_samples, payload)
         self._pending.append((_PUT_GROUP, row))
 
-    def put_batch(self, step: int, entries: Sequence[BatchEntry]) -> None:
+    def put_batch(self, step: int, batch: RecordedBatch) -> None:
         """Records the batch of learner step `step`, and its groups' uses with it."""
-        self._pending.append(("INSERT OR REPLACE INTO batches VALUES (?, ?)", (step, msgspec.msgpack.encode(entries))))
-        for entry in entries:
+        self._pending.append(("INSERT OR REPLACE INTO batches VALUES (?, ?)", (step, msgspec.msgpack.encode(batch))))
+        for entry in batch.entries:
             self._pending.append(("UPDATE groups SET uses = ?, last_step = ? WHERE group_id = ?", (entry.uses, step, entry.group_id)))
 
     def leave(self, group: GroupMeta) -> None:
@@ -187,11 +197,11 @@ class Store:
         with self._explained():
             return self._db.execute("SELECT ordinal, actor, losses FROM leases ORDER BY ordinal").fetchall()
 
-    def load_batches(self) -> dict[int, list[BatchEntry]]:
+    def load_batches(self) -> dict[int, RecordedBatch]:
         """The recorded batches, by step."""
         with self._explained():
             rows = self._db.execute("SELECT step, groups FROM batches ORDER BY step").fetchall()
-        return {step: msgspec.msgpack.decode(groups, type=list[BatchEntry]) for step, groups in rows}
+        return {step: msgspec.msgpack.decode(groups, type=RecordedBatch) for step, groups in rows}
 
     def load_held(self) -> dict[int, Sample]:
         """The held samples, by row."""
@@ -226,5 +236,5 @@ def _remedy(message: str) -> str:
     if "full" in message or "I/O" in message:
         return "Free space on that disk; nothing acknowledged is lost, and the caller may try again."
     if "malformed" in message or "not a database" in message:
-        return "Move the file away: the run goes on from its checkpoint without the groups it held."
+        return "Move it and ledger*.jsonl away: the run goes on from its checkpoint without the groups it held, its prompts begin anew."
     return "Check that run.dir exists and can be written."

@@ -24,6 +24,10 @@ class WaitTimer:
             self._started_s.remove(start_s)
             self._finished_s += clock() - start_s
 
+    def add(self, seconds: float) -> None:
+        """A wait that somebody else has measured."""
+        self._finished_s += seconds
+
     def total_s(self, now_s: float) -> float:
         """Seconds so far, `now_s` on the clock given to `running`."""
         return self._finished_s + sum(now_s - start_s for start_s in self._started_s)

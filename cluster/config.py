@@ -32,7 +32,7 @@ class RunConfig(Section):
     steps: int = Field(100, ge=1, description="Optimizer steps.")
     timeout_s: float = Field(600.0, gt=0, description="Limit of every wait on another process; its error names who did not answer.")
     deterministic: bool = Field(
-        False, description="The same parameters bit for bit from the same config (CPU), also through a kill and a resume; slower."
+        False, description="The learner gives the same parameters bit for bit from the same batches (CPU), also through kills; slower."
     )
 
 
@@ -94,7 +94,7 @@ class ActorsConfig(Section):
     min: int = Field(1, ge=1, description="Autoscaling keeps at least so many.")
     max: int | None = Field(None, ge=1, description="Autoscaling adds actors up to so many while the learner waits; None: no autoscaling.")
     num_cpus: float = Field(1.0, ge=0, description="CPUs of one actor (Ray's logical CPUs, fractions allowed).")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs of one actor: vLLM tensor parallelism over so many; a fraction shares one.")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs of one actor: 0 generates on the CPU, 1 on a GPU, a fraction shares one.")
     group_size: int = Field(8, ge=2, description="Samples per prompt (n; AGRO needs at least 2).")
     slots: int = Field(128, ge=1, description="Sequences an engine generates at once (vLLM max_num_seqs).")
     max_new_tokens: int = Field(256, ge=1, description="Completion limit; a completion cut here is kept as truncated.")
@@ -176,7 +176,10 @@ class LearnerConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     grad_clip: float = Field(1.0, gt=0, description="Gradient norm limit.")
     micro_batch_tokens: int = Field(8192, ge=16, description="Token budget of one forward pass of one rank, padding included.")
-    layout: Literal["padded", "packed"] = Field("padded", description="`packed` joins sequences without padding (position ids).")
+    layout: Literal["packed", "padded"] = Field(
+        "packed",
+        description="`packed` joins sequences without padding; models that cannot keep them apart want `padded`.",
+    )
     offload: bool = Field(False, description="Parameters and optimizer in CPU memory.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
 
@@ -287,8 +290,8 @@ class Config(Section):
     def admitted_groups(self) -> int:
         """Groups that may exist untrained: `min(capacity, (max_staleness + 1) * groups_per_step)`.
 
-        A group started when this many are ahead of it is trained at most `max_staleness` steps later, so that nothing
-        is born too stale (publication lag excepted, which eviction counts).
+        A group started when this many are ahead of it can be trained at most `max_staleness` steps later, so that nothing is born
+        too stale (publication lag excepted). The sampler `oldest` does so; others leave some groups until they are stale, counted.
         """
         return min(self.buffer.capacity, (self.buffer.max_staleness + 1) * self.learner.groups_per_step)
 
@@ -313,6 +316,11 @@ class Config(Section):
             raise ValueError(
                 f"buffer.capacity = {self.buffer.capacity} is below learner.groups_per_step = {self.learner.groups_per_step}: "
                 "a batch could never be filled. Raise buffer.capacity or lower learner.groups_per_step."
+            )
+        if self.admitted_groups < self.buffer.num_shards:
+            raise ValueError(
+                f"buffer.num_shards = {self.buffer.num_shards} is above the {self.admitted_groups} groups that may be under way, "
+                "min(buffer.capacity, (buffer.max_staleness + 1) * learner.groups_per_step): some shards would never lease. Lower it."
             )
         if self.learner.micro_batch_tokens < self.max_sequence_tokens:
             raise ValueError(
@@ -426,8 +434,12 @@ class Config(Section):
     @pydantic.model_validator(mode="after")
     def _devices_fit(self) -> Config:
         actors, learner = self.actors, self.learner
-        if actors.num_gpus > 1 and actors.num_gpus % 1:
-            raise ValueError(f"actors.num_gpus = {actors.num_gpus}: above 1 only whole GPUs can be given to an actor. Round it.")
+        if actors.num_gpus > 1:
+            # vLLM wants a bundle for each GPU, and calls that can be pickled; neither is built, and no machine was there to try it on.
+            raise ValueError(
+                f"actors.num_gpus = {actors.num_gpus:g}: an engine over several GPUs is not supported. Set actors.num_gpus=1 and raise "
+                "actors.count instead."
+            )
         if learner.num_gpus > 1:
             raise ValueError(
                 f"learner.num_gpus = {learner.num_gpus}: one rank uses one GPU. Set learner.num_gpus=1 and raise learner.ranks instead."

@@ -8,12 +8,11 @@ Both files are replaced whole, so that nobody reads half of one.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import msgspec
 import psutil
 
 from cluster.errors import ConfigError, PeerTimeout
-from cluster.metrics import finite_tree
+from cluster.metrics import finite_tree, replace_json
 
 STATUS_NAME, REQUEST_NAME = "status.json", "scale.json"
 WRITE_EVERY_S = 1.0
@@ -114,7 +113,7 @@ class Control:
         self._written_s = self._clock()
         whole = msgspec.structs.replace(status, pid=os.getpid(), host=socket.gethostname(), time=time.time(), answer=self._answer)
         try:
-            _replace(self._run_dir / STATUS_NAME, finite_tree(msgspec.to_builtins(whole)))
+            replace_json(self._run_dir / STATUS_NAME, finite_tree(msgspec.to_builtins(whole)))
             self._is_failing = False
         except OSError as error:
             if not self._is_failing:
@@ -162,7 +161,7 @@ def ask_for_actors(run_dir: Path, count: int, timeout_s: float = ANSWER_TIMEOUT_
     if dead := death_of_driver(status):
         raise ConfigError(f"{run_dir}: {dead}; there is nothing to scale")
     request = ScaleRequest(uuid.uuid4().hex, count)
-    _replace(run_dir / REQUEST_NAME, msgspec.to_builtins(request))
+    replace_json(run_dir / REQUEST_NAME, msgspec.to_builtins(request))
     until_s = time.monotonic() + timeout_s
     while status.answer is None or status.answer.id != request.id:
         if time.monotonic() > until_s:
@@ -175,10 +174,3 @@ def ask_for_actors(run_dir: Path, count: int, timeout_s: float = ANSWER_TIMEOUT_
         if status.state == "over":
             raise ConfigError(f"{run_dir}: the run is over; it ended before the request was taken")
     return status.answer, status
-
-
-def _replace(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON to `path`: wholly or not at all."""
-    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    new.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    new.replace(path)

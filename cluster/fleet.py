@@ -43,7 +43,7 @@ from cluster.processes import (
     shortage,
     whereabouts,
 )
-from cluster.pulse import Pulse, look_at
+from cluster.pulse import STOPPED_LIMIT_S, Pulse, look_at, stopped_child
 
 State: TypeAlias = Literal["waiting for placement", "loading", "running", "retiring", "gone"]
 
@@ -57,10 +57,10 @@ _RETIRING = {"drain": "finishes what it has begun", "now": "hands everything bac
 
 
 class DeathCount:
-    """Deaths by role, of the last `DEATHS_WINDOW_S` seconds."""
+    """Deaths by role, of the last `window_s` seconds."""
 
-    def __init__(self) -> None:
-        self.total = 0
+    def __init__(self, window_s: float = DEATHS_WINDOW_S) -> None:
+        self.total, self._window_s = 0, window_s
         self._times_s: dict[str, deque[float]] = {}
 
     def note(self, role: str, now_s: float) -> int:
@@ -68,7 +68,7 @@ class DeathCount:
         self.total += 1
         times_s = self._times_s.setdefault(role, deque())
         times_s.append(now_s)
-        while now_s - times_s[0] > DEATHS_WINDOW_S:
+        while now_s - times_s[0] > self._window_s:
             times_s.popleft()
         return len(times_s)
 
@@ -279,7 +279,9 @@ class Fleet:
         stuck_s = 0.0
         with contextlib.suppress(RayError):  # Died: the end of `run` says so.
             stuck_s = 0.0 if ping is None else ray.get(ping)
-        return f"its loop has not turned for {stuck_s:.0f} s (run.timeout_s)" if stuck_s > self._timeout_s else None
+        if stuck_s > self._timeout_s:
+            return f"its loop has not turned for {stuck_s:.0f} s (run.timeout_s)"
+        return stopped_child(actor.pid) if stuck_s > STOPPED_LIMIT_S else None
 
     def _hurry(self, actor: Actor) -> None:
         elapsed_s, drain_s = self._clock() - actor.since_s, DRAIN_S if actor.how == "drain" else 0.0

@@ -24,12 +24,13 @@ from learner.worker import LearnerRank
 State: TypeAlias = Literal["waiting for placement", "loading", "training", "done"]
 
 PLACE_TIMEOUT_S = 180.0
-DEATH_LOOK_S = 3.0
+DEATH_LOOK_S = 10.0
+"""A rank whose process is gone is known at once; one that does not answer for so long, from a thread of its own, hangs."""
 WHO = "learner ranks"
 
 
 class RankDied(TrainingError):
-    """The process of a learner rank is gone, whatever the others then raised."""
+    """The process of a learner rank is gone or hangs, whatever the others then raised."""
 
 
 class LearnerGang:
@@ -91,8 +92,7 @@ class LearnerGang:
         self._enter("loading", [self._address])
 
     def _load(self) -> None:
-        if ray.wait(self._calls, num_returns=len(self._calls), timeout=0)[1]:
-            self._raise_failures()
+        if not self._raise_failures():
             if time.monotonic() - self._since_s > self._timeout_s:
                 raise PeerTimeout(f"{WHO} did not answer within {self._timeout_s:.0f} s (run.timeout_s)")
         elif self._calls == [self._address]:
@@ -119,9 +119,9 @@ class LearnerGang:
         return not running
 
     def _dead_rank(self) -> str | None:
-        """Which rank's process is gone, and why; None when all answer. The others only lost their connection to it."""
+        """Which rank's process is gone, and why, or hangs; None when all answer. The others only lost their connection to it."""
         pings = [rank.ping.remote() for rank in self._ranks]
-        ray.wait(pings, num_returns=len(pings), timeout=DEATH_LOOK_S)
+        silent = ray.wait(pings, num_returns=len(pings), timeout=DEATH_LOOK_S)[1]
         for number, ping in enumerate(pings):
             try:
                 ray.get(ping, timeout=0)
@@ -129,5 +129,5 @@ class LearnerGang:
                 if not could_not_start(error):
                     return f"learner rank {number} died: {death_cause(error)}"
             except GetTimeoutError:
-                continue  # Alive, and busy.
-        return None
+                continue
+        return f"learner rank {pings.index(silent[0])} does not answer" if silent else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,21 @@ from cluster.services import BUFFER, Services
 from cluster.watchdog import Observation, Watchdog, dump_stacks
 
 MIN_SCORED_SAMPLES = 64
+REWARDS_WINDOW_S = 300.0
+
+
+class Recent:
+    """Failed and all samples of the last `REWARDS_WINDOW_S` seconds, and of longer where these were fewer than `MIN_SCORED_SAMPLES`."""
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[float, float, float]] = deque()
+
+    def since_then(self, now_s: float, errors: float, samples: float) -> tuple[float, float]:
+        """One look more at the cumulative counts; (errors, samples) of the window. What was before the first look does not count."""
+        self._marks.append((now_s, errors, samples))
+        while len(self._marks) > 1 and now_s - self._marks[1][0] >= REWARDS_WINDOW_S and samples - self._marks[1][2] >= MIN_SCORED_SAMPLES:
+            self._marks.popleft()
+        return errors - self._marks[0][1], samples - self._marks[0][2]
 
 
 class Health:
@@ -24,6 +40,7 @@ class Health:
     def __init__(self, config: Config, services: Services, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._config, self._services, self._run_dir, self._clock = config, services, run_dir, clock
         self._watchdog = Watchdog(config.run.timeout_s)
+        self._rewards = Recent()
         self._buffer_deaths = DeathCount()
         self._starts: float | None = None
         self._waited_s = 0.0
@@ -44,12 +61,12 @@ class Health:
             self._watch_progress(self._observed(stats, view, num_evaluations, fleet), fleet, learner)
 
     def _judge_rewards(self, stats: Mapping[str, float]) -> None:
-        errors, samples = stats["buffer/samples_error"], stats["buffer/samples_total"]
+        errors, samples = self._rewards.since_then(self._clock(), stats["buffer/samples_error"], stats["buffer/samples_total"])
         if samples >= MIN_SCORED_SAMPLES and errors / samples > self._config.rewards.max_error_fraction:
             _, _, texts = self._services.ask(self._services.buffer.error_summary(), BUFFER)
             shown = "\n  ".join(dict.fromkeys(texts))
             raise RewardError(
-                f"{errors:.0f} of {samples:.0f} samples got no reward, more than rewards.max_error_fraction = "
+                f"{errors:.0f} of the last {samples:.0f} samples got no reward, more than rewards.max_error_fraction = "
                 f"{self._config.rewards.max_error_fraction}. The last errors:\n  {shown}"
             )
 

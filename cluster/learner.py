@@ -6,22 +6,21 @@ Actors and buffer live on meanwhile. The batches since the checkpoint are asked 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
 from cluster.errors import ConfigError, TrainingError
+from cluster.fleet import MAX_DEATHS, DeathCount
 from cluster.gang import LearnerGang, RankDied, State
 from learner.checkpoint import latest_checkpoint
 
-MAX_DEATHS = 5
-DEATHS_WITHIN_S = 1800.0
+DEATHS_WINDOW_S = 1800.0
 
 
 class Learner:
-    """As a LearnerGang, but that dies of nothing less than `MAX_DEATHS` deaths within `DEATHS_WITHIN_S`."""
+    """As a LearnerGang, but that dies of nothing less than `MAX_DEATHS` deaths within `DEATHS_WINDOW_S`."""
 
     def __init__(
         self,
@@ -37,9 +36,8 @@ class Learner:
         """`peers`: buffer shards, board, monitor. `forget_snapshots`: what a dead learner published cannot be fetched any more."""
         self._config, self._pad_id, self._peers, self._run_dir = config, pad_id, tuple(peers), run_dir
         self._tell, self._forget_snapshots, self._clock = tell, forget_snapshots, clock
-        self._deaths_s: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._deaths = DeathCount(DEATHS_WINDOW_S)
         self._stopping = False
-        self.num_deaths = 0
         self._gang = self._make_gang()
 
     @property
@@ -51,6 +49,11 @@ class Learner:
     def totals(self) -> list[dict[str, float]]:
         """What each rank's `train` returned, once `state` is `done`."""
         return self._gang.totals
+
+    @property
+    def num_deaths(self) -> int:
+        """Deaths of a gang so far."""
+        return self._deaths.total
 
     def handles(self) -> dict[str, Any]:
         """The ranks that exist as processes, by name."""
@@ -73,12 +76,11 @@ class Learner:
         self._gang.kill()
 
     def _restart(self, error: RankDied) -> None:
-        self.num_deaths += 1
-        self._deaths_s.append(self._clock())
+        count = self._deaths.note("learner", self._clock())
         if self._stopping or not self._config.checkpoint.every:
             raise error
-        if len(self._deaths_s) == MAX_DEATHS and self._deaths_s[-1] - self._deaths_s[0] <= DEATHS_WITHIN_S:
-            raise TrainingError(f"learner ranks died {MAX_DEATHS} times within {DEATHS_WITHIN_S / 60:.0f} minutes, the last time: {error}")
+        if count >= MAX_DEATHS:
+            raise TrainingError(f"learner ranks died {count} times within {DEATHS_WINDOW_S / 60:.0f} minutes, the last time: {error}")
         self._tell(f"{error}; starting the learner again")
         self._gang.kill()
         self._forget_snapshots()
@@ -93,7 +95,5 @@ class Learner:
                     "Raise run.steps."
                 )
             self._tell(f"going on from {found[0].name}")
-        wandb_id = self._run_dir / "wandb_id"
-        extra = {"wandb_run_id": wandb_id.read_text(encoding="utf-8").strip() if wandb_id.is_file() else None}
-        train_arguments = (*self._peers, str(self._run_dir / "policy"), str(found[0]) if found else None, extra)
+        train_arguments = (*self._peers, str(self._run_dir / "policy"), str(found[0]) if found else None)
         return LearnerGang(self._config, self._pad_id, train_arguments)

@@ -6,9 +6,13 @@ Q parameters that are trained: P, or with LoRA rank (in + out) of every linear l
 
 Learner, per rank, DeepSpeed ZeRO-3 with AdamW (DeepSpeed 0.19's buffers; the same sum as the ZeRO paper's, arXiv 1910.02054):
 
-    parameters b P/N, adapters b Q/N; gradients b Q/N, Adam's two moments 8 Q/N, float32 master 4 Q/N (none if b = 4: it is the parameters)
+    parameters b P/N, adapters b Q/N; gradients, summed in float32, 4 Q/N; Adam's two moments 8 Q/N; float32 master 4 Q/N
+                  (none if b = 4: it is the parameters)
     reference     b P/N, proximal policy b P/N, each only where the objective needs it; with LoRA b Q/N, and nothing before it has moved
-    gathered      b min(P, 1e9), if N > 1: whole parameters kept at hand (stage3_max_live_parameters)
+    gathered      b min(P, 1e9), if N > 1 or offloaded from a GPU: whole parameters kept at hand (stage3_max_live_parameters)
+    bucket        b 5e8 on a GPU: gradients on their way (reduce_bucket_size); on a CPU it is never touched in full
+    step          a flat float32 copy of the gradients, 4 min(Q/N, 1e9) (sub_group_size), on a GPU as much again for AdamW, instead of
+                  activations and log-probs, which are gone by then: only what is above these counts
     activations   b T (L (8h + 2k + 4f) + 2h), counted on Llama with sdpa; with gradient checkpointing b T (L h + 8h + 2k + 4f + 2h);
                   with LoRA a layer keeps 2h less, whose norms need no gradient, and 7 rank more
     log-probs     three float32 chunks of the logits, 128 MiB each at most, and up to 256 MiB of logits (learner/logprobs.py); the LM head's
@@ -16,7 +20,7 @@ Learner, per rank, DeepSpeed ZeRO-3 with AdamW (DeepSpeed 0.19's buffers; the sa
                   logits: 2 b T V, all logits and their gradient, and 128 MiB to upcast pieces of them
     checkpoint    what is saved, once more in host memory: (4 + 8) Q/N, and copies that have moved
 
-Actor: weights b P / tensor parallelism, and a KV cache of 2 L k b per token.
+Actor: weights b P, and a KV cache of 2 L k b per token.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ from learner.update import frozen_policies
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
-MAX_LIVE_PARAMETERS = 1e9  # DeepSpeed's default of stage3_max_live_parameters.
+# DeepSpeed's defaults.
+MAX_LIVE_PARAMETERS = SUB_GROUP_PARAMETERS = 1e9
+REDUCE_BUCKET_PARAMETERS = 5e8
 PROCESS_BYTES = 0.6 * GIB  # Resident with torch, Ray and the libraries imported, measured.
 _SIZE_IN_NAME = re.compile(r"(?<![A-Za-z\d.])(?:(\d+)x)?(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z\d])")
 
@@ -141,17 +147,23 @@ def _learner_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
     states = 4 + 8  # Bytes of fp32 weights and Adam's moments, which is what a checkpoint holds.
     reference, proximal = _frozen_bytes(config, share, adapters)
     moved = (reference if config.agro.ref_update_every else 0) + proximal
+    on_gpu = learner.num_gpus > 0
+    forward = _activation_bytes(config, shape) + _logprob_bytes(config, shape)
+    step = (8 if on_gpu and not learner.offload else 4) * min(trained, SUB_GROUP_PARAMETERS)
+    is_gathered = learner.ranks > 1 or (learner.offload and on_gpu)
     parts = [
         Part("parameters", b * share, learner.offload),
         Part("adapters", b * adapters, learner.offload),
-        Part("gradients", b * trained, learner.offload),
+        Part("gradients", 4 * trained, learner.offload),
         Part("float32 master", (4 if b < 4 else 0) * trained, learner.offload),
         Part("Adam moments", 8 * trained, learner.offload),
         Part("reference", reference, learner.offload),
         Part("proximal policy", proximal, learner.offload),
-        Part("gathered parameters", b * min(shape.num_params, MAX_LIVE_PARAMETERS) if learner.ranks > 1 else 0),
+        Part("gathered parameters", b * min(shape.num_params, MAX_LIVE_PARAMETERS) if is_gathered else 0),
+        Part("gradient bucket", b * REDUCE_BUCKET_PARAMETERS if on_gpu else 0),
         Part("activations", _activation_bytes(config, shape)),
         Part("log-probs", _logprob_bytes(config, shape)),
+        Part("optimizer step", max(0, step - forward), learner.offload),
         Part("checkpoint buffers", states * trained + moved if config.checkpoint.every else 0, on_host=True),
         Part("process", PROCESS_BYTES, on_host=True),
     ]
@@ -186,7 +198,7 @@ def _logprob_bytes(config: Config, shape: _Shape) -> float:
 
 
 def _actor_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
-    weights = Part("weights", BYTES[config.model.dtype] * shape.num_params / max(1, int(config.actors.num_gpus)))
+    weights = Part("weights", BYTES[config.model.dtype] * shape.num_params)
     if config.actors.num_gpus == 0:
         cache = Part("KV cache", config.actors.kv_cache_gib * GIB)
     else:
@@ -195,9 +207,9 @@ def _actor_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
 
 
 def _cache_bytes(config: Config, shape: _Shape) -> float:
-    """KV cache of one sequence of full length on one GPU (or the CPU): 2 L k b max_sequence_tokens / tensor parallelism."""
+    """KV cache of one sequence of full length 2 L k b max_sequence_tokens."""
     per_token = 2 * shape.layers * shape.kv_width * BYTES[config.model.dtype]
-    return per_token * config.max_sequence_tokens / max(1, int(config.actors.num_gpus))
+    return per_token * config.max_sequence_tokens
 
 
 def _notes(config: Config, shape: _Shape) -> list[str]:
@@ -205,7 +217,12 @@ def _notes(config: Config, shape: _Shape) -> list[str]:
     one = _cache_bytes(config, shape)
     whole = BYTES[config.model.dtype] * shape.num_params / GIB
     if whole >= 1:
-        notes.append(f"while it loads, each learner rank holds the whole model once more: {whole:.1f} GiB, first in host memory.")
+        notes.append(
+            f"a snapshot of the weights takes {whole:.1f} GiB of host memory beside learner rank 0, and as much of Ray's object store "
+            "for each version that actors still load."
+        )
+    if whole >= 1 and config.learner.ranks == 1:  # More ranks load under zero.Init, each its share.
+        notes.append(f"while it loads, the learner holds the whole model once more: {whole:.1f} GiB, first in host memory.")
     if not one:
         return notes
     length = f"full length ({config.max_sequence_tokens} tokens)"

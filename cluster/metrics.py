@@ -59,6 +59,7 @@ METRICS: dict[str, str] = {
     "buffer/evicted_stale": "Groups evicted so far because a token was older than `buffer.max_staleness`.",
     "buffer/evicted_used": "Groups that left so far after `buffer.max_uses` uses.",
     "buffer/evicted_capacity": "Groups evicted so far because the buffer was full.",
+    "buffer/evicted_surplus": "Groups that left so far, used at least once, because more than `max_uses * capacity` were stored.",
     "buffer/starts": "Starts of buffer processes so far, the shards together: above their number, some were killed and came back.",
     "buffer/disk_errors": "Writes that a full disk refused so far: above 0 is an alarm; nothing acknowledged is lost.",
     "buffer/wait_admission_s": "Time that actors have waited for admission so far, all together.",
@@ -159,6 +160,13 @@ class JsonLines:
             self.flush()
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def replace_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON to `path`: wholly or not at all. Raises OSError."""
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    new.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    new.replace(path)
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:

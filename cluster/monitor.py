@@ -25,7 +25,7 @@ import msgspec
 
 from buffer.records import Evaluation
 from cluster.config import Config
-from cluster.metrics import METRICS, JsonLines, Redactor, finite, finite_tree, read_json_lines
+from cluster.metrics import METRICS, JsonLines, Redactor, finite, finite_tree, read_json_lines, replace_json
 from cluster.wandb_writer import WandbWriter, wandb_mode
 
 __all__ = ["Monitor", "wandb_mode"]
@@ -193,10 +193,8 @@ class Monitor:
         self._wandb.log(row)
 
     def _write_summary(self, summary: Mapping[str, Any]) -> None:
-        path = self._run_dir / "summary.json"
         try:
-            path.with_suffix(".tmp").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-            path.with_suffix(".tmp").replace(path)
+            replace_json(self._run_dir / "summary.json", summary)
         except OSError as error:
             self.event(f"summary.json was not written: {error}")
 

@@ -10,6 +10,7 @@ cannot be seen working: it gets 10 s.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import psutil
@@ -41,6 +42,15 @@ def look_at(pid: int | None) -> Sight | None:
         return Sight(times.user + times.system, is_stopped, status == psutil.STATUS_DISK_SLEEP)
     except psutil.Error:
         return None
+
+
+def stopped_child(pid: int | None) -> str | None:
+    """A child of the process that is stopped, in words: an engine may have workers of its own. None where there is none."""
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(pid).children(recursive=True) if pid is not None else ():
+            if child.status() == psutil.STATUS_STOPPED:
+                return f"its process {child.pid} ({child.name()}) is stopped (SIGSTOP)"
+    return None
 
 
 @dataclass

@@ -31,7 +31,9 @@ _FIXED = (
     "data.chat_template",
     "data.system_prompt",
     "data.max_prompt_tokens",
+    "actors.temperature",
     "buffer.num_shards",
+    "buffer.samples_per_insert",
     "learner.lora_rank",
     "learner.lora_alpha",
 )
@@ -60,7 +62,8 @@ def open_run_dir(config: Config) -> RunDir:
         path.mkdir(parents=True, exist_ok=True)
         _lock(path)
         notes = _continue(config, path) if is_continued else ()
-        (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        (path / ".config.yaml.tmp").write_text(dump_config(config), encoding="utf-8")
+        (path / ".config.yaml.tmp").replace(path / "config.yaml")
     except OSError as error:
         raise ConfigError(f"run.dir = {path} cannot be used: {error.strerror}. Choose another run.dir.") from None
     return RunDir(path, is_continued, notes)

@@ -10,16 +10,14 @@ are the same batches again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
 import secrets
 import socket
-import sys
-import threading
 import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -118,12 +116,6 @@ class LearnerRank:
         """This rank's number: its process answers."""
         return self._rank
 
-    def stacks(self) -> str:
-        """Where every thread is: for the log of a learner that makes no progress."""
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        frames = sys._current_frames().items()
-        return "\n".join(f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames)
-
     def request_stop(self) -> None:
         """End `train` in order after the step in progress, with a checkpoint."""
         self._stopping = True
@@ -135,14 +127,13 @@ class LearnerRank:
         monitor: Any,
         policy_dir: str,
         resume_from: str | None = None,
-        extra: Mapping[str, Any] | None = None,
     ) -> dict[str, float]:
         """All steps: batch, update, publication, checkpoint; then the trained policy in `policy_dir`. Totals of the run (rank 0).
 
         `buffers`: the replay buffer's shards. Checkpoints lie beside `policy_dir`, in `checkpoints/`; `resume_from` is one of them
-        that verified (`latest_checkpoint`). `extra` (JSON) is kept in each. Raises CheckpointError when `resume_from` does not fit.
+        that verified (`latest_checkpoint`). Raises CheckpointError when it does not fit.
         """
-        self._connect(buffers, board, monitor, Path(policy_dir).parent, dict(extra or {}))
+        self._connect(buffers, board, monitor, Path(policy_dir).parent)
         progress, config = self._restore(resume_from), self._config
         publish_s = self._publish(progress)
         while progress.step < config.run.steps:
@@ -168,17 +159,16 @@ class LearnerRank:
         self._transport.flush()
         if config.checkpoint.every:
             self._save(progress)
-        self._policy.save_pretrained(policy_dir, self._bucket_bytes)
-        self._checkpoints.close()
+        self._checkpoints.close()  # Durable before the policy is written, which a full disk may prevent.
+        self._write_policy(policy_dir)
         return progress.totals()
 
     # --- verbs of the loop ----------------------------------------------------------------------------------------
 
-    def _connect(self, buffers: Sequence[Any], board: Any, monitor: Any, run_dir: Path, extra: dict[str, Any]) -> None:
+    def _connect(self, buffers: Sequence[Any], board: Any, monitor: Any, run_dir: Path) -> None:
         self._calls, self._buffer = Calls(self._config.run.timeout_s), connect_buffer(buffers)
         self._monitor = monitor
         self._run_dir, self._saved = run_dir, -1
-        self._origin = {"code_version": code_version(), "extra": extra}
         source = ZeroSource(self._policy, self._bucket_bytes)
         self._transport = load_transport(Sender(self._rank, self._config, source, board, self._calls, ray.put, monitor.event.remote))
         self._guards = Guards(run_dir / "bad-batches", self._rank, tell=monitor.event.remote, share=self._broadcast)
@@ -207,25 +197,39 @@ class LearnerRank:
 
     def _next_batch(self, step: int) -> bytes | None:
         """The batch of this step, encoded, on every rank, or None to stop. Raises PeerTimeout when the actors deliver nothing."""
-        (payload,) = self._broadcast(self._ask_for_batch(step) if self._rank == 0 else None)
-        return payload
+        answers = self._ask_for_batch(step) if self._rank == 0 else itertools.repeat(None)
+        for answer in answers:
+            # Every two seconds, come or not: the other ranks wait in a collective, which has a limit of its own.
+            ((is_over, payload),) = self._broadcast(answer)
+            if is_over:
+                return payload
+        raise AssertionError("unreachable: the last answer ends the wait")
 
-    def _ask_for_batch(self, step: int) -> bytes | None:
+    def _ask_for_batch(self, step: int) -> Iterator[tuple[bool, bytes | None]]:
+        """(False, None) as long as there is none, then (True, the batch, or None to stop)."""
         config = self._config
         until_s, delivered = time.monotonic() + config.run.timeout_s, -1.0
         while not self._stopping:
             payload = self._calls.ask(self._buffer.sample(step, config.learner.groups_per_step, BATCH_POLL_S), "replay buffer")
             if payload is not None:
-                return payload
+                yield True, payload
             stats = self._calls.ask(self._buffer.stats(), "replay buffer")
             if stats["buffer/inserted"] > delivered:  # Slow, but coming: a first batch at an enforced lag needs many groups.
                 until_s, delivered = time.monotonic() + config.run.timeout_s, stats["buffer/inserted"]
             if time.monotonic() > until_s:
                 raise PeerTimeout(
                     f"no group came for {config.run.timeout_s:.0f} s (run.timeout_s) while the learner waited at step {step} "
-                    f"for {config.learner.groups_per_step} groups. See events.jsonl; raise run.timeout_s if generation is merely slow."
+                    f"for {config.learner.groups_per_step} groups. {self._why_no_group()}"
                 )
-        return None
+            yield False, None
+        yield True, None
+
+    def _why_no_group(self) -> str:
+        errors, samples, texts = self._calls.ask(self._buffer.error_summary(), "replay buffer")
+        if not texts:
+            return "See events.jsonl; raise run.timeout_s if generation is merely slow."
+        shown = "\n  ".join(dict.fromkeys(texts))
+        return f"{errors} of {samples} samples got no reward so far, the last because of:\n  {shown}"
 
     def _publish(self, progress: Progress, evaluate: bool | None = None) -> float:
         """Bring the weights on their way to the actors as version `progress.step`; seconds that the learner stood still. Collective."""
@@ -264,6 +268,13 @@ class LearnerRank:
         if self._config.buffer.max_uses > 1 and self._updater.keeps_reference:
             self._calls.start(self._buffer.set_ref_logprobs({gid: [d["ref_logprob"] for d in rows] for gid, rows in diagnostics.items()}))
 
+    def _write_policy(self, policy_dir: str) -> None:
+        """Collective. A disk that refuses it costs nothing else: the newest checkpoint holds the same weights."""
+        try:
+            self._policy.save_pretrained(policy_dir, self._bucket_bytes)
+        except OSError as error:
+            self._monitor.event.remote(f"the policy was not written to {policy_dir}: {error}; `launch.py export` makes it of a checkpoint")
+
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save(self, progress: Progress) -> None:
@@ -287,7 +298,7 @@ class LearnerRank:
             "guards": self._guards.get_state(),
             "config": dump_config(self._config),
             "wandb_run_id": wandb_id.read_text(encoding="utf-8").strip() if wandb_id.is_file() else None,
-            **self._origin,
+            "code_version": code_version(),
         }
 
     def _restore(self, path: str | None) -> Progress:

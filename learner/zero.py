@@ -25,7 +25,7 @@ from cluster.config import LearnerConfig, ModelConfig
 from learner.checkpoint import Part, TensorEntry, partition
 from learner.export import write_model
 from learner.lora import Weight, adapters_off, add_adapters, weights_of
-from learner.packing import ModelInputs, TokenLogprobs
+from learner.packing import ModelInputs, TokenLogprobs, check_function
 
 Read: TypeAlias = Callable[[str, int, int], torch.Tensor]
 """(key, start, stop) -> these elements of a flattened tensor."""
@@ -82,11 +82,7 @@ def _load(model: ModelConfig, learner: LearnerConfig, *, training: bool, seed: i
     module.config.use_cache = False
     if training and learner.lora_rank:
         add_adapters(module, learner, seed)
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.Dropout):
-            layer.p = 0.0  # pi and pi_ref are the same function of their weights, and both passes of an update give one value.
-        elif isinstance(getattr(layer, "attention_dropout", None), float):
-            layer.attention_dropout = 0.0
+    _still(module)
     if training and learner.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not training:
@@ -96,6 +92,14 @@ def _load(model: ModelConfig, learner: LearnerConfig, *, training: bool, seed: i
     parameters = [p for p in module.parameters() if p.requires_grad] or None
     engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)
     return engine, token_logprobs
+
+
+def _still(module: Any) -> None:
+    """No dropout, no router jitter: pi and pi_ref are the same function of their weights, and both passes of an update give one value."""
+    for layer in module.modules():
+        noisy = [name for name, value in vars(layer).items() if isinstance(value, float) and ("drop" in name or "jitter" in name)]
+        for name in [*noisy, "p"] if isinstance(layer, torch.nn.Dropout) else noisy:
+            setattr(layer, name, 0.0)
 
 
 def _gather_by_layer(module: Any) -> None:
@@ -173,11 +177,17 @@ class ZeroPolicy:
         self._model, self._learner = model, learner
         self._engine, self._token_logprobs = _load(model, learner, training=True, seed=seed)
         self.module: Any = self._engine.module
+        with torch.no_grad():
+            check_function(self._logprobs_as, self.module, learner.layout)
 
     def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
         """[T] log-probs of the completion tokens, differentiable unless under `torch.no_grad`. Collective."""
         self._engine.train(torch.is_grad_enabled())
         return self._token_logprobs(self._engine, inputs, temperature)
+
+    def _logprobs_as(self, inputs: ModelInputs, *, training: bool) -> torch.Tensor:
+        self._engine.train(training)
+        return self._token_logprobs(self._engine, inputs, 1.0)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate the gradient of this rank's share of the loss; `last` marks the step's last call. Collective.
@@ -219,7 +229,7 @@ class ZeroPolicy:
                 write_model(Path(directory), self._model, entries, (tensor.to(getattr(torch, dtype)) for _, tensor in weights))
         finally:
             collections.deque(weights, maxlen=0)  # To the end, also where the disk was full: the other ranks gather with us.
-        dist.barrier()
+            dist.barrier()
 
     def forget_gathered(self) -> None:
         """Before partitions are changed: small parameters are kept whole, and would stay as they were. Not collective."""

@@ -6,6 +6,7 @@
 `train` is a process of tests/test_resume.py's own.
 """
 
+import itertools
 import json
 import os
 import random
@@ -120,8 +121,41 @@ class World:
         self.note(event=text)
 
 
+def plant_death(policy: Any, where: str) -> None:
+    """The process dies within the second or a later call of that part of a learner step."""
+    calls = itertools.count()
+
+    def die(*_: Any) -> None:
+        if next(calls):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    backward, named_weights = policy.backward, policy.named_weights
+
+    def dying_backward(loss: Any, *, last: bool) -> None:
+        loss.register_hook(die)
+        backward(loss, last=last)
+
+    def dying_gather(bucket_bytes: int) -> Iterator[Any]:
+        for weight in named_weights(bucket_bytes):
+            yield weight
+            die()
+
+    match where:
+        case "forward":
+            policy.module.model.layers[-1].register_forward_pre_hook(die)
+        case "backward":
+            policy.backward = dying_backward
+        case "step":
+            policy._engine.optimizer.optimizer.register_step_post_hook(die)
+        case "gather":
+            policy.named_weights = dying_gather
+
+
 def train(directory: Path, rank: int, resume_from: str | None) -> None:
-    """A real LearnerRank, as a process of its own; its buffer, board and monitor only note, in log-RANK.jsonl."""
+    """A real LearnerRank, as a process of its own; its buffer, board and monitor only note, in log-RANK.jsonl.
+
+    `script`: as World's; `dies`: where rank 1 dies.
+    """
     with (directory / f"stderr-{rank}.txt").open("w") as errors:
         os.dup2(errors.fileno(), sys.stderr.fileno())
     import ray
@@ -135,8 +169,10 @@ def train(directory: Path, rank: int, resume_from: str | None) -> None:
     learner = LearnerRank(rank, config, pad_id=0)
     learner.start(("127.0.0.1", meet(directory, rank)))
     script = json.loads((directory / "script.json").read_text())
+    if rank == 1 and "dies" in script:
+        plant_death(learner._policy, script["dies"])
     world = Handle(World(directory / f"log-{rank}.jsonl", script, learner.request_stop))
-    totals = learner.train([world], world, world, str(directory / "policy"), resume_from, {"note": "kept"})
+    totals = learner.train([world], world, world, str(directory / "policy"), resume_from)
     if rank == 0:
         (directory / "totals.json").write_text(json.dumps(totals))
 

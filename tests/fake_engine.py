@@ -88,7 +88,7 @@ class FakeEngine:
         self.submitted: list[tuple[str, int]] = []
         self.loaded: list[int] = []
         self.transfer: Any = None
-        self._has_arrived = False
+        self.is_receiving = False
 
     @property
     def num_unfinished(self) -> int:
@@ -141,10 +141,10 @@ class FakeEngine:
         self.transfer.init_transfer_engine(self.transfer.parse_init_info(init_info))
 
     def start_transfer(self) -> None:
-        self._has_arrived = False
+        self.is_receiving = False
 
     def update_transfer(self, update_info: dict[str, Any]) -> None:
-        self._has_arrived = True
+        self.is_receiving = True
         self.transfer.update_weights(update_info)
 
     def finish_transfer(self, version: int, probes: Mapping[str, str]) -> int:
@@ -156,7 +156,7 @@ class FakeEngine:
         return len(probes)
 
     def undo_transfer(self) -> None:
-        if self._has_arrived:
+        if self.is_receiving:
             self.version = -1
 
     def abort_transfer(self) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from actors.heartbeat import Heartbeat
 from cluster.errors import DataError
@@ -42,3 +44,27 @@ class SleepingActor(Heartbeat):
                 self._beat()
             time.sleep(0.02)
         return {}
+
+
+class UnluckyRank:
+    """In place of a LearnerRank: of a run named `dies-loading` the last rank dies while it loads; of one named `hangs`, it is stopped in
+    training, of which the others learn by an error that names nobody."""
+
+    def __init__(self, rank: int, config: Any, pad_id: int) -> None:
+        self.rank, self.name, self.is_last = rank, config.run.name, rank == config.learner.ranks - 1
+
+    def address(self) -> tuple[str, int]:
+        return "127.0.0.1", 1
+
+    def ping(self) -> int:
+        return self.rank
+
+    def start(self, address: tuple[str, int]) -> None:
+        if self.is_last and self.name == "dies-loading":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def train(self, *arguments: Any) -> None:
+        if self.is_last:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1)
+        raise RuntimeError("[gloo] Timed out waiting 90000ms for recv operation to complete")

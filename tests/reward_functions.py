@@ -24,6 +24,12 @@ def echo_column(prompts, completions, *, value, **columns):
     return value
 
 
+def in_a_quarter_second(prompts, completions, **columns):
+    """Well-behaved, and slow: four groups a second at most from each worker, so that a run lasts on a fast machine too."""
+    time.sleep(0.25)
+    return length(prompts, completions)
+
+
 def hang(prompts, completions, **columns):
     if "bad" in completions:
         time.sleep(1000)

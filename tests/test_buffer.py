@@ -299,6 +299,9 @@ class ReplayModel:
         if len(unconsumed) > self.config.capacity:
             self.rows.remove(min(unconsumed, key=lambda row: row[1]))
             self.counts["evicted_capacity"] += 1
+        if len(self.rows) > self.config.max_uses * self.config.capacity:
+            self.rows.remove(min((row for row in self.rows if row[2]), key=lambda row: row[1]))
+            self.counts["evicted_surplus"] += 1
         return True
 
     def evict_stale(self, step: int) -> None:
@@ -364,6 +367,16 @@ def test_the_choice_depends_on_seed_step_and_contents_only():
 
     assert chosen(1, 8, warm_up=0) == chosen(1, 8, warm_up=6)
     assert chosen(1, 8, 0) != chosen(1, 9, 0) != chosen(2, 9, 0)
+
+
+def test_groups_that_are_used_but_never_used_up_do_not_pile_up():
+    replay = Replay(BufferConfig(sampler="fresh", max_uses=3, max_staleness=10**6, capacity=2), 0)
+    for step in range(50):
+        replay.insert(GroupMeta(step, step, 1))
+        assert replay.take(1, step) == [step]
+        assert len(replay) <= 6
+    assert [(group.group_id, reason) for group, reason in replay.pop_evicted()] == [(n, "evicted_surplus") for n in range(44)]
+    assert replay.check_valid() == []
 
 
 def test_evictions_are_reported_with_their_reason():

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import multiprocessing
 import os
 import random
 import struct
 import time
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
 from buffer.ledger import audit, audit_run
 from buffer.records import decode_batch
+from buffer.replay import EVICTIONS
 from buffer.server import ReplayBuffer
 from buffer.shards import ShardedBuffer
 from tests.test_buffer_server import LEDGER_NAME, NUM_ROWS, check_sums, make_config, make_payload, ordinals_of, run_virtually
@@ -64,6 +70,7 @@ class Schedule:
             "max_uses": rng.randint(1, 3),
             "sampler": rng.choice(["uniform", "fresh", "oldest", "stratified", "priority"]),
         }
+        settings["groups_per_step"] = max(settings["groups_per_step"], math.ceil(num_shards / (settings["max_staleness"] + 1)))
         if lag:
             size, slack = rng.randint(1, 2), rng.choice([0, 1, 2, 1000])
             settings |= {"groups_per_step": size, "capacity": (lag + 1) * size + rng.randint(0, 3), "max_staleness": lag + slack}
@@ -73,7 +80,9 @@ class Schedule:
         self.config = make_config(timeout_s=5.0, min_staleness=lag, num_shards=num_shards, **settings)
         self.shards = [MortalShard(self.config, run_dir, NUM_ROWS, shard) for shard in range(num_shards)]
         self.buffer = ShardedBuffer(self.shards)
-        self.step = self.num_young = self.num_kills = 0
+        self.step = self.num_young = self.num_kills = self.num_lives = 0
+        self.dead: set[str] = set()
+        self.batches: dict[int, bytes] = {}  # Since the watermark.
 
     async def actor(self, name: str) -> None:
         while True:
@@ -86,6 +95,10 @@ class Schedule:
                     version = self.step  # As young as can be: generated after the last publication.
                 await self.report(name, ordinal, version)
                 await self.check_admission()
+                if name in self.dead:
+                    self.num_lives += 1
+                    name = f"successor-{self.num_lives}"
+                    break
             await asyncio.sleep(0.01)
 
     async def report(self, name: str, ordinal: int, version: int) -> None:
@@ -103,7 +116,9 @@ class Schedule:
             case "give_back":
                 await self.buffer.give_back(name, [ordinal])
             case "die":
+                self.dead.add(name)
                 await self.buffer.release_actor(name)
+                assert await self.buffer.lease(name, 1, 0.0) == [], "it was on its way when the actor died"
             case "too_small":
                 await self.buffer.insert(name, [make_payload(ordinal, version, rewards=(None, 1.0))])
 
@@ -116,8 +131,11 @@ class Schedule:
         while self.step < num_steps:
             batch = await self.buffer.sample(self.step, self.config.learner.groups_per_step, 1000.0)
             assert batch is not None, f"the learner starved at step {self.step}"
+            self.batches[self.step] = batch
             if self.rng.random() < 0.2:
                 assert await self.buffer.sample(self.step, 1, 1000.0) == batch, "the learner lost it and asks again"
+            if self.rng.random() < 0.1:  # It goes back to its checkpoint.
+                assert {step: await self.buffer.sample(step, 1, 1000.0) for step in self.batches} == self.batches
             groups = decode_batch(batch).groups
             assert len({group.group_id for group in groups}) == len(groups)
             for group in groups:
@@ -131,6 +149,7 @@ class Schedule:
                 await self.buffer.set_step(self.step)
             if self.rng.random() < 0.3:
                 await self.buffer.set_watermark(self.step)
+                self.batches.clear()
 
     async def reaper(self) -> None:
         while True:
@@ -153,68 +172,82 @@ class Schedule:
         return stats
 
 
+class Finished(NamedTuple):
+    """What is left of a schedule that has come to its end."""
+
+    step: int
+    num_kills: int
+    num_young: int
+    max_staleness: int
+    stats: dict[str, float]
+    ledger: dict[str, Any]
+
+
+def finish(seed: int, base: Path, lags: int = 0, num_shards: int = 1) -> Finished:
+    """Runs one, with one of so many lags; it asserts the bounds while it runs."""
+
+    async def run() -> tuple[Schedule, dict[str, float]]:
+        schedule = Schedule(seed, str(base / str(seed)), lag=1 + seed % lags if lags else 0, num_shards=num_shards)
+        return schedule, await schedule.run()
+
+    schedule, stats = run_virtually(run())
+    ledger = audit_run(base / str(seed))
+    return Finished(schedule.step, schedule.num_kills, schedule.num_young, schedule.config.buffer.max_staleness, stats, ledger)
+
+
+def finish_all(count: int, base: Path, **settings: int) -> list[Finished]:
+    """On two cores."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("forkserver")) as processes:
+        return list(processes.map(partial(finish, base=base, **settings), range(count), chunksize=10))
+
+
 NUM_SCHEDULES = {1: 700, 3: 300}
 
 
 @pytest.fixture(scope="module", params=NUM_SCHEDULES, ids=lambda shards: f"{shards} shards")
-def schedules(request, tmp_path_factory) -> list[tuple[Schedule, dict[str, float], dict[str, Any]]]:
-    """1,000 finished random schedules with their stats and audits; each asserts the bounds while it runs."""
-    finished = []
-    base = tmp_path_factory.mktemp("schedules")
-    for seed in range(NUM_SCHEDULES[request.param]):
-
-        async def run_one(seed: int = seed) -> tuple[Schedule, dict[str, float]]:
-            schedule = Schedule(seed, str(base / str(seed)), num_shards=request.param)
-            return schedule, await schedule.run()
-
-        finished.append((*run_virtually(run_one()), audit_run(base / str(seed))))
-    return finished
+def schedules(request, tmp_path_factory) -> list[Finished]:
+    """1,000 finished random schedules."""
+    return finish_all(NUM_SCHEDULES[request.param], tmp_path_factory.mktemp("schedules"), num_shards=request.param)
 
 
 @pytest.mark.slow
 def test_invariant_1_every_leased_item_ends_exactly_once(schedules):
-    for _, stats, ledger in schedules:
+    for *_, stats, ledger in schedules:
         status = ledger["status"]
         assert ledger["violations"] == []
         assert sum(status.values()) == stats["frontier"]
         assert status.get("leased", 0) + status.get("waiting", 0) == stats["leased"]
         assert status.get("failed", 0) == stats["failed"] + stats["evicted_too_small"]
         assert status.get("stored", 0) == stats["groups"]
-        told = {name: ledger["evictions"].get(name, 0) for name in ("evicted_used", "evicted_stale")}
-        assert sum(ledger["evictions"].values()) == stats["evicted_used"] + stats["evicted_stale"]
+        told = {name: ledger["evictions"].get(name, 0) for name in EVICTIONS}
+        assert sum(ledger["evictions"].values()) == sum(stats[name] for name in EVICTIONS)
         assert all(told[name] <= stats[name] for name in told), "a line that a kill took is written again, without its reason"
-    totals = {name: sum(stats[name] for _, stats, _ in schedules) for name in schedules[0][1]}
-    assert sum(schedule.num_kills for schedule, _, _ in schedules) > 100
+    totals = {name: sum(schedule.stats[name] for schedule in schedules) for name in schedules[0].stats}
+    assert sum(schedule.num_kills for schedule in schedules) > 100
     assert all(totals[name] > 100 for name in ("duplicates", "reissued", "expired", "failed", "evicted_stale", "evicted_used")), totals
 
 
 @pytest.mark.slow
 def test_invariant_3_the_staleness_bound_holds_in_every_schedule(schedules):
-    for schedule, _, ledger in schedules:
-        assert ledger["max_staleness"] <= schedule.config.buffer.max_staleness
-    assert max(ledger["max_staleness"] for _, _, ledger in schedules) == 3
+    for schedule in schedules:
+        assert schedule.ledger["max_staleness"] <= schedule.max_staleness
+    assert max(schedule.ledger["max_staleness"] for schedule in schedules) == 3
 
 
 @pytest.mark.slow
 def test_invariant_4_no_schedule_deadlocks_or_exceeds_admission(schedules):
-    assert all(schedule.step == 8 for schedule, _, _ in schedules)
-    assert sum(stats["wait_admission_s"] for _, stats, _ in schedules) > 0
-    assert sum(stats["wait_batch_s"] for _, stats, _ in schedules) > 0
+    assert all(schedule.step == 8 for schedule in schedules)
+    assert sum(schedule.stats["wait_admission_s"] for schedule in schedules) > 0
+    assert sum(schedule.stats["wait_batch_s"] for schedule in schedules) > 0
 
 
 @pytest.mark.slow
 def test_no_batch_is_younger_than_min_staleness_but_where_a_full_buffer_holds_nothing_older(tmp_path):
     num_strict = num_young = 0
-    for seed in range(120):
-
-        async def run_one(seed: int = seed) -> tuple[Schedule, dict[str, float]]:
-            schedule = Schedule(seed, str(tmp_path / str(seed)), lag=1 + seed % 4)
-            return schedule, await schedule.run()
-
-        schedule, stats = run_virtually(run_one())
+    for schedule in finish_all(120, tmp_path, lags=4):
         assert schedule.step == 8, "a deadlock would have starved the learner"
-        assert schedule.num_young == stats["taken_young"]
-        if not stats["evicted_stale"]:
+        assert schedule.num_young == schedule.stats["taken_young"]
+        if not schedule.stats["evicted_stale"]:
             num_strict += 1
             assert schedule.num_young == 0
         num_young += schedule.num_young
@@ -234,15 +267,16 @@ def _serve_until_killed(run_dir: str, seed: int, acks: int) -> None:
         buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
         os.write(acks, struct.pack("<q", -1))
         step = buffer._step
-        while True:
-            ordinals = ordinals_of(await buffer.lease("a", rng.randint(1, 5), 0.0))
+        for life in itertools.count():
+            actor = f"a.{life}"
+            ordinals = ordinals_of(await buffer.lease(actor, rng.randint(1, 5), 0.0))
             keep = [ordinal for ordinal in ordinals if rng.random() < 0.8]
-            for ordinal in await buffer.insert("a", [make_payload(ordinal, step) for ordinal in keep]):
+            for ordinal in await buffer.insert(actor, [make_payload(ordinal, step) for ordinal in keep]):
                 os.write(acks, struct.pack("<q", ordinal))
-            await buffer.fail("a", [ordinal for ordinal in ordinals if ordinal not in keep and rng.random() < 0.5], "random")
+            await buffer.fail(actor, [ordinal for ordinal in ordinals if ordinal not in keep and rng.random() < 0.5], "random")
             if await buffer.sample(step, 2, 0.0):
                 step += 1
-            await buffer.release_actor("a")
+            await buffer.release_actor(actor)
 
     asyncio.run(work())
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import multiprocessing
+import os
+import resource
 import selectors
+import signal
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -15,8 +19,9 @@ import msgspec
 import pytest
 
 from buffer.admission import MAX_LOSSES, LeaseError, work_item
-from buffer.ledger import audit
+from buffer.ledger import audit, audit_run
 from buffer.records import Group, Sample, VersionSpan, WorkItem, decode_batch, encode
+from buffer.replay import EVICTIONS
 from buffer.server import ReplayBuffer
 from buffer.store import DiskFullError
 from cluster.config import Config
@@ -101,7 +106,7 @@ async def check_sums(buffer: ReplayBuffer) -> dict[str, float]:
     """The stats without their prefix, after checking that every generated group is accounted for."""
     stats = {name.removeprefix("buffer/"): value for name, value in (await buffer.stats()).items()}
     assert stats["frontier"] == stats["inserted"] + stats["evicted_too_small"] + stats["failed"] + stats["leased"]
-    assert stats["inserted"] == stats["groups"] + stats["evicted_used"] + stats["evicted_stale"] + stats["evicted_capacity"]
+    assert stats["inserted"] == stats["groups"] + sum(stats[name] for name in EVICTIONS)
     return stats
 
 
@@ -127,6 +132,16 @@ async def test_a_group_goes_from_lease_to_batch(run_dir):
         assert [(group.group_id, group.uses, len(group.samples)) for group in batch.groups] == [(1, use, 2), (0, use, 2)]
     stats = await check_sums(buffer)
     assert (stats["groups"], stats["evicted_used"], stats["leased"], stats["frontier"]) == (0, 2, 1, 3)
+
+
+@scenario
+async def test_a_group_that_claims_to_be_used_arrives_unused(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=4, max_uses=2), run_dir, NUM_ROWS)
+    await buffer.lease("a", 1, 1.0)
+    claims = msgspec.structs.replace(msgspec.msgpack.decode(make_payload(0), type=Group), uses=2)
+    await buffer.insert("a", [encode(claims)])
+    for use in (1, 2):
+        assert [group.uses for group in decode_batch(await buffer.sample(use, 1, 1.0) or b"").groups] == [use]
 
 
 @scenario
@@ -455,6 +470,57 @@ async def test_a_full_disk_refuses_insert_and_lease_and_training_goes_on_until_b
     after = await check_sums(buffer)
     assert (after["inserted"], after["taken"]) == (5, 6)
     assert audit(f"{run_dir}/{LEDGER_NAME}")["violations"] == []
+
+
+def _train_on_a_full_disk(run_dir: str) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # No file may grow: every write is refused.
+
+    async def train() -> None:
+        buffer = ReplayBuffer(make_config(capacity=8), run_dir, NUM_ROWS)
+        assert len(ids_of(await buffer.sample(0, 2, 1.0))) == 2
+        with pytest.raises(DiskFullError):
+            await buffer.lease("a", 1, 0.0)
+        assert (await check_sums(buffer))["disk_errors"] >= 3
+
+    asyncio.run(train())
+    os._exit(0)
+
+
+@scenario
+async def test_a_buffer_that_was_killed_starts_again_on_a_full_disk_and_training_goes_on(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=8), run_dir, NUM_ROWS)
+    await buffer.lease("a", 4, 1.0)
+    await buffer.insert("a", [make_payload(0), make_payload(1), make_payload(2)])
+    buffer._store.close()
+    process = multiprocessing.get_context("fork").Process(target=_train_on_a_full_disk, args=(run_dir,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert (await check_sums(ReplayBuffer(make_config(capacity=8), run_dir, NUM_ROWS)))["groups"] == 3
+
+
+@pytest.mark.parametrize("num_lines_left", range(0, 15, 2))
+def test_lines_that_the_ledger_lost_are_written_again_at_the_next_start(tmp_path, num_lines_left):
+    async def scenario() -> None:
+        buffer = ReplayBuffer(make_config(capacity=8, sampler="oldest"), str(tmp_path), NUM_ROWS)
+        await buffer.lease("a", 6, 1.0)
+        await buffer.insert("a", [make_payload(ordinal) for ordinal in range(4)])
+        await buffer.fail("a", [4], "too long")
+        assert ids_of(await buffer.sample(0, 2, 1.0)) == [0, 1]
+        await buffer.close()
+        path = tmp_path / LEDGER_NAME
+        lines = path.read_bytes().splitlines(keepends=True)
+        assert len(lines) == 15
+        path.write_bytes(b"".join(lines[:num_lines_left]))
+        buffer = ReplayBuffer(make_config(capacity=8, sampler="oldest"), str(tmp_path), NUM_ROWS)
+        await buffer.insert("a", [make_payload(5)])
+        await buffer.close()
+
+    run_virtually(scenario())
+    found = audit_run(tmp_path)
+    assert found["violations"] == []
+    assert found["balance"] == "6 generated = 2 trained + 3 buffered + 0 evicted + 1 failed + 0 in flight"
 
 
 @scenario

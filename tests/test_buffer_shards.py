@@ -83,6 +83,33 @@ async def test_admission_is_what_it_was_with_one_shard_and_room_wakes_who_waits(
 
 
 @with_1_and_3_shards
+async def test_a_learner_that_goes_back_is_given_every_batch_again_also_by_shards_without_a_part_in_it(run_dir, num_shards):
+    settings = {"capacity": 12, "groups_per_step": 2}
+    buffer = open_buffer(run_dir, num_shards, **settings)
+    await fill(buffer, 12)
+    batches = [await buffer.sample(step, 2, 1.0) for step in range(6)]
+    assert [await buffer.sample(step, 2, 1.0) for step in range(6)] == batches
+    await buffer.close()
+    buffer = open_buffer(run_dir, num_shards, **{**settings, "groups_per_step": 5})  # A user may change it between two starts.
+    assert [await buffer.sample(step, 5, 0.0) for step in range(6)] == batches
+    await buffer.set_watermark(3)
+    assert await buffer.sample(3, 5, 0.0) == batches[3]
+    with pytest.raises(DataError, match="the batch of step 2 was forgotten"):
+        await buffer.sample(2, 5, 0.0)
+    assert (await check_sums(buffer))["taken"] == 12
+
+
+@with_1_and_3_shards
+async def test_who_is_gone_is_given_nothing_any_more_until_the_run_starts_again(run_dir, num_shards):
+    buffer = open_buffer(run_dir, num_shards, capacity=6, groups_per_step=2)
+    await buffer.release_actor("a")
+    assert await buffer.lease("a", 6, 0.0) == []
+    assert len(await buffer.lease("b", 6, 0.0) or []) == 6
+    await buffer.release_all()
+    assert len(await buffer.lease("a", 6, 0.0) or []) == 6
+
+
+@with_1_and_3_shards
 async def test_reports_reach_the_shard_of_their_item_and_wrong_ones_are_refused(run_dir, num_shards):
     buffer = open_buffer(run_dir, num_shards, capacity=12, groups_per_step=4)
     ordinals: list[int] = []
@@ -141,7 +168,7 @@ def test_a_batch_half_taken_when_its_caller_died_is_completed_by_the_next_call(t
     async def scenario() -> None:
         buffer = open_buffer(str(tmp_path), 3, capacity=12, groups_per_step=6)
         await fill(buffer, 12)
-        part = decode_batch(await buffer._shards[1].sample(0, 2, 0.0) or b"").groups
+        part = decode_batch(await buffer._shards[1].sample(0, 2, 0.0, 6) or b"").groups
         batch = await buffer.sample(0, 6, 1.0)
         assert len(set(ids_of(batch))) == 6
         assert {group.group_id for group in part} <= set(ids_of(batch))

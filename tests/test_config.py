@@ -124,7 +124,7 @@ BAD_OVERRIDES = [
     ("data.offline=x.jsonl buffer.min_staleness=2", ["buffer.min_staleness = 2", "no age"]),
     ("buffer.min_staleness=64", ["buffer.max_staleness >= min_staleness + weights.publish_every - 1 = 65", "= 2080 (here 96)"]),
     ("data.system_prompt=Think.", ["data.system_prompt", "data.chat_template = false", "Set data.chat_template=true"]),
-    ("actors.num_gpus=1.5", ["actors.num_gpus = 1.5", "whole GPUs"]),
+    ("actors.num_gpus=2", ["actors.num_gpus = 2", "raise actors.count"]),
     ("learner.num_gpus=4", ["learner.num_gpus = 4", "raise learner.ranks"]),
     ("model.attention=flash_attention_2", ["model.attention = flash_attention_2", "learner.num_gpus > 0", "sdpa"]),
     ("model.attention=flash_attention_2 learner.num_gpus=1", ["model.dtype = bfloat16", "here float32"]),

@@ -77,6 +77,7 @@ class Handle:
             def remote(verb: str, number: int, *arguments: Any) -> Answer:
                 def call() -> str:
                     if verb == actor.dies_at:
+                        wait_until(actor.may_die, "the moment to die")
                         raise ConnectionError("the actor died")
                     return actor.receive(verb, number, *arguments)
 
@@ -88,12 +89,13 @@ class Handle:
 class PushedActor(SimulatedActor):
     """The real loop, on a simulated engine with vLLM's own receiving end.
 
-    dies_at    the order that it does not survive
+    dies_at    the order that it does not survive, once `may_die` is true
     gate       closed: its loop stands still in a step
     """
 
     def __init__(self, run: Bench, name: str) -> None:
         self.dies_at, self.gate = "", threading.Event()
+        self.may_die: Callable[[], bool] = lambda: True
         self.gate.set()
         super().__init__(run, name, num_tokens=(2, 9), step_s=0.001)
         self.engine.transfer = receiving_engine(run.config.weights.transport)
@@ -229,6 +231,7 @@ def test_with_nccl_an_actor_that_dies_while_weights_arrive_costs_the_others_a_sn
     run = bench(pushing("nccl"))
     cast = Cast(run, 3)
     cast.actors[1].dies_at = "update"
+    cast.actors[1].may_die = lambda: all(cast.actors[number].engine.is_receiving for number in (0, 2))
     start_s = time.monotonic()
     cast.learner.publish(2)
     assert time.monotonic() - start_s < 6

@@ -45,6 +45,9 @@ class ReplayModel:
         unconsumed = [stored for stored in self.rows if stored.uses == 0]
         if len(unconsumed) > self.config.capacity:
             self.evict(min(unconsumed, key=lambda stored: stored.oldest_version), "evicted_capacity")
+        if len(self.rows) > self.config.max_uses * self.config.capacity:
+            used = [stored for stored in self.rows if stored.uses]
+            self.evict(min(used, key=lambda stored: stored.oldest_version), "evicted_surplus")
         return True
 
     def evict_stale(self, step: int) -> None:

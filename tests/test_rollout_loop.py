@@ -19,6 +19,7 @@ from actors.engine import Engine
 from actors.offline import OfflineActor
 from actors.prompts import OfflineSample
 from buffer.ledger import audit_run
+from buffer.replay import EVICTIONS
 from buffer.store import DiskFullError
 from cluster.errors import PeerTimeout
 from tests.fake_engine import FakeEngine
@@ -302,7 +303,7 @@ def test_nothing_is_lost_whatever_happens_in_between(bench, num_shards, on_updat
     totals = [end.result(0) for end in ends]
     stats = run.stats()
     assert sum(found["insert_retries"] for found in totals) > 0
-    assert stats["inserted"] == stats["groups"] + stats["evicted_used"] + stats["evicted_stale"] + stats["evicted_capacity"]
+    assert stats["inserted"] == stats["groups"] + sum(stats[name] for name in EVICTIONS)
     assert stats["frontier"] == stats["inserted"] + stats["evicted_too_small"] + stats["failed"] + stats["leased"]
     assert stats["samples_error"] == 0
     assert audit_run(run.run_dir)["status"].get("leased", 0) == 0, "who retired left nothing with its name"

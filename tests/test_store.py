@@ -17,7 +17,7 @@ from buffer.ledger import Ledger, audit, read_statuses
 from buffer.records import Group, Sample, VersionSpan, decode_group, encode
 from buffer.replay import meta_of
 from buffer.sampling import GroupMeta
-from buffer.store import BatchEntry, DiskFullError, Store, StoreError
+from buffer.store import BatchEntry, DiskFullError, RecordedBatch, Store, StoreError
 
 
 def make_group(group_id: int, version: int = 0, num_tokens: int = 4) -> Group:
@@ -50,7 +50,7 @@ def test_a_store_opened_again_holds_groups_uses_order_and_state(tmp_path):
     store = Store(tmp_path / "b.sqlite")
     assert store.load_state() is None
     put(store, make_group(7), make_group(3, version=5))
-    store.put_batch(4, [BatchEntry(3, 1, False)])
+    store.put_batch(4, RecordedBatch(2, [BatchEntry(3, 1, False)]))
     store.put_ref_logprobs(3, [-1.0, -2.0])
     store.put_lease(9, "a", 2)
     store.put_lease(8, "", 0)
@@ -64,7 +64,7 @@ def test_a_store_opened_again_holds_groups_uses_order_and_state(tmp_path):
         (3, 5, 1, 12),
     ]
     assert (store.load_state(), store.load_leases()) == ({"frontier": 8}, [(8, "", 0), (9, "a", 2)])
-    assert (store.load_batches(), store.load_held()) == ({4: [BatchEntry(3, 1, False)]}, {5: make_group(1).samples[0]})
+    assert (store.load_batches(), store.load_held()) == ({4: RecordedBatch(2, [BatchEntry(3, 1, False)])}, {5: make_group(1).samples[0]})
     assert read(store, 3, 7)[1] == make_group(7)
     assert [ref for _, ref in store.read_groups([3, 7])] == [[-1.0, -2.0], None]
 
@@ -79,8 +79,8 @@ def test_putting_an_id_again_changes_nothing(tmp_path):
 def test_a_group_that_left_stays_while_a_batch_needs_it(tmp_path):
     store = Store(tmp_path / "b.sqlite")
     put(store, make_group(1), make_group(2), make_group(3))
-    store.put_batch(4, [BatchEntry(1, 1, False)])
-    store.put_batch(6, [BatchEntry(2, 1, False)])
+    store.put_batch(4, RecordedBatch(1, [BatchEntry(1, 1, False)]))
+    store.put_batch(6, RecordedBatch(1, [BatchEntry(2, 1, False)]))
     for group_id, uses in ((1, 1), (2, 1), (3, 0)):
         store.leave(GroupMeta(group_id, 0, 12, uses))
     store.flush()
@@ -104,7 +104,7 @@ def test_fsync_is_what_was_asked_for(tmp_path, fsync, level):
 def test_a_database_of_another_format_is_refused(tmp_path):
     with sqlite3.connect(tmp_path / "b.sqlite") as db:
         db.execute("CREATE TABLE groups (group_id)")
-    with pytest.raises(StoreError, match="has format 1, this version writes 2"):
+    with pytest.raises(StoreError, match="has format 1, this version writes 3"):
         Store(tmp_path / "b.sqlite")
 
 
@@ -138,7 +138,7 @@ def test_a_second_process_is_refused(tmp_path, monkeypatch):
 
 def test_a_file_that_is_no_database_is_explained(tmp_path):
     (tmp_path / "b.sqlite").write_bytes(b"not sqlite " * 100)
-    with pytest.raises(StoreError, match="Move the file away"):
+    with pytest.raises(StoreError, match=r"Move it and ledger\*\.jsonl away"):
         Store(tmp_path / "b.sqlite")
 
 

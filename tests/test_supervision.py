@@ -21,13 +21,14 @@ from cluster.board import Board, Directive
 from cluster.config_file import parse_config
 from cluster.errors import DataError, PeerTimeout, RewardError, TrainingError
 from cluster.fleet import MAX_DEATHS
-from cluster.health import Health, _ordinal
+from cluster.gang import LearnerGang, RankDied
+from cluster.health import Health, Recent, _ordinal
 from cluster.prepare import Inputs
 from cluster.processes import answer, explained, memory_hint
 from cluster.services import BUFFER, Services
 from cluster.session import logical_cpus
 from cluster.watchdog import MIN_QUIET_S, RECENT_S, Observation, Watchdog, dump_stacks, stalled_stage
-from tests.fleet_actors import SleepingActor
+from tests.fleet_actors import SleepingActor, UnluckyRank
 
 BASE: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "rewards": {"functions": [{"name": "exact_match"}]}}
 CONFIG = parse_config({**BASE, "run": {"timeout_s": 30.0}})
@@ -191,6 +192,35 @@ def inputs(run_dir: Path, **sections: dict[str, Any]) -> Inputs:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "ranks", "cause"),
+    [
+        ("dies-loading", 1, "learner rank 0 died"),
+        ("dies-loading", 2, "learner rank 1 died"),
+        ("hangs", 2, "learner rank 1 does not answer"),
+    ],
+)
+def test_a_rank_that_dies_while_it_loads_or_hangs_is_named_and_can_be_started_again(
+    local_ray: None, monkeypatch: Any, name: str, ranks: int, cause: str
+) -> None:
+    monkeypatch.setattr("cluster.gang.LearnerRank", UnluckyRank)
+    monkeypatch.setattr("cluster.gang.DEATH_LOOK_S", 3.0)
+    gang = LearnerGang(parse_config({**BASE, "run": {"name": name}, "learner": {"ranks": ranks, "num_cpus": 0.5}}), 0, ())
+
+    def look_on() -> None:
+        until_s = time.monotonic() + 60
+        while time.monotonic() < until_s:
+            gang.look()
+            time.sleep(0.1)
+
+    try:
+        with pytest.raises(RankDied, match=cause):
+            look_on()
+    finally:
+        gang.kill()
+
+
+@pytest.mark.slow
 def test_killed_shards_come_back_with_what_they_held_and_the_restart_is_an_event(local_ray: None, tmp_path: Path) -> None:
     services = Services(inputs(tmp_path, buffer={"num_shards": 2}))
     health = Health(CONFIG, services, tmp_path)
@@ -302,11 +332,30 @@ def test_a_learner_left_alone_is_told_of_once_and_again_when_it_goes_on() -> Non
 
 def test_rewards_that_fail_too_often_stop_the_run_with_their_texts_once_each() -> None:
     judge, _ = health()
-    judge._judge_rewards({"buffer/samples_error": 30.0, "buffer/samples_total": 60.0})  # Too few to tell.
+    judge._judge_rewards({"buffer/samples_error": 500.0, "buffer/samples_total": 500.0})  # Before this start: the reward is mended.
+    judge._judge_rewards({"buffer/samples_error": 530.0, "buffer/samples_total": 560.0})  # Too few to tell.
     with pytest.raises(RewardError) as caught:
-        judge._judge_rewards({"buffer/samples_error": 30.0, "buffer/samples_total": 64.0})
+        judge._judge_rewards({"buffer/samples_error": 530.0, "buffer/samples_total": 564.0})
     assert str(caught.value).count("ValueError: raises") == 1
-    assert "30 of 64 samples got no reward" in str(caught.value)
+    assert "30 of the last 64 samples got no reward" in str(caught.value)
+
+
+def test_rewards_that_break_late_in_a_long_run_stop_it_as_soon_as_early_ones() -> None:
+    now_s = 0.0
+    judge = Health(CONFIG, Notes(), Path(), clock=lambda: now_s)  # type: ignore[arg-type]
+    for minute in range(600):
+        now_s = 60.0 * minute
+        judge._judge_rewards({"buffer/samples_error": 0.0, "buffer/samples_total": 1000.0 * minute})
+    now_s += 60.0
+    judge._judge_rewards({"buffer/samples_error": 1000.0, "buffer/samples_total": 600_000.0})
+    now_s += 60.0
+    with pytest.raises(RewardError, match="2000 of the last 5000 samples"):
+        judge._judge_rewards({"buffer/samples_error": 2000.0, "buffer/samples_total": 601_000.0})
+
+
+def test_slow_rewards_are_judged_over_as_many_samples_as_it_takes() -> None:
+    recent = Recent()
+    assert [recent.since_then(1000.0 * look, 0.0, 8.0 * look) for look in range(20)][-1] == (0.0, 64.0)
 
 
 @pytest.mark.parametrize(("actors", "expected"), [({"count": 2}, 9), ({"count": 12}, 13), ({"count": 2, "max": 20}, 21)])

@@ -353,7 +353,7 @@ def test_a_transport_that_the_machines_cannot_have_is_refused_with_a_remedy(case
 @pytest.mark.parametrize(
     ("transport", "learner", "actors"),
     [
-        ("nccl", {"num_gpus": 1, "ranks": 4}, {"num_gpus": 2, "count": 3, "max": 6}),
+        ("nccl", {"num_gpus": 1, "ranks": 4}, {"num_gpus": 1, "count": 3, "max": 6}),
         ("ipc", {"num_gpus": 0.5}, {"num_gpus": 0.25, "count": 2}),
     ],
 )

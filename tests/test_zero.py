@@ -90,7 +90,7 @@ def plain(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> dict:
     """The plain loop: padded, one micro-batch a step, whole logits; and with a moving reference and proximal policy."""
     moving = request.param == "moving"
     name = "untied" if moving else request.param
-    config = config_for(str(tiny_models[name]), moving=moving, micro_batch_tokens=4096)
+    config = config_for(str(tiny_models[name]), moving=moving, micro_batch_tokens=4096, layout="padded")
     return {"moving": moving, "model_dir": tiny_models[name], **run_plain(config)}
 
 
