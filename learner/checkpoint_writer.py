@@ -15,7 +15,6 @@ written waits for it: all ranks then save at the same steps without having to ag
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import importlib.metadata
 import json
 import math
@@ -88,7 +87,7 @@ class CheckpointWriter:
         if rank == 0:
             with contextlib.suppress(OSError):  # `save` meets the same error and tells it.
                 self._root.mkdir(parents=True, exist_ok=True)
-            self._sweep(spared=f".step-*.{session}")  # Another rank may be ahead of us.
+            self._sweep(0)
 
     def save(self, step: int, parts: Iterable[Part], state: Mapping[str, Any]) -> None:
         """Begin the checkpoint of `step`; returns when `parts` and `state` (JSON; rank 0's counts) may change again.
@@ -123,7 +122,7 @@ class CheckpointWriter:
         """Wait, and leave nothing aside."""
         self.wait()
         if self._rank == 0:
-            self._sweep()
+            self._sweep(math.inf)
 
     def metrics(self) -> dict[str, float]:
         """Counts so far, and the seconds that the newest one took."""
@@ -169,7 +168,7 @@ class CheckpointWriter:
         aside = self._aside(step)
         aside.mkdir(parents=True, exist_ok=True)  # By whoever comes first.
         if self._rank == 0:
-            self._sweep(spared=aside.name)
+            self._sweep(step)
             self._check_free_space(entries)
         held = [entry for entry in entries if self._host[entry.key].numel()]
         shards = [TensorEntry(entry.key, entry.dtype, (self._host[entry.key].numel(),)) for entry in held]
@@ -242,10 +241,11 @@ class CheckpointWriter:
     def _aside(self, step: int) -> Path:
         return self._root / f".{checkpoint_name(step)}.{self._session}"
 
-    def _sweep(self, spared: str = "") -> None:
-        """Remove what was left aside by those who were killed or gave up."""
+    def _sweep(self, step: float) -> None:
+        """Remove what was left aside by those who were killed or gave up. Another rank may be ahead of us: from `step` on, ours stay."""
         for path in self._root.glob(".step-*"):
-            if not fnmatch.fnmatch(path.name, spared):
+            number, _, session = path.name.removeprefix(".step-").partition(".")
+            if session != self._session or int(number) < step:
                 shutil.rmtree(path, ignore_errors=True)
 
 

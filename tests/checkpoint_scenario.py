@@ -197,7 +197,7 @@ def save_without_end(directory: Path, rank: int, session: str, first_step: int, 
     for step in range(first_step, first_step + 10**6):
         writer.save(step, parts_of(step, rank), {"step": step})
         writer.wait()
-        if rank == 0:
+        if rank == 0 and writer.metrics()["checkpoint/saved"] == step - first_step + 1:
             os.write(acknowledged, f"{step}\n".encode())
 
 

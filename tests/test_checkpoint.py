@@ -128,6 +128,18 @@ def test_a_directory_without_a_manifest_or_of_another_step_is_never_trusted(tmp_
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
+def test_a_rank_that_is_a_checkpoint_ahead_keeps_what_it_has_written(tmp_path: Path) -> None:
+    told: list[str] = []
+    slow, fast = (CheckpointWriter(tmp_path, rank, 2, session="s", timeout_s=2.0, on_event=told.append) for rank in range(2))
+    for writer in (fast, slow):
+        for step in (1, 2):
+            writer.save(step, parts_of(step, writer is fast), {"step": step})
+    for writer in (fast, slow):
+        writer.close()
+    assert told == []
+    assert [step for step, _ in checkpoint_dirs(tmp_path)] == [1, 2]
+
+
 def test_the_newest_so_many_stay_and_the_watermark_is_the_oldest_of_them(tmp_path: Path) -> None:
     oldest: list[int] = []
     for step in (1, 2, 3):
