@@ -15,7 +15,7 @@ import pytest
 from buffer.ledger import audit_run
 from tests.test_system import processes_of, rows_of, start_train, wait_for_step
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 STEPS = 100
 MAX_KILLS = 5
 EVERY_S = 10.0
@@ -47,7 +47,7 @@ def test_training_ends_at_its_step_count_with_a_clean_audit_though_something_die
     num_shards: int, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    more = (f"buffer.num_shards={num_shards}", "buffer.max_uses=2", "eval.every=1000", "checkpoint.every=20", PACE)
+    more = (f"buffer.num_shards={num_shards}", "buffer.max_uses=2", "eval.every=1000", "checkpoint.every=20", PACE, "actors.count=2")
     process = start_train(tiny_models["tied"], run_dir, STEPS, *more)
     wait_for_step(process, run_dir, 3)
     deaths: Counter[tuple[str, str]] = Counter()

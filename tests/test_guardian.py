@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DRIVER = """
 import os, subprocess, sys, time
 from cluster.guardian import LOOK_S, guard
+
+pytestmark = pytest.mark.alone
 guard()
 child = subprocess.Popen(["sleep", "300"], start_new_session=True)
 time.sleep(2 * LOOK_S)

@@ -20,6 +20,8 @@ from cluster.errors import RewardError
 from rewards.pool import RewardPool
 from rewards.scoring import Scored
 
+pytestmark = pytest.mark.alone
+
 TIMEOUT_S = 1.0
 RESULT_LIMIT_S = 60.0
 

@@ -11,6 +11,8 @@ from actors.prompts import OfflineSample
 from tests.in_process import Bench
 from tests.simulated import LONG, STEP_S, SimulatedActor, benches, ledger, make_config, rows, until
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
