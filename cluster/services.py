@@ -6,7 +6,6 @@ itself with all it acknowledged, and Ray repeats the calls that were under way.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future
@@ -23,7 +22,7 @@ from cluster.errors import PeerTimeout
 from cluster.monitor import Monitor
 from cluster.peers import Calls, connect_buffer
 from cluster.prepare import Inputs
-from cluster.processes import explained, log_tail, on_this_node, remote
+from cluster.processes import explained, log_tail, on_this_node, remote, whereabouts
 
 BUFFER, BOARD, MONITOR = "replay buffer", "board", "monitor"
 
@@ -74,7 +73,7 @@ class Services:
         self._timeout_s = config.run.timeout_s
         self._calls = Calls(self._timeout_s)
         self._owed: list[Call] = []
-        self._pids: list[Future[int]] = []
+        self._whereabouts: list[Future[tuple[str, int]]] = []
         self.monitor = monitor = remote(Monitor).options(**here).remote(config, run_dir)
         shard_class = remote(ReplayBuffer).options(max_concurrency=1000, max_restarts=-1, max_task_retries=-1, **here)
         self.buffers = [shard_class.remote(config, run_dir, len(inputs.prompts), shard) for shard in range(config.buffer.num_shards)]
@@ -137,15 +136,11 @@ class Services:
 
     def last_words_of_shards(self) -> str:
         """What buffer shards that are gone since the last call wrote to their logs."""
-        pids = [future.result(0) for future in self._pids if future.done() and future.exception() is None]
-        self._pids = [self._calls.start(shard.__ray_call__.remote(_pid)) for shard in self.buffers]
+        pids = [future.result(0)[1] for future in self._whereabouts if future.done() and future.exception() is None]
+        self._whereabouts = [self._calls.start(shard.__ray_call__.remote(whereabouts)) for shard in self.buffers]
         return "\n".join(line for pid in pids if not psutil.pid_exists(pid) for line in log_tail(pid))
 
     def kill(self) -> None:
         """End them all at once."""
         for handle in [*self.buffers, self.board, self.monitor]:
             ray.kill(handle)
-
-
-def _pid(_: object) -> int:
-    return os.getpid()

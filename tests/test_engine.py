@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine_scenario import MAX_NEW_TOKENS, NUM_LOADS, ON_UPDATE, SLOTS, Generated, Report, weights
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 EOS = 1
 TOLERANCE_NATS = 1e-4

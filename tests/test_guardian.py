@@ -8,12 +8,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.alone
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = """
 import os, subprocess, sys, time
 from cluster.guardian import LOOK_S, guard
 
-pytestmark = pytest.mark.alone
 guard()
 child = subprocess.Popen(["sleep", "300"], start_new_session=True)
 time.sleep(2 * LOOK_S)

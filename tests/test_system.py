@@ -167,11 +167,9 @@ class TestFinishedRun:
         assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_ends_the_run_in_order_and_leaves_no_process(name: str, code: int, tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    process = start_train(tiny_models["tied"], tmp_path / "run", 5000)
-    wait_for_step(process, tmp_path / "run", 3)
-    family = processes_of(tmp_path, [process.pid])
+def check_ends_in_order(process: subprocess.Popen[str], run_dir: Path, name: str, code: int) -> None:
+    """Sends the signal: the run ends within 30 s with all its files, and no process of it is left."""
+    family = processes_of(run_dir, [process.pid])
     if name == "SIGINT":
         os.killpg(process.pid, signal.SIGINT)  # As Ctrl-C in a terminal: the whole process group.
     else:
@@ -181,29 +179,17 @@ def test_a_signal_ends_the_run_in_order_and_leaves_no_process(name: str, code: i
     assert time.monotonic() - start_s <= 30
     assert process.returncode == code, out + err
     assert f"stopped: {name}" in out
-    assert (tmp_path / "run" / "policy" / "model.safetensors").exists()
-    assert (tmp_path / "run" / "report.html").exists()
+    assert (run_dir / "policy" / "model.safetensors").exists()
+    assert (run_dir / "report.html").exists()
     assert len(family) > 5
     _, alive = psutil.wait_procs(family, timeout=10)
     assert described(alive) == []
 
 
-def test_killed_driver_leaves_no_process_and_an_actor_that_dies_is_replaced(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_run_in_order_and_leaves_no_process(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     process = start_train(tiny_models["tied"], tmp_path / "run", 5000)
-    wait_for_step(process, tmp_path / "run", 2)
-    rollouts = [p for p in processes_of(tmp_path, [process.pid]) if "RolloutActor" in " ".join(p.cmdline())]
-    assert len(rollouts) == 1
-    rollouts[0].kill()
-    until_s = time.monotonic() + 120
-    while not any("restarted" in event["text"] for event in rows_of(tmp_path / "run", "events")):
-        assert time.monotonic() < until_s
-        time.sleep(0.2)
-    wait_for_step(process, tmp_path / "run", len(rows_of(tmp_path / "run")) + 3)
-    family = processes_of(tmp_path, [process.pid])
-    process.kill()
-    process.communicate(timeout=20)
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert described(alive) == []
+    wait_for_step(process, tmp_path / "run", 3)
+    check_ends_in_order(process, tmp_path / "run", "SIGINT", 130)
 
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
@@ -226,20 +212,6 @@ def wait_for_actors(process: subprocess.Popen[str], run_dir: Path, *names: str, 
         time.sleep(0.2)
 
 
-@contextlib.contextmanager
-def training(model: Path, run_dir: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """A run that goes on until the end of the block."""
-    process = start_train(model, run_dir, 100_000, *more)
-    try:
-        wait_for_step(process, run_dir, 2)
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=60)
-        process.kill()
-
-
 def check_nothing_is_lost(run_dir: Path) -> None:
     """The ledger has no contradiction, nothing is in flight after the end, and every step had its whole batch."""
     result = launch("audit", str(run_dir))
@@ -253,24 +225,26 @@ def check_nothing_is_lost(run_dir: Path) -> None:
     assert found["max_staleness"] <= 16
 
 
-def test_scaling_one_to_three_to_one_from_another_shell_loses_nothing(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_scaling_one_to_three_to_one_from_another_shell_and_sigterm_lose_nothing(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with training(tiny_models["tied"], run_dir) as process:
-        wait_for_actors(process, run_dir, "actor-0")
-        before = len(rows_of(run_dir))
-        more = launch("scale", str(run_dir), "--actors", "3")
-        assert more.returncode == 0, more.stderr
-        assert "3 actors; 2 added, 0 retire" in more.stdout
-        assert re.search(r"^\+ actor-2 +(waiting for placement|loading)", more.stdout, re.MULTILINE)
-        wait_for_actors(process, run_dir, "actor-0", "actor-1", "actor-2")
-        between = len(rows_of(run_dir))
-        assert between > before + 1  # The learner went on while they loaded.
-        fewer = launch("scale", str(run_dir), "--actors", "1")
-        assert re.search(r"^- actor-2 +retiring", fewer.stdout, re.MULTILINE), fewer.stdout + fewer.stderr
-        wait_for_actors(process, run_dir, "actor-0")
-        wait_for_step(process, run_dir, len(rows_of(run_dir)) + 5)
-        shown = launch("status", str(run_dir))
-        assert re.search(r"^ +actor-1 +gone for .* retired$", shown.stdout, re.MULTILINE), shown.stdout
+    process = start_train(tiny_models["tied"], run_dir, 100_000)
+    wait_for_step(process, run_dir, 2)
+    wait_for_actors(process, run_dir, "actor-0")
+    before = len(rows_of(run_dir))
+    more = launch("scale", str(run_dir), "--actors", "3")
+    assert more.returncode == 0, more.stderr
+    assert "3 actors; 2 added, 0 retire" in more.stdout
+    assert re.search(r"^\+ actor-2 +(waiting for placement|loading)", more.stdout, re.MULTILINE)
+    wait_for_actors(process, run_dir, "actor-0", "actor-1", "actor-2")
+    between = len(rows_of(run_dir))
+    assert between > before + 1  # The learner went on while they loaded.
+    fewer = launch("scale", str(run_dir), "--actors", "1")
+    assert re.search(r"^- actor-2 +retiring", fewer.stdout, re.MULTILINE), fewer.stdout + fewer.stderr
+    wait_for_actors(process, run_dir, "actor-0")
+    wait_for_step(process, run_dir, len(rows_of(run_dir)) + 5)
+    shown = launch("status", str(run_dir))
+    assert re.search(r"^ +actor-1 +gone for .* retired$", shown.stdout, re.MULTILINE), shown.stdout
+    check_ends_in_order(process, run_dir, "SIGTERM", 143)
     check_nothing_is_lost(run_dir)
     events = " ".join(event["text"] for event in rows_of(run_dir, "events"))
     assert "scaled from 1 to 3 actors, as asked: actor-1, actor-2 added" in events
@@ -278,19 +252,30 @@ def test_scaling_one_to_three_to_one_from_another_shell_loses_nothing(tiny_model
     assert "the run is over (SIGTERM)" in launch("scale", str(run_dir), "--actors", "2").stderr
 
 
-def test_all_actors_killed_the_learner_waits_says_so_and_goes_on(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_all_actors_killed_the_learner_waits_and_goes_on_and_a_killed_driver_leaves_no_process(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
-    with training(tiny_models["tied"], run_dir, "actors.count=2") as process:
-        wait_for_actors(process, run_dir, "actor-0", "actor-1")
-        for pid in running_actors(run_dir).values():
-            os.kill(pid, signal.SIGKILL)
-        killed_s = time.monotonic()
-        while not any("actor-1 died" in event["text"] for event in rows_of(run_dir, "events")):
-            assert time.monotonic() < killed_s + 3.0
-            time.sleep(0.1)
-        wait_for_actors(process, run_dir, "actor-0.1", "actor-1.1")
-        wait_for_step(process, run_dir, len(rows_of(run_dir)) + 5)
-    check_nothing_is_lost(run_dir)
+    process = start_train(tiny_models["tied"], run_dir, 100_000, "actors.count=2")
+    wait_for_step(process, run_dir, 2)
+    wait_for_actors(process, run_dir, "actor-0", "actor-1")
+    for pid in running_actors(run_dir).values():
+        os.kill(pid, signal.SIGKILL)
+    killed_s = time.monotonic()
+    while not any("actor-1 died" in event["text"] for event in rows_of(run_dir, "events")):
+        assert time.monotonic() < killed_s + 3.0
+        time.sleep(0.1)
+    wait_for_actors(process, run_dir, "actor-0.1", "actor-1.1")
+    wait_for_step(process, run_dir, len(rows_of(run_dir)) + 5)
+    family = processes_of(run_dir, [process.pid])
+    process.kill()
+    process.communicate(timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert described(alive) == []
+    found, rows = audit_run(run_dir), rows_of(run_dir)
+    assert found["violations"] == []
+    assert [row["progress/step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert found["events"]["trained"] >= 8 * len(rows)
     events = [event["text"] for event in rows_of(run_dir, "events")]
     assert sum(" died, restarted as " in text for text in events) == 2  # Each once.
     assert any("all actors are dead; the learner waits" in text for text in events)
