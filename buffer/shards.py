@@ -84,7 +84,7 @@ class ShardedBuffer:
             offers = await self._all("offer", step, waited_s)
             total = max(offer.total for offer in offers) or num_groups
             missing = total - sum(offer.recorded for offer in offers)
-            if missing == total and any(offer.is_forgotten for offer in offers):
+            if missing and any(offer.is_forgotten for offer in offers):  # Who is past a step has seen its batch complete.
                 raise forgotten(step)
             if missing <= sum(offer.num_takeable for offer in offers):
                 shares = apportion(missing, [offer.num_takeable for offer in offers])
