@@ -56,12 +56,14 @@ demo-smollm2: setup  ## three steps of a real 135M model on word problems
 doctor: setup  ## check this machine
 	.venv/bin/python launch.py doctor
 
-# Half of them start processes that import for ten seconds on one core: two files at a time. Those with deadlines come after, alone.
+# Most start processes that import for ten seconds on one core: two files at a time, those with deadlines among themselves. Whole runs
+# come last, one at a time.
 TWO_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: setup  ## all tests, the slow ones too
 	@status=0; set -x; \
-	.venv/bin/python -m pytest -q --durations=15 -m "not alone" $(TWO_AT_A_TIME) $(ARGS) || status=1; \
+	.venv/bin/python -m pytest -q --durations=15 -m "not timed and not alone" $(TWO_AT_A_TIME) $(ARGS) || status=1; \
+	.venv/bin/python -m pytest -q --durations=15 -m timed $(TWO_AT_A_TIME) $(ARGS) || status=1; \
 	.venv/bin/python -m pytest -q --durations=15 -m alone $(ARGS) || status=1; \
 	exit $$status
 

@@ -16,10 +16,10 @@ from buffer.ledger import audit_run
 from tests.test_system import processes_of, rows_of, start_train, wait_for_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
-STEPS = 100
+STEPS = 70
 MAX_KILLS = 5
 EVERY_S = 10.0
-PACE = "rewards.functions=[{name: tests.reward_functions:in_a_quarter_second}]"  # 400 groups from two actors: 50 s at least.
+PACE = "rewards.functions=[{name: tests.reward_functions:in_a_quarter_second}]"  # 280 groups from two actors: 35 s at least.
 # What dies, and how: an engine lives in its actor's process, so that a stopped process is a hung engine.
 DEATHS = (
     ("RolloutActor", signal.SIGKILL),

@@ -19,7 +19,7 @@ from cluster.fleet import MAX_DEATHS, DeathCount, Fleet, Kind
 from cluster.pulse import BUSY_LIMIT_S, ELSEWHERE_LIMIT_S, LIMIT_S, MIN_LOOKS, Pulse, Sight, look_at
 from tests.fleet_actors import SleepingActor
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.timed
 
 LOOK_S = 0.1
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.timed
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = """
 import os, subprocess, sys, time

@@ -20,7 +20,7 @@ from cluster.errors import RewardError
 from rewards.pool import RewardPool
 from rewards.scoring import Scored
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.timed
 
 TIMEOUT_S = 1.0
 RESULT_LIMIT_S = 60.0

@@ -11,7 +11,7 @@ from actors.prompts import OfflineSample
 from tests.in_process import Bench
 from tests.simulated import LONG, STEP_S, SimulatedActor, benches, ledger, make_config, rows, until
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.timed
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from tests.fake_engine import FakeEngine
 from tests.in_process import Bench
 from tests.simulated import LONG, STEP_S, SimulatedActor, benches, ledger, make_config, rows, until
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.timed
 
 REFUSED_ROW = 3
 

@@ -30,7 +30,7 @@ from cluster.session import logical_cpus
 from cluster.watchdog import MIN_QUIET_S, RECENT_S, Observation, Watchdog, dump_stacks, stalled_stage
 from tests.fleet_actors import SleepingActor, UnluckyRank
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.timed
 
 BASE: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "rewards": {"functions": [{"name": "exact_match"}]}}
 CONFIG = parse_config({**BASE, "run": {"timeout_s": 30.0}})

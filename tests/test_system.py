@@ -93,7 +93,7 @@ class TestFinishedRun:
     @pytest.fixture(scope="class")
     def run(self, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         run_dir = tmp_path_factory.mktemp("run") / "run"
-        process = start_train(tiny_models["tied"], run_dir, STEPS, "actors.count=2", "learner.ranks=2", "learner.num_cpus=0.5")
+        process = start_train(tiny_models["tied"], run_dir, STEPS, "learner.ranks=2", "learner.num_cpus=0.5")
         out, err = process.communicate(timeout=280)
         assert process.returncode == 0, out + err
         return run_dir, out
