@@ -1,6 +1,7 @@
 """What the rollout actors cost and how they scale: `make bench-actors`. Real Ray, buffer and board; ratios within one run.
 
 tokens     one actor's tokens per second against bare vLLM `generate`: same model, prompts, engine arguments, in turns
+large      the same with SmolLM2-135M on grade-school maths, where an engine's step takes longer than all else
 together   two actors at once against two bare engines at once
 pause      an actor's pause per weight update against a bare in-memory load of the same tensors
 scaling    1, 2, 4, 8, 16 actors with a simulated engine: groups per second against linear
@@ -14,7 +15,7 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import ray
@@ -35,6 +36,9 @@ from tests.fake_engine import FakeEngine
 ROUNDS = 3
 WINDOW_S = 15.0
 WARM_S = 5.0
+
+
+Prepared: TypeAlias = tuple[Config, PromptSet, list[tuple[str, Any]]]
 
 
 def _remote(part: Any) -> Any:
@@ -173,33 +177,43 @@ def _ignore(evaluation: Any, samples: Any) -> None:
     """No evaluation is asked for."""
 
 
-def prepare(*overrides: str) -> tuple[Config, PromptSet, list[tuple[str, Any]]]:
-    """The quickstart's config, prompts and weights, with a buffer that never holds an actor back."""
+def prepare(*overrides: str, config_path: str = "configs/quickstart.yaml") -> Prepared:
+    """Config, prompts and weights, with a buffer that never holds an actor back."""
     from transformers import AutoModelForCausalLM
 
     more = ["buffer.capacity=100000", "buffer.max_staleness=100000", "checkpoint.every=0", "weights.publish_every=1", *overrides]
-    config = ensure_model(load_config("configs/quickstart.yaml", more))
+    config = ensure_model(load_config(config_path, more))
     prompts = load_prompts(config.data, load_tokenizer(config))
     model = AutoModelForCausalLM.from_pretrained(config.model.path)
     return config, prompts, [(name, parameter.data) for name, parameter in model.named_parameters()]
 
 
-def against_bare(run_dir: Path, num_engines: int) -> dict[str, float]:
+def small() -> Prepared:
+    """Steps of a millisecond: what an actor does besides shows."""
+    return prepare("actors.max_new_tokens=32", "data.max_prompt_tokens=8", "actors.num_cpus=1")
+
+
+def large() -> Prepared:
+    """A real model."""
+    return prepare("actors.max_new_tokens=64", "actors.slots=16", config_path="configs/smollm2_gsm8k.yaml")
+
+
+def against_bare(run_dir: Path, num_engines: int, prepared: Prepared, window_s: float = WINDOW_S) -> dict[str, float]:
     """Tokens per second of so many actors and of so many bare engines, in turns; the ratio of the medians."""
-    config, prompts, weights = prepare("actors.max_new_tokens=32", "data.max_prompt_tokens=8", "actors.num_cpus=1")
+    config, prompts, weights = prepared
     environment = {"env_vars": {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}}
     bare_class = _remote(BareEngine).options(num_cpus=0, runtime_env=environment)
     ours, bare = [], []
     for number in range(ROUNDS):
         engines = [bare_class.remote(config, prompts) for _ in range(num_engines)]
         ray.get([engine.tokens_per_s.remote(WARM_S) for engine in engines], timeout=300)
-        bare.append(sum(ray.get([engine.tokens_per_s.remote(WINDOW_S) for engine in engines], timeout=300)))
+        bare.append(sum(ray.get([engine.tokens_per_s.remote(window_s) for engine in engines], timeout=300)))
         for engine in engines:
             ray.kill(engine)
         names = [f"actor-{index}" for index in range(num_engines)]
         rig = Rig(config, prompts, str(run_dir / f"bare-{num_engines}-{number}"), weights, names, RolloutActor)
         rig.consume(WARM_S)
-        ours.append(rig.rate("generated_tokens", WINDOW_S))
+        ours.append(rig.rate("generated_tokens", window_s))
         rig.close()
     ratio = statistics.median(ours) / statistics.median(bare)
     return {"actor_tokens_per_s": statistics.median(ours), "bare_tokens_per_s": statistics.median(bare), "ratio": ratio}
@@ -262,19 +276,20 @@ def straggler(run_dir: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """The rows asked for (all), printed and written to benchmarks/results/."""
+    """The rows asked for (all), printed and written to benchmarks/results/; rows measured before stay."""
     import tempfile
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    rows = ("tokens", "together", "pause", "scaling", "straggler")
+    rows = ("tokens", "large", "together", "pause", "scaling", "straggler")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(rows))
     asked = parser.parse_args().rows or rows
     if unknown := set(asked) - set(rows):
         parser.error(f"unknown rows {sorted(unknown)}; expected some of {', '.join(rows)}")
     ray.init(address="local", num_cpus=64, include_dashboard=False, log_to_driver=False)
     measures = {
-        "tokens": lambda directory: against_bare(directory, 1),
-        "together": lambda directory: against_bare(directory, 2),
+        "tokens": lambda directory: against_bare(directory, 1, small()),
+        "large": lambda directory: against_bare(directory, 1, large(), 4 * WINDOW_S),
+        "together": lambda directory: against_bare(directory, 2, small()),
         "pause": pause,
         "scaling": scaling,
         "straggler": straggler,
@@ -284,9 +299,8 @@ def main() -> None:
         for row in asked:
             result[row] = measures[row](Path(directory))
             print(row, result[row], flush=True)
+            save("actors", result, keep=True)
     ray.shutdown()
-    if set(asked) == set(rows):
-        print(f"written to {save('actors', result)}")
 
 
 if __name__ == "__main__":

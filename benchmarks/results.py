@@ -27,13 +27,14 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Writes the result with the machine's description; the path, relative to the repository."""
+def save(name: str, result: dict[str, Any], *, keep: bool = False) -> Path:
+    """Writes the result with the machine's description; the path, relative to the repository. `keep`: other rows there stay."""
     machine = describe_machine()
     kind = machine["gpus"][0].lower().replace(" ", "-") if machine["gpus"] else f"cpu{machine['cpus']}"
     path = Path(__file__).parent / "results" / f"{name}-{kind}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n", encoding="utf-8")
+    kept = json.loads(path.read_text(encoding="utf-8")) if keep and path.exists() else {}
+    path.write_text(json.dumps({**kept, "machine": machine, **result}, indent=1) + "\n", encoding="utf-8")
     return path.relative_to(Path(__file__).parent.parent)
 
 
