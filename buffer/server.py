@@ -227,7 +227,7 @@ class ReplayBuffer:
             self._batch_wait.add(waited_s)
             if batch := self._batches.get(step):
                 return Offer(self._change, recorded=len(batch.entries), total=batch.total)
-            if step < max(self._watermark, self._next_step):
+            if self._is_past(step):
                 return Offer(self._change, is_forgotten=True)
             self._advance(step)
             return Offer(self._change, num_takeable=self._num_takeable(step))
@@ -357,7 +357,7 @@ class ReplayBuffer:
             return None
         if step in self._batches:
             return self._read_batch(step)
-        if step < max(self._watermark, self._next_step):
+        if self._is_past(step):
             raise forgotten(step)
         self._advance(step)
         if self._exceeds_band(num_groups):
@@ -366,6 +366,10 @@ class ReplayBuffer:
         if not chosen:
             return None
         return self._hand_out(step, chosen, total)
+
+    def _is_past(self, step: int) -> bool:
+        """Whether a batch of this step, unless it is recorded, is none to be made any more."""
+        return step < max(self._watermark, self._next_step)
 
     def _hand_out(self, step: int, chosen: list[int], total: int) -> bytes:
         # Those taken for the last time have left the index already.

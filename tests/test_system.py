@@ -276,6 +276,7 @@ def test_all_actors_killed_the_learner_waits_and_goes_on_and_a_killed_driver_lea
     assert found["violations"] == []
     assert [row["progress/step"] for row in rows] == list(range(1, len(rows) + 1))
     assert found["events"]["trained"] >= 8 * len(rows)
+    assert found["max_staleness"] <= 16
     events = [event["text"] for event in rows_of(run_dir, "events")]
     assert sum(" died, restarted as " in text for text in events) == 2  # Each once.
     assert any("all actors are dead; the learner waits" in text for text in events)
