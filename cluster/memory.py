@@ -207,7 +207,7 @@ def _actor_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
 
 
 def _cache_bytes(config: Config, shape: _Shape) -> float:
-    """KV cache of one sequence of full length 2 L k b max_sequence_tokens."""
+    """KV cache of one sequence of full length: 2 L k b max_sequence_tokens."""
     per_token = 2 * shape.layers * shape.kv_width * BYTES[config.model.dtype]
     return per_token * config.max_sequence_tokens
 

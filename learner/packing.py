@@ -236,7 +236,7 @@ def _check_packable(module: Any) -> None:
         _refuse(module, "takes no position ids")
 
 
-def check_function(logprobs: Callable[..., Tensor], module: Any, layout: Layout) -> None:
+def check_function(logprobs: Callable[..., Tensor], module: Any, layout: Layout, device: torch.device | str = "cpu") -> None:
     """Computes the log-probs of a few tokens packed behind others, alone, and as in training: they must be the same.
 
     `logprobs(inputs, training=...)` as `TokenLogprobs` gives them. Raises ConfigError where they are not: a model may build a mask of its
@@ -245,9 +245,8 @@ def check_function(logprobs: Callable[..., Tensor], module: Any, layout: Layout)
     vocabulary = module.config.get_text_config().vocab_size
     tokens = [1 + 7 * position % (vocabulary - 1) for position in range(24)]
     first, second = TokenSequence(tokens[:5], tokens[5:11]), TokenSequence(tokens[11:15], tokens[15:])
-    parameter = next(module.parameters())
-    tolerance = 1e-3 if parameter.dtype in (torch.float32, torch.float64) else 0.1
-    alone = collate([second], layout, 0, parameter.device)
+    tolerance = 1e-3 if next(module.parameters()).dtype in (torch.float32, torch.float64) else 0.1
+    alone = collate([second], layout, 0, device)
     expected = logprobs(alone, training=False)
 
     def difference(found: Tensor) -> float:
@@ -258,7 +257,7 @@ def check_function(logprobs: Callable[..., Tensor], module: Any, layout: Layout)
             f"{type(module).__name__} computes other log-probs in training than in evaluation, by {found:.3g} nats a token: something "
             "in it draws random numbers (dropout that its config turns off?)."
         )
-    if (found := difference(logprobs(collate([first, second], layout, 0, parameter.device), training=False))) > tolerance:
+    if (found := difference(logprobs(collate([first, second], layout, 0, device), training=False))) > tolerance:
         _refuse(module, f"gives a sequence other log-probs behind another one than alone, by {found:.3g} nats a token")
 
 

@@ -169,6 +169,7 @@ class LearnerRank:
         self._calls, self._buffer = Calls(self._config.run.timeout_s), connect_buffer(buffers)
         self._monitor = monitor
         self._run_dir, self._saved = run_dir, -1
+        self._code_version = code_version()  # Once: it asks git.
         source = ZeroSource(self._policy, self._bucket_bytes)
         self._transport = load_transport(Sender(self._rank, self._config, source, board, self._calls, ray.put, monitor.event.remote))
         self._guards = Guards(run_dir / "bad-batches", self._rank, tell=monitor.event.remote, share=self._broadcast)
@@ -269,10 +270,12 @@ class LearnerRank:
             self._calls.start(self._buffer.set_ref_logprobs({gid: [d["ref_logprob"] for d in rows] for gid, rows in diagnostics.items()}))
 
     def _write_policy(self, policy_dir: str) -> None:
-        """Collective. A disk that refuses it costs nothing else: the newest checkpoint holds the same weights."""
+        """Collective. A disk that refuses it costs nothing else where there are checkpoints: the newest holds the same weights."""
         try:
             self._policy.save_pretrained(policy_dir, self._bucket_bytes)
         except OSError as error:
+            if not self._config.checkpoint.every:
+                raise
             self._monitor.event.remote(f"the policy was not written to {policy_dir}: {error}; `launch.py export` makes it of a checkpoint")
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -298,7 +301,7 @@ class LearnerRank:
             "guards": self._guards.get_state(),
             "config": dump_config(self._config),
             "wandb_run_id": wandb_id.read_text(encoding="utf-8").strip() if wandb_id.is_file() else None,
-            "code_version": code_version(),
+            "code_version": self._code_version,
         }
 
     def _restore(self, path: str | None) -> Progress:
