@@ -5,9 +5,7 @@
 The full logits of a batch are the largest tensor of a training step by far: 8,192 tokens of a 128k vocabulary are 4 GiB in
 float32, and their gradient as much again. `linear_logprobs` makes them piece by piece, in the backward pass once more, so
 that its memory is a constant besides [T, d] and the head itself. `LogprobHead` puts it where ZeRO-3 wants it: into the model.
-
-liger-kernel, the usual fused kernel, does not fit: its fused cross entropy computes the gradient in the forward pass and scales it by ONE
-number, while an objective's gradient has a coefficient per token.
+What is done with a piece is in learner/row_softmax.py, on a GPU by a fused kernel.
 
 Tensor letters: T tokens, d hidden size, V vocabulary, R rows of logits.
 """
@@ -24,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cluster.errors import ConfigError
+from learner.row_softmax import into_gradient, row_logprobs
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits upcast at a time: 64 MiB in float32, however long the batch."""
@@ -176,39 +175,36 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, temperature: float, chunks: _Chunks
     ) -> Tensor:
-        log_norm_T = hidden_TD.new_empty(len(targets_T), dtype=_accumulation_dtype(weight_VD))
-        target_T = torch.empty_like(log_norm_T)
+        logprobs_T = hidden_TD.new_empty(len(targets_T), dtype=_accumulation_dtype(weight_VD))
         kept = []
         for number, rows in enumerate(chunks.rows):
             logits = _logits(hidden_TD[rows], weight_VD, bias_V)
             if number < chunks.num_kept and any(ctx.needs_input_grad):
                 kept.append(logits)
-            scaled = _scaled(logits, log_norm_T.dtype, temperature)
+            scaled = _scaled(logits, logprobs_T.dtype, temperature)
             del logits
-            log_norm_T[rows] = scaled.logsumexp(-1)
-            target_T[rows] = scaled.gather(-1, targets_T[rows, None])[:, 0]
-        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_T, log_norm_T, *kept)
+            logprobs_T[rows] = row_logprobs(scaled, targets_T[rows])
+        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_T, logprobs_T, *kept)
         ctx.temperature, ctx.chunks = temperature, chunks
-        return target_T - log_norm_T
+        return logprobs_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, bias_V, targets_T, log_norm_T, *kept = ctx.saved_tensors
+        hidden_TD, weight_VD, bias_V, targets_T, logprobs_T, *kept = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_TD) if wants_hidden else None
         # Over several chunks, sums of a bfloat16 gradient are taken in float32.
-        sums = log_norm_T.dtype if len(ctx.chunks.rows) > 1 else weight_VD.dtype
+        sums = logprobs_T.dtype if len(ctx.chunks.rows) > 1 else weight_VD.dtype
         grad_weight = torch.zeros_like(weight_VD, dtype=sums) if wants_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=sums) if wants_bias else None
         for number, rows in enumerate(ctx.chunks.rows):
-            logits = kept[number] if number < len(kept) else _logits(hidden_TD[rows], weight_VD, bias_V)
-            scaled = _scaled(logits, log_norm_T.dtype, ctx.temperature)
+            is_kept = number < len(kept)
+            logits = kept[number] if is_kept else _logits(hidden_TD[rows], weight_VD, bias_V)
+            scaled = _scaled(logits, logprobs_T.dtype, ctx.temperature, copy=is_kept)
             del logits
-            chunk_RV = (scaled - log_norm_T[rows, None]).exp_()
+            chunk_RV = into_gradient(scaled, targets_T[rows], logprobs_T[rows], grad_T[rows] / ctx.temperature).to(weight_VD.dtype)
             del scaled
-            grad = grad_T[rows, None] / ctx.temperature
-            chunk_RV = chunk_RV.mul_(-grad).scatter_add_(-1, targets_T[rows, None], grad).to(weight_VD.dtype)
             if grad_hidden is not None:
                 torch.mm(chunk_RV, weight_VD, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -223,26 +219,21 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_RV: Tensor, targets_R: Tensor, temperature: float) -> Tensor:
-        log_norm_R = logits_RV.new_empty(len(targets_R), dtype=_accumulation_dtype(logits_RV))
-        target_R = torch.empty_like(log_norm_R)
+        logprobs_R = logits_RV.new_empty(len(targets_R), dtype=_accumulation_dtype(logits_RV))
         for rows in _chunks(logits_RV):
-            scaled = logits_RV[rows].to(log_norm_R.dtype) / temperature
-            log_norm_R[rows] = scaled.logsumexp(-1)
-            target_R[rows] = scaled.gather(-1, targets_R[rows, None])[:, 0]
-        ctx.save_for_backward(logits_RV, targets_R, log_norm_R)
+            logprobs_R[rows] = row_logprobs(_scaled(logits_RV[rows], logprobs_R.dtype, temperature), targets_R[rows])
+        ctx.save_for_backward(logits_RV, targets_R, logprobs_R)
         ctx.temperature = temperature
-        return target_R - log_norm_R
+        return logprobs_R
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None, None]:
-        logits_RV, targets_R, log_norm_R = ctx.saved_tensors
+        logits_RV, targets_R, logprobs_R = ctx.saved_tensors
         grad_RV = torch.empty_like(logits_RV)
         for rows in _chunks(logits_RV):
-            grad = grad_R[rows, None] / ctx.temperature
-            scaled = logits_RV[rows].to(log_norm_R.dtype) / ctx.temperature
-            chunk = (scaled - log_norm_R[rows, None]).exp_().mul_(-grad)
-            grad_RV[rows] = chunk.scatter_add_(-1, targets_R[rows, None], grad).to(grad_RV.dtype)
+            scaled = _scaled(logits_RV[rows], logprobs_R.dtype, ctx.temperature, copy=True)
+            grad_RV[rows] = into_gradient(scaled, targets_R[rows], logprobs_R[rows], grad_R[rows] / ctx.temperature)
         return grad_RV, None, None
 
 
@@ -265,10 +256,9 @@ def _logits(hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
     return hidden_RD @ weight_VD.T if bias_V is None else torch.addmm(bias_V, hidden_RD, weight_VD.T)
 
 
-def _scaled(logits_RV: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
-    """logits / temperature in `dtype`; the logits themselves when that changes nothing."""
-    logits_RV = logits_RV.to(dtype)
-    return logits_RV if temperature == 1 else logits_RV / temperature
+def _scaled(logits_RV: Tensor, dtype: torch.dtype, temperature: float, *, copy: bool = False) -> Tensor:
+    """logits / temperature in `dtype`; the logits themselves when that changes nothing, unless they may not be overwritten (`copy`)."""
+    return logits_RV.to(dtype, copy=copy) if temperature == 1 else logits_RV.to(dtype) / temperature
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
