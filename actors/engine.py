@@ -14,6 +14,8 @@ them: they hash all of its fused parameters on the host, seconds for each GB, an
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import logging
 import os
@@ -50,11 +52,12 @@ VLLM_SYMBOLS = (
     "vllm.model_executor.model_loader.reload:finalize_layerwise_reload",
     "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
     "vllm.config.weight_transfer:WeightTransferConfig",
-    "vllm.v1.worker.gpu_worker:Worker.init_weight_transfer_engine",
     "vllm.v1.worker.gpu_worker:Worker.shutdown_weight_transfer_engine",
     "vllm.v1.worker.gpu_worker:Worker.start_weight_update",
     "vllm.v1.worker.gpu_worker:Worker.update_weights",
     "vllm.v1.worker.gpu_worker:Worker.finish_weight_update",
+    "vllm.distributed.weight_transfer.base:WeightTransferEngine.init_transfer_engine",
+    "vllm.distributed.weight_transfer.base:WeightTransferEngine.parse_init_info",
     "vllm.distributed.weight_transfer.base:WeightTransferEngine.shutdown",
 )
 
@@ -204,10 +207,33 @@ class Engine:
 
     # --- weights that the learner pushes (actors/receiver.py) -----------------------------------------------------
 
-    def init_transfer(self, init_info: dict[str, Any]) -> None:
-        """Connect the workers to the learner; returns when all of the group have met."""
+    def connect_transfer(self, init_info: dict[str, Any]) -> list[Any]:
+        """Meet the learner and the group's others; from any thread, while steps go on. For `use_connection` or `drop_connection`.
+
+        Returns when all have met. Each worker connects a copy of vLLM's engine: a meeting that comes about after it was given up
+        cannot take the place of a newer one.
+        """
+
+        def connect(worker: Any) -> Any:
+            engine = copy.copy(worker.weight_transfer_engine)
+            # A stream of its own: what waits there for an actor that died does not hold up generation.
+            on_gpu = worker.device.type == "cuda"
+            with torch.cuda.stream(torch.cuda.Stream(worker.device)) if on_gpu else contextlib.nullcontext():
+                engine.init_transfer_engine(engine.parse_init_info(init_info))
+            return engine
+
+        connected: list[Any] = self._engine.collective_rpc(connect)
+        return connected
+
+    def use_connection(self, connection: list[Any]) -> None:
+        """The next transfers arrive there; the group before it is left."""
         self._engine.collective_rpc("shutdown_weight_transfer_engine")  # vLLM itself would leave the old group's communicator behind.
-        self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+        self._engine.collective_rpc(lambda worker: setattr(worker, "weight_transfer_engine", connection[worker.rank]))
+
+    def drop_connection(self, connection: list[Any]) -> None:
+        """Leave a group that will not be used."""
+        for engine in connection:
+            engine.shutdown()
 
     def start_transfer(self) -> None:
         """The model is taken apart: no `step` before `finish_transfer` or `undo_transfer`."""

@@ -1,9 +1,11 @@
 """The actor's end of weights that the learner pushes (cluster/transports/push.py): orders, carried out between two engine steps.
 
-    Ray's threads  receive(verb, number, ...) --queue--> the loop: look() --> engine    hello, init, start, update ..., finish
+    Ray's threads  receive(verb, number, ...) --queue--> the loop: look() --> engine    hello, start, update ..., finish
+                                                         init --> a thread: engine.connect_transfer --queue--> the loop: it counts
                    abort ------------------------------> the engine's communicator, at once
 
-From start to finish the loop does nothing else: the model is in pieces. A transfer that is broken off before anything has
+A group is met in a thread of its own, while the loop goes on: one that dies on its way there keeps nobody else. From start to finish the
+loop does nothing else: the model is in pieces. A transfer that is broken off before anything has
 arrived leaves the engine as it was; one that had begun to arrive leaves it without weights (version -1), and it does not
 generate until a snapshot has been loaded. An order is of a transfer `number`; those of one that was broken off are refused.
 """
@@ -11,6 +13,7 @@ generate until a snapshot has been loaded. An order is of a transfer `number`; t
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -27,7 +30,9 @@ class Receiving(Protocol):
 
     version: int
 
-    def init_transfer(self, init_info: dict[str, Any]) -> None: ...
+    def connect_transfer(self, init_info: dict[str, Any]) -> Any: ...
+    def use_connection(self, connection: Any) -> None: ...
+    def drop_connection(self, connection: Any) -> None: ...
     def start_transfer(self) -> None: ...
     def update_transfer(self, update_info: dict[str, Any]) -> None: ...
     def finish_transfer(self, version: int, probes: Mapping[str, str]) -> int: ...
@@ -64,6 +69,7 @@ class Receiver:
         self._engine, self._limit_s = engine, limit_s
         self._may_start, self._on_updated, self._beat, self._tell = may_start, on_updated, beat, tell
         self._orders: queue.Queue[_Order] = queue.Queue()
+        self._connecting: _Order | None = None
         self._receiving: int | None = None
         self._num_updates = 0
         self._since_s = 0.0
@@ -110,9 +116,18 @@ class Receiver:
             silent_since_s = time.monotonic()
 
     def _carry_out(self, order: _Order) -> None:
+        if order.verb == "connected":
+            self._end_connecting(*order.arguments)
+            return
+        if self._connecting is not None and (order.number != self._connecting.number or order.verb == "abort"):
+            self._connecting.done.set_result("this transfer was broken off")
+            self._connecting = None
         if self._receiving is not None and (order.number != self._receiving or order.verb == "abort"):
             self._give_up(str(order.arguments[0]) if order.verb == "abort" else "the learner has begun another transfer")
         if order.verb == "abort" or not order.done.set_running_or_notify_cancel():
+            return
+        if order.verb == "init" and order.number > self._broken_off:
+            self._connect(order)
             return
         try:
             order.done.set_result(self._obey(order))
@@ -125,8 +140,6 @@ class Receiver:
         if order.number <= self._broken_off:
             return "this transfer was broken off"
         match order.verb:
-            case "init":
-                self._engine.init_transfer(*order.arguments)
             case "start":
                 if reason := self._may_start():
                     return reason
@@ -142,6 +155,32 @@ class Receiver:
             case "finish":
                 self._finish(*order.arguments)
         return ""
+
+    def _connect(self, order: _Order) -> None:
+        """Answered when all have met, when that fails, or when the learner gives it up."""
+        self._connecting = order
+
+        def meet() -> None:
+            connection, error = None, None
+            try:
+                connection = self._engine.connect_transfer(*order.arguments)
+            except Exception as raised:  # noqa: BLE001 -- as in `_carry_out`
+                error = raised
+            self._orders.put(_Order("connected", order.number, (order, connection, error)))
+
+        threading.Thread(target=meet, name="weight transfer's rendezvous", daemon=True).start()
+
+    def _end_connecting(self, order: _Order, connection: Any, error: Exception | None) -> None:
+        if order is not self._connecting:  # Too late: the learner has given it up, or begun another.
+            if error is None:
+                self._engine.drop_connection(connection)
+            return
+        self._connecting = None
+        if error is None:
+            self._engine.use_connection(connection)
+            order.done.set_result("")
+        else:
+            order.done.set_exception(error)
 
     def _finish(self, version: int, probes: Mapping[str, str]) -> None:
         num_confirmed = self._engine.finish_transfer(version, probes)

@@ -180,7 +180,10 @@ class LearnerConfig(Section):
         "packed",
         description="`packed` joins sequences without padding; models that cannot keep them apart want `padded`.",
     )
-    offload: bool = Field(False, description="Parameters and optimizer in CPU memory.")
+    offload: Literal["none", "reference", "all"] = Field(
+        "reference",
+        description="From a GPU into CPU memory between uses: models that are not trained (reference, proximal policy), or all.",
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
 
 
@@ -513,8 +516,8 @@ class Config(Section):
             found.append(
                 f"learner.warmup_steps = {self.learner.warmup_steps} >= run.steps = {self.run.steps}: the peak learning rate is not passed."
             )
-        if self.learner.offload and self.learner.num_gpus == 0:
-            found.append("learner.offload = true with learner.num_gpus = 0: everything is in CPU memory anyway.")
+        if self.learner.offload == "all" and self.learner.num_gpus == 0:
+            found.append("learner.offload = all with learner.num_gpus = 0: everything is in CPU memory anyway.")
         if not any(function.weight for function in self.rewards.functions):
             found.append("rewards.functions: every weight is 0, so that nothing is rewarded.")
         return found

@@ -9,7 +9,8 @@ Learner, per rank, DeepSpeed ZeRO-3 with AdamW (DeepSpeed 0.19's buffers; the sa
     parameters b P/N, adapters b Q/N; gradients, summed in float32, 4 Q/N; Adam's two moments 8 Q/N; float32 master 4 Q/N
                   (none if b = 4: it is the parameters)
     reference     b P/N, proximal policy b P/N, each only where the objective needs it; with LoRA b Q/N, and nothing before it has moved
-    gathered      b min(P, 1e9), if N > 1 or offloaded from a GPU: whole parameters kept at hand (stage3_max_live_parameters)
+    gathered      b min(P, 1e9), if N > 1 or all is offloaded from a GPU: whole parameters kept at hand (stage3_max_live_parameters);
+                  those of an offloaded reference are gone before the backward pass needs its memory
     bucket        b 5e8 on a GPU: gradients on their way (reduce_bucket_size); on a CPU it is never touched in full
     step          a flat float32 copy of the gradients, 4 min(Q/N, 1e9) (sub_group_size), on a GPU as much again for AdamW, instead of
                   activations and log-probs, which are gone by then: only what is above these counts
@@ -149,21 +150,23 @@ def _learner_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
     moved = (reference if config.agro.ref_update_every else 0) + proximal
     on_gpu = learner.num_gpus > 0
     forward = _activation_bytes(config, shape) + _logprob_bytes(config, shape)
-    step = (8 if on_gpu and not learner.offload else 4) * min(trained, SUB_GROUP_PARAMETERS)
-    is_gathered = learner.ranks > 1 or (learner.offload and on_gpu)
+    all_aside = learner.offload == "all"
+    frozen_aside = all_aside or (learner.offload == "reference" and on_gpu)
+    step = (8 if on_gpu and not all_aside else 4) * min(trained, SUB_GROUP_PARAMETERS)
+    is_gathered = (on_gpu and (all_aside or (frozen_aside and reference + proximal > 0))) or learner.ranks > 1
     parts = [
-        Part("parameters", b * share, learner.offload),
-        Part("adapters", b * adapters, learner.offload),
-        Part("gradients", 4 * trained, learner.offload),
-        Part("float32 master", (4 if b < 4 else 0) * trained, learner.offload),
-        Part("Adam moments", 8 * trained, learner.offload),
-        Part("reference", reference, learner.offload),
-        Part("proximal policy", proximal, learner.offload),
+        Part("parameters", b * share, all_aside),
+        Part("adapters", b * adapters, all_aside),
+        Part("gradients", 4 * trained, all_aside),
+        Part("float32 master", (4 if b < 4 else 0) * trained, all_aside),
+        Part("Adam moments", 8 * trained, all_aside),
+        Part("reference", reference, frozen_aside),
+        Part("proximal policy", proximal, frozen_aside),
         Part("gathered parameters", b * min(shape.num_params, MAX_LIVE_PARAMETERS) if is_gathered else 0),
         Part("gradient bucket", b * REDUCE_BUCKET_PARAMETERS if on_gpu else 0),
         Part("activations", _activation_bytes(config, shape)),
         Part("log-probs", _logprob_bytes(config, shape)),
-        Part("optimizer step", max(0, step - forward), learner.offload),
+        Part("optimizer step", max(0, step - forward), all_aside),
         Part("checkpoint buffers", states * trained + moved if config.checkpoint.every else 0, on_host=True),
         Part("process", PROCESS_BYTES, on_host=True),
     ]

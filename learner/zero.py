@@ -50,7 +50,9 @@ def init_process_group(rank: int, world_size: int, address: str, port: int, *, u
 
 
 def _deepspeed_config(learner: LearnerConfig, dtype: str, *, training: bool) -> dict[str, Any]:
-    offload = {"device": "cpu" if learner.offload else "none"}
+    # A frozen model's partitions wait in CPU memory; each layer is copied to the GPU when it is gathered.
+    is_offloaded = learner.offload == "all" or (learner.offload == "reference" and not training and learner.num_gpus > 0)
+    offload = {"device": "cpu" if is_offloaded else "none"}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

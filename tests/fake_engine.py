@@ -9,6 +9,7 @@ Every request with a slot gets one token a step. A sample is a function of its s
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 import time
@@ -136,9 +137,17 @@ class FakeEngine:
         self.version = version
         self.loaded.append(version)
 
-    def init_transfer(self, init_info: dict[str, Any]) -> None:
+    def connect_transfer(self, init_info: dict[str, Any]) -> Any:
+        connection = copy.copy(self.transfer)
+        connection.init_transfer_engine(connection.parse_init_info(init_info))
+        return connection
+
+    def use_connection(self, connection: Any) -> None:
         self.transfer.shutdown()
-        self.transfer.init_transfer_engine(self.transfer.parse_init_info(init_info))
+        self.transfer = connection
+
+    def drop_connection(self, connection: Any) -> None:
+        connection.shutdown()
 
     def start_transfer(self) -> None:
         self.is_receiving = False

@@ -71,8 +71,10 @@ BAD_OVERRIDES = [
     ("learner.lr=fast", ["learner.lr", "'fast'", "number"]),
     ("learner.lr=true", ["learner.lr", "True", "number"]),
     ("learner.lr=[1e-5]", ["learner.lr", "number"]),
-    ("learner.offload=1", ["learner.offload", "true or false"]),
-    ("learner.offload='yes'", ["learner.offload", "'yes'", "true or false"]),
+    ("model.trust_remote_code=1", ["model.trust_remote_code", "true or false"]),
+    ("model.trust_remote_code='yes'", ["model.trust_remote_code", "'yes'", "true or false"]),
+    ("learner.offload=true", ["learner.offload", "none", "reference", "all"]),
+    ("learner.offload='yes'", ["learner.offload", "yes", "none", "reference", "all"]),
     ("run.name=3", ["run.name = 3", "expected text", "quotes"]),
     ("run.name=2024-01-31", ["run.name", "datetime.date(2024, 1, 31)", "quotes"]),
     ("model.path={a: b}", ["model.path", "expected text"]),
@@ -219,7 +221,7 @@ def test_overrides_are_yaml_and_the_last_one_counts(example):
             "learner.lr=1e-5",
             "learner.lr=2E-6",
             "run.steps=7",
-            "learner.offload=true",
+            "learner.offload=all",
             "run.dir=null",
             "agro.beta=0",
             "eval.every=3",
@@ -229,7 +231,7 @@ def test_overrides_are_yaml_and_the_last_one_counts(example):
     )
     assert config.learner.lr == 2e-6
     assert config.run.steps == 7
-    assert config.learner.offload is True
+    assert config.learner.offload == "all"
     assert config.run.dir is None
     assert config.agro.beta == 0
     assert config.eval.every == 3
@@ -262,7 +264,7 @@ WARNINGS = [
     ("learner.objective=grpo & agro.weight=geometric", "agro.weight = geometric: learner.objective = grpo does not use that"),
     ("buffer.max_staleness=1", "evicted as stale"),
     ("learner.warmup_steps=10", "peak learning rate"),
-    ("learner.offload=true", "in CPU memory anyway"),
+    ("learner.offload=all", "in CPU memory anyway"),
     ("rewards.functions=[{name: exact_match, weight: 0.0}]", "nothing is rewarded"),
 ]
 

@@ -295,10 +295,16 @@ def test_a_kv_cache_that_is_too_small_is_said(llama_dir):
 
 
 def test_offloaded_states_are_host_memory(llama_dir):
-    wide = config_of(model={"path": llama_dir}, learner={"offload": True})
+    def on_host(offload):
+        config = config_of(model={"path": llama_dir}, learner={"offload": offload})
+        return {part.name for part in estimate_memory(config).learner if part.on_host}
+
+    always = {"checkpoint buffers", "process"}
+    assert on_host("none") == always
+    assert on_host("reference") == {"reference", *always}
+    assert on_host("all") == {"parameters", "gradients", "float32 master", "Adam moments", "reference", *always}
+    wide = config_of(model={"path": llama_dir}, learner={"offload": "all"})
     estimate = estimate_memory(wide)
-    on_host = {part.name for part in estimate.learner if part.on_host}
-    assert on_host == {"parameters", "gradients", "float32 master", "Adam moments", "reference", "checkpoint buffers", "process"}
     assert host_bytes(wide, estimate) > host_bytes(
         config_of(model={"path": llama_dir}), estimate_memory(config_of(model={"path": llama_dir}))
     )

@@ -247,6 +247,23 @@ def test_with_nccl_an_actor_that_dies_while_weights_arrive_costs_the_others_a_sn
     run.train(0, 4)
 
 
+def test_with_nccl_an_actor_that_dies_while_the_group_forms_holds_up_nobody(bench, wires: Wires):
+    run = bench(pushing("nccl", run={"timeout_s": 30.0}))
+    cast = Cast(run, 3)
+    cast.actors[1].dies_at = "init"
+    cast.actors[1].may_die = lambda: bool(wires.formed)
+    start_s = time.monotonic()
+    cast.learner.publish(2)
+    assert time.monotonic() - start_s < 6
+    assert "the actor died" in cast.learner.events[0]
+    run.train(0, 4)  # The others generate on.
+    run.board.get("release_actor", "actor-1")  # As the fleet does.
+    cast.learner.publish(4)
+    assert [cast.actors[0].engine.version, cast.actors[2].engine.version] == [4, 4]
+    assert all(cast.learner.has(cast.actors[number]) for number in (0, 2))
+    assert wires.formed == [4, 3]
+
+
 def test_with_nccl_one_that_never_answers_while_weights_arrive_is_named_after_the_timeout(bench, wires: Wires):
     run = bench(pushing("nccl", run={"timeout_s": 3.0}))
     cast = Cast(run, 2)

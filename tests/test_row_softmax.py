@@ -35,17 +35,20 @@ for temperature in (1.0, 0.7):
         wide = hidden.double(), weight.double()
         expected = ((wide[0] @ wide[1].T) / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-        mine, full = (torch.autograd.grad((logprobs * coefficients).sum(), (hidden, weight), retain_graph=True) for logprobs in (found, expected))
-        again = torch.autograd.grad((found * coefficients).sum(), (hidden, weight))
-        for one, other, second in zip(mine, full, again):
+
+        def gradients(logprobs):
+            return torch.autograd.grad((logprobs * coefficients).sum(), (hidden, weight), retain_graph=True)
+
+        for one, other, second in zip(gradients(found), gradients(expected), gradients(found)):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
             assert torch.equal(one, second), "the first backward pass overwrote what the second needed"
     logits = (hidden @ weight.T).detach().requires_grad_()
-    before = logits.detach().clone()
+    other = logits.detach().clone().requires_grad_()
     (selective_log_softmax(logits, targets, temperature) * coefficients).sum().backward()
-    expected, = torch.autograd.grad(((before.requires_grad_() / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0] * coefficients).sum(), before)
-    torch.testing.assert_close(logits.grad, expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(logits.detach(), before.detach())
+    full = (other / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    (full * coefficients).sum().backward()
+    torch.testing.assert_close(logits.grad, other.grad, rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits, other)
 print("compared", difference)
 """
 

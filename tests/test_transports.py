@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from cluster.peers import Calls
 from cluster.transports import Sender, ZeroSource, load_transport
 from cluster.transports.base import Transport
 from cluster.weights import Manifest, SnapshotWriter, read_snapshot
+from tests.cpu_transfer import wait_until
 
 SCENARIO = Path(__file__).with_name("transport_scenario.py")
 MIB = 2**20
@@ -188,6 +189,8 @@ class Piecewise:
         self.version = 4
         self.asked: list[str] = []
         self.fails_at = ""
+        self.all_are_there = threading.Event()
+        self.all_are_there.set()
         self._has_arrived = False
 
     def note(self, verb: str) -> None:
@@ -195,8 +198,16 @@ class Piecewise:
         if verb == self.fails_at:
             raise RuntimeError(f"{verb} broke")
 
-    def init_transfer(self, init_info: dict[str, Any]) -> None:
-        self.note("init")
+    def connect_transfer(self, init_info: dict[str, Any]) -> int:
+        self.note("connect")
+        assert self.all_are_there.wait(20)
+        return int(init_info["group"])
+
+    def use_connection(self, connection: int) -> None:
+        self.note(f"use {connection}")
+
+    def drop_connection(self, connection: int) -> None:
+        self.note(f"drop {connection}")
 
     def start_transfer(self) -> None:
         self._has_arrived = False
@@ -240,8 +251,11 @@ class Loop:
         while not self._ended.wait(0.001):
             self.receiver.look()
 
+    def start_order(self, verb: str, number: int = 1, *arguments: Any) -> Future[str]:
+        return self._threads.submit(self.receiver.order, verb, number, *arguments)
+
     def order(self, verb: str, number: int = 1, *arguments: Any) -> str:
-        return self._threads.submit(self.receiver.order, verb, number, *arguments).result(20)
+        return self.start_order(verb, number, *arguments).result(20)
 
     def close(self) -> None:
         self._ended.set()
@@ -258,11 +272,34 @@ def loop() -> Iterator[Loop]:
 
 class TestReceiver:
     def test_a_transfer_puts_its_version_in_place(self, loop: Loop):
-        assert [loop.order(verb, 1, *rest) for verb, *rest in (("init", {}), ("start",), ("update", {}), ("update", {}))] == [""] * 4
+        assert [loop.order(verb, 1, *rest) for verb, *rest in (("init", {"group": 0}), ("start",), ("update", {}), ("update", {}))] == [
+            ""
+        ] * 4
         assert loop.engine.version == 4
         assert loop.order("finish", 1, 6, {"norm": "x"}) == ""
         assert (loop.engine.version, loop.updated, loop.told) == (6, 1, [])
-        assert loop.engine.asked == ["init", "start", "update", "update", "finish"]
+        assert loop.engine.asked == ["connect", "use 0", "start", "update", "update", "finish"]
+
+    def test_the_loop_goes_on_while_the_group_meets_and_an_abort_frees_it(self, loop: Loop):
+        loop.engine.all_are_there.clear()
+        meeting = loop.start_order("init", 1, {"group": 1})
+        assert loop.order("hello", 1) == ""
+        loop.order("abort", 1, "actor-9 died")
+        assert meeting.result(5) == "this transfer was broken off"
+        other = loop.start_order("init", 2, {"group": 2})
+        loop.engine.all_are_there.set()  # Both groups meet after all.
+        assert other.result(5) == ""
+        assert loop.order("start", 2) == ""
+        wait_until(lambda: "drop 1" in loop.engine.asked, "the first group is left")
+        assert "use 1" not in loop.engine.asked
+        assert "use 2" in loop.engine.asked
+
+    def test_what_keeps_a_group_from_meeting_reaches_the_learner(self, loop: Loop):
+        loop.engine.fails_at = "connect"
+        with pytest.raises(RuntimeError, match="connect broke"):
+            loop.order("init", 1, {"group": 1})
+        loop.engine.fails_at = ""
+        assert loop.order("init", 2, {"group": 2}) == ""
 
     def test_an_actor_that_may_not_declines_and_is_not_touched(self, loop: Loop):
         loop.declines = "it evaluates"

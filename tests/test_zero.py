@@ -105,24 +105,25 @@ def run_ranks(model_dir: Path, out_dir: Path, num_ranks: int, *, moving: bool, *
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("plain", "num_ranks", "layout", "checkpointing"),
+    ("plain", "num_ranks", "layout", "checkpointing", "offload"),
     [
-        ("untied", 1, "packed", False),
-        ("untied", 2, "padded", False),
-        ("untied", 3, "packed", True),
-        ("tied", 2, "packed", True),
-        ("moving", 2, "packed", False),
+        ("untied", 1, "packed", False, "none"),
+        ("untied", 2, "padded", False, "none"),
+        ("untied", 3, "packed", True, "none"),
+        ("tied", 2, "packed", True, "none"),
+        ("moving", 2, "packed", False, "all"),
     ],
     indirect=["plain"],
 )
 def test_zero_ranks_give_the_parameters_of_a_plain_loop(
-    num_ranks: int, layout: str, checkpointing: bool, plain: dict, tmp_path: Path
+    num_ranks: int, layout: str, checkpointing: bool, offload: str, plain: dict, tmp_path: Path
 ) -> None:
     """More than one rank also loads under zero.Init; the head, tied or not, is gathered for log-probs in chunks."""
     from transformers import AutoModelForCausalLM
 
     moving = plain["moving"]
-    result = run_ranks(plain["model_dir"], tmp_path, num_ranks, moving=moving, layout=layout, gradient_checkpointing=checkpointing)
+    settings = {"layout": layout, "gradient_checkpointing": checkpointing, "offload": offload}
+    result = run_ranks(plain["model_dir"], tmp_path, num_ranks, moving=moving, **settings)
     saved = dict(AutoModelForCausalLM.from_pretrained(result["dir"], dtype=torch.float32).named_parameters())
     start = dict(AutoModelForCausalLM.from_pretrained(plain["model_dir"], dtype=torch.float32).named_parameters())
     assert saved.keys() == plain["parameters"].keys()
@@ -134,6 +135,19 @@ def test_zero_ranks_give_the_parameters_of_a_plain_loop(
     for mine, theirs in zip(result["metrics"], plain["metrics"], strict=True):
         for name in theirs:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5, nan_ok=True), name
+
+
+@pytest.mark.parametrize(
+    ("offload", "gpus", "policy", "reference"),
+    [("none", 1, "none", "none"), ("reference", 1, "none", "cpu"), ("reference", 0, "none", "none"), ("all", 1, "cpu", "cpu")],
+)
+def test_what_is_offloaded_from_a_gpu(offload: str, gpus: int, policy: str, reference: str) -> None:
+    from learner.zero import _deepspeed_config
+
+    learner = config_for("unused", offload=offload, num_gpus=gpus).learner
+    trained, frozen = (_deepspeed_config(learner, "bfloat16", training=training)["zero_optimization"] for training in (True, False))
+    assert trained["offload_param"] == trained["offload_optimizer"] == {"device": policy}
+    assert frozen["offload_param"] == {"device": reference}
 
 
 def test_a_batch_with_a_non_finite_log_prob_is_refused_before_the_parameters_change(tiny_models: dict[str, Path]) -> None:
