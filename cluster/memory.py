@@ -153,7 +153,7 @@ def _learner_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
     all_aside = learner.offload == "all"
     frozen_aside = all_aside or (learner.offload == "reference" and on_gpu)
     step = (8 if on_gpu and not all_aside else 4) * min(trained, SUB_GROUP_PARAMETERS)
-    is_gathered = (on_gpu and (all_aside or (frozen_aside and reference + proximal > 0))) or learner.ranks > 1
+    is_gathered = learner.ranks > 1 or (all_aside and on_gpu)
     parts = [
         Part("parameters", b * share, all_aside),
         Part("adapters", b * adapters, all_aside),
