@@ -10,6 +10,9 @@ on a CPU vLLM packs the linear layers and drops the originals, so a bare `load_w
 Weights that the learner pushes (`weights.transport` nccl or ipc) arrive through vLLM's own transfer engines, in a session of
 start, updates and finish in which the model is in pieces: no step may come between. vLLM's own checksums are not used to confirm
 them: they hash all of its fused parameters on the host, seconds for each GB, and the learner has nothing to compare them with.
+
+Where adapters come alone (`weights.adapters`), the model stays as it was loaded, and one LoRA request, whose content is exchanged between
+two steps, serves everything, also what is under way. vLLM reads adapters from a directory: it gets one that lives for that moment.
 """
 
 from __future__ import annotations
@@ -17,12 +20,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import json
 import logging
 import os
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -36,6 +42,7 @@ VLLM_SYMBOLS = (
     "vllm:EngineArgs",
     "vllm:LLMEngine.from_engine_args",
     "vllm:LLMEngine.abort_request",
+    "vllm:LLMEngine.add_lora",
     "vllm:LLMEngine.add_request",
     "vllm:LLMEngine.apply_model",
     "vllm:LLMEngine.collective_rpc",
@@ -51,7 +58,9 @@ VLLM_SYMBOLS = (
     "vllm.model_executor.model_loader.reload:initialize_layerwise_reload",
     "vllm.model_executor.model_loader.reload:finalize_layerwise_reload",
     "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+    "vllm.config.lora:MaxLoRARanks",
     "vllm.config.weight_transfer:WeightTransferConfig",
+    "vllm.lora.request:LoRARequest",
     "vllm.v1.worker.gpu_worker:Worker.shutdown_weight_transfer_engine",
     "vllm.v1.worker.gpu_worker:Worker.start_weight_update",
     "vllm.v1.worker.gpu_worker:Worker.update_weights",
@@ -60,6 +69,17 @@ VLLM_SYMBOLS = (
     "vllm.distributed.weight_transfer.base:WeightTransferEngine.parse_init_info",
     "vllm.distributed.weight_transfer.base:WeightTransferEngine.shutdown",
 )
+
+
+_ADAPTER = "policy"
+_PEFT_PREFIX = "base_model.model."
+
+
+class Adapters(NamedTuple):
+    """LoRA adapters that are published without the weights they belong to: y = W x + (alpha / rank) B A x."""
+
+    rank: int
+    alpha: float
 
 
 class PromptRefused(AgroError, ValueError):
@@ -108,13 +128,19 @@ class Engine:
         seed: int = 0,
         version: int = 0,
         transport: str = "snapshot",
+        adapters: Adapters | None = None,
     ) -> None:
-        """`transport`: `weights.transport`; with any other than snapshot, weights can be pushed too."""
+        """`transport`: `weights.transport`; with any other than snapshot, weights can be pushed too.
+
+        `adapters`: what `load_weights` gets are adapters of that kind for the model's own weights.
+        """
         set_engine_environment(config)
         from vllm import EngineArgs, LLMEngine
 
-        self._config = config
+        self._config, self._adapters = config, adapters
         arguments = engine_arguments(model, config, max_model_len=max_model_len, seed=seed)
+        if adapters is not None:
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": _served_rank(adapters.rank)}
         if transport != "snapshot":
             arguments["weight_transfer_config"] = {"backend": transport}
         self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
@@ -123,6 +149,7 @@ class Engine:
         self._waiting: deque[tuple[str, list[int], Any]] = deque()
         self._started_s: dict[str, float] = {}  # When each running request got its slot; the oldest first.
         self._num_updates = 0
+        self._lora_request: Any = None
         self._transfer: Literal["", "started", "arriving", "failed", "arrived"] = ""
         self.version = version
         self._engine.set_weight_version(str(version))
@@ -197,13 +224,33 @@ class Engine:
 
         Requests started later share no prefix with earlier ones. That is done by a salt in the cache's keys, since vLLM
         refuses to reset its prefix cache (returns False, no error) while anything is in flight. Raises SnapshotError
-        when parameters of the model are missing from `weights`: the engine is then unusable.
+        when parameters of the model are missing from `weights`: the engine is then unusable; and when vLLM does not take the adapters.
         """
         tensors = list(weights)
+        if self._adapters is not None:
+            self._load_adapters(version, tensors, self._adapters)
+            self._take_over(version)
+            return
         workers = self._engine.apply_model(lambda model: _reload(model, tensors, self._engine.vllm_config.model_config))
         if missing := sorted(set().union(*workers)):
             raise SnapshotError(f"weights of version {version} lack {len(missing)} parameters of the model: {', '.join(missing[:5])}")
         self._take_over(version)
+
+    def _load_adapters(self, version: int, tensors: list[tuple[str, torch.Tensor]], adapters: Adapters) -> None:
+        """Exchange the content of vLLM's one adapter."""
+        from safetensors.torch import save_file
+        from vllm.lora.request import LoRARequest
+
+        layers = sorted({name.removeprefix(_PEFT_PREFIX).rpartition(".lora_")[0] for name, _ in tensors})
+        settings = {"peft_type": "LORA", "r": adapters.rank, "lora_alpha": adapters.alpha, "target_modules": layers, "bias": "none"}
+        with tempfile.TemporaryDirectory(prefix="agro-adapters-") as directory:
+            save_file(dict(tensors), Path(directory, "adapter_model.safetensors"))
+            Path(directory, "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+            try:
+                self._engine.add_lora(LoRARequest(_ADAPTER, 1, directory, load_inplace=True))
+            except (ValueError, RuntimeError, OSError) as error:
+                raise SnapshotError(f"vLLM does not take the adapters of version {version}: {str(error)[:300]}") from error
+        self._lora_request = LoRARequest(_ADAPTER, 1, "in memory")
 
     # --- weights that the learner pushes (actors/receiver.py) -----------------------------------------------------
 
@@ -290,12 +337,20 @@ class Engine:
         from vllm.inputs.engine import tokens_input
 
         try:
-            self._engine.add_request(request_id, tokens_input(prompt_ids, cache_salt=f"update-{self._num_updates}"), params)
+            prompt = tokens_input(prompt_ids, cache_salt=f"update-{self._num_updates}")
+            self._engine.add_request(request_id, prompt, params, lora_request=self._lora_request)
         except VLLMValidationError as error:
             refused = PromptRefused(f"vLLM does not take the prompt of {len(prompt_ids)} tokens: {str(error)[:300]}")
             refused.request_id = request_id
             raise refused from error
         self._started_s[request_id] = time.monotonic()
+
+
+def _served_rank(rank: int) -> int:
+    """vLLM's buffers are for the smallest of its ranks that is not below this one."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return min(served for served in get_args(MaxLoRARanks) if served >= rank)
 
 
 def _device_arguments(config: ActorsConfig) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import Any, cast
 import msgspec
 import ray
 
-from actors.engine import Engine
+from actors.engine import Adapters, Engine
 from actors.exchange import BUFFER, RETRY_S, Ask, Outbox
 from actors.follower import POLL_S, Follower
 from actors.groups import Generator, Groups, OpenGroup
@@ -108,8 +108,16 @@ class RolloutActor(Heartbeat):
         """The engine, without weights that count. Benchmarks and tests of the loop put a simulated one in its place."""
         seed = (self._config.run.seed * 1_000_003 + sum(self._name.encode()) * 7919) % 2**31
         config = self._config
-        transport = config.weights.transport
-        return Engine(config.model, config.actors, max_model_len=config.max_sequence_tokens, seed=seed, version=-1, transport=transport)
+        learner, weights = config.learner, config.weights
+        return Engine(
+            config.model,
+            config.actors,
+            max_model_len=config.max_sequence_tokens,
+            seed=seed,
+            version=-1,
+            transport=weights.transport,
+            adapters=Adapters(learner.lora_rank, learner.lora_alpha) if weights.adapters == "alone" else None,
+        )
 
     def receive(self, verb: str, number: int, *arguments: Any) -> str:
         """An order of the learner about weights that it pushes, from any thread: see actors/receiver.py."""

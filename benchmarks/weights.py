@@ -242,7 +242,7 @@ class PushingLearner:
         model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=getattr(torch, config.model.dtype))
         self.module = cast(Any, model).to("cuda")
 
-    def named_weights(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_weights(self, bucket_bytes: int, *, adapters_alone: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Nothing has to be gathered."""
         return ((name, parameter.data) for name, parameter in self.module.named_parameters())
 

@@ -233,6 +233,9 @@ class RivalsConfig(Section):
     baseline_shift: float = Field(0.1, ge=0, description="How far asymre's baseline lies below the group's mean reward.")
 
 
+MAX_ADAPTER_RANK = 512
+
+
 class WeightsConfig(Section):
     """Weight snapshots from the learner to the actors."""
 
@@ -240,6 +243,10 @@ class WeightsConfig(Section):
     transport: Literal["snapshot", "nccl", "ipc"] = Field(
         "snapshot",
         description="`snapshot`: pulled through host memory; `nccl`: broadcast to a fixed set of GPU actors; `ipc`: within one GPU.",
+    )
+    adapters: Literal["merged", "alone"] = Field(
+        "merged",
+        description="With learner.lora_rank: `merged` into the weights, or `alone`, for vLLM to apply: little to send, and no rounding.",
     )
     bucket_mib: float = Field(64.0, gt=0, description="Size of one gathered bucket, MiB: bounds the memory of a publication.")
 
@@ -458,8 +465,15 @@ class Config(Section):
     def _weights_can_travel(self) -> Config:
         actors, learner, transport = self.actors, self.learner, self.weights.transport
         name = f"weights.transport = {transport}"
+        if self.weights.adapters == "alone" and not 0 < learner.lora_rank <= MAX_ADAPTER_RANK:
+            raise ValueError(
+                f"weights.adapters = alone needs learner.lora_rank from 1 to {MAX_ADAPTER_RANK}, which is what vLLM applies; it is "
+                f"{learner.lora_rank}. Set it, or weights.adapters=merged."
+            )
         if transport == "snapshot":
             return self
+        if self.weights.adapters == "alone":
+            raise ValueError(f"{name} pushes whole models, but weights.adapters = alone. Set one of them to snapshot or merged.")
         if actors.num_gpus == 0 or learner.num_gpus == 0:
             raise ValueError(
                 f"{name} goes from GPU to GPU, but actors.num_gpus = {actors.num_gpus:g} and learner.num_gpus = {learner.num_gpus:g}. "

@@ -21,7 +21,7 @@ Learner, per rank, DeepSpeed ZeRO-3 with AdamW (DeepSpeed 0.19's buffers; the sa
                   logits: 2 b T V, all logits and their gradient, and 128 MiB to upcast pieces of them
     checkpoint    what is saved, once more in host memory: (4 + 8) Q/N, and copies that have moved
 
-Actor: weights b P, and a KV cache of 2 L k b per token.
+Actor: weights b P, adapters that come alone b Q, and a KV cache of 2 L k b per token.
 """
 
 from __future__ import annotations
@@ -201,12 +201,14 @@ def _logprob_bytes(config: Config, shape: _Shape) -> float:
 
 
 def _actor_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
-    weights = Part("weights", BYTES[config.model.dtype] * shape.num_params)
+    b = BYTES[config.model.dtype]
+    weights = Part("weights", b * shape.num_params)
+    adapters = Part("adapters", b * config.learner.lora_rank * shape.adapted if config.weights.adapters == "alone" else 0)
     if config.actors.num_gpus == 0:
         cache = Part("KV cache", config.actors.kv_cache_gib * GIB)
     else:
         cache = Part("KV cache of all slots", _cache_bytes(config, shape) * config.actors.slots)
-    return tuple(part for part in (weights, cache, Part("process", PROCESS_BYTES, on_host=True)) if part.num_bytes)
+    return tuple(part for part in (weights, adapters, cache, Part("process", PROCESS_BYTES, on_host=True)) if part.num_bytes)
 
 
 def _cache_bytes(config: Config, shape: _Shape) -> float:
@@ -219,7 +221,7 @@ def _notes(config: Config, shape: _Shape) -> list[str]:
     notes, actors = [], config.actors
     one = _cache_bytes(config, shape)
     whole = BYTES[config.model.dtype] * shape.num_params / GIB
-    if whole >= 1:
+    if whole >= 1 and config.weights.adapters == "merged":
         notes.append(
             f"a snapshot of the weights takes {whole:.1f} GiB of host memory beside learner rank 0, and as much of Ray's object store "
             "for each version that actors still load."

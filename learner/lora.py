@@ -3,7 +3,8 @@
     y = W x + (alpha / rank) B A x        W [out, in] frozen; A [rank, in] random, B [out, rank] zero at first: version 0 is the base
 
 Every linear layer but the LM head gets an adapter. Outside the learner nobody knows of them: actors, snapshots and exports get merged
-weights, W + (alpha / rank) B A, under the names that the base model has. The reference is the policy with its adapters off.
+weights, W + (alpha / rank) B A, under the names that the base model has; only with `weights.adapters` = alone the actors get A and B, by
+peft's names, and vLLM computes as the learner does. The reference is the policy with its adapters off.
 
 Off means scaled by 0, not skipped: ZeRO-3 learns the order in which submodules run, and would start anew each time it changes.
 
@@ -99,6 +100,13 @@ class Weight(NamedTuple):
             return self.parameter.data
         a, b = self.adapter
         return merged(self.parameter.data, a.data, b.data, self.scale)
+
+
+def adapters_of(module: Any) -> Iterator[Weight]:
+    """The adapters alone, as weights by the names that peft's files have."""
+    for name, parameter in module.named_parameters():
+        if is_adapter(name):
+            yield Weight(f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}", parameter)
 
 
 def weights_of(module: Any) -> Iterator[Weight]:

@@ -170,7 +170,7 @@ class LearnerRank:
         self._monitor = monitor
         self._run_dir, self._saved = run_dir, -1
         self._code_version = code_version()  # Once: it asks git.
-        source = ZeroSource(self._policy, self._bucket_bytes)
+        source = ZeroSource(self._policy, self._bucket_bytes, adapters_alone=self._config.weights.adapters == "alone")
         self._transport = load_transport(Sender(self._rank, self._config, source, board, self._calls, ray.put, monitor.event.remote))
         self._guards = Guards(run_dir / "bad-batches", self._rank, tell=monitor.event.remote, share=self._broadcast)
         (session,) = self._broadcast(secrets.token_hex(4))

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from cluster.config import LearnerConfig, ModelConfig
 from learner.checkpoint import Part, TensorEntry, partition
 from learner.export import write_model
-from learner.lora import Weight, adapters_off, add_adapters, weights_of
+from learner.lora import Weight, adapters_of, adapters_off, add_adapters, weights_of
 from learner.packing import ModelInputs, TokenLogprobs, check_function
 
 Read: TypeAlias = Callable[[str, int, int], torch.Tensor]
@@ -210,14 +210,17 @@ class ZeroPolicy:
         self._engine.step()
         return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
 
-    def named_weights(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_weights(self, bucket_bytes: int, *, adapters_alone: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole tensor) of every weight, tied ones once, gathered in buckets of about `bucket_bytes`; adapters merged into theirs.
+
+        `adapters_alone`: nothing but the adapters.
 
         Valid only until the next item is asked for. Collective: every rank must iterate to the end.
         """
         import deepspeed
 
-        for bucket in _buckets(weights_of(self.module), bucket_bytes):
+        weights = adapters_of(self.module) if adapters_alone else weights_of(self.module)
+        for bucket in _buckets(weights, bucket_bytes):
             with deepspeed.zero.GatheredParameters([parameter for weight in bucket for parameter in weight.parameters]):
                 yield from ((weight.name, weight.value()) for weight in bucket)
 

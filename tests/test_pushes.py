@@ -348,7 +348,7 @@ def test_ranks_that_do_not_send_make_the_whole_pass(bench, wires: Wires):
     seen: list[str] = []
 
     class Counted(Plain):
-        def named_weights(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+        def named_weights(self, bucket_bytes: int, *, adapters_alone: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in super().named_weights(bucket_bytes):
                 seen.append(name)
                 yield name, tensor
@@ -380,7 +380,7 @@ def test_a_gather_that_fails_ends_the_learner_and_not_as_a_lost_actor(bench, wir
 
     cast = Cast(bench(pushing("ipc")), 1)
 
-    def failing(bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def failing(bucket_bytes: int, *, adapters_alone: bool) -> Iterator[tuple[str, torch.Tensor]]:
         yield "0.weight", cast.learner.policy.module[0].weight.data
         raise RuntimeError("all-gather timed out")
 

@@ -43,7 +43,7 @@ class Plain:
     def __init__(self, size: int = 64) -> None:
         self.module = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.LayerNorm(size), torch.nn.Linear(size, 3))
 
-    def named_weights(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_weights(self, bucket_bytes: int, *, adapters_alone: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, parameter.data) for name, parameter in self.module.named_parameters())
 
     def copy(self) -> dict[str, torch.Tensor]:

@@ -170,7 +170,7 @@ def engine(model_dir: Path, out_dir: Path, road: str) -> None:
     class Policy:
         module = model
 
-        def named_weights(self, bucket_bytes: int) -> Any:
+        def named_weights(self, bucket_bytes: int, *, adapters_alone: bool = False) -> Any:
             return ((name, parameter.data) for name, parameter in model.named_parameters())
 
     def retrain(seed: int) -> None:

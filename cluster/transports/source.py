@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from learner.lora import weights_of
+from learner.lora import adapters_of, weights_of
 
 
 class Parameter(NamedTuple):
@@ -32,7 +32,7 @@ class Weights(Protocol):
 
     @property
     def module(self) -> torch.nn.Module: ...
-    def named_weights(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def named_weights(self, bucket_bytes: int, *, adapters_alone: bool = False) -> Iterator[tuple[str, torch.Tensor]]: ...
 
 
 class ZeroSource:
@@ -42,15 +42,17 @@ class ZeroSource:
     larger parameter. A tensor is valid only until the next is asked for; with one rank it IS the parameter, which the next step changes.
     """
 
-    def __init__(self, policy: Weights, bucket_bytes: int) -> None:
-        self._policy, self._bucket_bytes = policy, bucket_bytes
+    def __init__(self, policy: Weights, bucket_bytes: int, *, adapters_alone: bool = False) -> None:
+        """`adapters_alone`: (name, tensor) of the adapters and nothing else."""
+        self._policy, self._bucket_bytes, self._adapters_alone = policy, bucket_bytes, adapters_alone
 
     def metadata(self) -> list[Parameter]:
         """What a pass yields, from ZeRO-3's own records (`ds_shape`): nothing is gathered. Not collective."""
-        return [Parameter(weight.name, weight.parameter.dtype, weight.shape) for weight in weights_of(self._policy.module)]
+        weights = (adapters_of if self._adapters_alone else weights_of)(self._policy.module)
+        return [Parameter(weight.name, weight.parameter.dtype, weight.shape) for weight in weights]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(self._policy.named_weights(self._bucket_bytes))
+        return iter(self._policy.named_weights(self._bucket_bytes, adapters_alone=self._adapters_alone))
 
     @property
     def largest_bytes(self) -> int:
