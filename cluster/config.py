@@ -6,15 +6,13 @@ Unknown keys are rejected with the nearest valid name. Values derived from other
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-MAX_VOTE_SUBSETS = 20_000
-"""Votes of `majority@k` are counted subset by subset."""
+from cluster import config_checks
 
 
 class Section(BaseModel):
@@ -233,9 +231,6 @@ class RivalsConfig(Section):
     baseline_shift: float = Field(0.1, ge=0, description="How far asymre's baseline lies below the group's mean reward.")
 
 
-MAX_ADAPTER_RANK = 512
-
-
 class WeightsConfig(Section):
     """Weight snapshots from the learner to the actors."""
 
@@ -321,229 +316,10 @@ class Config(Section):
         return self.data.max_prompt_tokens + self.actors.max_new_tokens
 
     @pydantic.model_validator(mode="after")
-    def _rooms_fit_together(self) -> Config:
-        if self.buffer.capacity < self.learner.groups_per_step:
-            raise ValueError(
-                f"buffer.capacity = {self.buffer.capacity} is below learner.groups_per_step = {self.learner.groups_per_step}: "
-                "a batch could never be filled. Raise buffer.capacity or lower learner.groups_per_step."
-            )
-        if self.admitted_groups < self.buffer.num_shards:
-            raise ValueError(
-                f"buffer.num_shards = {self.buffer.num_shards} is above the {self.admitted_groups} groups that may be under way, "
-                "min(buffer.capacity, (buffer.max_staleness + 1) * learner.groups_per_step): some shards would never lease. Lower it."
-            )
-        if self.learner.micro_batch_tokens < self.max_sequence_tokens:
-            raise ValueError(
-                f"learner.micro_batch_tokens = {self.learner.micro_batch_tokens} is below the longest sequence, "
-                f"data.max_prompt_tokens + actors.max_new_tokens = {self.max_sequence_tokens}. Raise it to at least that."
-            )
-        if self.data.system_prompt is not None and not self.data.chat_template:
-            raise ValueError(
-                "data.system_prompt is set but data.chat_template = false: nothing would put it before the prompts. "
-                "Set data.chat_template=true or remove data.system_prompt."
-            )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _objective_fits(self) -> Config:
-        agro, n = self.agro, self.actors.group_size
-        if agro.lr_coef > 0 and agro.beta == 0:
-            raise ValueError("agro.lr_coef > 0 needs agro.beta > 0: the on-policy term is divided by beta.")
-        if agro.ref_update_every and agro.beta == 0:
-            raise ValueError(f"agro.ref_update_every = {agro.ref_update_every} with agro.beta = 0: there is no reference to move.")
-        if self.learner.objective == "agro" and self.rivals.is_correction != "none":
-            raise ValueError(
-                f"rivals.is_correction = {self.rivals.is_correction} is for the other objectives; AGRO's weights are agro.weight and "
-                "agro.weight_cap. Remove it, or choose another learner.objective."
-            )
-        if agro.target_k > n:
-            raise ValueError(f"agro.target = {agro.target} needs k <= actors.group_size = {n}. Raise actors.group_size or lower k.")
-        if agro.target.startswith("majority") and math.comb(n, agro.target_k) > MAX_VOTE_SUBSETS:
-            raise ValueError(
-                f"agro.target = {agro.target} of actors.group_size = {n}: {math.comb(n, agro.target_k)} subsets to vote in each group, "
-                f"more than {MAX_VOTE_SUBSETS}. Choose a smaller k or group_size."
-            )
-        if agro.target != "mean" and agro.lr_coef > 0:
-            raise ValueError(f"agro.target = {agro.target} and agro.lr_coef = {agro.lr_coef} do not go together. Set agro.lr_coef=0.")
-        if agro.target != "mean" and self.learner.objective != "agro":
-            raise ValueError(
-                f"agro.target = {agro.target}: objective {self.learner.objective} knows the mean only. Set learner.objective=agro."
-            )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _samples_come_from_somewhere(self) -> Config:
-        data = self.data
-        if data.offline is None and data.path is None:
-            raise ValueError("data.path is missing; give training prompts, or data.offline for generations to train on")
-        if not self.is_offline and data.path is None:
-            raise ValueError(f"data.offline_share = {data.offline_share}: the other samples are generated, from prompts: set data.path.")
-        if not self.is_offline and self.actors.count == 0:
-            raise ValueError("actors.count = 0: nothing would generate. Set it to 1 or more, or train on data.offline alone.")
-        if data.offline is not None and not self.is_offline and not 0 < self.offline_samples < self.actors.group_size:
-            raise ValueError(
-                f"data.offline_share = {data.offline_share} of actors.group_size = {self.actors.group_size} rounds to "
-                f"{self.offline_samples} samples. Choose a share that leaves at least one offline and one fresh sample."
-            )
-        if data.offline is None and data.offline_share < 1:
-            raise ValueError(f"data.offline_share = {data.offline_share} without data.offline: there is nothing to take a share of.")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _actors_can_scale(self) -> Config:
-        actors = self.actors
-        if actors.max is not None and not actors.min <= actors.count <= actors.max:
-            raise ValueError(
-                f"actors.count = {actors.count} is not within actors.min = {actors.min} and actors.max = {actors.max}. "
-                "Autoscaling starts with actors.count."
-            )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _band_can_be_held(self) -> Config:
-        buffer, size = self.buffer, self.learner.groups_per_step
-        if buffer.samples_per_insert is None:
-            return self
-        low, high = buffer.samples_per_insert
-        if not 0 <= low <= high or high < 1:
-            raise ValueError(f"buffer.samples_per_insert = [{low:g}, {high:g}]: expected 0 <= low <= high and high >= 1.")
-        if high > buffer.max_uses:
-            raise ValueError(
-                f"buffer.samples_per_insert = [{low:g}, {high:g}]: no group is used more than buffer.max_uses = {buffer.max_uses} times. "
-                "Raise buffer.max_uses or lower the band."
-            )
-        if buffer.num_shards > 1 or buffer.min_staleness:
-            raise ValueError("buffer.samples_per_insert goes with neither buffer.num_shards > 1 nor buffer.min_staleness. Remove it.")
-        if self.admitted_groups < size:
-            raise ValueError(f"buffer.samples_per_insert needs min(capacity, ...) = {self.admitted_groups} >= groups_per_step = {size}.")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _lag_can_be_held(self) -> Config:
-        buffer = self.buffer
-        if buffer.min_staleness and buffer.num_shards > 1:
-            raise ValueError(
-                f"buffer.min_staleness = {buffer.min_staleness} with buffer.num_shards = {buffer.num_shards}: a lag is held by one shard "
-                "only. Set buffer.num_shards=1."
-            )
-        if not buffer.min_staleness:
-            return self
-        if self.is_offline:
-            raise ValueError(f"buffer.min_staleness = {buffer.min_staleness}: offline samples have no age. Remove it.")
-        # A version is published every so many steps: what is old enough comes in strides.
-        oldest = buffer.min_staleness + self.weights.publish_every - 1
-        groups = (buffer.min_staleness + 1) * self.learner.groups_per_step
-        if buffer.max_staleness < oldest or buffer.capacity < groups:
-            raise ValueError(
-                f"buffer.min_staleness = {buffer.min_staleness} needs buffer.max_staleness >= min_staleness + weights.publish_every - 1 = "
-                f"{oldest} (here {buffer.max_staleness}) and buffer.capacity >= (min_staleness + 1) * learner.groups_per_step = {groups} "
-                f"(here {buffer.capacity})."
-            )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _devices_fit(self) -> Config:
-        actors, learner = self.actors, self.learner
-        if actors.num_gpus > 1:
-            # vLLM wants a bundle for each GPU, and calls that can be pickled; neither is built, and no machine was there to try it on.
-            raise ValueError(
-                f"actors.num_gpus = {actors.num_gpus:g}: an engine over several GPUs is not supported. Set actors.num_gpus=1 and raise "
-                "actors.count instead."
-            )
-        if learner.num_gpus > 1:
-            raise ValueError(
-                f"learner.num_gpus = {learner.num_gpus}: one rank uses one GPU. Set learner.num_gpus=1 and raise learner.ranks instead."
-            )
-        if self.model.attention == "flash_attention_2" and (learner.num_gpus == 0 or self.model.dtype != "bfloat16"):
-            raise ValueError(
-                f"model.attention = flash_attention_2 needs learner.num_gpus > 0 (here {learner.num_gpus:g}) and model.dtype = bfloat16 "
-                f"(here {self.model.dtype}). Use model.attention=sdpa otherwise."
-            )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _weights_can_travel(self) -> Config:
-        actors, learner, transport = self.actors, self.learner, self.weights.transport
-        name = f"weights.transport = {transport}"
-        if self.weights.adapters == "alone" and not 0 < learner.lora_rank <= MAX_ADAPTER_RANK:
-            raise ValueError(
-                f"weights.adapters = alone needs learner.lora_rank from 1 to {MAX_ADAPTER_RANK}, which is what vLLM applies; it is "
-                f"{learner.lora_rank}. Set it, or weights.adapters=merged."
-            )
-        if transport == "snapshot":
-            return self
-        if self.weights.adapters == "alone":
-            raise ValueError(f"{name} pushes whole models, but weights.adapters = alone. Set one of them to snapshot or merged.")
-        if actors.num_gpus == 0 or learner.num_gpus == 0:
-            raise ValueError(
-                f"{name} goes from GPU to GPU, but actors.num_gpus = {actors.num_gpus:g} and learner.num_gpus = {learner.num_gpus:g}. "
-                "Give both a GPU, or set weights.transport=snapshot, which needs none."
-            )
-        if actors.on_update == "drain":
-            raise ValueError(
-                f"{name} with actors.on_update = drain: the learner would wait for the longest generation of any actor. "
-                "Set actors.on_update=continue or abort, or weights.transport=snapshot."
-            )
-        gpus = learner.num_gpus + (actors.max or actors.count) * actors.num_gpus
-        if transport == "ipc" and (learner.ranks > 1 or gpus > 1):
-            raise ValueError(
-                f"{name} stays within one GPU, but {learner.ranks} learner ranks and {actors.max or actors.count} actors ask for {gpus:g}. "
-                "Set learner.ranks=1 and fractions that add up to 1, such as learner.num_gpus=0.5 actors.num_gpus=0.5, "
-                "or weights.transport=nccl."
-            )
-        if transport == "nccl" and (actors.num_gpus < 1 or learner.num_gpus < 1):
-            raise ValueError(
-                f"{name} takes no two processes on one GPU, but actors.num_gpus = {actors.num_gpus:g} and learner.num_gpus = "
-                f"{learner.num_gpus:g}. Give each a whole one, or set weights.transport=ipc or snapshot."
-            )
+    def _sections_fit_together(self) -> Config:
+        config_checks.check(self)
         return self
 
     def warnings(self) -> list[str]:
         """What is allowed but probably not meant, one sentence each."""
-        found = []
-        if self.actors.top_p < 1:
-            found.append(
-                f"actors.top_p = {self.actors.top_p}: truncated sampling does not cover the reference: the optimum is another one."
-            )
-        if self.agro.lr_coef > 2 * self.agro.beta:
-            found.append(
-                f"agro.lr_coef = {self.agro.lr_coef} > 2 * beta = {2 * self.agro.beta}: for prompts solved less than half the time "
-                "the on-policy term pushes correct answers down (docs/objectives.md, hazard)."
-            )
-        found += self._unused_knobs()
-        if self.agro.lr_coef > 0 and self.agro.lr_gate == "fresh" and self.weights.publish_every > 1:
-            found.append(
-                f"agro.lr_coef = {self.agro.lr_coef} with agro.lr_gate = fresh and weights.publish_every = {self.weights.publish_every}: "
-                "few samples are ever of the current policy (staleness/fresh_fraction); on the others the on-policy term does nothing."
-            )
-        if self.agro.target != "mean" and self.agro.target_k == self.actors.group_size:
-            found.append(
-                f"agro.target = {self.agro.target} with actors.group_size = {self.actors.group_size}: with k = n nothing is left to "
-                "centre with on off-policy data. Raise actors.group_size."
-            )
-        if self.buffer.max_staleness < self.weights.publish_every:
-            found.append(
-                f"buffer.max_staleness = {self.buffer.max_staleness} < weights.publish_every = {self.weights.publish_every}: "
-                "most groups will be evicted as stale."
-            )
-        if self.learner.warmup_steps >= self.run.steps:
-            found.append(
-                f"learner.warmup_steps = {self.learner.warmup_steps} >= run.steps = {self.run.steps}: the peak learning rate is not passed."
-            )
-        if self.learner.offload == "all" and self.learner.num_gpus == 0:
-            found.append("learner.offload = all with learner.num_gpus = 0: everything is in CPU memory anyway.")
-        if not any(function.weight for function in self.rewards.functions):
-            found.append("rewards.functions: every weight is 0, so that nothing is rewarded.")
-        return found
-
-    def _unused_knobs(self) -> list[str]:
-        """Settings other than the default that the chosen objective does not look at."""
-        is_agro = self.learner.objective == "agro"
-        section, of_section = ("rivals", self.rivals) if is_agro else ("agro", self.agro)
-        names = RivalsConfig.model_fields if is_agro else _OWN_KNOBS_OF_AGRO
-        changed = [name for name in names if getattr(of_section, name) != type(of_section).model_fields[name].default]
-        unused = ", ".join(f"{section}.{name} = {getattr(of_section, name)}" for name in changed)
-        return [f"{unused}: learner.objective = {self.learner.objective} does not use that."] if unused else []
-
-
-_OWN_KNOBS_OF_AGRO = ("weight", "weight_cap", "lr_coef", "lr_baseline", "lr_gate", "zero_std", "duplicates")
+        return config_checks.warnings(self)

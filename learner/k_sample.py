@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from cluster.config import MAX_VOTE_SUBSETS
+from cluster.config_checks import MAX_VOTE_SUBSETS
 
 
 def k_sample_advantages(rewards: Tensor, groups: Tensor, *, target: str, k: int, answers: Tensor | None = None) -> Tensor:
