@@ -1,12 +1,13 @@
 """What the learner costs, as ratios within one process: against a plain PyTorch loop, packed against padded, chunked against whole logits.
 
-    python -m benchmarks.learner [speed] [layouts] [memory]     all of them by default; benchmarks/results/learner-<kind>.json
+    python -m benchmarks.learner [speed] [layouts] [memory] [gpu]     all of them by default; benchmarks/results/learner-<kind>.json
 
 speed    Trained tokens/s of Updater and ZeroPolicy (one rank) against the shortest loop that trains the same: same model, batches,
          micro-batches, attention and objective; whole logits, AdamW, no DeepSpeed, no metrics. Steps alternate. Beside it our Updater
          without DeepSpeed: what lies between them is ours, the rest DeepSpeed's.
 layouts  Forward and backward over the same sequences: padded, packed under transformers' block mask, packed by learner/attention.py.
 memory   Growth of the peak by log-probs of T tokens and their gradient, one process each, above what is there before.
+gpu      A 1.1B model on a GPU (benchmarks/learner_gpu.py): tokens/s, MFU, peak memory against the estimate.
 
 Lengths are those of GSM8K's questions and answers, at 4 characters a token. On a CPU times are the process's own CPU seconds on one
 thread, so that other programs on the machine do not count.
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learner_cases import LAYOUT_SHAPE, SHAPES, TEMPERATURE, Shape, config_of, load_model, make_batch, make_model
+from benchmarks.learner_gpu import measure_case, measure_gpu
 
 RESULTS = Path("benchmarks/results")
 MIB = 2**20
@@ -43,13 +45,13 @@ MEMORY_HIDDEN = 128
 class PlainLoop:
     """The shortest loop that takes the same optimizer steps."""
 
-    def __init__(self, config: Any, device: str) -> None:
+    def __init__(self, config: Any, device: str, *, autocast: bool = False) -> None:
         import torch
 
         from learner.attention import install_packed_sdpa
         from learner.objectives import load_objective
 
-        self._config, self._device = config, device
+        self._config, self._device, self._autocast = config, device, autocast
         self._objective = load_objective("agro", config.agro, config.rivals)
         self.module: Any = load_model(config, device)
         install_packed_sdpa(self.module)
@@ -68,7 +70,8 @@ class PlainLoop:
         plan = plan_micro_batches([s.num_tokens for s in sequences], [group.group_id for group, _ in rows], budget, layout)
         for micro in plan:
             inputs = collate([sequences[i] for i in micro.indices], layout, 0, self._device)
-            logits = self.module(**inputs.model_kwargs(), packing=inputs.packing).logits[0]
+            with torch.autocast(torch.device(self._device).type, torch.bfloat16, enabled=self._autocast):
+                logits = self.module(**inputs.model_kwargs(), packing=inputs.packing).logits[0].float()
             logprobs_T = logits.log_softmax(-1).gather(-1, inputs.targets_T[:, None])[:, 0]
             mine = [rows[i] for i in micro.indices]
             token_batch = TokenBatch(
@@ -109,11 +112,15 @@ def measure_speed(device: str) -> list[dict[str, Any]]:
     from learner.zero import init_process_group
 
     own_linear = torch.nn.functional.linear
+    init_process_group(0, 1, "127.0.0.1", free_port(), use_gpu=device != "cpu", timeout_s=120)
+    return [measure_shape(shape, device, own_linear) for shape in SHAPES]
+
+
+def free_port() -> int:
+    """On which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    init_process_group(0, 1, "127.0.0.1", port, use_gpu=device != "cpu", timeout_s=120)
-    return [measure_shape(shape, device, own_linear) for shape in SHAPES]
+        return int(probe.getsockname()[1])
 
 
 def measure_shape(shape: Shape, device: str, own_linear: Callable) -> dict[str, Any]:
@@ -293,11 +300,14 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["speed", "layouts", "memory"], help="speed, layouts, memory")
+    parser.add_argument("parts", nargs="*", default=["speed", "layouts", "memory", "gpu"], help="speed, layouts, memory, gpu")
     parts = parser.parse_args().parts
     os.environ["OMP_NUM_THREADS"] = "1"
     if parts[0] == "peak":
         print(peak_growth(parts[1], int(parts[2]), int(parts[3])))
+        return
+    if parts[0] == "gpu-case":
+        print(json.dumps(measure_case(parts[1], int(parts[2]))))
         return
     import torch
 
@@ -309,6 +319,7 @@ def main() -> None:
         "speed": lambda: measure_speed(device),
         "layouts": lambda: measure_layouts(device),
         "memory": measure_memory,
+        "gpu": measure_gpu,
     }
     for part in parts:
         results[part] = measures[part]()

@@ -41,11 +41,12 @@ def gsm8k_lengths() -> list[tuple[int, int]]:
     return [(-(-len(row["question"]) // CHARACTERS_PER_TOKEN), -(-len(row["answer"]) // CHARACTERS_PER_TOKEN)) for row in rows]
 
 
-def make_batch(shape: Shape, seed: int = 0) -> Any:
-    """A Batch of random tokens; the lengths of a group's completions are those of as many answers."""
+def make_batch(shape: Shape, seed: int = 0, lengths: list[tuple[int, int]] | None = None) -> Any:
+    """A Batch of random tokens; the lengths of a group's completions are those of as many answers (of `lengths`: GSM8K's)."""
     from buffer.records import Batch, Group, Sample, VersionSpan
 
-    rng, lengths = random.Random(seed), [(5, 2), (5, 3), (5, 3), (5, 4)] if shape.short else gsm8k_lengths()
+    rng = random.Random(seed)
+    lengths = lengths or ([(5, 2), (5, 3), (5, 3), (5, 4)] if shape.short else gsm8k_lengths())
 
     def ids(count: int) -> tuple[int, ...]:
         return tuple(rng.randrange(3, shape.vocabulary) for _ in range(count))

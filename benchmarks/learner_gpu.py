@@ -1,0 +1,162 @@
+"""What only a GPU can tell about the learner: the part `gpu` of benchmarks/learner.py. NOT RUN YET: no GPU was at hand.
+
+A Llama of 1.1B parameters from a config, bf16, at two budgets of tokens a micro-batch. Each case has a process of its own, and with it
+a peak of its own:
+
+    ours           ZeroPolicy and Updater on one rank: float32 master weights, log-probs chunk by chunk, by liger's kernel
+    torch softmax  the same without the kernel
+    whole logits   the same without the chunks
+    plain loop     the shortest loop that trains the same: float32 weights under autocast, torch's AdamW, whole logits
+
+mfu: 6 x parameters x tokens/s over the GPU's dense bf16 peak; attention's products are left out. estimate_gib: what --dry-run says of
+the GPU's memory, for `ours`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+CASES = ("ours", "torch softmax", "whole logits", "plain loop")
+BUDGETS_TOKENS = (2048, 8192)
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
+GIB = 2**30
+
+
+class Model(NamedTuple):
+    """A Llama from a config, and how many groups a step trains on."""
+
+    hidden: int = 2048
+    mlp: int = 5632
+    layers: int = 22
+    heads: int = 32
+    kv_heads: int = 4
+    vocabulary: int = 32_000
+    groups: int = 32
+    dtype: str = "bfloat16"
+    steps: int = 5
+
+
+def measure_gpu() -> list[dict[str, Any]]:
+    """A row for each case and budget."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return [{"case": case, "result": "not measured (no GPU)"} for case in CASES]
+    rows: list[dict[str, Any]] = []
+    for budget in BUDGETS_TOKENS:
+        for case in CASES:
+            command = [sys.executable, "-m", "benchmarks.learner", "gpu-case", case, str(budget)]
+            ran = subprocess.run(command, capture_output=True, text=True)
+            if ran.returncode:  # Whole logits may not fit: that is a result.
+                rows.append({"case": case, "budget_tokens": budget, "result": ran.stderr.strip().splitlines()[-1][:200]})
+            else:
+                rows.append(json.loads(ran.stdout.splitlines()[-1]))
+    plain = {row["budget_tokens"]: row.get("tokens_per_s") for row in rows if row["case"] == "plain loop"}
+    for row in rows:
+        if (speed := plain[row["budget_tokens"]]) and "tokens_per_s" in row:
+            row["ratio"] = round(row["tokens_per_s"] / speed, 3)
+    return rows
+
+
+def measure_case(case: str, budget_tokens: int, model: Model = Model(), device: str = "cuda") -> dict[str, Any]:  # noqa: B008 -- immutable
+    """One row; on a CPU (to try it) without peak and MFU."""
+    import torch
+
+    from benchmarks.learner_cases import Shape, make_batch
+    from cluster.memory import estimate_memory
+
+    on_gpu = device != "cpu"
+    # So short that a group fits the smallest budget.
+    lengths = [(40 + 60 * number // 99, 40 + 110 * number // 99) for number in range(100)]
+    batch = make_batch(Shape("", model.hidden, model.layers, model.vocabulary, model.groups, budget_tokens, model.steps), lengths=lengths)
+    with tempfile.TemporaryDirectory() as model_dir:
+        save_model(model, model_dir)
+        config = make_config(model, model_dir, budget_tokens, on_gpu=on_gpu)
+        estimate = sum(part.num_bytes for part in estimate_memory(config).learner if not part.on_host)
+        step, num_parameters = make_step(case, config, device)
+    seconds = []
+    for _ in range(model.steps + 1):
+        start_s = time.perf_counter()
+        step(batch)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start_s)
+    tokens = sum(group.num_tokens for group in batch.groups)
+    speed = tokens / min(seconds[1:])
+    row: dict[str, Any] = {"case": case, "budget_tokens": budget_tokens, "parameters": num_parameters, "tokens_per_s": round(speed)}
+    if on_gpu:
+        peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
+        row["mfu"] = round(6 * num_parameters * speed / (peak * 1e12), 3) if peak else "peak of this GPU unknown"
+        row["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
+        if case == "ours":
+            row["estimate_gib"] = round(estimate / GIB, 2)
+    return row
+
+
+def make_step(case: str, config: Any, device: str) -> tuple[Callable[[Any], Any], int]:
+    """The case's step on a batch, and how many parameters it trains."""
+    import torch
+
+    import learner.packing
+    from benchmarks.learner import PlainLoop, free_port
+    from learner import row_softmax
+    from learner.objectives import load_objective
+    from learner.update import Updater
+
+    if case == "plain loop":
+        loop = PlainLoop(config, device, autocast=config.model.dtype == "bfloat16")
+        return loop.step, sum(parameter.numel() for parameter in loop.module.parameters())
+    from learner.zero import ZeroPolicy, init_process_group
+
+    # Names in place of which the learner finds nothing: there is no setting that makes it slower.
+    if case == "torch softmax":
+        row_softmax.kernel_for = lambda logits_RV: None
+    if case == "whole logits":
+        learner.packing.install_logprob_head = lambda module: None
+    init_process_group(0, 1, "127.0.0.1", free_port(), use_gpu=device != "cpu", timeout_s=120)
+    policy = ZeroPolicy(config.model, config.learner)
+    objective = load_objective("agro", config.agro, config.rivals)
+    updater = Updater(config, policy, None, objective, 0, torch.device(device))
+    return (lambda batch: updater.update(batch, config.learner.lr)), sum(parameter.ds_numel for parameter in policy.module.parameters())
+
+
+def save_model(model: Model, model_dir: str) -> None:
+    """A Llama of random weights as a Hugging Face directory."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=model.vocabulary,
+        hidden_size=model.hidden,
+        intermediate_size=model.mlp,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        max_position_embeddings=2048,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(shape).to(getattr(torch, model.dtype)).save_pretrained(model_dir)
+
+
+def make_config(model: Model, model_dir: str, budget_tokens: int, *, on_gpu: bool) -> Any:
+    """A run's config for this model and budget."""
+    from cluster.config_file import parse_config
+
+    return parse_config(
+        {
+            "model": {"path": model_dir, "dtype": model.dtype},
+            "data": {"path": "unused", "max_prompt_tokens": 100},
+            "rewards": {"functions": [{"name": "exact_match"}]},
+            "actors": {"max_new_tokens": 150, "temperature": 1.0},
+            "learner": {"groups_per_step": model.groups, "micro_batch_tokens": budget_tokens, "num_gpus": float(on_gpu)},
+            "agro": {"weight": "none"},
+            "checkpoint": {"every": 0},
+        }
+    )
