@@ -6,6 +6,7 @@ gather   a pass over the source by two ZeRO-3 ranks: in buckets (`weights.bucket
 publish  how long the learner stands still for a snapshot: stored in the background, against stored by the learner itself; and how
          long the background works on it. The object store is Ray's
 apply    checksums and `Engine.load_weights` of a snapshot by a real vLLM engine, the latter being the actor's pause
+adapters the same where adapters of rank 16 come alone (`weights.adapters`), and tokens/s with vLLM applying them
 push     nccl (two GPUs) and ipc (one): stall of the learner and pause of the actor. NEVER RUN: there was no GPU
 memcpy   of as many bytes into memory that is used again, which is what all bandwidths are compared with
 
@@ -36,6 +37,7 @@ from cluster.config_file import parse_config
 from cluster.processes import remote
 
 REPEATS = 7
+ADAPTER_RANK = 16
 MODELS = {"tiny": {"hidden": 96, "layers": 3}, "30M": {"hidden": 512, "layers": 10}}
 NO_GPU = "not measured (no GPU)"
 MIB = 2**20
@@ -157,42 +159,78 @@ def learner_side(model_dir: str, directory: Path) -> dict[str, float]:
 # --- an actor ------------------------------------------------------------------------------------------------------
 
 
-def apply(model_dir: str, out: str) -> None:
-    """A real engine loads snapshots of its own weights."""
-    from safetensors.torch import load_file
-
-    from actors.engine import Engine
+def apply(model_dir: str, out: str, rank: int) -> None:
+    """A real engine loads snapshots of its own weights; with a `rank`, of adapters alone."""
+    from actors.engine import Adapters, Engine
     from cluster.weights import SnapshotWriter, read_snapshot
 
-    weights = load_file(Path(model_dir) / "model.safetensors")
+    weights = whole_weights(model_dir) if not rank else adapters_alone(model_dir, rank)
     config = make_config(model_dir)
-    engine = Engine(config.model, config.actors.model_copy(update={"slots": 8, "kv_cache_gib": 1 / 16}), max_model_len=64)
+    actors = config.actors.model_copy(update={"slots": 8, "max_new_tokens": 32, "kv_cache_gib": 1 / 16})
+    engine = Engine(config.model, actors, max_model_len=64, adapters=Adapters(rank, 2.0 * rank) if rank else None)
     writer = SnapshotWriter(int(config.weights.bucket_mib * MIB))
     for name, tensor in weights.items():
         writer.add(name, tensor)
     manifest, buckets = writer.finish(1)
-    verify_s, load_s = [], []
+    verify_s, load_s, generate_s = [], [], []
+
+    def generate() -> None:
+        for number in range(16):
+            engine.submit(str(number), (4, 13, 5, 14), seed=number)
+        while engine.num_unfinished:
+            engine.step()
+
     for version in range(REPEATS + 1):
         verify_s.append(seconds(lambda: list(read_snapshot(manifest, buckets))))
         tensors = list(read_snapshot(manifest, buckets))
         load_s.append(seconds(lambda version=version, tensors=tensors: engine.load_weights(version, tensors)))  # type: ignore[misc]
-    found = {"verify_s": statistics.median(verify_s[1:]), "pause_s": statistics.median(load_s[1:])}
+        generate_s.append(seconds(generate))
+    medians = {"verify_s": verify_s, "pause_s": load_s, "generate_s": generate_s}
+    found = {name: statistics.median(values[1:]) for name, values in medians.items()}
     Path(out).write_text(json.dumps(found | {"bytes": sum(tensor.nbytes for tensor in weights.values())}))
+
+
+def whole_weights(model_dir: str) -> dict[str, torch.Tensor]:
+    """By name."""
+    from safetensors.torch import load_file
+
+    return load_file(Path(model_dir) / "model.safetensors")
+
+
+def adapters_alone(model_dir: str, rank: int) -> dict[str, torch.Tensor]:
+    """As the learner has them before its first step, when they change nothing: the engine samples what it samples without."""
+    from transformers import AutoModelForCausalLM
+
+    from cluster.config import LearnerConfig
+    from learner.lora import adapters_of, add_adapters
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    add_adapters(model, LearnerConfig(lora_rank=rank), 0)
+    return {weight.name: weight.value() for weight in adapters_of(model)}
 
 
 def actor_side(model_dir: str, directory: Path) -> dict[str, float]:
     """`apply` in a process of its own; vLLM is not to be started twice in one."""
-    out = directory / "apply.json"
-    process = multiprocessing.get_context("spawn").Process(target=apply, args=(model_dir, str(out)))
-    process.start()
-    process.join(600)
-    found = json.loads(out.read_text())
-    copy_s = memcpy_s(found["bytes"])
+
+    def in_a_process(rank: int) -> dict[str, float]:
+        out = directory / "apply.json"
+        process = multiprocessing.get_context("spawn").Process(target=apply, args=(model_dir, str(out), rank))
+        process.start()
+        process.join(600)
+        found: dict[str, float] = json.loads(out.read_text())
+        return found
+
+    found, alone = in_a_process(0), in_a_process(ADAPTER_RANK)
+    copy_s = memcpy_s(int(found["bytes"]))
     return {
         "apply_pause_s": found["pause_s"],
         "apply_mib_per_s": found["bytes"] / MIB / found["pause_s"],
         "apply_against_memcpy": copy_s / found["pause_s"],
         "verify_against_memcpy": copy_s / found["verify_s"],
+        "adapters_mib": alone["bytes"] / MIB,
+        "adapters_pause_s": alone["pause_s"],
+        "adapters_pause_against_weights": alone["pause_s"] / found["pause_s"],
+        "adapters_generation_against_weights": found["generate_s"] / alone["generate_s"],
     }
 
 
