@@ -69,7 +69,7 @@ class MemoryEstimate:
 
 
 class _Shape(NamedTuple):
-    """What the formulas need of a model. All but the parameters are 0 when only these are known (LoRA: all are counted as trained)."""
+    """What the formulas need of a model. All but the parameters are 0 when only these are known."""
 
     num_params: int
     layers: int = 0
@@ -92,7 +92,8 @@ def estimate_memory(config: Config) -> MemoryEstimate:
         reason = _why_not_at_hand(path, error)
         if millions is None:
             return MemoryEstimate(f"{path}: model config not at hand ({reason}): no estimate")
-        source = f"{path}: model config not at hand ({reason}): rough, by the size in the name; activations, logits, KV cache left out"
+        unknown = f"activations, logits, KV cache{', adapters' if config.learner.lora_rank else ''} left out"
+        source = f"{path}: model config not at hand ({reason}): rough, by the size in the name; {unknown}"
         shape = _Shape(int(millions * 1e6))
     else:
         source = f"{shape.num_params:,} parameters, counted from the config of {path}; the rest by formula"
@@ -144,7 +145,7 @@ def _learner_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
     learner, b = config.learner, BYTES[config.model.dtype]
     share = shape.num_params / learner.ranks
     adapters = learner.lora_rank * shape.adapted / learner.ranks
-    trained = adapters or share
+    trained = adapters if learner.lora_rank else share
     states = 4 + 8  # Bytes of fp32 weights and Adam's moments, which is what a checkpoint holds.
     reference, proximal = _frozen_bytes(config, share, adapters)
     moved = (reference if config.agro.ref_update_every else 0) + proximal
@@ -184,6 +185,8 @@ def _frozen_bytes(config: Config, share: float, adapters: float) -> tuple[float,
 
 def _activation_bytes(config: Config, shape: _Shape) -> float:
     learner = config.learner
+    if not shape.layers:
+        return 0.0
     one_layer = 8 * shape.hidden + 2 * shape.kv_width + 4 * shape.mlp
     if learner.lora_rank:
         one_layer += 7 * learner.lora_rank - 2 * shape.hidden
