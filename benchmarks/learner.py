@@ -1,12 +1,13 @@
 """What the learner costs, as ratios within one process: against a plain PyTorch loop, packed against padded, chunked against whole logits.
 
-    python -m benchmarks.learner [speed] [layouts] [memory] [gpu]     all of them by default; benchmarks/results/learner-<kind>.json
+    python -m benchmarks.learner [speed] [layouts] [memory] [checkpoint] [gpu]     all by default; benchmarks/results/learner-<kind>.json
 
 speed    Trained tokens/s of Updater and ZeroPolicy (one rank) against the shortest loop that trains the same: same model, batches,
          micro-batches, attention and objective; whole logits, AdamW, no DeepSpeed, no metrics. Steps alternate. Beside it our Updater
          without DeepSpeed: what lies between them is ours, the rest DeepSpeed's.
 layouts  Forward and backward over the same sequences: padded, packed under transformers' block mask, packed by learner/attention.py.
 memory   Growth of the peak by log-probs of T tokens and their gradient, one process each, above what is there before.
+checkpoint  What a save costs and how long a resume takes (benchmarks/learner_checkpoint.py).
 gpu      A 1.1B model on a GPU (benchmarks/learner_gpu.py): tokens/s, MFU, peak memory against the estimate.
 
 Lengths are those of GSM8K's questions and answers, at 4 characters a token. On a CPU times are the process's own CPU seconds on one
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learner_cases import LAYOUT_SHAPE, SHAPES, TEMPERATURE, Shape, config_of, load_model, make_batch, make_model
+from benchmarks.learner_checkpoint import measure_checkpoint, measure_saves
 from benchmarks.learner_gpu import measure_case, measure_gpu
 
 RESULTS = Path("benchmarks/results")
@@ -300,11 +302,16 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["speed", "layouts", "memory", "gpu"], help="speed, layouts, memory, gpu")
+    parser.add_argument(
+        "parts", nargs="*", default=["speed", "layouts", "memory", "checkpoint", "gpu"], help="speed, layouts, memory, checkpoint, gpu"
+    )
     parts = parser.parse_args().parts
     os.environ["OMP_NUM_THREADS"] = "1"
     if parts[0] == "peak":
         print(peak_growth(parts[1], int(parts[2]), int(parts[3])))
+        return
+    if parts[0] == "checkpoint-case":
+        print(json.dumps(measure_saves()))
         return
     if parts[0] == "gpu-case":
         print(json.dumps(measure_case(parts[1], int(parts[2]))))
@@ -319,6 +326,7 @@ def main() -> None:
         "speed": lambda: measure_speed(device),
         "layouts": lambda: measure_layouts(device),
         "memory": measure_memory,
+        "checkpoint": measure_checkpoint,
         "gpu": measure_gpu,
     }
     for part in parts:

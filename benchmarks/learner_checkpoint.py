@@ -1,0 +1,93 @@
+"""What a checkpoint costs the learner, and how long it takes to go on from one: the part `checkpoint` of benchmarks/learner.py.
+
+stall_s    how long a save holds up training; write_s: how long the writer then works beside it (files, hashes, fsync)
+by_itself  a bare torch.save of the same tensors, fsync included, for which training would wait
+resume_s   verified by its hashes, read, and in place under ZeRO-3; against torch.load of that file
+memcpy     of as many bytes into memory that is used again
+
+Medians of REPEATS; one rank, one process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPEATS = 5
+
+
+def measure_checkpoint() -> list[dict[str, Any]]:
+    """`measure_saves` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.learner", "checkpoint-case"]
+    ran = subprocess.run(command, capture_output=True, check=True, text=True)
+    return [json.loads(ran.stdout.splitlines()[-1])]
+
+
+def measure_saves() -> dict[str, Any]:
+    """The row."""
+    import torch
+
+    from benchmarks.learner import free_port
+    from benchmarks.learner_cases import SHAPES, config_of, make_batch, make_model
+    from learner.checkpoint import Checkpoint, checkpoint_dirs, verify
+    from learner.checkpoint_writer import CheckpointWriter
+    from learner.objectives import load_objective
+    from learner.update import Updater
+    from learner.zero import ZeroPolicy, init_process_group
+
+    shape = SHAPES[-1]
+    init_process_group(0, 1, "127.0.0.1", free_port(), use_gpu=False, timeout_s=120)
+    with tempfile.TemporaryDirectory(dir=".") as directory:  # On a disk, as runs are; /tmp may be memory.
+        make_model(shape).save_pretrained(directory)
+        config = config_of(shape, directory, "cpu")
+        policy = ZeroPolicy(config.model, config.learner)
+        objective = load_objective("agro", config.agro, config.rivals)
+        Updater(config, policy, None, objective, 0, torch.device("cpu")).update(make_batch(shape), config.learner.lr)
+        num_bytes = sum(part.values.nbytes for part in policy.parts())
+        source, target = (torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(2))
+        writer = CheckpointWriter(directory, 0, 1, session="benchmark", keep=1)
+        plain = Path(directory) / "plain.pt"
+        times: dict[str, list[float]] = {name: [] for name in ("memcpy", "stall", "write", "by_itself", "resume", "torch_load")}
+
+        def save_plainly() -> None:
+            with plain.open("wb") as file:
+                torch.save({part.key: part.values for part in policy.parts()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+
+        def resume() -> None:
+            _, newest = checkpoint_dirs(directory)[-1]
+            checkpoint = Checkpoint(newest, verify(newest))
+            policy.restore(checkpoint.read, policy.adam_steps)
+
+        for step in range(1, REPEATS + 2):
+            times["memcpy"].append(seconds(lambda: target.copy_(source)))
+            times["stall"].append(seconds(lambda step=step: writer.save(step, policy.parts(), {})))  # type: ignore[misc]
+            times["write"].append(seconds(writer.wait))
+            times["by_itself"].append(seconds(save_plainly))
+            times["resume"].append(seconds(resume))
+            times["torch_load"].append(seconds(lambda: torch.load(plain)))
+        writer.close()
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    return {
+        "case": shape.name,
+        "mib": round(num_bytes / 2**20),
+        **{f"{name}_s": round(value, 4) for name, value in medians.items()},
+        "stall_against_by_itself": round(medians["stall"] / medians["by_itself"], 4),
+        "memcpy_against_stall": round(medians["memcpy"] / medians["stall"], 3),
+    }
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Of one call."""
+    start_s = time.perf_counter()
+    call()
+    return time.perf_counter() - start_s
