@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,3 +114,10 @@ def config_of(shape: Shape, model_dir: str, device: str) -> Any:
             "agro": {"weight": "none"},
         }
     )
+
+
+def free_port() -> int:
+    """On which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -35,8 +35,7 @@ def measure_saves() -> dict[str, Any]:
     """The row."""
     import torch
 
-    from benchmarks.learner import free_port
-    from benchmarks.learner_cases import SHAPES, config_of, make_batch, make_model
+    from benchmarks.learner_cases import SHAPES, config_of, free_port, make_batch, make_model
     from learner.checkpoint import Checkpoint, checkpoint_dirs, verify
     from learner.checkpoint_writer import CheckpointWriter
     from learner.objectives import load_objective

@@ -104,7 +104,8 @@ def make_step(case: str, config: Any, device: str) -> tuple[Callable[[Any], Any]
     import torch
 
     import learner.packing
-    from benchmarks.learner import PlainLoop, free_port
+    from benchmarks.learner_cases import free_port
+    from benchmarks.plain_loop import PlainLoop
     from learner import row_softmax
     from learner.objectives import load_objective
     from learner.update import Updater
