@@ -28,12 +28,13 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from buffer.records import Sample, VersionSpan
 from cluster.config import ActorsConfig, ModelConfig
+from cluster.config_checks import served_rank
 from cluster.errors import AgroError, SnapshotError
 from cluster.weights import checksum
 
@@ -59,6 +60,7 @@ VLLM_SYMBOLS = (
     "vllm.model_executor.model_loader.reload:finalize_layerwise_reload",
     "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
     "vllm.config.lora:MaxLoRARanks",
+    "vllm.lora.model_manager:LoRAModelManager.get_adapter",
     "vllm.config.weight_transfer:WeightTransferConfig",
     "vllm.lora.request:LoRARequest",
     "vllm.v1.worker.gpu_worker:Worker.shutdown_weight_transfer_engine",
@@ -73,6 +75,8 @@ VLLM_SYMBOLS = (
 
 _ADAPTER = "policy"
 _PEFT_PREFIX = "base_model.model."
+_NOWHERE = "/nonexistent/agro-policy"
+"""Of requests: vLLM has the adapter in memory. No relative path: vLLM would look for it on the hub."""
 
 
 class Adapters(NamedTuple):
@@ -140,7 +144,7 @@ class Engine:
         self._config, self._adapters = config, adapters
         arguments = engine_arguments(model, config, max_model_len=max_model_len, seed=seed)
         if adapters is not None:
-            arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": _served_rank(adapters.rank)}
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": served_rank(adapters.rank)}
         if transport != "snapshot":
             arguments["weight_transfer_config"] = {"backend": transport}
         self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
@@ -224,7 +228,7 @@ class Engine:
 
         Requests started later share no prefix with earlier ones. That is done by a salt in the cache's keys, since vLLM
         refuses to reset its prefix cache (returns False, no error) while anything is in flight. Raises SnapshotError
-        when parameters of the model are missing from `weights`: the engine is then unusable; and when vLLM does not take the adapters.
+        when parameters of the model are missing from `weights`, or vLLM does not apply the adapters: the engine is then unusable.
         """
         tensors = list(weights)
         if self._adapters is not None:
@@ -243,14 +247,19 @@ class Engine:
 
         layers = sorted({name.removeprefix(_PEFT_PREFIX).rpartition(".lora_")[0] for name, _ in tensors})
         settings = {"peft_type": "LORA", "r": adapters.rank, "lora_alpha": adapters.alpha, "target_modules": layers, "bias": "none"}
-        with tempfile.TemporaryDirectory(prefix="agro-adapters-") as directory:
-            save_file(dict(tensors), Path(directory, "adapter_model.safetensors"))
-            Path(directory, "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
-            try:
+        try:
+            with tempfile.TemporaryDirectory(prefix="agro-adapters-") as directory:
+                save_file(dict(tensors), Path(directory, "adapter_model.safetensors"))
+                Path(directory, "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
                 self._engine.add_lora(LoRARequest(_ADAPTER, 1, directory, load_inplace=True))
-            except (ValueError, RuntimeError, OSError) as error:
-                raise SnapshotError(f"vLLM does not take the adapters of version {version}: {str(error)[:300]}") from error
-        self._lora_request = LoRARequest(_ADAPTER, 1, "in memory")
+        except Exception as error:  # vLLM raises whatever it runs into, a KeyError or an assertion too.
+            raise SnapshotError(
+                f"vLLM does not take the adapters of version {version}: {type(error).__name__}: {str(error)[:300]}"
+            ) from error
+        # vLLM passes over adapters of layers that it does not know by that name, or could not adapt.
+        if unused := sorted(set().union(*self._engine.apply_model(_unused_adapters))):
+            raise SnapshotError(f"vLLM does not apply {len(unused)} adapters of version {version}: {', '.join(unused[:5])}")
+        self._lora_request = LoRARequest(_ADAPTER, 1, _NOWHERE)
 
     # --- weights that the learner pushes (actors/receiver.py) -----------------------------------------------------
 
@@ -263,7 +272,7 @@ class Engine:
 
         def connect(worker: Any) -> Any:
             engine = copy.copy(worker.weight_transfer_engine)
-            # A stream of its own: what waits there for an actor that died does not hold up generation.
+            # A stream of its own: generation does not wait for the others, as it would on the default one.
             on_gpu = worker.device.type == "cuda"
             with torch.cuda.stream(torch.cuda.Stream(worker.device)) if on_gpu else contextlib.nullcontext():
                 engine.init_transfer_engine(engine.parse_init_info(init_info))
@@ -275,7 +284,8 @@ class Engine:
     def use_connection(self, connection: list[Any]) -> None:
         """The next transfers arrive there; the group before it is left."""
         self._engine.collective_rpc("shutdown_weight_transfer_engine")  # vLLM itself would leave the old group's communicator behind.
-        self._engine.collective_rpc(lambda worker: setattr(worker, "weight_transfer_engine", connection[worker.rank]))
+        # What `collective_rpc` hands out is vLLM's wrapper of the worker, which passes on what is read but not what is set.
+        self._engine.collective_rpc(lambda wrapper: setattr(wrapper.worker, "weight_transfer_engine", connection[wrapper.rank]))
 
     def drop_connection(self, connection: list[Any]) -> None:
         """Leave a group that will not be used."""
@@ -346,11 +356,10 @@ class Engine:
         self._started_s[request_id] = time.monotonic()
 
 
-def _served_rank(rank: int) -> int:
-    """vLLM's buffers are for the smallest of its ranks that is not below this one."""
-    from vllm.config.lora import MaxLoRARanks
-
-    return min(served for served in get_args(MaxLoRARanks) if served >= rank)
+def _unused_adapters(model: Any) -> set[str]:
+    """Layers of vLLM's one adapter that are none of the layers it applies adapters to."""
+    manager = model.lora_manager
+    return set(manager.get_adapter(1).loras) - set(manager.modules)
 
 
 def _device_arguments(config: ActorsConfig) -> dict[str, Any]:

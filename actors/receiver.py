@@ -4,10 +4,10 @@
                                                          init --> a thread: engine.connect_transfer --queue--> the loop: it counts
                    abort ------------------------------> the engine's communicator, at once
 
-A group is met in a thread of its own, while the loop goes on: one that dies on its way there keeps nobody else. From start to finish the
-loop does nothing else: the model is in pieces. A transfer that is broken off before anything has
-arrived leaves the engine as it was; one that had begun to arrive leaves it without weights (version -1), and it does not
-generate until a snapshot has been loaded. An order is of a transfer `number`; those of one that was broken off are refused.
+A group is met in a thread of its own, while the loop goes on: one that dies on its way there keeps nobody else from generating. From
+start to finish of a transfer the loop does nothing else: the model is in pieces. One that is broken off before anything has arrived
+leaves the engine as it was; one that had begun to arrive leaves it without weights (version -1), and it does not generate until a
+snapshot has been loaded. An order is of a transfer `number`; those of one that was broken off are refused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from cluster.errors import PeerTimeout, SnapshotError
 
 LOOK_S = 1.0
+BROKEN_OFF = "this transfer was broken off"
 
 
 class Receiving(Protocol):
@@ -95,7 +96,8 @@ class Receiver:
             if order.done.done():
                 raise
             order.done.cancel()
-            raise PeerTimeout(f"the actor's loop did not come to `{verb}` within {limit_s:.0f} s") from None
+            who = "the group did not meet" if verb == "init" else f"the actor's loop did not come to `{verb}`"
+            raise PeerTimeout(f"{who} within {limit_s:.0f} s") from None
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -119,14 +121,16 @@ class Receiver:
         if order.verb == "connected":
             self._end_connecting(*order.arguments)
             return
-        if self._connecting is not None and (order.number != self._connecting.number or order.verb == "abort"):
-            self._connecting.done.set_result("this transfer was broken off")
-            self._connecting = None
-        if self._receiving is not None and (order.number != self._receiving or order.verb == "abort"):
-            self._give_up(str(order.arguments[0]) if order.verb == "abort" else "the learner has begun another transfer")
+        under_way = self._receiving if self._connecting is None else self._connecting.number
+        is_late = under_way is not None and order.number < under_way  # Of an older transfer: threads do not keep their order.
+        if under_way is not None and not is_late and (order.number > under_way or order.verb == "abort"):
+            self._break_off(str(order.arguments[0]) if order.verb == "abort" else "the learner has begun another transfer")
         if order.verb == "abort" or not order.done.set_running_or_notify_cancel():
             return
-        if order.verb == "init" and order.number > self._broken_off:
+        if is_late or order.number <= self._broken_off:
+            order.done.set_result(BROKEN_OFF)
+            return
+        if order.verb == "init":
             self._connect(order)
             return
         try:
@@ -137,8 +141,6 @@ class Receiver:
             order.done.set_exception(error)
 
     def _obey(self, order: _Order) -> str:
-        if order.number <= self._broken_off:
-            return "this transfer was broken off"
         match order.verb:
             case "start":
                 if reason := self._may_start():
@@ -172,15 +174,17 @@ class Receiver:
 
     def _end_connecting(self, order: _Order, connection: Any, error: Exception | None) -> None:
         if order is not self._connecting:  # Too late: the learner has given it up, or begun another.
-            if error is None:
-                self._engine.drop_connection(connection)
+            if error is None:  # In a thread: to leave a group can take NCCL seconds.
+                threading.Thread(target=self._engine.drop_connection, args=(connection,), daemon=True).start()
             return
         self._connecting = None
-        if error is None:
+        try:
+            if error is not None:
+                raise error
             self._engine.use_connection(connection)
             order.done.set_result("")
-        else:
-            order.done.set_exception(error)
+        except Exception as raised:  # noqa: BLE001 -- as in `_carry_out`
+            order.done.set_exception(raised)
 
     def _finish(self, version: int, probes: Mapping[str, str]) -> None:
         num_confirmed = self._engine.finish_transfer(version, probes)
@@ -193,6 +197,14 @@ class Receiver:
         """After an abort the communicator is gone, and what was received is whatever lay in its buffers."""
         if order.number <= self._broken_off:
             raise SnapshotError("the transfer was broken off while weights arrived")
+
+    def _break_off(self, reason: str) -> None:
+        """What is under way: the meeting of a group, or a transfer."""
+        if self._connecting is not None:
+            self._connecting.done.set_result(BROKEN_OFF)
+            self._connecting = None
+        if self._receiving is not None:
+            self._give_up(reason)
 
     def _give_up(self, reason: str) -> None:
         """Back to the old weights, or to none."""

@@ -184,6 +184,11 @@ class LearnerConfig(Section):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
 
+    @pydantic.field_validator("offload", mode="before")
+    @classmethod
+    def _was_true_or_false(cls, value: Any) -> Any:
+        return {False: "none", True: "all"}[value] if isinstance(value, bool) else value  # In run directories up to 0.1.
+
 
 class AgroConfig(Section):
     """The objective (learner/objectives/agro.py; docs/objectives.md gives formulas and reasons)."""
@@ -241,7 +246,7 @@ class WeightsConfig(Section):
     )
     adapters: Literal["merged", "alone"] = Field(
         "merged",
-        description="With learner.lora_rank: `merged` into the weights, or `alone`, for vLLM to apply: little to send, and no rounding.",
+        description="What actors get with learner.lora_rank: weights with the adapters `merged`, or these `alone`, for vLLM to apply.",
     )
     bucket_mib: float = Field(64.0, gt=0, description="Size of one gathered bucket, MiB: bounds the memory of a publication.")
 

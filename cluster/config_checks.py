@@ -10,10 +10,15 @@ if TYPE_CHECKING:
 
 MAX_VOTE_SUBSETS = 20_000
 """Votes of `majority@k` are counted subset by subset."""
-MAX_ADAPTER_RANK = 512
-"""The highest that vLLM applies."""
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks for which vLLM makes buffers (its MaxLoRARanks)."""
 
 _OWN_KNOBS_OF_AGRO = ("weight", "weight_cap", "lr_coef", "lr_baseline", "lr_gate", "zero_std", "duplicates")
+
+
+def served_rank(rank: int) -> int:
+    """Of vLLM's buffers for adapters of this rank: the smallest that is not below it."""
+    return min(served for served in SERVED_RANKS if served >= rank)
 
 
 def check(config: Config) -> None:
@@ -165,15 +170,17 @@ def _devices_fit(config: Config) -> None:
 def _weights_can_travel(config: Config) -> None:
     actors, learner, transport = config.actors, config.learner, config.weights.transport
     name = f"weights.transport = {transport}"
-    if config.weights.adapters == "alone" and not 0 < learner.lora_rank <= MAX_ADAPTER_RANK:
+    if config.weights.adapters == "alone" and not 0 < learner.lora_rank <= SERVED_RANKS[-1]:
         raise ValueError(
-            f"weights.adapters = alone needs learner.lora_rank from 1 to {MAX_ADAPTER_RANK}, which is what vLLM applies; it is "
+            f"weights.adapters = alone needs learner.lora_rank from 1 to {SERVED_RANKS[-1]}, which is what vLLM applies; it is "
             f"{learner.lora_rank}. Set it, or weights.adapters=merged."
         )
     if transport == "snapshot":
         return
     if config.weights.adapters == "alone":
-        raise ValueError(f"{name} pushes whole models, but weights.adapters = alone. Set one of them to snapshot or merged.")
+        raise ValueError(
+            f"{name} pushes whole models, but weights.adapters = alone. Set weights.transport=snapshot or weights.adapters=merged."
+        )
     if actors.num_gpus == 0 or learner.num_gpus == 0:
         raise ValueError(
             f"{name} goes from GPU to GPU, but actors.num_gpus = {actors.num_gpus:g} and learner.num_gpus = {learner.num_gpus:g}. "

@@ -21,7 +21,7 @@ Learner, per rank, DeepSpeed ZeRO-3 with AdamW (DeepSpeed 0.19's buffers; the sa
                   logits: 2 b T V, all logits and their gradient, and 128 MiB to upcast pieces of them
     checkpoint    what is saved, once more in host memory: (4 + 8) Q/N, and copies that have moved
 
-Actor: weights b P, adapters that come alone b Q, and a KV cache of 2 L k b per token.
+Actor: weights b P, adapters that come alone b Q (by vLLM's next higher rank), and a KV cache of 2 L k b per token.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.config import Config
+from cluster.config_checks import served_rank
 from learner.logprobs import CHUNK_BYTES, KEPT_BYTES, install_logprob_head
 from learner.lora import adapted_layers
 from learner.objectives import load_objective
@@ -206,7 +207,7 @@ def _logprob_bytes(config: Config, shape: _Shape) -> float:
 def _actor_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
     b = BYTES[config.model.dtype]
     weights = Part("weights", b * shape.num_params)
-    adapters = Part("adapters", b * config.learner.lora_rank * shape.adapted if config.weights.adapters == "alone" else 0)
+    adapters = Part("adapters", b * served_rank(config.learner.lora_rank) * shape.adapted if config.weights.adapters == "alone" else 0)
     if config.actors.num_gpus == 0:
         cache = Part("KV cache", config.actors.kv_cache_gib * GIB)
     else:

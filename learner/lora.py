@@ -4,7 +4,7 @@
 
 Every linear layer but the LM head gets an adapter. Outside the learner nobody knows of them: actors, snapshots and exports get merged
 weights, W + (alpha / rank) B A, under the names that the base model has; only with `weights.adapters` = alone the actors get A and B, by
-peft's names, and vLLM computes as the learner does. The reference is the policy with its adapters off.
+peft's names, and vLLM adds (alpha / rank) B A x as the learner does. The reference is the policy with its adapters off.
 
 Off means scaled by 0, not skipped: ZeRO-3 learns the order in which submodules run, and would start anew each time it changes.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import torch
@@ -25,12 +25,13 @@ ADAPTERS = Adapters(rank=3, alpha=8.0)
 
 
 class Report(msgspec.Struct):
-    """Samples by phase, `refused` what vLLM said of adapters that do not fit, `version_after_refusal` of the engine."""
+    """Samples by phase, `refused` what the engine said of adapters that do not fit, by what is wrong with them."""
 
     phases: dict[str, list[Sample]]
-    refused: str
-    version_after_refusal: int
     num_bytes: int
+    refused: dict[str, str]
+    version: int
+    ranks: tuple[int, ...]
 
 
 def adapted_model(model_dir: Path, version: int) -> Any:
@@ -57,9 +58,11 @@ def snapshot(model_dir: Path, version: int) -> tuple[list[tuple[str, torch.Tenso
 
 
 def main(model_dir: Path, out: Path) -> None:
+    from vllm.config.lora import MaxLoRARanks
+
     config = ActorsConfig(slots=SLOTS, max_new_tokens=16, kv_cache_gib=1 / 64)
     engine = Engine(ModelConfig(path=str(model_dir)), config, max_model_len=48, version=-1, adapters=ADAPTERS)
-    report = Report({}, "", -1, 0)
+    report = Report({}, 0, {}, -1, get_args(MaxLoRARanks))
 
     def submit(phase: str) -> None:
         for number in range(2 * SLOTS):
@@ -84,12 +87,17 @@ def main(model_dir: Path, out: Path) -> None:
     finish()
     submit("second")
     finish()
-    try:
-        engine.load_weights(3, [("base_model.model.model.nowhere.lora_A.weight", torch.zeros(3, 4))])
-    except SnapshotError as error:
-        report.refused, report.version_after_refusal = str(error), engine.version
-    submit("after the refusal")
-    finish()
+    wrong = {
+        "a layer of no known kind": [("base_model.model.model.nowhere.lora_A.weight", torch.zeros(3, 4))],
+        "layers by another name": [(name.replace("model.layers", "language_model.layers"), tensor) for name, tensor in first],
+        "an A without its B": first[:1],
+    }
+    for what, weights in wrong.items():
+        try:
+            engine.load_weights(3, weights)
+        except SnapshotError as error:
+            report.refused[what] = str(error)
+    report.version = engine.version
     out.write_bytes(msgspec.json.encode(report))
 
 

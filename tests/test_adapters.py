@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from buffer.records import Sample
+from cluster.config_checks import SERVED_RANKS, served_rank
 from cluster.config_file import parse_config
 from cluster.errors import ConfigError
 from learner.lora import adapters_of, weights_of
@@ -74,10 +76,23 @@ def test_adapters_are_exchanged_under_generations_that_go_on(observed: Observed)
 
 
 @pytest.mark.slow
-def test_adapters_that_vllm_does_not_take_leave_those_before_in_place(observed: Observed) -> None:
-    assert "does not take the adapters of version 3" in observed.report.refused
-    assert observed.report.version_after_refusal == 2
-    assert observed.worst_nats("after the refusal", 2) < TOLERANCE_NATS
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("a layer of no known kind", "vLLM does not take the adapters of version 3"),
+        ("layers by another name", r"vLLM does not apply \d+ adapters of version 3: .*language_model.layers.0"),
+        ("an A without its B", "vLLM does not take the adapters of version 3"),
+    ],
+)
+def test_adapters_that_vllm_would_not_apply_are_never_sampled_with(observed: Observed, what: str, said: str) -> None:
+    assert re.match(said, observed.report.refused[what])
+    assert observed.report.version == 2
+
+
+@pytest.mark.slow
+def test_vllm_has_buffers_for_the_ranks_that_the_config_knows(observed: Observed) -> None:
+    assert observed.report.ranks == SERVED_RANKS
+    assert [served_rank(rank) for rank in (1, 2, 8, 9, 512)] == [1, 8, 8, 16, 512]
 
 
 @pytest.mark.slow

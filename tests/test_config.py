@@ -73,7 +73,7 @@ BAD_OVERRIDES = [
     ("learner.lr=[1e-5]", ["learner.lr", "number"]),
     ("model.trust_remote_code=1", ["model.trust_remote_code", "true or false"]),
     ("model.trust_remote_code='yes'", ["model.trust_remote_code", "'yes'", "true or false"]),
-    ("learner.offload=true", ["learner.offload", "none", "reference", "all"]),
+    ("learner.offload=2", ["learner.offload", "none", "reference", "all"]),
     ("learner.offload='yes'", ["learner.offload", "yes", "none", "reference", "all"]),
     ("run.name=3", ["run.name = 3", "expected text", "quotes"]),
     ("run.name=2024-01-31", ["run.name", "datetime.date(2024, 1, 31)", "quotes"]),
@@ -212,6 +212,11 @@ def test_an_override_below_something_that_is_no_section_is_explained(tmp_path):
     message = message_of(path, "model.path=x")
     assert "'model' is no section" in message
     assert "'some/path'" in message
+
+
+@pytest.mark.parametrize(("value", "meant"), [("true", "all"), ("false", "none"), ("reference", "reference")])
+def test_offload_as_older_run_directories_have_it_is_understood(example, value, meant):
+    assert load_config(example, [f"learner.offload={value}"]).learner.offload == meant
 
 
 def test_overrides_are_yaml_and_the_last_one_counts(example):

@@ -42,7 +42,7 @@ for temperature in (1.0, 0.7):
         for one, other, second in zip(gradients(found), gradients(expected), gradients(found)):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
             assert torch.equal(one, second), "the first backward pass overwrote what the second needed"
-    logits = (hidden @ weight.T).detach().requires_grad_()
+    logits = (weight @ hidden.T).detach().T.requires_grad_()  # In another layout than the kernel wants.
     other = logits.detach().clone().requires_grad_()
     (selective_log_softmax(logits, targets, temperature) * coefficients).sum().backward()
     full = (other / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
@@ -69,12 +69,24 @@ def wrong(logits: torch.Tensor, targets: torch.Tensor, with_gradient: bool) -> t
     return torch.zeros(len(logits))
 
 
+def not_a_number(logits: torch.Tensor, targets: torch.Tensor, with_gradient: bool) -> torch.Tensor:
+    loss = -row_softmax._torch_logprobs(logits, targets)
+    if with_gradient:
+        logits.fill_(float("nan"))
+    return loss
+
+
 def broken(logits: torch.Tensor, targets: torch.Tensor, with_gradient: bool) -> torch.Tensor:
     raise RuntimeError("no compiler")
 
 
 @pytest.mark.parametrize(
-    ("kernel", "said"), [(wrong, "differs from torch by"), (broken, "does not work on cpu, .*: RuntimeError: no compiler")]
+    ("kernel", "said"),
+    [
+        (wrong, "differs from torch by"),
+        (not_a_number, "differs from torch by nan"),
+        (broken, "does not work on cpu, .*: RuntimeError: no compiler"),
+    ],
 )
 def test_a_kernel_that_fails_or_differs_is_said_and_not_used(
     kernel: row_softmax.Kernel, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -201,7 +201,7 @@ class Piecewise:
     def connect_transfer(self, init_info: dict[str, Any]) -> int:
         self.note("connect")
         assert self.all_are_there.wait(20)
-        return int(init_info["group"])
+        return int(init_info.get("group", 0))
 
     def use_connection(self, connection: int) -> None:
         self.note(f"use {connection}")
@@ -293,6 +293,33 @@ class TestReceiver:
         wait_until(lambda: "drop 1" in loop.engine.asked, "the first group is left")
         assert "use 1" not in loop.engine.asked
         assert "use 2" in loop.engine.asked
+
+    def test_a_late_order_of_an_older_transfer_disturbs_neither_a_meeting_nor_a_transfer(self, loop: Loop):
+        loop.engine.all_are_there.clear()
+        meeting = loop.start_order("init", 8, {"group": 8})
+        loop.order("abort", 7, "late")
+        assert loop.order("hello", 7) == "this transfer was broken off"
+        loop.engine.all_are_there.set()
+        assert meeting.result(5) == ""
+        loop.order("start", 8)
+        loop.order("abort", 7, "late")
+        assert loop.order("start", 7) == "this transfer was broken off"
+        assert loop.order("finish", 8, 6, {"norm": "x"}) == ""
+        assert (loop.engine.version, loop.told) == (6, [])
+
+    @pytest.mark.parametrize("verb", ["use 1", "drop 1"])
+    def test_a_connection_that_cannot_be_used_or_left_does_not_end_the_loop(self, loop: Loop, verb: str):
+        loop.engine.fails_at = verb
+        if verb == "use 1":
+            with pytest.raises(RuntimeError, match="use 1 broke"):
+                loop.order("init", 1, {"group": 1})
+        else:
+            loop.engine.all_are_there.clear()
+            meeting = loop.start_order("init", 1, {"group": 1})
+            loop.order("abort", 1, "over")
+            loop.engine.all_are_there.set()
+            assert meeting.result(5) == "this transfer was broken off"
+        assert loop.order("hello", 2) == ""
 
     def test_what_keeps_a_group_from_meeting_reaches_the_learner(self, loop: Loop):
         loop.engine.fails_at = "connect"
