@@ -513,5 +513,5 @@ def test_over_ray_a_killed_actor_is_named_at_once_and_costs_the_others_what_the_
         while (seen := ray.get(actors[name].seen.remote(), timeout=20))[0] == 4 and time.monotonic() < until_s:
             time.sleep(0.02)
         assert seen[0] == (-1 if coupled else 8)
-        assert seen[1][:3] == ["init", "start", "update"]
+        assert seen[1][:4] == ["connect", "use 0", "start", "update"]
         ray.kill(actors[name])  # Its loop's thread would outlive the session.
