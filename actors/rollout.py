@@ -15,7 +15,6 @@ eligible until it has one) and `wait_evaluation_s` (it only evaluates, and there
 from __future__ import annotations
 
 import concurrent.futures
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -46,7 +45,6 @@ REPORT_EVERY_S = 1.0
 IDLE_S = 0.1
 RETIRE_LIMIT_S = 30.0
 HAND_BACK_LIMIT_S = 10.0
-NICENESS = 4
 
 
 class RolloutActor(Heartbeat):
@@ -60,7 +58,6 @@ class RolloutActor(Heartbeat):
         self, name: str, config: Config, prompts: PromptSet, eval_prompts: PromptSet, buffers: Sequence[Any], board: Any, monitor: Any
     ) -> None:
         self._name, self._config = name, config
-        self._step_back()
         self._prompts, self._eval_prompts = prompts, eval_prompts
         self._buffer, self._board, self._monitor = connect_buffer(buffers), board, monitor
         self._rewards = RewardPool(config.rewards)
@@ -83,7 +80,6 @@ class RolloutActor(Heartbeat):
 
     def run(self) -> dict[str, float]:
         """Generate until retired; the final counters. Raises PeerTimeout when buffer or board does not answer."""
-        self._step_back()
         if self._receiver is not None:
             self._calls.ask(self._board.join.remote(self._name, self._own_handle()), "the board")
         while not self._is_over():
@@ -98,11 +94,6 @@ class RolloutActor(Heartbeat):
             self._report()
         self._hand_back()
         return self._all_counters()
-
-    def _step_back(self) -> None:
-        """Sharing a core with the learner, which is what everything waits for. Linux has a niceness for each thread: Ray's may differ."""
-        if self._config.actors.num_cpus < 1 and not self._config.actors.num_gpus:
-            os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
 
     def _make_engine(self) -> Generator:
         """The engine, without weights that count. Benchmarks and tests of the loop put a simulated one in its place."""

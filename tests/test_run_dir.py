@@ -40,7 +40,7 @@ def reopened(path: Path, *overrides: str) -> run_dir.RunDir:
 def test_a_new_directory_holds_the_resolved_config(tmp_path: Path) -> None:
     opened = open_run_dir(make_config(tmp_path / "run"))
     assert (opened.is_continued, opened.notes) == (False, ())
-    assert load_config(opened.path / "config.yaml").run.steps == 800
+    assert load_config(opened.path / "config.yaml") == make_config(tmp_path / "run")
 
 
 def test_an_unfinished_run_is_continued_and_changes_are_told_and_kept(tmp_path: Path) -> None:
