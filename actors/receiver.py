@@ -175,7 +175,7 @@ class Receiver:
     def _end_connecting(self, order: _Order, connection: Any, error: Exception | None) -> None:
         if order is not self._connecting:  # Too late: the learner has given it up, or begun another.
             if error is None:  # In a thread: to leave a group can take NCCL seconds.
-                threading.Thread(target=self._engine.drop_connection, args=(connection,), daemon=True).start()
+                threading.Thread(target=self._drop, args=(connection,), daemon=True).start()
             return
         self._connecting = None
         try:
@@ -185,6 +185,12 @@ class Receiver:
             order.done.set_result("")
         except Exception as raised:  # noqa: BLE001 -- as in `_carry_out`
             order.done.set_exception(raised)
+
+    def _drop(self, connection: Any) -> None:
+        try:
+            self._engine.drop_connection(connection)
+        except Exception as error:  # noqa: BLE001 -- as in `_carry_out`; nobody waits for this
+            self._tell(f"a group that was not needed any more could not be left: {type(error).__name__}: {error}")
 
     def _finish(self, version: int, probes: Mapping[str, str]) -> None:
         num_confirmed = self._engine.finish_transfer(version, probes)

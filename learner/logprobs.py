@@ -176,6 +176,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, temperature: float, chunks: _Chunks
     ) -> Tensor:
         logprobs_T = hidden_TD.new_empty(len(targets_T), dtype=_accumulation_dtype(weight_VD))
+        log_norm_T = torch.empty_like(logprobs_T)
         kept = []
         for number, rows in enumerate(chunks.rows):
             logits = _logits(hidden_TD[rows], weight_VD, bias_V)
@@ -183,27 +184,27 @@ class _LinearLogprobs(torch.autograd.Function):
                 kept.append(logits)
             scaled = _scaled(logits, logprobs_T.dtype, temperature)
             del logits
-            logprobs_T[rows] = row_logprobs(scaled, targets_T[rows])
-        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_T, logprobs_T, *kept)
+            logprobs_T[rows], log_norm_T[rows] = row_logprobs(scaled, targets_T[rows])
+        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_T, log_norm_T, *kept)
         ctx.temperature, ctx.chunks = temperature, chunks
         return logprobs_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, bias_V, targets_T, logprobs_T, *kept = ctx.saved_tensors
+        hidden_TD, weight_VD, bias_V, targets_T, log_norm_T, *kept = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_TD) if wants_hidden else None
         # Over several chunks, sums of a bfloat16 gradient are taken in float32.
-        sums = logprobs_T.dtype if len(ctx.chunks.rows) > 1 else weight_VD.dtype
+        sums = log_norm_T.dtype if len(ctx.chunks.rows) > 1 else weight_VD.dtype
         grad_weight = torch.zeros_like(weight_VD, dtype=sums) if wants_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=sums) if wants_bias else None
         for number, rows in enumerate(ctx.chunks.rows):
             is_kept = number < len(kept)
             logits = kept[number] if is_kept else _logits(hidden_TD[rows], weight_VD, bias_V)
-            scaled = _scaled(logits, logprobs_T.dtype, ctx.temperature, copy=is_kept)
+            scaled = _scaled(logits, log_norm_T.dtype, ctx.temperature, copy=is_kept)
             del logits
-            chunk_RV = into_gradient(scaled, targets_T[rows], logprobs_T[rows], grad_T[rows] / ctx.temperature).to(weight_VD.dtype)
+            chunk_RV = into_gradient(scaled, targets_T[rows], log_norm_T[rows], grad_T[rows] / ctx.temperature).to(weight_VD.dtype)
             del scaled
             if grad_hidden is not None:
                 torch.mm(chunk_RV, weight_VD, out=grad_hidden[rows])
@@ -220,20 +221,21 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_RV: Tensor, targets_R: Tensor, temperature: float) -> Tensor:
         logprobs_R = logits_RV.new_empty(len(targets_R), dtype=_accumulation_dtype(logits_RV))
+        log_norm_R = torch.empty_like(logprobs_R)
         for rows in _chunks(logits_RV):
-            logprobs_R[rows] = row_logprobs(_scaled(logits_RV[rows], logprobs_R.dtype, temperature), targets_R[rows])
-        ctx.save_for_backward(logits_RV, targets_R, logprobs_R)
+            logprobs_R[rows], log_norm_R[rows] = row_logprobs(_scaled(logits_RV[rows], logprobs_R.dtype, temperature), targets_R[rows])
+        ctx.save_for_backward(logits_RV, targets_R, log_norm_R)
         ctx.temperature = temperature
         return logprobs_R
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None, None]:
-        logits_RV, targets_R, logprobs_R = ctx.saved_tensors
+        logits_RV, targets_R, log_norm_R = ctx.saved_tensors
         grad_RV = torch.empty_like(logits_RV)
         for rows in _chunks(logits_RV):
-            scaled = _scaled(logits_RV[rows], logprobs_R.dtype, ctx.temperature, copy=True)
-            grad_RV[rows] = into_gradient(scaled, targets_R[rows], logprobs_R[rows], grad_R[rows] / ctx.temperature)
+            scaled = _scaled(logits_RV[rows], log_norm_R.dtype, ctx.temperature, copy=True)
+            grad_RV[rows] = into_gradient(scaled, targets_R[rows], log_norm_R[rows], grad_R[rows] / ctx.temperature)
         return grad_RV, None, None
 
 

@@ -30,17 +30,23 @@ Kernel: TypeAlias = Callable[[Tensor, Tensor, bool], Tensor]
 _log = logging.getLogger(__name__)
 
 
-def row_logprobs(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
-    """log softmax(logits) at `targets_R`: [R, V], int64 [R] -> [R] nats, in the dtype of the logits (float32 or float64)."""
-    kernel = kernel_for(logits_RV)
-    return _torch_logprobs(logits_RV, targets_R) if kernel is None else -kernel(logits_RV, targets_R, False)
+def row_logprobs(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax(logits) at `targets_R`, and the log of the softmax's sum: [R, V], int64 [R] -> [R], [R] nats.
 
-
-def into_gradient(logits_RV: Tensor, targets_R: Tensor, logprobs_R: Tensor, grad_R: Tensor) -> Tensor:
-    """The logits overwritten by grad (one_hot(target) - softmax), the gradient of `row_logprobs`, which had given `logprobs_R`."""
+    In the dtype of the logits, float32 or float64.
+    """
     kernel = kernel_for(logits_RV)
     if kernel is None:
-        return _torch_gradient(logits_RV, targets_R, logprobs_R, grad_R)
+        return _torch_logprobs(logits_RV, targets_R)
+    loss_R = kernel(logits_RV, targets_R, False)
+    return -loss_R, _targets(logits_RV, targets_R) + loss_R
+
+
+def into_gradient(logits_RV: Tensor, targets_R: Tensor, log_norm_R: Tensor, grad_R: Tensor) -> Tensor:
+    """The logits overwritten by grad (one_hot(target) - softmax), the gradient of `row_logprobs`, which had given `log_norm_R`."""
+    kernel = kernel_for(logits_RV)
+    if kernel is None:
+        return _torch_gradient(logits_RV, targets_R, log_norm_R, grad_R)
     kernel(logits_RV, targets_R, True)
     return logits_RV.mul_(-grad_R[:, None])
 
@@ -53,12 +59,16 @@ def kernel_for(logits_RV: Tensor) -> Kernel | None:
     return _checked_kernel(logits_RV.device) if is_at_home and fits else None
 
 
-def _torch_logprobs(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
-    return logits_RV.gather(-1, targets_R[:, None])[:, 0] - logits_RV.logsumexp(-1)
+def _targets(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
+    return logits_RV.gather(-1, targets_R[:, None])[:, 0]
 
 
-def _torch_gradient(logits_RV: Tensor, targets_R: Tensor, logprobs_R: Tensor, grad_R: Tensor) -> Tensor:
-    log_norm_R = logits_RV.gather(-1, targets_R[:, None])[:, 0] - logprobs_R
+def _torch_logprobs(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+    log_norm_R = logits_RV.logsumexp(-1)
+    return _targets(logits_RV, targets_R) - log_norm_R, log_norm_R
+
+
+def _torch_gradient(logits_RV: Tensor, targets_R: Tensor, log_norm_R: Tensor, grad_R: Tensor) -> Tensor:
     softmax_RV = logits_RV.sub_(log_norm_R[:, None]).exp_()
     return softmax_RV.mul_(-grad_R[:, None]).scatter_add_(-1, targets_R[:, None], grad_R[:, None])
 
@@ -91,8 +101,8 @@ def compare(kernel: Kernel, device: torch.device, vocabulary: int = 40_000) -> f
     sharpness_R = torch.tensor([0.0, 1.0, 8.0, 30.0])
     logits_RV = (torch.randn(len(sharpness_R), vocabulary, generator=random) * sharpness_R[:, None]).to(device)
     targets_R = torch.randint(vocabulary, (len(sharpness_R),), generator=random).to(device)
-    expected = _torch_logprobs(logits_RV, targets_R)
+    expected, log_norm_R = _torch_logprobs(logits_RV, targets_R)
     found = -kernel(logits_RV, targets_R, False)
-    gradient = _torch_gradient(logits_RV.clone(), targets_R, expected, torch.ones_like(expected))
+    gradient = _torch_gradient(logits_RV.clone(), targets_R, log_norm_R, torch.ones_like(expected))
     kernel(logits_RV, targets_R, True)
     return float(torch.stack([(found - expected).abs().max(), (-logits_RV - gradient).abs().max()]).max())  # Of NaN: NaN.

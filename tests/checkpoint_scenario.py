@@ -135,8 +135,8 @@ def plant_death(policy: Any, where: str) -> None:
         loss.register_hook(die)
         backward(loss, last=last)
 
-    def dying_gather(bucket_bytes: int) -> Iterator[Any]:
-        for weight in named_weights(bucket_bytes):
+    def dying_gather(bucket_bytes: int, *, adapters_alone: bool) -> Iterator[Any]:
+        for weight in named_weights(bucket_bytes, adapters_alone=adapters_alone):
             yield weight
             die()
 

@@ -70,7 +70,7 @@ def wrong(logits: torch.Tensor, targets: torch.Tensor, with_gradient: bool) -> t
 
 
 def not_a_number(logits: torch.Tensor, targets: torch.Tensor, with_gradient: bool) -> torch.Tensor:
-    loss = -row_softmax._torch_logprobs(logits, targets)
+    loss = -row_softmax._torch_logprobs(logits, targets)[0]
     if with_gradient:
         logits.fill_(float("nan"))
     return loss

@@ -283,10 +283,12 @@ class TestReceiver:
     def test_the_loop_goes_on_while_the_group_meets_and_an_abort_frees_it(self, loop: Loop):
         loop.engine.all_are_there.clear()
         meeting = loop.start_order("init", 1, {"group": 1})
+        wait_until(lambda: "connect" in loop.engine.asked, "the meeting")
         assert loop.order("hello", 1) == ""
         loop.order("abort", 1, "actor-9 died")
         assert meeting.result(5) == "this transfer was broken off"
         other = loop.start_order("init", 2, {"group": 2})
+        wait_until(lambda: loop.engine.asked.count("connect") == 2, "the second meeting")
         loop.engine.all_are_there.set()  # Both groups meet after all.
         assert other.result(5) == ""
         assert loop.order("start", 2) == ""
@@ -297,6 +299,7 @@ class TestReceiver:
     def test_a_late_order_of_an_older_transfer_disturbs_neither_a_meeting_nor_a_transfer(self, loop: Loop):
         loop.engine.all_are_there.clear()
         meeting = loop.start_order("init", 8, {"group": 8})
+        wait_until(lambda: "connect" in loop.engine.asked, "the meeting")
         loop.order("abort", 7, "late")
         assert loop.order("hello", 7) == "this transfer was broken off"
         loop.engine.all_are_there.set()
@@ -316,9 +319,11 @@ class TestReceiver:
         else:
             loop.engine.all_are_there.clear()
             meeting = loop.start_order("init", 1, {"group": 1})
+            wait_until(lambda: "connect" in loop.engine.asked, "the meeting")
             loop.order("abort", 1, "over")
             loop.engine.all_are_there.set()
             assert meeting.result(5) == "this transfer was broken off"
+            wait_until(lambda: "could not be left: RuntimeError: drop 1 broke" in " ".join(loop.told), "an event")
         assert loop.order("hello", 2) == ""
 
     def test_what_keeps_a_group_from_meeting_reaches_the_learner(self, loop: Loop):
