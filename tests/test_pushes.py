@@ -32,7 +32,7 @@ from tests.test_transports import SCENARIO, Plain
 pytestmark = pytest.mark.slow
 
 BUCKET_BYTES = 10_000
-ANSWER_S = 1.0
+ANSWER_S = 3.0  # The loops are threads of one process, beside another test's: a second's hiccup is no silence.
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def test_weights_that_arrive_damaged_are_not_generated_with(bench, wires: Wires,
 
     model.load_weights = damaging
     cast.learner.publish(2)
-    assert cast.actors[0].engine.version == 2
+    assert cast.actors[0].engine.version == 2, (cast.learner.events, run.told.events)
     assert "arrived damaged: 1.weight" in cast.learner.events[0]
     wait_until(lambda: cast.actors[1].engine.version == 0, "the snapshot")  # The newest there is; the next publication makes one.
     assert 2 not in cast.actors[1].engine.loaded
