@@ -185,10 +185,11 @@ def test_a_killed_and_resumed_run_is_exact_its_checkpoints_are_small_and_its_exp
 
 
 @pytest.mark.slow
-def test_the_whole_system_trains_adapters_that_vllm_applies_and_exports_merged_ones(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    """The policy and the checkpoint's export are the same whole model, though the actors never had one that was merged."""
+@pytest.mark.parametrize("adapters", ["merged", "alone"])
+def test_the_whole_system_trains_adapters_and_exports_merged_ones(adapters: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """vLLM evaluates merged weights or applies the adapters; the policy and the checkpoint's export are the same whole model."""
     reward = "rewards.functions=[{name: tests.reward_functions:length}]"  # Of the right answer a random model has no signal.
-    more = ("learner.lora_rank=4", "learner.lr=0.01", "checkpoint.every=6", "actors.count=1", "weights.adapters=alone", reward)
+    more = ("learner.lora_rank=4", "learner.lr=0.01", "checkpoint.every=6", "actors.count=1", f"weights.adapters={adapters}", reward)
     process = start_train(tiny_models["tied"], tmp_path / "run", 6, *more)
     out, err = process.communicate(timeout=280)
     assert process.returncode == 0, out + err

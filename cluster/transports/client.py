@@ -97,12 +97,13 @@ class ActorsClient:
         """One order to all members; those that fail, decline or are late are no longer members."""
         asked = dict(self.members)
         calls = {name: self._calls.start(handle.receive.remote(verb, self.number, *arguments(name))) for name, handle in asked.items()}
-        # With NCCL the others would wait without end for what the one that failed does no longer send or take.
-        until = concurrent.futures.FIRST_EXCEPTION if self._coupled else concurrent.futures.ALL_COMPLETED
+        # With NCCL the others would wait without end for what the one that failed does no longer send or take; until all has arrived.
+        is_collective = self._coupled and verb != "finish"
+        until = concurrent.futures.FIRST_EXCEPTION if is_collective else concurrent.futures.ALL_COMPLETED
         done, late = concurrent.futures.wait(calls.values(), limit_s, return_when=until)
-        has_failed = any(call.exception() is not None for call in done)
+        is_cut_short = is_collective and any(call.exception() is not None for call in done)
         for name, call in calls.items():
-            if call in late and not has_failed:
+            if call in late and not is_cut_short:
                 self.failed[name] = f"it did not answer `{verb}` within {limit_s:.0f} s"
             elif call in done and (error := call.exception()) is not None:
                 self.failed[name] = f"`{verb}` failed: {_in_words(error)}"
