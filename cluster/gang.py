@@ -113,21 +113,24 @@ class LearnerGang:
         try:
             answer(list(done), WHO, self._timeout_s)
         except TrainingError as error:
-            if dead := self._dead_rank():
+            if dead := self._dead_ranks():
                 raise RankDied(dead) from None
             raise error from None
         return not running
 
-    def _dead_rank(self) -> str | None:
-        """Which rank's process is gone, and why, or hangs; None when all answer. The others only lost their connection to it."""
+    def _dead_ranks(self) -> str | None:
+        """Which ranks' processes are gone, and why, or one that hangs; None when all answer. The others only lost their connection."""
         pings = [rank.ping.remote() for rank in self._ranks]
         silent = ray.wait(pings, num_returns=len(pings), timeout=DEATH_LOOK_S)[1]
+        deaths = []
         for number, ping in enumerate(pings):
             try:
                 ray.get(ping, timeout=0)
             except RayActorError as error:
                 if not could_not_start(error):
-                    return f"learner rank {number} died: {death_cause(error)}"
+                    deaths.append(f"learner rank {number} died: {death_cause(error)}")
             except GetTimeoutError:
                 continue
-        return f"learner rank {pings.index(silent[0])} does not answer" if silent else None
+        if silent and not deaths:
+            return f"learner rank {pings.index(silent[0])} does not answer"
+        return "\n".join(deaths) or None

@@ -121,8 +121,9 @@ def death_cause(error: RayError) -> str:
     known = next((line for line in lines if "worker exit" in line.lower()), lines[0] if lines else type(error).__name__)
     if _SILENT_END in known:
         known = "its process was killed (kill -9, or the kernel for lack of memory) or crashed"
-    pid = re.search(r"\bpid[:=] ?(\d+)", reason)
-    return "\n".join([known[:300], *([] if pid is None else log_tail(int(pid[1])))])
+    if (pid := re.search(r"\bpid[:=] ?(\d+)", reason)) is None:
+        return known[:300]
+    return "\n".join([f"{known[:300]} (pid {pid[1]})", *log_tail(int(pid[1]))])
 
 
 def log_tail(pid: int) -> list[str]:
