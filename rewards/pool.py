@@ -268,7 +268,11 @@ def serve(fd: int, parent_pid: int) -> None:
     if os.getppid() != parent_pid:  # it died before prctl took effect
         return
     os.set_inheritable(fd, False)
-    connection = Connection(fd)
+    with contextlib.suppress(EOFError, OSError):  # Of the socket: the actor is gone, perhaps in the middle of a message.
+        _answer_requests(Connection(fd))
+
+
+def _answer_requests(connection: Connection) -> None:
     names_and_weights = msgspec.msgpack.decode(connection.recv_bytes(), type=list[tuple[str, float]])
     try:
         functions = [WeightedReward(name, weight, load_reward(name)) for name, weight in names_and_weights]
@@ -278,10 +282,7 @@ def serve(fd: int, parent_pid: int) -> None:
     _limit_memory()
     connection.send_bytes(_READY)
     while True:
-        try:
-            prompt, completions, columns = pickle.loads(connection.recv_bytes())
-        except EOFError:
-            return
+        prompt, completions, columns = pickle.loads(connection.recv_bytes())
         connection.send_bytes(msgspec.msgpack.encode(score_group(functions, prompt, completions, columns)))
 
 

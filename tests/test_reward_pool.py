@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -244,6 +249,26 @@ def test_no_worker_survives_the_parents_kill_9(function):
     finally:
         parent.kill()
         parent.stdout.close()
+
+
+@pytest.mark.parametrize("when", ["before the functions are named", "in the middle of a message", "with an answer on its way"])
+def test_a_worker_whose_actor_is_gone_ends_without_a_word(when):
+    ours, theirs = socket.socketpair()
+    code = f"from rewards.pool import serve; serve({theirs.fileno()}, {os.getpid()})"
+    repository = Path(__file__).parent.parent
+    worker = subprocess.Popen([sys.executable, "-c", code], cwd=repository, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True)
+    theirs.close()
+    with Connection(ours.detach()) as connection:
+        if when != "before the functions are named":
+            connection.send_bytes(msgspec.msgpack.encode([("tests.reward_functions:length", 1.0)]))
+            assert connection.recv_bytes() == b""  # It has loaded them.
+        if when == "in the middle of a message":
+            os.write(connection.fileno(), struct.pack("!i", 100) + b"only this")
+        elif when == "with an answer on its way":
+            connection.send_bytes(pickle.dumps(("q", ["a"], {})))
+            assert connection.poll(10.0)
+    _, err = worker.communicate(timeout=10)
+    assert (worker.returncode, err) == (0, "")
 
 
 @pytest.mark.slow
