@@ -296,6 +296,27 @@ def test_with_ipc_an_actor_that_dies_while_weights_arrive_costs_the_others_nothi
     assert "actor-1 keeps its weights" in cast.learner.events[0]
 
 
+def test_with_ipc_who_is_late_is_named_and_left_out_also_where_another_has_failed(bench, wires: Wires):
+    cast = Cast(bench(pushing("ipc")), 3)
+    cast.actors[1].dies_at = "start"
+    use = cast.actors[2].engine.use_connection
+
+    def use_and_stand_still(connection: Any) -> None:
+        use(connection)
+        cast.actors[2].gate.clear()  # From its next step on.
+
+    cast.actors[2].engine.use_connection = use_and_stand_still
+    cast.learner.publish(2)
+    assert cast.versions == [2, 0, 0]
+    assert cast.learner.has(cast.actors[0])
+    named = {event.split()[0]: event for event in cast.learner.events}
+    assert named.keys() == {"actor-1", "actor-2"}, cast.learner.events
+    assert "the actor died" in named["actor-1"]
+    assert "it did not answer `start` within" in named["actor-2"]
+    assert cast.learner.transport.metrics()["weights/stale_actors"] == 2
+    cast.actors[2].gate.set()
+
+
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
 def test_weights_that_arrive_damaged_are_not_generated_with(bench, wires: Wires, transport: str):
     run = bench(pushing(transport))
