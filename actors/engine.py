@@ -36,6 +36,7 @@ from buffer.records import Sample, VersionSpan
 from cluster.config import ActorsConfig, ModelConfig
 from cluster.config_checks import served_rank
 from cluster.errors import AgroError, SnapshotError
+from cluster.model_shape import adapted_layers, empty_model
 from cluster.weights import checksum
 
 # What this file uses of vLLM 0.32, checked by a contract test that names what is missing.
@@ -144,7 +145,7 @@ class Engine:
         self._config, self._adapters = config, adapters
         arguments = engine_arguments(model, config, max_model_len=max_model_len, seed=seed)
         if adapters is not None:
-            arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": served_rank(adapters.rank)}
+            arguments |= _lora_arguments(model, adapters)
         if transport != "snapshot":
             arguments["weight_transfer_config"] = {"backend": transport}
         self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
@@ -369,6 +370,17 @@ def _device_arguments(config: ActorsConfig) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.num_cpus)))
     # Blocks of 32 tokens, not vLLM's 128 for a CPU: only whole blocks of a prompt are shared by its group.
     return {"enforce_eager": True, "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "block_size": 32}
+
+
+def _lora_arguments(model: ModelConfig, adapters: Adapters) -> dict[str, Any]:
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_cpu_loras": 1,
+        "max_lora_rank": served_rank(adapters.rank),
+        # Else vLLM makes room for adapters of the embedding and the LM head too, and refuses vocabularies above 258,048.
+        "lora_target_modules": sorted({name.rpartition(".")[2] for name in adapted_layers(empty_model(model))}),
+    }
 
 
 def _sample(output: Any) -> Sample:

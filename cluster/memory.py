@@ -29,12 +29,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cluster.config import Config
 from cluster.config_checks import served_rank
+from cluster.model_shape import adapted_layers, empty_model
 from learner.logprobs import CHUNK_BYTES, KEPT_BYTES, install_logprob_head
-from learner.lora import adapted_layers
 from learner.objectives import load_objective
 from learner.update import frozen_policies
 
@@ -104,14 +104,8 @@ def estimate_memory(config: Config) -> MemoryEstimate:
 
 def _shape_of(config: Config) -> _Shape:
     """Shape of the model by its Hugging Face config, built on the meta device. Raises OSError when there is no config at hand."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    trust = config.model.trust_remote_code
-    hf_config: Any = AutoConfig.from_pretrained(config.model.path, local_files_only=True, trust_remote_code=trust)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trust)
-    text = hf_config.get_text_config()
+    model = empty_model(config.model, local_files_only=True)
+    text = model.config.get_text_config()
     heads = text.num_attention_heads
     layers = adapted_layers(model).values() if config.learner.lora_rank else ()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads

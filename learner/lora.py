@@ -22,25 +22,11 @@ import torch
 from torch import Tensor
 
 from cluster.config import LearnerConfig
-from cluster.errors import ConfigError
+from cluster.model_shape import adapted_layers
 
 ADAPTER = "default"
 _OF_BASE = ".base_layer."
 _A, _B = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
-
-
-def adapted_layers(module: Any) -> dict[str, torch.nn.Linear]:
-    """The layers that get an adapter, by name: every linear layer of a Hugging Face causal LM except its LM head.
-
-    Raises ConfigError when there are none.
-    """
-    head = module.get_output_embeddings()
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head}
-    if not layers:
-        raise ConfigError(
-            f"learner.lora_rank: {type(module).__name__} has no linear layers (torch.nn.Linear) to adapt. Set learner.lora_rank=0."
-        )
-    return layers
 
 
 def add_adapters(module: Any, learner: LearnerConfig, seed: int) -> None:

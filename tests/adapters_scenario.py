@@ -25,13 +25,14 @@ ADAPTERS = Adapters(rank=3, alpha=8.0)
 
 
 class Report(msgspec.Struct):
-    """Samples by phase, `refused` what the engine said of adapters that do not fit, by what is wrong with them."""
+    """Samples by phase; `layers` to which vLLM can apply adapters; `refused` what the engine said of some, by what is wrong with them."""
 
     phases: dict[str, list[Sample]]
     num_bytes: int
     refused: dict[str, str]
     version: int
     ranks: tuple[int, ...]
+    layers: set[str]
 
 
 def adapted_model(model_dir: Path, version: int) -> Any:
@@ -62,7 +63,8 @@ def main(model_dir: Path, out: Path) -> None:
 
     config = ActorsConfig(slots=SLOTS, max_new_tokens=16, kv_cache_gib=1 / 64)
     engine = Engine(ModelConfig(path=str(model_dir)), config, max_model_len=48, version=-1, adapters=ADAPTERS)
-    report = Report({}, 0, {}, -1, get_args(MaxLoRARanks))
+    (layers,) = engine._engine.apply_model(lambda model: set(model.lora_manager.modules))
+    report = Report({}, 0, {}, -1, get_args(MaxLoRARanks), layers)
 
     def submit(phase: str) -> None:
         for number in range(2 * SLOTS):

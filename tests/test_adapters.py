@@ -96,6 +96,13 @@ def test_vllm_has_buffers_for_the_ranks_that_the_config_knows(observed: Observed
 
 
 @pytest.mark.slow
+def test_vllm_makes_room_for_adapters_of_linear_layers_alone(observed: Observed) -> None:
+    """With adapters of the LM head it takes no vocabulary above 258,048."""
+    kinds = {name.rpartition(".")[2] for name in observed.report.layers}
+    assert kinds == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}  # As vLLM packs them.
+
+
+@pytest.mark.slow
 def test_a_snapshot_holds_nothing_else(observed: Observed) -> None:
     model = observed._models[1]
     sizes = [sum(weight.value().nbytes for weight in weights) for weights in (adapters_of(model), weights_of(model))]

@@ -16,10 +16,11 @@ from benchmarks.lag_lab import PlainPolicy
 from cluster.config import Config
 from cluster.config_file import dump_config, parse_config
 from cluster.errors import CheckpointError, ConfigError
+from cluster.model_shape import adapted_layers
 from learner.checkpoint import Part, checkpoint_dirs
 from learner.checkpoint_writer import CheckpointWriter
 from learner.export import export
-from learner.lora import ADAPTER, adapted_layers, adapters_off, add_adapters, merged, weights_of
+from learner.lora import ADAPTER, adapters_off, add_adapters, merged, weights_of
 from learner.objectives import load_objective
 from learner.packing import ModelInputs, token_logprobs
 from learner.update import Updater, frozen_policies

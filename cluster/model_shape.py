@@ -1,0 +1,38 @@
+"""What a model's config alone tells: its parts and their sizes, without weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cluster.config import ModelConfig
+from cluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def empty_model(model: ModelConfig, *, local_files_only: bool = False) -> Any:
+    """The Hugging Face model on torch's meta device. Raises OSError where there is no config to be had, ValueError where it is broken."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trust = model.trust_remote_code
+    config = AutoConfig.from_pretrained(model.path, local_files_only=local_files_only, trust_remote_code=trust)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+
+
+def adapted_layers(module: Any) -> dict[str, torch.nn.Linear]:
+    """The layers that get a LoRA adapter, by name: every linear layer of a Hugging Face causal LM except its LM head.
+
+    Raises ConfigError when there are none.
+    """
+    import torch
+
+    head = module.get_output_embeddings()
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head}
+    if not layers:
+        raise ConfigError(
+            f"learner.lora_rank: {type(module).__name__} has no linear layers (torch.nn.Linear) to adapt. Set learner.lora_rank=0."
+        )
+    return layers
