@@ -14,9 +14,11 @@ import contextlib
 import datetime
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -40,8 +42,12 @@ def init_process_group(rank: int, world_size: int, address: str, port: int, *, u
     # Longer than a wait for a batch: rank 0, which knows what it waits for, is the one to give up first.
     timeout = datetime.timedelta(seconds=timeout_s + 60)
     dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size, timeout=timeout)
-    import deepspeed
+    # DeepSpeed decorates an optimizer that we do not use with torch.compile, which would import a compiler for two seconds.
+    with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
+        import deepspeed.runtime.zero.muon.muon_optimizer
 
+    # Of DeepSpeed's collectives; torch would print it again at every one of them.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # DeepSpeed would compile a shared-memory all-reduce now, which ZeRO-3 does not use: half a minute, a compiler, and a lock
     # file which, left by a killed process, every later run waits for without end.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

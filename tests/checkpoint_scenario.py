@@ -151,7 +151,7 @@ def plant_death(policy: Any, where: str) -> None:
             policy.named_weights = dying_gather
 
 
-def train(directory: Path, rank: int, resume_from: str | None) -> None:
+def train(directory: Path, resume_from: str | None, rank: int) -> None:
     """A real LearnerRank, as a process of its own; its buffer, board and monitor only note, in log-RANK.jsonl.
 
     `script`: as World's; `dies`: where rank 1 dies.

@@ -1,4 +1,4 @@
-"""One rank of tests/test_guards.py: `python guards_scenario.py DIR RANK`, with DIR/config.json; rank 0 writes DIR/found.json.
+"""One rank of tests/test_guards.py: `main(DIR, RANK)`, with DIR/config.json; rank 0 writes DIR/found.json.
 
 Two policies train side by side, each its own ZeRO-3 engine with moments: one gets every batch, some spoilt, the other only the good ones.
 """
@@ -6,13 +6,8 @@ Two policies train side by side, each its own ZeRO-3 engine with moments: one ge
 import hashlib
 import json
 import math
-import os
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ["OMP_NUM_THREADS"] = "1"
 
 import msgspec
 import torch
@@ -149,7 +144,3 @@ def share_all(value: Any) -> list[Any]:
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

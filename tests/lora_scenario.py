@@ -1,7 +1,5 @@
 """One rank of tests/test_lora.py, which trains adapters for some steps; rank 0 writes what it found to DIR/found.pt, and DIR/policy/."""
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,6 @@ BUCKET_BYTES = 20_000
 
 
 def main(out_dir: Path, rank: int) -> None:
-    with (out_dir / f"stderr-{rank}.txt").open("w") as errors:
-        os.dup2(errors.fileno(), sys.stderr.fileno())
     from cluster.config import Config
     from cluster.transports import ZeroSource
     from learner.objectives import load_objective

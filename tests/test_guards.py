@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ from learner.bad_batch import BadBatch, Skip, read_bad_batch, render, write_bad_
 from learner.batch_metrics import batch_metrics
 from learner.guards import MIN_SEEN, QUIET_STEPS, WINDOW, Alarms, Guards, check_staleness
 from learner.objectives import load_objective
+from tests import guards_scenario
 from tests.guards_scenario import STEPS, Spoilt, SpoiltObjective, with_infinite_reward
+from tests.ranks import run_ranks
 from tests.test_zero import LR, config_for, plain_updater, random_batches
-
-SCENARIO = Path(__file__).with_name("guards_scenario.py")
 
 
 def sample_of(*versions: int, **changes: Any) -> Sample:
@@ -68,8 +67,7 @@ def test_what_is_not_finite_on_one_rank_skips_the_step_on_all_as_if_the_batch_ha
     """Weights, moments and step counts bit for bit; nothing is left of the gradient; three in a row end it with the batch kept."""
     config = config_for(str(tiny_models["untied"]), ranks=num_ranks)
     (tmp_path / "config.json").write_text(config.model_dump_json())
-    processes = [subprocess.Popen([sys.executable, str(SCENARIO), str(tmp_path), str(rank)]) for rank in range(num_ranks)]
-    assert [process.wait(timeout=240) for process in processes] == [0] * num_ranks
+    run_ranks(guards_scenario.main, num_ranks, tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     for step in found["steps"]:
         is_good = step["kind"] == "good"

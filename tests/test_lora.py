@@ -26,7 +26,8 @@ from learner.packing import ModelInputs, token_logprobs
 from learner.update import Updater, frozen_policies
 from tests import lora_scenario
 from tests.lora_scenario import SEED, STEPS
-from tests.test_resume import PROCESSES, Run
+from tests.ranks import run_ranks
+from tests.test_resume import Run
 from tests.test_system import rows_of, start_train
 from tests.test_zero import LR, config_for, random_batches
 
@@ -80,15 +81,10 @@ def run_plain(config: Config) -> tuple[PlainLora, list[dict[str, float]]]:
     return policy, [updater.update(batch, LR)[0] for batch in random_batches(load(Path(config.model.path)).config.vocab_size)[:STEPS]]
 
 
-def run_ranks(config: Config, out_dir: Path) -> dict[str, Any]:
+def run_scenario(config: Config, out_dir: Path) -> dict[str, Any]:
     """The scenario in real processes over gloo."""
     (out_dir / "config.json").write_text(config.model_dump_json())
-    ranks = [PROCESSES.Process(target=lora_scenario.main, args=(out_dir, rank)) for rank in range(config.learner.ranks)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(240)
-    assert [rank.exitcode for rank in ranks] == [0] * len(ranks), (out_dir / "stderr-0.txt").read_text()[-3000:]
+    run_ranks(lora_scenario.main, config.learner.ranks, out_dir)
     found: dict[str, Any] = torch.load(out_dir / "found.pt")
     return found
 
@@ -105,7 +101,7 @@ def trained(
     name, num_ranks, layout, checkpointing, moving = request.param
     directory = tmp_path_factory.mktemp(request.param[0])
     config = lora_config(tiny_models[name], moving=moving, ranks=num_ranks, layout=layout, gradient_checkpointing=checkpointing)
-    return config, directory, run_ranks(config, directory)
+    return config, directory, run_scenario(config, directory)
 
 
 @pytest.mark.slow

@@ -27,9 +27,11 @@ from tests.cpu_transfer import Wires, on_cpu, wait_until
 from tests.fake_engine import PushedWeights
 from tests.in_process import Answer, Bench, Reference
 from tests.simulated import SimulatedActor, benches, make_config, rows
-from tests.test_transports import SCENARIO, Plain
+from tests.test_transports import Plain
 
 pytestmark = pytest.mark.slow
+
+SCENARIO = Path(__file__).with_name("transport_scenario.py")
 
 BUCKET_BYTES = 10_000
 ANSWER_S = 1.0
@@ -432,7 +434,7 @@ def test_the_symbols_of_vllm_that_a_transport_uses_are_there(transport: str):
 def engine_report(request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("engine")
     road = {"tied": "ipc", "untied": "nccl"}[request.param]
-    command = [sys.executable, str(SCENARIO), "engine", str(tiny_models[request.param]), str(out), road]
+    command = [sys.executable, str(SCENARIO), str(tiny_models[request.param]), str(out), road]
     run = subprocess.run(command, timeout=200, check=False)
     assert run.returncode == 0
     return json.loads((out / "report.json").read_text())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import shutil
 import signal
 import time
@@ -22,10 +21,9 @@ from learner.checkpoint import Checkpoint, checkpoint_dirs, latest_checkpoint, v
 from learner.export import export
 from learner.worker import LearnerRank
 from tests.checkpoint_scenario import LIMIT_BYTES, train
+from tests.ranks import start_ranks
 from tests.test_zero import config_for, spied
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["deepspeed", "ray", "transformers"])  # Half a minute of imports, but once.
 STEPS = 12
 TOLERANCE = 4e-5  # As in tests/test_zero.py: sums over other ranks are taken in another order.
 
@@ -53,9 +51,7 @@ class Run:
         found = latest_checkpoint(self.dir)
         (self.dir / "port").unlink(missing_ok=True)
         resume_from = str(found[0]) if found else None
-        self.ranks = [PROCESSES.Process(target=train, args=(self.dir, rank, resume_from)) for rank in range(self.config.learner.ranks)]
-        for rank in self.ranks:
-            rank.start()
+        self.ranks = start_ranks(train, self.config.learner.ranks, self.dir, resume_from)
 
     def ended(self) -> list[int | None]:
         for rank in self.ranks:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,9 +21,10 @@ from cluster.peers import Calls
 from cluster.transports import Sender, ZeroSource, load_transport
 from cluster.transports.base import Transport
 from cluster.weights import Manifest, SnapshotWriter, read_snapshot
+from tests import source_scenario
+from tests.ranks import run_ranks
 from tests.test_receiver import Loop
 
-SCENARIO = Path(__file__).with_name("transport_scenario.py")
 MIB = 2**20
 TREE: dict[str, Any] = {
     "run": {"timeout_s": 5.0},
@@ -227,8 +226,7 @@ def test_two_zero_ranks_yield_the_whole_weights_in_the_declared_order_a_bucket_a
 
     # Large enough for ZeRO-3 to partition its matrices: what is below 100,000 elements it keeps whole after the first use.
     make_llama(16, tied=False, hidden=384, layers=2).save_pretrained(tmp_path / "model")
-    ranks = [subprocess.Popen([sys.executable, str(SCENARIO), "source", str(tmp_path / "model"), str(tmp_path), str(n)]) for n in (0, 1)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    run_ranks(source_scenario.main, 2, tmp_path / "model", tmp_path)
     for rank in (0, 1):
         report = json.loads((tmp_path / f"report-{rank}.json").read_text())
         assert report["declared"] == report["yielded"] == report["of the model"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,8 @@ from cluster.config import Config
 from cluster.config_file import parse_config
 from learner.objectives import Objective, TokenBatch, load_objective
 from learner.update import Updater, frozen_policies
+from tests import ranks, zero_scenario
 
-SCENARIO = Path(__file__).with_name("zero_scenario.py")
 STEPS = 10
 LR = 1e-3
 # fp32: sums over ranks and micro-batches are taken in another order; after AdamW's division small gradients keep the difference.
@@ -94,12 +92,11 @@ def plain(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> dict:
     return {"moving": moving, "model_dir": tiny_models[name], **run_plain(config)}
 
 
-def run_ranks(model_dir: Path, out_dir: Path, num_ranks: int, *, moving: bool, **learner: object) -> dict:
+def run_scenario(model_dir: Path, out_dir: Path, num_ranks: int, *, moving: bool, **learner: object) -> dict:
     """The scenario in `num_ranks` real processes over gloo."""
     config = config_for(str(model_dir), moving=moving, ranks=num_ranks, **learner)
     (out_dir / "config.json").write_text(config.model_dump_json())
-    processes = [subprocess.Popen([sys.executable, str(SCENARIO), str(out_dir), str(rank)]) for rank in range(num_ranks)]
-    assert [process.wait(timeout=240) for process in processes] == [0] * num_ranks
+    ranks.run_ranks(zero_scenario.main, num_ranks, out_dir)
     return {"metrics": json.loads((out_dir / "metrics.json").read_text()), "dir": out_dir / "policy"}
 
 
@@ -123,7 +120,7 @@ def test_zero_ranks_give_the_parameters_of_a_plain_loop(
 
     moving = plain["moving"]
     settings = {"layout": layout, "gradient_checkpointing": checkpointing, "offload": offload}
-    result = run_ranks(plain["model_dir"], tmp_path, num_ranks, moving=moving, **settings)
+    result = run_scenario(plain["model_dir"], tmp_path, num_ranks, moving=moving, **settings)
     saved = dict(AutoModelForCausalLM.from_pretrained(result["dir"], dtype=torch.float32).named_parameters())
     start = dict(AutoModelForCausalLM.from_pretrained(plain["model_dir"], dtype=torch.float32).named_parameters())
     assert saved.keys() == plain["parameters"].keys()

@@ -1,16 +1,10 @@
-"""One rank of tests/test_zero.py: `python zero_scenario.py DIR RANK`, with DIR/config.json; rank 0 writes metrics.json and policy/."""
+"""One rank of tests/test_zero.py: `main(DIR, RANK)`, with DIR/config.json; rank 0 writes metrics.json and policy/."""
 
 import json
-import os
-import sys
+import socket
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ["OMP_NUM_THREADS"] = "1"
-
-import socket
 
 import torch
 
@@ -63,7 +57,3 @@ def main(out_dir: Path, rank: int) -> None:
     policy.save_pretrained(str(out_dir / "policy"), bucket_bytes=4096)
     if rank == 0:
         (out_dir / "metrics.json").write_text(json.dumps(metrics))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
