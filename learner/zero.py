@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -38,13 +37,12 @@ def init_process_group(rank: int, world_size: int, address: str, port: int, *, u
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port))
     if not use_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _import_deepspeed()  # Before torch's threads start, which read the environment.
     backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
     # Longer than a wait for a batch: rank 0, which knows what it waits for, is the one to give up first.
     timeout = datetime.timedelta(seconds=timeout_s + 60)
     dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size, timeout=timeout)
-    # DeepSpeed decorates an optimizer that we do not use with torch.compile, which would import a compiler for two seconds.
-    with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
-        import deepspeed.runtime.zero.muon.muon_optimizer
+    import deepspeed
 
     # Of DeepSpeed's collectives; torch would print it again at every one of them.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -53,6 +51,18 @@ def init_process_group(rank: int, world_size: int, address: str, port: int, *, u
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", verbose=False)
     return torch.device("cuda", 0) if use_gpu else torch.device("cpu")
+
+
+def _import_deepspeed() -> None:
+    """All that it imports later on, without what torch.compile would import for an optimizer that we do not use: two seconds."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    if before is None:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+    else:
+        os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def _deepspeed_config(learner: LearnerConfig, dtype: str, *, training: bool) -> dict[str, Any]:
