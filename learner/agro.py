@@ -70,10 +70,8 @@ def agro_advantages(
             excess = advantages.square()
             if lr_baseline != "none":
                 expected = _expected_square(centred, n, group_of, sizes)
-                if lr_baseline == "running":
-                    assert running_variances is not None
-                    seen = running_variances.double() * n / (n - 1).clamp_min(1)
-                    expected = torch.where(seen.isnan() | (n < 2), expected, seen)
+                if running_variances is not None and lr_baseline == "running":
+                    expected = _seen_square(running_variances, n, otherwise=expected)
                 excess = torch.where(n >= 2, excess - expected, 0.0)
             advantages = advantages - lr_coef / (2 * beta) * excess
         return advantages.to(rewards.dtype)
@@ -96,6 +94,12 @@ def _expected_square(centred: Tensor, n: Tensor, group_of: Tensor, sizes: Tensor
     stretch = n / (n - 1).clamp_min(1)
     others_variance = (squares - stretch * centred.square()).clamp_min(0) / (n - 2).clamp_min(1)
     return torch.where(n >= 3, stretch * others_variance, 0.0)
+
+
+def _seen_square(variances: Tensor, n: Tensor, otherwise: Tensor) -> Tensor:
+    """n/(n-1) times the variance seen in earlier steps; `otherwise` where there was none, or the group is one of one."""
+    seen = variances.double() * n / (n - 1).clamp_min(1)
+    return torch.where(seen.isnan() | (n < 2), otherwise, seen)
 
 
 def _check_tensors(rewards: Tensor, log_ratios: Tensor, groups: Tensor) -> None:

@@ -37,13 +37,11 @@ def init_process_group(rank: int, world_size: int, address: str, port: int, *, u
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port))
     if not use_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    _import_deepspeed()  # Before torch's threads start, which read the environment.
+    deepspeed = _import_deepspeed()  # Before torch's threads start, which read the environment.
     backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
     # Longer than a wait for a batch: rank 0, which knows what it waits for, is the one to give up first.
     timeout = datetime.timedelta(seconds=timeout_s + 60)
     dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size, timeout=timeout)
-    import deepspeed
-
     # Of DeepSpeed's collectives; torch would print it again at every one of them.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # DeepSpeed would compile a shared-memory all-reduce now, which ZeRO-3 does not use: half a minute, a compiler, and a lock
@@ -53,16 +51,17 @@ def init_process_group(rank: int, world_size: int, address: str, port: int, *, u
     return torch.device("cuda", 0) if use_gpu else torch.device("cpu")
 
 
-def _import_deepspeed() -> None:
-    """All that it imports later on, without what torch.compile would import for an optimizer that we do not use: two seconds."""
+def _import_deepspeed() -> Any:
+    """Without what torch.compile would import for an optimizer that we do not use, two seconds; DeepSpeed itself would later on."""
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer
 
     if before is None:
         del os.environ["TORCHDYNAMO_DISABLE"]
     else:
         os.environ["TORCHDYNAMO_DISABLE"] = before
+    return deepspeed
 
 
 def _deepspeed_config(learner: LearnerConfig, dtype: str, *, training: bool) -> dict[str, Any]:

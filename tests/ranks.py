@@ -11,7 +11,6 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     ["deepspeed", "peft", "ray", "transformers.integrations.deepspeed", "transformers.models.llama.modeling_llama", "learner.worker"]
 )
-LIMIT_S = 240.0
 
 
 def start_ranks(target: Callable[..., None], num_ranks: int, *arguments: Any) -> list[ForkServerProcess]:
@@ -22,9 +21,9 @@ def start_ranks(target: Callable[..., None], num_ranks: int, *arguments: Any) ->
     return ranks
 
 
-def run_ranks(target: Callable[..., None], num_ranks: int, *arguments: Any) -> None:
+def run_ranks(target: Callable[..., None], num_ranks: int, *arguments: Any, limit_s: float = 240.0) -> None:
     """As `start_ranks`, to their end, which must be a good one."""
     ranks = start_ranks(target, num_ranks, *arguments)
     for rank in ranks:
-        rank.join(LIMIT_S)
+        rank.join(limit_s)
     assert [rank.exitcode for rank in ranks] == [0] * num_ranks

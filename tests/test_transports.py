@@ -226,7 +226,7 @@ def test_two_zero_ranks_yield_the_whole_weights_in_the_declared_order_a_bucket_a
 
     # Large enough for ZeRO-3 to partition its matrices: what is below 100,000 elements it keeps whole after the first use.
     make_llama(16, tied=False, hidden=384, layers=2).save_pretrained(tmp_path / "model")
-    run_ranks(source_scenario.main, 2, tmp_path / "model", tmp_path)
+    run_ranks(source_scenario.main, 2, tmp_path / "model", tmp_path, limit_s=120.0)
     for rank in (0, 1):
         report = json.loads((tmp_path / f"report-{rank}.json").read_text())
         assert report["declared"] == report["yielded"] == report["of the model"]

@@ -92,80 +92,115 @@ def worst_difference(model: Any, samples: list[Any]) -> dict[str, float]:
     return {"samples": len(samples), "worst": worst}
 
 
-def engine(model_dir: Path, out_dir: Path, road: str) -> None:
-    """Pushes to a real engine: idle, in flight, broken off before and after weights arrived, damaged."""
-    from transformers import AutoModelForCausalLM
+class Stage:
+    """A rig, the learner's policy (`module`, `named_weights`) and its transport, and what was found so far."""
 
-    from tests.cpu_transfer import on_cpu
-    from tests.test_transports import Board
+    def __init__(self, rig: Rig, model_dir: Path, road: str) -> None:
+        from transformers import AutoModelForCausalLM
 
-    rig = Rig(model_dir, road)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    report: dict[str, Any] = {"versions": {}}
+        from tests.test_transports import Board
 
-    class Policy:
-        module = model
+        self.road, self.rig = road, rig
+        self.module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        self.report: dict[str, Any] = {"versions": {}}
+        board = Board()
+        board.actors["actor-0"] = self.rig
+        self.transport = make_transport(self, board, road)
 
-        def named_weights(self, bucket_bytes: int, *, adapters_alone: bool = False) -> Any:
-            return ((name, parameter.data) for name, parameter in model.named_parameters())
+    def named_weights(self, bucket_bytes: int, *, adapters_alone: bool = False) -> Any:
+        return ((name, parameter.data) for name, parameter in self.module.named_parameters())
 
-    def retrain(seed: int) -> None:
+    def retrain(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in self.module.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
+    def publish(self, version: int, *, evaluate: bool = False) -> None:
+        self.rig.during(lambda: self.transport.publish(version, evaluate=evaluate))
+
+    def note(self, what: str) -> None:
+        """The engine's version by now."""
+        self.report["versions"][what] = self.rig.engine.version
+
+    def judge_fresh(self, what: str) -> list[Any]:
+        """Fresh samples, compared with the model."""
+        fresh = self.rig.generate(self.rig.submit(16))
+        self.report[what] = worst_difference(self.module, fresh)
+        return fresh
+
+
+def push(stage: Stage) -> None:
+    """To an idle engine, then to one with requests under way."""
+    rig = stage.rig
+    stage.retrain(1)
+    stage.publish(1)
+    stage.note("pushed")
+    pushed = stage.judge_fresh("pushed")
+
+    in_flight = rig.submit(16)
+    for _ in range(3):
+        rig.finished |= dict(rig.engine.step())
+    stage.retrain(2)
+    stage.report["of the version before"] = worst_difference(stage.module, pushed)
+    stage.publish(2)
+    stage.note("in flight")
+    rig.generate(in_flight)
+    stage.judge_fresh("pushed in flight")
+    stage.report["confirmed"] = list(rig.confirmed)
+
+
+def break_off_before_weights_arrive(stage: Stage) -> None:
+    """The engine goes on with those it has."""
+    client, receiver = stage.transport.client, stage.rig.receiver
+    client.begin({}, 3, {})
+    stage.rig.during(lambda: [receiver.order(*order) for order in (("start", client.number), ("abort", client.number, "cut"))])
+    stage.note("undone")
+    stage.judge_fresh("undone")
+
+
+def break_off_in_the_middle(stage: Stage) -> None:
+    """The engine has none, until a snapshot comes."""
+    engine = stage.rig.engine
+    load = engine.update_transfer
+
+    def broken(update_info: Any) -> None:
+        if stage.road == "nccl":  # vLLM fails in the middle; with ipc, the actor after the first chunk.
+            update_info["dtype_names"][-1] = "no_dtype"
+        load(update_info)
+        raise ConnectionError("cut")
+
+    stage.retrain(3)
+    engine.update_transfer = broken  # type: ignore[method-assign]
+    stage.publish(3, evaluate=True)
+    engine.update_transfer = load  # type: ignore[method-assign]
+    stage.note("lost")
+    stage.transport.flush()
+    engine.load_weights(3, ((name, parameter.detach().clone()) for name, parameter in stage.module.named_parameters()))
+    stage.note("snapshot")
+    stage.judge_fresh("lost, then a snapshot")
+    stage.transport._owing = {}
+
+
+def damage(stage: Stage) -> None:
+    """What arrived is not what was sent, by its checksums."""
+    engine = stage.rig.engine
+    confirm = engine.finish_transfer
+    engine.finish_transfer = lambda version, probes: confirm(version, {**probes, "model.norm.weight": "other"})  # type: ignore[method-assign]
+    stage.publish(4)
+    stage.report["damage"] = " ".join(stage.transport.client.failed.values())
+
+
+def main(model_dir: Path, out_dir: Path, road: str) -> None:
+    """Pushes to a real engine: idle, in flight, broken off before and after weights arrived, damaged."""
+    from tests.cpu_transfer import on_cpu
+
+    rig = Rig(model_dir, road)
     with on_cpu():
-        board = Board()
-        board.actors["actor-0"] = rig
-        transport = make_transport(Policy(), board, road)
-        retrain(1)
-        rig.during(lambda: transport.publish(1, evaluate=False))
-        report["versions"]["pushed"] = rig.engine.version
-        pushed = rig.generate(rig.submit(16))
-        report["pushed"] = worst_difference(model, pushed)
-
-        in_flight = rig.submit(16)
-        for _ in range(3):
-            rig.finished |= dict(rig.engine.step())
-        retrain(2)
-        report["of the version before"] = worst_difference(model, pushed)
-        rig.during(lambda: transport.publish(2, evaluate=False))
-        report["versions"]["in flight"] = rig.engine.version
-        rig.generate(in_flight)
-        report["pushed in flight"] = worst_difference(model, rig.generate(rig.submit(16)))
-        report["confirmed"] = list(rig.confirmed)
-
-        client = transport.client
-        client.begin({}, 3, {})
-        rig.during(lambda: [rig.receiver.order(*order) for order in (("start", client.number), ("abort", client.number, "cut"))])
-        report["versions"]["undone"] = rig.engine.version
-        report["undone"] = worst_difference(model, rig.generate(rig.submit(16)))
-
-        load = rig.engine.update_transfer
-
-        def broken(update_info: Any) -> None:
-            if road == "nccl":  # vLLM fails in the middle; with ipc, the actor after the first chunk.
-                update_info["dtype_names"][-1] = "no_dtype"
-            load(update_info)
-            raise ConnectionError("cut")
-
-        retrain(3)
-        rig.engine.update_transfer = broken  # type: ignore[method-assign]
-        rig.during(lambda: transport.publish(3, evaluate=True))
-        rig.engine.update_transfer = load  # type: ignore[method-assign]
-        report["versions"]["lost"] = rig.engine.version
-        transport.flush()
-        rig.engine.load_weights(3, ((name, parameter.detach().clone()) for name, parameter in model.named_parameters()))
-        report["versions"]["snapshot"] = rig.engine.version
-        report["lost, then a snapshot"] = worst_difference(model, rig.generate(rig.submit(16)))
-        transport._owing = {}
-
-        confirm = rig.engine.finish_transfer
-        rig.engine.finish_transfer = lambda version, probes: confirm(version, {**probes, "model.norm.weight": "other"})  # type: ignore[method-assign]
-        rig.during(lambda: transport.publish(4, evaluate=False))
-        report["damage"] = " ".join(client.failed.values())
-    (out_dir / "report.json").write_text(json.dumps(report))
+        stage = Stage(rig, model_dir, road)
+        for part in (push, break_off_before_weights_arrive, break_off_in_the_middle, damage):
+            part(stage)
+    (out_dir / "report.json").write_text(json.dumps(stage.report))
 
 
 def make_transport(policy: Any, board: Any, road: str) -> Any:
@@ -179,6 +214,6 @@ def make_transport(policy: Any, board: Any, road: str) -> Any:
 
 if __name__ == "__main__":
     model, out, road = sys.argv[1:]
-    engine(Path(model), Path(out), road)
+    main(Path(model), Path(out), road)
     # An order sent after the loop's last look has a thread that waits two minutes for its answer.
     os._exit(0)
