@@ -13,6 +13,7 @@ from actors.offline import load_offline
 from actors.prompts import PromptSet, load_prompts
 from cluster.config import Config
 from cluster.errors import AgroError, ConfigError, DataError
+from cluster.model_checks import check_model
 from cluster.monitor import wandb_mode
 from cluster.run_dir import open_run_dir
 from learner.objectives import load_objective
@@ -40,6 +41,7 @@ def prepare(config: Config) -> Inputs:
     check_named(config)
     config = ensure_model(config)
     tokenizer = load_tokenizer(config)
+    check_model(config)
     prompts, notes = load_training(config, tokenizer)
     if reason := no_evaluation(config):
         eval_prompts = PromptSet(rows=[], num_bad_rows=0, source="none")
