@@ -20,11 +20,10 @@ def train(arguments: Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from cluster.placement import dry_run
-        from cluster.prepare import check_named
+        from cluster.dry_run import dry_run
 
-        check_named(config)
-        print(dry_run(config))
+        for text in dry_run(config):
+            print(text, flush=True)
         return 0
     from cluster.terminal import summary_screen
     from cluster.train import train

@@ -1,4 +1,8 @@
-"""Everything that can fail before anything starts: the base model, the prompts, the rewards, the run directory."""
+"""Everything that can fail before anything starts: the base model, the prompts, the rewards, the run directory.
+
+prepare  --check_named--> --ensure_model--> --check_inputs--> --open_run_dir--> Inputs      `train`
+dry_run  --check_named-------------------> --check_inputs--> a report                       `train --dry-run`
+"""
 
 from __future__ import annotations
 
@@ -20,26 +24,42 @@ from learner.objectives import load_objective
 from rewards.registry import load_reward
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a run is made of, checked. `config` has an absolute model path; `notes` are to be told at the start."""
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What the checks of a start have read. `config` has an absolute model path; `notes` are to be told at the start."""
 
     config: Config
     prompts: PromptSet
     eval_prompts: PromptSet
     pad_id: int
-    run_dir: Path
     wandb_mode: str
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Checked):
+    """What a run is made of: checked, and with its directory open."""
+
+    run_dir: Path
     is_continued: bool = False
 
 
 def prepare(config: Config) -> Inputs:
-    """Check and load what the run needs; raises ConfigError, DataError or RewardError with a remedy. Opens the run directory last."""
+    """Check and load what the run needs; raises an AgroError with a remedy. The run directory is opened last."""
     quiet_libraries()
-    mode = wandb_mode(config)
     check_named(config)
-    config = ensure_model(config)
+    checked = check_inputs(ensure_model(config))
+    run_dir = open_run_dir(checked.config)
+    known = {**vars(checked), "notes": (*checked.notes, *run_dir.notes)}
+    return Inputs(**known, run_dir=run_dir.path, is_continued=run_dir.is_continued)
+
+
+def check_inputs(config: Config) -> Checked:
+    """Everything that can be known of a run without an engine, once its model is there; leaves nothing on disk.
+
+    A start and `--dry-run` both go through here: what is checked here, both find. Raises an AgroError with a remedy.
+    """
+    mode = wandb_mode(config)
     tokenizer = load_tokenizer(config)
     check_model(config)
     prompts, notes = load_training(config, tokenizer)
@@ -48,9 +68,8 @@ def prepare(config: Config) -> Inputs:
         notes = [*notes, reason]
     else:
         eval_prompts = load_prompts(config.data, tokenizer, evaluation=True)
-    run_dir = open_run_dir(config)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    return Inputs(config, prompts, eval_prompts, pad_id, run_dir.path, mode, (*notes, *run_dir.notes), run_dir.is_continued)
+    return Checked(config=config, prompts=prompts, eval_prompts=eval_prompts, pad_id=pad_id, wandb_mode=mode, notes=tuple(notes))
 
 
 def load_training(config: Config, tokenizer: Any) -> tuple[PromptSet, list[str]]:
@@ -110,27 +129,37 @@ def quiet_libraries() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def model_to_make(config: Config) -> Path | None:
+    """Where `model.make` would make the model; None when it is there, or comes from the hub."""
+    path = Path(config.model.path).expanduser()
+    return path if config.model.make and not path.exists() else None
+
+
 def ensure_model(config: Config) -> Config:
     """The config with the model's path made absolute; a model that does not exist yet is made by `model.make`."""
     model = config.model
+    if path := model_to_make(config):
+        _make_model(str(model.make), path)
     path = Path(model.path).expanduser()
-    if not path.exists() and model.make:
-        module_name, function_name = model.make.split(":")
-        try:
-            make = getattr(importlib.import_module(module_name), function_name)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"model.make = {model.make}: {error}. Expected module:function, importable from here.") from None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            make(str(path))
-        except AgroError:
-            raise
-        except Exception as error:  # noqa: BLE001 -- the user's code: whatever it raises is theirs to read, in one line
-            raise ConfigError(f"model.make = {model.make} failed for {path}: {type(error).__name__}: {error}") from None
     if not path.exists():
         return config  # A hub id: transformers resolves it, or says why it cannot.
     absolute = model.model_copy(update={"path": str(path.resolve())})
     return config.model_copy(update={"model": absolute})
+
+
+def _make_model(recipe: str, path: Path) -> None:
+    module_name, function_name = recipe.split(":")
+    try:
+        make = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"model.make = {recipe}: {error}. Expected module:function, importable from here.") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        make(str(path))
+    except AgroError:
+        raise
+    except Exception as error:  # noqa: BLE001 -- the user's code: whatever it raises is theirs to read, in one line
+        raise ConfigError(f"model.make = {recipe} failed for {path}: {type(error).__name__}: {error}") from None
 
 
 def load_tokenizer(config: Config) -> Any:

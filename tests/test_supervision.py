@@ -190,7 +190,7 @@ def inputs(run_dir: Path, **sections: dict[str, Any]) -> Inputs:
     config = parse_config({**BASE, "run": {"timeout_s": 40.0}, "monitor": {"wandb": "off"}, **sections})
     rows = [PromptRow(row=number, text="1+1=", token_ids=(1, 2), columns={"answer": "2"}) for number in range(4)]
     prompts = PromptSet(rows=rows, num_bad_rows=0, source="test")
-    return Inputs(config, prompts, prompts, 0, run_dir, "off")
+    return Inputs(config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="off")
 
 
 @pytest.mark.slow
