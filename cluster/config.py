@@ -278,6 +278,10 @@ class MonitorConfig(Section):
     def _off_without_quotes(cls, value: Any) -> Any:
         return "off" if value is False else value  # YAML reads a bare `off` as false.
 
+    def shows_samples(self, step: int) -> bool:
+        """Whether samples of this learner step's batch are shown."""
+        return step == 1 or step % self.samples_every == 0
+
 
 class Config(Section):
     """Everything a run needs."""

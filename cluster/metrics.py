@@ -7,6 +7,7 @@ the descriptions. Rows may hold more than these. Fractions are in [0, 1], times 
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -160,6 +161,36 @@ class JsonLines:
             self.flush()
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+class StepLines(JsonLines):
+    """JSON lines in the order of learner steps, which `key` holds: a step done again replaces what the first time left.
+
+    A learner that goes on from a checkpoint does the steps since then once more.
+    """
+
+    def __init__(self, path: Path, redact: Redactor, key: str) -> None:
+        super().__init__(path, redact)
+        self._key = key
+        self._newest = max((step for step, _ in self._steps()), default=0)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of `step` and of later ones, if there are any; call it before the first line of a step is appended."""
+        self.flush()
+        if step <= self._newest and not self._pending:  # On a full disk both stay; who reads takes the later one.
+            start = next((offset for found, offset in self._steps() if found >= step), None)
+            if start is not None:
+                os.ftruncate(self._descriptor, start)
+        self._newest = step
+
+    def _steps(self) -> Iterator[tuple[int, int]]:
+        """(step, where its line starts in the file, in bytes) of each whole line."""
+        offset = 0
+        with self.path.open("rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    yield int(json.loads(line)[self._key]), offset
+                offset += len(line)
 
 
 def replace_json(path: Path, value: Mapping[str, Any]) -> None:

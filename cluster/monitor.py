@@ -25,7 +25,7 @@ import msgspec
 
 from buffer.records import Evaluation
 from cluster.config import Config
-from cluster.metrics import METRICS, JsonLines, Redactor, finite, finite_tree, read_json_lines, replace_json
+from cluster.metrics import METRICS, JsonLines, Redactor, StepLines, finite, finite_tree, read_json_lines, replace_json
 from cluster.wandb_writer import WandbWriter, wandb_mode
 
 __all__ = ["Monitor", "wandb_mode"]
@@ -42,7 +42,8 @@ class Monitor:
     """Merges what learner, actors, buffer and driver report into rows, and writes them.
 
     Row `progress/step == config.run.steps` is held back until `close`, so that the final evaluation, which comes after it,
-    is in the last row. Existing files of `run_dir` are appended to: a continued run goes on in them.
+    is in the last row. Existing files of `run_dir` are appended to: a continued run goes on in them, and
+    a step that it does again replaces what was written of it.
     """
 
     def __init__(self, config: Config, run_dir: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -51,7 +52,10 @@ class Monitor:
         self._config, self._run_dir, self._clock, self._start_s = config, Path(run_dir), clock, clock()
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self._redact = Redactor(os.environ)
-        self._files = {name: JsonLines(self._run_dir / f"{name}.jsonl", self._redact) for name in ("metrics", "samples", "events")}
+        self._metrics = StepLines(self._run_dir / "metrics.jsonl", self._redact, "progress/step")
+        self._samples = StepLines(self._run_dir / "samples.jsonl", self._redact, "step")
+        self._files: dict[str, JsonLines] = {"metrics": self._metrics, "samples": self._samples}
+        self._files["events"] = JsonLines(self._run_dir / "events.jsonl", self._redact)
         self._evaluation: dict[str, Any] = {"eval/solve_rate": None, "eval/policy_version": None}
         self._evaluations: collections.deque[tuple[int, float]] = collections.deque(maxlen=_HISTORY_ROWS)
         for line in read_json_lines(self._run_dir / "evaluations.jsonl")[0]:
@@ -67,7 +71,7 @@ class Monitor:
         self._event_numbers = itertools.count(1)
         self._closed = False
         public_config = json.loads(self._redact(json.dumps(config.model_dump(mode="json"))))
-        self._wandb = WandbWriter(config.run.name, config.monitor.project, public_config, self._run_dir, mode)
+        self._wandb = WandbWriter(config.run.name, config.monitor.project, public_config, self._run_dir, mode, config.monitor.shows_samples)
 
     def log_step(self, row: Mapping[str, float | None]) -> None:
         """One row of the learner; the newest gauges, rates and evaluation join it. The last step's row waits for `close`."""
@@ -110,8 +114,9 @@ class Monitor:
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Samples of one batch: dicts of step, version, staleness, prompt, completion, reward, error, advantage, answer (optional)."""
+        self._samples.rewind(step)
         for sample in samples:
-            self._files["samples"].append({"step": step, **sample})
+            self._samples.append({"step": step, **sample})
         # W&B gets what the file gets: redacted, finite.
         public = json.loads(self._redact(json.dumps(finite_tree([{"step": step, **sample} for sample in samples]))))
         self._wandb.log_samples(step, public)
@@ -189,7 +194,9 @@ class Monitor:
             self._held = None
 
     def _write_row(self, row: Mapping[str, Any]) -> None:
-        self._files["metrics"].append(row)
+        if row["progress/step"] is not None:
+            self._metrics.rewind(int(row["progress/step"]))
+        self._metrics.append(row)
         self._wandb.log(row)
 
     def _write_summary(self, summary: Mapping[str, Any]) -> None:

@@ -4,6 +4,10 @@
 
 Online or offline is decided before `wandb.init`, by `wandb_mode`. If `init` raises online (no network, a bad key) the thread
 goes on offline, so that `wandb sync` can upload the run later. Calls that fail or find the queue full are counted.
+
+An offline run cannot be resumed by W&B: it begins another directory, and `wandb sync` of several puts one over the other. So a
+continued run is told again from metrics.jsonl and samples.jsonl, from its first step on, and the directories of earlier starts,
+which hold nothing else, are removed. W&B gets a step once: what a learner does again since a checkpoint it has already.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import netrc
 import os
 import queue
 import secrets
+import shutil
 import threading
 import time
 import urllib.parse
@@ -20,8 +25,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster import wandb_file
 from cluster.config import Config
 from cluster.errors import ConfigError
+from cluster.metrics import read_json_lines
 
 WandbMode = Literal["online", "offline", "off"]
 
@@ -29,6 +36,7 @@ TABLE_ROWS = 16
 SAMPLE_COLUMNS = ("step", "version", "staleness", "prompt", "completion", "reward", "error", "advantage", "answer")
 _INIT_TIMEOUT_S = 60.0
 _DEFAULT_HOST = "https://api.wandb.ai"
+_FLUSH_S = 1.0  # How long a row may be in W&B's memory only: that much of it is lost when the driver is killed.
 
 
 def wandb_mode(config: Config) -> WandbMode:
@@ -71,31 +79,38 @@ class WandbWriter:
     `config` is what W&B shows as the run's config: it must hold no secret.
     """
 
-    def __init__(self, name: str, project: str, config: Mapping[str, Any], run_dir: Path, mode: WandbMode, queue_size: int = 1000) -> None:
+    def __init__(
+        self,
+        name: str,
+        project: str,
+        config: Mapping[str, Any],
+        run_dir: Path,
+        mode: WandbMode,
+        shows_samples: Callable[[int], bool] = lambda step: False,
+        queue_size: int = 1000,
+    ) -> None:
+        """`shows_samples(step)`: whether samples of a learner step will come too."""
         self.mode = mode
         self.dropped = 0
         self._name, self._project, self._config, self._run_dir = name, project, dict(config), run_dir
+        self._shows_samples = shows_samples
         self._jobs: queue.Queue[Callable[[Any], object] | None] = queue.Queue(queue_size)
         self._failures: queue.SimpleQueue[str] = queue.SimpleQueue()
+        # Touched by the thread alone: what W&B has, and the row that waits for its other part.
+        self._newest_row = self._newest_table = 0.0
+        self._open: dict[str, Any] = {}
+        self._superseded: list[Path] | None = None
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         if mode != "off":
             self._thread.start()
 
     def log(self, row: Mapping[str, float | None]) -> None:
         """Log the known values of a row. The x axis is the row's `progress/step`, not W&B's step, which asynchronous code breaks."""
-        known = {name: value for name, value in row.items() if value is not None}
-        self._put(lambda run: run.log(known))
+        self._put(lambda run: self._log_row(run, row))
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Log the last `TABLE_ROWS` samples as a new table: a W&B table cannot be appended to."""
-        data = [[sample.get(column) for column in SAMPLE_COLUMNS] for sample in samples[-TABLE_ROWS:]]
-
-        def log_table(run: Any) -> None:
-            import wandb
-
-            run.log({"progress/step": step, "samples": wandb.Table(columns=list(SAMPLE_COLUMNS), data=data, allow_mixed_types=True)})
-
-        self._put(log_table)
+        self._put(lambda run: self._log_table(run, step, samples))
 
     def failures(self) -> list[str]:
         """What went wrong since the last call, one sentence each."""
@@ -110,7 +125,7 @@ class WandbWriter:
         if self.mode == "off":
             return True
         deadline = time.monotonic() + timeout_s
-        self._put(lambda run: run.summary.update(dict(summary)))
+        self._put(lambda run: self._log_summary(run, summary))
         with contextlib.suppress(queue.Full):
             self._jobs.put(None, timeout=timeout_s)
         self._thread.join(max(0.0, deadline - time.monotonic()))
@@ -150,6 +165,76 @@ class WandbWriter:
         except Exception as error:  # noqa: BLE001 - as above
             self._failures.put(f"W&B finish failed ({_brief(error)})")
 
+    def _log_row(self, run: Any, row: Mapping[str, float | None]) -> None:
+        step = row.get("progress/step") or 0.0
+        self._catch_up(run, step)
+        if step > self._newest_row:
+            self._newest_row = step
+            waits = self._shows_samples(int(step)) and self._newest_table < step
+            self._log_part(run, step, {name: value for name, value in row.items() if value is not None}, waits)
+
+    def _log_table(self, run: Any, step: float, samples: list[dict[str, Any]]) -> None:
+        import wandb
+
+        self._catch_up(run, step)
+        if step > self._newest_table:
+            self._newest_table = step
+            data = [[sample.get(column) for column in SAMPLE_COLUMNS] for sample in samples[-TABLE_ROWS:]]
+            table = wandb.Table(columns=list(SAMPLE_COLUMNS), data=data, allow_mixed_types=True)
+            self._log_part(run, step, {"progress/step": step, "samples": table}, self._newest_row < step)
+
+    def _log_part(self, run: Any, step: float, part: Mapping[str, Any], waits: bool) -> None:
+        """One row a step: the figures of a step and its samples wait for each other."""
+        if step != self._open.get("progress/step"):
+            self._log_open(run)
+        self._open.update(part)
+        if not waits:
+            self._log_open(run)
+
+    def _log_open(self, run: Any) -> None:
+        row, self._open = self._open, {}
+        if row:
+            run.log(row)
+
+    def _log_summary(self, run: Any, summary: Mapping[str, Any]) -> None:
+        self._catch_up(run, float("inf"))
+        self._log_open(run)
+        run.summary.update(dict(summary))
+
+    def _catch_up(self, run: Any, before_step: float) -> None:
+        """Once, before anything else is logged: what earlier starts of the run did, up to `before_step`."""
+        if self._superseded is None:
+            return
+        superseded, self._superseded = self._superseded, None
+        rows, tables = self._earlier_rows(superseded), self._earlier_samples()
+        for step in sorted(step for step in rows.keys() | tables.keys() if 0 < step < before_step):
+            if step in rows:
+                self._log_row(run, rows[step])
+            if step in tables:
+                self._log_table(run, step, tables[step])
+        if superseded:
+            time.sleep(2 * _FLUSH_S)  # Until they are on disk a second time.
+        for directory in superseded:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _earlier_rows(self, directories: list[Path]) -> dict[float, dict[str, Any]]:
+        """By step: rows of metrics.jsonl, and those that only W&B's own files have."""
+        rows: dict[float, dict[str, Any]] = {}
+        for file in (file for directory in directories for file in directory.glob("run-*.wandb")):
+            with contextlib.suppress(OSError):
+                for row in wandb_file.history(file):
+                    if "samples" not in row:
+                        rows[row.get("progress/step") or 0.0] = {name: row[name] for name in row if not name.startswith("_")}
+        for row in read_json_lines(self._run_dir / "metrics.jsonl")[0]:
+            rows[row.get("progress/step") or 0.0] = row
+        return rows
+
+    def _earlier_samples(self) -> dict[float, list[dict[str, Any]]]:
+        tables: dict[float, list[dict[str, Any]]] = {}
+        for sample in read_json_lines(self._run_dir / "samples.jsonl")[0]:
+            tables.setdefault(sample.get("step") or 0.0, []).append(sample)
+        return tables
+
     def _start(self) -> Any | None:
         """The W&B run, offline if online fails; None if neither starts."""
         for mode in dict.fromkeys((self.mode, "offline")):
@@ -179,17 +264,22 @@ class WandbWriter:
             x_disable_meta=True,
             x_disable_stats=True,
             x_save_requirements=False,
+            x_transaction_log_flush_interval=_FLUSH_S,
         )
+        run_id = self._run_id()
+        self._superseded = sorted(self._run_dir.glob(f"wandb/offline-run-*-{run_id}"))
         run = wandb.init(
             project=self._project,
             name=self._name,
-            id=self._run_id(),
-            resume="allow",
+            id=run_id,
+            resume="allow" if mode == "online" else None,  # Offline, what is synced stands for the whole run.
             mode=mode,  # type: ignore[arg-type]
             dir=str(self._run_dir),
             config=self._config,
             settings=settings,
         )
+        if mode == "online" and run.resumed:
+            self._newest_row = self._newest_table = run.summary.get("progress/step") or 0.0
         run.define_metric("progress/step")
         run.define_metric("*", step_metric="progress/step")
         return run

@@ -264,7 +264,7 @@ class LearnerRank:
         row["time/learner_busy_fraction"] = 1.0 - wait_s / step_s
         row["perf/trained_tokens_per_s"] = sum(group.num_tokens for group in trained) / step_s
         self._monitor.log_step.remote(row | self._guards.metrics() | self._transport.metrics() | self._checkpoints.metrics())
-        if step == 1 or step % self._config.monitor.samples_every == 0:
+        if self._config.monitor.shows_samples(step):
             self._monitor.log_samples.remote(step, shown_samples(batch, diagnostics))
         if self._config.buffer.max_uses > 1 and self._updater.keeps_reference:
             self._calls.start(self._buffer.set_ref_logprobs({gid: [d["ref_logprob"] for d in rows] for gid, rows in diagnostics.items()}))
