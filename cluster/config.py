@@ -11,8 +11,20 @@ from typing import Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-from cluster import config_checks
+from cluster import config_checks, config_text
+
+PROSE = frozenset({"system_prompt"})
+"""Fields of free text: they may hold line breaks, and a ` #` in a file is taken for text before it is taken for a comment."""
+MAX_NUMBER = 1 << 32
+"""Of every setting, unless its field says less: what is above is a slip of the hand, and some library takes 32 bits."""
+MAX_TOKENS = 2**27
+"""Of a sequence, or a forward pass: ten times the longest context of any model."""
+MAX_PROCESSES = 10_000
+"""Of one kind: more than any cluster runs of one job."""
+MAX_TIMEOUT_S = 2e6
+"""23 days: what sockets and event loops take, whose limit is 2^31 ms."""
 
 
 class Section(BaseModel):
@@ -20,15 +32,30 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    @pydantic.field_validator("*", mode="after")
+    @classmethod
+    def _value_is_usual(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """Text without characters that nobody sees, numbers within reason."""
+        found = ""
+        if isinstance(value, str):
+            found = config_text.strange_character(value, is_prose=info.field_name in PROSE)
+        elif isinstance(value, int | float) and not abs(value) < MAX_NUMBER:
+            found = f"expected a number below {MAX_NUMBER:,}"
+        if found:
+            raise PydanticCustomError("unusual", "{found}", {"found": found})
+        return value
+
 
 class RunConfig(Section):
     """The run as a whole."""
 
-    name: str = Field("agro", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run; also of its W&B run.")
-    dir: str | None = Field(None, description="Run directory; None: `runs/<name>-<time>`.")
-    seed: int = Field(0, ge=0, description="Seed of the prompt stream, the sampling and the learner.")
+    name: str = Field("agro", pattern=r"^[A-Za-z0-9._-]+$", max_length=100, description="Name of the run; also of its W&B run.")
+    dir: str | None = Field(None, min_length=1, description="Run directory, new or of a run to go on with; None: `runs/<name>-<time>`.")
+    seed: int = Field(0, ge=0, description="Seed of the prompt stream, the sampling and the learner; below 2^32.")
     steps: int = Field(100, ge=1, description="Optimizer steps.")
-    timeout_s: float = Field(600.0, gt=0, description="Limit of every wait on another process; its error names who did not answer.")
+    timeout_s: float = Field(
+        600.0, gt=0, le=MAX_TIMEOUT_S, description="Limit of every wait on another process; its error names who did not answer."
+    )
     deterministic: bool = Field(
         False, description="The learner gives the same parameters bit for bit from the same batches (CPU), also through kills; slower."
     )
@@ -37,9 +64,12 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """The policy: any Hugging Face causal language model."""
 
-    path: str = Field(..., description="Local Hugging Face directory, or a hub id.")
+    path: str = Field(..., min_length=1, description="Local Hugging Face directory, or a hub id.")
     make: str | None = Field(
-        None, pattern=r"^[\w.]+:\w+$", description="`module:function` called with the path when the directory does not exist yet."
+        None,
+        pattern=r"^[\w.]+:\w+$",
+        description="`module:function` that makes the directory `path` while there is none. It belongs to the path beside it: where the "
+        "command line gives another `path`, it must give `make` too.",
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of weights in learner and actors.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention of the learner.")
@@ -51,19 +81,22 @@ class DataConfig(Section):
 
     path: str | None = Field(
         None,
+        min_length=1,
         description="Training prompts: a jsonl/parquet file, a directory with `<split>.jsonl`/`.parquet`, or a hub id (`id:subset`). "
         "Needed unless all samples come from `offline`.",
     )
-    split: str = Field("train", description="Split to train on (directories and hub ids).")
-    eval_path: str | None = Field(None, description="Held-out prompts; None: the same `path`, at `eval_split`.")
-    eval_split: str = Field("test", description="Split to evaluate on (directories and hub ids).")
+    split: str = Field("train", min_length=1, description="Split to train on (directories and hub ids).")
+    eval_path: str | None = Field(None, min_length=1, description="Held-out prompts; None: the same `path`, at `eval_split`.")
+    eval_split: str = Field("test", min_length=1, description="Split to evaluate on (directories and hub ids).")
     eval_rows: int = Field(128, ge=0, description="Held-out rows evaluated, the first so many; 0 switches evaluation off.")
     chat_template: bool = Field(True, description="Render prompts with the tokenizer's chat template; off: the text as it is.")
     system_prompt: str | None = Field(None, description="System message put before every prompt (chat template only).")
-    max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are bad rows: reported, never cut.")
+    max_prompt_tokens: int = Field(512, ge=1, le=MAX_TOKENS, description="Longer prompts are bad rows: reported, never cut.")
     on_bad_row: Literal["stop", "skip"] = Field("stop", description="`skip` leaves bad rows out and counts them.")
     offline: str | None = Field(
-        None, description="Generations of anybody to train on: jsonl/parquet with prompt, completion and, if given, reward and group."
+        None,
+        min_length=1,
+        description="Generations of anybody to train on: jsonl/parquet with prompt, completion and, if given, reward and group.",
     )
     offline_share: float = Field(1.0, gt=0, le=1, description="Share of each group that comes from `offline`; 1: no sample is generated.")
 
@@ -79,7 +112,7 @@ class RewardsConfig(Section):
     """Reward functions, run in killable worker processes."""
 
     functions: tuple[RewardFunction, ...] = Field(..., min_length=1, description="The functions; the reward is their weighted sum.")
-    timeout_s: float = Field(10.0, gt=0, description="A group not scored within this is killed and marked `error`.")
+    timeout_s: float = Field(10.0, gt=0, le=MAX_TIMEOUT_S, description="A group not scored within this is killed and marked `error`.")
     max_error_fraction: float = Field(0.2, ge=0, le=1, description="The run stops when more than this share of samples fails.")
 
 
@@ -87,25 +120,35 @@ class ActorsConfig(Section):
     """Rollout actors: one vLLM engine each."""
 
     count: int = Field(
-        1, ge=0, description="Rollout actors at the start; 0 only where all samples are offline (nothing is evaluated then)."
+        1,
+        ge=0,
+        le=MAX_PROCESSES,
+        description="Rollout actors at the start; 0 only where all samples are offline (nothing is evaluated then).",
     )
-    min: int = Field(1, ge=1, description="Autoscaling keeps at least so many.")
-    max: int | None = Field(None, ge=1, description="Autoscaling adds actors up to so many while the learner waits; None: no autoscaling.")
-    num_cpus: float = Field(1.0, ge=0, description="CPUs of one actor (Ray's logical CPUs, fractions allowed).")
+    min: int = Field(1, ge=1, le=MAX_PROCESSES, description="Autoscaling keeps at least so many.")
+    max: int | None = Field(
+        None, ge=1, le=MAX_PROCESSES, description="Autoscaling adds actors up to so many while the learner waits; None: no autoscaling."
+    )
+    num_cpus: float = Field(1.0, ge=0, le=MAX_PROCESSES, description="CPUs of one actor (Ray's logical CPUs, fractions allowed).")
     num_gpus: float = Field(0.0, ge=0, description="GPUs of one actor: 0 generates on the CPU, 1 on a GPU, a fraction shares one.")
-    group_size: int = Field(8, ge=2, description="Samples per prompt (n; AGRO needs at least 2).")
-    slots: int = Field(128, ge=1, description="Sequences an engine generates at once (vLLM max_num_seqs).")
-    max_new_tokens: int = Field(256, ge=1, description="Completion limit; a completion cut here is kept as truncated.")
+    group_size: int = Field(8, ge=2, le=65_536, description="Samples per prompt (n; AGRO needs at least 2).")
+    slots: int = Field(128, ge=1, le=65_536, description="Sequences an engine generates at once (vLLM max_num_seqs).")
+    max_new_tokens: int = Field(256, ge=1, le=MAX_TOKENS, description="Completion limit; a completion cut here is kept as truncated.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature, also of the learner's log-probs.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; below 1 breaks coverage (a warning says so).")
-    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of a CPU engine, GiB.")
+    kv_cache_gib: float = Field(1.0, gt=0, le=65_536, description="KV cache of a CPU engine, GiB.")
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="Share of GPU memory a GPU engine may take.")
     on_update: Literal["continue", "drain", "abort"] = Field(
         "continue", description="Unfinished generations at new weights: go on with them, finish on the old ones first, or start again."
     )
-    sample_timeout_s: float | None = Field(None, gt=0, description="A sample generated for longer than this ends as truncated.")
+    sample_timeout_s: float | None = Field(
+        None, gt=0, le=MAX_TIMEOUT_S, description="A sample generated for longer than this ends as truncated."
+    )
     group_timeout_s: float | None = Field(
-        None, gt=0, description="A group does not wait longer than this for its last samples: it goes in with those it has."
+        None,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="A group does not wait longer than this for its last samples: it goes in with those it has.",
     )
 
 
@@ -123,7 +166,9 @@ class BufferConfig(Section):
     )
     max_uses: int = Field(1, ge=1, description="How often a group is trained on before it leaves.")
     min_staleness: int = Field(
-        0, ge=0, description="Learner steps; a batch takes no group younger than this while it can be had: an enforced lag, for studies."
+        0,
+        ge=0,
+        description="Learner steps; a batch takes no group younger than this while it can be had: an enforced lag, for studies.",
     )
     max_staleness: int = Field(16, ge=0, description="Learner steps; groups with an older token are evicted and counted.")
     capacity: int = Field(
@@ -159,12 +204,14 @@ class BufferConfig(Section):
 class LearnerConfig(Section):
     """The learner: DeepSpeed ZeRO-3 ranks."""
 
-    ranks: int = Field(1, ge=1, description="ZeRO-3 ranks.")
-    num_cpus: float = Field(1.0, ge=0, description="CPUs of one rank.")
+    ranks: int = Field(1, ge=1, le=MAX_PROCESSES, description="ZeRO-3 ranks.")
+    num_cpus: float = Field(1.0, ge=0, le=MAX_PROCESSES, description="CPUs of one rank.")
     num_gpus: float = Field(0.0, ge=0, description="GPUs of one rank: 0 trains on the CPU, 1 on a GPU, a fraction shares one.")
     objective: str = Field("agro", description="File name under learner/objectives/.")
     groups_per_step: int = Field(32, ge=1, description="Groups of one optimizer step (P).")
-    lora_rank: int = Field(0, ge=0, description="Train low-rank adapters of this rank (peft) instead of all weights; 0: all weights.")
+    lora_rank: int = Field(
+        0, ge=0, le=65_536, description="Train low-rank adapters of this rank (peft) instead of all weights; 0: all weights."
+    )
     lora_alpha: float = Field(32.0, gt=0, description="Scale of the adapters: alpha / rank.")
     lr: float = Field(1e-6, gt=0, description="Peak learning rate (AdamW).")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
@@ -173,7 +220,9 @@ class LearnerConfig(Section):
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     grad_clip: float = Field(1.0, gt=0, description="Gradient norm limit.")
-    micro_batch_tokens: int = Field(8192, ge=16, description="Token budget of one forward pass of one rank, padding included.")
+    micro_batch_tokens: int = Field(
+        8192, ge=16, le=MAX_TOKENS, description="Token budget of one forward pass of one rank, padding included."
+    )
     layout: Literal["packed", "padded"] = Field(
         "packed",
         description="`packed` joins sequences without padding; models that cannot keep them apart want `padded`.",
@@ -183,11 +232,6 @@ class LearnerConfig(Section):
         description="From a GPU into CPU memory between uses: models that are not trained (reference, proximal policy), or all.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
-
-    @pydantic.field_validator("offload", mode="before")
-    @classmethod
-    def _was_true_or_false(cls, value: Any) -> Any:
-        return {False: "none", True: "all"}[value] if isinstance(value, bool) else value  # In run directories up to 0.1.
 
 
 class AgroConfig(Section):
@@ -248,7 +292,7 @@ class WeightsConfig(Section):
         "merged",
         description="What actors get with learner.lora_rank: weights with the adapters `merged`, or these `alone`, for vLLM to apply.",
     )
-    bucket_mib: float = Field(64.0, gt=0, description="Size of one gathered bucket, MiB: bounds the memory of a publication.")
+    bucket_mib: float = Field(64.0, gt=0, le=65_536, description="Size of one gathered bucket, MiB: bounds the memory of a publication.")
 
 
 class CheckpointConfig(Section):
@@ -262,7 +306,7 @@ class EvalConfig(Section):
     """Held-out evaluation, by the actors, at a named policy version."""
 
     every: int = Field(50, ge=1, description="Learner steps between evaluations (rounded up to the next publication).")
-    samples: int = Field(4, ge=1, description="Completions per held-out prompt.")
+    samples: int = Field(4, ge=1, le=65_536, description="Completions per held-out prompt.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature of evaluations; 0: greedy.")
 
 
@@ -270,13 +314,8 @@ class MonitorConfig(Section):
     """metrics.jsonl always; W&B when it can; the terminal."""
 
     wandb: Literal["auto", "online", "offline", "off"] = Field("auto", description="`auto`: online if an API key is present, else offline.")
-    project: str = Field("agro", description="W&B project.")
+    project: str = Field("agro", pattern=r"^[^/\\#?%:]+$", max_length=128, description="W&B project; without `/ \\ # ? % :`.")
     samples_every: int = Field(20, ge=1, description="Steps between sample tables (samples.jsonl, W&B, report).")
-
-    @pydantic.field_validator("wandb", mode="before")
-    @classmethod
-    def _off_without_quotes(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML reads a bare `off` as false.
 
     def shows_samples(self, step: int) -> bool:
         """Whether samples of this learner step's batch are shown."""

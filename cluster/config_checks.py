@@ -226,10 +226,11 @@ def warnings(config: Config) -> list[str]:
             f"agro.target = {config.agro.target} with actors.group_size = {config.actors.group_size}: with k = n nothing is left to "
             "centre with on off-policy data. Raise actors.group_size."
         )
-    if config.buffer.max_staleness < config.weights.publish_every:
+    # With publish_every = 1 the buffer hands out nothing that would be too old: an actor waits for the version that is on its way.
+    if config.weights.publish_every > 1 and config.buffer.max_staleness < config.weights.publish_every and not config.is_offline:
         found.append(
             f"buffer.max_staleness = {config.buffer.max_staleness} < weights.publish_every = {config.weights.publish_every}: "
-            "most groups will be evicted as stale."
+            "what is generated ahead of the next snapshot will be evicted as stale."
         )
     if config.learner.warmup_steps >= config.run.steps:
         found.append(

@@ -1,67 +1,86 @@
-"""Config files: YAML and `section.key=value` overrides to a Config and back, with every problem explained in a line."""
+"""Config files: YAML and `section.key=value` overrides to a Config and back, with every problem explained in a line.
+
+    file ----config_text.read----> tree --overrides--> tree --parse_config--> Config --dump_config--> text that reads as the same
+
+On the command line a text arrives as it was typed: it is no YAML there. Only numbers, lists and mappings are.
+"""
 
 from __future__ import annotations
 
 import difflib
-import re
+import types
+import typing
 from pathlib import Path
 from typing import Any
 
 import pydantic
-import yaml
 from pydantic import BaseModel
 
-from cluster.config import Config, RewardFunction
+from cluster import config_text
+from cluster.config import PROSE, Config, RewardFunction
 from cluster.errors import ConfigError
 
-# What PyYAML's constructors raise besides YAMLError: on a date that is none, a bad tag, or nesting without end.
-_NOT_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError)
+MAX_FILE_BYTES = 1 << 18
 _EXPECTED = {  # By pydantic's type of problem; its own message where none is here.
     "model_type": "expected a mapping of keys, one a line below it; remove the line to take the defaults",
     "tuple_type": "expected a list, for example [{name: exact_match}]",
     "too_short": "expected a list of at least one entry, for example [{name: exact_match}]",
     "string_type": "expected text; if it is meant as text, put it in quotes in the file",
+    "string_too_short": "expected text that is not empty",
     "bool_type": "expected true or false",
     "int_type": "expected a whole number",
 }
-_EXPONENT = re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error: PyYAML would keep the last one and say nothing."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """The Config in the YAML file `path` with `section.key=value` overrides applied (values are YAML).
+    """The Config in the YAML file `path` with `section.key=value` overrides applied.
 
-    Raises ConfigError that lists every problem: the field, the value found, what is accepted, the nearest valid name.
+    `model.make` belongs to the path it is written beside: an override of `model.path` alone leaves it behind. Raises ConfigError
+    that lists every problem: the field, the value found, what is accepted, the nearest valid name.
     """
     path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise ConfigError(
-            f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "; see configs/ for examples.")
-        )
+    tree = read_tree(path)
+    changed = {_apply_override(tree, override) for override in overrides or []}
+    if "model.path" in changed and "model.make" not in changed:
+        tree["model"].pop("make", None)
+    return parse_config(tree, source=str(path))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The sections of the config file `path`, as they are written. Raises ConfigError when it holds none."""
+    text = _file_text(path)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except _NOT_YAML as error:
-        raise ConfigError(f"{path} is not YAML: {_first_lines(error)}") from None
+        tree = config_text.read(text, PROSE)
+    except config_text.TextError as error:
+        raise ConfigError(f"{path}: {error}.") from None
     if not isinstance(tree, dict):
         found = "nothing" if tree is None else f"a {type(tree).__name__}"
         raise ConfigError(f"{path} holds {found}, expected sections such as `model:` and `data:`; see configs/quickstart.yaml.")
-    for override in overrides or []:
-        _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
+    return tree
+
+
+def _file_text(path: Path) -> str:
+    try:
+        if path.is_dir():
+            raise ConfigError(f"no config file {path}: it is a directory; see configs/ for examples.")
+        if not path.is_file():
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+            hint = f"; did you mean {path.parent / near[0]}?" if near else "; see configs/ for examples."
+            raise ConfigError(f"no config file {_short(str(path))[1:-1]}{hint}")
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise ConfigError(f"{path} is no config: it has {size:,} bytes.")
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path.
+        if isinstance(error, ConfigError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{_short(str(path))[1:-1]} cannot be read: {reason}.") from None
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError(f"{path} is UTF-16; save it as UTF-8.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start + 1}); save it as UTF-8.") from None
 
 
 def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
@@ -69,7 +88,7 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
     try:
         return Config.model_validate(_lists_as_tuples(tree))
     except RecursionError:
-        raise ConfigError(f"{source}: a list or mapping contains itself (YAML anchors), or is nested without end.") from None
+        raise ConfigError(f"{source}: a list or mapping contains itself, or is nested without end.") from None
     except pydantic.ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         shown = "\n".join(f"  - {line}" for line in problems[:10])
@@ -77,32 +96,59 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
         raise ConfigError(f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{shown}{more}") from None
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def parse_text(text: str, source: str) -> Config:
+    """The Config that `dump_config` wrote; raises ConfigError."""
+    try:
+        return parse_config(config_text.read(text), source)
+    except config_text.TextError as error:
+        raise ConfigError(f"{source} cannot be read: {error}.") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    """Put the value into the tree; the key's name."""
     key, equals, text = override.partition("=")
     names = key.split(".")
     if not equals or len(names) != 2 or not all(names):
         raise ConfigError(f"override {_short(override)} is not section.key=value, for example learner.lr=1e-5")
-    try:
-        value = yaml.safe_load(text)
-    except _NOT_YAML as error:
-        raise ConfigError(f"override {_short(override)}: the value is not YAML: {_first_lines(error)}") from None
     section, name = names
+    try:
+        value = _typed_value(section, name, text)
+    except config_text.TextError as error:
+        raise ConfigError(f"override {_short(override)}: {error}.") from None
     if tree.get(section) is None:
         tree[section] = {}
     if not isinstance(tree[section], dict):
         found = f"the file holds {_short(tree[section])} there"
         raise ConfigError(f"override {_short(override)}: {section!r} is no section; {found}. Write its keys below `{section}:`.")
     tree[section][name] = value
+    return key
+
+
+def _typed_value(section: str, name: str, text: str) -> Any:
+    """What was typed on the command line: itself where the field takes text (`null` where it may be none), else YAML."""
+    fields = getattr(Config.model_fields.get(section), "annotation", None)
+    field = getattr(fields, "model_fields", {}).get(name)
+    kinds = _kinds(field.annotation) if field is not None else set()
+    if str not in kinds:
+        return config_text.read(text, comments=False)
+    return None if text == "null" and type(None) in kinds else text
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation allows; of `Literal` those of its values."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return {type(value) for value in typing.get_args(annotation)}
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return set().union(*map(_kinds, typing.get_args(annotation)))
+    return {annotation}
 
 
 def _lists_as_tuples(value: Any) -> Any:
-    """YAML lists as tuples, and YAML's `1e-5` (a string to PyYAML) as the number it means: strict models want both."""
+    """Lists as tuples, which the frozen models want."""
     if isinstance(value, dict):
-        return {str(key) if isinstance(key, int) else key: _lists_as_tuples(item) for key, item in value.items()}
+        return {key: _lists_as_tuples(item) for key, item in value.items()}
     if isinstance(value, list):
         return tuple(_lists_as_tuples(item) for item in value)
-    if isinstance(value, str) and _EXPONENT.match(value):
-        return float(value)
     return value
 
 
@@ -158,10 +204,9 @@ def _short(value: Any) -> str:
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
-def _first_lines(error: Exception, count: int = 3) -> str:
-    return " ".join(str(error).splitlines()[:count])
-
-
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML, in the order of the sections. Holds no secret: secrets come from the environment only."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    """The resolved config as YAML, in the order of the sections; `load_config` reads it as the same, and nothing in it is hidden.
+
+    Holds no secret: secrets come from the environment only.
+    """
+    return config_text.write(config.model_dump())

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from actors.prompts import PromptSet
 from cluster import placement
 from cluster.config import Config
-from cluster.prepare import Checked, check_inputs, check_named, ensure_model, model_to_make, quiet_libraries
+from cluster.prepare import Checked, check_inputs, check_named, locate_model, model_to_make, quiet_libraries
+from cluster.run_dir import check_run_dir
 
 
 def dry_run(config: Config) -> Iterator[str]:
@@ -19,12 +20,14 @@ def dry_run(config: Config) -> Iterator[str]:
     quiet_libraries()
     yield placement.dry_run(config)
     yield "checks"
+    config = locate_model(config)
     check_named(config)
+    yield f"  run            {check_run_dir(config)}"
     if path := model_to_make(config):
         yield f"  model          {config.model.make} would make {path}"
         yield "  not checked    what needs the model: tokenizer, prompts, vocabulary, positions. Make it by a start, then ask again"
         return
-    yield from _told(check_inputs(ensure_model(config)))
+    yield from _told(check_inputs(config))
     yield "a start would find nothing wrong before its engines load"
 
 

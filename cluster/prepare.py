@@ -1,13 +1,17 @@
 """Everything that can fail before anything starts: the base model, the prompts, the rewards, the run directory.
 
-prepare  --check_named--> --ensure_model--> --check_inputs--> --open_run_dir--> Inputs      `train`
-dry_run  --check_named-------------------> --check_inputs--> a report                       `train --dry-run`
+    prepare  --check_named--> --check_run_dir--> --ensure_model--> --check_inputs--> --open_run_dir--> Inputs
+    dry_run  --check_named--> --check_run_dir--------------------> --check_inputs--> a report
+
+What can be known without an engine is checked in one of the three, so that `train --dry-run` finds it too.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +23,11 @@ from cluster.config import Config
 from cluster.errors import AgroError, ConfigError, DataError
 from cluster.model_checks import check_model
 from cluster.monitor import wandb_mode
-from cluster.run_dir import open_run_dir
+from cluster.run_dir import check_run_dir, open_run_dir
 from learner.objectives import load_objective
 from rewards.registry import load_reward
+
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,9 @@ class Inputs(Checked):
 def prepare(config: Config) -> Inputs:
     """Check and load what the run needs; raises an AgroError with a remedy. The run directory is opened last."""
     quiet_libraries()
+    config = locate_model(config)
     check_named(config)
+    check_run_dir(config)
     checked = check_inputs(ensure_model(config))
     run_dir = open_run_dir(checked.config)
     known = {**vars(checked), "notes": (*checked.notes, *run_dir.notes)}
@@ -96,10 +104,21 @@ def check_named(config: Config) -> None:
     for function in config.rewards.functions:
         load_reward(function.name)
     check_needs(config, load_objective(config.learner.objective, config.agro, config.rivals).needs)
+    check_progress(config)
     data = config.data
     for field, path in (("data.path", data.path), ("data.eval_path", data.eval_path), ("data.offline", data.offline)):
         if path and path.startswith(("/", ".", "~")) and not Path(path).expanduser().exists():
             raise DataError(f"{field} = {path}: no such file or directory (seen from {Path.cwd()}). Give another path, or a hub id.")
+
+
+def check_progress(config: Config) -> None:
+    """Raises ConfigError when, between two snapshots, every group would be too old to be trained on."""
+    max_staleness, every = config.buffer.max_staleness, config.weights.publish_every
+    if not config.is_offline and max_staleness < min(every, config.run.steps) - 1:
+        raise ConfigError(
+            f"buffer.max_staleness = {max_staleness} with weights.publish_every = {every}: at step {max_staleness + 1} every group is "
+            f"too old, and newer weights come at step {every} only. Set weights.publish_every={max_staleness + 1}, or raise max_staleness."
+        )
 
 
 def check_needs(config: Config, needs: frozenset[str]) -> None:
@@ -129,22 +148,53 @@ def quiet_libraries() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def locate_model(config: Config) -> Config:
+    """The config with the model's path made absolute, unless it is a hub id. Raises ConfigError for a path where nothing is, or will be.
+
+    Of what looks like both, a directory that exists is one, and anything else a hub id: `model.make` wants a path that is none.
+    """
+    model = config.model
+    try:
+        path = Path(model.path).expanduser()
+    except RuntimeError as error:  # `~somebody` whom this machine does not know.
+        raise ConfigError(f"model.path = {model.path}: {error}. Give the path in full.") from None
+    if os.path.isfile(path):  # As Path.is_file, but for a name that no file can have.
+        raise ConfigError(f"model.path = {model.path} is a file, expected a Hugging Face directory or a hub id.")
+    if not os.path.exists(path):
+        is_id = _HUB_ID.fullmatch(model.path) is not None
+        if is_id and model.make:
+            raise ConfigError(
+                f"model.path = {model.path} reads as a hub id, but model.make = {model.make} makes a directory. Write "
+                f"model.path=./{model.path} to have it made there, or remove model.make (model.make=null) to take it from the hub."
+            )
+        if is_id:
+            return config  # transformers resolves it, or says why it cannot.
+        if not model.make:
+            raise ConfigError(
+                f"model.path = {model.path}: there is no {path.absolute()}{_nearest(path)}. Give a Hugging Face directory or a hub id. "
+                "(model.make of a config file goes with the path beside it; with another path, give model.make too.)"
+            )
+    return config.model_copy(update={"model": model.model_copy(update={"path": str(path.resolve())})})
+
+
+def _nearest(path: Path) -> str:
+    names = [found.name for found in path.parent.iterdir() if found.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
 def model_to_make(config: Config) -> Path | None:
     """Where `model.make` would make the model; None when it is there, or comes from the hub."""
-    path = Path(config.model.path).expanduser()
+    path = Path(config.model.path)
     return path if config.model.make and not path.exists() else None
 
 
 def ensure_model(config: Config) -> Config:
-    """The config with the model's path made absolute; a model that does not exist yet is made by `model.make`."""
-    model = config.model
+    """As `locate_model`; a model that does not exist yet is made by `model.make`."""
+    config = locate_model(config)
     if path := model_to_make(config):
-        _make_model(str(model.make), path)
-    path = Path(model.path).expanduser()
-    if not path.exists():
-        return config  # A hub id: transformers resolves it, or says why it cannot.
-    absolute = model.model_copy(update={"path": str(path.resolve())})
-    return config.model_copy(update={"model": absolute})
+        _make_model(str(config.model.make), path)
+    return config
 
 
 def _make_model(recipe: str, path: Path) -> None:

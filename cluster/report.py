@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 
 from buffer.records import Evaluation
+from cluster import config_text
 from cluster.metrics import METRICS, finite_tree, read_json_lines
 from learner.diagnostics import SOLVE_RATE_BUCKETS, STALENESS_BUCKETS
 
@@ -254,10 +254,10 @@ def _read_summary(run_dir: Path) -> dict[str, Any] | None:
     return summary if isinstance(summary, dict) else None
 
 
-def _config_value(config_text: str, section: str, name: str) -> Any:
+def _config_value(text: str, section: str, name: str) -> Any:
     try:
-        tree = yaml.safe_load(config_text)
-    except yaml.YAMLError:
+        tree = config_text.read(text)
+    except config_text.TextError:
         return None
     values = tree.get(section) if isinstance(tree, dict) else None
     return values.get(name) if isinstance(values, dict) else None

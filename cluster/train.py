@@ -8,6 +8,7 @@ from cluster import placement
 from cluster.config import Config
 from cluster.errors import AgroError
 from cluster.prepare import prepare
+from cluster.run_dir import kept_if_begun
 from cluster.session import StopSignal, ray_session
 from cluster.supervisor import Supervisor
 from cluster.terminal import Terminal
@@ -16,7 +17,7 @@ from cluster.terminal import Terminal
 def train(config: Config) -> dict[str, Any]:
     """Run `config` to its end, or to SIGINT or SIGTERM, in order; the summary. Raises AgroError after writing what there is."""
     inputs = prepare(config)
-    with ray_session(inputs.config), StopSignal() as stop:
+    with kept_if_begun(inputs.run_dir, inputs.is_continued), ray_session(inputs.config), StopSignal() as stop:
         warnings = [*config.warnings(), *placement.check(placement.bundles(config), placement.ask_ray())]
         supervisor = Supervisor(inputs)
         try:

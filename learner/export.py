@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from cluster.config import Config, ModelConfig
-from cluster.config_file import parse_config
+from cluster.config_file import parse_text
 from cluster.errors import CheckpointError
 from learner.checkpoint import (
     Checkpoint,
@@ -51,7 +50,7 @@ def export(run_dir: str | Path, step: int | None, out_dir: str | Path, shard_byt
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise CheckpointError(f"{out_dir} exists and is not an empty directory. Give another one.")
     checkpoint = _open(run_dir, step)
-    config = parse_config(yaml.safe_load(checkpoint.state["config"]), source="the checkpoint's config")
+    config = parse_text(checkpoint.state["config"], "the checkpoint's config")
     if config.learner.lora_rank:
         entries, tensors = _merged_weights(checkpoint, config)
     else:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from actors.heartbeat import Heartbeat
 from cluster.config import Config
-from cluster.config_file import parse_config
+from cluster.config_file import parse_config, parse_text
 from learner.checkpoint import Checkpoint, checkpoint_dirs, latest_checkpoint, verify
 from learner.export import export
 from learner.worker import LearnerRank
@@ -141,7 +140,7 @@ def test_a_run_publishes_first_and_keeps_the_batches_since_its_oldest_checkpoint
     state = straight.checkpoint(6).state
     assert state["progress"]["step"] == 6
     assert state["adam_steps"] == 6
-    assert parse_config(yaml.safe_load(state["config"])) == straight.config
+    assert parse_text(state["config"], "the checkpoint") == straight.config
     assert state["wandb_run_id"] == "a1b2c3"
     assert state["code_version"]
     last = straight.notes("row")[-1]
