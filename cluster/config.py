@@ -106,6 +106,9 @@ class RewardFunction(Section):
 
     name: str = Field(..., description="Built-in name (`exact_match`, `math_verify`) or `module:function`.")
     weight: float = Field(1.0, description="Weight in the sum of all functions.")
+    messages: bool = Field(
+        False, description="Prompts and completions come as lists of messages, as TRL gives them for conversations; off: as text."
+    )
 
 
 class RewardsConfig(Section):
@@ -113,6 +116,9 @@ class RewardsConfig(Section):
 
     functions: tuple[RewardFunction, ...] = Field(..., min_length=1, description="The functions; the reward is their weighted sum.")
     timeout_s: float = Field(10.0, gt=0, le=MAX_TIMEOUT_S, description="A group not scored within this is killed and marked `error`.")
+    memory_gib: float = Field(
+        4.0, gt=0, le=65_536, description="Memory that a worker and its children may use, not reserve, GiB; beyond it they are killed."
+    )
     max_error_fraction: float = Field(0.2, ge=0, le=1, description="The run stops when more than this share of samples fails.")
 
 

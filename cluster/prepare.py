@@ -8,6 +8,7 @@ What can be known without an engine is checked in one of the three, so that `tra
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import os
@@ -18,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from actors.offline import load_offline
-from actors.prompts import PromptSet, load_prompts
+from actors.prompts import PromptSet, Source, load_prompts, report_bad_rows
 from cluster.config import Config
 from cluster.errors import AgroError, ConfigError, DataError
 from cluster.model_checks import check_model
 from cluster.monitor import wandb_mode
 from cluster.run_dir import check_run_dir, open_run_dir
 from learner.objectives import load_objective
-from rewards.registry import load_reward
+from rewards.check import RewardCheck
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
@@ -76,6 +77,8 @@ def check_inputs(config: Config) -> Checked:
         notes = [*notes, reason]
     else:
         eval_prompts = load_prompts(config.data, tokenizer, evaluation=True)
+    with RewardCheck(config.rewards) as check:
+        prompts, eval_prompts = (_scorable(config, check, found) for found in (prompts, eval_prompts))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     return Checked(config=config, prompts=prompts, eval_prompts=eval_prompts, pad_id=pad_id, wandb_mode=mode, notes=tuple(notes))
 
@@ -86,6 +89,19 @@ def load_training(config: Config, tokenizer: Any) -> tuple[PromptSet, list[str]]
         return load_offline(config, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
     return (prompts, []) if config.data.offline is None else load_offline(config, tokenizer, prompts)
+
+
+def _scorable(config: Config, check: RewardCheck, prompts: PromptSet) -> PromptSet:
+    """The prompts whose rows the reward functions can score; raises DataError where others may not be skipped, RewardError."""
+    # A log that came with all its rewards asks no function, unless votes need the answers.
+    needs_all = not config.is_offline or config.agro.target.startswith("majority")
+    scored = [row for row in prompts.rows if needs_all or not row.offline or any(sample.reward is None for sample in row.offline)]
+    bad = check.bad_rows(prompts.source, {row.row: row.columns for row in scored})
+    if not bad:
+        return prompts
+    rows = [row for row in prompts.rows if row.row not in bad]
+    report_bad_rows(Source(prompts.source, "row", {row.row: row.columns for row in prompts.rows}), bad, len(rows), config.data.on_bad_row)
+    return dataclasses.replace(prompts, rows=rows, num_bad_rows=prompts.num_bad_rows + len(bad))
 
 
 def no_evaluation(config: Config) -> str:
@@ -101,8 +117,8 @@ def no_evaluation(config: Config) -> str:
 
 def check_named(config: Config) -> None:
     """What the config names exists: rewards, objective, local data; raises RewardError, ConfigError or DataError."""
-    for function in config.rewards.functions:
-        load_reward(function.name)
+    with RewardCheck(config.rewards):
+        pass
     check_needs(config, load_objective(config.learner.objective, config.agro, config.rivals).needs)
     check_progress(config)
     data = config.data

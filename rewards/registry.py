@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
+import os
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 from cluster.errors import RewardError
+from rewards.signature import read_signature
 
 RewardCallable: TypeAlias = Callable[..., list[float | None]]
 
@@ -17,11 +19,12 @@ BUILTINS = {"exact_match": "rewards.exact_match:exact_match", "math_verify": "re
 
 
 class WeightedReward(NamedTuple):
-    """A loaded function, the name it was asked for by, and its weight in the sum."""
+    """A loaded function, the name it was asked for by, and its weight in the sum; `messages`: it gets messages, not texts."""
 
     name: str
     weight: float
     function: RewardCallable
+    messages: bool = False
 
     @property
     def answer(self) -> Callable[[str], str | None] | None:
@@ -31,10 +34,10 @@ class WeightedReward(NamedTuple):
 
 
 def load_reward(name: str) -> RewardCallable:
-    """The function that `name` means: a built-in name or `module:function`.
+    """The function that `name` means: a built-in name or `module:function`, found on the path or in the working directory.
 
     Raises RewardError: an unknown name (with the nearest built-in), a module that does not import (with its error), a
-    function that is missing, cannot be called, is asynchronous, or does not take `(prompts, completions, **columns)`.
+    function that is missing, cannot be called, is asynchronous, or takes no completions.
     """
     module_name, colon, function_name = BUILTINS.get(name, name).partition(":")
     if not colon or not module_name or not function_name:
@@ -45,44 +48,46 @@ def load_reward(name: str) -> RewardCallable:
     function = getattr(module, function_name, None)
     if function is None:
         near = difflib.get_close_matches(function_name, [found for found in vars(module) if not found.startswith("_")], n=1)
-        raise RewardError(
-            f"reward function {name!r}: module {module_name} has no {function_name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
-        )
-    _check_signature(name, function)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise RewardError(f"reward function {name!r}: module {module_name} has no {function_name!r}{hint}{_namesake(module)}")
+    read_signature(name, function)
     return function
 
 
 def _import(name: str, module_name: str) -> ModuleType:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # Last: a file of the user's must not stand in for a library's.
+    importlib.invalidate_caches()
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise RewardError(
                 f"reward function {name!r}: no module named {error.name!r}. "
-                "It must be importable where the run starts: in the working directory, or installed."
+                f"It must be importable where the run starts: in the working directory ({os.getcwd()}), or installed."
             ) from None
         raise RewardError(f"reward function {name!r}: importing {module_name} needs a package that is not installed: {error}") from error
-    except Exception as error:  # a user's module may raise anything while it is imported
-        raise RewardError(f"reward function {name!r}: importing {module_name} raised {type(error).__name__}: {error}") from error
-
-
-def _check_signature(name: str, function: Any) -> None:
-    if not callable(function):
-        raise RewardError(f"reward function {name!r} is a {type(function).__name__}, which cannot be called.")
-    if inspect.iscoroutinefunction(function):
-        raise RewardError(f"reward function {name!r} is asynchronous; write a plain function (it runs in a process of its own).")
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # written in C: nothing to check before the first call
-        return
-    takes_columns = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
-    try:
-        signature.bind_partial([], [])
-        takes_two = True
-    except TypeError:
-        takes_two = False
-    if not (takes_two and takes_columns):
+    except SystemExit as error:
+        code = f" ({' '.join(str(error.code).split())})" if error.code is not None else ""
         raise RewardError(
-            f"reward function {name!r} has the signature {signature}; it is called as function(prompts, completions, **columns) "
-            "with every column of the dataset: let it end in **columns."
-        )
+            f"reward function {name!r}: {module_name} exits while it is imported{code}; "
+            'let what it does as a program stand under `if __name__ == "__main__":`.'
+        ) from None
+    except BaseException as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RewardError(f"reward function {name!r}: importing {module_name} raised {reason}") from error
+
+
+def _namesake(module: ModuleType) -> str:
+    """A word on the file in the working directory that `module` was found in front of, if there is one."""
+    name = module.__name__.split(".")[0]
+    theirs = next((path for path in (f"{name}.py", name) if os.path.exists(path)), None)
+    found = getattr(module, "__file__", None) or "built into Python"
+    if theirs is None or os.path.dirname(os.path.abspath(found)).startswith(os.getcwd()):
+        return ""
+    return f" ({theirs} in the working directory is not what the name {name} means here: {found}; rename it.)"
+
+
+def needed_columns(name: str, function: Any) -> tuple[str, ...]:
+    """The columns of the dataset without which `function` cannot be called."""
+    return read_signature(name, function).columns

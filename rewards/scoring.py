@@ -6,8 +6,8 @@ number, makes the samples it concerns errors, whatever the other functions say.
 
 from __future__ import annotations
 
+import inspect
 import math
-import numbers
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from rewards.registry import WeightedReward
+from rewards.signature import read_signature
 
 MAX_ERROR_CHARS = 400
 
@@ -60,15 +61,35 @@ def shorten(text: str) -> str:
 def _call(reward: WeightedReward, prompt: str, completions: list[str], columns: Mapping[str, Any]) -> list[float | str]:
     """One entry per completion: its value, or the reason why it has none."""
     num = len(completions)
+    signature = read_signature(reward.name, reward.function)
+    if missing := [column for column in signature.columns if column not in columns]:
+        return [f"{reward.name} needs {_quoted(missing)}, which the row does not have (it has {_quoted(columns)})"] * num
+    given = {name: [value] * num for name, value in columns.items()}
+    given |= {"prompts": [prompt] * num, "completions": list(completions)}
+    if reward.messages:
+        given |= _as_messages(prompt, completions, columns)
+    positional, named = signature.arguments(given)
     try:
-        values = reward.function([prompt] * num, list(completions), **{name: [value] * num for name, value in columns.items()})
+        values = reward.function(*positional, **named)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code may raise anything; the error goes into the record
-        return [_describe(reward.name, error)] * num
+        return [_describe(reward, error)] * num
+    if inspect.iscoroutine(values):
+        values.close()
+        return [f"{reward.name} is asynchronous: it returned a coroutine; write a plain function"] * num
+    values = _as_list(values)
     if not isinstance(values, list | tuple):
-        return [f"{reward.name} returned {type(values).__name__}, expected a list of {num} numbers"] * num
+        return [f"{reward.name} returned {_kind(values)}, expected a list of {num} numbers"] * num
     if len(values) != num:
         return [f"{reward.name} returned {len(values)} values for {num} completions"] * num
     return [_checked(reward.name, value) for value in values]
+
+
+def _as_messages(prompt: str, completions: Sequence[str], columns: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Prompts and completions as TRL gives them where the prompts are conversations."""
+    source = next((columns[name] for name in ("prompt", "question") if name in columns), prompt)
+    messages = source if isinstance(source, list) else [{"role": "user", "content": source}]
+    answers = [[{"role": "assistant", "content": completion}] for completion in completions]
+    return {"prompts": [messages] * len(completions), "completions": answers}
 
 
 def _answer(read_answer: Callable[[str], Any], completion: str) -> str | None:
@@ -79,24 +100,44 @@ def _answer(read_answer: Callable[[str], Any], completion: str) -> str | None:
         return None
 
 
+def _as_list(values: Any) -> Any:
+    """An array or tensor of one dimension as a list; anything else as it is."""
+    return values.tolist() if getattr(values, "ndim", None) == 1 and hasattr(values, "tolist") else values
+
+
 def _checked(name: str, value: Any) -> float | str:
+    """The number that `value` is, also as a scalar of numpy or torch, a Decimal or a Fraction; else what is wrong with it."""
     if value is None:
         return f"{name} returned None (could not score)"
-    if not isinstance(value, numbers.Real):
-        return f"{name} returned a {type(value).__name__}, expected a number"
+    is_text = isinstance(value, str | bytes | bytearray)
+    if is_text or not hasattr(type(value), "__float__") or tuple(getattr(value, "shape", ())):
+        return f"{name} returned a {_kind(value)}, expected a number"
     try:
         number = float(value)
     except OverflowError:
         return f"{name} returned a number beyond the range of floats"
+    except (TypeError, ValueError, RuntimeError):  # A symbol of sympy's, a signalling NaN, a tensor without data.
+        return f"{name} returned a {_kind(value)}, expected a number"
     return number if math.isfinite(number) else f"{name} returned {number}"
 
 
-def _describe(name: str, error: BaseException) -> str:
+def _kind(value: Any) -> str:
+    shape = tuple(getattr(value, "shape", ()) or ())
+    return f"{type(value).__name__} of shape {shape}" if shape else type(value).__name__
+
+
+def _describe(reward: WeightedReward, error: BaseException) -> str:
     """`name raised ValueError: message (file.py:12 in function)`: the last lines of the traceback, on one."""
     message = " ".join(traceback.format_exception_only(error)[-1].split())
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
-    return f"{name} raised {message[: MAX_ERROR_CHARS - 100]}{where}"
+    wants_messages = not reward.messages and "string indices must be integers" in message
+    hint = ". It may want messages: set messages: true beside its name" if wants_messages else ""
+    return f"{reward.name} raised {message[: MAX_ERROR_CHARS - 200]}{where}{hint}"
+
+
+def _quoted(names: Any) -> str:
+    return ", ".join(map(repr, names)) or "nothing"
 
 
 def _names(functions: Sequence[WeightedReward]) -> str:

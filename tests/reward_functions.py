@@ -6,7 +6,10 @@ Each misbehaves only where the completion says "bad", so that a test can send go
 from __future__ import annotations
 
 import ctypes
+import functools
+import mmap
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,12 +63,23 @@ def segfault(prompts, completions, **columns):
 
 def allocate(prompts, completions, **columns):
     if "bad" in completions:
-        bytearray(16 << 30)
+        kept = [bytearray(b"x") * (64 << 20) for _ in range(12)]
+        time.sleep(len(kept) * 1000)
     return length(prompts, completions)
 
 
-def allocate_2_gb(prompts, completions, **columns):
-    return [float(len(bytearray(2 << 30)) >> 30)] * len(completions)
+def reserve(prompts, completions, **columns):
+    """Much address space and hardly any memory, as node, WebAssembly and CUDA want it."""
+    mmap.mmap(-1, 8 << 30)
+    lines = "new WebAssembly.Memory({initial: 1}); console.log(42)"
+    answer = subprocess.run(["node", "-e", lines], capture_output=True, text=True).stdout if shutil.which("node") else "42"
+    return [float(answer)] * len(completions)
+
+
+def let_a_child_allocate(prompts, completions, **columns):
+    if "bad" in completions:
+        subprocess.run([sys.executable, "-c", "import time; kept = bytearray(b'x') * (600 << 20); time.sleep(1000)"])
+    return length(prompts, completions)
 
 
 def leave(prompts, completions, **columns):
@@ -113,8 +127,21 @@ async def asynchronous(prompts, completions, **columns):
     return []
 
 
-def without_columns(prompts, completions, answer):
+def without_completions(prompts, answer):
     return []
+
+
+def wants_solution(completions, solution, **columns):
+    return [float(completion == gold) for completion, gold in zip(completions, solution, strict=True)]
+
+
+class Judge:
+    async def __call__(self, completions, **columns):
+        return []
+
+
+asynchronous_judge = Judge()
+asynchronous_partial = functools.partial(asynchronous, weight=2)
 
 
 NOT_A_FUNCTION = 3

@@ -1,0 +1,251 @@
+"""Which part of a completion is its answer: text in, text out, in one pass over it. What the part means is `rewards.formulas`'s.
+
+what stands outside <think>, and within the last <answer> where there is one; of that
+1. the last \\boxed{...} that is complete and not empty, and those it is listed with (`\\boxed{1} and \\boxed{2}`)
+2. else the last `#### ` with an answer behind it (the form of GSM8K), not a Markdown heading
+3. else all of it, or its last line, where that is a formula without prose
+4. else what follows "the answer is", "Answer:", "答案是"
+5. else the last formula or number
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+_THINKING = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
+_THINKING_ENDS = re.compile(r".*</(?:think|thinking|thought|reasoning)>", re.DOTALL | re.IGNORECASE)
+_THINKING_OPEN = re.compile(r"<(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+_ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>|</answer>).)*)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\[{}]|\\(?:boxed|fbox)\s*\{|[{}]")
+_PLACEHOLDER = re.compile(
+    r"(?:\\(?:text|mathrm)\s*\{)?\s*(?:(?:your |the |final )*answer(?: here)?|\.{2,}|…|\\[lc]?dots|\?|_+|)\s*\}?", re.IGNORECASE
+)
+_LEAD = re.compile(r"\\(?:text|mathrm|textbf)\s*\{[^{}]*(?:\b(?:is|are|equals)|[:=])\s*\}")
+_LISTED = re.compile(
+    r"[\s$,;]*(?:\\\)|\\\]|\\text\s*\{\s*)?(?:,|;|\band\b|\bor\b|和|或)[\s$,;}]*(?:\\\(|\\\[)?\s*(?:[A-Za-z]\w?\s*=\s*)?\$?\s*"
+)
+
+_HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
+_NUMBERED_HEADING = re.compile(r"\d+[.):]\s+[^\W\d]")
+_PHRASE = re.compile(
+    r"(?:\b(?:answers?|results?|solutions?|(?:correct|right) (?:option|choice))\b(?![^\n.]{0,30}\bin the form\b)"
+    r"[^\n.:=]{0,60}?(?:\bis\b|\bare\b|\bequals?\b|:|=|\n)"
+    r"|(?:答案|结果|答)[^\n。]{0,10}?(?:是|为|:|：|等于)|故选|应选|选择?)"
+    r"(?:\s*(?:therefore|thus|simply|just|equal to|approximately|about|option|choice)\b)?[\s:：*_]*",
+    re.IGNORECASE,
+)
+_MATH = re.compile(r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>(?:\\\$|[^$\n])+?)(?<!\\)\$|\\\((?P<c>.+?)\\\)|\\\[(?P<d>.+?)\\\]", re.DOTALL)
+_AND = re.compile(r"\s*(?:,?\s*\band\b|,?\s*\bor\b|,|;|和|或)\s*")
+_BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
+_CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:,;](?=\s|$)|\s*$|(?=\s+(?:because|since|as)\b))")
+_LETTER = re.compile(r"\(([A-J])\)")
+_NUMBER = re.compile(
+    r"(?<![A-Za-z0-9_.\\])(?:-\s?(?=[\d.$€£¥₹]))?(?:US)?\s?[$€£¥₹]?\s?"
+    r"(?:\d{1,4}[-/]\d{1,2}[-/]\d{1,4}(?![\d])"  # a date
+    r"|\d+\s+\d+\s*/\s*\d+"  # a mixed number
+    r"|\d+\s*/\s*\d+|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?::\d+)+(?:\s*[ap]\.?m\b\.?)?|\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"
+    r"(?:\s?\\?%|\s?percent\b)?"
+)
+
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+_ARGUMENT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_WORD = re.compile(r"[A-Za-z]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]+")
+_FUNCTION = re.compile(
+    r"(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|sqrt|pi|and|or|mod|gcd|lcm|max|min|inf|infinity|oo|percent", re.IGNORECASE
+)
+_SHORT_WORD = re.compile(r"a[mnst]|b[ey]|do|go|h[ei]|i[fnst]|m[ey]|no|o[fhknr]|so|to|up|us|we", re.IGNORECASE)
+_OPTION = re.compile(r"^(?:option|choice)\s+(?=\(?[A-J]\)?$)", re.IGNORECASE)
+_UNIT = re.compile(
+    r"(?<=[\d})\]%°])(?:\s*(?:km|cm|mm|nm|kg|mg|ml|mL|kJ|kW|Hz|hr|hrs|ft|in|lb|lbs|oz|mi|yd|sq|mph|km/h|m/s|°?[CF])|\s+[mgsLlhJNWVAKCF](?![A-Za-z]))"
+    r"(?:(?:\^\{?-?\d\}?|[²³])?\.?(?:\s*[/·*]\s*|\s+per\s+|\s+)[A-Za-z]+){0,3}(?:\^\{?-?\d\}?|[²³])?\.?$"
+    r"|(?<=[\d})\]%°])\s+[A-Za-z]{3,}(?:(?:\s*[/·]\s*|\s+)[A-Za-z]+(?:\^\{?\d\}?|[²³])?){0,4}\.?$"
+)
+
+
+def final_answer(text: str, *, is_gold: bool = False) -> str | None:
+    """The text of the answer; None when there is none. A gold answer is taken as it is: rule 5 is not for it."""
+    text = _outside_thinking(text.translate(_FULL_WIDTH))
+    if tags := _ANSWER_TAG.findall(text):
+        text = tags[-1]
+    boxes, rest = _boxes(text)
+    if boxes:
+        return _within(boxes)
+    if _BOX.search(rest):
+        return None  # It never closes: cut.
+    if (found := _after_hashes(rest)) is not None:
+        return found
+    lines = [line for line in map(bare, rest.splitlines()) if line]
+    if not lines:
+        return None
+    if len(lines) == 1 and (is_formula(lines[0]) or is_date(lines[0])):
+        return lines[0]
+    found = _after_phrase(rest)
+    if found is None and is_formula(lines[-1]):
+        found = lines[-1]
+    if found is not None or is_gold:
+        return found
+    if match := _LETTER.match(lines[-1]):
+        return match.group(1)
+    found = _last_value(rest)
+    return lines[0] if found is None and len(lines) == 1 and len(lines[0].split()) <= 3 else found
+
+
+def bare(text: str) -> str:
+    """`text` without Markdown, delimiters, quotes, and punctuation around it."""
+    before = None
+    while before != text:
+        before, text = text, text.strip().strip('`"“”').strip()
+        text = re.sub(r"^#{1,6}\s+|^>\s+|^[-*+]\s+(?=\D)", "", text)
+        for opened, closed in (("**", "**"), ("__", "__"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("*", "*")):
+            inside = text[len(opened) : -len(closed)]
+            if len(text) > len(opened) + len(closed) and text.startswith(opened) and text.endswith(closed) and opened not in inside:
+                text = inside
+        text = re.sub(r"(?:(?<!\\)[.,;:]|[。，；：！、])+$", "", text)
+        text = re.sub(r"^(?:=|≈|:|：)\s*|\*\*$", "", text)
+    return text
+
+
+def is_formula(text: str) -> bool:
+    """Whether `text`, bare, is mathematics, a number with its unit, or a choice, without a word of prose."""
+    text = _OPTION.sub("", _UNIT.sub("", text))
+    words = _WORD.findall(_COMMAND.sub(" ", _ARGUMENT.sub(" ", text)))
+    has_content = re.search(r"[A-Za-z0-9∞∅π½⅓¼¾]", text) is not None
+    return has_content and "$" not in text.lstrip("$") and all(_is_symbolic(word) for word in words)
+
+
+def _is_symbolic(word: str) -> bool:
+    """Whether letters are a function's name or a product of variables: "ab", not "is"."""
+    if _FUNCTION.fullmatch(word):
+        return True
+    has_vowel = re.search("[aeiou]", word, re.IGNORECASE) is not None
+    return word.isascii() and ((len(word) == 2 and not _SHORT_WORD.fullmatch(word)) or (len(word) == 3 and not has_vowel))
+
+
+def without_unit(text: str) -> str:
+    """`text` without the unit behind its number."""
+    return _UNIT.sub("", text).strip()
+
+
+_MONTH = r"(?:jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)[a-z]*\.?"
+_DATE = re.compile(
+    rf"\d{{4}}[-/.]\d{{1,2}}[-/.]\d{{1,2}}|\d{{4}}-0[1-9]|\d{{1,2}}[-/.]\d{{1,2}}[-/.]\d{{4}}|\d{{1,2}}/\d{{1,2}}/\d{{2}}"
+    rf"|\d{{1,2}}(?::\d\d)?\s*[ap]\.?m\.?"
+    rf"|{_MONTH}\s+\d{{1,2}}(?:st|nd|rd|th)?,?\s+\d{{4}}|\d{{1,2}}(?:st|nd|rd|th)?\s+{_MONTH},?\s+\d{{4}}",
+    re.IGNORECASE,
+)
+
+
+def is_date(text: str) -> bool:
+    """Whether `text` is a date or a time of the day (2024-05-01, 12:30 pm), not a difference or a quotient."""
+    return _DATE.fullmatch(text) is not None
+
+
+# The five rules -------------------------------------------------------------------------------------------------------
+
+
+def _outside_thinking(text: str) -> str:
+    text = _THINKING.sub(" ", text)
+    text = _THINKING_ENDS.sub("", text, count=1)  # The prompt may have opened it.
+    opened = _THINKING_OPEN.search(text)
+    return text if opened is None else text[: opened.start()]
+
+
+def _boxes(text: str) -> tuple[list[str], str]:
+    """The contents of the last complete box and of those listed with it; and `text` without its empty boxes."""
+    spans: list[tuple[int, int, int]] = []  # begin, content, end: outermost ones, in order
+    open_braces: list[tuple[int, int] | None] = []
+    for match in _BRACE.finditer(text) if _BOX.search(text) else ():
+        token = match.group()
+        if token == "}":
+            opened = open_braces.pop() if open_braces else None
+            if opened is not None:
+                while spans and spans[-1][0] > opened[0]:
+                    spans.pop()
+                spans.append((*opened, match.start()))
+        elif token[0] != "\\" or len(token) > 2:  # \{ and \} are characters of a set, not braces.
+            open_braces.append((match.start(), match.end()) if len(token) > 1 else None)
+    is_empty = [_PLACEHOLDER.fullmatch(text[content:end]) is not None for _, content, end in spans]
+    filled = [span for span, empty in zip(spans, is_empty, strict=True) if not empty]
+    rest = text
+    for (begin, _, end), empty in reversed(list(zip(spans, is_empty, strict=True))):
+        rest = rest[:begin] + rest[end + 1 :] if empty else rest
+    contents: list[str] = []
+    for index in reversed(range(len(filled))):
+        if contents and not _LISTED.fullmatch(text, filled[index][2] + 1, filled[index + 1][0]):
+            break
+        contents.append(text[filled[index][1] : filled[index][2]])
+    return list(dict.fromkeys(reversed(contents))), rest
+
+
+def _within(boxes: list[str]) -> str | None:
+    """The answer in the contents of boxes."""
+    if len(boxes) > 1:
+        return ", ".join(map(bare, boxes))
+    content = boxes[0]
+    nested, _ = _boxes(content)
+    content = bare(_LEAD.sub("", bare(nested[0] if nested else content)))
+    if not content or is_formula(content):
+        return content or None
+    return _after_phrase(content) or content
+
+
+def _after_hashes(text: str) -> str | None:
+    for line in reversed(_HASHES.findall(text)):
+        line = bare(line)
+        if line and not _NUMBERED_HEADING.match(line):
+            if is_formula(line):
+                return line
+            if (found := _after_phrase(line)) is not None:
+                return found
+    return None
+
+
+def _after_phrase(text: str) -> str | None:
+    ends = [match.end() for match in _PHRASE.finditer(text)]
+    for end in reversed(ends):
+        if (found := _value_at_start(text[end:].lstrip().partition("\n")[0])) is not None:
+            return found
+    return None
+
+
+def _value_at_start(line: str) -> str | None:
+    """The first value in the rest of a line; words where it is made of a few words only."""
+    whole = re.sub(r"(?<=\d)!+$", "", bare(line))  # In prose, a wonder: a factorial stands between dollars.
+    if not whole:
+        return None
+    if is_formula(whole) or is_date(whole):
+        return whole
+    if match := _CHOICE.match(whole):
+        return match.group(1)
+    formulas = [(match, content) for match in _MATH.finditer(line) if is_formula(content := bare(next(filter(None, match.groups()))))]
+    number, bold = _NUMBER.search(line), _BOLD.search(line)
+    if bold and (not number or bold.start() <= number.start()) and (found := _value_at_start(bold.group(1))):
+        return found
+    if formulas and (not number or formulas[0][0].start() <= number.start()):
+        listed = [formulas[0][1]]
+        for (before, _), (after, content) in itertools.pairwise(formulas):
+            if not _AND.fullmatch(line, before.end(), after.start()):
+                break
+            listed.append(content)
+        return ", ".join(listed)
+    if number:
+        sentence = bare(re.split(r"(?<=[^\d\s])[.](?:\s|$)|[.]\s+(?=[A-Z])|[。]", line)[0])
+        return sentence if is_formula(sentence) else number.group().strip()
+    return whole if len(whole.split()) <= 4 else None
+
+
+def _last_value(text: str) -> str | None:
+    """The formula, number or choice that ends last."""
+    found, end = None, -1
+    for match in _MATH.finditer(text):
+        content = bare(next(filter(None, match.groups())))
+        if is_formula(content):
+            found, end = content, match.end()
+    for match in (*_NUMBER.finditer(text), *_LETTER.finditer(text)):
+        if match.end() > end:
+            found, end = match.group().strip(), match.end()
+    return found

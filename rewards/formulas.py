@@ -1,0 +1,378 @@
+"""What an answer means: texts compared as mathematics by math-verify (sympy), and the one way to write each of them.
+
+math-verify reads LaTeX; here is what it would read wrongly: units and currencies, thousands separators, mixed numbers, dates,
+ratios, choices and words, and equations whose sides are not equal. Nothing here is bounded in time: see `rewards.bounded`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import logging
+import math
+import re
+import unicodedata
+from typing import Any
+
+import sympy
+from latex2sympy2_extended.logic import And
+from latex2sympy2_extended.sets import FiniteSet
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy.core.relational import Relational
+
+from rewards.final_answer import bare, is_date, without_unit
+
+# Without timeouts math-verify warns once a process. Its timeouts use signals, which only a main thread may.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+_SYMBOLS = str.maketrans(
+    {
+        **dict.fromkeys("−–—﹣", "-"),
+        **dict.fromkeys("·⋅∙", r" \cdot "),
+        **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u3000", " "),
+        "×": r" \times ",
+        "÷": "/",
+        "∕": "/",
+        "⁄": "/",
+        "π": r"\pi ",
+        "∞": r"\infty ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "≠": r"\ne ",
+        "≈": r"\approx ",
+        "±": r"\pm ",
+        "∪": r"\cup ",
+        "∩": r"\cap ",
+        "∈": r"\in ",
+        "∅": r"\emptyset ",
+        "°": r"^\circ ",
+        "θ": r"\theta ",
+        "½": r"\frac{1}{2}",
+        "⅓": r"\frac{1}{3}",
+        "⅔": r"\frac{2}{3}",
+        "¼": r"\frac{1}{4}",
+        "¾": r"\frac{3}{4}",
+        "⅕": r"\frac{1}{5}",
+    }
+)
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
+_ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))")
+_SPACING = re.compile(r"\\[!]|\\(?:displaystyle|textstyle|limits|left|right)(?![A-Za-z])\.?")
+_GAP = re.compile(r"\\[;:,> ]|~|\\q?quad(?![A-Za-z])")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\}|'|\\,|\\ | )\d{3})+(?![\d])(?!\s*/)")
+_IN_BRACKETS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|\\,|\\ | )\d{3})+(?![\d])(?!\s*/)")
+_CURRENCY = re.compile(r"(?:\b(?:US|A|C|HK|NZ|R)|\\text\{(?:US)?)?\s*\\?\$\}?|[€£¥₹₩₽¢₪₫฿₴₺]|\b(?:USD|EUR|GBP|CNY|JPY|INR)\b|\bRs\b\.?")
+_PERCENT = re.compile(r"\s*(?:\\text\s*\{\s*)?\b(?:percent(?:age)?|per cent|pct)\b\s*\}?|(?<!\\)%")
+_SCIENTIFIC = re.compile(r"(?<=\d)[eE]([+-]?\d+)(?![\w.])")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?")
+_SHORT_FRACTION = re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)")
+_MIXED = re.compile(r"(?<![\d.}^_])(-?)\s*(\d+)(?:\s+|\s+and\s+)(\d+)\s*/\s*(\d+)(?!\d)")
+_MIXED_LATEX = re.compile(r"(?<![\d.}^_])(-?)\s*(\d+)\s*(?:\\text\s*\{\s*and\s*\}|and)?\s*\\[dtc]?frac\s*\{(\d+)\}\s*\{(\d+)\}")
+_LATEX_UNIT = re.compile(
+    r"(?<=[\d})\]])\s*\\[dtc]?frac\s*\{\\(?:text|mathrm)\{[^{}]*\}\}\s*\{\\(?:text|mathrm)\{[^{}]*\}\}\s*$|"
+    r"(?<=[\d})\]])\s*(?:\^\{?\\circ\}?)?\s*\\(?:text|mathrm|mbox|textrm|rm)\s*\{(?!\s*(?:and|or|if)\b)[^{}]*\}(?:\^\{?-?\d\}?)?"
+    r"(?:\s*/?\s*\\(?:text|mathrm)\s*\{[^{}]*\}(?:\^\{?-?\d\}?)?)*\s*$"
+)
+_DEGREES = re.compile(r"\s*\^\{?\s*\\circ\s*\}?\s*(?:[CFK]\b|\\text\s*\{[CFK]\}|\\mathrm\s*\{[CFK]\})?")
+_ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\{?\s*\\circ\s*\}?")
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+_TEXT_OF_NUMBER = re.compile(r"\\text\s*\{([^{}]*\d[^{}]*)\}")
+_MEMBER = re.compile(r"^\s*[A-Za-z]\s*\\in\s*(?!\\mathbb)")
+_CHOICE = re.compile(r"\(?\s*([A-Ja-j])\s*\)?[.:)]?")
+_CHOICE_AND_VALUE = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])\s*((?!and\b|or\b|[,;&])(?!.*\([A-J]\))\S.*)")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|bf|rm)\s*\{([^{}]*)\}")
+_WORDS = re.compile(r"[^\W\d_][^\W\d_'’.-]{2,}(?:[\s-]+[^\W\d_'’.]+)*")
+_FUNCTION = re.compile(r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|inf|infinity|theta)", re.IGNORECASE)
+_RATIO = re.compile(r"\d+(?:\s*:\s*\d+)+")
+_TIME = re.compile(r"(?:[01]?\d|2[0-4]):[0-5]\d(?::[0-5]\d)?")
+_BASED = re.compile(r"([0-9][0-9A-Fa-f]*)_\{?(\d{1,2})\}?")
+_TOWER = re.compile(r"\d\s*(?:\^|\*\*)[\s{(]*(?:\\left\s*\()?\s*(\d{1,9})\s*(?:\^|\*\*)[\s{(]*(?:\\left\s*\()?\s*(\d{1,9})")
+_HUGE = re.compile(r"\d\s*\^\s*\{?\s*\d{8}|(?<!\d)\d{5,}\s*!|\\[dt]?binom\s*\{?\s*\d{6}|\d{4000}")
+_EQUALS = re.compile(r"(?<![\\<>!:=])=(?!=)")
+_APPROX = re.compile(r"\\(?:approx|simeq|sim)(?![A-Za-z])|\\doteq")
+_LABEL = re.compile(
+    r"(?:\\text\s*\{[^{}]*\}|\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\s*\(\s*[A-Za-z0-9,\s]+\s*\))?|\\angle\s*[A-Z]+|[A-Za-z][A-Za-z\s]*)"
+)
+
+
+def equal(gold: str, answer: str) -> bool:
+    """Whether `answer` says what `gold` does. Fractions, decimals (6 places), sets, intervals and percentages are compared by value;
+    units are ignored; words, dates and choices are compared as they are written. Of an equation all sides must be equal.
+
+    Raises ValueError when `gold` cannot be read.
+    """
+    check_gold(gold)
+    if plain(gold) == plain(answer):
+        return True
+    if choice := _choice(gold):
+        return choice == (_choice(answer) or _choice_before_value(answer)[0])
+    value = _choice_before_value(answer)[1]
+    if value is not None:
+        return equal(gold, value)
+    if (written := _as_written(gold)) is not None:
+        return written == _as_written(answer) or _proportional(gold, answer)
+    if _as_written(answer) is not None:
+        return False
+    return _equal_values(_normal(gold), _normal(answer))
+
+
+def check_gold(gold: str) -> None:
+    """Raises ValueError when `gold` is neither a choice nor words nor a formula that can be read."""
+    if _choice(gold) or _as_written(gold) is not None or any(_read(side) is not None for side in _sides(_normal(gold))):
+        return
+    raise ValueError("cannot be read as mathematics; for words use exact_match")
+
+
+def canonical(answer: str) -> str:
+    """The one way to write what `answer` says: equal for equal answers. What cannot be read is written as it is."""
+    if choice := _choice(answer):
+        return choice
+    value = _choice_before_value(answer)[1]
+    if value is not None:
+        return canonical(value)
+    if (written := _as_written(answer)) is not None:
+        return written
+    formula = _normal(answer)
+    sides = _sides(formula)
+    if len(sides) > 1 and not _agree(sides):
+        return plain(answer)
+    expression = _read(sides[-1])
+    return plain(answer) if expression is None else _written(expression)
+
+
+def is_too_large(text: str) -> bool:
+    """Whether a text shows that its numbers have more than millions of digits. What does not show it is found by its time."""
+    powers = ((int(base), int(exponent)) for base, exponent in _TOWER.findall(text))
+    return _HUGE.search(text) is not None or any(exponent * math.log10(max(base, 1)) > 7 for base, exponent in powers)
+
+
+def plain(text: str) -> str:
+    """The text without what never matters: spaces, delimiters, the kind of fraction, the case of words."""
+    text = re.sub(r"\\[dtc]frac", r"\\frac", _SPACING.sub("", bare(text)))
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", _TEXT.sub(lambda match: match.group(1).strip().lower(), text))
+
+
+def warm_up() -> None:
+    """Read and compare a few formulas, so that the parser's tables and sympy's caches are there for the next ones."""
+    for gold, answer in ((r"\frac{1}{3}+\sqrt{2}", "x^2-1=3"), ("(1,2]", r"\{1, 2\}"), ("2x+1", r"3.5\pi"), ("1.5", r"50\%")):
+        equal(gold, answer)
+        canonical(answer)
+
+
+# Words, dates, ratios, choices ----------------------------------------------------------------------------------------
+
+
+def _choice(text: str) -> str | None:
+    match = _CHOICE.fullmatch(re.sub(r"^(?:option|choice)\s+", "", _untexted(text), flags=re.IGNORECASE))
+    # A small letter is a choice only in parentheses: else it is a variable.
+    return match.group(1).upper() if match and (match.group(1).isupper() or "(" in match.group()) else None
+
+
+def _choice_before_value(text: str) -> tuple[str | None, str | None]:
+    """B and 72 of "(B) 72"."""
+    match = _CHOICE_AND_VALUE.fullmatch(_untexted(text))
+    return (match.group(1) or match.group(2), match.group(3)) if match else (None, None)
+
+
+def _as_written(text: str) -> str | None:
+    """Words, a date or a ratio in one way of writing; None for what is a formula."""
+    text = _untexted(text)
+    if is_date(text):
+        return _date(text)
+    if _TIME.fullmatch(text) or (_RATIO.fullmatch(text) and text.count(":") > 1):
+        return re.sub(r"\s", "", text)
+    if _WORDS.fullmatch(text) and not _FUNCTION.fullmatch(text):
+        return " ".join(text.lower().replace("-", " ").split())
+    return None
+
+
+def _untexted(text: str) -> str:
+    return bare(_TEXT.sub(r"\1", bare(text)))
+
+
+def _date(text: str) -> str:
+    """ISO where the order of day and month is beyond doubt."""
+    words = re.sub(r"(?<=\d)(?:st|nd|rd|th)|[.,](?=\s)", "", text)
+    words = re.sub(r"\b([A-Za-z]{3})[a-z]*\b", r"\1", words)
+    for form in ("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%b %d %Y", "%d %b %Y"):
+        try:
+            return datetime.datetime.strptime(words, form).date().isoformat()
+        except ValueError:
+            continue
+    if re.search("[apAP]", words):  # A time.
+        return re.sub(r"[\s.]", "", text.lower())
+    return "-".join(part.lstrip("0") for part in re.split(r"[-/.]", words))
+
+
+def _proportional(gold: str, answer: str) -> bool:
+    """Whether both are ratios, not times of the day, of the same proportion."""
+    texts = [re.sub(r"\s", "", _untexted(text)) for text in (gold, answer)]
+    if not all(map(_RATIO.fullmatch, texts)) or any(map(_TIME.fullmatch, texts)):
+        return False
+    first, second = ([int(part) for part in text.split(":")] for text in texts)
+    return len(first) == len(second) and all(a * second[0] == b * first[0] for a, b in zip(first, second, strict=True))
+
+
+# Formulas -------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=512)
+def _normal(text: str) -> str:
+    """LaTeX that math-verify reads as it is meant."""
+    text = without_unit(_PERCENT.sub(r"\\%", bare(text)))
+    text = _ROOT.sub(lambda match: rf"\sqrt{{{match.group(1) or match.group(2)}}}", text)
+    text = _SUPERSCRIPT.sub(lambda match: f"^{{{match.group().translate(_SUPERSCRIPTS)}}}", text)
+    text = unicodedata.normalize("NFKC", text.translate(_SYMBOLS))
+    text = _SPACING.sub("", text)
+    has_brackets = re.search(r"[(\[{]\s*[^(\[{}\])]*,", text.replace("{,}", "")) is not None
+    text = (_IN_BRACKETS if has_brackets else _THOUSANDS).sub(lambda match: re.sub(r"\D", "", match.group()), text)
+    text = re.sub(r"\\[()]", "", text).replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
+    text = _TEXT_OF_NUMBER.sub(r"\1", text)
+    text = _CURRENCY.sub("", _GAP.sub(" ", text))
+    if _TRIGONOMETRIC.search(text):
+        text = _ANGLE.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
+    text = without_unit(_LATEX_UNIT.sub("", _DEGREES.sub("", text)))
+    text = _REPEATING.sub(_repeating, _SCIENTIFIC.sub(r"\\times 10^{\1}", text))
+    text = _MIXED_LATEX.sub(_mixed, _MIXED.sub(_mixed, _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)))
+    return bare(_MEMBER.sub("", bare(re.sub(r"\s*,?\s+(?:and|or)\s+", ", ", text))))
+
+
+def _repeating(match: re.Match[str]) -> str:
+    whole, fixed, repeated = match.groups()
+    scale = 10 ** len(fixed)
+    period = scale * (10 ** len(repeated) - 1)
+    return rf"\frac{{{int((whole or '0') + fixed) * (period // scale) + int(repeated)}}}{{{period}}}"
+
+
+def _mixed(match: re.Match[str]) -> str:
+    sign, whole, above, below = match.groups()
+    is_mixed = int(above) < int(below)  # 2 3/2 is none.
+    return rf"{sign}({whole}+\frac{{{above}}}{{{below}}})" if is_mixed else match.group()
+
+
+@functools.lru_cache(maxsize=512)
+def _read(formula: str) -> Any:
+    """The sympy expression of a formula; None where there is none."""
+    if not formula:
+        return None
+    # In a box, math-verify reads all of it as LaTeX; outside it would search it for a number.
+    found = parse(rf"\boxed{{{formula}}}", [LatexExtractionConfig()], parsing_timeout=None, fallback_mode="no_fallback")
+    return found[0] if found and not isinstance(found[0], str) else None
+
+
+def _sides(formula: str) -> list[str]:
+    """The sides of an equation, without a name at either end; one where it is none, or several, or defines a curve."""
+    if re.search(r"[,;]|\\text\s*\{\s*(?:and|or)|\\[lg]e|[<>]", formula):
+        return [formula]
+    sides = [bare(side) for side in _EQUALS.split(_APPROX.split(formula)[0])]
+    while len(sides) > 1 and (_LABEL.fullmatch(sides[0]) or not sides[0]):
+        sides = sides[1:]
+    if len(sides) > 1 and re.fullmatch(r"[A-Za-z]", sides[-1]):
+        sides = sides[:-1]
+    return sides
+
+
+def _agree(sides: list[str]) -> bool:
+    """Whether all sides that are numbers are the same number."""
+    numbers = [expression for side in sides if (expression := _read(side)) is not None and not getattr(expression, "free_symbols", True)]
+    return all(verify(numbers[0], other, timeout_seconds=None) for other in numbers[1:])
+
+
+def _equal_values(gold: str, answer: str) -> bool:
+    if (bases := (_BASED.fullmatch(gold), _BASED.fullmatch(answer))) and bases[0] and bases[1]:
+        return _in_base(*bases[0].groups()) == _in_base(*bases[1].groups())
+    gold_sides, sides = _sides(gold), _sides(answer)
+    if not _agree(sides):
+        return False
+    if _EQUALS.search(gold) and _EQUALS.search(answer):
+        if _verified(gold, answer):
+            return True
+        names = {_name(gold), _name(answer)}
+        if len(names) == 2 and None not in names:
+            return False  # x = 1 is not y = 1.
+    if len(gold_sides) > 1 and getattr(_read(gold_sides[0]), "free_symbols", None):
+        return False  # x^2 + y^2 = 4 is not 4.
+    if _verified(gold_sides[-1], sides[-1]):
+        return True
+    about = [bare(part) for part in _APPROX.split(answer)]
+    return len(about) == 2 and _is_rounded(*about) and _verified(gold_sides[-1], about[1])
+
+
+def _in_base(digits: str, base: str) -> int | str:
+    try:
+        return int(digits, int(base))
+    except ValueError:
+        return f"{digits}_{base}"
+
+
+def _name(formula: str) -> str | None:
+    """x of "x = 5"."""
+    match = re.fullmatch(r"\s*([A-Za-z])\s*=[^=]*", formula)
+    return match.group(1) if match else None
+
+
+def _is_rounded(exact: str, rounded: str) -> bool:
+    """Whether one number stands for the other: within 1 %."""
+    first, second = _read(_sides(exact)[-1]), _read(rounded)
+    if first is None or second is None or getattr(first, "free_symbols", True) or getattr(second, "free_symbols", True):
+        return False
+    exact_value, value = complex(first.evalf()), complex(second.evalf())
+    return abs(exact_value - value) <= 0.01 * abs(exact_value)
+
+
+def _verified(gold: str, answer: str) -> bool:
+    expected, found = _read(gold), _read(answer)
+    if expected is None or found is None:
+        return False
+    return bool(verify(expected, found, timeout_seconds=None, allow_set_relation_comp=True))
+
+
+# One way of writing ---------------------------------------------------------------------------------------------------
+
+
+def _written(expression: Any) -> str:
+    if isinstance(expression, FiniteSet | sympy.FiniteSet):
+        members = sorted({_written(member) for member in expression.args})
+        return members[0] if len(members) == 1 else f"{{{', '.join(members)}}}"
+    if isinstance(expression, sympy.Tuple | And | sympy.Union):
+        sign = {sympy.Tuple: ", ", And: " and "}.get(type(expression), " or ")
+        parts = [_written(part) for part in expression.args]
+        return f"({sign.join(parts if isinstance(expression, sympy.Tuple) else sorted(parts))})"
+    if isinstance(expression, sympy.Interval):
+        opened, closed = "[("[bool(expression.left_open)], "])"[bool(expression.right_open)]
+        return f"{opened}{_written(expression.start)}, {_written(expression.end)}{closed}"
+    if isinstance(expression, sympy.MatrixBase):
+        return f"[{'; '.join(', '.join(_written(entry) for entry in row) for row in expression.tolist())}]"
+    if isinstance(expression, Relational):
+        return _relation(expression)
+    return _scalar(expression)
+
+
+def _relation(relation: Any) -> str:
+    if isinstance(relation, sympy.Eq) and relation.lhs.is_Symbol:
+        return _written(relation.rhs)
+    if relation.rel_op in (">", ">="):
+        relation = relation.reversed
+    difference = relation.lhs - relation.rhs
+    ways = [_scalar(difference)] + [_scalar(-difference)] * (relation.rel_op in ("==", "!="))
+    return f"{min(ways)} {relation.rel_op} 0"
+
+
+def _scalar(expression: Any) -> str:
+    expression = sympy.nsimplify(
+        expression.doit().replace(lambda part: isinstance(part, sympy.UnevaluatedExpr), lambda part: part.args[0]), rational=True
+    )
+    if expression.is_number:
+        return _number(expression)
+    expression = sympy.simplify(sympy.expand(sympy.cancel(sympy.together(expression))))
+    return str(sympy.expand(expression)) if not expression.is_number else _number(expression)
+
+
+def _number(number: Any) -> str:
+    """Six decimals, as they are compared; 12 digits of what is nearer to 0."""
+    if number.is_Integer or not number.is_finite:
+        return str(number)
+    value = complex(number.evalf(30, chop=True))
+    parts = [f"{part:.12g}" if 0 < abs(part) < 1e-3 else f"{part:.6f}".rstrip("0").rstrip(".") for part in (value.real, value.imag)]
+    return parts[0] if not value.imag else f"{parts[0]} + {parts[1]}*I"

@@ -1,0 +1,115 @@
+"""How a reward function is called: by name, with what it names of `prompts`, `completions` and the dataset's columns.
+
+    (prompts, completions, **columns)      everything                 (completions, **kwargs)              everything
+    (completions, solution, **kwargs)      needs the column           (completions, target=None)           gets it where there is one
+    (*, completions, answer)               these two                  (p, c, **columns)                    abbreviations, in this order
+
+A parameter without default that is none of the three must be a column of the dataset: `Signature.columns` is what a run checks
+before it starts.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter
+from typing import Any, NamedTuple
+
+from cluster.errors import RewardError
+
+BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+TEXTS = ("prompts", "completions")
+REMEDY = (
+    "A reward function takes by name what it needs of prompts, completions and the dataset's columns: (completions, answer, **columns)."
+)
+
+
+class Signature(NamedTuple):
+    """What a function takes.
+
+    positional  what it gets by position, in order: names of TEXTS or of columns
+    named       what it gets by keyword, where that exists
+    columns     the columns without which it cannot be called
+    takes_all   whether it ends in **columns
+    bound       what a functools.partial has given it already
+    """
+
+    positional: tuple[str, ...]
+    named: tuple[str, ...]
+    columns: tuple[str, ...]
+    takes_all: bool
+    bound: frozenset[str] = frozenset()
+
+    def arguments(self, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments out of `given`, which holds TEXTS and columns by name."""
+        # One by position that is not there has a default, and ends what can be given by position.
+        count = next((index for index, name in enumerate(self.positional) if name not in given), len(self.positional))
+        names = given.keys() - set(self.positional) if self.takes_all else given.keys() & set(self.named)
+        names -= self.bound
+        return [given[name] for name in self.positional[:count]], {name: given[name] for name in given if name in names}
+
+
+def read_signature(name: str, function: Any) -> Signature:
+    """How `function`, configured as `name`, is called; raises RewardError when it cannot be."""
+    if not callable(function):
+        raise RewardError(f"reward function {name!r} is a {type(function).__name__}, which cannot be called.")
+    if inspect.isclass(function):
+        raise RewardError(f"reward function {name!r} is a class; name a function, or an object of it: `judge = {function.__name__}()`.")
+    if _is_asynchronous(function):
+        raise RewardError(f"reward function {name!r} is asynchronous; write a plain function (it runs in a process of its own).")
+    try:
+        parameters = _parameters(function)
+    except (TypeError, ValueError):  # Written in C, without a signature: the order of the protocol.
+        return Signature(TEXTS, (), (), takes_all=True)
+    kinds = {parameter.kind for parameter in parameters}
+    takes_all, takes_rest = Parameter.VAR_KEYWORD in kinds, Parameter.VAR_POSITIONAL in kinds
+    parameters = [parameter for parameter in parameters if parameter.kind not in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)]
+    positional, rest = _by_position(parameters)
+    if "completions" not in positional and "completions" not in {parameter.name for parameter in rest} and not takes_all:
+        if not (takes_rest and not parameters):
+            raise RewardError(f"reward function {name!r} has the signature {_shown(parameters)}; it does not take `completions`. {REMEDY}")
+        positional = TEXTS
+    is_needed = {parameter.name: parameter.default is Parameter.empty for parameter in parameters}
+    names = (*positional, *(parameter.name for parameter in rest))
+    columns = tuple(column for column in names if column not in TEXTS and is_needed[column])
+    bound = frozenset(function.keywords) if isinstance(function, functools.partial) else frozenset[str]()
+    return Signature(positional, tuple(parameter.name for parameter in rest), columns, takes_all, bound)
+
+
+def _by_position(parameters: Sequence[Parameter]) -> tuple[tuple[str, ...], list[Parameter]]:
+    """What is given by position, and the parameters that are given by name."""
+    positional = [parameter for parameter in parameters if parameter.kind is Parameter.POSITIONAL_ONLY]
+    rest = [parameter for parameter in parameters if parameter.kind in BY_NAME]
+    names = [parameter.name for parameter in parameters]
+    can_be_ordered = len(parameters) >= 2 and parameters[1].kind is not Parameter.KEYWORD_ONLY
+    if can_be_ordered and not set(names) & set(TEXTS) and all(map(_abbreviates, names, TEXTS)):
+        return (*TEXTS, *names[2 : len(positional)]), [parameter for parameter in rest if parameter.name not in names[:2]]
+    return tuple(parameter.name for parameter in positional), rest
+
+
+def _abbreviates(name: str, word: str) -> bool:
+    """Whether a parameter is a short form of `word`, or is said not to be used."""
+    return name.startswith("_") or (len(name) <= 4 and word.startswith(name))
+
+
+def _parameters(function: Callable[..., Any]) -> list[Parameter]:
+    """Those that can be given; of a wrapper that passes everything on, those of what it wraps."""
+    parameters = list(inspect.signature(function, follow_wrapped=False).parameters.values())
+    if all(parameter.kind in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL) for parameter in parameters):
+        return list(inspect.signature(function).parameters.values())
+    return parameters
+
+
+def _is_asynchronous(function: Any) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return any(
+        check(candidate)
+        for check in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+        for candidate in (function, getattr(function, "__call__", None))  # noqa: B004 - its own, not whether it has one
+    )
+
+
+def _shown(parameters: Sequence[Parameter]) -> str:
+    return str(inspect.Signature(list(parameters)))

@@ -1,0 +1,217 @@
+"""One worker process of the reward pool, from both sides: `Worker` starts, asks, watches and kills it; `serve` is its life.
+
+Worker                                                          serve
+  start ----- functions (msgpack) --------------------------->  load them
+  load  <---- Loaded: what they need, or why not (msgpack) ---
+  score ----- prompt, completions, columns (pickle) --------->  score_group
+        <---- one Scored per completion (msgpack) ------------
+  killed: no reply in time, or more memory than allowed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+
+import msgspec
+
+from cluster.errors import RewardError
+from rewards.memory import family, used_bytes
+from rewards.registry import WeightedReward, load_reward, needed_columns
+from rewards.scoring import Scored, score_group
+
+STARTUP_LIMIT_S = 60.0
+LOOK_EVERY_S = 0.1
+FAMILY_EVERY_S = 0.5  # Finding descendants reads all of /proc.
+_PR_SET_PDEATHSIG = 1
+
+
+class FunctionSpec(msgspec.Struct, frozen=True):
+    """A configured reward function, as a worker is told of it."""
+
+    name: str
+    weight: float = 1.0
+    messages: bool = False
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A worker's first word: per function the columns it cannot be called without, or `error`."""
+
+    columns: list[tuple[str, ...]] = []
+    error: str | None = None
+
+
+class MemoryExceeded(RewardError):
+    """A worker and its children used more memory than they may."""
+
+
+class Worker:
+    """One worker process at a time and the socket to it. Used by one thread; only `close` may come from another.
+
+    functions     what it loads, a msgpack list of FunctionSpec
+    timeout_s     for one group
+    memory_bytes  that it and its children may use together
+    """
+
+    def __init__(self, functions: bytes, timeout_s: float, memory_bytes: int) -> None:
+        self._functions = functions
+        self._timeout_s, self._memory_bytes = timeout_s, memory_bytes
+        self._lock = threading.Lock()
+        self._closed = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._loaded: Loaded | None = None
+
+    def start(self) -> None:
+        """Start the process unless it runs; does not wait for it. Raises OSError, or EOFError when closed."""
+        with self._lock:
+            if self._closed:
+                raise EOFError
+            if self._process is not None and self._process.poll() is None:
+                return
+        self.reap()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            # Imports as in the parent (Ray and pytest extend sys.path); its main module is left alone.
+            code = f"import sys; sys.path[:] = {sys.path!r}; from rewards.worker import serve; serve({theirs.fileno()}, {os.getpid()})"
+            with self._lock:
+                if self._closed:
+                    raise EOFError
+                options = ["-B"] if sys.dont_write_bytecode else []
+                self._process = subprocess.Popen(
+                    [sys.executable, *options, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+                )
+            # A process stopped in the middle of a message must not block us either. (0, 0) would mean no limit.
+            seconds, microseconds = divmod(max(1, round(self._timeout_s * 1e6)), 1_000_000)
+            for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, microseconds))
+            self._connection = Connection(ours.detach())
+        self._loaded = None
+        self._connection.send_bytes(self._functions)
+
+    def load(self) -> list[tuple[str, ...]]:
+        """Per function the columns it cannot be called without, when all are loaded.
+
+        Raises RewardError (one cannot be loaded, or not within STARTUP_LIMIT_S), OSError or EOFError (the process died).
+        """
+        self.start()
+        assert self._connection is not None
+        if self._loaded is None:
+            if not self._has_answer(self._connection, time.monotonic() + STARTUP_LIMIT_S):
+                names = ", ".join(spec.name for spec in msgspec.msgpack.decode(self._functions, type=list[FunctionSpec]))
+                raise RewardError(f"reward functions {names}: importing them did not end within {STARTUP_LIMIT_S:g} s")
+            loaded = msgspec.msgpack.decode(self._connection.recv_bytes(), type=Loaded)
+            if loaded.error is not None:
+                raise RewardError(loaded.error)
+            self._loaded = loaded
+        return self._loaded.columns
+
+    def score(self, request: bytes, num_completions: int) -> list[Scored]:
+        """The reply to `request`.
+
+        Raises TimeoutError or BlockingIOError (no reply in time), OSError or EOFError (the process died or could not
+        start), MemoryExceeded, RewardError (it cannot load the functions) or msgspec.MsgspecError (something else wrote to
+        the socket).
+        """
+        self.load()
+        assert self._connection is not None
+        deadline_s = time.monotonic() + self._timeout_s
+        self._connection.send_bytes(request)
+        if not self._has_answer(self._connection, deadline_s):
+            raise TimeoutError
+        scored = msgspec.msgpack.decode(self._connection.recv_bytes(), type=list[Scored])
+        if len(scored) != num_completions:
+            raise msgspec.ValidationError
+        return scored
+
+    def _has_answer(self, connection: Connection, deadline_s: float) -> bool:
+        """Wait for a message until the deadline. Raises MemoryExceeded."""
+        assert self._process is not None
+        pids, found_s = [self._process.pid], time.monotonic()
+        while not connection.poll(max(0.0, min(LOOK_EVERY_S, deadline_s - time.monotonic()))):
+            now_s = time.monotonic()
+            if now_s >= deadline_s:
+                return False
+            if now_s - found_s >= FAMILY_EVERY_S:
+                pids, found_s = family(self._process.pid), now_s
+            used = used_bytes(pids, self._memory_bytes)
+            if used > self._memory_bytes:
+                raise MemoryExceeded(
+                    f"the worker used {used / 2**30:.2g} GiB of memory with its children, more than "
+                    f"rewards.memory_gib = {self._memory_bytes / 2**30:g}"
+                )
+        return True
+
+    def reap(self) -> str | None:
+        """Kill what is left of the process and its children, free the socket; how it ended, in words, or None if there was none."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._process is None:
+            return None
+        process, self._process = self._process, None
+        _kill(process)
+        try:
+            return _describe_exit(process.wait(timeout=1.0))
+        except subprocess.TimeoutExpired:  # stuck in the kernel; it dies when it comes back
+            return f"process {process.pid} does not react to SIGKILL"
+
+    def close(self) -> None:
+        """Kill the process and start no other. The thread that uses it notices the end of its socket."""
+        with self._lock:
+            self._closed = True
+            if self._process is not None:
+                _kill(self._process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the process and all it started. SIGTERM would wait for the next bytecode, which `9**9**9**9` never reaches."""
+    if process.returncode is None:  # not reaped yet, so the group id is still its own
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _describe_exit(returncode: int) -> str:
+    if returncode >= 0:
+        return f"it exited with code {returncode}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-returncode).name
+        return f"{name} (out of memory?)" if name == "SIGKILL" else name
+    return f"signal {-returncode}"
+
+
+# The process ----------------------------------------------------------------------------------------------------------
+
+
+def serve(fd: int, parent_pid: int) -> None:
+    """The worker process: load the functions named on socket `fd`, then score groups until the socket closes."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before prctl took effect
+        return
+    os.set_inheritable(fd, False)
+    with contextlib.suppress(EOFError, OSError):  # Of the socket: the actor is gone, perhaps in the middle of a message.
+        _answer_requests(Connection(fd))
+
+
+def _answer_requests(connection: Connection) -> None:
+    specs = msgspec.msgpack.decode(connection.recv_bytes(), type=list[FunctionSpec])
+    try:
+        functions = [WeightedReward(spec.name, spec.weight, load_reward(spec.name), spec.messages) for spec in specs]
+    except RewardError as error:
+        connection.send_bytes(msgspec.msgpack.encode(Loaded(error=str(error))))
+        return
+    loaded = Loaded([needed_columns(reward.name, reward.function) for reward in functions])
+    connection.send_bytes(msgspec.msgpack.encode(loaded))
+    while True:
+        prompt, completions, columns = pickle.loads(connection.recv_bytes())
+        connection.send_bytes(msgspec.msgpack.encode(score_group(functions, prompt, completions, columns)))
