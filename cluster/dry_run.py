@@ -7,11 +7,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from actors.prompts import PromptSet
+from actors.prompts import PromptSet, read_source
 from cluster import placement
 from cluster.config import Config
-from cluster.prepare import Checked, check_inputs, check_named, locate_model, model_to_make, quiet_libraries
-from cluster.run_dir import check_run_dir
+from cluster.prepare import Checked, check_inputs, check_start, locate_model, model_to_make, quiet_libraries
 
 
 def dry_run(config: Config) -> Iterator[str]:
@@ -21,10 +20,13 @@ def dry_run(config: Config) -> Iterator[str]:
     yield placement.dry_run(config)
     yield "checks"
     config = locate_model(config)
-    check_named(config)
-    yield f"  run            {check_run_dir(config)}"
+    yield f"  run            {check_start(config)}"
     if path := model_to_make(config):
         yield f"  model          {config.model.make} would make {path}"
+        for key, name in (("data.path", config.data.path), ("data.offline", config.data.offline)):
+            if name is not None:
+                source = read_source(key, name, config.data.split)
+                yield f"  {key:<14} {len(source.rows)} {source.unit}s of {source.name}"
         yield "  not checked    what needs the model: tokenizer, prompts, vocabulary, positions. Make it by a start, then ask again"
         return
     yield from _told(check_inputs(config))

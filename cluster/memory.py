@@ -26,9 +26,9 @@ Actor: weights b P, adapters that come alone b Q (by vLLM's next higher rank), a
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from cluster.config import Config
@@ -122,7 +122,7 @@ def _shape_of(config: Config) -> _Shape:
 
 
 def _why_not_at_hand(path: str, error: Exception) -> str:
-    if isinstance(error, OSError) and not Path(path).is_dir():
+    if isinstance(error, OSError) and not os.path.isdir(path):
         return "neither a model directory nor in the hub's cache"
     return str(error).strip().splitlines()[0]
 

@@ -22,6 +22,8 @@ from cluster.memory import GIB, MemoryEstimate, estimate_memory, host_bytes, ren
 
 Resources: TypeAlias = Mapping[str, float]
 UNLIMITED = 1 << 30
+BARE_PROCESS_GIB = 0.3
+"""Half of what was measured: Python with torch and Ray imported, some of it shared."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,24 @@ def this_machine(placement: Placement) -> dict[str, float]:
 
     cpus = max(float(os.cpu_count() or 1), placement.total()["CPU"])
     return {"CPU": cpus, "GPU": float(torch.cuda.device_count()), "memory": float(psutil.virtual_memory().total)}
+
+
+def check_machine(config: Config) -> None:
+    """Raises PlacementError when a local Ray's processes could not even be loaded here: CPUs may be shared, memory may not."""
+    import psutil
+
+    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+        return  # Other machines: `check` asks them.
+    actors, learner = config.actors, config.learner
+    cache = 0.0 if actors.num_gpus else actors.kv_cache_gib
+    asked = (learner.ranks + actors.count) * BARE_PROCESS_GIB + actors.count * cache
+    has = psutil.virtual_memory().total / GIB
+    if asked > has:
+        raise PlacementError(
+            f"this machine has {has:.1f} GiB of memory; learner.ranks = {learner.ranks} and actors.count = {actors.count} take "
+            f"{asked:,.1f} GiB before any model is loaded ({BARE_PROCESS_GIB} a process, actors.kv_cache_gib = {cache:g} an actor). "
+            "Lower learner.ranks, actors.count or actors.kv_cache_gib, or run on a cluster (RAY_ADDRESS)."
+        )
 
 
 def render(

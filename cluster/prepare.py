@@ -1,9 +1,9 @@
 """Everything that can fail before anything starts: the base model, the prompts, the rewards, the run directory.
 
-    prepare  --check_named--> --check_run_dir--> --ensure_model--> --check_inputs--> --open_run_dir--> Inputs
-    dry_run  --check_named--> --check_run_dir--------------------> --check_inputs--> a report
+    prepare  --check_start--> --ensure_model--> --check_inputs--> --open_run_dir--> Inputs
+    dry_run  --check_start--------------------> --check_inputs--> a report
 
-What can be known without an engine is checked in one of the three, so that `train --dry-run` finds it too.
+What can be known without an engine is checked in one of the two, so that `train --dry-run` finds it too.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from actors.offline import load_offline
 from actors.prompts import PromptSet, Source, load_prompts, report_bad_rows
 from cluster.config import Config
 from cluster.errors import AgroError, ConfigError, DataError
-from cluster.model_checks import check_model
+from cluster.model_checks import check_model, load_model_config
+from cluster.model_limits import check_length, check_token_ids
 from cluster.monitor import wandb_mode
+from cluster.placement import check_machine
 from cluster.run_dir import check_run_dir, open_run_dir
 from learner.objectives import load_objective
 from rewards.check import RewardCheck
 
+HUB_TIMEOUT_S = 20.0
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
@@ -55,12 +58,20 @@ def prepare(config: Config) -> Inputs:
     """Check and load what the run needs; raises an AgroError with a remedy. The run directory is opened last."""
     quiet_libraries()
     config = locate_model(config)
-    check_named(config)
-    check_run_dir(config)
+    check_start(config)
     checked = check_inputs(ensure_model(config))
     run_dir = open_run_dir(checked.config)
     known = {**vars(checked), "notes": (*checked.notes, *run_dir.notes)}
     return Inputs(**known, run_dir=run_dir.path, is_continued=run_dir.is_continued)
+
+
+def check_start(config: Config) -> str:
+    """What can be known before the model is there: what the config names, the machine, the run directory. Which one that is, in words."""
+    check_named(config)
+    check_machine(config)
+    if not Path(config.model.path).is_absolute():
+        check_hub_id(config.model.path)
+    return check_run_dir(config)
 
 
 def check_inputs(config: Config) -> Checked:
@@ -77,6 +88,9 @@ def check_inputs(config: Config) -> Checked:
         notes = [*notes, reason]
     else:
         eval_prompts = load_prompts(config.data, tokenizer, evaluation=True)
+    found = load_model_config(config.model)
+    check_length(config, found, prompts)
+    check_token_ids(config, found, tokenizer, prompts, eval_prompts)
     with RewardCheck(config.rewards) as check:
         prompts, eval_prompts = (_scorable(config, check, found) for found in (prompts, eval_prompts))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
@@ -187,16 +201,40 @@ def locate_model(config: Config) -> Config:
             return config  # transformers resolves it, or says why it cannot.
         if not model.make:
             raise ConfigError(
-                f"model.path = {model.path}: there is no {path.absolute()}{_nearest(path)}. Give a Hugging Face directory or a hub id. "
+                f"model.path = {model.path}: there is no {path.absolute()}{_nearest(path)} Give a Hugging Face directory or a hub id. "
                 "(model.make of a config file goes with the path beside it; with another path, give model.make too.)"
             )
     return config.model_copy(update={"model": model.model_copy(update={"path": str(path.resolve())})})
 
 
+def check_hub_id(name: str) -> None:
+    """Raises ConfigError when the hub has no such model, or cannot be asked while nothing of it is in the cache."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+        return
+    except RepositoryNotFoundError:
+        reason = "the hub has no such model, or it is private (set HF_TOKEN)"
+    except HfHubHTTPError:
+        return  # It answers, but not this question, as some mirrors do.
+    except Exception as error:  # noqa: BLE001 -- the network: the hub's client and its http library raise what they like
+        told = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = f"the hub cannot be asked ({told})"
+    path = Path(name)
+    raise ConfigError(
+        f"model.path = {name}: there is no directory {path.absolute()}{_nearest(path)} As a hub id: {reason}. "
+        "Give a Hugging Face directory, or a hub id this machine can reach."
+    )
+
+
 def _nearest(path: Path) -> str:
     names = [found.name for found in path.parent.iterdir() if found.is_dir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    return f"; did you mean {path.parent / near[0]}?" if near else "."
 
 
 def model_to_make(config: Config) -> Path | None:
