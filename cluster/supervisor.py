@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,11 @@ from cluster.prepare import Inputs
 from cluster.processes import remote, threads
 from cluster.report import read_evaluations, write_report
 from cluster.services import BOARD, BUFFER, MONITOR, Polled, Services
-from cluster.session import StopSignal, ray_session
+from cluster.signals import StopSignal
 from cluster.terminal import Terminal
 
-__all__ = ["StopSignal", "Supervisor", "ray_session"]
-
 WATCH_S = 0.4
+TELL_LOADING_S = 8.0
 CLOSE_TIMEOUT_S = 30.0
 RETIRE_LOOK_S = 0.1
 WAITS = ("admission", "weights", "evaluation", "disk")
@@ -49,7 +48,7 @@ class Supervisor:
     def __init__(self, inputs: Inputs) -> None:
         """Starts the services. Raises StoreError when the run directory's buffer cannot be used."""
         self._inputs, self._config = inputs, inputs.config
-        self._start_s = time.monotonic()
+        self._start_s, self._next_tell_s = time.monotonic(), TELL_LOADING_S
         self._state = "starting"
         self._stopped: str | None = None
         self.policy_dir = str(inputs.run_dir / "policy")
@@ -73,19 +72,22 @@ class Supervisor:
 
     # --- start ----------------------------------------------------------------------------------------------------
 
-    def start(self, warnings: list[str]) -> None:
-        """Place and start learner and actors; returns when every learner rank is ready. Actors may still be loading."""
+    def start(self, warnings: list[str], stop: StopSignal, terminal: Terminal) -> None:
+        """Place and start learner and actors; returns when every learner rank is ready, or `stop` came. Actors may still be loading."""
         for text in [*(f"warning: {warning}" for warning in warnings), *self._inputs.notes]:
             self._services.event(text)
-        self._services.ask(self._services.buffer.stats(), BUFFER)  # Raises what is wrong with the run directory.
+        if not self._await(lambda: self._stats.value is not None, stop, terminal):  # Raises what is wrong with the run directory.
+            return
         if self._inputs.is_continued:
             self._services.ask(self._services.buffer.release_all(), BUFFER)  # Actors of an earlier start had the same names.
         self._start_learner()
-        self._await_learner("loading", "training")  # Before the actors, which take what is left.
+        if not self._await(lambda: self._learner_is("loading", "training"), stop, terminal):  # Before the actors, which take what is left.
+            return
         if self._config.is_offline:
             self._fleet.add_feeder(Kind(self._spawn_feeder, is_placed=False))
         self._fleet.scale_to(self._config.actors.count)
-        self._await_learner("training")
+        if not self._await(lambda: self._learner_is("training"), stop, terminal):
+            return
         self._state = "training"
         self._services.event(
             f"learner ready: {self._config.learner.ranks} ZeRO-3 rank(s); {self._config.actors.count} rollout actors loading"
@@ -102,11 +104,29 @@ class Supervisor:
             forget_snapshots=services.forget_snapshots,
         )
 
-    def _await_learner(self, *states: str) -> None:
-        """Until it is in one of these states, or done; it limits that itself."""
-        while self._learner is not None and self._learner.state not in (*states, "done"):
-            self._look()
+    def _learner_is(self, *states: str) -> bool:
+        return self._learner is not None and self._learner.state in (*states, "done")
+
+    def _await(self, is_so: Callable[[], bool], stop: StopSignal, terminal: Terminal) -> bool:
+        """Until `is_so`, which has a limit of its own; False when a signal ends the run before."""
+        while not is_so():
+            if stop.name:
+                return False
+            self._look(terminal)
+            self._tell_what_loads()
             time.sleep(WATCH_S)
+        return True
+
+    def _tell_what_loads(self) -> None:
+        """Every `TELL_LOADING_S` until the first step is done: what the run waits for."""
+        elapsed_s = time.monotonic() - self._start_s
+        if elapsed_s < self._next_tell_s or self._view.value is None or step_of(self._view.value):
+            return
+        self._next_tell_s = elapsed_s + TELL_LOADING_S
+        waits = [f"the learner is {self._learner.state}"] if self._learner is not None and not self._learner_is("training") else []
+        num_loading = len(self._fleet.rollout_names("waiting for placement", "loading"))
+        waits += [f"{num_loading} of {self._fleet.target} actors are loading"] if num_loading else []
+        self._services.event(f"starting for {elapsed_s:.0f} s: {', '.join(waits) or 'waiting for the first batch'}")
 
     def _spawn_rollout(self, name: str, options: dict[str, Any]) -> Any:
         inputs, num_cpus = self._inputs, self._config.actors.num_cpus
@@ -124,14 +144,19 @@ class Supervisor:
     def watch(self, stop: StopSignal, terminal: Terminal) -> list[dict[str, float]]:
         """Until training and the evaluations it began are over; the totals of each rank."""
         learner, stop_sent = self._learner, False
-        assert learner is not None
-        while learner.state != "done":
+        while learner is not None and learner.state != "done":
             self._look(terminal)
+            self._tell_what_loads()
             if stop.name and not stop_sent:
                 stop_sent = True
+                if learner.state != "training":
+                    break
                 self._services.event(f"{stop.name}: ending after the step in progress")
                 learner.request_stop()
             time.sleep(WATCH_S)
+        if learner is None or learner.state != "done":
+            self._services.event(f"{stop.name}: ending while the learner loads; nothing was trained since the newest checkpoint")
+            return []
         self._await_evaluations(stop, terminal)
         return learner.totals
 

@@ -8,21 +8,33 @@ from cluster import placement
 from cluster.config import Config
 from cluster.errors import AgroError
 from cluster.prepare import prepare
+from cluster.progress import say
 from cluster.run_dir import kept_if_begun
-from cluster.session import StopSignal, ray_session
+from cluster.session import ray_session
+from cluster.signals import StopSignal
 from cluster.supervisor import Supervisor
+from cluster.surroundings import cluster_address
 from cluster.terminal import Terminal
 
 
-def train(config: Config) -> dict[str, Any]:
-    """Run `config` to its end, or to SIGINT or SIGTERM, in order; the summary. Raises AgroError after writing what there is."""
+def train(config: Config, stop: StopSignal) -> dict[str, Any]:
+    """Run `config` to its end, or to the signal that `stop` takes, in order; the summary.
+
+    Raises AgroError after writing what there is, and Interrupted for a signal before anything has started.
+    """
+    say("reading the model's config, the data and the rewards")
     inputs = prepare(config)
-    with kept_if_begun(inputs.run_dir, inputs.is_continued), ray_session(inputs.config), StopSignal() as stop:
+    say(f"run directory {inputs.run_dir}")
+    stop.end_in_order(f"the same command with run.dir={inputs.run_dir}")
+    say("starting Ray" if cluster_address() is None else f"joining the cluster at {cluster_address()}")
+    with kept_if_begun(inputs.run_dir, inputs.is_continued), ray_session(inputs.config):
+        say("starting the processes of the run")
+        stop.raise_if_asked()
         warnings = [*config.warnings(), *placement.check(placement.bundles(config), placement.ask_ray())]
         supervisor = Supervisor(inputs)
         try:
-            supervisor.start(warnings)
             with Terminal() as terminal:
+                supervisor.start(warnings, stop, terminal)
                 totals = supervisor.watch(stop, terminal)
             return supervisor.finish(totals, stop.name)
         except AgroError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster import doctor
-from cluster.doctor import Check, diagnose, render
+from cluster.doctor import diagnose, render
+from cluster.surroundings import Check, check_cluster
 
 REPOSITORY = Path(__file__).parent.parent
 CANARY = "canary-5f2c9e-secret"
@@ -162,38 +162,11 @@ def test_an_accelerator_that_contradicts_the_hardware_is_found(monkeypatch, valu
 # Services ------------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_cluster_all_is_well():
-    check = doctor.check_cluster()
-    assert check.ok
-    assert check.found == "none"
-    assert "starts a Ray of its own" in check.hint
-    assert doctor.check_ray_token().ok
-
-
-@pytest.mark.parametrize("form", ["127.0.0.1:{}", "http://127.0.0.1:{}", "ray://127.0.0.1:{}"])
-def test_a_ray_address_is_tried(monkeypatch, form):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("RAY_ADDRESS", form.format(server.getsockname()[1]))
-        assert doctor.check_cluster().ok
-    check = doctor.check_cluster()
-    assert not check.ok
-    assert "refused" in check.found
-    assert "ray start --head" in check.remedy
-
-
-@pytest.mark.parametrize("address", ["somewhere", "host:port", "auto", "http://[::1", "host:99999999"])
-def test_a_ray_address_that_names_no_head_is_a_finding(monkeypatch, address):
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    check = doctor.check_cluster()
-    assert not check.ok
-    assert "unset it" in check.remedy
-
-
 def test_a_head_on_this_machine_is_found_and_makes_the_token_matter(monkeypatch, tmp_path):
     note = tmp_path / "ray-tmp" / "ray" / "ray_current_cluster"
     note.parent.mkdir(parents=True)
     note.write_text("127.0.0.1:6379\n")
-    cluster = doctor.check_cluster()
+    cluster = check_cluster()
     assert cluster.ok
     assert "127.0.0.1:6379" in cluster.found
     assert "RAY_ADDRESS=auto" in cluster.hint

@@ -192,6 +192,30 @@ def test_ctrl_c_ends_the_run_in_order_and_leaves_no_process(tiny_models: dict[st
     check_ends_in_order(process, tmp_path / "run", "SIGINT", 130)
 
 
+def test_a_hangup_while_the_processes_load_is_answered_at_once_and_ends_in_order(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    process = start_train(tiny_models["tied"], tmp_path / "run", 5000)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    told = []
+    for line in process.stdout:
+        told.append(line)
+        if line.startswith("starting the processes"):
+            break
+    assert [line.split()[0] for line in told] == ["reading", "loading", "reading", "run", "starting", "starting"], told
+    family = processes_of(tmp_path / "run", [process.pid])
+    process.send_signal(signal.SIGHUP)
+    start_s = time.monotonic()
+    line = next(line for line in process.stderr if line.startswith("SIGHUP"))
+    assert time.monotonic() - start_s < 1.0
+    assert "ending in order" in line
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 129, out + err
+    assert "stopped: SIGHUP" in out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped"] == "SIGHUP"
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert described(alive) == []
+
+
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
     """A command from another shell."""
     return subprocess.run([sys.executable, "launch.py", *words], cwd=ROOT, env=environment(), timeout=60, capture_output=True, text=True)

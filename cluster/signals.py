@@ -1,0 +1,104 @@
+"""Signals that end a run: the first one in order, a second one at once, a third one on the spot.
+
+The answer to a signal comes from a thread of its own (woken by a pipe that Python's handler in C writes to), because the main
+thread may be in a long call of a library, such as an import or the start of Ray. Imports nothing that takes time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from types import FrameType
+
+EXIT_CODES: dict[str | None, int] = {None: 0, "SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
+"""By the signal that ended the run, as a shell has it: 128 and the signal's number."""
+TELL_TIMEOUT_S = 1.0
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the process without the rest of the work; `name` is the signal's."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class StopSignal:
+    """SIGINT, SIGTERM and SIGHUP as a request to end, a context manager; `name` is the first one's, None until it comes.
+
+    The first signal raises Interrupted in the main thread as long as nothing has started; after `end_in_order` it only sets
+    `name`, and a second one raises. A SIGHUP that is ignored from the start, as under `nohup`, stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._in_order = False
+        self._go_on = ""
+        self._num_told = self._num_handled = 0
+
+    def __enter__(self) -> StopSignal:
+        numbers = [number for number in _NUMBERS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        reading, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        self._teller = threading.Thread(target=self._tell, args=(reading,), name="signals", daemon=True)
+        self._teller.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        signal.set_wakeup_fd(self._wakeup_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._pipe)  # Which ends the thread, once it has told what came.
+        self._teller.join(TELL_TIMEOUT_S)
+
+    def end_in_order(self, go_on: str) -> None:
+        """From now on there is something to end in order; `go_on` says what to type to go on with it afterwards."""
+        self._go_on = go_on
+        self._in_order = True
+
+    def raise_if_asked(self) -> None:
+        """Raises Interrupted when a signal has come."""
+        if self.name is not None:
+            raise Interrupted(self.name)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._num_handled += 1
+        self._leave_closed_terminals()
+        name = signal.Signals(number).name
+        self.name = self.name or name
+        # Two signals of a kind during one long call of a library are one call of this handler.
+        if not self._in_order or max(self._num_handled, self._num_told) > 1:
+            raise Interrupted(name)
+
+    def _tell(self, reading: int) -> None:
+        while received := os.read(reading, 1):
+            number = received[0]
+            if number not in _NUMBERS:
+                continue
+            self._num_told += 1
+            self._leave_closed_terminals()
+            name = signal.Signals(number).name
+            with contextlib.suppress(OSError):
+                os.write(2, f"{name}: {self._answer()}\n".encode())
+            if self._num_told > 2:
+                os._exit(EXIT_CODES[name])  # What is left below this process ends with it (cluster/guardian.py).
+        os.close(reading)
+
+    def _answer(self) -> str:
+        if not self._in_order:
+            return "ending; nothing has started yet"
+        if self._num_told == 1:
+            return "ending in order; a second signal interrupts"
+        return f"interrupting: what was acknowledged is kept; to go on, {self._go_on}"
+
+    def _leave_closed_terminals(self) -> None:
+        """After a hang-up every write to the terminal would fail, and with it what ends the run."""
+        for descriptor in self._terminals:
+            if not os.isatty(descriptor):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
