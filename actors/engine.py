@@ -3,9 +3,10 @@
 vLLM's engine runs inside this process (no engine-core process), so that weights can be swapped between two steps while
 unfinished generations go on. Each sample is a request of its own; vLLM's prefix cache shares the prompt of a group.
 
-Weights arrive through vLLM's layerwise reload, the lifecycle of its own transfer engines. Two surprises are handled here:
+Weights arrive through vLLM's layerwise reload, the lifecycle of its own transfer engines. Surprises handled here:
 on a CPU vLLM packs the linear layers and drops the originals, so a bare `load_weights` fails; and after a reload a tied
-`lm_head` keeps the packed matrix of the OLD weights, silently wrong. `tests/test_engine.py` holds both to account.
+`lm_head` and all mixtures of experts keep what was packed of the OLD weights, silently wrong. `tests/test_engine.py` and
+`tests/test_families.py` hold them to account.
 
 Weights that the learner pushes (`weights.transport` nccl or ipc) arrive through vLLM's own transfer engines, in a session of
 start, updates and finish in which the model is in pieces: no step may come between. vLLM's own checksums are not used to confirm
@@ -418,7 +419,16 @@ def _mended(model: Any, model_config: Any, probes: Mapping[str, str]) -> dict[st
     """What vLLM leaves to do after a reload; the checksums of those of `probes` that are parameters of the model by that name."""
     if model_config.hf_text_config.tie_word_embeddings:
         _repack_head(getattr(model, "lm_head", None))
+    for layer in model.modules():
+        _repack_experts(layer)
     return {name: checksum(parameter) for name, parameter in model.named_parameters() if name in probes}
+
+
+def _repack_experts(layer: Any) -> None:
+    """Let a layer's experts be prepared anew (CPU only): vLLM does so once, and would go on with those of the first weights."""
+    kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+    if kernel is not None and layer.w13_weight.device.type == "cpu":
+        kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def _repack_head(head: Any) -> None:

@@ -64,7 +64,7 @@ class PlainPolicy:
         self._optimizer.zero_grad()
         return norm
 
-    def named_weights(self, bucket_bytes: int) -> Iterable[tuple[str, Tensor]]:
+    def own_weights(self, bucket_bytes: int) -> Iterable[tuple[str, Tensor]]:
         del bucket_bytes
         return ((name, parameter.data) for name, parameter in self.module.named_parameters())
 

@@ -9,7 +9,8 @@ One format for any number of ranks: of a tensor of N elements, rank r of W holds
 tensor, n = ceil(N / W), which is how ZeRO-3 partitions, less its padding. A reader asks for the elements it wants (`Checkpoint.read`)
 and gets them from whichever files hold them; nothing is ever whole on a rank.
 
-Tensors are named `<kind>/<parameter>`: master (fp32 weights), exp_avg, exp_avg_sq; and reference, proximal where these have moved.
+Tensors are named `<kind>/<name in the module>`: master (fp32 weights), exp_avg, exp_avg_sq, buffer (persistent ones, in their own
+dtype); and reference, proximal where these have moved.
 A directory counts only when its manifest verifies. `learner/checkpoint_writer.py` writes them.
 """
 
@@ -38,7 +39,19 @@ FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.json"
 CHUNK_BYTES = 8 * 2**20
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Those that parameters and buffers have."""
 _STEP_NAME = re.compile(r"step-(\d{6,})")
 
 

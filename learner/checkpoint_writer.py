@@ -92,7 +92,7 @@ class CheckpointWriter:
     def save(self, step: int, parts: Iterable[Part], state: Mapping[str, Any]) -> None:
         """Begin the checkpoint of `step`; returns when `parts` and `state` (JSON; rank 0's counts) may change again.
 
-        Wider dtypes first. Raises CheckpointError that names the tensor when a number is not finite: nothing is saved then.
+        Raises CheckpointError that names the tensor when a number is not finite: nothing is saved then.
         """
         start_s = time.perf_counter()
         self.wait()
@@ -135,7 +135,7 @@ class CheckpointWriter:
         for part in parts:
             if part.key not in self._host:
                 self._host[part.key] = torch.empty(part.values.shape, dtype=part.values.dtype, pin_memory=part.values.is_cuda)
-            if part.values.numel() and not _is_finite(part.values):
+            if part.values.is_floating_point() and part.values.numel() and not _is_finite(part.values):
                 text = f"{part.key} is not finite at step {step}: nothing is saved. Go on from a checkpoint, with a lower learner.lr."
                 self._leave_note(step, text)
                 raise CheckpointError(text)
@@ -171,6 +171,7 @@ class CheckpointWriter:
             self._sweep(step)
             self._check_free_space(entries)
         held = [entry for entry in entries if self._host[entry.key].numel()]
+        held.sort(key=lambda entry: -getattr(torch, entry.dtype).itemsize)  # As `write_tensors` wants them.
         shards = [TensorEntry(entry.key, entry.dtype, (self._host[entry.key].numel(),)) for entry in held]
         mine = write_tensors(aside / rank_file(self._rank), shards, (self._host[entry.key] for entry in held), metadata)
         if self._rank:

@@ -33,10 +33,11 @@ from learner.checkpoint import (
     verify,
     write_tensors,
 )
-from learner.lora import adapters_by_weight, merged
+from learner.file_weights import Unit, file_units, wider_first
+from learner.lora import Weight, adapters_by_weight, merged
 
 SHARD_BYTES = 2 * 2**30
-WEIGHTS = "master/"
+WEIGHTS, BUFFERS = "master/", "buffer/"
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -51,12 +52,10 @@ def export(run_dir: str | Path, step: int | None, out_dir: str | Path, shard_byt
         raise CheckpointError(f"{out_dir} exists and is not an empty directory. Give another one.")
     checkpoint = _open(run_dir, step)
     config = parse_text(checkpoint.state["config"], "the checkpoint's config")
-    if config.learner.lora_rank:
-        entries, tensors = _merged_weights(checkpoint, config)
-    else:
-        keys, dtype = [key for key in checkpoint.tensors if key.startswith(WEIGHTS)], getattr(torch, config.model.dtype)
-        entries = [TensorEntry(key.removeprefix(WEIGHTS), config.model.dtype, checkpoint.tensors[key].shape) for key in keys]
-        tensors = (checkpoint.read(key).to(dtype) for key in keys)
+    module = _empty_module(checkpoint, config.model)
+    units = wider_first(file_units(module))
+    tensors = _merged_weights(checkpoint, config, units) if config.learner.lora_rank else _trained_weights(checkpoint, units)
+    entries = [entry for unit in units for entry in unit.entries]
     write_model(out_dir, config.model, entries, tensors, shard_bytes)
     return out_dir
 
@@ -93,31 +92,66 @@ def _open(run_dir: str | Path, step: int | None) -> Checkpoint:
     return Checkpoint(path, verify(path))
 
 
-def _merged_weights(checkpoint: Checkpoint, config: Config) -> tuple[list[TensorEntry], Iterator[Tensor]]:
-    """The base's weights, each with its adapter added: as the learner's, in its dtype and by its formula."""
+def _empty_module(checkpoint: Checkpoint, model: ModelConfig) -> Any:
+    """The model on torch's meta device, which knows what its tensors are called in the files that lie at `model.path`."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model.path, dtype=getattr(torch, model.dtype), device_map="meta", trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: its base, model.path = {model.path}, has no config or no safetensors files that can be read: "
+            f"{str(error).strip().splitlines()[0]}\nTake the run's policy/ directory, which is whole, or bring the base back."
+        ) from None
+
+
+def _trained_weights(checkpoint: Checkpoint, units: Sequence[Unit]) -> Iterator[Tensor]:
+    """What the units' entries are by the checkpoint. Raises CheckpointError, at once, where it holds other tensors than the model has."""
+    keys = {weight.name: _key(weight) for unit in units for weight in unit.weights}
+    held = {key for key in checkpoint.tensors if key.startswith((WEIGHTS, BUFFERS))}
+    if odd := sorted(held.symmetric_difference(keys.values())):
+        raise CheckpointError(
+            f"{checkpoint.path} and model.path, the base that it was trained from, do not fit: only one of them has {odd[0]}. "
+            "Take the run's policy/ directory, which is whole, or set model.path right."
+        )
+
+    def value(weight: Weight) -> Tensor:
+        return checkpoint.read(keys[weight.name]).to(weight.parameter.dtype).view(weight.shape)
+
+    return (tensor for unit in units for _, tensor in unit.named([value(weight) for weight in unit.weights]))
+
+
+def _key(weight: Weight) -> str:
+    return (WEIGHTS if isinstance(weight.parameter, torch.nn.Parameter) else BUFFERS) + weight.name
+
+
+def _merged_weights(checkpoint: Checkpoint, config: Config, units: Sequence[Unit]) -> Iterator[Tensor]:
+    """The base's tensors, each with its adapter added: as the learner's, in its dtype and by its formula."""
     base = _base_files(checkpoint, config.model.path)
     adapters = adapters_by_weight([key.removeprefix(WEIGHTS) for key in checkpoint.tensors if key.startswith(WEIGHTS)])
-    if missing := [name for name in adapters if name not in base]:
+    known = {unit.weights[0].name for unit in units if len(unit.weights) == len(unit.entries) == 1 and unit.entries[0].key in base}
+    if missing := [name for name in adapters if name not in known]:
         raise CheckpointError(
             f"{config.model.path} has no {missing[0]}, to which {checkpoint.path} holds an adapter: its files are of another model, or "
             "name their tensors otherwise. Take the run's policy/ directory, which is whole, or set model.path right."
         )
-    entries = [TensorEntry(name, config.model.dtype, tuple(base[name].get_slice(name).get_shape())) for name in base]
-    dtype, scale = getattr(torch, config.model.dtype), config.learner.lora_alpha / config.learner.lora_rank
-
-    def adapter(key: str) -> Tensor:
-        return checkpoint.read(WEIGHTS + key).view(checkpoint.tensors[WEIGHTS + key].shape).to(dtype)
+    if missing := [entry.key for unit in units for entry in unit.entries if entry.key not in base]:
+        raise CheckpointError(f"{config.model.path} has no {missing[0]}. Take the run's policy/ directory, which is whole.")
+    scale = config.learner.lora_alpha / config.learner.lora_rank
 
     def tensors() -> Iterator[Tensor]:
-        for name in base:
-            weight = base[name].get_tensor(name).to(dtype)
-            if name not in adapters:
+        for unit in units:
+            for entry in unit.entries:
+                dtype = getattr(torch, entry.dtype)
+                weight = base[entry.key].get_tensor(entry.key).to(dtype)
+                if keys := adapters.get(unit.weights[0].name):
+                    a, b = (checkpoint.read(WEIGHTS + key).view(checkpoint.tensors[WEIGHTS + key].shape).to(dtype) for key in keys)
+                    weight = merged(weight, a, b, scale)
                 yield weight
-                continue
-            key_a, key_b = adapters[name]
-            yield merged(weight, adapter(key_a), adapter(key_b), scale)
 
-    return entries, tensors()
+    return tensors()
 
 
 def _base_files(checkpoint: Checkpoint, path: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def adapters_off(module: Any) -> Iterator[None]:
 
 
 class Weight(NamedTuple):
-    """A weight as others see it: `parameter`, under its name in the base model, and what is to be added to it."""
+    """A weight as others see it: `parameter`, under its name in the base model, and what is to be added to it. Or a persistent buffer."""
 
     name: str
     parameter: Any
@@ -77,8 +77,8 @@ class Weight(NamedTuple):
 
     @property
     def parameters(self) -> tuple[Any, ...]:
-        """All that `value` takes: to be gathered for it."""
-        return (self.parameter, *(self.adapter or ()))
+        """All that `value` takes and ZeRO-3 partitions, which leaves buffers as they are: to be gathered for it."""
+        return (self.parameter, *(self.adapter or ())) if isinstance(self.parameter, torch.nn.Parameter) else ()
 
     def value(self) -> Tensor:
         """The parameter's own tensor, or a new one where an adapter is added."""
@@ -96,7 +96,7 @@ def adapters_of(module: Any) -> Iterator[Weight]:
 
 
 def weights_of(module: Any) -> Iterator[Weight]:
-    """All weights of a module with or without adapters, tied ones once, in the order and by the names of the base model."""
+    """All weights of a module with or without adapters, tied ones once, by the names of the base model: parameters, then buffers."""
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
         if is_adapter(name):
@@ -107,6 +107,15 @@ def weights_of(module: Any) -> Iterator[Weight]:
         else:
             scale = module.get_submodule(layer).scaling[ADAPTER]
             yield Weight(f"{layer}.weight", parameter, (parameters[layer + _A], parameters[layer + _B]), scale)
+    yield from (Weight(name.replace(_OF_BASE, "."), buffer) for name, buffer in persistent_buffers(module))
+
+
+def persistent_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer) of what belongs to the module's state without being trained: a router's correction of its scores, for example."""
+    for prefix, part in module.named_modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set:
+                yield f"{prefix}.{name}".removeprefix("."), buffer
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -47,7 +47,7 @@ class Policy(Protocol):
         """The gradient's norm before clipping. Not finite: the step was not done, the gradients are gone, nothing has changed."""
         ...
 
-    def named_weights(self, bucket_bytes: int) -> Iterable[tuple[str, Tensor]]: ...
+    def own_weights(self, bucket_bytes: int) -> Iterable[tuple[str, Tensor]]: ...
 
 
 class FrozenPolicy(Protocol):
@@ -160,10 +160,10 @@ class Updater:
         every = self._config.agro.ref_update_every
         bucket_bytes = int(self._config.weights.bucket_mib * 2**20)
         if self._reference is not None and every and step and step % every == 0:
-            self._reference.load(self._policy.named_weights(bucket_bytes))
+            self._reference.load(self._policy.own_weights(bucket_bytes))
             self._moved.add("reference")
         if self._proximal is not None and step % self._config.rivals.proximal_every == 0:
-            self._proximal.load(self._policy.named_weights(bucket_bytes))
+            self._proximal.load(self._policy.own_weights(bucket_bytes))
             self._moved.add("proximal")
 
     def _fill_frozen(self, rows: list[Row], micro_batches: list[MicroBatch]) -> None:

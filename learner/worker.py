@@ -289,7 +289,6 @@ class LearnerRank:
         self._checkpoints.save(progress.step, self._parts(), self._state(progress))
 
     def _parts(self) -> Iterator[Part]:
-        """fp32 first, then what is in the model's dtype."""
         return chain(self._policy.parts(), *(self._frozen[name].parts(name) for name in sorted(self._updater.moved)))
 
     def _state(self, progress: Progress) -> dict[str, Any]:

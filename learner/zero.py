@@ -16,6 +16,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,7 +26,8 @@ import torch.distributed as dist
 from cluster.config import LearnerConfig, ModelConfig
 from learner.checkpoint import Part, TensorEntry, partition
 from learner.export import write_model
-from learner.lora import Weight, adapters_of, adapters_off, add_adapters, weights_of
+from learner.file_weights import Unit, file_units, plain_units, wider_first
+from learner.lora import adapters_of, adapters_off, add_adapters, persistent_buffers, weights_of
 from learner.packing import ModelInputs, TokenLogprobs, check_function
 
 Read: TypeAlias = Callable[[str, int, int], torch.Tensor]
@@ -163,11 +165,14 @@ class ZeroFrozen:
         return self._token_logprobs(self._engine, inputs, temperature)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take over these weights (`ZeroPolicy.named_weights`), all of them. Collective."""
+        """Take over these weights (`ZeroPolicy.own_weights`), all of them. Collective."""
         import deepspeed
 
         parameters = dict(self._engine.module.named_parameters())
         for name, tensor in weights:
+            if name not in parameters:
+                self._engine.module.get_buffer(name).copy_(tensor)
+                continue
             # Rank 0's value is partitioned anew over the ranks when the gather ends.
             with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0), torch.no_grad():
                 parameters[name].copy_(tensor)
@@ -226,27 +231,30 @@ class ZeroPolicy:
         return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
 
     def named_weights(self, bucket_bytes: int, *, adapters_alone: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole tensor) of every weight, tied ones once, gathered in buckets of about `bucket_bytes`; adapters merged into theirs.
+        """(name, whole tensor) of all that the base's files have, by the names there; adapters merged into the weights they belong to.
 
-        `adapters_alone`: nothing but the adapters.
+        Tied weights once; gathered in buckets of about `bucket_bytes`. `adapters_alone`: nothing but the adapters.
 
         Valid only until the next item is asked for. Collective: every rank must iterate to the end.
         """
-        import deepspeed
+        return _gathered(plain_units(adapters_of(self.module)) if adapters_alone else self._units, bucket_bytes)
 
-        weights = adapters_of(self.module) if adapters_alone else weights_of(self.module)
-        for bucket in _buckets(weights, bucket_bytes):
-            with deepspeed.zero.GatheredParameters([parameter for weight in bucket for parameter in weight.parameters]):
-                yield from ((weight.name, weight.value()) for weight in bucket)
+    @cached_property
+    def _units(self) -> list[Unit]:
+        return file_units(self.module)
+
+    def own_weights(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `named_weights`, by the names and in the shapes that they have in the module: for another one like it."""
+        return _gathered(plain_units(weights_of(self.module)), bucket_bytes)
 
     def save_pretrained(self, directory: str, bucket_bytes: int) -> None:
         """Write a Hugging Face directory (safetensors, tokenizer, generation config) from rank 0, with one bucket in memory. Collective."""
-        weights = self.named_weights(bucket_bytes)
+        units = wider_first(self._units)
+        weights = _gathered(units, bucket_bytes)
         try:
             if dist.get_rank() == 0:
-                dtype = self._model.dtype
-                entries = [TensorEntry(weight.name, dtype, weight.shape) for weight in weights_of(self.module)]
-                write_model(Path(directory), self._model, entries, (tensor.to(getattr(torch, dtype)) for _, tensor in weights))
+                entries = [entry for unit in units for entry in unit.entries]
+                write_model(Path(directory), self._model, entries, (tensor for _, tensor in weights))
         finally:
             collections.deque(weights, maxlen=0)  # To the end, also where the disk was full: the other ranks gather with us.
             dist.barrier()
@@ -261,7 +269,7 @@ class ZeroPolicy:
         return max((int(state["step"]) for state in self._engine.optimizer.state.values()), default=0)
 
     def parts(self) -> Iterator[Part]:
-        """This rank's part of the fp32 weights and, after Adam's first step, of its moments; views: copy them. Not collective."""
+        """This rank's part of the fp32 weights, after Adam's first step of its moments, and of buffers; views: copy them. Not collective."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         moments = ("exp_avg", "exp_avg_sq") if self.adam_steps else ()
@@ -271,6 +279,9 @@ class ZeroPolicy:
             for moment in moments:
                 values = safe_get_local_optimizer_state(parameter, moment)
                 yield Part(f"{moment}/{name}", tuple(parameter.ds_shape), values[: last - first])
+        for name, buffer in persistent_buffers(self.module):
+            first, last = partition(buffer.numel(), dist.get_world_size(), dist.get_rank())
+            yield Part(f"buffer/{name}", tuple(buffer.shape), buffer.flatten()[first:last])
 
     @torch.no_grad()
     def restore(self, read: Read, adam_steps: int) -> None:
@@ -285,6 +296,8 @@ class ZeroPolicy:
             parameter.ds_tensor.copy_(master)
             for moment in ("exp_avg", "exp_avg_sq") if adam_steps else ():
                 safe_set_local_optimizer_state(parameter, _padded(parameter, read, f"{moment}/{name}", torch.float32), moment)
+        for name, buffer in persistent_buffers(self.module):
+            buffer.copy_(read(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
 
     def _make_moments(self, adam_steps: int) -> None:
         """Adam's state as its first step would make it, and its count of steps."""
@@ -366,15 +379,25 @@ def _padded(parameter: Any, read: Read, key: str, dtype: torch.dtype) -> torch.T
     return values
 
 
-def _buckets(weights: Iterable[Weight], bucket_bytes: int) -> Iterator[list[Weight]]:
-    bucket: list[Weight] = []
+def _gathered(units: Iterable[Unit], bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+    import deepspeed
+
+    for bucket in _buckets(units, bucket_bytes):
+        with deepspeed.zero.GatheredParameters([parameter for unit in bucket for weight in unit.weights for parameter in weight.parameters]):
+            for unit in bucket:
+                yield from unit.tensors()
+
+
+def _buckets(units: Iterable[Unit], bucket_bytes: int) -> Iterator[list[Unit]]:
+    bucket: list[Unit] = []
     size = 0
-    for weight in weights:
-        num_bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in weight.parameters)
+    for unit in units:
+        gathered = [parameter for weight in unit.weights for parameter in weight.parameters]
+        num_bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in gathered)
         if bucket and size + num_bytes > bucket_bytes:
             yield bucket
             bucket, size = [], 0
-        bucket.append(weight)
+        bucket.append(unit)
         size += num_bytes
     if bucket:
         yield bucket

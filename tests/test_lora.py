@@ -65,7 +65,7 @@ class PlainLora(PlainPolicy):
     def logprobs(self, inputs: ModelInputs, temperature: float) -> Tensor:
         return token_logprobs(self.module(**inputs.model_kwargs()).logits, inputs, temperature)
 
-    def named_weights(self, bucket_bytes: int) -> Iterable[tuple[str, Tensor]]:
+    def own_weights(self, bucket_bytes: int) -> Iterable[tuple[str, Tensor]]:
         return copy.deepcopy(self.module).merge_and_unload().named_parameters()
 
     def adapters(self) -> dict[str, Tensor]:

@@ -7,15 +7,17 @@ a source which holds every parameter has to have. `cluster/transports/passes.py`
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 
-from learner.lora import adapters_of, weights_of
+from learner.file_weights import file_units, plain_units
+from learner.lora import adapters_of
 
 
 class Parameter(NamedTuple):
-    """Name, dtype on the wire and whole shape of one parameter."""
+    """Name as in the base's files, dtype on the wire and whole shape of one parameter, or of one buffer."""
 
     name: str
     dtype: torch.dtype
@@ -48,8 +50,13 @@ class ZeroSource:
 
     def metadata(self) -> list[Parameter]:
         """What a pass yields, from ZeRO-3's own records (`ds_shape`): nothing is gathered. Not collective."""
-        weights = (adapters_of if self._adapters_alone else weights_of)(self._policy.module)
-        return [Parameter(weight.name, weight.parameter.dtype, weight.shape) for weight in weights]
+        return self._metadata
+
+    @cached_property
+    def _metadata(self) -> list[Parameter]:
+        module = self._policy.module
+        units = plain_units(adapters_of(module)) if self._adapters_alone else file_units(module)
+        return [Parameter(entry.key, getattr(torch, entry.dtype), entry.shape) for unit in units for entry in unit.entries]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(self._policy.named_weights(self._bucket_bytes, adapters_alone=self._adapters_alone))
