@@ -101,6 +101,8 @@ def set_engine_environment(config: ActorsConfig) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if config.num_gpus == 0:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # Latent attention (DeepSeek) as any other: vLLM's own kernel for it wants bfloat16 where the CPU has AMX.
+        os.environ.setdefault("VLLM_MLA_DISABLE", "1")
         # One small sampler function of vLLM would be compiled by a C++ compiler, for 2-6 s, at the first token.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
@@ -150,6 +152,8 @@ class Engine:
         if transport != "snapshot":
             arguments["weight_transfer_config"] = {"backend": transport}
         self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        if config.num_gpus == 0:
+            self._engine.apply_model(_rotate_in_python)
         # `_reload` checks itself what a snapshot leaves out; vLLM names layers that have nothing to load, at every update.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         self._waiting: deque[tuple[str, list[int], Any]] = deque()
@@ -422,6 +426,13 @@ def _mended(model: Any, model_config: Any, probes: Mapping[str, str]) -> dict[st
     for layer in model.modules():
         _repack_experts(layer)
     return {name: checksum(parameter) for name, parameter in model.named_parameters() if name in probes}
+
+
+def _rotate_in_python(model: Any) -> None:
+    """vLLM's CPU kernel for rotary embeddings of interleaved pairs takes the heads of a [tokens, heads, size] query for one (DeepSeek)."""
+    for layer in model.modules():
+        if getattr(layer, "is_neox_style", True) is False and hasattr(layer, "_forward_method"):
+            layer._forward_method = layer.forward_native
 
 
 def _repack_experts(layer: Any) -> None:

@@ -28,8 +28,13 @@ class Unit(NamedTuple):
     convert: Callable[[Sequence[Tensor]], Sequence[Tensor]]
     """The weights' tensors -> those of `entries`; views where that is enough."""
 
+    @property
+    def parameters(self) -> list[Any]:
+        """All that must be gathered for `tensors`."""
+        return [parameter for weight in self.weights for parameter in weight.parameters]
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in files, tensor); the weights' parameters must be gathered."""
+        """(name in files, tensor), valid as long as `parameters` are gathered."""
         return self.named([weight.value() for weight in self.weights])
 
     def named(self, values: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:

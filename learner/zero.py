@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.config import LearnerConfig, ModelConfig
-from learner.checkpoint import Part, TensorEntry, partition
+from learner.checkpoint import Part, partition
 from learner.export import write_model
 from learner.file_weights import Unit, file_units, plain_units, wider_first
 from learner.lora import adapters_of, adapters_off, add_adapters, persistent_buffers, weights_of
@@ -269,7 +269,7 @@ class ZeroPolicy:
         return max((int(state["step"]) for state in self._engine.optimizer.state.values()), default=0)
 
     def parts(self) -> Iterator[Part]:
-        """This rank's part of the fp32 weights, after Adam's first step of its moments, and of buffers; views: copy them. Not collective."""
+        """This rank's part of the fp32 weights, of Adam's moments after its first step, of buffers; views: copy them. Not collective."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         moments = ("exp_avg", "exp_avg_sq") if self.adam_steps else ()
@@ -383,7 +383,7 @@ def _gathered(units: Iterable[Unit], bucket_bytes: int) -> Iterator[tuple[str, t
     import deepspeed
 
     for bucket in _buckets(units, bucket_bytes):
-        with deepspeed.zero.GatheredParameters([parameter for unit in bucket for weight in unit.weights for parameter in weight.parameters]):
+        with deepspeed.zero.GatheredParameters([parameter for unit in bucket for parameter in unit.parameters]):
             for unit in bucket:
                 yield from unit.tensors()
 
@@ -392,8 +392,7 @@ def _buckets(units: Iterable[Unit], bucket_bytes: int) -> Iterator[list[Unit]]:
     bucket: list[Unit] = []
     size = 0
     for unit in units:
-        gathered = [parameter for weight in unit.weights for parameter in weight.parameters]
-        num_bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in gathered)
+        num_bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in unit.parameters)
         if bucket and size + num_bytes > bucket_bytes:
             yield bucket
             bucket, size = [], 0
