@@ -17,6 +17,7 @@ from cluster.errors import CheckpointError
 from learner import checkpoint, export
 from learner.checkpoint import Part, partition
 from learner.checkpoint_writer import CheckpointWriter
+from learner.lora import persistent_buffers
 from recipes.arithmetic import make_llama, make_tokenizer
 from tests.test_zero import config_for
 
@@ -48,6 +49,9 @@ def parts_of(model: Any, rank: int) -> Iterator[Part]:
         values = parameter.detach().flatten()[start:stop].float()
         yield Part(f"master/{name}", tuple(parameter.shape), values)
         yield Part(f"exp_avg/{name}", tuple(parameter.shape), values * 2)
+    for name, buffer in persistent_buffers(model):
+        start, stop = partition(buffer.numel(), NUM_RANKS, rank)
+        yield Part(f"buffer/{name}", tuple(buffer.shape), buffer.flatten()[start:stop])
 
 
 @pytest.fixture(params=["tied", "untied"])

@@ -1,0 +1,76 @@
+"""What the learner hands out is what the base's files hold, persistent buffers too. (In vLLM: tests/test_families.py.)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from learner import export
+from learner.file_weights import Unit, file_units
+from learner.lora import persistent_buffers
+from tests.test_export import save_checkpoint
+from tests.tiny_families import FAMILIES, make_family, stir
+
+
+def load(directory: Path, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, **options)
+
+
+def shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(directory / "model.safetensors", framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 -- no dict
+
+
+def shapes_of(units: list[Unit]) -> dict[str, tuple[int, ...]]:
+    return {entry.key: entry.shape for unit in units for entry in unit.entries}
+
+
+@pytest.fixture(params=FAMILIES)
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return make_family(request.param, tmp_path / "base")
+
+
+def test_names_and_shapes_are_those_of_the_files_before_anything_is_gathered(base: Path) -> None:
+    units = file_units(load(base))
+    assert shapes_of(units) == shapes(base)
+    assert shapes_of(file_units(load(base, device_map="meta"))) == shapes(base)
+    for unit in units:
+        assert [(name, tuple(tensor.shape)) for name, tensor in unit.tensors()] == [(entry.key, entry.shape) for entry in unit.entries]
+
+
+def test_files_that_have_the_names_of_the_memory_keep_them(tmp_path: Path) -> None:
+    base = make_family("qwen3_moe", tmp_path / "base")
+    load(base).save_pretrained(tmp_path / "fused", save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in shapes(tmp_path / "fused")
+    assert shapes_of(file_units(load(tmp_path / "fused"))) == shapes(tmp_path / "fused")
+
+
+def test_a_buffer_has_its_own_dtype(tmp_path: Path) -> None:
+    base = make_family("deepseek_v3", tmp_path / "base")
+    dtypes = {entry.key: entry.dtype for unit in file_units(load(base, dtype=torch.bfloat16)) for entry in unit.entries}
+    assert {name for name, dtype in dtypes.items() if dtype != "bfloat16"} == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    assert dtypes["model.layers.1.mlp.gate.e_score_correction_bias"] == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_comes_back_as_what_was_trained(base: Path, tmp_path: Path, dtype: str) -> None:
+    model = load(base)
+    stir(model, 0.1)
+    save_checkpoint(tmp_path / "run", model, base, dtype=dtype)
+    out = export.export(tmp_path / "run", None, tmp_path / "out")
+    assert shapes(out) == shapes(base)
+    again = load(out)
+    buffers = dict(persistent_buffers(again))
+    assert buffers.keys() == dict(persistent_buffers(model)).keys()
+    for name, tensor in model.state_dict().items():
+        kept = tensor if name in buffers else tensor.to(getattr(torch, dtype))
+        assert torch.equal(again.state_dict()[name].float(), kept.to(again.state_dict()[name].dtype).float()), name
+    if dtype == "float32":
+        ids = torch.tensor([[4, 13, 5, 14, 6]])
+        assert torch.equal(again(ids).logits, model(ids).logits)
