@@ -18,12 +18,14 @@ On a Ray cluster: ray job submit --working-dir . -- python launch.py train CONFI
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 
 from cluster import commands
 from cluster.errors import AgroError
 from cluster.signals import EXIT_CODES, Interrupted
+from cluster.text import printable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,11 +79,14 @@ def _parse_dry_run() -> argparse.Namespace:
 
 def main() -> int:
     """Exit code of the command; errors in a few lines, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # A completion may hold what this terminal's encoding has not.
     arguments = parser().parse_args() if "--dry-run" not in sys.argv else _parse_dry_run()
     try:
         return arguments.run(arguments)
     except AgroError as error:
-        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
+        print(f"error: {printable(str(getattr(error, 'cause', error)))}", file=sys.stderr)
         return 2
     except Interrupted as signal:
         return EXIT_CODES[signal.name]

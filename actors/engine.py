@@ -33,6 +33,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from actors.tokenizer import Detokenizer, end_token_ids, load_tokenizer
 from buffer.records import Sample, VersionSpan
 from cluster.config import ActorsConfig, ModelConfig
 from cluster.config_checks import served_rank
@@ -137,15 +138,20 @@ class Engine:
         version: int = 0,
         transport: str = "snapshot",
         adapters: Adapters | None = None,
+        skip_special_tokens: bool = False,
     ) -> None:
         """`transport`: `weights.transport`; with any other than snapshot, weights can be pushed too.
 
         `adapters`: what `load_weights` gets are adapters of that kind for the model's own weights.
+        `skip_special_tokens`: `rewards.skip_special_tokens`, of the samples' texts.
         """
         set_engine_environment(config)
         from vllm import EngineArgs, LLMEngine
 
         self._config, self._adapters = config, adapters
+        tokenizer = load_tokenizer(model)
+        end_ids = end_token_ids(model, tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, end_ids, skip_special_tokens=skip_special_tokens)
         arguments = engine_arguments(model, config, max_model_len=max_model_len, seed=seed)
         if adapters is not None:
             arguments |= _lora_arguments(model, adapters)
@@ -163,6 +169,8 @@ class Engine:
         self._transfer: Literal["", "started", "arriving", "failed", "arrived"] = ""
         self.version = version
         self._engine.set_weight_version(str(version))
+        size = self._engine.vllm_config.model_config.get_vocab_size()
+        self._stop_ids = [token_id for token_id in end_ids if token_id < size]  # vLLM refuses requests with others.
 
     @property
     def num_unfinished(self) -> int:
@@ -181,6 +189,9 @@ class Engine:
             max_tokens=config.max_new_tokens,
             seed=seed,
             logprobs=0,
+            ignore_eos=True,  # vLLM would add what it takes for end tokens itself.
+            stop_token_ids=self._stop_ids,
+            detokenize=False,  # `Detokenizer` does, at the end: the same text as everywhere.
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # Made for this request alone; a deep copy of it is a tenth of a short generation's time.
         )
@@ -194,7 +205,7 @@ class Engine:
         """
         while self._waiting and self._engine.get_num_unfinished_requests() < self._config.slots:
             self._start(*self._waiting.popleft())
-        finished = [(output.request_id, _sample(output.outputs[0])) for output in self._engine.step() if output.finished]
+        finished = [(output.request_id, self._sample(output.outputs[0])) for output in self._engine.step() if output.finished]
         for request_id, _ in finished:
             del self._started_s[request_id]
         return finished
@@ -217,7 +228,7 @@ class Engine:
             for internal_id in processor.external_req_ids.get(request_id, ()):
                 output = processor.request_states[internal_id].make_request_output([], None, FinishReason.LENGTH, None).outputs[0]
                 if output.token_ids:
-                    ended.append((request_id, _sample(output)))
+                    ended.append((request_id, self._sample(output)))
         self.abort(request_ids)
         return ended
 
@@ -245,6 +256,16 @@ class Engine:
         if missing := sorted(set().union(*workers)):
             raise SnapshotError(f"weights of version {version} lack {len(missing)} parameters of the model: {', '.join(missing[:5])}")
         self._take_over(version)
+
+    def _sample(self, output: Any) -> Sample:
+        token_ids = tuple(output.token_ids)
+        return Sample(
+            token_ids=token_ids,
+            logprobs=tuple(step[token].logprob for step, token in zip(output.logprobs, token_ids, strict=True)),
+            version_spans=tuple(VersionSpan(int(span.version), span.start, span.end) for span in output.weight_versions),
+            finish_reason=output.finish_reason,
+            text=self._detokenizer.text(token_ids),
+        )
 
     def _load_adapters(self, version: int, tensors: list[tuple[str, torch.Tensor]], adapters: Adapters) -> None:
         """Exchange the content of vLLM's one adapter."""
@@ -386,17 +407,6 @@ def _lora_arguments(model: ModelConfig, adapters: Adapters) -> dict[str, Any]:
         # Else vLLM makes room for adapters of the embedding and the LM head too, and refuses vocabularies above 258,048.
         "lora_target_modules": sorted({name.rpartition(".")[2] for name in adapted_layers(empty_model(model))}),
     }
-
-
-def _sample(output: Any) -> Sample:
-    token_ids = tuple(output.token_ids)
-    return Sample(
-        token_ids=token_ids,
-        logprobs=tuple(step[token].logprob for step, token in zip(output.logprobs, token_ids, strict=True)),
-        version_spans=tuple(VersionSpan(int(span.version), span.start, span.end) for span in output.weight_versions),
-        finish_reason=output.finish_reason,
-        text=output.text,
-    )
 
 
 def _reload(model: Any, tensors: list[tuple[str, torch.Tensor]], model_config: Any) -> list[str]:

@@ -4,7 +4,7 @@
                                                                     `--> RolloutActor --> buffer     some of each group
 
 A logged completion has no behaviour log-probs and no policy version: mu is whoever wrote it, which AGRO need not know.
-It is taken as finished (EOS appended) unless its row says `truncated: true`.
+It is taken as finished, and ends as the policy's own do, unless its row says `truncated: true`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,10 @@ import numpy as np
 
 from actors.exchange import BUFFER, RETRY_S
 from actors.heartbeat import Heartbeat
-from actors.prompts import (
-    PROMPT_COLUMNS,
-    OfflineSample,
-    PromptRow,
-    PromptSet,
-    kind_of,
-    read_source,
-    render_rows,
-    report_bad_rows,
-    text_problems,
-    tokenise,
-)
+from actors.messages import text_problems
+from actors.prompts import PROMPT_COLUMNS, OfflineSample, PromptRow, PromptSet, is_unknown, render_rows, tokenise
+from actors.sources import kind_of, read_source, report_bad_rows
+from actors.tokenizer import Detokenizer, closing_ids, end_token_ids, split_at_end
 from buffer.records import Group, Sample, WorkItem, encode
 from buffer.store import DiskFullError
 from cluster.board import Directive
@@ -71,6 +63,11 @@ def load_offline(config: Config, tokenizer: Any, training: PromptSet | None = No
     _refuse_strangers(rows, samples, bad, training, source.unit)
     report_bad_rows(source, bad, num_usable=len(samples), on_bad_row=config.data.on_bad_row)
     notes = [f"data.offline: {len(bad)} bad rows of {source.name} skipped"] if bad else []
+    if unknown := [index for index, sample in samples.items() if tokenizer.unk_token_id in sample.token_ids]:
+        first = f"{source.unit} {unknown[0] + 1}"
+        notes.append(
+            f"warning: data.offline: {len(unknown)} completions hold something that the tokenizer does not know (the first: {first})"
+        )
     if training is not None:
         mixed, found = _mix(training, rows, samples, config.offline_samples)
         return PromptSet(mixed, training.num_bad_rows + len(bad), training.source), [*notes, *found]
@@ -82,21 +79,32 @@ def _read_samples(rows: dict[int, PromptRow], bad: dict[int, str], config: Confi
     """The samples of the rows that have a usable one; the others' reasons go to `bad`."""
     reasons = {index: next(_problems(row.columns), None) for index, row in rows.items()}
     bad.update((index, reason) for index, reason in reasons.items() if reason is not None)
-    texts = {index: row.columns["completion"] for index, row in rows.items() if reasons[index] is None}
-    is_cut = {index: bool(rows[index].columns.get("truncated")) for index in texts}
-    if tokenizer.eos_token_id is None and not all(is_cut.values()):
+    usable = {index: row.columns for index, row in rows.items() if reasons[index] is None}
+    end_ids = end_token_ids(config.model, tokenizer)
+    if not end_ids and not all(columns.get("truncated") for columns in usable.values()):
         raise DataError("data.offline: the tokenizer has no EOS token to end a finished completion with. Give it one (eos_token).")
-    samples, limit = {}, config.actors.max_new_tokens
-    for index, token_ids in tokenise(tokenizer, texts, add_special_tokens=False).items():
-        # A log may hold the EOS as text: the policy would not sample it twice.
-        if not is_cut[index] and token_ids[-1:] != (tokenizer.eos_token_id,):
-            token_ids = (*token_ids, tokenizer.eos_token_id)
-        if 1 <= len(token_ids) <= limit:
-            reward = rows[index].columns.get("reward")
-            finish_reason = "length" if is_cut[index] else "stop"
-            samples[index] = OfflineSample(token_ids, texts[index], None if reward is None else float(reward), finish_reason)
+    closing = closing_ids(tokenizer, end_ids, chat_template=config.data.chat_template)
+    detokenizer = Detokenizer(tokenizer, end_ids, skip_special_tokens=config.rewards.skip_special_tokens)
+    split = {index: split_at_end(tokenizer, end_ids, columns["completion"]) for index, columns in usable.items()}
+    found, failed = tokenise(tokenizer, {index: text for index, (text, _, _) in split.items()})
+    bad |= failed
+    samples = {}
+    for index, token_ids in found.items():
+        text, end, rest = split[index]
+        is_cut, reward = bool(usable[index].get("truncated")), usable[index].get("reward")
+        ended = token_ids if is_cut else (*token_ids, *(end or closing))
+        if is_cut and end:
+            bad[index] = f"'truncated' is true, but the completion holds the end token {tokenizer.convert_ids_to_tokens(end[0])!r}"
+        elif rest:
+            bad[index] = f"the completion goes on after the end token {tokenizer.convert_ids_to_tokens(end[0])!r}: {rest[:40]!r}"
+        elif is_unknown(tokenizer, text, token_ids):
+            bad[index] = f"the tokenizer knows no part of the completion {text[:40]!r}: all of it is {tokenizer.unk_token}"
+        elif not 1 <= len(ended) <= config.actors.max_new_tokens:
+            limit = config.actors.max_new_tokens
+            bad[index] = f"the completion is {len(ended)} tokens long, EOS included; actors.max_new_tokens is {limit}"
         else:
-            bad[index] = f"the completion is {len(token_ids)} tokens long, EOS included; actors.max_new_tokens is {limit}"
+            finish_reason = "length" if is_cut else "stop"
+            samples[index] = OfflineSample(ended, detokenizer.text(ended), None if reward is None else float(reward), finish_reason)
     return samples
 
 

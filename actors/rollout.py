@@ -108,6 +108,7 @@ class RolloutActor(Heartbeat):
             version=-1,
             transport=weights.transport,
             adapters=Adapters(learner.lora_rank, learner.lora_alpha) if weights.adapters == "alone" else None,
+            skip_special_tokens=config.rewards.skip_special_tokens,
         )
 
     def receive(self, verb: str, number: int, *arguments: Any) -> str:

@@ -7,37 +7,55 @@ from pathlib import Path
 from typing import Any
 
 from actors.engine import Engine
-from actors.prompts import load_prompts
+from actors.prompts import load_prompts, render_rows
+from actors.sources import Source, report_bad_rows
+from actors.tokenizer import Detokenizer, end_token_ids, has_chat_template, load_tokenizer
 from buffer.records import Sample
-from cluster.config import Config
+from cluster.config import MAX_TOKENS, Config, DataConfig, ModelConfig
 from cluster.config_file import load_config
 from cluster.errors import ConfigError
 from rewards.pool import RewardPool
 
 
 def chat(directory: str, prompt: str, max_new_tokens: int = 256) -> str:
-    """The policy's greedy answer to `prompt`, through the chat template if the tokenizer has one."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """The policy's greedy answer to `prompt`, through the chat template if the tokenizer has one.
+
+    Raises ConfigError when there is no policy or no tokenizer, or no room for an answer, and DataError when the template or the
+    tokenizer does not take the prompt.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
 
     _check_policy(directory)
-    if not list(Path(directory).glob("tokenizer*")):
-        raise ConfigError(f"{directory} has no tokenizer files: copy those of the base model there")
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    source = ModelConfig(path=directory)
+    tokenizer = load_tokenizer(source)
+    end_ids = end_token_ids(source, tokenizer)
+    prompt_ids = _prompt_ids(tokenizer, prompt)
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        ids = tokenizer(prompt, return_tensors="pt")
-    limit = min(max_new_tokens, getattr(model.config, "max_position_embeddings", max_new_tokens) - ids["input_ids"].shape[1])
+    limit = min(max_new_tokens, getattr(model.config, "max_position_embeddings", max_new_tokens) - len(prompt_ids))
+    if limit < 1:
+        raise ConfigError(f"the prompt is {len(prompt_ids)} tokens long: {directory} has no position left for an answer")
+    inputs = torch.tensor([prompt_ids])
     answer = model.generate(
-        input_ids=ids["input_ids"],
-        attention_mask=ids["attention_mask"],
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
         max_new_tokens=limit,
         do_sample=False,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        eos_token_id=list(end_ids) or None,
+        pad_token_id=end_ids[0] if end_ids and tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
-    return str(tokenizer.decode(answer[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+    config_path = Path(directory).resolve().parent / "config.yaml"
+    skips = config_path.is_file() and load_config(config_path, []).rewards.skip_special_tokens
+    return Detokenizer(tokenizer, end_ids, skip_special_tokens=skips).text(answer[0, len(prompt_ids) :].tolist())
+
+
+def _prompt_ids(tokenizer: Any, prompt: str) -> tuple[int, ...]:
+    """Rendered and tokenised as the prompts of a run are."""
+    data = DataConfig(chat_template=has_chat_template(tokenizer), max_prompt_tokens=MAX_TOKENS)
+    source = Source("the command line", "prompt", {0: {"prompt": prompt}})
+    rows, bad = render_rows(source, data, tokenizer)
+    report_bad_rows(source, bad, len(rows), "stop")
+    return rows[0].token_ids
 
 
 def evaluate(directory: str, overrides: list[str]) -> dict[str, Any]:
@@ -47,10 +65,14 @@ def evaluate(directory: str, overrides: list[str]) -> dict[str, Any]:
     if not config_path.is_file():
         raise ConfigError(f"{config_path} is missing: `evaluate` takes the policy directory inside a run, which says what to evaluate on")
     config = load_config(config_path, [*overrides, f"model.path={Path(directory).resolve()}"])
-    from transformers import AutoTokenizer
-
-    prompts = load_prompts(config.data, AutoTokenizer.from_pretrained(directory), evaluation=True)
-    engine = Engine(config.model, config.actors, max_model_len=config.max_sequence_tokens, seed=config.run.seed)
+    prompts = load_prompts(config.data, load_tokenizer(config.model), evaluation=True)
+    engine = Engine(
+        config.model,
+        config.actors,
+        max_model_len=config.max_sequence_tokens,
+        seed=config.run.seed,
+        skip_special_tokens=config.rewards.skip_special_tokens,
+    )
     completions = _generate(engine, config, [row.token_ids for row in prompts.rows])
     rewards: list[float] = []
     errors: Counter[str] = Counter()

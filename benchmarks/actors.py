@@ -23,13 +23,14 @@ import ray
 from actors.engine import Engine, engine_arguments, set_engine_environment
 from actors.prompts import PromptSet, load_prompts
 from actors.rollout import RolloutActor
+from actors.tokenizer import load_tokenizer
 from benchmarks.results import save
 from buffer.server import ReplayBuffer
 from cluster.board import Board
 from cluster.config import Config
 from cluster.config_file import load_config
 from cluster.peers import Calls, connect_buffer
-from cluster.prepare import ensure_model, load_tokenizer
+from cluster.prepare import ensure_model
 from cluster.weights import SnapshotWriter
 from tests.fake_engine import FakeEngine
 
@@ -183,7 +184,7 @@ def prepare(*overrides: str, config_path: str = "configs/quickstart.yaml") -> Pr
 
     more = ["buffer.capacity=100000", "buffer.max_staleness=100000", "checkpoint.every=0", "weights.publish_every=1", *overrides]
     config = ensure_model(load_config(config_path, more))
-    prompts = load_prompts(config.data, load_tokenizer(config))
+    prompts = load_prompts(config.data, load_tokenizer(config.model))
     model = AutoModelForCausalLM.from_pretrained(config.model.path)
     return config, prompts, [(name, parameter.data) for name, parameter in model.named_parameters()]
 

@@ -12,6 +12,7 @@ from typing import Any
 from cluster.errors import AgroError, CheckpointError, ConfigError
 from cluster.progress import say
 from cluster.signals import EXIT_CODES, StopSignal
+from cluster.text import printable
 
 
 def train(arguments: Namespace) -> int:
@@ -60,7 +61,7 @@ def chat(arguments: Namespace) -> int:
     """Ask a trained policy."""
     from actors.try_policy import chat
 
-    print(chat(arguments.dir, arguments.prompt))
+    print(printable(chat(arguments.dir, arguments.prompt)))
     return 0
 
 
@@ -105,12 +106,10 @@ def inspect_batch(arguments: Namespace) -> int:
 
     decode: Callable[[Sequence[int]], str] | None = None
     if arguments.tokenizer:
-        from transformers import AutoTokenizer
+        from actors.tokenizer import load_tokenizer
+        from cluster.config import ModelConfig
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--tokenizer {arguments.tokenizer}: no tokenizer there: {str(error).splitlines()[0]}") from None
+        tokenizer = load_tokenizer(ModelConfig(path=arguments.tokenizer))
 
         def decode(token_ids: Sequence[int]) -> str:
             return str(tokenizer.decode(list(token_ids)))

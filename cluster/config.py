@@ -120,6 +120,9 @@ class RewardsConfig(Section):
         4.0, gt=0, le=65_536, description="Memory that a worker and its children may use, not reserve, GiB; beyond it they are killed."
     )
     max_error_fraction: float = Field(0.2, ge=0, le=1, description="The run stops when more than this share of samples fails.")
+    skip_special_tokens: bool = Field(
+        False, description="Leave special tokens, such as `<think>` in some models, out of the text; the end token always is."
+    )
 
 
 class ActorsConfig(Section):

@@ -7,7 +7,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from actors.prompts import PromptSet, read_source
+from actors.prompts import PromptSet
+from actors.sources import read_source
 from cluster import placement
 from cluster.config import Config
 from cluster.prepare import Checked, check_inputs, check_start, locate_model, model_to_make, quiet_libraries

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from actors.offline import load_offline
-from actors.prompts import PromptSet, Source, load_prompts, report_bad_rows
+from actors.prompts import PromptSet, load_prompts
+from actors.sources import Source, report_bad_rows
+from actors.tokenizer import end_token_ids, end_token_notes, load_tokenizer, vocabulary_size
 from cluster.config import Config
 from cluster.errors import AgroError, ConfigError, DataError
 from cluster.model_checks import check_model, load_model_config
@@ -27,6 +29,7 @@ from cluster.model_limits import check_length, check_token_ids
 from cluster.monitor import wandb_mode
 from cluster.placement import check_machine
 from cluster.run_dir import check_run_dir, open_run_dir
+from cluster.text import user_path
 from learner.objectives import load_objective
 from rewards.check import RewardCheck
 
@@ -80,9 +83,10 @@ def check_inputs(config: Config) -> Checked:
     A start and `--dry-run` both go through here: what is checked here, both find. Raises an AgroError with a remedy.
     """
     mode = wandb_mode(config)
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config.model)
     check_model(config)
     prompts, notes = load_training(config, tokenizer)
+    notes = [*notes, *end_token_notes(tokenizer, end_token_ids(config.model, tokenizer), vocabulary_size(config.model))]
     if reason := no_evaluation(config):
         eval_prompts = PromptSet(rows=[], num_bad_rows=0, source="none")
         notes = [*notes, reason]
@@ -102,7 +106,10 @@ def load_training(config: Config, tokenizer: Any) -> tuple[PromptSet, list[str]]
     if config.is_offline:
         return load_offline(config, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
-    return (prompts, []) if config.data.offline is None else load_offline(config, tokenizer, prompts)
+    if config.data.offline is None:
+        return prompts, list(prompts.notes)
+    mixed, notes = load_offline(config, tokenizer, prompts)
+    return mixed, [*prompts.notes, *notes]
 
 
 def _scorable(config: Config, check: RewardCheck, prompts: PromptSet) -> PromptSet:
@@ -137,7 +144,7 @@ def check_named(config: Config) -> None:
     check_progress(config)
     data = config.data
     for field, path in (("data.path", data.path), ("data.eval_path", data.eval_path), ("data.offline", data.offline)):
-        if path and path.startswith(("/", ".", "~")) and not Path(path).expanduser().exists():
+        if path and path.startswith(("/", ".", "~")) and not os.path.exists(user_path(field, path)):
             raise DataError(f"{field} = {path}: no such file or directory (seen from {Path.cwd()}). Give another path, or a hub id.")
 
 
@@ -184,10 +191,7 @@ def locate_model(config: Config) -> Config:
     Of what looks like both, a directory that exists is one, and anything else a hub id: `model.make` wants a path that is none.
     """
     model = config.model
-    try:
-        path = Path(model.path).expanduser()
-    except RuntimeError as error:  # `~somebody` whom this machine does not know.
-        raise ConfigError(f"model.path = {model.path}: {error}. Give the path in full.") from None
+    path = user_path("model.path", model.path)
     if os.path.isfile(path):  # As Path.is_file, but for a name that no file can have.
         raise ConfigError(f"model.path = {model.path} is a file, expected a Hugging Face directory or a hub id.")
     if not os.path.exists(path):
@@ -264,20 +268,6 @@ def _make_model(recipe: str, path: Path) -> None:
         raise
     except Exception as error:  # noqa: BLE001 -- the user's code: whatever it raises is theirs to read, in one line
         raise ConfigError(f"model.make = {recipe} failed for {path}: {type(error).__name__}: {error}") from None
-
-
-def load_tokenizer(config: Config) -> Any:
-    """The policy's tokenizer; raises ConfigError when the model is neither on disk nor to be had from the hub."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.path = {config.model.path}: no tokenizer to be had ({reason}). "
-            "Give a local Hugging Face directory, or a hub id this machine can reach."
-        ) from None
 
 
 def repository_root() -> Path:

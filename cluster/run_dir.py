@@ -19,6 +19,7 @@ from typing import Any
 from cluster.config import Config
 from cluster.config_file import dump_config, parse_config, read_tree
 from cluster.errors import AgroError, ConfigError
+from cluster.text import user_path
 
 # What a run is about: with another value its prompts, its groups or its weights would mean something else.
 _FIXED = (
@@ -139,7 +140,7 @@ def _path(config: Config) -> Path | None:
     """The directory that is asked for; None: a fresh one. Raises ConfigError where no run can be, OSError or RuntimeError as paths do."""
     if config.run.dir is None:
         return None
-    given = Path(config.run.dir).expanduser()
+    given = user_path("run.dir", config.run.dir)
     if given.is_symlink() and not given.exists():
         raise ConfigError(f"run.dir = {given} is a link that leads nowhere (to {os.readlink(given)}). Choose another run.dir.")
     path = given.resolve()

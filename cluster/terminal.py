@@ -20,6 +20,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cluster.text import printable
+
 View = Mapping[str, Any]
 
 _REFRESH_HZ = 4
@@ -66,7 +68,7 @@ class _Plain:
         for event in view["events"]:
             if event["number"] > self._event_number:
                 self._event_number = event["number"]
-                self._write(f"[{duration(event['wall_s'])}] {event['text']}")
+                self._write(f"[{duration(event['wall_s'])}] {printable(event['text'])}")
         step = view["row"].get("progress/step")
         self._last_view = view
         if step is None or step == self._step:
@@ -213,7 +215,9 @@ def _actor_table(view: View) -> RenderableType:
 
 def _event_lines(view: View) -> RenderableType:
     events = list(view["events"])[-_LIVE_EVENTS:]
-    return Group(*(Text(f"{duration(event['wall_s']):>8}  {event['text']}", overflow="ellipsis", no_wrap=True) for event in events))
+    return Group(
+        *(Text(f"{duration(event['wall_s']):>8}  {printable(event['text'])}", overflow="ellipsis", no_wrap=True) for event in events)
+    )
 
 
 def summary_screen(summary: Mapping[str, Any]) -> str:

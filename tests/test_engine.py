@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -12,11 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from recipes.arithmetic import make_tokenizer
 from tests.engine_scenario import MAX_NEW_TOKENS, NUM_LOADS, ON_UPDATE, SLOTS, Generated, Report, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
-EOS = 1
+EOS, SIX, SEVEN = 1, 9, 10
 TOLERANCE_NATS = 1e-4
 
 
@@ -28,6 +31,7 @@ class Observed:
         self._model_dir = model_dir
         self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         self.tied = self._model.config.tie_word_embeddings
+        self.end_ids = {EOS} if self.tied else {EOS, SIX}
 
     def phase(self, name: str) -> list[Generated]:
         return self.report.phases[name]
@@ -50,9 +54,22 @@ class Observed:
         return max(self.errors_nats(generated, version).max().item() for generated in self.phase(phase))
 
 
+def with_two_ends_and_a_special_seven(model_dir: Path, copy: Path) -> Path:
+    """The model, whose completions end at the digit 6 too, by its generation_config.json alone, and whose digit 7 is a special token."""
+    shutil.copytree(model_dir, copy)
+    generation = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [EOS, SIX]}))
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": SEVEN, "content": "7"})
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return copy
+
+
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def observed(request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Observed:
     model_dir = tiny_models[request.param]
+    if request.param == "untied":
+        model_dir = with_two_ends_and_a_special_seven(model_dir, tmp_path_factory.mktemp("model") / "two-ends")
     out = tmp_path_factory.mktemp("scenario") / "report.json"
     command = [sys.executable, "-m", "tests.engine_scenario", str(model_dir), str(out)]
     result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240, check=False)
@@ -115,13 +132,22 @@ def test_a_tied_head_left_as_it_was_packed_would_be_seen(observed: Observed):
     assert worst > 1e-2 if observed.tied else worst < TOLERANCE_NATS
 
 
-def test_eos_is_a_token_and_the_limit_is_a_reason(observed: Observed):
+def test_every_end_token_ends_a_sample_and_the_limit_is_a_reason(observed: Observed):
     samples = [generated.sample for name in ("version 0", "version 1", "version 2") for generated in observed.phase(name)]
     assert {sample.finish_reason for sample in samples} == {"stop", "length"}
+    assert {sample.token_ids[-1] for sample in samples if sample.finish_reason == "stop"} == observed.end_ids
     for sample in samples:
-        assert EOS not in sample.token_ids[:-1]
-        assert (sample.token_ids[-1] == EOS) == (sample.finish_reason == "stop")
+        assert observed.end_ids.isdisjoint(sample.token_ids[:-1])
+        assert (sample.token_ids[-1] in observed.end_ids) == (sample.finish_reason == "stop")
         assert sample.finish_reason == "stop" or len(sample.token_ids) == MAX_NEW_TOKENS
+
+
+def test_the_text_is_every_token_but_the_one_that_ends_it(observed: Observed):
+    names = make_tokenizer().convert_ids_to_tokens
+    samples = [generated.sample for generated in observed.phase("version 0")]
+    for sample in samples:
+        assert sample.text == "".join(names([*sample.token_ids])[: len(sample.token_ids) - (sample.finish_reason == "stop")])
+    assert any(SEVEN in sample.token_ids and "7" in sample.text for sample in samples)
 
 
 def test_equal_seeds_sample_equal_tokens_and_others_differ(observed: Observed):

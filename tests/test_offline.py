@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 
 from actors.offline import OfflineActor, OfflineSample, choose_samples, load_offline, with_scores
 from actors.prompts import PromptRow, PromptSet, load_prompts
+from actors.tokenizer import Detokenizer
 from buffer.ledger import audit
 from buffer.records import Batch, Group, Sample, VersionSpan, decode_batch
 from buffer.server import ReplayBuffer
@@ -29,6 +31,7 @@ from learner.objectives import load_objective
 from recipes.arithmetic import make_tokenizer
 from rewards.scoring import Scored
 from tests.test_system import ROOT, environment, overrides, rows_of
+from tests.test_tokenizer import byte_tokenizer
 
 EOS = 1
 GOOD = [{"prompt": "1+1=", "completion": "2", "answer": "2"}, {"prompt": "1+1=", "completion": "3", "answer": "2"}]
@@ -78,7 +81,7 @@ def test_rows_of_a_prompt_are_its_samples_with_eos_where_they_are_finished(load)
     assert prompt.offline == (
         OfflineSample((*ids["2"], EOS), "2", 0.5, "stop"),
         OfflineSample(ids["123"], "123", None, "length"),
-        OfflineSample((*ids["4"], EOS), "4<eos>", 1.0, "stop"),
+        OfflineSample((*ids["4"], EOS), "4", 1.0, "stop"),
     )
 
 
@@ -176,6 +179,56 @@ def test_a_tokenizer_without_eos_needs_truncated_rows(tmp_path):
         load_offline(make_config(write_rows(tmp_path / "log.jsonl", *GOOD)), tokenizer)
     log = write_rows(tmp_path / "log.jsonl", *({**row, "truncated": True} for row in GOOD))
     assert len(load_offline(make_config(log), tokenizer)[0]) == 1
+
+
+TURNS = "{% for m in messages %}<start>{{ m.content }}<turn>\n{% endfor %}{% if add_generation_prompt %}<start>{% endif %}"
+ENDS = [
+    ("2", ["2", "<turn>"]),
+    ("2<turn>", ["2", "<turn>"]),
+    ("2<turn>\n", ["2", "<turn>"]),
+    ("2<eos>", ["2", "<eos>"]),
+    ("2<turn>\n<eos>", ["2", "<turn>"]),
+    ("2<eos><eos>", ["2", "<eos>"]),
+    ("<turn>", ["<turn>"]),
+    ("2<turn>\n<start>3<turn>", "the completion goes on after the end token '<turn>': '<start>3'"),
+    ("2<eos>3", "the completion goes on after the end token '<eos>': '3'"),
+]
+
+
+@pytest.mark.parametrize("chat_template", [True, False])
+@pytest.mark.parametrize(("completion", "expected"), ENDS)
+def test_a_logged_completion_ends_once_as_the_policy_ends_it(tmp_path, completion, expected, chat_template):
+    tokenizer = byte_tokenizer("<eos>", "<start>", "<turn>", template=TURNS)
+    other = {"prompt": "1+1?", "completion": "4"}
+    log = write_rows(tmp_path / "log.jsonl", other, {"prompt": "1+1?", "completion": completion})
+    config = make_config(log, data={"chat_template": chat_template, "max_prompt_tokens": 16}, actors={"max_new_tokens": 8})
+    if isinstance(expected, str):
+        with pytest.raises(DataError, match=re.escape(f"line 2: {expected}")):
+            load_offline(config, tokenizer)
+        return
+    sample = load_offline(config, tokenizer)[0][0].offline[1]
+    plain = [*expected[:-1], "<eos>"] if completion == "2" and not chat_template else expected
+    assert (tokenizer.convert_ids_to_tokens(sample.token_ids), sample.finish_reason) == (plain, "stop")
+    assert sample.text == ("" if completion == "<turn>" else "2")
+
+
+def test_a_truncated_completion_holds_no_end_token_and_unknown_ones_are_bad_or_counted(load):
+    with pytest.raises(DataError, match=r"line 3: 'truncated' is true, but the completion holds the end token '<eos>'"):
+        load(*GOOD, {**GOOD[0], "completion": "4<eos>", "truncated": True})
+    with pytest.raises(DataError, match=r"line 3: the tokenizer knows no part of the completion 'é': all of it is <unk>"):
+        load(*GOOD, {**GOOD[0], "completion": "é"})
+    _, notes = load(*GOOD, {**GOOD[0], "completion": "2é"})
+    assert notes[0] == "warning: data.offline: 1 completions hold something that the tokenizer does not know (the first: line 3)"
+
+
+@pytest.mark.parametrize(("skip", "text"), [(False, "<think>1</think>2"), (True, "12")])
+def test_the_text_of_a_logged_completion_is_that_of_a_sampled_one(tmp_path, skip, text):
+    tokenizer = byte_tokenizer("<eos>", "<think>", "</think>")
+    log = write_rows(tmp_path / "log.jsonl", *({"prompt": "1", "completion": f"{said}<eos>"} for said in ("<think>1</think>2", "3")))
+    rewards = {"functions": [{"name": "exact_match"}], "skip_special_tokens": skip}
+    sample = load_offline(make_config(log, rewards=rewards, actors={"max_new_tokens": 8}), tokenizer)[0][0].offline[0]
+    assert sample.text == text == Detokenizer(tokenizer, (0,), skip_special_tokens=skip).text(sample.token_ids)
+    assert tokenizer.convert_ids_to_tokens(sample.token_ids) == ["<think>", "1", "</think>", "2", "<eos>"]
 
 
 def mixed_config(tmp_path: Path, *rows: dict[str, Any], **data: Any) -> Config:

@@ -71,7 +71,7 @@ FAULTS = [
     (["model.path=data/train.jsonl"], ["is a file"]),
     (["model.path=someone/model"], ["model.path = someone/model", "As a hub id", "hub cannot be asked"]),
     (["model.path=models/x", "model.make=recipes.arithmetic:make_base"], ["reads as a hub id", "model.path=./models/x"]),
-    (["model.path=~nobody-of-this-name/x"], ["model.path = ~nobody-of-this-name/x", "in full"]),
+    (["model.path=~nobody-of-this-name/x"], ["model.path = ~nobody-of-this-name/x", "there is no user 'nobody-of-this-name'"]),
     (["model.path=./" + "x" * 300], ["there is no"]),
     (["model.path=./no-config"], ["model.path"]),
     (["model.path=./pad-beyond"], ["pad token '<pad-15>' has the id 15", "15 rows (vocab_size)", "pad_token"]),

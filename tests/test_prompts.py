@@ -7,12 +7,13 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from actors.prompts import load_prompts
 from cluster.config import DataConfig
 from cluster.errors import DataError
+from recipes.arithmetic import make_tokenizer
 
 TEMPLATE = (
     "<s>{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -61,6 +62,84 @@ def test_a_rendered_template_has_its_special_token_once(tokenizer, write):
     prompts = load_prompts(DataConfig(path=write(GOOD), system_prompt="Be brief."), tokenizer)
     assert prompts[0].text == "<s>system: Be brief.\nuser: 1+1=\nassistant:"
     assert list(prompts[0].token_ids).count(0) == 1
+
+
+def with_post_processor(single, *special, **names):
+    """Of the arithmetic characters, with special tokens put around every text."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [name for name, _ in special if name not in tokenizer.get_vocab()]})
+    pairs = [(name, tokenizer.convert_tokens_to_ids(name)) for name, _ in special]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=pairs)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", unk_token="<unk>", **names)
+
+
+@pytest.mark.parametrize("single", ["$A <eos>", "<s> $A <eos>", "<s> $A", "<s> $A <sep>", "<cls> <s> $A <sep> <eos>"])
+def test_a_prompt_never_ends_in_what_the_tokenizer_appends(write, single):
+    names = [("<eos>", 1), ("<s>", 0), ("<sep>", 0), ("<cls>", 0)]
+    tokenizer = with_post_processor(single, *names, bos_token="<s>")
+    texts = ["1+1=", "12+3=", "<s>1+1="]
+    rows = load_prompts(plain(write(*({"prompt": text, "answer": "2"} for text in texts))), tokenizer).rows
+    before = single.split("$A")[0].split()
+    assert tokenizer.convert_ids_to_tokens(rows[0].token_ids) == [*before, *"1+1="]
+    assert tokenizer.convert_ids_to_tokens(rows[1].token_ids) == [*before, *"12+3="]
+    assert tokenizer.convert_ids_to_tokens(rows[2].token_ids)[-5:] == ["<s>", *"1+1="]
+    assert tokenizer.convert_ids_to_tokens(rows[2].token_ids).count("<s>") == 1
+
+
+@pytest.mark.parametrize("template", ["{{ bos_token }}{{ messages[0].content }}", "<s>{{ bos_token }}{{ messages[0].content }}"])
+def test_a_template_that_holds_bos_gives_it_once(write, template):
+    tokenizer = with_post_processor("<s> $A <eos>", ("<eos>", 1), ("<s>", 0), bos_token="<s>")
+    tokenizer.chat_template = template
+    (row,) = load_prompts(DataConfig(path=write(GOOD)), tokenizer).rows
+    assert tokenizer.convert_ids_to_tokens(row.token_ids) == ["<s>", *"1+1="]
+
+
+def test_wholly_unknown_prompts_are_bad_rows_and_partly_unknown_ones_are_counted(write):
+    tokenizer = make_tokenizer()
+    path = write(GOOD, {"prompt": "中文", "answer": "2"}, {"prompt": "1 + 1=", "answer": "2"})
+    with pytest.raises(DataError, match=r"1 of 3 rows are bad\n  - line 2: the tokenizer knows no part of '中文': all of it is <unk>"):
+        load_prompts(plain(path), tokenizer)
+    prompts = load_prompts(plain(path, on_bad_row="skip"), tokenizer)
+    assert (len(prompts), prompts.num_bad_rows) == (2, 1)
+    (note,) = prompts.notes
+    assert note.startswith("warning: 1 of 2 prompts hold something that the tokenizer does not know")
+    assert note.endswith("(the first: line 3)")
+    tokenizer.chat_template = "1+{% for m in messages %}{{ m.content }}{% endfor %}="
+    messages = [user("1+", role="system"), user("é")]
+    with pytest.raises(DataError, match="line 1: the tokenizer knows no part of 'é'"):
+        load_prompts(DataConfig(path=write({"prompt": messages, "answer": "2"})), tokenizer)
+
+
+def test_prompts_that_come_to_nothing_are_bad_rows_whatever_is_put_before_them(write):
+    tokenizer = with_post_processor("<s> $A", ("<s>", 0), bos_token="<s>")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+    with pytest.raises(DataError, match="line 1: the prompt has no tokens"):
+        load_prompts(plain(write({"prompt": "xx", "answer": "2"})), tokenizer)
+    tokenizer.chat_template = "{% if false %}{{ messages[0].content }}{% endif %}"
+    with pytest.raises(DataError, match="line 1: the chat template leaves out"):
+        load_prompts(DataConfig(path=write(GOOD)), tokenizer)
+
+
+def test_a_text_that_the_tokenizer_itself_refuses_is_a_bad_row(write):
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
+    path = write({"prompt": "a", "answer": "2"}, {"prompt": "c", "answer": "2"})
+    with pytest.raises(DataError, match=r"1 of 2 rows are bad\n  - line 2: the tokenizer does not take 'c': .*WordLevel"):
+        load_prompts(plain(path), tokenizer)
+
+
+def test_answers_are_found_where_verl_keeps_them_and_it_is_said(write):
+    row = {"prompt": "1+1=", "reward_model": {"ground_truth": "2", "style": "rule"}, "extra_info": {"answer": "#### 2"}}
+    prompts = load_prompts(plain(write(row)), make_tokenizer())
+    assert prompts[0].columns == {**row, "answer": "2"}
+    assert prompts.notes[0].endswith("train.jsonl: the answers are those in reward_model.ground_truth")
+    for other, reason in (
+        ({"style": "rule"}, "no 'reward_model.ground_truth', which other rows have"),
+        ({"ground_truth": None}, "is null"),
+    ):
+        with pytest.raises(DataError, match=f"line 2: .*{reason}"):
+            load_prompts(plain(write(row, {**row, "reward_model": other})), make_tokenizer())
+    assert load_prompts(plain(write({**row, "answer": "3"})), make_tokenizer())[0].columns["answer"] == "3"
 
 
 def test_messages_are_rendered_and_reach_the_reward_intact(tokenizer, write):
@@ -170,6 +249,7 @@ BAD_ROWS = [
     ({"prompt": "hi", "answer": None}, "'answer' is null"),
     ({"prompt": "hi", "answer": "  "}, "'answer' is empty"),
     ({"prompt": "hi", "answer": []}, "'answer' is empty"),
+    ('{"prompt": "hi", "answer": 1e999}', "'answer' is inf, which is beyond all numbers"),
     ({"prompt": "x" * 600, "answer": "2"}, "the prompt is 618 tokens long, data.max_prompt_tokens is 512"),
     ({"prompt": "hi", "answer": "2", "completions": ["a"]}, "'completions' is taken by the reward protocol"),
     ('{"prompt": "hi", "answer": }', "not JSON: Expecting value (column 28)"),

@@ -167,7 +167,7 @@ def make_place(kind: str, path: Path) -> Path:
         ("somebody else's config", ["other things than a run: config.yaml"]),
         ("a torn run", ["cannot be read", "not YAML: line 2", "config-1.yaml"]),
         ("/", ["run.dir = / holds other things than a run", "..."]),
-        ("~nobody-of-this-name/run", ["cannot be used", "home"]),
+        ("~nobody-of-this-name/run", ["run.dir = ~nobody-of-this-name/run", "there is no user 'nobody-of-this-name'"]),
         ("x" * 300, ["cannot be used: File name too long"]),
         ("/".join(["long"] * 100), ["bytes as an absolute path, at most 400"]),
         ("/proc/nothing/run", ["run.dir = /proc/nothing/run cannot be used"]),
