@@ -66,17 +66,17 @@ def evaluate(directory: str, overrides: list[str]) -> dict[str, Any]:
         raise ConfigError(f"{config_path} is missing: `evaluate` takes the policy directory inside a run, which says what to evaluate on")
     config = load_config(config_path, [*overrides, f"model.path={Path(directory).resolve()}"])
     prompts = load_prompts(config.data, load_tokenizer(config.model), evaluation=True)
-    engine = Engine(
-        config.model,
-        config.actors,
-        max_model_len=config.max_sequence_tokens,
-        seed=config.run.seed,
-        skip_special_tokens=config.rewards.skip_special_tokens,
-    )
-    completions = _generate(engine, config, [row.token_ids for row in prompts.rows])
     rewards: list[float] = []
     errors: Counter[str] = Counter()
-    with RewardPool(config.rewards) as pool:
+    with RewardPool(config.rewards) as pool:  # Before the engine: a function that cannot be loaded says so at once.
+        engine = Engine(
+            config.model,
+            config.actors,
+            max_model_len=config.max_sequence_tokens,
+            seed=config.run.seed,
+            skip_special_tokens=config.rewards.skip_special_tokens,
+        )
+        completions = _generate(engine, config, [row.token_ids for row in prompts.rows])
         futures = [pool.submit(row.text, texts, row.columns) for row, texts in zip(prompts.rows, completions, strict=True)]
         for scored in (score for future in futures for score in future.result()):
             if scored.reward is None:

@@ -32,6 +32,7 @@ from cluster.run_dir import check_run_dir, open_run_dir
 from cluster.text import user_path
 from learner.objectives import load_objective
 from rewards.check import RewardCheck
+from rewards.registry import look_in_working_directory
 
 HUB_TIMEOUT_S = 20.0
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
@@ -257,6 +258,7 @@ def ensure_model(config: Config) -> Config:
 
 def _make_model(recipe: str, path: Path) -> None:
     module_name, function_name = recipe.split(":")
+    look_in_working_directory()
     try:
         make = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import itertools
 import re
 
-_THINKING = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
-_THINKING_ENDS = re.compile(r".*</(?:think|thinking|thought|reasoning)>", re.DOTALL | re.IGNORECASE)
-_THINKING_OPEN = re.compile(r"<(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+TAIL_CHARS = 10_000  # What is in no box is looked for in so many of the last characters,
+LINE_CHARS = 1_000  # and no longer line is an answer.
+
+_THINKING_TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>|</answer>).)*)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -37,7 +38,11 @@ _PHRASE = re.compile(
     r"(?:\s*(?:therefore|thus|simply|just|equal to|approximately|about|option|choice)\b)?[\s:：*_]*",
     re.IGNORECASE,
 )
-_MATH = re.compile(r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>(?:\\\$|[^$\n])+?)(?<!\\)\$|\\\((?P<c>.+?)\\\)|\\\[(?P<d>.+?)\\\]", re.DOTALL)
+_MATH = re.compile(
+    r"\$\$(?P<a>[^$]{1,500})\$\$|(?<!\\)\$(?P<b>(?:\\\$|[^$\n]){1,500}?)(?<!\\)\$"
+    r"|\\\((?P<c>(?:(?!\\\().){1,500}?)\\\)|\\\[(?P<d>(?:(?!\\\[).){1,500}?)\\\]",
+    re.DOTALL,
+)
 _AND = re.compile(r"\s*(?:,?\s*\band\b|,?\s*\bor\b|,|;|和|或)\s*")
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
 _CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:,;](?=\s|$)|\s*$|(?=\s+(?:because|since|as)\b))")
@@ -76,6 +81,7 @@ def final_answer(text: str, *, is_gold: bool = False) -> str | None:
         return _within(boxes)
     if _BOX.search(rest):
         return None  # It never closes: cut.
+    rest = rest[-TAIL_CHARS:]
     if (found := _after_hashes(rest)) is not None:
         return found
     lines = [line for line in map(bare, rest.splitlines()) if line]
@@ -96,8 +102,8 @@ def final_answer(text: str, *, is_gold: bool = False) -> str | None:
 
 def bare(text: str) -> str:
     """`text` without Markdown, delimiters, quotes, and punctuation around it."""
-    before = None
-    while before != text:
+    text, before = text.strip(), None
+    while before != text and len(text) <= LINE_CHARS:
         before, text = text, text.strip().strip('`"“”').strip()
         text = re.sub(r"^#{1,6}\s+|^>\s+|^[-*+]\s+(?=\D)", "", text)
         for opened, closed in (("**", "**"), ("__", "__"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("*", "*")):
@@ -111,6 +117,8 @@ def bare(text: str) -> str:
 
 def is_formula(text: str) -> bool:
     """Whether `text`, bare, is mathematics, a number with its unit, or a choice, without a word of prose."""
+    if len(text) > LINE_CHARS:
+        return False
     text = _OPTION.sub("", _UNIT.sub("", text))
     words = _WORD.findall(_COMMAND.sub(" ", _ARGUMENT.sub(" ", text)))
     has_content = re.search(r"[A-Za-z0-9∞∅π½⅓¼¾]", text) is not None
@@ -148,10 +156,16 @@ def is_date(text: str) -> bool:
 
 
 def _outside_thinking(text: str) -> str:
-    text = _THINKING.sub(" ", text)
-    text = _THINKING_ENDS.sub("", text, count=1)  # The prompt may have opened it.
-    opened = _THINKING_OPEN.search(text)
-    return text if opened is None else text[: opened.start()]
+    outside, begin = [], 0
+    is_thinking = False
+    for tag in _THINKING_TAG.finditer(text):
+        if not tag.group(1):
+            outside += [] if is_thinking else [text[begin : tag.start()]]
+            is_thinking = True
+        else:
+            outside = outside if is_thinking else []  # The prompt has opened it.
+            is_thinking, begin = False, tag.end()
+    return " ".join(outside if is_thinking else [*outside, text[begin:]])
 
 
 def _boxes(text: str) -> tuple[list[str], str]:
@@ -170,9 +184,8 @@ def _boxes(text: str) -> tuple[list[str], str]:
             open_braces.append((match.start(), match.end()) if len(token) > 1 else None)
     is_empty = [_PLACEHOLDER.fullmatch(text[content:end]) is not None for _, content, end in spans]
     filled = [span for span, empty in zip(spans, is_empty, strict=True) if not empty]
-    rest = text
-    for (begin, _, end), empty in reversed(list(zip(spans, is_empty, strict=True))):
-        rest = rest[:begin] + rest[end + 1 :] if empty else rest
+    edges = [0, *(edge for span, empty in zip(spans, is_empty, strict=True) if empty for edge in (span[0], span[2] + 1)), len(text)]
+    rest = "".join(text[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True))
     contents: list[str] = []
     for index in reversed(range(len(filled))):
         if contents and not _LISTED.fullmatch(text, filled[index][2] + 1, filled[index + 1][0]):
@@ -207,7 +220,7 @@ def _after_hashes(text: str) -> str | None:
 def _after_phrase(text: str) -> str | None:
     ends = [match.end() for match in _PHRASE.finditer(text)]
     for end in reversed(ends):
-        if (found := _value_at_start(text[end:].lstrip().partition("\n")[0])) is not None:
+        if (found := _value_at_start(text[end : end + LINE_CHARS].lstrip().partition("\n")[0])) is not None:
             return found
     return None
 

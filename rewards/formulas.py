@@ -256,8 +256,9 @@ def _read(formula: str) -> Any:
     """The sympy expression of a formula; None where there is none."""
     if not formula:
         return None
-    # In a box, math-verify reads all of it as LaTeX; outside it would search it for a number.
-    found = parse(rf"\boxed{{{formula}}}", [LatexExtractionConfig()], parsing_timeout=None, fallback_mode="no_fallback")
+    # In a box, math-verify reads all of it as LaTeX. It must not look for a part that it can read where it cannot read the whole.
+    boxed, latex = rf"\boxed{{{formula}}}", [LatexExtractionConfig()]
+    found = parse(boxed, latex, fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
     return found[0] if found and not isinstance(found[0], str) else None
 
 

@@ -54,10 +54,15 @@ def load_reward(name: str) -> RewardCallable:
     return function
 
 
-def _import(name: str, module_name: str) -> ModuleType:
+def look_in_working_directory() -> None:
+    """Let modules in the folder the command is run in be imported."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # Last: a file of the user's must not stand in for a library's.
     importlib.invalidate_caches()
+
+
+def _import(name: str, module_name: str) -> ModuleType:
+    look_in_working_directory()
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -367,6 +367,16 @@ KINDS: dict[str, list[tuple[str, str, int]]] = {
         ("n(n+1)/2", r"\frac{n(n+1)}{2}", 1),
         ("ab", "ba", 1),
     ],
+    "garbage around what would be right": [
+        (r"\boxed{\cup, e@\frac{1}{2} = \}", r"\frac{1}{2}", 0),
+        (r"\boxed{;½2#### }", r"\frac{1}{2}", 0),
+        (r"\boxed{\frac{1}{2} \text{ or } \frac{1}{3}}", r"\frac{1}{2}", 0),
+        (r"\boxed{\sqrt{} + 72}", "72", 0),
+        (r"\boxed{72 \& 73}", "72", 0),
+        (r"\boxed{72 73}", "73", 0),
+        (r"\boxed{72?}", "72", 0),
+        ("<answer>72 or maybe 73</answer>", "72", 0),
+    ],
     "more of all kinds": [
         ("Let me solve this.\n\n48 / 2 = 24\n48 + 24 = 72\n\nSo the total is **72** clips.", "72", 1),
         ("**Step 1:** 48/2=24\n**Step 2:** 48+24=72\n\n**Answer: 72 clips**", "72", 1),
