@@ -31,7 +31,7 @@ from cluster.placement import check_machine
 from cluster.run_dir import check_run_dir, open_run_dir
 from cluster.text import user_path
 from learner.objectives import load_objective
-from rewards.check import RewardCheck
+from rewards.check import bad_rows, check_functions
 from rewards.registry import look_in_working_directory
 
 HUB_TIMEOUT_S = 20.0
@@ -96,8 +96,7 @@ def check_inputs(config: Config) -> Checked:
     found = load_model_config(config.model)
     check_length(config, found, prompts)
     check_token_ids(config, found, tokenizer, prompts, eval_prompts)
-    with RewardCheck(config.rewards) as check:
-        prompts, eval_prompts = (_scorable(config, check, found) for found in (prompts, eval_prompts))
+    prompts, eval_prompts = _scorable(config, prompts), _scorable(config, eval_prompts)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     return Checked(config=config, prompts=prompts, eval_prompts=eval_prompts, pad_id=pad_id, wandb_mode=mode, notes=tuple(notes))
 
@@ -113,12 +112,12 @@ def load_training(config: Config, tokenizer: Any) -> tuple[PromptSet, list[str]]
     return mixed, [*prompts.notes, *notes]
 
 
-def _scorable(config: Config, check: RewardCheck, prompts: PromptSet) -> PromptSet:
+def _scorable(config: Config, prompts: PromptSet) -> PromptSet:
     """The prompts whose rows the reward functions can score; raises DataError where others may not be skipped, RewardError."""
     # A log that came with all its rewards asks no function, unless votes need the answers.
     needs_all = not config.is_offline or config.agro.target.startswith("majority")
     scored = [row for row in prompts.rows if needs_all or not row.offline or any(sample.reward is None for sample in row.offline)]
-    bad = check.bad_rows(prompts.source, {row.row: row.columns for row in scored})
+    bad = bad_rows(config.rewards, prompts.source, {row.row: row.columns for row in scored})
     if not bad:
         return prompts
     rows = [row for row in prompts.rows if row.row not in bad]
@@ -139,8 +138,7 @@ def no_evaluation(config: Config) -> str:
 
 def check_named(config: Config) -> None:
     """What the config names exists: rewards, objective, local data; raises RewardError, ConfigError or DataError."""
-    with RewardCheck(config.rewards):
-        pass
+    check_functions(config.rewards)
     check_needs(config, load_objective(config.learner.objective, config.agro, config.rivals).needs)
     check_progress(config)
     data = config.data

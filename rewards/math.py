@@ -41,11 +41,11 @@ def _vote(completion: str) -> str | None:
 
 
 def _gold_problem(gold: Any) -> str | None:
-    """Why `gold` cannot be compared with; None when it can."""
+    """Why `gold` cannot be compared with, as far as that shows without reading formulas; None when nothing shows."""
     try:
-        _gold(gold)
+        _find_gold(gold_texts(gold)[0])
     except ValueError as error:
-        return str(error).removeprefix("the gold answer ")
+        return str(error)
     return None
 
 
@@ -65,22 +65,31 @@ def _gold(gold: Any) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _read_gold(text: str) -> str:
-    shown = repr(text if len(text) <= 60 else "..." + text[-57:])
-    found = final_answer(text, is_gold=True)
-    if found is None:
-        raise ValueError(f"{shown} cannot be read as mathematics; for words use exact_match")
+    found = _find_gold(text)
     if found.isascii() and found.isdigit():
         return found
     try:
-        if formulas.is_too_large(found):
-            raise UnfinishedError
         _process.call(GOLD_LIMIT_S, formulas.check_gold, found)
         _process.call(GOLD_LIMIT_S, formulas.equal, found, "0")
     except UnfinishedError:
-        raise ValueError(f"{shown} cannot be computed within {GOLD_LIMIT_S:g} s") from None
+        raise ValueError(f"{_shown(text)} cannot be computed within {GOLD_LIMIT_S:g} s") from None
     except ValueError as error:
-        raise ValueError(f"{shown} {error}") from None
+        raise ValueError(f"{_shown(text)} {error}") from None
     return found
+
+
+def _find_gold(text: str) -> str:
+    """The answer in a gold answer, not read yet. Raises ValueError."""
+    found = final_answer(text, is_gold=True)
+    if found is None:
+        raise ValueError(f"{_shown(text)} cannot be read as mathematics; for words use exact_match")
+    if formulas.is_too_large(found):
+        raise ValueError(f"{_shown(text)} is too large to be computed")
+    return found
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else "..." + text[-57:])
 
 
 def _is_right(gold: str, completion: str) -> bool:

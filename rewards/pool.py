@@ -24,7 +24,7 @@ import msgspec
 
 from cluster.errors import RewardError
 from rewards.scoring import Scored, shorten
-from rewards.worker import FunctionSpec, Worker
+from rewards.worker import FunctionSpec, MemoryExceeded, Worker
 
 if TYPE_CHECKING:  # pydantic stays out of the workers
     from cluster.config import RewardsConfig
@@ -71,7 +71,7 @@ class RewardPool:
             thread.start()
         try:
             self.columns = dict(zip((spec.name for spec in specs), loaded[0].result(), strict=True))
-        except RewardError:
+        except BaseException:  # Also Ctrl-C while a module hangs.
             self.close()
             raise
 
@@ -129,6 +129,9 @@ class RewardPool:
     def _load(self, worker: Worker, loaded: Future[list[tuple[str, ...]]]) -> None:
         try:
             loaded.set_result(worker.load())
+        except MemoryExceeded as error:
+            worker.reap()
+            loaded.set_exception(RewardError(f"reward functions {self._names}: while it imported them, {error}"))
         except RewardError as error:
             worker.reap()
             loaded.set_exception(error)

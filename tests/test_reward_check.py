@@ -15,15 +15,15 @@ from cluster.config import RewardFunction, RewardsConfig
 from cluster.config_file import load_config
 from cluster.errors import DataError, RewardError
 from cluster.prepare import check_inputs
-from rewards.check import RewardCheck
+from rewards import check
 
 REPOSITORY = Path(__file__).parent.parent
 SOLUTION = "tests.reward_functions:wants_solution"
 
 
 def bad_rows(names, rows):
-    with RewardCheck(RewardsConfig(functions=tuple(RewardFunction(name=name) for name in names))) as check:
-        return check.bad_rows("train.jsonl", dict(enumerate(rows)))
+    config = RewardsConfig(functions=tuple(RewardFunction(name=name) for name in names))
+    return check.bad_rows(config, "train.jsonl", dict(enumerate(rows)))
 
 
 def test_a_column_that_no_row_has_is_refused_with_those_there_are():
@@ -52,7 +52,7 @@ def test_gold_answers_of_a_kind_that_cannot_be_compared_are_bad_rows(name):
 
 
 def test_gold_answers_that_math_verify_cannot_read_or_compute_are_bad_rows():
-    golds = ["72", "yes indeed", r"\boxed{1+}", r"9^{9^{9^9}}", r"\frac{1}{2}", "May 1, 2024", r"\boxed{\text{East}}"]
+    golds = ["72", "yes indeed", r"\boxed{1+}", "((9^9)^9)^{9^9}", r"\frac{1}{2}", "May 1, 2024", r"\boxed{\text{East}}"]
     found = bad_rows(["math_verify"], [{"answer": gold} for gold in golds])
     assert list(found) == [1, 2, 3]
     assert "'yes indeed' cannot be read as mathematics; for words use exact_match" in found[1]
