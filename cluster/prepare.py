@@ -30,6 +30,7 @@ from cluster.monitor import wandb_mode
 from cluster.placement import check_machine
 from cluster.run_dir import check_run_dir, open_run_dir
 from cluster.text import user_path
+from learner.model_files import check_model_files
 from learner.objectives import load_objective
 from rewards.check import bad_rows, check_functions
 from rewards.registry import look_in_working_directory
@@ -86,6 +87,7 @@ def check_inputs(config: Config) -> Checked:
     mode = wandb_mode(config)
     tokenizer = load_tokenizer(config.model)
     check_model(config)
+    mended = check_model_files(config.model)
     prompts, notes = load_training(config, tokenizer)
     notes = [*notes, *end_token_notes(tokenizer, end_token_ids(config.model, tokenizer), vocabulary_size(config.model))]
     if reason := no_evaluation(config):
@@ -98,6 +100,7 @@ def check_inputs(config: Config) -> Checked:
     check_token_ids(config, found, tokenizer, prompts, eval_prompts)
     prompts, eval_prompts = _scorable(config, prompts), _scorable(config, eval_prompts)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    notes = [*notes, *mended]
     return Checked(config=config, prompts=prompts, eval_prompts=eval_prompts, pad_id=pad_id, wandb_mode=mode, notes=tuple(notes))
 
 

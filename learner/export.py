@@ -35,6 +35,7 @@ from learner.checkpoint import (
 )
 from learner.file_weights import Unit, file_units, wider_first
 from learner.lora import Weight, adapters_by_weight, merged
+from learner.model_files import write_model_files
 
 SHARD_BYTES = 2 * 2**30
 WEIGHTS, BUFFERS = "master/", "buffer/"
@@ -71,7 +72,7 @@ def write_model(
     aside.mkdir(parents=True)
     try:
         _write_shards(aside, entries, iter(tensors), shard_bytes)
-        _write_model_files(aside, model)
+        write_model_files(aside, model)
         replace_directory(aside, out_dir)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -100,10 +101,11 @@ def _empty_module(checkpoint: Checkpoint, model: ModelConfig) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             model.path, dtype=getattr(torch, model.dtype), device_map="meta", trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 -- files that may have changed since, read by transformers: whatever it raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{checkpoint.path}: its base, model.path = {model.path}, has no config or no safetensors files that can be read: "
-            f"{str(error).strip().splitlines()[0]}\nTake the run's policy/ directory, which is whole, or bring the base back."
+            f"{checkpoint.path}: its base, model.path = {model.path}, has no config or no safetensors files that can be read: {reason}\n"
+            "Take the run's policy/ directory, which is whole, or bring the base back."
         ) from None
 
 
@@ -199,22 +201,3 @@ def _shards(entries: Sequence[TensorEntry], shard_bytes: int) -> Iterator[list[T
         shard.append(entry)
         size += entry.num_bytes
     yield shard
-
-
-def _write_model_files(directory: Path, model: ModelConfig) -> None:
-    """Config, generation config and tokenizer as the base has them; the base's own code where it comes with some."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    trust = model.trust_remote_code
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=trust)
-    config.dtype = getattr(torch, model.dtype)
-    config.save_pretrained(directory)
-    try:
-        generation = GenerationConfig.from_pretrained(model.path)
-    except OSError:  # The base has none of its own.
-        generation = GenerationConfig.from_model_config(config)
-    generation.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust).save_pretrained(directory)
-    if trust and Path(model.path).is_dir():
-        for code in Path(model.path).glob("*.py"):
-            shutil.copy(code, directory / code.name)
