@@ -269,6 +269,10 @@ class ReplayBuffer:
         values |= {name: self._held.counts[name] for name in ("held_samples", "joined_samples", "held_stale")}
         return {f"buffer/{name}": float(value) for name, value in values.items()}
 
+    async def next_step(self) -> int:
+        """The learner step after the newest whose batch was asked for: no sample is of a newer version."""
+        return self._next_step
+
     async def error_summary(self) -> tuple[int, int, list[str]]:
         """Samples that failed, samples in all, and the last error texts of this process (at most 5, oldest first)."""
         return self._counts["samples_error"], self._counts["samples_total"], list(self._error_texts)

@@ -119,6 +119,10 @@ class ShardedBuffer:
         merged = {name: sum(stats[name] for stats in found) for name in found[0]}
         return merged | {name: merged[name] / len(found) for name in _MEANS}
 
+    async def next_step(self) -> int:
+        """As `ReplayBuffer.next_step`: of the shard that is furthest."""
+        return max(await self._all("next_step"))
+
     async def error_summary(self) -> tuple[int, int, list[str]]:
         """As `ReplayBuffer.error_summary`."""
         found = await self._all("error_summary")

@@ -3,16 +3,16 @@
     check_model(config)     one function for each kind, each with its sentence: which field, which value, what to set
 
 The learner computes by transformers, the actors by vLLM. What is not known from the config is found out later: by the learner as it starts
-(learner/packing.py, check_function) and on the first fresh samples (learner/mismatch.py).
+(learner/function_check.py) and on the first fresh samples (learner/mismatch.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from cluster.config import Config, ModelConfig
 from cluster.errors import ConfigError
+from cluster.model_shape import rope_parameters
 
 
 def load_model_config(model: ModelConfig) -> Any:
@@ -31,13 +31,6 @@ def check_model(config: Config) -> None:
     found = load_model_config(config.model)
     for check in (_check_quantized, _check_attention, _check_windows, _check_rope):
         check(config, found)
-
-
-def rope_parameters(found: Any) -> Iterator[dict[str, Any]]:
-    """The rotary embeddings of a Hugging Face config: one, or one for each kind of layer."""
-    parameters = getattr(found.get_text_config(), "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    yield from nested or [parameters]
 
 
 def _name(config: Config, found: Any) -> str:

@@ -36,3 +36,9 @@ def adapted_layers(module: Any) -> dict[str, torch.nn.Linear]:
             f"learner.lora_rank: {type(module).__name__} has no linear layers (torch.nn.Linear) to adapt. Set learner.lora_rank=0."
         )
     return layers
+
+
+def rope_parameters(found: Any) -> list[dict[str, Any]]:
+    """The rotary embeddings of a Hugging Face config: one, or one for each kind of layer."""
+    parameters = getattr(found.get_text_config(), "rope_parameters", None) or {}
+    return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]

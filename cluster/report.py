@@ -45,6 +45,7 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("Advantage by solve rate", "mean size", tuple((f"{name} solved", f"by_solve_rate/advantage_{name}") for name in SOLVE_RATE_BUCKETS)),
     ("Loss by staleness", "mean", tuple((f"{name} steps", f"by_staleness/loss_{name}") for name in STALENESS_BUCKETS)),
     ("Loss by solve rate", "mean", tuple((f"{name} solved", f"by_solve_rate/loss_{name}") for name in SOLVE_RATE_BUCKETS)),
+    ("Actors against learner", "nats a token, fresh samples", (("mean", "mismatch/mean"), ("k3", "mismatch/k3"))),
     ("Gradient norm", "before clipping", (("norm", "optim/grad_norm"),)),
     ("Throughput", "tokens per second", (("generated", "perf/generated_tokens_per_s"), ("trained", "perf/trained_tokens_per_s"))),
     ("Busy", "share of wall time", (("actors", "time/actor_busy_fraction"), ("learner", "time/learner_busy_fraction"))),

@@ -16,6 +16,7 @@ from typing import Any
 from buffer.records import Batch
 from cluster.errors import StalenessError, TrainingError
 from learner.bad_batch import BadBatch, Skip, file_name, write_bad_batch
+from learner.mismatch import is_above
 
 MAX_SKIPS = 3
 """So many skipped steps in a row end the run: it is not the batch then."""
@@ -46,11 +47,13 @@ def check_staleness(batch: Batch, max_staleness: int) -> None:
 class Alarms:
     """Tells of values far above what they were lately: more than `NUM_MADS` median absolute deviations above the running median.
 
-    Each series is judged against its last `WINDOW` values, once it has `MIN_SEEN`; after an alarm it is quiet for `QUIET_STEPS`.
+    Each series is judged against its last `WINDOW` values, once it has `MIN_SEEN`; after an alarm it is quiet for `QUIET_STEPS`. So are
+    log-probs of actors and learner that are further apart than `mismatch_bound_nats`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mismatch_bound_nats: float = math.inf) -> None:
         self.count = 0
+        self._mismatch_bound_nats = mismatch_bound_nats
         self._seen: dict[str, deque[float]] = {alarm: deque(maxlen=WINDOW) for alarm in WATCHED}
         self._told: dict[str, int] = {}
 
@@ -69,8 +72,20 @@ class Alarms:
                     f"{len(seen)} steps and {NUM_MADS:g} times their median deviation"
                 )
             seen.append(value)
+        events += self._mismatch(step, metrics)
         self.count += len(events)
         return events
+
+    def _mismatch(self, step: int, metrics: Mapping[str, float]) -> list[str]:
+        mean, num_tokens, bound = metrics.get("mismatch/mean", 0.0), metrics.get("mismatch/tokens", 0.0), self._mismatch_bound_nats
+        if not is_above(mean, num_tokens, bound) or step - self._told.get("mismatch", -QUIET_STEPS) < QUIET_STEPS:
+            return []
+        self._told["mismatch"] = step
+        return [
+            f"mismatch at learner step {step}: log-probs by actors and learner of {num_tokens:.0f} fresh tokens "
+            f"differ by {mean:.3g} nats on average, above {bound:g}: the actors no longer sample from what the "
+            "learner computes (mismatch/*)"
+        ]
 
     def get_state(self) -> dict[str, Any]:
         """The series, and when which alarm was last given, as JSON."""
@@ -92,10 +107,18 @@ def alarm_limit(values: Collection[float]) -> float:
 class Guards:
     """Judges every update; `tell` is given events, `share` brings rank 0's value to every rank (a list of one). Rank 0 writes."""
 
-    def __init__(self, directory: Path, rank: int, *, tell: Callable[[str], Any], share: Callable[[Any], list[Any]]) -> None:
-        """`directory`: where the batches of skipped steps are kept."""
+    def __init__(
+        self,
+        directory: Path,
+        rank: int,
+        *,
+        tell: Callable[[str], Any],
+        share: Callable[[Any], list[Any]],
+        mismatch_bound_nats: float = math.inf,
+    ) -> None:
+        """`directory`: where the batches of skipped steps are kept. `mismatch_bound_nats`: as of Alarms."""
         self._directory, self._rank, self._tell, self._share = directory, rank, tell, share
-        self._alarms = Alarms()
+        self._alarms = Alarms(mismatch_bound_nats)
         self._skipped = self._in_a_row = 0
 
     def judge(self, step: int, payload: bytes, metrics: Mapping[str, float], skip: Skip | None) -> None:

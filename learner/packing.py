@@ -15,7 +15,7 @@ Tensor letters: B rows, L row length, K positions whose logits are computed, T c
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -221,44 +221,20 @@ def token_logprobs(logits: Tensor, inputs: ModelInputs, temperature: float) -> T
     return selective_log_softmax(logits, targets_BK, temperature)[inputs.rows_T, inputs.columns_T]
 
 
-def _refuse(module: Any, reason: str) -> None:
+def refuse_packing(module: Any, reason: str) -> None:
+    """Raises ConfigError: with this model, packed sequences would see each other."""
     raise ConfigError(f"{type(module).__name__} {reason}: packed sequences would see each other. Use learner.layout = padded.")
 
 
 def _check_packable(module: Any) -> None:
-    """What shows in the model's class and config; `check_function` looks at what it computes."""
+    """What shows in the model's class and config; learner/function_check.py looks at what it computes."""
     kinds = {*(getattr(module.config.get_text_config(), "layer_types", None) or ())}
     if getattr(module, "_is_stateful", False):  # So transformers marks models that carry a state along the row.
-        _refuse(module, "carries a state from one token to the next")
+        refuse_packing(module, "carries a state from one token to the next")
     if others := kinds - {"full_attention", "sliding_attention"}:
-        _refuse(module, f"has layers of {', '.join(sorted(others))}")
+        refuse_packing(module, f"has layers of {', '.join(sorted(others))}")
     if "position_ids" not in inspect.signature(module.forward).parameters:
-        _refuse(module, "takes no position ids")
-
-
-def check_function(logprobs: Callable[..., Tensor], module: Any, layout: Layout, device: torch.device | str = "cpu") -> None:
-    """Computes the log-probs of a few tokens packed behind others, alone, and as in training: they must be the same.
-
-    `logprobs(inputs, training=...)` as `TokenLogprobs` gives them. Raises ConfigError where they are not: a model may build a mask of its
-    own, count positions along the row, or draw random numbers.
-    """
-    vocabulary = module.config.get_text_config().vocab_size
-    tokens = [1 + 7 * position % (vocabulary - 1) for position in range(24)]
-    first, second = TokenSequence(tokens[:5], tokens[5:11]), TokenSequence(tokens[11:15], tokens[15:])
-    tolerance = 1e-3 if next(module.parameters()).dtype in (torch.float32, torch.float64) else 0.1
-    alone = collate([second], layout, 0, device)
-    expected = logprobs(alone, training=False)
-
-    def difference(found: Tensor) -> float:
-        return float((found[-len(expected) :] - expected).abs().mean())
-
-    if (found := difference(logprobs(alone, training=True))) > tolerance:
-        raise ConfigError(
-            f"{type(module).__name__} computes other log-probs in training than in evaluation, by {found:.3g} nats a token: something "
-            "in it draws random numbers (dropout that its config turns off?)."
-        )
-    if (found := difference(logprobs(collate([first, second], layout, 0, device), training=False))) > tolerance:
-        _refuse(module, f"gives a sequence other log-probs behind another one than alone, by {found:.3g} nats a token")
+        refuse_packing(module, "takes no position ids")
 
 
 class TokenLogprobs:
@@ -274,7 +250,7 @@ class TokenLogprobs:
         self._head = install_logprob_head(module)
         self._packs = layout == "packed" and attention == "sdpa"
         if self._packs and not install_packed_sdpa(module):
-            _refuse(module, "does not let its attention be exchanged (model.attention = sdpa)")
+            refuse_packing(module, "does not let its attention be exchanged (model.attention = sdpa)")
 
     def __call__(self, model: Any, inputs: ModelInputs, temperature: float) -> Tensor:
         """[T] log-probs of the completion tokens, by sequence, then position; float32 (float64 for a float64 model).

@@ -28,6 +28,7 @@ from buffer.records import Batch
 from cluster.config import Config
 from learner.bad_batch import Skip
 from learner.diagnostics import COLUMNS, objective_metrics
+from learner.mismatch import MismatchCheck
 from learner.objectives import Objective, TokenBatch, token_gradients
 from learner.packing import MicroBatch, ModelInputs, TokenSequence, assign_groups, collate, plan_micro_batches
 from learner.rows import Row, batch_faults, by_row, note_faults, note_logprobs
@@ -84,6 +85,8 @@ class Updater:
         self._is_base = False  # No step was done: policy, reference and proximal policy are the base model.
         self.skip: Skip | None = None
         """Why the last update was not done; None when it was."""
+        self.mismatch: MismatchCheck | None = None
+        """Compares fresh samples with what the actors say of them, before the step; None: nothing does."""
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     @property
@@ -95,7 +98,8 @@ class Updater:
         """One step. Returns metrics and the samples' diagnostics by group, in the group's order; of all ranks, equal on every rank.
 
         Where a number is not finite the step is skipped: `skip` says why, the policy and its optimizer are as before, and so is what
-        the updater keeps; there are no diagnostics then.
+        the updater keeps; there are no diagnostics then. Raises TrainingError, on every rank and before the step, when the actors
+        sampled from something else than the policy (`mismatch`).
         """
         self.skip = None
         self._is_base = batch.step == 0
@@ -122,6 +126,7 @@ class Updater:
             loss, found = self._loss(rows, micro, logprobs_T, coefficients, len(batch.groups))
             self._policy.backward(loss, last=number == len(passes) - 1)
             diagnostics.update(found)
+        compared = self._compare(batch, rows)
         grad_norm = self._policy.step(lr)
         if not math.isfinite(grad_norm):
             return self._skipped(self._gather_skip(rows, grad_norm), lr)
@@ -132,7 +137,8 @@ class Updater:
         for values in zip(*samples.values(), strict=True):
             sample = dict(zip(samples, map(float, values), strict=True))
             per_group.setdefault(int(sample["group"]), []).append(sample)
-        return {"optim/grad_norm": grad_norm, "optim/lr": lr, **objective_metrics(samples, self._config.agro.beta)}, per_group
+        metrics = {"optim/grad_norm": grad_norm, "optim/lr": lr, **compared}
+        return metrics | objective_metrics(samples, self._config.agro.beta), per_group
 
     @property
     def moved(self) -> frozenset[str]:
@@ -246,6 +252,16 @@ class Updater:
             note_faults(rows, micro.indices, logprobs_T.detach() * math.nan, "loss")
             return math.nan * logprobs_T.sum(), {}
         return loss, dict(zip(micro.indices, _sample_values(batch, diagnostics), strict=True))
+
+    def _compare(self, batch: Batch, rows: list[Row]) -> dict[str, float]:
+        """Metrics of how far the fresh samples' log-probs are from the actors'; none where there are no such samples. Collective."""
+        if self.mismatch is None or not self.mismatch.any_fresh(batch):
+            return {}
+        mine = self.mismatch.sums(rows, batch.step)
+        parts = [mine] * self._world_size
+        if self._world_size > 1:
+            dist.all_gather_object(parts, mine)
+        return self.mismatch.judge(batch.step, parts)
 
     def _inputs(self, rows: list[Row], micro: MicroBatch | None) -> ModelInputs:
         sequences = [rows[i].sequence for i in micro.indices] if micro else [TokenSequence((self._pad_id,), (self._pad_id,))]

@@ -38,6 +38,7 @@ from learner.batch_metrics import batch_metrics, shown_samples
 from learner.checkpoint import Checkpoint, Part, verify
 from learner.checkpoint_writer import CheckpointWriter, code_version, set_random_states
 from learner.guards import Guards, check_staleness
+from learner.mismatch import MismatchCheck, bound_nats
 from learner.objectives import load_objective
 from learner.update import Updater, frozen_policies
 
@@ -135,6 +136,7 @@ class LearnerRank:
         """
         self._connect(buffers, board, monitor, Path(policy_dir).parent)
         progress, config = self._restore(resume_from), self._config
+        self._updater.mismatch = self._mismatch_check(progress.step)
         publish_s = self._publish(progress)
         while progress.step < config.run.steps:
             step_start_s = time.perf_counter()
@@ -172,7 +174,13 @@ class LearnerRank:
         self._code_version = code_version()  # Once: it asks git.
         source = ZeroSource(self._policy, self._bucket_bytes, adapters_alone=self._config.weights.adapters == "alone")
         self._transport = load_transport(Sender(self._rank, self._config, source, board, self._calls, ray.put, monitor.event.remote))
-        self._guards = Guards(run_dir / "bad-batches", self._rank, tell=monitor.event.remote, share=self._broadcast)
+        self._guards = Guards(
+            run_dir / "bad-batches",
+            self._rank,
+            tell=monitor.event.remote,
+            share=self._broadcast,
+            mismatch_bound_nats=bound_nats(self._config),
+        )
         (session,) = self._broadcast(secrets.token_hex(4))
         self._checkpoints = CheckpointWriter(
             run_dir,
@@ -184,6 +192,14 @@ class LearnerRank:
             on_event=lambda text: monitor.event.remote(text),
             on_durable=self._set_watermark,
         )
+
+    def _mismatch_check(self, start_step: int) -> MismatchCheck:
+        """For a learner that starts at that step. Collective."""
+        is_first = self._rank == 0
+        # The buffer may hold samples of versions up to this one, made by a learner that died since.
+        (known_until,) = self._broadcast(self._calls.ask(self._buffer.next_step(), "replay buffer") if is_first else None)
+        tell = self._monitor.event.remote if is_first else lambda _: None
+        return MismatchCheck(self._config, self._policy.module.config, start_step=start_step, known_until=known_until, tell=tell)
 
     @property
     def _bucket_bytes(self) -> int:

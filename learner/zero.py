@@ -27,8 +27,9 @@ from cluster.config import LearnerConfig, ModelConfig
 from learner.checkpoint import Part, partition
 from learner.export import write_model
 from learner.file_weights import Unit, file_units, plain_units, wider_first
+from learner.function_check import check_function
 from learner.lora import adapters_of, adapters_off, add_adapters, persistent_buffers, weights_of
-from learner.packing import ModelInputs, TokenLogprobs, check_function
+from learner.packing import ModelInputs, TokenLogprobs
 
 Read: TypeAlias = Callable[[str, int, int], torch.Tensor]
 """(key, start, stop) -> these elements of a flattened tensor."""

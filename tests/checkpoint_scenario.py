@@ -34,7 +34,10 @@ TENSORS = {f"master/{index}": (1000 + index, 501) for index in range(4)}  # 8 MB
 
 
 def groups_of(step: int) -> list[Group]:
-    """The groups of a step's batch, a pure function of it, as the buffer's is: mixed sizes, lengths and ages."""
+    """The groups of a step's batch, a pure function of it, as the buffer's is: mixed sizes, lengths and ages.
+
+    None is fresh: nobody drew them, so that their log-probs are no policy's.
+    """
     rng = random.Random(step)
     groups = []
     for number in range(5):
@@ -45,7 +48,7 @@ def groups_of(step: int) -> list[Group]:
                 Sample(
                     token_ids=tuple(rng.randrange(VOCABULARY - 1) for _ in range(length)),
                     logprobs=tuple(-rng.uniform(1, 4) for _ in range(length)),
-                    version_spans=(VersionSpan(max(0, step - rng.randint(0, 3)), 0, length),),
+                    version_spans=(VersionSpan(step - rng.randint(1, 4), 0, length),),
                     finish_reason="stop",
                     text="",
                     reward=float(rng.random() < 0.5),
@@ -104,6 +107,9 @@ class World:
 
     def stats(self) -> dict[str, float]:
         return dict.fromkeys(("buffer/inserted", "buffer/wait_admission_s", "buffer/wait_batch_s"), 0.0)
+
+    def next_step(self) -> int:
+        return 0
 
     def set_watermark(self, step: int) -> None:
         self.note(watermark=step)

@@ -13,7 +13,8 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from buffer.records import Batch, encode, encode_batch
+from buffer.records import Batch, VersionSpan, encode, encode_batch
+from learner.packing import TokenSequence, collate
 
 STEPS = ("good", "good", "policy", "good", "gradient", "first pass", "good", "reference", "loss", "reward", "good")
 """What is spoilt in each learner step, on the last rank only where it can be."""
@@ -134,8 +135,31 @@ def main(out_dir: Path, rank: int) -> None:
         except TrainingError as error:
             found["stopped"] = {"step": step, "errors": share_all(str(error)), "metrics": guards.metrics()}
             break
+    found["mismatch"] = mismatches(config, policy, untouched, batches[0])
     if rank == 0:
         (out_dir / "found.json").write_text(json.dumps(found))
+
+
+def mismatches(config: Any, policy: Any, updater: Any, batch: Batch) -> dict[str, Any]:
+    """What becomes of a batch that the policy drew itself, and of one in which others drew a single group, which is on one rank only."""
+    from cluster.errors import TrainingError
+    from learner.mismatch import MismatchCheck
+    from tests.test_zero import LR
+
+    plain, told = updater._policy, []
+    updater.mismatch = MismatchCheck(config, policy.module.config, tell=told.append)
+    metrics, _ = updater.update(drawn(batch, plain, config.learner.layout), LR)
+    found: dict[str, Any] = {"told": told, "metrics": share_all({k: v for k, v in metrics.items() if k.startswith("mismatch/")})}
+
+    first, *others = drawn(batch, plain, config.learner.layout).groups
+    wrong = [msgspec.structs.replace(sample, logprobs=tuple(v / 0.7 for v in sample.logprobs)) for sample in first.samples]
+    before = digest(plain)
+    updater.mismatch = MismatchCheck(config, policy.module.config)
+    try:
+        updater.update(Batch(0, (msgspec.structs.replace(first, samples=tuple(wrong)), *others)), LR)
+    except TrainingError as error:
+        found["errors"] = share_all(str(error))
+    return found | {"is_unchanged": share_all(digest(plain) == before)}
 
 
 def share_all(value: Any) -> list[Any]:
@@ -144,3 +168,18 @@ def share_all(value: Any) -> list[Any]:
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def drawn(batch: Batch, policy: Any, layout: Any) -> Batch:
+    """The batch as if `policy` had drawn it just now: its log-probs, the batch's version."""
+    groups = []
+    for group in batch.groups:
+        sequences = [TokenSequence(group.prompt_ids, sample.token_ids) for sample in group.samples]
+        with torch.no_grad():
+            values = [policy.logprobs(collate([sequence], layout, 0), 1.0).tolist() for sequence in sequences]
+        samples = [
+            msgspec.structs.replace(sample, logprobs=tuple(found), version_spans=(VersionSpan(batch.step, 0, len(found)),))
+            for sample, found in zip(group.samples, values, strict=True)
+        ]
+        groups.append(msgspec.structs.replace(group, samples=tuple(samples)))
+    return Batch(batch.step, tuple(groups))

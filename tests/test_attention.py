@@ -8,7 +8,8 @@ import transformers
 
 from cluster.errors import ConfigError
 from learner.attention import PACKED_SDPA, Packing, install_packed_sdpa
-from learner.packing import TokenLogprobs, TokenSequence, check_function, collate
+from learner.function_check import check_function
+from learner.packing import TokenLogprobs, TokenSequence, collate
 from tests.test_packing import TEMPERATURE, VOCABULARY, assert_same_gradient, flat, make_rollouts, plain_logprobs, tiny_llama
 
 

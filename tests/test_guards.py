@@ -92,8 +92,23 @@ def test_what_is_not_finite_on_one_rank_skips_the_step_on_all_as_if_the_batch_ha
     assert "learner step 2 skipped: not finite: log-probs by the policy of group 20" in found["events"][0]
     assert "the gradient norm is inf, with finite log-probs" in found["events"][1]
     assert len(list(kept.parent.iterdir())) == bad_batch.MAX_FILES, "the oldest made room"
+    check_mismatch(found["mismatch"])
     assert run_cli("inspect-batch", str(kept)) == 0
     assert "reward !inf" in capsys.readouterr().out
+
+
+def check_mismatch(found: dict[str, Any]) -> None:
+    """What others drew ends the run on all ranks before the step; what the policy drew is told, in numbers that all ranks share."""
+    assert len(set(found["errors"])) == 1
+    assert "the actors do not sample from what the learner computes" in found["errors"][0]
+    assert all(found["is_unchanged"])
+    assert len(found["told"]) == 1
+    assert "actors and learner agree at learner step 0" in found["told"][0]
+    (metrics, *others) = found["metrics"]
+    assert all(other == metrics for other in others)
+    assert metrics["mismatch/tokens"] > 50
+    assert metrics["mismatch/mean"] < 1e-5
+    assert metrics["mismatch/k3"] >= 0
 
 
 def run_cli(*words: str) -> int:
