@@ -38,7 +38,7 @@ from buffer.records import Sample, VersionSpan
 from cluster.config import ActorsConfig, ModelConfig
 from cluster.config_checks import served_rank
 from cluster.errors import AgroError, SnapshotError
-from cluster.model_shape import adapted_layers, empty_model
+from cluster.model_shape import adapted_layers, carries_state, empty_model, load_model_config
 from cluster.weights import checksum
 
 # What this file uses of vLLM 0.32, checked by a contract test that names what is missing.
@@ -117,7 +117,8 @@ def engine_arguments(model: ModelConfig, config: ActorsConfig, *, max_model_len:
         "max_num_seqs": config.slots,
         "seed": seed,
         "logprobs_mode": "processed_logprobs",
-        "enable_prefix_caching": True,
+        # On a CPU vLLM keeps states for a prefix only where prompts come in pieces: see _device_arguments.
+        "enable_prefix_caching": config.num_gpus > 0 or not carries_state(load_model_config(model)),
         "disable_log_stats": True,
         "trust_remote_code": model.trust_remote_code,
         "generation_config": "vllm",
@@ -394,8 +395,14 @@ def _device_arguments(config: ActorsConfig) -> dict[str, Any]:
         return {"gpu_memory_utilization": config.gpu_memory_utilization}
     # More OpenMP threads than cores, with a learner beside it, made no progress at all on two cores.
     torch.set_num_threads(max(1, int(config.num_cpus)))
-    # Blocks of 32 tokens, not vLLM's 128 for a CPU: only whole blocks of a prompt are shared by its group.
-    return {"enforce_eager": True, "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "block_size": 32}
+    return {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+        # Not vLLM's 128 for a CPU: only whole blocks of a prompt are shared by its group.
+        "block_size": 32,
+        # A prompt in pieces ends a CPU engine where requests have seeds: its generators have no offset to set back.
+        "enable_chunked_prefill": False,
+    }
 
 
 def _lora_arguments(model: ModelConfig, adapters: Adapters) -> dict[str, Any]:

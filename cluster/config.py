@@ -143,7 +143,7 @@ class ActorsConfig(Section):
     group_size: int = Field(8, ge=2, le=65_536, description="Samples per prompt (n; AGRO needs at least 2).")
     slots: int = Field(128, ge=1, le=65_536, description="Sequences an engine generates at once (vLLM max_num_seqs).")
     max_new_tokens: int = Field(256, ge=1, le=MAX_TOKENS, description="Completion limit; a completion cut here is kept as truncated.")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature, also of the learner's log-probs.")
+    temperature: float = Field(1.0, description="Sampling temperature, also of the learner's log-probs; 0.01 or more, as vLLM has it.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; below 1 breaks coverage (a warning says so).")
     kv_cache_gib: float = Field(1.0, gt=0, le=65_536, description="KV cache of a CPU engine, GiB.")
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="Share of GPU memory a GPU engine may take.")
@@ -316,7 +316,7 @@ class EvalConfig(Section):
 
     every: int = Field(50, ge=1, description="Learner steps between evaluations (rounded up to the next publication).")
     samples: int = Field(4, ge=1, le=65_536, description="Completions per held-out prompt.")
-    temperature: float = Field(1.0, ge=0, description="Sampling temperature of evaluations; 0: greedy.")
+    temperature: float = Field(1.0, description="Sampling temperature of evaluations; 0: greedy, else 0.01 or more.")
 
 
 class MonitorConfig(Section):

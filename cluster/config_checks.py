@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 MAX_VOTE_SUBSETS = 20_000
 """Votes of `majority@k` are counted subset by subset."""
+MIN_TEMPERATURE = 0.01
+"""vLLM samples at this one whenever a lower one is asked for, with a warning in its log; at 0 it takes the likeliest token."""
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks for which vLLM makes buffers (its MaxLoRARanks)."""
 
@@ -24,6 +26,7 @@ def served_rank(rank: int) -> int:
 def check(config: Config) -> None:
     """Raises ValueError that names the settings, their values, and what to do."""
     _rooms_fit_together(config)
+    _temperatures_are_vllms(config)
     _objective_fits(config)
     _samples_come_from_somewhere(config)
     _actors_can_scale(config)
@@ -53,6 +56,20 @@ def _rooms_fit_together(config: Config) -> None:
         raise ValueError(
             "data.system_prompt is set but data.chat_template = false: nothing would put it before the prompts. "
             "Set data.chat_template=true or remove data.system_prompt."
+        )
+
+
+def _temperatures_are_vllms(config: Config) -> None:
+    sampling, evaluating = config.actors.temperature, config.eval.temperature
+    if sampling < MIN_TEMPERATURE:
+        raise ValueError(
+            f"actors.temperature = {sampling:g} is below {MIN_TEMPERATURE:g}, at which vLLM would sample instead: not what the learner "
+            f"computes. Set it to {MIN_TEMPERATURE:g} or more."
+        )
+    if evaluating < MIN_TEMPERATURE and evaluating != 0:
+        raise ValueError(
+            f"eval.temperature = {evaluating:g}: vLLM samples at {MIN_TEMPERATURE:g} or above, or greedily at 0. Set it to 0, or to "
+            f"{MIN_TEMPERATURE:g} or more."
         )
 
 

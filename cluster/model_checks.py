@@ -10,20 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.config import Config, ModelConfig
+from cluster.config import Config
 from cluster.errors import ConfigError
-from cluster.model_shape import rope_parameters
-
-
-def load_model_config(model: ModelConfig) -> Any:
-    """The Hugging Face config of the model. Raises ConfigError where there is none to be had, or none that transformers understands."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    except Exception as error:  # noqa: BLE001 -- configs are checked by their own classes, which raise whatever they like
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"model.path = {model.path}: no config of a model to be had: {reason}") from None
+from cluster.model_shape import load_model_config, model_class, rope_parameters
 
 
 def check_model(config: Config) -> None:
@@ -49,26 +38,46 @@ def _check_quantized(config: Config, found: Any) -> None:
 
 
 def _check_attention(config: Config, found: Any) -> None:
-    """What PyTorch's fused attention leaves out in silence."""
-    text = found.get_text_config()
-    if config.model.attention != "sdpa":
+    """What PyTorch's fused attention leaves out in silence, and classes that have none."""
+    attention = config.model.attention
+    if attention == "eager":
         return
-    if cap := getattr(text, "attn_logit_softcapping", None):
+    cap = getattr(found.get_text_config(), "attn_logit_softcapping", None)
+    if cap and attention == "sdpa":
         raise ConfigError(
             f"{_name(config, found)} caps its attention (attn_logit_softcapping = {cap:g}), which model.attention = sdpa leaves out. "
             "Set model.attention=eager."
         )
+    kind = model_class(found)
+    if kind is not None and not getattr(kind, {"sdpa": "_supports_sdpa"}.get(attention, "_supports_flash_attn"), True):
+        raise ConfigError(
+            f"{_name(config, found)}: {kind.__name__} of transformers cannot attend by model.attention = {attention}. "
+            "Set model.attention=eager; if the learner then says that packed sequences see each other, learner.layout=padded too."
+        )
 
 
 def _check_windows(config: Config, found: Any) -> None:
-    text = found.get_text_config()
-    window, longest = getattr(text, "sliding_window", None), config.max_sequence_tokens
-    if not window or longest <= window:
+    """Sliding windows of which vLLM makes something else than transformers does, or nothing."""
+    text, longest = found.get_text_config(), config.max_sequence_tokens
+    window = getattr(text, "sliding_window", None)
+    layers = [*(getattr(text, "layer_types", None) or ())]
+    if not window or "sliding_attention" not in layers:
         return
-    if found.model_type == "cohere2":
+    if text.model_type in ("qwen2", "qwen3") and len({*layers}) > 1 and text.max_window_layers != len(layers):
         raise ConfigError(
-            f"{_name(config, found)}: vLLM's layers with a window see one token more than transformers' (sliding_window = {window}), "
-            f"and data.max_prompt_tokens + actors.max_new_tokens = {longest}. Keep the sum at {window} or below."
+            f"{_name(config, found)} has a sliding window of {window} tokens in some of its layers (max_window_layers = "
+            f"{text.max_window_layers} of {len(layers)}), which vLLM refuses for this family. Set use_sliding_window to false in its "
+            "config.json, which makes it another function, or give another model."
+        )
+    vllm_differs = {
+        "qwen2_moe": "vLLM gives this family no window",
+        "cohere2": "vLLM's windows hold one token more than transformers'",
+        "cohere2_moe": "vLLM's windows hold one token more than transformers'",
+    }
+    if longest > window and text.model_type in vllm_differs:
+        raise ConfigError(
+            f"{_name(config, found)}: {vllm_differs[text.model_type]} (sliding_window = {window}), and data.max_prompt_tokens + "
+            f"actors.max_new_tokens = {longest}. Keep the sum at {window} or below."
         )
 
 

@@ -38,6 +38,31 @@ def adapted_layers(module: Any) -> dict[str, torch.nn.Linear]:
     return layers
 
 
+def load_model_config(model: ModelConfig) -> Any:
+    """The Hugging Face config of the model. Raises ConfigError where there is none to be had, or none that transformers understands."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # noqa: BLE001 -- configs are checked by their own classes, which raise whatever they like
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"model.path = {model.path}: no config of a model to be had: {reason}") from None
+
+
+def model_class(found: Any) -> Any:
+    """The class that AutoModelForCausalLM makes of a Hugging Face config; None where that is the model's own code, or there is none."""
+    from transformers import AutoModelForCausalLM
+
+    kind = AutoModelForCausalLM._model_mapping.get(type(found), None)
+    return kind[0] if isinstance(kind, tuple) else kind
+
+
+def carries_state(found: Any) -> bool:
+    """Whether some layers hand a state from token to token, rather than attend: mamba, linear attention, convolutions."""
+    kinds = {*(getattr(found.get_text_config(), "layer_types", None) or ())}
+    return bool(getattr(model_class(found), "_is_stateful", False) or any("attention" not in kind or "linear" in kind for kind in kinds))
+
+
 def rope_parameters(found: Any) -> list[dict[str, Any]]:
     """The rotary embeddings of a Hugging Face config: one, or one for each kind of layer."""
     parameters = getattr(found.get_text_config(), "rope_parameters", None) or {}

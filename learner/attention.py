@@ -123,15 +123,21 @@ def packed_sdpa(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     packing: Packing | None = kwargs.pop("packing", None)
-    if packing is None or attention_mask is not None or kwargs.get("is_causal") is False or kwargs.get("softcap") is not None:
+    if left_out := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
+        raise ConfigError(
+            f"{type(module).__name__} has a {left_out[0]} in its attention, which model.attention = sdpa leaves out, with learner.layout = "
+            "padded too. Set model.attention=eager."
+        )
+    if packing is None or attention_mask is not None or kwargs.get("is_causal") is False:
         raise ConfigError(
             f"{type(module).__name__} cannot be trained with learner.layout = packed and model.attention = sdpa: its attention is not "
             "plain causal attention, or does not learn where sequences begin. Use learner.layout = padded, or model.attention = eager."
         )
-    window = kwargs.pop("sliding_window", None)
+    # Some do not hand their window down, but leave it to the mask, of which there is none here.
+    window = kwargs.pop("sliding_window") if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
     buckets = []
     for q, k, v in zip(*(packing.unpack(tensor[0].transpose(0, 1)) for tensor in (query, key, value)), strict=True):
-        mask = _window_mask(q, window) if window is not None and q.shape[2] > window else None
+        mask = _window_mask(q, window) if window and q.shape[2] > window else None
         buckets.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
     return packing.pack(buckets)[None], None
 

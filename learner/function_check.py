@@ -2,7 +2,7 @@
 
 Models build masks of their own, count positions along a row, draw random numbers, or have attention that PyTorch's fused one leaves out
 in part: caps, sinks, windows. transformers' eager attention, of each sequence alone and without padding, is the model's definition.
-Windows count as WINDOW tokens meanwhile, so that a few tokens are enough to see whether they are kept.
+Windows that sequences can outgrow count as WINDOW tokens meanwhile, so that a few tokens are enough to see whether they are kept.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ TOLERANCE_NATS = {torch.float32: 1e-3, torch.float64: 1e-3}
 ROUNDED_TOLERANCE_NATS = 0.1
 
 
-def check_function(logprobs: Callable[..., Tensor], module: Any, layout: Layout, device: torch.device | str = "cpu") -> None:
+def check_function(
+    logprobs: Callable[..., Tensor], module: Any, layout: Layout, device: torch.device | str = "cpu", *, longest: int = 2**31
+) -> None:
     """Computes the log-probs of a few tokens in several ways: they must be the same, or ConfigError says what differs and what to set.
 
-    `logprobs(inputs, training=...)` as `TokenLogprobs` gives them. Collective under ZeRO-3.
+    `logprobs(inputs, training=...)` as `TokenLogprobs` gives them. `longest`: no sequence has more tokens; wider windows do not matter.
+    Collective under ZeRO-3.
     """
     vocabulary = module.config.get_text_config().vocab_size
     tokens = [1 + 7 * position % (vocabulary - 1) for position in range(NUM_TOKENS)]
@@ -44,11 +47,17 @@ def check_function(logprobs: Callable[..., Tensor], module: Any, layout: Layout,
             f"{name} computes other log-probs in training than in evaluation, by {found:.3g} nats a token: something "
             "in it draws random numbers (dropout that its config turns off?)."
         )
+    start = of(TokenSequence(second.prompt_ids, second.completion_ids[:-3]))
+    if (found := _difference(alone[:-3], start)) > tolerance:
+        raise ConfigError(
+            f"{name} gives tokens other log-probs once others follow, by {found:.3g} nats a token: it looks ahead, and is no causal "
+            "language model as it is configured (is_decoder?). Give another model.path."
+        )
     if (found := _difference(together[-len(alone) :], alone)) > tolerance:
         refuse_packing(module, f"gives a sequence other log-probs behind another one than alone, by {found:.3g} nats a token")
     if module.config._attn_implementation == "eager" or not module._can_set_attn_implementation():
         return
-    with _short_windows(module):
+    with _short_windows(module, longest):
         together = of(first, second)
         with _eager(module):
             expected = torch.cat([of(first), of(second)])
@@ -76,13 +85,13 @@ def _eager(module: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _short_windows(module: Any) -> Iterator[None]:
-    """Within: sliding windows are WINDOW tokens wide, for masks, which look at the config, and for attentions, which have a copy of it."""
+def _short_windows(module: Any, longest: int) -> Iterator[None]:
+    """Within: sliding windows below `longest` are WINDOW tokens wide: in configs, where masks look, and in attentions' copies."""
     changed: list[tuple[Any, int]] = []
     try:
         for owner in (*_configs(module), *module.modules()):
             window = getattr(owner, "sliding_window", None)
-            if isinstance(window, int) and not isinstance(window, bool) and window > WINDOW:
+            if isinstance(window, int) and not isinstance(window, bool) and WINDOW < window < longest:
                 changed.append((owner, window))
                 owner.sliding_window = WINDOW
         yield

@@ -201,7 +201,8 @@ class ZeroPolicy:
         self._engine, self._token_logprobs = _load(model, learner, training=True, seed=seed)
         self.module: Any = self._engine.module
         with torch.no_grad():
-            check_function(self._logprobs_as, self.module, learner.layout, self._engine.device)  # Offloaded weights lie elsewhere.
+            device = self._engine.device  # Offloaded weights lie elsewhere.
+            check_function(self._logprobs_as, self.module, learner.layout, device, longest=learner.micro_batch_tokens)
 
     def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
         """[T] log-probs of the completion tokens, differentiable unless under `torch.no_grad`. Collective."""
