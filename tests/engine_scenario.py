@@ -36,6 +36,8 @@ MAX_NEW_TOKENS = 16
 SLOTS = 8
 SHORT = (4, 13, 5, 14)
 LONG = tuple(3 + i * i % 12 for i in range(70))  # Two whole blocks of the prefix cache and a bit.
+MANY_TOKENS = 280
+"""Of a prompt, so that those for all slots are more than the 2,048 tokens that vLLM takes in one pass."""
 ON_UPDATE = {"continue": 11, "drain": 12, "abort": 13}
 """The ways to update, and the version that each of them loads in its phase."""
 SEED = 1000
@@ -81,7 +83,7 @@ class Scenario:
     def __init__(self, model_dir: Path) -> None:
         self.config = ActorsConfig(slots=SLOTS, max_new_tokens=MAX_NEW_TOKENS, kv_cache_gib=1 / 64)
         self.model_dir = model_dir
-        self.engine = Engine(ModelConfig(path=str(model_dir)), self.config, max_model_len=len(LONG) + MAX_NEW_TOKENS)
+        self.engine = Engine(ModelConfig(path=str(model_dir)), self.config, max_model_len=MANY_TOKENS + MAX_NEW_TOKENS)
         self.phases: dict[str, list[Generated]] = {}
         self.report = Report([], self.phases)
         self._submitted: dict[str, tuple[str, tuple[int, ...], float, int, int | None]] = {}
@@ -174,7 +176,7 @@ def truncations(scenario: Scenario) -> None:
 
 def refusals(scenario: Scenario) -> None:
     """Prompts that vLLM does not take, among others that it does."""
-    for name, prompt_ids in (("too long", LONG * 2), ("empty", ()), ("unknown token", (4, 10**6))):
+    for name, prompt_ids in (("too long", LONG * 5), ("empty", ()), ("unknown token", (4, 10**6))):
         (request_id,) = scenario.submit(name, prompt_ids, 1)
         scenario.submit("beside a refused one", SHORT, 1)
         try:
@@ -264,6 +266,10 @@ def run(model_dir: Path) -> Report:
     scenario.engine.abort(list(scenario._submitted))
     scenario.report.num_unfinished_after_abort = scenario.engine.num_unfinished
     scenario.step(1)
+    for number in range(SLOTS):
+        prompt_ids = tuple(3 + (place * place + number) % 12 for place in range(MANY_TOKENS))
+        scenario.submit("more than one pass takes", prompt_ids, 1, seed=SEED + number)
+    scenario.finish()
     truncations(scenario)
     updates_in_flight(scenario)
     scenario.fresh("version 1")

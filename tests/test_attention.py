@@ -8,7 +8,6 @@ import transformers
 
 from cluster.errors import ConfigError
 from learner.attention import PACKED_SDPA, Packing, install_packed_sdpa
-from learner.function_check import check_function
 from learner.packing import TokenLogprobs, TokenSequence, collate
 from tests.test_packing import TEMPERATURE, VOCABULARY, assert_same_gradient, flat, make_rollouts, plain_logprobs, tiny_llama
 
@@ -110,47 +109,3 @@ def test_a_model_that_cannot_attend_within_packed_sequences_is_refused_or_keeps_
     model, _ = packed_by_bucket()
     with pytest.raises(ConfigError, match=r"LlamaAttention cannot be trained with learner\.layout = packed"):
         model(**collate([TokenSequence([1], [2])], "packed", 0).model_kwargs())
-
-
-def as_learner(model, layout, attention):
-    """What the learner makes of a model, before any rank: `check_function`'s first argument."""
-    from learner.zero import _still
-
-    _still(model)
-    forward = TokenLogprobs(model, layout, attention)
-
-    def logprobs(inputs, *, training):
-        with torch.no_grad():
-            return forward(model.train(training), inputs, 1.0)
-
-    return logprobs
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_model_that_keeps_packed_sequences_apart_passes(attention):
-    model = tiny_llama(torch.float32)
-    model.set_attn_implementation(attention)
-    check_function(as_learner(model, "packed", attention), model, "packed")
-
-
-def made(kind, **settings):
-    """A tiny random model, its weights large enough to show what it attends to."""
-    small = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "init_std": 0.3}
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**small, **settings))
-
-
-def test_a_model_whose_own_mask_lets_packed_sequences_see_each_other_is_found_out():
-    model = made("OPTConfig", ffn_dim=32, word_embed_proj_dim=16, attn_implementation="eager")
-    with pytest.raises(ConfigError, match=r"other log-probs behind another one than alone, by .* Use learner\.layout = padded"):
-        check_function(as_learner(model, "packed", "eager"), model, "packed")
-    check_function(as_learner(model, "padded", "eager"), model, "padded")
-
-
-def test_dropout_under_whatever_name_is_turned_off_and_what_is_left_is_found_out():
-    model = made("OPTConfig", ffn_dim=32, word_embed_proj_dim=16, dropout=0.5, attention_dropout=0.5)
-    logprobs = as_learner(model, "padded", "sdpa")
-    check_function(logprobs, model, "padded")
-    model.model.decoder.layers[0].dropout = 0.5
-    with pytest.raises(ConfigError, match="in training than in evaluation"):
-        check_function(logprobs, model, "padded")

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from recipes.arithmetic import make_tokenizer
-from tests.engine_scenario import MAX_NEW_TOKENS, NUM_LOADS, ON_UPDATE, SLOTS, Generated, Report, weights
+from tests.engine_scenario import MANY_TOKENS, MAX_NEW_TOKENS, NUM_LOADS, ON_UPDATE, SLOTS, Generated, Report, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -153,6 +153,14 @@ def test_the_text_is_every_token_but_the_one_that_ends_it(observed: Observed):
 def test_equal_seeds_sample_equal_tokens_and_others_differ(observed: Observed):
     assert len({generated.sample.token_ids for generated in observed.phase("seeded")}) == 1
     assert len({generated.sample.token_ids for generated in observed.phase("version 0")}) > 16
+
+
+def test_more_prompt_tokens_than_one_pass_takes_are_computed_by_several_passes(observed: Observed):
+    """Never a prompt in pieces: with a seed of its own, that ends a CPU engine."""
+    samples = observed.phase("more than one pass takes")
+    assert len(samples) == SLOTS
+    assert SLOTS * MANY_TOKENS > 2048
+    assert observed.worst_nats("more than one pass takes", 0) < TOLERANCE_NATS
 
 
 def test_temperature_0_takes_the_likeliest_token(observed: Observed):

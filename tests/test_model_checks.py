@@ -22,6 +22,7 @@ LONGROPE = {
     "pad_token_id": 0,
     "eos_token_id": 1,
 }
+SLIDING = {"use_sliding_window": True, "sliding_window": 32}
 SUM = "data.max_prompt_tokens + actors.max_new_tokens = 40"
 
 
@@ -41,6 +42,10 @@ def config_of(directory: Path, kind: str, settings: dict[str, Any], longest: int
 REFUSED: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("Llama", {"quantization_config": {"quant_method": "fp8"}}, ("is quantized (fp8)",)),
     ("Gemma2", {}, ("attn_logit_softcapping = 50", "Set model.attention=eager.")),
+    ("GptOss", {"num_local_experts": 4}, ("GptOssForCausalLM", "cannot attend by model.attention = sdpa", "Set model.attention=eager")),
+    ("Qwen2", {**SLIDING, "max_window_layers": 1}, ("max_window_layers = 1 of 2", "vLLM refuses")),
+    ("Qwen3", {**SLIDING, "max_window_layers": 1}, ("max_window_layers = 1 of 2", "vLLM refuses")),
+    ("Qwen2Moe", {**SLIDING, "max_window_layers": 2}, ("vLLM gives this family no window", SUM)),
     ("Cohere2", {"sliding_window": 32}, ("sliding_window = 32", SUM, "Keep the sum at 32 or below.")),
     ("Phi3", LONGROPE, ("rope_type = longrope", "= 24 tokens", SUM)),
     ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 32}, ("rope_type = dynamic", SUM)),
@@ -62,6 +67,11 @@ ACCEPTED: list[tuple[str, dict[str, Any], int, str]] = [
     ("Gemma2", {}, 40, "eager"),
     ("Gemma2", {"attn_logit_softcapping": None}, 40, "sdpa"),
     ("Cohere2", {"sliding_window": 40}, 40, "sdpa"),
+    ("GptOss", {"num_local_experts": 4}, 40, "eager"),
+    ("Qwen2", {**SLIDING, "use_sliding_window": False}, 40, "sdpa"),
+    ("Qwen2", {**SLIDING, "max_window_layers": 0}, 40, "sdpa"),
+    ("Qwen2Moe", {**SLIDING, "max_window_layers": 2}, 32, "sdpa"),
+    ("Mistral", {"sliding_window": 32}, 40, "sdpa"),
     ("Phi3", LONGROPE, 24, "sdpa"),
     ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 40}, 40, "sdpa"),
     ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "max_position_embeddings": 32}, 40, "sdpa"),
