@@ -54,6 +54,7 @@ METRICS: dict[str, str] = {
     **bucket_metrics(),
     "mismatch/tokens": "Tokens compared: of samples wholly of the learner's own version. Without such samples mismatch/* are null.",
     "mismatch/mean": "Mean |log pi - log mu| of them, learner and actors, nats; at actors.top_p below 1, beyond what the cut explains.",
+    "mismatch/standard_error": "Standard error of that mean; it counts as above its bound by three of these.",
     "mismatch/max": "The largest of these.",
     "mismatch/share_above_0.1": "Share of them above 0.1 nats.",
     "mismatch/k1": "Mean of -d, d = log pi - log mu: an estimate of KL(mu, pi), by tokens that the actors drew.",

@@ -77,12 +77,13 @@ class Alarms:
         return events
 
     def _mismatch(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        mean, num_tokens, bound = metrics.get("mismatch/mean", 0.0), metrics.get("mismatch/tokens", 0.0), self._mismatch_bound_nats
-        if not is_above(mean, num_tokens, bound) or step - self._told.get("mismatch", -QUIET_STEPS) < QUIET_STEPS:
+        mean, error = metrics.get("mismatch/mean", 0.0), metrics.get("mismatch/standard_error", 0.0)
+        bound = self._mismatch_bound_nats
+        if not is_above(mean, error, bound) or step - self._told.get("mismatch", -QUIET_STEPS) < QUIET_STEPS:
             return []
         self._told["mismatch"] = step
         return [
-            f"mismatch at learner step {step}: log-probs by actors and learner of {num_tokens:.0f} fresh tokens "
+            f"mismatch at learner step {step}: log-probs by actors and learner of {metrics['mismatch/tokens']:.0f} fresh tokens "
             f"differ by {mean:.3g} nats on average, above {bound:g}: the actors no longer sample from what the "
             "learner computes (mismatch/*)"
         ]

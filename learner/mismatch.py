@@ -29,8 +29,10 @@ from learner.rows import Row
 BOUNDS_NATS = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 """Mean |d| up to which actors and learner count as one function, by model.dtype."""
 FAR_NATS = 0.1
-MIN_TOKENS, FEW_FACTOR = 32, 10.0
-"""A mean over fewer tokens says little: it is held against FEW_FACTOR times the bound, and the next ones are looked at."""
+NUM_ERRORS, FAR_FACTOR = 3.0, 10.0
+"""A mean of few tokens scatters: it is above the bound when it is by so many standard errors, or so many times as large."""
+MIN_TOKENS = 32
+"""Fewer do not show that actors and learner agree: the next fresh samples are looked at, too."""
 _MAX_EXPONENT = 80.0
 
 
@@ -39,6 +41,7 @@ class Mismatch(NamedTuple):
 
     num_tokens: int
     mean: float
+    standard_error: float
     max: float
     share_above: float
     k1: float
@@ -49,6 +52,7 @@ class Mismatch(NamedTuple):
         return {
             "mismatch/tokens": float(self.num_tokens),
             "mismatch/mean": self.mean,
+            "mismatch/standard_error": self.standard_error,
             "mismatch/max": self.max,
             f"mismatch/share_above_{FAR_NATS}": self.share_above,
             "mismatch/k1": self.k1,
@@ -57,10 +61,12 @@ class Mismatch(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What one rank contributes: token count, sum and maximum of what is too much, tokens beyond FAR_NATS, sums for k1 and k3."""
+    """What one rank contributes: tokens; of what is too much the sum, the sum of squares, the maximum, the tokens beyond FAR_NATS; sums
+    for k1 and k3."""
 
     num_tokens: int = 0
     excess: float = 0.0
+    squares: float = 0.0
     max: float = 0.0
     num_far: int = 0
     k1: float = 0.0
@@ -73,9 +79,9 @@ def bound_nats(config: Config) -> float:
     return BOUNDS_NATS[config.model.dtype] * (2.0 if is_rounded else 1.0)
 
 
-def is_above(mean: float, num_tokens: float, bound: float) -> bool:
-    """Whether a mean over so many tokens is more than rounding; see MIN_TOKENS. What is not a number is."""
-    return not mean <= bound * (1.0 if num_tokens >= MIN_TOKENS else FEW_FACTOR)
+def is_above(mean: float, standard_error: float, bound: float) -> bool:
+    """Whether a mean is more than rounding; see NUM_ERRORS. What is not a number is."""
+    return not (mean - NUM_ERRORS * standard_error <= bound and mean <= FAR_FACTOR * bound)
 
 
 class MismatchCheck:
@@ -110,6 +116,7 @@ class MismatchCheck:
         return Sums(
             num_tokens=len(d_T),
             excess=float(excess_T.sum()),
+            squares=float(excess_T.square().sum()),
             max=float(excess_T.max()),
             num_far=int((excess_T > FAR_NATS).sum()),
             k1=float(-d_T.sum()),
@@ -124,9 +131,9 @@ class MismatchCheck:
         found = combined(parts)
         if found is None:
             return {}
-        if not self._is_passed and is_above(found.mean, found.num_tokens, self._bound):
+        if not self._is_passed and is_above(found.mean, found.standard_error, self._bound):
             raise TrainingError(self._explained(step, found))
-        if not self._is_passed and found.num_tokens >= MIN_TOKENS:
+        if not self._is_passed and found.num_tokens >= MIN_TOKENS and found.mean <= self._bound:
             self._is_passed = True
             self._tell(
                 f"actors and learner agree at learner step {step}: log-probs of {found.num_tokens} fresh tokens "
@@ -151,9 +158,12 @@ def combined(parts: Iterable[Sums]) -> Mismatch | None:
     if not known:
         return None
     count = sum(part.num_tokens for part in known)
+    mean = math.fsum(part.excess for part in known) / count
+    variance = max(0.0, math.fsum(part.squares for part in known) / count - mean**2)
     return Mismatch(
         num_tokens=count,
-        mean=math.fsum(part.excess for part in known) / count,
+        mean=mean,
+        standard_error=math.sqrt(variance / count),
         max=max(part.max for part in known),
         share_above=sum(part.num_far for part in known) / count,
         k1=math.fsum(part.k1 for part in known) / count,

@@ -15,7 +15,7 @@ from cluster.config import Config
 from cluster.errors import TrainingError
 from cluster.metrics import METRICS
 from learner.guards import QUIET_STEPS, Alarms
-from learner.mismatch import BOUNDS_NATS, FEW_FACTOR, MIN_TOKENS, MismatchCheck, Sums, bound_nats, combined, likely_causes
+from learner.mismatch import BOUNDS_NATS, FAR_FACTOR, MIN_TOKENS, MismatchCheck, Sums, bound_nats, combined, likely_causes
 from learner.objectives import load_objective
 from learner.rows import Row
 from tests.guards_scenario import drawn
@@ -84,7 +84,8 @@ def test_the_numbers_are_those_of_their_formulas() -> None:
     parts = [check.sums([row_of(0, 0, 0, d=[0.3, -0.2])], 0), Sums(), check.sums([row_of(0, 0, 0, d=[0.05, 0.0])], 0)]
     found = combined(parts)
     assert found is not None
-    expected = (4, d_T.abs().mean(), 0.3, 0.5, -d_T.mean(), (d_T.exp() - 1 - d_T).mean())
+    error = d_T.abs().std(correction=0) / 2
+    expected = (4, d_T.abs().mean(), error, 0.3, 0.5, -d_T.mean(), (d_T.exp() - 1 - d_T).mean())
     assert tuple(found) == pytest.approx(tuple(map(float, expected)), abs=1e-6)
     assert found.metrics().keys() <= METRICS.keys()
     assert combined([Sums(), Sums()]) is None
@@ -105,7 +106,9 @@ def test_what_top_p_cuts_off_is_no_mismatch_and_what_it_does_not_explain_is(top_
 
 
 def part(mean: float, num_tokens: int = 1000) -> Sums:
-    return Sums(num_tokens=num_tokens, excess=mean * num_tokens, max=3 * mean, num_far=num_tokens // 4, k1=0.0, k3=0.0)
+    """With a standard deviation as large as the mean."""
+    squares = 2 * mean**2 * num_tokens
+    return Sums(num_tokens=num_tokens, excess=mean * num_tokens, squares=squares, max=3 * mean, num_far=num_tokens // 4)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS_NATS)
@@ -113,13 +116,19 @@ def part(mean: float, num_tokens: int = 1000) -> Sums:
     ("times_bound", "num_tokens", "is_stopped"),
     [
         (0.9, 1000, False),
-        (1.1, 1000, True),
-        (1.1, MIN_TOKENS - 1, False),
-        (1.1 * FEW_FACTOR, MIN_TOKENS - 1, True),
+        (1.2, 1000, True),
+        (1.2, 100, False),  # Three standard errors are 0.36 of the bound.
+        (1.2, 4000, True),
+        (2.0, 40, True),
+        (0.9 * FAR_FACTOR, 4, False),
+        (1.1 * FAR_FACTOR, 4, True),
+        (1.1 * FAR_FACTOR, 1, True),
         (math.nan, 1000, True),
     ],
 )
-def test_a_mean_above_the_bound_of_the_dtype_stops_the_run(dtype: str, times_bound: float, num_tokens: int, is_stopped: bool) -> None:
+def test_a_mean_clearly_above_the_bound_of_the_dtype_stops_the_run(
+    dtype: str, times_bound: float, num_tokens: int, is_stopped: bool
+) -> None:
     config = changed(config_for("none"), model={"dtype": dtype})
     assert bound_nats(config) == {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}[dtype]
     given = part(times_bound * BOUNDS_NATS[dtype], num_tokens)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -316,6 +317,27 @@ def test_failing_rewards_stop_the_run_with_the_reason(tiny_models: dict[str, Pat
     assert "Traceback (most recent call last)" not in err
 
 
+def test_a_run_whose_actors_compute_another_function_than_the_learner_ends_before_its_first_step(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """vLLM's Llama reads layer_types, transformers' does not: a window that nobody's config check knows of."""
+    shutil.copytree(tiny_models["untied"], tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"layer_types": ["sliding_attention"] * 2, "sliding_window": 3}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    process = start_train(tmp_path / "model", tmp_path / "run", 50)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 2
+    for words in ("the actors do not sample from what the learner computes", "bound 0.0001 for float32", "Step 0 was not done"):
+        assert words in err
+    assert "Likely for llama (LlamaForCausalLM): its attention's window of 3 tokens: keep data.max_prompt_tokens" in err
+    assert "Traceback (most recent call last)" not in err
+    assert rows_of(tmp_path / "run") == []
+    assert not (tmp_path / "run" / "policy").exists()
+    assert "do not sample from" in (tmp_path / "run" / "summary.json").read_text()
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 @pytest.fixture
 def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A local head with token authentication, ended by its own pid."""
@@ -356,5 +378,9 @@ def test_ray_job_submit_with_token_authentication(ray_head: dict[str, str], tiny
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "succeeded" in done.stdout
     assert "quickstart finished" in done.stdout
-    assert [row["progress/step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4]
+    rows = rows_of(tmp_path / "run")
+    assert [row["progress/step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[0]["mismatch/tokens"] > 32
+    assert rows[0]["mismatch/mean"] < 1e-4
+    assert "actors and learner agree at learner step 0" in (tmp_path / "run" / "events.jsonl").read_text()
     assert (tmp_path / "run" / "report.html").exists()
