@@ -24,8 +24,9 @@ from actors.sources import Source, report_bad_rows
 from actors.tokenizer import end_token_ids, end_token_notes, load_tokenizer, vocabulary_size
 from cluster.config import Config
 from cluster.errors import AgroError, ConfigError, DataError
-from cluster.model_checks import check_model, load_model_config
+from cluster.model_checks import check_model
 from cluster.model_limits import check_length, check_token_ids
+from cluster.model_shape import load_model_config
 from cluster.monitor import wandb_mode
 from cluster.placement import check_machine
 from cluster.run_dir import check_run_dir, open_run_dir
