@@ -18,7 +18,8 @@ def dry_run(config: Config) -> Iterator[str]:
     """The text, part by part, each as soon as it is known. Raises the AgroError that a start would end with."""
     sys.dont_write_bytecode = True  # Reward functions and recipes are imported.
     quiet_libraries()
-    yield placement.dry_run(config)
+    place = placement.available(config)
+    yield placement.dry_run(config, place)
     yield "checks"
     config = locate_model(config)
     yield f"  run            {check_start(config)}"
@@ -29,8 +30,9 @@ def dry_run(config: Config) -> Iterator[str]:
                 source = read_source(key, name, config.data.split)
                 yield f"  {key:<14} {len(source.rows)} {source.unit}s of {source.name}"
         yield "  not checked    what needs the model: tokenizer, prompts, vocabulary, positions. Make it by a start, then ask again"
-        return
-    yield from _told(check_inputs(config))
+    else:
+        yield from _told(check_inputs(config))
+    placement.check(placement.bundles(config), place[1])  # Its warnings are told above.
     yield "a start would find nothing wrong before its engines load"
 
 

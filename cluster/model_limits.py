@@ -63,13 +63,12 @@ def check_token_ids(config: Config, found: Any, tokenizer: Any, prompts: PromptS
     """Raises ConfigError or DataError for a padding, a prompt or an offline completion with a token that the embedding does not have."""
     size = found.get_text_config().vocab_size
     has = f"the embedding of {config.model.path} has {size} rows (vocab_size)"
-    for name, number in (("pad", tokenizer.pad_token_id), ("end", tokenizer.eos_token_id)):
-        if number is not None and not 0 <= number < size:
-            raise ConfigError(
-                f"the tokenizer's {name} token {tokenizer.decode([number])!r} has the id {number}, but {has}. "
-                f"Name another in tokenizer_config.json ({name.replace('end', 'eos')}_token), or enlarge the model's embedding "
-                "(resize_token_embeddings) and save it."
-            )
+    pad = tokenizer.pad_token_id
+    if pad is not None and not 0 <= pad < size:
+        raise ConfigError(
+            f"the tokenizer's pad token {tokenizer.decode([pad])!r} has the id {pad}, but {has}. Name another pad_token in "
+            "tokenizer_config.json, or enlarge the model's embedding (resize_token_embeddings) and save it."
+        )
     for source, rows in ((prompts.source, prompts.rows), (held_out.source, held_out.rows)):
         beyond = [(row, number) for row in rows if (number := _largest(row)) >= size]
         if beyond:

@@ -146,7 +146,7 @@ def check_machine(config: Config) -> None:
     """Raises PlacementError when a local Ray's processes could not even be loaded here: CPUs may be shared, memory may not."""
     import psutil
 
-    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+    if cluster_address() is not None:
         return  # Other machines: `check` asks them.
     actors, learner = config.actors, config.learner
     cache = 0.0 if actors.num_gpus else actors.kv_cache_gib
@@ -194,17 +194,20 @@ def _memory_warnings(config: Config, memory: MemoryEstimate, nodes: Sequence[Res
     return []
 
 
-def dry_run(config: Config) -> str:
-    """The resolved config and everything `render` says. Asks the cluster at RAY_ADDRESS, else looks at this machine; starts nothing.
+def available(config: Config) -> tuple[str, list[Resources]]:
+    """Where the run would go and what each node there has: the cluster at RAY_ADDRESS, else this machine. Starts nothing.
 
     Raises PlacementError when RAY_ADDRESS names a cluster that does not answer.
     """
-    placement = bundles(config)
     if (address := cluster_address()) is not None:
         from cluster.session import ray_session
 
         with ray_session(config):
-            where, resources = f"cluster at {address}", ask_ray()
-    else:
-        where, resources = "this machine (RAY_ADDRESS names no cluster; logical CPUs as asked)", [this_machine(placement)]
-    return f"{dump_config(config)}\n{render(config, placement, resources, estimate_memory(config), where)}"
+            return f"cluster at {address}", [*ask_ray()]
+    return "this machine (RAY_ADDRESS names no cluster; logical CPUs as asked)", [this_machine(bundles(config))]
+
+
+def dry_run(config: Config, place: tuple[str, Sequence[Resources]] | None = None) -> str:
+    """The resolved config, as a file that can be given back, and everything `render` says. `place`: what `available` found."""
+    where, nodes = place or available(config)
+    return f"{dump_config(config)}\n{render(config, bundles(config), nodes, estimate_memory(config), where)}"

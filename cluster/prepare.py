@@ -100,7 +100,7 @@ def check_inputs(config: Config) -> Checked:
     check_length(config, found, prompts)
     check_token_ids(config, found, tokenizer, prompts, eval_prompts)
     prompts, eval_prompts = _scorable(config, prompts), _scorable(config, eval_prompts)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # Any token: what is padded is not looked at.
     notes = [*notes, *mended]
     return Checked(config=config, prompts=prompts, eval_prompts=eval_prompts, pad_id=pad_id, wandb_mode=mode, notes=tuple(notes))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from cluster import run_dir
 from cluster.config import Config
 from cluster.config_file import load_config, parse_text
 from cluster.dry_run import dry_run
-from cluster.errors import AgroError, ConfigError
+from cluster.errors import AgroError, ConfigError, PlacementError
 from cluster.model_limits import max_positions
 from cluster.prepare import check_start, ensure_model, locate_model, prepare
 
@@ -32,10 +33,9 @@ def here(tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)  # dry_run sets it.
     monkeypatch.syspath_prepend(str(tmp_path))
     shutil.copytree(ROOT / "configs" / "arithmetic", "data")
-    for name in ("model", "pad-beyond", "token-beyond", "end-beyond", "no-config"):
+    for name in ("model", "pad-beyond", "token-beyond", "no-config"):
         shutil.copytree(tiny_models["tied"], name)
     add_tokens("pad-beyond", pad_token="<pad-15>")
-    add_tokens("end-beyond", eos_token="<end-15>")
     add_tokens("token-beyond", additional_special_tokens=["7+"])
     Path("no-config/config.json").unlink()
     Path("tokens.jsonl").write_text(json.dumps({"prompt": "7+2=", "answer": "9"}) + "\n")
@@ -75,7 +75,6 @@ FAULTS = [
     (["model.path=./" + "x" * 300], ["there is no"]),
     (["model.path=./no-config"], ["model.path"]),
     (["model.path=./pad-beyond"], ["pad token '<pad-15>' has the id 15", "15 rows (vocab_size)", "pad_token"]),
-    (["model.path=./end-beyond"], ["end token '<end-15>' has the id 15", "15 rows"]),
     (["model.path=./token-beyond"], ["prompts hold tokens", "'7+' has the id 15", "has 15 rows"]),
     (["model.path=./token-beyond", "data.path=tokens.jsonl", "data.eval_rows=0"], ["1 prompts hold tokens", "row 1:"]),
     (["run.dir=/"], ["run.dir = / holds other things than a run"]),
@@ -132,6 +131,15 @@ def test_a_dry_run_makes_no_model_and_says_what_it_did_not_check(here: Path) -> 
     assert "300 lines of data/train.jsonl" in text
     changes = ["model.path=./made", "model.make=recipes.arithmetic:make_base", "data.split=dev"]
     assert "no split 'dev'" in message_of(lambda config: list(dry_run(config)), config_of(*changes))
+
+
+def test_a_dry_run_ends_with_what_the_machines_lack(here: Path) -> None:
+    found = []
+    with pytest.raises(PlacementError, match="this run cannot be placed"):
+        found.extend(dry_run(config_of("learner.num_gpus=1", "learner.ranks=7")))
+    lines = iter(dry_run(config_of("learner.num_gpus=1", "learner.ranks=7")))
+    assert "warning: this run cannot be placed" in next(lines)
+    assert "checks" in list(itertools.islice(lines, 3))
 
 
 def test_a_model_is_made_at_its_own_path_only(here: Path) -> None:
