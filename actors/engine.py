@@ -33,12 +33,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from actors.tokenizer import Detokenizer, end_token_ids, load_tokenizer
 from buffer.records import Sample, VersionSpan
 from cluster.config import ActorsConfig, ModelConfig
 from cluster.config_checks import served_rank
 from cluster.errors import AgroError, SnapshotError
 from cluster.model_shape import adapted_layers, carries_state, empty_model, load_model_config
+from cluster.tokenizer import Detokenizer, end_token_ids, load_tokenizer
 from cluster.weights import checksum
 
 # What this file uses of vLLM 0.32, checked by a contract test that names what is missing.

@@ -26,13 +26,13 @@ from actors.heartbeat import Heartbeat
 from actors.messages import text_problems
 from actors.prompts import PROMPT_COLUMNS, OfflineSample, PromptRow, PromptSet, is_unknown, render_rows, tokenise
 from actors.sources import kind_of, read_source, report_bad_rows
-from actors.tokenizer import Detokenizer, closing_ids, end_token_ids, split_at_end
 from buffer.records import Group, Sample, WorkItem, encode
 from buffer.store import DiskFullError
 from cluster.board import Directive
 from cluster.config import Config
 from cluster.errors import DataError, PeerTimeout
 from cluster.peers import connect_buffer
+from cluster.tokenizer import Detokenizer, closing_ids, end_token_ids, split_at_end
 from rewards.pool import RewardPool
 from rewards.scoring import Scored
 

@@ -1,7 +1,7 @@
 """From a dataset to prompts: every row read, checked and tokenised before anything starts.
 
 jsonl, parquet, hub id  --read-->  rows  --check-->  text  --tokenise-->  PromptSet
-actors/sources.py                        actors/messages.py               actors/tokenizer.py
+actors/sources.py                        actors/messages.py               cluster/tokenizer.py
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 from actors.messages import clean_messages, message_problems, render, text_problems
 from actors.sources import Bad, Rows, Source, kind_of, read_source, report_bad_rows
-from actors.tokenizer import has_chat_template, special_token_ids
 from cluster.config import DataConfig
 from cluster.errors import DataError
 from cluster.text import user_path
+from cluster.tokenizer import has_chat_template, special_token_ids
 
 PROMPT_COLUMNS = ("prompt", "question")
 ANSWER_COLUMNS = ("answer", "solution", "label")

@@ -9,11 +9,11 @@ from typing import Any
 from actors.engine import Engine
 from actors.prompts import load_prompts, render_rows
 from actors.sources import Source, report_bad_rows
-from actors.tokenizer import Detokenizer, end_token_ids, has_chat_template, load_tokenizer
 from buffer.records import Sample
 from cluster.config import MAX_TOKENS, Config, DataConfig, ModelConfig
 from cluster.config_file import load_config
 from cluster.errors import ConfigError
+from cluster.tokenizer import Detokenizer, end_token_ids, has_chat_template, load_tokenizer
 from rewards.pool import RewardPool
 
 

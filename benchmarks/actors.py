@@ -23,7 +23,6 @@ import ray
 from actors.engine import Engine, engine_arguments, set_engine_environment
 from actors.prompts import PromptSet, load_prompts
 from actors.rollout import RolloutActor
-from actors.tokenizer import load_tokenizer
 from benchmarks.results import save
 from buffer.server import ReplayBuffer
 from cluster.board import Board
@@ -31,6 +30,7 @@ from cluster.config import Config
 from cluster.config_file import load_config
 from cluster.peers import Calls, connect_buffer
 from cluster.prepare import ensure_model
+from cluster.tokenizer import load_tokenizer
 from cluster.weights import SnapshotWriter
 from tests.fake_engine import FakeEngine
 

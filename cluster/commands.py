@@ -106,8 +106,8 @@ def inspect_batch(arguments: Namespace) -> int:
 
     decode: Callable[[Sequence[int]], str] | None = None
     if arguments.tokenizer:
-        from actors.tokenizer import load_tokenizer
         from cluster.config import ModelConfig
+        from cluster.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(ModelConfig(path=arguments.tokenizer))
 

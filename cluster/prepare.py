@@ -21,7 +21,6 @@ from typing import Any
 from actors.offline import load_offline
 from actors.prompts import PromptSet, load_prompts
 from actors.sources import Source, report_bad_rows
-from actors.tokenizer import end_token_ids, end_token_notes, load_tokenizer, vocabulary_size
 from cluster.config import Config
 from cluster.errors import AgroError, ConfigError, DataError
 from cluster.model_checks import check_model
@@ -31,6 +30,7 @@ from cluster.monitor import wandb_mode
 from cluster.placement import check_machine
 from cluster.run_dir import check_run_dir, open_run_dir
 from cluster.text import user_path
+from cluster.tokenizer import end_token_ids, end_token_notes, load_tokenizer, vocabulary_size
 from learner.model_files import check_model_files
 from learner.objectives import load_objective
 from rewards.check import bad_rows, check_functions

@@ -1,8 +1,9 @@
 """What a policy's directory holds besides its tensors: config, generation config, tokenizer, templates and whatever else the base has.
 
 Files are copied as they are, which works for every tokenizer and processor, also for one that its library can read but not save. Two are
-not: config.json says the dtype that was written, and generation_config.json is mended, since transformers refuses to save, and vLLM to
-serve, settings that do not go together. All of it is tried before a run starts (`check_model_files`): at its end it cannot fail.
+not: config.json says the dtype that was written; generation_config.json names every token at which completions ended (cluster/tokenizer.py),
+and is mended, since transformers refuses to save, and vLLM to serve, settings that do not go together. All of it is tried before a run starts
+(`check_model_files`): at its end it cannot fail.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from cluster.config import ModelConfig
 from cluster.errors import ConfigError
+from cluster.tokenizer import end_token_ids, load_tokenizer
 
 CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.vocab", "*.bpe", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -60,10 +62,14 @@ def write_model_files(directory: Path, model: ModelConfig) -> tuple[str, ...]:
     config = _read(base / CONFIG_NAME)
     _set_dtype(config, model.dtype)
     _write(directory / CONFIG_NAME, config)
-    if not (base / GENERATION_NAME).exists():
-        return ()
-    settings, left_out = mended(_read(base / GENERATION_NAME))
-    _write(directory / GENERATION_NAME, settings)
+    has_settings = (base / GENERATION_NAME).exists()
+    settings, left_out = mended(_read(base / GENERATION_NAME)) if has_settings else ({}, [])
+    # Whoever serves the policy is to end its completions where they ended in training.
+    end_ids = end_token_ids(model, load_tokenizer(model))
+    if _as_list((settings if has_settings else config).get("eos_token_id")) != list(end_ids):
+        settings["eos_token_id"] = list(end_ids)
+    if settings:
+        _write(directory / GENERATION_NAME, settings)
     return tuple(f"{base / GENERATION_NAME}: the policy's has no {name} = {value!r}: {why}" for name, value, why in left_out)
 
 
@@ -104,6 +110,12 @@ def _fault(settings: dict[str, Any]) -> str:
     finally:
         logging.set_verbosity(verbosity)
     return ""
+
+
+def _as_list(token_ids: Any) -> list[Any]:
+    if isinstance(token_ids, list):
+        return sorted(set(token_ids))
+    return [] if token_ids is None else [token_ids]
 
 
 def _base_directory(model: ModelConfig) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,6 +83,17 @@ def test_an_export_is_the_policy_with_all_that_goes_with_it(trained: tuple[Path,
     assert AutoTokenizer.from_pretrained(out)("1+2=").input_ids == AutoTokenizer.from_pretrained(base_dir)("1+2=").input_ids
     assert GenerationConfig.from_pretrained(out).eos_token_id == 1
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_exported_policy_names_every_token_at_which_its_completions_ended(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import GenerationConfig
+
+    base = shutil.copytree(tiny_models["tied"], tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}<pad>{% endfor %}")
+    save_checkpoint(tmp_path / "run", load(base), base)
+    out = export.export(tmp_path / "run", 5, tmp_path / "out")
+    assert GenerationConfig.from_pretrained(base).eos_token_id == 1
+    assert GenerationConfig.from_pretrained(out).eos_token_id == [0, 1]
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 40_000, 10**9])

@@ -105,7 +105,7 @@ def test_what_was_mended_is_told(base: Path) -> None:
         ("generation_config.json", b"\xff\xfe{}", r"generation_config\.json is no JSON"),
         ("generation_config.json", b"[1]", r"generation_config\.json holds list, not an object"),
         ("config.json", b"", r"config\.json is no JSON"),
-        ("tokenizer.json", b"{}", r"the trained policy could not be written beside the files of its base"),
+        ("tokenizer.json", b"{}", r"no tokenizer to be had: tokenizer\.json is not understood by tokenizers"),
     ],
 )
 def test_broken_files_are_one_line_before_anything_starts(base: Path, name: str, content: bytes, message: str) -> None:

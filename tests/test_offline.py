@@ -17,7 +17,6 @@ import pytest
 
 from actors.offline import OfflineActor, OfflineSample, choose_samples, load_offline, with_scores
 from actors.prompts import PromptRow, PromptSet, load_prompts
-from actors.tokenizer import Detokenizer
 from buffer.ledger import audit
 from buffer.records import Batch, Group, Sample, VersionSpan, decode_batch
 from buffer.server import ReplayBuffer
@@ -26,6 +25,7 @@ from cluster.config import Config
 from cluster.config_file import parse_config
 from cluster.errors import ConfigError, DataError, PeerTimeout
 from cluster.prepare import check_needs, load_training, no_evaluation
+from cluster.tokenizer import Detokenizer
 from learner.batch_metrics import batch_metrics, shown_samples
 from learner.objectives import load_objective
 from recipes.arithmetic import make_tokenizer

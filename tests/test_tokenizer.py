@@ -14,9 +14,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from actors.prompts import load_prompts
-from actors.tokenizer import Detokenizer, closing_ids, end_token_ids, end_token_notes, load_tokenizer, vocabulary_size
 from cluster.config import DataConfig, ModelConfig
 from cluster.errors import ConfigError
+from cluster.tokenizer import Detokenizer, closing_ids, end_token_ids, end_token_notes, load_tokenizer, vocabulary_size
 from recipes.arithmetic import make_tokenizer
 
 NOWHERE = ModelConfig(path="/nonexistent/model")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from actors.tokenizer import end_token_ids
 from actors.try_policy import chat
 from cluster.config import ModelConfig
 from cluster.errors import ConfigError, DataError
+from cluster.tokenizer import end_token_ids
 from recipes.arithmetic import make_tokenizer
 
 
