@@ -187,6 +187,9 @@ def _notes(source: Source, rows: dict[int, PromptRow], tokenizer: Any) -> Iterat
             f"warning: {len(unknown)} of {len(rows)} prompts hold something that the tokenizer does not know and the policy sees as "
             f"{tokenizer.unk_token} (the first: {source.unit} {unknown[0] + 1})"
         )
+    ended = sum(row.token_ids[-1] == tokenizer.eos_token_id for row in rows.values())
+    if ended:
+        yield f"warning: {ended} of {len(rows)} prompts end in {tokenizer.eos_token}: the answer begins after what ends one"
     if _answer_column(source.rows) == ".".join(VERL_ANSWER):
         yield f"{source.name}: the answers are those in {'.'.join(VERL_ANSWER)}"
 

@@ -276,16 +276,22 @@ def special_token_ids(tokenizer: Any) -> set[int]:
 
 
 class Detokenizer:
-    """The text of completions: without the end token they may end in and, with `skip_special_tokens`, without any special token."""
+    """The text of completions: without what ends them and, with `skip_special_tokens`, without any special token.
+
+    What ends one is an end token, with the special tokens that the chat template has before it.
+    """
 
     def __init__(self, tokenizer: Any, end_ids: Sequence[int], *, skip_special_tokens: bool = False) -> None:
         self._tokenizer, self._size, self._end_ids = tokenizer, len(tokenizer), frozenset(end_ids)
+        self._closing = closing_ids(tokenizer, end_ids, chat_template=True)
         self._skipped = special_token_ids(tokenizer) if skip_special_tokens else set()
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Text that can be encoded, always: bytes that are no UTF-8 become U+FFFD, and so do tokens that the tokenizer does not have."""
-        ended = bool(token_ids) and token_ids[-1] in self._end_ids
-        kept = [token_id for token_id in token_ids[: len(token_ids) - ended] if token_id not in self._skipped]
+        num_kept, closing = len(token_ids), self._closing
+        if token_ids and token_ids[-1] in self._end_ids:
+            num_kept -= len(closing) if tuple(token_ids[-len(closing) :]) == closing else 1
+        kept = [token_id for token_id in token_ids[:num_kept] if token_id not in self._skipped]
         if max(kept, default=0) >= self._size:  # A model may have more tokens than its tokenizer.
             text = "".join(self._decode([token_id]) if token_id < self._size else "\ufffd" for token_id in kept)
         else:

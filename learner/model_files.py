@@ -1,9 +1,9 @@
 """What a policy's directory holds besides its tensors: config, generation config, tokenizer, templates and whatever else the base has.
 
-Files are copied as they are, which works for every tokenizer and processor, also for one that its library can read but not save. Two are
-not: config.json says the dtype that was written; generation_config.json names every token at which completions ended (cluster/tokenizer.py),
-and is mended, since transformers refuses to save, and vLLM to serve, settings that do not go together. All of it is tried before a run starts
-(`check_model_files`): at its end it cannot fail.
+Files are copied as they are, which works for every tokenizer and processor, also for one that its library can read but not save.
+Two are not: config.json says the dtype that was written; generation_config.json names every token at which completions ended
+(cluster/tokenizer.py), and is mended, since transformers refuses to save, and vLLM to serve, settings that do not go together.
+All of it is tried before a run starts (`check_model_files`): at its end it cannot fail.
 """
 
 from __future__ import annotations

@@ -239,3 +239,11 @@ def test_the_largest_seed_and_timeout_are_those_that_libraries_take() -> None:
     assert timedelta(seconds=MAX_TIMEOUT_S).days == 23
     with pytest.raises(ConfigError, match=r"run\.seed"):
         config_of(f"run.seed={MAX_NUMBER}")
+
+
+def test_a_model_that_can_never_end_a_completion_is_told(here: Path) -> None:
+    for name, key in (("tokenizer_config", "eos_token"), ("config", "eos_token_id"), ("generation_config", "eos_token_id")):
+        path = here / "model" / f"{name}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: None}))
+    told = "\n".join(dry_run(config_of()))
+    assert "warning: no end token is known (neither tokenizer, generation_config.json, config.json nor chat template names one)" in told

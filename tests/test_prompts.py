@@ -94,6 +94,13 @@ def test_a_template_that_holds_bos_gives_it_once(write, template):
     assert tokenizer.convert_ids_to_tokens(row.token_ids) == ["<s>", *"1+1="]
 
 
+def test_prompts_that_end_in_the_end_token_are_counted(write):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}<eos>"
+    (note,) = load_prompts(DataConfig(path=write(GOOD)), tokenizer).notes
+    assert note == "warning: 1 of 1 prompts end in <eos>: the answer begins after what ends one"
+
+
 def test_wholly_unknown_prompts_are_bad_rows_and_partly_unknown_ones_are_counted(write):
     tokenizer = make_tokenizer()
     path = write(GOOD, {"prompt": "中文", "answer": "2"}, {"prompt": "1 + 1=", "answer": "2"})

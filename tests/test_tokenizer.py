@@ -216,6 +216,14 @@ def test_special_tokens_are_kept_or_dropped_and_the_end_token_always_is():
     assert kept.text([]) == kept.text([0]) == ""
 
 
+def test_what_the_template_puts_before_the_end_token_is_part_of_the_end():
+    tokenizer = byte_tokenizer("<eos>", "<start>", "<turn>", "<response>", template=TURNS.replace("END", "<response><turn>"))
+    response, turn = tokenizer.convert_tokens_to_ids(["<response>", "<turn>"])
+    said = tokenizer("1 2")["input_ids"]
+    for ending, text in (([response, turn], "1 2"), ([turn], "1 2"), ([response, 0], "1 2<response>"), ([response], "1 2<response>")):
+        assert Detokenizer(tokenizer, (0, turn)).text([*said, *ending]) == text
+
+
 def test_text_is_never_cleaned_up_and_can_always_be_encoded():
     tokenizer = byte_tokenizer("<eos>")
     tokenizer.clean_up_tokenization_spaces = True
