@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -35,12 +36,17 @@ class BoundedProcess:
         self._prepare: Callable[[], None] | None = prepare
         self._pid = self._parent_pid = 0
         self._connection: Connection | None = None
+        self._lock = threading.Lock()
 
     def call(self, limit_s: float, function: Callable[..., Any], *arguments: Any) -> Any:
         """What `function(*arguments)` returns; function and arguments must pickle. Raises what it raises.
 
         Raises UnfinishedError where it takes longer than `limit_s` of CPU time, or needs more than MEMORY_BYTES.
         """
+        with self._lock:
+            return self._call(limit_s, function, arguments)
+
+    def _call(self, limit_s: float, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         try:
             self._ask(limit_s, function, arguments)
         except OSError:  # It died while it was idle.

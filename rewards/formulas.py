@@ -12,6 +12,7 @@ import logging
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -82,7 +83,7 @@ _MEMBER = re.compile(r"^\s*[A-Za-z]\s*\\in\s*(?!\\mathbb)")
 _CHOICE = re.compile(r"\(?\s*([A-Ja-j])\s*\)?[.:)]?")
 _CHOICE_AND_VALUE = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])\s*((?!and\b|or\b|[,;&])(?!.*\([A-J]\))\S.*)")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|bf|rm)\s*\{([^{}]*)\}")
-_WORDS = re.compile(r"[^\W\d_][^\W\d_'’.-]{2,}(?:[\s-]+[^\W\d_'’.]+)*")
+_WORDS = re.compile(r"[Nn][Oo]|[^\W\d_][^\W\d_'’.-]{2,}(?:[\s-]+[^\W\d_'’.]+)*")
 _FUNCTION = re.compile(r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|inf|infinity|theta)", re.IGNORECASE)
 _RATIO = re.compile(r"\d+(?:\s*:\s*\d+)+")
 _TIME = re.compile(r"(?:[01]?\d|2[0-4]):[0-5]\d(?::[0-5]\d)?")
@@ -126,18 +127,16 @@ def check_gold(gold: str) -> None:
 
 def canonical(answer: str) -> str:
     """The one way to write what `answer` says: equal for equal answers. What cannot be read is written as it is."""
-    if choice := _choice(answer):
+    if choice := _choice(answer) or _choice_before_value(answer)[0]:
         return choice
-    value = _choice_before_value(answer)[1]
-    if value is not None:
-        return canonical(value)
     if (written := _as_written(answer)) is not None:
         return written
     formula = _normal(answer)
     sides = _sides(formula)
-    if len(sides) > 1 and not _agree(sides):
+    if _BASED.fullmatch(formula) or not _agree(sides):
         return plain(answer)
-    expression = _read(sides[-1])
+    is_equation = len(sides) == 2 and any(getattr(_read(side), "free_symbols", None) for side in sides)
+    expression = _read(formula if is_equation else sides[-1])
     return plain(answer) if expression is None else _written(expression)
 
 
@@ -227,7 +226,12 @@ def _normal(text: str) -> str:
     text = _SPACING.sub("", text)
     has_brackets = re.search(r"[(\[{]\s*[^(\[{}\])]*,", text.replace("{,}", "")) is not None
     text = (_IN_BRACKETS if has_brackets else _THOUSANDS).sub(lambda match: re.sub(r"\D", "", match.group()), text)
-    text = re.sub(r"\\[()]", "", text).replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
+    text = (
+        re.sub(r"\\[()]", "", text.replace("==", "="))
+        .replace(r"\lbrace", r"\{")
+        .replace(r"\rbrace", r"\}")
+        .replace(r"\varnothing", r"\emptyset")
+    )
     text = _TEXT_OF_NUMBER.sub(r"\1", text)
     text = _CURRENCY.sub("", _GAP.sub(" ", text))
     if _TRIGONOMETRIC.search(text):
@@ -334,25 +338,39 @@ def _verified(gold: str, answer: str) -> bool:
 
 def _written(expression: Any) -> str:
     if isinstance(expression, FiniteSet | sympy.FiniteSet):
-        members = sorted({_written(member) for member in expression.args})
-        return members[0] if len(members) == 1 else f"{{{', '.join(members)}}}"
-    if isinstance(expression, sympy.Tuple | And | sympy.Union):
-        sign = {sympy.Tuple: ", ", And: " and "}.get(type(expression), " or ")
-        parts = [_written(part) for part in expression.args]
-        return f"({sign.join(parts if isinstance(expression, sympy.Tuple) else sorted(parts))})"
+        return _members(expression.args)
+    if isinstance(expression, sympy.Tuple):
+        return f"({', '.join(map(_written, expression.args))})"
+    if isinstance(expression, sympy.Union):
+        return " or ".join(sorted(map(_written, expression.args)))
     if isinstance(expression, sympy.Interval):
         opened, closed = "[("[bool(expression.left_open)], "])"[bool(expression.right_open)]
         return f"{opened}{_written(expression.start)}, {_written(expression.end)}{closed}"
     if isinstance(expression, sympy.MatrixBase):
-        return f"[{'; '.join(', '.join(_written(entry) for entry in row) for row in expression.tolist())}]"
-    if isinstance(expression, Relational):
+        return f"[{'; '.join(', '.join(map(_written, row)) for row in expression.tolist())}]"
+    if isinstance(expression, Relational | And):
         return _relation(expression)
-    return _scalar(expression)
+    return str(expression) if isinstance(expression, sympy.Set) else _scalar(expression)
+
+
+def _members(members: Sequence[Any]) -> str:
+    """A set; of what several names are equal to, with the names: {x = 1, y = 2}."""
+    equations = [member for member in members if isinstance(member, sympy.Eq)]
+    names = {equation.lhs for equation in equations}
+    with_name = len(names) > 1
+    named = {f"{member.lhs} = {_written(member)}" if with_name and member in equations else _written(member) for member in members}
+    written = sorted(named)
+    return written[0] if len(written) == 1 else f"{{{', '.join(written)}}}"
 
 
 def _relation(relation: Any) -> str:
+    """An assignment as its value, an inequality in one variable as an interval, another relation as one with 0."""
     if isinstance(relation, sympy.Eq) and relation.lhs.is_Symbol:
         return _written(relation.rhs)
+    if not isinstance(relation, sympy.Eq) and len(relation.free_symbols) == 1:
+        return _written(relation.as_set())
+    if isinstance(relation, And):
+        return " and ".join(sorted(map(_written, relation.args)))
     if relation.rel_op in (">", ">="):
         relation = relation.reversed
     difference = relation.lhs - relation.rhs

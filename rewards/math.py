@@ -34,12 +34,6 @@ def math_verify(prompts: list[str], completions: list[str], *, answer: list[Any]
     return [float(_is_right(_gold(gold), completion)) for completion, gold in zip(completions, answer, strict=True)]
 
 
-def _vote(completion: str) -> str | None:
-    """The completion's answer in the one way to write it; as it stands where that does not end; None when there is none."""
-    found = final_answer(completion)
-    return None if found is None else _canonical(found)
-
-
 def _gold_problem(gold: Any) -> str | None:
     """Why `gold` cannot be compared with, as far as that shows without reading formulas; None when nothing shows."""
     try:
@@ -48,9 +42,6 @@ def _gold_problem(gold: Any) -> str | None:
         return str(error)
     return None
 
-
-math_verify.answer = _vote  # type: ignore[attr-defined]
-math_verify.gold_problem = _gold_problem  # type: ignore[attr-defined]
 
 _unfinished: set[str] = set()  # Answers of the group that did not end.
 
@@ -94,31 +85,52 @@ def _shown(text: str) -> str:
 
 def _is_right(gold: str, completion: str) -> bool:
     found = final_answer(completion)
-    return found is not None and _equal(gold, found)
-
-
-@functools.lru_cache(maxsize=1024)  # The samples of a group agree often.
-def _equal(gold: str, found: str) -> bool:
-    if found in _unfinished:
+    if found is None or found in _unfinished:
         return False
     if formulas.is_too_large(found):
         return formulas.plain(gold) == formulas.plain(found)
     try:
-        return bool(_process.call(_limit_s(), formulas.equal, gold, found))
+        return _equal(gold, found)
     except UnfinishedError:
         _unfinished.add(found)
         return False
 
 
+@functools.lru_cache(maxsize=1024)  # The samples of a group agree often. What did not end is not kept.
+def _equal(gold: str, found: str) -> bool:
+    try:
+        return bool(_process.call(_limit_s(), formulas.equal, gold, found))
+    except UnfinishedError:
+        raise
+    except Exception:  # noqa: BLE001 - whatever sympy raises: the gold answer was read, so it is of this answer
+        return False
+
+
+def _vote(completion: str) -> str | None:
+    """The completion's answer in the one way to write it; as it stands where that does not end; None when there is none."""
+    found = final_answer(completion)
+    if found is None or found in _unfinished or formulas.is_too_large(found):
+        return None if found is None else formulas.plain(found)
+    try:
+        return _canonical(found)
+    except UnfinishedError:
+        _unfinished.add(found)
+        return formulas.plain(found)
+
+
 @functools.lru_cache(maxsize=1024)
 def _canonical(found: str) -> str:
-    if found not in _unfinished and not formulas.is_too_large(found):
-        try:
-            return str(_process.call(_limit_s(), formulas.canonical, found))
-        except UnfinishedError:
-            _unfinished.add(found)
-    return formulas.plain(found)
+    try:
+        return str(_process.call(_limit_s(), formulas.canonical, found))
+    except UnfinishedError:
+        raise
+    except Exception:  # noqa: BLE001 - whatever sympy raises: it stands for itself
+        return formulas.plain(found)
 
 
 def _limit_s() -> float:
     return LIMIT_S if len(_unfinished) * LIMIT_S < GROUP_LIMIT_S else SHORT_LIMIT_S
+
+
+math_verify.answer = _vote  # type: ignore[attr-defined]
+math_verify.gold_problem = _gold_problem  # type: ignore[attr-defined]

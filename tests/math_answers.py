@@ -368,6 +368,8 @@ KINDS: dict[str, list[tuple[str, str, int]]] = {
         ("ab", "ba", 1),
     ],
     "garbage around what would be right": [
+        ("73 == 72", "72", 0),
+        ("73 == 72", "73", 0),
         (r"\boxed{\cup, e@\frac{1}{2} = \}", r"\frac{1}{2}", 0),
         (r"\boxed{;½2#### }", r"\frac{1}{2}", 0),
         (r"\boxed{\frac{1}{2} \text{ or } \frac{1}{3}}", r"\frac{1}{2}", 0),
