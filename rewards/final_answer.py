@@ -122,12 +122,12 @@ def is_formula(text: str) -> bool:
     text = _OPTION.sub("", _UNIT.sub("", text))
     words = _WORD.findall(_COMMAND.sub(" ", _ARGUMENT.sub(" ", text)))
     has_content = re.search(r"[A-Za-z0-9∞∅π½⅓¼¾]", text) is not None
-    return has_content and "$" not in text.lstrip("$") and all(_is_symbolic(word) for word in words)
+    return has_content and "$" not in text.replace(r"\$", "").lstrip("$") and all(_is_symbolic(word) for word in words)
 
 
 def _is_symbolic(word: str) -> bool:
     """Whether letters are a function's name or a product of variables: "ab", not "is"."""
-    if _FUNCTION.fullmatch(word):
+    if _FUNCTION.fullmatch(word) or (word.isupper() and len(word) <= 4):  # ABC: the points of a figure.
         return True
     has_vowel = re.search("[aeiou]", word, re.IGNORECASE) is not None
     return word.isascii() and ((len(word) == 2 and not _SHORT_WORD.fullmatch(word)) or (len(word) == 3 and not has_vowel))

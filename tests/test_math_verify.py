@@ -135,6 +135,24 @@ def test_a_kind_of_answers(kind):
     assert wrong == []
 
 
+# As competitions write their answers.
+FORMS = r"""
+\frac{3}{56} ~ \left( 3, \frac{\pi}{2} \right) ~ 6 - 5i ~ \text{Evelyn} ~ \begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix} ~ 1 \pm \sqrt{19}
+~ (-\infty, 2) \cup (3, \infty) ~ x \in [-2,7] ~ \$32,\!348 ~ 10,\!080 ~ 3R^2 ~ .35625 ~ 11\sqrt2 ~ 2516_8 ~ \text{June 20} ~ \text{6 and 8}
+~ y = 2x + 3 ~ \{1\pm\sqrt{5},-2\} ~ (\text{C}) ~ 5.4 \text{ cents} ~ \text{(B)} ~ 17^\circ ~ p^2-1 ~ 11\% ~ r=5 ~ A,B,C ~ (6,31,-1)
+~ \left[-1,2\right) ~ \tan x ~ \cos 20^\circ ~ e^{-x} ~ \ln 3 ~ 3.0 \times 10^{8} ~ [0,3)\cup(3,4] ~ 8! ~ 7^{2019} ~ 4:3 ~ 12:45
+~ \overline{AB} ~ \angle ABC ~ x > 17 ~ -3 < x < 9 ~ x \neq 13 ~ \emptyset ~ \infty ~ 4\text{ hours and }3\text{ minutes} ~ n^2+n ~ |x-19|
+~ (x-1)^2+(y-2)^2=25 ~ x=1,y=23 ~ \sqrt[3]{29} ~ 1.\overline{27} ~ 2\frac{3}{7}
+"""
+
+
+def test_an_answer_is_itself_boxed_or_not_and_not_its_neighbour():
+    golds = [" ".join(form.split()) for form in FORMS.split("~")]
+    for gold, other in zip(golds, [*golds[1:], golds[0]], strict=True):
+        rewards = math_verify(["q"] * 3, [gold, rf"So it is $\boxed{{{gold}}}$.", other], answer=[gold] * 3)
+        assert rewards == [1.0, 1.0, 0.0], gold
+
+
 ENDLESS = {
     "towers": [
         r"\boxed{\dfrac{5^{\left(5^{\left(5^{\left(5^5\right)}\right)} - 4\right)} - 5}{16}}",
