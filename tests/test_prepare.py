@@ -64,8 +64,8 @@ FAULTS = [
     (["data.split=dev"], ["no split 'dev'"]),
     (["data.max_prompt_tokens=5"], ["rows are bad", "data.max_prompt_tokens is 5"]),
     (
-        ["data.max_prompt_tokens=120", "actors.max_new_tokens=9"],
-        ["are 129 tokens", "128 (max_position_embeddings)", "6 tokens"],
+        ["data.max_prompt_tokens=500", "actors.max_new_tokens=13"],
+        ["are 513 tokens", "512 (max_position_embeddings)", "6 tokens"],
     ),
     (["model.path=./modle"], ["model.path = ./modle", "there is no", "did you mean model?"]),
     (["model.path=data/train.jsonl"], ["is a file"]),

@@ -41,8 +41,8 @@ def test_what_cannot_be_asked_is_one_line(policy, tmp_path):
         chat(str(policy), "hello")
     with pytest.raises(DataError, match="prompt 1: 'prompt' is empty"):
         chat(str(policy), " ")
-    with pytest.raises(ConfigError, match=r"the prompt is 200 tokens long: .* has no position left for an answer"):
-        chat(str(policy), "1+" * 100)
+    with pytest.raises(ConfigError, match=r"the prompt is 600 tokens long: .* has no position left for an answer"):
+        chat(str(policy), "1+" * 300)
     (policy / "chat_template.jinja").write_text("{{ messages[1].content }}")
     with pytest.raises(DataError, match="prompt 1: the chat template refuses the messages: UndefinedError"):
         chat(str(policy), "1+1=")
