@@ -30,6 +30,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directories = {}
     for name in ("tied", "untied"):
         model = make_llama(len(tokenizer), tied=name == "tied", hidden=64, layers=2)
+        model.config.max_position_embeddings = 512
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 2:

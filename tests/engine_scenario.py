@@ -9,9 +9,7 @@ model, with the sabotaged updates, which the tests must be able to tell from the
 from __future__ import annotations
 
 import importlib
-import json
 import operator
-import shutil
 import sys
 import tempfile
 import time
@@ -79,23 +77,13 @@ def weights(model_dir: Path, version: int) -> dict[str, torch.Tensor]:
     return {name: tensor + 0.2 * torch.randn(tensor.shape, generator=generator) if version else tensor for name, tensor in state.items()}
 
 
-def with_positions(model_dir: Path, directory: Path) -> Path:
-    """The model for longer sequences, in `directory`: a rotary embedding has no end."""
-    shutil.copytree(model_dir, directory)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2 * MANY_TOKENS}))
-    return directory
-
-
 class Scenario:
     """Submits to one engine and keeps what comes back, by phase."""
 
     def __init__(self, model_dir: Path) -> None:
         self.config = ActorsConfig(slots=SLOTS, max_new_tokens=MAX_NEW_TOKENS, kv_cache_gib=1 / 64)
         self.model_dir = model_dir
-        with tempfile.TemporaryDirectory() as directory:
-            model = ModelConfig(path=str(with_positions(model_dir, Path(directory, "model"))))
-            self.engine = Engine(model, self.config, max_model_len=MANY_TOKENS + MAX_NEW_TOKENS)
+        self.engine = Engine(ModelConfig(path=str(model_dir)), self.config, max_model_len=MANY_TOKENS + MAX_NEW_TOKENS)
         self.phases: dict[str, list[Generated]] = {}
         self.report = Report([], self.phases)
         self._submitted: dict[str, tuple[str, tuple[int, ...], float, int, int | None]] = {}
