@@ -7,6 +7,7 @@ actors/sources.py                        actors/messages.py               cluste
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ PROMPT_COLUMNS = ("prompt", "question")
 ANSWER_COLUMNS = ("answer", "solution", "label")
 VERL_ANSWER = ("reward_model", "ground_truth")
 RESERVED_COLUMNS = ("prompts", "completions")
+_WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:.*["'](role|content)["']\s*:.*\}\s*\]\s*\Z""", re.DOTALL)
+"""What a table makes of messages that were stored as a string, as JSON or as Python shows them."""
 
 
 @dataclass(frozen=True)
@@ -282,6 +285,8 @@ def _problems(row: dict[str, Any], answer_column: str | None, data: DataConfig) 
         yield from message_problems(column, prompt, data.system_prompt)
     elif isinstance(prompt, str):
         yield from text_problems(repr(column), prompt)
+        if _WRITTEN_MESSAGES.match(prompt):
+            yield f"{column!r} is messages written out as text: {prompt[:40]!r}. Store the list itself"
     else:
         yield f"{column!r} is {kind_of(prompt)}, expected text or a list of messages"
     if answer_column is not None:

@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 ACCEPTED = "a .jsonl or .parquet file, a directory with <split>.jsonl, <split>.parquet or <split>-*.parquet, or a hub id (id or id:subset)"
 SHOWN_BAD_ROWS = 5
+MAX_DEPTH = 100
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _DISGUISES = {
     b"version https://git-lfs": "a pointer of git-lfs, not the data: fetch the file with `git lfs pull`",
@@ -151,6 +153,8 @@ def _parse_line(line: bytes) -> dict[str, Any] | Bad:
         row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
         if b"\\ud" in line.lower():
             json.dumps(row, ensure_ascii=False).encode()
+        if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(row) > MAX_DEPTH:
+            return Bad(f"lists and objects lie within each other more than {MAX_DEPTH} deep")
     except UnicodeDecodeError as error:
         return Bad(f"not UTF-8 (byte {error.start + 1})")
     except UnicodeEncodeError:
@@ -160,6 +164,20 @@ def _parse_line(line: bytes) -> dict[str, Any] | Bad:
     except (ValueError, RecursionError) as error:
         return Bad(f"not JSON: {error}")
     return row if isinstance(row, dict) else Bad(f"holds {kind_of(row)}, expected an object such as {{'prompt': ..., 'answer': ...}}")
+
+
+def _depth(value: Any) -> int:
+    """How many lists and objects lie within each other."""
+    depth, level = 0, [value]
+    while level := [inner for outer in level for inner in _inner(outer)]:
+        depth += 1
+    return depth
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _refuse_constant(name: str) -> None:

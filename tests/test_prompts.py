@@ -135,6 +135,14 @@ def test_a_text_that_the_tokenizer_itself_refuses_is_a_bad_row(write):
         load_prompts(plain(path), tokenizer)
 
 
+def test_padding_and_truncation_in_a_tokenizers_file_change_no_prompt(write):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=16, pad_id=0, pad_token="<pad>")
+    rows = load_prompts(plain(write({"prompt": "1+1=", "answer": "2"}, {"prompt": "12+12=", "answer": "24"})), tokenizer).rows
+    assert ["".join(tokenizer.convert_ids_to_tokens(row.token_ids)) for row in rows] == ["1+1=", "12+12="]
+
+
 def test_answers_are_found_where_verl_keeps_them_and_it_is_said(write):
     row = {"prompt": "1+1=", "reward_model": {"ground_truth": "2", "style": "rule"}, "extra_info": {"answer": "#### 2"}}
     prompts = load_prompts(plain(write(row)), make_tokenizer())
@@ -251,6 +259,8 @@ BAD_ROWS = [
     ({"prompt": [user("")], "answer": "2"}, "the content of message 1 of 'prompt' is empty"),
     ({"prompt": [user("hi"), user("2", role="assistant")], "answer": "2"}, "nothing is left to answer"),
     ({"prompt": [user("out", role="tool")], "answer": "2"}, "the chat template refuses the messages: no tools here"),
+    ({"prompt": json.dumps([user("1+1?")]), "answer": "2"}, "'prompt' is messages written out as text: "),
+    ({"prompt": str([user("1+1?")]), "answer": "2"}, "'prompt' is messages written out as text: "),
     ({"prompt": "hi"}, "no 'answer', which other rows have"),
     ({"prompt": "hi", "solution": "2"}, "no 'answer', which other rows have"),
     ({"prompt": "hi", "answer": None}, "'answer' is null"),

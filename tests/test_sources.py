@@ -98,6 +98,7 @@ LINES = [
     (b'{"prompt": "a", "answer": "\\uDC00"}', "a text in it holds half a surrogate pair, which is no character"),
     (b'{"prompt": "a", "answer": Infinity}', "not JSON: Infinity is not a JSON value"),
     (b'{"prompt": "a", "answer": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit"),
+    (b'{"prompt": "a", "x": ' + b"[" * 200 + b"]" * 200 + b"}", "lists and objects lie within each other more than 100 deep"),
     (b'{"prompt": "a"} {"prompt": "b"}', "not JSON: Extra data (column 17)"),
 ]
 
