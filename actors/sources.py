@@ -84,14 +84,15 @@ def read_source(key: str, name: str | None, split: str, limit: int | None = None
 
 
 def report_bad_rows(source: Source, bad: dict[int, str], num_usable: int, on_bad_row: str) -> None:
-    """Raises DataError when there are bad rows that may not be skipped (the first five with number and reason), or no usable ones."""
+    """Raises DataError when there are bad rows that may not be skipped (the first with number and reason), or no usable ones."""
     if not source.rows:
         raise DataError(f"{source.name} has no rows.")
     if num_usable and (not bad or on_bad_row == "skip"):
         return
-    shown = [f"  - {source.unit} {index + 1}: {bad[index]}" for index in sorted(bad)[:SHOWN_BAD_ROWS]]
-    if len(bad) > SHOWN_BAD_ROWS:
-        shown.append(f"  ... and {len(bad) - SHOWN_BAD_ROWS} more")
+    num_shown = 1 if len(set(bad.values())) == 1 else SHOWN_BAD_ROWS
+    shown = [f"  - {source.unit} {index + 1}: {bad[index]}" for index in sorted(bad)[:num_shown]]
+    if len(bad) > num_shown:
+        shown.append(f"  ... and {len(bad) - num_shown} more{', for the same reason' if num_shown == 1 else ''}")
     remedy = "Fix them, or leave them out with data.on_bad_row=skip." if num_usable else "No usable row is left."
     raise DataError("\n".join([f"{source.name}: {len(bad)} of {len(source.rows)} rows are bad", *shown, remedy]))
 
