@@ -12,14 +12,38 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.errors import ConfigError
-from cluster.model_shape import load_model_config, model_class, rope_parameters
+from cluster.model_shape import empty_model, load_model_config, model_class, num_fused, rope_parameters
 
 
 def check_model(config: Config) -> None:
     """Raises ConfigError, in one sentence with a remedy, for a model that this run would train on another function than it samples from."""
     found = load_model_config(config.model)
-    for check in (_check_quantized, _check_attention, _check_windows, _check_rope):
+    for check in (_check_whole, _check_quantized, _check_attention, _check_windows, _check_rope):
         check(config, found)
+
+
+def lora_notes(config: Config) -> tuple[str, ...]:
+    """What learner.lora_rank leaves as it is in this model, to be told; nothing where all matrices are adapted."""
+    if not config.learner.lora_rank:
+        return ()
+    module = empty_model(config.model)
+    fused, total = num_fused(module), sum(parameter.numel() for parameter in module.parameters())
+    if not fused:
+        return ()
+    return (
+        f"learner.lora_rank: the experts of {type(module).__name__}, {fused / total:.0%} of its parameters, get no adapters and stay as "
+        "they are: only linear layers get some. learner.lora_rank=0 trains all.",
+    )
+
+
+def _check_whole(config: Config, found: Any) -> None:
+    """A part of a model is trained alone, but the actors serve the whole."""
+    kind, stated = model_class(found), [*(getattr(found, "architectures", None) or ())]
+    if kind is not None and stated and kind.__name__ not in stated and stated[0].endswith("ForConditionalGeneration"):
+        raise ConfigError(
+            f"{_name(config, found)} is a {stated[0]}, of which transformers would train the language model alone ({kind.__name__}), and "
+            "vLLM serve the whole. Save the language model by itself, and give that."
+        )
 
 
 def _name(config: Config, found: Any) -> str:

@@ -38,6 +38,11 @@ def adapted_layers(module: Any) -> dict[str, torch.nn.Linear]:
     return layers
 
 
+def num_fused(module: Any) -> int:
+    """Parameters of a mixture's experts that lie together in one tensor: no linear layers, so that no adapter takes them."""
+    return sum(parameter.numel() for name, parameter in module.named_parameters() if parameter.dim() == 3 and ".experts." in name)
+
+
 def load_model_config(model: ModelConfig) -> Any:
     """The Hugging Face config of the model. Raises ConfigError where there is none to be had, or none that transformers understands."""
     from transformers import AutoConfig

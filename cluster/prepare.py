@@ -23,7 +23,7 @@ from actors.prompts import PromptSet, load_prompts
 from actors.sources import Source, report_bad_rows
 from cluster.config import Config
 from cluster.errors import AgroError, ConfigError, DataError
-from cluster.model_checks import check_model
+from cluster.model_checks import check_model, lora_notes
 from cluster.model_limits import check_length, check_token_ids
 from cluster.model_shape import load_model_config
 from cluster.monitor import wandb_mode
@@ -88,7 +88,7 @@ def check_inputs(config: Config) -> Checked:
     mode = wandb_mode(config)
     tokenizer = load_tokenizer(config.model)
     check_model(config)
-    mended = check_model_files(config.model)
+    about_model = (*check_model_files(config.model), *lora_notes(config))
     prompts, notes = load_training(config, tokenizer)
     notes = [*notes, *end_token_notes(tokenizer, end_token_ids(config.model, tokenizer), vocabulary_size(config.model))]
     if reason := no_evaluation(config):
@@ -101,7 +101,7 @@ def check_inputs(config: Config) -> Checked:
     check_token_ids(config, found, tokenizer, prompts, eval_prompts)
     prompts, eval_prompts = _scorable(config, prompts), _scorable(config, eval_prompts)
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # Any token: what is padded is not looked at.
-    notes = [*notes, *mended]
+    notes = [*notes, *about_model]
     return Checked(config=config, prompts=prompts, eval_prompts=eval_prompts, pad_id=pad_id, wandb_mode=mode, notes=tuple(notes))
 
 

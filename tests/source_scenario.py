@@ -11,8 +11,8 @@ BUCKET_BYTES = 1_500_000
 STORE_S = 0.2
 
 
-def main(model_dir: Path, out_dir: Path, rank: int) -> None:
-    """What the source declares, yields, and holds at a time; against the model's files."""
+def main(model_dir: Path, families_dir: Path, out_dir: Path, rank: int) -> None:
+    """What the source declares, yields, and holds at a time; against the model's files. Then the same of mixtures of experts."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from safetensors.torch import load_file
 
@@ -67,4 +67,33 @@ def main(model_dir: Path, out_dir: Path, rank: int) -> None:
         published = board.published[1]
         report["store_s"] = transport.metrics()["weights/store_s"]
         report["snapshot wrong"] = [name for name in expected if not torch.equal(published[name], expected[name])]
+    report["mixtures"] = {"deepseek_v3": mixture(families_dir / "deepseek_v3"), "mixtral": mixture(families_dir / "mixtral", lora_rank=2)}
     (out_dir / f"report-{rank}.json").write_text(json.dumps(report))
+
+
+def mixture(model_dir: Path, **learner: Any) -> dict[str, list[str]]:
+    """Names in which the source of a policy just loaded differs from its files; and in which one does that was restored from its parts."""
+    import torch.distributed as dist
+    from safetensors.torch import load_file
+
+    from cluster.config import LearnerConfig, ModelConfig
+    from cluster.transports import ZeroSource
+    from learner.lora import persistent_buffers
+    from learner.zero import ZeroPolicy
+
+    policy = ZeroPolicy(ModelConfig(path=str(model_dir)), LearnerConfig(ranks=2, **learner))
+    source, expected = ZeroSource(policy, 20_000), load_file(model_dir / "model.safetensors")
+
+    def wrong() -> list[str]:
+        found = {name: tensor.clone() for name, tensor in source}
+        assert [(name, tuple(tensor.shape)) for name, tensor in found.items()] == [(each.name, each.shape) for each in source.metadata()]
+        odd = found.keys() ^ expected.keys()
+        return sorted(odd | {name for name in found if name in expected and not torch.equal(found[name], expected[name])})
+
+    report = {"loaded": wrong()}
+    parts: list[Any] = [None, None]
+    dist.all_gather_object(parts, {part.key: part.values.clone() for part in policy.parts()})
+    for _, buffer in persistent_buffers(policy.module):
+        buffer.zero_()
+    policy.restore(lambda key, start, stop: torch.cat([part[key] for part in parts])[start:stop], adam_steps=0)
+    return report | {"restored": wrong()}

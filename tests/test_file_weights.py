@@ -13,7 +13,7 @@ from learner import export
 from learner.file_weights import Unit, file_units
 from learner.lora import persistent_buffers
 from tests.test_export import save_checkpoint
-from tests.tiny_families import FAMILIES, make_family, stir
+from tests.tiny_families import make_family, stir
 
 
 def load(directory: Path, **options: Any) -> Any:
@@ -31,7 +31,7 @@ def shapes_of(units: list[Unit]) -> dict[str, tuple[int, ...]]:
     return {entry.key: entry.shape for unit in units for entry in unit.entries}
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=["mixtral", "qwen3_moe", "deepseek_v3", "gemma4_text", "ernie4_5_moe"])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return make_family(request.param, tmp_path / "base")
 
@@ -69,8 +69,8 @@ def test_an_export_comes_back_as_what_was_trained(base: Path, tmp_path: Path, dt
     buffers = dict(persistent_buffers(again))
     assert buffers.keys() == dict(persistent_buffers(model)).keys()
     for name, tensor in model.state_dict().items():
-        kept = tensor if name in buffers else tensor.to(getattr(torch, dtype))
-        assert torch.equal(again.state_dict()[name].float(), kept.to(again.state_dict()[name].dtype).float()), name
+        assert torch.equal(again.state_dict()[name], tensor.to(again.state_dict()[name].dtype)), name
+    assert {again.state_dict()[name].dtype for name in ("model.embed_tokens.weight", "model.norm.weight")} == {getattr(torch, dtype)}
     if dtype == "float32":
         ids = torch.tensor([[4, 13, 5, 14, 6]])
         assert torch.equal(again(ids).logits, model(ids).logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 
 from cluster.config import ModelConfig
 from cluster.errors import ConfigError
+from cluster.model_checks import check_model, lora_notes
 from learner.model_files import check_model_files, mended, write_model_files
+from tests.test_zero import config_for
+from tests.tiny_families import make_family
 
 
 @pytest.fixture
@@ -113,3 +117,18 @@ def test_broken_files_are_one_line_before_anything_starts(base: Path, name: str,
     with pytest.raises(ConfigError, match=message) as caught:
         check_model_files(ModelConfig(path=str(base)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_part_of_a_model_is_not_trained_alone(base: Path) -> None:
+    """transformers would train the language model of what vLLM serves whole."""
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForConditionalGeneration"]}))
+    with pytest.raises(ConfigError, match=r"is a LlamaForConditionalGeneration, of which .* the language model alone"):
+        check_model(config_for(str(base)))
+
+
+def test_fused_experts_without_adapters_are_told(tmp_path: Path) -> None:
+    base = make_family("mixtral", tmp_path / "base")
+    (note,) = lora_notes(config_for(str(base), lora_rank=2))
+    assert re.search(r"the experts of MixtralForCausalLM, \d\d% of its parameters, get no adapters", note)
+    assert lora_notes(config_for(str(base))) == ()

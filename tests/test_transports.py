@@ -24,6 +24,7 @@ from cluster.weights import Manifest, SnapshotWriter, read_snapshot
 from tests import source_scenario
 from tests.ranks import run_ranks
 from tests.test_receiver import Loop
+from tests.tiny_families import make_family
 
 MIB = 2**20
 TREE: dict[str, Any] = {
@@ -221,17 +222,23 @@ def test_an_actor_of_a_run_with_snapshots_takes_no_pushes():
 
 @pytest.mark.slow
 def test_two_zero_ranks_yield_the_whole_weights_in_the_declared_order_a_bucket_at_a_time(tmp_path: Path):
-    """And a snapshot of theirs is of the moment it was published, although the next step changes them before it is stored."""
+    """And a snapshot of theirs is of the moment it was published, although the next step changes them before it is stored.
+
+    Mixtures of experts, whose files have other names and tensors than the module, come as their files have them, persistent buffers too.
+    """
     from recipes.arithmetic import make_llama
 
     # Large enough for ZeRO-3 to partition its matrices: what is below 100,000 elements it keeps whole after the first use.
     make_llama(16, tied=False, hidden=384, layers=2).save_pretrained(tmp_path / "model")
-    run_ranks(source_scenario.main, 2, tmp_path / "model", tmp_path, limit_s=120.0)
+    for family in ("deepseek_v3", "mixtral"):
+        make_family(family, tmp_path / family)
+    run_ranks(source_scenario.main, 2, tmp_path / "model", tmp_path, tmp_path, limit_s=120.0)
     for rank in (0, 1):
         report = json.loads((tmp_path / f"report-{rank}.json").read_text())
         assert report["declared"] == report["yielded"] == report["of the model"]
         assert report["wrong"] == []
         assert report["gathered for metadata"] == 0
+        assert report["mixtures"] == {family: {"loaded": [], "restored": []} for family in ("deepseek_v3", "mixtral")}
         assert 0 < report["peak bytes"] <= report["bound bytes"] < report["model bytes"] / 3
     report = json.loads((tmp_path / "report-0.json").read_text())
     assert report["snapshot wrong"] == []
