@@ -35,15 +35,21 @@ _EXPECTED = {  # By pydantic's type of problem; its own message where none is he
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """The Config in the YAML file `path` with `section.key=value` overrides applied.
 
-    `model.make` belongs to the path it is written beside: an override of `model.path` alone leaves it behind. Raises ConfigError
+    `model.make` belongs to the path it is written beside: another path from `overrides` leaves it behind. Raises ConfigError
     that lists every problem: the field, the value found, what is accepted, the nearest valid name.
     """
     path = Path(path)
     tree = read_tree(path)
+    written = _path_of_model(tree)
     changed = {_apply_override(tree, override) for override in overrides or []}
-    if "model.path" in changed and "model.make" not in changed:
+    if "model.make" not in changed and _path_of_model(tree) != written:
         tree["model"].pop("make", None)
     return parse_config(tree, source=str(path))
+
+
+def _path_of_model(tree: dict[str, Any]) -> Any:
+    model = tree.get("model")
+    return model.get("path") if isinstance(model, dict) else None
 
 
 def read_tree(path: Path) -> dict[str, Any]:

@@ -89,6 +89,8 @@ def check_run_dir(config: Config) -> str:
         path = _path(config)
         if path is None:
             path = (runs_root() / _fresh_name(config)).resolve()
+            _try_to_make(path)
+            return f"{path} would be made"
         if (before := _run_in(path)) is None:
             _try_to_make(path)
             return f"{path} would be made" if not path.exists() else f"{path} would be used; no run is in it"
@@ -193,19 +195,15 @@ def _make_fresh(config: Config) -> Path:
 
 
 def _try_to_make(path: Path) -> None:
-    """Make a file in the directory and take everything back. Raises OSError when that cannot be."""
-    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
-    made = []
+    """Raises OSError when the directory, or a file in it, cannot be made. Tried under a name of its own: another start may try the same."""
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    trial = Path(tempfile.mkdtemp(prefix=".trial-", suffix=_OF_A_SHELL[0], dir=there))  # A name that nobody takes for another thing's.
     try:
-        for parent in reversed(missing):
-            parent.mkdir()
-            made.append(parent)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        inner = trial / path.relative_to(there)
+        inner.mkdir(parents=True, exist_ok=True)
+        (inner / "run.lock").touch()
     finally:
-        for parent in reversed(made):
-            with contextlib.suppress(OSError):  # Another run is in it by now.
-                parent.rmdir()
+        shutil.rmtree(trial, ignore_errors=True)
 
 
 def runs_root() -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 from cluster import placement
 from cluster.config import Config
 from cluster.errors import AgroError
-from cluster.prepare import prepare
+from cluster.prepare import Inputs, prepare
 from cluster.progress import say
 from cluster.run_dir import kept_if_begun
 from cluster.session import ray_session
@@ -24,10 +24,16 @@ def train(config: Config, stop: StopSignal) -> dict[str, Any]:
     """
     say("reading the model's config, the data and the rewards")
     inputs = prepare(config)
+    with kept_if_begun(inputs.run_dir, inputs.is_continued):
+        return _run(inputs, stop)
+
+
+def _run(inputs: Inputs, stop: StopSignal) -> dict[str, Any]:
+    config = inputs.config
     say(f"run directory {inputs.run_dir}")
     stop.end_in_order(f"the same command with run.dir={inputs.run_dir}")
     say("starting Ray" if cluster_address() is None else f"joining the cluster at {cluster_address()}")
-    with kept_if_begun(inputs.run_dir, inputs.is_continued), ray_session(inputs.config):
+    with ray_session(config):
         say("starting the processes of the run")
         stop.raise_if_asked()
         warnings = [*config.warnings(), *placement.check(placement.bundles(config), placement.ask_ray())]

@@ -182,6 +182,7 @@ def test_null_on_the_command_line_is_none_where_there_may_be_none() -> None:
 def test_the_path_of_another_model_leaves_the_recipe_behind() -> None:
     assert load_config(QUICKSTART).model.make == "recipes.arithmetic:make_base"
     assert load_config(QUICKSTART, ["model.path=someone/model"]).model.make is None
+    assert load_config(QUICKSTART, ["model.path=.cache/arithmetic-base"]).model.make == "recipes.arithmetic:make_base"
     both = load_config(QUICKSTART, ["model.path=./there", "model.make=recipes.smollm2:make"])
     assert both.model.make == "recipes.smollm2:make"
     assert load_config(QUICKSTART, ["model.make=recipes.smollm2:make"]).model.path == ".cache/arithmetic-base"

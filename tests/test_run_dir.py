@@ -118,16 +118,21 @@ def test_a_run_without_checkpoints_is_not_continued(tmp_path: Path) -> None:
 # Which directory ---------------------------------------------------------------------------------------------------------
 
 
+def checked_and_opened(config: Config) -> str:
+    check_run_dir(config)  # As a start does, before it loads anything.
+    return open_run_dir(config).path.name
+
+
 def open_fresh(root: Path) -> str:
     os.environ["AGRO_RUNS"] = str(root)
-    return open_run_dir(load_config(EXAMPLE)).path.name
+    return checked_and_opened(load_config(EXAMPLE))
 
 
 def test_runs_that_start_in_the_same_second_have_a_directory_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGRO_RUNS", str(tmp_path / "of threads"))
     monkeypatch.setattr(run_dir.time, "strftime", lambda form: "20260101-000000")
     with ThreadPoolExecutor(8) as pool:
-        names = [opened.path.name for opened in pool.map(open_run_dir, [load_config(EXAMPLE)] * 8)]
+        names = list(pool.map(checked_and_opened, [load_config(EXAMPLE)] * 8))
     assert sorted(names) == ["quickstart-20260101-000000", *(f"quickstart-20260101-000000-{number}" for number in range(2, 9))]
     with ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as pool:
         names = list(pool.map(open_fresh, [tmp_path / "of processes"] * 8))
