@@ -50,8 +50,8 @@ setup: .venv/.ready  ## make .venv with everything in it (a minute or two, once)
 quickstart: setup  ## train a tiny model on sums, minutes on two cores
 	.venv/bin/python launch.py train configs/quickstart.yaml $(ARGS)
 
-demo-smollm2: setup  ## three steps of a real 135M model on word problems
-	.venv/bin/python launch.py train configs/smollm2_gsm8k.yaml run.steps=3 $(ARGS)
+demo-smollm2: setup  ## three steps of a real 135M model on sums
+	.venv/bin/python launch.py train configs/smollm2_sums.yaml run.steps=3 $(ARGS)
 
 doctor: setup  ## check this machine
 	.venv/bin/python launch.py doctor

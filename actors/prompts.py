@@ -1,7 +1,7 @@
 """From a dataset to prompts: every row read, checked and tokenised before anything starts.
 
-jsonl, parquet, hub id  --read-->  rows  --check-->  text  --tokenise-->  PromptSet
-actors/sources.py                        actors/messages.py               cluster/tokenizer.py
+jsonl, parquet, hub id, reasoning-gym  --read-->  rows  --check-->  text  --tokenise-->  PromptSet
+actors/sources.py, procedural.py                        actors/messages.py               cluster/tokenizer.py
 """
 
 from __future__ import annotations

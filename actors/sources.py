@@ -16,13 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from actors import procedural
 from cluster.errors import DataError
 from cluster.text import user_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ACCEPTED = "a .jsonl or .parquet file, a directory with <split>.jsonl, <split>.parquet or <split>-*.parquet, or a hub id (id or id:subset)"
+ACCEPTED = (
+    "a .jsonl or .parquet file, a directory with <split>.jsonl, <split>.parquet or <split>-*.parquet, a hub id (id or id:subset), "
+    "reasoning_gym:FAMILY"
+)
 SHOWN_BAD_ROWS = 5
 MAX_DEPTH = 100
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -67,6 +71,8 @@ def read_source(key: str, name: str | None, split: str, limit: int | None = None
     """
     if name is None:
         raise DataError(f"{key} is not set. Accepted: {ACCEPTED}.")
+    if name.startswith(procedural.PREFIX):
+        return Source(f"{name} ({split})", "row", dict(procedural.read_rows(key, name, split, limit)))
     path = user_path(key, name)
     try:
         if path.is_dir():

@@ -196,7 +196,7 @@ def small() -> Prepared:
 
 def large() -> Prepared:
     """A real model."""
-    return prepare("actors.max_new_tokens=64", "actors.slots=16", config_path="configs/smollm2_gsm8k.yaml")
+    return prepare("actors.max_new_tokens=64", "actors.slots=16", config_path="configs/smollm2_sums.yaml")
 
 
 def against_bare(run_dir: Path, num_engines: int, prepared: Prepared, window_s: float = WINDOW_S) -> dict[str, float]:

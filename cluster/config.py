@@ -82,8 +82,8 @@ class DataConfig(Section):
     path: str | None = Field(
         None,
         min_length=1,
-        description="Training prompts: a jsonl/parquet file, a directory with `<split>.jsonl`/`.parquet`, or a hub id (`id:subset`). "
-        "Needed unless all samples come from `offline`.",
+        description="Training prompts: a jsonl/parquet file, a directory with `<split>.jsonl`/`.parquet`, a hub id (`id:subset`), or "
+        "`reasoning_gym:FAMILY?size=1000` (generated on the spot). Needed unless all samples come from `offline`.",
     )
     split: str = Field("train", min_length=1, description="Split to train on (directories and hub ids).")
     eval_path: str | None = Field(None, min_length=1, description="Held-out prompts; None: the same `path`, at `eval_split`.")

@@ -21,7 +21,7 @@ from cluster.errors import PlacementError
 CONNECT_TIMEOUT_S = 4.0
 MAX_SOCKET_PATH = 107  # Bytes of a Unix socket's path in Linux.
 RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-MIN_OPEN_FILES = 1024
+MIN_OPEN_FILES = 256
 MIN_TEMP_BYTES = 64 * 2**20
 
 
@@ -121,14 +121,13 @@ def check_open_files() -> Check:
 
 
 def check_host() -> Check:
-    """The ranks of the learner meet at this machine's name, and Ray takes its address from it."""
-    name = socket.gethostname()
+    """Whether this machine's name has an address: on one machine a run does without."""
+    name, wanted = socket.gethostname(), "an address (for several machines)"
     try:
-        address = str(socket.getaddrinfo(name, None)[0][4][0])
+        return Check("host name", f"{name}, {socket.getaddrinfo(name, None)[0][4][0]}", wanted, True)
     except OSError as error:
-        remedy = f"Add it to /etc/hosts: 127.0.0.1 {name}"
-        return Check("host name", f"{name}: {error.strerror or error}", "a name with an address", False, remedy)
-    return Check("host name", f"{name}, {address}", "a name with an address", True)
+        hint = f"Other machines cannot find it, and a run on this one alone does without: add `127.0.0.1 {name}` to /etc/hosts."
+        return Check("host name", f"{name}: {error.strerror or error}", wanted, True, hint=hint)
 
 
 # Ray -----------------------------------------------------------------------------------------------------------------

