@@ -107,7 +107,9 @@ class RewardFunction(Section):
     name: str = Field(..., description="Built-in name (`exact_match`, `math_verify`) or `module:function`.")
     weight: float = Field(1.0, description="Weight in the sum of all functions.")
     messages: bool = Field(
-        False, description="Prompts and completions come as lists of messages, as TRL gives them for conversations; off: as text."
+        False,
+        description="Prompts and completions come as lists of messages, as TRL gives them for conversations; off: as text, "
+        "but where the function's annotation of `completions` says messages.",
     )
 
 

@@ -6,12 +6,13 @@ A reward function scores the completions of one prompt, and takes by name what i
     def accuracy(completions: list[str], solution: list[str], **kwargs) -> list[float]
 
 All lists have one entry per completion. What is neither `prompts` nor `completions` is a dataset column of the row, repeated, for
-example `answer=["72", "72"]`; one that is missing is found before anything starts. With `messages: true` beside its name, prompts
-and completions come as lists of messages. None for a completion means "could not be scored": an error, never reward 0.
+example `answer=["72", "72"]`; one that is missing is found before anything starts. With `messages: true` beside its name, or
+annotated `completions: list[list[dict]]`, it gets prompts and completions as lists of messages. None for a completion means "could
+not be scored": an error, never reward 0.
 
 A function may have an attribute `answer(completion: str) -> str | None`: what of a completion votes as its answer
-(`agro.target: majority@k`), the same text for equal answers. The first configured function that has one is asked; None, or a
-failure, is no vote.
+(`agro.target: majority@k`), the same text for equal answers. The first configured function that has one is asked; after None, or
+a failure, the completion votes for its own text.
 
     registry   name or `module:function` -> function          signature  how it is called        check     before anything starts
     scoring    one group, checked (pure)                      pool       the same in processes that can be killed (worker, memory)

@@ -38,6 +38,12 @@ class BoundedProcess:
         self._connection: Connection | None = None
         self._lock = threading.Lock()
 
+    def start(self) -> None:
+        """Have the process ready for the first call."""
+        with self._lock:
+            if self._connection is None or self._parent_pid != os.getpid():  # Another's, of whom this process is a fork.
+                self._start()
+
     def call(self, limit_s: float, function: Callable[..., Any], *arguments: Any) -> Any:
         """What `function(*arguments)` returns; function and arguments must pickle. Raises what it raises.
 
@@ -67,7 +73,7 @@ class BoundedProcess:
         raise UnfinishedError
 
     def _ask(self, limit_s: float, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        if self._connection is None or self._parent_pid != os.getpid():  # Another's, of whom this process is a fork.
+        if self._connection is None or self._parent_pid != os.getpid():
             self._start()
         assert self._connection is not None
         self._connection.send((limit_s, function, arguments))

@@ -134,3 +134,4 @@ def _limit_s() -> float:
 
 math_verify.answer = _vote  # type: ignore[attr-defined]
 math_verify.gold_problem = _gold_problem  # type: ignore[attr-defined]
+math_verify.prepare = _process.start  # type: ignore[attr-defined]

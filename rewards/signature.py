@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter
 from typing import Any, NamedTuple
@@ -75,6 +76,15 @@ def read_signature(name: str, function: Any) -> Signature:
     columns = tuple(column for column in names if column not in TEXTS and is_needed[column])
     bound = frozenset(function.keywords) if isinstance(function, functools.partial) else frozenset[str]()
     return Signature(positional, tuple(parameter.name for parameter in rest), columns, takes_all, bound)
+
+
+def takes_messages(function: Callable[..., Any]) -> bool:
+    """Whether the annotation of its completions says that they are lists of messages, as open-r1's rewards have it."""
+    try:
+        annotations = {parameter.name: str(parameter.annotation) for parameter in _parameters(function)}
+    except (TypeError, ValueError):
+        return False
+    return re.search(r"\bdict\b|Dict\[|Message", annotations.get("completions", "")) is not None
 
 
 def _by_position(parameters: Sequence[Parameter]) -> tuple[tuple[str, ...], list[Parameter]]:

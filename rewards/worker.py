@@ -27,8 +27,9 @@ import msgspec
 
 from cluster.errors import RewardError
 from rewards.memory import family, used_bytes
-from rewards.registry import WeightedReward, load_reward, needed_columns
+from rewards.registry import BUILTINS, WeightedReward, load_reward, needed_columns
 from rewards.scoring import Scored, score_group
+from rewards.signature import takes_messages
 
 STARTUP_LIMIT_S = 60.0
 LOOK_EVERY_S = 0.1
@@ -203,10 +204,17 @@ def serve(fd: int, parent_pid: int) -> None:
         _answer_requests(Connection(fd))
 
 
+def _load(spec: FunctionSpec) -> WeightedReward:
+    function = load_reward(spec.name)
+    if spec.name in BUILTINS:
+        getattr(function, "prepare", lambda: None)()
+    return WeightedReward(spec.name, spec.weight, function, spec.messages or takes_messages(function))
+
+
 def _answer_requests(connection: Connection) -> None:
     specs = msgspec.msgpack.decode(connection.recv_bytes(), type=list[FunctionSpec])
     try:
-        functions = [WeightedReward(spec.name, spec.weight, load_reward(spec.name), spec.messages) for spec in specs]
+        functions = [_load(spec) for spec in specs]
     except RewardError as error:
         connection.send_bytes(msgspec.msgpack.encode(Loaded(error=str(error))))
         return

@@ -63,7 +63,7 @@ def segfault(prompts, completions, **columns):
 
 def allocate(prompts, completions, **columns):
     if "bad" in completions:
-        kept = [bytearray(b"x") * (64 << 20) for _ in range(12)]
+        kept = [bytearray(b"x") * (64 << 20) for _ in range(5)]
         time.sleep(len(kept) * 1000)
     return length(prompts, completions)
 
@@ -78,7 +78,7 @@ def reserve(prompts, completions, **columns):
 
 def let_a_child_allocate(prompts, completions, **columns):
     if "bad" in completions:
-        subprocess.run([sys.executable, "-c", "import time; kept = bytearray(b'x') * (600 << 20); time.sleep(1000)"])
+        subprocess.run([sys.executable, "-c", "import time; kept = bytearray(b'x') * (300 << 20); time.sleep(1000)"])
     return length(prompts, completions)
 
 
@@ -133,6 +133,11 @@ def without_completions(prompts, answer):
 
 def wants_solution(completions, solution, **columns):
     return [float(completion == gold) for completion, gold in zip(completions, solution, strict=True)]
+
+
+def accuracy(completions: list[list[dict[str, str]]], solution: list[str], **kwargs) -> list[float | None]:
+    contents = [completion[0]["content"] for completion in completions]
+    return [float(content == gold) for content, gold in zip(contents, solution, strict=True)]
 
 
 class Judge:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -75,14 +76,12 @@ ATTACKS = [
     ("segfault", "the worker died: SIGSEGV", "crash"),
     ("kill_itself", "the worker died: SIGKILL (out of memory?)", "crash"),
     ("leave", "the worker died: it exited with code 3", "crash"),
-    ("allocate", "the worker used 0.", "crash"),
-    ("let_a_child_allocate", "of memory with its children, more than rewards.memory_gib = 0.5", "crash"),
 ]
 
 
 @pytest.mark.parametrize(("function", "error", "kind"), ATTACKS)
 def test_an_attack_is_over_in_time_and_the_next_groups_are_scored(function, error, kind):
-    with attack_pool(function, memory_gib=0.5) as pool:
+    with attack_pool(function) as pool:
         before = score(pool, "a")
         start_s = time.monotonic()
         hurt = pool.submit("q", ["a", "bad", "c"], {})
@@ -136,8 +135,21 @@ def test_a_killed_worker_takes_its_children_along(tmp_path):
         assert wait_until(lambda: not is_running(int(pid_file.read_text())))
 
 
+@pytest.mark.parametrize("function", ["allocate", "let_a_child_allocate"])
+def test_a_worker_that_uses_more_memory_than_it_may_is_killed_with_the_figures(function):
+    with attack_pool(function, timeout_s=20.0, memory_gib=0.2) as pool:
+        hurt = score(pool, "a", "bad")
+        found = re.fullmatch(
+            r"the worker used (0\.\d+) GiB of memory with its children, more than rewards.memory_gib = 0.2 .*", hurt[0].error
+        )
+        assert 0.2 < float(found.group(1)) < 0.6
+        assert hurt == [hurt[0]] * 2
+        assert score(pool, "a") == [Scored(1.0)]
+        assert (pool.num_timeouts, pool.num_crashes) == (0, 1)
+
+
 def test_reserved_address_space_is_no_memory():
-    with attack_pool("reserve", timeout_s=20.0, memory_gib=0.5) as pool:
+    with attack_pool("reserve", timeout_s=20.0, memory_gib=0.2) as pool:
         assert score(pool, "a") == [Scored(42.0)]
 
 
@@ -167,10 +179,10 @@ def test_an_exception_in_the_reward_costs_its_group_and_no_worker():
 
 
 def test_an_expression_that_does_not_end_costs_itself_and_no_worker():
-    with pool_of("math_verify", timeout_s=5.0) as pool:
+    with pool_of("math_verify", timeout_s=20.0) as pool:
         start_s = time.monotonic()
         scored = score(pool, r"\boxed{4}", r"\boxed{(a+b+c+d)^{60}}", "4", answer="4")
-        assert time.monotonic() - start_s < 4.0
+        assert time.monotonic() - start_s < 8.0  # A second, of a machine that has nothing else to do.
         assert [sample.reward for sample in scored] == [1.0, 0.0, 1.0]
         assert [sample.answer for sample in scored] == ["4", "(a+b+c+d)^{60}", "4"]
         assert (pool.num_timeouts, pool.num_crashes, pool.num_errors) == (0, 0, 0)
@@ -227,6 +239,11 @@ def test_what_does_not_pickle_is_an_error_and_not_an_exception():
     with attack_pool("length") as pool:
         assert "cannot be sent to a worker" in score(pool, "a", lock=threading.Lock())[0].error
         assert score(pool, "a") == [Scored(1.0)]
+
+
+def test_a_function_annotated_for_messages_gets_messages():
+    with attack_pool("accuracy", timeout_s=10.0) as pool:
+        assert score(pool, "4", "5", solution="4", prompt=[{"role": "user", "content": "2+2"}]) == [Scored(1.0), Scored(0.0)]
 
 
 def test_large_groups_pass():

@@ -20,6 +20,7 @@ from cluster.errors import RewardError
 from rewards.exact_match import exact_match
 from rewards.registry import BUILTINS, WeightedReward, load_reward, needed_columns
 from rewards.scoring import MAX_ERROR_CHARS, Scored, score_group
+from rewards.signature import takes_messages
 
 
 def constant(values):
@@ -225,6 +226,19 @@ def test_prompts_and_completions_come_as_messages_where_that_is_asked_for():
     assert score_group(rewards, "<rendered>", ["a", "b"], {"question": "q"}) == [Scored(1.0), Scored(0.0)]
     refused = score_group([WeightedReward("f", 1.0, format_reward)], "q", ["a"], {})[0].error
     assert "It may want messages: set messages: true beside its name" in refused
+
+
+@pytest.mark.parametrize(
+    ("annotation", "expected"),
+    [("list[list[dict[str, str]]]", True), ("List[List[Dict[str, str]]]", True), ("list[str]", False), ("list", False)],
+)
+def test_an_annotation_says_whether_completions_are_messages(annotation, expected):
+    def reward(completions, **columns):
+        return []
+
+    reward.__annotations__["completions"] = annotation
+    assert takes_messages(reward) is expected
+    assert not takes_messages(lambda completions: [])
 
 
 def test_a_coroutine_that_comes_back_is_an_error():
