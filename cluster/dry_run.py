@@ -30,10 +30,12 @@ def dry_run(config: Config) -> Iterator[str]:
                 source = read_source(key, name, config.data.split)
                 yield f"  {key:<14} {len(source.rows)} {source.unit}s of {source.name}"
         yield "  not checked    what needs the model: tokenizer, prompts, vocabulary, positions. Make it by a start, then ask again"
+        what = "what was checked"
     else:
         yield from _told(check_inputs(config))
+        what = "this"
     placement.check(placement.bundles(config), place[1])  # Its warnings are told above.
-    yield "a start would find nothing wrong before its engines load"
+    yield f"a start would find nothing wrong with {what} before its engines load"
 
 
 def _told(checked: Checked) -> Iterator[str]:
