@@ -58,6 +58,7 @@ VLLM_SYMBOLS = (
     "vllm.inputs.engine:tokens_input",
     "vllm.sampling_params:RequestOutputKind.FINAL_ONLY",
     "vllm.v1.engine:FinishReason.LENGTH",
+    "vllm.v1.engine.detokenizer:IncrementalDetokenizer.num_output_tokens",
     "vllm.v1.engine.output_processor:RequestState.make_request_output",
     "vllm.model_executor.model_loader.reload:initialize_layerwise_reload",
     "vllm.model_executor.model_loader.reload:finalize_layerwise_reload",
@@ -177,6 +178,11 @@ class Engine:
     def num_unfinished(self) -> int:
         """Requests submitted and not finished."""
         return len(self._waiting) + self._engine.get_num_unfinished_requests()
+
+    @property
+    def num_tokens_under_way(self) -> int:
+        """Tokens generated so far of the samples that are not finished."""
+        return sum(state.detokenizer.num_output_tokens() for state in self._engine.output_processor.request_states.values())
 
     def submit(self, request_id: str, prompt_ids: tuple[int, ...], *, seed: int | None = None, temperature: float | None = None) -> None:
         """Queue one sample. `temperature` None: the configured one; 0: greedy. `seed` None: the engine's generator."""

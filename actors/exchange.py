@@ -26,7 +26,7 @@ class Ask(Generic[T]):
     """One call under way. `who` is named when it does not answer `name` within `limit_s`."""
 
     def __init__(self, calls: Calls, call: Awaitable[T], *, who: str, name: str, limit_s: float) -> None:
-        self.future: Future[T] = calls.start(call)
+        self.future: Future[T] = calls.start(call, who)
         self._who, self._name, self._limit_s = who, name, limit_s
         self._until_s = time.monotonic() + limit_s
 
@@ -55,17 +55,18 @@ class _Parcel:
 
 
 class Outbox:
-    """Deliveries in any order. What a full disk refuses (DiskFullError) is kept and sent again every second.
+    """Deliveries in any order. What a full disk refuses (DiskFullError) is kept and sent again every second, and counted; the driver
+    tells of the disk (cluster/health.py), once for all actors.
 
-    retries    deliveries sent again so far
+    refused_by  receivers that refused what was last sent to them: what one of them takes says nothing of another
+    retries     deliveries sent again so far
     """
 
-    def __init__(self, calls: Calls, name: str, limit_s: float, on_refused: Callable[[str], None]) -> None:
-        """`on_refused` gets the reason when deliveries begin to be refused: once, until one is accepted again."""
-        self._calls, self._name, self._limit_s, self._on_refused = calls, name, limit_s, on_refused
+    def __init__(self, calls: Calls, name: str, limit_s: float) -> None:
+        self._calls, self._name, self._limit_s = calls, name, limit_s
         self._parcels: list[_Parcel] = []
         self._retry_at_s = 0.0
-        self.is_refused = False
+        self.refused_by: set[str] = set()
         self.retries = 0
 
     def __len__(self) -> int:
@@ -110,12 +111,11 @@ class Outbox:
             return False
         try:
             parcel.ask.result()
-        except DiskFullError as error:
+        except DiskFullError:
             parcel.ask = None
             self._retry_at_s = time.monotonic() + RETRY_S
-            if not self.is_refused:
-                self._on_refused(str(error))
-            self.is_refused = True
+            self.refused_by.add(parcel.who)
             return False
-        self.is_refused = False
+        if not any(other.ask is None and other.who == parcel.who for other in self._parcels):
+            self.refused_by.discard(parcel.who)
         return True

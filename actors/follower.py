@@ -18,14 +18,13 @@ from typing import Any, TypeAlias
 
 import msgspec
 import torch
-from ray.exceptions import RayError
 
 from actors.exchange import RETRY_S, Ask
 from buffer.records import EvalItem
 from cluster.board import Directive
 from cluster.config import Config
-from cluster.errors import SnapshotError
-from cluster.peers import Calls
+from cluster.errors import SnapshotError, TrainingError
+from cluster.peers import Calls, answered
 from cluster.weights import Manifest, read_snapshot
 
 POLL_S = 5.0
@@ -47,6 +46,7 @@ class Follower:
 
     retire     '' | 'drain' | 'now': see cluster/board.py
     update     ready to be carried out; set it to None when that is done
+    board      which board it heard last: another one knows nobody
     fetch_s    how long the newest snapshot took, from the board's word to the last checksum
     """
 
@@ -59,7 +59,7 @@ class Follower:
         self._directive: Directive | None = None
         self._is_asking_for_work, self._asked_version = False, -1
         self._poll_at_s = self._work_at_s = self._fetched_from_s = 0.0
-        self.retire = ""
+        self.retire = self.board = ""
         self.update: Update | None = None
         self.fetch_s = 0.0
         self.num_failed = 0
@@ -79,6 +79,7 @@ class Follower:
         if self._poll is not None and self._poll.is_done():
             directive = msgspec.msgpack.decode(self._poll.result(), type=Directive)
             self._poll = None
+            self.board = directive.board
             self._obey(directive, version)
         # Who has something to do still has to hear that it is retired, but takes nothing else.
         is_busy = is_evaluating or self._directive is not None or self.update is not None or bool(self.retire)
@@ -117,7 +118,7 @@ class Follower:
             self.num_failed += 1
             self._tell(f"{self._name} keeps its weights: {error}")
             self._work_at_s = time.monotonic() + RETRY_S
-            self._board.give_back.remote(self._name)
+            self._calls.post(self._board.give_back.remote(self._name), "the board", "evaluation items handed back")
         self.fetch_s = time.monotonic() - self._fetched_from_s
 
     def _ask(self, call: Any, limit_s: float) -> Ask[Any]:
@@ -128,13 +129,13 @@ async def _fetch_snapshot(board: Any, version: int, limit_s: float) -> Weights:
     """The verified parameters of `version`. Raises SnapshotError when it is gone, torn or not here within `limit_s`."""
     try:
         async with asyncio.timeout(limit_s):
-            snapshot = await board.snapshot.remote(version)
+            snapshot = await answered(board.snapshot.remote(version), "the board")
             if snapshot is None:
                 raise SnapshotError(f"snapshot {version} has been dropped for newer ones")
             manifest = msgspec.msgpack.decode(snapshot[0], type=Manifest)
-            buckets = await asyncio.gather(*snapshot[1])
+            buckets = await asyncio.gather(*(answered(bucket, "its bucket") for bucket in snapshot[1]))
     except TimeoutError:
         raise SnapshotError(f"snapshot {version} did not arrive within {limit_s:.0f} s (run.timeout_s)") from None
-    except RayError as error:
+    except TrainingError as error:  # The board, or whoever stored a bucket, is gone.
         raise SnapshotError(f"snapshot {version} is lost: {str(error).splitlines()[0]}") from None
     return await asyncio.to_thread(lambda: list(read_snapshot(manifest, buckets)))

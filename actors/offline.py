@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import itertools
 import sys
 import time
 from collections.abc import Awaitable, Iterator, Sequence
@@ -31,7 +30,7 @@ from buffer.store import DiskFullError
 from cluster.board import Directive
 from cluster.config import Config
 from cluster.errors import DataError, PeerTimeout
-from cluster.peers import connect_buffer
+from cluster.peers import Calls, answered, connect_buffer
 from cluster.tokenizer import Detokenizer, closing_ids, end_token_ids, split_at_end
 from rewards.pool import RewardPool
 from rewards.scoring import Scored
@@ -255,7 +254,8 @@ class OfflineActor(Heartbeat):
         self._rewards = RewardPool(config.rewards)
         self._scores_all = config.agro.target.startswith("majority")  # A vote needs the answers of all.
         self._version = -1
-        self._counters = dict.fromkeys(("groups", "samples", "errors", "insert_retries", "wait_admission_s"), 0.0)
+        self._calls = Calls(config.run.timeout_s, self._tell)
+        self._counters = dict.fromkeys(("groups", "samples", "errors", "insert_retries", "leases_refused", "wait_admission_s"), 0.0)
 
     async def run(self) -> dict[str, float]:
         """Feed until retired; the final counters. Raises PeerTimeout when buffer or board does not answer."""
@@ -263,7 +263,8 @@ class OfflineActor(Heartbeat):
             while not await self._is_retired():
                 self._beat()
                 await self._feed()
-                self._monitor.log_actor.remote(self._name, {**self._counters, "version": self._version})
+                report = self._monitor.log_actor.remote(self._name, {**self._counters, "version": self._version})
+                self._calls.post(report, "the monitor", "an actor's counters")
             with contextlib.suppress(DiskFullError):  # Told before; the leases run out.
                 await self._ask(self._buffer.release_actor(self._name), BUFFER)
         return dict(self._counters)
@@ -275,8 +276,8 @@ class OfflineActor(Heartbeat):
             # Nothing is held from one turn to the next.
             lease = self._buffer.lease(self._name, self._config.learner.groups_per_step, LEASE_S, holding=[])
             items = [msgspec.msgpack.decode(payload, type=WorkItem) for payload in await self._ask(lease, BUFFER) or ()]
-        except DiskFullError as error:
-            self._monitor.event.remote(f"{self._name} leases nothing: {error}")
+        except DiskFullError:  # The driver tells of it (cluster/health.py).
+            self._counters["leases_refused"] += 1
             await asyncio.sleep(RETRY_S)
             return
         self._counters["wait_admission_s"] += time.perf_counter() - start_s
@@ -290,13 +291,10 @@ class OfflineActor(Heartbeat):
     async def _insert(self, groups: Sequence[Group]) -> bool:
         """Sends the groups, again every second while the buffer's disk is full; False when retired before they were taken."""
         payloads = [encode(group) for group in groups]
-        for attempt in itertools.count():
-            try:
+        while True:
+            with contextlib.suppress(DiskFullError):  # The driver tells of it (cluster/health.py).
+                await self._ask(self._buffer.renew(self._name, [group.group_id for group in groups]), BUFFER)
                 await self._ask(self._buffer.insert(self._name, payloads), BUFFER)
-            except DiskFullError as error:
-                if attempt == 0:
-                    self._monitor.event.remote(f"{self._name} keeps its groups and sends them again every {RETRY_S:g} s: {error}")
-            else:
                 return True
             await asyncio.sleep(RETRY_S)
             self._beat()
@@ -326,9 +324,12 @@ class OfflineActor(Heartbeat):
         self._version = directive.version
         return bool(directive.retire)
 
+    def _tell(self, text: str) -> None:
+        self._monitor.event.remote(text)  # Not looked at: it is what failures are told by.
+
     async def _ask(self, call: Awaitable[Any], who: str) -> Any:
         limit_s = self._config.run.timeout_s
         try:
-            return await asyncio.wait_for(call, limit_s)
+            return await asyncio.wait_for(answered(call, who), limit_s)
         except TimeoutError:
             raise PeerTimeout(f"{who} did not answer {self._name} within {limit_s:.0f} s (run.timeout_s)") from None

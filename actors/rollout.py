@@ -42,6 +42,7 @@ from rewards.pool import RewardPool
 from rewards.scoring import Scored
 
 REPORT_EVERY_S = 1.0
+RENEWALS_PER_LEASE = 10.0
 IDLE_S = 0.1
 RETIRE_LIMIT_S = 30.0
 HAND_BACK_LIMIT_S = 10.0
@@ -63,29 +64,29 @@ class RolloutActor(Heartbeat):
         self._rewards = RewardPool(config.rewards)
         self._engine = self._make_engine()
         self._groups = Groups(self._engine, config.actors)
-        self._calls = Calls(config.run.timeout_s)
+        self._calls = Calls(config.run.timeout_s, self._tell)
         self._follower = Follower(name, config, board, self._calls, self._tell)
         self._receiver = self._make_receiver()
-        self._outbox = Outbox(self._calls, name, config.run.timeout_s, self._tell_refused)
+        self._outbox = Outbox(self._calls, name, config.run.timeout_s)
         self._work: deque[WorkItem] = deque()
         self._holding: set[int] = set()  # Ordinals from their lease to the acknowledgement of what became of them.
         self._scoring: list[tuple[OpenGroup, Future[list[Scored]]]] = []
         self._evaluating = 0
+        self._joined: str | None = None  # The board that pushes weights here.
         self._lease: Ask[list[bytes] | None] | None = None
         self._leasing_version = self._outdated_version = -1  # What the newest lease was asked with; what the buffer refused.
-        self._lease_at_s = self._reported_s = 0.0
+        self._lease_at_s = self._reported_s = self._renewed_s = 0.0
         self._retire_until_s: float | None = None
         waits = ("wait_admission_s", "wait_disk_s", "wait_evaluation_s", "wait_weights_s")
-        self._counters: dict[str, float] = dict.fromkeys(("groups", "groups_failed", "busy_s", *waits, "errors"), 0.0)
+        self._counters: dict[str, float] = dict.fromkeys(("groups", "groups_failed", "leases_refused", "busy_s", *waits, "errors"), 0.0)
 
     def run(self) -> dict[str, float]:
         """Generate until retired; the final counters. Raises PeerTimeout when buffer or board does not answer."""
-        if self._receiver is not None:
-            self._calls.ask(self._board.join.remote(self._name, self._own_handle()), "the board")
         while not self._is_over():
             self._beat()
             self._follow_board()
             self._take_work()
+            self._renew()
             if self._engine.num_unfinished and self._engine.version >= 0:  # Else a transfer was broken off: a snapshot comes first.
                 self._generate()
             else:
@@ -147,6 +148,7 @@ class RolloutActor(Heartbeat):
     def _follow_board(self) -> None:
         """Carries out what the learner pushes, and what the board wants as soon as all for it is here."""
         if self._receiver is not None:
+            self._join_board()
             self._receiver.look()
         self._follower.look(self._engine.version, is_evaluating=self._evaluating > 0)
         update = self._follower.update
@@ -157,6 +159,13 @@ class RolloutActor(Heartbeat):
             self._evaluating += 1
             samples: list[Sample | None] = [None] * self._config.eval.samples
             self._groups.start(OpenGroup(item, self._eval_prompts[item.row], samples, temperature=self._config.eval.temperature))
+
+    def _join_board(self) -> None:
+        """Ask for weights to be pushed: at the start, and of every board that takes the place of another."""
+        if self._joined == self._follower.board:
+            return
+        self._joined = self._follower.board
+        self._calls.ask(self._board.join.remote(self._name, self._own_handle()), "the board")
 
     def _is_over(self) -> bool:
         """Whether to leave the loop: at once, or drained, or after RETIRE_LIMIT_S of draining."""
@@ -190,6 +199,7 @@ class RolloutActor(Heartbeat):
         reserve = max(1, actors.slots // (2 * actors.group_size))
         if self._may_lease() and len(self._work) < reserve:
             self._leasing_version = self._engine.version
+            self._renewed_s = time.monotonic()
             call = self._buffer.lease(self._name, reserve, POLL_S, self._leasing_version, sorted(self._holding))
             self._lease = Ask(self._calls, call, who=BUFFER, name=self._name, limit_s=POLL_S + self._config.run.timeout_s)
         is_draining = self._follower.update is not None
@@ -201,9 +211,17 @@ class RolloutActor(Heartbeat):
             self._groups.start(OpenGroup(item, row, missing, offline, actors.temperature))
 
     def _may_lease(self) -> bool:
-        if self._lease is not None or self._outbox.is_refused or time.monotonic() < self._lease_at_s or self._config.is_offline:
+        if self._lease is not None or BUFFER in self._outbox.refused_by or time.monotonic() < self._lease_at_s or self._config.is_offline:
             return False
         return self._engine.version >= 0 and self._engine.version != self._outdated_version
+
+    def _renew(self) -> None:
+        """Tell the buffer what is still worked on here, also when nothing is leased for long: a sample may take longer than a lease."""
+        if self._lease is not None or not self._holding:
+            return  # What a lease under way may bring is not known here yet: it would count as lost.
+        if time.monotonic() - self._renewed_s > self._config.run.timeout_s / RENEWALS_PER_LEASE:
+            self._renewed_s = time.monotonic()
+            self._calls.post(self._buffer.renew(self._name, sorted(self._holding)), BUFFER, "renewals of leases")
 
     def _receive_lease(self) -> None:
         if self._lease is None or not self._lease.is_done():
@@ -211,9 +229,9 @@ class RolloutActor(Heartbeat):
         lease, self._lease = self._lease, None
         try:
             payloads = lease.result()
-        except DiskFullError as error:
+        except DiskFullError:
             self._lease_at_s = time.monotonic() + RETRY_S
-            self._tell(f"{self._name} leases nothing: {error}")
+            self._counters["leases_refused"] += 1
             return
         if payloads is None:
             self._outdated_version = self._leasing_version
@@ -289,7 +307,7 @@ class RolloutActor(Heartbeat):
         else:
             time.sleep(IDLE_S)
         wait = "wait_evaluation_s" if self._config.is_offline else "wait_admission_s"
-        wait = "wait_disk_s" if self._outbox.is_refused or start_s < self._lease_at_s else wait
+        wait = "wait_disk_s" if BUFFER in self._outbox.refused_by or start_s < self._lease_at_s else wait
         wait = "wait_weights_s" if self._engine.version in (-1, self._outdated_version) else wait
         self._counters[wait] += time.monotonic() - start_s
 
@@ -303,18 +321,18 @@ class RolloutActor(Heartbeat):
     def _report(self) -> None:
         if time.monotonic() - self._reported_s >= REPORT_EVERY_S:
             self._reported_s = time.monotonic()
-            self._monitor.log_actor.remote(self._name, {**self._all_counters(), "version": self._engine.version})
+            gauges = {"version": self._engine.version, "tokens_under_way": self._engine.num_tokens_under_way}
+            report = self._monitor.log_actor.remote(self._name, {**self._all_counters(), **gauges})
+            self._calls.post(report, "the monitor", "an actor's counters")
 
     def _all_counters(self) -> dict[str, float]:
         counters = {**self._counters, **self._groups.counters, "fetch_s": self._follower.fetch_s}
         counters["transfers_failed"] = 0.0 if self._receiver is None else float(self._receiver.num_failed)
+        counters["calls_failed"] = float(self._calls.num_failed_posts)
         return {**counters, "insert_retries": float(self._outbox.retries), "snapshots_failed": float(self._follower.num_failed)}
 
     def _tell(self, text: str) -> None:
-        self._monitor.event.remote(text)
-
-    def _tell_refused(self, reason: str) -> None:
-        self._tell(f"{self._name} keeps its groups and sends them again every {RETRY_S:g} s: {reason}")
+        self._monitor.event.remote(text)  # Not looked at: it is what failures are told by.
 
 
 def _group(item: WorkItem, group: OpenGroup, samples: Sequence[Sample], actor: str) -> Group:

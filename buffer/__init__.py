@@ -9,6 +9,7 @@ replay     the index of stored groups and its eviction rules (pure)
 store      groups, leases and batches on disk: sqlite, write-ahead log
 ledger     what happened to every item: JSONL, and its auditor
 layout     what belongs to which shard, under which name
-server     the asyncio class that joins them: one shard, a Ray actor in a run
+shard      the parts joined: one shard, every change in memory and on disk
+server     its waits: an asyncio class, a Ray actor in a run
 shards     the shards as one buffer: what everybody else calls
 """

@@ -48,7 +48,7 @@ def work_item(ordinal: int, *, seed: int, num_rows: int) -> WorkItem:
 
 
 class Lease(msgspec.Struct):
-    """Of an open item. `actor` '': waiting to be issued again. `since_s` None: held since before this process began."""
+    """Of an open item. `actor` '': waiting to be issued again. `since_s`: begun or renewed; None: held since before this process began."""
 
     actor: str
     losses: int = 0
@@ -68,7 +68,7 @@ class Admission:
         self.shard, self.num_shards = shard, num_shards
         self.frontier = 0
         self.counts: Counter[str] = Counter()
-        # Held in the order of their start, so that the first is always the next to expire; waiting in the order of their loss.
+        # Held in the order of their start or renewal, so that the first is always the next to expire; waiting in the order of their loss.
         self._held: dict[int, Lease] = {}
         self._waiting: dict[int, Lease] = {}
         self._changed: dict[int, None] = {}
@@ -126,15 +126,20 @@ class Admission:
         return [*again, *new]
 
     def expire(self, now_s: float) -> tuple[list[int], list[int]]:
-        """Takes back the leases that ran out: (to be issued again, lost too often and ended)."""
-        late = []
-        for ordinal, lease in self._held.items():
-            if lease.since_s is None:
-                lease.since_s = now_s  # Held since before this process began: its time begins anew.
-            elif lease.since_s + self.lease_timeout_s <= now_s:
-                late.append(ordinal)
+        """Takes back the leases that ran out since they began or were renewed: (to be issued again, lost too often and ended)."""
+        self._date(now_s)
+        late = [o for o, lease in self._held.items() if lease.since_s is not None and lease.since_s + self.lease_timeout_s <= now_s]
         self.counts["expired"] += len(late)
         return self._lose(late)
+
+    def renew(self, actor: str, ordinals: Sequence[int], now_s: float) -> None:
+        """The time of these leases begins anew, where `actor` still holds them: it works on them, however long they take."""
+        self._date(now_s)  # Those before this one must expire before it.
+        for ordinal in dict.fromkeys(ordinals):
+            if self.holder(ordinal) == actor:
+                lease = self._held.pop(ordinal)  # To the end: the last to expire now.
+                lease.since_s = now_s
+                self._held[ordinal] = lease
 
     def lose_actor(self, actor: str) -> tuple[list[int], list[int]]:
         """Takes back what a dead actor held: (to be issued again, lost too often and ended)."""
@@ -200,6 +205,13 @@ class Admission:
             if shard != self.shard or position >= self.frontier:
                 problems.append(f"open item {ordinal} is none of the {self.frontier} leased by shard {self.shard} of {self.num_shards}")
         return problems
+
+    def _date(self, now_s: float) -> None:
+        """Leases held since before this process began: their time begins anew."""
+        for lease in self._held.values():
+            if lease.since_s is not None:
+                return  # So have all that follow.
+            lease.since_s = now_s
 
     def _lose(self, ordinals: list[int]) -> tuple[list[int], list[int]]:
         again, ended = [], []

@@ -5,16 +5,19 @@
       |      +--> cancelled
       +--- expired(reason): the lease was taken back; the item will be leased again, or a late report still ends it
 
-Lines are written after the database's commit, and never forced to the disk: a kill, a full disk or a power cut can lose the last ones.
-The buffer adds what leads to the database's state when it starts again; how often a lost item was trained on is not told then.
+Lines are in the database's transaction first, then in the file, so that neither a kill nor a full disk loses one, and a start reads the
+file's end only. Where the file does not fit the database (a power cut, a line deleted by hand), all of it is read once, and what leads to
+the database's state is added; how often a lost item was trained on is not told then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -23,6 +26,10 @@ import msgspec
 from cluster.errors import DataError
 
 AT_RESTART = "written at restart"
+SYNC_BYTES = 2**20
+"""So much of the file may be lost in a power cut, and is kept in the database until it cannot."""
+LONGEST_LINE = 2**16
+MOST_SENTENCES = 1000
 EventName: TypeAlias = Literal["leased", "inserted", "trained", "evicted", "failed", "expired", "cancelled"]
 
 
@@ -54,16 +61,27 @@ _NEXT_STATUS: dict[tuple[str, str], str] = {
     ("stored", "evicted"): "evicted",
 }
 
+_STATUSES = ("new", *dict.fromkeys(_NEXT_STATUS.values()))
+_MOST_AHEAD = 2**24  # Of ids that rise: a larger gap is no gap, but a number from nowhere.
+
 
 class Ledger:
-    """Appends to `path`. Events are kept until `flush`; what a full disk refuses is kept for the next one."""
+    """The file at `path`, appended to in chunks, each at a place that is known before it is written.
+
+        record(event) ... take_chunk() --the database's transaction--> flush() --file--> is durable at last --> the database forgets it
+
+    A kill anywhere in between loses nothing: `recover` puts what the database still has where it belongs. What a full disk refuses is
+    kept for the next `flush`. `end` is the file's length once all that was taken is written; `synced`, how much of it a power cut
+    cannot take.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._encoder = msgspec.json.Encoder()
         self._new: list[bytes] = []
-        self._unwritten = b"" if _ends_a_line(self.path) else b"\n"
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)  # Not O_APPEND: pwrite would ignore the place.
+        self.end = self.synced = self._written = os.fstat(self._file).st_size
+        self._unwritten = b""
         self._pid = os.getpid()
 
     @property
@@ -71,74 +89,159 @@ class Ledger:
         """Lines that could not be written so far: above 0 means the disk refuses them."""
         return self._unwritten.count(b"\n")
 
+    def recover(self, end: int, chunks: Sequence[tuple[int, bytes]]) -> bool:
+        """Completes the file from what the database has of it: its length, and (place, lines) of its last part. Reads nothing else.
+
+        False, nothing changed, when that does not fit: the file is shorter than what was durable, or longer than was ever written.
+        """
+        first = chunks[0][0] if chunks else end
+        if not first <= self.end <= end:
+            return False
+        self.end, self.synced, self._written = end, first, first
+        self._unwritten = b"".join(lines for _, lines in chunks)
+        self.flush()
+        return True
+
+    def end_line(self) -> None:
+        """A file whose last line was cut short goes on in a new line. Not needed after `recover`."""
+        if self.end and os.pread(self._file, 1, self.end - 1) != b"\n":
+            self._new.insert(0, b"\n")
+
     def record(self, event: EventName, group_id: int, *, step: int, version: int | None = None, actor: str = "", reason: str = "") -> None:
-        """Notes an event, to be written by `flush`."""
+        """Notes an event, for the next chunk."""
         line = LedgerEvent(
             event=event, group_id=group_id, step=step, pid=self._pid, time_s=time.time(), version=version, actor=actor, reason=reason
         )
         self._new.append(self._encoder.encode(line) + b"\n")
 
-    def flush(self) -> None:
-        """Writes what was noted. An error of the disk is no error here: the database is the truth; see `num_unwritten`."""
-        self._unwritten += b"".join(self._new)
+    def take_chunk(self) -> tuple[int, bytes] | None:
+        """(place in the file, lines) of what was noted since the last chunk, to be written by `flush` once the database has it."""
+        if not self._new:
+            return None
+        place, chunk = self.end, b"".join(self._new)
         self._new.clear()
+        self._unwritten += chunk
+        self.end += len(chunk)
+        return place, chunk
+
+    def flush(self) -> None:
+        """Writes what was noted. An error of the disk is no error here: the database keeps the lines; see `num_unwritten`."""
+        self.take_chunk()
         try:
             while self._unwritten:
-                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+                num_bytes = os.pwrite(self._file, self._unwritten, self._written)
+                self._unwritten = self._unwritten[num_bytes:]
+                self._written += num_bytes
+            if self._written - self.synced >= SYNC_BYTES:
+                os.fdatasync(self._file)
+                self.synced = self._written
         except OSError:
             return
 
-    def close(self) -> None:
-        """Flushes and closes the file; again is no error."""
+    def close(self, *, keep_back: bool = False) -> None:
+        """Flushes and closes the file; again is no error. `keep_back`: the database has refused the newest lines, so the file gets none."""
         if self._file >= 0:
-            self.flush()
+            if not keep_back:
+                self.flush()
             os.close(self._file)
             self._file = -1
 
 
-def audit(path: str | Path) -> dict[str, Any]:
-    """Follows every item through the ledger at `path`.
+class Statuses:
+    """Where each item is: a byte an item, so that a run of months fits. `num_shards`: the file's ids are so far apart."""
+
+    def __init__(self, num_shards: int = 1) -> None:
+        self._num_shards = num_shards
+        self._codes = bytearray()
+        self._strange: dict[int, int] = {}  # Ids that are no ordinals of the shard: of a ledger that contradicts itself.
+        self._shard: int | None = None
+
+    def get(self, group_id: int) -> str:
+        """Its status; `new` before it was leased."""
+        place = self._place(group_id)
+        code = self._strange.get(group_id, 0) if place is None else self._codes[place] if place < len(self._codes) else 0
+        return _STATUSES[code]
+
+    def follow(self, event: LedgerEvent) -> bool:
+        """Moves the event's item on; False, and nothing moved, when it may not go that way."""
+        after = _NEXT_STATUS.get((self.get(event.group_id), event.event))
+        if after is None:
+            return False
+        place = self._place(event.group_id)
+        if place is None:
+            self._strange[event.group_id] = _STATUSES.index(after)
+            return True
+        if place >= len(self._codes):
+            self._codes.extend(bytes(max(place + 1 - len(self._codes), len(self._codes) // 8)))
+        self._codes[place] = _STATUSES.index(after)
+        return True
+
+    def count(self) -> dict[str, int]:
+        """Items by status, those that have one."""
+        counts = Counter(_STATUSES[code] for code in self._strange.values())
+        counts.update({status: self._codes.count(code) for code, status in enumerate(_STATUSES) if code})
+        return dict(+counts)
+
+    def _place(self, group_id: int) -> int | None:
+        if self._shard is None:
+            self._shard = group_id % self._num_shards
+        place, shard = divmod(group_id, self._num_shards)
+        is_near = 0 <= place <= len(self._codes) + _MOST_AHEAD
+        return place if is_near and shard == self._shard else None
+
+
+def audit(path: str | Path, num_shards: int = 1) -> dict[str, Any]:
+    """Follows every item through the ledger at `path`, one of `num_shards`.
 
     Returns `status` (items by where they are now: leased, waiting, stored, failed, cancelled, evicted), `events` (lines by
     event), `evictions` (by reason), `max_staleness` (largest step - version trained on, learner steps), `torn_lines`, and
-    `violations`: a sentence for every event that may not follow what came before, such as a second ending.
+    `violations`: a sentence for every event that may not follow what came before, such as a second ending, and for what is wrong
+    with the file: lines that cannot be read, none at all. At most `MOST_SENTENCES` of them, and one that counts the others.
+    Raises DataError for a file that cannot be opened.
     """
-    status: dict[int, str] = {}
+    statuses = Statuses(num_shards)
     events: Counter[str] = Counter()
     evictions: Counter[str] = Counter()
-    violations: list[str] = []
-    torn_lines, max_staleness = 0, 0
+    violations = _Sentences()
+    torn_lines = max_staleness = line_number = 0
     for line_number, event in _read(path):
-        if event is None:
+        if isinstance(event, str):
             torn_lines += 1
+            violations.add(f"line {line_number}: {event}")
             continue
-        before = status.get(event.group_id, "new")
-        if not _follow(status, event):
-            violations.append(f"line {line_number}: group {event.group_id} {event.event} when {before}")
+        before = statuses.get(event.group_id)
+        if not statuses.follow(event):
+            violations.add(f"line {line_number}: group {event.group_id} {event.event} when {before}")
             continue
         events[event.event] += 1
         evictions[event.reason] += event.event == "evicted"
         if event.event == "trained" and event.version is not None:
             max_staleness = max(max_staleness, event.step - event.version)
+    if not line_number:
+        violations.add("the ledger is empty: nothing was leased in this run so far, or its lines are gone")
     return {
-        "status": dict(Counter(status.values())),
+        "status": statuses.count(),
         "events": dict(events),
         "evictions": dict(+evictions),
         "max_staleness": max_staleness,
         "torn_lines": torn_lines,
-        "violations": violations,
+        "violations": violations.all(),
     }
 
 
 def audit_run(run_dir: str | Path) -> dict[str, Any]:
     """`audit` of all ledgers of a run together, and `balance`: where every generated item is now, as one line.
 
-    Raises DataError when the run has no ledger.
+    A ledger that is missing, or shorter than its shard's database says, is a violation too. Raises DataError when there is none at all.
     """
-    paths = sorted(Path(run_dir).glob("ledger*.jsonl"))
+    directory = Path(run_dir)
+    paths = sorted(directory.glob("ledger*.jsonl"))
+    stores = sorted(directory.glob("buffer*.sqlite"))
     if not paths:
-        raise DataError(f"{run_dir} holds no ledger*.jsonl: is it the directory of a run?")
-    found = [audit(path) for path in paths]
+        what = f"{stores[0].name} is there: it was deleted, or moved" if stores else "is it the directory of a run?"
+        raise DataError(f"{run_dir} holds no ledger*.jsonl: {what}")
+    num_shards = max(len(paths), len(stores))
+    found = [audit(path, num_shards) for path in paths]
     merged: dict[str, Any] = {
         name: dict(sum((Counter(each[name]) for each in found), Counter())) for name in ("status", "events", "evictions")
     }
@@ -147,6 +250,7 @@ def audit_run(run_dir: str | Path) -> dict[str, Any]:
     merged["violations"] = [
         f"{path.name}, {text}" if len(paths) > 1 else text for path, each in zip(paths, found, strict=True) for text in each["violations"]
     ]
+    merged["violations"] += [sentence for store in stores if (sentence := _what_is_missing(store))]
     status, used = merged["status"], merged["evictions"].get("evicted_used", 0)
     places = {
         "trained": used,
@@ -159,8 +263,27 @@ def audit_run(run_dir: str | Path) -> dict[str, Any]:
     return merged
 
 
+def _what_is_missing(store: Path) -> str | None:
+    """A sentence when the ledger of a shard's database is not there, or is shorter than that says; None also while the shard runs."""
+    path = store.with_name(store.name.replace("buffer", "ledger").replace(".sqlite", ".jsonl"))
+    if not path.exists():
+        return f"{path.name} is missing: {store.name}, of the same shard, is there"
+    size = path.stat().st_size
+    with contextlib.suppress(sqlite3.Error, msgspec.MsgspecError, TypeError), contextlib.closing(_read_only(store)) as db:
+        state = db.execute("SELECT value FROM meta WHERE key = 'state'").fetchone()
+        waiting = db.execute("SELECT min(place) FROM ledger").fetchone()[0]
+        end = msgspec.json.decode(state[0])["ledger_end"]
+        if size < (end if waiting is None else waiting):
+            return f"{path.name} has {size:,} bytes of the {end:,} that the buffer wrote: lines are missing"
+    return None
+
+
+def _read_only(store: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{store.absolute().as_uri()}?mode=ro", uri=True, timeout=0)
+
+
 def missing_events(
-    statuses: Mapping[int, str], issued: Iterable[int], leases: Mapping[int, str], stored: Set[int], used_up: Set[int]
+    statuses: Statuses, issued: Iterable[int], leases: Mapping[int, str], stored: Set[int], used_up: Set[int]
 ) -> Iterator[tuple[EventName, int, str]]:
     """What leads from the ledger (`statuses`) to the database, as (event, item, reason).
 
@@ -168,7 +291,7 @@ def missing_events(
     that left after their last use, as far as that is known.
     """
     for ordinal in issued:
-        status, reason = statuses.get(ordinal, "new"), AT_RESTART
+        status, reason = statuses.get(ordinal), AT_RESTART
         if status == "new":
             yield "leased", ordinal, reason
             status = "leased"
@@ -189,40 +312,51 @@ def missing_events(
             yield "evicted", ordinal, "evicted_used" if ordinal in used_up else reason
 
 
-def read_statuses(path: str | Path) -> dict[int, str]:
-    """Where each item is according to the ledger, violations ignored; empty when there is no ledger."""
-    status: dict[int, str] = {}
+def read_statuses(path: str | Path, num_shards: int = 1) -> Statuses:
+    """Where each item is according to the ledger, violations ignored. Reads all of it."""
+    statuses = Statuses(num_shards)
     for _, event in _read(path):
-        if event is not None:
-            _follow(status, event)
-    return status
+        if not isinstance(event, str):
+            statuses.follow(event)
+    return statuses
 
 
-def _follow(status: dict[int, str], event: LedgerEvent) -> bool:
-    """Moves the event's item on in `status`; False, and nothing moved, when it may not go that way."""
-    after = _NEXT_STATUS.get((status.get(event.group_id, "new"), event.event))
-    if after is not None:
-        status[event.group_id] = after
-    return after is not None
+class _Sentences:
+    """The first `MOST_SENTENCES`, and how many more."""
+
+    def __init__(self) -> None:
+        self._first: list[str] = []
+        self._num_more = 0
+
+    def add(self, sentence: str) -> None:
+        if len(self._first) < MOST_SENTENCES:
+            self._first.append(sentence)
+        else:
+            self._num_more += 1
+
+    def all(self) -> list[str]:
+        return [*self._first, f"{self._num_more} more"] if self._num_more else self._first
 
 
-def _read(path: str | Path) -> Iterator[tuple[int, LedgerEvent | None]]:
-    """Line numbers and events; None for a line that a kill cut short."""
-    if not Path(path).exists():
-        return
+def _read(path: str | Path) -> Iterator[tuple[int, LedgerEvent | str]]:
+    """Line numbers, and the event or why it cannot be read, a piece of the file at a time: a line without an end stays small."""
     decoder = msgspec.json.Decoder(LedgerEvent)
-    with open(path, "rb") as lines:
-        for line_number, line in enumerate(lines, start=1):
-            if line.strip():
+    try:
+        with open(path, "rb") as file:
+            for line_number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
                 try:
                     yield line_number, decoder.decode(line)
-                except msgspec.DecodeError:
-                    yield line_number, None
+                except (msgspec.DecodeError, UnicodeDecodeError):
+                    if line.strip():
+                        yield line_number, _what_it_is(line)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _ends_a_line(path: Path) -> bool:
-    if not path.exists() or path.stat().st_size == 0:
-        return True
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+def _what_it_is(line: bytes) -> str:
+    if not line.isascii() or b"\0" in line:
+        return "not text: the file was overwritten, or damaged by its disk"
+    shown = line[:40].decode()
+    if not line.endswith(b"\n"):
+        return f"cut short at {shown!r}: its buffer was killed, and completes it when it starts again; or the rest is lost"
+    return f"no event: {shown!r}"

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from buffer.records import decode_group, merge_batches
-from buffer.server import Offer, forgotten
+from buffer.server import Offer
+from buffer.shard import forgotten
 from buffer.store import DiskFullError
 
 WAIT_S = 0.5
@@ -40,13 +41,20 @@ class ShardedBuffer:
             return await self._shards[0].lease(actor, max_groups, timeout_s, version, holding)
         clock = asyncio.get_running_loop().time
         deadline_s, waited_s = clock() + timeout_s, 0.0
+        if holding is not None:  # Of all shards, whether they have something to lease or not.
+            await self.renew(actor, holding)
         while True:
             offers = await self._all("offer", None, waited_s)
-            items = await self._lease_offered(offers, actor, max_groups, version, holding)
+            items = await self._lease_offered(offers, actor, max_groups, version)
             left_s = deadline_s - clock()
             if items or items is None or left_s <= 0:
                 return items
             waited_s = await self._wait_for_any(offers, left_s)
+
+    async def renew(self, actor: str, holding: list[int]) -> None:
+        """As `ReplayBuffer.renew`."""
+        mine = [[ordinal for ordinal in holding if ordinal % len(self._shards) == index] for index in range(len(self._shards))]
+        await _gather(shard.renew(actor, part) for shard, part in zip(self._shards, mine, strict=True))
 
     async def insert(self, actor: str, payloads: list[bytes]) -> list[int]:
         """As `ReplayBuffer.insert`. When a shard refuses its part, the others may have taken theirs: send all again."""
@@ -132,9 +140,7 @@ class ShardedBuffer:
         """As `ReplayBuffer.close`."""
         await self._all("close")
 
-    async def _lease_offered(
-        self, offers: Sequence[Offer], actor: str, max_groups: int, version: int | None, holding: list[int] | None
-    ) -> list[bytes] | None:
+    async def _lease_offered(self, offers: Sequence[Offer], actor: str, max_groups: int, version: int | None) -> list[bytes] | None:
         """Leases of the shards that have some, beginning with another shard every time; None when `version` is outdated.
 
         Raises DiskFullError only when no shard has given any: what one gave must reach the actor.
@@ -145,9 +151,8 @@ class ShardedBuffer:
             index = (self._turn + number) % len(self._shards)
             if not offers[index].num_leasable or len(items) == max_groups:
                 continue
-            mine = None if holding is None else [ordinal for ordinal in holding if ordinal % len(self._shards) == index]
             try:
-                answer = await self._shards[index].lease(actor, max_groups - len(items), 0.0, version, mine)
+                answer = await self._shards[index].lease(actor, max_groups - len(items), 0.0, version)
             except DiskFullError:
                 if items:
                     return items

@@ -4,6 +4,7 @@
     leases(ordinal, actor, losses)             the open items; actor '': waiting to be issued again
     batches(step, groups)                      what each batch held, from the watermark on
     held(row, sample)                          samples of groups that were too small
+    ledger(place, lines)                       the last part of the ledger, until the file has it for certain (ledger.py)
     meta(key, value)                           the buffer's counters as JSON
 
 Changes are noted in order and written together by `flush`. What a full disk refuses stays noted, is seen by all reads, and is
@@ -29,7 +30,7 @@ from cluster.errors import AgroError
 
 LOCK_TIMEOUT_S = 10.0
 """How long opening waits for another process to let go of the database: one that was just killed needs a moment."""
-FORMAT = 3
+FORMAT = 4
 
 _SCHEMA = f"""
 BEGIN;
@@ -41,6 +42,7 @@ CREATE INDEX IF NOT EXISTS groups_kept_for_a_batch ON groups(last_step) WHERE ha
 CREATE TABLE IF NOT EXISTS leases (ordinal INTEGER PRIMARY KEY, actor TEXT NOT NULL, losses INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS batches (step INTEGER PRIMARY KEY, groups BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS held (row INTEGER PRIMARY KEY, sample BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS ledger (place INTEGER PRIMARY KEY, lines BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL);
 PRAGMA user_version = {FORMAT};
 COMMIT;
@@ -144,6 +146,17 @@ class Store:
         """The row's sample is held no more."""
         self._pending.append(("DELETE FROM held WHERE row = ?", (row,)))
 
+    def put_ledger(self, place: int, lines: bytes) -> None:
+        """Lines of the ledger, and where in the file they belong."""
+        self._pending.append(("INSERT INTO ledger VALUES (?, ?)", (place, lines)))
+
+    def forget_ledger(self, before_place: int | None = None) -> None:
+        """The ledger's file has what belongs before that place for certain; None: the file is something else, all of it is forgotten."""
+        if before_place is None:
+            self._pending.append(("DELETE FROM ledger", ()))
+        else:
+            self._pending.append(("DELETE FROM ledger WHERE place < ?", (before_place,)))
+
     def put_state(self, state: Mapping[str, Any]) -> None:
         """Replaces the counters (JSON values only)."""
         self._pending.append(("INSERT OR REPLACE INTO meta VALUES ('state', ?)", (msgspec.json.encode(state),)))
@@ -208,6 +221,11 @@ class Store:
         with self._explained():
             rows = self._db.execute("SELECT row, sample FROM held").fetchall()
         return {row: msgspec.msgpack.decode(sample, type=Sample) for row, sample in rows}
+
+    def load_ledger(self) -> list[tuple[int, bytes]]:
+        """(place, lines) of the last part of the ledger, in order."""
+        with self._explained():
+            return self._db.execute("SELECT place, lines FROM ledger ORDER BY place").fetchall()
 
     def close(self) -> None:
         """Closes the connection; the log is folded into the database file. Changes not written are lost."""

@@ -8,12 +8,16 @@ Snapshots: references to immutable buckets. The newest `KEEP` are held, besides 
 
 Evaluations: each belongs to one policy version. An actor handed its items loads exactly that version and takes no update
 until they are done; training goes on meanwhile. Items of an actor that dies are handed out again.
+
+A board that dies is started again, empty: the driver tells it what is done and who ends (`restore`), the learner publishes again what it
+held, with the evaluations that were open, and actors whose directives come from another board than before join again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -34,11 +38,15 @@ Retirement: TypeAlias = Literal["", "drain", "now"]
 
 
 class Directive(msgspec.Struct, frozen=True):
-    """What an actor should do next: load `version` (when it has another), evaluate `eval_items`, or retire."""
+    """What an actor should do next: load `version` (when it has another), evaluate `eval_items`, or retire.
+
+    `board`: another one than before is a board that was started again, and knows nobody.
+    """
 
     version: int
     eval_items: tuple[EvalItem, ...] = ()
     retire: Retirement = ""
+    board: str = ""
 
 
 class _OpenEvaluation:
@@ -66,6 +74,7 @@ class Board:
     def __init__(self, config: Config, num_eval_rows: int, on_evaluation: Callable[[Evaluation, list[dict[str, Any]]], Any]) -> None:
         """`on_evaluation(result, samples)` is called when an evaluation is complete."""
         self._config, self._num_eval_rows, self._on_evaluation = config, num_eval_rows, on_evaluation
+        self._id = secrets.token_hex(4)
         self._snapshots: dict[int, Snapshot] = {}
         self._newest = self._pushed = -1
         self._members: dict[str, Any] = {}
@@ -90,8 +99,11 @@ class Board:
         await self._wake()
         return dropped
 
-    async def publish(self, manifest: bytes, buckets: list, version: int, *, evaluate: bool) -> None:
-        """Make a snapshot the newest one; with `evaluate`, its evaluation begins."""
+    async def publish(self, manifest: bytes, buckets: list, version: int, *, evaluate: bool) -> list[int]:
+        """Make a snapshot the newest one; with `evaluate`, its evaluation begins. Returns the versions that are held now.
+
+        A board that was started again is given them once more, the oldest first.
+        """
         # What is newer is of a learner that has gone back to its checkpoint since.
         self._snapshots = {held: snapshot for held, snapshot in self._snapshots.items() if held < version}
         self._snapshots[version] = (manifest, buckets)
@@ -101,6 +113,7 @@ class Board:
             self._evaluations[number] = _OpenEvaluation(number, version, self._num_eval_rows, self._config.run.seed)
         self._drop_old_snapshots()
         await self._wake()
+        return sorted(self._snapshots)
 
     async def announce(self, version: int) -> None:
         """Actors get `version` by another road: who has it, or any since the newest snapshot, is not sent back to that."""
@@ -133,7 +146,7 @@ class Board:
                     await asyncio.wait_for(self._changed.wait(), left_s)
                 except TimeoutError:
                     continue
-        return msgspec.msgpack.encode(directive)
+        return msgspec.msgpack.encode(msgspec.structs.replace(directive, board=self._id))
 
     async def snapshot(self, version: int) -> Snapshot | None:
         """The snapshot of `version`, or None when it has been dropped since (poll again)."""
@@ -166,6 +179,12 @@ class Board:
         await self._wake()
 
     # --- driver -------------------------------------------------------------------------------------------------
+
+    async def restore(self, results: list[Evaluation], retiring: dict[str, Retirement]) -> None:
+        """What a board knew that is gone: evaluations that are done, and the actors that are to end, or have ended."""
+        self._results = [*results, *self._results]
+        self._retiring = {**retiring, **self._retiring}
+        await self._wake()
 
     async def retire(self, actors: list[str], how: Retirement = "now") -> None:
         """These actors end: `drain` (a scale-down) or `now` (the run is over); `now` also hurries those that drain."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -62,10 +62,16 @@ class DeathCount:
     def __init__(self, window_s: float = DEATHS_WINDOW_S) -> None:
         self.total, self._window_s = 0, window_s
         self._times_s: dict[str, deque[float]] = {}
+        self._by_role: Counter[str] = Counter()
+
+    def of(self, role: str) -> int:
+        """Deaths of the role so far."""
+        return self._by_role[role]
 
     def note(self, role: str, now_s: float) -> int:
         """One more; how many they are within the window."""
         self.total += 1
+        self._by_role[role] += 1
         times_s = self._times_s.setdefault(role, deque())
         times_s.append(now_s)
         while now_s - times_s[0] > self._window_s:

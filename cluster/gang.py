@@ -65,6 +65,11 @@ class LearnerGang:
         for rank in self._ranks:
             rank.request_stop.remote()
 
+    def republish(self) -> None:
+        """The board was started again: it is told of the weights once more. Ranks that have not begun to train will publish anyway."""
+        if self._ranks:
+            self._ranks[0].republish.remote()
+
     def kill(self) -> None:
         """End the ranks at once and free their place."""
         for rank in self._ranks:

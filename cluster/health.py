@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cluster.config import Config
 from cluster.errors import RewardError, TrainingError
 from cluster.fleet import MAX_DEATHS, DeathCount, Fleet, crash_loop
 from cluster.learner import Learner
+from cluster.peers import QUIET_S
 from cluster.services import BUFFER, Services
 from cluster.watchdog import Observation, Watchdog, dump_stacks
 
@@ -34,6 +36,45 @@ class Recent:
         return errors - self._marks[0][1], samples - self._marks[0][2]
 
 
+class FullDisk:
+    """The disk of the run directory, from the buffer's counts: told when it is full, and when it has room again.
+
+    sentence   what is wrong with it now, '' when nothing is
+    """
+
+    def __init__(self, run_dir: Path, tell: Callable[[str], object], clock: Callable[[], float]) -> None:
+        self._run_dir, self._tell, self._clock = run_dir, tell, clock
+        self._refused: float | None = None
+        self._num_before = self._since_s = self._last_s = 0.0
+        self.sentence = ""
+
+    def look(self, stats: Mapping[str, float]) -> None:
+        """One set of gauges more."""
+        refused, now_s = stats.get("buffer/disk_errors", 0.0), self._clock()
+        before, self._refused = self._refused, refused
+        if before is None or refused < before:  # The first look, or a shard that was killed before it could write its count.
+            return
+        if refused > before:
+            self._last_s = now_s
+            if not self.sentence:
+                self._since_s, self._num_before = now_s, before
+                self.sentence = f"the disk of {self._run_dir} refuses what the buffer writes ({_room(self._run_dir)})"
+                self._tell(f"{self.sentence}: nothing acknowledged is lost, training goes on with what is there; free space on it")
+        elif self.sentence and now_s - self._last_s > QUIET_S and not stats.get("buffer/changes_unwritten"):
+            self.sentence = ""
+            lasted_s, count = self._last_s - self._since_s, refused - self._num_before
+            self._tell(f"the disk of {self._run_dir} takes all again: {count:.0f} writes were refused in {lasted_s:.0f} s")
+
+
+def _room(directory: Path) -> str:
+    """`0.1 of 6 MB free`."""
+    try:
+        usage = shutil.disk_usage(directory)
+    except OSError as error:
+        return str(error.strerror)
+    return f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.0f} MB free"
+
+
 class Health:
     """Judges one set of gauges after another; tells, or raises AgroError."""
 
@@ -41,7 +82,8 @@ class Health:
         self._config, self._services, self._run_dir, self._clock = config, services, run_dir, clock
         self._watchdog = Watchdog(config.run.timeout_s)
         self._rewards = Recent()
-        self._buffer_deaths = DeathCount()
+        self._buffer_deaths, self._service_deaths = DeathCount(), DeathCount()
+        self._disk = FullDisk(run_dir, services.event, clock)
         self._starts: float | None = None
         self._waited_s = 0.0
         self._alone_since_step: int | None = None  # The step at which the learner had no actor left; None while it has.
@@ -55,6 +97,7 @@ class Health:
         """Judge. `stats` of the buffer, `view` of the monitor. Raises RewardError, TrainingError."""
         self._judge_rewards(stats)
         self._judge_buffer(stats)
+        self._disk.look(stats)
         if learner.state == "training":
             step = step_of(view)
             self._notice_lonely_learner(stats, step, fleet)
@@ -85,6 +128,14 @@ class Health:
                     raise TrainingError(crash_loop(BUFFER, count, f"the last lines of its log:\n{words}"))
         self._starts = starts
 
+    def service_restarted(self, who: str, words: Sequence[str]) -> None:
+        """Monitor or board was started again by Ray; `words`: the last of its log. Raises TrainingError for too many deaths."""
+        count = self._service_deaths.note(who, self._clock())
+        cause = "its process was killed (kill -9, or the kernel for lack of memory) or crashed"
+        if count >= MAX_DEATHS:
+            raise TrainingError(crash_loop(who, count, "\n".join([cause, *words])))
+        self._services.event("\n".join([f"{who} restarted ({_ordinal(self._service_deaths.of(who))} time): {cause}", *words]))
+
     def _notice_lonely_learner(self, stats: Mapping[str, float], step: int, fleet: Fleet) -> None:
         """The learner waits and nobody is there who could feed it: said once, and when it goes on."""
         is_waiting = stats["buffer/wait_batch_s"] > self._waited_s
@@ -111,6 +162,7 @@ class Health:
             num_evaluations=num_evaluations,
             group_size=self._config.actors.group_size - self._config.offline_samples,
             admitted_groups=self._config.admitted_groups,
+            full_disk=self._disk.sentence,
         )
 
     def _watch_progress(self, seen: Observation, fleet: Fleet, learner: Learner) -> None:
@@ -121,7 +173,11 @@ class Health:
             threading.Thread(target=self._tell_stall, args=(stall, handles), name="stacks", daemon=True).start()
 
     def _tell_stall(self, stall: str, handles: Mapping[str, Any]) -> None:
-        path, silent = dump_stacks(handles, self._run_dir)
+        try:
+            path, silent = dump_stacks(handles, self._run_dir)
+        except OSError as error:
+            self._services.event(f"{stall}. Its stacks cannot be written: {error}")
+            return
         who = f"; no answer from {', '.join(silent)}" if silent else ""
         self._services.event(f"{stall}. Stacks of every process: {path.name}{who}")
 

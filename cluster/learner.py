@@ -71,6 +71,10 @@ class Learner:
         self._stopping = True
         self._gang.request_stop()
 
+    def republish(self) -> None:
+        """As `LearnerGang.republish`."""
+        self._gang.republish()
+
     def kill(self) -> None:
         """End the ranks at once and free their place."""
         self._gang.kill()

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,25 @@ def replace_json(path: Path, value: Mapping[str, Any]) -> None:
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     new.write_text(json.dumps(value, indent=1), encoding="utf-8")
     new.replace(path)
+
+
+def note_event(run_dir: Path, text: str) -> None:
+    """An event written by another process than the monitor, which is gone or about to be. Raises OSError."""
+    events = JsonLines(run_dir / "events.jsonl", Redactor(os.environ))
+    events.append({"time": time.time(), "wall_s": None, "text": text})
+    events.close()
+
+
+def last_json_line(path: Path) -> dict[str, Any] | None:
+    """The last whole record of a JSON-lines file, of which only the end is read; None where there is none."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**20))
+        lines = file.read().splitlines(keepends=True)
+    for line in reversed(lines):
+        if line.endswith(b"\n") and line.strip():
+            record = json.loads(line)
+            return record if isinstance(record, dict) else None
+    return None
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -13,7 +13,7 @@ what is no finite number is written as null and counted (`monitor/null_values`).
 from __future__ import annotations
 
 import collections
-import itertools
+import contextlib
 import json
 import os
 import time
@@ -25,7 +25,7 @@ import msgspec
 
 from buffer.records import Evaluation
 from cluster.config import Config
-from cluster.metrics import METRICS, JsonLines, Redactor, StepLines, finite, finite_tree, read_json_lines, replace_json
+from cluster.metrics import METRICS, JsonLines, Redactor, StepLines, finite, finite_tree, last_json_line, read_json_lines, replace_json
 from cluster.wandb_writer import WandbWriter, wandb_mode
 
 __all__ = ["Monitor", "wandb_mode"]
@@ -33,6 +33,7 @@ __all__ = ["Monitor", "wandb_mode"]
 RATE_WINDOW_S = 5.0  # actors report in bursts of whole groups: over less than 2 s their rates are noise
 SILENT_S = 60.0  # an actor that has not reported for so long counts in no rate
 WANDB_FINISH_S = 15.0
+STATE_NAME = ".monitor.json"  # What a monitor that is started again goes on with; gone when the run is over.
 
 _HISTORY_ROWS = 60
 _VIEW_EVENTS = 40
@@ -46,10 +47,15 @@ class Monitor:
     a step that it does again replaces what was written of it.
     """
 
-    def __init__(self, config: Config, run_dir: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """`run_dir` is made if missing; raises ConfigError as `wandb_mode` does. `clock` gives seconds."""
+    def __init__(self, config: Config, run_dir: str, clock: Callable[[], float] = time.monotonic, began_at_s: float | None = None) -> None:
+        """`run_dir` is made if missing; raises ConfigError as `wandb_mode` does. `clock` gives seconds.
+
+        `began_at_s` (since 1970): when this start of the run began. A monitor that is started again within it takes up its times, and
+        the row that it held back.
+        """
         mode = wandb_mode(config)
-        self._config, self._run_dir, self._clock, self._start_s = config, Path(run_dir), clock, clock()
+        self._config, self._run_dir, self._clock = config, Path(run_dir), clock
+        self._start_s = clock() - (0.0 if began_at_s is None else max(0.0, time.time() - began_at_s))
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self._redact = Redactor(os.environ)
         self._metrics = StepLines(self._run_dir / "metrics.jsonl", self._redact, "progress/step")
@@ -67,8 +73,10 @@ class Monitor:
         self._rows_seen = collections.deque[tuple[float, float, Any]](maxlen=_HISTORY_ROWS)  # wall_s, step, reward
         self._held: dict[str, Any] | None = None
         self._null_values = 0
+        self._began_at_s = began_at_s
+        self._take_up()
         self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=_VIEW_EVENTS)
-        self._event_numbers = itertools.count(1)
+        self._event_number = 0
         self._closed = False
         public_config = json.loads(self._redact(json.dumps(config.model_dump(mode="json"))))
         self._wandb = WandbWriter(config.run.name, config.monitor.project, public_config, self._run_dir, mode, config.monitor.shows_samples)
@@ -93,6 +101,7 @@ class Monitor:
         self._release_held()
         if merged["progress/step"] == self._config.run.steps:
             self._held = self._row
+            self._note_held()
         else:
             self._write_row(self._row)
         self._report_wandb_failures()
@@ -101,6 +110,14 @@ class Monitor:
         """Cumulative counters of one rollout actor (`generated_tokens`, `busy_s`, ...) and gauges (`version`, `apply_s`, ...)."""
         clean = {key: value if isinstance(value, str) else self._number(value) for key, value in counters.items()}
         self._actors.setdefault(name, _ActorGauge()).report(self._clock(), clean)
+
+    def generation(self) -> dict[str, tuple[tuple[float, float], float]]:
+        """By actor: tokens of its finished and of its unfinished samples, and seconds since it was last heard of."""
+        now_s, names = self._clock(), ("generated_tokens", "tokens_under_way")
+        return {
+            name: ((actor.counters.get(names[0]) or 0.0, actor.counters.get(names[1]) or 0.0), now_s - actor.seen_s)
+            for name, actor in self._actors.items()
+        }
 
     def log_buffer(self, gauges: Mapping[str, float]) -> None:
         """Gauges of the buffer by full metric name; they are in the next rows as they are."""
@@ -125,7 +142,8 @@ class Monitor:
         """Something worth telling: an actor replaced, a warning, a publication that failed."""
         record = {"time": time.time(), "wall_s": self._clock() - self._start_s, "text": self._redact(text)}
         self._files["events"].append(record)
-        self._events.append({**record, "number": next(self._event_numbers)})
+        self._event_number = max(self._event_number + 1, time.time_ns() // 1000)  # Rises also over a restart of this process.
+        self._events.append({**record, "number": self._event_number})
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write the held row with the newest evaluation, write summary.json, finish W&B within `WANDB_FINISH_S`.
@@ -146,6 +164,8 @@ class Monitor:
         self._report_wandb_failures()
         for file in self._files.values():
             file.close()
+        with contextlib.suppress(OSError):
+            (self._run_dir / STATE_NAME).unlink()
 
     def view(self) -> dict[str, Any]:
         """A snapshot for `terminal.Terminal`: plain dicts and lists, some kilobytes."""
@@ -192,6 +212,25 @@ class Monitor:
         if self._held is not None:
             self._write_row(self._held)
             self._held = None
+            self._note_held()
+
+    def _take_up(self) -> None:
+        """What a monitor of this start of the run, that was killed, had: the newest row, and the row it held back."""
+        if self._began_at_s is None:
+            return
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            kept = json.loads((self._run_dir / STATE_NAME).read_text(encoding="utf-8"))
+            if kept["began_at_s"] == self._began_at_s:
+                self._held = kept["held"]
+                self._row = {**self._row, **(self._held or last_json_line(self._run_dir / "metrics.jsonl") or {})}
+                return
+        self._note_held()
+
+    def _note_held(self) -> None:
+        """For `_take_up`. A disk that does not take it costs nothing but that."""
+        if self._began_at_s is not None:
+            with contextlib.suppress(OSError):
+                replace_json(self._run_dir / STATE_NAME, {"began_at_s": self._began_at_s, "held": self._held})
 
     def _write_row(self, row: Mapping[str, Any]) -> None:
         if row["progress/step"] is not None:

@@ -1,42 +1,83 @@
-"""Calls to other processes, from code that must not wait for them.
+"""Calls to other processes, from code that must not wait for them. The one place where peers are called.
 
-    calls = Calls(run.timeout_s)
-    future = calls.start(buffer.lease(...))             a concurrent Future, to be looked at between two engine steps
-    stats = calls.ask(buffer.stats(), "replay buffer")  waits; PeerTimeout names who did not answer
+    calls = Calls(run.timeout_s, tell)
+    future = calls.start(buffer.lease(...), "replay buffer")          a concurrent Future, to be looked at between two engine steps
+    stats = calls.ask(buffer.stats(), "replay buffer")                waits; PeerTimeout names who did not answer
+    calls.post(monitor.log_step.remote(row), "monitor", "its rows")   nobody waits; failures are counted, and told when they begin and end
 
-The coroutines run on an event loop in a thread of their own.
+The coroutines run on an event loop in a thread of their own. What a call raises is an error of ours, in a sentence of its own: Ray's
+paragraphs end here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import threading
-from collections.abc import Awaitable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
+
+from ray.exceptions import RayError
 
 from buffer.shards import ShardedBuffer
 from cluster.errors import PeerTimeout
+from cluster.processes import explained
 
 T = TypeVar("T")
+QUIET_S = 5.0
+_log = logging.getLogger(__name__)
+
+
+class Troubles:
+    """What fails again and again, told twice: when it begins, and, with its count, when it is over. Safe from any thread.
+
+    It is over when it goes well `QUIET_S` after the last failure: a disk that is nearly full takes one thing and refuses the next.
+    """
+
+    def __init__(self, tell: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
+        self._tell, self._clock = tell, clock
+        self._lock = threading.Lock()
+        self._open: dict[str, tuple[int, float, float]] = {}  # Failures, when the first was, and the last.
+
+    def note(self, what: str, error: object) -> None:
+        """`what` failed once more: `error` says why."""
+        now_s = self._clock()
+        with self._lock:
+            count, first_s, _ = self._open.get(what, (0, now_s, now_s))
+            self._open[what] = (count + 1, first_s, now_s)
+        if not count:
+            self._tell(f"{what}: {str(error).strip()}")
+
+    def well(self, what: str) -> None:
+        """`what` went well."""
+        with self._lock:
+            count, first_s, last_s = self._open.get(what, (0, 0.0, 0.0))
+            if not count or self._clock() - last_s < QUIET_S:
+                return
+            del self._open[what]
+        self._tell(f"{what}: no more, after {count} failure{'' if count == 1 else 's'} in {last_s - first_s:.0f} s")
 
 
 class Calls:
-    """An event loop in a daemon thread; `timeout_s` limits what `ask` waits for."""
+    """An event loop in a daemon thread; `timeout_s` limits what `ask` waits for. `tell` gets what becomes of `post`."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, tell: Callable[[str], object] | None = None) -> None:
         self._timeout_s = timeout_s
+        self._troubles = Troubles(tell or _log.warning)
+        self.num_failed_posts = 0
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="calls", daemon=True).start()
 
-    def start(self, call: Awaitable[T]) -> concurrent.futures.Future[T]:
-        """Begins the call; its result or exception is in the future."""
-        return asyncio.run_coroutine_threadsafe(_awaited(call), self._loop)
+    def start(self, call: Awaitable[T], who: str) -> concurrent.futures.Future[T]:
+        """Begins the call; its result, or an error of ours, is in the future: to be looked at. Else use `post`."""
+        return asyncio.run_coroutine_threadsafe(answered(call, who), self._loop)
 
     def ask(self, call: Awaitable[T], who: str, timeout_s: float | None = None) -> T:
         """The call's result. Raises PeerTimeout that names `who` after `timeout_s` (None: the limit of all), or what the call raises."""
         limit_s = self._timeout_s if timeout_s is None else timeout_s
-        future = self.start(call)
+        future = self.start(call, who)
         try:
             return future.result(limit_s)
         except concurrent.futures.TimeoutError:
@@ -44,6 +85,21 @@ class Calls:
                 raise  # The call itself raised a TimeoutError.
             future.cancel()
             raise PeerTimeout(f"{who} did not answer within {limit_s:.0f} s (run.timeout_s)") from None
+
+    def post(self, call: Awaitable[Any], who: str, what: str) -> None:
+        """Makes the call for nobody's sake; one that fails is counted, and the first of them told."""
+        what = f"{who} did not take {what}"
+
+        def look(future: concurrent.futures.Future[Any]) -> None:
+            if future.cancelled():
+                return
+            if error := future.exception():
+                self.num_failed_posts += 1
+                self._troubles.note(what, error)
+            else:
+                self._troubles.well(what)
+
+        self.start(call, who).add_done_callback(look)
 
 
 class RemoteShard:
@@ -61,5 +117,9 @@ def connect_buffer(handles: Sequence[Any]) -> ShardedBuffer:
     return ShardedBuffer([RemoteShard(handle) for handle in handles])
 
 
-async def _awaited(call: Awaitable[T]) -> T:
-    return await call
+async def answered(call: Awaitable[T], who: str) -> T:
+    """The call's result. What Ray wraps, or has to say itself, is raised as an error of ours (`processes.explained`)."""
+    try:
+        return await call
+    except RayError as error:
+        raise explained(error, who) from None

@@ -17,6 +17,8 @@ from cluster.errors import AgroError, PeerTimeout, TrainingError
 
 _LOG_LINES = 4
 _SILENT_END = "connection error code 2. End of file"  # Ray follows it up with a paragraph of guesses.
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
 _RAY_MARKS = re.compile(r"^:(job_id|actor_name|task_name):.*$", re.MULTILINE)
 _MEMORY_WORDS = re.compile(r"out of memory|outofmemory|memoryerror|low on memory", re.IGNORECASE)
 
@@ -95,11 +97,11 @@ def answer(calls: Any, who: str, timeout_s: float) -> Any:
 
 
 def explained(error: RayError, who: str) -> AgroError:
-    """What failed, as an error of ours: the one raised there when it is one of ours, else a TrainingError of a few lines."""
+    """What failed, as an error of ours: the one raised there when it is one of ours, else a TrainingError of two lines."""
     if isinstance(error, RayTaskError):
         if isinstance(error.cause, AgroError):
             return error.cause
-        return TrainingError(f"{who} failed: {type(error.cause).__name__}: {error.cause}\n{last_lines(str(error), 8)}")
+        return TrainingError(f"{who} failed: {type(error.cause).__name__}: {error.cause}{_where(str(error))}")
     if not could_not_start(error):
         return TrainingError(f"{who} died: {death_cause(error)}")
     # Ray gives the text only of what a constructor raised.
@@ -141,8 +143,15 @@ def memory_hint(cause: str) -> str:
     return f"{likely} a lack of memory: lower {knobs}, or run fewer actors."
 
 
+def _where(traceback_text: str) -> str:
+    """A line that says where that was raised; none where the text does not tell."""
+    frames = _FRAME.findall(traceback_text)
+    return f"\n  in {frames[-1][2]} ({frames[-1][0]}:{frames[-1][1]})" if frames else ""
+
+
 def last_lines(text: str, count: int) -> str:
-    """The last `count` lines of `text` that are not empty, indented and cut."""
+    """The last `count` lines of `text` that are not empty, without colours, indented and cut."""
+    text = _COLOURS.sub("", text)
     return "\n".join("  " + line[:200] for line in [line for line in text.splitlines() if line.strip()][-count:])
 
 

@@ -1,28 +1,33 @@
 """Monitor, replay buffer and board of a run: Ray actors that reserve no CPU. What everybody else talks to.
 
-Monitor and buffer write into the run directory and stay on the driver's node. A buffer shard that is killed comes back by
-itself with all it acknowledged, and Ray repeats the calls that were under way.
+Monitor and buffer write into the run directory and stay on the driver's node. Each of them that is killed comes back by itself, and Ray
+repeats the calls that were under way: a buffer shard with all it acknowledged, the monitor with what its files say, the board empty, to
+be told again (`restore_board`).
 """
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import RayError
 
+from buffer.records import Evaluation
 from buffer.server import ReplayBuffer
 from buffer.store import DiskFullError
 from cluster.board import Board, Retirement
+from cluster.config import Config
 from cluster.errors import PeerTimeout
 from cluster.monitor import Monitor
 from cluster.peers import Calls, connect_buffer
 from cluster.prepare import Inputs
-from cluster.processes import explained, log_tail, on_this_node, remote, whereabouts
+from cluster.processes import log_tail, on_this_node, remote, whereabouts
 
 BUFFER, BOARD, MONITOR = "replay buffer", "board", "monitor"
 
@@ -59,10 +64,30 @@ class Call:
 
     def result(self) -> Any:
         """The answer; raises AgroError for a failure or a death."""
-        try:
-            return self._future.result(0)
-        except RayError as error:
-            raise explained(error, self.who) from None
+        return self._future.result(0)
+
+
+class ReportingBoard(Board):
+    """A board that tells the monitor of its evaluations.
+
+    It is given the monitor's name: a handle among its arguments would lie in Ray's object store, where a restart may not find it.
+    """
+
+    def __init__(self, config: Config, num_eval_rows: int, monitor_name: str) -> None:
+        super().__init__(config, num_eval_rows, self._report)
+        self._monitor = ray.get_actor(monitor_name)
+        self._calls = Calls(config.run.timeout_s, self._monitor.event.remote)
+
+    def _report(self, evaluation: Evaluation, samples: list[dict[str, Any]]) -> None:
+        self._calls.post(self._monitor.log_evaluation.remote(evaluation, samples), MONITOR, "an evaluation")
+
+
+@dataclass
+class _Life:
+    """A service that is started again by itself, and the process it is now."""
+
+    where: Polled
+    pid: int | None = None
 
 
 class Services:
@@ -71,18 +96,20 @@ class Services:
     def __init__(self, inputs: Inputs) -> None:
         config, run_dir, here = inputs.config, str(inputs.run_dir), on_this_node()
         self._timeout_s = config.run.timeout_s
-        self._calls = Calls(self._timeout_s)
+        self._calls = Calls(self._timeout_s, self.event)
         self._owed: list[Call] = []
         self._whereabouts: list[Future[tuple[str, int]]] = []
-        self.monitor = monitor = remote(Monitor).options(**here).remote(config, run_dir)
-        shard_class = remote(ReplayBuffer).options(max_concurrency=1000, max_restarts=-1, max_task_retries=-1, **here)
+        again = {"max_restarts": -1, "max_task_retries": -1}
+        name = f"monitor-{secrets.token_hex(4)}"
+        self.monitor = monitor = remote(Monitor).options(name=name, **here, **again).remote(config, run_dir, began_at_s=time.time())
+        shard_class = remote(ReplayBuffer).options(max_concurrency=1000, **here, **again)
         self.buffers = [shard_class.remote(config, run_dir, len(inputs.prompts), shard) for shard in range(config.buffer.num_shards)]
         self.buffer = connect_buffer(self.buffers)
-
-        def tell(evaluation: Any, samples: Any) -> None:
-            monitor.log_evaluation.remote(evaluation, samples)
-
-        self.board = remote(Board).options(num_cpus=0, max_concurrency=1000).remote(config, len(inputs.eval_prompts), tell)
+        board_class = remote(ReportingBoard).options(num_cpus=0, max_concurrency=1000, **again)
+        self.board = board_class.remote(config, len(inputs.eval_prompts), name)
+        self._retiring: dict[str, Retirement] = {}
+        handles = {MONITOR: monitor, BOARD: self.board}
+        self._lives = {who: _Life(Polled(self, partial(handle.__ray_call__.remote, whereabouts), who)) for who, handle in handles.items()}
 
     @property
     def peers(self) -> tuple[list[Any], Any, Any]:
@@ -99,18 +126,36 @@ class Services:
 
     def event(self, text: str) -> None:
         """Something worth telling."""
-        self.monitor.event.remote(text)
+        self.monitor.event.remote(text)  # Not looked at: it is what failures are told by.
+
+    def log_buffer(self, gauges: Mapping[str, float]) -> None:
+        """Gauges for the monitor's next rows."""
+        self._calls.post(self.monitor.log_buffer.remote(gauges), MONITOR, "the buffer's gauges")
+
+    def restarted(self) -> dict[str, list[str]]:
+        """Monitor and board, where they were started again since the last call: their names, and the last words of the process before."""
+        found = {}
+        for who, life in self._lives.items():
+            life.where.look()
+            if life.where.value is None:
+                continue
+            pid = life.where.value[1]
+            if life.pid not in (None, pid):
+                found[who] = log_tail(life.pid)
+            life.pid = pid
+        return found
+
+    def restore_board(self, results: Sequence[Evaluation]) -> None:
+        """Tell a board that was started again what is done, and who ends."""
+        self.ask(self.board.restore.remote(list(results), self._retiring), BOARD)
 
     def ask(self, call: Awaitable[Any], who: str, timeout_s: float | None = None) -> Any:
         """The call's result, waited for. Raises AgroError: no answer, a failure, a death."""
-        try:
-            return self._calls.ask(call, who, timeout_s)
-        except RayError as error:
-            raise explained(error, who) from None
+        return self._calls.ask(call, who, timeout_s)
 
     def start(self, call: Awaitable[Any], who: str) -> Call:
         """The call, not waited for."""
-        return Call(self._calls.start(call), who, self._timeout_s)
+        return Call(self._calls.start(call, who), who, self._timeout_s)
 
     def look(self) -> None:
         """Whether orders given earlier were carried out. Raises AgroError when one was not."""
@@ -127,17 +172,19 @@ class Services:
 
     def retire(self, names: Sequence[str], how: Retirement) -> None:
         """Tell actors to end; not waited for."""
+        self._retiring |= {name: how for name in names if self._retiring.get(name) != "now"}
         self._owed.append(self.start(self.board.retire.remote(list(names), how), BOARD))
 
     def release(self, name: str) -> None:
         """Hand the work of an actor that is gone out again; not waited for."""
+        self._retiring[name] = "now"
         self._owed.append(self.start(self.buffer.release_actor(name), BUFFER))
         self._owed.append(self.start(self.board.release_actor.remote(name), BOARD))
 
     def last_words_of_shards(self) -> str:
         """What buffer shards that are gone since the last call wrote to their logs."""
         pids = [future.result(0)[1] for future in self._whereabouts if future.done() and future.exception() is None]
-        self._whereabouts = [self._calls.start(shard.__ray_call__.remote(whereabouts)) for shard in self.buffers]
+        self._whereabouts = [self._calls.start(shard.__ray_call__.remote(whereabouts), BUFFER) for shard in self.buffers]
         return "\n".join(line for pid in pids if not psutil.pid_exists(pid) for line in log_tail(pid))
 
     def kill(self) -> None:

@@ -14,8 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +28,14 @@ from actors.rollout import RolloutActor
 from buffer.records import Evaluation
 from cluster.autoscale import Autoscaler, Load
 from cluster.control import Answer, Control, RunStatus, ScaleRequest
-from cluster.errors import AgroError
+from cluster.errors import AgroError, TrainingError
 from cluster.fleet import Fleet, Kind
 from cluster.health import Health, step_of
 from cluster.learner import Learner
+from cluster.metrics import finite_tree, note_event, replace_json
 from cluster.prepare import Inputs
 from cluster.processes import remote, threads
+from cluster.ray_watch import RayWatch
 from cluster.report import read_evaluations, write_report
 from cluster.services import BOARD, BUFFER, MONITOR, Polled, Services
 from cluster.signals import StopSignal
@@ -38,6 +44,7 @@ from cluster.terminal import Terminal
 WATCH_S = 0.4
 TELL_LOADING_S = 8.0
 CLOSE_TIMEOUT_S = 30.0
+RAY_GONE_TIMEOUT_S = 2.0  # Some parts live on for a moment.
 RETIRE_LOOK_S = 0.1
 WAITS = ("admission", "weights", "evaluation", "disk")
 
@@ -69,6 +76,8 @@ class Supervisor:
         )
         self._learner: Learner | None = None
         self._earlier_evaluations = read_evaluations(inputs.run_dir)  # Of earlier starts of the run.
+        self._results: dict[int, Evaluation] = {}  # Of this start, by policy version.
+        self._ray = RayWatch(self._abandon)
 
     # --- start ----------------------------------------------------------------------------------------------------
 
@@ -162,6 +171,8 @@ class Supervisor:
 
     def _look(self, terminal: Terminal | None = None) -> None:
         """Take everything one step further; raises what ends the run."""
+        self._refuse_if_ray_is_gone()
+        self._mend_services()
         for part in (self._services, self._fleet, self._learner, self._stats, self._view, self._evaluations):
             if part is not None:
                 part.look()
@@ -169,9 +180,11 @@ class Supervisor:
         stats, view = self._stats.value, self._view.value
         if stats is None or view is None or self._evaluations.value is None:
             return
+        num_open, results = self._evaluations.value
+        self._results |= {result.policy_version: result for result in results}
         self._log_buffer(stats)
         if self._learner is not None:
-            self._health.look(stats, view, self._evaluations.value[0], self._fleet, self._learner)
+            self._health.look(stats, view, num_open, self._fleet, self._learner)
         self._autoscale(stats, view)
         if self._control.is_due():
             self._control.write(self._status(stats, view))
@@ -179,16 +192,33 @@ class Supervisor:
             alive = set(self._fleet.names())
             terminal.update({**view, "actors": {name: counters for name, counters in view["actors"].items() if name in alive}})
 
+    def _refuse_if_ray_is_gone(self) -> None:
+        if self._ray.cause:
+            self._ray.obeyed()
+            raise TrainingError(self._ray.cause)
+
+    def _mend_services(self) -> None:
+        """Monitor and board are started again by Ray; a board is told what it knew."""
+        for who, words in self._services.restarted().items():
+            self._health.service_restarted(who, words)
+            if who == BOARD:
+                self._services.restore_board(list(self._results.values()))
+                if self._learner is not None:
+                    self._learner.republish()
+
     def _log_buffer(self, stats: Mapping[str, float]) -> None:
         errors, samples = stats["buffer/samples_error"], stats["buffer/samples_total"]
-        self._services.monitor.log_buffer.remote({**stats, "reward/error_fraction": errors / samples if samples else 0.0})
+        self._services.log_buffer({**stats, "reward/error_fraction": errors / samples if samples else 0.0})
 
     def _await_evaluations(self, stop: StopSignal, terminal: Terminal) -> None:
-        until_s = time.monotonic() + self._config.run.timeout_s
+        until_s, seen = time.monotonic() + self._config.run.timeout_s, None
         while not stop.name and self._services.ask(self._services.board.evaluations.remote(), BOARD)[0]:
+            generated = [actor.get("tokens_under_way") for actor in self._view.value["actors"].values()] if self._view.value else None
+            if generated != seen:  # As long as tokens come, it is only slow.
+                until_s, seen = time.monotonic() + self._config.run.timeout_s, generated
             if time.monotonic() > until_s:
                 self._services.event(
-                    f"the final evaluation did not end within {self._config.run.timeout_s:.0f} s (run.timeout_s); going on without it"
+                    f"the final evaluation stood still for {self._config.run.timeout_s:.0f} s (run.timeout_s); going on without it"
                 )
                 return
             self._look(terminal)
@@ -255,24 +285,62 @@ class Supervisor:
     # --- end ------------------------------------------------------------------------------------------------------
 
     def finish(self, totals: list[dict[str, float]], stopped: str | None) -> dict[str, Any]:
-        """Retire the actors, write summary and report; the summary."""
-        services, run_dir = self._services, self._inputs.run_dir
-        _, arrived = services.ask(services.board.evaluations.remote(), BOARD)
-        stats = services.ask(services.buffer.stats(), BUFFER)
+        """Retire the actors, write summary and report; the summary. What does not answer any more is left out of it."""
+        services = self._services
+        _, arrived = self._last_word(services.board.evaluations.remote, BOARD, (0, []))
+        self._results |= {result.policy_version: result for result in arrived}
+        stats = defaultdict(float, self._last_word(services.buffer.stats, BUFFER, self._stats.value or {}))
         self._log_buffer(stats)
-        self._retire_all()
-        results = sorted([*self._earlier_evaluations, *arrived], key=lambda evaluation: evaluation.policy_version)
+        if not self._ray.cause:
+            self._retire_all()
+        results = sorted([*self._earlier_evaluations, *self._results.values()], key=lambda evaluation: evaluation.policy_version)
         summary = self._summary(totals[0] if totals else {}, results, stats, stopped)
         self._state, self._stopped = "over", stopped
-        self._control.write(self._status(stats, services.ask(services.monitor.view.remote(), MONITOR)))
-        services.ask(services.monitor.close.remote(summary), MONITOR, CLOSE_TIMEOUT_S)
-        with contextlib.suppress(AgroError):  # What it acknowledged is on disk.
-            services.ask(services.buffer.close(), BUFFER, CLOSE_TIMEOUT_S)
-        write_report(run_dir)
+        view = self._last_word(services.monitor.view.remote, MONITOR, self._view.value)
+        self._control.write(self._status(stats, view or {"row": {}, "actors": {}}))
+        self._write_summary(summary)
+        self._last_word(services.buffer.close, BUFFER, None)  # What it acknowledged is on disk.
         return summary
+
+    def _last_word(self, call: Callable[[], Any], who: str, otherwise: Any) -> Any:
+        """The call's answer; `otherwise` from who is gone, or does not answer in time."""
+        try:
+            return self._services.ask(call(), who, RAY_GONE_TIMEOUT_S if self._ray.cause else CLOSE_TIMEOUT_S)
+        except AgroError:
+            return otherwise
+
+    def _write_summary(self, summary: Mapping[str, Any]) -> None:
+        """The last rows, the summary and the report: by the monitor, and by this process where that is gone."""
+        run_dir, path = self._inputs.run_dir, self._inputs.run_dir / "summary.json"
+        path.unlink(missing_ok=True)
+        if self._ray.cause:  # The monitor may be gone before it has written that down.
+            note_event(run_dir, self._ray.cause)
+        self._last_word(partial(self._services.monitor.close.remote, summary), MONITOR, None)
+        try:
+            if not path.exists():
+                replace_json(path, finite_tree(summary))
+            write_report(run_dir)
+        except OSError as error:
+            self._services.event(f"{error.filename or run_dir} was not written: {error.strerror}; `launch.py report` makes the report")
+
+    def _abandon(self, cause: str) -> None:
+        """Ray is gone, and the main thread hangs in it: what there is of the run is written, and this process ends. From another thread."""
+        run_dir = self._inputs.run_dir
+        with contextlib.suppress(OSError):
+            note_event(run_dir, cause)
+            results = sorted(self._results.values(), key=lambda evaluation: evaluation.policy_version)
+            replace_json(
+                run_dir / "summary.json", finite_tree(self._summary({}, results, defaultdict(float, self._stats.value or {}), cause))
+            )
+            write_report(run_dir)
+        os.write(sys.stderr.fileno(), f"error: {cause}\n".encode())
+        os._exit(2)
 
     def close(self) -> None:
         """Kill whatever is left and free its resources."""
+        self._ray.stop()
+        if self._ray.cause:  # A call to it would hang; the guardian ends what is left.
+            return
         self._fleet.kill()
         if self._learner is not None:
             self._learner.kill()

@@ -31,7 +31,7 @@ _MOST = 0.5  # Share of the time from which a wait counts as what somebody does.
 @dataclass(frozen=True)
 class Observation:
     """What is known at one moment. `actors`: counters by name of the running ones (Monitor.view); `absent`: sentences on the
-    others; `stats`: ReplayBuffer.stats; `groups_per_step`, `admitted_groups`: of the config."""
+    others; `stats`: ReplayBuffer.stats; `groups_per_step`, `admitted_groups`: of the config; `full_disk`: which one refuses writes."""
 
     time_s: float
     step: int
@@ -41,6 +41,7 @@ class Observation:
     num_evaluations: int = 0
     group_size: int = 1  # Samples that an actor generates for a group.
     admitted_groups: int = 0
+    full_disk: str = ""
 
 
 @dataclass
@@ -82,6 +83,8 @@ def stalled_stage(before: Observation, now: Observation) -> str:
     elapsed_s = max(1e-9, now.time_s - before.time_s)
     if _change(before.stats, now.stats, "buffer/wait_batch_s") < _MOST * elapsed_s:
         return "the learner is in its step (it does not wait for a batch)"
+    if now.full_disk:
+        return now.full_disk
     if not now.actors:
         return "no actor is running" + "".join(f"; {sentence}" for sentence in now.absent)
     changes = [(before.actors.get(name, {}), counters) for name, counters in now.actors.items()]

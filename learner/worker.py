@@ -17,7 +17,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from cluster.config import Config
 from cluster.config_file import dump_config
 from cluster.errors import PeerTimeout
 from cluster.peers import Calls, connect_buffer
-from cluster.transports import Sender, ZeroSource, load_transport
+from cluster.transports import NoTransport, Sender, Transport, ZeroSource, load_transport
 from learner.batch_metrics import batch_metrics, shown_samples
 from learner.checkpoint import Checkpoint, Part, verify
 from learner.checkpoint_writer import CheckpointWriter, code_version, set_random_states
@@ -42,6 +42,7 @@ from learner.mismatch import MismatchCheck, bound_nats
 from learner.objectives import load_objective
 from learner.update import Updater, frozen_policies
 
+BUFFER, MONITOR = "replay buffer", "monitor"
 BATCH_POLL_S = 2.0
 MIB = 2**20
 
@@ -77,12 +78,21 @@ class Progress(msgspec.Struct):
         }
 
 
+def _in_words(generation: Mapping[str, tuple[tuple[float, float], float]]) -> str:
+    """Who generated how much: of `Monitor.generation`."""
+    said = [
+        f"{name} {sum(tokens):.0f} tokens so far, last heard of {silent_s:.0f} s ago" for name, (tokens, silent_s) in generation.items()
+    ]
+    return "; ".join(said) or "no actor was ever heard of"
+
+
 class LearnerRank:
     """One ZeRO-3 rank. `start` on all ranks at once, then `train` on all ranks at once; the other methods at any time."""
 
     def __init__(self, rank: int, config: Config, pad_id: int) -> None:
         self._rank, self._config, self._pad_id = rank, config, pad_id
         self._stopping = False
+        self._transport: Transport = NoTransport()
 
     def address(self) -> tuple[str, int]:
         """Host and a free port, for the ranks to meet at (asked of rank 0)."""
@@ -120,6 +130,10 @@ class LearnerRank:
     def request_stop(self) -> None:
         """End `train` in order after the step in progress, with a checkpoint."""
         self._stopping = True
+
+    def republish(self) -> None:
+        """The board was started again: tell it of the published weights once more, if there are any."""
+        self._transport.republish()
 
     def train(
         self,
@@ -168,7 +182,7 @@ class LearnerRank:
     # --- verbs of the loop ----------------------------------------------------------------------------------------
 
     def _connect(self, buffers: Sequence[Any], board: Any, monitor: Any, run_dir: Path) -> None:
-        self._calls, self._buffer = Calls(self._config.run.timeout_s), connect_buffer(buffers)
+        self._calls, self._buffer = Calls(self._config.run.timeout_s, monitor.event.remote), connect_buffer(buffers)
         self._monitor = monitor
         self._run_dir, self._saved = run_dir, -1
         self._code_version = code_version()  # Once: it asks git.
@@ -225,24 +239,27 @@ class LearnerRank:
     def _ask_for_batch(self, step: int) -> Iterator[tuple[bool, bytes | None]]:
         """(False, None) as long as there is none, then (True, the batch, or None to stop)."""
         config = self._config
-        until_s, delivered = time.monotonic() + config.run.timeout_s, -1.0
+        until_s, seen = time.monotonic() + config.run.timeout_s, None
         while not self._stopping:
-            payload = self._calls.ask(self._buffer.sample(step, config.learner.groups_per_step, BATCH_POLL_S), "replay buffer")
+            payload = self._calls.ask(self._buffer.sample(step, config.learner.groups_per_step, BATCH_POLL_S), BUFFER)
             if payload is not None:
                 yield True, payload
-            stats = self._calls.ask(self._buffer.stats(), "replay buffer")
-            if stats["buffer/inserted"] > delivered:  # Slow, but coming: a first batch at an enforced lag needs many groups.
-                until_s, delivered = time.monotonic() + config.run.timeout_s, stats["buffer/inserted"]
+            stats = self._calls.ask(self._buffer.stats(), BUFFER)
+            generation = self._calls.ask(self._monitor.generation.remote(), MONITOR)
+            now = stats["buffer/inserted"], {name: tokens for name, (tokens, _) in generation.items()}
+            if now != seen:  # Slow, but coming: a first batch of long samples, or at an enforced lag, takes its time.
+                until_s, seen = time.monotonic() + config.run.timeout_s, now
             if time.monotonic() > until_s:
                 raise PeerTimeout(
                     f"no group came for {config.run.timeout_s:.0f} s (run.timeout_s) while the learner waited at step {step} "
-                    f"for {config.learner.groups_per_step} groups. {self._why_no_group()}"
+                    f"for {config.learner.groups_per_step} groups, and no token was generated: {_in_words(generation)}. "
+                    f"{self._why_no_group()}"
                 )
             yield False, None
         yield True, None
 
     def _why_no_group(self) -> str:
-        errors, samples, texts = self._calls.ask(self._buffer.error_summary(), "replay buffer")
+        errors, samples, texts = self._calls.ask(self._buffer.error_summary(), BUFFER)
         if not texts:
             return "See events.jsonl; raise run.timeout_s if generation is merely slow."
         shown = "\n  ".join(dict.fromkeys(texts))
@@ -279,11 +296,13 @@ class LearnerRank:
         row["weights/version"] = float(progress.published)
         row["time/learner_busy_fraction"] = 1.0 - wait_s / step_s
         row["perf/trained_tokens_per_s"] = sum(group.num_tokens for group in trained) / step_s
-        self._monitor.log_step.remote(row | self._guards.metrics() | self._transport.metrics() | self._checkpoints.metrics())
+        whole = row | self._guards.metrics() | self._transport.metrics() | self._checkpoints.metrics()
+        self._calls.post(self._monitor.log_step.remote(whole), MONITOR, "a step's metrics")
         if self._config.monitor.shows_samples(step):
-            self._monitor.log_samples.remote(step, shown_samples(batch, diagnostics))
+            self._calls.post(self._monitor.log_samples.remote(step, shown_samples(batch, diagnostics)), MONITOR, "samples to show")
         if self._config.buffer.max_uses > 1 and self._updater.keeps_reference:
-            self._calls.start(self._buffer.set_ref_logprobs({gid: [d["ref_logprob"] for d in rows] for gid, rows in diagnostics.items()}))
+            ref_logprobs = {gid: [d["ref_logprob"] for d in rows] for gid, rows in diagnostics.items()}
+            self._calls.post(self._buffer.set_ref_logprobs(ref_logprobs), BUFFER, "the reference's log-probs, which are computed again")
 
     def _write_policy(self, policy_dir: str) -> None:
         """Collective. A disk that refuses it costs nothing else where there are checkpoints: the newest holds the same weights."""
@@ -338,4 +357,4 @@ class LearnerRank:
 
     def _set_watermark(self, oldest_step: int) -> None:
         """Batches since the OLDEST checkpoint are kept: it is what the run goes on from when the newer ones are damaged."""
-        self._calls.ask(self._buffer.set_watermark(oldest_step), "replay buffer")
+        self._calls.ask(self._buffer.set_watermark(oldest_step), BUFFER)

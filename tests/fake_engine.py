@@ -95,6 +95,10 @@ class FakeEngine:
     def num_unfinished(self) -> int:
         return len(self._waiting) + len(self._running)
 
+    @property
+    def num_tokens_under_way(self) -> int:
+        return sum(request.num_tokens for request in self._running.values())
+
     def submit(self, request_id: str, prompt_ids: tuple[int, ...], *, seed: int | None = None, temperature: float | None = None) -> None:
         known = seed or 0
         self.submitted.append((request_id, known))

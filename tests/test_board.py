@@ -127,3 +127,19 @@ def test_a_retired_actor_is_told_so_at_its_next_poll() -> None:
         assert not (await bench.poll("b", 0)).retire
 
     run(scenario)
+
+
+def test_a_board_that_was_started_again_evaluates_what_was_open_and_not_what_is_done_and_keeps_who_ends() -> None:
+    async def scenario() -> None:
+        before, again = Bench(4), Bench(4)
+        done = Evaluation(evaluation_id=0, policy_version=0, solve_rate=0.5, num_problems=4, num_samples=4, num_errors=0)
+        await again.board.restore([done], {"actor-1": "drain", "actor-2": "now"})
+        assert await again.board.publish(b"m", [], 0, evaluate=True) == [0]
+        assert await again.board.publish(b"m", [], 4, evaluate=True) == [0, 4]
+        directive = await again.poll("actor-0", 0, 2)
+        assert (directive.version, len(directive.eval_items)) == (4, 2)
+        assert directive.board != (await before.poll("actor-0", 0)).board, "whoever follows sees that it is another"
+        assert [(await again.poll(name, 4)).retire for name in ("actor-1", "actor-2", "actor-3")] == ["drain", "now", ""]
+        assert await again.board.evaluations() == (1, [done])
+
+    run(scenario)

@@ -93,6 +93,20 @@ def test_an_expired_lease_is_issued_again_first_and_ends_once():
     assert +admission.counts == {"reissued": 1, "expired": 1, "ignored_reports": 1}
 
 
+def test_a_lease_that_its_holder_renews_never_runs_out_and_those_it_does_not_name_do():
+    admission = Admission(allowed=4, lease_timeout_s=10)
+    admission.lease("busy", 2, 0, now_s=0)
+    admission.lease("other", 1, 0, now_s=0)
+    for now_s in range(5, 100, 5):
+        admission.renew("busy", [0, 2, 77], now_s)
+        assert admission.expire(now_s) == (([1, 2], []) if now_s == 10 else ([], [])), "2 is another's, 77 nobody's"
+    assert admission.next_expiry_s == 105
+    admission.set_state(admission.get_state())
+    admission.renew("busy", [0], now_s=200)
+    assert admission.next_expiry_s == 210
+    assert admission.expire(now_s=210) == ([0], [])
+
+
 def test_reports_about_items_never_leased_are_errors():
     admission = Admission(allowed=4, lease_timeout_s=10)
     admission.lease("a", 2, 0, now_s=0)
@@ -128,6 +142,9 @@ class AdmissionModel:
         assert len(new) == min(count - len(again), room)
         self.items.update(dict.fromkeys(got, (actor, now_s)))
 
+    def renew(self, actor: str, ordinals: list[int], now_s: float) -> None:
+        self.items.update(dict.fromkeys(self.held_by(actor) & set(ordinals), (actor, now_s)))
+
     def expire(self, now_s: float, got: tuple[list[int], list[int]]) -> None:
         self.lose({o for o, item in self.items.items() if isinstance(item, tuple) and item[1] + self.timeout_s <= now_s}, got)
 
@@ -149,12 +166,15 @@ def test_admission_agrees_with_an_obvious_model(seed):
         actor = rng.choice("abc")
         known = sorted(model.items)[-10:]
         picked = rng.sample(known, min(len(known), 2))
-        match rng.choice(["lease", "expire", "end", "fail", "give_back", "release", "consume", "restart"]):
+        match rng.choice(["lease", "expire", "end", "fail", "give_back", "release", "consume", "restart", "renew"]):
             case "lease":
                 count = rng.randint(0, 4)
                 model.lease(actor, count, unconsumed, now_s, admission.lease(actor, count, unconsumed, now_s))
             case "expire":
                 model.expire(now_s, admission.expire(now_s))
+            case "renew":
+                admission.renew(actor, picked, now_s)
+                model.renew(actor, picked, now_s)
             case "end":
                 for ordinal in picked:
                     ended = admission.end(ordinal)

@@ -8,15 +8,17 @@ import multiprocessing
 import os
 import resource
 import signal
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from buffer.ledger import audit, audit_run
 from buffer.records import decode_batch
 from buffer.server import ReplayBuffer
-from buffer.store import DiskFullError
-from cluster.errors import ConfigError
+from buffer.store import DiskFullError, Store
+from cluster.errors import ConfigError, DataError
 from tests.test_buffer_server import (
     LEDGER_NAME,
     NUM_ROWS,
@@ -64,7 +66,7 @@ async def test_another_prompt_stream_in_the_same_directory_is_refused(run_dir):
 @contextlib.contextmanager
 def full_disk(buffer: ReplayBuffer) -> Iterator[None]:
     """sqlite may not grow inside."""
-    database = buffer._store._db
+    database = buffer._shard.store._db
     database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     database.execute("PRAGMA max_page_count=1")  # That is: what it has.
     yield
@@ -118,7 +120,7 @@ async def test_a_buffer_that_was_killed_starts_again_on_a_full_disk_and_training
     buffer = ReplayBuffer(make_config(capacity=8), run_dir, NUM_ROWS)
     await buffer.lease("a", 4, 1.0)
     await buffer.insert("a", [make_payload(0), make_payload(1), make_payload(2)])
-    buffer._store.close()
+    buffer._shard.store.close()
     process = multiprocessing.get_context("fork").Process(target=_train_on_a_full_disk, args=(run_dir,))
     process.start()
     process.join(60)
@@ -156,9 +158,85 @@ async def test_what_a_full_disk_refused_and_a_kill_took_was_never_acknowledged(r
     await buffer.insert("a", [make_payload(0)])
     with full_disk(buffer), pytest.raises(DiskFullError):
         await buffer.insert("a", [make_payload(1, num_tokens=5000)])
-    buffer._store.close()  # As a kill: nothing is flushed.
+    buffer._shard.store.close()  # As a kill: nothing is flushed.
     buffer = ReplayBuffer(make_config(capacity=8), run_dir, NUM_ROWS)
     stats = await check_sums(buffer)
     assert (stats["inserted"], stats["leased"]) == (1, 2), "the group is its actor's to send again"
     assert await buffer.insert("a", [make_payload(1), make_payload(2)]) == [1, 2]
     assert audit(f"{run_dir}/{LEDGER_NAME}")["violations"] == []
+
+
+@scenario
+async def test_a_kill_between_the_databases_commit_and_the_ledgers_line_loses_no_line_and_nothing_is_read_for_it(run_dir, monkeypatch):
+    monkeypatch.setattr("buffer.shard.read_statuses", lambda *_: pytest.fail("the whole ledger was read"))
+    buffer = ReplayBuffer(make_config(capacity=8), run_dir, NUM_ROWS)
+    await buffer.lease("a", 3, 1.0)
+    monkeypatch.setattr(buffer._shard.ledger, "flush", lambda: None)  # The process is gone before it.
+    await buffer.insert("a", [make_payload(0), make_payload(1)])
+    await buffer.sample(0, 2, 1.0)
+    buffer._shard.store.close()
+    assert audit(f"{run_dir}/{LEDGER_NAME}")["status"] == {"leased": 3}
+    buffer = ReplayBuffer(make_config(capacity=8), run_dir, NUM_ROWS)
+    found = audit_run(run_dir)
+    assert (found["violations"], found["events"]["trained"]) == ([], 2)
+    assert found["balance"] == "3 generated = 2 trained + 0 buffered + 0 evicted + 0 failed + 1 in flight"
+
+
+@scenario
+async def test_what_the_ledger_has_for_certain_is_forgotten_by_the_database(run_dir, monkeypatch):
+    monkeypatch.setattr("buffer.ledger.SYNC_BYTES", 1000)
+    buffer = ReplayBuffer(make_config(capacity=64), run_dir, NUM_ROWS)
+    for _ in range(30):
+        (ordinal,) = ordinals_of(await buffer.lease("a", 1, 1.0))
+        await buffer.insert("a", [make_payload(ordinal)])
+    kept = sum(len(lines) for _, lines in buffer._shard.store.load_ledger())
+    assert 0 < kept < 2000 < buffer._shard.ledger.end
+    buffer._shard.store.close()
+    path = Path(run_dir, LEDGER_NAME)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: 500 - kept])  # A power cut.
+    await ReplayBuffer(make_config(capacity=64), run_dir, NUM_ROWS).close()
+    assert path.read_bytes() == whole
+
+
+@scenario
+async def test_a_start_takes_no_longer_after_ten_million_items(run_dir, monkeypatch):
+    monkeypatch.setattr("buffer.shard.read_statuses", lambda *_: pytest.fail("the whole ledger was read"))
+    buffer = ReplayBuffer(make_config(capacity=64), run_dir, NUM_ROWS)
+    buffer._shard.admission.frontier, size = 10_000_000, 6 * 10**9
+    await buffer.lease("a", 2, 1.0)
+    await buffer.close()
+    os.truncate(Path(run_dir, LEDGER_NAME), size)  # A hole where ten million items' lines would be.
+    store = Store(Path(run_dir, "buffer.sqlite"))
+    store.forget_ledger()
+    store.put_state({**(store.load_state() or {}), "ledger_end": size})
+    store.flush()
+    store.close()
+    start_s = time.perf_counter()
+    buffer = ReplayBuffer(make_config(capacity=64), run_dir, NUM_ROWS)
+    assert ordinals_of(await buffer.lease("b", 1, 1.0)) == [10_000_002]
+    assert time.perf_counter() - start_s < 1.0
+    assert (await buffer.stats())["buffer/leased"] == 3
+
+
+def test_ledgers_that_lack_lines_or_are_missing_beside_their_databases_are_told(tmp_path):
+    async def fill() -> None:
+        shards = [ReplayBuffer(make_config(capacity=8, num_shards=2), str(tmp_path), NUM_ROWS, shard) for shard in range(2)]
+        for shard in shards:
+            await shard.lease("a", 3, 1.0)
+            await shard.close()
+
+    run_virtually(fill())
+    assert audit_run(tmp_path)["violations"] == []
+    path = tmp_path / "ledger-1.jsonl"
+    store = Store(tmp_path / "buffer-1.sqlite")
+    store.forget_ledger()  # As after more lines than the database keeps.
+    store.flush()
+    store.close()
+    path.write_bytes(path.read_bytes().partition(b"\n")[0] + b"\n")
+    assert "lines are missing" in audit_run(tmp_path)["violations"][0]
+    path.unlink()
+    assert audit_run(tmp_path)["violations"] == ["ledger-1.jsonl is missing: buffer-1.sqlite, of the same shard, is there"]
+    (tmp_path / "ledger-0.jsonl").unlink()
+    with pytest.raises(DataError, match=r"holds no ledger\*\.jsonl: buffer-0\.sqlite is there"):
+        audit_run(tmp_path)

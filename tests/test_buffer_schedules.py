@@ -35,8 +35,8 @@ class MortalShard:
 
     def kill(self) -> None:
         """What was not on disk is gone."""
-        self._shard._store._db.close()
-        self._shard._ledger._new.clear()
+        self._shard._shard.store._db.close()
+        self._shard._shard.ledger._new.clear()
         self._shard = ReplayBuffer(*self._arguments)
         died, self._died = self._died, asyncio.Event()
         died.set()
@@ -266,7 +266,7 @@ def _serve_until_killed(run_dir: str, seed: int, acks: int) -> None:
         config = make_config(capacity=8, max_uses=2, max_staleness=2)
         buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
         os.write(acks, struct.pack("<q", -1))
-        step = buffer._step
+        step = buffer._shard._step
         for life in itertools.count():
             actor = f"a.{life}"
             ordinals = ordinals_of(await buffer.lease(actor, rng.randint(1, 5), 0.0))
@@ -301,7 +301,7 @@ def test_invariant_2_an_acknowledged_group_survives_the_death_of_the_buffer(tmp_
 
     async def look() -> dict[str, float]:
         buffer = ReplayBuffer(make_config(capacity=8, max_uses=2, max_staleness=2), str(tmp_path), NUM_ROWS)
-        assert all(not buffer._admission.is_open(ordinal) for ordinal in acknowledged), "an acknowledged group would be made again"
+        assert all(not buffer._shard.admission.is_open(ordinal) for ordinal in acknowledged), "an acknowledged group would be made again"
         stats = await check_sums(buffer)
         await buffer.close()
         return stats

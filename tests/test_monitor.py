@@ -153,6 +153,35 @@ def test_a_continued_run_appends_and_keeps_the_last_evaluation(tmp_path: Path) -
     assert rows[1]["eval/solve_rate"] == 0.4
 
 
+def test_a_monitor_that_was_killed_goes_on_with_the_newest_row_the_time_and_the_row_it_held_back(tmp_path: Path) -> None:
+    began_at_s = time.time() - 100.0
+
+    def start() -> Monitor:
+        return Monitor(make_config(steps=3), str(tmp_path), began_at_s=began_at_s)
+
+    monitor = start()
+    monitor.event("first")
+    number = monitor.view()["events"][-1]["number"]
+    for step in (1, 2):
+        monitor.log_step({"progress/step": step, "reward/mean": step / 10})
+    monitor = start()
+    assert (monitor.view()["row"]["progress/step"], monitor.view()["row"]["reward/mean"]) == (2, 0.2)
+    assert 100 <= monitor.view()["wall_s"] < 120
+    monitor.event("second")
+    assert monitor.view()["events"][-1]["number"] > number, "what the terminal has shown is known by its number"
+    monitor.log_step({"progress/step": 2, "reward/mean": 0.2})  # Ray repeats a call whose answer was lost.
+    monitor.log_step({"progress/step": 3, "reward/mean": 0.3})
+    monitor = start()
+    monitor.log_evaluation(evaluation(3, 0.75), [])
+    monitor.close({})
+    rows = read_json_lines(tmp_path / "metrics.jsonl")[0]
+    assert [(row["progress/step"], row["reward/mean"]) for row in rows] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert rows[-1]["eval/solve_rate"] == 0.75
+    later = Monitor(make_config(steps=9), str(tmp_path), began_at_s=time.time())
+    assert later.view()["row"]["progress/step"] is None, "of an earlier start of the run"
+    later.close({})
+
+
 def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = JsonLines(tmp_path / "x.jsonl", Redactor({}))
     lines.append({"n": 1})

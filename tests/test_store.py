@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from buffer import store as store_module
-from buffer.ledger import Ledger, audit, read_statuses
+from buffer.ledger import MOST_SENTENCES, Ledger, LedgerEvent, Statuses, audit, audit_run, read_statuses
 from buffer.records import Group, Sample, VersionSpan, decode_group, encode
 from buffer.replay import meta_of
 from buffer.sampling import GroupMeta
@@ -104,7 +104,7 @@ def test_fsync_is_what_was_asked_for(tmp_path, fsync, level):
 def test_a_database_of_another_format_is_refused(tmp_path):
     with sqlite3.connect(tmp_path / "b.sqlite") as db:
         db.execute("CREATE TABLE groups (group_id)")
-    with pytest.raises(StoreError, match="has format 1, this version writes 3"):
+    with pytest.raises(StoreError, match="has format 1, this version writes 4"):
         Store(tmp_path / "b.sqlite")
 
 
@@ -231,21 +231,77 @@ def test_audit_finds_a_planted_double_ending(tmp_path, planted):
     assert f"group 2 {planted[-1]}" in violations[0]
 
 
-def test_a_ledger_cut_inside_a_line_goes_on_in_a_new_one(tmp_path):
+def test_a_ledger_cut_inside_a_line_goes_on_in_a_new_one_and_the_audit_names_the_line(tmp_path):
     path = tmp_path / "ledger.jsonl"
     _write_ledger(path, [("leased", 1), ("leased", 2)])
     path.write_bytes(path.read_bytes()[:-20])
-    _write_ledger(path, [("inserted", 1)])
+    ledger = Ledger(path)
+    ledger.end_line()
+    ledger.record("inserted", 1, step=9)
+    ledger.close()
     found = audit(path)
     assert found["torn_lines"] == 1
-    assert found["violations"] == []
-    assert read_statuses(path) == {1: "stored"}
+    assert [sentence[:16] for sentence in found["violations"]] == ["line 2: no event"]
+    assert read_statuses(path).count() == {"stored": 1}
+
+
+def test_a_ledger_is_completed_from_wherever_a_kill_left_it_and_only_its_end_is_read(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    chunks = []
+    for group_id in range(4):
+        ledger.record("leased", group_id, step=0)
+        chunks.append(ledger.take_chunk())
+        ledger.flush()
+    ledger.close()
+    whole = path.read_bytes()
+    for cut in range(chunks[1][0], len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        again = Ledger(path)
+        assert again.recover(len(whole), chunks[1:])
+        again.record("leased", 4, step=0)
+        again.close()
+        assert path.read_bytes().startswith(whole)
+        assert audit(path)["events"] == {"leased": 5}
+    for size in (chunks[1][0] - 1, len(whole) + 1):  # What was durable is gone; what was never written is there.
+        path.write_bytes((whole + b"x")[:size])
+        assert not Ledger(path).recover(len(whole), chunks[1:])
+        assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "the ledger is empty"),
+        (b"\n\n", "the ledger is empty"),
+        (b"\x00" * 5000, "line 1: not text"),
+        (os.urandom(100_000), ": not text"),
+        (b"no json\n", "line 1: no event: 'no json"),
+        (b'{"event":"leased"}\n', "line 1: no event"),
+        (b'{"event":"leased","group_', "line 1: cut short at"),
+        (b"x" * 300_000, "line 1: cut short at"),
+    ],
+)
+def test_what_is_no_ledger_is_no_clean_audit(tmp_path, content, said):
+    (tmp_path / "ledger.jsonl").write_bytes(content)
+    violations = audit_run(tmp_path)["violations"]
+    assert any(said in sentence for sentence in violations), violations
+    assert len(violations) <= MOST_SENTENCES + 1
+
+
+def test_an_audit_keeps_a_byte_an_item(tmp_path):
+    statuses = Statuses(num_shards=3)
+    for event in ("leased", "inserted"):
+        for group_id in (1, 4, 3_000_001, 2, 10**15):  # The last two are none of this shard's.
+            assert statuses.follow(LedgerEvent(event=event, group_id=group_id, step=0, pid=0, time_s=0.0))
+    assert statuses.count() == {"stored": 5}
+    assert [statuses.get(group_id) for group_id in (1, 2, 7, 10**15)] == ["stored", "stored", "new", "stored"]
+    assert len(statuses._codes) < 1_200_000
 
 
 def test_a_ledger_on_a_full_disk_keeps_its_lines():
     ledger = Ledger("/dev/full")
-    ledger.record("leased", 1, step=0)
-    ledger.flush()
-    ledger.record("leased", 2, step=0)
-    ledger.flush()
+    for group_id in range(2):
+        ledger.record("leased", group_id, step=0)
+        ledger.flush()
     assert ledger.num_unwritten == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -23,11 +24,13 @@ from cluster.errors import DataError, PeerTimeout, RewardError, TrainingError
 from cluster.fleet import MAX_DEATHS
 from cluster.gang import LearnerGang, RankDied
 from cluster.health import Health, Recent, _ordinal
+from cluster.peers import Calls
 from cluster.prepare import Inputs
 from cluster.processes import answer, explained, memory_hint
 from cluster.services import BUFFER, Services
 from cluster.session import logical_cpus
 from cluster.watchdog import MIN_QUIET_S, RECENT_S, Observation, Watchdog, dump_stacks, stalled_stage
+from learner.worker import LearnerRank
 from tests.fleet_actors import SleepingActor, UnluckyRank
 
 pytestmark = pytest.mark.timed
@@ -47,6 +50,7 @@ def seen(
     absent: tuple[str, ...] = (),
     waited: float = 0.0,
     evaluations: int = 0,
+    full_disk: str = "",
     **stats: float,
 ) -> Observation:
     return Observation(
@@ -58,6 +62,7 @@ def seen(
         num_evaluations=evaluations,
         group_size=4,
         admitted_groups=24,
+        full_disk=full_disk,
     )
 
 
@@ -72,6 +77,7 @@ def actor(**counters: float) -> dict[str, float]:
         (seen(10, waited=10, absent=("actor-0 loading for 40 s",)), "no actor is running; actor-0 loading for 40 s"),
         (seen(10, actors={"a": actor(wait_weights_s=9.0)}, waited=10), "the actors wait for weights (versions 6)"),
         (seen(10, actors={"a": actor(wait_disk_s=9.0)}, waited=10), "the buffer takes nothing: its disk is full"),
+        (seen(10, actors={"a": actor(busy_s=60.0)}, waited=10, full_disk="the disk of /run refuses"), "the disk of /run refuses"),
         (seen(10, actors={"a": actor(busy_s=59.0)}, waited=10, evaluations=1), "evaluation: 1 of them open"),
         (seen(10, actors={"a": actor(generated_samples=88.0)}, waited=10), "rewards are pending: 2 groups"),
         (seen(10, actors={"a": actor(wait_admission_s=15.0)}, waited=10, leased=4, unconsumed=20), "admission is closed: 24 of 24 groups"),
@@ -161,7 +167,7 @@ def test_a_failure_is_told_in_a_few_lines_with_its_cause(local_ray: None, tmp_pa
     part = remote_part.remote()
     with pytest.raises(DataError, match="row 4 is empty"):
         answer(part.fail.remote(True), "the part", 20.0)
-    with pytest.raises(TrainingError, match=r"(?s)the part failed: ValueError: broken\n.*ValueError: broken"):
+    with pytest.raises(TrainingError, match=r"the part failed: ValueError: broken\n  in fail \(.*test_supervision\.py:\d+\)$"):
         answer(part.fail.remote(False), "the part", 20.0)
     pid = ray.get(part.pid.remote())
     call = part.sleep.remote()
@@ -249,6 +255,74 @@ def test_killed_shards_come_back_with_what_they_held_and_the_restart_is_an_event
         assert set(leased) < set(again)
     finally:
         services.kill()
+
+
+@pytest.mark.slow
+def test_a_killed_monitor_and_a_killed_board_come_back_are_told_of_and_the_board_knows_who_ends(local_ray: None, tmp_path: Path) -> None:
+    services = Services(inputs(tmp_path))
+    health = Health(CONFIG, services, tmp_path)
+
+    def killed(who: str, handle: Any) -> None:
+        until_s = time.monotonic() + 60
+        while services._lives[who].pid is None:
+            assert services.restarted() == {}
+            time.sleep(0.1)
+        os.kill(services._lives[who].pid, signal.SIGKILL)
+        while not (found := services.restarted()):
+            assert time.monotonic() < until_s
+            time.sleep(0.1)
+        assert list(found) == [who]
+        health.service_restarted(who, found[who])
+
+    try:
+        services.ask(services.monitor.log_step.remote({"progress/step": 5}), "monitor")
+        services.retire(["actor-3"], "now")
+        killed("board", services.board)
+        services.restore_board([])
+        assert (
+            msgspec.msgpack.decode(services.ask(services.board.poll.remote("actor-3", 0, 0, 0.0), "board"), type=Directive).retire == "now"
+        )
+        killed("monitor", services.monitor)
+        view = services.ask(services.monitor.view.remote(), "monitor")
+        assert view["row"]["progress/step"] == 5
+        told = [json.loads(line)["text"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+        assert [text.partition(":")[0] for text in told] == ["board restarted (1st time)", "monitor restarted (1st time)"]
+        for _ in range(MAX_DEATHS - 2):
+            health.service_restarted("board", [])
+        with pytest.raises(TrainingError, match="board died 5 times within 5 min"):
+            health.service_restarted("board", [])
+    finally:
+        services.kill()
+
+
+def test_the_learner_waits_as_long_as_tokens_come_and_names_who_generates_none(monkeypatch: Any) -> None:
+    monkeypatch.setattr("learner.worker.BATCH_POLL_S", 0.05)
+    rank = LearnerRank(0, parse_config({**BASE, "run": {"timeout_s": 0.5}}), 0)
+    start_s, until_s = time.monotonic(), 2.0
+
+    class Peer:
+        """Buffer and monitor: no group ever; tokens for two seconds."""
+
+        async def sample(self, step: int, num_groups: int, timeout_s: float) -> None:
+            await asyncio.sleep(timeout_s)
+
+        async def stats(self) -> dict[str, float]:
+            return {"buffer/inserted": 0.0}
+
+        async def error_summary(self) -> tuple[int, int, list[str]]:
+            return 0, 0, []
+
+        @property
+        def generation(self) -> Any:
+            return self
+
+        async def remote(self) -> dict[str, Any]:
+            return {"actor-0": ((0.0, min(until_s, time.monotonic() - start_s) * 100), 0.4)}
+
+    rank._calls, rank._buffer, rank._monitor = Calls(20.0), Peer(), Peer()  # type: ignore[assignment]
+    with pytest.raises(PeerTimeout, match=r"no group came for 0 s .* at step 3 .* no token was generated: actor-0 200 tokens so far"):
+        list(rank._ask_for_batch(3))
+    assert 2.3 < time.monotonic() - start_s < 10
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from cluster.transports.base import Transport
 from cluster.weights import Manifest, SnapshotWriter, read_snapshot
 from tests import source_scenario
 from tests.ranks import run_ranks
+from tests.simulated import until
 from tests.test_receiver import Loop
 from tests.tiny_families import make_family
 
@@ -63,11 +64,14 @@ class Board:
 
     def __init__(self) -> None:
         self.published: dict[int, dict[str, torch.Tensor]] = {}
+        self.evaluated: list[int] = []
         self.actors: dict[str, Any] = {}
         self.publish, self.members, self.announce = Method(self._publish), Method(lambda: self.actors), Method(lambda version: None)
 
-    def _publish(self, manifest: bytes, buckets: list[np.ndarray], version: int, *, evaluate: bool) -> None:
+    def _publish(self, manifest: bytes, buckets: list[np.ndarray], version: int, *, evaluate: bool) -> list[int]:
         self.published[version] = dict(read_snapshot(msgspec.msgpack.decode(manifest, type=Manifest), buckets))
+        self.evaluated += [version] * evaluate
+        return sorted({*self.evaluated, *sorted(self.published)[-2:]})
 
 
 class Store:
@@ -123,6 +127,19 @@ class TestSnapshotsInTheBackground:
         threading.Timer(0.2, store.gate.set).start()
         transport.flush()
         assert_same(board.published[2], policy.copy())
+
+    def test_a_board_that_was_started_again_is_told_what_the_one_before_held_the_oldest_first(self):
+        policy, board = Plain(), Board()
+        transport = snapshots(policy, Store(), board)
+        for version in range(5):
+            transport.publish(version, evaluate=version == 1)
+        transport.flush()
+        weights, board.published, board.evaluated = board.published, {}, []
+        transport.republish()
+        until(lambda: len(board.published) == 3)
+        assert list(board.published) == [1, 3, 4], "the one under evaluation, and the newest"
+        assert board.evaluated == [1]
+        assert_same(board.published[4], weights[4])
 
     def test_a_publication_waits_for_the_one_before_and_uses_its_memory_again(self):
         policy, board, store = Plain(), Board(), Store(delay_s=0.02)

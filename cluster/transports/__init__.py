@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import importlib
 
-from cluster.transports.base import Sender, Transport
+from cluster.transports.base import NoTransport, Sender, Transport
 from cluster.transports.source import ZeroSource
 
-__all__ = ["Sender", "Transport", "ZeroSource", "load_transport"]
+__all__ = ["NoTransport", "Sender", "Transport", "ZeroSource", "load_transport"]
 
 
 def load_transport(sender: Sender) -> Transport:

@@ -46,6 +46,23 @@ class Transport(ABC):
     def flush(self) -> None:
         """Wait until what was published can be had by the actors. Raises what went wrong with it."""
 
+    @abstractmethod
+    def republish(self) -> None:
+        """The board was started again: publish what it held once more (rank 0). From any thread; returns at once."""
+
     def metrics(self) -> dict[str, float]:
         """For the rows of metrics.jsonl; empty on ranks other than 0."""
         return {}
+
+
+class NoTransport(Transport):
+    """Before there is one: nothing was published."""
+
+    def publish(self, version: int, *, evaluate: bool) -> None:
+        raise AssertionError("nothing is published before the learner trains")
+
+    def flush(self) -> None:
+        pass
+
+    def republish(self) -> None:
+        pass

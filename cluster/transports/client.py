@@ -14,11 +14,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from ray.exceptions import RayError
-
-from cluster.errors import AgroError
+from cluster.errors import AgroError, TrainingError
 from cluster.peers import Calls
-from cluster.processes import death_cause
 
 ANSWER_S = 20.0
 """An actor answers between two engine steps: the learner does not wait longer for one that has nothing to do but that."""
@@ -96,7 +93,9 @@ class ActorsClient:
     def _ask(self, verb: str, limit_s: float, arguments: Callable[[str], tuple[Any, ...]] = lambda name: ()) -> None:
         """One order to all members; those that fail, decline or are late are no longer members."""
         asked = dict(self.members)
-        calls = {name: self._calls.start(handle.receive.remote(verb, self.number, *arguments(name))) for name, handle in asked.items()}
+        calls = {
+            name: self._calls.start(handle.receive.remote(verb, self.number, *arguments(name)), name) for name, handle in asked.items()
+        }
         # With NCCL the others would wait without end for what the one that failed does no longer send or take; until all has arrived.
         is_collective = self._coupled and verb != "finish"
         until = concurrent.futures.FIRST_EXCEPTION if is_collective else concurrent.futures.ALL_COMPLETED
@@ -122,9 +121,9 @@ class ActorsClient:
             raise GroupBroken(reason)
 
     def _tell_to_abort(self, actors: Mapping[str, Any], reason: str) -> None:
-        for handle in actors.values():
-            self._calls.start(handle.receive.remote("abort", self.number, reason))
+        for name, handle in actors.items():
+            self._calls.post(handle.receive.remote("abort", self.number, reason), name, "the end of a transfer of weights")
 
 
 def _in_words(error: BaseException) -> str:
-    return death_cause(error).splitlines()[0] if isinstance(error, RayError) else f"{type(error).__name__}: {error}"
+    return str(error).splitlines()[0] if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"

@@ -40,6 +40,7 @@ class PushTransport(Transport):
         self._owing: dict[str, Future[Any]] = {}  # Stale actors, and the answer that each owes.
         self._writer: SnapshotWriter | None = None
         self._newest_snapshot: int | None = None
+        self._announced: int | None = None
 
     @abstractmethod
     def send(self, weights: Pass) -> None:
@@ -51,6 +52,7 @@ class PushTransport(Transport):
             return
         self.flush()  # A snapshot that came to the board after newer weights were announced would take the actors back.
         sender, self._writer, self._probes = self._sender, None, {}
+        self._announced = version
         sender.calls.ask(sender.board.announce.remote(version), "board")
         actors: dict[str, Any] = sender.calls.ask(sender.board.members.remote(), "board")
 
@@ -69,6 +71,9 @@ class PushTransport(Transport):
 
     def flush(self) -> None:
         self._snapshots.flush()
+
+    def republish(self) -> None:
+        self._snapshots.republish(self._announced)
 
     def metrics(self) -> dict[str, float]:
         return {**self._snapshots.metrics(), "weights/stale_actors": float(len(self._owing))} if self._sender.rank == 0 else {}
@@ -92,7 +97,7 @@ class PushTransport(Transport):
             self.client.members = {}
         for name, reason in self.client.failed.items():
             self._sender.tell(f"{name} keeps its weights, and is left out until it answers again: version {version}, {reason}")
-            self._owing[name] = self._ask_for_an_answer(actors[name])
+            self._owing[name] = self._ask_for_an_answer(name, actors[name])
 
     def _answering(self, actors: dict[str, Any]) -> dict[str, Any]:
         """All but the stale ones that have not answered since."""
@@ -104,11 +109,11 @@ class PushTransport(Transport):
                 del self._owing[name]
                 self._sender.tell(f"{name} answers again: weights are pushed to it")
             else:
-                self._owing[name] = self._ask_for_an_answer(actors[name])
+                self._owing[name] = self._ask_for_an_answer(name, actors[name])
         return {name: handle for name, handle in actors.items() if name not in self._owing}
 
-    def _ask_for_an_answer(self, handle: Any) -> Future[Any]:
-        return self._sender.calls.start(handle.receive.remote("hello", self.client.number + 1))
+    def _ask_for_an_answer(self, name: str, handle: Any) -> Future[Any]:
+        return self._sender.calls.start(handle.receive.remote("hello", self.client.number + 1), name)
 
     def _is_snapshot_due(self, version: int) -> bool:
         """An actor that joins before the next publication takes the newest snapshot, which must not be too old to generate with."""

@@ -14,10 +14,11 @@ import concurrent.futures
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import msgspec
 
-from cluster.errors import PeerTimeout
+from cluster.errors import AgroError, PeerTimeout
 from cluster.transports.base import Sender, Transport
 from cluster.weights import Buffers, SnapshotWriter
 
@@ -38,6 +39,7 @@ class SnapshotTransport(Transport):
         self._buffers = Buffers()
         self._storing: tuple[int, Future[None]] | None = None
         self._store_s: float | None = None
+        self._held: dict[int, tuple[bytes, list[Any], bool]] = {}  # What the board holds, to be published again should it die.
 
     def publish(self, version: int, *, evaluate: bool) -> None:
         if self._sender.rank != 0:
@@ -77,12 +79,30 @@ class SnapshotTransport(Transport):
             raise PeerTimeout(f"{who} did not answer within {limit_s:.0f} s (run.timeout_s)") from None
         self._storing = None
 
+    def republish(self, announced: int | None = None) -> None:
+        """`announced`: the version that the actors got by another road since."""
+        self._thread.submit(self._tell_board_again, announced)
+
+    def _tell_board_again(self, announced: int | None) -> None:
+        try:
+            for version in sorted(self._held):
+                self._tell_board(version)
+            if announced is not None:  # Else the snapshot would take back those who have newer weights.
+                self._sender.calls.ask(self._sender.board.announce.remote(announced), "board")
+        except AgroError as error:
+            self._sender.tell(f"the board was not told of version {max(self._held)} again: {str(error).splitlines()[0]}")
+
+    def _tell_board(self, version: int) -> None:
+        manifest, references, evaluate = self._held[version]
+        published = self._sender.board.publish.remote(manifest, references, version, evaluate=evaluate)
+        versions = self._sender.calls.ask(published, "board") or [version]
+        self._held = {held: entry for held, entry in self._held.items() if held in versions or held > version}
+
     def metrics(self) -> dict[str, float]:
         return {} if self._store_s is None else {"weights/store_s": self._store_s}
 
     def _finish(self, writer: SnapshotWriter, version: int, evaluate: bool, start_s: float) -> None:
-        sender = self._sender
         manifest, references = writer.finish(version)
-        published = sender.board.publish.remote(msgspec.msgpack.encode(manifest), references, version, evaluate=evaluate)
-        sender.calls.ask(published, "board")
+        self._held[version] = (msgspec.msgpack.encode(manifest), references, evaluate)
+        self._tell_board(version)
         self._store_s = time.perf_counter() - start_s

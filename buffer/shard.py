@@ -1,0 +1,401 @@
+"""One shard of the replay buffer, without its waits: every method is one change, in memory and, in one transaction, on disk.
+
+    admission, replay, usable   what may be leased, what is stored, what of a group is kept (pure)
+    store, ledger               both on disk
+
+The process may be killed at any moment. Every change is written before an insertion is acknowledged or an item handed out; a new
+process finds leases, uses, batches and the frontier as they were, and reads no more than is open or stored: a start takes as long
+after months as on the first day. A full disk refuses insertions and leases; sampling goes on from memory, ahead of the disk, and
+`disk_errors` counts.
+
+The batch of a step is recorded: asked for again it is the same batch, until `forget_batches` says that a checkpoint has passed it.
+So a learner that goes back to its checkpoint is given what it was given before, and no use is counted twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from buffer.admission import Admission, work_item
+from buffer.layout import check_num_shards, ledger_name, share_of, store_name
+from buffer.ledger import Ledger, missing_events, read_statuses
+from buffer.records import Group, WorkItem, encode, encode_batch
+from buffer.replay import EVICTIONS, Replay, meta_of
+from buffer.sampling import GroupMeta
+from buffer.store import BatchEntry, DiskFullError, RecordedBatch, Store
+from buffer.usable import MIN_SAMPLES, HeldSamples
+from cluster.config import Config
+from cluster.errors import ConfigError, DataError
+
+_NUM_ERROR_TEXTS = 5
+
+
+class Shard:
+    """Leases, groups and batches of one shard; recovers what `directory` holds. `on_change` is called after every change.
+
+    Times are seconds on any one monotonic clock, given by the caller. Raises ConfigError when the directory belongs to another prompt
+    stream, StoreError when its database cannot be used.
+    """
+
+    def __init__(self, config: Config, directory: Path, num_rows: int, shard: int, on_change: Callable[[], None]) -> None:
+        self._config, self._num_rows, self._shard, self._on_change = config, num_rows, shard, on_change
+        self._num_shards = config.buffer.num_shards
+        self._stream = {"seed": config.run.seed, "num_rows": num_rows}
+        directory.mkdir(parents=True, exist_ok=True)
+        check_num_shards(directory, self._num_shards)
+        allowed, capacity = (share_of(total, shard, self._num_shards) for total in (config.admitted_groups, config.buffer.capacity))
+        self.admission = Admission(allowed, config.run.timeout_s, shard, self._num_shards)
+        self._replay = Replay(config.buffer.model_copy(update={"capacity": capacity}), config.run.seed + shard)
+        self._held = HeldSamples(config.buffer.max_staleness)
+        self.counts: Counter[str] = Counter()
+        self._batches: dict[int, RecordedBatch] = {}
+        self._left: list[tuple[GroupMeta, str]] = []  # Groups that left, to be written.
+        self.error_texts: deque[str] = deque(maxlen=_NUM_ERROR_TEXTS)
+        self._step = self.next_step = 0  # The newest step told, and that of the batch to come.
+        self._watermark = self._ledger_forgotten = 0
+        self._closed = False
+        self.store = Store(directory / store_name(shard, self._num_shards), config.buffer.fsync)
+        state = self._recover(directory)
+        self.ledger = self._open_ledger(directory / ledger_name(shard, self._num_shards), state)
+        self.counts["starts"] += 1
+        self._write_or_count()  # It may have died of a full disk.
+
+    # Leases
+
+    def is_outdated(self, version: int | None) -> bool:
+        """Whether what policy `version` generates now would be evicted as stale before any batch could take it."""
+        if version is None:
+            return False
+        publish_every = self._config.weights.publish_every
+        newest_version = self.next_step // publish_every * publish_every
+        return version < min(self.next_step - self._config.buffer.max_staleness, newest_version)
+
+    def num_leasable(self, now_s: float) -> int:
+        """Items that `lease` would give, after taking back the leases that ran out."""
+        self.expire(now_s)
+        return 0 if self._closed else self.admission.num_leasable(self._blocking())
+
+    def expire(self, now_s: float) -> None:
+        """Takes back the leases that ran out."""
+        if self.admission.next_expiry_s <= now_s:
+            again, ended = self.admission.expire(now_s)
+            if again or ended:
+                self.take_back("", again, f"no answer within {self._config.run.timeout_s:g} s", ended)
+
+    def renew(self, actor: str, holding: Sequence[int], now_s: float) -> None:
+        """The leases in `holding` begin anew; others that the actor was given, and does not know of, are to be issued again."""
+        self.admission.renew(actor, holding, now_s)
+        known = set(holding)
+        if unknown := [ordinal for ordinal in self.admission.held_by(actor) if ordinal not in known]:
+            self.take_back(actor, self.admission.give_back(actor, unknown), "not known to its actor")
+
+    def lease(self, actor: str, max_groups: int, now_s: float) -> list[int]:
+        """Ordinals now held by `actor`, none where none is admitted. Raises DiskFullError, and nothing is held then."""
+        if not self.num_leasable(now_s):
+            return []
+        self._flush()
+        ordinals = self.admission.lease(actor, max_groups, self._blocking(), now_s)
+        for ordinal in ordinals:
+            self._record("leased", ordinal, actor=actor)
+        try:
+            self._write()
+        except DiskFullError:
+            self.take_back(actor, self.admission.give_back(actor, ordinals), "the disk is full")
+            raise
+        return ordinals
+
+    def item(self, ordinal: int) -> WorkItem:
+        """The item at `ordinal` of this run's prompt stream."""
+        return work_item(ordinal, seed=self._config.run.seed, num_rows=self._num_rows)
+
+    def take_back(self, actor: str, again: Sequence[int], reason: str, ended: Sequence[int] = ()) -> None:
+        """Records items that are waiting to be issued again, and those that were lost too often; a full disk may learn of it later."""
+        for ordinal in (*again, *ended):
+            self._record("expired", ordinal, actor=actor, reason=reason)
+        for ordinal in ended:
+            self._record("failed", ordinal, actor=actor, reason="lost too often: whoever had it died or was late")
+        self._write_or_count()
+
+    def fail(self, actor: str, ordinals: Sequence[int], reason: str) -> None:
+        """Ends items without a group; those that ended, or are another actor's by now, are ignored and counted."""
+        for ordinal in self.admission.fail(actor, ordinals):
+            self._record("failed", ordinal, actor=actor, reason=reason)
+        self._write()
+
+    # Groups
+
+    def insert(self, actor: str, checked: Sequence[tuple[Group, bytes, Group, list[str]]]) -> None:
+        """Ends the groups' items and stores what is usable: (group, its payload, what is usable of it, the errors of the rest)."""
+        self._flush()
+        for entry in checked:
+            self._end_item(actor, *entry)
+        self._write()
+
+    def _end_item(self, actor: str, group: Group, payload: bytes, usable: Group, errors: list[str]) -> None:
+        """Ends the group's item and stores what is usable of it, unless the item ended before or too little is left."""
+        if not self.admission.end(group.group_id):
+            self.counts["duplicates"] += 1
+            return
+        self.counts["samples_total"] += len(group.samples)
+        self.counts["samples_error"] += len(errors)
+        self.error_texts.extend(errors)
+        kept = self._held.join(usable, self._step)
+        if len(kept.samples) < MIN_SAMPLES:
+            self.counts["evicted_too_small"] += 1
+            reason = "too_small_held" if self._held.hold(kept) else "too_small"
+            self._record("failed", group.group_id, actor=actor, reason=reason)
+            return
+        meta = meta_of(kept)
+        self.store.put_group(meta, len(kept.samples), payload if kept is group else encode(kept))
+        self._replay.insert(meta)
+        self._record("inserted", group.group_id, actor=actor, version=meta.version)
+
+    def put_ref_logprobs(self, ref_logprobs: Mapping[int, Sequence[float]]) -> int:
+        """Caches reference log-prob sums with the groups still stored; how many. Raises DataError, nothing changed, for wrong ones."""
+        found = {group_id: values for group_id, values in ref_logprobs.items() if group_id in self._replay}
+        for group_id, values in found.items():
+            _check_ref_logprobs(group_id, values, self.store.num_samples(group_id))
+        for group_id, values in found.items():
+            self.store.put_ref_logprobs(group_id, values)
+        self._write_or_count()
+        return len(found)
+
+    # Batches
+
+    def sample(self, step: int, num_groups: int, total: int) -> bytes | None:
+        """The encoded batch, or this shard's part of one of `total` groups; None when there are too few groups, or when closed."""
+        if self._closed:
+            return None
+        if step in self._batches:
+            return self._read_batch(step)
+        if self.is_past(step):
+            raise forgotten(step)
+        self.advance(step)
+        if self._exceeds_band(num_groups):
+            return None
+        chosen = self._replay.take(num_groups, step, is_full=self._is_full())
+        if not chosen:
+            return None
+        return self._hand_out(step, chosen, total)
+
+    def recorded(self, step: int) -> RecordedBatch | None:
+        """The batch of this step, if it was handed out."""
+        return self._batches.get(step)
+
+    def is_past(self, step: int) -> bool:
+        """Whether a batch of this step, unless it is recorded, is none to be made any more."""
+        return step < max(self._watermark, self.next_step)
+
+    def num_takeable(self, step: int) -> int:
+        """Groups that a batch of this step may take now."""
+        return 0 if self._closed else self._replay.num_takeable(step)
+
+    def advance(self, step: int) -> None:
+        """Takes note of the learner's step and evicts what is stale at it."""
+        self._step = max(self._step, step)
+        self._replay.evict_stale(self._step)
+        if self._replay.has_evicted:
+            self._write_or_count()
+
+    def forget_batches(self, before_step: int) -> None:
+        """No batch before this step will be asked for again."""
+        self._drop_batches(before_step)
+        self._write_or_count()
+
+    def _hand_out(self, step: int, chosen: list[int], total: int) -> bytes:
+        # Those taken for the last time have left the index already.
+        self._left += self._replay.pop_evicted()
+        left = {group.group_id: group for group, _ in self._left}
+        metas = [left[group_id] if group_id in left else self._replay[group_id] for group_id in chosen]
+        refs = [ref for _, ref in self.store.read_groups(chosen)]
+        for meta in metas:
+            self._record("trained", meta.group_id, version=meta.version)
+        entries = [BatchEntry(meta.group_id, meta.uses, ref is not None) for meta, ref in zip(metas, refs, strict=True)]
+        self.counts["taken"] += len(entries)
+        self.next_step = step + 1
+        batch = self._batches[step] = RecordedBatch(total, entries)
+        self.store.put_batch(step, batch)
+        if not self._config.checkpoint.every:
+            self._drop_batches(step)
+        self._write_or_count()
+        return self._read_batch(step)
+
+    def _read_batch(self, step: int) -> bytes:
+        entries = self._batches[step].entries
+        stored = self.store.read_groups(entry.group_id for entry in entries)
+        # Reference log-probs cached since are left out: a batch asked for again is the same to the last bit.
+        pairs = zip(entries, stored, strict=True)
+        return encode_batch(step, [(entry.uses, ref if entry.has_ref_logprobs else None, payload) for entry, (payload, ref) in pairs])
+
+    def _drop_batches(self, before_step: int) -> None:
+        self._watermark = max(self._watermark, before_step)
+        for step in [step for step in self._batches if step < before_step]:
+            del self._batches[step]
+        self.store.forget_batches(before_step)
+
+    def _blocking(self) -> int:
+        """Groups that count against admission: those in no batch yet, or, below the band, as many as its lower end misses."""
+        band, unconsumed = self._config.buffer.samples_per_insert, self._replay.num_unconsumed
+        if band is None or not band[0]:
+            return unconsumed
+        low = band[0]
+        missing = low * self._replay.counts["inserted"] - self.counts["taken"] - self.counts["uses_forgone"]
+        return max(unconsumed, math.ceil(missing / low))
+
+    def _is_full(self) -> bool:
+        """Whether no group will come before one leaves."""
+        return not self.admission.num_open and not self.admission.num_leasable(self._blocking())
+
+    def _exceeds_band(self, num_groups: int) -> bool:
+        band = self._config.buffer.samples_per_insert
+        if band is None or self._is_full():
+            return False
+        return self.counts["taken"] + num_groups > band[1] * self._replay.counts["inserted"]
+
+    # Everybody
+
+    def stats(self) -> dict[str, float]:
+        """Metrics without the waits; counts are cumulative, over restarts too."""
+        replay, admission = self._replay.counts, self.admission.counts
+        values: dict[str, float] = {
+            "groups": len(self._replay),
+            "unconsumed": self._replay.num_unconsumed,
+            "tokens": self._replay.num_tokens,
+            "leased": self.admission.num_open,
+            "frontier": self.admission.frontier,
+            "duplicates": self.counts["duplicates"] + replay["duplicates"],
+            "ledger_unwritten": self.ledger.num_unwritten,
+            "changes_unwritten": self.store.num_pending,
+        }
+        values |= {name: replay[name] for name in ("inserted", *EVICTIONS, "taken_young", "strata_short")}
+        values |= {name: admission[name] for name in ("failed", "expired", "reissued", "lost_too_often", "ignored_reports")}
+        names = ("evicted_too_small", "samples_error", "samples_total", "taken", "starts", "disk_errors")
+        values |= {name: self.counts[name] for name in names}
+        return values | {name: self._held.counts[name] for name in ("held_samples", "joined_samples", "held_stale")}
+
+    def stop(self) -> None:
+        """Nothing is leased or sampled any more."""
+        self._closed = True
+        self._on_change()
+
+    def close(self) -> None:
+        """Closes the files. What is open or stored stays so, for the next start. Again is no error."""
+        self.ledger.close(keep_back=self.store.num_pending > 0)
+        self.store.close()
+
+    # Disk
+
+    def _record(self, event: Any, group_id: int, **details: Any) -> None:
+        self.ledger.record(event, group_id, step=self._step, **details)
+
+    def _write(self) -> None:
+        """Writes every change so far, the ledger's lines with them. Raises DiskFullError; the changes are kept then."""
+        for ordinal in self.admission.pop_changed():
+            lease = self.admission.lease_of(ordinal)
+            if lease is None:
+                self.store.end_lease(ordinal)
+            else:
+                self.store.put_lease(ordinal, lease.actor, lease.losses)
+        for row, sample in self._held.pop_changed():
+            if sample is None:
+                self.store.end_held(row)
+            else:
+                self.store.put_held(row, sample)
+        for group, reason in (*self._left, *self._replay.pop_evicted()):
+            self._record("evicted", group.group_id, version=group.version, reason=reason)
+            self.store.leave(group)
+            if self._config.buffer.samples_per_insert:
+                self.counts["uses_forgone"] += max(0, math.ceil(self._config.buffer.samples_per_insert[0]) - group.uses)
+        self._left.clear()
+        self._note_ledger()
+        self.store.put_state(self._state())
+        self._on_change()
+        self._flush()
+
+    def _note_ledger(self) -> None:
+        if self._ledger_forgotten < self.ledger.synced:
+            self._ledger_forgotten = self.ledger.synced
+            self.store.forget_ledger(self.ledger.synced)
+        if chunk := self.ledger.take_chunk():
+            self.store.put_ledger(*chunk)
+
+    def _flush(self) -> None:
+        try:
+            self.store.flush()
+        except DiskFullError:
+            self.counts["disk_errors"] += 1
+            raise
+        self.ledger.flush()
+
+    def _write_or_count(self) -> None:
+        """As `_write`; a full disk is counted, not raised: nobody was promised that this is durable."""
+        with contextlib.suppress(DiskFullError):
+            self._write()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "stream": self._stream,
+            "step": self._step,
+            "next_step": self.next_step,
+            "watermark": self._watermark,
+            "frontier": self.admission.frontier,
+            "admission_counts": dict(self.admission.counts),
+            "replay_counts": dict(self._replay.counts),
+            "held_counts": dict(self._held.counts),
+            "counts": dict(self.counts),
+            "ledger_end": self.ledger.end,
+        }
+
+    def _recover(self, directory: Path) -> dict[str, Any] | None:
+        """Takes over what the disk holds, if anything; the state that was found."""
+        state = self.store.load_state()
+        if state is None:
+            return None
+        if state["stream"] != self._stream:
+            self.store.close()
+            before, now = state["stream"], self._stream
+            raise ConfigError(
+                f"{directory} was started with run.seed = {before['seed']} and {before['num_rows']} rows of data, now run.seed = "
+                f"{now['seed']} and there are {now['num_rows']}: its group ids would mean other prompts. "
+                "Restore seed and data, or set another run.dir."
+            )
+        self._step, self.next_step, self._watermark = state["step"], state["next_step"], state["watermark"]
+        self.counts = Counter(state["counts"])
+        self._batches = self.store.load_batches()
+        self._held.set_state({"samples": self.store.load_held(), "counts": state["held_counts"]})
+        leases = self.store.load_leases()
+        self.admission.set_state({"frontier": state["frontier"], "counts": state["admission_counts"], "leases": leases})
+        self._replay.set_state({"groups": self.store.load_groups(), "counts": state["replay_counts"]})
+        return state
+
+    def _open_ledger(self, path: Path, state: Mapping[str, Any] | None) -> Ledger:
+        """The ledger as the database knows it. Where they do not fit, with the lines added that lead to the database's state."""
+        ledger = Ledger(path)
+        if ledger.recover(0 if state is None else state["ledger_end"], self.store.load_ledger()):
+            return ledger
+        self.store.forget_ledger()
+        ledger.end_line()
+        statuses, admission = read_statuses(path, self._num_shards), self.admission.get_state()
+        issued = (position * self._num_shards + self._shard for position in range(admission["frontier"]))
+        leases = {ordinal: actor for ordinal, actor, _ in admission["leases"]}
+        stored = {group.group_id for group in self._replay.get_state()["groups"]}
+        entries = [entry for batch in self._batches.values() for entry in batch.entries]
+        used_up = {entry.group_id for entry in entries if entry.uses >= self._config.buffer.max_uses}
+        for event, ordinal, reason in missing_events(statuses, issued, leases, stored, used_up):
+            ledger.record(event, ordinal, step=self._step, actor=leases.get(ordinal, ""), reason=reason)
+        return ledger
+
+
+def forgotten(step: int) -> DataError:
+    """The error of whoever asks for a batch that a checkpoint, or another batch, has passed."""
+    return DataError(f"the batch of step {step} was forgotten: the buffer is past it. Resume from a newer checkpoint.")
+
+
+def _check_ref_logprobs(group_id: int, values: Sequence[float], num_samples: int | None) -> None:
+    if (num_samples is not None and len(values) != num_samples) or not all(map(math.isfinite, values)):
+        raise DataError(f"reference log-probs of group {group_id}: {values}; expected {num_samples} finite numbers, one per sample.")

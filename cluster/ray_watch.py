@@ -1,0 +1,81 @@
+"""Whether Ray itself lives: its control process (GCS) and this node's raylet, of which nothing else tells in time.
+
+A driver whose GCS is gone hangs in the next call that needs it, and is ended by Ray after a minute without a word of ours; one whose
+raylet is gone loses all its workers. So a thread of our own looks at both. The main thread asks `cause` at each of its
+looks; if it hangs in Ray, so that it has not `obeyed` in time, `abandon` ends the process in its place.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+LOOK_S = 0.5
+CLUSTER_LIMIT_S = 20.0
+"""Of a cluster that was not started here: its head may be started again, or the network be slow."""
+OBEY_S = 20.0
+_NAMES = {"gcs_server": "Ray's control process (gcs_server)", "raylet": "this node's raylet"}
+
+
+class RayWatch:
+    """`cause` is '' while both live."""
+
+    def __init__(self, abandon: Callable[[str], Any]) -> None:
+        """`abandon(cause)` writes what there is of the run and ends this process, from another thread: the main one hangs."""
+        self._node: Any = ray._private.worker._global_node  # Private, but there is no public way to Ray's own processes.
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        self._ends: dict[str, Any] = {"gcs_server": (host.strip("[]"), int(port)), "raylet": self._node.raylet_socket_name}
+        self._answered_s = dict.fromkeys(self._ends, time.monotonic())
+        self._abandon = abandon
+        self._is_over, self._is_obeyed = threading.Event(), threading.Event()
+        self.cause = ""
+        threading.Thread(target=self._watch, name="ray's life", daemon=True).start()
+
+    def obeyed(self) -> None:
+        """The main thread ends the run, without waiting for Ray."""
+        self._is_obeyed.set()
+
+    def stop(self) -> None:
+        """The run is over: what becomes of Ray is no news any more."""
+        self._is_over.set()
+        self._is_obeyed.set()
+
+    def _watch(self) -> None:
+        look = self._dead_of_our_own if self._node.head else self._dead_of_a_cluster
+        while not self._is_over.wait(LOOK_S):
+            if dead := look():
+                self.cause = (
+                    f"{_NAMES[dead]} is gone: it was killed, or the machine has no memory left. Nothing of this run can go on; "
+                    "the same command with this run.dir goes on from its newest checkpoint"
+                )
+                if not self._is_obeyed.wait(OBEY_S):
+                    self._abandon(self.cause)
+                return
+
+    def _dead_of_our_own(self) -> str | None:
+        return next((kind for kind, _ in self._node.dead_processes() if kind in _NAMES), None)
+
+    def _dead_of_a_cluster(self) -> str | None:
+        for kind, end in self._ends.items():
+            if _answers(end):
+                self._answered_s[kind] = time.monotonic()
+            elif time.monotonic() - self._answered_s[kind] > CLUSTER_LIMIT_S:
+                return kind
+        return None
+
+
+def _answers(end: Any) -> bool:
+    """Whether somebody listens there: a host and port, or the path of a socket."""
+    family = socket.AF_UNIX if isinstance(end, str) else socket.AF_INET6 if ":" in end[0] else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.settimeout(LOOK_S)
+        try:
+            probe.connect(end)
+            return True
+        except OSError:
+            return False

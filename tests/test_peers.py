@@ -1,0 +1,129 @@
+"""Calls to peers: what fails is told in its own words, when it begins and when it ends, and nothing that was started is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from buffer.store import DiskFullError
+from cluster import ray_watch
+from cluster.errors import PeerTimeout, TrainingError
+from cluster.health import FullDisk
+from cluster.peers import QUIET_S, Calls, RemoteShard, Troubles
+from cluster.ray_watch import RayWatch
+from tests.simulated import until
+
+pytestmark = pytest.mark.timed
+SENTENCE = "buffer database /run/buffer.sqlite: database or disk is full. Free space on that disk."
+
+
+async def fails(error: BaseException) -> None:
+    raise error
+
+
+async def succeeds() -> int:
+    return 7
+
+
+def test_what_fails_again_and_again_is_told_when_it_begins_and_when_it_has_been_well_for_a_while() -> None:
+    now_s, told = 0.0, list[str]()
+    troubles = Troubles(told.append, lambda: now_s)
+    for _ in range(40):
+        now_s += 1.0
+        troubles.note("the disk refuses", "no space left\n")
+        troubles.well("the disk refuses")  # It takes what is small, and refuses the next.
+    assert told == ["the disk refuses: no space left"]
+    now_s += QUIET_S
+    troubles.well("another")
+    troubles.well("the disk refuses")
+    troubles.well("the disk refuses")
+    assert told[1:] == ["the disk refuses: no more, after 40 failures in 39 s"]
+    troubles.note("the disk refuses", "again")
+    assert told[2:] == ["the disk refuses: again"]
+
+
+def test_calls_that_nobody_waits_for_are_counted_and_told_once() -> None:
+    told: list[str] = []
+    calls = Calls(5.0, told.append)
+    for _ in range(3):
+        calls.post(fails(TrainingError("the buffer died: killed")), "the buffer", "the reference's log-probs")
+    calls.post(succeeds(), "the buffer", "a watermark")
+    until(lambda: calls.num_failed_posts == 3)
+    assert told == ["the buffer did not take the reference's log-probs: the buffer died: killed"]
+    assert calls.ask(succeeds(), "the buffer") == 7
+    with pytest.raises(PeerTimeout, match=r"the board did not answer within 0 s \(run.timeout_s\)"):
+        calls.ask(asyncio.sleep(30), "the board", 0.2)
+
+
+def test_a_full_disk_is_one_line_when_it_begins_and_one_with_the_count_when_it_ends(tmp_path: Path) -> None:
+    now_s, told = 0.0, list[str]()
+    disk = FullDisk(tmp_path, told.append, lambda: now_s)
+    disk.look({"buffer/disk_errors": 5.0, "buffer/changes_unwritten": 0.0})  # Of an earlier start.
+    assert disk.sentence == ""
+    for second in range(1, 90):
+        now_s += 1.0
+        disk.look({"buffer/disk_errors": 5.0 + 3 * second, "buffer/changes_unwritten": float(second % 3)})
+        assert str(tmp_path) in disk.sentence
+    assert len(told) == 1
+    assert "MB free" in told[0]
+    for _ in range(10):
+        now_s += 1.0
+        disk.look({"buffer/disk_errors": 272.0, "buffer/changes_unwritten": 0.0})
+    assert told[1:] == [f"the disk of {tmp_path} takes all again: 267 writes were refused in 88 s"]
+    assert disk.sentence == ""
+
+
+# Over Ray ------------------------------------------------------------------------------------------------------------
+
+
+class Part:
+    async def insert(self) -> None:
+        raise DiskFullError(SENTENCE)
+
+    async def stumble(self) -> None:
+        raise KeyError("x")
+
+
+@pytest.fixture
+def local_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
+def test_an_error_that_crosses_ray_keeps_its_own_sentence_and_a_dead_ray_is_told_in_time(
+    victim: str, local_ray: None, monkeypatch: Any
+) -> None:
+    told: list[str] = []
+    calls = Calls(30.0, told.append)
+    part: Any = RemoteShard(ray.remote(Part).options(num_cpus=0).remote())
+    with pytest.raises(DiskFullError) as caught:
+        calls.ask(part.insert(), "the part")
+    assert str(caught.value) == SENTENCE
+    with pytest.raises(TrainingError, match=r"^the part failed: KeyError: 'x'\n  in stumble \(.*test_peers.py:\d+\)$"):
+        calls.ask(part.stumble(), "the part")
+    for _ in range(3):
+        calls.post(part.insert(), "the part", "groups")
+    until(lambda: calls.num_failed_posts == 3)
+    assert told == [f"the part did not take groups: {SENTENCE}"]
+
+    monkeypatch.setattr(ray_watch, "OBEY_S", 1.0)
+    abandoned: list[str] = []
+    watch = RayWatch(abandoned.append)
+    time.sleep(1.2)
+    assert watch.cause == ""
+    node: Any = ray._private.worker._global_node
+    node.all_processes[victim][0].process.kill()
+    until(lambda: watch.cause, 5.0)
+    assert victim in watch.cause
+    assert len(watch.cause.splitlines()) == 1
+    until(lambda: abandoned, 5.0)  # Nobody obeyed: as when the main thread hangs.
+    assert abandoned == [watch.cause]
