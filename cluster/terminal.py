@@ -5,6 +5,7 @@ Both take the dicts of `Monitor.view()`; a value not known yet is shown as "-".
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 import time
@@ -88,8 +89,9 @@ class _Plain:
         self._write(plain_line(view))
 
     def _write(self, line: str) -> None:
-        self._stream.write(line + "\n")
-        self._stream.flush()
+        with contextlib.suppress(OSError):  # Who closed the output (`| head`) does not end the run.
+            self._stream.write(line + "\n")
+            self._stream.flush()
 
 
 def plain_line(view: View) -> str:

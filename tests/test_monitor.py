@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -358,7 +360,7 @@ def run_for_terminal(tmp_path: Path, steps: int, stream: io.StringIO) -> tuple[M
             monitor.log_step({"progress/step": step, "reward/mean": 0.52, "staleness/mean": 2.1, "staleness/oldest_token": 5})
             terminal.update(monitor.view())
             terminal.update(monitor.view())
-    return monitor, stream.getvalue().splitlines()
+    return monitor, stream.getvalue().splitlines() if isinstance(stream, io.StringIO) else []
 
 
 def test_plain_lines_are_about_forty_a_run_and_events_come_once(tmp_path: Path) -> None:
@@ -369,6 +371,16 @@ def test_plain_lines_are_about_forty_a_run_and_events_come_once(tmp_path: Path) 
     assert 38 <= len(step_lines) <= 43
     assert step_lines[-1].startswith("step 600/600  reward 0.52  solve -  stale 2.1/5  - tok/s  buffer 64  kl -")
     assert step_lines[1].endswith("eta 58s")
+
+
+def test_an_output_that_is_closed_does_not_end_the_run(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", closefd=False) as stream:
+        run_for_terminal(tmp_path, 5, stream)  # type: ignore[arg-type]
+        with contextlib.suppress(BrokenPipeError):
+            stream.close()
+    assert len(rows_of(tmp_path)) == 4  # The last step's waits for the final evaluation.
 
 
 def test_the_live_screen_shows_what_is_known_and_a_dash_for_the_rest(tmp_path: Path) -> None:
