@@ -31,7 +31,7 @@ def here(tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)  # dry_run sets it.
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # What is imported from here is found without being told.
     shutil.copytree(ROOT / "configs" / "arithmetic", "data")
     for name in ("model", "pad-beyond", "token-beyond", "no-config"):
         shutil.copytree(tiny_models["tied"], name)
