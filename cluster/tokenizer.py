@@ -32,11 +32,16 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # noqa: BLE001 -- a panic in `tokenizers`, written in Rust, is no Exception
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
         why, remedy = _diagnosis(Path(model.path), error)
         raise ConfigError(f"model.path = {model.path}: no tokenizer to be had: {why}. {remedy}") from None
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Of the libraries, and not a signal that came meanwhile. A panic in `tokenizers`, which is written in Rust, is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _diagnosis(folder: Path, error: BaseException) -> tuple[str, str]:
@@ -88,7 +93,9 @@ def _too_new(path: Path) -> str:
         return ""
     try:
         tokenizers.Tokenizer.from_file(str(path))
-    except BaseException as error:  # noqa: BLE001 -- its errors are bare Exceptions, its panics not even that
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
         return f"tokenizer.json is not understood by tokenizers {tokenizers.__version__}: {str(error).splitlines()[0]}"
     return ""
 

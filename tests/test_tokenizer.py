@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from actors.prompts import load_prompts
 from cluster.config import DataConfig, ModelConfig
 from cluster.errors import ConfigError
+from cluster.signals import Interrupted
 from cluster.tokenizer import Detokenizer, closing_ids, end_token_ids, end_token_notes, load_tokenizer, vocabulary_size
 from recipes.arithmetic import make_tokenizer
 
@@ -99,6 +100,16 @@ def test_a_tokenizer_that_cannot_be_loaded_is_one_line_with_file_and_remedy(tmp_
     with pytest.raises(ConfigError, match=rf"model\.path = .*: no tokenizer to be had: .*{message}") as caught:
         load_tokenizer(ModelConfig(path=str(tmp_path / "model")))
     assert "\n" not in str(caught.value)
+
+
+def test_a_signal_that_comes_while_a_tokenizer_loads_is_no_broken_tokenizer(tmp_path, monkeypatch):
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise Interrupted("SIGTERM")
+
+    make_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", interrupted)
+    with pytest.raises(Interrupted):
+        load_tokenizer(ModelConfig(path=str(tmp_path)))
 
 
 def test_a_class_of_tokenizers_that_nobody_knows_does_not_matter_where_there_is_a_tokenizer_json(tmp_path):
