@@ -60,6 +60,7 @@ VLLM_SYMBOLS = (
     "vllm.v1.engine:FinishReason.LENGTH",
     "vllm.v1.engine.detokenizer:IncrementalDetokenizer.num_output_tokens",
     "vllm.v1.engine.output_processor:RequestState.make_request_output",
+    "vllm.model_executor.layers.fused_moe.router.cpu_router:CPURouter",
     "vllm.model_executor.model_loader.reload:initialize_layerwise_reload",
     "vllm.model_executor.model_loader.reload:finalize_layerwise_reload",
     "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
@@ -161,7 +162,7 @@ class Engine:
             arguments["weight_transfer_config"] = {"backend": transport}
         self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
         if config.num_gpus == 0:
-            self._engine.apply_model(_rotate_in_python)
+            self._engine.apply_model(_mend_for_cpu)
         # `_reload` checks itself what a snapshot leaves out; vLLM names layers that have nothing to load, at every update.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         self._waiting: deque[tuple[str, list[int], Any]] = deque()
@@ -451,11 +452,22 @@ def _mended(model: Any, model_config: Any, probes: Mapping[str, str]) -> dict[st
     return {name: checksum(parameter) for name, parameter in model.named_parameters() if name in probes}
 
 
-def _rotate_in_python(model: Any) -> None:
-    """vLLM's CPU kernel for rotary embeddings of interleaved pairs takes the heads of a [tokens, heads, size] query for one (DeepSeek)."""
+def _mend_for_cpu(model: Any) -> None:
+    """Where vLLM's CPU code computes another function than its GPU code, and than the learner: once, when the model is loaded.
+
+    Its kernel for rotary embeddings of interleaved pairs takes the heads of a [tokens, heads, size] query for one (DeepSeek). Its router
+    knows corrections of the scores, and sigmoids, only in groups of experts: all experts are one group then (Ernie 4.5, MiniMax).
+    """
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
     for layer in model.modules():
         if getattr(layer, "is_neox_style", True) is False and hasattr(layer, "_forward_method"):
             layer._forward_method = layer.forward_native
+        router = getattr(layer, "router", None)
+        if isinstance(router, CPURouter) and not router.use_grouped_topk:
+            is_corrected = router.e_score_correction_bias is not None and router.scoring_func == "softmax"
+            if is_corrected or router.scoring_func == "sigmoid":
+                router.use_grouped_topk, router.num_expert_group, router.topk_group = True, 1, 1
 
 
 def _repack_experts(layer: Any) -> None:

@@ -18,7 +18,7 @@ from cluster.model_shape import empty_model, load_model_config, model_class, num
 def check_model(config: Config) -> None:
     """Raises ConfigError, in one sentence with a remedy, for a model that this run would train on another function than it samples from."""
     found = load_model_config(config.model)
-    for check in (_check_whole, _check_quantized, _check_attention, _check_windows, _check_rope):
+    for check in (_check_whole, _check_tied, _check_quantized, _check_attention, _check_windows, _check_rope):
         check(config, found)
 
 
@@ -43,6 +43,16 @@ def _check_whole(config: Config, found: Any) -> None:
         raise ConfigError(
             f"{_name(config, found)} is a {stated[0]}, of which transformers would train the language model alone ({kind.__name__}), and "
             "vLLM serve the whole. Save the language model by itself, and give that."
+        )
+
+
+def _check_tied(config: Config, found: Any) -> None:
+    """Families of which vLLM knows models with a tied LM head only."""
+    text = found.get_text_config()
+    if text.model_type in ("cohere", "cohere2", "cohere2_moe", "gemma2", "gemma3n_text") and not text.tie_word_embeddings:
+        raise ConfigError(
+            f"{_name(config, found)} has an LM head of its own (tie_word_embeddings = false), for which vLLM takes the embedding in this "
+            "family. Give a model whose LM head is its embedding."
         )
 
 

@@ -132,3 +132,9 @@ def test_fused_experts_without_adapters_are_told(tmp_path: Path) -> None:
     (note,) = lora_notes(config_for(str(base), lora_rank=2))
     assert re.search(r"the experts of MixtralForCausalLM, \d\d% of its parameters, get no adapters", note)
     assert lora_notes(config_for(str(base))) == ()
+
+
+def test_a_head_of_its_own_where_vllm_takes_the_embedding_is_refused(tmp_path: Path) -> None:
+    base = make_family("cohere untied", tmp_path / "base")
+    with pytest.raises(ConfigError, match=r"\(cohere\) has an LM head of its own .*for which vLLM takes the embedding"):
+        check_model(config_for(str(base)))

@@ -33,12 +33,20 @@ _SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_win
 _FEW_LOCAL = {"num_local_experts": 4}
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid", "layer_types": ["sliding_attention", "full_attention"], "num_dense_layers": 1, "sliding_window": 8},
+    "afmoe": {
+        "score_func": "sigmoid",
+        "route_norm": True,
+        "route_scale": 1.0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_dense_layers": 1,
+        "sliding_window": 8,
+    },
     "apertus": {},
     "arcee": {},
     "bloom": {"tie_word_embeddings": True},
-    "cohere": {},
-    "cohere2": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},
+    "cohere": {"tie_word_embeddings": True},
+    "cohere2": {"tie_word_embeddings": True, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},
+    "cwm": {"bos_token_id": 2},
     "deepseek_v2": {**_ROUTED, **_LATENT},
     "deepseek_v3": {**_ROUTED, **_SIGMOID, **_LATENT},
     "ernie4_5": {},
@@ -121,8 +129,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """By transformers' model_type: what differs from `_COMMON`, of which a family gets what it knows."""
 
+NOT_TRIED = (
+    *("axk1", "dbrx", "deepseek_v4", "gemma3", "gemma3n", "gemma3n_text", "gemma4", "gemma4_unified", "glm_moe_dsa", "gpt-sw3"),
+    *("granitemoehybrid", "hy_v4", "inkling_text", "kimi_linear", "llama4", "longcat_flash", "mamba2", "nemotron_h"),
+    *("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text", "zamba2"),
+)
+"""Shared families of which no tiny model is made here: parts of larger models, or layers that make tiny ones large or slow."""
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied": ("llama", {"tie_word_embeddings": True}),
+    "cohere untied": ("cohere", {"tie_word_embeddings": False}),
     "llama padded vocabulary": ("llama", {"vocab_size": 64}),
     "llama one key-value head": ("llama", {"num_key_value_heads": 1}),
     "qwen2 window in the upper layer": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
