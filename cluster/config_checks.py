@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cluster.config import Config
 
+SLOW_TOKENS_PER_S = 20.0
+"""Of one sample in a busy engine."""
 MAX_VOTE_SUBSETS = 20_000
 """Votes of `majority@k` are counted subset by subset."""
 MIN_TEMPERATURE = 0.01
@@ -248,6 +250,13 @@ def warnings(config: Config) -> list[str]:
         found.append(
             f"buffer.max_staleness = {config.buffer.max_staleness} < weights.publish_every = {config.weights.publish_every}: "
             "what is generated ahead of the next snapshot will be evicted as stale."
+        )
+    slowest_s = config.actors.max_new_tokens / SLOW_TOKENS_PER_S
+    if slowest_s > config.run.timeout_s and not config.is_offline:
+        found.append(
+            f"actors.max_new_tokens = {config.actors.max_new_tokens} takes {slowest_s:.0f} s at {SLOW_TOKENS_PER_S:g} tokens per second, "
+            f"longer than run.timeout_s = {config.run.timeout_s:g}: nothing is lost by that, but stalls will be told that are none. "
+            "Raise run.timeout_s."
         )
     if config.learner.warmup_steps >= config.run.steps:
         found.append(

@@ -83,6 +83,7 @@ METRICS: dict[str, str] = {
     "completions/truncated_fraction": "Share of the completions cut at `actors.max_new_tokens`.",
     "monitor/null_values": "Values so far that were no finite number; written as null.",
     "monitor/write_errors": "Failed writes to the run directory so far; the lines are kept and tried again.",
+    "monitor/lines_lost": "Lines lost so far because the disk was full for too long: of each file the newest 20,000 are kept.",
     "monitor/wandb_dropped": "W&B calls lost so far; metrics.jsonl has them all.",
 }
 
@@ -136,6 +137,7 @@ class JsonLines:
     def __init__(self, path: Path, redact: Redactor) -> None:
         self.path = path
         self.write_errors = 0
+        self.lines_lost = 0
         self._redact = redact
         self._pending: collections.deque[bytes] = collections.deque(maxlen=_MAX_PENDING_LINES)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -146,6 +148,7 @@ class JsonLines:
     def append(self, record: Mapping[str, Any]) -> None:
         """Write `record` as one line, after the lines that are still waiting."""
         text = self._redact(json.dumps(finite_tree(record), ensure_ascii=False, allow_nan=False))
+        self.lines_lost += len(self._pending) == self._pending.maxlen  # The oldest makes room.
         self._pending.append(text.encode("utf-8", errors="replace") + b"\n")
         self.flush()
 

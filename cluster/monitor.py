@@ -197,6 +197,7 @@ class Monitor:
         return {
             "monitor/null_values": self._null_values,
             "monitor/write_errors": sum(file.write_errors for file in self._files.values()),
+            "monitor/lines_lost": sum(file.lines_lost for file in self._files.values()),
             "monitor/wandb_dropped": self._wandb.dropped,
         }
 

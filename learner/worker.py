@@ -32,6 +32,7 @@ from buffer.records import Batch, decode_batch
 from cluster.config import Config
 from cluster.config_file import dump_config
 from cluster.errors import PeerTimeout
+from cluster.own_warnings import OwnWarnings
 from cluster.peers import Calls, connect_buffer
 from cluster.transports import NoTransport, Sender, Transport, ZeroSource, load_transport
 from learner.batch_metrics import batch_metrics, shown_samples
@@ -92,6 +93,7 @@ class LearnerRank:
     def __init__(self, rank: int, config: Config, pad_id: int) -> None:
         self._rank, self._config, self._pad_id = rank, config, pad_id
         self._stopping = False
+        self._warnings = OwnWarnings()
         self._transport: Transport = NoTransport()
 
     def address(self) -> tuple[str, int]:
@@ -184,6 +186,8 @@ class LearnerRank:
     def _connect(self, buffers: Sequence[Any], board: Any, monitor: Any, run_dir: Path) -> None:
         self._calls, self._buffer = Calls(self._config.run.timeout_s, monitor.event.remote), connect_buffer(buffers)
         self._monitor = monitor
+        if self._rank == 0:  # All ranks warn of the same.
+            self._warnings.connect(monitor.event.remote)
         self._run_dir, self._saved = run_dir, -1
         self._code_version = code_version()  # Once: it asks git.
         source = ZeroSource(self._policy, self._bucket_bytes, adapters_alone=self._config.weights.adapters == "alone")

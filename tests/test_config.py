@@ -312,6 +312,7 @@ WARNINGS = [
     ("buffer.max_staleness=1", "evicted as stale"),
     ("learner.warmup_steps=10", "peak learning rate"),
     ("learner.offload=all", "in CPU memory anyway"),
+    ("run.timeout_s=0.1", "tokens per second, longer than run.timeout_s = 0.1"),
     ("rewards.functions=[{name: exact_match, weight: 0.0}]", "nothing is rewarded"),
 ]
 

@@ -184,6 +184,14 @@ def test_a_monitor_that_was_killed_goes_on_with_the_newest_row_the_time_and_the_
     later.close({})
 
 
+def test_lines_that_a_full_disk_keeps_out_for_too_long_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.metrics._MAX_PENDING_LINES", 3)
+    lines = JsonLines(Path("/dev/full"), Redactor({}))
+    for number in range(5):
+        lines.append({"number": number})
+    assert (lines.lines_lost, lines.write_errors) == (2, 5)
+
+
 def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = JsonLines(tmp_path / "x.jsonl", Redactor({}))
     lines.append({"n": 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from buffer.store import DiskFullError
 from cluster import ray_watch
 from cluster.errors import PeerTimeout, TrainingError
 from cluster.health import FullDisk
+from cluster.own_warnings import OwnWarnings
 from cluster.peers import QUIET_S, Calls, RemoteShard, Troubles
 from cluster.ray_watch import RayWatch
 from tests.simulated import until
@@ -77,6 +79,21 @@ def test_a_full_disk_is_one_line_when_it_begins_and_one_with_the_count_when_it_e
         disk.look({"buffer/disk_errors": 272.0, "buffer/changes_unwritten": 0.0})
     assert told[1:] == [f"the disk of {tmp_path} takes all again: 267 writes were refused in 88 s"]
     assert disk.sentence == ""
+
+
+def test_what_our_own_code_warns_of_is_told_once_whenever_it_came() -> None:
+    told: list[str] = []
+    warnings = OwnWarnings()
+    try:
+        for _ in range(2):
+            logging.getLogger("learner.logprobs").warning("%s: log-probs are taken from whole logits", "GraniteForCausalLM")
+        logging.getLogger("learner.logprobs").info("nothing")
+        logging.getLogger("transformers").warning("theirs")
+        warnings.connect(told.append)
+        logging.getLogger("learner.row_softmax").warning("liger-kernel does not work")
+        assert told == ["GraniteForCausalLM: log-probs are taken from whole logits", "liger-kernel does not work"]
+    finally:
+        warnings.close()
 
 
 # Over Ray ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,39 @@
+"""What our own code logs as a warning becomes an event: nobody looks into Ray's session folder for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+ROOMS = ("actors", "buffer", "cluster", "learner", "rewards")
+
+
+class OwnWarnings(logging.Handler):
+    """Warnings and errors of the rooms' loggers in this process, each text once; kept until `connect` says where to tell them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._tell: Callable[[str], object] | None = None
+        self._told: dict[str, None] = {}
+        for room in ROOMS:
+            logging.getLogger(room).addHandler(self)
+
+    def connect(self, tell: Callable[[str], object]) -> None:
+        """From now on to `tell`, what came before included."""
+        self._tell = tell
+        for text in self._told:
+            tell(text)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One warning more."""
+        text = record.getMessage()
+        if text not in self._told:
+            self._told[text] = None
+            if self._tell is not None:
+                self._tell(text)
+
+    def close(self) -> None:
+        """Listens no more."""
+        for room in ROOMS:
+            logging.getLogger(room).removeHandler(self)
+        super().close()
