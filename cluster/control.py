@@ -21,6 +21,7 @@ import psutil
 
 from cluster.errors import ConfigError, PeerTimeout
 from cluster.metrics import finite_tree, replace_json
+from cluster.troubles import Troubles
 
 STATUS_NAME, REQUEST_NAME = "status.json", "scale.json"
 WRITE_EVERY_S = 1.0
@@ -74,12 +75,12 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Control:
-    """Takes requests, writes the status; `clock` gives seconds. A disk that takes no status is told of once, and costs nothing else."""
+    """Takes requests, writes the status; `clock` gives seconds. A disk that takes no status is told of, and costs nothing else."""
 
     def __init__(self, run_dir: Path, tell: Callable[[str], Any], clock: Callable[[], float] = time.monotonic) -> None:
         self._run_dir, self._tell, self._clock = run_dir, tell, clock
         self._written_s = float("-inf")
-        self._is_failing = False
+        self._troubles = Troubles(tell, clock)
         self._seen: tuple[int, int] | None = None
         self._answer: Answer | None = None
         self.take()  # What lies there was meant for an earlier start of this run.
@@ -114,11 +115,9 @@ class Control:
         whole = msgspec.structs.replace(status, pid=os.getpid(), host=socket.gethostname(), time=time.time(), answer=self._answer)
         try:
             replace_json(self._run_dir / STATUS_NAME, finite_tree(msgspec.to_builtins(whole)))
-            self._is_failing = False
+            self._troubles.well(f"{STATUS_NAME} cannot be written")
         except OSError as error:
-            if not self._is_failing:
-                self._tell(f"{STATUS_NAME} cannot be written: {error}")
-            self._is_failing = True
+            self._troubles.note(f"{STATUS_NAME} cannot be written", error)
 
 
 # The other shell's side -----------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from cluster.config import Config
 from cluster.errors import RewardError, TrainingError
 from cluster.fleet import MAX_DEATHS, DeathCount, Fleet, crash_loop
 from cluster.learner import Learner
-from cluster.peers import QUIET_S
 from cluster.services import BUFFER, Services
+from cluster.troubles import QUIET_S
 from cluster.watchdog import Observation, Watchdog, dump_stacks
 
 MIN_SCORED_SAMPLES = 64

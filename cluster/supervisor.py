@@ -299,6 +299,8 @@ class Supervisor:
         view = self._last_word(services.monitor.view.remote, MONITOR, self._view.value)
         self._control.write(self._status(stats, view or {"row": {}, "actors": {}}))
         self._write_summary(summary)
+        if not Path(summary["report"]).is_file():  # A full disk may have refused it.
+            summary["report"] = None
         self._last_word(services.buffer.close, BUFFER, None)  # What it acknowledged is on disk.
         return summary
 
@@ -313,10 +315,10 @@ class Supervisor:
         """The last rows, the summary and the report: by the monitor, and by this process where that is gone."""
         run_dir, path = self._inputs.run_dir, self._inputs.run_dir / "summary.json"
         path.unlink(missing_ok=True)
-        if self._ray.cause:  # The monitor may be gone before it has written that down.
-            note_event(run_dir, self._ray.cause)
         self._last_word(partial(self._services.monitor.close.remote, summary), MONITOR, None)
         try:
+            if self._ray.cause or not path.exists():
+                note_event(run_dir, self._ray.cause or f"the monitor is gone; the run ended: {summary['stopped'] or 'finished'}")
             if not path.exists():
                 replace_json(path, finite_tree(summary))
             write_report(run_dir)

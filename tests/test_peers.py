@@ -17,8 +17,9 @@ from cluster import ray_watch
 from cluster.errors import PeerTimeout, TrainingError
 from cluster.health import FullDisk
 from cluster.own_warnings import OwnWarnings
-from cluster.peers import QUIET_S, Calls, RemoteShard, Troubles
+from cluster.peers import Calls, RemoteShard
 from cluster.ray_watch import RayWatch
+from cluster.troubles import QUIET_S, Troubles
 from tests.simulated import until
 
 pytestmark = pytest.mark.timed
