@@ -127,11 +127,11 @@ class Supervisor:
         return True
 
     def _tell_what_loads(self) -> None:
-        """Every `TELL_LOADING_S` until the first step is done: what the run waits for."""
+        """Until the first step is done, every `TELL_LOADING_S` and then less and less often: what the run waits for."""
         elapsed_s = time.monotonic() - self._start_s
         if elapsed_s < self._next_tell_s or self._view.value is None or step_of(self._view.value):
             return
-        self._next_tell_s = elapsed_s + TELL_LOADING_S
+        self._next_tell_s = max(elapsed_s + TELL_LOADING_S, 1.5 * elapsed_s)
         waits = [f"the learner is {self._learner.state}"] if self._learner is not None and not self._learner_is("training") else []
         num_loading = len(self._fleet.rollout_names("waiting for placement", "loading"))
         waits += [f"{num_loading} of {self._fleet.target} actors are loading"] if num_loading else []
