@@ -8,6 +8,7 @@ What can be known without an engine is checked in one of the two, so that `train
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -239,7 +240,9 @@ def check_hub_id(name: str) -> None:
 
 
 def _nearest(path: Path) -> str:
-    names = [found.name for found in path.parent.iterdir() if found.is_dir()] if path.parent.is_dir() else []
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # There may be no parent, or one that may not be read.
+        names = [found.name for found in path.parent.iterdir() if found.is_dir()]
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else "."
 

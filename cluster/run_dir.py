@@ -108,9 +108,10 @@ def kept_if_begun(run_dir: Path, is_continued: bool) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        has_begun = any(ledger.stat().st_size for ledger in run_dir.glob("ledger*.jsonl"))
-        if not is_continued and not has_begun:
-            _take_back(run_dir)
+        with contextlib.suppress(OSError):  # What ended the run is told, not what became of its directory.
+            has_begun = any(ledger.stat().st_size for ledger in run_dir.glob("ledger*.jsonl"))
+            if not is_continued and not has_begun:
+                _take_back(run_dir)
         raise
 
 
@@ -119,10 +120,9 @@ def _take_back(run_dir: Path) -> None:
     if not logs:
         shutil.rmtree(run_dir, ignore_errors=True)
         return
-    with contextlib.suppress(OSError):
-        (run_dir / "config.yaml").replace(run_dir / "config-refused.yaml")
-        for path in (*run_dir.glob("buffer*.sqlite*"), *run_dir.glob("ledger*.jsonl")):
-            path.unlink()
+    (run_dir / "config.yaml").replace(run_dir / "config-refused.yaml")
+    for path in (*run_dir.glob("buffer*.sqlite*"), *run_dir.glob("ledger*.jsonl")):
+        path.unlink()
 
 
 @contextlib.contextmanager
@@ -160,19 +160,15 @@ def _run_in(path: Path) -> Config | None:
     if not path.exists():
         return None
     names = {entry.name for entry in path.iterdir()}
-    is_ours = "run.lock" in names
-    if "config.yaml" in names:
+    if "config.yaml" in names and names & {"run.lock", "metrics.jsonl"}:  # Without these, somebody's config lies there.
         try:
             return parse_config(read_tree(path / "config.yaml"), source=str(path / "config.yaml"))
         except ConfigError as error:
-            if is_ours:
-                earlier = [name for name in sorted(names) if name.startswith("config-")]
-                hint = f"Restore it (earlier ones: {', '.join(earlier)})" if earlier else "Restore it"
-                raise ConfigError(
-                    f"run.dir = {path} holds a run whose config cannot be read: {error}\n{hint}, or choose another run.dir."
-                ) from None
+            earlier = [name for name in sorted(names) if name.startswith("config-")]
+            hint = f"Restore it (earlier ones: {', '.join(earlier)})" if earlier else "Restore it"
+            raise ConfigError(f"run.dir = {path} holds a run whose config cannot be read: {error}\n{hint}, or choose another.") from None
     others = sorted(name for name in names if name != "lost+found" and not name.endswith(_OF_A_SHELL))
-    if others and not is_ours:
+    if others and "run.lock" not in names:
         shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         raise ConfigError(f"run.dir = {path} holds other things than a run: {shown}. Choose a new or an empty directory.")
     return None

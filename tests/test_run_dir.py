@@ -154,6 +154,9 @@ def make_place(kind: str, path: Path) -> Path:
     elif kind == "somebody else's config":
         (path / "f").mkdir()
         (path / "f" / "config.yaml").write_text("base_model: x\nmicro_batch_size: 2\n")
+    elif kind == "a config of our own":
+        (path / "f").mkdir()
+        (path / "f" / "config.yaml").write_text(EXAMPLE.read_text())
     elif kind == "a torn run":
         (path / "f").mkdir()
         (path / "f" / "run.lock").touch()
@@ -170,6 +173,7 @@ def make_place(kind: str, path: Path) -> Path:
         ("links in a circle", ["is a link that leads nowhere"]),
         ("a checkout", ["other things than a run: .git", "an empty directory"]),
         ("somebody else's config", ["other things than a run: config.yaml"]),
+        ("a config of our own", ["other things than a run: config.yaml"]),
         ("a torn run", ["cannot be read", "not YAML: line 2", "config-1.yaml"]),
         ("/", ["run.dir = / holds other things than a run", "..."]),
         ("~nobody-of-this-name/run", ["run.dir = ~nobody-of-this-name/run", "there is no user 'nobody-of-this-name'"]),
@@ -210,6 +214,13 @@ def test_a_dry_run_says_what_a_start_would_do_and_leaves_nothing(tmp_path: Path)
     assert sorted(found.name for found in path.iterdir()) == ["config.yaml", "run.lock"]
     with pytest.raises(ConfigError, match=r"run\.seed = 0, now 1"):
         check_run_dir(make_config(path, "run.seed=1"))
+
+
+def test_a_copy_of_a_run_without_its_lock_is_continued(tmp_path: Path) -> None:
+    opened = open_run_dir(make_config(tmp_path / "run"))
+    (opened.path / "metrics.jsonl").touch()
+    (opened.path / "run.lock").unlink()
+    assert reopened(tmp_path / "run").is_continued
 
 
 def test_text_and_small_numbers_are_no_changes_of_a_run_that_goes_on(tmp_path: Path) -> None:
