@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -12,18 +13,20 @@ from typing import Any
 import pytest
 import ray
 
-from buffer.store import DiskFullError
+from actors.prompts import PromptRow, PromptSet
 from cluster import ray_watch
+from cluster.config_file import parse_config
 from cluster.errors import PeerTimeout, TrainingError
 from cluster.health import FullDisk
 from cluster.own_warnings import OwnWarnings
-from cluster.peers import Calls, RemoteShard
+from cluster.peers import Calls
+from cluster.prepare import Inputs
 from cluster.ray_watch import RayWatch
+from cluster.supervisor import Supervisor
 from cluster.troubles import QUIET_S, Troubles
 from tests.simulated import until
 
 pytestmark = pytest.mark.timed
-SENTENCE = "buffer database /run/buffer.sqlite: database or disk is full. Free space on that disk."
 
 
 async def fails(error: BaseException) -> None:
@@ -100,12 +103,11 @@ def test_what_our_own_code_warns_of_is_told_once_whenever_it_came() -> None:
 # Over Ray ------------------------------------------------------------------------------------------------------------
 
 
-class Part:
-    async def insert(self) -> None:
-        raise DiskFullError(SENTENCE)
-
-    async def stumble(self) -> None:
-        raise KeyError("x")
+def inputs(run_dir: Path) -> Inputs:
+    tree = {"model": {"path": "m"}, "data": {"path": "d"}, "rewards": {"functions": [{"name": "exact_match"}]}, "monitor": {"wandb": "off"}}
+    prompts = PromptSet([PromptRow(row=0, text="1+1=", token_ids=(1, 2), columns={"answer": "2"})], 0, "test")
+    config = parse_config(tree)
+    return Inputs(config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="off")
 
 
 @pytest.fixture
@@ -117,31 +119,37 @@ def local_ray() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
-def test_an_error_that_crosses_ray_keeps_its_own_sentence_and_a_dead_ray_is_told_in_time(
-    victim: str, local_ray: None, monkeypatch: Any
+def test_a_dead_ray_ends_the_run_in_time_with_one_sentence_a_summary_and_a_report(
+    victim: str, local_ray: None, tmp_path: Path, monkeypatch: Any, capfd: Any
 ) -> None:
-    told: list[str] = []
-    calls = Calls(30.0, told.append)
-    part: Any = RemoteShard(ray.remote(Part).options(num_cpus=0).remote())
-    with pytest.raises(DiskFullError) as caught:
-        calls.ask(part.insert(), "the part")
-    assert str(caught.value) == SENTENCE
-    with pytest.raises(TrainingError, match=r"^the part failed: KeyError: 'x'\n  in stumble \(.*test_peers.py:\d+\)$"):
-        calls.ask(part.stumble(), "the part")
-    for _ in range(3):
-        calls.post(part.insert(), "the part", "groups")
-    until(lambda: calls.num_failed_posts == 3)
-    assert told == [f"the part did not take groups: {SENTENCE}"]
-
     monkeypatch.setattr(ray_watch, "OBEY_S", 1.0)
-    abandoned: list[str] = []
-    watch = RayWatch(abandoned.append)
-    time.sleep(1.2)
-    assert watch.cause == ""
+    abandoned, codes = list[str](), list[int]()
+    hanging = RayWatch(abandoned.append)
+    supervisor = Supervisor(inputs(tmp_path))
+    while supervisor._stats.value is None or supervisor._view.value is None:
+        supervisor._look()
+        time.sleep(0.1)
+    assert supervisor._ray.cause == hanging.cause == ""
     node: Any = ray._private.worker._global_node
     node.all_processes[victim][0].process.kill()
-    until(lambda: watch.cause, 5.0)
-    assert victim in watch.cause
-    assert len(watch.cause.splitlines()) == 1
+    start_s = time.monotonic()
+    until(lambda: supervisor._ray.cause, 5.0)
+    with pytest.raises(TrainingError, match=victim) as caught:
+        supervisor._look()
+    supervisor.finish([], str(caught.value))
+    supervisor.close()
+    assert time.monotonic() - start_s < 25.0
+    assert json.loads((tmp_path / "summary.json").read_text())["stopped"] == str(caught.value)
+    assert (tmp_path / "report.html").stat().st_size > 1000
+    events = [json.loads(line)["text"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert events.count(str(caught.value)) == 1
+    assert len(str(caught.value).splitlines()) == 1
     until(lambda: abandoned, 5.0)  # Nobody obeyed: as when the main thread hangs.
-    assert abandoned == [watch.cause]
+    assert abandoned == [str(caught.value)]
+
+    (tmp_path / "summary.json").unlink()
+    monkeypatch.setattr("cluster.supervisor.os._exit", codes.append)
+    supervisor._abandon("Ray is gone")
+    assert codes == [2]
+    assert capfd.readouterr().err.endswith("error: Ray is gone\n")
+    assert json.loads((tmp_path / "summary.json").read_text())["stopped"] == "Ray is gone"

@@ -17,14 +17,14 @@ import ray
 
 from actors.prompts import PromptRow, PromptSet
 from buffer.records import WorkItem
-from buffer.store import StoreError
+from buffer.store import DiskFullError, StoreError
 from cluster.board import Board, Directive
 from cluster.config_file import parse_config
 from cluster.errors import DataError, PeerTimeout, RewardError, TrainingError
 from cluster.fleet import MAX_DEATHS
 from cluster.gang import LearnerGang, RankDied
 from cluster.health import Health, Recent, _ordinal
-from cluster.peers import Calls
+from cluster.peers import Calls, RemoteShard
 from cluster.prepare import Inputs
 from cluster.processes import answer, explained, memory_hint
 from cluster.services import BUFFER, Services
@@ -32,6 +32,7 @@ from cluster.session import logical_cpus
 from cluster.watchdog import MIN_QUIET_S, RECENT_S, Observation, Watchdog, dump_stacks, stalled_stage
 from learner.worker import LearnerRank
 from tests.fleet_actors import SleepingActor, UnluckyRank
+from tests.simulated import until
 
 pytestmark = pytest.mark.timed
 
@@ -181,6 +182,33 @@ def test_a_failure_is_told_in_a_few_lines_with_its_cause(local_ray: None, tmp_pa
     assert str(caught.value) == "row 3 is empty.\nRemove: row 3"
     with pytest.raises(TrainingError, match=r"the part could not start:\n(.*\n)*.*KeyError"):
         answer(remote_part.remote("other").pid.remote(), "the part", 20.0)
+
+
+NO_SPACE = "buffer database /run/buffer.sqlite: database or disk is full. Free space on that disk."
+
+
+class Refusing:
+    async def insert(self) -> None:
+        raise DiskFullError(NO_SPACE)
+
+    async def stumble(self) -> None:
+        raise KeyError("x")
+
+
+@pytest.mark.slow
+def test_an_error_that_crosses_ray_keeps_its_own_sentence(local_ray: None) -> None:
+    told: list[str] = []
+    calls = Calls(30.0, told.append)
+    part: Any = RemoteShard(ray.remote(Refusing).options(num_cpus=0).remote())
+    with pytest.raises(DiskFullError) as caught:
+        calls.ask(part.insert(), "the part")
+    assert str(caught.value) == NO_SPACE
+    with pytest.raises(TrainingError, match=r"^the part failed: KeyError: 'x'\n  in stumble \(.*test_supervision.py:\d+\)$"):
+        calls.ask(part.stumble(), "the part")
+    for _ in range(3):
+        calls.post(part.insert(), "the part", "groups")
+    until(lambda: calls.num_failed_posts == 3)
+    assert told == [f"the part did not take groups: {NO_SPACE}"]
 
 
 def test_a_lack_of_memory_is_hinted_at_with_the_knobs_to_lower() -> None:
