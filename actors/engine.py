@@ -124,6 +124,9 @@ def engine_arguments(model: ModelConfig, config: ActorsConfig, *, max_model_len:
         "disable_log_stats": True,
         "trust_remote_code": model.trust_remote_code,
         "generation_config": "vllm",
+        # Not Mistral's own config and weights where they lie beside Hugging Face's, which are what the learner has.
+        "config_format": "hf",
+        "load_format": "hf",
         **_device_arguments(config),
     }
 

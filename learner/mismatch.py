@@ -74,9 +74,13 @@ class Sums(NamedTuple):
 
 
 def bound_nats(config: Config) -> float:
-    """The mean |d| up to which a run goes on. Adapters merged in half precision round the weights once more: twice as much."""
+    """The mean |d| up to which a run goes on.
+
+    Adapters merged in half precision round the weights once more: twice as much. A temperature below 1 enlarges what logits differ by.
+    """
     is_rounded = config.learner.lora_rank > 0 and config.weights.adapters == "merged" and config.model.dtype != "float32"
-    return BOUNDS_NATS[config.model.dtype] * (2.0 if is_rounded else 1.0)
+    factor = 2.0 if is_rounded else 1.0
+    return factor * BOUNDS_NATS[config.model.dtype] / min(1.0, config.actors.temperature)
 
 
 def is_above(mean: float, standard_error: float, bound: float) -> bool:

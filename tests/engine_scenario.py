@@ -36,6 +36,7 @@ MAX_NEW_TOKENS = 16
 SLOTS = 8
 SHORT = (4, 13, 5, 14)
 LONG = tuple(3 + i * i % 12 for i in range(70))  # Two whole blocks of the prefix cache and a bit.
+TOP_P = 0.8
 MANY_TOKENS = 280
 """Of a prompt, so that those for all slots are more than the 2,048 tokens that vLLM takes in one pass."""
 ON_UPDATE = {"continue": 11, "drain": 12, "abort": 13}
@@ -266,6 +267,10 @@ def run(model_dir: Path) -> Report:
     scenario.engine.abort(list(scenario._submitted))
     scenario.report.num_unfinished_after_abort = scenario.engine.num_unfinished
     scenario.step(1)
+    scenario.engine._config = scenario.config.model_copy(update={"top_p": TOP_P})
+    scenario.submit("nucleus", SHORT, 4 * SLOTS)
+    scenario.finish()
+    scenario.engine._config = scenario.config
     for number in range(SLOTS):
         prompt_ids = tuple(3 + (place * place + number) % 12 for place in range(MANY_TOKENS))
         scenario.submit("more than one pass takes", prompt_ids, 1, seed=SEED + number)

@@ -143,12 +143,14 @@ async def test_an_outdated_actor_is_told_so_by_every_shard(run_dir, num_shards):
 async def test_all_shards_go_on_after_a_restart_with_leases_uses_and_batches(run_dir, num_shards):
     settings = {"capacity": 12, "groups_per_step": 6, "max_uses": 2}
     buffer = open_buffer(run_dir, num_shards, **settings)
+    assert await buffer.next_step() == 0
     await fill(buffer, 9)
     held = ordinals_of(await buffer.lease("a", 3, 1.0) or [])
     batches = [await buffer.sample(step, 6, 1.0) for step in range(2)]
     before = await check_sums(buffer)
     await buffer.close()
     buffer = open_buffer(run_dir, num_shards, **settings)
+    assert await buffer.next_step() == 2, "what a learner that starts anew must know"
     after = await check_sums(buffer)
     assert (before.pop("starts"), after.pop("starts")) == (num_shards, 2 * num_shards)
     waits = ("wait_admission_s", "wait_batch_s")

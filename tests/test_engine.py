@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -12,10 +13,11 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from recipes.arithmetic import make_tokenizer
-from tests.engine_scenario import MANY_TOKENS, MAX_NEW_TOKENS, NUM_LOADS, ON_UPDATE, SLOTS, Generated, Report, weights
+from tests.engine_scenario import MANY_TOKENS, MAX_NEW_TOKENS, NUM_LOADS, ON_UPDATE, SLOTS, TOP_P, Generated, Report, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -45,20 +47,28 @@ class Observed:
         return (logits / (generated.temperature or 1.0)).log_softmax(-1)
 
     def errors_nats(self, generated: Generated, version: int) -> torch.Tensor:
-        """|engine - transformers| of every sampled token."""
+        """|transformers - engine| of every sampled token."""
+        return self.differences_nats(generated, version).abs()
+
+    def differences_nats(self, generated: Generated, version: int) -> torch.Tensor:
         token_ids = torch.tensor(generated.sample.token_ids)
         reference = self.reference(generated, version).gather(1, token_ids[:, None])[:, 0]
-        return (reference - torch.tensor(generated.sample.logprobs)).abs()
+        return reference - torch.tensor(generated.sample.logprobs)
 
     def worst_nats(self, phase: str, version: int) -> float:
         return max(self.errors_nats(generated, version).max().item() for generated in self.phase(phase))
 
 
 def with_two_ends_and_a_special_seven(model_dir: Path, copy: Path) -> Path:
-    """The model, whose completions end at the digit 6 too, by its generation_config.json alone, and whose digit 7 is a special token."""
+    """The model, whose completions end at the digit 6 too, by its generation_config.json alone, whose digit 7 is a special token,
+    and which lies there in Mistral's own format too."""
     shutil.copytree(model_dir, copy)
     generation = json.loads((copy / "generation_config.json").read_text())
     (copy / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [EOS, SIX]}))
+    (copy / "params.json").write_text("{}")
+    (copy / "consolidated.safetensors").write_bytes(b"Mistral's own format")
+    names = dict.fromkeys(load_file(copy / "model.safetensors"), "model.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": SEVEN, "content": "7"})
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -161,6 +171,14 @@ def test_more_prompt_tokens_than_one_pass_takes_are_computed_by_several_passes(o
     assert len(samples) == SLOTS
     assert SLOTS * MANY_TOKENS > 2048
     assert observed.worst_nats("more than one pass takes", 0) < TOLERANCE_NATS
+
+
+def test_a_nucleus_raises_log_probs_by_no_more_than_what_the_learner_takes_for_it(observed: Observed):
+    """Those of the renormalised nucleus, which holds top_p of the mass or more: what learner/mismatch.py counts on."""
+    raised = torch.cat([-observed.differences_nats(generated, 0) for generated in observed.phase("nucleus")])
+    assert raised.min() > -TOLERANCE_NATS
+    assert raised.max() < -math.log(TOP_P) + TOLERANCE_NATS
+    assert raised.mean() > 0.05, "it is cut"
 
 
 def test_temperature_0_takes_the_likeliest_token(observed: Observed):

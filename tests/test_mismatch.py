@@ -147,6 +147,11 @@ def test_merged_adapters_in_half_precision_are_rounded_once_more_than_their_weig
     assert bound_nats(alone) == BOUNDS_NATS["bfloat16"]
 
 
+def test_what_logits_differ_by_is_divided_by_the_temperature() -> None:
+    bounds = [bound_nats(changed(config_for("none"), actors={"temperature": temperature})) for temperature in (0.5, 1.0, 2.0)]
+    assert bounds == [2e-4, 1e-4, 1e-4]
+
+
 def test_the_first_fresh_samples_count_whenever_they_come_and_later_ones_are_metrics() -> None:
     told: list[str] = []
     check = check_of(tell=told.append)

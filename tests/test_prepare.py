@@ -33,11 +33,13 @@ def here(tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)  # dry_run sets it.
     monkeypatch.setattr(sys, "path", [*sys.path])  # What is imported from here is found without being told.
     shutil.copytree(ROOT / "configs" / "arithmetic", "data")
-    for name in ("model", "pad-beyond", "token-beyond", "no-config"):
+    for name in ("model", "pad-beyond", "token-beyond", "no-config", "rope-that-grows"):
         shutil.copytree(tiny_models["tied"], name)
     add_tokens("pad-beyond", pad_token="<pad-15>")
     add_tokens("token-beyond", additional_special_tokens=["7+"])
     Path("no-config/config.json").unlink()
+    grows = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 8}
+    Path("rope-that-grows/config.json").write_text(json.dumps(json.loads(Path("model/config.json").read_text()) | grows))
     Path("tokens.jsonl").write_text(json.dumps({"prompt": "7+2=", "answer": "9"}) + "\n")
     Path("user_rewards.py").write_text("def zero(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n")
     return tmp_path
@@ -74,6 +76,7 @@ FAULTS = [
     (["model.path=~nobody-of-this-name/x"], ["model.path = ~nobody-of-this-name/x", "there is no user 'nobody-of-this-name'"]),
     (["model.path=./" + "x" * 300], ["there is no"]),
     (["model.path=./no-config"], ["model.path"]),
+    (["model.path=./rope-that-grows"], ["rope_type = dynamic", "max_position_embeddings = 8", "Keep the sum at 8 or below"]),
     (["model.path=./pad-beyond"], ["pad token '<pad-15>' has the id 15", "15 rows (vocab_size)", "pad_token"]),
     (["model.path=./token-beyond"], ["prompts hold tokens", "'7+' has the id 15", "has 15 rows"]),
     (["model.path=./token-beyond", "data.path=tokens.jsonl", "data.eval_rows=0"], ["1 prompts hold tokens", "row 1:"]),
