@@ -354,9 +354,13 @@ def _read(path: str | Path) -> Iterator[tuple[int, LedgerEvent | str]]:
 
 
 def _what_it_is(line: bytes) -> str:
-    if not line.isascii() or b"\0" in line:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        text = line[: error.start].decode() if error.end == len(line) else "\0"  # Cut within a character, or no text.
+    if "\0" in text:
         return "not text: the file was overwritten, or damaged by its disk"
-    shown = line[:40].decode()
+    shown = text[:40]
     if not line.endswith(b"\n"):
         return f"cut short at {shown!r}: its buffer was killed, and completes it when it starts again; or the rest is lost"
     return f"no event: {shown!r}"

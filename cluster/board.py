@@ -193,9 +193,9 @@ class Board:
                 self._retiring[actor] = how
         await self._wake()
 
-    async def evaluations(self) -> tuple[int, list[Evaluation]]:
-        """(number still open, results so far)."""
-        return len(self._evaluations), list(self._results)
+    async def evaluations(self) -> tuple[list[int], list[Evaluation]]:
+        """(versions whose evaluation is open, results so far)."""
+        return [evaluation.version for evaluation in self._evaluations.values()], list(self._results)
 
     # --- inside -------------------------------------------------------------------------------------------------
 

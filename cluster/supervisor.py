@@ -77,6 +77,7 @@ class Supervisor:
         self._learner: Learner | None = None
         self._earlier_evaluations = read_evaluations(inputs.run_dir)  # Of earlier starts of the run.
         self._results: dict[int, Evaluation] = {}  # Of this start, by policy version.
+        self._is_last_begun = False  # The evaluation of the last version.
         self._ray = RayWatch(self._abandon)
 
     # --- start ----------------------------------------------------------------------------------------------------
@@ -180,17 +181,24 @@ class Supervisor:
         stats, view = self._stats.value, self._view.value
         if stats is None or view is None or self._evaluations.value is None:
             return
-        num_open, results = self._evaluations.value
-        self._results |= {result.policy_version: result for result in results}
+        open_versions = self._note_evaluations(*self._evaluations.value)
         self._log_buffer(stats)
         if self._learner is not None:
-            self._health.look(stats, view, num_open, self._fleet, self._learner)
+            self._health.look(stats, view, len(open_versions), self._fleet, self._learner)
         self._autoscale(stats, view)
         if self._control.is_due():
             self._control.write(self._status(stats, view))
         if terminal is not None:
             alive = set(self._fleet.names())
             terminal.update({**view, "actors": {name: counters for name, counters in view["actors"].items() if name in alive}})
+
+    def _note_evaluations(self, open_versions: Sequence[int], results: Sequence[Evaluation]) -> set[int]:
+        """Takes note of the board's word; the versions under evaluation: the last one also while a board that died is told of it again."""
+        self._results |= {result.policy_version: result for result in results}
+        last = self._config.run.steps
+        self._is_last_begun |= last in open_versions
+        is_last_open = self._is_last_begun and last not in self._results
+        return {*open_versions, last} if is_last_open else set(open_versions)
 
     def _refuse_if_ray_is_gone(self) -> None:
         if self._ray.cause:
@@ -212,7 +220,7 @@ class Supervisor:
 
     def _await_evaluations(self, stop: StopSignal, terminal: Terminal) -> None:
         until_s, seen = time.monotonic() + self._config.run.timeout_s, None
-        while not stop.name and self._services.ask(self._services.board.evaluations.remote(), BOARD)[0]:
+        while not stop.name and self._note_evaluations(*self._services.ask(self._services.board.evaluations.remote(), BOARD)):
             generated = [actor.get("tokens_under_way") for actor in self._view.value["actors"].values()] if self._view.value else None
             if generated != seen:  # As long as tokens come, it is only slow.
                 until_s, seen = time.monotonic() + self._config.run.timeout_s, generated
@@ -287,7 +295,7 @@ class Supervisor:
     def finish(self, totals: list[dict[str, float]], stopped: str | None) -> dict[str, Any]:
         """Retire the actors, write summary and report; the summary. What does not answer any more is left out of it."""
         services = self._services
-        _, arrived = self._last_word(services.board.evaluations.remote, BOARD, (0, []))
+        _, arrived = self._last_word(services.board.evaluations.remote, BOARD, ([], []))
         self._results |= {result.policy_version: result for result in arrived}
         stats = defaultdict(float, self._last_word(services.buffer.stats, BUFFER, self._stats.value or {}))
         self._log_buffer(stats)

@@ -83,7 +83,7 @@ def test_an_evaluation_is_shared_by_the_actors_and_counts_failures_apart() -> No
         (evaluation,) = bench.told
         assert (evaluation.policy_version, evaluation.num_problems, evaluation.num_errors) == (6, 4, 1)
         assert evaluation.solve_rate == 2 / 3
-        assert (await bench.board.evaluations())[0] == 0
+        assert (await bench.board.evaluations())[0] == []
 
     run(scenario)
 
@@ -140,6 +140,6 @@ def test_a_board_that_was_started_again_evaluates_what_was_open_and_not_what_is_
         assert (directive.version, len(directive.eval_items)) == (4, 2)
         assert directive.board != (await before.poll("actor-0", 0)).board, "whoever follows sees that it is another"
         assert [(await again.poll(name, 4)).retire for name in ("actor-1", "actor-2", "actor-3")] == ["drain", "now", ""]
-        assert await again.board.evaluations() == (1, [done])
+        assert await again.board.evaluations() == ([4], [done])
 
     run(scenario)

@@ -280,6 +280,7 @@ def test_a_ledger_is_completed_from_wherever_a_kill_left_it_and_only_its_end_is_
         (b'{"event":"leased"}\n', "line 1: no event"),
         (b'{"event":"leased","group_', "line 1: cut short at"),
         (b"x" * 300_000, "line 1: cut short at"),
+        ('{"event":"failed","reason":"\u592a\u957f'.encode()[:-1], "line 1: cut short at"),
     ],
 )
 def test_what_is_no_ledger_is_no_clean_audit(tmp_path, content, said):
