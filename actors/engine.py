@@ -175,7 +175,7 @@ class Engine:
         self._transfer: Literal["", "started", "arriving", "failed", "arrived"] = ""
         self.version = version
         self._engine.set_weight_version(str(version))
-        size = self._engine.vllm_config.model_config.get_vocab_size()
+        self._vocabulary = size = self._engine.vllm_config.model_config.get_vocab_size()
         self._stop_ids = [token_id for token_id in end_ids if token_id < size]  # vLLM refuses requests with others.
 
     @property
@@ -385,6 +385,9 @@ class Engine:
         from vllm.inputs.engine import tokens_input
 
         try:
+            # vLLM asks the tokenizer too: an id that only the tokenizer has meets a row of zeros in its padded embedding.
+            if (largest := max(prompt_ids, default=0)) >= self._vocabulary:
+                raise VLLMValidationError(f"Token id {largest} is out of vocabulary: the model has {self._vocabulary} tokens")
             prompt = tokens_input(prompt_ids, cache_salt=f"update-{self._num_updates}")
             self._engine.add_request(request_id, prompt, params, lora_request=self._lora_request)
         except VLLMValidationError as error:
