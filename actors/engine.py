@@ -63,6 +63,7 @@ VLLM_SYMBOLS = (
     "vllm.model_executor.layers.fused_moe.router.cpu_router:CPURouter",
     "vllm.model_executor.model_loader.reload:initialize_layerwise_reload",
     "vllm.model_executor.model_loader.reload:finalize_layerwise_reload",
+    "vllm.model_executor.model_loader.reload.layerwise:get_layerwise_info",
     "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
     "vllm.config.lora:MaxLoRARanks",
     "vllm.lora.model_manager:LoRAModelManager.get_adapter",
@@ -430,12 +431,19 @@ def _lora_arguments(model: ModelConfig, adapters: Adapters) -> dict[str, Any]:
 
 
 def _reload(model: Any, tensors: list[tuple[str, torch.Tensor]], model_config: Any) -> list[str]:
-    """Load `tensors` into `model`; the names, as vLLM has them, of parameters that got nothing."""
+    """Load `tensors` into `model`; the names, as vLLM has them, of parameters that got nothing.
+
+    Among them those that a model's own loader wrote past the reload (gpt-oss its experts): loaded, it says, but they would be the old ones.
+    """
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     initialize_layerwise_reload(model)
     expected = {name for name, _ in model.named_parameters()}
     loaded = model.load_weights(tensors)
+    for prefix, layer in model.named_modules():
+        if (info := get_layerwise_info(layer)).can_load() and info.load_numel <= 0:
+            loaded -= {f"{prefix}.{name}" for name, _ in layer.named_parameters(recurse=False)}
     _finalize(model, model_config)
     _mended(model, model_config, {})
     if model_config.hf_text_config.tie_word_embeddings:

@@ -12,13 +12,13 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.errors import ConfigError
-from cluster.model_shape import empty_model, load_model_config, model_class, num_fused, rope_parameters
+from cluster.model_shape import carries_state, empty_model, load_model_config, model_class, num_fused, rope_parameters
 
 
 def check_model(config: Config) -> None:
     """Raises ConfigError, in one sentence with a remedy, for a model that this run would train on another function than it samples from."""
     found = load_model_config(config.model)
-    for check in (_check_whole, _check_tied, _check_quantized, _check_attention, _check_windows, _check_rope):
+    for check in (_check_whole, _check_tied, _check_precision, _check_quantized, _check_attention, _check_windows, _check_rope):
         check(config, found)
 
 
@@ -53,6 +53,40 @@ def _check_tied(config: Config, found: Any) -> None:
         raise ConfigError(
             f"{_name(config, found)} has an LM head of its own (tie_word_embeddings = false), for which vLLM takes the embedding in this "
             "family. Give a model whose LM head is its embedding."
+        )
+
+
+def _check_precision(config: Config, found: Any) -> None:
+    """Families that vLLM computes otherwise, in float32, or on a CPU."""
+    text, dtype = found.get_text_config(), config.model.dtype
+    vllm_differs = {
+        "bloom": "vLLM's activation is another one (GELU by erf, not by tanh)",
+        "gpt_oss": "vLLM leaves the experts of this family as they were when new weights arrive",
+        "laguna": "vLLM does not find this family's corrections of the router's scores when new weights arrive",
+        "hrm_text": "vLLM computes other log-probs than transformers for this family",
+    }
+    if text.model_type in vllm_differs:
+        raise ConfigError(f"{_name(config, found)}: {vllm_differs[text.model_type]}. Give another model.")
+    if text.model_type == "apertus" and dtype == "float32":
+        raise ConfigError(
+            f"{_name(config, found)}: vLLM keeps the parameters of this family's activation in bfloat16. Set model.dtype=bfloat16."
+        )
+    if config.actors.num_gpus == 0 and "indexed_attention" in (getattr(text, "layer_types", None) or ()):
+        raise ConfigError(
+            f"{_name(config, found)} attends to tokens that it chooses (indexed_attention), which vLLM does on a GPU only. "
+            "Set actors.num_gpus, or give another model."
+        )
+    if config.actors.num_gpus or not carries_state(found) or text.model_type == "falcon_h1":
+        return
+    if not text.model_type.startswith(("qwen3_next", "qwen3_5")):
+        raise ConfigError(
+            f"{_name(config, found)} has layers that carry a state, which vLLM computes on a GPU only in this family. "
+            "Set actors.num_gpus, or give a model that attends."
+        )
+    if dtype != "bfloat16":
+        raise ConfigError(
+            f"{_name(config, found)} has layers of linear attention, which vLLM computes in bfloat16 alone on a CPU. "
+            "Set model.dtype=bfloat16, or actors.num_gpus."
         )
 
 
