@@ -35,9 +35,17 @@ DEATHS = (
 )
 
 
+def is_running(process: psutil.Process, part: str) -> bool:
+    """Whether it is one of that part's; not one that has ended since it was listed."""
+    try:
+        return part in " ".join(process.cmdline()) and process.status() != psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:  # A zombie is one, too.
+        return False
+
+
 def kill_one(process: subprocess.Popen[str], run_dir: Path, part: str, how: signal.Signals) -> bool:
     """The oldest running process of that part; False when there is none just now."""
-    found = [p for p in processes_of(run_dir, [process.pid]) if part in " ".join(p.cmdline()) and p.status() != psutil.STATUS_STOPPED]
+    found = [p for p in processes_of(run_dir, [process.pid]) if is_running(p, part)]
     for victim in sorted(found, key=lambda p: p.create_time()):
         victim.send_signal(how)
         return True
