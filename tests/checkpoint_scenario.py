@@ -111,6 +111,9 @@ class World:
     def next_step(self) -> int:
         return 0
 
+    def generation(self) -> dict[str, Any]:
+        return {}
+
     def set_watermark(self, step: int) -> None:
         self.note(watermark=step)
 
