@@ -18,6 +18,7 @@ two steps, serves everything, also what is under way. vLLM reads adapters from a
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import itertools
@@ -26,7 +27,6 @@ import logging
 import os
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -169,7 +169,7 @@ class Engine:
             self._engine.apply_model(_mend_for_cpu)
         # `_reload` checks itself what a snapshot leaves out; vLLM names layers that have nothing to load, at every update.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-        self._waiting: deque[tuple[str, list[int], Any]] = deque()
+        self._waiting: collections.deque[tuple[str, list[int], Any]] = collections.deque()
         self._started_s: dict[str, float] = {}  # When each running request got its slot; the oldest first.
         self._num_updates = 0
         self._lora_request: Any = None
@@ -247,7 +247,7 @@ class Engine:
     def abort(self, request_ids: list[str]) -> None:
         """Drop requests, started or not."""
         dropped = set(request_ids)
-        self._waiting = deque(request for request in self._waiting if request[0] not in dropped)
+        self._waiting = collections.deque(request for request in self._waiting if request[0] not in dropped)
         self._engine.abort_request(request_ids)
         for request_id in dropped:
             self._started_s.pop(request_id, None)
@@ -438,17 +438,18 @@ def _reload(model: Any, tensors: list[tuple[str, torch.Tensor]], model_config: A
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+    names = collections.defaultdict[int, set[str]](set)  # Of each parameter: a router's gate, for example, is part of two modules.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].add(name)
     initialize_layerwise_reload(model)
-    expected = {name for name, _ in model.named_parameters()}
     loaded = model.load_weights(tensors)
     for prefix, layer in model.named_modules():
         if (info := get_layerwise_info(layer)).can_load() and info.load_numel <= 0:
             loaded -= {f"{prefix}.{name}" for name, _ in layer.named_parameters(recurse=False)}
     _finalize(model, model_config)
     _mended(model, model_config, {})
-    if model_config.hf_text_config.tie_word_embeddings:
-        expected.discard("lm_head.weight")
-    return sorted(expected - loaded)
+    loaded |= {"lm_head.weight"} if model_config.hf_text_config.tie_word_embeddings else set()
+    return sorted(min(aliases) for aliases in names.values() if not aliases & loaded)
 
 
 def _finalize(model: Any, model_config: Any) -> None:

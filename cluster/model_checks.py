@@ -62,7 +62,7 @@ def _check_precision(config: Config, found: Any) -> None:
     vllm_differs = {
         "bloom": "vLLM's activation is another one (GELU by erf, not by tanh)",
         "gpt_oss": "vLLM leaves the experts of this family as they were when new weights arrive",
-        "laguna": "vLLM does not find this family's corrections of the router's scores when new weights arrive",
+        **dict.fromkeys(("afmoe", "laguna"), "vLLM does not find the corrections of its router's scores when new weights arrive"),
         "hrm_text": "vLLM computes other log-probs than transformers for this family",
     }
     if text.model_type in vllm_differs:

@@ -95,9 +95,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "layer_types": ["full_attention", "full_attention"]},
     "mellum": {},
-    "mimo_v2_flash": {"n_routed_experts": 4},
     "minicpm3": _LATENT,
-    "minimax_m2": {**_FEW_LOCAL, "rotary_dim": 32},
+    "minimax_m2": {**_FEW_LOCAL, "rotary_dim": 32, "scoring_func": "sigmoid"},
     "ministral3": {},
     "mistral": {"sliding_window": 8},
     "mixtral": _FEW_LOCAL,
@@ -135,7 +134,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 NOT_TRIED = (
     *("axk1", "dbrx", "deepseek_v4", "gemma3", "gemma3n", "gemma3n_text", "gemma4", "gemma4_unified", "glm_moe_dsa", "gpt-sw3"),
-    *("granitemoehybrid", "hy_v4", "inkling_text", "kimi_linear", "llama4", "longcat_flash", "mamba2", "nemotron_h"),
+    *("granitemoehybrid", "hy_v4", "inkling_text", "kimi_linear", "llama4", "longcat_flash", "mamba2", "mimo_v2_flash", "nemotron_h"),
     *("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text", "zamba2"),
 )
 """Shared families of which no tiny model is made here: parts of larger models, or layers that make tiny ones large or slow."""
