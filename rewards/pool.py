@@ -48,7 +48,7 @@ class RewardPool:
     columns                   by function name, the columns of the dataset without which it cannot be called
 
     `config`: `functions` (name, weight, and messages or not), `timeout_s`, `memory_gib`. The constructor returns when the
-    functions are loaded, in a worker; it raises RewardError, in one line, when one cannot be.
+    functions are loaded, in every worker; it raises RewardError, in one line, when one cannot be.
     """
 
     def __init__(self, config: RewardsConfig, workers: int = 1) -> None:
@@ -70,7 +70,8 @@ class RewardPool:
         for thread in self._threads:
             thread.start()
         try:
-            self.columns = dict(zip((spec.name for spec in specs), loaded[0].result(), strict=True))
+            columns = [future.result() for future in loaded]
+            self.columns = dict(zip((spec.name for spec in specs), columns[0], strict=True))
         except BaseException:  # Also Ctrl-C while a module hangs.
             self.close()
             raise
