@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,13 +66,21 @@ def _why_not_connected(address: str | None, error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _our_signal_handlers() -> Iterator[None]:
-    """`ray.init` puts its own handler of SIGTERM in place of ours, which ends the process without a word. No public switch."""
+    """The handler of SIGTERM stays the one that was there before `ray.init`. Ray has no public switch for its own two.
+
+    The one in Python ends the process without a word. The one in C++ prints its stack, calls the one before it, and sets an alarm
+    that aborts the process three seconds later, in the middle of an orderly end.
+    """
     setter = ray._private.utils.set_sigterm_handler
     ray._private.utils.set_sigterm_handler = lambda handler: None
+    ours = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
         ray._private.utils.set_sigterm_handler = setter
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)
+            signal.alarm(0)  # Of a SIGTERM that came in between.
 
 
 def _keep_deaths_to_ourselves() -> None:

@@ -129,3 +129,23 @@ def test_a_closed_terminal_does_not_keep_a_run_from_ending_in_order(tmp_path: Pa
     os.close(terminal)  # As when a window is closed: SIGHUP, and every write fails from now on.
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
     assert note.read_text() == "whole"
+
+
+@pytest.mark.slow
+def test_rays_own_handler_does_not_abort_what_ends_in_order() -> None:
+    body = """
+        from cluster.config_file import load_config
+        from cluster.session import ray_session
+        stop.end_in_order("the same command with run.dir=runs/x")
+        with ray_session(load_config("configs/quickstart.yaml")):
+            print("connected", flush=True)
+            while stop.name is None: time.sleep(0.01)
+            sys.exit(EXIT_CODES[stop.name] if signal.alarm(0) == 0 else "an alarm is set")
+"""
+    process = start("        import signal\n" + body)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "connected\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert errors == "SIGTERM: ending in order; a second signal interrupts\n"
+    assert process.returncode == 143
