@@ -63,6 +63,8 @@ def _check_precision(config: Config, found: Any) -> None:
         "bloom": "vLLM's activation is another one (GELU by erf, not by tanh)",
         "gpt_oss": "vLLM leaves the experts of this family as they were when new weights arrive",
         **dict.fromkeys(("afmoe", "laguna"), "vLLM does not find the corrections of its router's scores when new weights arrive"),
+        "minimax_m2": "vLLM cannot load new weights into a running model of this family",
+        "phimoe": "transformers' router draws experts at random in training, and without that it is another than vLLM's",
         "hrm_text": "vLLM computes other log-probs than transformers for this family",
     }
     if text.model_type in vllm_differs:

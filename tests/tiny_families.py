@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ _COMMON = {
     "moe_intermediate_size": 64,
 }
 _ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
-_SIGMOID = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+_SIGMOID = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "use_routing_bias": True}
 _LATENT = {"q_lora_rank": 32, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+_ARCHITECTURES = {"phimoe": "PhiMoEForCausalLM"}
+"""As the files on the hub have it, where transformers writes another name."""
 _FEW_LOCAL = {"num_local_experts": 4}
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -88,7 +91,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hrm_text": {},
     "hunyuan_v1_dense": {},
     "hunyuan_v1_moe": {"moe_topk": 2},
-    "hy_v3": {"first_k_dense_replace": 1},
     "hyperclovax": {},
     "jais2": {},
     "laguna": {},
@@ -96,7 +98,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "layer_types": ["full_attention", "full_attention"]},
     "mellum": {},
     "minicpm3": _LATENT,
-    "minimax_m2": {**_FEW_LOCAL, "rotary_dim": 32, "scoring_func": "sigmoid"},
+    "minimax_m2": {**_FEW_LOCAL, "rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
     "ministral3": {},
     "mistral": {"sliding_window": 8},
     "mixtral": _FEW_LOCAL,
@@ -108,7 +110,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 64},
     "phi": {},
     "phi3": {"sliding_window": 8},
-    "phimoe": _FEW_LOCAL,
+    "phimoe": {**_FEW_LOCAL, "attention_bias": True, "lm_head_bias": True},
     "qwen2": {},
     "qwen2_moe": {"shared_expert_intermediate_size": 64},
     "qwen3": {"tie_word_embeddings": True},
@@ -134,7 +136,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 NOT_TRIED = (
     *("axk1", "dbrx", "deepseek_v4", "gemma3", "gemma3n", "gemma3n_text", "gemma4", "gemma4_unified", "glm_moe_dsa", "gpt-sw3"),
-    *("granitemoehybrid", "hy_v4", "inkling_text", "kimi_linear", "llama4", "longcat_flash", "mamba2", "mimo_v2_flash", "nemotron_h"),
+    *(
+        "granitemoehybrid",
+        "hy_v3",
+        "hy_v4",
+        "inkling_text",
+        "kimi_linear",
+        "llama4",
+        "longcat_flash",
+        "mamba2",
+        "mimo_v2_flash",
+        "nemotron_h",
+    ),
     *("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text", "zamba2"),
 )
 """Shared families of which no tiny model is made here: parts of larger models, or layers that make tiny ones large or slow."""
@@ -223,6 +236,9 @@ def make_family(name: str, directory: Path) -> Path:
         model = AutoModelForCausalLM.from_config(config_of(name))
         stir(model, 0.05)
     model.save_pretrained(directory)
+    if name in _ARCHITECTURES:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        (directory / "config.json").write_text(json.dumps({**config, "architectures": [_ARCHITECTURES[name]]}), encoding="utf-8")
     make_tokenizer().save_pretrained(directory)
     return directory
 
