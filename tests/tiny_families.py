@@ -135,7 +135,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """By transformers' model_type: what differs from `_COMMON`, of which a family gets what it knows."""
 
 NOT_TRIED = (
-    *("axk1", "dbrx", "deepseek_v4", "gemma3", "gemma3n", "gemma3n_text", "gemma4", "gemma4_unified", "glm_moe_dsa", "gpt-sw3"),
+    *(
+        "axk1",
+        "cohere2_moe",
+        "dbrx",
+        "deepseek_v4",
+        "gemma3",
+        "gemma3n",
+        "gemma3n_text",
+        "gemma4",
+        "gemma4_unified",
+        "glm_moe_dsa",
+        "gpt-sw3",
+    ),
     *(
         "granitemoehybrid",
         "hy_v3",
