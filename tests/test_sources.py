@@ -118,7 +118,7 @@ def test_whole_pairs_of_surrogates_and_byte_order_marks_are_read(tmp_path):
 
 ROW = json.dumps({"prompt": "a"}).encode()
 DISGUISED = [
-    (gzip.compress(ROW), r"is compressed \(gzip\): unpack it"),
+    (gzip.compress(ROW, mtime=0), r"is compressed \(gzip\): unpack it"),
     (ROW.decode().encode("utf-16"), r"is UTF-16: save it as UTF-8"),
     (b"PAR1....PAR1", r"is a parquet file: let its name end in \.parquet"),
     (b"version https://git-lfs.github.com/spec/v1\n", r"is a pointer of git-lfs.*git lfs pull"),
