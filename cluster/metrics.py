@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -90,6 +91,7 @@ METRICS: dict[str, str] = {
 _SECRET_NAME = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASS|CREDENTIALS?)(_|$)", re.IGNORECASE)
 _MIN_SECRET_CHARS = 8  # shorter values are words such as "true": replacing them would garble the files
 _MAX_PENDING_LINES = 20_000
+_BLOCK_BYTES = 2**18
 
 
 def finite(value: Any) -> float | int | None:
@@ -183,25 +185,22 @@ class StepLines(JsonLines):
     def __init__(self, path: Path, redact: Redactor, key: str) -> None:
         super().__init__(path, redact)
         self._key = key
-        self._newest = max((step for step, _ in self._steps()), default=0)
+        self._newest = next((step for step, _ in self._steps_from_end()), 0)
 
     def rewind(self, step: int) -> None:
         """Drop the lines of `step` and of later ones, if there are any; call it before the first line of a step is appended."""
         self.flush()
         if step <= self._newest and not self._pending:  # On a full disk both stay; who reads takes the later one.
-            start = next((offset for found, offset in self._steps() if found >= step), None)
-            if start is not None:
-                os.ftruncate(self._descriptor, start)
+            later = itertools.takewhile(lambda found: found[0] >= step, self._steps_from_end())
+            if starts := [start for _, start in later]:
+                os.ftruncate(self._descriptor, starts[-1])
         self._newest = step
 
-    def _steps(self) -> Iterator[tuple[int, int]]:
-        """(step, where its line starts in the file, in bytes) of each whole line."""
-        offset = 0
-        with self.path.open("rb") as file:
-            for line in file:
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    yield int(json.loads(line)[self._key]), offset
-                offset += len(line)
+    def _steps_from_end(self) -> Iterator[tuple[int, int]]:
+        """(step, where its line starts in the file, in bytes) of each whole line, the last one first."""
+        for start, line in _lines_from_end(self.path):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                yield int(json.loads(line)[self._key]), start
 
 
 def replace_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -218,16 +217,10 @@ def note_event(run_dir: Path, text: str) -> None:
     events.close()
 
 
-def last_json_line(path: Path) -> dict[str, Any] | None:
-    """The last whole record of a JSON-lines file, of which only the end is read; None where there is none."""
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**20))
-        lines = file.read().splitlines(keepends=True)
-    for line in reversed(lines):
-        if line.endswith(b"\n") and line.strip():
-            record = json.loads(line)
-            return record if isinstance(record, dict) else None
-    return None
+def last_json_lines(path: Path, count: int) -> list[dict[str, Any]]:
+    """The last `count` whole records of a JSON-lines file, in its order; no more of it is read than these. None of a missing file."""
+    found = itertools.islice(_records_from_end(path), count) if path.is_file() else ()
+    return [*found][::-1]
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -244,6 +237,29 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         else:
             num_torn += 1
     return records, num_torn
+
+
+def _records_from_end(path: Path) -> Iterator[dict[str, Any]]:
+    for _, line in _lines_from_end(path):
+        with contextlib.suppress(ValueError):
+            if isinstance(record := json.loads(line), dict):
+                yield record
+
+
+def _lines_from_end(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(where it starts, line) of each line that is not empty, the last one first: a file of months is not read whole for its end."""
+    with path.open("rb") as file:
+        start, unfinished = file.seek(0, os.SEEK_END), b""
+        while start:
+            num_bytes = min(_BLOCK_BYTES, start)
+            start -= num_bytes
+            file.seek(start)
+            lines = (file.read(num_bytes) + unfinished).split(b"\n")
+            starts = list(itertools.accumulate((len(line) + 1 for line in lines), initial=start))
+            unfinished = lines[0]
+            yield from ((starts[place], lines[place]) for place in range(len(lines) - 1, 0, -1) if lines[place])
+        if unfinished:
+            yield 0, unfinished
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -25,7 +25,7 @@ import msgspec
 
 from buffer.records import Evaluation
 from cluster.config import Config
-from cluster.metrics import METRICS, JsonLines, Redactor, StepLines, finite, finite_tree, last_json_line, read_json_lines, replace_json
+from cluster.metrics import METRICS, JsonLines, Redactor, StepLines, finite, finite_tree, last_json_lines, replace_json
 from cluster.wandb_writer import WandbWriter, wandb_mode
 
 __all__ = ["Monitor", "wandb_mode"]
@@ -64,7 +64,7 @@ class Monitor:
         self._files["events"] = JsonLines(self._run_dir / "events.jsonl", self._redact)
         self._evaluation: dict[str, Any] = {"eval/solve_rate": None, "eval/policy_version": None}
         self._evaluations: collections.deque[tuple[int, float]] = collections.deque(maxlen=_HISTORY_ROWS)
-        for line in read_json_lines(self._run_dir / "evaluations.jsonl")[0]:
+        for line in last_json_lines(self._run_dir / "evaluations.jsonl", _HISTORY_ROWS):
             self._note_evaluation(line)
         self._files["evaluations"] = JsonLines(self._run_dir / "evaluations.jsonl", self._redact)
         self._actors: dict[str, _ActorGauge] = {}
@@ -223,7 +223,8 @@ class Monitor:
             kept = json.loads((self._run_dir / STATE_NAME).read_text(encoding="utf-8"))
             if kept["began_at_s"] == self._began_at_s:
                 self._held = kept["held"]
-                self._row = {**self._row, **(self._held or last_json_line(self._run_dir / "metrics.jsonl") or {})}
+                newest = [self._held] if self._held else last_json_lines(self._run_dir / "metrics.jsonl", 1)
+                self._row = {**self._row, **(newest[0] if newest else {})}
                 return
         self._note_held()
 

@@ -18,11 +18,12 @@ import wandb
 from rich.console import Console
 
 from buffer.records import Evaluation
+from cluster import metrics as metrics_module
 from cluster import monitor as monitor_module
 from cluster.config import Config
 from cluster.config_file import parse_config
 from cluster.errors import ConfigError
-from cluster.metrics import METRICS, JsonLines, Redactor, read_json_lines
+from cluster.metrics import METRICS, JsonLines, Redactor, StepLines, last_json_lines, read_json_lines
 from cluster.monitor import Monitor, wandb_mode
 from cluster.terminal import Terminal, duration, plain_line, screen, sparkline, summary_screen
 
@@ -213,6 +214,44 @@ def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, monkeypatch: py
     lines.append({"n": 4})
     lines.close()
     assert read_json_lines(tmp_path / "x.jsonl") == ([{"n": 1}, {"n": 2}, {"n": 3}, {"n": 4}], 0)
+
+
+def test_lines_are_in_the_order_of_steps_whatever_was_done_again_and_no_more_than_the_end_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_module, "_BLOCK_BYTES", 1000)
+    path = tmp_path / "x.jsonl"
+    path.write_text(
+        "".join(json.dumps({"step": step // 2, "text": "é" * (step % 7)}, ensure_ascii=False) + "\n" for step in range(2, 2002)),
+        encoding="utf-8",
+    )
+    size = path.stat().st_size
+    assert [(line["step"], len(line["text"])) for line in last_json_lines(path, 3)] == [(999, 4), (1000, 5), (1000, 6)]
+    with path.open("ab") as file:
+        file.write(b'{"step": 1001, "te')  # Killed.
+    loads = json.loads
+    read: list[int] = []
+    monkeypatch.setattr(metrics_module.json, "loads", lambda line: read.append(len(line)) or loads(line))
+    lines = StepLines(path, Redactor({}), "step")
+    for step in (1001, 999, 999):
+        lines.rewind(step)
+        lines.append({"step": step, "text": "again"})
+    assert sum(read) < size / 50
+    monkeypatch.undo()
+    steps = [step // 2 for step in range(2, 1998)]
+    assert [line["step"] for line in read_json_lines(path)[0]] == [*steps, 999]
+    lines.rewind(0)
+    assert path.stat().st_size == 0
+    assert last_json_lines(path, 1) == last_json_lines(tmp_path / "none.jsonl", 1) == []
+
+
+def test_steps_that_a_full_disk_kept_twice_stay_when_the_monitor_starts_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4, 2, 3)))
+    lines = StepLines(path, Redactor({}), "step")
+    lines.rewind(4)
+    lines.append({"step": 4})
+    assert [line["step"] for line in read_json_lines(path)[0]] == [1, 2, 3, 4, 2, 3, 4]
 
 
 @pytest.mark.slow
