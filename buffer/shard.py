@@ -27,7 +27,7 @@ from buffer.ledger import Ledger, missing_events, read_statuses
 from buffer.records import Group, WorkItem, encode, encode_batch
 from buffer.replay import EVICTIONS, Replay, meta_of
 from buffer.sampling import GroupMeta
-from buffer.store import BatchEntry, DiskFullError, RecordedBatch, Store
+from buffer.store import BatchEntry, DiskFullError, RecordedBatch, Store, StoreError
 from buffer.usable import MIN_SAMPLES, HeldSamples
 from cluster.config import Config
 from cluster.errors import ConfigError, DataError
@@ -285,6 +285,8 @@ class Shard:
 
     def close(self) -> None:
         """Closes the files. What is open or stored stays so, for the next start. Again is no error."""
+        with contextlib.suppress(StoreError):  # What a full disk refused, if it has room by now.
+            self._flush()
         self.ledger.close(keep_back=self.store.num_pending > 0)
         self.store.close()
 

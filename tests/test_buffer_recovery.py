@@ -167,6 +167,24 @@ async def test_what_a_full_disk_refused_and_a_kill_took_was_never_acknowledged(r
 
 
 @scenario
+async def test_what_a_full_disk_refused_is_written_at_the_end_where_there_is_room_by_then(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=8), run_dir, NUM_ROWS)
+    await buffer.lease("a", 3, 1.0)
+    await buffer.insert("a", [make_payload(0)])
+    with full_disk(buffer):
+        with pytest.raises(DiskFullError):
+            await buffer.insert("a", [make_payload(1, num_tokens=5000)])
+        assert len(ids_of(await buffer.sample(0, 2, 1.0))) == 2
+    await buffer.close()
+    await buffer.close()
+    stats = await check_sums(buffer := ReplayBuffer(make_config(capacity=8), run_dir, NUM_ROWS))
+    assert (stats["inserted"], stats["taken"], await buffer.next_step()) == (2, 2, 1), (
+        "no group is trained on as if it were for the first time"
+    )
+    assert audit(f"{run_dir}/{LEDGER_NAME}")["violations"] == []
+
+
+@scenario
 async def test_a_kill_between_the_databases_commit_and_the_ledgers_line_loses_no_line_and_nothing_is_read_for_it(run_dir, monkeypatch):
     monkeypatch.setattr("buffer.shard.read_statuses", lambda *_: pytest.fail("the whole ledger was read"))
     buffer = ReplayBuffer(make_config(capacity=8), run_dir, NUM_ROWS)
