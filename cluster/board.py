@@ -108,7 +108,8 @@ class Board:
         self._snapshots = {held: snapshot for held, snapshot in self._snapshots.items() if held < version}
         self._snapshots[version] = (manifest, buckets)
         self._newest = self._pushed = version
-        if evaluate and self._num_eval_rows and all(result.policy_version != version for result in self._results):
+        known = {entry.policy_version for entry in self._results} | {entry.version for entry in self._evaluations.values()}
+        if evaluate and self._num_eval_rows and version not in known:
             number = next(self._evaluation_ids)
             self._evaluations[number] = _OpenEvaluation(number, version, self._num_eval_rows, self._config.run.seed)
         self._drop_old_snapshots()
@@ -156,8 +157,8 @@ class Board:
         """Results of evaluation items (msgpack list of EvalSample). Twice the same item counts once."""
         for sample in msgspec.msgpack.decode(payload, type=list[EvalSample]):
             evaluation = self._evaluations.get(sample.item.evaluation_id)
-            if evaluation is None:
-                continue
+            if evaluation is None or sample.item.policy_version != evaluation.version:
+                continue  # The latter is of a board before this one.
             if any(span.version != evaluation.version for spans in sample.version_spans for span in spans):
                 evaluation.pending.append(sample.item)  # Not the policy it claims to measure: again.
                 continue

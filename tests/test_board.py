@@ -143,3 +143,19 @@ def test_a_board_that_was_started_again_evaluates_what_was_open_and_not_what_is_
         assert await again.board.evaluations() == ([4], [done])
 
     run(scenario)
+
+
+def test_a_version_published_before_a_board_that_was_started_again_is_told_of_it_once_more_is_evaluated_once() -> None:
+    async def scenario() -> None:
+        again = Bench(1)
+        await again.board.publish(b"m", [], 4, evaluate=True)
+        for version in (2, 4):
+            await again.board.publish(b"m", [], version, evaluate=version == 4)
+        assert await again.board.evaluations() == ([4], [])
+        dropped = EvalSample(item=EvalItem(0, 2, 0, 0), prompt="p", texts=("",), rewards=(None,), errors=("late",), version_spans=((),))
+        await again.finish(dropped)
+        assert await again.board.evaluations() == ([4], []), "the answer to another board's item"
+        await again.finish(result((await again.poll("a", 4)).eval_items[0], 1.0))
+        assert [(each.policy_version, each.solve_rate) for each in again.told] == [(4, 1.0)]
+
+    run(scenario)
