@@ -55,6 +55,7 @@ def score_group(functions: Sequence[WeightedReward], prompt: str, completions: S
 
 def shorten(text: str) -> str:
     """`text` cut to MAX_ERROR_CHARS characters, with an ellipsis where it was cut."""
+    text = text.encode(errors="replace").decode()  # Half a surrogate pair would end the worker that sends it.
     return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 3] + "..."
 
 

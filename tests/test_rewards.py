@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 import sympy
@@ -319,6 +320,14 @@ def test_a_result_of_the_wrong_shape_is_an_error_of_the_whole_group(values, reas
     scored = score((constant(values), 1.0))
     assert [sample.reward for sample in scored] == [None, None]
     assert all(reason in sample.error for sample in scored)
+
+
+def test_an_error_that_no_encoding_takes_arrives_in_words():
+    def fails(prompts, completions, **columns):
+        raise ValueError("cannot read \ud83d")
+
+    (scored, _) = msgspec.msgpack.decode(msgspec.msgpack.encode(score((fails, 1.0))), type=list[Scored])
+    assert "raised ValueError: cannot read ?" in scored.error
 
 
 def test_an_exception_is_an_error_with_its_last_line_and_place():
