@@ -50,8 +50,8 @@ class Calls:
         try:
             return future.result(limit_s)
         except concurrent.futures.TimeoutError:
-            if future.done():
-                raise  # The call itself raised a TimeoutError.
+            if future.done():  # At the last moment, or the call itself raised a TimeoutError.
+                return future.result(0)
             future.cancel()
             raise PeerTimeout(f"{who} did not answer within {limit_s:.0f} s (run.timeout_s)") from None
 

@@ -322,7 +322,8 @@ class Supervisor:
     def _write_summary(self, summary: Mapping[str, Any]) -> None:
         """The last rows, the summary and the report: by the monitor, and by this process where that is gone."""
         run_dir, path = self._inputs.run_dir, self._inputs.run_dir / "summary.json"
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Of a disk that went read-only; it is told below.
+            path.unlink(missing_ok=True)
         self._last_word(partial(self._services.monitor.close.remote, summary), MONITOR, None)
         try:
             if self._ray.cause or not path.exists():

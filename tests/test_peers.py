@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import json
 import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +67,32 @@ def test_calls_that_nobody_waits_for_are_counted_and_told_once() -> None:
     assert calls.ask(succeeds(), "the buffer") == 7
     with pytest.raises(PeerTimeout, match=r"the board did not answer within 0 s \(run.timeout_s\)"):
         calls.ask(asyncio.sleep(30), "the board", 0.2)
+
+
+def test_an_answer_that_comes_at_the_last_moment_is_an_answer(monkeypatch: Any) -> None:
+    class Late(concurrent.futures.Future):  # type: ignore[type-arg]
+        def result(self, timeout: float | None = None) -> Any:
+            if not self.done():
+                self.set_result(7)
+                raise TimeoutError
+            return super().result(timeout)
+
+    calls = Calls(5.0)
+    monkeypatch.setattr(calls, "start", lambda call, who: Late())
+    assert calls.ask(None, "the board") == 7  # type: ignore[func-returns-value, arg-type]
+
+
+def test_a_disk_that_takes_no_summary_is_an_event_not_a_traceback(tmp_path: Path) -> None:
+    told: list[str] = []
+    supervisor: Any = object.__new__(Supervisor)
+    supervisor._inputs, supervisor._ray = SimpleNamespace(run_dir=tmp_path), SimpleNamespace(cause="")
+    monitor = SimpleNamespace(close=SimpleNamespace(remote=lambda summary: None))
+    supervisor._services = SimpleNamespace(monitor=monitor, ask=lambda *_: None, event=told.append)
+    (tmp_path / "summary.json").mkdir()  # Cannot be removed as a file, as on a disk that went read-only.
+    (tmp_path / "report.html").mkdir()
+    supervisor._write_summary({"stopped": None})
+    assert len(told) == 1
+    assert "was not written" in told[0]
 
 
 def test_a_full_disk_is_one_line_when_it_begins_and_one_with_the_count_when_it_ends(tmp_path: Path) -> None:
