@@ -273,8 +273,10 @@ def _what_is_missing(store: Path) -> str | None:
         state = db.execute("SELECT value FROM meta WHERE key = 'state'").fetchone()
         waiting = db.execute("SELECT min(place) FROM ledger").fetchone()[0]
         end = msgspec.json.decode(state[0])["ledger_end"]
-        if size < (end if waiting is None else waiting):
-            return f"{path.name} has {size:,} bytes of the {end:,} that the buffer wrote: lines are missing"
+        if size < end:
+            is_kept = waiting is not None and waiting <= size
+            why = f"the rest is in {store.name}, and is written when the run goes on" if is_kept else "lines are missing"
+            return f"{path.name} has {size:,} bytes of the {end:,} that the buffer wrote: {why}"
     return None
 
 

@@ -35,6 +35,7 @@ _FIXED = (
     "data.system_prompt",
     "data.max_prompt_tokens",
     "actors.temperature",
+    "actors.top_p",
     "buffer.num_shards",
     "buffer.samples_per_insert",
     "learner.lora_rank",

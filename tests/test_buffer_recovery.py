@@ -247,11 +247,14 @@ def test_ledgers_that_lack_lines_or_are_missing_beside_their_databases_are_told(
     run_virtually(fill())
     assert audit_run(tmp_path)["violations"] == []
     path = tmp_path / "ledger-1.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole.partition(b"\n")[0] + b"\n")  # Lines are gone, and none of those that are left tells of it.
+    (violation,) = audit_run(tmp_path)["violations"]
+    assert f"of the {len(whole)} that the buffer wrote: the rest is in buffer-1.sqlite" in violation
     store = Store(tmp_path / "buffer-1.sqlite")
     store.forget_ledger()  # As after more lines than the database keeps.
     store.flush()
     store.close()
-    path.write_bytes(path.read_bytes().partition(b"\n")[0] + b"\n")
     assert "lines are missing" in audit_run(tmp_path)["violations"][0]
     path.unlink()
     assert audit_run(tmp_path)["violations"] == ["ledger-1.jsonl is missing: buffer-1.sqlite, of the same shard, is there"]

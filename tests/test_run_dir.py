@@ -99,6 +99,7 @@ def test_only_a_finished_run_is_not_continued(tmp_path: Path, summary: dict[str,
         ("run.seed=7", "already holds a run with run.seed = 0, now 7"),
         ("model.path=elsewhere", "model.path = '.cache/arithmetic-base', now 'elsewhere'"),
         ("buffer.num_shards=2", "buffer.num_shards = 1, now 2"),
+        ("actors.top_p=0.9", "actors.top_p = 1.0, now 0.9"),
     ],
 )
 def test_what_the_run_is_about_cannot_change(tmp_path: Path, override: str, message: str) -> None:
