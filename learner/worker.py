@@ -31,7 +31,7 @@ import torch.distributed as dist
 from buffer.records import Batch, decode_batch
 from cluster.config import Config
 from cluster.config_file import dump_config
-from cluster.errors import PeerTimeout
+from cluster.errors import ConfigError, PeerTimeout
 from cluster.own_warnings import OwnWarnings
 from cluster.peers import Calls, connect_buffer
 from cluster.transports import NoTransport, Sender, Transport, ZeroSource, load_transport
@@ -309,10 +309,11 @@ class LearnerRank:
             self._calls.post(self._buffer.set_ref_logprobs(ref_logprobs), BUFFER, "the reference's log-probs, which are computed again")
 
     def _write_policy(self, policy_dir: str) -> None:
-        """Collective. A disk that refuses it costs nothing else where there are checkpoints: the newest holds the same weights."""
+        """Collective. Neither a disk that refuses it nor a base whose files are gone costs anything else where there are checkpoints: the
+        newest holds the same weights."""
         try:
             self._policy.save_pretrained(policy_dir, self._bucket_bytes)
-        except OSError as error:
+        except (OSError, ConfigError) as error:
             if not self._config.checkpoint.every:
                 raise
             self._monitor.event.remote(f"the policy was not written to {policy_dir}: {error}; `launch.py export` makes it of a checkpoint")

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from cluster.config import ModelConfig
 from cluster.errors import ConfigError
 from cluster.model_checks import check_model, lora_notes
 from learner.model_files import check_model_files, mended, write_model_files
+from learner.worker import LearnerRank
 from tests.test_zero import config_for
 from tests.tiny_families import make_family
 
@@ -138,3 +140,21 @@ def test_a_head_of_its_own_where_vllm_takes_the_embedding_is_refused(tmp_path: P
     base = make_family("cohere untied", tmp_path / "base")
     with pytest.raises(ConfigError, match=r"\(cohere\) has an LM head of its own .*for which vLLM takes the embedding"):
         check_model(config_for(str(base)))
+
+
+def test_a_base_whose_files_are_gone_at_the_end_costs_no_run_that_has_checkpoints(tmp_path: Path) -> None:
+    class Policy:
+        def save_pretrained(self, directory: str, bucket_bytes: int) -> None:
+            write_model_files(tmp_path, ModelConfig(path=str(base)))
+
+    (base := tmp_path / "gone").mkdir()
+    told: list[str] = []
+    rank: Any = object.__new__(LearnerRank)
+    rank._policy, rank._monitor = Policy(), SimpleNamespace(event=SimpleNamespace(remote=told.append))
+    rank._config = config_for("none")
+    assert rank._config.checkpoint.every
+    rank._write_policy("policy")
+    assert re.search("the policy was not written to policy: .*gone.*; `launch.py export` makes it of a checkpoint", told[0])
+    rank._config = rank._config.model_copy(update={"checkpoint": rank._config.checkpoint.model_copy(update={"every": 0})})
+    with pytest.raises(ConfigError, match="gone"):
+        rank._write_policy("policy")
