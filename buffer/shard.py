@@ -123,6 +123,7 @@ class Shard:
 
     def fail(self, actor: str, ordinals: Sequence[int], reason: str) -> None:
         """Ends items without a group; those that ended, or are another actor's by now, are ignored and counted."""
+        self._flush()
         for ordinal in self.admission.fail(actor, ordinals):
             self._record("failed", ordinal, actor=actor, reason=reason)
         self._write()

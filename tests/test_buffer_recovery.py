@@ -167,6 +167,24 @@ async def test_what_a_full_disk_refused_and_a_kill_took_was_never_acknowledged(r
 
 
 @scenario
+async def test_reports_that_are_sent_again_and_again_to_a_full_disk_do_not_pile_up(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=8), run_dir, NUM_ROWS)
+    await buffer.lease("a", 3, 1.0)
+    with full_disk(buffer):
+        with pytest.raises(DiskFullError):
+            await buffer.insert("a", [make_payload(1, num_tokens=5000)])
+        waiting = (await check_sums(buffer))["changes_unwritten"]
+        for _ in range(5):
+            with pytest.raises(DiskFullError):
+                await buffer.fail("a", [2], "refused")
+        stats = await check_sums(buffer)
+        assert (stats["changes_unwritten"], stats["failed"], stats["ignored_reports"]) == (waiting, 0, 0)
+    await buffer.fail("a", [2], "refused")
+    stats = await check_sums(buffer)
+    assert (stats["changes_unwritten"], stats["failed"], stats["ignored_reports"]) == (0, 1, 0)
+
+
+@scenario
 async def test_what_a_full_disk_refused_is_written_at_the_end_where_there_is_room_by_then(run_dir):
     buffer = ReplayBuffer(make_config(capacity=8), run_dir, NUM_ROWS)
     await buffer.lease("a", 3, 1.0)
