@@ -14,6 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
+
+from cluster.errors import AgroError, TrainingError
+from cluster.processes import explained
 
 LOOK_S = 0.5
 CLUSTER_LIMIT_S = 20.0
@@ -35,6 +39,16 @@ class RayWatch:
         self._is_over, self._is_obeyed = threading.Event(), threading.Event()
         self.cause = ""
         threading.Thread(target=self._watch, name="ray's life", daemon=True).start()
+
+    def explained(self, error: RayError) -> AgroError:
+        """Why a call of Ray's failed. When Ray is gone, the main thread may meet that before this one has looked: it is waited for."""
+        until_s = time.monotonic() + 2 * LOOK_S
+        while not self.cause and time.monotonic() < until_s:
+            time.sleep(LOOK_S / 10)
+        if not self.cause:
+            return explained(error, "Ray")
+        self.obeyed()
+        return TrainingError(self.cause)
 
     def obeyed(self) -> None:
         """The main thread ends the run, without waiting for Ray."""

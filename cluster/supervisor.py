@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayError
+
 from actors.offline import OfflineActor
 from actors.rollout import RolloutActor
 from buffer.records import Evaluation
@@ -204,6 +206,10 @@ class Supervisor:
         if self._ray.cause:
             self._ray.obeyed()
             raise TrainingError(self._ray.cause)
+
+    def explained(self, error: AgroError | RayError) -> AgroError:
+        """The error that ends the run, in words of ours also where Ray failed in the middle of a look."""
+        return error if isinstance(error, AgroError) else self._ray.explained(error)
 
     def _mend_services(self) -> None:
         """Monitor and board are started again by Ray; a board is told what it knew."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray.exceptions import RayError
+
 from cluster import placement
 from cluster.config import Config
 from cluster.errors import AgroError
@@ -43,11 +45,15 @@ def _run(inputs: Inputs, stop: StopSignal) -> dict[str, Any]:
                 supervisor.start(warnings, stop, terminal)
                 totals = supervisor.watch(stop, terminal)
             return supervisor.finish(totals, stop.name)
-        except AgroError as error:
+        except (AgroError, RayError) as raised:
+            error = supervisor.explained(raised)
             try:
                 supervisor.finish([], str(error).splitlines()[0])
-            except AgroError as second:  # What is left of the run cannot be closed in order: say so, but the first error is the cause.
+            except (
+                AgroError,
+                RayError,
+            ) as second:  # What is left of the run cannot be closed in order: say so, but the first error is the cause.
                 raise type(error)(f"{error}\n(and the run's files could not be completed: {str(second).splitlines()[0]})") from None
-            raise
+            raise error from None
         finally:
             supervisor.close()

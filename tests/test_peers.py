@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +16,10 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RaySystemError
 
 from actors.prompts import PromptRow, PromptSet
-from cluster import ray_watch
+from cluster import ray_watch, train
 from cluster.config_file import parse_config
 from cluster.errors import PeerTimeout, TrainingError
 from cluster.health import FullDisk
@@ -24,6 +27,7 @@ from cluster.own_warnings import OwnWarnings
 from cluster.peers import Calls
 from cluster.prepare import Inputs
 from cluster.ray_watch import RayWatch
+from cluster.signals import StopSignal
 from cluster.supervisor import Supervisor
 from cluster.troubles import QUIET_S, Troubles
 from tests.simulated import until
@@ -126,6 +130,40 @@ def test_what_our_own_code_warns_of_is_told_once_whenever_it_came() -> None:
         assert told == ["GraniteForCausalLM: log-probs are taken from whole logits", "liger-kernel does not work"]
     finally:
         warnings.close()
+
+
+def test_what_ray_raises_when_it_is_gone_is_told_by_who_watches_it(monkeypatch: Any) -> None:
+    watch: Any = object.__new__(RayWatch)
+    watch.cause, watch._is_obeyed = "", threading.Event()
+    failure = RaySystemError("IOError: Broken pipe")
+    monkeypatch.setattr(ray_watch, "LOOK_S", 0.1)
+    assert str(watch.explained(failure)).startswith("Ray died: System error: IOError: Broken pipe")
+    monkeypatch.setattr(ray_watch, "LOOK_S", 5.0)
+    threading.Timer(0.05, lambda: setattr(watch, "cause", "the raylet is gone")).start()
+    assert str(watch.explained(failure)) == "the raylet is gone"
+    assert watch._is_obeyed.is_set()
+
+
+def test_a_run_in_which_ray_fails_ends_with_a_sentence(monkeypatch: Any, tmp_path: Path) -> None:
+    class Unlucky(Supervisor):
+        def __init__(self, inputs: Inputs) -> None:
+            self._ray: Any = SimpleNamespace(explained=lambda error: TrainingError("the raylet is gone"))
+
+        def start(self, *arguments: Any) -> None:
+            raise RaySystemError("IOError: Broken pipe")
+
+        def finish(self, totals: list[dict[str, float]], stopped: str | None) -> dict[str, Any]:
+            raise RaySystemError(f"once more after {stopped}")
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(train, "Supervisor", Unlucky)
+    monkeypatch.setattr(train, "ray_session", lambda config: contextlib.nullcontext())
+    monkeypatch.setattr(train.placement, "ask_ray", list)
+    monkeypatch.setattr(train.placement, "check", lambda bundles, free: [])
+    with pytest.raises(TrainingError, match=r"^the raylet is gone\n.*once more after the raylet is gone"):
+        train._run(inputs(tmp_path), StopSignal())
 
 
 # Over Ray ------------------------------------------------------------------------------------------------------------
