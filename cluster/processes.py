@@ -101,7 +101,8 @@ def explained(error: RayError, who: str) -> AgroError:
     if isinstance(error, RayTaskError):
         if isinstance(error.cause, AgroError):
             return error.cause
-        return TrainingError(f"{who} failed: {type(error.cause).__name__}: {error.cause}{_where(str(error))}")
+        what = str(error.cause).partition("\n")[0] if isinstance(error.cause, RayError) else error.cause  # Ray adds paragraphs.
+        return TrainingError(f"{who} failed: {type(error.cause).__name__}: {what}{_where(str(error))}")
     if not could_not_start(error):
         return TrainingError(f"{who} died: {death_cause(error)}")
     # Ray gives the text only of what a constructor raised.

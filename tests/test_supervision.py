@@ -217,6 +217,12 @@ def test_a_lack_of_memory_is_hinted_at_with_the_knobs_to_lower() -> None:
     assert isinstance(explained(ray.exceptions.RayActorError(), "x"), TrainingError)
 
 
+def test_what_ray_itself_raised_in_a_process_is_told_without_its_paragraph() -> None:
+    full = ray.exceptions.ObjectStoreFullError("Failed to put object 00ff: it is full.")
+    text = str(explained(ray.exceptions.RayTaskError("train", "a traceback", full), "learner ranks"))
+    assert text == "learner ranks failed: ObjectStoreFullError: Failed to put object 00ff: it is full."
+
+
 # The buffer as a service -------------------------------------------------------------------------------------------------
 
 
