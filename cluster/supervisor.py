@@ -389,7 +389,7 @@ class Supervisor:
             "tokens": first.get("tokens"),
             # Of a run in one piece only: the wall time of its earlier starts is not known here.
             "samples_per_s": first["samples"] / wall_s if first and not inputs.is_continued else None,
-            "policy_dir": self.policy_dir if first and Path(self.policy_dir).is_dir() else None,  # A full disk may have refused it.
+            "policy_dir": self.policy_dir if first.get("policy_written") else None,  # Else what lies there is of an earlier start.
             "report": str(inputs.run_dir / "report.html"),
             "run_dir": str(inputs.run_dir),
             "stopped": stopped,

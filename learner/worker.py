@@ -178,8 +178,7 @@ class LearnerRank:
         if config.checkpoint.every:
             self._save(progress)
         self._checkpoints.close()  # Durable before the policy is written, which a full disk may prevent.
-        self._write_policy(policy_dir)
-        return progress.totals()
+        return {**progress.totals(), "policy_written": float(self._write_policy(policy_dir))}
 
     # --- verbs of the loop ----------------------------------------------------------------------------------------
 
@@ -308,15 +307,19 @@ class LearnerRank:
             ref_logprobs = {gid: [d["ref_logprob"] for d in rows] for gid, rows in diagnostics.items()}
             self._calls.post(self._buffer.set_ref_logprobs(ref_logprobs), BUFFER, "the reference's log-probs, which are computed again")
 
-    def _write_policy(self, policy_dir: str) -> None:
-        """Collective. Neither a disk that refuses it nor a base whose files are gone costs anything else where there are checkpoints: the
-        newest holds the same weights."""
+    def _write_policy(self, policy_dir: str) -> bool:
+        """Whether it was written (rank 0). Collective.
+
+        A disk that refuses it, or a base whose files are gone, costs nothing else where there are checkpoints: the newest holds the same.
+        """
         try:
             self._policy.save_pretrained(policy_dir, self._bucket_bytes)
         except (OSError, ConfigError) as error:
             if not self._config.checkpoint.every:
                 raise
             self._monitor.event.remote(f"the policy was not written to {policy_dir}: {error}; `launch.py export` makes it of a checkpoint")
+            return False
+        return True
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

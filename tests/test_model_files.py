@@ -153,7 +153,7 @@ def test_a_base_whose_files_are_gone_at_the_end_costs_no_run_that_has_checkpoint
     rank._policy, rank._monitor = Policy(), SimpleNamespace(event=SimpleNamespace(remote=told.append))
     rank._config = config_for("none")
     assert rank._config.checkpoint.every
-    rank._write_policy("policy")
+    assert rank._write_policy("policy") is False
     assert re.search("the policy was not written to policy: .*gone.*; `launch.py export` makes it of a checkpoint", told[0])
     rank._config = rank._config.model_copy(update={"checkpoint": rank._config.checkpoint.model_copy(update={"every": 0})})
     with pytest.raises(ConfigError, match="gone"):

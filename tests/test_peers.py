@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import json
@@ -97,6 +98,17 @@ def test_a_disk_that_takes_no_summary_is_an_event_not_a_traceback(tmp_path: Path
     supervisor._write_summary({"stopped": None})
     assert len(told) == 1
     assert "was not written" in told[0]
+
+
+@pytest.mark.parametrize(("first", "named"), [({"policy_written": 1.0}, True), ({"policy_written": 0.0}, False), ({}, False)])
+def test_a_policy_that_an_earlier_start_wrote_is_not_called_this_ones(first: dict[str, float], named: bool, tmp_path: Path) -> None:
+    (tmp_path / "policy").mkdir()
+    supervisor: Any = object.__new__(Supervisor)
+    supervisor._inputs, supervisor._learner, supervisor._start_s = inputs(tmp_path), None, 0.0
+    supervisor._config, supervisor.policy_dir = supervisor._inputs.config, str(tmp_path / "policy")
+    supervisor._fleet, supervisor._health = SimpleNamespace(num_deaths=0), SimpleNamespace(num_buffer_deaths=0)
+    summary = supervisor._summary({"samples": 8.0, **first} if first else {}, [], collections.defaultdict(float), None)
+    assert summary["policy_dir"] == (str(tmp_path / "policy") if named else None)
 
 
 def test_a_full_disk_is_one_line_when_it_begins_and_one_with_the_count_when_it_ends(tmp_path: Path) -> None:
