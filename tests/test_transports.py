@@ -141,6 +141,18 @@ class TestSnapshotsInTheBackground:
         assert board.evaluated == [1]
         assert_same(board.published[4], weights[4])
 
+    def test_a_board_that_was_started_again_hears_last_of_what_was_pushed_meanwhile(self):
+        board, store, told, announced = Board(), Store(), [], [3]
+        board.announce = Method(lambda version: told.append((version, sorted(board.published))))
+        transport: Any = snapshots(Plain(), store, board)
+        store.gate.clear()
+        transport.publish(2, evaluate=False)
+        transport.republish(lambda: announced[0])
+        announced[0] = 4  # Pushed before the snapshot is stored.
+        store.gate.set()
+        until(lambda: told)
+        assert told == [(4, [2])]
+
     def test_a_publication_waits_for_the_one_before_and_uses_its_memory_again(self):
         policy, board, store = Plain(), Board(), Store(delay_s=0.02)
         transport = snapshots(policy, store, board)

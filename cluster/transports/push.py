@@ -73,7 +73,7 @@ class PushTransport(Transport):
         self._snapshots.flush()
 
     def republish(self) -> None:
-        self._snapshots.republish(self._announced)
+        self._snapshots.republish(lambda: self._announced)
 
     def metrics(self) -> dict[str, float]:
         return {**self._snapshots.metrics(), "weights/stale_actors": float(len(self._owing))} if self._sender.rank == 0 else {}

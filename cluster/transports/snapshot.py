@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -79,18 +80,18 @@ class SnapshotTransport(Transport):
             raise PeerTimeout(f"{who} did not answer within {limit_s:.0f} s (run.timeout_s)") from None
         self._storing = None
 
-    def republish(self, announced: int | None = None) -> None:
-        """`announced`: the version that the actors got by another road since."""
-        self._thread.submit(self._tell_board_again, announced)
+    def republish(self, newest_announced: Callable[[], int | None] = lambda: None) -> None:
+        """`newest_announced()`: the version that the actors got by another road since, asked for when the board has the snapshots."""
+        self._thread.submit(self._tell_board_again, newest_announced)
 
-    def _tell_board_again(self, announced: int | None) -> None:
+    def _tell_board_again(self, newest_announced: Callable[[], int | None]) -> None:
         try:
             for version in sorted(self._held):
                 self._tell_board(version)
-            if announced is not None:  # Else the snapshot would take back those who have newer weights.
+            if (announced := newest_announced()) is not None:  # Else the snapshot would take back those who have newer weights.
                 self._sender.calls.ask(self._sender.board.announce.remote(announced), "board")
         except AgroError as error:
-            self._sender.tell(f"the board was not told of version {max(self._held)} again: {str(error).splitlines()[0]}")
+            self._sender.tell(f"the board was not told of version {max(self._held, default=-1)} again: {str(error).splitlines()[0]}")
 
     def _tell_board(self, version: int) -> None:
         manifest, references, evaluate = self._held[version]
