@@ -251,7 +251,7 @@ def _lines_from_end(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
         start, unfinished = file.seek(0, os.SEEK_END), b""
         while start:
-            num_bytes = min(_BLOCK_BYTES, start)
+            num_bytes = min(max(_BLOCK_BYTES, len(unfinished)), start)  # Twice as much each time for a line that is longer.
             start -= num_bytes
             file.seek(start)
             lines = (file.read(num_bytes) + unfinished).split(b"\n")
