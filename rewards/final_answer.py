@@ -16,11 +16,14 @@ import re
 TAIL_CHARS = 10_000  # What is in no box is looked for in so many of the last characters,
 LINE_CHARS = 1_000  # and no longer line is an answer.
 
-_THINKING_TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+_THINKING_TAG = re.compile(
+    r"<(/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(/?)THINK\]|◁(/?)think▷|<\|(?:begin|(end))_of_thought\|>", re.IGNORECASE
+)
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>|</answer>).)*)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_BRACE = re.compile(r"\\[{}]|\\(?:boxed|fbox)\s*\{|[{}]")
+_BARE_BOX = re.compile(r"\\(boxed|fbox)\s*(-?\d+(?:[.,/]\d+)*|[A-J]\b|\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})")
+_BRACE = re.compile(r"\\\\|\\[{}]|\\(?:boxed|fbox)\s*\{|[{}]")
 _PLACEHOLDER = re.compile(
     r"(?:\\(?:text|mathrm)\s*\{)?\s*(?:(?:your |the |final )*answer(?: here)?|\.{2,}|…|\\[lc]?dots|\?|_+|)\s*\}?", re.IGNORECASE
 )
@@ -43,9 +46,11 @@ _MATH = re.compile(
     r"|\\\((?P<c>(?:(?!\\\().){1,500}?)\\\)|\\\[(?P<d>(?:(?!\\\[).){1,500}?)\\\]",
     re.DOTALL,
 )
+_DERIVATION = re.compile(r"\\(?:begin|end)\s*\{(?:align(?:ed)?|gather(?:ed)?|split)\*?\}")
 _AND = re.compile(r"\s*(?:,?\s*\band\b|,?\s*\bor\b|,|;|和|或)\s*")
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
 _CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:,;](?=\s|$)|\s*$|(?=\s+(?:because|since|as)\b))")
+_OPTION_LINE = re.compile(r"([A-J])[.):]\s+\S")
 _LETTER = re.compile(r"\(([A-J])\)")
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.\\])(?:-\s?(?=[\d.$€£¥₹]))?(?:US)?\s?[$€£¥₹]?\s?"
@@ -55,10 +60,13 @@ _NUMBER = re.compile(
     r"(?:\s?\\?%|\s?percent\b)?"
 )
 
+_GAP = re.compile(r"\s{3,}")
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _ARGUMENT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
-_WORD = re.compile(r"[A-Za-z]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]+")
+_WORD = re.compile(
+    r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]+|[\u0400-\u1aff]{2,}"
+)  # Greek letters are variables.
 _FUNCTION = re.compile(
     r"(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|sqrt|pi|and|or|mod|gcd|lcm|max|min|inf|infinity|oo|percent", re.IGNORECASE
 )
@@ -73,7 +81,9 @@ _UNIT = re.compile(
 
 def final_answer(text: str, *, is_gold: bool = False) -> str | None:
     """The text of the answer; None when there is none. A gold answer is taken as it is: rule 5 is not for it."""
-    text = _outside_thinking(text.translate(_FULL_WIDTH))
+    text = _GAP.sub(lambda gap: "\n\n" if "\n" in gap.group() else "  ", text.translate(_FULL_WIDTH))
+    text = _outside_thinking(text)
+    text = _BARE_BOX.sub(r"\\\1{\2}", text)
     if tags := _ANSWER_TAG.findall(text):
         text = tags[-1]
     boxes, rest = _boxes(text)
@@ -94,7 +104,7 @@ def final_answer(text: str, *, is_gold: bool = False) -> str | None:
         found = lines[-1]
     if found is not None or is_gold:
         return found
-    if match := _LETTER.match(lines[-1]):
+    if match := _LETTER.match(lines[-1]) or (_OPTION_LINE.match(lines[0]) if len(lines) == 1 else None):
         return match.group(1)
     found = _last_value(rest)
     return lines[0] if found is None and len(lines) == 1 and len(lines[0].split()) <= 3 else found
@@ -111,7 +121,7 @@ def bare(text: str) -> str:
             if len(text) > len(opened) + len(closed) and text.startswith(opened) and text.endswith(closed) and opened not in inside:
                 text = inside
         text = re.sub(r"(?:(?<!\\)[.,;:]|[。，；：！、])+$", "", text)
-        text = re.sub(r"^(?:=|≈|:|：)\s*|\*\*$", "", text)
+        text = re.sub(r"^(?:=|≈|~|\\(?:approx|simeq|sim)(?![A-Za-z])|:|：)\s*|\*\*$", "", text)
     return text
 
 
@@ -159,7 +169,7 @@ def _outside_thinking(text: str) -> str:
     outside, begin = [], 0
     is_thinking = False
     for tag in _THINKING_TAG.finditer(text):
-        if not tag.group(1):
+        if not any(tag.groups()):
             outside += [] if is_thinking else [text[begin : tag.start()]]
             is_thinking = True
         else:
@@ -180,7 +190,7 @@ def _boxes(text: str) -> tuple[list[str], str]:
                 while spans and spans[-1][0] > opened[0]:
                     spans.pop()
                 spans.append((*opened, match.start()))
-        elif token[0] != "\\" or len(token) > 2:  # \{ and \} are characters of a set, not braces.
+        elif token[0] != "\\" or len(token) > 2:  # \{ and \} are characters of a set, not braces; \\ is a new line.
             open_braces.append((match.start(), match.end()) if len(token) > 1 else None)
     is_empty = [_PLACEHOLDER.fullmatch(text[content:end]) is not None for _, content, end in spans]
     filled = [span for span, empty in zip(spans, is_empty, strict=True) if not empty]
@@ -255,10 +265,18 @@ def _last_value(text: str) -> str | None:
     """The formula, number or choice that ends last."""
     found, end = None, -1
     for match in _MATH.finditer(text):
-        content = bare(next(filter(None, match.groups())))
+        content = bare(_last_line(next(filter(None, match.groups()))))
         if is_formula(content):
             found, end = content, match.end()
     for match in (*_NUMBER.finditer(text), *_LETTER.finditer(text)):
         if match.end() > end:
             found, end = match.group().strip(), match.end()
     return found
+
+
+def _last_line(formula: str) -> str:
+    """Of a derivation over several lines the last; another formula as it is."""
+    if not _DERIVATION.search(formula):
+        return formula
+    lines = [line.strip(" &\n") for line in _DERIVATION.sub("", formula).split(r"\\")]
+    return next((line for line in reversed(lines) if line), "").replace("&", "")

@@ -60,7 +60,22 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))")
 _SPACING = re.compile(r"\\[!]|\\(?:displaystyle|textstyle|limits|left|right)(?![A-Za-z])\.?")
-_GAP = re.compile(r"\\[;:,> ]|~|\\q?quad(?![A-Za-z])")
+_GAP = re.compile(r"(?<!\\)\\[;:,> ]|~|\\q?quad(?![A-Za-z])")
+_STYLE = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:underline|mathbf|boldsymbol|bm|bf)(?![A-Za-z])")
+_CONNECTED = re.compile(r"\s*,?\s*(?:\\(?:text|textrm|mathrm|mbox)\s*\{\s*,?\s*(and|or)\s*\}|(?<=\s)(and|or)(?=\s))\s*")
+_INEQUALITY = re.compile(r"[<>]|\\[lg]e(?:q|qslant)?(?![A-Za-z])")
+_ABOUT = re.compile(
+    r"(?:\\text\s*\{\s*(?:approximately|approx\.?|about|around|roughly|nearly)\s*\}"
+    r"|(?:approximately|about|around|roughly|nearly)\s)\s*",
+    re.IGNORECASE,
+)
+_PERCENT_OF = re.compile(r"(\\frac\{[^{}]*\}\{[^{}]*\})\s*\\%")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{(?:align(?:ed)?|cases|gather(?:ed)?|split|equation)\*?\}")
+_NEXT_LINE = re.compile(r"\s*\\\\\s*(?:&?\s*(=))?\s*&?")
+_OUTWARD = re.compile(r"([\]\[(])([^\[\]()]+)[,;]([^\[\]()]+)([\])\[])")
+_WHERE = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*(?:where|for|with)\s*\})?\s*[a-z]\s*\\in\s*\\mathbb\s*\{?[ZNQR]\}?\s*$")
+_SCALE = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*)?\b(thousand|million|billion|trillion)\b(?:\s*\})?", re.IGNORECASE)
+_EXPONENTS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\}|'|\\,|\\ | )\d{3})+(?![\d])(?!\s*/)")
 _IN_BRACKETS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|\\,|\\ | )\d{3})+(?![\d])(?!\s*/)")
 _CURRENCY = re.compile(r"(?:\b(?:US|A|C|HK|NZ|R)|\\text\{(?:US)?)?\s*\\?\$\}?|[€£¥₹₩₽¢₪₫฿₴₺]|\b(?:USD|EUR|GBP|CNY|JPY|INR)\b|\bRs\b\.?")
@@ -106,6 +121,9 @@ def equal(gold: str, answer: str) -> bool:
     check_gold(gold)
     if plain(gold) == plain(answer):
         return True
+    scaled = _scaled(gold), _scaled(answer)
+    if scaled != (gold, answer) and equal(*scaled):
+        return True
     if choice := _choice(gold):
         return choice == (_choice(answer) or _choice_before_value(answer)[0])
     value = _choice_before_value(answer)[1]
@@ -131,7 +149,7 @@ def canonical(answer: str) -> str:
         return choice
     if (written := _as_written(answer)) is not None:
         return written
-    formula = _normal(answer)
+    formula = _normal(_scaled(answer))
     sides = _sides(formula)
     if _BASED.fullmatch(formula) or not _agree(sides):
         return plain(answer)
@@ -219,7 +237,10 @@ def _proportional(gold: str, answer: str) -> bool:
 @functools.lru_cache(maxsize=512)
 def _normal(text: str) -> str:
     """LaTeX that math-verify reads as it is meant."""
-    text = without_unit(_PERCENT.sub(r"\\%", bare(text)))
+    text = bare(_on_one_line(_STYLE.sub("", bare(text))))
+    if about := _ABOUT.match(text):
+        text = text[about.end() :]
+    text = without_unit(_PERCENT.sub(r"\\%", text))
     text = _ROOT.sub(lambda match: rf"\sqrt{{{match.group(1) or match.group(2)}}}", text)
     text = _SUPERSCRIPT.sub(lambda match: f"^{{{match.group().translate(_SUPERSCRIPTS)}}}", text)
     text = unicodedata.normalize("NFKC", text.translate(_SYMBOLS))
@@ -231,6 +252,7 @@ def _normal(text: str) -> str:
         .replace(r"\lbrace", r"\{")
         .replace(r"\rbrace", r"\}")
         .replace(r"\varnothing", r"\emptyset")
+        .replace(r"\degree", r"^\circ")
     )
     text = _TEXT_OF_NUMBER.sub(r"\1", text)
     text = _CURRENCY.sub("", _GAP.sub(" ", text))
@@ -239,7 +261,37 @@ def _normal(text: str) -> str:
     text = without_unit(_LATEX_UNIT.sub("", _DEGREES.sub("", text)))
     text = _REPEATING.sub(_repeating, _SCIENTIFIC.sub(r"\\times 10^{\1}", text))
     text = _MIXED_LATEX.sub(_mixed, _MIXED.sub(_mixed, _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)))
-    return bare(_MEMBER.sub("", bare(re.sub(r"\s*,?\s+(?:and|or)\s+", ", ", text))))
+    text = _PERCENT_OF.sub(r"\\frac{\1}{100}", text)
+    text = bare(_MEMBER.sub("", _WHERE.sub("", bare(_connected(text)))))
+    return _OUTWARD.sub(_inward, text) if _OUTWARD.fullmatch(text) else text
+
+
+def _on_one_line(text: str) -> str:
+    """Equations below each other as a list of them, or as one that goes on."""
+    if not _ENVIRONMENT.search(text):
+        return re.sub(r"\s*\\\\\s*$", "", text)
+    inside = re.sub(r"\s*\\\\\s*$", "", _ENVIRONMENT.sub("", text).strip())
+    return _NEXT_LINE.sub(lambda match: " = " if match.group(1) else ", ", inside).replace("&", "")
+
+
+def _connected(text: str) -> str:
+    """Answers listed in words as a list; alternative inequalities stay alternatives."""
+    parts = _CONNECTED.split(text)[::3]
+    words = {match.group(1) or match.group(2) for match in _CONNECTED.finditer(text)}
+    return (r" \lor " if words == {"or"} and all(map(_INEQUALITY.search, parts)) else ", ").join(parts)
+
+
+def _inward(match: re.Match[str]) -> str:
+    """]1, 2[ as (1, 2)."""
+    opened, first, second, closed = match.groups()
+    if opened != "]" and closed != "[":
+        return match.group()
+    return f"{'[' if opened == '[' else '('}{first}, {second}{']' if closed == ']' else ')'}"
+
+
+def _scaled(text: str) -> str:
+    """1.5 million as a number."""
+    return _SCALE.sub(lambda match: rf" \times 10^{{{_EXPONENTS[match.group(1).lower()]}}}", text)
 
 
 def _repeating(match: re.Match[str]) -> str:
@@ -252,7 +304,7 @@ def _repeating(match: re.Match[str]) -> str:
 def _mixed(match: re.Match[str]) -> str:
     sign, whole, above, below = match.groups()
     is_mixed = int(above) < int(below)  # 2 3/2 is none.
-    return rf"{sign}({whole}+\frac{{{above}}}{{{below}}})" if is_mixed else match.group()
+    return rf"{sign}\frac{{{int(whole) * int(below) + int(above)}}}{{{below}}}" if is_mixed else match.group()
 
 
 @functools.lru_cache(maxsize=512)
@@ -260,6 +312,11 @@ def _read(formula: str) -> Any:
     """The sympy expression of a formula; None where there is none."""
     if not formula:
         return None
+    if r"\lor" in formula:
+        relations = [_read(part.strip()) for part in formula.split(r"\lor")]
+        is_one_variable = len(set().union(*(getattr(relation, "free_symbols", ()) for relation in relations))) == 1
+        is_known = is_one_variable and all(isinstance(relation, Relational | And) for relation in relations)
+        return sympy.Union(*(relation.as_set() for relation in relations)) if is_known else None
     # In a box, math-verify reads all of it as LaTeX. It must not look for a part that it can read where it cannot read the whole.
     boxed, latex = rf"\boxed{{{formula}}}", [LatexExtractionConfig()]
     found = parse(boxed, latex, fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)

@@ -135,6 +135,13 @@ def test_a_kind_of_answers(kind):
     assert wrong == []
 
 
+def test_a_box_of_blanks_is_read_at_once():
+    start_s = time.process_time()
+    assert math_verify(["q"], [r"\boxed{" + " " * 100_000 + "5}"], answer=["5"]) == [1.0]
+    assert math_verify.answer(r"\boxed{" + "\n \n" * 50_000 + "5}") == "5"
+    assert time.process_time() - start_s < 2.0
+
+
 # As competitions write their answers.
 FORMS = r"""
 \frac{3}{56} ~ \left( 3, \frac{\pi}{2} \right) ~ 6 - 5i ~ \text{Evelyn} ~ \begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix} ~ 1 \pm \sqrt{19}
