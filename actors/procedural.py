@@ -20,14 +20,13 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-import yaml
-
+from cluster import config_text
 from cluster.errors import DataError
 
 PREFIX = "reasoning_gym:"
 TRAIN_SPLIT = "train"
 TRAIN_ROWS, HELD_OUT_ROWS = 1000, 200
-TRIES_PER_ROW = 20
+TRIES_PER_ROW, MAX_REPEATS = 20, 10_000
 FAMILIES_OF = {"bfi": "bf", "cellpylib": "game_of_life, game_of_life_halting", "pycosat": "zebra_puzzles", "zss": "codeio"}
 """What reasoning-gym imports but is no wheel, and the families that need it: installed by hand, or done without."""
 
@@ -49,7 +48,7 @@ def read_rows(key: str, path: str, split: str, limit: int | None) -> dict[int, d
     family, _, query = path.removeprefix(PREFIX).partition("?")
     parameters = _parameters(key, path, query)
     size = parameters.pop("size", TRAIN_ROWS)
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise DataError(f"{key} = {path}: size = {size!r}, expected a whole number of at least 1.")
     questions = _distinct(key, path, family, parameters, TRAIN_SPLIT, size)
     if split != TRAIN_SPLIT:
@@ -61,16 +60,22 @@ def read_rows(key: str, path: str, split: str, limit: int | None) -> dict[int, d
 def _distinct(
     key: str, path: str, family: str, parameters: dict[str, Any], split: str, count: int, taken: set[str] | None = None
 ) -> list[dict[str, Any]]:
-    """`count` rows with different questions, none of them in `taken`; fewer where the family has no more, but not none."""
+    """`count` rows with different questions, none of them in `taken`; fewer where the family has no more, but not none.
+
+    It has no more where MAX_REPEATS in a row are known.
+    """
     seen = set(taken or ())
     rows: list[dict[str, Any]] = []
     entries = _entries(key, path, family, {**parameters, "size": count * TRIES_PER_ROW}, zlib.crc32(split.encode()))
+    num_repeats = 0
     for entry in itertools.islice(entries, count * TRIES_PER_ROW):
+        num_repeats += 1
         if entry["question"] not in seen:
+            num_repeats = 0
             seen.add(entry["question"])
             rows.append({"question": entry["question"], "answer": entry["answer"]})
-            if len(rows) == count:
-                break
+        if len(rows) == count or num_repeats == MAX_REPEATS:
+            break
     if not rows:
         raise DataError(f"{key} = {path}: split {split!r} has no prompt that is not trained on. Lower size, or raise the difficulty.")
     return rows
@@ -96,9 +101,12 @@ def _entries(key: str, path: str, family: str, parameters: dict[str, Any], seed:
 def _parameters(key: str, path: str, query: str) -> dict[str, Any]:
     try:
         pairs = urllib.parse.parse_qsl(query, strict_parsing=True, keep_blank_values=True) if query else []
-        return {name: yaml.safe_load(value) for name, value in pairs}
-    except (ValueError, yaml.YAMLError):
+        parameters = {name: config_text.read(value, comments=False) for name, value in pairs}
+    except ValueError:
         raise DataError(f"{key} = {path}: expected parameters as in {PREFIX}chain_sum?max_terms=3&size=2000") from None
+    if len(parameters) < len(pairs):
+        raise DataError(f"{key} = {path}: a parameter is there twice.")
+    return parameters
 
 
 def _library(key: str, path: str) -> Any:

@@ -263,8 +263,13 @@ def _in_known_zones(kind: pa.DataType) -> pa.DataType:
             return pa.timestamp(kind.unit, "UTC")
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(_in_known_zones(field.type)) for field in kind])
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_in_known_zones(kind.value_type)))
+    if pa.types.is_map(kind):
+        return pa.map_(_in_known_zones(kind.key_type), _in_known_zones(kind.item_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_in_known_zones(kind.value_type)), kind.list_size)
+    for is_kind, make in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if is_kind(kind):
+            return make(kind.value_field.with_type(_in_known_zones(kind.value_type)))
     return kind
 
 

@@ -96,7 +96,8 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
     except RecursionError:
         raise ConfigError(f"{source}: a list or mapping contains itself, or is nested without end.") from None
     except pydantic.ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
+        # A list of which an entry is wrong is too short besides, says pydantic.
+        problems = [_explain(problem) for problem in error.errors() if problem["type"] != "too_short" or not problem["input"]]
         shown = "\n".join(f"  - {line}" for line in problems[:10])
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ConfigError(f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{shown}{more}") from None

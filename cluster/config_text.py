@@ -25,7 +25,11 @@ _MAX_DIGITS = 400
 
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _COMMENT = re.compile(r"[ \t]+(#.*)|[ \t]*\n([ \t]*)(#.*)")
-_COMMAND_OF_TEX = re.compile(r"\\t[A-Za-z]|\\n(?:abla|e|eq|ot|otin|eg|ewline|ewcommand|mid|leq|geq|oindent|u|onumber)(?![A-Za-z])")
+_COMMAND_OF_TEX = re.compile(
+    r"\\t[A-Za-z]|\\n(?:abla|atural|e|eq|ot|otin|eg|earrow|warrow|exists|i|icefrac|u|olimits|oindent|onumber|ew(?:line|page|command|environment)"
+    r"|(?:leq|geq|less|gtr|mid|sim|cong|prec|succ|parallel|subset|supset|subseteq|supseteq|leftarrow|rightarrow|vdash|vDash)(?:q|slant)?)"
+    r"(?![A-Za-z])"
+)
 """What is \\times or \\nabla rather than a tab or a new line and a word."""
 _SPOKEN = {"\b": "backspace", "\f": "form feed", "\r": "carriage return", "\a": "bell", "\x1b": "escape", "\t": "tab", "\n": "line break"}
 _PLAIN = re.compile(r"[A-Za-z./~_][A-Za-z0-9./~_+@=-]*(:[A-Za-z0-9_][A-Za-z0-9./~_+@=-]*)?")
@@ -48,6 +52,10 @@ def read(text: str, prose: Iterable[str] = (), *, comments: bool = True) -> Any:
         raise TextError(_in_words(error)) from None
     except yaml.reader.ReaderError as error:
         raise TextError(f"not YAML: character {error.position + 1} (U+{int(error.character):04X}) is none of its characters") from None
+    except TextError:
+        raise
+    except (ValueError, OverflowError):  # PyYAML asks for the character of any number.
+        raise TextError(r"not YAML: a \U escape in double quotes is no character; write the text in single quotes, '...'") from None
     except RecursionError:
         raise TextError("not YAML for a config: lists or mappings are nested too deeply") from None
 

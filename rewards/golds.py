@@ -8,6 +8,8 @@ import math
 import numbers
 from typing import Any
 
+MAX_BITS = 1000  # Beyond, Python's own conversions fail.
+
 
 def gold_texts(gold: Any) -> tuple[str, ...]:
     """The ways to write a gold answer, stripped, the plainest first: ("72", "72.0") for the number 72.0.
@@ -46,6 +48,8 @@ def _unwrapped(gold: Any) -> Any:
 
 
 def _number_texts(number: Any) -> tuple[str, ...]:
+    if isinstance(number, int) and number.bit_length() > MAX_BITS:
+        raise ValueError(f"is a whole number of {number.bit_length():,} bits; write it as text")
     if not math.isfinite(number):
         raise ValueError(f"is {number}, which is no number")
     written = f"{number:f}" if isinstance(number, decimal.Decimal) else str(number)

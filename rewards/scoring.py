@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -71,13 +72,12 @@ def _call(reward: WeightedReward, prompt: str, completions: list[str], columns: 
         given |= _as_messages(prompt, completions, columns)
     positional, named = signature.arguments(given)
     try:
-        values = reward.function(*positional, **named)
+        values = _as_list(reward.function(*positional, **named))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code may raise anything; the error goes into the record
         return [_describe(reward, error)] * num
     if inspect.iscoroutine(values):
         values.close()
         return [f"{reward.name} is asynchronous: it returned a coroutine; write a plain function"] * num
-    values = _as_list(values)
     if not isinstance(values, list | tuple):
         return [f"{reward.name} returned {_kind(values)}, expected a list of {num} numbers"] * num
     if len(values) != num:
@@ -111,7 +111,8 @@ def _checked(name: str, value: Any) -> float | str:
     if value is None:
         return f"{name} returned None (could not score)"
     is_text = isinstance(value, str | bytes | bytearray)
-    if is_text or not hasattr(type(value), "__float__") or tuple(getattr(value, "shape", ())):
+    is_complex = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)  # numpy's become floats, half of them.
+    if is_text or is_complex or not hasattr(type(value), "__float__") or tuple(getattr(value, "shape", ())):
         return f"{name} returned a {_kind(value)}, expected a number"
     try:
         number = float(value)

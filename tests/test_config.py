@@ -422,3 +422,9 @@ def test_any_text_as_an_override_is_a_config_or_a_config_error(text, before):
     path = REPOSITORY / "configs" / "llama3_8b_math.yaml"
     outcome = config_or_message(load_config, path, [before + text])
     assert isinstance(outcome, Config) or len(outcome.splitlines()) <= MAX_LINES
+
+
+def test_a_list_with_a_wrong_entry_is_not_called_too_short():
+    with pytest.raises(ConfigError, match="nam is not a known key") as refused:
+        load_config("configs/quickstart.yaml", ["rewards.functions=[{name: exact_match}, {name: exact_match, nam: x}]"])
+    assert "at least one entry" not in str(refused.value)

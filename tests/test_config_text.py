@@ -270,3 +270,16 @@ def test_a_config_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + QUICKSTART.read_bytes().replace(b"\n", b"\r\n"))
     assert load_config(path) == load_config(QUICKSTART)
     assert isinstance(load_config(path), Config)
+
+
+ESCAPES = [r"\U00110000", r"\UFFFFFFFF", r"\natural", r"\nleq", r"\nless", r"\nrightarrow", r"\nexists", r"\nsubseteq"]
+
+
+@pytest.mark.parametrize("escape", ESCAPES)
+def test_an_escape_that_is_no_character_or_a_command_of_tex_is_refused(escape):
+    with pytest.raises(TextError, match="single quotes"):
+        read(f'a: "x {escape} y"')
+
+
+def test_a_line_break_in_double_quotes_is_one_where_words_follow():
+    assert read(r'a: "if\nnext\nnatural\nI am"') == {"a": "if\nnext\nnatural\nI am"}

@@ -106,6 +106,7 @@ def test_an_unreadable_gold_answer_is_a_failure_and_not_a_wrong_answer(gold, com
         (None, "is null"),
         (True, "is true, neither text nor a number"),
         (math.nan, "is nan"),
+        (10**400, "is a whole number of 1,329 bits"),
         (b"\xff", r"is b'\xff', bytes that are not UTF-8"),
         (datetime.timedelta(1), "is a timedelta"),
     ],

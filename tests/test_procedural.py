@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,18 @@ def test_without_the_library_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(DataError, match=r"reasoning-gym is not installed.*make setup"):
         read_rows("data.path", SUMS, "train", None)
     assert not any(isinstance(module, procedural._Absent) for module in sys.modules.values())
+
+
+def test_parameters_are_read_as_a_config_is():
+    longest = read_rows("data.path", "reasoning_gym:chain_sum?min_terms=0600&max_terms=0600&size=1", "train", None)
+    assert longest[0]["question"].count(" + ") + longest[0]["question"].count(" - ") == 599
+    for query in ("size=true", "size=1&size=2", "max_terms=&a", "size=!!int 3"):
+        with pytest.raises(DataError, match="reasoning_gym:chain_sum"):
+            read_rows("data.path", f"reasoning_gym:chain_sum?{query}", "train", None)
+
+
+def test_a_family_that_has_no_more_prompts_ends_soon():
+    query = "min_terms=2&max_terms=2&min_digits=1&max_digits=1&size=1000000"
+    start_s = time.process_time()
+    assert len(read_rows("data.path", f"reasoning_gym:chain_sum?{query}", "train", None)) == 200
+    assert time.process_time() - start_s < 5.0

@@ -412,3 +412,20 @@ def test_scoring_and_pool_import_nothing_heavy():
         "import sys, rewards.pool; from tests.reward_functions import HEAVY_MODULES; print([m for m in HEAVY_MODULES if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("value", [np.complex64(1), 1j, np.complex128(1 + 1j)])
+def test_a_complex_number_is_no_reward(value):
+    scored = score_group([WeightedReward("f", 1.0, lambda completions, **columns: [value])], "p", ["c"], {})
+    assert "expected a number" in scored[0].error
+
+
+def test_an_array_that_cannot_be_read_is_the_error_of_its_group():
+    class Unreadable:
+        ndim = 1
+
+        def tolist(self):
+            raise NotImplementedError("no data")
+
+    scored = score_group([WeightedReward("f", 1.0, lambda completions, **columns: Unreadable())], "p", ["c"], {})
+    assert scored[0].error.startswith("f raised NotImplementedError: no data")

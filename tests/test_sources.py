@@ -182,3 +182,21 @@ def test_without_a_home_a_tilde_is_an_error(monkeypatch, tmp_path):
 def test_shown_text_moves_no_cursor():
     text = "\x1b[2J\x07a\r\n\tb\x00\u202e\ud800é🙂"
     assert printable(text) == "\\x1b[2J\\x07a\\r\n\tb\\x00\\u202e\\ud800é🙂"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.map_(pa.string(), pa.timestamp("us", "Mars/X")),
+        pa.large_list(pa.timestamp("us", "Mars/X")),
+        pa.list_(pa.timestamp("us", "Mars/X"), 1),
+    ],
+    ids=str,
+)
+def test_an_unknown_time_zone_is_read_as_utc_however_deep_it_lies(kind, tmp_path):
+    value = [("k", 1)] if pa.types.is_map(kind) else [1]
+    pq.write_table(pa.table({"prompt": ["a"], "t": pa.array([value], kind)}), tmp_path / "train.parquet")
+    row = read_source("data.path", str(tmp_path), "train").rows[0]
+    assert isinstance(row, dict)
+    found = row["t"][0][1] if pa.types.is_map(kind) else row["t"][0]
+    assert found.utcoffset() == timedelta(0)
