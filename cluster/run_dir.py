@@ -89,7 +89,7 @@ def check_run_dir(config: Config) -> str:
     with _explained(config):
         path = _path(config)
         if path is None:
-            path = (runs_root() / _fresh_name(config)).resolve()
+            path = _of_fair_length((runs_root() / _fresh_name(config)).resolve())
             _try_to_make(path)
             return f"{path} would be made"
         if (before := _run_in(path)) is None:
@@ -146,13 +146,15 @@ def _path(config: Config) -> Path | None:
     given = user_path("run.dir", config.run.dir)
     if given.is_symlink() and not given.exists():
         raise ConfigError(f"run.dir = {given} is a link that leads nowhere (to {os.readlink(given)}). Choose another run.dir.")
-    path = given.resolve()
-    if len(os.fsencode(path)) > MAX_PATH_BYTES:
-        raise ConfigError(
-            f"run.dir is too long: {len(os.fsencode(path))} bytes as an absolute path, at most {MAX_PATH_BYTES}. Choose another."
-        )
+    path = _of_fair_length(given.resolve())
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run.dir = {path} is a file. Choose a new or empty directory.")
+    return path
+
+
+def _of_fair_length(path: Path) -> Path:
+    if (size := len(os.fsencode(path))) > MAX_PATH_BYTES:
+        raise ConfigError(f"run.dir is too long: {size} bytes as an absolute path, at most {MAX_PATH_BYTES}. Choose another.")
     return path
 
 
@@ -182,6 +184,7 @@ def _fresh_name(config: Config) -> str:
 def _make_fresh(config: Config) -> Path:
     """A directory that nobody else has, however many runs start in this second."""
     root, name = runs_root().resolve(), _fresh_name(config)
+    _of_fair_length(root / name)
     root.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         path = root / (name if number == 1 else f"{name}-{number}")
@@ -206,7 +209,7 @@ def _try_to_make(path: Path) -> None:
 def runs_root() -> Path:
     """`runs/` here; for a submitted job, whose working directory is a throw-away copy, `~/agro-runs`. `AGRO_RUNS` overrides both."""
     if root := os.environ.get("AGRO_RUNS"):
-        return Path(root)
+        return user_path("AGRO_RUNS", root)
     return Path.home() / "agro-runs" if "runtime_resources" in Path.cwd().parts else Path("runs")
 
 

@@ -84,7 +84,7 @@ def check_temp_dirs() -> Iterator[Check]:
     name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), None)
     for variable in dict.fromkeys(("TMPDIR", name or "TMPDIR")):
         path = Path(os.environ.get(variable) or "/tmp")
-        reason = _why_not_writable(path, must_exist=True)
+        reason = _why_not_writable(path, must_exist=True) if path.is_absolute() else "it is no absolute path"
         if not reason and shutil.disk_usage(path).free < MIN_TEMP_BYTES:
             reason = "no space is left there"
         remedy = f"Make it, or set another: export {variable}=/tmp"
@@ -150,8 +150,9 @@ def check_cluster() -> Check:
     wanted, alone = "the head's host:port, or auto", "or unset RAY_ADDRESS to run alone."
     scheme = address.partition("://")[0] if "://" in address else ""
     if scheme:
-        what = "Ray's client" if scheme == "ray" else "the dashboard"
-        remedy = f"That is {what}'s address: submit a job there (`ray job submit --address`), set the head's host:6379, {alone}"
+        dashboard = "the dashboard's address"
+        whose = {"ray": "the address of Ray's client", "http": dashboard, "https": dashboard}.get(scheme, "no head's address")
+        remedy = f"That is {whose}: submit a job there (`ray job submit --address`), set the head's host:6379, {alone}"
         return Check("Ray cluster", f"RAY_ADDRESS = {address}", wanted, False, remedy)
     if address == "auto" and running is None:
         remedy = f"No head was started on this machine: `ray start --head`, {alone}"
@@ -181,6 +182,8 @@ def _why_no_head(host: str, port: int) -> str:
         socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
     except OSError as error:
         return error.strerror or str(error) or type(error).__name__
+    except UnicodeError:
+        return "that is no name of a host"
     if os.environ.get("RAY_USE_TLS", "0") not in ("0", ""):
         return ""
     import grpc

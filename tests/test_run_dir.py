@@ -262,3 +262,19 @@ def test_a_run_that_had_begun_is_kept_whatever_ends_it(tmp_path: Path, has_begun
 def test_a_place_that_cannot_be_written_is_explained() -> None:
     with pytest.raises(ConfigError, match=r"run\.dir = /proc/nothing/run cannot be used"):
         open_run_dir(make_config(Path("/proc/nothing/run")))
+
+
+def test_the_runs_of_a_user_lie_in_the_home_that_is_meant_and_under_a_path_that_sqlite_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AGRO_RUNS", "~/runs")
+    assert check_run_dir(load_config(EXAMPLE)).startswith(str(tmp_path / "home" / "runs" / "quickstart-"))
+    assert open_run_dir(load_config(EXAMPLE)).path.parent == tmp_path / "home" / "runs"
+    for root, part in (("~nobodyx/runs", "there is no user 'nobodyx'"), ("a/" * 200, "at most 400")):
+        monkeypatch.setenv("AGRO_RUNS", root)
+        for ask in (check_run_dir, open_run_dir):
+            with pytest.raises(ConfigError, match=part):
+                ask(load_config(EXAMPLE))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]

@@ -77,7 +77,7 @@ def test_an_address_for_jobs_or_clients_is_told_from_the_heads(monkeypatch: pyte
     assert "unset RAY_ADDRESS" in check.remedy
 
 
-@pytest.mark.parametrize("value", ["somewhere", "host:port", "auto", "127.0.0.1:99999999", "[::1"])
+@pytest.mark.parametrize("value", ["somewhere", "host:port", "auto", "127.0.0.1:99999999", "[::1", "x" * 64 + ":1", "a..b:1"])
 def test_an_address_that_names_no_head_is_a_finding(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("RAY_ADDRESS", value)
     check = check_cluster()
@@ -224,3 +224,10 @@ def test_the_first_line_of_a_start_comes_at_once() -> None:
         assert process.stdout.readline() == "reading configs/quickstart.yaml ...\n"
         assert time.monotonic() - start_s < 2.0
         process.kill()
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_directory_is_the_same_from_everywhere(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, ".")
+    found = [check for check in check_temp_dirs() if not check.ok]
+    assert [(check.name, check.found) for check in found] == [(variable, ".: it is no absolute path")]
