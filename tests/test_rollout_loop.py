@@ -296,7 +296,7 @@ class TestRetirement:
         start_s = time.monotonic()
         ended.result(10)
         assert time.monotonic() - start_s < 3
-        assert run.board.get("evaluations")[0] == 1
+        assert run.board.get("evaluations")[0] == [0]
 
 
 @pytest.mark.slow
