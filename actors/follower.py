@@ -25,6 +25,7 @@ from cluster.board import Directive
 from cluster.config import Config
 from cluster.errors import SnapshotError, TrainingError
 from cluster.peers import Calls, answered
+from cluster.troubles import Troubles
 from cluster.weights import Manifest, read_snapshot
 
 POLL_S = 5.0
@@ -51,7 +52,7 @@ class Follower:
     """
 
     def __init__(self, name: str, config: Config, board: Any, calls: Calls, tell: Callable[[str], None]) -> None:
-        self._name, self._board, self._calls, self._tell = name, board, calls, tell
+        self._name, self._board, self._calls, self._troubles = name, board, calls, Troubles(tell)
         self._limit_s = config.run.timeout_s
         self._max_items = max(1, config.actors.slots // config.eval.samples)
         self._poll: Ask[bytes] | None = None
@@ -114,9 +115,10 @@ class Follower:
         assert directive is not None
         try:
             self.update = Update(directive.version, fetch.result(), directive.eval_items)
+            self._troubles.well(f"{self._name} keeps its weights")
         except SnapshotError as error:
             self.num_failed += 1
-            self._tell(f"{self._name} keeps its weights: {error}")
+            self._troubles.note(f"{self._name} keeps its weights", error)
             self._work_at_s = time.monotonic() + RETRY_S
             self._calls.post(self._board.give_back.remote(self._name), "the board", "evaluation items handed back")
         self.fetch_s = time.monotonic() - self._fetched_from_s

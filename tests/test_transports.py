@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from actors.follower import Follower
+from cluster.board import Directive
 from cluster.config_file import parse_config
 from cluster.errors import ConfigError, PeerTimeout, SnapshotError
 from cluster.peers import Calls
@@ -100,6 +103,20 @@ def snapshots(policy: Plain, store: Store, board: Board, *, bucket_mib: float = 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_snapshot_that_cannot_be_had_again_and_again_is_told_once(monkeypatch):
+    told, directive = [], msgspec.msgpack.encode(Directive(3, board="b"))
+    board = SimpleNamespace(poll=Method(lambda *_: directive), snapshot=Method(lambda version: None), give_back=Method(lambda name: None))
+    monkeypatch.setattr("actors.follower.RETRY_S", 0.01)
+    follower = Follower("actor-0", parse_config(TREE), board, Calls(5.0), told.append)
+
+    def has_failed_often() -> bool:
+        follower.look(0, is_evaluating=False)
+        return follower.num_failed >= 4
+
+    until(has_failed_often)
+    assert told == ["actor-0 keeps its weights: snapshot 3 has been dropped for newer ones"]
 
 
 class TestSnapshotsInTheBackground:
