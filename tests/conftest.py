@@ -1,6 +1,7 @@
 """The tests' environment, set before anything else is imported, and models made on the spot."""
 
 import os
+import signal
 
 os.environ |= {
     "DS_ACCELERATOR": "cpu",
@@ -10,6 +11,9 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
 }
 os.environ.setdefault("WANDB_MODE", "offline")
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    # Under nohup. What is ignored, the processes that tests start would ignore too; a handler is theirs no longer.
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 from pathlib import Path
 
