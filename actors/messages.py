@@ -55,7 +55,8 @@ def _content_problems(what: str, message: dict[str, Any]) -> Iterator[str]:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind not in _TEXT_PARTS:
                 yield f"part {number} of {what} is of type {kind!r}; a language model takes text"
-            elif not isinstance(part, str) and not (isinstance(part, dict) and isinstance(part.get("text"), str)):
+                return
+            if not isinstance(part, str) and not (isinstance(part, dict) and isinstance(part.get("text"), str)):
                 yield f"{what} is a list, expected text or a list of {{'type': 'text', 'text': ...}}"
                 return
     elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):

@@ -264,4 +264,5 @@ def _escaped(text: str, index: int) -> str:
     if character.isprintable():
         return character
     code = ord(character)
-    return f"\\x{code:02X}" if code < 0x100 else f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"
+    letter, width = next((letter, width) for letter, width in (("x", 2), ("u", 4), ("U", 8)) if code < 16**width)
+    return f"\\{letter}{code:0{width}X}"

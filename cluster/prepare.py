@@ -15,6 +15,7 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def check_inputs(config: Config) -> Checked:
     check_model(config)
     about_model = (*check_model_files(config.model), *lora_notes(config))
     prompts, notes = load_training(config, tokenizer)
-    notes = [*notes, *end_token_notes(tokenizer, end_token_ids(config.model, tokenizer), vocabulary_size(config.model))]
+    end_ids = end_token_ids(config.model, tokenizer)
+    notes = [*notes, *end_token_notes(tokenizer, end_ids, vocabulary_size(config.model)), *_ended(prompts, end_ids)]
     if reason := no_evaluation(config):
         eval_prompts = PromptSet(rows=[], num_bad_rows=0, source="none")
         notes = [*notes, reason]
@@ -115,6 +117,15 @@ def load_training(config: Config, tokenizer: Any) -> tuple[PromptSet, list[str]]
         return prompts, list(prompts.notes)
     mixed, notes = load_offline(config, tokenizer, prompts)
     return mixed, [*prompts.notes, *notes]
+
+
+def _ended(prompts: PromptSet, end_ids: Sequence[int]) -> Iterator[str]:
+    """What to tell of prompts that the model may take for finished."""
+    if ended := [row.row + 1 for row in prompts.rows if row.token_ids[-1] in end_ids]:
+        yield (
+            f"warning: {len(ended)} of {len(prompts)} prompts end in an end token (the first: row {ended[0]}), as if nothing were to "
+            "follow. Have the chat template open the answer (add_generation_prompt), or take it off the prompts"
+        )
 
 
 def _scorable(config: Config, prompts: PromptSet) -> PromptSet:

@@ -286,7 +286,7 @@ def _inward(match: re.Match[str]) -> str:
     opened, first, second, closed = match.groups()
     if opened != "]" and closed != "[":
         return match.group()
-    return f"{'[' if opened == '[' else '('}{first}, {second}{']' if closed == ']' else ')'}"
+    return f"{opened.replace(']', '(')}{first}, {second}{closed.replace('[', ')')}"
 
 
 def _scaled(text: str) -> str:

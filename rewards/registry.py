@@ -15,6 +15,7 @@ from rewards.signature import read_signature
 
 RewardCallable: TypeAlias = Callable[..., list[float | None]]
 
+MAX_REASON_CHARS = 300
 BUILTINS = {"exact_match": "rewards.exact_match:exact_match", "math_verify": "rewards.math:math_verify"}
 
 
@@ -44,6 +45,14 @@ def load_reward(name: str) -> RewardCallable:
         near = difflib.get_close_matches(name, BUILTINS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"built in: {', '.join(BUILTINS)}."
         raise RewardError(f"reward function {name!r} is not known; {hint} Your own function is written module:function.")
+    meant = module_name.removesuffix(".py").removeprefix("./").replace("/", ".")
+    if meant != module_name or not all(map(str.isidentifier, module_name.split("."))):
+        hint = (
+            f"write {meant}:{function_name} for that file of the working directory"
+            if meant != module_name
+            else "expected words joined by dots"
+        )
+        raise RewardError(f"reward function {name!r}: {module_name!r} is no name of a module; {hint}.")
     module = _import(name, module_name)
     function = getattr(module, function_name, None)
     if function is None:
@@ -79,8 +88,9 @@ def _import(name: str, module_name: str) -> ModuleType:
             'let what it does as a program stand under `if __name__ == "__main__":`.'
         ) from None
     except BaseException as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RewardError(f"reward function {name!r}: importing {module_name} raised {reason}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+        shown = reason if len(reason) <= MAX_REASON_CHARS else reason[: MAX_REASON_CHARS - 3] + "..."
+        raise RewardError(f"reward function {name!r}: importing {module_name} raised {shown}") from error
 
 
 def _namesake(module: ModuleType) -> str:

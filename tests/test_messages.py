@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from actors.messages import message_problems
 from actors.prompts import PromptRow, load_prompts
 from actors.sources import Source
 from cluster.config import DataConfig
@@ -119,3 +120,7 @@ def test_named_templates_need_a_default(render):
     with pytest.raises(DataError, match=r"templates called 'tool_use', 'rag', but none called 'default'.*chat_template\.jinja"):
         render(named, "hi")
     assert render({**named, "default": PLAIN}, "hi").text == "user: hi\nassistant:"
+
+
+def test_all_that_is_wrong_with_a_part_that_is_no_text_is_told() -> None:
+    assert len(list(message_problems("prompt", [user([{"type": "image"}])], None))) == 1

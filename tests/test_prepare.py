@@ -250,3 +250,10 @@ def test_a_model_that_can_never_end_a_completion_is_told(here: Path) -> None:
         path.write_text(json.dumps({**json.loads(path.read_text()), key: None}))
     told = "\n".join(dry_run(config_of()))
     assert "warning: no end token is known (neither tokenizer, generation_config.json, config.json nor chat template names one)" in told
+
+
+def test_prompts_that_end_as_if_nothing_were_to_follow_are_told(here: Path) -> None:
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+1=<eos>", "answer": "2"}]
+    (here / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = "\n".join(dry_run(config_of("data.eval_rows=0")))
+    assert "warning: 1 of 2 prompts end in an end token (the first: row 2)" in told

@@ -59,6 +59,10 @@ def test_module_and_function_load():
         ("tests.reward_functions:asynchronous_judge", "asynchronous"),
         ("tests.reward_functions:asynchronous_partial", "asynchronous"),
         ("math:sqrt", "signature"),
+        ("./my_rewards.py:f", "no name of a module; write my_rewards:f"),
+        ("tests/reward_functions.py:zero", "write tests.reward_functions:zero"),
+        ("..rewards:f", "no name of a module"),
+        ("my rewards:f", "no name of a module"),
     ],
 )
 def test_what_cannot_be_loaded_says_why(name, message):
@@ -77,6 +81,7 @@ def test_what_cannot_be_loaded_says_why(name, message):
         ),
         ("exit()", "bad_reward_{n} exits while it is imported; let"),
         ("raise KeyboardInterrupt", "raised KeyboardInterrupt"),
+        ("raise ValueError('word ' * 1000)", r"raised ValueError: word .*\.\.\.$"),
         ("def f(:", r"raised SyntaxError: invalid syntax .bad_reward_{n}.py, line 1."),
         ("x = '\\ud800'; raise ValueError(x * 3)", "raised ValueError"),
     ],
@@ -89,6 +94,7 @@ def test_a_module_that_fails_to_import_says_with_what_in_one_line(code, message,
     with pytest.raises(RewardError, match=message.replace("bad_reward_{n}", name)) as error:
         load_reward(f"{name}:f")
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 def test_a_module_in_the_working_directory_is_found_and_hides_no_library(tmp_path, monkeypatch):
