@@ -93,8 +93,8 @@ class Receiver:
         try:
             return order.done.result(limit_s)
         except TimeoutError:
-            if order.done.done():
-                raise
+            if order.done.done():  # At the last moment, or it raised a TimeoutError itself.
+                return order.done.result(0)
             order.done.cancel()
             who = "the group did not meet" if verb == "init" else f"the actor's loop did not come to `{verb}`"
             raise PeerTimeout(f"{who} within {limit_s:.0f} s") from None

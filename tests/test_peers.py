@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import concurrent.futures
 import contextlib
 import json
 import logging
@@ -31,7 +30,7 @@ from cluster.ray_watch import RayWatch
 from cluster.signals import StopSignal
 from cluster.supervisor import Supervisor
 from cluster.troubles import QUIET_S, Troubles
-from tests.simulated import until
+from tests.simulated import Late, until
 
 pytestmark = pytest.mark.timed
 
@@ -75,13 +74,6 @@ def test_calls_that_nobody_waits_for_are_counted_and_told_once() -> None:
 
 
 def test_an_answer_that_comes_at_the_last_moment_is_an_answer(monkeypatch: Any) -> None:
-    class Late(concurrent.futures.Future):  # type: ignore[type-arg]
-        def result(self, timeout: float | None = None) -> Any:
-            if not self.done():
-                self.set_result(7)
-                raise TimeoutError
-            return super().result(timeout)
-
     calls = Calls(5.0)
     monkeypatch.setattr(calls, "start", lambda call, who: Late())
     assert calls.ask(None, "the board") == 7  # type: ignore[func-returns-value, arg-type]

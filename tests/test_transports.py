@@ -26,7 +26,7 @@ from cluster.transports.base import Transport
 from cluster.weights import Manifest, SnapshotWriter, read_snapshot
 from tests import source_scenario
 from tests.ranks import run_ranks
-from tests.simulated import until
+from tests.simulated import Late, until
 from tests.test_receiver import Loop
 from tests.tiny_families import make_family
 
@@ -191,6 +191,12 @@ class TestSnapshotsInTheBackground:
         transport.publish(0, evaluate=False)
         with pytest.raises(OSError, match="no space left"):
             transport.publish(2, evaluate=False)
+
+    def test_a_snapshot_that_is_stored_at_the_last_moment_is_stored(self):
+        transport: Any = snapshots(Plain(), Store(), Board())
+        transport._storing = 2, Late()
+        transport.flush()
+        assert transport._storing is None
 
     def test_a_store_that_takes_nothing_is_named_after_the_timeout(self):
         store = Store()

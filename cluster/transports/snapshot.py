@@ -74,10 +74,10 @@ class SnapshotTransport(Transport):
         try:
             future.result(limit_s)
         except concurrent.futures.TimeoutError:
-            if future.done():
-                raise
-            who = f"object store or board, for the snapshot of version {version},"
-            raise PeerTimeout(f"{who} did not answer within {limit_s:.0f} s (run.timeout_s)") from None
+            if not future.done():
+                who = f"object store or board, for the snapshot of version {version},"
+                raise PeerTimeout(f"{who} did not answer within {limit_s:.0f} s (run.timeout_s)") from None
+            future.result(0)  # At the last moment, or it raised a TimeoutError itself.
         self._storing = None
 
     def republish(self, newest_announced: Callable[[], int | None] = lambda: None) -> None:
