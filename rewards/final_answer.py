@@ -61,7 +61,13 @@ _NUMBER = re.compile(
 )
 
 _GAP = re.compile(r"\s{3,}")
-_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+_CHARACTERS = {
+    **{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},  # Full width.
+    0x2212: "-",
+    **dict.fromkeys([*range(0x200B, 0x2010), *range(0x2060, 0x206A), 0xFE0F, 0xFEFF]),  # Not to be seen.
+}
+_SIGN = r"[\u2190-\u21ff\u2600-\u27bf\u2b00-\u2bff\U0001f300-\U0001faff\s]+"  # Arrows, ticks, emoji.
+_ORNAMENT = re.compile(rf"^{_SIGN}|{_SIGN}$|^\d{{1,2}}[.)]\s+(?=[-\d$\\])")  # And the number of an entry in a list.
 _ARGUMENT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _WORD = re.compile(
@@ -81,7 +87,7 @@ _UNIT = re.compile(
 
 def final_answer(text: str, *, is_gold: bool = False) -> str | None:
     """The text of the answer; None when there is none. A gold answer is taken as it is: rule 5 is not for it."""
-    text = _GAP.sub(lambda gap: "\n\n" if "\n" in gap.group() else "  ", text.translate(_FULL_WIDTH))
+    text = _GAP.sub(lambda gap: "\n\n" if "\n" in gap.group() else "  ", text.translate(_CHARACTERS))
     text = _outside_thinking(text)
     text = _BARE_BOX.sub(r"\\\1{\2}", text)
     if tags := _ANSWER_TAG.findall(text):
@@ -115,6 +121,7 @@ def bare(text: str) -> str:
     text, before = text.strip(), None
     while before != text and len(text) <= LINE_CHARS:
         before, text = text, text.strip().strip('`"“”').strip()
+        text = _ORNAMENT.sub("", text)
         text = re.sub(r"^#{1,6}\s+|^>\s+|^[-*+]\s+(?=\D)", "", text)
         for opened, closed in (("**", "**"), ("__", "__"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("*", "*")):
             inside = text[len(opened) : -len(closed)]

@@ -106,9 +106,11 @@ _BASED = re.compile(r"([0-9][0-9A-Fa-f]*)_\{?(\d{1,2})\}?")
 _TOWER = re.compile(r"\d\s*(?:\^|\*\*)[\s{(]*(?:\\left\s*\()?\s*(\d{1,9})\s*(?:\^|\*\*)[\s{(]*(?:\\left\s*\()?\s*(\d{1,9})")
 _HUGE = re.compile(r"\d\s*\^\s*\{?\s*\d{8}|(?<!\d)\d{5,}\s*!|\\[dt]?binom\s*\{?\s*\d{6}|\d{4000}")
 _EQUALS = re.compile(r"(?<![\\<>!:=])=(?!=)")
+_INNER_EQUALS = re.compile(r"(?<=[_^])\{[^{}]*=[^{}]*\}")  # \sum_{k=1}
+_UPRIGHT = re.compile(r"\\(?:mathrm|operatorname|text)\s*\{\s*([ei])\s*\}")
 _APPROX = re.compile(r"\\(?:approx|simeq|sim)(?![A-Za-z])|\\doteq")
 _LABEL = re.compile(
-    r"(?:\\text\s*\{[^{}]*\}|\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\s*\(\s*[A-Za-z0-9,\s]+\s*\))?|\\angle\s*[A-Z]+|[A-Za-z][A-Za-z\s]*)"
+    r"(?:\\(?:text|vec|overrightarrow)\s*\{[^{}]*\}|\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\s*\(\s*[A-Za-z0-9,\s]+\s*\))?|\\angle\s*[A-Z]+|[A-Za-z][A-Za-z\s]*)"
 )
 
 
@@ -252,9 +254,12 @@ def _normal(text: str) -> str:
         .replace(r"\lbrace", r"\{")
         .replace(r"\rbrace", r"\}")
         .replace(r"\varnothing", r"\emptyset")
+        .replace(r"\langle", "(")
+        .replace(r"\rangle", ")")
         .replace(r"\degree", r"^\circ")
     )
-    text = _TEXT_OF_NUMBER.sub(r"\1", text)
+    text = re.sub(r"\\lg(?![A-Za-z])", r"\\log_{10}", _UPRIGHT.sub(r"\1", _TEXT_OF_NUMBER.sub(r"\1", text)))
+    text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r" \\times ", text)
     text = _CURRENCY.sub("", _GAP.sub(" ", text))
     if _TRIGONOMETRIC.search(text):
         text = _ANGLE.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
@@ -327,7 +332,8 @@ def _sides(formula: str) -> list[str]:
     """The sides of an equation, without a name at either end; one where it is none, or several, or defines a curve."""
     if re.search(r"[,;]|\\text\s*\{\s*(?:and|or)|\\[lg]e|[<>]", formula):
         return [formula]
-    sides = [bare(side) for side in _EQUALS.split(_APPROX.split(formula)[0])]
+    masked = _INNER_EQUALS.sub(lambda match: match.group().replace("=", "\0"), _APPROX.split(formula)[0])
+    sides = [bare(side.replace("\0", "=")) for side in _EQUALS.split(masked)]
     while len(sides) > 1 and (_LABEL.fullmatch(sides[0]) or not sides[0]):
         sides = sides[1:]
     if len(sides) > 1 and re.fullmatch(r"[A-Za-z]", sides[-1]):
@@ -344,6 +350,8 @@ def _agree(sides: list[str]) -> bool:
 def _equal_values(gold: str, answer: str) -> bool:
     if (bases := (_BASED.fullmatch(gold), _BASED.fullmatch(answer))) and bases[0] and bases[1]:
         return _in_base(*bases[0].groups()) == _in_base(*bases[1].groups())
+    if gold.endswith(r"\%") != answer.endswith(r"\%") and _verified(gold.removesuffix(r"\%"), answer.removesuffix(r"\%")):
+        return True  # The question asked for percent.
     gold_sides, sides = _sides(gold), _sides(answer)
     if not _agree(sides):
         return False
