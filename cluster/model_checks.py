@@ -37,8 +37,10 @@ def lora_notes(config: Config) -> tuple[str, ...]:
 
 
 def _check_whole(config: Config, found: Any) -> None:
-    """A part of a model is trained alone, but the actors serve the whole."""
+    """A model that continues no text, or of which a part is trained alone, but the actors serve the whole."""
     kind, stated = model_class(found), [*(getattr(found, "architectures", None) or ())]
+    if kind is None and not config.model.trust_remote_code:
+        raise ConfigError(f"{_name(config, found)} is no causal language model of transformers'. Give one that continues a text.")
     if kind is not None and stated and kind.__name__ not in stated and stated[0].endswith("ForConditionalGeneration"):
         raise ConfigError(
             f"{_name(config, found)} is a {stated[0]}, of which transformers would train the language model alone ({kind.__name__}), and "

@@ -28,6 +28,7 @@ from cluster.errors import AgroError, ConfigError, DataError
 from cluster.model_checks import check_model, lora_notes
 from cluster.model_limits import check_length, check_token_ids
 from cluster.model_shape import load_model_config
+from cluster.model_weights import check_weights
 from cluster.monitor import wandb_mode
 from cluster.placement import check_machine
 from cluster.run_dir import check_run_dir, open_run_dir
@@ -90,6 +91,7 @@ def check_inputs(config: Config) -> Checked:
     mode = wandb_mode(config)
     tokenizer = load_tokenizer(config.model)
     check_model(config)
+    check_weights(config.model)
     about_model = (*check_model_files(config.model), *lora_notes(config))
     prompts, notes = load_training(config, tokenizer)
     end_ids = end_token_ids(config.model, tokenizer)
@@ -229,15 +231,17 @@ def locate_model(config: Config) -> Config:
 def check_hub_id(name: str) -> None:
     """Raises ConfigError when the hub has no such model, or cannot be asked while nothing of it is in the cache."""
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
     try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
         return
     except RepositoryNotFoundError:
         reason = "the hub has no such model, or it is private (set HF_TOKEN)"
+    except HFValidationError:
+        reason = "the hub has no such names"
     except HfHubHTTPError:
         return  # It answers, but not this question, as some mirrors do.
     except Exception as error:  # noqa: BLE001 -- the network: the hub's client and its http library raise what they like

@@ -106,7 +106,7 @@ def _fault(settings: dict[str, Any]) -> str:
         GenerationConfig(**settings).validate(strict=True)
     except Exception as error:  # noqa: BLE001 -- values of any type, looked at by transformers: whatever it raises
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return lines[-1] if lines else type(error).__name__
+        return next((line.removeprefix("- ") for line in lines if line.startswith("- ")), lines[0] if lines else type(error).__name__)
     finally:
         logging.set_verbosity(verbosity)
     return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,4 +93,11 @@ def test_a_directory_without_a_config_is_told_in_one_line(tmp_path: Path) -> Non
     config = config_of(tmp_path, "Llama", {}, 40)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=rf"^model.path = {tmp_path}: no config of a model to be had: .*"):
+        check_model(config)
+
+
+def test_a_model_that_continues_no_text_is_refused(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "Llama", {}, 40)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}))
+    with pytest.raises(ConfigError, match=r"t5.* is no causal language model"):
         check_model(config)

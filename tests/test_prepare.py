@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from cluster import run_dir
-from cluster.config import Config
+from cluster.config import Config, ModelConfig
 from cluster.config_file import load_config, parse_text
 from cluster.dry_run import dry_run
 from cluster.errors import AgroError, ConfigError, PlacementError
 from cluster.model_limits import max_positions
+from cluster.model_weights import check_weights
 from cluster.prepare import check_start, ensure_model, locate_model, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -257,3 +258,38 @@ def test_prompts_that_end_as_if_nothing_were_to_follow_are_told(here: Path) -> N
     (here / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     told = "\n".join(dry_run(config_of("data.eval_rows=0")))
     assert "warning: 1 of 2 prompts end in an end token (the first: row 2)" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("model.safetensors", None, ["no weights: neither model.safetensors nor pytorch_model.bin", "Copy the model's weights"]),
+        ("model.safetensors", b"", ["model.safetensors cannot be read", "header too small"]),
+        ("model.safetensors", b"half", ["model.safetensors cannot be read"]),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", ["is a pointer of git-lfs"]),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "model-1.safetensors"}}', ["its index names model-1.safetensors"]),
+        ("model.safetensors.index.json", b"[]", ["is no index of weights"]),
+        ("model.safetensors.index.json", b"{", ["is no index of weights"]),
+        ("pytorch_model.bin", b"", ["pytorch_model.bin is empty"]),
+    ],
+)
+def test_weights_that_cannot_be_read_are_found_without_an_engine(here: Path, name: str, content: bytes | None, parts: list[str]) -> None:
+    Path("model/model.safetensors").unlink()
+    if content is not None:
+        Path("model", name).write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        check_weights(ModelConfig(path="model"))
+    assert all(part in str(refused.value) for part in parts)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_file_of_weights_that_is_torn_is_found_by_a_dry_run(here: Path) -> None:
+    whole = Path("model/model.safetensors").read_bytes()
+    check_weights(ModelConfig(path="model"))
+    Path("model/model.safetensors").write_bytes(whole[:-1])
+    assert "model.safetensors cannot be read" in message_of(lambda config: list(dry_run(config)), config_of())
+
+
+@pytest.mark.parametrize("name", ["org/" + "x" * 97, "some--one/model", "a..b/c"])
+def test_a_name_that_the_hub_cannot_have_is_refused(here: Path, name: str) -> None:
+    assert "the hub has no such names" in message_of(check_start, config_of(f"model.path={name}"))
