@@ -214,7 +214,7 @@ class LearnerRank:
         """For a learner that starts at that step. Collective."""
         is_first = self._rank == 0
         # The buffer may hold samples of versions up to this one, made by a learner that died since.
-        (known_until,) = self._broadcast(self._calls.ask(self._buffer.next_step(), "replay buffer") if is_first else None)
+        (known_until,) = self._broadcast(self._calls.ask(self._buffer.next_step(), BUFFER) if is_first else None)
         tell = self._monitor.event.remote if is_first else lambda _: None
         return MismatchCheck(self._config, self._policy.module.config, start_step=start_step, known_until=known_until, tell=tell)
 

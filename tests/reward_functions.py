@@ -61,6 +61,10 @@ def segfault(prompts, completions, **columns):
     return length(prompts, completions)
 
 
+def allocate_2_gb(prompts, completions, **columns):
+    return [float(len(bytearray(2 << 30)) >> 30)] * len(completions)
+
+
 def allocate(prompts, completions, **columns):
     if "bad" in completions:
         kept = [bytearray(b"x") * (64 << 20) for _ in range(5)]

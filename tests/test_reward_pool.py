@@ -148,6 +148,12 @@ def test_a_worker_that_uses_more_memory_than_it_may_is_killed_with_the_figures(f
         assert (pool.num_timeouts, pool.num_crashes) == (0, 1)
 
 
+@pytest.mark.slow
+def test_an_allocation_of_2_gb_is_within_the_limit():
+    with attack_pool("allocate_2_gb", timeout_s=20.0) as pool:
+        assert score(pool, "a") == [Scored(2.0)]
+
+
 def test_reserved_address_space_is_no_memory():
     with attack_pool("reserve", timeout_s=20.0, memory_gib=0.2) as pool:
         assert score(pool, "a") == [Scored(42.0)]
@@ -182,7 +188,7 @@ def test_an_expression_that_does_not_end_costs_itself_and_no_worker():
     with pool_of("math_verify", timeout_s=20.0) as pool:
         start_s = time.monotonic()
         scored = score(pool, r"\boxed{4}", r"\boxed{(a+b+c+d)^{60}}", "4", answer="4")
-        assert time.monotonic() - start_s < 8.0  # A second, of a machine that has nothing else to do.
+        assert time.monotonic() - start_s < 3.0
         assert [sample.reward for sample in scored] == [1.0, 0.0, 1.0]
         assert [sample.answer for sample in scored] == ["4", "(a+b+c+d)^{60}", "4"]
         assert (pool.num_timeouts, pool.num_crashes, pool.num_errors) == (0, 0, 0)
