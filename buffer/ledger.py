@@ -159,8 +159,9 @@ class Statuses:
     def get(self, group_id: int) -> str:
         """Its status; `new` before it was leased."""
         place = self._place(group_id)
-        code = self._strange.get(group_id, 0) if place is None else self._codes[place] if place < len(self._codes) else 0
-        return _STATUSES[code]
+        if place is None:
+            return _STATUSES[self._strange.get(group_id, 0)]
+        return _STATUSES[self._codes[place]] if place < len(self._codes) else "new"
 
     def follow(self, event: LedgerEvent) -> bool:
         """Moves the event's item on; False, and nothing moved, when it may not go that way."""
