@@ -30,12 +30,18 @@ from cluster.text import printable
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    root = argparse.ArgumentParser(
+        prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     of = root.add_subparsers(dest="command", required=True, metavar="command")
     train = of.add_parser("train", help="train a policy")
     train.add_argument("config")
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
-    train.add_argument("--dry-run", action="store_true", help="print the resolved config, the placement and a memory estimate")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config, the placement and a memory estimate",
+    )
     train.set_defaults(run=commands.train)
     of.add_parser("doctor", help="check this machine").set_defaults(run=commands.doctor)
     status = of.add_parser("status", help="where a run is")
@@ -50,11 +56,15 @@ def parser() -> argparse.ArgumentParser:
     audit.set_defaults(run=commands.audit)
     inspect = of.add_parser("inspect-batch", help="the batch of a skipped learner step, as text")
     inspect.add_argument("file", help="RUN_DIR/bad-batches/step-*.msgpack")
-    inspect.add_argument("--tokenizer", metavar="DIR", help="show the tokens as it decodes them, special ones too")
+    inspect.add_argument(
+        "--tokenizer", metavar="DIR", help="show the tokens as it decodes them, special ones too"
+    )
     inspect.set_defaults(run=commands.inspect_batch)
     export = of.add_parser("export", help="a checkpoint as a Hugging Face directory")
     export.add_argument("run_dir")
-    export.add_argument("--step", type=int, metavar="N", help="of which learner step; without it the newest that verifies")
+    export.add_argument(
+        "--step", type=int, metavar="N", help="of which learner step; without it the newest that verifies"
+    )
     export.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
     export.set_defaults(run=commands.export)
     chat = of.add_parser("chat", help="ask a trained policy")
@@ -81,7 +91,8 @@ def main() -> int:
     """Exit code of the command; errors in a few lines, without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # A completion may hold what this terminal's encoding has not.
+            # A completion may hold what this terminal's encoding has not.
+            stream.reconfigure(errors="backslashreplace")
     arguments = parser().parse_args() if "--dry-run" not in sys.argv else _parse_dry_run()
     try:
         return arguments.run(arguments)

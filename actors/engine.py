@@ -1,19 +1,22 @@
 """The inference engine: every call into vLLM is in this file.
 
-vLLM's engine runs inside this process (no engine-core process), so that weights can be swapped between two steps while
-unfinished generations go on. Each sample is a request of its own; vLLM's prefix cache shares the prompt of a group.
+vLLM's engine runs inside this process (no engine-core process), so that weights can be swapped between two
+steps while unfinished generations go on. Each sample is a request of its own; vLLM's prefix cache shares the
+prompt of a group.
 
-Weights arrive through vLLM's layerwise reload, the lifecycle of its own transfer engines. Surprises handled here:
-on a CPU vLLM packs the linear layers and drops the originals, so a bare `load_weights` fails; and after a reload a tied
-`lm_head` and all mixtures of experts keep what was packed of the OLD weights, silently wrong. `tests/test_engine.py` and
-`tests/test_families.py` hold them to account.
+Weights arrive through vLLM's layerwise reload, the lifecycle of its own transfer engines. Surprises handled
+here: on a CPU vLLM packs the linear layers and drops the originals, so a bare `load_weights` fails; and after
+a reload a tied `lm_head` and all mixtures of experts keep what was packed of the OLD weights, silently wrong.
+`tests/test_engine.py` and `tests/test_families.py` hold them to account.
 
-Weights that the learner pushes (`weights.transport` nccl or ipc) arrive through vLLM's own transfer engines, in a session of
-start, updates and finish in which the model is in pieces: no step may come between. vLLM's own checksums are not used to confirm
-them: they hash all of its fused parameters on the host, seconds for each GB, and the learner has nothing to compare them with.
+Weights that the learner pushes (`weights.transport` nccl or ipc) arrive through vLLM's own transfer engines,
+in a session of start, updates and finish in which the model is in pieces: no step may come between. vLLM's
+own checksums are not used to confirm them: they hash all of its fused parameters on the host, seconds for
+each GB, and the learner has nothing to compare them with.
 
-Where adapters come alone (`weights.adapters`), the model stays as it was loaded, and one LoRA request, whose content is exchanged between
-two steps, serves everything, also what is under way. vLLM reads adapters from a directory: it gets one that lives for that moment.
+Where adapters come alone (`weights.adapters`), the model stays as it was loaded, and one LoRA request, whose
+content is exchanged between two steps, serves everything, also what is under way. vLLM reads adapters from a
+directory: it gets one that lives for that moment.
 """
 
 from __future__ import annotations
@@ -93,25 +96,33 @@ class Adapters(NamedTuple):
 
 
 class PromptRefused(AgroError, ValueError):
-    """vLLM does not take the prompt of request `request_id`: too long for it, empty, or with token ids it does not know."""
+    """vLLM does not take the prompt of request `request_id`: too long for it, empty, or with token ids
+    it does not know.
+    """
 
     request_id = ""
 
 
 def set_engine_environment(config: ActorsConfig) -> None:
-    """Environment that vLLM reads when an engine is built; torch reads its part when vllm is first imported."""
+    """Environment that vLLM reads when an engine is built; torch reads its part when vllm is first
+    imported.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if config.num_gpus == 0:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        # Latent attention (DeepSeek) as any other: vLLM's own kernel for it wants bfloat16 where the CPU has AMX.
+        # Latent attention (DeepSeek) as any other: vLLM's own kernel for it wants bfloat16 where the CPU has
+        # AMX.
         os.environ.setdefault("VLLM_MLA_DISABLE", "1")
-        # One small sampler function of vLLM would be compiled by a C++ compiler, for 2-6 s, at the first token.
+        # One small sampler function of vLLM would be compiled by a C++ compiler, for 2-6 s, at the first
+        # token.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
-def engine_arguments(model: ModelConfig, config: ActorsConfig, *, max_model_len: int, seed: int) -> dict[str, Any]:
+def engine_arguments(
+    model: ModelConfig, config: ActorsConfig, *, max_model_len: int, seed: int
+) -> dict[str, Any]:
     """The arguments of vLLM's engine, by the names of its EngineArgs."""
     return {
         "model": model.path,
@@ -125,7 +136,8 @@ def engine_arguments(model: ModelConfig, config: ActorsConfig, *, max_model_len:
         "disable_log_stats": True,
         "trust_remote_code": model.trust_remote_code,
         "generation_config": "vllm",
-        # Not Mistral's own config and weights where they lie beside Hugging Face's, which are what the learner has.
+        # Not Mistral's own config and weights where they lie beside Hugging Face's, which are what the
+        # learner has.
         "config_format": "hf",
         "load_format": "hf",
         **_device_arguments(config),
@@ -167,7 +179,8 @@ class Engine:
         self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
         if config.num_gpus == 0:
             self._engine.apply_model(_mend_for_cpu)
-        # `_reload` checks itself what a snapshot leaves out; vLLM names layers that have nothing to load, at every update.
+        # `_reload` checks itself what a snapshot leaves out; vLLM names layers that have nothing to load, at
+        # every update.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         self._waiting: collections.deque[tuple[str, list[int], Any]] = collections.deque()
         self._started_s: dict[str, float] = {}  # When each running request got its slot; the oldest first.
@@ -177,7 +190,8 @@ class Engine:
         self.version = version
         self._engine.set_weight_version(str(version))
         self._vocabulary = size = self._engine.vllm_config.model_config.get_vocab_size()
-        self._stop_ids = [token_id for token_id in end_ids if token_id < size]  # vLLM refuses requests with others.
+        # vLLM refuses requests with others.
+        self._stop_ids = [token_id for token_id in end_ids if token_id < size]
 
     @property
     def num_unfinished(self) -> int:
@@ -187,10 +201,22 @@ class Engine:
     @property
     def num_tokens_under_way(self) -> int:
         """Tokens generated so far of the samples that are not finished."""
-        return sum(state.detokenizer.num_output_tokens() for state in self._engine.output_processor.request_states.values())
+        return sum(
+            state.detokenizer.num_output_tokens()
+            for state in self._engine.output_processor.request_states.values()
+        )
 
-    def submit(self, request_id: str, prompt_ids: tuple[int, ...], *, seed: int | None = None, temperature: float | None = None) -> None:
-        """Queue one sample. `temperature` None: the configured one; 0: greedy. `seed` None: the engine's generator."""
+    def submit(
+        self,
+        request_id: str,
+        prompt_ids: tuple[int, ...],
+        *,
+        seed: int | None = None,
+        temperature: float | None = None,
+    ) -> None:
+        """Queue one sample. `temperature` None: the configured one; 0: greedy. `seed` None: the
+        engine's generator.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -205,19 +231,25 @@ class Engine:
             stop_token_ids=self._stop_ids,
             detokenize=False,  # `Detokenizer` does, at the end: the same text as everywhere.
             output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,  # Made for this request alone; a deep copy of it is a tenth of a short generation's time.
+            # Made for this request alone; a deep copy of it is a tenth of a short generation's time.
+            skip_clone=True,
         )
         self._waiting.append((request_id, list(prompt_ids), params))
 
     def step(self) -> list[tuple[str, Sample]]:
         """One forward pass of everything running; the samples that finished with it.
 
-        A request waits here until it has a slot, so that it takes up the prefix cache of the weights it starts with.
-        Raises PromptRefused, before the pass, when vLLM does not take such a request: that one is gone, the others are as before.
+        A request waits here until it has a slot, so that it takes up the prefix cache of the weights it
+        starts with. Raises PromptRefused, before the pass, when vLLM does not take such a request: that one
+        is gone, the others are as before.
         """
         while self._waiting and self._engine.get_num_unfinished_requests() < self._config.slots:
             self._start(*self._waiting.popleft())
-        finished = [(output.request_id, self._sample(output.outputs[0])) for output in self._engine.step() if output.finished]
+        finished = [
+            (output.request_id, self._sample(output.outputs[0]))
+            for output in self._engine.step()
+            if output.finished
+        ]
         for request_id, _ in finished:
             del self._started_s[request_id]
         return finished
@@ -225,10 +257,16 @@ class Engine:
     def overdue(self, limit_s: float) -> list[str]:
         """The requests that have had a slot for longer than `limit_s` seconds."""
         until_s = time.monotonic() - limit_s
-        return [request_id for request_id, _ in itertools.takewhile(lambda started: started[1] < until_s, self._started_s.items())]
+        return [
+            request_id
+            for request_id, _ in itertools.takewhile(
+                lambda started: started[1] < until_s, self._started_s.items()
+            )
+        ]
 
     def truncate(self, request_ids: list[str]) -> list[tuple[str, Sample]]:
-        """End requests now; the samples, with finish reason "length", of those that have a token. Their slots are free.
+        """End requests now; the samples, with finish reason "length", of those that have a token. Their slots
+        are free.
 
         vLLM drops what an aborted request has: it is taken out of the request's state before.
         """
@@ -238,7 +276,11 @@ class Engine:
         ended = []
         for request_id in request_ids:
             for internal_id in processor.external_req_ids.get(request_id, ()):
-                output = processor.request_states[internal_id].make_request_output([], None, FinishReason.LENGTH, None).outputs[0]
+                output = (
+                    processor.request_states[internal_id]
+                    .make_request_output([], None, FinishReason.LENGTH, None)
+                    .outputs[0]
+                )
                 if output.token_ids:
                     ended.append((request_id, self._sample(output)))
         self.abort(request_ids)
@@ -253,39 +295,58 @@ class Engine:
             self._started_s.pop(request_id, None)
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Swap in the weights of `version`; unfinished generations continue with them, on the old keys and values.
+        """Swap in the weights of `version`; unfinished generations continue with them, on the old keys and
+        values.
 
-        Requests started later share no prefix with earlier ones. That is done by a salt in the cache's keys, since vLLM
-        refuses to reset its prefix cache (returns False, no error) while anything is in flight. Raises SnapshotError
-        when parameters of the model are missing from `weights`, or vLLM does not apply the adapters: the engine is then unusable.
+        Requests started later share no prefix with earlier ones. That is done by a salt in the cache's keys,
+        since vLLM refuses to reset its prefix cache (returns False, no error) while anything is in flight.
+        Raises SnapshotError when parameters of the model are missing from `weights`, or vLLM does not apply
+        the adapters: the engine is then unusable.
         """
         tensors = list(weights)
         if self._adapters is not None:
             self._load_adapters(version, tensors, self._adapters)
             self._take_over(version)
             return
-        workers = self._engine.apply_model(lambda model: _reload(model, tensors, self._engine.vllm_config.model_config))
+        workers = self._engine.apply_model(
+            lambda model: _reload(model, tensors, self._engine.vllm_config.model_config)
+        )
         if missing := sorted(set().union(*workers)):
-            raise SnapshotError(f"weights of version {version} lack {len(missing)} parameters of the model: {', '.join(missing[:5])}")
+            raise SnapshotError(
+                f"weights of version {version} lack {len(missing)} parameters of the model: "
+                f"{', '.join(missing[:5])}"
+            )
         self._take_over(version)
 
     def _sample(self, output: Any) -> Sample:
         token_ids = tuple(output.token_ids)
         return Sample(
             token_ids=token_ids,
-            logprobs=tuple(step[token].logprob for step, token in zip(output.logprobs, token_ids, strict=True)),
-            version_spans=tuple(VersionSpan(int(span.version), span.start, span.end) for span in output.weight_versions),
+            logprobs=tuple(
+                step[token].logprob for step, token in zip(output.logprobs, token_ids, strict=True)
+            ),
+            version_spans=tuple(
+                VersionSpan(int(span.version), span.start, span.end) for span in output.weight_versions
+            ),
             finish_reason=output.finish_reason,
             text=self._detokenizer.text(token_ids),
         )
 
-    def _load_adapters(self, version: int, tensors: list[tuple[str, torch.Tensor]], adapters: Adapters) -> None:
+    def _load_adapters(
+        self, version: int, tensors: list[tuple[str, torch.Tensor]], adapters: Adapters
+    ) -> None:
         """Exchange the content of vLLM's one adapter."""
         from safetensors.torch import save_file
         from vllm.lora.request import LoRARequest
 
         layers = sorted({name.removeprefix(_PEFT_PREFIX).rpartition(".lora_")[0] for name, _ in tensors})
-        settings = {"peft_type": "LORA", "r": adapters.rank, "lora_alpha": adapters.alpha, "target_modules": layers, "bias": "none"}
+        settings = {
+            "peft_type": "LORA",
+            "r": adapters.rank,
+            "lora_alpha": adapters.alpha,
+            "target_modules": layers,
+            "bias": "none",
+        }
         try:
             with tempfile.TemporaryDirectory(prefix="agro-adapters-") as directory:
                 save_file(dict(tensors), Path(directory, "adapter_model.safetensors"))
@@ -293,20 +354,24 @@ class Engine:
                 self._engine.add_lora(LoRARequest(_ADAPTER, 1, directory, load_inplace=True))
         except Exception as error:  # vLLM raises whatever it runs into, a KeyError or an assertion too.
             raise SnapshotError(
-                f"vLLM does not take the adapters of version {version}: {type(error).__name__}: {str(error)[:300]}"
+                f"vLLM does not take the adapters of version {version}: {type(error).__name__}: "
+                f"{str(error)[:300]}"
             ) from error
         # vLLM passes over adapters of layers that it does not know by that name, or could not adapt.
         if unused := sorted(set().union(*self._engine.apply_model(_unused_adapters))):
-            raise SnapshotError(f"vLLM does not apply {len(unused)} adapters of version {version}: {', '.join(unused[:5])}")
+            raise SnapshotError(
+                f"vLLM does not apply {len(unused)} adapters of version {version}: {', '.join(unused[:5])}"
+            )
         self._lora_request = LoRARequest(_ADAPTER, 1, _NOWHERE)
 
-    # --- weights that the learner pushes (actors/receiver.py) -----------------------------------------------------
+    # --- weights that the learner pushes (actors/receiver.py) ---
 
     def connect_transfer(self, init_info: dict[str, Any]) -> list[Any]:
-        """Meet the learner and the group's others; from any thread, while steps go on. For `use_connection` or `drop_connection`.
+        """Meet the learner and the group's others; from any thread, while steps go on. For `use_connection`
+        or `drop_connection`.
 
-        Returns when all have met. Each worker connects a copy of vLLM's engine: a meeting that comes about after it was given up
-        cannot take the place of a newer one.
+        Returns when all have met. Each worker connects a copy of vLLM's engine: a meeting that comes about
+        after it was given up cannot take the place of a newer one.
         """
 
         def connect(worker: Any) -> Any:
@@ -322,9 +387,13 @@ class Engine:
 
     def use_connection(self, connection: list[Any]) -> None:
         """The next transfers arrive there; the group before it is left."""
-        self._engine.collective_rpc("shutdown_weight_transfer_engine")  # vLLM itself would leave the old group's communicator behind.
-        # What `collective_rpc` hands out is vLLM's wrapper of the worker, which passes on what is read but not what is set.
-        self._engine.collective_rpc(lambda wrapper: setattr(wrapper.worker, "weight_transfer_engine", connection[wrapper.rank]))
+        # vLLM itself would leave the old group's communicator behind.
+        self._engine.collective_rpc("shutdown_weight_transfer_engine")
+        # What `collective_rpc` hands out is vLLM's wrapper of the worker, which passes on what is read but
+        # not what is set.
+        self._engine.collective_rpc(
+            lambda wrapper: setattr(wrapper.worker, "weight_transfer_engine", connection[wrapper.rank])
+        )
 
     def drop_connection(self, connection: list[Any]) -> None:
         """Leave a group that will not be used."""
@@ -343,14 +412,17 @@ class Engine:
         self._transfer = "arriving"
 
     def finish_transfer(self, version: int, probes: Mapping[str, str]) -> int:
-        """Put the new weights in place, as `load_weights` does; how many of `probes` (checksums by parameter) vLLM's model confirms.
+        """Put the new weights in place, as `load_weights` does; how many of `probes` (checksums by parameter)
+        vLLM's model confirms.
 
         Raises SnapshotError when one of them differs: `undo_transfer` then.
         """
         self._engine.collective_rpc("finish_weight_update")
         self._transfer = "arrived"
         model_config = self._engine.vllm_config.model_config
-        found: list[dict[str, str]] = self._engine.apply_model(lambda model: _mended(model, model_config, probes))
+        found: list[dict[str, str]] = self._engine.apply_model(
+            lambda model: _mended(model, model_config, probes)
+        )
         for name, value in probes.items():
             if any(worker.get(name, value) != value for worker in found):
                 raise SnapshotError(f"version {version} arrived damaged: {name} is not what the learner sent")
@@ -359,7 +431,9 @@ class Engine:
         return min(map(len, found))
 
     def undo_transfer(self) -> None:
-        """Put the model together again: as it was if nothing had arrived, else without weights that count (version -1)."""
+        """Put the model together again: as it was if nothing had arrived, else without weights that
+        count (version -1).
+        """
         state, self._transfer = self._transfer, ""
         model_config = self._engine.vllm_config.model_config
         if state in ("started", "arriving"):
@@ -386,13 +460,18 @@ class Engine:
         from vllm.inputs.engine import tokens_input
 
         try:
-            # vLLM asks the tokenizer too: an id that only the tokenizer has meets a row of zeros in its padded embedding.
+            # vLLM asks the tokenizer too: an id that only the tokenizer has meets a row of zeros in its
+            # padded embedding.
             if (largest := max(prompt_ids, default=0)) >= self._vocabulary:
-                raise VLLMValidationError(f"Token id {largest} is out of vocabulary: the model has {self._vocabulary} tokens")
+                raise VLLMValidationError(
+                    f"Token id {largest} is out of vocabulary: the model has {self._vocabulary} tokens"
+                )
             prompt = tokens_input(prompt_ids, cache_salt=f"update-{self._num_updates}")
             self._engine.add_request(request_id, prompt, params, lora_request=self._lora_request)
         except VLLMValidationError as error:
-            refused = PromptRefused(f"vLLM does not take the prompt of {len(prompt_ids)} tokens: {str(error)[:300]}")
+            refused = PromptRefused(
+                f"vLLM does not take the prompt of {len(prompt_ids)} tokens: {str(error)[:300]}"
+            )
             refused.request_id = request_id
             raise refused from error
         self._started_s[request_id] = time.monotonic()
@@ -414,7 +493,8 @@ def _device_arguments(config: ActorsConfig) -> dict[str, Any]:
         "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
         # Not vLLM's 128 for a CPU: only whole blocks of a prompt are shared by its group.
         "block_size": 32,
-        # A prompt in pieces ends a CPU engine where requests have seeds: its generators have no offset to set back.
+        # A prompt in pieces ends a CPU engine where requests have seeds: its generators have no offset to set
+        # back.
         "enable_chunked_prefill": False,
     }
 
@@ -425,20 +505,25 @@ def _lora_arguments(model: ModelConfig, adapters: Adapters) -> dict[str, Any]:
         "max_loras": 1,
         "max_cpu_loras": 1,
         "max_lora_rank": served_rank(adapters.rank),
-        # Else vLLM makes room for adapters of the embedding and the LM head too, and refuses vocabularies above 258,048.
-        "lora_target_modules": sorted({name.rpartition(".")[2] for name in adapted_layers(empty_model(model))}),
+        # Else vLLM makes room for adapters of the embedding and the LM head too, and refuses vocabularies
+        # above 258,048.
+        "lora_target_modules": sorted(
+            {name.rpartition(".")[2] for name in adapted_layers(empty_model(model))}
+        ),
     }
 
 
 def _reload(model: Any, tensors: list[tuple[str, torch.Tensor]], model_config: Any) -> list[str]:
     """Load `tensors` into `model`; the names, as vLLM has them, of parameters that got nothing.
 
-    Among them those that a model's own loader wrote past the reload (gpt-oss its experts): loaded, it says, but they would be the old ones.
+    Among them those that a model's own loader wrote past the reload (gpt-oss its experts): loaded, it says,
+    but they would be the old ones.
     """
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    names = collections.defaultdict[int, set[str]](set)  # Of each parameter: a router's gate, for example, is part of two modules.
+    # Of each parameter: a router's gate, for example, is part of two modules.
+    names = collections.defaultdict[int, set[str]](set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].add(name)
     initialize_layerwise_reload(model)
@@ -459,7 +544,9 @@ def _finalize(model: Any, model_config: Any) -> None:
 
 
 def _mended(model: Any, model_config: Any, probes: Mapping[str, str]) -> dict[str, str]:
-    """What vLLM leaves to do after a reload; the checksums of those of `probes` that are parameters of the model by that name."""
+    """What vLLM leaves to do after a reload; the checksums of those of `probes` that are parameters of
+    the model by that name.
+    """
     if model_config.hf_text_config.tie_word_embeddings:
         _repack_head(getattr(model, "lm_head", None))
     for layer in model.modules():
@@ -468,10 +555,12 @@ def _mended(model: Any, model_config: Any, probes: Mapping[str, str]) -> dict[st
 
 
 def _mend_for_cpu(model: Any) -> None:
-    """Where vLLM's CPU code computes another function than its GPU code, and than the learner: once, when the model is loaded.
+    """Where vLLM's CPU code computes another function than its GPU code, and than the learner: once, when the
+    model is loaded.
 
-    Its kernel for rotary embeddings of interleaved pairs takes the heads of a [tokens, heads, size] query for one (DeepSeek). Its router
-    knows corrections of the scores, and sigmoids, only in groups of experts: all experts are one group then (Ernie 4.5, MiniMax).
+    Its kernel for rotary embeddings of interleaved pairs takes the heads of a [tokens, heads, size] query for
+    one (DeepSeek). Its router knows corrections of the scores, and sigmoids, only in groups of experts: all
+    experts are one group then (Ernie 4.5, MiniMax).
     """
     from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
@@ -486,14 +575,18 @@ def _mend_for_cpu(model: Any) -> None:
 
 
 def _repack_experts(layer: Any) -> None:
-    """Let a layer's experts be prepared anew (CPU only): vLLM does so once, and would go on with those of the first weights."""
+    """Let a layer's experts be prepared anew (CPU only): vLLM does so once, and would go on with those
+    of the first weights.
+    """
     kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
     if kernel is not None and layer.w13_weight.device.type == "cpu":
         kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def _repack_head(head: Any) -> None:
-    """Pack a tied `lm_head` anew: the reload brings back the matrix packed from the old weights (CPU only)."""
+    """Pack a tied `lm_head` anew: the reload brings back the matrix packed from the old weights (CPU
+    only).
+    """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     if getattr(head, "cpu_linear", None) is not None:

@@ -1,4 +1,5 @@
-"""An actor's outstanding calls to buffer and board, looked at between two engine steps and never waited for there.
+"""An actor's outstanding calls to buffer and board, looked at between two engine steps and never waited for
+there.
 
 Ask      one call whose answer is looked for
 Outbox   what must arrive: kept, and with it the claim on its work items, until the receiver has acknowledged it
@@ -36,7 +37,9 @@ class Ask(Generic[T]):
             return True
         if time.monotonic() > self._until_s:
             self.future.cancel()
-            raise PeerTimeout(f"{self._who} did not answer {self._name} within {self._limit_s:.0f} s (run.timeout_s)")
+            raise PeerTimeout(
+                f"{self._who} did not answer {self._name} within {self._limit_s:.0f} s (run.timeout_s)"
+            )
         return False
 
     def result(self) -> T:
@@ -55,8 +58,8 @@ class _Parcel:
 
 
 class Outbox:
-    """Deliveries in any order. What a full disk refuses (DiskFullError) is kept and sent again every second, and counted; the driver
-    tells of the disk (cluster/health.py), once for all actors.
+    """Deliveries in any order. What a full disk refuses (DiskFullError) is kept and sent again every second,
+    and counted; the driver tells of the disk (cluster/health.py), once for all actors.
 
     refused_by  receivers that refused what was last sent to them: what one of them takes says nothing of another
     retries     deliveries sent again so far
@@ -84,7 +87,8 @@ class Outbox:
         self._parcels.append(parcel)
 
     def look(self) -> Collection[int]:
-        """Takes note of what was answered, sends again what was refused; the ordinals of what has arrived since.
+        """Takes note of what was answered, sends again what was refused; the ordinals of what has arrived
+        since.
 
         Raises PeerTimeout, and what a receiver raised other than DiskFullError.
         """

@@ -3,8 +3,9 @@
     board --poll--> Directive --fetch, verify--> Update --> the actor applies it between two engine steps
                        `--> retire: '' | 'drain' | 'now'
 
-A snapshot that is gone, torn or late changes nothing: the actor keeps its weights, its samples say so, and the board is
-asked again a second later. Fetching and checksums run on the calls' thread and one beside it, never on the engine's.
+A snapshot that is gone, torn or late changes nothing: the actor keeps its weights, its samples say so, and
+the board is asked again a second later. Fetching and checksums run on the calls' thread and one beside it,
+never on the engine's.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ Weights: TypeAlias = list[tuple[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Update:
-    """What the actor does next: load `weights` (None: `version` is in place), then evaluate `eval_items` with them."""
+    """What the actor does next: load `weights` (None: `version` is in place), then evaluate
+    `eval_items` with them.
+    """
 
     version: int
     weights: Weights | None
@@ -51,7 +54,9 @@ class Follower:
     fetch_s    how long the newest snapshot took, from the board's word to the last checksum
     """
 
-    def __init__(self, name: str, config: Config, board: Any, calls: Calls, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, name: str, config: Config, board: Any, calls: Calls, tell: Callable[[str], None]
+    ) -> None:
         self._name, self._board, self._calls, self._troubles = name, board, calls, Troubles(tell)
         self._limit_s = config.run.timeout_s
         self._max_items = max(1, config.actors.slots // config.eval.samples)
@@ -71,7 +76,8 @@ class Follower:
         return [ask.future for ask in (self._poll, self._fetch) if ask is not None]
 
     def look(self, version: int, *, is_evaluating: bool) -> None:
-        """Takes note of what the board and the object store have answered; `version`: what the engine has loaded.
+        """Takes note of what the board and the object store have answered; `version`: what the engine has
+        loaded.
 
         Raises PeerTimeout when the board does not answer.
         """
@@ -88,11 +94,21 @@ class Follower:
             self._is_asking_for_work, self._asked_version = not is_busy, version
             max_items, wait_s = (0, 0.0) if is_busy else (self._max_items, POLL_S)
             self._poll_at_s = time.monotonic() + RETRY_S
-            self._poll = self._ask(self._board.poll.remote(self._name, version, max_items, wait_s), wait_s + self._limit_s)
+            self._poll = self._ask(
+                self._board.poll.remote(self._name, version, max_items, wait_s), wait_s + self._limit_s
+            )
 
     def give_way(self) -> bool:
-        """Newer weights than any snapshot are about to be pushed: forget one that is being fetched. False when it is for an evaluation."""
-        items = self._directive.eval_items if self._directive is not None else self.update.eval_items if self.update is not None else ()
+        """Newer weights than any snapshot are about to be pushed: forget one that is being fetched.
+        False when it is for an evaluation.
+        """
+        items = (
+            self._directive.eval_items
+            if self._directive is not None
+            else self.update.eval_items
+            if self.update is not None
+            else ()
+        )
         if not items:
             self._directive = self._fetch = self.update = None
         return not items
@@ -106,7 +122,9 @@ class Follower:
         elif directive.version != version:
             self._directive, self._fetched_from_s = directive, time.monotonic()
             # It keeps the limit itself; the rest is for its checksums.
-            self._fetch = self._ask(_fetch_snapshot(self._board, directive.version, self._limit_s), 2 * self._limit_s)
+            self._fetch = self._ask(
+                _fetch_snapshot(self._board, directive.version, self._limit_s), 2 * self._limit_s
+            )
         elif directive.eval_items:
             self.update = Update(version, None, directive.eval_items)
 
@@ -120,7 +138,9 @@ class Follower:
             self.num_failed += 1
             self._troubles.note(f"{self._name} keeps its weights", error)
             self._work_at_s = time.monotonic() + RETRY_S
-            self._calls.post(self._board.give_back.remote(self._name), "the board", "evaluation items handed back")
+            self._calls.post(
+                self._board.give_back.remote(self._name), "the board", "evaluation items handed back"
+            )
         self.fetch_s = time.monotonic() - self._fetched_from_s
 
     def _ask(self, call: Any, limit_s: float) -> Ask[Any]:
@@ -128,7 +148,9 @@ class Follower:
 
 
 async def _fetch_snapshot(board: Any, version: int, limit_s: float) -> Weights:
-    """The verified parameters of `version`. Raises SnapshotError when it is gone, torn or not here within `limit_s`."""
+    """The verified parameters of `version`. Raises SnapshotError when it is gone, torn or not here
+    within `limit_s`.
+    """
     try:
         async with asyncio.timeout(limit_s):
             snapshot = await answered(board.snapshot.remote(version), "the board")
@@ -137,7 +159,9 @@ async def _fetch_snapshot(board: Any, version: int, limit_s: float) -> Weights:
             manifest = msgspec.msgpack.decode(snapshot[0], type=Manifest)
             buckets = await asyncio.gather(*(answered(bucket, "its bucket") for bucket in snapshot[1]))
     except TimeoutError:
-        raise SnapshotError(f"snapshot {version} did not arrive within {limit_s:.0f} s (run.timeout_s)") from None
+        raise SnapshotError(
+            f"snapshot {version} did not arrive within {limit_s:.0f} s (run.timeout_s)"
+        ) from None
     except TrainingError as error:  # The board, or whoever stored a bucket, is gone.
         raise SnapshotError(f"snapshot {version} is lost: {str(error).splitlines()[0]}") from None
     return await asyncio.to_thread(lambda: list(read_snapshot(manifest, buckets)))

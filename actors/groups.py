@@ -1,12 +1,13 @@
-"""The groups an engine is generating: what becomes of their samples at a deadline, at an update, at a refusal.
+"""The groups an engine is generating: what becomes of their samples at a deadline, at an update, at a
+refusal.
 
     start --> samples in the engine, refilled across groups --step--> groups without an unfinished sample
                     |-- `actors.sample_timeout_s` of a sample, `actors.group_timeout_s` of a group: truncated, or dropped without a token
                     |-- update: they go on, finish first, or start again (`actors.on_update`)
                     `-- the engine refuses the prompt: dropped
 
-A group that ends may lack samples; `OpenGroup.reason` says why. Evaluation groups have no deadline of their own: their
-samples have.
+A group that ends may lack samples; `OpenGroup.reason` says why. Evaluation groups have no deadline of their
+own: their samples have.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Generator(Protocol):
     def num_unfinished(self) -> int: ...
     @property
     def num_tokens_under_way(self) -> int: ...
-    def submit(self, request_id: str, prompt_ids: tuple[int, ...], *, seed: int | None, temperature: float | None) -> None: ...
+    def submit(
+        self, request_id: str, prompt_ids: tuple[int, ...], *, seed: int | None, temperature: float | None
+    ) -> None: ...
     def step(self) -> list[tuple[str, Sample]]: ...
     def overdue(self, limit_s: float) -> list[str]: ...
     def truncate(self, request_ids: list[str]) -> list[tuple[str, Sample]]: ...
@@ -68,7 +71,9 @@ class OpenGroup:
     def key(self) -> str:
         """Names the group among those open; its requests are `key-number`."""
         item = self.item
-        return f"train-{item.ordinal}" if isinstance(item, WorkItem) else f"eval-{item.evaluation_id}-{item.row}"
+        return (
+            f"train-{item.ordinal}" if isinstance(item, WorkItem) else f"eval-{item.evaluation_id}-{item.row}"
+        )
 
     @property
     def is_training(self) -> bool:
@@ -95,12 +100,22 @@ class Groups:
     updates, apply_s, pause_total_s           weights loaded; how long generation paused for that, last and in all
     """
 
-    def __init__(self, engine: Generator, config: ActorsConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, engine: Generator, config: ActorsConfig, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._engine, self._config, self._clock = engine, config, clock
         self._requests: dict[str, tuple[OpenGroup, int]] = {}
         self._open: dict[str, OpenGroup] = {}  # In the order of their submission.
-        counted = ("generated_tokens", "generated_samples", "samples_truncated_late", "samples_dropped", "samples_restarted")
-        self.counters: dict[str, float] = dict.fromkeys((*counted, "groups_partial", "updates", "pause_total_s"), 0.0)
+        counted = (
+            "generated_tokens",
+            "generated_samples",
+            "samples_truncated_late",
+            "samples_dropped",
+            "samples_restarted",
+        )
+        self.counters: dict[str, float] = dict.fromkeys(
+            (*counted, "groups_partial", "updates", "pause_total_s"), 0.0
+        )
 
     def __len__(self) -> int:
         return len(self._open)
@@ -125,7 +140,9 @@ class Groups:
         return ended
 
     def update(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> bool:
-        """Loads weights as `actors.on_update` says; False while unfinished samples come first (`drain`: start no others)."""
+        """Loads weights as `actors.on_update` says; False while unfinished samples come first (`drain`:
+        start no others).
+        """
         if self._config.on_update == "drain" and self._engine.num_unfinished:
             return False
         start_s = time.perf_counter()
@@ -149,7 +166,9 @@ class Groups:
         self._engine.submit(request_id, group.row.token_ids, seed=seed, temperature=group.temperature)
 
     def _restart(self) -> None:
-        """Training samples under way begin again, by the new weights: nothing was generated since these were loaded."""
+        """Training samples under way begin again, by the new weights: nothing was generated since these
+        were loaded.
+        """
         again = {request_id: entry for request_id, entry in self._requests.items() if entry[0].is_training}
         self._engine.abort(list(again))
         for group, number in again.values():
@@ -199,5 +218,7 @@ class Groups:
         if group.unfinished:
             return []
         del self._open[group.key]
-        self.counters["groups_partial"] += group.is_training and None in group.samples and not group.is_too_small
+        self.counters["groups_partial"] += (
+            group.is_training and None in group.samples and not group.is_too_small
+        )
         return [group]

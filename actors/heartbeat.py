@@ -1,4 +1,6 @@
-"""What may be asked of a running actor from outside its loop: whether that still turns, and what it is doing."""
+"""What may be asked of a running actor from outside its loop: whether that still turns, and what it is
+doing.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,18 @@ class Heartbeat:
     _turned_s: float | None = None
 
     def ping(self) -> float:
-        """Seconds since the loop last turned, 0 before it runs. A hung engine lets it grow; a stopped process does not answer."""
+        """Seconds since the loop last turned, 0 before it runs. A hung engine lets it grow; a stopped
+        process does not answer.
+        """
         return 0.0 if self._turned_s is None else time.monotonic() - self._turned_s
 
     def stacks(self) -> str:
         """Where every thread of this process is, by its name, most recent call last."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         frames = sys._current_frames().items()
-        return "\n".join(f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames)
+        return "\n".join(
+            f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames
+        )
 
     def _beat(self) -> None:
         """The loop is alive: called once a turn."""

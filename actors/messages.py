@@ -1,8 +1,9 @@
 """A prompt of messages: what is wrong with it, and its text by the tokenizer's chat template.
 
-Messages come in many shapes. Tables fill the keys that other rows have with null (`tool_calls: null`), and templates that ask
-`'tool_calls' in message` are misled: keys that hold null are left out. Content may be a list of text parts, and templates differ in
-which of the two they take: text first, parts where text does not come through. What no template says is told, never dropped.
+Messages come in many shapes. Tables fill the keys that other rows have with null (`tool_calls: null`), and
+templates that ask `'tool_calls' in message` are misled: keys that hold null are left out. Content may be a
+list of text parts, and templates differ in which of the two they take: text first, parts where text does not
+come through. What no template says is told, never dropped.
 """
 
 from __future__ import annotations
@@ -35,8 +36,14 @@ def message_problems(column: str, messages: Sequence[Any], system_prompt: str | 
         return
     for number, message in enumerate(messages, start=1):
         what = f"message {number} of {column!r}"
-        if not isinstance(message, dict) or message.get("role") is None or not ("content" in message or message.get("tool_calls")):
-            keys = f"; it has {', '.join(map(repr, message))}" if isinstance(message, dict) and message else ""
+        if (
+            not isinstance(message, dict)
+            or message.get("role") is None
+            or not ("content" in message or message.get("tool_calls"))
+        ):
+            keys = (
+                f"; it has {', '.join(map(repr, message))}" if isinstance(message, dict) and message else ""
+            )
             yield f"{what} is not {{'role': ..., 'content': ...}}{keys}"
             return
         if message["role"] not in ROLES:
@@ -56,7 +63,9 @@ def _content_problems(what: str, message: dict[str, Any]) -> Iterator[str]:
             if kind not in _TEXT_PARTS:
                 yield f"part {number} of {what} is of type {kind!r}; a language model takes text"
                 return
-            if not isinstance(part, str) and not (isinstance(part, dict) and isinstance(part.get("text"), str)):
+            if not isinstance(part, str) and not (
+                isinstance(part, dict) and isinstance(part.get("text"), str)
+            ):
                 yield f"{what} is a list, expected text or a list of {{'type': 'text', 'text': ...}}"
                 return
     elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
@@ -91,7 +100,9 @@ def _text(content: Any) -> str:
 
 
 def render(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, tuple[int, ...] | None] | Bad:
-    """The text of clean messages, up to where the answer begins, with tokens where the tokenizer makes them itself; or what is wrong."""
+    """The text of clean messages, up to where the answer begins, with tokens where the tokenizer makes
+    them itself; or what is wrong.
+    """
     first = _render_checked(tokenizer, messages)
     if not isinstance(first, Bad):
         return first
@@ -100,18 +111,25 @@ def render(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, tuple[i
     return first if isinstance(second, Bad) else second
 
 
-def _render_checked(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, tuple[int, ...] | None] | Bad:
+def _render_checked(
+    tokenizer: Any, messages: list[dict[str, Any]]
+) -> tuple[str, tuple[int, ...] | None] | Bad:
     """Bad where the template raises, or renders the same whatever a message says."""
     try:
         rendered = render_messages(tokenizer, messages)
         for number, message in enumerate(messages):
-            content = message["content"] if isinstance(message["content"], str) else message["content"][0]["text"]
+            content = (
+                message["content"] if isinstance(message["content"], str) else message["content"][0]["text"]
+            )
             if message["role"] == "assistant" or content.strip() in rendered[0]:
                 continue
             other = _OTHER if isinstance(message["content"], str) else [{"type": "text", "text": _OTHER}]
             changed = [*messages[:number], {**message, "content": other}, *messages[number + 1 :]]
             if render_messages(tokenizer, changed) == rendered:
-                return Bad(f"the chat template leaves out what message {number + 1} of {len(messages)} ({message['role']}) says")
+                return Bad(
+                    f"the chat template leaves out what message {number + 1} of {len(messages)} "
+                    f"({message['role']}) says"
+                )
     except Exception as error:  # noqa: BLE001 -- a template is a program of the model's maker
         reason = " ".join(str(error).split())[:300]
         kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "

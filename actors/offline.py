@@ -1,10 +1,11 @@
-"""Offline data: completions that others generated, read and checked before anything starts, and the actor that feeds them.
+"""Offline data: completions that others generated, read and checked before anything starts, and the actor
+that feeds them.
 
     data.offline --load_offline--> PromptRows with OfflineSamples --+--> OfflineActor --> buffer     all samples offline
                                                                     `--> RolloutActor --> buffer     some of each group
 
-A logged completion has no behaviour log-probs and no policy version: mu is whoever wrote it, which AGRO need not know.
-It is taken as finished, and ends as the policy's own do, unless its row says `truncated: true`.
+A logged completion has no behaviour log-probs and no policy version: mu is whoever wrote it, which AGRO need
+not know. It is taken as finished, and ends as the policy's own do, unless its row says `truncated: true`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ import numpy as np
 from actors.exchange import BUFFER, RETRY_S
 from actors.heartbeat import Heartbeat
 from actors.messages import text_problems
-from actors.prompts import PROMPT_COLUMNS, OfflineSample, PromptRow, PromptSet, is_unknown, render_rows, tokenise
+from actors.prompts import (
+    PROMPT_COLUMNS,
+    OfflineSample,
+    PromptRow,
+    PromptSet,
+    is_unknown,
+    render_rows,
+    tokenise,
+)
 from actors.sources import kind_of, read_source, report_bad_rows
 from buffer.records import Group, Sample, WorkItem, encode
 from buffer.store import DiskFullError
@@ -40,21 +49,25 @@ MIN_COMPLETIONS = 2
 LEASE_S = 1.0
 
 
-# Loading -------------------------------------------------------------------------------------------------------------
+# --- Loading ---
 
 
-def load_offline(config: Config, tokenizer: Any, training: PromptSet | None = None) -> tuple[PromptSet, list[str]]:
+def load_offline(
+    config: Config, tokenizer: Any, training: PromptSet | None = None
+) -> tuple[PromptSet, list[str]]:
     """The prompts of `data.offline` with their samples; and, in sentences, what was found and left out.
 
-    A row has a prompt (rendered and tokenised as training prompts are), `completion` (text) and, optionally, `reward` (a finite
-    number; true and false are 1 and 0; without one, or null, the reward functions score it), `group` (which rows of a prompt
-    belong together; without it all do) and `truncated`. The other columns go to the reward functions, of the rows of a prompt
-    the first one's. A group needs two different completions.
+    A row has a prompt (rendered and tokenised as training prompts are), `completion` (text) and, optionally,
+    `reward` (a finite number; true and false are 1 and 0; without one, or null, the reward functions score
+    it), `group` (which rows of a prompt belong together; without it all do) and `truncated`. The other
+    columns go to the reward functions, of the rows of a prompt the first one's. A group needs two different
+    completions.
 
-    With `training` (samples are mixed) these prompts come back, each with the samples of all rows that have its text; groups
-    and other columns do not matter then.
+    With `training` (samples are mixed) these prompts come back, each with the samples of all rows that have
+    its text; groups and other columns do not matter then.
 
-    Raises DataError: nothing readable; bad rows, with number, value and reason (`data.on_bad_row`); nothing that can be used.
+    Raises DataError: nothing readable; bad rows, with number, value and reason (`data.on_bad_row`); nothing
+    that can be used.
     """
     source = read_source("data.offline", config.data.offline, config.data.split)
     rows, bad = render_rows(source, config.data, tokenizer)
@@ -65,26 +78,36 @@ def load_offline(config: Config, tokenizer: Any, training: PromptSet | None = No
     if unknown := [index for index, sample in samples.items() if tokenizer.unk_token_id in sample.token_ids]:
         first = f"{source.unit} {unknown[0] + 1}"
         notes.append(
-            f"warning: data.offline: {len(unknown)} completions hold something that the tokenizer does not know (the first: {first})"
+            f"warning: data.offline: {len(unknown)} completions hold something that the tokenizer does not "
+            f"know (the first: {first})"
         )
     if training is not None:
         mixed, found = _mix(training, rows, samples, config.offline_samples)
         return PromptSet(mixed, training.num_bad_rows + len(bad), training.source), [*notes, *found]
-    prompts, found = _by_prompt(rows, samples, source.name, max(MIN_COMPLETIONS, config.agro.target_k), config.agro.target)
+    prompts, found = _by_prompt(
+        rows, samples, source.name, max(MIN_COMPLETIONS, config.agro.target_k), config.agro.target
+    )
     return PromptSet(prompts, len(bad), source.name), [*notes, *found]
 
 
-def _read_samples(rows: dict[int, PromptRow], bad: dict[int, str], config: Config, tokenizer: Any) -> dict[int, OfflineSample]:
+def _read_samples(
+    rows: dict[int, PromptRow], bad: dict[int, str], config: Config, tokenizer: Any
+) -> dict[int, OfflineSample]:
     """The samples of the rows that have a usable one; the others' reasons go to `bad`."""
     reasons = {index: next(_problems(row.columns), None) for index, row in rows.items()}
     bad.update((index, reason) for index, reason in reasons.items() if reason is not None)
     usable = {index: row.columns for index, row in rows.items() if reasons[index] is None}
     end_ids = end_token_ids(config.model, tokenizer)
     if not end_ids and not all(columns.get("truncated") for columns in usable.values()):
-        raise DataError("data.offline: the tokenizer has no EOS token to end a finished completion with. Give it one (eos_token).")
+        raise DataError(
+            "data.offline: the tokenizer has no EOS token to end a finished completion with. "
+            "Give it one (eos_token)."
+        )
     closing = closing_ids(tokenizer, end_ids, chat_template=config.data.chat_template)
     detokenizer = Detokenizer(tokenizer, end_ids, skip_special_tokens=config.rewards.skip_special_tokens)
-    split = {index: split_at_end(tokenizer, end_ids, columns["completion"]) for index, columns in usable.items()}
+    split = {
+        index: split_at_end(tokenizer, end_ids, columns["completion"]) for index, columns in usable.items()
+    }
     found, failed = tokenise(tokenizer, {index: text for index, (text, _, _) in split.items()})
     bad |= failed
     samples = {}
@@ -93,17 +116,30 @@ def _read_samples(rows: dict[int, PromptRow], bad: dict[int, str], config: Confi
         is_cut, reward = bool(usable[index].get("truncated")), usable[index].get("reward")
         ended = token_ids if is_cut else (*token_ids, *(end or closing))
         if is_cut and end:
-            bad[index] = f"'truncated' is true, but the completion holds the end token {tokenizer.convert_ids_to_tokens(end[0])!r}"
+            bad[index] = (
+                "'truncated' is true, but the completion holds the end token "
+                f"{tokenizer.convert_ids_to_tokens(end[0])!r}"
+            )
         elif rest:
-            bad[index] = f"the completion goes on after the end token {tokenizer.convert_ids_to_tokens(end[0])!r}: {rest[:40]!r}"
+            bad[index] = (
+                f"the completion goes on after the end token {tokenizer.convert_ids_to_tokens(end[0])!r}: "
+                f"{rest[:40]!r}"
+            )
         elif is_unknown(tokenizer, text, token_ids):
-            bad[index] = f"the tokenizer knows no part of the completion {text[:40]!r}: all of it is {tokenizer.unk_token}"
+            bad[index] = (
+                f"the tokenizer knows no part of the completion {text[:40]!r}: all of it is "
+                f"{tokenizer.unk_token}"
+            )
         elif not 1 <= len(ended) <= config.actors.max_new_tokens:
             limit = config.actors.max_new_tokens
-            bad[index] = f"the completion is {len(ended)} tokens long, EOS included; actors.max_new_tokens is {limit}"
+            bad[index] = (
+                f"the completion is {len(ended)} tokens long, EOS included; actors.max_new_tokens is {limit}"
+            )
         else:
             finish_reason = "length" if is_cut else "stop"
-            samples[index] = OfflineSample(ended, detokenizer.text(ended), None if reward is None else float(reward), finish_reason)
+            samples[index] = OfflineSample(
+                ended, detokenizer.text(ended), None if reward is None else float(reward), finish_reason
+            )
     return samples
 
 
@@ -128,19 +164,31 @@ def _problems(columns: dict[str, Any]) -> Iterator[str]:
 
 
 def _refuse_strangers(
-    rows: dict[int, PromptRow], samples: dict[int, OfflineSample], bad: dict[int, str], training: PromptSet | None, unit: str
+    rows: dict[int, PromptRow],
+    samples: dict[int, OfflineSample],
+    bad: dict[int, str],
+    training: PromptSet | None,
+    unit: str,
 ) -> None:
-    """Move to `bad`: rows whose prompt is none of `training`; without it, rows with another answer than the first of their prompt."""
+    """Move to `bad`: rows whose prompt is none of `training`; without it, rows with another answer than
+    the first of their prompt.
+    """
     known = {row.text for row in training.rows} if training is not None else set()
     first: dict[str, PromptRow] = {}
     for index in list(samples):
         row = rows[index]
         before = first.setdefault(row.text, row)
         if training is not None and row.text not in known:
-            bad[index] = f"its prompt {row.text[:60]!r} is no training prompt (data.path), so that nothing could be mixed with it"
+            bad[index] = (
+                f"its prompt {row.text[:60]!r} is no training prompt (data.path), so that nothing could be "
+                "mixed with it"
+            )
         elif training is None and row.columns.get("answer") != before.columns.get("answer"):
             answers = [str(found.columns.get("answer"))[:40] for found in (row, before)]
-            bad[index] = f"its 'answer' is {answers[0]!r}, but {answers[1]!r} in {unit} {before.row + 1}, which has the same prompt"
+            bad[index] = (
+                f"its 'answer' is {answers[0]!r}, but {answers[1]!r} in {unit} {before.row + 1}, which has "
+                "the same prompt"
+            )
         else:
             continue
         del samples[index]
@@ -165,14 +213,22 @@ def _by_prompt(
     told = f"{len(samples)} samples of {len(members)} prompts, {len(samples) - num_different} of them exact duplicates"
     if not prompts:
         raise DataError(
-            f"data.offline = {source}: no prompt has {least} different completions ({told}). AGRO compares the completions of one prompt"
-            f"{f', {least} at a time with agro.target = {target}' if least > MIN_COMPLETIONS else ''}: log at least so many of it."
+            f"data.offline = {source}: no prompt has {least} different completions ({told}). AGRO compares "
+            "the completions of one prompt"
+            f"{f', {least} at a time with agro.target = {target}' if least > MIN_COMPLETIONS else ''}: log "
+            "at least so many of it."
         )
     notes = [f"data.offline: {told}, which are left out"]
     if num_alone := len(members) - len(prompts):
-        notes.append(f"data.offline: {num_alone} prompts left out: fewer than {least} different completions carry no signal")
+        notes.append(
+            f"data.offline: {num_alone} prompts left out: fewer than {least} different completions "
+            "carry no signal"
+        )
     if differing:
-        notes.append(f"data.offline: rows of one prompt differ in {', '.join(sorted(differing))}; reward functions get the first row's")
+        notes.append(
+            f"data.offline: rows of one prompt differ in {', '.join(sorted(differing))}; reward "
+            "functions get the first row's"
+        )
     return prompts, notes
 
 
@@ -188,7 +244,8 @@ def _mix(
     num_enough = sum(len(row.offline) >= per_group for row in mixed)
     num_some = sum(0 < len(row.offline) < per_group for row in mixed)
     return mixed, [
-        f"data.offline: {len(samples)} samples of {len(members)} prompts, {len(samples) - num_different} exact duplicates left out",
+        f"data.offline: {len(samples)} samples of {len(members)} prompts, {len(samples) - num_different} "
+        "exact duplicates left out",
         f"offline samples for {num_enough} of {len(mixed)} prompts ({per_group} of each group); "
         f"{num_some} have fewer: what is missing is generated",
     ]
@@ -206,11 +263,12 @@ def _reward_columns(row: PromptRow) -> dict[str, Any]:
     return {name: value for name, value in row.columns.items() if name not in OWN_COLUMNS}
 
 
-# Using ---------------------------------------------------------------------------------------------------------------
+# --- Using ---
 
 
 def choose_samples(row: PromptRow, count: int, seed: int) -> list[Sample]:
-    """`count` of the row's offline samples (all when there are fewer), in a random order that `seed` alone decides.
+    """`count` of the row's offline samples (all when there are fewer), in a random order that `seed` alone
+    decides.
 
     They come without log-probs and versions, with the reward they were given or None.
     """
@@ -230,7 +288,9 @@ def choose_samples(row: PromptRow, count: int, seed: int) -> list[Sample]:
 
 
 def with_scores(samples: Sequence[Sample], scores: Sequence[Scored]) -> list[Sample]:
-    """The samples with reward or error, and answer; a reward that came with a sample stands, whatever the functions say."""
+    """The samples with reward or error, and answer; a reward that came with a sample stands, whatever
+    the functions say.
+    """
     return [
         msgspec.structs.replace(
             sample,
@@ -243,19 +303,25 @@ def with_scores(samples: Sequence[Sample], scores: Sequence[Scored]) -> list[Sam
 
 
 class OfflineActor(Heartbeat):
-    """Leases prompts and inserts groups of their offline samples; `cluster.supervisor` makes it a Ray actor beside the rollout actors.
+    """Leases prompts and inserts groups of their offline samples; `cluster.supervisor` makes it a Ray actor
+    beside the rollout actors.
 
-    `buffers` are the handles of the buffer's shards; `board` and `monitor` handles too, whose `method.remote(...)` can be awaited.
+    `buffers` are the handles of the buffer's shards; `board` and `monitor` handles too, whose
+    `method.remote(...)` can be awaited.
     """
 
-    def __init__(self, name: str, config: Config, prompts: PromptSet, buffers: Sequence[Any], board: Any, monitor: Any) -> None:
+    def __init__(
+        self, name: str, config: Config, prompts: PromptSet, buffers: Sequence[Any], board: Any, monitor: Any
+    ) -> None:
         self._name, self._config, self._prompts = name, config, prompts
         self._buffer, self._board, self._monitor = connect_buffer(buffers), board, monitor
         self._rewards = RewardPool(config.rewards)
         self._scores_all = config.agro.target.startswith("majority")  # A vote needs the answers of all.
         self._version = -1
         self._calls = Calls(config.run.timeout_s, self._tell)
-        self._counters = dict.fromkeys(("groups", "samples", "errors", "insert_retries", "leases_refused", "wait_admission_s"), 0.0)
+        self._counters = dict.fromkeys(
+            ("groups", "samples", "errors", "insert_retries", "leases_refused", "wait_admission_s"), 0.0
+        )
 
     async def run(self) -> dict[str, float]:
         """Feed until retired; the final counters. Raises PeerTimeout when buffer or board does not answer."""
@@ -263,7 +329,9 @@ class OfflineActor(Heartbeat):
             while not await self._is_retired():
                 self._beat()
                 await self._feed()
-                report = self._monitor.log_actor.remote(self._name, {**self._counters, "version": self._version})
+                report = self._monitor.log_actor.remote(
+                    self._name, {**self._counters, "version": self._version}
+                )
                 self._calls.post(report, "the monitor", "an actor's counters")
             with contextlib.suppress(DiskFullError):  # Told before; the leases run out.
                 await self._ask(self._buffer.release_actor(self._name), BUFFER)
@@ -275,7 +343,10 @@ class OfflineActor(Heartbeat):
         try:
             # Nothing is held from one turn to the next.
             lease = self._buffer.lease(self._name, self._config.learner.groups_per_step, LEASE_S, holding=[])
-            items = [msgspec.msgpack.decode(payload, type=WorkItem) for payload in await self._ask(lease, BUFFER) or ()]
+            items = [
+                msgspec.msgpack.decode(payload, type=WorkItem)
+                for payload in await self._ask(lease, BUFFER) or ()
+            ]
         except DiskFullError:  # The driver tells of it (cluster/health.py).
             self._counters["leases_refused"] += 1
             await asyncio.sleep(RETRY_S)
@@ -286,10 +357,14 @@ class OfflineActor(Heartbeat):
             return
         self._counters["groups"] += len(groups)
         self._counters["samples"] += sum(len(group.samples) for group in groups)
-        self._counters["errors"] += sum(sample.error is not None for group in groups for sample in group.samples)
+        self._counters["errors"] += sum(
+            sample.error is not None for group in groups for sample in group.samples
+        )
 
     async def _insert(self, groups: Sequence[Group]) -> bool:
-        """Sends the groups, again every second while the buffer's disk is full; False when retired before they were taken."""
+        """Sends the groups, again every second while the buffer's disk is full; False when retired
+        before they were taken.
+        """
         payloads = [encode(group) for group in groups]
         while True:
             with contextlib.suppress(DiskFullError):  # The driver tells of it (cluster/health.py).
@@ -306,15 +381,24 @@ class OfflineActor(Heartbeat):
     async def _group(self, item: WorkItem) -> Group:
         row = self._prompts[item.row]
         samples = choose_samples(row, self._config.actors.group_size, item.seed)
-        to_score = [index for index, sample in enumerate(samples) if sample.reward is None or self._scores_all]
+        to_score = [
+            index for index, sample in enumerate(samples) if sample.reward is None or self._scores_all
+        ]
         if to_score:
             unscored = [samples[index] for index in to_score]
             # The pool answers within its own limit, whatever a reward function does.
-            scores = await asyncio.wrap_future(self._rewards.submit(row.text, [sample.text for sample in unscored], row.columns))
+            scores = await asyncio.wrap_future(
+                self._rewards.submit(row.text, [sample.text for sample in unscored], row.columns)
+            )
             for index, sample in zip(to_score, with_scores(unscored, scores), strict=True):
                 samples[index] = sample
         return Group(
-            group_id=item.ordinal, row=row.row, prompt=row.text, prompt_ids=row.token_ids, samples=tuple(samples), actor=self._name
+            group_id=item.ordinal,
+            row=row.row,
+            prompt=row.text,
+            prompt_ids=row.token_ids,
+            samples=tuple(samples),
+            actor=self._name,
         )
 
     async def _is_retired(self) -> bool:
@@ -332,4 +416,6 @@ class OfflineActor(Heartbeat):
         try:
             return await asyncio.wait_for(answered(call, who), limit_s)
         except TimeoutError:
-            raise PeerTimeout(f"{who} did not answer {self._name} within {limit_s:.0f} s (run.timeout_s)") from None
+            raise PeerTimeout(
+                f"{who} did not answer {self._name} within {limit_s:.0f} s (run.timeout_s)"
+            ) from None

@@ -3,7 +3,8 @@
     reasoning_gym:chain_sum                              about a hundred families: arithmetic, algebra, logic, graphs, games
     reasoning_gym:chain_sum?max_terms=3&size=2000        with the family's own parameters, and how many training prompts
 
-A split is a seed: the same prompts on every machine and at every start. Held-out prompts that are training prompts too are left out.
+A split is a seed: the same prompts on every machine and at every start. Held-out prompts that are training
+prompts too are left out.
 """
 
 from __future__ import annotations
@@ -27,8 +28,15 @@ PREFIX = "reasoning_gym:"
 TRAIN_SPLIT = "train"
 TRAIN_ROWS, HELD_OUT_ROWS = 1000, 200
 TRIES_PER_ROW, MAX_REPEATS = 20, 10_000
-FAMILIES_OF = {"bfi": "bf", "cellpylib": "game_of_life, game_of_life_halting", "pycosat": "zebra_puzzles", "zss": "codeio"}
-"""What reasoning-gym imports but is no wheel, and the families that need it: installed by hand, or done without."""
+FAMILIES_OF = {
+    "bfi": "bf",
+    "cellpylib": "game_of_life, game_of_life_halting",
+    "pycosat": "zebra_puzzles",
+    "zss": "codeio",
+}
+"""What reasoning-gym imports but is no wheel, and the families that need it: installed by hand, or done
+without.
+"""
 
 
 class _Absent(types.ModuleType):
@@ -37,13 +45,16 @@ class _Absent(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise ModuleNotFoundError(f"it needs the package {self.__name__}: pip install {self.__name__}", name=self.__name__)
+        raise ModuleNotFoundError(
+            f"it needs the package {self.__name__}: pip install {self.__name__}", name=self.__name__
+        )
 
 
 def read_rows(key: str, path: str, split: str, limit: int | None) -> dict[int, dict[str, Any]]:
     """Rows with `question` and `answer` by index; `key` is the config key that `path` came from.
 
-    Raises DataError: reasoning-gym is not installed, an unknown family or parameter, or one that gives too few different prompts.
+    Raises DataError: reasoning-gym is not installed, an unknown family or parameter, or one that gives too
+    few different prompts.
     """
     family, _, query = path.removeprefix(PREFIX).partition("?")
     parameters = _parameters(key, path, query)
@@ -58,15 +69,24 @@ def read_rows(key: str, path: str, split: str, limit: int | None) -> dict[int, d
 
 
 def _distinct(
-    key: str, path: str, family: str, parameters: dict[str, Any], split: str, count: int, taken: set[str] | None = None
+    key: str,
+    path: str,
+    family: str,
+    parameters: dict[str, Any],
+    split: str,
+    count: int,
+    taken: set[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """`count` rows with different questions, none of them in `taken`; fewer where the family has no more, but not none.
+    """`count` rows with different questions, none of them in `taken`; fewer where the family has no more, but
+    not none.
 
     It has no more where MAX_REPEATS in a row are known.
     """
     seen = set(taken or ())
     rows: list[dict[str, Any]] = []
-    entries = _entries(key, path, family, {**parameters, "size": count * TRIES_PER_ROW}, zlib.crc32(split.encode()))
+    entries = _entries(
+        key, path, family, {**parameters, "size": count * TRIES_PER_ROW}, zlib.crc32(split.encode())
+    )
     num_repeats = 0
     for entry in itertools.islice(entries, count * TRIES_PER_ROW):
         num_repeats += 1
@@ -77,25 +97,37 @@ def _distinct(
         if len(rows) == count or num_repeats == MAX_REPEATS:
             break
     if not rows:
-        raise DataError(f"{key} = {path}: split {split!r} has no prompt that is not trained on. Lower size, or raise the difficulty.")
+        raise DataError(
+            f"{key} = {path}: split {split!r} has no prompt that is not trained on. Lower size, "
+            "or raise the difficulty."
+        )
     return rows
 
 
-def _entries(key: str, path: str, family: str, parameters: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:
+def _entries(
+    key: str, path: str, family: str, parameters: dict[str, Any], seed: int
+) -> Iterator[dict[str, Any]]:
     datasets = _library(key, path).factory.DATASETS
     if family not in datasets:
         near = difflib.get_close_matches(family, datasets, 3) or sorted(datasets)[:5]
-        raise DataError(f"{key} = {path}: reasoning-gym has no family {family!r}. Did you mean {', '.join(near)}?")
+        raise DataError(
+            f"{key} = {path}: reasoning-gym has no family {family!r}. Did you mean {', '.join(near)}?"
+        )
     make, config_of = datasets[family]
     names = sorted({field.name for field in fields(config_of)} - {"seed"})
     if unknown := parameters.keys() - set(names):
-        raise DataError(f"{key} = {path}: {family} has no parameter {', '.join(sorted(unknown))}. It has {', '.join(names)}.")
+        raise DataError(
+            f"{key} = {path}: {family} has no parameter {', '.join(sorted(unknown))}. It has "
+            f"{', '.join(names)}."
+        )
     try:
         config = config_of(**parameters, seed=seed)
         config.validate()
         yield from make(config=config)
     except (AssertionError, ImportError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise DataError(f"{key} = {path}: {family} refuses that: {str(error) or type(error).__name__}") from None
+        raise DataError(
+            f"{key} = {path}: {family} refuses that: {str(error) or type(error).__name__}"
+        ) from None
 
 
 def _parameters(key: str, path: str, query: str) -> dict[str, Any]:
@@ -103,7 +135,9 @@ def _parameters(key: str, path: str, query: str) -> dict[str, Any]:
         pairs = urllib.parse.parse_qsl(query, strict_parsing=True, keep_blank_values=True) if query else []
         parameters = {name: config_text.read(value, comments=False) for name, value in pairs}
     except ValueError:
-        raise DataError(f"{key} = {path}: expected parameters as in {PREFIX}chain_sum?max_terms=3&size=2000") from None
+        raise DataError(
+            f"{key} = {path}: expected parameters as in {PREFIX}chain_sum?max_terms=3&size=2000"
+        ) from None
     if len(parameters) < len(pairs):
         raise DataError(f"{key} = {path}: a parameter is there twice.")
     return parameters
@@ -111,12 +145,16 @@ def _parameters(key: str, path: str, query: str) -> dict[str, Any]:
 
 def _library(key: str, path: str) -> Any:
     """reasoning-gym, which imports every family at once, those too whose packages are missing."""
-    absent = [name for name in FAMILIES_OF if name not in sys.modules and importlib.util.find_spec(name) is None]
+    absent = [
+        name for name in FAMILIES_OF if name not in sys.modules and importlib.util.find_spec(name) is None
+    ]
     sys.modules.update({name: _Absent(name) for name in absent})
     try:
         return importlib.import_module("reasoning_gym")
     except ImportError as error:
-        raise DataError(f"{key} = {path}: reasoning-gym is not installed ({error}). `make setup` installs it.") from None
+        raise DataError(
+            f"{key} = {path}: reasoning-gym is not installed ({error}). `make setup` installs it."
+        ) from None
     finally:
         for name in absent:
             del sys.modules[name]

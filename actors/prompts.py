@@ -23,13 +23,17 @@ PROMPT_COLUMNS = ("prompt", "question")
 ANSWER_COLUMNS = ("answer", "solution", "label")
 VERL_ANSWER = ("reward_model", "ground_truth")
 RESERVED_COLUMNS = ("prompts", "completions")
-_WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:.*["'](role|content)["']\s*:.*\}\s*\]\s*\Z""", re.DOTALL)
+_WRITTEN_MESSAGES = re.compile(
+    r"""\s*\[\s*\{\s*["'](role|content)["']\s*:.*["'](role|content)["']\s*:.*\}\s*\]\s*\Z""", re.DOTALL
+)
 """What a table makes of messages that were stored as a string, as JSON or as Python shows them."""
 
 
 @dataclass(frozen=True)
 class OfflineSample:
-    """A logged completion. `token_ids` end in an end token unless `finish_reason` is "length"; `reward` None: not scored yet."""
+    """A logged completion. `token_ids` end in an end token unless `finish_reason` is "length"; `reward`
+    None: not scored yet.
+    """
 
     token_ids: tuple[int, ...]
     text: str
@@ -57,7 +61,9 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The usable prompts of a dataset, in its order; `num_bad_rows` were left out (`data.on_bad_row=skip`); `notes` are to be told."""
+    """The usable prompts of a dataset, in its order; `num_bad_rows` were left out
+    (`data.on_bad_row=skip`); `notes` are to be told.
+    """
 
     rows: list[PromptRow]
     num_bad_rows: int
@@ -74,8 +80,9 @@ class PromptSet:
 def load_prompts(data: DataConfig, tokenizer: Any, *, evaluation: bool = False) -> PromptSet:
     """The training prompts of `data`, or with `evaluation` the first `eval_rows` held-out ones.
 
-    Raises DataError: nothing readable at the path (with what was tried and what is accepted); bad rows (the first five with
-    number and reason, unless they are skipped); no usable row; a tokenizer without chat template when one is asked for.
+    Raises DataError: nothing readable at the path (with what was tried and what is accepted); bad rows (the
+    first five with number and reason, unless they are skipped); no usable row; a tokenizer without chat
+    template when one is asked for.
     """
     if evaluation and data.eval_rows == 0:
         return PromptSet([], 0, "no evaluation (data.eval_rows = 0)")
@@ -86,8 +93,12 @@ def load_prompts(data: DataConfig, tokenizer: Any, *, evaluation: bool = False) 
     return PromptSet(list(rows.values()), len(bad), source.name, notes)
 
 
-def render_rows(source: Source, data: DataConfig, tokenizer: Any) -> tuple[dict[int, PromptRow], dict[int, str]]:
-    """The usable prompts of `source` by row index, and why the other rows are bad. Raises DataError without a chat template."""
+def render_rows(
+    source: Source, data: DataConfig, tokenizer: Any
+) -> tuple[dict[int, PromptRow], dict[int, str]]:
+    """The usable prompts of `source` by row index, and why the other rows are bad. Raises DataError
+    without a chat template.
+    """
     if data.chat_template and not has_chat_template(tokenizer):
         raise DataError(
             "the tokenizer has no chat template. Set data.chat_template=false to use prompts as they are, "
@@ -119,7 +130,9 @@ def render_rows(source: Source, data: DataConfig, tokenizer: Any) -> tuple[dict[
 
 
 def tokenise(tokenizer: Any, texts: dict[int, str]) -> tuple[dict[int, tuple[int, ...]], dict[int, str]]:
-    """Token ids by row, no special token added; and the rows that the tokenizer does not take, with its reason."""
+    """Token ids by row, no special token added; and the rows that the tokenizer does not take, with its
+    reason.
+    """
     if not texts:
         return {}, {}
     try:
@@ -141,15 +154,19 @@ def is_unknown(tokenizer: Any, text: str, token_ids: tuple[int, ...]) -> bool:
 
 
 def _encode(tokenizer: Any, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
-    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
+    encoded = tokenizer(
+        texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
+    )
     return list(encoded["input_ids"])
 
 
-# Special tokens ------------------------------------------------------------------------------------------------------
+# --- Special tokens ---
 
 
 def _prefix(tokenizer: Any, texts: dict[int, str], found: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
-    """The tokens that the tokenizer puts before every text. What it puts after one (EOS, SEP) is not the beginning of an answer."""
+    """The tokens that the tokenizer puts before every text. What it puts after one (EOS, SEP) is not
+    the beginning of an answer.
+    """
     index = next((index for index, token_ids in found.items() if token_ids), None)
     if index is None:
         return ()
@@ -163,19 +180,27 @@ def _prefix(tokenizer: Any, texts: dict[int, str], found: dict[int, tuple[int, .
 
 def _with_prefix(tokenizer: Any, prefix: tuple[int, ...], token_ids: tuple[int, ...]) -> tuple[int, ...]:
     """The tokens with `prefix`, once, also where the text or the template brings it along."""
-    shared = next((length for length in range(len(prefix), 0, -1) if token_ids[:length] == prefix[-length:]), 0)
+    shared = next(
+        (length for length in range(len(prefix), 0, -1) if token_ids[:length] == prefix[-length:]), 0
+    )
     token_ids = (*prefix, *token_ids[shared:])
     while tokenizer.bos_token_id is not None and token_ids[:2] == (tokenizer.bos_token_id,) * 2:
         token_ids = token_ids[1:]
     return token_ids
 
 
-def _token_problem(said: str, token_ids: tuple[int, ...], num_added: int, data: DataConfig, tokenizer: Any) -> str:
-    """What is wrong with a prompt as tokens; `said` is what its row says, without template; empty when nothing is."""
+def _token_problem(
+    said: str, token_ids: tuple[int, ...], num_added: int, data: DataConfig, tokenizer: Any
+) -> str:
+    """What is wrong with a prompt as tokens; `said` is what its row says, without template; empty when
+    nothing is.
+    """
     if len(token_ids) <= num_added:
         return "the prompt has no tokens"
     if len(token_ids) > data.max_prompt_tokens:
-        return f"the prompt is {len(token_ids)} tokens long, data.max_prompt_tokens is {data.max_prompt_tokens}"
+        return (
+            f"the prompt is {len(token_ids)} tokens long, data.max_prompt_tokens is {data.max_prompt_tokens}"
+        )
     if tokenizer.unk_token_id in token_ids:
         spoken, _ = tokenise(tokenizer, {0: said})
         if is_unknown(tokenizer, said, spoken.get(0, ())):
@@ -184,10 +209,15 @@ def _token_problem(said: str, token_ids: tuple[int, ...], num_added: int, data: 
 
 
 def _notes(source: Source, rows: dict[int, PromptRow], tokenizer: Any) -> Iterator[str]:
-    unknown = [index for index, row in rows.items() if tokenizer.unk_token_id in row.token_ids and tokenizer.unk_token not in row.text]
+    unknown = [
+        index
+        for index, row in rows.items()
+        if tokenizer.unk_token_id in row.token_ids and tokenizer.unk_token not in row.text
+    ]
     if unknown:
         yield (
-            f"warning: {len(unknown)} of {len(rows)} prompts hold something that the tokenizer does not know and the policy sees as "
+            f"warning: {len(unknown)} of {len(rows)} prompts hold something that the tokenizer does not know "
+            "and the policy sees as "
             f"{tokenizer.unk_token} (the first: {source.unit} {unknown[0] + 1})"
         )
     ended = sum(row.token_ids[-1] == tokenizer.eos_token_id for row in rows.values())
@@ -197,27 +227,37 @@ def _notes(source: Source, rows: dict[int, PromptRow], tokenizer: Any) -> Iterat
         yield f"{source.name}: the answers are those in {'.'.join(VERL_ANSWER)}"
 
 
-# Checking ------------------------------------------------------------------------------------------------------------
+# --- Checking ---
 
 
 def _read_evaluation(data: DataConfig) -> Source:
     if data.eval_path is not None:
         return read_source("data.eval_path", data.eval_path, data.eval_split, limit=data.eval_rows)
     if data.path is None:
-        raise DataError("there are no held-out prompts: set data.eval_path, or data.eval_rows=0 to switch evaluation off.")
+        raise DataError(
+            "there are no held-out prompts: set data.eval_path, or data.eval_rows=0 to switch evaluation off."
+        )
     if user_path("data.path", data.path).is_file():
         raise DataError(
-            f"data.path = {data.path} is one file: it has no split {data.eval_split!r} to evaluate on, and its rows are trained on. "
+            f"data.path = {data.path} is one file: it has no split {data.eval_split!r} to evaluate on, and "
+            "its rows are trained on. "
             "Set data.eval_path, or data.eval_rows=0 to switch evaluation off."
         )
     return read_source("data.path", data.path, data.eval_split, limit=data.eval_rows)
 
 
 def _answer_column(rows: Rows) -> str | None:
-    """The first of ANSWER_COLUMNS that any row has, else verl's place for it; None when none has one (a reward may not need it)."""
-    present = {column for row in rows.values() if isinstance(row, dict) for column in ANSWER_COLUMNS if column in row}
+    """The first of ANSWER_COLUMNS that any row has, else verl's place for it; None when none has one (a
+    reward may not need it).
+    """
+    present = {
+        column for row in rows.values() if isinstance(row, dict) for column in ANSWER_COLUMNS if column in row
+    }
     outer, inner = VERL_ANSWER
-    if not present and any(isinstance(row, dict) and isinstance(row.get(outer), dict) and inner in row[outer] for row in rows.values()):
+    if not present and any(
+        isinstance(row, dict) and isinstance(row.get(outer), dict) and inner in row[outer]
+        for row in rows.values()
+    ):
         return f"{outer}.{inner}"
     return next((column for column in ANSWER_COLUMNS if column in present), None)
 
@@ -246,8 +286,12 @@ def _said(row: dict[str, Any] | Bad) -> str:
     return "\n".join(message["content"] for message in clean_messages(prompt) if message["role"] != "system")
 
 
-def _render(row: dict[str, Any], answer_column: str | None, data: DataConfig, tokenizer: Any) -> tuple[str, tuple[int, ...] | None] | Bad:
-    """The text to tokenise, with its tokens where the tokenizer made them from messages; or the first thing that is wrong with the row."""
+def _render(
+    row: dict[str, Any], answer_column: str | None, data: DataConfig, tokenizer: Any
+) -> tuple[str, tuple[int, ...] | None] | Bad:
+    """The text to tokenise, with its tokens where the tokenizer made them from messages; or the first
+    thing that is wrong with the row.
+    """
     reason = next(_problems(row, answer_column, data), None)
     if reason is not None:
         return Bad(reason)

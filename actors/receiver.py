@@ -1,13 +1,15 @@
-"""The actor's end of weights that the learner pushes (cluster/transports/push.py): orders, carried out between two engine steps.
+"""The actor's end of weights that the learner pushes (cluster/transports/push.py): orders, carried out
+between two engine steps.
 
     Ray's threads  receive(verb, number, ...) --queue--> the loop: look() --> engine    hello, start, update ..., finish
                                                          init --> a thread: engine.connect_transfer --queue--> the loop: it counts
                    abort ------------------------------> the engine's communicator, at once
 
-A group is met in a thread of its own, while the loop goes on: one that dies on its way there keeps nobody else from generating. From
-start to finish of a transfer the loop does nothing else: the model is in pieces. One that is broken off before anything has arrived
-leaves the engine as it was; one that had begun to arrive leaves it without weights (version -1), and it does not generate until a
-snapshot has been loaded. An order is of a transfer `number`; those of one that was broken off are refused.
+A group is met in a thread of its own, while the loop goes on: one that dies on its way there keeps nobody
+else from generating. From start to finish of a transfer the loop does nothing else: the model is in pieces.
+One that is broken off before anything has arrived leaves the engine as it was; one that had begun to arrive
+leaves it without weights (version -1), and it does not generate until a snapshot has been loaded. An order is
+of a transfer `number`; those of one that was broken off are refused.
 """
 
 from __future__ import annotations
@@ -65,8 +67,10 @@ class Receiver:
         beat: Callable[[], None],
         tell: Callable[[str], None],
     ) -> None:
-        """`may_start` says why no transfer can begin now, '' if one can; `on_updated` gets the clock's value when generation stopped
-        for the weights now in place; `beat` is called while the loop waits for orders. `limit_s`: of every wait."""
+        """`may_start` says why no transfer can begin now, '' if one can; `on_updated` gets the clock's value
+        when generation stopped for the weights now in place; `beat` is called while the loop waits for
+        orders. `limit_s`: of every wait.
+        """
         self._engine, self._limit_s = engine, limit_s
         self._may_start, self._on_updated, self._beat, self._tell = may_start, on_updated, beat, tell
         self._orders: queue.Queue[_Order] = queue.Queue()
@@ -77,10 +81,12 @@ class Receiver:
         self._broken_off = -1  # No order up to this number counts any more.
         self.num_failed = 0
 
-    # --- any thread -----------------------------------------------------------------------------------------------
+    # --- any thread ---
 
     def order(self, verb: str, number: int, *arguments: Any) -> str:
-        """Has it carried out; '' or why it was declined. Raises what the engine raised, and PeerTimeout where the loop is too late."""
+        """Has it carried out; '' or why it was declined. Raises what the engine raised, and PeerTimeout
+        where the loop is too late.
+        """
         order = _Order(verb, number, arguments)
         if verb == "abort":
             self._broken_off = max(self._broken_off, number)
@@ -99,14 +105,18 @@ class Receiver:
             who = "the group did not meet" if verb == "init" else f"the actor's loop did not come to `{verb}`"
             raise PeerTimeout(f"{who} within {limit_s:.0f} s") from None
 
-    # --- the loop -------------------------------------------------------------------------------------------------
+    # --- the loop ---
 
     def look(self) -> None:
         """Carries out what was ordered; with a transfer under way, until that is over."""
         silent_since_s = time.monotonic()
         while True:
             try:
-                order = self._orders.get(timeout=LOOK_S) if self._receiving is not None else self._orders.get_nowait()
+                order = (
+                    self._orders.get(timeout=LOOK_S)
+                    if self._receiving is not None
+                    else self._orders.get_nowait()
+                )
             except queue.Empty:
                 if self._receiving is None:
                     return
@@ -122,9 +132,12 @@ class Receiver:
             self._end_connecting(*order.arguments)
             return
         under_way = self._receiving if self._connecting is None else self._connecting.number
-        is_late = under_way is not None and order.number < under_way  # Of an older transfer: threads do not keep their order.
+        # Of an older transfer: threads do not keep their order.
+        is_late = under_way is not None and order.number < under_way
         if under_way is not None and not is_late and (order.number > under_way or order.verb == "abort"):
-            self._break_off(str(order.arguments[0]) if order.verb == "abort" else "the learner has begun another transfer")
+            self._break_off(
+                str(order.arguments[0]) if order.verb == "abort" else "the learner has begun another transfer"
+            )
         if order.verb == "abort" or not order.done.set_running_or_notify_cancel():
             return
         if is_late or order.number <= self._broken_off:
@@ -190,14 +203,19 @@ class Receiver:
         try:
             self._engine.drop_connection(connection)
         except Exception as error:  # noqa: BLE001 -- as in `_carry_out`; nobody waits for this
-            self._tell(f"a group that was not needed any more could not be left: {type(error).__name__}: {error}")
+            self._tell(
+                f"a group that was not needed any more could not be left: {type(error).__name__}: {error}"
+            )
 
     def _finish(self, version: int, probes: Mapping[str, str]) -> None:
         num_confirmed = self._engine.finish_transfer(version, probes)
         self._receiving = None
         self._on_updated(self._since_s)
         if not num_confirmed:
-            self._tell(f"version {version} arrived unconfirmed: none of {', '.join(probes)} is a parameter of vLLM's model by that name")
+            self._tell(
+                f"version {version} arrived unconfirmed: none of {', '.join(probes)} is a parameter "
+                "of vLLM's model by that name"
+            )
 
     def _refuse_if_aborted(self, order: _Order) -> None:
         """After an abort the communicator is gone, and what was received is whatever lay in its buffers."""
@@ -217,5 +235,7 @@ class Receiver:
         self._receiving = None
         self.num_failed += 1
         self._engine.undo_transfer()
-        kept = f"keeps version {self._engine.version}" if self._engine.version >= 0 else "waits for a snapshot"
+        kept = (
+            f"keeps version {self._engine.version}" if self._engine.version >= 0 else "waits for a snapshot"
+        )
         self._tell(f"a transfer of weights was broken off, the actor {kept}: {reason}")

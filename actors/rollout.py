@@ -1,4 +1,5 @@
-"""The rollout actor: leases prompts, generates with whatever weights it has, has them scored, inserts whole groups.
+"""The rollout actor: leases prompts, generates with whatever weights it has, has them scored, inserts whole
+groups.
 
     buffer --lease--> WorkItems --engine--> Samples --reward pool--> Group --insert--> buffer       groups.py, exchange.py
     board  --poll---> newer snapshot: fetched while generation goes on, applied between two steps   follower.py
@@ -7,9 +8,10 @@
 
 With offline data, some samples of each group are taken from there; where all are, this actor only evaluates.
 
-The loop never waits while there is something to generate. Its waits are counters: `wait_admission_s` (the buffer admits
-no more work), `wait_disk_s` (nor takes any: its disk is full), `wait_weights_s` (before the first snapshot: an actor is not
-eligible until it has one) and `wait_evaluation_s` (it only evaluates, and there is nothing to).
+The loop never waits while there is something to generate. Its waits are counters: `wait_admission_s` (the
+buffer admits no more work), `wait_disk_s` (nor takes any: its disk is full), `wait_weights_s` (before the
+first snapshot: an actor is not eligible until it has one) and `wait_evaluation_s` (it only evaluates, and
+there is nothing to).
 """
 
 from __future__ import annotations
@@ -49,14 +51,22 @@ HAND_BACK_LIMIT_S = 10.0
 
 
 class RolloutActor(Heartbeat):
-    """One vLLM engine and its loop; `cluster/supervisor.py` makes it a Ray actor. `run` returns when the board retires it.
+    """One vLLM engine and its loop; `cluster/supervisor.py` makes it a Ray actor. `run` returns when the
+    board retires it.
 
-    `buffers` are the handles of the buffer's shards; `board` and `monitor` handles too. What `method.remote(...)` of a handle
-    returns can be awaited.
+    `buffers` are the handles of the buffer's shards; `board` and `monitor` handles too. What
+    `method.remote(...)` of a handle returns can be awaited.
     """
 
     def __init__(
-        self, name: str, config: Config, prompts: PromptSet, eval_prompts: PromptSet, buffers: Sequence[Any], board: Any, monitor: Any
+        self,
+        name: str,
+        config: Config,
+        prompts: PromptSet,
+        eval_prompts: PromptSet,
+        buffers: Sequence[Any],
+        board: Any,
+        monitor: Any,
     ) -> None:
         self._name, self._config = name, config
         self._prompts, self._eval_prompts = prompts, eval_prompts
@@ -69,25 +79,32 @@ class RolloutActor(Heartbeat):
         self._receiver = self._make_receiver()
         self._outbox = Outbox(self._calls, name, config.run.timeout_s)
         self._work: deque[WorkItem] = deque()
-        self._holding: set[int] = set()  # Ordinals from their lease to the acknowledgement of what became of them.
+        # Ordinals from their lease to the acknowledgement of what became of them.
+        self._holding: set[int] = set()
         self._scoring: list[tuple[OpenGroup, Future[list[Scored]]]] = []
         self._evaluating = 0
         self._joined: str | None = None  # The board that pushes weights here.
         self._lease: Ask[list[bytes] | None] | None = None
-        self._leasing_version = self._outdated_version = -1  # What the newest lease was asked with; what the buffer refused.
+        # What the newest lease was asked with; what the buffer refused.
+        self._leasing_version = self._outdated_version = -1
         self._lease_at_s = self._reported_s = self._renewed_s = 0.0
         self._retire_until_s: float | None = None
         waits = ("wait_admission_s", "wait_disk_s", "wait_evaluation_s", "wait_weights_s")
-        self._counters: dict[str, float] = dict.fromkeys(("groups", "groups_failed", "leases_refused", "busy_s", *waits, "errors"), 0.0)
+        self._counters: dict[str, float] = dict.fromkeys(
+            ("groups", "groups_failed", "leases_refused", "busy_s", *waits, "errors"), 0.0
+        )
 
     def run(self) -> dict[str, float]:
-        """Generate until retired; the final counters. Raises PeerTimeout when buffer or board does not answer."""
+        """Generate until retired; the final counters. Raises PeerTimeout when buffer or board does not
+        answer.
+        """
         while not self._is_over():
             self._beat()
             self._follow_board()
             self._take_work()
             self._renew()
-            if self._engine.num_unfinished and self._engine.version >= 0:  # Else a transfer was broken off: a snapshot comes first.
+            # Else a transfer was broken off: a snapshot comes first.
+            if self._engine.num_unfinished and self._engine.version >= 0:
                 self._generate()
             else:
                 self._idle()
@@ -97,7 +114,9 @@ class RolloutActor(Heartbeat):
         return self._all_counters()
 
     def _make_engine(self) -> Generator:
-        """The engine, without weights that count. Benchmarks and tests of the loop put a simulated one in its place."""
+        """The engine, without weights that count. Benchmarks and tests of the loop put a simulated one
+        in its place.
+        """
         seed = (self._config.run.seed * 1_000_003 + sum(self._name.encode()) * 7919) % 2**31
         config = self._config
         learner, weights = config.learner, config.weights
@@ -115,7 +134,9 @@ class RolloutActor(Heartbeat):
     def receive(self, verb: str, number: int, *arguments: Any) -> str:
         """An order of the learner about weights that it pushes, from any thread: see actors/receiver.py."""
         if self._receiver is None:
-            raise SnapshotError(f"{self._name} takes snapshots only: weights.transport = {self._config.weights.transport}")
+            raise SnapshotError(
+                f"{self._name} takes snapshots only: weights.transport = {self._config.weights.transport}"
+            )
         return self._receiver.order(verb, number, *arguments)
 
     def _make_receiver(self) -> Receiver | None:
@@ -143,7 +164,7 @@ class RolloutActor(Heartbeat):
     def _own_handle(self) -> Any:
         return ray.get_runtime_context().current_actor
 
-    # --- the board: weights, evaluations, the end -----------------------------------------------------------------
+    # --- the board: weights, evaluations, the end ---
 
     def _follow_board(self) -> None:
         """Carries out what the learner pushes, and what the board wants as soon as all for it is here."""
@@ -152,13 +173,19 @@ class RolloutActor(Heartbeat):
             self._receiver.look()
         self._follower.look(self._engine.version, is_evaluating=self._evaluating > 0)
         update = self._follower.update
-        if update is None or (update.weights is not None and not self._groups.update(update.version, update.weights)):
+        if update is None or (
+            update.weights is not None and not self._groups.update(update.version, update.weights)
+        ):
             return
         self._follower.update = None
         for item in update.eval_items:
             self._evaluating += 1
             samples: list[Sample | None] = [None] * self._config.eval.samples
-            self._groups.start(OpenGroup(item, self._eval_prompts[item.row], samples, temperature=self._config.eval.temperature))
+            self._groups.start(
+                OpenGroup(
+                    item, self._eval_prompts[item.row], samples, temperature=self._config.eval.temperature
+                )
+            )
 
     def _join_board(self) -> None:
         """Ask for weights to be pushed: at the start, and of every board that takes the place of another."""
@@ -173,23 +200,31 @@ class RolloutActor(Heartbeat):
             return self._follower.retire == "now"
         if self._retire_until_s is None:
             self._retire_until_s = time.monotonic() + RETIRE_LIMIT_S
-        return time.monotonic() > self._retire_until_s or not (len(self._groups) or self._scoring or len(self._outbox))
+        return time.monotonic() > self._retire_until_s or not (
+            len(self._groups) or self._scoring or len(self._outbox)
+        )
 
     def _hand_back(self) -> None:
-        """What was not finished goes to another actor, or to the next start of the run; what was is still waited for."""
+        """What was not finished goes to another actor, or to the next start of the run; what was is
+        still waited for.
+        """
         concurrent.futures.wait(self._outbox.futures, HAND_BACK_LIMIT_S)
         self._outbox.look()
         self._calls.ask(self._board.give_back.remote(self._name), "the board")
         try:
             self._calls.ask(self._buffer.release_actor(self._name), BUFFER)
         except DiskFullError as error:
-            self._tell(f"{self._name} could not hand back {len(self._holding)} leases; they will run out: {error}")
+            self._tell(
+                f"{self._name} could not hand back {len(self._holding)} leases; they will run out: {error}"
+            )
         self._rewards.close()
 
-    # --- work -----------------------------------------------------------------------------------------------------
+    # --- work ---
 
     def _take_work(self) -> None:
-        """Keep the engine's slots full, and a few leases at hand to refill them; a retired actor hands those back."""
+        """Keep the engine's slots full, and a few leases at hand to refill them; a retired actor hands
+        those back.
+        """
         actors = self._config.actors
         self._receive_lease()
         if self._follower.retire:
@@ -200,8 +235,12 @@ class RolloutActor(Heartbeat):
         if self._may_lease() and len(self._work) < reserve:
             self._leasing_version = self._engine.version
             self._renewed_s = time.monotonic()
-            call = self._buffer.lease(self._name, reserve, POLL_S, self._leasing_version, sorted(self._holding))
-            self._lease = Ask(self._calls, call, who=BUFFER, name=self._name, limit_s=POLL_S + self._config.run.timeout_s)
+            call = self._buffer.lease(
+                self._name, reserve, POLL_S, self._leasing_version, sorted(self._holding)
+            )
+            self._lease = Ask(
+                self._calls, call, who=BUFFER, name=self._name, limit_s=POLL_S + self._config.run.timeout_s
+            )
         is_draining = self._follower.update is not None
         while self._work and self._engine.num_unfinished < actors.slots and not is_draining:
             item = self._work.popleft()
@@ -211,17 +250,26 @@ class RolloutActor(Heartbeat):
             self._groups.start(OpenGroup(item, row, missing, offline, actors.temperature))
 
     def _may_lease(self) -> bool:
-        if self._lease is not None or BUFFER in self._outbox.refused_by or time.monotonic() < self._lease_at_s or self._config.is_offline:
+        if (
+            self._lease is not None
+            or BUFFER in self._outbox.refused_by
+            or time.monotonic() < self._lease_at_s
+            or self._config.is_offline
+        ):
             return False
         return self._engine.version >= 0 and self._engine.version != self._outdated_version
 
     def _renew(self) -> None:
-        """Tell the buffer what is still worked on here, also when nothing is leased for long: a sample may take longer than a lease."""
+        """Tell the buffer what is still worked on here, also when nothing is leased for long: a sample
+        may take longer than a lease.
+        """
         if self._lease is not None or not self._holding:
             return  # What a lease under way may bring is not known here yet: it would count as lost.
         if time.monotonic() - self._renewed_s > self._config.run.timeout_s / RENEWALS_PER_LEASE:
             self._renewed_s = time.monotonic()
-            self._calls.post(self._buffer.renew(self._name, sorted(self._holding)), BUFFER, "renewals of leases")
+            self._calls.post(
+                self._buffer.renew(self._name, sorted(self._holding)), BUFFER, "renewals of leases"
+            )
 
     def _receive_lease(self) -> None:
         if self._lease is None or not self._lease.is_done():
@@ -280,16 +328,23 @@ class RolloutActor(Heartbeat):
         if groups:
             self._counters["groups"] += len(groups)
             payloads = [encode(group) for group in groups]
-            self._outbox.post(partial(self._buffer.insert, self._name, payloads), BUFFER, [group.group_id for group in groups])
+            self._outbox.post(
+                partial(self._buffer.insert, self._name, payloads),
+                BUFFER,
+                [group.group_id for group in groups],
+            )
         if evaluated:
             self._evaluating -= len(evaluated)
-            self._outbox.post(partial(self._board.finish.remote, msgspec.msgpack.encode(evaluated)), "the board")
+            self._outbox.post(
+                partial(self._board.finish.remote, msgspec.msgpack.encode(evaluated)), "the board"
+            )
         self._holding.difference_update(self._outbox.look())
 
     def _take_scored(self) -> list[tuple[OpenGroup, list[Scored]]]:
         """The groups whose rewards are there, no longer among those being scored."""
         scored, waiting = [], []
-        for group, future in self._scoring:  # Each asked once: a future may be done a moment after it was not.
+        # Each asked once: a future may be done a moment after it was not.
+        for group, future in self._scoring:
             if future.done():
                 scored.append((group, future.result()))
             else:
@@ -297,7 +352,7 @@ class RolloutActor(Heartbeat):
         self._scoring = waiting
         return scored
 
-    # --- waiting and telling --------------------------------------------------------------------------------------
+    # --- waiting and telling ---
 
     def _idle(self) -> None:
         """Nothing to generate: wait for any answer, and count what for."""
@@ -329,7 +384,11 @@ class RolloutActor(Heartbeat):
         counters = {**self._counters, **self._groups.counters, "fetch_s": self._follower.fetch_s}
         counters["transfers_failed"] = 0.0 if self._receiver is None else float(self._receiver.num_failed)
         counters["calls_failed"] = float(self._calls.num_failed_posts)
-        return {**counters, "insert_retries": float(self._outbox.retries), "snapshots_failed": float(self._follower.num_failed)}
+        return {
+            **counters,
+            "insert_retries": float(self._outbox.retries),
+            "snapshots_failed": float(self._follower.num_failed),
+        }
 
     def _tell(self, text: str) -> None:
         self._monitor.event.remote(text)  # Not looked at: it is what failures are told by.
@@ -337,13 +396,24 @@ class RolloutActor(Heartbeat):
 
 def _group(item: WorkItem, group: OpenGroup, samples: Sequence[Sample], actor: str) -> Group:
     row = group.row
-    return Group(group_id=item.ordinal, row=row.row, prompt=row.text, prompt_ids=row.token_ids, samples=tuple(samples), actor=actor)
+    return Group(
+        group_id=item.ordinal,
+        row=row.row,
+        prompt=row.text,
+        prompt_ids=row.token_ids,
+        samples=tuple(samples),
+        actor=actor,
+    )
 
 
 def _eval_sample(item: EvalItem, group: OpenGroup, scored: Sequence[Sample]) -> EvalSample:
-    """The result of an evaluation item; a sample that was dropped has neither text nor reward, but an error."""
+    """The result of an evaluation item; a sample that was dropped has neither text nor reward, but an
+    error.
+    """
     left = iter(scored)
-    dropped = Sample(token_ids=(), logprobs=(), version_spans=(), finish_reason="length", text="", error=group.reason)
+    dropped = Sample(
+        token_ids=(), logprobs=(), version_spans=(), finish_reason="length", text="", error=group.reason
+    )
     samples = [dropped if sample is None else next(left) for sample in group.samples]
     return EvalSample(
         item=item,

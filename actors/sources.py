@@ -1,7 +1,8 @@
-"""Reading a dataset: jsonl, parquet or a hub id, to rows as they are, and for each that cannot be read the reason.
+"""Reading a dataset: jsonl, parquet or a hub id, to rows as they are, and for each that cannot be read the
+reason.
 
-Local jsonl is parsed here and parquet by pyarrow, both in memory: that keeps line numbers and nested values as they are,
-and no cache can be stale. Hub ids go through `datasets`.
+Local jsonl is parsed here and parquet by pyarrow, both in memory: that keeps line numbers and nested values
+as they are, and no cache can be stale. Hub ids go through `datasets`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ACCEPTED = (
-    "a .jsonl or .parquet file, a directory with <split>.jsonl, <split>.parquet or <split>-*.parquet, a hub id (id or id:subset), "
+    "a .jsonl or .parquet file, a directory with <split>.jsonl, <split>.parquet or <split>-*.parquet, a hub "
+    "id (id or id:subset), "
     "reasoning_gym:FAMILY"
 )
 SHOWN_BAD_ROWS = 5
@@ -66,8 +68,8 @@ class Source:
 def read_source(key: str, name: str | None, split: str, limit: int | None = None) -> Source:
     """The first `limit` rows (None: all) of what `name` means; `key` is the config key it came from.
 
-    Raises DataError when there is nothing readable, with what was tried and what is accepted; ConfigError for a `~name`
-    that is nobody.
+    Raises DataError when there is nothing readable, with what was tried and what is accepted; ConfigError for
+    a `~name` that is nobody.
     """
     if name is None:
         raise DataError(f"{key} is not set. Accepted: {ACCEPTED}.")
@@ -83,14 +85,19 @@ def read_source(key: str, name: str | None, split: str, limit: int | None = None
     except OSError as error:  # A folder that may not be entered, a name too long, a disk that fails.
         raise DataError(f"{key} = {path} cannot be read: {error.strerror or error}.") from None
     if is_there:
-        raise DataError(f"{key} = {path} is a device, a pipe or a socket, which cannot be read twice. Accepted: {ACCEPTED}.")
+        raise DataError(
+            f"{key} = {path} is a device, a pipe or a socket, which cannot be read twice. "
+            f"Accepted: {ACCEPTED}."
+        )
     if not _HUB_ID.fullmatch(name) or path.suffix in (".jsonl", ".json", ".parquet") or name.startswith("."):
         raise DataError(f"{key} = {name}: there is no {path.absolute()}. Accepted: {ACCEPTED}.")
     return _read_hub(key, name, split, limit)
 
 
 def report_bad_rows(source: Source, bad: dict[int, str], num_usable: int, on_bad_row: str) -> None:
-    """Raises DataError when there are bad rows that may not be skipped (the first with number and reason), or no usable ones."""
+    """Raises DataError when there are bad rows that may not be skipped (the first with number and
+    reason), or no usable ones.
+    """
     if not source.rows:
         raise DataError(f"{source.name} has no rows.")
     if num_usable and (not bad or on_bad_row == "skip"):
@@ -98,23 +105,37 @@ def report_bad_rows(source: Source, bad: dict[int, str], num_usable: int, on_bad
     num_shown = 1 if len(set(bad.values())) == 1 else SHOWN_BAD_ROWS
     shown = [f"  - {source.unit} {index + 1}: {bad[index]}" for index in sorted(bad)[:num_shown]]
     if len(bad) > num_shown:
-        shown.append(f"  ... and {len(bad) - num_shown} more{', for the same reason' if num_shown == 1 else ''}")
-    remedy = "Fix them, or leave them out with data.on_bad_row=skip." if num_usable else "No usable row is left."
-    raise DataError("\n".join([f"{source.name}: {len(bad)} of {len(source.rows)} rows are bad", *shown, remedy]))
+        shown.append(
+            f"  ... and {len(bad) - num_shown} more{', for the same reason' if num_shown == 1 else ''}"
+        )
+    remedy = (
+        "Fix them, or leave them out with data.on_bad_row=skip." if num_usable else "No usable row is left."
+    )
+    raise DataError(
+        "\n".join([f"{source.name}: {len(bad)} of {len(source.rows)} rows are bad", *shown, remedy])
+    )
 
 
 def kind_of(value: Any) -> str:
     """What a value of a row is, as its author would say."""
     if value is None:
         return "null"
-    names: dict[type, str] = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    names: dict[type, str] = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _split_files(key: str, folder: Path, split: str) -> list[Path]:
     if not split or split.startswith(("/", "~")) or ".." in PurePath(split).parts or "\0" in split:
         raise DataError(
-            f"{split!r} is no name of a split (data.split, data.eval_split) of {key} = {folder}: it stands for {folder}/<split>.jsonl "
+            f"{split!r} is no name of a split (data.split, data.eval_split) of {key} = {folder}: it stands "
+            f"for {folder}/<split>.jsonl "
             f"or .parquet. To read one file, give its path in {key}."
         )
     found = [[path] for path in (folder / f"{split}.jsonl", folder / f"{split}.parquet") if path.is_file()]
@@ -124,10 +145,13 @@ def _split_files(key: str, folder: Path, split: str) -> list[Path]:
         return found[0]
     if found:
         names = ", ".join(files[0].name for files in found)
-        raise DataError(f"{key} = {folder} holds split {split!r} more than once ({names}). Give the file itself in {key}.")
+        raise DataError(
+            f"{key} = {folder} holds split {split!r} more than once ({names}). Give the file itself in {key}."
+        )
     present = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
     raise DataError(
-        f"{key} = {folder} has no split {split!r}: neither {split}.jsonl nor {split}.parquet nor {split}-*.parquet, but {present}."
+        f"{key} = {folder} has no split {split!r}: neither {split}.jsonl nor {split}.parquet nor "
+        f"{split}-*.parquet, but {present}."
     )
 
 
@@ -141,7 +165,7 @@ def _read_files(key: str, files: list[Path], limit: int | None) -> Source:
     raise DataError(f"{key} = {path} is neither .jsonl nor .parquet. Accepted: {ACCEPTED}.")
 
 
-# jsonl ---------------------------------------------------------------------------------------------------------------
+# --- jsonl ---
 
 
 def _read_jsonl(path: Path, limit: int | None) -> Rows:
@@ -170,7 +194,11 @@ def _parse_line(line: bytes) -> dict[str, Any] | Bad:
         return Bad(f"not JSON: {error.msg} (column {error.colno})")
     except (ValueError, RecursionError) as error:
         return Bad(f"not JSON: {error}")
-    return row if isinstance(row, dict) else Bad(f"holds {kind_of(row)}, expected an object such as {{'prompt': ..., 'answer': ...}}")
+    return (
+        row
+        if isinstance(row, dict)
+        else Bad(f"holds {kind_of(row)}, expected an object such as {{'prompt': ..., 'answer': ...}}")
+    )
 
 
 def _depth(value: Any) -> int:
@@ -200,7 +228,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-# parquet -------------------------------------------------------------------------------------------------------------
+# --- parquet ---
 
 
 def _read_parquet(files: list[Path], limit: int | None) -> Rows:
@@ -214,10 +242,16 @@ def _read_parquet(files: list[Path], limit: int | None) -> Rows:
         except Exception as error:  # noqa: BLE001 -- of a torn file pyarrow raises what it comes upon
             with path.open("rb") as opened:
                 is_pointer = opened.read(16).startswith(b"version https://")
-            why = "it is a pointer of git-lfs: `git lfs pull`" if is_pointer else str(error).strip().split("\n")[0]
+            why = (
+                "it is a pointer of git-lfs: `git lfs pull`"
+                if is_pointer
+                else str(error).strip().split("\n")[0]
+            )
             raise DataError(f"{path} is not a parquet file that can be read: {why}") from None
         if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
-            raise DataError(f"{path} has two columns called {twice[0]!r}. Write it again with a name for each.")
+            raise DataError(
+                f"{path} has two columns called {twice[0]!r}. Write it again with a name for each."
+            )
         rows += _table_rows(table.slice(0, None if limit is None else limit - len(rows)))
         if len(rows) == limit:
             break
@@ -225,7 +259,9 @@ def _read_parquet(files: list[Path], limit: int | None) -> Rows:
 
 
 def _table_rows(table: pa.Table) -> list[dict[str, Any] | Bad]:
-    """The table's rows as Python values; a row is Bad where a cell has none (text that is no UTF-8, a date beyond all calendars)."""
+    """The table's rows as Python values; a row is Bad where a cell has none (text that is no UTF-8, a
+    date beyond all calendars).
+    """
     columns = {name: _cells(name, table.column(name)) for name in table.column_names}
     rows: list[dict[str, Any] | Bad] = []
     for cells in zip(*columns.values(), strict=True):
@@ -253,7 +289,9 @@ def _cell(name: str, cell: pa.Scalar) -> Any:
 
 
 def _in_known_zones(kind: pa.DataType) -> pa.DataType:
-    """The type with UTC for every time zone that this machine does not know: the same moments, which parquet keeps in UTC anyway."""
+    """The type with UTC for every time zone that this machine does not know: the same moments, which
+    parquet keeps in UTC anyway.
+    """
     import pyarrow as pa
 
     if pa.types.is_timestamp(kind) and kind.tz is not None:
@@ -273,7 +311,7 @@ def _in_known_zones(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-# the hub -------------------------------------------------------------------------------------------------------------
+# --- the hub ---
 
 
 def _read_hub(key: str, name: str, split: str, limit: int | None) -> Source:
@@ -285,10 +323,12 @@ def _read_hub(key: str, name: str, split: str, limit: int | None) -> Source:
         if limit is not None:
             dataset = dataset.select(range(min(limit, len(dataset))))
         rows = dataset.to_list()
-    except Exception as error:  # the network: datasets, the hub's client and its http library raise what they like
+    # the network: datasets, the hub's client and its http library raise what they like
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise DataError(
-            f"{key} = {name}: there is no {Path(name).absolute()}, and as a hub dataset split {split!r} of it could not be loaded: "
+            f"{key} = {name}: there is no {Path(name).absolute()}, and as a hub dataset split {split!r} of "
+            "it could not be loaded: "
             f"{type(error).__name__}: {reason}\nAccepted: {ACCEPTED}."
         ) from error
     return Source(f"{name} ({split})", "row", dict(enumerate(rows)))

@@ -1,4 +1,5 @@
-"""What the rollout actors cost and how they scale: `make bench-actors`. Real Ray, buffer and board; ratios within one run.
+"""What the rollout actors cost and how they scale: `make bench-actors`. Real Ray, buffer and board; ratios
+within one run.
 
 tokens     one actor's tokens per second against bare vLLM `generate`: same model, prompts, engine arguments, in turns
 large      the same with SmolLM2-135M on grade-school maths, where an engine's step takes longer than all else
@@ -85,7 +86,9 @@ class BareEngine:
         set_engine_environment(config.actors)
         from vllm import LLM
 
-        arguments = engine_arguments(config.model, config.actors, max_model_len=config.max_sequence_tokens, seed=0)
+        arguments = engine_arguments(
+            config.model, config.actors, max_model_len=config.max_sequence_tokens, seed=0
+        )
         self._llm = LLM(**arguments)
         self._config, self._prompts = config, prompts
 
@@ -100,9 +103,15 @@ class BareEngine:
         while time.perf_counter() - start_s < seconds:
             rows = [self._prompts[(row + number) % len(self._prompts)] for number in range(num_prompts)]
             row += num_prompts
-            inputs = [TokensPrompt(prompt_token_ids=list(entry.token_ids)) for entry in rows for _ in range(actors.group_size)]
+            inputs = [
+                TokensPrompt(prompt_token_ids=list(entry.token_ids))
+                for entry in rows
+                for _ in range(actors.group_size)
+            ]
             params = [
-                SamplingParams(temperature=actors.temperature, max_tokens=actors.max_new_tokens, seed=number, logprobs=0)
+                SamplingParams(
+                    temperature=actors.temperature, max_tokens=actors.max_new_tokens, seed=number, logprobs=0
+                )
                 for number in range(len(inputs))
             ]
             outputs = self._llm.generate(inputs, params, use_tqdm=False)
@@ -111,23 +120,42 @@ class BareEngine:
 
 
 class Rig:
-    """Buffer, board, tally and actors of one measurement; a consumer that takes batches as fast as they come."""
+    """Buffer, board, tally and actors of one measurement; a consumer that takes batches as fast as they
+    come.
+    """
 
     def __init__(
-        self, config: Config, prompts: PromptSet, run_dir: str, weights: list[tuple[str, Any]], names: list[str], kind: type
+        self,
+        config: Config,
+        prompts: PromptSet,
+        run_dir: str,
+        weights: list[tuple[str, Any]],
+        names: list[str],
+        kind: type,
     ) -> None:
         self.config = config
         self._calls = Calls(600.0)
-        self._shard = _remote(ReplayBuffer).options(num_cpus=0, max_concurrency=1000).remote(config, run_dir, len(prompts), 0)
+        self._shard = (
+            _remote(ReplayBuffer)
+            .options(num_cpus=0, max_concurrency=1000)
+            .remote(config, run_dir, len(prompts), 0)
+        )
         self.buffer = connect_buffer([self._shard])
         self.board = _remote(Board).options(num_cpus=0, max_concurrency=1000).remote(config, 0, _ignore)
         self.tally = _remote(Tally).options(num_cpus=0).remote()
         self._weights, self.version, self.step = weights, -1, 0
         self.publish()
-        environment = {"env_vars": {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TOKENIZERS_PARALLELISM": "false"}}
+        environment = {
+            "env_vars": {
+                "OMP_NUM_THREADS": "1",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+        }
         actor_class = _remote(kind).options(num_cpus=0, max_concurrency=2, runtime_env=environment)
         self.actors: list[Any] = [
-            actor_class.remote(name, config, prompts, prompts, [self._shard], self.board, self.tally) for name in names
+            actor_class.remote(name, config, prompts, prompts, [self._shard], self.board, self.tally)
+            for name in names
         ]
         ray.get([actor.ping.remote() for actor in self.actors], timeout=300)
         self._names, self._runs = names, [actor.run.remote() for actor in self.actors]
@@ -139,13 +167,19 @@ class Rig:
         for name, tensor in self._weights:
             writer.add(name, tensor)
         manifest, references = writer.finish(self.version)
-        ray.get(self.board.publish.remote(msgspec.msgpack.encode(manifest), references, self.version, evaluate=False))
+        ray.get(
+            self.board.publish.remote(
+                msgspec.msgpack.encode(manifest), references, self.version, evaluate=False
+            )
+        )
 
     def consume(self, seconds: float, step_s: float = 0.0) -> int:
         """Takes batches for so long, each followed by a learner's step of `step_s`; how many."""
         until_s, count = time.perf_counter() + seconds, 0
         while time.perf_counter() < until_s:
-            payload = self._calls.ask(self.buffer.sample(self.step, self.config.learner.groups_per_step, 1.0), "buffer")
+            payload = self._calls.ask(
+                self.buffer.sample(self.step, self.config.learner.groups_per_step, 1.0), "buffer"
+            )
             if payload is not None:
                 self.step, count = self.step + 1, count + 1
                 time.sleep(step_s)
@@ -182,7 +216,13 @@ def prepare(*overrides: str, config_path: str = "configs/quickstart.yaml") -> Pr
     """Config, prompts and weights, with a buffer that never holds an actor back."""
     from transformers import AutoModelForCausalLM
 
-    more = ["buffer.capacity=100000", "buffer.max_staleness=100000", "checkpoint.every=0", "weights.publish_every=1", *overrides]
+    more = [
+        "buffer.capacity=100000",
+        "buffer.max_staleness=100000",
+        "checkpoint.every=0",
+        "weights.publish_every=1",
+        *overrides,
+    ]
     config = ensure_model(load_config(config_path, more))
     prompts = load_prompts(config.data, load_tokenizer(config.model))
     model = AutoModelForCausalLM.from_pretrained(config.model.path)
@@ -199,7 +239,9 @@ def large() -> Prepared:
     return prepare("actors.max_new_tokens=64", "actors.slots=16", config_path="configs/smollm2_sums.yaml")
 
 
-def against_bare(run_dir: Path, num_engines: int, prepared: Prepared, window_s: float = WINDOW_S) -> dict[str, float]:
+def against_bare(
+    run_dir: Path, num_engines: int, prepared: Prepared, window_s: float = WINDOW_S
+) -> dict[str, float]:
     """Tokens per second of so many actors and of so many bare engines, in turns; the ratio of the medians."""
     config, prompts, weights = prepared
     environment = {"env_vars": {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}}
@@ -212,16 +254,24 @@ def against_bare(run_dir: Path, num_engines: int, prepared: Prepared, window_s: 
         for engine in engines:
             ray.kill(engine)
         names = [f"actor-{index}" for index in range(num_engines)]
-        rig = Rig(config, prompts, str(run_dir / f"bare-{num_engines}-{number}"), weights, names, RolloutActor)
+        rig = Rig(
+            config, prompts, str(run_dir / f"bare-{num_engines}-{number}"), weights, names, RolloutActor
+        )
         rig.consume(WARM_S)
         ours.append(rig.rate("generated_tokens", window_s))
         rig.close()
     ratio = statistics.median(ours) / statistics.median(bare)
-    return {"actor_tokens_per_s": statistics.median(ours), "bare_tokens_per_s": statistics.median(bare), "ratio": ratio}
+    return {
+        "actor_tokens_per_s": statistics.median(ours),
+        "bare_tokens_per_s": statistics.median(bare),
+        "ratio": ratio,
+    }
 
 
 def pause(run_dir: Path) -> dict[str, float]:
-    """Seconds an actor does not generate at an update, and a bare in-memory load of the same tensors by the same engine."""
+    """Seconds an actor does not generate at an update, and a bare in-memory load of the same tensors by
+    the same engine.
+    """
     config, prompts, weights = prepare()
     rig = Rig(config, prompts, str(run_dir / "pause"), weights, ["actor-0"], _LoadingActor)
     rig.consume(WARM_S)
@@ -231,8 +281,16 @@ def pause(run_dir: Path) -> dict[str, float]:
         rig.consume(1.5)
         pauses.append(ray.get(rig.tally.counters.remote())["actor-0"]["apply_s"])
     rig.close()
-    bare = ray.get(_remote(_bare_loads).options(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}).remote(config, weights))
-    return {"pause_s": statistics.median(pauses), "bare_load_s": bare, "ratio": statistics.median(pauses) / bare}
+    bare = ray.get(
+        _remote(_bare_loads)
+        .options(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+        .remote(config, weights)
+    )
+    return {
+        "pause_s": statistics.median(pauses),
+        "bare_load_s": bare,
+        "ratio": statistics.median(pauses) / bare,
+    }
 
 
 class _LoadingActor(RolloutActor):
@@ -254,16 +312,31 @@ def scaling(run_dir: Path) -> list[dict[str, float]]:
     config, prompts, weights = prepare("actors.slots=32")
     rows: list[dict[str, float]] = []
     for count in (1, 2, 4, 8, 16):
-        rig = Rig(config, prompts, str(run_dir / f"scaling-{count}"), weights, [f"actor-{index}" for index in range(count)], SimulatedActor)
+        rig = Rig(
+            config,
+            prompts,
+            str(run_dir / f"scaling-{count}"),
+            weights,
+            [f"actor-{index}" for index in range(count)],
+            SimulatedActor,
+        )
         rig.consume(WARM_S)
         rate = rig.groups_per_s(WINDOW_S)
         rig.close()
-        rows.append({"actors": count, "groups_per_s": rate, "share_of_linear": rate / count / rows[0]["groups_per_s"] if rows else 1.0})
+        rows.append(
+            {
+                "actors": count,
+                "groups_per_s": rate,
+                "share_of_linear": rate / count / rows[0]["groups_per_s"] if rows else 1.0,
+            }
+        )
     return rows
 
 
 def straggler(run_dir: Path) -> dict[str, float]:
-    """Steps per second of a learner that needs half of what four simulated actors make, without and with a slow one."""
+    """Steps per second of a learner that needs half of what four simulated actors make, without and
+    with a slow one.
+    """
     config, prompts, weights = prepare("actors.slots=32", "learner.groups_per_step=8")
     rates = []
     for slow in (False, True):
@@ -280,7 +353,9 @@ def main() -> None:
     """The rows asked for (all), printed and written to benchmarks/results/; rows measured before stay."""
     import tempfile
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     rows = ("tokens", "large", "together", "pause", "scaling", "straggler")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(rows))
     asked = parser.parse_args().rows or rows

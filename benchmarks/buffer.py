@@ -39,7 +39,13 @@ def make_config(sampler: str = "uniform", fsync: str = "normal", capacity: int =
         "data": {"path": "none"},
         "rewards": {"functions": [{"name": "exact_match"}]},
         "learner": {"groups_per_step": BATCH_GROUPS},
-        "buffer": {"sampler": sampler, "fsync": fsync, "capacity": capacity, "max_staleness": 1_000_000, "max_uses": 1_000_000},
+        "buffer": {
+            "sampler": sampler,
+            "fsync": fsync,
+            "capacity": capacity,
+            "max_staleness": 1_000_000,
+            "max_uses": 1_000_000,
+        },
         "checkpoint": {"every": 0},
     }
     return parse_config(tree)
@@ -58,7 +64,11 @@ def make_payload(ordinal: int, num_samples: int = 8, num_tokens: int = 100) -> b
         )
         for number in range(num_samples)
     )
-    return encode(Group(group_id=ordinal, row=0, prompt="p" * 100, prompt_ids=tuple(range(50)), samples=samples, actor="a"))
+    return encode(
+        Group(
+            group_id=ordinal, row=0, prompt="p" * 100, prompt_ids=tuple(range(50)), samples=samples, actor="a"
+        )
+    )
 
 
 async def rates(fsync: str) -> dict[str, float]:
@@ -115,7 +125,9 @@ async def at_size(num_groups: int) -> dict[str, Any]:
             before = psutil.Process().memory_info().rss
             start_s = time.perf_counter()
             buffer = ReplayBuffer(make_config(sampler), directory, NUM_ROWS)
-            found.setdefault("recovery_s_per_10k_groups", (time.perf_counter() - start_s) / num_groups * 10_000)
+            found.setdefault(
+                "recovery_s_per_10k_groups", (time.perf_counter() - start_s) / num_groups * 10_000
+            )
             found.setdefault("resident_mib", (psutil.Process().memory_info().rss - before) / 2**20)
             latencies_ms = []
             for _ in range(200):
@@ -123,7 +135,10 @@ async def at_size(num_groups: int) -> dict[str, Any]:
                 await buffer.sample(step, BATCH_GROUPS, 1.0)
                 latencies_ms.append((time.perf_counter() - start_s) * 1e3)
                 step += 1
-            found[sampler] = {"p50_ms": float(np.percentile(latencies_ms, 50)), "p99_ms": float(np.percentile(latencies_ms, 99))}
+            found[sampler] = {
+                "p50_ms": float(np.percentile(latencies_ms, 50)),
+                "p99_ms": float(np.percentile(latencies_ms, 99)),
+            }
             await buffer.close()
     return found
 
@@ -133,16 +148,21 @@ async def main() -> None:
     result: dict[str, Any] = {"rates": {fsync: await rates(fsync) for fsync in ("normal", "full")}}
     for fsync, row in result["rates"].items():
         print(
-            f"fsync {fsync:<7} {row['inserts_per_s']:7.0f} inserts/s durable, bare sqlite {row['bare_sqlite_inserts_per_s']:7.0f} "
-            f"(ratio {row['ratio']:.2f}); {row['sampled_groups_per_s']:7.0f} groups/s sampled; {row['payload_bytes']} bytes a group"
+            f"fsync {fsync:<7} {row['inserts_per_s']:7.0f} inserts/s durable, bare sqlite "
+            f"{row['bare_sqlite_inserts_per_s']:7.0f} "
+            f"(ratio {row['ratio']:.2f}); {row['sampled_groups_per_s']:7.0f} groups/s sampled; "
+            f"{row['payload_bytes']} bytes a group"
         )
     result["sizes"] = []
     for size in SIZES:
         row = await at_size(size)
         result["sizes"].append(row)
-        latency = ", ".join(f"{name} {row[name]['p50_ms']:.1f}/{row[name]['p99_ms']:.1f}" for name in SAMPLERS)
+        latency = ", ".join(
+            f"{name} {row[name]['p50_ms']:.1f}/{row[name]['p99_ms']:.1f}" for name in SAMPLERS
+        )
         print(
-            f"{size:>7} groups: recovery {row['recovery_s_per_10k_groups']:.3f} s per 10,000, {row['resident_mib']:.0f} MiB more; "
+            f"{size:>7} groups: recovery {row['recovery_s_per_10k_groups']:.3f} s per 10,000, "
+            f"{row['resident_mib']:.0f} MiB more; "
             f"p50/p99 ms of {BATCH_GROUPS}: {latency}"
         )
     print(f"written to {save('buffer', result)}")

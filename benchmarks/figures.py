@@ -37,7 +37,13 @@ COMMON = (
     "monitor.wandb=off",
     "monitor.samples_every=100",
 )
-ON_POLICY = ("run.steps=120", "weights.publish_every=1", "buffer.max_staleness=0", "buffer.capacity=16", "agro.weight=none")
+ON_POLICY = (
+    "run.steps=120",
+    "weights.publish_every=1",
+    "buffer.max_staleness=0",
+    "buffer.capacity=16",
+    "agro.weight=none",
+)
 OFF_POLICY = (
     "run.steps=120",
     "weights.publish_every=4",
@@ -82,16 +88,29 @@ def make_offline_rows() -> None:
 
     config = load_config("configs/quickstart.yaml", [f"model.path={MODEL}"])
     task, policy = arithmetic_task(MODEL, "configs/arithmetic"), PlainPolicy(config, trained=False)
-    prompts = [json.loads(line)["prompt"] for line in Path("configs/arithmetic/train.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [(prompt, row) for prompt, row in zip(prompts, task.train, strict=True) for _ in range(OFFLINE_SAMPLES)]
-    made = sample(policy.module, [row["ids"] for _, row in rows], 4, 1.0, task.eos_id, torch.Generator().manual_seed(0))
+    prompts = [
+        json.loads(line)["prompt"]
+        for line in Path("configs/arithmetic/train.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    rows = [
+        (prompt, row) for prompt, row in zip(prompts, task.train, strict=True) for _ in range(OFFLINE_SAMPLES)
+    ]
+    made = sample(
+        policy.module, [row["ids"] for _, row in rows], 4, 1.0, task.eos_id, torch.Generator().manual_seed(0)
+    )
     characters = "0123456789+="  # recipes/arithmetic.py: ids from 3 on
     OFFLINE.parent.mkdir(parents=True, exist_ok=True)
     with OFFLINE.open("w", encoding="utf-8") as file:
         for (prompt, row), (tokens, _) in zip(rows, made, strict=True):
-            if tokens[-1] == task.eos_id and min(tokens[:-1], default=0) >= 3:  # Those cut short are left out of a log.
+            # Those cut short are left out of a log.
+            if tokens[-1] == task.eos_id and min(tokens[:-1], default=0) >= 3:
                 completion = "".join(characters[token - 3] for token in tokens[:-1])
-                file.write(json.dumps({"prompt": prompt, "completion": completion, "reward": task.score(tokens, row)}) + "\n")
+                file.write(
+                    json.dumps(
+                        {"prompt": prompt, "completion": completion, "reward": task.score(tokens, row)}
+                    )
+                    + "\n"
+                )
 
 
 def run_missing(methods: Iterable[str]) -> None:
@@ -105,26 +124,50 @@ def run_missing(methods: Iterable[str]) -> None:
             if directory.exists():
                 directory.rename(f"{directory}.cut-short-{len(list(RUNS.glob(f'{directory.name}.cut*')))}")
             if not Path(MODEL).exists():
-                subprocess.run([sys.executable, "-c", f"from recipes.arithmetic import make_small_base as m; m({MODEL!r})"], check=True)
+                subprocess.run(
+                    [
+                        sys.executable,
+                        "-c",
+                        f"from recipes.arithmetic import make_small_base as m; m({MODEL!r})",
+                    ],
+                    check=True,
+                )
             if not OFFLINE.exists():
                 make_offline_rows()
-            overrides = [*COMMON, *METHODS[method], f"run.seed={seed}", f"run.dir={directory}", f"run.name={directory.name}"]
+            overrides = [
+                *COMMON,
+                *METHODS[method],
+                f"run.seed={seed}",
+                f"run.dir={directory}",
+                f"run.name={directory.name}",
+            ]
             print(f"{method}, seed {seed}", flush=True)
-            merged = {override.partition("=")[0]: override for override in overrides}  # The later of two wins.
+            # The later of two wins.
+            merged = {override.partition("=")[0]: override for override in overrides}
             subprocess.run(
-                [sys.executable, "launch.py", "train", "configs/quickstart.yaml", *merged.values()], check=True, stdout=subprocess.DEVNULL
+                [sys.executable, "launch.py", "train", "configs/quickstart.yaml", *merged.values()],
+                check=True,
+                stdout=subprocess.DEVNULL,
             )
 
 
 def read_run(method: str, seed: int) -> dict[str, list[float]] | None:
-    """Curves of a finished run: steps with training reward and KL, versions with held-out reward; None when it is not there."""
+    """Curves of a finished run: steps with training reward and KL, versions with held-out reward; None
+    when it is not there.
+    """
     directory = run_dir(method, seed)
     if not (directory / "summary.json").exists():
         return None
-    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    evaluations = [json.loads(line) for line in (directory / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [
+        json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    evaluations = [
+        json.loads(line)
+        for line in (directory / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     evaluations.sort(key=lambda row: row["policy_version"])
-    # The row of step s + 1 was measured before its update, on version s; a mean over some batches, since one is noisy.
+    # The row of step s + 1 was measured before its update, on version s; a mean over some batches, since one
+    # is noisy.
     kl = [row["agro/kl_policy"] for row in steps]
     return {
         "step": [row["progress/step"] for row in steps],
@@ -197,7 +240,12 @@ def _draw_offline(out_dir: Path, runs: dict[str, list[dict[str, list[float]]]]) 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     rows = []
     for method, found in runs.items():
-        rows += _band(axes, method.removeprefix("offline: "), [(run["version"], run["held_out"]) for run in found], "held_out")
+        rows += _band(
+            axes,
+            method.removeprefix("offline: "),
+            [(run["version"], run["held_out"]) for run in found],
+            "held_out",
+        )
     axes.set(
         title="Only distinct samples of the base, beta 0.1: mean and range",
         xlabel="learner steps",
@@ -206,21 +254,36 @@ def _draw_offline(out_dir: Path, runs: dict[str, list[dict[str, list[float]]]]) 
     _finish(figure, [axes], out_dir / "lm_offline", rows)
 
 
-def _band(axes: Any, label: str, curves: list[tuple[list[float], list[float]]], what: str) -> list[dict[str, Any]]:
+def _band(
+    axes: Any, label: str, curves: list[tuple[list[float], list[float]]], what: str
+) -> list[dict[str, Any]]:
     """Mean line and range over the runs, at the x they share; the rows of the CSV."""
     shared = sorted(set.intersection(*(set(x) for x, _ in curves)))
     columns = [dict(zip(x, y, strict=True)) for x, y in curves]
-    low, mean, high = ([how([column[x] for column in columns]) for x in shared] for how in (min, lambda v: sum(v) / len(v), max))
+    low, mean, high = (
+        [how([column[x] for column in columns]) for x in shared]
+        for how in (min, lambda v: sum(v) / len(v), max)
+    )
     (line,) = axes.plot(shared, mean, label=f"{label} ({len(curves)} seeds)")
     axes.fill_between(shared, low, high, alpha=0.15, color=line.get_color())
     return [
-        {"method": label, "curve": what, "step": x, "mean": round(m, 4), "low": round(lo, 4), "high": round(hi, 4)}
+        {
+            "method": label,
+            "curve": what,
+            "step": x,
+            "mean": round(m, 4),
+            "low": round(lo, 4),
+            "high": round(hi, 4),
+        }
         for x, m, lo, hi in zip(shared, mean, low, high, strict=True)
     ]
 
 
 def _smooth(values: list[float], width: int) -> list[float]:
-    return [sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+    return [
+        sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1])
+        for i in range(len(values))
+    ]
 
 
 def _finish(figure: Any, panels: list[Any], path: Path, rows: list[dict[str, Any]]) -> None:

@@ -2,10 +2,11 @@
 
     rows --> groups by the current policy --> Replay (sampler oldest, min_staleness = lag) --> Updater --> step
 
-The buffer's index, the objectives, the packing, the update and its metrics are the system's own; only the engine (a plain
-sampler instead of vLLM), ZeRO-3 (AdamW with its settings) and Ray are left out, so that hundreds of runs fit into an hour. A
-policy is published every step, so a sample that `Replay` hands out at lag L was generated exactly L steps ago (from step L on; before,
-the base policy's samples, which nothing older exists than: at lag L the first L + 1 steps). Every run generates one batch a step.
+The buffer's index, the objectives, the packing, the update and its metrics are the system's own; only the
+engine (a plain sampler instead of vLLM), ZeRO-3 (AdamW with its settings) and Ray are left out, so that
+hundreds of runs fit into an hour. A policy is published every step, so a sample that `Replay` hands out at
+lag L was generated exactly L steps ago (from step L on; before, the base policy's samples, which nothing
+older exists than: at lag L the first L + 1 steps). Every run generates one batch a step.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ class PlainPolicy:
         self._grad_clip = config.learner.grad_clip
         if trained:
             self._optimizer = torch.optim.AdamW(
-                self.module.parameters(), lr=config.learner.lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=config.learner.weight_decay
+                self.module.parameters(),
+                lr=config.learner.lr,
+                betas=(0.9, 0.99),
+                eps=1e-8,
+                weight_decay=config.learner.weight_decay,
             )
 
     def logprobs(self, inputs: ModelInputs, temperature: float) -> Tensor:
@@ -77,7 +82,9 @@ class PlainPolicy:
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts as token ids with whatever `score(completion ids, row)` needs; `eos_id` None: completions always have full length."""
+    """Prompts as token ids with whatever `score(completion ids, row)` needs; `eos_id` None: completions
+    always have full length.
+    """
 
     train: list[dict[str, Any]]
     test: list[dict[str, Any]]
@@ -87,9 +94,16 @@ class Task:
 
 @torch.no_grad()
 def sample(
-    module: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, eos_id: int | None, generator: torch.Generator
+    module: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    eos_id: int | None,
+    generator: torch.Generator,
 ) -> list[tuple[list[int], list[float]]]:
-    """(completion ids, their log-probs) for each prompt, prompts padded on the left, one forward pass with cache a token."""
+    """(completion ids, their log-probs) for each prompt, prompts padded on the left, one forward pass
+    with cache a token.
+    """
     from transformers import DynamicCache
 
     width = max(map(len, prompts))
@@ -99,7 +113,14 @@ def sample(
     tokens, logprobs, lived = [], [], []
     position = (mask.cumsum(1) - 1).clamp_min(0)
     for _ in range(max_new_tokens):
-        out = module(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = module(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         distribution = (out.logits[:, -1] / temperature).log_softmax(-1)
         chosen = torch.multinomial(distribution.exp(), 1, generator=generator)
         tokens.append(chosen[:, 0])
@@ -118,11 +139,13 @@ def sample(
 class LagRun:
     """One run of `config` (its buffer holds the lag, its learner and agro sections the method) on `task`.
 
-    `engine_noise`: standard deviation, nats a token, of noise on the behaviour log-probs. `fresh_groups`: so many groups of each batch
-    are of the current policy, whatever the lag of the others.
+    `engine_noise`: standard deviation, nats a token, of noise on the behaviour log-probs. `fresh_groups`: so
+    many groups of each batch are of the current policy, whatever the lag of the others.
     """
 
-    def __init__(self, config: Config, task: Task, *, engine_noise: float = 0.0, fresh_groups: int = 0) -> None:
+    def __init__(
+        self, config: Config, task: Task, *, engine_noise: float = 0.0, fresh_groups: int = 0
+    ) -> None:
         self._config, self._task, self._noise = config, task, engine_noise
         self._num_fresh, self._num_lagged = fresh_groups, config.learner.groups_per_step - fresh_groups
         torch.manual_seed(config.run.seed)
@@ -142,7 +165,8 @@ class LagRun:
         rows = [{"step": 0.0, "held_out": self.evaluate()}]
         config = self._config
         for step in range(config.run.steps):
-            # Before anything is old enough, more groups of the base policy: a batch a step from the first step on.
+            # Before anything is old enough, more groups of the base policy: a batch a step from the first
+            # step on.
             batch = self._batch(step)
             metrics, _ = self._updater.update(batch, learning_rate(step, config))
             if (step + 1) % eval_every == 0:
@@ -151,7 +175,8 @@ class LagRun:
 
     def _batch(self, step: int) -> Batch:
         lag = self._config.buffer.min_staleness
-        is_last = step + lag >= self._config.run.steps  # What is generated from here on would be trained on by nobody.
+        # What is generated from here on would be trained on by nobody.
+        is_last = step + lag >= self._config.run.steps
         if step == 0:
             self._generate(0, min(lag + 1, self._config.run.steps))
         elif not is_last:
@@ -173,7 +198,10 @@ class LagRun:
         if not num_groups:
             return []
         seed, size = self._config.run.seed, self._config.actors.group_size
-        items = [work_item(self._frontier + number, seed=seed, num_rows=len(self._task.train)) for number in range(num_groups)]
+        items = [
+            work_item(self._frontier + number, seed=seed, num_rows=len(self._task.train))
+            for number in range(num_groups)
+        ]
         self._frontier += num_groups
         rows = [self._task.train[item.row] for item in items]
         made = iter(self._sample([row["ids"] for row in rows for _ in range(size)]))
@@ -188,16 +216,25 @@ class LagRun:
             for item, row in zip(items, rows, strict=True)
         ]
 
-    def _sample(self, prompts: list[Sequence[int]], temperature: float | None = None) -> list[tuple[list[int], list[float]]]:
+    def _sample(
+        self, prompts: list[Sequence[int]], temperature: float | None = None
+    ) -> list[tuple[list[int], list[float]]]:
         actors = self._config.actors
         return sample(
-            self.policy.module, prompts, actors.max_new_tokens, temperature or actors.temperature, self._task.eos_id, self._generator
+            self.policy.module,
+            prompts,
+            actors.max_new_tokens,
+            temperature or actors.temperature,
+            self._task.eos_id,
+            self._generator,
         )
 
     def _sample_of(self, made: tuple[list[int], list[float]], row: int, version: int) -> Sample:
         tokens, logprobs = made
         if self._noise:  # As of an engine whose kernels differ from the learner's.
-            logprobs = (torch.tensor(logprobs) + self._noise * torch.randn(len(logprobs), generator=self._generator)).tolist()
+            logprobs = (
+                torch.tensor(logprobs) + self._noise * torch.randn(len(logprobs), generator=self._generator)
+            ).tolist()
         return Sample(
             token_ids=tuple(tokens),
             logprobs=tuple(logprobs),
@@ -211,7 +248,9 @@ class LagRun:
         """Mean reward of `eval.samples` completions of each held-out prompt, at the training temperature."""
         rows = [row for row in self._task.test for _ in range(self._config.eval.samples)]
         made = self._sample([row["ids"] for row in rows])
-        return sum(self._task.score(tokens, row) for (tokens, _), row in zip(made, rows, strict=True)) / len(rows)
+        return sum(self._task.score(tokens, row) for (tokens, _), row in zip(made, rows, strict=True)) / len(
+            rows
+        )
 
 
 def arithmetic_task(model_dir: str, rows_dir: str) -> Task:
@@ -223,9 +262,20 @@ def arithmetic_task(model_dir: str, rows_dir: str) -> Task:
     def rows(name: str) -> list[dict[str, Any]]:
         lines = (Path(rows_dir) / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         found = [json.loads(line) for line in lines]
-        return [{"ids": tokenizer(row["prompt"])["input_ids"], "answer": [*tokenizer(row["answer"])["input_ids"], 1]} for row in found]
+        return [
+            {
+                "ids": tokenizer(row["prompt"])["input_ids"],
+                "answer": [*tokenizer(row["answer"])["input_ids"], 1],
+            }
+            for row in found
+        ]
 
-    return Task(rows("train"), rows("test"), lambda tokens, row: float([*tokens] == row["answer"]), tokenizer.eos_token_id)
+    return Task(
+        rows("train"),
+        rows("test"),
+        lambda tokens, row: float([*tokens] == row["answer"]),
+        tokenizer.eos_token_id,
+    )
 
 
 def timed(run: LagRun, eval_every: int) -> tuple[list[dict[str, float]], float]:

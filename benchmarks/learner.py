@@ -1,17 +1,19 @@
-"""What the learner costs, as ratios within one process: against a plain PyTorch loop, packed against padded, chunked against whole logits.
+"""What the learner costs, as ratios within one process: against a plain PyTorch loop, packed against padded,
+chunked against whole logits.
 
     python -m benchmarks.learner [speed] [layouts] [memory] [checkpoint] [gpu]     all by default; benchmarks/results/learner-<kind>.json
 
 speed    Trained tokens/s of Updater and ZeroPolicy (one rank) against the shortest loop that trains the same: same model, batches,
-         micro-batches, attention and objective; whole logits, AdamW, no DeepSpeed, no metrics. Steps alternate. Beside it our Updater
-         without DeepSpeed: what lies between them is ours, the rest DeepSpeed's.
+         micro-batches, attention and objective; whole logits, AdamW, no DeepSpeed, no metrics. Steps
+         alternate. Beside it our Updater without DeepSpeed: what lies between them is ours, the rest
+         DeepSpeed's.
 layouts  Forward and backward over the same sequences: padded, packed under transformers' block mask, packed by learner/attention.py.
 memory   Growth of the peak by log-probs of T tokens and their gradient, one process each, above what is there before.
 checkpoint  What a save costs and how long a resume takes (benchmarks/learner_checkpoint.py).
 gpu      A 1.1B model on a GPU (benchmarks/learner_gpu.py): tokens/s, MFU, peak memory against the estimate.
 
-Lengths are those of GSM8K's questions and answers, at 4 characters a token. On a CPU times are the process's own CPU seconds on one
-thread, so that other programs on the machine do not count.
+Lengths are those of GSM8K's questions and answers, at 4 characters a token. On a CPU times are the process's
+own CPU seconds on one thread, so that other programs on the machine do not count.
 """
 
 from __future__ import annotations
@@ -28,7 +30,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learner_cases import LAYOUT_SHAPE, SHAPES, TEMPERATURE, Shape, config_of, free_port, make_batch, make_model
+from benchmarks.learner_cases import (
+    LAYOUT_SHAPE,
+    SHAPES,
+    TEMPERATURE,
+    Shape,
+    config_of,
+    free_port,
+    make_batch,
+    make_model,
+)
 from benchmarks.learner_checkpoint import measure_checkpoint, measure_saves
 from benchmarks.learner_gpu import measure_case, measure_gpu
 from benchmarks.plain_loop import PlainLoop
@@ -41,7 +52,7 @@ MEMORY_VOCABULARIES = (8192, 32768)
 MEMORY_HIDDEN = 128
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------
+# --- speed ---
 
 
 def make_plain_policy(config: Any, device: str) -> Any:
@@ -82,10 +93,13 @@ def measure_shape(shape: Shape, device: str, own_linear: Callable) -> dict[str, 
         make_model(shape).save_pretrained(model_dir)
         config = config_of(shape, model_dir, device)
         objective = load_objective("agro", config.agro, config.rivals)
-        zero = Updater(config, ZeroPolicy(config.model, config.learner), None, objective, 0, torch.device(device))
+        zero = Updater(
+            config, ZeroPolicy(config.model, config.learner), None, objective, 0, torch.device(device)
+        )
         bare = Updater(config, make_plain_policy(config, device), None, objective, 0, torch.device(device))
         loop = PlainLoop(config, device)
-    batch, zero_linear = make_batch(shape), torch.nn.functional.linear  # DeepSpeed replaces it for the whole process.
+    # DeepSpeed replaces it for the whole process.
+    batch, zero_linear = make_batch(shape), torch.nn.functional.linear
 
     def plain(step: Callable[[], Any]) -> None:
         torch.nn.functional.linear = own_linear
@@ -128,7 +142,7 @@ def alternate(calls: list[Callable[[], Any]], device: str, rounds: int) -> list[
     return [min(own) for own in times]
 
 
-# --- layouts ----------------------------------------------------------------------------------------------------------
+# --- layouts ---
 
 
 def measure_layouts(device: str) -> list[dict[str, Any]]:
@@ -140,7 +154,11 @@ def measure_layouts(device: str) -> list[dict[str, Any]]:
     sequences = [TokenSequence(group.prompt_ids, sample.token_ids) for group, sample in rows_of]
     lengths, groups = [s.num_tokens for s in sequences], [group.group_id for group, _ in rows_of]
     models = {}
-    for name, layout, attention in (("padded", "padded", "sdpa"), ("packed, mask", "packed", ""), ("packed", "packed", "sdpa")):
+    for name, layout, attention in (
+        ("padded", "padded", "sdpa"),
+        ("packed, mask", "packed", ""),
+        ("packed", "packed", "sdpa"),
+    ):
         module = make_model(shape).to(device)
         models[name] = (module, layout, TokenLogprobs(module, layout, attention))  # type: ignore[arg-type]
     found = []
@@ -174,18 +192,34 @@ def pass_over(module: Any, inputs: list[Any], token_logprobs: Any) -> None:
     module.zero_grad()
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory ---
 
 
 def measure_memory() -> list[dict[str, Any]]:
-    """Peak growth of chunked and whole log-probs, forward and backward, in MiB; float32, hidden size MEMORY_HIDDEN."""
+    """Peak growth of chunked and whole log-probs, forward and backward, in MiB; float32, hidden size
+    MEMORY_HIDDEN.
+    """
     found = []
     for vocabulary in MEMORY_VOCABULARIES:
         for tokens in MEMORY_TOKENS:
-            row: dict[str, Any] = {"vocabulary": vocabulary, "tokens": tokens, "logits_mib": tokens * vocabulary * 4 // MIB}
+            row: dict[str, Any] = {
+                "vocabulary": vocabulary,
+                "tokens": tokens,
+                "logits_mib": tokens * vocabulary * 4 // MIB,
+            }
             for method in ("chunked", "whole"):
-                command = [sys.executable, "-m", "benchmarks.learner", "peak", method, str(tokens), str(vocabulary)]
-                row[f"{method}_mib"] = round(float(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
+                command = [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.learner",
+                    "peak",
+                    method,
+                    str(tokens),
+                    str(vocabulary),
+                ]
+                row[f"{method}_mib"] = round(
+                    float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+                )
             found.append(row)
     return found
 
@@ -200,7 +234,8 @@ def peak_growth(method: str, tokens: int, vocabulary: int) -> float:
     hidden = torch.randn(tokens, MEMORY_HIDDEN, requires_grad=True)
     weight = torch.randn(vocabulary, MEMORY_HIDDEN, requires_grad=True)
     targets = torch.randint(vocabulary, (tokens,))
-    linear_logprobs(hidden[:8], weight, targets[:8], TEMPERATURE).sum().backward()  # Libraries, and room for the gradients.
+    # Libraries, and room for the gradients.
+    linear_logprobs(hidden[:8], weight, targets[:8], TEMPERATURE).sum().backward()
     before_mib = peak_mib()
     if method == "chunked":
         logprobs = linear_logprobs(hidden, weight, targets, TEMPERATURE)
@@ -211,12 +246,14 @@ def peak_growth(method: str, tokens: int, vocabulary: int) -> float:
 
 
 def peak_mib() -> float:
-    """The most memory that was resident in this process; not by getrusage, which begins with the parent's peak."""
+    """The most memory that was resident in this process; not by getrusage, which begins with the
+    parent's peak.
+    """
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command ---
 
 
 def machine() -> dict[str, Any]:
@@ -228,7 +265,8 @@ def machine() -> dict[str, Any]:
     return {
         "kind": "gpu" if gpu else f"cpu{cpus}",
         "cpus": cpus,
-        "load": [round(load, 1) for load in os.getloadavg()],  # Ratios are not to be trusted far above the number of CPUs.
+        # Ratios are not to be trusted far above the number of CPUs.
+        "load": [round(load, 1) for load in os.getloadavg()],
         "ram_gib": round(ram_gib),
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "threads": torch.get_num_threads(),
@@ -242,13 +280,20 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     print(f"\n{title}")
     for line in cells:
-        print("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
+        print(
+            "  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), flush=True
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "parts", nargs="*", default=["speed", "layouts", "memory", "checkpoint", "gpu"], help="speed, layouts, memory, checkpoint, gpu"
+        "parts",
+        nargs="*",
+        default=["speed", "layouts", "memory", "checkpoint", "gpu"],
+        help="speed, layouts, memory, checkpoint, gpu",
     )
     parts = parser.parse_args().parts
     os.environ["OMP_NUM_THREADS"] = "1"

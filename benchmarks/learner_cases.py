@@ -1,4 +1,6 @@
-"""What benchmarks/learner.py trains: random models, and batches with GSM8K's lengths at 4 characters a token."""
+"""What benchmarks/learner.py trains: random models, and batches with GSM8K's lengths at 4 characters a
+token.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from typing import Any, NamedTuple
 
 NUM_LENGTHS = 7473
 QUESTION, ANSWER = (4.005, 0.379, 11, 247), (4.165, 0.484, 13, 307)
-"""Tokens of GSM8K's questions and answers at 4 characters each: mean and deviation of the logarithm, least, most."""
+"""Tokens of GSM8K's questions and answers at 4 characters each: mean and deviation of the logarithm,
+least, most.
+"""
 TEMPERATURE = 1.0
 
 
@@ -35,7 +39,9 @@ LAYOUT_SHAPE = Shape("5M model", 256, 4, 2048, groups=6, budget_tokens=0, rounds
 
 
 def gsm8k_lengths() -> list[tuple[int, int]]:
-    """(prompt, completion) tokens of as many rows as GSM8K's training set has, drawn with its distribution of lengths."""
+    """(prompt, completion) tokens of as many rows as GSM8K's training set has, drawn with its
+    distribution of lengths.
+    """
     rng = random.Random(0)
 
     def draw(mean: float, deviation: float, least: int, most: int) -> int:
@@ -45,7 +51,9 @@ def gsm8k_lengths() -> list[tuple[int, int]]:
 
 
 def make_batch(shape: Shape, seed: int = 0, lengths: list[tuple[int, int]] | None = None) -> Any:
-    """A Batch of random tokens; the lengths of a group's completions are those of as many answers (of `lengths`: GSM8K's)."""
+    """A Batch of random tokens; the lengths of a group's completions are those of as many answers (of
+    `lengths`: GSM8K's).
+    """
     from buffer.records import Batch, Group, Sample, VersionSpan
 
     rng = random.Random(seed)

@@ -1,4 +1,5 @@
-"""What a checkpoint costs the learner, and how long it takes to go on from one: the part `checkpoint` of benchmarks/learner.py.
+"""What a checkpoint costs the learner, and how long it takes to go on from one: the part `checkpoint` of
+benchmarks/learner.py.
 
 stall_s    how long a save holds up training; write_s: how long the writer then works beside it (files, hashes, fsync)
 by_itself  a bare torch.save of the same tensors, fsync included, for which training would wait
@@ -49,12 +50,16 @@ def measure_saves() -> dict[str, Any]:
         config = config_of(shape, directory, "cpu")
         policy = ZeroPolicy(config.model, config.learner)
         objective = load_objective("agro", config.agro, config.rivals)
-        Updater(config, policy, None, objective, 0, torch.device("cpu")).update(make_batch(shape), config.learner.lr)
+        Updater(config, policy, None, objective, 0, torch.device("cpu")).update(
+            make_batch(shape), config.learner.lr
+        )
         num_bytes = sum(part.values.nbytes for part in policy.parts())
         source, target = (torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(2))
         writer = CheckpointWriter(directory, 0, 1, session="benchmark", keep=1)
         plain = Path(directory) / "plain.pt"
-        times: dict[str, list[float]] = {name: [] for name in ("memcpy", "stall", "write", "by_itself", "resume", "torch_load")}
+        times: dict[str, list[float]] = {
+            name: [] for name in ("memcpy", "stall", "write", "by_itself", "resume", "torch_load")
+        }
 
         def save_plainly() -> None:
             with plain.open("wb") as file:

@@ -1,15 +1,16 @@
-"""What only a GPU can tell about the learner: the part `gpu` of benchmarks/learner.py. NOT RUN YET: no GPU was at hand.
+"""What only a GPU can tell about the learner: the part `gpu` of benchmarks/learner.py. NOT RUN YET: no GPU
+was at hand.
 
-A Llama of 1.1B parameters from a config, bf16, at two budgets of tokens a micro-batch. Each case has a process of its own, and with it
-a peak of its own:
+A Llama of 1.1B parameters from a config, bf16, at two budgets of tokens a micro-batch. Each case has a
+process of its own, and with it a peak of its own:
 
     ours           ZeroPolicy and Updater on one rank: float32 master weights, log-probs chunk by chunk, by liger's kernel
     torch softmax  the same without the kernel
     whole logits   the same without the chunks
     plain loop     the shortest loop that trains the same: float32 weights under autocast, torch's AdamW, whole logits
 
-mfu: 6 x parameters x tokens/s over the GPU's dense bf16 peak; attention's products are left out. estimate_gib: what --dry-run says of
-the GPU's memory, for `ours`.
+mfu: 6 x parameters x tokens/s over the GPU's dense bf16 peak; attention's products are left out.
+estimate_gib: what --dry-run says of the GPU's memory, for `ours`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,13 @@ def measure_gpu() -> list[dict[str, Any]]:
             command = [sys.executable, "-m", "benchmarks.learner", "gpu-case", case, str(budget)]
             ran = subprocess.run(command, capture_output=True, text=True)
             if ran.returncode:  # Whole logits may not fit: that is a result.
-                rows.append({"case": case, "budget_tokens": budget, "result": ran.stderr.strip().splitlines()[-1][:200]})
+                rows.append(
+                    {
+                        "case": case,
+                        "budget_tokens": budget,
+                        "result": ran.stderr.strip().splitlines()[-1][:200],
+                    }
+                )
             else:
                 rows.append(json.loads(ran.stdout.splitlines()[-1]))
     plain = {row["budget_tokens"]: row.get("tokens_per_s") for row in rows if row["case"] == "plain loop"}
@@ -64,7 +71,12 @@ def measure_gpu() -> list[dict[str, Any]]:
     return rows
 
 
-def measure_case(case: str, budget_tokens: int, model: Model = Model(), device: str = "cuda") -> dict[str, Any]:  # noqa: B008 -- immutable
+def measure_case(
+    case: str,
+    budget_tokens: int,
+    model: Model = Model(),  # noqa: B008 -- immutable
+    device: str = "cuda",
+) -> dict[str, Any]:
     """One row; on a CPU (to try it) without peak and MFU."""
     import torch
 
@@ -74,7 +86,10 @@ def measure_case(case: str, budget_tokens: int, model: Model = Model(), device: 
     on_gpu = device != "cpu"
     # So short that a group fits the smallest budget.
     lengths = [(40 + 60 * number // 99, 40 + 110 * number // 99) for number in range(100)]
-    batch = make_batch(Shape("", model.hidden, model.layers, model.vocabulary, model.groups, budget_tokens, model.steps), lengths=lengths)
+    batch = make_batch(
+        Shape("", model.hidden, model.layers, model.vocabulary, model.groups, budget_tokens, model.steps),
+        lengths=lengths,
+    )
     with tempfile.TemporaryDirectory() as model_dir:
         save_model(model, model_dir)
         config = make_config(model, model_dir, budget_tokens, on_gpu=on_gpu)
@@ -89,10 +104,19 @@ def measure_case(case: str, budget_tokens: int, model: Model = Model(), device: 
         seconds.append(time.perf_counter() - start_s)
     tokens = sum(group.num_tokens for group in batch.groups)
     speed = tokens / min(seconds[1:])
-    row: dict[str, Any] = {"case": case, "budget_tokens": budget_tokens, "parameters": num_parameters, "tokens_per_s": round(speed)}
+    row: dict[str, Any] = {
+        "case": case,
+        "budget_tokens": budget_tokens,
+        "parameters": num_parameters,
+        "tokens_per_s": round(speed),
+    }
     if on_gpu:
-        peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
-        row["mfu"] = round(6 * num_parameters * speed / (peak * 1e12), 3) if peak else "peak of this GPU unknown"
+        peak = next(
+            (tflops for name, tflops in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None
+        )
+        row["mfu"] = (
+            round(6 * num_parameters * speed / (peak * 1e12), 3) if peak else "peak of this GPU unknown"
+        )
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
         if case == "ours":
             row["estimate_gib"] = round(estimate / GIB, 2)
@@ -124,7 +148,9 @@ def make_step(case: str, config: Any, device: str) -> tuple[Callable[[Any], Any]
     policy = ZeroPolicy(config.model, config.learner)
     objective = load_objective("agro", config.agro, config.rivals)
     updater = Updater(config, policy, None, objective, 0, torch.device(device))
-    return (lambda batch: updater.update(batch, config.learner.lr)), sum(parameter.ds_numel for parameter in policy.module.parameters())
+    return (lambda batch: updater.update(batch, config.learner.lr)), sum(
+        parameter.ds_numel for parameter in policy.module.parameters()
+    )
 
 
 def save_model(model: Model, model_dir: str) -> None:
@@ -156,7 +182,11 @@ def make_config(model: Model, model_dir: str, budget_tokens: int, *, on_gpu: boo
             "data": {"path": "unused", "max_prompt_tokens": 100},
             "rewards": {"functions": [{"name": "exact_match"}]},
             "actors": {"max_new_tokens": 150, "temperature": 1.0},
-            "learner": {"groups_per_step": model.groups, "micro_batch_tokens": budget_tokens, "num_gpus": float(on_gpu)},
+            "learner": {
+                "groups_per_step": model.groups,
+                "micro_batch_tokens": budget_tokens,
+                "num_gpus": float(on_gpu),
+            },
             "agro": {"weight": "none"},
             "checkpoint": {"every": 0},
         }

@@ -1,11 +1,13 @@
-"""The staleness study on completions of 256 tokens, with noise between the engine's and the learner's log-probs.
+"""The staleness study on completions of 256 tokens, with noise between the engine's and the learner's
+log-probs.
 
     python -m benchmarks.long_sequences run [--workers 2]    every missing run, appended to docs/figures/long_runs.jsonl, then draw
     python -m benchmarks.long_sequences draw                 long_sequences.csv and .png from what is there
 
-Task: continue a count, d, d+1, d+2, ... modulo 10; the reward is the share of right steps, half of them right for the base. A change of
-0.05 nats a token is 13 nats over the sequence: a ratio of sequences nearly vanishes where one of tokens does not. The noise
-stands for kernels that differ: normal, independent, so many nats a token, on the behaviour log-probs only.
+Task: continue a count, d, d+1, d+2, ... modulo 10; the reward is the share of right steps, half of them right
+for the base. A change of 0.05 nats a token is 13 nats over the sequence: a ratio of sequences nearly vanishes
+where one of tokens does not. The noise stands for kernels that differ: normal, independent, so many nats a
+token, on the behaviour log-probs only.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ def make_counting_base(out_dir: str) -> None:
         for _ in range(64):
             row = [rng.randrange(10)]
             while len(row) < 64:
-                row.append((row[-1] + 1) % 10 if rng.random() < 4 / 9 else rng.randrange(10))  # Right half the time.
+                # Right half the time.
+                row.append((row[-1] + 1) % 10 if rng.random() < 4 / 9 else rng.randrange(10))
             rows.append([first + digit for digit in row])
         loss = model(input_ids=torch.tensor(rows), labels=torch.tensor(rows)).loss
         loss.backward()
@@ -96,7 +99,9 @@ def run_job(job: LongJob) -> dict[str, Any]:
 
     def share_of_right_steps(tokens: Any, row: dict[str, Any]) -> float:
         digits = [row["ids"][-1] - first, *(token - first for token in tokens)]
-        return sum(0 <= after < 10 and after == (before + 1) % 10 for before, after in itertools.pairwise(digits)) / len(tokens)
+        return sum(
+            0 <= after < 10 and after == (before + 1) % 10 for before, after in itertools.pairwise(digits)
+        ) / len(tokens)
 
     prompts = [{"ids": [first + a, first + b]} for a in range(10) for b in range(10)]
     random.Random(0).shuffle(prompts)
@@ -119,10 +124,20 @@ def run_job(job: LongJob) -> dict[str, Any]:
         "eval.samples=1",
     ]
     task = Task(prompts[20:], prompts[:20], share_of_right_steps, None)
-    rows, seconds = timed(LagRun(load_config("configs/quickstart.yaml", overrides), task, engine_noise=job.noise), EVAL_EVERY)
+    rows, seconds = timed(
+        LagRun(load_config("configs/quickstart.yaml", overrides), task, engine_noise=job.noise), EVAL_EVERY
+    )
     held_out = [round(row["held_out"], 4) for row in rows]
-    seen = {name: round(rows[-1][name], 6) for name in ("agro/weight_mean", "agro/ess_fraction", "agro/kl_ref")}
-    return {**asdict(job), "score": round(statistics.fmean(held_out[-2:]), 4), "held_out": held_out, "seconds": round(seconds, 1), **seen}
+    seen = {
+        name: round(rows[-1][name], 6) for name in ("agro/weight_mean", "agro/ess_fraction", "agro/kl_ref")
+    }
+    return {
+        **asdict(job),
+        "score": round(statistics.fmean(held_out[-2:]), 4),
+        "held_out": held_out,
+        "seconds": round(seconds, 1),
+        **seen,
+    }
 
 
 def draw(records: list[dict[str, Any]], out_dir: Path) -> None:
@@ -142,9 +157,22 @@ def draw(records: list[dict[str, Any]], out_dir: Path) -> None:
             curves = list(zip(*(r["held_out"] for r in found), strict=True))
             steps = [EVAL_EVERY * index for index in range(len(curves))]
             (line,) = axes.plot(steps, [statistics.fmean(values) for values in curves], label=weight)
-            axes.fill_between(steps, [min(v) for v in curves], [max(v) for v in curves], alpha=0.15, color=line.get_color())
-            mean_of = {key: statistics.fmean(r[key] for r in found) for key in ("score", "agro/weight_mean", "agro/ess_fraction")}
-            rows.append({"weight": weight, "lag": lag, "noise": noise, "seeds": len(found), **{k: round(v, 5) for k, v in mean_of.items()}})
+            axes.fill_between(
+                steps, [min(v) for v in curves], [max(v) for v in curves], alpha=0.15, color=line.get_color()
+            )
+            mean_of = {
+                key: statistics.fmean(r[key] for r in found)
+                for key in ("score", "agro/weight_mean", "agro/ess_fraction")
+            }
+            rows.append(
+                {
+                    "weight": weight,
+                    "lag": lag,
+                    "noise": noise,
+                    "seeds": len(found),
+                    **{k: round(v, 5) for k, v in mean_of.items()},
+                }
+            )
         axes.set(title=f"lag {lag}, noise {noise:g} nats a token", xlabel="learner steps")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("share of right steps, held-out")

@@ -20,7 +20,9 @@ class PlainLoop:
         self._objective = load_objective("agro", config.agro, config.rivals)
         self.module: Any = load_model(config, device)
         install_packed_sdpa(self.module)
-        self._optimizer = torch.optim.AdamW(self.module.parameters(), lr=config.learner.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(
+            self.module.parameters(), lr=config.learner.lr, betas=(0.9, 0.99), weight_decay=0.0
+        )
 
     def step(self, batch: Any) -> None:
         """One optimizer step."""
@@ -32,7 +34,9 @@ class PlainLoop:
         rows = [(group, sample) for group in batch.groups for sample in group.samples]
         sequences = [TokenSequence(group.prompt_ids, sample.token_ids) for group, sample in rows]
         budget, layout = self._config.learner.micro_batch_tokens, self._config.learner.layout
-        plan = plan_micro_batches([s.num_tokens for s in sequences], [group.group_id for group, _ in rows], budget, layout)
+        plan = plan_micro_batches(
+            [s.num_tokens for s in sequences], [group.group_id for group, _ in rows], budget, layout
+        )
         for micro in plan:
             inputs = collate([sequences[i] for i in micro.indices], layout, 0, self._device)
             with torch.autocast(torch.device(self._device).type, torch.bfloat16, enabled=self._autocast):

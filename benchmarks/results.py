@@ -1,4 +1,6 @@
-"""Where benchmarks leave their figures: benchmarks/results/<name>-<kind of machine>.json, with the machine's description."""
+"""Where benchmarks leave their figures: benchmarks/results/<name>-<kind of machine>.json, with the
+machine's description.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def describe_machine() -> dict[str, Any]:
 
 
 def save(name: str, result: dict[str, Any], *, keep: bool = False) -> Path:
-    """Writes the result with the machine's description; the path, relative to the repository. `keep`: other rows there stay."""
+    """Writes the result with the machine's description; the path, relative to the repository. `keep`:
+    other rows there stay.
+    """
     machine = describe_machine()
     kind = machine["gpus"][0].lower().replace(" ", "-") if machine["gpus"] else f"cpu{machine['cpus']}"
     path = Path(__file__).parent / "results" / f"{name}-{kind}.json"

@@ -1,12 +1,14 @@
-"""The staleness study: held-out reward against an enforced lag, for AGRO and its rivals (benchmarks/lag_lab.py runs each point).
+"""The staleness study: held-out reward against an enforced lag, for AGRO and its rivals
+(benchmarks/lag_lab.py runs each point).
 
     python -m benchmarks.staleness_study run   [--workers 2]    every missing run, appended to docs/figures/staleness_runs.jsonl
     python -m benchmarks.staleness_study draw                   staleness_study.csv and .png from what is there
     python -m benchmarks.staleness_study run --reduced --out DIR   minutes instead of hours; shows that it works, nothing else
 
-First each method's learning rate is chosen from GRID on a seed of its own, by the mean over CHOICE_LAGS; then every method runs
-at every lag with that rate and SEEDS. All runs generate and train on the same number of groups; at lag L the
-first L + 1 steps train on samples of the base policy, since nothing older exists: at lag 256 that is most of the run.
+First each method's learning rate is chosen from GRID on a seed of its own, by the mean over CHOICE_LAGS; then
+every method runs at every lag with that rate and SEEDS. All runs generate and train on the same number of
+groups; at lag L the first L + 1 steps train on samples of the base policy, since nothing older exists: at lag
+256 that is most of the run.
 """
 
 from __future__ import annotations
@@ -40,9 +42,19 @@ OUT = Path("docs/figures")
 MODEL = ".cache/arithmetic-small"
 ROWS = "configs/arithmetic"
 METHODS: dict[str, tuple[str, ...]] = {
-    "agro, beta 0.01, truncated": ("learner.objective=agro", "agro.beta=0.01", "agro.weight=truncated", "agro.weight_cap=1.0"),
+    "agro, beta 0.01, truncated": (
+        "learner.objective=agro",
+        "agro.beta=0.01",
+        "agro.weight=truncated",
+        "agro.weight_cap=1.0",
+    ),
     "agro, beta 0.01, no weight": ("learner.objective=agro", "agro.beta=0.01", "agro.weight=none"),
-    "agro, beta 0.1, truncated": ("learner.objective=agro", "agro.beta=0.1", "agro.weight=truncated", "agro.weight_cap=1.0"),
+    "agro, beta 0.1, truncated": (
+        "learner.objective=agro",
+        "agro.beta=0.1",
+        "agro.weight=truncated",
+        "agro.weight_cap=1.0",
+    ),
     "agro, beta 0.1, no weight": ("learner.objective=agro", "agro.beta=0.1", "agro.weight=none"),
     "kl_pg, beta 0.01": ("learner.objective=kl_pg", "agro.beta=0.01"),
     "grpo": ("learner.objective=grpo", "agro.beta=0.0"),
@@ -56,12 +68,17 @@ KNOB_SEEDS = (1, 2)
 KNOBS: dict[str, tuple[tuple[str, ...], tuple[int, ...], int]] = {
     "weight token, cap 1": (("agro.weight=token", "agro.weight_cap=1.0"), (0, 16, 64), 0),
     "weight token, cap 2": (("agro.weight=token", "agro.weight_cap=2.0"), (0, 16, 64), 0),
-    "weight token, cap 5": (("agro.weight=token", "agro.weight_cap=5.0"), LAGS, 0),  # What is shipped: on the plot, all seeds.
+    # What is shipped: on the plot, all seeds.
+    "weight token, cap 5": (("agro.weight=token", "agro.weight_cap=5.0"), LAGS, 0),
     "weight truncated, cap 3": (("agro.weight_cap=3.0",), (0, 16, 64), 0),
     "weight truncated, cap 5": (("agro.weight_cap=5.0",), LAGS, 0),
     "weight truncated, cap 20": (("agro.weight_cap=20.0",), (0, 16, 64), 0),
     "lr 1e-4": (("learner.lr=1e-4",), (0, 16, 64), 0),
-    "n 4, 32 groups": (("actors.group_size=4", "learner.groups_per_step=32", "buffer.capacity=4096"), (64,), 0),
+    "n 4, 32 groups": (
+        ("actors.group_size=4", "learner.groups_per_step=32", "buffer.capacity=4096"),
+        (64,),
+        0,
+    ),
     "n 16, 8 groups": (("actors.group_size=16", "learner.groups_per_step=8"), (64,), 0),
     "a quarter of the groups fresh": ((), (64,), 4),
     "a quarter fresh, no weight": (("agro.weight=none",), (64,), 4),
@@ -121,7 +138,10 @@ def run_job(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     rows, seconds = timed(LagRun(config_of(job), arithmetic_task(MODEL, ROWS)), EVAL_EVERY)
     held_out = [round(row["held_out"], 4) for row in rows]
-    kept = {name: round(rows[-1][name], 5) for name in ("agro/kl_ref", "agro/ess_fraction", "agro/brake_share", "agro/weight_mean")}
+    kept = {
+        name: round(rows[-1][name], 5)
+        for name in ("agro/kl_ref", "agro/ess_fraction", "agro/brake_share", "agro/weight_mean")
+    }
     return {
         **asdict(job),
         "score": round(statistics.fmean(held_out[-TAIL:]), 4),
@@ -142,7 +162,12 @@ def run_knob(job: KnobJob) -> dict[str, Any]:
     config = config_of(Job(KNOB_METHOD, job.lag, KNOB_LR, job.seed, job.steps), *overrides)
     rows, seconds = timed(LagRun(config, arithmetic_task(MODEL, ROWS), fresh_groups=fresh_groups), EVAL_EVERY)
     held_out = [round(row["held_out"], 4) for row in rows]
-    return {**asdict(job), "score": round(statistics.fmean(held_out[-TAIL:]), 4), "held_out": held_out, "seconds": round(seconds, 1)}
+    return {
+        **asdict(job),
+        "score": round(statistics.fmean(held_out[-TAIL:]), 4),
+        "held_out": held_out,
+        "seconds": round(seconds, 1),
+    }
 
 
 def knob_jobs(steps: int) -> Iterator[KnobJob]:
@@ -164,12 +189,21 @@ def chosen_rates(records: list[dict[str, Any]]) -> dict[str, float]:
     """The best rate of GRID for each method: by the mean score over CHOICE_LAGS on CHOICE_SEED."""
     rates = {}
     for method in METHODS:
-        scores = {lr: [r["score"] for r in records if r["method"] == method and r["lr"] == lr and r["seed"] == CHOICE_SEED] for lr in GRID}
+        scores = {
+            lr: [
+                r["score"]
+                for r in records
+                if r["method"] == method and r["lr"] == lr and r["seed"] == CHOICE_SEED
+            ]
+            for lr in GRID
+        }
         rates[method] = max(scores, key=lambda lr: statistics.fmean(scores[lr]) if scores[lr] else -1.0)
     return rates
 
 
-def study_jobs(rates: dict[str, float], steps: int, lags: tuple[int, ...] = LAGS, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
+def study_jobs(
+    rates: dict[str, float], steps: int, lags: tuple[int, ...] = LAGS, seeds: tuple[int, ...] = SEEDS
+) -> Iterator[Job]:
     """Every point of the study; whole seeds first, so that what is there is always balanced."""
     for seed in seeds:
         for lag in lags:
@@ -178,13 +212,21 @@ def study_jobs(rates: dict[str, float], steps: int, lags: tuple[int, ...] = LAGS
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """All runs so far."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
 
 
 def run_missing(jobs: Iterator[Any], path: Path, workers: int, run: Callable[[Any], dict[str, Any]]) -> None:
-    """`run` those jobs (dataclasses) whose records `path` does not hold yet, `workers` at a time, appending each as it comes."""
+    """`run` those jobs (dataclasses) whose records `path` does not hold yet, `workers` at a time,
+    appending each as it comes.
+    """
     records = read_records(path)
-    missing = [job for job in jobs if not any(asdict(job).items() <= record.items() for record in map(_hashable, records))]
+    missing = [
+        job
+        for job in jobs
+        if not any(asdict(job).items() <= record.items() for record in map(_hashable, records))
+    ]
     if not missing:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +237,10 @@ def run_missing(jobs: Iterator[Any], path: Path, workers: int, run: Callable[[An
             file.flush()
             left_s = (time.monotonic() - started) / number * (len(missing) - number)
             what = ", ".join(str(value) for value in asdict(missing[number - 1]).values())
-            print(f"{number}/{len(missing)}  {what}: {record['score']:.3f}  ({left_s / 60:.0f} min left)", flush=True)
+            print(
+                f"{number}/{len(missing)}  {what}: {record['score']:.3f}  ({left_s / 60:.0f} min left)",
+                flush=True,
+            )
 
 
 def _hashable(record: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +254,9 @@ def table(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for method in METHODS:
         for lag in LAGS:
             scores = [
-                r["score"] for r in records if (r["method"], r["lag"], r["lr"]) == (method, lag, rates[method]) and r["seed"] in SEEDS
+                r["score"]
+                for r in records
+                if (r["method"], r["lag"], r["lr"]) == (method, lag, rates[method]) and r["seed"] in SEEDS
             ]
             if scores:
                 rows.append({"method": method, "lag": lag, "lr": rates[method], **_mean_of(scores)})
@@ -235,7 +282,11 @@ def shipped_rows(knobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _mean_of(scores: list[float]) -> dict[str, float]:
     error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
-    return {"mean": round(statistics.fmean(scores), 4), "standard_error": round(error, 4), "seeds": len(scores)}
+    return {
+        "mean": round(statistics.fmean(scores), 4),
+        "standard_error": round(error, 4),
+        "seeds": len(scores),
+    }
 
 
 def write_knobs(records: list[dict[str, Any]], path: Path) -> None:
@@ -247,7 +298,9 @@ def write_knobs(records: list[dict[str, Any]], path: Path) -> None:
             for lag in lags:
                 scores = [r["score"] for r in records if (r["knob"], r["lag"]) == (knob, lag)]
                 if scores:
-                    writer.writerow([knob, lag, round(statistics.fmean(scores), 4), min(scores), max(scores), len(scores)])
+                    writer.writerow(
+                        [knob, lag, round(statistics.fmean(scores), 4), min(scores), max(scores), len(scores)]
+                    )
 
 
 def draw(records: list[dict[str, Any]], knobs: list[dict[str, Any]], out_dir: Path) -> None:
@@ -274,12 +327,17 @@ def draw(records: list[dict[str, Any]], knobs: list[dict[str, Any]], out_dir: Pa
         cap = ", cap 1" if method.endswith("truncated") else ""
         label = f"{method}{cap} (lr {points[0]['lr']:g})"
         means, errors = [row["mean"] for row in points], [row["standard_error"] for row in points]
-        axes.errorbar(places, means, yerr=errors, marker="o", markersize=4, capsize=2, linestyle=style, label=label)
+        axes.errorbar(
+            places, means, yerr=errors, marker="o", markersize=4, capsize=2, linestyle=style, label=label
+        )
     axes.set_xticks(range(len(LAGS)), [str(lag) for lag in LAGS])
     axes.set_xlabel("lag of every sample, learner steps")
     axes.set_ylabel(f"held-out solve rate, mean of the last {TAIL} evaluations")
     seeds = max(row["seeds"] for row in rows)
-    axes.set_title(f"Sums, 0.1 M parameters, {records[-1]['steps']} steps, {seeds} seeds, bars: standard error", fontsize=10)
+    axes.set_title(
+        f"Sums, 0.1 M parameters, {records[-1]['steps']} steps, {seeds} seeds, bars: standard error",
+        fontsize=10,
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(out_dir / "staleness_study.png", dpi=120)

@@ -1,13 +1,15 @@
-"""AGRO and its rivals where everything can be known exactly: a table of logits, [P prompts x Y generations]. Pure.
+"""AGRO and its rivals where everything can be known exactly: a table of logits, [P prompts x Y generations].
+Pure.
 
     Bandit  --descend(form, mu)-------->  log pi at chosen steps, exact gradients for a fixed behaviour policy mu
             --descend_sampled(method)-->  the same from groups of G samples, drawn from whatever `behaviour` says
 
-Prompts are independent problems here, so the learning rate is per prompt: the loss's 1/P is left out. For the same reason
-several settings run at once as further rows of one table (`Bandit.tiled`). All arrays are float64; gradients are in the scale
-of a policy gradient, that is grad L / beta for AGRO.
+Prompts are independent problems here, so the learning rate is per prompt: the loss's 1/P is left out. For the
+same reason several settings run at once as further rows of one table (`Bandit.tiled`). All arrays are
+float64; gradients are in the scale of a policy gradient, that is grad L / beta for AGRO.
 
-The forms follow arXiv 2503.19612 (its figure 1 is `descend` over FORMS); what each of them does was derived, not read there.
+The forms follow arXiv 2503.19612 (its figure 1 is `descend` over FORMS); what each of them does was derived,
+not read there.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def log_softmax(logits: Array) -> Array:
 
 @dataclass(frozen=True)
 class Bandit:
-    """`rewards` and `log_ref` (log pi_ref, nats), both [P, Y], and the strength `beta` of the KL pull, [P, 1]."""
+    """`rewards` and `log_ref` (log pi_ref, nats), both [P, Y], and the strength `beta` of the KL pull,
+    [P, 1].
+    """
 
     rewards: Array
     log_ref: Array
@@ -62,14 +66,17 @@ class Bandit:
 def kl(log_p: Array, log_q: Array) -> Array:
     """[...] KL(p, q) in nats over the last axis.
 
-    Written with q - p, which sums to zero, so that every term is >= 0 and a vanishing KL does not drown in rounding.
+    Written with q - p, which sums to zero, so that every term is >= 0 and a vanishing KL does not drown in
+    rounding.
     """
     p, q = np.exp(log_p), np.exp(log_q)
     return np.maximum(p * (log_p - log_q) + q - p, 0).sum(-1)
 
 
 def normalised_kl(log_pi: Array, log_optimum: Array, copies: int = 1) -> Array:
-    """[S, copies] KL(pi_t, pi*) / KL(pi_0, pi*), each the mean over the prompts of a copy, for log_pi [S, P, Y]."""
+    """[S, copies] KL(pi_t, pi*) / KL(pi_0, pi*), each the mean over the prompts of a copy, for log_pi
+    [S, P, Y].
+    """
     distances = kl(log_pi, log_optimum).reshape(len(log_pi), copies, -1).mean(-1)
     return distances / distances[0]
 
@@ -79,7 +86,8 @@ def centred(values: Array, mu: Array) -> Array:
     return values - (mu * values).sum(-1, keepdims=True)
 
 
-# A form is written as the force F [P, Y] on each generation's log-prob: its ascent direction is sum_y F(y) grad log pi(y).
+# A form is written as the force F [P, Y] on each generation's log-prob: its ascent direction is sum_y F(y)
+# grad log pi(y).
 Form = Callable[[Bandit, Array, Array], Array]
 
 
@@ -109,7 +117,9 @@ def kl_pg_no_baseline(bandit: Bandit, log_pi: Array, mu: Array) -> Array:
 
 
 def grpo_k3(bandit: Bandit, log_pi: Array, mu: Array) -> Array:
-    """Average-reward baseline and the loss k3 = pi_ref/pi - 1 - log(pi_ref/pi), whose slope in log pi is 1 - pi_ref/pi."""
+    """Average-reward baseline and the loss k3 = pi_ref/pi - 1 - log(pi_ref/pi), whose slope in log pi
+    is 1 - pi_ref/pi.
+    """
     return mu * (centred(bandit.rewards, mu) - bandit.beta * (1 - np.exp(bandit.log_ref - log_pi)))
 
 
@@ -124,7 +134,16 @@ def kl_pg_importance(bandit: Bandit, log_pi: Array, mu: Array) -> Array:
 
 
 FORMS: dict[str, Form] = {
-    form.__name__: form for form in (agro, kl_pg_exact_kl, kl_pg_reward_baseline, kl_pg_no_baseline, grpo_k3, frozen_kl, kl_pg_importance)
+    form.__name__: form
+    for form in (
+        agro,
+        kl_pg_exact_kl,
+        kl_pg_reward_baseline,
+        kl_pg_no_baseline,
+        grpo_k3,
+        frozen_kl,
+        kl_pg_importance,
+    )
 }
 
 
@@ -134,7 +153,9 @@ def record_steps(steps: int, points: int = 120) -> NDArray[np.int64]:
 
 
 def descend(form: Form, bandit: Bandit, mu: Array, *, lr: float, at: NDArray[np.int64]) -> Array:
-    """[S, P, Y] log pi after each of the steps `at` (sorted), from pi_ref, by the exact gradient for the behaviour `mu` [P, Y]."""
+    """[S, P, Y] log pi after each of the steps `at` (sorted), from pi_ref, by the exact gradient for
+    the behaviour `mu` [P, Y].
+    """
     logits, snapshots, recorded = bandit.log_ref.copy(), [], set(at.tolist())
     for step in range(int(at[-1]) + 1):
         log_pi = log_softmax(logits)
@@ -145,14 +166,17 @@ def descend(form: Form, bandit: Bandit, mu: Array, *, lr: float, at: NDArray[np.
     return np.stack(snapshots)
 
 
-# Advantages [P, G] of sampled groups from their rewards [P, G], log-ratios [P, G] at the current policy, and beta.
+# Advantages [P, G] of sampled groups from their rewards [P, G], log-ratios [P, G] at the current policy, and
+# beta.
 Method = Callable[[Array, Array, float], Array]
 
 
 def sampled_agro(rewards: Array, log_ratios: Array, beta: float) -> Array:
     """The project's own advantages."""
     groups = torch.arange(len(rewards)).repeat_interleave(rewards.shape[1])
-    found = agro_advantages(torch.from_numpy(rewards).flatten(), torch.from_numpy(log_ratios).flatten(), groups, beta=beta)
+    found = agro_advantages(
+        torch.from_numpy(rewards).flatten(), torch.from_numpy(log_ratios).flatten(), groups, beta=beta
+    )
     return found.view(rewards.shape).numpy()
 
 
@@ -162,7 +186,8 @@ def sampled_kl_pg(rewards: Array, log_ratios: Array, beta: float) -> Array:
     return n / (n - 1) * (rewards - rewards.mean(1, keepdims=True)) - beta * log_ratios
 
 
-# [P, G, Y], the distribution each sample is drawn from, given the policies [t + 1, P, Y] so far, and randomness.
+# [P, G, Y], the distribution each sample is drawn from, given the policies [t + 1, P, Y] so far, and
+# randomness.
 Behaviour = Callable[[Array, np.random.Generator], Array]
 
 
@@ -175,7 +200,9 @@ def lagged(lag_steps: NDArray[np.int64], samples: int) -> Behaviour:
 def replayed(window_steps: NDArray[np.int64], samples: int) -> Behaviour:
     """Every sample of prompt p comes from one of the last `window_steps[p]` policies, uniformly."""
     shape = (len(window_steps), samples)
-    return lambda policies, rng: _aged(policies, rng.integers(np.minimum(window_steps, len(policies))[:, None], size=shape))
+    return lambda policies, rng: _aged(
+        policies, rng.integers(np.minimum(window_steps, len(policies))[:, None], size=shape)
+    )
 
 
 def _aged(policies: Array, ages: NDArray[np.int64]) -> Array:
@@ -183,7 +210,9 @@ def _aged(policies: Array, ages: NDArray[np.int64]) -> Array:
 
 
 def mixed(log_ref: Array, samples: int) -> Behaviour:
-    """Every sample from pi_ref, the uniform policy or a random policy drawn anew at each step, by the throw of a die."""
+    """Every sample from pi_ref, the uniform policy or a random policy drawn anew at each step, by the
+    throw of a die.
+    """
     rows = np.arange(len(log_ref))[:, None]
 
     def behaviour(policies: Array, rng: np.random.Generator) -> Array:
@@ -194,8 +223,11 @@ def mixed(log_ref: Array, samples: int) -> Behaviour:
     return behaviour
 
 
-def descend_sampled(method: Method, bandit: Bandit, behaviour: Behaviour, *, lr: float, at: NDArray[np.int64], seed: int) -> Array:
-    """[S, P, Y] log pi after each of the steps `at` (sorted), from pi_ref, a group of samples of every prompt a step.
+def descend_sampled(
+    method: Method, bandit: Bandit, behaviour: Behaviour, *, lr: float, at: NDArray[np.int64], seed: int
+) -> Array:
+    """[S, P, Y] log pi after each of the steps `at` (sorted), from pi_ref, a group of samples of every prompt
+    a step.
 
     Raises ValueError unless all prompts have one beta. Two methods with one seed see the same random numbers.
     """
@@ -219,5 +251,6 @@ def descend_sampled(method: Method, bandit: Bandit, behaviour: Behaviour, *, lr:
 
 def _draw(probabilities: Array, rng: np.random.Generator) -> NDArray[np.int64]:
     """One index into the last axis per distribution."""
-    edges = probabilities.cumsum(-1)[..., :-1]  # The last edge is 1 but for rounding: whatever lies above the others is the last.
+    # The last edge is 1 but for rounding: whatever lies above the others is the last.
+    edges = probabilities.cumsum(-1)[..., :-1]
     return (rng.random(probabilities.shape[:-1])[..., None] > edges).sum(-1)

@@ -1,7 +1,9 @@
-"""The tabular figures: `python -m benchmarks.tabular_figures [--out docs/figures] [--reduced]` writes a CSV and a PNG of each.
+"""The tabular figures: `python -m benchmarks.tabular_figures [--out docs/figures] [--reduced]` writes a CSV
+and a PNG of each.
 
-Everywhere 20 prompts x 10 generations with standard normal rewards and reference logits, drawn with seed 0, starting at pi_ref;
-the y axis is KL(pi_t, pi*) / KL(pi_0, pi*). The first figure is the setting of figure 1 of arXiv 2503.19612. One core, under a minute.
+Everywhere 20 prompts x 10 generations with standard normal rewards and reference logits, drawn with seed 0,
+starting at pi_ref; the y axis is KL(pi_t, pi*) / KL(pi_0, pi*). The first figure is the setting of figure 1
+of arXiv 2503.19612. One core, under a minute.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """One file pair: `claim` says what is seen, `panels` maps a panel's title to its curves, all over `steps` [S]."""
+    """One file pair: `claim` says what is seen, `panels` maps a panel's title to its curves, all over
+    `steps` [S].
+    """
 
     name: str
     claim: str
@@ -92,9 +96,13 @@ def forms_chart(steps: int = EXACT_STEPS) -> Chart:
     for index, (name, form) in enumerate(FORMS.items()):
         log_pi = descend(form, bandit, np.exp(bandit.log_ref), lr=EXACT_LR, at=at)
         style = ("-", "--")[index % 2]  # Two of them end next to each other.
-        curves.append(Curve(FORM_LABELS[name], normalised_kl(log_pi, bandit.log_optimum)[:, 0], style, f"C{index}"))
+        curves.append(
+            Curve(FORM_LABELS[name], normalised_kl(log_pi, bandit.log_optimum)[:, 0], style, f"C{index}")
+        )
     claim = "On data from π_ref alone, AGRO reaches π*, KL-PG only with exact importance weights"
-    return Chart("tabular_forms", claim, at, {f"exact gradients, μ = π_ref, β = 0.5, lr {EXACT_LR:g}": curves})
+    return Chart(
+        "tabular_forms", claim, at, {f"exact gradients, μ = π_ref, β = 0.5, lr {EXACT_LR:g}": curves}
+    )
 
 
 def staleness_chart(steps: int = SAMPLED_STEPS) -> Chart:
@@ -109,7 +117,10 @@ def staleness_chart(steps: int = SAMPLED_STEPS) -> Chart:
 
 
 def _stale_curves(
-    source: Callable[[NDArray[np.int64], int], Behaviour], settings: tuple[int, ...], word: str, at: NDArray[np.int64]
+    source: Callable[[NDArray[np.int64], int], Behaviour],
+    settings: tuple[int, ...],
+    word: str,
+    at: NDArray[np.int64],
 ) -> list[Curve]:
     single = Bandit.random(SEED, beta=0.5)
     bandit = single.tiled(len(settings))
@@ -118,7 +129,10 @@ def _stale_curves(
     for name, (method, style) in METHODS.items():
         log_pi = descend_sampled(method, bandit, behaviour, lr=SAMPLED_LR, at=at, seed=SEED)
         distances = normalised_kl(log_pi, bandit.log_optimum, len(settings))
-        curves += [Curve(f"{name}, {word} {setting}", distances[:, index], style, f"C{index}") for index, setting in enumerate(settings)]
+        curves += [
+            Curve(f"{name}, {word} {setting}", distances[:, index], style, f"C{index}")
+            for index, setting in enumerate(settings)
+        ]
     return curves
 
 
@@ -127,7 +141,9 @@ def behaviours_chart(exact_steps: int = EXACT_STEPS) -> Chart:
     bandit, at = Bandit.random(SEED, beta=0.5), record_steps(exact_steps)
     blend = []
     for name, (method, style) in METHODS.items():
-        log_pi = descend_sampled(method, bandit, mixed(bandit.log_ref, GROUP_SIZE), lr=SAMPLED_LR, at=at, seed=SEED)
+        log_pi = descend_sampled(
+            method, bandit, mixed(bandit.log_ref, GROUP_SIZE), lr=SAMPLED_LR, at=at, seed=SEED
+        )
         blend.append(Curve(name, normalised_kl(log_pi, bandit.log_optimum)[:, 0], style))
     mu = np.exp(bandit.log_ref)
     mu[:, -UNSEEN:] = 0
@@ -142,21 +158,37 @@ def behaviours_chart(exact_steps: int = EXACT_STEPS) -> Chart:
         f"{UNSEEN} of 10 generations never sampled, exact gradients": coverage,
     }
     return Chart(
-        "tabular_behaviours", "AGRO converges on samples of unlike policies, but only over the generations it gets to see", at, panels
+        "tabular_behaviours",
+        "AGRO converges on samples of unlike policies, but only over the generations it gets to see",
+        at,
+        panels,
     )
 
 
 def weights_chart(steps: int = EXACT_STEPS) -> Chart:
     """What truncated weights after centring cost where the behaviour policy never moves."""
     bandits, at = [Bandit.random(SEED, beta=beta) for beta in BETAS], record_steps(steps)
-    rows = Bandit(*(np.concatenate([getattr(bandit, name) for bandit in bandits]) for name in ("rewards", "log_ref", "beta")))
+    rows = Bandit(
+        *(
+            np.concatenate([getattr(bandit, name) for bandit in bandits])
+            for name in ("rewards", "log_ref", "beta")
+        )
+    )
     panels: dict[str, list[Curve]] = {f"β = {beta}": [] for beta in BETAS}
-    for form, label, colour in ((agro, "no weight", "C0"), (agro_truncated, "min(1, π/μ) after centring", "C3")):
+    for form, label, colour in (
+        (agro, "no weight", "C0"),
+        (agro_truncated, "min(1, π/μ) after centring", "C3"),
+    ):
         log_pi = descend(form, rows, np.exp(rows.log_ref), lr=EXACT_LR, at=at)
         distances = normalised_kl(log_pi, rows.log_optimum, len(BETAS))
         for index, curves in enumerate(panels.values()):
             curves.append(Curve(label, distances[:, index], colour=colour))
-    return Chart("tabular_weights", "Offline (μ = π_ref, fixed), truncated weights slow AGRO down, the more the smaller β", at, panels)
+    return Chart(
+        "tabular_weights",
+        "Offline (μ = π_ref, fixed), truncated weights slow AGRO down, the more the smaller β",
+        at,
+        panels,
+    )
 
 
 def write_csv(chart: Chart, path: Path) -> None:
@@ -185,7 +217,14 @@ def write_png(chart: Chart, path: Path, title: str) -> None:
 def _draw_panel(axis: Axes, title: str, curves: list[Curve], steps: NDArray[np.int64]) -> None:
     for curve in curves:
         label = f"{curve.label}: {curve.values[-1]:.2g}"
-        axis.plot(steps[1:], np.maximum(curve.values[1:], FLOOR), curve.style, color=curve.colour, label=label, linewidth=1.6)
+        axis.plot(
+            steps[1:],
+            np.maximum(curve.values[1:], FLOOR),
+            curve.style,
+            color=curve.colour,
+            label=label,
+            linewidth=1.6,
+        )
     axis.set(xscale="log", yscale="log", xlabel="gradient steps")
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
@@ -203,21 +242,34 @@ REDUCED_CHARTS: tuple[Callable[[], Chart], ...] = (
 
 def main(arguments: list[str] | None = None) -> None:
     """The CLI; `arguments` as on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tabular_figures", description="Draw the tabular figures.")
-    parser.add_argument("--out", type=Path, default=Path("docs/figures"), help="folder for the files (default %(default)s)")
-    parser.add_argument("--reduced", action="store_true", help="100 steps only: seconds, and too short to show anything")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tabular_figures", description="Draw the tabular figures."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/figures"), help="folder for the files (default %(default)s)"
+    )
+    parser.add_argument(
+        "--reduced", action="store_true", help="100 steps only: seconds, and too short to show anything"
+    )
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for make in REDUCED_CHARTS if options.reduced else CHARTS:
         chart = make()
-        title = f"Reduced run of {chart.steps[-1]} steps: too short to show anything" if options.reduced else chart.claim
+        title = (
+            f"Reduced run of {chart.steps[-1]} steps: too short to show anything"
+            if options.reduced
+            else chart.claim
+        )
         path = options.out / chart.name
         write_csv(chart, path.with_suffix(".csv"))
         write_png(chart, path.with_suffix(".png"), title)
         print(f"{path}.csv and .png: {title}")
         for panel, curves in chart.panels.items():
-            print(f"  {panel}, after {chart.steps[-1]} steps: " + "; ".join(f"{curve.label} {curve.values[-1]:.2g}" for curve in curves))
+            print(
+                f"  {panel}, after {chart.steps[-1]} "
+                "steps: " + "; ".join(f"{curve.label} {curve.values[-1]:.2g}" for curve in curves)
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""A language model small enough to enumerate: tokens a, b and EOS, at most three of them, one softmax per prefix. Pure.
+"""A language model small enough to enumerate: tokens a, b and EOS, at most three of them, one softmax per
+prefix. Pure.
 
-There are 15 completions: 7 end with EOS, 8 are cut at the third token and are outcomes like any other, without an EOS factor.
-What a loss does to the parameters is then an exact sum over completions, for any behaviour policy `mu`:
+There are 15 completions: 7 end with EOS, 8 are cut at the third token and are outcomes like any other,
+without an EOS factor. What a loss does to the parameters is then an exact sum over completions, for any
+behaviour policy `mu`:
 
     direction(theta) = sum_y mu(y) sum_t c_yt grad log pi(y_t | y_<t)
 
@@ -50,7 +52,9 @@ def log_outcomes(logits: Array) -> Array:
 
 
 def logits_for(outcomes: Array) -> Array:
-    """[N, V] logits whose completions have the probabilities `outcomes` [O], all positive: any distribution has some."""
+    """[N, V] logits whose completions have the probabilities `outcomes` [O], all positive: any
+    distribution has some.
+    """
     return np.log(np.einsum("o,otnv->nv", outcomes, TAKEN))
 
 
@@ -74,7 +78,9 @@ def reward_to_go(rewards: Array, log_ratios_OT: Array, beta: float, mu: Array) -
 
 
 def token_kl_loss(rewards: Array, log_ratios_OT: Array, beta: float, mu: Array) -> Array:
-    """[O, T] rewards centred, and each token's own KL as a loss: on policy the exact per-token KL of the visited prefixes."""
+    """[O, T] rewards centred, and each token's own KL as a loss: on policy the exact per-token KL of
+    the visited prefixes.
+    """
     return (rewards - mu @ rewards)[:, None] - beta * log_ratios_OT
 
 

@@ -6,16 +6,19 @@ gather   a pass over the source by two ZeRO-3 ranks: in buckets (`weights.bucket
 publish  how long the learner stands still for a snapshot: stored in the background, against stored by the learner itself; and how
          long the background works on it. The object store is Ray's
 apply    checksums and `Engine.load_weights` of a snapshot by a real vLLM engine, the latter being the actor's pause
-adapters the same where adapters of rank 16 come alone (`weights.adapters`), and tokens/s with vLLM applying them
+adapters the same where adapters of rank 16 come alone (`weights.adapters`), and tokens/s with vLLM applying
+them
 push     nccl (two GPUs) and ipc (one): stall of the learner and pause of the actor. NEVER RUN: there was no GPU
 memcpy   of as many bytes into memory that is used again, which is what all bandwidths are compared with
 
-Medians of REPEATS, memcpy the best; what is compared alternates. Two ranks and Ray share the cores there are: see `cpus` in the results.
+Medians of REPEATS, memcpy the best; what is compared alternates. Two ranks and Ray share the cores there are:
+see `cpus` in the results.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -63,7 +66,11 @@ class Board:
 
 
 def make_config(model_dir: str, **sections: Any) -> Config:
-    tree: dict[str, Any] = {"model": {"path": model_dir}, "data": {"path": "none"}, "rewards": {"functions": [{"name": "exact_match"}]}}
+    tree: dict[str, Any] = {
+        "model": {"path": model_dir},
+        "data": {"path": "none"},
+        "rewards": {"functions": [{"name": "exact_match"}]},
+    }
     return parse_config(tree | sections)
 
 
@@ -75,12 +82,14 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def memcpy_s(num_bytes: int) -> float:
-    """One copy between two buffers whose pages exist; the fastest of many, since it is over before anybody can be in its way."""
+    """One copy between two buffers whose pages exist; the fastest of many, since it is over before
+    anybody can be in its way.
+    """
     source, target = torch.ones(num_bytes, dtype=torch.uint8), torch.ones(num_bytes, dtype=torch.uint8)
     return min(seconds(lambda: target.copy_(source)) for _ in range(5 * REPEATS))
 
 
-# --- two learner ranks ---------------------------------------------------------------------------------------------
+# --- two learner ranks ---
 
 
 def learn(rank: int, model_dir: str, port: int, out: str) -> None:
@@ -99,7 +108,13 @@ def learn(rank: int, model_dir: str, port: int, out: str) -> None:
     bucket_bytes = int(config.weights.bucket_mib * MIB)
     source, one_by_one = ZeroSource(policy, bucket_bytes), ZeroSource(policy, 1)
     if rank == 0:
-        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=2**30)
+        ray.init(
+            address="local",
+            num_cpus=1,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=2**30,
+        )
     transport = load_transport(Sender(rank, config, source, Board(), Calls(300), ray.put, print))
 
     def store_by_itself() -> None:
@@ -109,7 +124,9 @@ def learn(rank: int, model_dir: str, port: int, out: str) -> None:
                 writer.add(name, tensor)
         writer.finish(0)
 
-    found: dict[str, list[float]] = {name: [] for name in ("gather", "one_by_one", "by_itself", "stall", "store")}
+    found: dict[str, list[float]] = {
+        name: [] for name in ("gather", "one_by_one", "by_itself", "stall", "store")
+    }
     for number in range(REPEATS + 1):
         row = {
             "gather": seconds(lambda: deque(source, maxlen=0)),
@@ -124,7 +141,11 @@ def learn(rank: int, model_dir: str, port: int, out: str) -> None:
                 found[name].append(value)
     if rank == 0:
         num_bytes = sum(parameter.num_bytes for parameter in source.metadata())
-        Path(out).write_text(json.dumps({"bytes": num_bytes} | {name: statistics.median(values) for name, values in found.items()}))
+        Path(out).write_text(
+            json.dumps(
+                {"bytes": num_bytes} | {name: statistics.median(values) for name, values in found.items()}
+            )
+        )
         ray.shutdown()
 
 
@@ -156,7 +177,7 @@ def learner_side(model_dir: str, directory: Path) -> dict[str, float]:
     }
 
 
-# --- an actor ------------------------------------------------------------------------------------------------------
+# --- an actor ---
 
 
 def apply(model_dir: str, out: str, rank: int) -> None:
@@ -167,7 +188,9 @@ def apply(model_dir: str, out: str, rank: int) -> None:
     weights = whole_weights(model_dir) if not rank else adapters_alone(model_dir, rank)
     config = make_config(model_dir)
     actors = config.actors.model_copy(update={"slots": 8, "max_new_tokens": 32, "kv_cache_gib": 1 / 16})
-    engine = Engine(config.model, actors, max_model_len=64, adapters=Adapters(rank, 2.0 * rank) if rank else None)
+    engine = Engine(
+        config.model, actors, max_model_len=64, adapters=Adapters(rank, 2.0 * rank) if rank else None
+    )
     writer = SnapshotWriter(int(config.weights.bucket_mib * MIB))
     for name, tensor in weights.items():
         writer.add(name, tensor)
@@ -198,7 +221,9 @@ def whole_weights(model_dir: str) -> dict[str, torch.Tensor]:
 
 
 def adapters_alone(model_dir: str, rank: int) -> dict[str, torch.Tensor]:
-    """As the learner has them before its first step, when they change nothing: the engine samples what it samples without."""
+    """As the learner has them before its first step, when they change nothing: the engine samples what
+    it samples without.
+    """
     from transformers import AutoModelForCausalLM
 
     from cluster.config import LearnerConfig
@@ -234,11 +259,13 @@ def actor_side(model_dir: str, directory: Path) -> dict[str, float]:
     }
 
 
-# --- pushes: needs GPUs, never run -----------------------------------------------------------------------------------
+# --- pushes: needs GPUs, never run ---
 
 
 class PushedActor:
-    """As a Ray actor: an engine, and a loop that looks for orders; `pauses`: how long each transfer kept it from generating."""
+    """As a Ray actor: an engine, and a loop that looks for orders; `pauses`: how long each transfer
+    kept it from generating.
+    """
 
     def __init__(self, config: Config) -> None:
         from actors.engine import Engine
@@ -277,10 +304,14 @@ class PushingLearner:
         from transformers import AutoModelForCausalLM
 
         self._config = config
-        model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=getattr(torch, config.model.dtype))
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model.path, dtype=getattr(torch, config.model.dtype)
+        )
         self.module = cast(Any, model).to("cuda")
 
-    def named_weights(self, bucket_bytes: int, *, adapters_alone: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_weights(
+        self, bucket_bytes: int, *, adapters_alone: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Nothing has to be gathered."""
         return ((name, parameter.data) for name, parameter in self.module.named_parameters())
 
@@ -292,8 +323,13 @@ class PushingLearner:
         from cluster.transports import Sender, ZeroSource, load_transport
 
         source = ZeroSource(self, int(self._config.weights.bucket_mib * MIB))
-        transport = load_transport(Sender(0, self._config, source, Board({"actor-0": actor}), Calls(300), ray.put, print))
-        stalls = [seconds(lambda version=version: transport.publish(version, evaluate=False)) for version in range(REPEATS + 1)]  # type: ignore[misc]
+        transport = load_transport(
+            Sender(0, self._config, source, Board({"actor-0": actor}), Calls(300), ray.put, print)
+        )
+        stalls = [
+            seconds(functools.partial(transport.publish, version, evaluate=False))
+            for version in range(REPEATS + 1)
+        ]
         return stalls[1:]
 
 
@@ -305,12 +341,19 @@ def push(model_dir: str, road: str) -> str | dict[str, float]:
     import ray
 
     share = 1.0 if road == "nccl" else 0.5
-    sections: dict[str, Any] = {"weights": {"transport": road}, "learner": {"num_gpus": share}, "buffer": {"max_staleness": 1000}}
+    sections: dict[str, Any] = {
+        "weights": {"transport": road},
+        "learner": {"num_gpus": share},
+        "buffer": {"max_staleness": 1000},
+    }
     config = make_config(model_dir, actors={"num_gpus": share, "gpu_memory_utilization": 0.3}, **sections)
     ray.init(address="local", include_dashboard=False)
     actor = remote(PushedActor).options(num_gpus=share, max_concurrency=4).remote(config)
     learner = remote(PushingLearner).options(num_gpus=share).remote(config)
-    stalls, pauses = ray.get(learner.push.remote(actor), timeout=600), ray.get(actor.pauses.remote(), timeout=60)
+    stalls, pauses = (
+        ray.get(learner.push.remote(actor), timeout=600),
+        ray.get(actor.pauses.remote(), timeout=60),
+    )
     ray.shutdown()
     return {"stall_s": statistics.median(stalls), "pause_s": statistics.median(pauses[1:])}
 
@@ -321,7 +364,9 @@ def main() -> None:
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)  # As in the processes that are measured.
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", choices=[*MODELS, []], metavar="MODEL")
     asked = parser.parse_args().models or [*MODELS]
     tokenizer = make_tokenizer()
@@ -331,11 +376,17 @@ def main() -> None:
             model_dir = Path(directory) / name
             make_llama(len(tokenizer), tied=False, **MODELS[name]).save_pretrained(model_dir)
             tokenizer.save_pretrained(model_dir)
-            row: dict[str, Any] = {**learner_side(str(model_dir), Path(directory)), **actor_side(str(model_dir), Path(directory))}
+            row: dict[str, Any] = {
+                **learner_side(str(model_dir), Path(directory)),
+                **actor_side(str(model_dir), Path(directory)),
+            }
             row |= {road: push(str(model_dir), road) for road in ("nccl", "ipc")}
             result[name] = row
             for key, value in row.items():
-                print(f"{name:>5} {key:<34} {value if isinstance(value, (str, dict)) else f'{value:.4g}'}", flush=True)
+                print(
+                    f"{name:>5} {key:<34} {value if isinstance(value, (str, dict)) else f'{value:.4g}'}",
+                    flush=True,
+                )
     if set(asked) == set(MODELS):
         print(f"written to {save('weights', result)}")
 

@@ -1,10 +1,13 @@
 """Which WorkItems exist, and who may lease how many. Pure: no clock, no disk, no Ray.
 
-An item is *open* from its first lease until it ends: inserted or failed. While open it is either held by one actor or
-waiting to be issued again. Invariants:
-  - of a shard's items, the first `frontier` were leased; those of them that are not open have ended: told apart in O(open);
-  - `open + stored-unconsumed <= allowed`: a new item is leased only below the bound; one issued again changes no count;
-  - an item whose holder died or was late `MAX_LOSSES` times ends as failed: a prompt that kills its actor must not kill them all.
+An item is *open* from its first lease until it ends: inserted or failed. While open it is either held by one
+actor or waiting to be issued again. Invariants:
+  - of a shard's items, the first `frontier` were leased; those of them that are not open have ended: told
+    apart in O(open);
+  - `open + stored-unconsumed <= allowed`: a new item is leased only below the bound; one issued again changes
+    no count;
+  - an item whose holder died or was late `MAX_LOSSES` times ends as failed: a prompt that kills its actor
+    must not kill them all.
 """
 
 from __future__ import annotations
@@ -30,25 +33,34 @@ class LeaseError(AgroError, LookupError):
 
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """int64[num_rows]. Sorted raw PCG64 draws: numpy promises that stream for ever, but not `Generator.permutation`'s."""
+    """int64[num_rows]. Sorted raw PCG64 draws: numpy promises that stream for ever, but not
+    `Generator.permutation`'s.
+    """
     keys = np.random.PCG64([seed, epoch]).random_raw(num_rows)
     return np.argsort(keys, kind="stable")
 
 
 def work_item(ordinal: int, *, seed: int, num_rows: int) -> WorkItem:
-    """The item at `ordinal` of the prompt stream: a pure function of its arguments, the same in every process.
+    """The item at `ordinal` of the prompt stream: a pure function of its arguments, the same in every
+    process.
 
-    Each epoch of `num_rows` ordinals visits every row once, in an order of its own. `WorkItem.seed` is in [0, 2**31).
+    Each epoch of `num_rows` ordinals visits every row once, in an order of its own. `WorkItem.seed` is in [0,
+    2**31).
     """
     if ordinal < 0 or num_rows < 1:
-        raise LeaseError(f"no work item {ordinal} over {num_rows} rows: ordinals start at 0 and there must be at least one row.")
+        raise LeaseError(
+            f"no work item {ordinal} over {num_rows} rows: ordinals start at 0 and there must "
+            "be at least one row."
+        )
     epoch, position = divmod(ordinal, num_rows)
     item_seed = int(np.random.SeedSequence([seed, ordinal]).generate_state(1)[0]) >> 1
     return WorkItem(ordinal=ordinal, row=int(_permutation(seed, epoch, num_rows)[position]), seed=item_seed)
 
 
 class Lease(msgspec.Struct):
-    """Of an open item. `actor` '': waiting to be issued again. `since_s`: begun or renewed; None: held since before this process began."""
+    """Of an open item. `actor` '': waiting to be issued again. `since_s`: begun or renewed; None: held
+    since before this process began.
+    """
 
     actor: str
     losses: int = 0
@@ -58,8 +70,8 @@ class Lease(msgspec.Struct):
 class Admission:
     """Leases on one shard's part of the prompt stream: ordinals `shard`, `shard + num_shards`, ...
 
-    Times are seconds on any one monotonic clock, given by the caller. `counts`: failed, expired (leases that ran out), reissued,
-    lost_too_often, ignored_reports (about items that are another's or ended).
+    Times are seconds on any one monotonic clock, given by the caller. `counts`: failed, expired (leases that
+    ran out), reissued, lost_too_often, ignored_reports (about items that are another's or ended).
     """
 
     def __init__(self, allowed: int, lease_timeout_s: float, shard: int = 0, num_shards: int = 1) -> None:
@@ -68,7 +80,8 @@ class Admission:
         self.shard, self.num_shards = shard, num_shards
         self.frontier = 0
         self.counts: Counter[str] = Counter()
-        # Held in the order of their start or renewal, so that the first is always the next to expire; waiting in the order of their loss.
+        # Held in the order of their start or renewal, so that the first is always the next to expire; waiting
+        # in the order of their loss.
         self._held: dict[int, Lease] = {}
         self._waiting: dict[int, Lease] = {}
         self._changed: dict[int, None] = {}
@@ -80,7 +93,9 @@ class Admission:
 
     @property
     def next_expiry_s(self) -> float:
-        """When the oldest lease runs out; minus infinity when `expire` has to be told the time first; infinity without leases."""
+        """When the oldest lease runs out; minus infinity when `expire` has to be told the time first;
+        infinity without leases.
+        """
         for lease in self._held.values():
             return -math.inf if lease.since_s is None else lease.since_s + self.lease_timeout_s
         return math.inf
@@ -102,21 +117,29 @@ class Admission:
         return [ordinal for ordinal, lease in self._held.items() if lease.actor == actor]
 
     def is_open(self, ordinal: int) -> bool:
-        """Whether the item still has to end; False when it has. Raises LeaseError when it was never leased here."""
+        """Whether the item still has to end; False when it has. Raises LeaseError when it was never
+        leased here.
+        """
         position, shard = divmod(ordinal, self.num_shards)
         if shard != self.shard or not 0 <= position < self.frontier:
             raise LeaseError(
-                f"group {ordinal} was never leased: shard {self.shard} of {self.num_shards} has leased {self.frontier} items. "
+                f"group {ordinal} was never leased: shard {self.shard} of {self.num_shards} has leased "
+                f"{self.frontier} items. "
                 "Group ids are the ordinals of leased WorkItems; is this actor of another run?"
             )
         return ordinal in self._held or ordinal in self._waiting
 
     def lease(self, actor: str, max_items: int, stored_unconsumed: int, now_s: float) -> list[int]:
-        """Ordinals now held by `actor`, at most `max_items`: first those to issue again, then new ones while admitted."""
+        """Ordinals now held by `actor`, at most `max_items`: first those to issue again, then new ones
+        while admitted.
+        """
         num_items = max(0, min(max_items, self.num_leasable(stored_unconsumed)))
         again = list(self._waiting)[:num_items]
         num_new = num_items - len(again)
-        new = [position * self.num_shards + self.shard for position in range(self.frontier, self.frontier + num_new)]
+        new = [
+            position * self.num_shards + self.shard
+            for position in range(self.frontier, self.frontier + num_new)
+        ]
         self.frontier += num_new
         self.counts["reissued"] += len(again)
         for ordinal in (*again, *new):
@@ -126,14 +149,22 @@ class Admission:
         return [*again, *new]
 
     def expire(self, now_s: float) -> tuple[list[int], list[int]]:
-        """Takes back the leases that ran out since they began or were renewed: (to be issued again, lost too often and ended)."""
+        """Takes back the leases that ran out since they began or were renewed: (to be issued again,
+        lost too often and ended).
+        """
         self._date(now_s)
-        late = [o for o, lease in self._held.items() if lease.since_s is not None and lease.since_s + self.lease_timeout_s <= now_s]
+        late = [
+            o
+            for o, lease in self._held.items()
+            if lease.since_s is not None and lease.since_s + self.lease_timeout_s <= now_s
+        ]
         self.counts["expired"] += len(late)
         return self._lose(late)
 
     def renew(self, actor: str, ordinals: Sequence[int], now_s: float) -> None:
-        """The time of these leases begins anew, where `actor` still holds them: it works on them, however long they take."""
+        """The time of these leases begins anew, where `actor` still holds them: it works on them,
+        however long they take.
+        """
         self._date(now_s)  # Those before this one must expire before it.
         for ordinal in dict.fromkeys(ordinals):
             if self.holder(ordinal) == actor:
@@ -161,7 +192,9 @@ class Admission:
         return held
 
     def end(self, ordinal: int) -> bool:
-        """Ends an open item, whoever holds it; False when it had ended. Raises LeaseError when it was never leased."""
+        """Ends an open item, whoever holds it; False when it had ended. Raises LeaseError when it was
+        never leased.
+        """
         if not self.is_open(ordinal):
             return False
         self._held.pop(ordinal, None)
@@ -170,7 +203,9 @@ class Admission:
         return True
 
     def fail(self, actor: str, ordinals: Sequence[int]) -> list[int]:
-        """Ends items as failed and returns them; those that ended or that another actor holds by now are ignored, counted."""
+        """Ends items as failed and returns them; those that ended or that another actor holds by now
+        are ignored, counted.
+        """
         ended = [o for o in dict.fromkeys(ordinals) if self.is_open(o) and self.holder(o) in (None, actor)]
         for ordinal in ended:
             self.end(ordinal)
@@ -186,24 +221,36 @@ class Admission:
 
     def get_state(self) -> dict[str, Any]:
         """Frontier, counts and the open items as (ordinal, actor, losses)."""
-        leases = [(ordinal, lease.actor, lease.losses) for ordinal, lease in (*self._waiting.items(), *self._held.items())]
+        leases = [
+            (ordinal, lease.actor, lease.losses)
+            for ordinal, lease in (*self._waiting.items(), *self._held.items())
+        ]
         return {"frontier": self.frontier, "counts": dict(self.counts), "leases": leases}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Takes over `get_state`'s value. Leases keep their holder; their time begins at the next `expire`."""
+        """Takes over `get_state`'s value. Leases keep their holder; their time begins at the next
+        `expire`.
+        """
         self.frontier = state["frontier"]
         self.counts = Counter(state["counts"])
         self._held = {ordinal: Lease(actor, losses) for ordinal, actor, losses in state["leases"] if actor}
-        self._waiting = {ordinal: Lease("", losses) for ordinal, actor, losses in state["leases"] if not actor}
+        self._waiting = {
+            ordinal: Lease("", losses) for ordinal, actor, losses in state["leases"] if not actor
+        }
         self._changed.clear()
 
     def check_valid(self) -> list[str]:
         """What is wrong with the state, in words; empty when nothing is."""
-        problems = [f"item {ordinal} is both held and waiting" for ordinal in self._held if ordinal in self._waiting]
+        problems = [
+            f"item {ordinal} is both held and waiting" for ordinal in self._held if ordinal in self._waiting
+        ]
         for ordinal in (*self._held, *self._waiting):
             position, shard = divmod(ordinal, self.num_shards)
             if shard != self.shard or position >= self.frontier:
-                problems.append(f"open item {ordinal} is none of the {self.frontier} leased by shard {self.shard} of {self.num_shards}")
+                problems.append(
+                    f"open item {ordinal} is none of the {self.frontier} leased by shard "
+                    f"{self.shard} of {self.num_shards}"
+                )
         return problems
 
     def _date(self, now_s: float) -> None:

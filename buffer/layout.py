@@ -27,6 +27,7 @@ def check_num_shards(directory: Path, num_shards: int) -> None:
     names = {store_name(shard, num_shards) for shard in range(num_shards)}
     if others := sorted(path.name for path in directory.glob("buffer*.sqlite") if path.name not in names):
         raise ConfigError(
-            f"{directory} was started with another buffer.num_shards than {num_shards}: it holds {', '.join(others)}. "
+            f"{directory} was started with another buffer.num_shards than {num_shards}: it holds "
+            f"{', '.join(others)}. "
             "Restore buffer.num_shards, or set another run.dir."
         )

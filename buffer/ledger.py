@@ -1,13 +1,15 @@
-"""The ledger: what happened to every item, one JSON object a line, appended only; and the auditor who reads it from outside.
+"""The ledger: what happened to every item, one JSON object a line, appended only; and the auditor who reads
+it from outside.
 
     leased --+--> inserted --> trained* --> evicted(reason)
       ^      +--> failed(reason)
       |      +--> cancelled
       +--- expired(reason): the lease was taken back; the item will be leased again, or a late report still ends it
 
-Lines are in the database's transaction first, then in the file, so that neither a kill nor a full disk loses one, and a start reads the
-file's end only. Where the file does not fit the database (a power cut, a line deleted by hand), all of it is read once, and what leads to
-the database's state is added; how often a lost item was trained on is not told then.
+Lines are in the database's transaction first, then in the file, so that neither a kill nor a full disk loses
+one, and a start reads the file's end only. Where the file does not fit the database (a power cut, a line
+deleted by hand), all of it is read once, and what leads to the database's state is added; how often a lost
+item was trained on is not told then.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ EventName: TypeAlias = Literal["leased", "inserted", "trained", "evicted", "fail
 
 
 class LedgerEvent(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """One line. `step`: the learner step known to the buffer; `version`: the group's oldest; `time_s`: seconds since 1970."""
+    """One line. `step`: the learner step known to the buffer; `version`: the group's oldest; `time_s`:
+    seconds since 1970.
+    """
 
     event: EventName
     group_id: int
@@ -70,16 +74,17 @@ class Ledger:
 
         record(event) ... take_chunk() --the database's transaction--> flush() --file--> is durable at last --> the database forgets it
 
-    A kill anywhere in between loses nothing: `recover` puts what the database still has where it belongs. What a full disk refuses is
-    kept for the next `flush`. `end` is the file's length once all that was taken is written; `synced`, how much of it a power cut
-    cannot take.
+    A kill anywhere in between loses nothing: `recover` puts what the database still has where it belongs.
+    What a full disk refuses is kept for the next `flush`. `end` is the file's length once all that was taken
+    is written; `synced`, how much of it a power cut cannot take.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._encoder = msgspec.json.Encoder()
         self._new: list[bytes] = []
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)  # Not O_APPEND: pwrite would ignore the place.
+        # Not O_APPEND: pwrite would ignore the place.
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         self.end = self.synced = self._written = os.fstat(self._file).st_size
         self._unwritten = b""
         self._pid = os.getpid()
@@ -90,9 +95,11 @@ class Ledger:
         return self._unwritten.count(b"\n")
 
     def recover(self, end: int, chunks: Sequence[tuple[int, bytes]]) -> bool:
-        """Completes the file from what the database has of it: its length, and (place, lines) of its last part. Reads nothing else.
+        """Completes the file from what the database has of it: its length, and (place, lines) of its last
+        part. Reads nothing else.
 
-        False, nothing changed, when that does not fit: the file is shorter than what was durable, or longer than was ever written.
+        False, nothing changed, when that does not fit: the file is shorter than what was durable, or longer
+        than was ever written.
         """
         first = chunks[0][0] if chunks else end
         if not first <= self.end <= end:
@@ -107,15 +114,33 @@ class Ledger:
         if self.end and os.pread(self._file, 1, self.end - 1) != b"\n":
             self._new.insert(0, b"\n")
 
-    def record(self, event: EventName, group_id: int, *, step: int, version: int | None = None, actor: str = "", reason: str = "") -> None:
+    def record(
+        self,
+        event: EventName,
+        group_id: int,
+        *,
+        step: int,
+        version: int | None = None,
+        actor: str = "",
+        reason: str = "",
+    ) -> None:
         """Notes an event, for the next chunk."""
         line = LedgerEvent(
-            event=event, group_id=group_id, step=step, pid=self._pid, time_s=time.time(), version=version, actor=actor, reason=reason
+            event=event,
+            group_id=group_id,
+            step=step,
+            pid=self._pid,
+            time_s=time.time(),
+            version=version,
+            actor=actor,
+            reason=reason,
         )
         self._new.append(self._encoder.encode(line) + b"\n")
 
     def take_chunk(self) -> tuple[int, bytes] | None:
-        """(place in the file, lines) of what was noted since the last chunk, to be written by `flush` once the database has it."""
+        """(place in the file, lines) of what was noted since the last chunk, to be written by `flush`
+        once the database has it.
+        """
         if not self._new:
             return None
         place, chunk = self.end, b"".join(self._new)
@@ -125,7 +150,9 @@ class Ledger:
         return place, chunk
 
     def flush(self) -> None:
-        """Writes what was noted. An error of the disk is no error here: the database keeps the lines; see `num_unwritten`."""
+        """Writes what was noted. An error of the disk is no error here: the database keeps the lines;
+        see `num_unwritten`.
+        """
         self.take_chunk()
         try:
             while self._unwritten:
@@ -139,7 +166,9 @@ class Ledger:
             return
 
     def close(self, *, keep_back: bool = False) -> None:
-        """Flushes and closes the file; again is no error. `keep_back`: the database has refused the newest lines, so the file gets none."""
+        """Flushes and closes the file; again is no error. `keep_back`: the database has refused the
+        newest lines, so the file gets none.
+        """
         if self._file >= 0:
             if not keep_back:
                 self.flush()
@@ -148,12 +177,15 @@ class Ledger:
 
 
 class Statuses:
-    """Where each item is: a byte an item, so that a run of months fits. `num_shards`: the file's ids are so far apart."""
+    """Where each item is: a byte an item, so that a run of months fits. `num_shards`: the file's ids
+    are so far apart.
+    """
 
     def __init__(self, num_shards: int = 1) -> None:
         self._num_shards = num_shards
         self._codes = bytearray()
-        self._strange: dict[int, int] = {}  # Ids that are no ordinals of the shard: of a ledger that contradicts itself.
+        # Ids that are no ordinals of the shard: of a ledger that contradicts itself.
+        self._strange: dict[int, int] = {}
         self._shard: int | None = None
 
     def get(self, group_id: int) -> str:
@@ -194,11 +226,12 @@ class Statuses:
 def audit(path: str | Path, num_shards: int = 1) -> dict[str, Any]:
     """Follows every item through the ledger at `path`, one of `num_shards`.
 
-    Returns `status` (items by where they are now: leased, waiting, stored, failed, cancelled, evicted), `events` (lines by
-    event), `evictions` (by reason), `max_staleness` (largest step - version trained on, learner steps), `torn_lines`, and
-    `violations`: a sentence for every event that may not follow what came before, such as a second ending, and for what is wrong
-    with the file: lines that cannot be read, none at all. At most `MOST_SENTENCES` of them, and one that counts the others.
-    Raises DataError for a file that cannot be opened.
+    Returns `status` (items by where they are now: leased, waiting, stored, failed, cancelled, evicted),
+    `events` (lines by event), `evictions` (by reason), `max_staleness` (largest step - version trained on,
+    learner steps), `torn_lines`, and `violations`: a sentence for every event that may not follow what came
+    before, such as a second ending, and for what is wrong with the file: lines that cannot be read, none at
+    all. At most `MOST_SENTENCES` of them, and one that counts the others. Raises DataError for a file that
+    cannot be opened.
     """
     statuses = Statuses(num_shards)
     events: Counter[str] = Counter()
@@ -231,25 +264,34 @@ def audit(path: str | Path, num_shards: int = 1) -> dict[str, Any]:
 
 
 def audit_run(run_dir: str | Path) -> dict[str, Any]:
-    """`audit` of all ledgers of a run together, and `balance`: where every generated item is now, as one line.
+    """`audit` of all ledgers of a run together, and `balance`: where every generated item is now, as one
+    line.
 
-    A ledger that is missing, or shorter than its shard's database says, is a violation too. Raises DataError when there is none at all.
+    A ledger that is missing, or shorter than its shard's database says, is a violation too. Raises DataError
+    when there is none at all.
     """
     directory = Path(run_dir)
     paths = sorted(directory.glob("ledger*.jsonl"))
     stores = sorted(directory.glob("buffer*.sqlite"))
     if not paths:
-        what = f"{stores[0].name} is there: it was deleted, or moved" if stores else "is it the directory of a run?"
+        what = (
+            f"{stores[0].name} is there: it was deleted, or moved"
+            if stores
+            else "is it the directory of a run?"
+        )
         raise DataError(f"{run_dir} holds no ledger*.jsonl: {what}")
     num_shards = max(len(paths), len(stores))
     found = [audit(path, num_shards) for path in paths]
     merged: dict[str, Any] = {
-        name: dict(sum((Counter(each[name]) for each in found), Counter())) for name in ("status", "events", "evictions")
+        name: dict(sum((Counter(each[name]) for each in found), Counter()))
+        for name in ("status", "events", "evictions")
     }
     merged["max_staleness"] = max(each["max_staleness"] for each in found)
     merged["torn_lines"] = sum(each["torn_lines"] for each in found)
     merged["violations"] = [
-        f"{path.name}, {text}" if len(paths) > 1 else text for path, each in zip(paths, found, strict=True) for text in each["violations"]
+        f"{path.name}, {text}" if len(paths) > 1 else text
+        for path, each in zip(paths, found, strict=True)
+        for text in each["violations"]
     ]
     merged["violations"] += [sentence for store in stores if (sentence := _what_is_missing(store))]
     status, used = merged["status"], merged["evictions"].get("evicted_used", 0)
@@ -260,23 +302,34 @@ def audit_run(run_dir: str | Path) -> dict[str, Any]:
         "failed": status.get("failed", 0) + status.get("cancelled", 0),
         "in flight": status.get("leased", 0) + status.get("waiting", 0),
     }
-    merged["balance"] = f"{sum(status.values())} generated = " + " + ".join(f"{count} {place}" for place, count in places.items())
+    merged["balance"] = f"{sum(status.values())} generated = " + " + ".join(
+        f"{count} {place}" for place, count in places.items()
+    )
     return merged
 
 
 def _what_is_missing(store: Path) -> str | None:
-    """A sentence when the ledger of a shard's database is not there, or is shorter than that says; None also while the shard runs."""
+    """A sentence when the ledger of a shard's database is not there, or is shorter than that says; None
+    also while the shard runs.
+    """
     path = store.with_name(store.name.replace("buffer", "ledger").replace(".sqlite", ".jsonl"))
     if not path.exists():
         return f"{path.name} is missing: {store.name}, of the same shard, is there"
     size = path.stat().st_size
-    with contextlib.suppress(sqlite3.Error, msgspec.MsgspecError, TypeError), contextlib.closing(_read_only(store)) as db:
+    with (
+        contextlib.suppress(sqlite3.Error, msgspec.MsgspecError, TypeError),
+        contextlib.closing(_read_only(store)) as db,
+    ):
         state = db.execute("SELECT value FROM meta WHERE key = 'state'").fetchone()
         waiting = db.execute("SELECT min(place) FROM ledger").fetchone()[0]
         end = msgspec.json.decode(state[0])["ledger_end"]
         if size < end:
             is_kept = waiting is not None and waiting <= size
-            why = f"the rest is in {store.name}, and is written when the run goes on" if is_kept else "lines are missing"
+            why = (
+                f"the rest is in {store.name}, and is written when the run goes on"
+                if is_kept
+                else "lines are missing"
+            )
             return f"{path.name} has {size:,} bytes of the {end:,} that the buffer wrote: {why}"
     return None
 
@@ -290,8 +343,8 @@ def missing_events(
 ) -> Iterator[tuple[EventName, int, str]]:
     """What leads from the ledger (`statuses`) to the database, as (event, item, reason).
 
-    `issued`: all items leased so far; of those, `leases`: the open ones ('': waiting to be issued again), `stored`, and `used_up`: those
-    that left after their last use, as far as that is known.
+    `issued`: all items leased so far; of those, `leases`: the open ones ('': waiting to be issued again),
+    `stored`, and `used_up`: those that left after their last use, as far as that is known.
     """
     for ordinal in issued:
         status, reason = statuses.get(ordinal), AT_RESTART
@@ -342,7 +395,9 @@ class _Sentences:
 
 
 def _read(path: str | Path) -> Iterator[tuple[int, LedgerEvent | str]]:
-    """Line numbers, and the event or why it cannot be read, a piece of the file at a time: a line without an end stays small."""
+    """Line numbers, and the event or why it cannot be read, a piece of the file at a time: a line
+    without an end stays small.
+    """
     decoder = msgspec.json.Decoder(LedgerEvent)
     try:
         with open(path, "rb") as file:
@@ -360,7 +415,8 @@ def _what_it_is(line: bytes) -> str:
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
-        text = line[: error.start].decode() if error.end == len(line) else "\0"  # Cut within a character, or no text.
+        # Cut within a character, or no text.
+        text = line[: error.start].decode() if error.end == len(line) else "\0"
     if "\0" in text:
         return "not text: the file was overwritten, or damaged by its disk"
     shown = text[:40]

@@ -10,8 +10,8 @@ from sortedcontainers import SortedKeyList, SortedList
 
 
 class Entry(NamedTuple):
-    """A group's place: entries compare by age, the oldest version first, and the earlier inserted of equals. `sequence` rises with every
-    insertion.
+    """A group's place: entries compare by age, the oldest version first, and the earlier inserted of equals.
+    `sequence` rises with every insertion.
     """
 
     oldest_version: int
@@ -44,5 +44,7 @@ class Order:
         return self.by_age.bisect_left((version,))  # Shorter, hence before every entry of that version.
 
     def between(self, start: int | None, stop: int) -> list[Entry]:
-        """Entries with `start <= oldest_version < stop`, oldest first; start None: from the oldest on. O(log n) and their number."""
+        """Entries with `start <= oldest_version < stop`, oldest first; start None: from the oldest on.
+        O(log n) and their number.
+        """
         return list(self.by_age.irange(None if start is None else (start,), (stop,)))

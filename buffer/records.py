@@ -16,8 +16,9 @@ import msgspec
 class WorkItem(msgspec.Struct, frozen=True):
     """One prompt to generate for.
 
-    `ordinal` is the position in the prompt stream; `row` and `seed` are pure functions of the run's seed, the dataset's
-    size and the ordinal (see `buffer.admission.work_item`), so an item issued again is the same item.
+    `ordinal` is the position in the prompt stream; `row` and `seed` are pure functions of the run's seed, the
+    dataset's size and the ordinal (see `buffer.admission.work_item`), so an item issued again is the same
+    item.
     """
 
     ordinal: int
@@ -85,7 +86,9 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):
-    """The samples of one WorkItem. `group_id` is the item's ordinal: at most one group per id is ever stored."""
+    """The samples of one WorkItem. `group_id` is the item's ordinal: at most one group per id is ever
+    stored.
+    """
 
     group_id: int
     row: int
@@ -97,7 +100,9 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def oldest_version(self) -> int | None:
-        """The version of the oldest token of the group: what `max_staleness` bounds; None when all its samples are offline."""
+        """The version of the oldest token of the group: what `max_staleness` bounds; None when all its
+        samples are offline.
+        """
         return min((span.version for sample in self.samples for span in sample.version_spans), default=None)
 
     @property
@@ -139,7 +144,9 @@ Record: TypeAlias = WorkItem | EvalItem | Sample | Group | EvalSample | Evaluati
 
 
 class _WireGroup(msgspec.Struct, frozen=True, array_like=True):
-    """A stored group on its way to the learner: its payload as it was inserted, and what the buffer has learnt of it since."""
+    """A stored group on its way to the learner: its payload as it was inserted, and what the buffer has
+    learnt of it since.
+    """
 
     uses: int
     ref_logprobs: tuple[float, ...] | None
@@ -167,10 +174,16 @@ def decode_group(payload: bytes) -> Group:
 
 
 def encode_batch(step: int, groups: Iterable[tuple[int, Sequence[float] | None, bytes]]) -> bytes:
-    """A Batch from stored payloads, which are not decoded: (uses, reference log-prob of each sample or None, payload)."""
+    """A Batch from stored payloads, which are not decoded: (uses, reference log-prob of each sample or
+    None, payload).
+    """
     return _encoder.encode(
         _WireBatch(
-            step, tuple(_WireGroup(uses, None if ref is None else tuple(ref), msgspec.Raw(payload)) for uses, ref, payload in groups)
+            step,
+            tuple(
+                _WireGroup(uses, None if ref is None else tuple(ref), msgspec.Raw(payload))
+                for uses, ref, payload in groups
+            ),
         )
     )
 
@@ -178,7 +191,9 @@ def encode_batch(step: int, groups: Iterable[tuple[int, Sequence[float] | None, 
 def decode_batch(payload: bytes) -> Batch:
     """The Batch in `payload`; raises msgspec.ValidationError when it is not one."""
     wire = _batch_decoder.decode(payload)
-    return Batch(wire.step, tuple(_completed(_group_decoder.decode(entry.group), entry) for entry in wire.groups))
+    return Batch(
+        wire.step, tuple(_completed(_group_decoder.decode(entry.group), entry) for entry in wire.groups)
+    )
 
 
 def merge_batches(parts: Sequence[bytes]) -> bytes:

@@ -10,11 +10,12 @@ A group leaves for exactly one counted reason:
 so that at any time `inserted` = stored and all evicted. A group of offline samples has
 no age: it is never stale, and never too young.
 
-With `min_staleness` = m > 0 a batch of k groups at step s takes only versions <= max(0, s - m), and only once (m + 1) * k
-groups are stored. The second condition is what makes the first one satisfiable. Versions above s - m appear only after the
-take of step s - m, which left m * k groups that are all old enough at step s; the m - 1 takes in between used at most
-(m - 1) * k of them, so k are left, unless some went stale meanwhile (`max_staleness` close to m). For that case: when the buffer
-is full, so that nothing older can come, the batch is the oldest k groups, and those too young are counted (`taken_young`).
+With `min_staleness` = m > 0 a batch of k groups at step s takes only versions <= max(0, s - m), and only once
+(m + 1) * k groups are stored. The second condition is what makes the first one satisfiable. Versions above s
+- m appear only after the take of step s - m, which left m * k groups that are all old enough at step s; the m
+- 1 takes in between used at most (m - 1) * k of them, so k are left, unless some went stale meanwhile
+(`max_staleness` close to m). For that case: when the buffer is full, so that nothing older can come, the
+batch is the oldest k groups, and those too young are counted (`taken_young`).
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def meta_of(group: Group) -> GroupMeta:
 
 
 class Replay:
-    """Stored groups by id, in order of insertion and of age. `counts`: inserted, duplicates, taken_young, strata_short, and the
-    reasons of the module docstring.
+    """Stored groups by id, in order of insertion and of age. `counts`: inserted, duplicates, taken_young,
+    strata_short, and the reasons of the module docstring.
     """
 
     def __init__(self, config: BufferConfig, seed: int) -> None:
@@ -61,7 +62,10 @@ class Replay:
     def _load(self, groups: Sequence[GroupMeta], counts: Mapping[str, int]) -> None:
         self.counts: Counter[str] = Counter(counts)
         self._groups = {group.group_id: group for group in groups}
-        self._entries = {group.group_id: Entry(group.oldest_version, place, group.group_id) for place, group in enumerate(groups)}
+        self._entries = {
+            group.group_id: Entry(group.oldest_version, place, group.group_id)
+            for place, group in enumerate(groups)
+        }
         self._next_sequence = len(self._entries)
         self._newest_ripe = self._newest_ripe_at(0)
         self._ripe = Order(entry for entry in self._entries.values() if self._is_ripe(entry))
@@ -101,10 +105,14 @@ class Replay:
         return View(self._ripe, self._groups, self.config, self.counts)
 
     def num_takeable(self, step: int) -> int:
-        """Groups that a batch of learner step `step` may choose from: neither stale nor younger than `min_staleness`. Changes nothing."""
+        """Groups that a batch of learner step `step` may choose from: neither stale nor younger than
+        `min_staleness`. Changes nothing.
+        """
         oldest, newest = step - self.config.max_staleness, self._newest_ripe_at(step)
         return sum(
-            max(0, order.num_older(newest + 1) - order.num_older(oldest)) + len(order) - order.num_older(AGELESS)
+            max(0, order.num_older(newest + 1) - order.num_older(oldest))
+            + len(order)
+            - order.num_older(AGELESS)
             for order in (self._ripe, self._young)
         )
 
@@ -134,10 +142,12 @@ class Replay:
                 self._evict(entry, "evicted_stale")
 
     def take(self, k: int, step: int, *, is_full: bool = False) -> list[int]:
-        """Ids of the `k` groups of learner step `step`, no id twice; empty when fewer may be taken after evicting stale ones.
+        """Ids of the `k` groups of learner step `step`, no id twice; empty when fewer may be taken after
+        evicting stale ones.
 
-        `is_full`: no group will come before one leaves. The choice depends on the seed, the step, what is stored and, with a
-        `min_staleness`, on `is_full`; on nothing else. Groups taken for the last time leave.
+        `is_full`: no group will come before one leaves. The choice depends on the seed, the step, what is
+        stored and, with a `min_staleness`, on `is_full`; on nothing else. Groups taken for the last time
+        leave.
         """
         self.evict_stale(step)
         self._ripen(step)
@@ -187,16 +197,26 @@ class Replay:
         problems = _count_problems(len(self), self.counts)
         unconsumed = [entry for group_id, entry in self._entries.items() if self._groups[group_id].uses == 0]
         if sorted(unconsumed) != list(self._unconsumed):
-            problems.append(f"{len(self._unconsumed)} groups listed as unconsumed, {len(unconsumed)} or others are")
+            problems.append(
+                f"{len(self._unconsumed)} groups listed as unconsumed, {len(unconsumed)} or others are"
+            )
         if len(self._used) + len(self._unconsumed) != len(self):
             problems.append(f"{len(self._used)} groups listed as used, {len(self) - len(unconsumed)} are")
         if self._num_tokens != (num_tokens := sum(group.num_tokens for group in self._groups.values())):
             problems.append(f"{self._num_tokens} tokens counted, {num_tokens} stored")
         ordered = sorted([*self._ripe.by_age, *self._young.by_age])
         if ordered != sorted(self._entries.values()) or self._entries.keys() != self._groups.keys():
-            problems.append(f"{len(ordered)} groups in order of age, {len(self._entries)} in order of insertion, {len(self)} stored")
-        if wrong := [entry for entry in self._ripe.by_age if not self._is_ripe(entry)] + [*filter(self._is_ripe, self._young.by_age)]:
-            problems.append(f"group {wrong[0].group_id} of version {wrong[0].oldest_version} is on the wrong side of {self._newest_ripe}")
+            problems.append(
+                f"{len(ordered)} groups in order of age, {len(self._entries)} in order of "
+                f"insertion, {len(self)} stored"
+            )
+        if wrong := [entry for entry in self._ripe.by_age if not self._is_ripe(entry)] + [
+            *filter(self._is_ripe, self._young.by_age)
+        ]:
+            problems.append(
+                f"group {wrong[0].group_id} of version {wrong[0].oldest_version} is on the wrong "
+                f"side of {self._newest_ripe}"
+            )
         return problems
 
     def _newest_ripe_at(self, step: int) -> int:
@@ -210,11 +230,16 @@ class Replay:
         return self._ripe if self._is_ripe(entry) else self._young
 
     def _ripen(self, step: int) -> None:
-        """Moves the groups whose side changes with the step: each once, as steps grow; back, should one be asked for again."""
+        """Moves the groups whose side changes with the step: each once, as steps grow; back, should one
+        be asked for again.
+        """
         self._newest_ripe = self._newest_ripe_at(step)
         now_ripe = self._young.between(None, self._newest_ripe + 1)
         now_young = self._ripe.between(self._newest_ripe + 1, AGELESS)
-        for moving, source, target in ((now_ripe, self._young, self._ripe), (now_young, self._ripe, self._young)):
+        for moving, source, target in (
+            (now_ripe, self._young, self._ripe),
+            (now_young, self._ripe, self._young),
+        ):
             for entry in moving:
                 source.remove(entry)
                 target.add(entry)
@@ -242,7 +267,8 @@ class Replay:
     def _check_choice(self, chosen: list[int], k: int, step: int) -> None:
         if len(set(chosen)) != k or not set(chosen) <= self._groups.keys():
             raise ConfigError(
-                f"buffer.sampler = {self.config.sampler!r} is broken: asked for {k} different stored groups, it chose {chosen}."
+                f"buffer.sampler = {self.config.sampler!r} is broken: asked for {k} different stored groups, "
+                f"it chose {chosen}."
             )
         for group_id in chosen:
             check_staleness(group_id, self._groups[group_id].version, step, self.config.max_staleness)
@@ -259,6 +285,8 @@ def check_staleness(group_id: int, oldest_version: int | None, step: int, max_st
     """Raises StalenessError when `step - oldest_version > max_staleness` (learner steps); None has no age."""
     if oldest_version is not None and step - oldest_version > max_staleness:
         raise StalenessError(
-            f"group {group_id} has a token of version {oldest_version} at learner step {step}: staleness {step - oldest_version} is above "
-            f"buffer.max_staleness = {max_staleness}. It should have been evicted: this is a bug in the buffer."
+            f"group {group_id} has a token of version {oldest_version} at learner step {step}: staleness "
+            f"{step - oldest_version} is above "
+            f"buffer.max_staleness = {max_staleness}. It should have been evicted: this is a bug in the "
+            "buffer."
         )

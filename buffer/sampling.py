@@ -1,11 +1,12 @@
-"""Samplers: which stored groups a batch takes. Pure functions; one more is one function and one line in SAMPLERS.
+"""Samplers: which stored groups a batch takes. Pure functions; one more is one function and one line in
+SAMPLERS.
 
-A sampler sees the groups through a `View`: by rank in order of insertion or of age, O(log n) each. None of them walks all groups, so
-that a batch costs the same from a thousand groups and from a hundred thousand.
+A sampler sees the groups through a `View`: by rank in order of insertion or of age, O(log n) each. None of
+them walks all groups, so that a batch costs the same from a thousand groups and from a hundred thousand.
 
-A group of offline samples has no age. To `uniform` and `oldest` that makes no difference. To `fresh` it is newer than
-every version: were it older, it would never be taken while there is anything else, and as it never goes stale such groups
-would fill the buffer. To `stratified` and `priority` its staleness is 0.
+A group of offline samples has no age. To `uniform` and `oldest` that makes no difference. To `fresh` it is
+newer than every version: were it older, it would never be taken while there is anything else, and as it never
+goes stale such groups would fill the buffer. To `stratified` and `priority` its staleness is 0.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from buffer.order import Order
 from cluster.config import BufferConfig
 
 AGELESS = 2**62
-"""`GroupMeta.oldest_version` of a group without a version: a number, so that it can be compared and stored as one."""
+"""`GroupMeta.oldest_version` of a group without a version: a number, so that it can be compared and
+stored as one.
+"""
 
 # The weight of a group for `priority` is the product of three factors; see there.
 HALF_LIFE_STEPS = 8.0
@@ -33,15 +36,17 @@ SPREAD_FLOOR = 0.1
 POOL_GROUPS = 2048
 """Groups whose weights are computed for one batch."""
 POOL_PER_CHOICE = 8
-"""A pool holds at least so many groups for each that is chosen; with fewer the weights would matter little."""
+"""A pool holds at least so many groups for each that is chosen; with fewer the weights would matter
+little.
+"""
 
 
 class GroupMeta(msgspec.Struct, frozen=True):
     """What is kept in memory of a stored group.
 
-    `oldest_version` is the policy version of its oldest token, AGELESS when all samples are offline; `num_tokens` counts
-    prompt and completion tokens of all samples, `uses` the batches it was in; `reward_std` is the population standard
-    deviation of its samples' rewards.
+    `oldest_version` is the policy version of its oldest token, AGELESS when all samples are offline;
+    `num_tokens` counts prompt and completion tokens of all samples, `uses` the batches it was in;
+    `reward_std` is the population standard deviation of its samples' rewards.
     """
 
     group_id: int
@@ -73,11 +78,15 @@ class View:
         return self.groups[self.order.by_insertion[rank].group_id]
 
     def by_age(self, rank: int) -> GroupMeta:
-        """The group after `rank` older ones, AGELESS last; of equal versions the one inserted first is older. O(log n)."""
+        """The group after `rank` older ones, AGELESS last; of equal versions the one inserted first is
+        older. O(log n).
+        """
         return self.groups[self.order.by_age[rank].group_id]
 
     def num_older(self, version: int) -> int:
-        """Groups with an older version: the age rank of the first that has `version` or a newer one. O(log n)."""
+        """Groups with an older version: the age rank of the first that has `version` or a newer one.
+        O(log n).
+        """
         return self.order.num_older(version)
 
 
@@ -87,7 +96,9 @@ Sampler: TypeAlias = Callable[[View, int, int, np.random.Generator], list[int]]
 
 def uniform(view: View, k: int, step: int, rng: np.random.Generator) -> list[int]:
     """Every set of k groups equally likely."""
-    return [view.by_insertion(rank).group_id for rank in rng.choice(len(view), size=k, replace=False).tolist()]
+    return [
+        view.by_insertion(rank).group_id for rank in rng.choice(len(view), size=k, replace=False).tolist()
+    ]
 
 
 def fresh(view: View, k: int, step: int, rng: np.random.Generator) -> list[int]:
@@ -101,14 +112,19 @@ def oldest(view: View, k: int, step: int, rng: np.random.Generator) -> list[int]
 
 
 def stratified(view: View, k: int, step: int, rng: np.random.Generator) -> list[int]:
-    """`buffer.mix`: a share of the batch from each range of staleness; within a range every set of groups equally likely.
+    """`buffer.mix`: a share of the batch from each range of staleness; within a range every set of groups
+    equally likely.
 
-    Whole numbers from shares by largest remainder (of equals the younger range), for each batch by itself: a share below
-    1 / k may get nothing, batch after batch. What a range does not hold comes from the nearest range that has more than its own, the
-    younger of two, and is counted in `strata_short`. Staleness in no range is a range of share 0.
+    Whole numbers from shares by largest remainder (of equals the younger range), for each batch by itself: a
+    share below 1 / k may get nothing, batch after batch. What a range does not hold comes from the nearest
+    range that has more than its own, the younger of two, and is counted in `strata_short`. Staleness in no
+    range is a range of share 0.
     """
     strata = _strata(view, step)
-    numbers, num_short = _fill(_largest_remainder([stratum.share for stratum in strata], k), [len(stratum.ranks) for stratum in strata])
+    numbers, num_short = _fill(
+        _largest_remainder([stratum.share for stratum in strata], k),
+        [len(stratum.ranks) for stratum in strata],
+    )
     if num_short:
         view.counts["strata_short"] += num_short
     chosen: list[int] = []
@@ -123,16 +139,20 @@ def priority(view: View, k: int, step: int, rng: np.random.Generator) -> list[in
 
         2^(-staleness / HALF_LIFE_STEPS) / (1 + uses) * (SPREAD_FLOOR + reward_std / mean reward_std)
 
-    A group whose rewards are all equal has no advantage to learn from, hence the spread; it is relative to the mean, so that
-    the scale of the rewards does not matter. The k largest of log(weight) + Gumbel noise are such a draw (Kool et al. 2019,
-    https://arxiv.org/abs/1903.06059, section 2).
+    A group whose rewards are all equal has no advantage to learn from, hence the spread; it is relative to
+    the mean, so that the scale of the rewards does not matter. The k largest of log(weight) + Gumbel noise
+    are such a draw (Kool et al. 2019, https://arxiv.org/abs/1903.06059, section 2).
 
-    Exact up to POOL_GROUPS groups (or POOL_PER_CHOICE * k, if more). Of more, the draw is from a pool of that many, every set
-    equally likely, which keeps the cost from growing. Chances then are in proportion to the weights but for the pool's sampling
-    error, and no group can have a larger one than to be in the pool.
+    Exact up to POOL_GROUPS groups (or POOL_PER_CHOICE * k, if more). Of more, the draw is from a pool of that
+    many, every set equally likely, which keeps the cost from growing. Chances then are in proportion to the
+    weights but for the pool's sampling error, and no group can have a larger one than to be in the pool.
     """
     size = min(len(view), max(POOL_GROUPS, POOL_PER_CHOICE * k))
-    ranks = range(size) if size == len(view) else rng.choice(len(view), size=size, replace=False, shuffle=False).tolist()
+    ranks = (
+        range(size)
+        if size == len(view)
+        else rng.choice(len(view), size=size, replace=False, shuffle=False).tolist()
+    )
     pool = [view.by_insertion(rank) for rank in ranks]
     keys = log_weights(pool, step) + rng.gumbel(size=len(pool))
     return [pool[index].group_id for index in np.argsort(-keys)[:k].tolist()]
@@ -183,7 +203,9 @@ def _strata(view: View, step: int) -> list[_Stratum]:
 
 
 def _largest_remainder(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in proportion to `shares`, summing to `total`: rounded down, the rest to those that lost most (Hamilton's method)."""
+    """Whole numbers in proportion to `shares`, summing to `total`: rounded down, the rest to those that
+    lost most (Hamilton's method).
+    """
     exact = [total * share / math.fsum(shares) for share in shares]
     numbers = [math.floor(number) for number in exact]
     by_loss = sorted(range(len(shares)), key=lambda index: numbers[index] - exact[index])
@@ -193,7 +215,9 @@ def _largest_remainder(shares: Sequence[float], total: int) -> list[int]:
 
 
 def _fill(wanted: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], int]:
-    """How many to take from each stratum when it holds `sizes`, and how many of these stand in for another stratum's."""
+    """How many to take from each stratum when it holds `sizes`, and how many of these stand in for
+    another stratum's.
+    """
     taken = [min(number, size) for number, size in zip(wanted, sizes, strict=True)]
     missing = [number - got for number, got in zip(wanted, taken, strict=True)]
     for short, number in enumerate(missing):

@@ -1,4 +1,5 @@
-"""One shard of the replay buffer as an asyncio class: its waits. A run wraps it as a Ray actor, tests run it as it is.
+"""One shard of the replay buffer as an asyncio class: its waits. A run wraps it as a Ray actor, tests run it
+as it is.
 
     actor    lease --> WorkItems ... renew ... insert(Groups) --> ids acknowledged after the commit, or fail, or give_back
     learner  sample(step) --> Batch ... set_ref_logprobs ... set_watermark(step of a checkpoint)
@@ -9,9 +10,9 @@
 | lease  | actor   | its weights are new enough for the next batch      | a publication; it is told at once, and asks again |
 | sample | learner | `num_groups` stored groups, old enough             | insert                                        |
 
-Neither waits for the other for ever: a learner waits only while fewer than `groups_per_step <= admitted` groups are here,
-and then an actor may lease. For groups as old as `min_staleness`, and for the band `samples_per_insert`, it waits only while
-some may still come.
+Neither waits for the other for ever: a learner waits only while fewer than `groups_per_step <= admitted`
+groups are here, and then an actor may lease. For groups as old as `min_staleness`, and for the band
+`samples_per_insert`, it waits only while some may still come.
 
 All changes happen in shard.py, each in one synchronous section under the condition's lock.
 """
@@ -47,9 +48,11 @@ class Offer(NamedTuple):
 
 
 class ReplayBuffer:
-    """Leases, groups and batches of one shard; recovers what `run_dir` holds. Times come from the event loop's clock.
+    """Leases, groups and batches of one shard; recovers what `run_dir` holds. Times come from the event
+    loop's clock.
 
-    Raises ConfigError when `run_dir` belongs to another prompt stream, StoreError when its database cannot be used.
+    Raises ConfigError when `run_dir` belongs to another prompt stream, StoreError when its database cannot be
+    used.
     """
 
     def __init__(self, config: Config, run_dir: str, num_rows: int, shard: int = 0) -> None:
@@ -64,12 +67,18 @@ class ReplayBuffer:
     # Actors
 
     async def lease(
-        self, actor: str, max_groups: int, timeout_s: float, version: int | None = None, holding: list[int] | None = None
+        self,
+        actor: str,
+        max_groups: int,
+        timeout_s: float,
+        version: int | None = None,
+        holding: list[int] | None = None,
     ) -> list[bytes] | None:
-        """Up to `max_groups` encoded WorkItems, as soon as one is admitted; none after `timeout_s` seconds or when closed.
+        """Up to `max_groups` encoded WorkItems, as soon as one is admitted; none after `timeout_s` seconds or
+        when closed.
 
-        None instead of a list: samples of policy `version` would be too stale for the next batch; ask again with newer weights.
-        `holding`: as `renew`. Raises DiskFullError.
+        None instead of a list: samples of policy `version` would be too stale for the next batch; ask again
+        with newer weights. `holding`: as `renew`. Raises DiskFullError.
         """
         clock = asyncio.get_running_loop().time
         deadline_s = clock() + timeout_s
@@ -92,24 +101,29 @@ class ReplayBuffer:
         return [encode(self._shard.item(ordinal)) for ordinal in ordinals]
 
     async def renew(self, actor: str, holding: list[int]) -> None:
-        """The items the actor still works on: their leases begin anew, so that a generation may take longer than `run.timeout_s`.
+        """The items the actor still works on: their leases begin anew, so that a generation may take longer
+        than `run.timeout_s`.
 
-        Others that it was given are issued again, since it does not know of them (an answer was lost with this process).
+        Others that it was given are issued again, since it does not know of them (an answer was lost with
+        this process).
         """
         async with self._changed:
             if actor not in self._gone:
                 self._shard.renew(actor, holding, asyncio.get_running_loop().time())
 
     async def insert(self, actor: str, payloads: list[bytes]) -> list[int]:
-        """Stores encoded, scored Groups; returns all their ids once that is durable: none of them need be sent again.
+        """Stores encoded, scored Groups; returns all their ids once that is durable: none of them need be
+        sent again.
 
-        Idempotent: an item ends once, whoever reports it, also after its lease ran out; later reports of it are counted as
-        duplicates. Raises msgspec.ValidationError, DataError (unscored) or LeaseError (never leased), with nothing stored;
-        DiskFullError: send them again later.
+        Idempotent: an item ends once, whoever reports it, also after its lease ran out; later reports of it
+        are counted as duplicates. Raises msgspec.ValidationError, DataError (unscored) or LeaseError (never
+        leased), with nothing stored; DiskFullError: send them again later.
         """
         groups = [decode_group(payload) for payload in payloads]
         # All checks come before any change.
-        checked = [(group, payload, *usable_group(group)) for group, payload in zip(groups, payloads, strict=True)]
+        checked = [
+            (group, payload, *usable_group(group)) for group, payload in zip(groups, payloads, strict=True)
+        ]
         for group in groups:
             self._shard.admission.is_open(group.group_id)
         async with self._changed:
@@ -117,17 +131,23 @@ class ReplayBuffer:
         return [group.group_id for group in groups]
 
     async def fail(self, actor: str, ordinals: list[int], reason: str) -> None:
-        """Ends items that cannot be generated. Ignored, and counted, for those that ended or are another actor's by now."""
+        """Ends items that cannot be generated. Ignored, and counted, for those that ended or are
+        another actor's by now.
+        """
         async with self._changed:
             self._shard.fail(actor, ordinals, reason)
 
     async def give_back(self, actor: str, ordinals: list[int]) -> None:
-        """Hands leases back unfinished; the items are issued again, first of all. Others than the actor's are ignored, counted."""
+        """Hands leases back unfinished; the items are issued again, first of all. Others than the
+        actor's are ignored, counted.
+        """
         async with self._changed:
             self._shard.take_back(actor, self._shard.admission.give_back(actor, ordinals), "given back")
 
     async def release_actor(self, actor: str) -> None:
-        """Takes back all leases of an actor that is gone for good; calls of it that still wait, or come later, get none."""
+        """Takes back all leases of an actor that is gone for good; calls of it that still wait, or come
+        later, get none.
+        """
         async with self._changed:
             self._gone.add(actor)
             again, ended = self._shard.admission.lose_actor(actor)
@@ -141,11 +161,15 @@ class ReplayBuffer:
 
     # Learner
 
-    async def sample(self, step: int, num_groups: int, timeout_s: float, total: int | None = None) -> bytes | None:
-        """The encoded Batch of learner step `step` as soon as `num_groups` groups are stored; None after `timeout_s` seconds
-        or when closed. `Group.uses` counts this batch too: 1 at the first use. The same step again is the same batch, whatever
-        `num_groups` says. `total`: groups of the whole batch, when this is a part of one. Raises StalenessError rather than hand
-        out a group older than `max_staleness`, DataError for a step whose batch was forgotten."""
+    async def sample(
+        self, step: int, num_groups: int, timeout_s: float, total: int | None = None
+    ) -> bytes | None:
+        """The encoded Batch of learner step `step` as soon as `num_groups` groups are stored; None after
+        `timeout_s` seconds or when closed. `Group.uses` counts this batch too: 1 at the first use. The same
+        step again is the same batch, whatever `num_groups` says. `total`: groups of the whole batch, when
+        this is a part of one. Raises StalenessError rather than hand out a group older than `max_staleness`,
+        DataError for a step whose batch was forgotten.
+        """
         clock = asyncio.get_running_loop().time
         deadline_s = clock() + timeout_s
         async with self._changed:
@@ -167,9 +191,11 @@ class ReplayBuffer:
             self._shard.forget_batches(step)
 
     async def set_ref_logprobs(self, ref_logprobs: dict[int, list[float]]) -> int:
-        """Caches reference log-prob sums (nats; group id -> one per sample, in the batch's order) with the groups still stored.
+        """Caches reference log-prob sums (nats; group id -> one per sample, in the batch's order) with the
+        groups still stored.
 
-        Returns the number of groups updated. Raises DataError, nothing changed, for a wrong length or a non-finite value.
+        Returns the number of groups updated. Raises DataError, nothing changed, for a wrong length or a
+        non-finite value.
         """
         async with self._changed:
             return self._shard.put_ref_logprobs(ref_logprobs)
@@ -177,14 +203,17 @@ class ReplayBuffer:
     # Everybody
 
     async def offer(self, step: int | None = None, waited_s: float = 0.0) -> Offer:
-        """What may be leased (step None) or what a batch of learner step `step` may take, now; evicts what is stale at that step.
+        """What may be leased (step None) or what a batch of learner step `step` may take, now; evicts what is
+        stale at that step.
 
         `waited_s`: how long the caller has waited for the same since it last asked.
         """
         async with self._changed:
             if step is None:
                 self._admission_wait.add(waited_s)
-                return Offer(self._change, num_leasable=self._shard.num_leasable(asyncio.get_running_loop().time()))
+                return Offer(
+                    self._change, num_leasable=self._shard.num_leasable(asyncio.get_running_loop().time())
+                )
             self._batch_wait.add(waited_s)
             if batch := self._shard.recorded(step):
                 return Offer(self._change, recorded=len(batch.entries), total=batch.total)
@@ -211,7 +240,10 @@ class ReplayBuffer:
         """
         now_s = asyncio.get_running_loop().time()
         values = self._shard.stats()
-        values |= {"wait_admission_s": self._admission_wait.total_s(now_s), "wait_batch_s": self._batch_wait.total_s(now_s)}
+        values |= {
+            "wait_admission_s": self._admission_wait.total_s(now_s),
+            "wait_batch_s": self._batch_wait.total_s(now_s),
+        }
         return {f"buffer/{name}": float(value) for name, value in values.items()}
 
     async def next_step(self) -> int:
@@ -219,12 +251,16 @@ class ReplayBuffer:
         return self._shard.next_step
 
     async def error_summary(self) -> tuple[int, int, list[str]]:
-        """Samples that failed, samples in all, and the last error texts of this process (at most 5, oldest first)."""
+        """Samples that failed, samples in all, and the last error texts of this process (at most 5,
+        oldest first).
+        """
         counts = self._shard.counts
         return counts["samples_error"], counts["samples_total"], list(self._shard.error_texts)
 
     async def close(self) -> None:
-        """Ends all waits and closes the files. What is open or stored stays so, for the next start. Again is no error."""
+        """Ends all waits and closes the files. What is open or stored stays so, for the next start.
+        Again is no error.
+        """
         async with self._changed:
             self._is_closed = True
             self._shard.stop()

@@ -1,15 +1,17 @@
-"""One shard of the replay buffer, without its waits: every method is one change, in memory and, in one transaction, on disk.
+"""One shard of the replay buffer, without its waits: every method is one change, in memory and, in one
+transaction, on disk.
 
     admission, replay, usable   what may be leased, what is stored, what of a group is kept (pure)
     store, ledger               both on disk
 
-The process may be killed at any moment. Every change is written before an insertion is acknowledged or an item handed out; a new
-process finds leases, uses, batches and the frontier as they were, and reads no more than is open or stored: a start takes as long
-after months as on the first day. A full disk refuses insertions and leases; sampling goes on from memory, ahead of the disk, and
-`disk_errors` counts.
+The process may be killed at any moment. Every change is written before an insertion is acknowledged or an
+item handed out; a new process finds leases, uses, batches and the frontier as they were, and reads no more
+than is open or stored: a start takes as long after months as on the first day. A full disk refuses insertions
+and leases; sampling goes on from memory, ahead of the disk, and `disk_errors` counts.
 
-The batch of a step is recorded: asked for again it is the same batch, until `forget_batches` says that a checkpoint has passed it.
-So a learner that goes back to its checkpoint is given what it was given before, and no use is counted twice.
+The batch of a step is recorded: asked for again it is the same batch, until `forget_batches` says that a
+checkpoint has passed it. So a learner that goes back to its checkpoint is given what it was given before, and
+no use is counted twice.
 """
 
 from __future__ import annotations
@@ -36,21 +38,29 @@ _NUM_ERROR_TEXTS = 5
 
 
 class Shard:
-    """Leases, groups and batches of one shard; recovers what `directory` holds. `on_change` is called after every change.
+    """Leases, groups and batches of one shard; recovers what `directory` holds. `on_change` is called after
+    every change.
 
-    Times are seconds on any one monotonic clock, given by the caller. Raises ConfigError when the directory belongs to another prompt
-    stream, StoreError when its database cannot be used.
+    Times are seconds on any one monotonic clock, given by the caller. Raises ConfigError when the directory
+    belongs to another prompt stream, StoreError when its database cannot be used.
     """
 
-    def __init__(self, config: Config, directory: Path, num_rows: int, shard: int, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, config: Config, directory: Path, num_rows: int, shard: int, on_change: Callable[[], None]
+    ) -> None:
         self._config, self._num_rows, self._shard, self._on_change = config, num_rows, shard, on_change
         self._num_shards = config.buffer.num_shards
         self._stream = {"seed": config.run.seed, "num_rows": num_rows}
         directory.mkdir(parents=True, exist_ok=True)
         check_num_shards(directory, self._num_shards)
-        allowed, capacity = (share_of(total, shard, self._num_shards) for total in (config.admitted_groups, config.buffer.capacity))
+        allowed, capacity = (
+            share_of(total, shard, self._num_shards)
+            for total in (config.admitted_groups, config.buffer.capacity)
+        )
         self.admission = Admission(allowed, config.run.timeout_s, shard, self._num_shards)
-        self._replay = Replay(config.buffer.model_copy(update={"capacity": capacity}), config.run.seed + shard)
+        self._replay = Replay(
+            config.buffer.model_copy(update={"capacity": capacity}), config.run.seed + shard
+        )
         self._held = HeldSamples(config.buffer.max_staleness)
         self.counts: Counter[str] = Counter()
         self._batches: dict[int, RecordedBatch] = {}
@@ -68,7 +78,9 @@ class Shard:
     # Leases
 
     def is_outdated(self, version: int | None) -> bool:
-        """Whether what policy `version` generates now would be evicted as stale before any batch could take it."""
+        """Whether what policy `version` generates now would be evicted as stale before any batch could
+        take it.
+        """
         if version is None:
             return False
         publish_every = self._config.weights.publish_every
@@ -88,14 +100,18 @@ class Shard:
                 self.take_back("", again, f"no answer within {self._config.run.timeout_s:g} s", ended)
 
     def renew(self, actor: str, holding: Sequence[int], now_s: float) -> None:
-        """The leases in `holding` begin anew; others that the actor was given, and does not know of, are to be issued again."""
+        """The leases in `holding` begin anew; others that the actor was given, and does not know of,
+        are to be issued again.
+        """
         self.admission.renew(actor, holding, now_s)
         known = set(holding)
         if unknown := [ordinal for ordinal in self.admission.held_by(actor) if ordinal not in known]:
             self.take_back(actor, self.admission.give_back(actor, unknown), "not known to its actor")
 
     def lease(self, actor: str, max_groups: int, now_s: float) -> list[int]:
-        """Ordinals now held by `actor`, none where none is admitted. Raises DiskFullError, and nothing is held then."""
+        """Ordinals now held by `actor`, none where none is admitted. Raises DiskFullError, and nothing
+        is held then.
+        """
         if not self.num_leasable(now_s):
             return []
         self._flush()
@@ -114,15 +130,21 @@ class Shard:
         return work_item(ordinal, seed=self._config.run.seed, num_rows=self._num_rows)
 
     def take_back(self, actor: str, again: Sequence[int], reason: str, ended: Sequence[int] = ()) -> None:
-        """Records items that are waiting to be issued again, and those that were lost too often; a full disk may learn of it later."""
+        """Records items that are waiting to be issued again, and those that were lost too often; a full
+        disk may learn of it later.
+        """
         for ordinal in (*again, *ended):
             self._record("expired", ordinal, actor=actor, reason=reason)
         for ordinal in ended:
-            self._record("failed", ordinal, actor=actor, reason="lost too often: whoever had it died or was late")
+            self._record(
+                "failed", ordinal, actor=actor, reason="lost too often: whoever had it died or was late"
+            )
         self._write_or_count()
 
     def fail(self, actor: str, ordinals: Sequence[int], reason: str) -> None:
-        """Ends items without a group; those that ended, or are another actor's by now, are ignored and counted."""
+        """Ends items without a group; those that ended, or are another actor's by now, are ignored and
+        counted.
+        """
         self._flush()
         for ordinal in self.admission.fail(actor, ordinals):
             self._record("failed", ordinal, actor=actor, reason=reason)
@@ -131,14 +153,18 @@ class Shard:
     # Groups
 
     def insert(self, actor: str, checked: Sequence[tuple[Group, bytes, Group, list[str]]]) -> None:
-        """Ends the groups' items and stores what is usable: (group, its payload, what is usable of it, the errors of the rest)."""
+        """Ends the groups' items and stores what is usable: (group, its payload, what is usable of it,
+        the errors of the rest).
+        """
         self._flush()
         for entry in checked:
             self._end_item(actor, *entry)
         self._write()
 
     def _end_item(self, actor: str, group: Group, payload: bytes, usable: Group, errors: list[str]) -> None:
-        """Ends the group's item and stores what is usable of it, unless the item ended before or too little is left."""
+        """Ends the group's item and stores what is usable of it, unless the item ended before or too
+        little is left.
+        """
         if not self.admission.end(group.group_id):
             self.counts["duplicates"] += 1
             return
@@ -157,7 +183,9 @@ class Shard:
         self._record("inserted", group.group_id, actor=actor, version=meta.version)
 
     def put_ref_logprobs(self, ref_logprobs: Mapping[int, Sequence[float]]) -> int:
-        """Caches reference log-prob sums with the groups still stored; how many. Raises DataError, nothing changed, for wrong ones."""
+        """Caches reference log-prob sums with the groups still stored; how many. Raises DataError,
+        nothing changed, for wrong ones.
+        """
         found = {group_id: values for group_id, values in ref_logprobs.items() if group_id in self._replay}
         for group_id, values in found.items():
             _check_ref_logprobs(group_id, values, self.store.num_samples(group_id))
@@ -169,7 +197,9 @@ class Shard:
     # Batches
 
     def sample(self, step: int, num_groups: int, total: int) -> bytes | None:
-        """The encoded batch, or this shard's part of one of `total` groups; None when there are too few groups, or when closed."""
+        """The encoded batch, or this shard's part of one of `total` groups; None when there are too few
+        groups, or when closed.
+        """
         if self._closed:
             return None
         if step in self._batches:
@@ -216,7 +246,10 @@ class Shard:
         refs = [ref for _, ref in self.store.read_groups(chosen)]
         for meta in metas:
             self._record("trained", meta.group_id, version=meta.version)
-        entries = [BatchEntry(meta.group_id, meta.uses, ref is not None) for meta, ref in zip(metas, refs, strict=True)]
+        entries = [
+            BatchEntry(meta.group_id, meta.uses, ref is not None)
+            for meta, ref in zip(metas, refs, strict=True)
+        ]
         self.counts["taken"] += len(entries)
         self.next_step = step + 1
         batch = self._batches[step] = RecordedBatch(total, entries)
@@ -231,7 +264,13 @@ class Shard:
         stored = self.store.read_groups(entry.group_id for entry in entries)
         # Reference log-probs cached since are left out: a batch asked for again is the same to the last bit.
         pairs = zip(entries, stored, strict=True)
-        return encode_batch(step, [(entry.uses, ref if entry.has_ref_logprobs else None, payload) for entry, (payload, ref) in pairs])
+        return encode_batch(
+            step,
+            [
+                (entry.uses, ref if entry.has_ref_logprobs else None, payload)
+                for entry, (payload, ref) in pairs
+            ],
+        )
 
     def _drop_batches(self, before_step: int) -> None:
         self._watermark = max(self._watermark, before_step)
@@ -240,7 +279,9 @@ class Shard:
         self.store.forget_batches(before_step)
 
     def _blocking(self) -> int:
-        """Groups that count against admission: those in no batch yet, or, below the band, as many as its lower end misses."""
+        """Groups that count against admission: those in no batch yet, or, below the band, as many as
+        its lower end misses.
+        """
         band, unconsumed = self._config.buffer.samples_per_insert, self._replay.num_unconsumed
         if band is None or not band[0]:
             return unconsumed
@@ -274,10 +315,15 @@ class Shard:
             "changes_unwritten": self.store.num_pending,
         }
         values |= {name: replay[name] for name in ("inserted", *EVICTIONS, "taken_young", "strata_short")}
-        values |= {name: admission[name] for name in ("failed", "expired", "reissued", "lost_too_often", "ignored_reports")}
+        values |= {
+            name: admission[name]
+            for name in ("failed", "expired", "reissued", "lost_too_often", "ignored_reports")
+        }
         names = ("evicted_too_small", "samples_error", "samples_total", "taken", "starts", "disk_errors")
         values |= {name: self.counts[name] for name in names}
-        return values | {name: self._held.counts[name] for name in ("held_samples", "joined_samples", "held_stale")}
+        return values | {
+            name: self._held.counts[name] for name in ("held_samples", "joined_samples", "held_stale")
+        }
 
     def stop(self) -> None:
         """Nothing is leased or sampled any more."""
@@ -297,7 +343,9 @@ class Shard:
         self.ledger.record(event, group_id, step=self._step, **details)
 
     def _write(self) -> None:
-        """Writes every change so far, the ledger's lines with them. Raises DiskFullError; the changes are kept then."""
+        """Writes every change so far, the ledger's lines with them. Raises DiskFullError; the changes
+        are kept then.
+        """
         for ordinal in self.admission.pop_changed():
             lease = self.admission.lease_of(ordinal)
             if lease is None:
@@ -313,7 +361,9 @@ class Shard:
             self._record("evicted", group.group_id, version=group.version, reason=reason)
             self.store.leave(group)
             if self._config.buffer.samples_per_insert:
-                self.counts["uses_forgone"] += max(0, math.ceil(self._config.buffer.samples_per_insert[0]) - group.uses)
+                self.counts["uses_forgone"] += max(
+                    0, math.ceil(self._config.buffer.samples_per_insert[0]) - group.uses
+                )
         self._left.clear()
         self._note_ledger()
         self.store.put_state(self._state())
@@ -363,7 +413,8 @@ class Shard:
             self.store.close()
             before, now = state["stream"], self._stream
             raise ConfigError(
-                f"{directory} was started with run.seed = {before['seed']} and {before['num_rows']} rows of data, now run.seed = "
+                f"{directory} was started with run.seed = {before['seed']} and {before['num_rows']} rows of "
+                "data, now run.seed = "
                 f"{now['seed']} and there are {now['num_rows']}: its group ids would mean other prompts. "
                 "Restore seed and data, or set another run.dir."
             )
@@ -372,12 +423,16 @@ class Shard:
         self._batches = self.store.load_batches()
         self._held.set_state({"samples": self.store.load_held(), "counts": state["held_counts"]})
         leases = self.store.load_leases()
-        self.admission.set_state({"frontier": state["frontier"], "counts": state["admission_counts"], "leases": leases})
+        self.admission.set_state(
+            {"frontier": state["frontier"], "counts": state["admission_counts"], "leases": leases}
+        )
         self._replay.set_state({"groups": self.store.load_groups(), "counts": state["replay_counts"]})
         return state
 
     def _open_ledger(self, path: Path, state: Mapping[str, Any] | None) -> Ledger:
-        """The ledger as the database knows it. Where they do not fit, with the lines added that lead to the database's state."""
+        """The ledger as the database knows it. Where they do not fit, with the lines added that lead to
+        the database's state.
+        """
         ledger = Ledger(path)
         if ledger.recover(0 if state is None else state["ledger_end"], self.store.load_ledger()):
             return ledger
@@ -396,9 +451,14 @@ class Shard:
 
 def forgotten(step: int) -> DataError:
     """The error of whoever asks for a batch that a checkpoint, or another batch, has passed."""
-    return DataError(f"the batch of step {step} was forgotten: the buffer is past it. Resume from a newer checkpoint.")
+    return DataError(
+        f"the batch of step {step} was forgotten: the buffer is past it. Resume from a newer checkpoint."
+    )
 
 
 def _check_ref_logprobs(group_id: int, values: Sequence[float], num_samples: int | None) -> None:
     if (num_samples is not None and len(values) != num_samples) or not all(map(math.isfinite, values)):
-        raise DataError(f"reference log-probs of group {group_id}: {values}; expected {num_samples} finite numbers, one per sample.")
+        raise DataError(
+            f"reference log-probs of group {group_id}: {values}; expected {num_samples} finite "
+            "numbers, one per sample."
+        )

@@ -1,11 +1,13 @@
 """The shards of the replay buffer as one buffer; the same methods, one shard or many.
 
-An item belongs to shard `ordinal % num_shards`, and so does its group. Each shard admits its part of the prompt stream and is
-durable by itself; nothing is kept here, so that every process may have its own ShardedBuffer.
+An item belongs to shard `ordinal % num_shards`, and so does its group. Each shard admits its part of the
+prompt stream and is durable by itself; nothing is kept here, so that every process may have its own
+ShardedBuffer.
 
-With several shards a batch is taken in proportion to what each could give, and is complete once all have recorded their parts:
-a caller that dies in between, or a shard that does, leaves parts that the next call for the step finds and completes. Waiting
-is apart from taking (`offer`, `changed_since`), so that a wait that is given up takes nothing with it.
+With several shards a batch is taken in proportion to what each could give, and is complete once all have
+recorded their parts: a caller that dies in between, or a shard that does, leaves parts that the next call for
+the step finds and completes. Waiting is apart from taking (`offer`, `changed_since`), so that a wait that is
+given up takes nothing with it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from buffer.store import DiskFullError
 
 WAIT_S = 0.5
 """Limit of one wait on all shards: those given up are forgotten by their shard within that time."""
-_MEANS = ("buffer/wait_admission_s", "buffer/wait_batch_s")  # Callers wait for all shards at once, and tell each how long.
+# Callers wait for all shards at once, and tell each how long.
+_MEANS = ("buffer/wait_admission_s", "buffer/wait_batch_s")
 
 
 class ShardedBuffer:
@@ -34,7 +37,12 @@ class ShardedBuffer:
     # Actors
 
     async def lease(
-        self, actor: str, max_groups: int, timeout_s: float, version: int | None = None, holding: list[int] | None = None
+        self,
+        actor: str,
+        max_groups: int,
+        timeout_s: float,
+        version: int | None = None,
+        holding: list[int] | None = None,
     ) -> list[bytes] | None:
         """As `ReplayBuffer.lease`."""
         if len(self._shards) == 1:
@@ -53,11 +61,16 @@ class ShardedBuffer:
 
     async def renew(self, actor: str, holding: list[int]) -> None:
         """As `ReplayBuffer.renew`."""
-        mine = [[ordinal for ordinal in holding if ordinal % len(self._shards) == index] for index in range(len(self._shards))]
+        mine = [
+            [ordinal for ordinal in holding if ordinal % len(self._shards) == index]
+            for index in range(len(self._shards))
+        ]
         await _gather(shard.renew(actor, part) for shard, part in zip(self._shards, mine, strict=True))
 
     async def insert(self, actor: str, payloads: list[bytes]) -> list[int]:
-        """As `ReplayBuffer.insert`. When a shard refuses its part, the others may have taken theirs: send all again."""
+        """As `ReplayBuffer.insert`. When a shard refuses its part, the others may have taken theirs:
+        send all again.
+        """
         if len(self._shards) == 1:
             return await self._shards[0].insert(actor, payloads)
         parts = self._by_shard(payloads, lambda payload: decode_group(payload).group_id)
@@ -92,13 +105,24 @@ class ShardedBuffer:
             offers = await self._all("offer", step, waited_s)
             total = max(offer.total for offer in offers) or num_groups
             missing = total - sum(offer.recorded for offer in offers)
-            if missing and any(offer.is_forgotten for offer in offers):  # Who is past a step has seen its batch complete.
+            # Who is past a step has seen its batch complete.
+            if missing and any(offer.is_forgotten for offer in offers):
                 raise forgotten(step)
             if missing <= sum(offer.num_takeable for offer in offers):
                 shares = apportion(missing, [offer.num_takeable for offer in offers])
-                asked = [shard for shard, offer, share in zip(self._shards, offers, shares, strict=True) if offer.recorded or share]
-                shares = [max(1, share) for offer, share in zip(offers, shares, strict=True) if offer.recorded or share]
-                parts = await _gather(shard.sample(step, share, 0.0, total) for shard, share in zip(asked, shares, strict=True))
+                asked = [
+                    shard
+                    for shard, offer, share in zip(self._shards, offers, shares, strict=True)
+                    if offer.recorded or share
+                ]
+                shares = [
+                    max(1, share)
+                    for offer, share in zip(offers, shares, strict=True)
+                    if offer.recorded or share
+                ]
+                parts = await _gather(
+                    shard.sample(step, share, 0.0, total) for shard, share in zip(asked, shares, strict=True)
+                )
                 if all(part is not None for part in parts):
                     return merge_batches(parts)
             left_s = deadline_s - clock()
@@ -117,7 +141,11 @@ class ShardedBuffer:
     async def set_ref_logprobs(self, ref_logprobs: dict[int, list[float]]) -> int:
         """As `ReplayBuffer.set_ref_logprobs`."""
         parts = self._by_shard(ref_logprobs, int)
-        return sum(await _gather(shard.set_ref_logprobs({key: ref_logprobs[key] for key in part}) for shard, part in parts))
+        return sum(
+            await _gather(
+                shard.set_ref_logprobs({key: ref_logprobs[key] for key in part}) for shard, part in parts
+            )
+        )
 
     # Everybody
 
@@ -134,14 +162,21 @@ class ShardedBuffer:
     async def error_summary(self) -> tuple[int, int, list[str]]:
         """As `ReplayBuffer.error_summary`."""
         found = await self._all("error_summary")
-        return sum(each[0] for each in found), sum(each[1] for each in found), [text for each in found for text in each[2]]
+        return (
+            sum(each[0] for each in found),
+            sum(each[1] for each in found),
+            [text for each in found for text in each[2]],
+        )
 
     async def close(self) -> None:
         """As `ReplayBuffer.close`."""
         await self._all("close")
 
-    async def _lease_offered(self, offers: Sequence[Offer], actor: str, max_groups: int, version: int | None) -> list[bytes] | None:
-        """Leases of the shards that have some, beginning with another shard every time; None when `version` is outdated.
+    async def _lease_offered(
+        self, offers: Sequence[Offer], actor: str, max_groups: int, version: int | None
+    ) -> list[bytes] | None:
+        """Leases of the shards that have some, beginning with another shard every time; None when `version`
+        is outdated.
 
         Raises DiskFullError only when no shard has given any: what one gave must reach the actor.
         """
@@ -163,7 +198,9 @@ class ShardedBuffer:
         return items
 
     async def _wait_for_any(self, offers: Sequence[Offer], timeout_s: float) -> float:
-        """Seconds until any shard changed since its offer, or a while passed. The other waits end by themselves, and take nothing."""
+        """Seconds until any shard changed since its offer, or a while passed. The other waits end by
+        themselves, and take nothing.
+        """
         clock = asyncio.get_running_loop().time
         start_s = clock()
         waits = [
@@ -188,7 +225,9 @@ class ShardedBuffer:
 
 
 def apportion(total: int, available: Sequence[int]) -> list[int]:
-    """`total <= sum(available)` in proportion to `available`, by largest remainders; no part is above what is available."""
+    """`total <= sum(available)` in proportion to `available`, by largest remainders; no part is above
+    what is available.
+    """
     have = sum(available)
     exact = [total * count / have if have else 0.0 for count in available]
     parts = [int(share) for share in exact]

@@ -7,11 +7,11 @@
     ledger(place, lines)                       the last part of the ledger, until the file has it for certain (ledger.py)
     meta(key, value)                           the buffer's counters as JSON
 
-Changes are noted in order and written together by `flush`. What a full disk refuses stays noted, is seen by all reads, and is
-written by a later flush: the memory is ahead of the disk then, and nothing is acknowledged.
+Changes are noted in order and written together by `flush`. What a full disk refuses stays noted, is seen by
+all reads, and is written by a later flush: the memory is ahead of the disk then, and nothing is acknowledged.
 
-`fsync: normal` costs no fsync per flush; `full` is for power cuts. The database is locked for one process: two buffers on one
-run directory would each believe to be the truth.
+`fsync: normal` costs no fsync per flush; `full` is for power cuts. The database is locked for one process:
+two buffers on one run directory would each believe to be the truth.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from buffer.sampling import GroupMeta
 from cluster.errors import AgroError
 
 LOCK_TIMEOUT_S = 10.0
-"""How long opening waits for another process to let go of the database: one that was just killed needs a moment."""
+"""How long opening waits for another process to let go of the database: one that was just killed needs
+a moment.
+"""
 FORMAT = 4
 
 _SCHEMA = f"""
@@ -60,7 +62,9 @@ class DiskFullError(StoreError):
 
 
 class BatchEntry(msgspec.Struct, frozen=True, array_like=True):
-    """A group in a recorded batch: `uses` with this one, and whether its reference log-probs were known then."""
+    """A group in a recorded batch: `uses` with this one, and whether its reference log-probs were known
+    then.
+    """
 
     group_id: int
     uses: int
@@ -75,21 +79,32 @@ class RecordedBatch(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Store:
-    """One connection to `path`, made if missing. Not for concurrent use: calls must come one after another."""
+    """One connection to `path`, made if missing. Not for concurrent use: calls must come one after
+    another.
+    """
 
     def __init__(self, path: str | Path, fsync: str = "normal") -> None:
         self.path = Path(path)
         self._pending: list[tuple[str, Sequence[Any]]] = []
-        self._unwritten: dict[int, tuple[bytes, list[float] | None]] = {}  # Payloads that are not on the disk yet.
+        # Payloads that are not on the disk yet.
+        self._unwritten: dict[int, tuple[bytes, list[float] | None]] = {}
         with self._explained():
-            # Ray constructs an asyncio actor in one thread and runs its coroutines in another; never both at once.
-            self._db = sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+            # Ray constructs an asyncio actor in one thread and runs its coroutines in another; never both at
+            # once.
+            self._db = sqlite3.connect(
+                self.path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
             for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", f"synchronous={fsync.upper()}"):
                 self._db.execute(f"PRAGMA {pragma}")
             found = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if found not in (0, FORMAT) or (found == 0 and self._db.execute("SELECT 1 FROM sqlite_master").fetchone()):
+            if found not in (0, FORMAT) or (
+                found == 0 and self._db.execute("SELECT 1 FROM sqlite_master").fetchone()
+            ):
                 self._db.close()
-                raise StoreError(f"buffer database {self.path} has format {found or 1}, this version writes {FORMAT}. Set another run.dir.")
+                raise StoreError(
+                    f"buffer database {self.path} has format {found or 1}, this version writes "
+                    f"{FORMAT}. Set another run.dir."
+                )
             if found != FORMAT:  # A database that is there is opened without a write: the disk may be full.
                 self._db.executescript(_SCHEMA)
 
@@ -108,9 +123,16 @@ class Store:
 
     def put_batch(self, step: int, batch: RecordedBatch) -> None:
         """Records the batch of learner step `step`, and its groups' uses with it."""
-        self._pending.append(("INSERT OR REPLACE INTO batches VALUES (?, ?)", (step, msgspec.msgpack.encode(batch))))
+        self._pending.append(
+            ("INSERT OR REPLACE INTO batches VALUES (?, ?)", (step, msgspec.msgpack.encode(batch)))
+        )
         for entry in batch.entries:
-            self._pending.append(("UPDATE groups SET uses = ?, last_step = ? WHERE group_id = ?", (entry.uses, step, entry.group_id)))
+            self._pending.append(
+                (
+                    "UPDATE groups SET uses = ?, last_step = ? WHERE group_id = ?",
+                    (entry.uses, step, entry.group_id),
+                )
+            )
 
     def leave(self, group: GroupMeta) -> None:
         """Takes a group out of the buffer; if it was in a batch, it stays for that until `forget_batches`."""
@@ -128,7 +150,12 @@ class Store:
         """Reference log-prob sums of a group's samples (nats)."""
         if group_id in self._unwritten:
             self._unwritten[group_id] = (self._unwritten[group_id][0], list(values))
-        self._pending.append(("UPDATE groups SET ref_logprobs = ? WHERE group_id = ?", (msgspec.msgpack.encode(values), group_id)))
+        self._pending.append(
+            (
+                "UPDATE groups SET ref_logprobs = ? WHERE group_id = ?",
+                (msgspec.msgpack.encode(values), group_id),
+            )
+        )
 
     def put_lease(self, ordinal: int, actor: str, losses: int) -> None:
         """An open item: who holds it ('': nobody), and how often it was lost."""
@@ -151,7 +178,9 @@ class Store:
         self._pending.append(("INSERT INTO ledger VALUES (?, ?)", (place, lines)))
 
     def forget_ledger(self, before_place: int | None = None) -> None:
-        """The ledger's file has what belongs before that place for certain; None: the file is something else, all of it is forgotten."""
+        """The ledger's file has what belongs before that place for certain; None: the file is something
+        else, all of it is forgotten.
+        """
         if before_place is None:
             self._pending.append(("DELETE FROM ledger", ()))
         else:
@@ -159,10 +188,14 @@ class Store:
 
     def put_state(self, state: Mapping[str, Any]) -> None:
         """Replaces the counters (JSON values only)."""
-        self._pending.append(("INSERT OR REPLACE INTO meta VALUES ('state', ?)", (msgspec.json.encode(state),)))
+        self._pending.append(
+            ("INSERT OR REPLACE INTO meta VALUES ('state', ?)", (msgspec.json.encode(state),))
+        )
 
     def flush(self) -> None:
-        """Writes all changes noted, or none: they stay noted then. Raises DiskFullError, or StoreError for what will not mend."""
+        """Writes all changes noted, or none: they stay noted then. Raises DiskFullError, or StoreError
+        for what will not mend.
+        """
         if not self._pending:
             return
         with self._explained():
@@ -185,12 +218,17 @@ class Store:
 
         Raises StoreError for an id that is not there.
         """
-        return [self._unwritten[group_id] if group_id in self._unwritten else self._read_group(group_id) for group_id in group_ids]
+        return [
+            self._unwritten[group_id] if group_id in self._unwritten else self._read_group(group_id)
+            for group_id in group_ids
+        ]
 
     def num_samples(self, group_id: int) -> int | None:
         """Samples of a group on disk; None when it is not there."""
         with self._explained():
-            row = self._db.execute("SELECT num_samples FROM groups WHERE group_id = ?", (group_id,)).fetchone()
+            row = self._db.execute(
+                "SELECT num_samples FROM groups WHERE group_id = ?", (group_id,)
+            ).fetchone()
         return None if row is None else row[0]
 
     def load_state(self) -> dict[str, Any] | None:
@@ -233,7 +271,9 @@ class Store:
 
     def _read_group(self, group_id: int) -> tuple[bytes, list[float] | None]:
         with self._explained():
-            row = self._db.execute("SELECT payload, ref_logprobs FROM groups WHERE group_id = ?", (group_id,)).fetchone()
+            row = self._db.execute(
+                "SELECT payload, ref_logprobs FROM groups WHERE group_id = ?", (group_id,)
+            ).fetchone()
         if row is None:
             raise StoreError(f"group {group_id} is not in {self.path}; was it deleted by another process?")
         return row[0], None if row[1] is None else msgspec.msgpack.decode(row[1])
@@ -243,7 +283,10 @@ class Store:
         try:
             yield
         except sqlite3.Error as error:
-            is_full = getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+            is_full = getattr(error, "sqlite_errorcode", 0) & 0xFF in (
+                sqlite3.SQLITE_FULL,
+                sqlite3.SQLITE_IOERR,
+            )
             kind = DiskFullError if is_full else StoreError
             raise kind(f"buffer database {self.path}: {error}. {_remedy(str(error))}") from error
 

@@ -1,4 +1,6 @@
-"""What a group is worth before it is stored: its usable samples, and those of groups too small to be stored by themselves."""
+"""What a group is worth before it is stored: its usable samples, and those of groups too small to be
+stored by themselves.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,19 @@ MIN_SAMPLES = 2
 
 
 def usable_group(group: Group) -> tuple[Group, list[str]]:
-    """The group without the samples that have an `error` (a failure is never reward 0), and their error texts.
+    """The group without the samples that have an `error` (a failure is never reward 0), and their error
+    texts.
 
-    Raises DataError for a sample without tokens, with log-probs but no version, or with neither a finite reward nor an error.
+    Raises DataError for a sample without tokens, with log-probs but no version, or with neither a finite
+    reward nor an error.
     """
     errors = [sample.error for sample in group.samples if sample.error is not None]
     kept = tuple(sample for sample in group.samples if sample.error is None)
     for index, sample in enumerate(kept):
         if sample.reward is None or not math.isfinite(sample.reward):
             raise DataError(
-                f"group {group.group_id} from actor {group.actor!r}: reward {sample.reward} in scored sample {index}. "
+                f"group {group.group_id} from actor {group.actor!r}: reward {sample.reward} in scored sample "
+                f"{index}. "
                 "Score a group before inserting it, or set the sample's `error`."
             )
         if not sample.token_ids or (sample.is_offline and sample.logprobs):
@@ -35,9 +40,11 @@ def usable_group(group: Group) -> tuple[Group, list[str]]:
 
 
 class HeldSamples:
-    """The one usable sample of a group too small to be stored, by row, until another such group of its row makes two of them.
+    """The one usable sample of a group too small to be stored, by row, until another such group of its row
+    makes two of them.
 
-    `counts`: held_samples, joined_samples, and held_stale: dropped since they came to be older than `max_staleness`.
+    `counts`: held_samples, joined_samples, and held_stale: dropped since they came to be older than
+    `max_staleness`.
     """
 
     def __init__(self, max_staleness: int) -> None:
@@ -47,7 +54,8 @@ class HeldSamples:
         self._changed: dict[int, None] = {}
 
     def join(self, group: Group, step: int) -> Group:
-        """A group too small by itself with the sample held for its row, if there is one that is not stale at learner step `step`.
+        """A group too small by itself with the sample held for its row, if there is one that is not stale at
+        learner step `step`.
 
         A group that is large enough stays as it is: the held sample would only make it older.
         """
@@ -62,7 +70,9 @@ class HeldSamples:
         return msgspec.structs.replace(group, samples=(*group.samples, sample))
 
     def hold(self, group: Group) -> bool:
-        """Keeps the group's only sample; False when it has none, or an offline one: the row will bring that again by itself."""
+        """Keeps the group's only sample; False when it has none, or an offline one: the row will bring
+        that again by itself.
+        """
         if not group.samples or group.samples[0].is_offline:
             return False
         (self._by_row[group.row],) = group.samples

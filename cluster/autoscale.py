@@ -1,13 +1,14 @@
-"""How many rollout actors there should be: enough to keep the learner busy, and no more. Pure; off unless `actors.max` is set.
+"""How many rollout actors there should be: enough to keep the learner busy, and no more. Pure; off unless
+`actors.max` is set.
 
     the learner waited for batches > 10 % of a window                            one actor more
     the actors waited at admission > 50 % of it, the learner not at all          one actor fewer, if it made a step
 
-A window is 15 s, and lasts until the next step where the learner does not wait: a step may be long, or hang. Nothing was under
-way in it: no actor being placed, loaded or retired, no change less than 15 s old, and training has begun (the wait for the
-first batch says nothing about a running pipeline). With n actors of rate r and a learner that consumes c, one more is asked for
-while n r < 0.9 c, one fewer while n r > 2 c: no n is in both, nor is n - 1 in the first when n is in the second, so that a
-constant load settles.
+A window is 15 s, and lasts until the next step where the learner does not wait: a step may be long, or hang.
+Nothing was under way in it: no actor being placed, loaded or retired, no change less than 15 s old, and
+training has begun (the wait for the first batch says nothing about a running pipeline). With n actors of rate
+r and a learner that consumes c, one more is asked for while n r < 0.9 c, one fewer while n r > 2 c: no n is
+in both, nor is n - 1 in the first when n is in the second, so that a constant load settles.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ NEVER_SHARE = 0.01  # Also a batch that is ready takes a moment to come.
 
 
 class Load(NamedTuple):
-    """At one moment: cumulative waits in seconds, of the learner and by actor; rollout actors wanted; whether all of them run and
-    none is on its way in or out; optimizer steps done."""
+    """At one moment: cumulative waits in seconds, of the learner and by actor; rollout actors wanted; whether
+    all of them run and none is on its way in or out; optimizer steps done.
+    """
 
     time_s: float
     learner_wait_s: float
@@ -50,7 +52,11 @@ class Autoscaler:
         if not now.is_settled or now.step < 1 or now.time_s - self._changed_s < PAUSE_S:
             self._start = None
             return None
-        if start is None or start.actor_waits_s.keys() != now.actor_waits_s.keys() or now.learner_wait_s < start.learner_wait_s:
+        if (
+            start is None
+            or start.actor_waits_s.keys() != now.actor_waits_s.keys()
+            or now.learner_wait_s < start.learner_wait_s
+        ):
             self._start = now  # A counter that fell: its process was started again.
             return None
         elapsed_s = now.time_s - start.time_s
@@ -72,7 +78,10 @@ class Autoscaler:
         waits_s = [max(0.0, wait_s - start.actor_waits_s[name]) for name, wait_s in now.actor_waits_s.items()]
         actors = sum(waits_s) / (elapsed_s * len(waits_s)) if waits_s else 0.0
         if learner > GROW_SHARE and now.num_actors < self.max_actors:
-            return now.num_actors + 1, f"the learner waited {learner:.0%} of the last {elapsed_s:.0f} s for batches"
+            return (
+                now.num_actors + 1,
+                f"the learner waited {learner:.0%} of the last {elapsed_s:.0f} s for batches",
+            )
         if actors > SHRINK_SHARE and learner <= NEVER_SHARE and now.num_actors > self.min_actors:
             reason = f"the actors waited {actors:.0%} of the last {elapsed_s:.0f} s at admission, the learner never"
             return now.num_actors - 1, reason

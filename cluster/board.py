@@ -1,16 +1,20 @@
-"""The board: the one place rollout actors look at between engine steps. An asyncio class; a run wraps it as a Ray actor.
+"""The board: the one place rollout actors look at between engine steps. An asyncio class; a run wraps it as a
+Ray actor.
 
     learner  --publish(version)-->  board  <--poll(actor, version)--  actors     newest snapshot, evaluation items, or retire
                                       |   <--finish(evaluated)------
                                       `--Evaluation--> monitor
 
-Snapshots: references to immutable buckets. The newest `KEEP` are held, besides those an evaluation still needs.
+Snapshots: references to immutable buckets. The newest `KEEP` are held, besides those an evaluation still
+needs.
 
-Evaluations: each belongs to one policy version. An actor handed its items loads exactly that version and takes no update
-until they are done; training goes on meanwhile. Items of an actor that dies are handed out again.
+Evaluations: each belongs to one policy version. An actor handed its items loads exactly that version and
+takes no update until they are done; training goes on meanwhile. Items of an actor that dies are handed out
+again.
 
-A board that dies is started again, empty: the driver tells it what is done and who ends (`restore`), the learner publishes again what it
-held, with the evaluations that were open, and actors whose directives come from another board than before join again.
+A board that dies is started again, empty: the driver tells it what is done and who ends (`restore`), the
+learner publishes again what it held, with the evaluations that were open, and actors whose directives come
+from another board than before join again.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ Snapshot: TypeAlias = tuple[bytes, list]
 
 
 Retirement: TypeAlias = Literal["", "drain", "now"]
-"""Not at all; finish what is started, take no more, and return; or hand everything back and return at once."""
+"""Not at all; finish what is started, take no more, and return; or hand everything back and return at
+once.
+"""
 
 
 class Directive(msgspec.Struct, frozen=True):
@@ -52,7 +58,9 @@ class Directive(msgspec.Struct, frozen=True):
 class _OpenEvaluation:
     def __init__(self, evaluation_id: int, version: int, num_rows: int, seed: int) -> None:
         self.version, self.num_rows = version, num_rows
-        self.pending = deque(EvalItem(evaluation_id, version, row, (seed + row) % 2**31) for row in range(num_rows))
+        self.pending = deque(
+            EvalItem(evaluation_id, version, row, (seed + row) % 2**31) for row in range(num_rows)
+        )
         self.taken: dict[EvalItem, str] = {}
         self.done: dict[int, EvalSample] = {}
 
@@ -71,7 +79,12 @@ class _OpenEvaluation:
 class Board:
     """Snapshots, evaluations and retirements; see the module's docstring."""
 
-    def __init__(self, config: Config, num_eval_rows: int, on_evaluation: Callable[[Evaluation, list[dict[str, Any]]], Any]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        num_eval_rows: int,
+        on_evaluation: Callable[[Evaluation, list[dict[str, Any]]], Any],
+    ) -> None:
         """`on_evaluation(result, samples)` is called when an evaluation is complete."""
         self._config, self._num_eval_rows, self._on_evaluation = config, num_eval_rows, on_evaluation
         self._id = secrets.token_hex(4)
@@ -85,12 +98,13 @@ class Board:
         self._told: dict[str, Retirement] = {}
         self._changed = asyncio.Condition()
 
-    # --- learner ------------------------------------------------------------------------------------------------
+    # --- learner ---
 
     async def forget_snapshots(self) -> list[int]:
         """The learner died, and what it published with it: nothing is handed out before it publishes again.
 
-        Returns the versions of the open evaluations, which are dropped: whoever publishes such a version again has it evaluated.
+        Returns the versions of the open evaluations, which are dropped: whoever publishes such a version
+        again has it evaluated.
         """
         dropped = [evaluation.version for evaluation in self._evaluations.values()]
         self._snapshots.clear()
@@ -100,7 +114,8 @@ class Board:
         return dropped
 
     async def publish(self, manifest: bytes, buckets: list, version: int, *, evaluate: bool) -> list[int]:
-        """Make a snapshot the newest one; with `evaluate`, its evaluation begins. Returns the versions that are held now.
+        """Make a snapshot the newest one; with `evaluate`, its evaluation begins. Returns the versions that
+        are held now.
 
         A board that was started again is given them once more, the oldest first.
         """
@@ -108,30 +123,37 @@ class Board:
         self._snapshots = {held: snapshot for held, snapshot in self._snapshots.items() if held < version}
         self._snapshots[version] = (manifest, buckets)
         self._newest = self._pushed = version
-        known = {entry.policy_version for entry in self._results} | {entry.version for entry in self._evaluations.values()}
+        known = {entry.policy_version for entry in self._results} | {
+            entry.version for entry in self._evaluations.values()
+        }
         if evaluate and self._num_eval_rows and version not in known:
             number = next(self._evaluation_ids)
-            self._evaluations[number] = _OpenEvaluation(number, version, self._num_eval_rows, self._config.run.seed)
+            self._evaluations[number] = _OpenEvaluation(
+                number, version, self._num_eval_rows, self._config.run.seed
+            )
         self._drop_old_snapshots()
         await self._wake()
         return sorted(self._snapshots)
 
     async def announce(self, version: int) -> None:
-        """Actors get `version` by another road: who has it, or any since the newest snapshot, is not sent back to that."""
+        """Actors get `version` by another road: who has it, or any since the newest snapshot, is not
+        sent back to that.
+        """
         self._pushed = version
 
     async def members(self) -> dict[str, Any]:
         """The handles of the actors that can be pushed weights: those that have joined and do not retire."""
         return {name: handle for name, handle in self._members.items() if name not in self._retiring}
 
-    # --- actors -------------------------------------------------------------------------------------------------
+    # --- actors ---
 
     async def join(self, actor: str, handle: Any) -> None:
         """The actor takes weights that are pushed: `handle.receive` (actors/receiver.py)."""
         self._members[actor] = handle
 
     async def poll(self, actor: str, version: int, max_items: int, timeout_s: float) -> bytes:
-        """The actor's next Directive (msgpack), as soon as there is something new for it or after `timeout_s`.
+        """The actor's next Directive (msgpack), as soon as there is something new for it or after
+        `timeout_s`.
 
         `version`: what it has loaded. `max_items`: how many evaluation prompts it can take now.
         """
@@ -168,7 +190,9 @@ class Board:
         await self._wake()
 
     async def release_actor(self, actor: str) -> None:
-        """The actor is gone: its evaluation items are handed out again, and none to a call of it that still waits."""
+        """The actor is gone: its evaluation items are handed out again, and none to a call of it that
+        still waits.
+        """
         self._retiring[actor] = "now"
         self._members.pop(actor, None)
         await self.give_back(actor)
@@ -179,16 +203,20 @@ class Board:
             evaluation.release(actor)
         await self._wake()
 
-    # --- driver -------------------------------------------------------------------------------------------------
+    # --- driver ---
 
     async def restore(self, results: list[Evaluation], retiring: dict[str, Retirement]) -> None:
-        """What a board knew that is gone: evaluations that are done, and the actors that are to end, or have ended."""
+        """What a board knew that is gone: evaluations that are done, and the actors that are to end, or
+        have ended.
+        """
         self._results = [*results, *self._results]
         self._retiring = {**retiring, **self._retiring}
         await self._wake()
 
     async def retire(self, actors: list[str], how: Retirement = "now") -> None:
-        """These actors end: `drain` (a scale-down) or `now` (the run is over); `now` also hurries those that drain."""
+        """These actors end: `drain` (a scale-down) or `now` (the run is over); `now` also hurries those
+        that drain.
+        """
         for actor in actors:
             if self._retiring.get(actor) != "now":
                 self._retiring[actor] = how
@@ -198,13 +226,14 @@ class Board:
         """(versions whose evaluation is open, results so far)."""
         return [evaluation.version for evaluation in self._evaluations.values()], list(self._results)
 
-    # --- inside -------------------------------------------------------------------------------------------------
+    # --- inside ---
 
     def _directive(self, actor: str, version: int, max_items: int) -> Directive | None:
         if how := self._retiring.get(actor):  # For good: a name is not used again (cluster/fleet.py).
             is_new = self._told.get(actor) != how
             self._told[actor] = how
-            return Directive(version, retire=how) if is_new else None  # Told once; after that at every timeout.
+            # Told once; after that at every timeout.
+            return Directive(version, retire=how) if is_new else None
         if self._newest < 0:
             return None
         for evaluation in self._evaluations.values():
@@ -230,7 +259,9 @@ class Board:
         self._on_evaluation(result, [_shown(sample) for sample in samples])
 
     def _drop_old_snapshots(self) -> None:
-        needed = {evaluation.version for evaluation in self._evaluations.values()} | set(sorted(self._snapshots)[-KEEP:])
+        needed = {evaluation.version for evaluation in self._evaluations.values()} | set(
+            sorted(self._snapshots)[-KEEP:]
+        )
         for version in [version for version in self._snapshots if version not in needed]:
             del self._snapshots[version]
 

@@ -96,7 +96,9 @@ def export(arguments: Namespace) -> int:
     except OSError as error:
         if isinstance(error, AgroError):
             raise
-        raise CheckpointError(f"{arguments.out} cannot be written: {error.strerror}. Free space, or give another --out.") from None
+        raise CheckpointError(
+            f"{arguments.out} cannot be written: {error.strerror}. Free space, or give another --out."
+        ) from None
     return 0
 
 
@@ -126,7 +128,7 @@ def config_reference(arguments: Namespace) -> int:
     return 0
 
 
-# A run that goes on ----------------------------------------------------------------------------------------------------
+# --- A run that goes on ---
 
 
 def scale(arguments: Namespace) -> int:
@@ -150,7 +152,10 @@ def status(arguments: Namespace) -> int:
     dead = death_of_driver(found)
     age_s = max(0.0, time.time() - found.time)
     how = f"over{f': {found.stopped}' if found.stopped else ''}" if found.state == "over" else found.state
-    print(f"{found.name} {how}, step {found.step}/{found.steps}; driver {found.pid} on {found.host}, {age_s:.0f} s ago")
+    print(
+        f"{found.name} {how}, step {found.step}/{found.steps}; driver {found.pid} on {found.host}, "
+        f"{age_s:.0f} s ago"
+    )
     print("\n".join(actor_lines(found.actors, {}, with_gone=True)))
     buffer = found.buffer
     names = ("groups", "unconsumed", "leased", "inserted")
@@ -170,7 +175,10 @@ def audit(arguments: Namespace) -> int:
     for title in ("status", "events", "evictions"):
         for name, count in sorted(found[title].items()):
             print(f"  {title:<10}{name:<20}{count:>10,}")
-    print(f"  oldest sample trained on: {found['max_staleness']} learner steps; torn lines: {found['torn_lines']}")
+    print(
+        f"  oldest sample trained on: {found['max_staleness']} learner steps; torn lines: "
+        f"{found['torn_lines']}"
+    )
     violations = found["violations"]
     print(f"{len(violations) or 'no'} violation{'' if len(violations) == 1 else 's'}")
     for sentence in violations:
@@ -178,7 +186,9 @@ def audit(arguments: Namespace) -> int:
     return 1 if violations else 0
 
 
-def actor_lines(actors: Sequence[Mapping[str, Any]], signs: Mapping[str, str], *, with_gone: bool) -> list[str]:
+def actor_lines(
+    actors: Sequence[Mapping[str, Any]], signs: Mapping[str, str], *, with_gone: bool
+) -> list[str]:
     """One line an actor of status.json; `signs`: what is put before it, by name."""
     lines = []
     for actor in actors:
@@ -189,5 +199,7 @@ def actor_lines(actors: Sequence[Mapping[str, Any]], signs: Mapping[str, str], *
         figures += [f"version {version:.0f}"] if version is not None and actor["state"] != "gone" else []
         figures += [f"{rate:,.0f} tokens/s"] if rate is not None and actor["state"] == "running" else []
         figures += [str(actor["note"])] if actor["note"] else []
-        lines.append(f"{signs.get(actor['name'], ' ')} {actor['name']:<12}{actor['state']} {', '.join(figures)}")
+        lines.append(
+            f"{signs.get(actor['name'], ' ')} {actor['name']:<12}{actor['state']} {', '.join(figures)}"
+        )
     return lines

@@ -1,4 +1,5 @@
-"""Config files: YAML and `section.key=value` overrides to a Config and back, with every problem explained in a line.
+"""Config files: YAML and `section.key=value` overrides to a Config and back, with every problem explained in
+a line.
 
     file ----config_text.read----> tree --overrides--> tree --parse_config--> Config --dump_config--> text that reads as the same
 
@@ -35,8 +36,9 @@ _EXPECTED = {  # By pydantic's type of problem; its own message where none is he
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """The Config in the YAML file `path` with `section.key=value` overrides applied.
 
-    `model.make` belongs to the path it is written beside: another path from `overrides` leaves it behind. Raises ConfigError
-    that lists every problem: the field, the value found, what is accepted, the nearest valid name.
+    `model.make` belongs to the path it is written beside: another path from `overrides` leaves it behind.
+    Raises ConfigError that lists every problem: the field, the value found, what is accepted, the nearest
+    valid name.
     """
     path = Path(path)
     tree = read_tree(path)
@@ -61,7 +63,10 @@ def read_tree(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}.") from None
     if not isinstance(tree, dict):
         found = "nothing" if tree is None else f"a {type(tree).__name__}"
-        raise ConfigError(f"{path} holds {found}, expected sections such as `model:` and `data:`; see configs/quickstart.yaml.")
+        raise ConfigError(
+            f"{path} holds {found}, expected sections such as `model:` and `data:`; see "
+            "configs/quickstart.yaml."
+        )
     return tree
 
 
@@ -97,10 +102,16 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
         raise ConfigError(f"{source}: a list or mapping contains itself, or is nested without end.") from None
     except pydantic.ValidationError as error:
         # A list of which an entry is wrong is too short besides, says pydantic.
-        problems = [_explain(problem) for problem in error.errors() if problem["type"] != "too_short" or not problem["input"]]
+        problems = [
+            _explain(problem)
+            for problem in error.errors()
+            if problem["type"] != "too_short" or not problem["input"]
+        ]
         shown = "\n".join(f"  - {line}" for line in problems[:10])
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ConfigError(f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{shown}{more}") from None
+        raise ConfigError(
+            f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{shown}{more}"
+        ) from None
 
 
 def parse_text(text: str, source: str) -> Config:
@@ -116,7 +127,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     names = key.split(".")
     if not equals or len(names) != 2 or not all(names):
-        raise ConfigError(f"override {_short(override)} is not section.key=value, for example learner.lr=1e-5")
+        raise ConfigError(
+            f"override {_short(override)} is not section.key=value, for example learner.lr=1e-5"
+        )
     section, name = names
     try:
         value = _typed_value(section, name, text)
@@ -126,13 +139,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
         tree[section] = {}
     if not isinstance(tree[section], dict):
         found = f"the file holds {_short(tree[section])} there"
-        raise ConfigError(f"override {_short(override)}: {section!r} is no section; {found}. Write its keys below `{section}:`.")
+        raise ConfigError(
+            f"override {_short(override)}: {section!r} is no section; {found}. Write its keys "
+            f"below `{section}:`."
+        )
     tree[section][name] = value
     return key
 
 
 def _typed_value(section: str, name: str, text: str) -> Any:
-    """What was typed on the command line: itself where the field takes text (`null` where it may be none), else YAML."""
+    """What was typed on the command line: itself where the field takes text (`null` where it may be
+    none), else YAML.
+    """
     fields = getattr(Config.model_fields.get(section), "annotation", None)
     field = getattr(fields, "model_fields", {}).get(name)
     kinds = _kinds(field.annotation) if field is not None else set()
@@ -167,7 +185,11 @@ def _explain(problem: Any) -> str:
     if kind in ("extra_forbidden", "invalid_key"):
         return f"{where} is not a known key; {_nearest(location)}"
     if kind == "missing":
-        how = f"set it in the file or with {where}=<value>" if len(names) == 2 else f"write {names[-1]}: in the file"
+        how = (
+            f"set it in the file or with {where}=<value>"
+            if len(names) == 2
+            else f"write {names[-1]}: in the file"
+        )
         return f"{where} is missing; {how}"
     if kind == "value_error":
         return problem["msg"].removeprefix("Value error, ")
@@ -178,11 +200,17 @@ def _explain(problem: Any) -> str:
 
 
 def _nearest(location: tuple[Any, ...]) -> str:
-    """What may be meant by a key that is not known: one spelt alike here, or one of this name in another section."""
+    """What may be meant by a key that is not known: one spelt alike here, or one of this name in
+    another section.
+    """
     key, valid = str(location[-1]), _valid_names(location[:-1])
     if near := difflib.get_close_matches(key, valid, n=1, cutoff=0.6):
         return f"did you mean {near[0]!r}?"
-    homes = [name for name, field in Config.model_fields.items() if key in getattr(field.annotation, "model_fields", {})]
+    homes = [
+        name
+        for name, field in Config.model_fields.items()
+        if key in getattr(field.annotation, "model_fields", {})
+    ]
     if homes:
         return "did you mean " + " or ".join(f"{home}.{key}" for home in homes) + "?"
     return f"valid here: {', '.join(sorted(valid))}"
@@ -201,7 +229,9 @@ def _valid_names(location: tuple[Any, ...]) -> list[str]:
             model = RewardFunction
         else:
             annotation = model.model_fields[part].annotation
-            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+            model = (
+                annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+            )
     return list(model.model_fields)
 
 
@@ -212,7 +242,8 @@ def _short(value: Any) -> str:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML, in the order of the sections; `load_config` reads it as the same, and nothing in it is hidden.
+    """The resolved config as YAML, in the order of the sections; `load_config` reads it as the same, and
+    nothing in it is hidden.
 
     Holds no secret: secrets come from the environment only.
     """

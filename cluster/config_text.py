@@ -1,9 +1,10 @@
 """The text of config files: YAML 1.2's core schema, read strictly and written so that everything can be seen.
 
-PyYAML finds the parts of a text, but reads their values by YAML 1.1: 0600 is 384, 1:30 is 90, `yes` is true, 2024-01-31 a date.
-Values are therefore read here. What would change a text silently is refused, with a way to write it: escapes that swallow a
-backslash ("\\boxed" in double quotes), a ` #` that cuts a sentence, anchors, aliases and tags (`&a`, `*a`, `!a` at a text's
-beginning; nested aliases also grow without end), and a key given twice, of which the last would count.
+PyYAML finds the parts of a text, but reads their values by YAML 1.1: 0600 is 384, 1:30 is 90, `yes` is true,
+2024-01-31 a date. Values are therefore read here. What would change a text silently is refused, with a way to
+write it: escapes that swallow a backslash ("\\boxed" in double quotes), a ` #` that cuts a sentence, anchors,
+aliases and tags (`&a`, `*a`, `!a` at a text's beginning; nested aliases also grow without end), and a key
+given twice, of which the last would count.
 """
 
 from __future__ import annotations
@@ -31,7 +32,15 @@ _COMMAND_OF_TEX = re.compile(
     r"(?![A-Za-z])"
 )
 """What is \\times or \\nabla rather than a tab or a new line and a word."""
-_SPOKEN = {"\b": "backspace", "\f": "form feed", "\r": "carriage return", "\a": "bell", "\x1b": "escape", "\t": "tab", "\n": "line break"}
+_SPOKEN = {
+    "\b": "backspace",
+    "\f": "form feed",
+    "\r": "carriage return",
+    "\a": "bell",
+    "\x1b": "escape",
+    "\t": "tab",
+    "\n": "line break",
+}
 _PLAIN = re.compile(r"[A-Za-z./~_][A-Za-z0-9./~_+@=-]*(:[A-Za-z0-9_][A-Za-z0-9./~_+@=-]*)?")
 
 
@@ -40,10 +49,11 @@ class TextError(ValueError):
 
 
 def read(text: str, prose: Iterable[str] = (), *, comments: bool = True) -> Any:
-    """The value that `text` describes: None, bool, int, float, str, lists of them, dicts with text as keys. Raises TextError.
+    """The value that `text` describes: None, bool, int, float, str, lists of them, dicts with text as keys.
+    Raises TextError.
 
-    `prose` are keys whose value is free text: behind such a value no comment is taken for one, unless it stands in quotes.
-    Without `comments` there are none at all, as on the command line.
+    `prose` are keys whose value is free text: behind such a value no comment is taken for one, unless it
+    stands in quotes. Without `comments` there are none at all, as on the command line.
     """
     reader = _Reader(text, frozenset(prose), comments)
     try:
@@ -51,17 +61,25 @@ def read(text: str, prose: Iterable[str] = (), *, comments: bool = True) -> Any:
     except yaml.MarkedYAMLError as error:
         raise TextError(_in_words(error)) from None
     except yaml.reader.ReaderError as error:
-        raise TextError(f"not YAML: character {error.position + 1} (U+{int(error.character):04X}) is none of its characters") from None
+        raise TextError(
+            f"not YAML: character {error.position + 1} (U+{int(error.character):04X}) is none of "
+            "its characters"
+        ) from None
     except TextError:
         raise
     except (ValueError, OverflowError):  # PyYAML asks for the character of any number.
-        raise TextError(r"not YAML: a \U escape in double quotes is no character; write the text in single quotes, '...'") from None
+        raise TextError(
+            r"not YAML: a \U escape in double quotes is no character; write the text in single "
+            r"quotes, '...'"
+        ) from None
     except RecursionError:
         raise TextError("not YAML for a config: lists or mappings are nested too deeply") from None
 
 
 def _in_words(error: yaml.MarkedYAMLError) -> str:
-    problem = " ".join(filter(None, (error.context if (error.context or "").startswith("expected") else "", error.problem)))
+    problem = " ".join(
+        filter(None, (error.context if (error.context or "").startswith("expected") else "", error.problem))
+    )
     if "escape" in problem:
         problem += "; a backslash in double quotes begins an escape: write the text in single quotes, '...'"
     elif "mapping values are not allowed" in problem:
@@ -124,7 +142,8 @@ class _Reader:
         for escape in _ESCAPE.finditer(written):
             if escape[1] not in '\\"nxuUt\n' or _COMMAND_OF_TEX.match(written, escape.start()):
                 raise TextError(
-                    f"{_where(node.start_mark)}: `{escape[0]}` of `{written[escape.start() : escape.start() + 12]}` is an escape in double "
+                    f"{_where(node.start_mark)}: `{escape[0]}` of "
+                    f"`{written[escape.start() : escape.start() + 12]}` is an escape in double "
                     "quotes, so that the text would be another one: write it in single quotes, '...'"
                 )
 
@@ -140,8 +159,10 @@ class _Reader:
         is_glued = not comment.startswith("# ") and comment != "#"
         if is_prose or " " in node.value or (is_glued and not is_below):
             raise TextError(
-                f"{_where(node.start_mark)}: `{comment[:40]}` behind the text `{node.value[-40:]}` would be a comment. If it belongs to "
-                "the text, put all of it in single quotes; if not, put the text in quotes, or the comment on a line of its own"
+                f"{_where(node.start_mark)}: `{comment[:40]}` behind the text `{node.value[-40:]}` would be "
+                "a comment. If it belongs to "
+                "the text, put all of it in single quotes; if not, put the text in quotes, or the comment on "
+                "a line of its own"
             )
 
     def _refuse_comments(self, root: yaml.Node | None) -> None:
@@ -191,7 +212,9 @@ def _scalar(node: yaml.ScalarNode) -> Any:
         return bool(found[1])
     if _FLOAT.fullmatch(text) or _OCTAL_OR_HEX.fullmatch(text):
         if len(text) > _MAX_DIGITS:
-            raise TextError(f"{_where(node.start_mark)}: {text[:20]}... is a number of {len(text)} characters")
+            raise TextError(
+                f"{_where(node.start_mark)}: {text[:20]}... is a number of {len(text)} characters"
+            )
         if _OCTAL_OR_HEX.fullmatch(text):
             return int(text, 0)
         return int(text) if _INT.fullmatch(text) else float(text)
@@ -200,14 +223,15 @@ def _scalar(node: yaml.ScalarNode) -> Any:
     return text
 
 
-# Characters ----------------------------------------------------------------------------------------------------------
+# --- Characters ---
 
 
 def strange_character(text: str, *, is_prose: bool) -> str:
-    """What is wrong with the first character that no text here should hold, as a clause; empty when there is none.
+    """What is wrong with the first character that no text here should hold, as a clause; empty when there is
+    none.
 
-    Control characters, and half surrogate pairs, which bytes that are no UTF-8 become on the command line. Line breaks and tabs
-    are fine in prose.
+    Control characters, and half surrogate pairs, which bytes that are no UTF-8 become on the command line.
+    Line breaks and tabs are fine in prose.
     """
     for character in text:
         if 0xD800 <= ord(character) <= 0xDFFF:
@@ -217,17 +241,20 @@ def strange_character(text: str, *, is_prose: bool) -> str:
             name = _SPOKEN.get(character, "control character")
             article = "an" if name[0] in "aeiou" else "a"
             return (
-                f"the text holds {article} {name} (U+{ord(character):04X}). If a backslash was meant, write the text in single quotes: "
+                f"the text holds {article} {name} (U+{ord(character):04X}). If a backslash was meant, write "
+                "the text in single quotes: "
                 "in double quotes YAML reads \\b, \\f, \\t and others as such characters"
             )
     return ""
 
 
-# Writing -------------------------------------------------------------------------------------------------------------
+# --- Writing ---
 
 
 def write(tree: dict[str, dict[str, Any]]) -> str:
-    """Sections of keys and values as YAML that `read` turns into the same: a line a key, every text so that its ends are seen."""
+    """Sections of keys and values as YAML that `read` turns into the same: a line a key, every text so
+    that its ends are seen.
+    """
     lines = []
     for section, values in tree.items():
         lines += [f"{section}:", *(f"  {key}: {_written(value)}" for key, value in values.items())]
@@ -247,7 +274,9 @@ def _written(value: Any) -> str:
 
 
 def _written_text(text: str) -> str:
-    """Plain where nothing can be misread, else in single quotes; in double quotes, escaped, what could not be seen in these."""
+    """Plain where nothing can be misread, else in single quotes; in double quotes, escaped, what could
+    not be seen in these.
+    """
     if _PLAIN.fullmatch(text) and read(text) == text:
         return text
     if text.isprintable():
@@ -264,5 +293,7 @@ def _escaped(text: str, index: int) -> str:
     if character.isprintable():
         return character
     code = ord(character)
-    letter, width = next((letter, width) for letter, width in (("x", 2), ("u", 4), ("U", 8)) if code < 16**width)
+    letter, width = next(
+        (letter, width) for letter, width in (("x", 2), ("u", 4), ("U", 8)) if code < 16**width
+    )
     return f"\\{letter}{code:0{width}X}"

@@ -71,13 +71,17 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
     time: float = 0.0
 
 
-# The supervisor's side ------------------------------------------------------------------------------------------------
+# --- The supervisor's side ---
 
 
 class Control:
-    """Takes requests, writes the status; `clock` gives seconds. A disk that takes no status is told of, and costs nothing else."""
+    """Takes requests, writes the status; `clock` gives seconds. A disk that takes no status is told of,
+    and costs nothing else.
+    """
 
-    def __init__(self, run_dir: Path, tell: Callable[[str], Any], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, run_dir: Path, tell: Callable[[str], Any], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._run_dir, self._tell, self._clock = run_dir, tell, clock
         self._written_s = float("-inf")
         self._troubles = Troubles(tell, clock)
@@ -112,7 +116,9 @@ class Control:
     def write(self, status: RunStatus) -> None:
         """Replace status.json."""
         self._written_s = self._clock()
-        whole = msgspec.structs.replace(status, pid=os.getpid(), host=socket.gethostname(), time=time.time(), answer=self._answer)
+        whole = msgspec.structs.replace(
+            status, pid=os.getpid(), host=socket.gethostname(), time=time.time(), answer=self._answer
+        )
         try:
             replace_json(self._run_dir / STATUS_NAME, finite_tree(msgspec.to_builtins(whole)))
             self._troubles.well(f"{STATUS_NAME} cannot be written")
@@ -120,7 +126,7 @@ class Control:
             self._troubles.note(f"{STATUS_NAME} cannot be written", error)
 
 
-# The other shell's side -----------------------------------------------------------------------------------------------
+# --- The other shell's side ---
 
 
 def read_status(run_dir: Path) -> RunStatus:
@@ -146,17 +152,22 @@ def death_of_driver(status: RunStatus) -> str | None:
     return None
 
 
-def ask_for_actors(run_dir: Path, count: int, timeout_s: float = ANSWER_TIMEOUT_S) -> tuple[Answer, RunStatus]:
+def ask_for_actors(
+    run_dir: Path, count: int, timeout_s: float = ANSWER_TIMEOUT_S
+) -> tuple[Answer, RunStatus]:
     """Ask the run's driver for `count` rollout actors; its answer, and the status at that moment.
 
-    Raises ConfigError: no run here, a run that is over or without a living driver, or a count that cannot be meant; PeerTimeout
-    when the driver does not answer.
+    Raises ConfigError: no run here, a run that is over or without a living driver, or a count that cannot be
+    meant; PeerTimeout when the driver does not answer.
     """
     if not 1 <= count <= MOST_ACTORS:
         raise ConfigError(f"--actors {count}: expected 1 to {MOST_ACTORS}")
     status = read_status(run_dir)
     if status.state == "over":
-        raise ConfigError(f"{run_dir}: the run is over{f' ({status.stopped})' if status.stopped else ''}; there is nothing to scale")
+        raise ConfigError(
+            f"{run_dir}: the run is over{f' ({status.stopped})' if status.stopped else ''}; "
+            "there is nothing to scale"
+        )
     if dead := death_of_driver(status):
         raise ConfigError(f"{run_dir}: {dead}; there is nothing to scale")
     request = ScaleRequest(uuid.uuid4().hex, count)
@@ -165,7 +176,8 @@ def ask_for_actors(run_dir: Path, count: int, timeout_s: float = ANSWER_TIMEOUT_
     while status.answer is None or status.answer.id != request.id:
         if time.monotonic() > until_s:
             raise PeerTimeout(
-                f"the driver of {run_dir} (process {status.pid} on {status.host}) did not answer within {timeout_s:.0f} s; "
+                f"the driver of {run_dir} (process {status.pid} on {status.host}) did not answer within "
+                f"{timeout_s:.0f} s; "
                 f"its last {STATUS_NAME} is {max(0.0, time.time() - status.time):.0f} s old"
             )
         time.sleep(POLL_S)

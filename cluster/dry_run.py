@@ -1,5 +1,5 @@
-"""`launch.py train CONFIG --dry-run`: the resolved config, what it asks of the machines, and everything a start would find
-without an engine. Starts nothing, makes no model, leaves no file.
+"""`launch.py train CONFIG --dry-run`: the resolved config, what it asks of the machines, and everything a
+start would find without an engine. Starts nothing, makes no model, leaves no file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from cluster.prepare import Checked, check_inputs, check_start, locate_model, mo
 
 
 def dry_run(config: Config) -> Iterator[str]:
-    """The text, part by part, each as soon as it is known. Raises the AgroError that a start would end with."""
+    """The text, part by part, each as soon as it is known. Raises the AgroError that a start would end
+    with.
+    """
     sys.dont_write_bytecode = True  # Reward functions and recipes are imported.
     quiet_libraries()
     place = placement.available(config)
@@ -53,6 +55,7 @@ def _prompts(title: str, prompts: PromptSet) -> str:
     shortest, median, longest = (len(by_length[index].token_ids) for index in (0, len(by_length) // 2, -1))
     bad = f", {prompts.num_bad_rows} bad rows left out" if prompts.num_bad_rows else ""
     return (
-        f"  {title:<14} {len(prompts)} of {prompts.source}{bad}; tokens: {shortest} to {longest}, median {median}; "
+        f"  {title:<14} {len(prompts)} of {prompts.source}{bad}; tokens: {shortest} to {longest}, median "
+        f"{median}; "
         f"the longest is row {by_length[-1].row + 1}"
     )

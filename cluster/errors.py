@@ -11,8 +11,8 @@
     |-- TrainingError   (RuntimeError)  non-finite numbers, a dead learner: the run cannot go on
     `-- PeerTimeout     (TimeoutError)  another process did not answer in time
 
-A message says what is wrong, which value, and what to do, in a few lines: `launch.py` prints it without a traceback.
-Every error takes its message as its only argument, so that it survives pickling between processes.
+A message says what is wrong, which value, and what to do, in a few lines: `launch.py` prints it without a
+traceback. Every error takes its message as its only argument, so that it survives pickling between processes.
 """
 
 

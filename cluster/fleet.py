@@ -4,8 +4,9 @@
               ^                  |           |            (drain: started groups are finished; now: handed back)
               '---- a successor, under a name of its own: its role's actor died or hung
 
-Nothing here waits: `look`, called at least every half second, takes every actor as far as it can go. An actor has a
-placement group of its own and is created once that is placed, so that one that cannot be placed blocks nobody.
+Nothing here waits: `look`, called at least every half second, takes every actor as far as it can go. An actor
+has a placement group of its own and is created once that is placed, so that one that cannot be placed blocks
+nobody.
 
 | what happens                                       | noticed by                  | what is done                            |
 |----------------------------------------------------|-----------------------------|-----------------------------------------|
@@ -81,10 +82,11 @@ class DeathCount:
 
 @dataclass(frozen=True)
 class Kind:
-    """How the actors of a role are made: `spawn(name, options)` gives the Ray handle. Without `is_placed` they reserve nothing.
+    """How the actors of a role are made: `spawn(name, options)` gives the Ray handle. Without `is_placed`
+    they reserve nothing.
 
-    The class has `run()`, which returns once the board retires the actor, and, where it is to be found hung, `ping()`,
-    answered by a second thread.
+    The class has `run()`, which returns once the board retires the actor, and, where it is to be found hung,
+    `ping()`, answered by a second thread.
     """
 
     spawn: Callable[[str, dict[str, Any]], Any]
@@ -131,8 +133,10 @@ class Fleet:
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`retire(names, how)` tells actors to end, `release(name)` hands the work of one that is gone out again, `tell` notes
-        an event: none of them may wait. `timeout_s` limits loading, and one turn of an actor's loop."""
+        """`retire(names, how)` tells actors to end, `release(name)` hands the work of one that is gone out
+        again, `tell` notes an event: none of them may wait. `timeout_s` limits loading, and one turn of an
+        actor's loop.
+        """
         self._rollouts, self._retire, self._release, self._tell = rollouts, retire, release, tell
         self._timeout_s, self._clock = timeout_s, clock
         self._actors: dict[str, Actor] = {}
@@ -143,7 +147,7 @@ class Fleet:
         self._ever_ran = False
         self._node_id = ray.get_runtime_context().get_node_id()
 
-    # --- what there is --------------------------------------------------------------------------------------------
+    # --- what there is ---
 
     @property
     def num_deaths(self) -> int:
@@ -168,7 +172,9 @@ class Fleet:
         return {name: actor.handle for name, actor in self._actors.items() if actor.handle is not None}
 
     def status(self) -> list[dict[str, Any]]:
-        """One entry an actor, those that went last at the end: name, state, seconds in it, and what is missing or was the cause."""
+        """One entry an actor, those that went last at the end: name, state, seconds in it, and what is
+        missing or was the cause.
+        """
         now_s = self._clock()
         shown = [*self._actors.values(), *self._gone]
         return [
@@ -183,9 +189,13 @@ class Fleet:
         ]
 
     def _serving(self) -> list[Actor]:
-        return [actor for actor in self._actors.values() if actor.kind is self._rollouts and actor.state != "retiring"]
+        return [
+            actor
+            for actor in self._actors.values()
+            if actor.kind is self._rollouts and actor.state != "retiring"
+        ]
 
-    # --- orders ---------------------------------------------------------------------------------------------------
+    # --- orders ---
 
     def add_feeder(self, kind: Kind) -> None:
         """The one actor that makes groups without an engine; replaced like the others, never scaled."""
@@ -216,7 +226,12 @@ class Fleet:
 
     def look(self) -> None:
         """Take every actor as far as it can go; see the table above for what is raised."""
-        waited = [call for actor in self._actors.values() for call in (actor.run, *actor.calls.values()) if call is not None]
+        waited = [
+            call
+            for actor in self._actors.values()
+            for call in (actor.run, *actor.calls.values())
+            if call is not None
+        ]
         ready = set(ray.wait(waited, num_returns=len(waited), timeout=0)[0]) if waited else set()
         for actor in list(self._actors.values()):
             if actor.run in ready:
@@ -228,11 +243,13 @@ class Fleet:
             else:
                 self._watch(actor, ready)
 
-    # --- a life ---------------------------------------------------------------------------------------------------
+    # --- a life ---
 
     def _start(self, name: str, role: str, kind: Kind) -> None:
         group = make_group([bundle_of(kind.num_cpus, kind.num_gpus)]) if kind.is_placed else None
-        actor = self._actors[name] = Actor(name, role, kind, self._clock(), group=group, asked_s=self._clock())
+        actor = self._actors[name] = Actor(
+            name, role, kind, self._clock(), group=group, asked_s=self._clock()
+        )
         if group is None:
             self._create(actor, {"num_cpus": 0})
 
@@ -249,7 +266,8 @@ class Fleet:
 
     def _create(self, actor: Actor, options: dict[str, Any]) -> None:
         actor.handle = actor.kind.spawn(actor.name, options)
-        actor.calls["where"] = actor.handle.__ray_call__.remote(whereabouts)  # Before `run`: it is answered when loading is over.
+        # Before `run`: it is answered when loading is over.
+        actor.calls["where"] = actor.handle.__ray_call__.remote(whereabouts)
         actor.run = actor.handle.run.remote()
         actor.enter("loading", self._clock())
 
@@ -292,7 +310,9 @@ class Fleet:
     def _hurry(self, actor: Actor) -> None:
         elapsed_s, drain_s = self._clock() - actor.since_s, DRAIN_S if actor.how == "drain" else 0.0
         if elapsed_s > drain_s + HAND_BACK_S:
-            self._tell(f"{actor.name} did not retire within {elapsed_s:.0f} s; killed, its leases are handed back")
+            self._tell(
+                f"{actor.name} did not retire within {elapsed_s:.0f} s; killed, its leases are handed back"
+            )
             self._remove(actor, "killed")
         elif drain_s and elapsed_s > drain_s and not actor.is_told:
             actor.is_told = True
@@ -307,7 +327,7 @@ class Fleet:
             actor.enter("retiring", self._clock(), _RETIRING[how])
             self._retire([actor.name], how)
 
-    # --- an end ---------------------------------------------------------------------------------------------------
+    # --- an end ---
 
     def _ended(self, actor: Actor) -> None:
         """`run` returned or failed; raises what ends the run."""
@@ -336,9 +356,11 @@ class Fleet:
         if count >= MAX_DEATHS:
             raise TrainingError(f"{crash_loop(actor.role, count, cause)}\n{memory_hint(cause)}")
         number = self._successors[actor.role] = self._successors.get(actor.role, 0) + 1
-        successor = f"{actor.role}.{number}"  # A name of its own: what its predecessor still asks for is refused by name.
+        # A name of its own: what its predecessor still asks for is refused by name.
+        successor = f"{actor.role}.{number}"
         self._tell(
-            f"{actor.name} died, restarted as {successor} (the run stops at {MAX_DEATHS} within {DEATHS_WINDOW_S / 60:.0f} min): {cause}"
+            f"{actor.name} died, restarted as {successor} (the run stops at {MAX_DEATHS} within "
+            f"{DEATHS_WINDOW_S / 60:.0f} min): {cause}"
         )
         self._start(successor, actor.role, actor.kind)
         self._keep_order(successor)

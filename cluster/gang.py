@@ -2,8 +2,8 @@
 
     waiting for placement --> loading (ranks meet, build the policy) --> training --> done: totals
 
-As in the fleet nothing here waits: `look` takes the gang as far as it can go. A gang that failed is not started again; learner.py
-makes another one.
+As in the fleet nothing here waits: `look` takes the gang as far as it can go. A gang that failed is not
+started again; learner.py makes another one.
 """
 
 from __future__ import annotations
@@ -18,14 +18,27 @@ from ray.util.placement_group import remove_placement_group
 
 from cluster.config import Config
 from cluster.errors import PeerTimeout, PlacementError, TrainingError
-from cluster.processes import answer, bundle_of, could_not_start, death_cause, is_placed, make_group, on_bundle, remote, shortage, threads
+from cluster.processes import (
+    answer,
+    bundle_of,
+    could_not_start,
+    death_cause,
+    is_placed,
+    make_group,
+    on_bundle,
+    remote,
+    shortage,
+    threads,
+)
 from learner.worker import LearnerRank
 
 State: TypeAlias = Literal["waiting for placement", "loading", "training", "done"]
 
 PLACE_TIMEOUT_S = 180.0
 DEATH_LOOK_S = 10.0
-"""A rank whose process is gone is known at once; one that does not answer for so long, from a thread of its own, hangs."""
+"""A rank whose process is gone is known at once; one that does not answer for so long, from a thread of
+its own, hangs.
+"""
 WHO = "learner ranks"
 
 
@@ -52,7 +65,9 @@ class LearnerGang:
         return {f"learner rank {number}": rank for number, rank in enumerate(self._ranks)}
 
     def look(self) -> None:
-        """One step further, where one can be taken. Raises PlacementError, PeerTimeout, or what a rank raised."""
+        """One step further, where one can be taken. Raises PlacementError, PeerTimeout, or what a rank
+        raised.
+        """
         if self.state == "waiting for placement":
             self._place()
         elif self.state == "loading":
@@ -66,7 +81,9 @@ class LearnerGang:
             rank.request_stop.remote()
 
     def republish(self) -> None:
-        """The board was started again: it is told of the weights once more. Ranks that have not begun to train will publish anyway."""
+        """The board was started again: it is told of the weights once more. Ranks that have not begun
+        to train will publish anyway.
+        """
         if self._ranks:
             self._ranks[0].republish.remote()
 
@@ -83,7 +100,9 @@ class LearnerGang:
         if is_placed(self._group):
             self._create_ranks()
         elif time.monotonic() - self._since_s > PLACE_TIMEOUT_S:
-            raise PlacementError(f"learner could not be placed in {PLACE_TIMEOUT_S:.0f} s: {shortage(self._group)}")
+            raise PlacementError(
+                f"learner could not be placed in {PLACE_TIMEOUT_S:.0f} s: {shortage(self._group)}"
+            )
 
     def _create_ranks(self) -> None:
         learner = self._config.learner
@@ -124,7 +143,9 @@ class LearnerGang:
         return not running
 
     def _dead_ranks(self) -> str | None:
-        """Which ranks' processes are gone, and why, or one that hangs; None when all answer. The others only lost their connection."""
+        """Which ranks' processes are gone, and why, or one that hangs; None when all answer. The others
+        only lost their connection.
+        """
         pings = [rank.ping.remote() for rank in self._ranks]
         silent = ray.wait(pings, num_returns=len(pings), timeout=DEATH_LOOK_S)[1]
         deaths = []

@@ -1,9 +1,9 @@
 """Nothing of a local run outlives its driver, not even one that was killed with SIGKILL.
 
-Ray's workers end within seconds of their driver; two of its agents stay for minutes. So a driver that starts its own Ray also
-starts this module as a process: it notes every process below the driver while it lives, waits for the driver's end of a pipe
-to close, and after a grace period kills those that are left. (Not by a mark in their environment: Ray's processes overwrite
-theirs when they set their titles.)
+Ray's workers end within seconds of their driver; two of its agents stay for minutes. So a driver that starts
+its own Ray also starts this module as a process: it notes every process below the driver while it lives,
+waits for the driver's end of a pipe to close, and after a grace period kills those that are left. (Not by a
+mark in their environment: Ray's processes overwrite theirs when they set their titles.)
 """
 
 from __future__ import annotations
@@ -46,9 +46,15 @@ def main(driver_pid: int) -> None:
 
 
 def _of_ray_session(driver_pid: int) -> set[psutil.Process]:
-    """Workers that the raylet started since the last look, orphans by now: they name the session, which ends in the driver's pid."""
+    """Workers that the raylet started since the last look, orphans by now: they name the session, which
+    ends in the driver's pid.
+    """
     session = re.compile(rf"/session_[\d_-]+_{driver_pid}/")
-    return {process for process in psutil.process_iter(["cmdline"]) if session.search(" ".join(process.info["cmdline"] or []))}
+    return {
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if session.search(" ".join(process.info["cmdline"] or []))
+    }
 
 
 def _with_descendants(family: set[psutil.Process]) -> set[psutil.Process]:
@@ -57,7 +63,8 @@ def _with_descendants(family: set[psutil.Process]) -> set[psutil.Process]:
     found = {process for process in family if process.is_running()}
     known = {process.pid for process in found} - {os.getpid()}
     children: dict[int, list[psutil.Process]] = {}
-    for process in psutil.process_iter(["ppid"]):  # One look at all processes; `children()` would be one for each of the family.
+    # One look at all processes; `children()` would be one for each of the family.
+    for process in psutil.process_iter(["ppid"]):
         children.setdefault(process.info["ppid"], []).append(process)
     waiting = list(known)
     while waiting:

@@ -1,4 +1,6 @@
-"""What the supervisor concludes from the gauges of buffer and monitor: rewards that fail, a buffer that keeps dying, no progress."""
+"""What the supervisor concludes from the gauges of buffer and monitor: rewards that fail, a buffer that
+keeps dying, no progress.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +25,30 @@ REWARDS_WINDOW_S = 300.0
 
 
 class Recent:
-    """Failed and all samples of the last `REWARDS_WINDOW_S` seconds, and of longer where these were fewer than `MIN_SCORED_SAMPLES`."""
+    """Failed and all samples of the last `REWARDS_WINDOW_S` seconds, and of longer where these were
+    fewer than `MIN_SCORED_SAMPLES`.
+    """
 
     def __init__(self) -> None:
         self._marks: deque[tuple[float, float, float]] = deque()
 
     def since_then(self, now_s: float, errors: float, samples: float) -> tuple[float, float]:
-        """One look more at the cumulative counts; (errors, samples) of the window. What was before the first look does not count."""
+        """One look more at the cumulative counts; (errors, samples) of the window. What was before the
+        first look does not count.
+        """
         self._marks.append((now_s, errors, samples))
-        while len(self._marks) > 1 and now_s - self._marks[1][0] >= REWARDS_WINDOW_S and samples - self._marks[1][2] >= MIN_SCORED_SAMPLES:
+        while (
+            len(self._marks) > 1
+            and now_s - self._marks[1][0] >= REWARDS_WINDOW_S
+            and samples - self._marks[1][2] >= MIN_SCORED_SAMPLES
+        ):
             self._marks.popleft()
         return errors - self._marks[0][1], samples - self._marks[0][2]
 
 
 class FullDisk:
-    """The disk of the run directory, from the buffer's counts: told when it is full, and when it has room again.
+    """The disk of the run directory, from the buffer's counts: told when it is full, and when it has room
+    again.
 
     sentence   what is wrong with it now, '' when nothing is
     """
@@ -52,18 +63,27 @@ class FullDisk:
         """One set of gauges more."""
         refused, now_s = stats.get("buffer/disk_errors", 0.0), self._clock()
         before, self._refused = self._refused, refused
-        if before is None or refused < before:  # The first look, or a shard that was killed before it could write its count.
+        # The first look, or a shard that was killed before it could write its count.
+        if before is None or refused < before:
             return
         if refused > before:
             self._last_s = now_s
             if not self.sentence:
                 self._since_s, self._num_before = now_s, before
-                self.sentence = f"the disk of {self._run_dir} refuses what the buffer writes ({_room(self._run_dir)})"
-                self._tell(f"{self.sentence}: nothing acknowledged is lost, training goes on with what is there; free space on it")
+                self.sentence = (
+                    f"the disk of {self._run_dir} refuses what the buffer writes ({_room(self._run_dir)})"
+                )
+                self._tell(
+                    f"{self.sentence}: nothing acknowledged is lost, training goes on with what is "
+                    "there; free space on it"
+                )
         elif self.sentence and now_s - self._last_s > QUIET_S and not stats.get("buffer/changes_unwritten"):
             self.sentence = ""
             lasted_s, count = self._last_s - self._since_s, refused - self._num_before
-            self._tell(f"the disk of {self._run_dir} takes all again: {count:.0f} writes were refused in {lasted_s:.0f} s")
+            self._tell(
+                f"the disk of {self._run_dir} takes all again: {count:.0f} writes were refused in "
+                f"{lasted_s:.0f} s"
+            )
 
 
 def _room(directory: Path) -> str:
@@ -78,7 +98,9 @@ def _room(directory: Path) -> str:
 class Health:
     """Judges one set of gauges after another; tells, or raises AgroError."""
 
-    def __init__(self, config: Config, services: Services, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: Config, services: Services, run_dir: Path, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._config, self._services, self._run_dir, self._clock = config, services, run_dir, clock
         self._watchdog = Watchdog(config.run.timeout_s)
         self._rewards = Recent()
@@ -86,14 +108,22 @@ class Health:
         self._disk = FullDisk(run_dir, services.event, clock)
         self._starts: float | None = None
         self._waited_s = 0.0
-        self._alone_since_step: int | None = None  # The step at which the learner had no actor left; None while it has.
+        # The step at which the learner had no actor left; None while it has.
+        self._alone_since_step: int | None = None
 
     @property
     def num_buffer_deaths(self) -> int:
         """Restarts of buffer shards so far."""
         return self._buffer_deaths.total
 
-    def look(self, stats: Mapping[str, float], view: Mapping[str, Any], num_evaluations: int, fleet: Fleet, learner: Learner) -> None:
+    def look(
+        self,
+        stats: Mapping[str, float],
+        view: Mapping[str, Any],
+        num_evaluations: int,
+        fleet: Fleet,
+        learner: Learner,
+    ) -> None:
         """Judge. `stats` of the buffer, `view` of the monitor. Raises RewardError, TrainingError."""
         self._judge_rewards(stats)
         self._judge_buffer(stats)
@@ -104,12 +134,15 @@ class Health:
             self._watch_progress(self._observed(stats, view, num_evaluations, fleet), fleet, learner)
 
     def _judge_rewards(self, stats: Mapping[str, float]) -> None:
-        errors, samples = self._rewards.since_then(self._clock(), stats["buffer/samples_error"], stats["buffer/samples_total"])
+        errors, samples = self._rewards.since_then(
+            self._clock(), stats["buffer/samples_error"], stats["buffer/samples_total"]
+        )
         if samples >= MIN_SCORED_SAMPLES and errors / samples > self._config.rewards.max_error_fraction:
             _, _, texts = self._services.ask(self._services.buffer.error_summary(), BUFFER)
             shown = "\n  ".join(dict.fromkeys(texts))
             raise RewardError(
-                f"{errors:.0f} of the last {samples:.0f} samples got no reward, more than rewards.max_error_fraction = "
+                f"{errors:.0f} of the last {samples:.0f} samples got no reward, more than "
+                "rewards.max_error_fraction = "
                 f"{self._config.rewards.max_error_fraction}. The last errors:\n  {shown}"
             )
 
@@ -129,30 +162,46 @@ class Health:
         self._starts = starts
 
     def service_restarted(self, who: str, words: Sequence[str]) -> None:
-        """Monitor or board was started again by Ray; `words`: the last of its log. Raises TrainingError for too many deaths."""
+        """Monitor or board was started again by Ray; `words`: the last of its log. Raises TrainingError
+        for too many deaths.
+        """
         count = self._service_deaths.note(who, self._clock())
         cause = "its process was killed (kill -9, or the kernel for lack of memory) or crashed"
         if count >= MAX_DEATHS:
             raise TrainingError(crash_loop(who, count, "\n".join([cause, *words])))
-        self._services.event("\n".join([f"{who} restarted ({_ordinal(self._service_deaths.of(who))} time): {cause}", *words]))
+        self._services.event(
+            "\n".join([f"{who} restarted ({_ordinal(self._service_deaths.of(who))} time): {cause}", *words])
+        )
 
     def _notice_lonely_learner(self, stats: Mapping[str, float], step: int, fleet: Fleet) -> None:
         """The learner waits and nobody is there who could feed it: said once, and when it goes on."""
         is_waiting = stats["buffer/wait_batch_s"] > self._waited_s
         self._waited_s = stats["buffer/wait_batch_s"]
         running = fleet.names("running")
-        has_actors = bool(set(running) - set(fleet.rollout_names())) if self._config.is_offline else bool(fleet.rollout_names("running"))
+        has_actors = (
+            bool(set(running) - set(fleet.rollout_names()))
+            if self._config.is_offline
+            else bool(fleet.rollout_names("running"))
+        )
         if self._alone_since_step is None and fleet.num_deaths and not has_actors and is_waiting:
             self._alone_since_step = step
-            self._services.event(f"all actors are dead; the learner waits at step {step} and goes on by itself when one is back")
+            self._services.event(
+                f"all actors are dead; the learner waits at step {step} and goes on by "
+                "itself when one is back"
+            )
         elif self._alone_since_step is not None and step > self._alone_since_step and has_actors:
             self._alone_since_step = None
             self._services.event(f"the learner goes on: step {step}")
 
-    def _observed(self, stats: Mapping[str, float], view: Mapping[str, Any], num_evaluations: int, fleet: Fleet) -> Observation:
+    def _observed(
+        self, stats: Mapping[str, float], view: Mapping[str, Any], num_evaluations: int, fleet: Fleet
+    ) -> Observation:
         running = set(fleet.names("running", "retiring"))
         coming = [entry for entry in fleet.status() if entry["state"] in ("waiting for placement", "loading")]
-        absent = [f"{entry['name']} {entry['state']} for {entry['since_s']:.0f} s {entry['note']}".strip() for entry in coming]
+        absent = [
+            f"{entry['name']} {entry['state']} for {entry['since_s']:.0f} s {entry['note']}".strip()
+            for entry in coming
+        ]
         return Observation(
             time_s=self._clock(),
             step=step_of(view),
@@ -170,7 +219,9 @@ class Health:
         if stall is not None:
             handles = {**fleet.handles(), **learner.handles()}
             # Some may not answer for seconds: not in the way of the next look.
-            threading.Thread(target=self._tell_stall, args=(stall, handles), name="stacks", daemon=True).start()
+            threading.Thread(
+                target=self._tell_stall, args=(stall, handles), name="stacks", daemon=True
+            ).start()
 
     def _tell_stall(self, stall: str, handles: Mapping[str, Any]) -> None:
         try:

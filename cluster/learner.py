@@ -1,6 +1,7 @@
 """The learner of a run: its gang of ranks, and another one from the newest checkpoint when a rank dies.
 
-Actors and buffer live on meanwhile. The batches since the checkpoint are asked for again by their steps, and are the same.
+Actors and buffer live on meanwhile. The batches since the checkpoint are asked for again by their steps, and
+are the same.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Learner:
         forget_snapshots: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`peers`: buffer shards, board, monitor. `forget_snapshots`: what a dead learner published cannot be fetched any more."""
+        """`peers`: buffer shards, board, monitor. `forget_snapshots`: what a dead learner published
+        cannot be fetched any more.
+        """
         self._config, self._pad_id, self._peers, self._run_dir = config, pad_id, tuple(peers), run_dir
         self._tell, self._forget_snapshots, self._clock = tell, forget_snapshots, clock
         self._deaths = DeathCount(DEATHS_WINDOW_S)
@@ -60,7 +63,9 @@ class Learner:
         return self._gang.handles()
 
     def look(self) -> None:
-        """One step further. Raises AgroError for what another start would not mend, and for too many deaths."""
+        """One step further. Raises AgroError for what another start would not mend, and for too many
+        deaths.
+        """
         try:
             self._gang.look()
         except RankDied as error:
@@ -84,7 +89,10 @@ class Learner:
         if self._stopping or not self._config.checkpoint.every:
             raise error
         if count >= MAX_DEATHS:
-            raise TrainingError(f"learner ranks died {count} times within {DEATHS_WINDOW_S / 60:.0f} minutes, the last time: {error}")
+            raise TrainingError(
+                f"learner ranks died {count} times within {DEATHS_WINDOW_S / 60:.0f} "
+                f"minutes, the last time: {error}"
+            )
         self._tell(f"{error}; starting the learner again")
         self._gang.kill()
         self._forget_snapshots()
@@ -95,7 +103,8 @@ class Learner:
         if found is not None:
             if found[1].step > self._config.run.steps:
                 raise ConfigError(
-                    f"run.steps = {self._config.run.steps}, but the run in {self._run_dir} has done {found[1].step} steps already. "
+                    f"run.steps = {self._config.run.steps}, but the run in {self._run_dir} has done "
+                    f"{found[1].step} steps already. "
                     "Raise run.steps."
                 )
             self._tell(f"going on from {found[0].name}")

@@ -1,12 +1,15 @@
 """How much memory a run will want, from the model's config alone: no weights are read, nothing is downloaded.
 
-An estimate, for choosing GPUs before they are paid for. Legend: P parameters, N ranks, b bytes of `model.dtype`,
-T `learner.micro_batch_tokens`, L layers, h hidden size, f MLP size, k key/value width (heads x head size), V vocabulary,
-Q parameters that are trained: P, or with LoRA rank (in + out) of every linear layer but the LM head.
+An estimate, for choosing GPUs before they are paid for. Legend: P parameters, N ranks, b bytes of
+`model.dtype`, T `learner.micro_batch_tokens`, L layers, h hidden size, f MLP size, k key/value width (heads x
+head size), V vocabulary, Q parameters that are trained: P, or with LoRA rank (in + out) of every linear layer
+but the LM head.
 
-Learner, per rank, DeepSpeed ZeRO-3 with AdamW (DeepSpeed 0.19's buffers; the same sum as the ZeRO paper's, arXiv 1910.02054):
+Learner, per rank, DeepSpeed ZeRO-3 with AdamW (DeepSpeed 0.19's buffers; the same sum as the ZeRO paper's,
+arXiv 1910.02054):
 
-    parameters b P/N, adapters b Q/N; gradients, summed in float32, 4 Q/N; Adam's two moments 8 Q/N; float32 master 4 Q/N
+    parameters b P/N, adapters b Q/N; gradients, summed in float32, 4 Q/N; Adam's two moments 8 Q/N; float32
+    master 4 Q/N
                   (none if b = 4: it is the parameters)
     reference     b P/N, proximal policy b P/N, each only where the objective needs it; with LoRA b Q/N, and nothing before it has moved
     gathered      b min(P, 1e9), if N > 1 or all is offloaded from a GPU: whole parameters kept at hand (stage3_max_live_parameters);
@@ -17,11 +20,13 @@ Learner, per rank, DeepSpeed ZeRO-3 with AdamW (DeepSpeed 0.19's buffers; the sa
     activations   b T (L (8h + 2k + 4f) + 2h), counted on Llama with sdpa; with gradient checkpointing b T (L h + 8h + 2k + 4f + 2h);
                   with LoRA a layer keeps 2h less, whose norms need no gradient, and 7 rank more
     log-probs     three float32 chunks of the logits, 128 MiB each at most, and up to 256 MiB of logits (learner/logprobs.py); the LM head's
-                  gradient, b V h, and 4 V h more while it is summed over chunks, unless it is frozen. For models that rescale their
-                  logits: 2 b T V, all logits and their gradient, and 128 MiB to upcast pieces of them
+                  gradient, b V h, and 4 V h more while it is summed over chunks, unless it is frozen. For
+                  models that rescale their logits: 2 b T V, all logits and their gradient, and 128 MiB to
+                  upcast pieces of them
     checkpoint    what is saved, once more in host memory: (4 + 8) Q/N, and copies that have moved
 
-Actor: weights b P, adapters that come alone b Q (by vLLM's next higher rank), and a KV cache of 2 L k b per token.
+Actor: weights b P, adapters that come alone b Q (by vLLM's next higher rank), and a KV cache of 2 L k b per
+token.
 """
 
 from __future__ import annotations
@@ -57,7 +62,8 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What one learner rank and one actor want. `source` says where the figures come from; without a model the parts are empty.
+    """What one learner rank and one actor want. `source` says where the figures come from; without a model
+    the parts are empty.
 
     `notes` are sentences about what follows for the config.
     """
@@ -84,11 +90,14 @@ class _Shape(NamedTuple):
 
 
 def estimate_memory(config: Config) -> MemoryEstimate:
-    """The estimate for `config.model`: by its config if that is on disk or in the hub's cache, else by the size in its name."""
+    """The estimate for `config.model`: by its config if that is on disk or in the hub's cache, else by
+    the size in its name.
+    """
     path = config.model.path
     try:
         shape = _shape_of(config)
-    except (OSError, ValueError, ImportError, AttributeError) as error:  # not there, broken, or no transformer
+    # not there, broken, or no transformer
+    except (OSError, ValueError, ImportError, AttributeError) as error:
         millions = _size_in_name(path)
         reason = _why_not_at_hand(path, error)
         if millions is None:
@@ -103,7 +112,9 @@ def estimate_memory(config: Config) -> MemoryEstimate:
 
 
 def _shape_of(config: Config) -> _Shape:
-    """Shape of the model by its Hugging Face config, built on the meta device. Raises OSError when there is no config at hand."""
+    """Shape of the model by its Hugging Face config, built on the meta device. Raises OSError when
+    there is no config at hand.
+    """
     model = empty_model(config.model, local_files_only=True)
     text = model.config.get_text_config()
     heads = text.num_attention_heads
@@ -128,7 +139,9 @@ def _why_not_at_hand(path: str, error: Exception) -> str:
 
 
 def _size_in_name(path: str) -> float | None:
-    """Millions of parameters by a name such as `Llama-3-8B`, `SmolLM2-135M` or `8x7B`; None when it says nothing."""
+    """Millions of parameters by a name such as `Llama-3-8B`, `SmolLM2-135M` or `8x7B`; None when it
+    says nothing.
+    """
     match = _SIZE_IN_NAME.search(path.rstrip("/").rsplit("/", 1)[-1])
     if match is None:
         return None
@@ -170,11 +183,17 @@ def _learner_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
 
 
 def _frozen_bytes(config: Config, share: float, adapters: float) -> tuple[float, float]:
-    """Of the reference and of the proximal policy, of one rank: whole models, or copies of adapters once they are any."""
-    has_reference, has_proximal = frozen_policies(load_objective(config.learner.objective, config.agro, config.rivals))
+    """Of the reference and of the proximal policy, of one rank: whole models, or copies of adapters
+    once they are any.
+    """
+    has_reference, has_proximal = frozen_policies(
+        load_objective(config.learner.objective, config.agro, config.rivals)
+    )
     b = BYTES[config.model.dtype]
     if config.learner.lora_rank:
-        return b * adapters * (has_reference and config.agro.ref_update_every > 0), b * adapters * has_proximal
+        return b * adapters * (
+            has_reference and config.agro.ref_update_every > 0
+        ), b * adapters * has_proximal
     return b * share * has_reference, b * share * has_proximal
 
 
@@ -185,7 +204,11 @@ def _activation_bytes(config: Config, shape: _Shape) -> float:
     one_layer = 8 * shape.hidden + 2 * shape.kv_width + 4 * shape.mlp
     if learner.lora_rank:
         one_layer += 7 * learner.lora_rank - 2 * shape.hidden
-    layers = shape.layers * shape.hidden + one_layer if learner.gradient_checkpointing else shape.layers * one_layer
+    layers = (
+        shape.layers * shape.hidden + one_layer
+        if learner.gradient_checkpointing
+        else shape.layers * one_layer
+    )
     return BYTES[config.model.dtype] * learner.micro_batch_tokens * (layers + 2 * shape.hidden)
 
 
@@ -194,19 +217,32 @@ def _logprob_bytes(config: Config, shape: _Shape) -> float:
     b, logits = BYTES[config.model.dtype], config.learner.micro_batch_tokens * shape.vocabulary
     if shape.has_whole_logits:
         return 2 * b * logits + CHUNK_BYTES
-    head = 0 if config.learner.lora_rank else shape.vocabulary * shape.hidden * (b if 4 * logits <= CHUNK_BYTES else b + 4)
+    head = (
+        0
+        if config.learner.lora_rank
+        else shape.vocabulary * shape.hidden * (b if 4 * logits <= CHUNK_BYTES else b + 4)
+    )
     return 3 * min(4 * logits, CHUNK_BYTES) + min(b * logits, KEPT_BYTES) + head
 
 
 def _actor_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
     b = BYTES[config.model.dtype]
     weights = Part("weights", b * shape.num_params)
-    adapters = Part("adapters", b * served_rank(config.learner.lora_rank) * shape.adapted if config.weights.adapters == "alone" else 0)
+    adapters = Part(
+        "adapters",
+        b * served_rank(config.learner.lora_rank) * shape.adapted
+        if config.weights.adapters == "alone"
+        else 0,
+    )
     if config.actors.num_gpus == 0:
         cache = Part("KV cache", config.actors.kv_cache_gib * GIB)
     else:
         cache = Part("KV cache of all slots", _cache_bytes(config, shape) * config.actors.slots)
-    return tuple(part for part in (weights, adapters, cache, Part("process", PROCESS_BYTES, on_host=True)) if part.num_bytes)
+    return tuple(
+        part
+        for part in (weights, adapters, cache, Part("process", PROCESS_BYTES, on_host=True))
+        if part.num_bytes
+    )
 
 
 def _cache_bytes(config: Config, shape: _Shape) -> float:
@@ -221,19 +257,27 @@ def _notes(config: Config, shape: _Shape) -> list[str]:
     whole = BYTES[config.model.dtype] * shape.num_params / GIB
     if whole >= 1 and config.weights.adapters == "merged":
         notes.append(
-            f"a snapshot of the weights takes {whole:.1f} GiB of host memory beside learner rank 0, and as much of Ray's object store "
+            f"a snapshot of the weights takes {whole:.1f} GiB of host memory beside learner rank 0, and as "
+            "much of Ray's object store "
             "for each version that actors still load."
         )
     if whole >= 1 and config.learner.ranks == 1:  # More ranks load under zero.Init, each its share.
-        notes.append(f"while it loads, the learner holds the whole model once more: {whole:.1f} GiB, first in host memory.")
+        notes.append(
+            f"while it loads, the learner holds the whole model once more: {whole:.1f} GiB, first "
+            "in host memory."
+        )
     if not one:
         return notes
     length = f"full length ({config.max_sequence_tokens} tokens)"
     cache = f"actors.kv_cache_gib = {actors.kv_cache_gib}"
     if actors.num_gpus > 0:
-        gpu = sum(part.num_bytes for part in _actor_parts(config, shape) if not part.on_host) / actors.gpu_memory_utilization
+        gpu = (
+            sum(part.num_bytes for part in _actor_parts(config, shape) if not part.on_host)
+            / actors.gpu_memory_utilization
+        )
         notes.append(
-            f"an actor's GPU of {gpu / GIB:.1f} GiB holds all {actors.slots} slots at {length}; on a smaller one vLLM runs fewer at once."
+            f"an actor's GPU of {gpu / GIB:.1f} GiB holds all {actors.slots} slots at {length}; on a smaller "
+            "one vLLM runs fewer at once."
         )
     elif actors.kv_cache_gib * GIB < one:
         notes.append(
@@ -242,7 +286,8 @@ def _notes(config: Config, shape: _Shape) -> list[str]:
         )
     elif actors.kv_cache_gib * GIB < one * actors.slots:
         notes.append(
-            f"{cache} holds {int(actors.kv_cache_gib * GIB // one)} sequences of {length}, fewer than actors.slots = {actors.slots}; "
+            f"{cache} holds {int(actors.kv_cache_gib * GIB // one)} sequences of {length}, fewer than "
+            f"actors.slots = {actors.slots}; "
             f"all of them want {one * actors.slots / GIB:.2f} GiB."
         )
     return notes
@@ -255,7 +300,9 @@ def host_bytes(config: Config, estimate: MemoryEstimate) -> float:
         return sum(part.num_bytes for part in parts if part.on_host or not num_gpus)
 
     learner, actors = config.learner, config.actors
-    return learner.ranks * on_host(estimate.learner, learner.num_gpus) + actors.count * on_host(estimate.actor, actors.num_gpus)
+    return learner.ranks * on_host(estimate.learner, learner.num_gpus) + actors.count * on_host(
+        estimate.actor, actors.num_gpus
+    )
 
 
 def render_memory(config: Config, estimate: MemoryEstimate) -> list[str]:
@@ -271,5 +318,8 @@ def render_memory(config: Config, estimate: MemoryEstimate) -> list[str]:
         ):
             if here:
                 listed = ", ".join(f"{part.name} {part.num_bytes / GIB:.2f}" for part in here)
-                lines.append(f"  {role:<22} {where:<4} {sum(part.num_bytes for part in here) / GIB:>7.2f} GiB: {listed}")
+                lines.append(
+                    f"  {role:<22} {where:<4} {sum(part.num_bytes for part in here) / GIB:>7.2f} "
+                    f"GiB: {listed}"
+                )
     return lines + [f"  {note}" for note in estimate.notes]

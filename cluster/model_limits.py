@@ -1,7 +1,8 @@
-"""What a model's sizes allow: how long a sequence may be, and which token ids there are. Told before anything starts, with the numbers.
+"""What a model's sizes allow: how long a sequence may be, and which token ids there are. Told before anything
+starts, with the numbers.
 
-An engine refuses a length beyond the model's positions minutes later; a token id beyond the embedding ends the learner in an IndexError,
-on a GPU in an assertion that names nothing.
+An engine refuses a length beyond the model's positions minutes later; a token id beyond the embedding ends
+the learner in an IndexError, on a GPU in an assertion that names nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ _SCALED = ("longrope", "su", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_
 
 
 def max_positions(found: Any) -> tuple[int, str] | None:
-    """Most tokens of a sequence of the model with this Hugging Face config, and how that is known; None where nothing bounds it."""
+    """Most tokens of a sequence of the model with this Hugging Face config, and how that is known; None
+    where nothing bounds it.
+    """
     text = found.get_text_config()
     known = {name: value for name in _POSITIONS if isinstance(value := getattr(text, name, None), int)}
     if not known:
@@ -53,20 +56,26 @@ def check_length(config: Config, found: Any, prompts: PromptSet) -> None:
         return
     longest = max((len(row.token_ids) for row in prompts.rows), default=0)
     raise ConfigError(
-        f"data.max_prompt_tokens = {config.data.max_prompt_tokens} + actors.max_new_tokens = {config.actors.max_new_tokens} are {asked} "
+        f"data.max_prompt_tokens = {config.data.max_prompt_tokens} + actors.max_new_tokens = "
+        f"{config.actors.max_new_tokens} are {asked} "
         f"tokens, but {config.model.path} has positions for {limit[0]} ({limit[1]}). Lower one of them; "
         f"the longest prompt has {longest} tokens."
     )
 
 
-def check_token_ids(config: Config, found: Any, tokenizer: Any, prompts: PromptSet, held_out: PromptSet) -> None:
-    """Raises ConfigError or DataError for a padding, a prompt or an offline completion with a token that the embedding does not have."""
+def check_token_ids(
+    config: Config, found: Any, tokenizer: Any, prompts: PromptSet, held_out: PromptSet
+) -> None:
+    """Raises ConfigError or DataError for a padding, a prompt or an offline completion with a token
+    that the embedding does not have.
+    """
     size = found.get_text_config().vocab_size
     has = f"the embedding of {config.model.path} has {size} rows (vocab_size)"
     pad = tokenizer.pad_token_id
     if pad is not None and not 0 <= pad < size:
         raise ConfigError(
-            f"the tokenizer's pad token {tokenizer.decode([pad])!r} has the id {pad}, but {has}. Name another pad_token in "
+            f"the tokenizer's pad token {tokenizer.decode([pad])!r} has the id {pad}, but {has}. Name "
+            "another pad_token in "
             "tokenizer_config.json, or enlarge the model's embedding (resize_token_embeddings) and save it."
         )
     for source, rows in ((prompts.source, prompts.rows), (held_out.source, held_out.rows)):
@@ -74,8 +83,10 @@ def check_token_ids(config: Config, found: Any, tokenizer: Any, prompts: PromptS
         if beyond:
             row, number = beyond[0]
             raise DataError(
-                f"{source}: {len(beyond)} prompts hold tokens that the model does not know, the first in row {row.row + 1}: "
-                f"{tokenizer.decode([number])!r} has the id {number}, but {has}. The tokenizer is not this model's, or tokens were added "
+                f"{source}: {len(beyond)} prompts hold tokens that the model does not know, the first in row "
+                f"{row.row + 1}: "
+                f"{tokenizer.decode([number])!r} has the id {number}, but {has}. The tokenizer is not this "
+                "model's, or tokens were added "
                 "to it: enlarge the embedding (resize_token_embeddings), or remove them."
             )
 

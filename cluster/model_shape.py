@@ -12,39 +12,57 @@ if TYPE_CHECKING:
 
 
 def empty_model(model: ModelConfig, *, local_files_only: bool = False) -> Any:
-    """The Hugging Face model on torch's meta device. Raises OSError where there is no config to be had, ValueError where it is broken."""
+    """The Hugging Face model on torch's meta device. Raises OSError where there is no config to be had,
+    ValueError where it is broken.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     trust = model.trust_remote_code
-    config = AutoConfig.from_pretrained(model.path, local_files_only=local_files_only, trust_remote_code=trust)
+    config = AutoConfig.from_pretrained(
+        model.path, local_files_only=local_files_only, trust_remote_code=trust
+    )
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 
 
 def adapted_layers(module: Any) -> dict[str, torch.nn.Linear]:
-    """The layers that get a LoRA adapter, by name: every linear layer of a Hugging Face causal LM except its LM head.
+    """The layers that get a LoRA adapter, by name: every linear layer of a Hugging Face causal LM except its
+    LM head.
 
     Raises ConfigError when there are none.
     """
     import torch
 
     head = module.get_output_embeddings()
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head}
+    layers = {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, torch.nn.Linear) and layer is not head
+    }
     if not layers:
         raise ConfigError(
-            f"learner.lora_rank: {type(module).__name__} has no linear layers (torch.nn.Linear) to adapt. Set learner.lora_rank=0."
+            f"learner.lora_rank: {type(module).__name__} has no linear layers (torch.nn.Linear) to adapt. "
+            "Set learner.lora_rank=0."
         )
     return layers
 
 
 def num_fused(module: Any) -> int:
-    """Parameters of a mixture's experts that lie together in one tensor: no linear layers, so that no adapter takes them."""
-    return sum(parameter.numel() for name, parameter in module.named_parameters() if parameter.dim() == 3 and ".experts." in name)
+    """Parameters of a mixture's experts that lie together in one tensor: no linear layers, so that no
+    adapter takes them.
+    """
+    return sum(
+        parameter.numel()
+        for name, parameter in module.named_parameters()
+        if parameter.dim() == 3 and ".experts." in name
+    )
 
 
 def load_model_config(model: ModelConfig) -> Any:
-    """The Hugging Face config of the model. Raises ConfigError where there is none to be had, or none that transformers understands."""
+    """The Hugging Face config of the model. Raises ConfigError where there is none to be had, or none
+    that transformers understands.
+    """
     from transformers import AutoConfig
 
     try:
@@ -55,7 +73,9 @@ def load_model_config(model: ModelConfig) -> Any:
 
 
 def model_class(found: Any) -> Any:
-    """The class that AutoModelForCausalLM makes of a Hugging Face config; None where that is the model's own code, or there is none."""
+    """The class that AutoModelForCausalLM makes of a Hugging Face config; None where that is the
+    model's own code, or there is none.
+    """
     from transformers import AutoModelForCausalLM
 
     kind = AutoModelForCausalLM._model_mapping.get(type(found), None)
@@ -63,9 +83,14 @@ def model_class(found: Any) -> Any:
 
 
 def carries_state(found: Any) -> bool:
-    """Whether some layers hand a state from token to token, rather than attend: mamba, linear attention, convolutions."""
+    """Whether some layers hand a state from token to token, rather than attend: mamba, linear
+    attention, convolutions.
+    """
     kinds = {*(getattr(found.get_text_config(), "layer_types", None) or ())}
-    return bool(getattr(model_class(found), "_is_stateful", False) or any("attention" not in kind or "linear" in kind for kind in kinds))
+    return bool(
+        getattr(model_class(found), "_is_stateful", False)
+        or any("attention" not in kind or "linear" in kind for kind in kinds)
+    )
 
 
 def rope_parameters(found: Any) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ REMEDY = "Fetch it again from where the model comes from."
 
 
 def check_weights(model: ModelConfig) -> None:
-    """Raises ConfigError, in one line, for a directory whose weights are missing, torn, or pointers to weights.
+    """Raises ConfigError, in one line, for a directory whose weights are missing, torn, or pointers to
+    weights.
 
     What is taken from the hub is checked as it is fetched.
     """
@@ -22,24 +23,34 @@ def check_weights(model: ModelConfig) -> None:
         return
     for path in _weight_files(folder):
         if not path.is_file():
-            raise ConfigError(f"model.path = {folder}: its index names {path.name}, which is not there. {REMEDY}")
+            raise ConfigError(
+                f"model.path = {folder}: its index names {path.name}, which is not there. {REMEDY}"
+            )
         if why := _why_unreadable(path):
             raise ConfigError(f"{path} {why}. {REMEDY}")
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would load, in its order of preference. Raises ConfigError where there are none."""
+    """The files that transformers would load, in its order of preference. Raises ConfigError where
+    there are none.
+    """
     for name in WHOLE:
         if (folder / name).is_file():
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
-                return [folder / shard for shard in sorted({*json.loads(index.read_bytes())["weight_map"].values()})]
+                return [
+                    folder / shard
+                    for shard in sorted({*json.loads(index.read_bytes())["weight_map"].values()})
+                ]
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise ConfigError(f"{index} is no index of weights (weight_map). {REMEDY}") from None
     present = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
-    raise ConfigError(f"model.path = {folder}: no weights: neither {' nor '.join(WHOLE)}, but {present}. Copy the model's weights there.")
+    raise ConfigError(
+        f"model.path = {folder}: no weights: neither {' nor '.join(WHOLE)}, but {present}. "
+        "Copy the model's weights there."
+    )
 
 
 def _why_unreadable(path: Path) -> str:

@@ -6,8 +6,8 @@
     driver  --log_evaluation-|            +--> W&B                 a thread of its own: see wandb_writer
             --event----------'            '--> view()              a snapshot for the terminal
 
-`Monitor` is plain Python; the driver makes a Ray actor of it. Calls do not raise because of what the values are:
-what is no finite number is written as null and counted (`monitor/null_values`).
+`Monitor` is plain Python; the driver makes a Ray actor of it. Calls do not raise because of what the values
+are: what is no finite number is written as null and counted (`monitor/null_values`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ import msgspec
 
 from buffer.records import Evaluation
 from cluster.config import Config
-from cluster.metrics import METRICS, JsonLines, Redactor, StepLines, finite, finite_tree, last_json_lines, replace_json
+from cluster.metrics import (
+    METRICS,
+    JsonLines,
+    Redactor,
+    StepLines,
+    finite,
+    finite_tree,
+    last_json_lines,
+    replace_json,
+)
 from cluster.wandb_writer import WandbWriter, wandb_mode
 
 __all__ = ["Monitor", "wandb_mode"]
@@ -42,16 +51,22 @@ _VIEW_EVENTS = 40
 class Monitor:
     """Merges what learner, actors, buffer and driver report into rows, and writes them.
 
-    Row `progress/step == config.run.steps` is held back until `close`, so that the final evaluation, which comes after it,
-    is in the last row. Existing files of `run_dir` are appended to: a continued run goes on in them, and
-    a step that it does again replaces what was written of it.
+    Row `progress/step == config.run.steps` is held back until `close`, so that the final evaluation, which
+    comes after it, is in the last row. Existing files of `run_dir` are appended to: a continued run goes on
+    in them, and a step that it does again replaces what was written of it.
     """
 
-    def __init__(self, config: Config, run_dir: str, clock: Callable[[], float] = time.monotonic, began_at_s: float | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: str,
+        clock: Callable[[], float] = time.monotonic,
+        began_at_s: float | None = None,
+    ) -> None:
         """`run_dir` is made if missing; raises ConfigError as `wandb_mode` does. `clock` gives seconds.
 
-        `began_at_s` (since 1970): when this start of the run began. A monitor that is started again within it takes up its times, and
-        the row that it held back.
+        `began_at_s` (since 1970): when this start of the run began. A monitor that is started again within it
+        takes up its times, and the row that it held back.
         """
         mode = wandb_mode(config)
         self._config, self._run_dir, self._clock = config, Path(run_dir), clock
@@ -70,7 +85,8 @@ class Monitor:
         self._actors: dict[str, _ActorGauge] = {}
         self._buffer: dict[str, Any] = {}
         self._row: dict[str, Any] = dict.fromkeys(METRICS)
-        self._rows_seen = collections.deque[tuple[float, float, Any]](maxlen=_HISTORY_ROWS)  # wall_s, step, reward
+        # wall_s, step, reward
+        self._rows_seen = collections.deque[tuple[float, float, Any]](maxlen=_HISTORY_ROWS)
         self._held: dict[str, Any] | None = None
         self._null_values = 0
         self._began_at_s = began_at_s
@@ -79,10 +95,19 @@ class Monitor:
         self._event_number = 0
         self._closed = False
         public_config = json.loads(self._redact(json.dumps(config.model_dump(mode="json"))))
-        self._wandb = WandbWriter(config.run.name, config.monitor.project, public_config, self._run_dir, mode, config.monitor.shows_samples)
+        self._wandb = WandbWriter(
+            config.run.name,
+            config.monitor.project,
+            public_config,
+            self._run_dir,
+            mode,
+            config.monitor.shows_samples,
+        )
 
     def log_step(self, row: Mapping[str, float | None]) -> None:
-        """One row of the learner; the newest gauges, rates and evaluation join it. The last step's row waits for `close`."""
+        """One row of the learner; the newest gauges, rates and evaluation join it. The last step's row
+        waits for `close`.
+        """
         now_s = self._clock()
         live = [actor for actor in self._actors.values() if now_s - actor.seen_s <= SILENT_S]
         rates = [rate for actor in live if (rate := actor.rates()) is not None]
@@ -107,15 +132,24 @@ class Monitor:
         self._report_wandb_failures()
 
     def log_actor(self, name: str, counters: Mapping[str, Any]) -> None:
-        """Cumulative counters of one rollout actor (`generated_tokens`, `busy_s`, ...) and gauges (`version`, `apply_s`, ...)."""
-        clean = {key: value if isinstance(value, str) else self._number(value) for key, value in counters.items()}
+        """Cumulative counters of one rollout actor (`generated_tokens`, `busy_s`, ...) and gauges
+        (`version`, `apply_s`, ...).
+        """
+        clean = {
+            key: value if isinstance(value, str) else self._number(value) for key, value in counters.items()
+        }
         self._actors.setdefault(name, _ActorGauge()).report(self._clock(), clean)
 
     def generation(self) -> dict[str, tuple[tuple[float, float], float]]:
-        """By actor: tokens of its finished and of its unfinished samples, and seconds since it was last heard of."""
+        """By actor: tokens of its finished and of its unfinished samples, and seconds since it was last
+        heard of.
+        """
         now_s, names = self._clock(), ("generated_tokens", "tokens_under_way")
         return {
-            name: ((actor.counters.get(names[0]) or 0.0, actor.counters.get(names[1]) or 0.0), now_s - actor.seen_s)
+            name: (
+                (actor.counters.get(names[0]) or 0.0, actor.counters.get(names[1]) or 0.0),
+                now_s - actor.seen_s,
+            )
             for name, actor in self._actors.items()
         }
 
@@ -125,28 +159,38 @@ class Monitor:
 
     def log_evaluation(self, evaluation: Evaluation, samples: list[dict[str, Any]]) -> None:
         """A finished evaluation; the next rows carry the newest one. `samples`: the keys of `log_samples`."""
-        line = {**msgspec.structs.asdict(evaluation), "wall_s": self._clock() - self._start_s, "samples": samples}
+        line = {
+            **msgspec.structs.asdict(evaluation),
+            "wall_s": self._clock() - self._start_s,
+            "samples": samples,
+        }
         self._files["evaluations"].append(line)
         self._note_evaluation(finite_tree(line))
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Samples of one batch: dicts of step, version, staleness, prompt, completion, reward, error, advantage, answer (optional)."""
+        """Samples of one batch: dicts of step, version, staleness, prompt, completion, reward, error,
+        advantage, answer (optional).
+        """
         self._samples.rewind(step)
         for sample in samples:
             self._samples.append({"step": step, **sample})
         # W&B gets what the file gets: redacted, finite.
-        public = json.loads(self._redact(json.dumps(finite_tree([{"step": step, **sample} for sample in samples]))))
+        public = json.loads(
+            self._redact(json.dumps(finite_tree([{"step": step, **sample} for sample in samples])))
+        )
         self._wandb.log_samples(step, public)
 
     def event(self, text: str) -> None:
         """Something worth telling: an actor replaced, a warning, a publication that failed."""
         record = {"time": time.time(), "wall_s": self._clock() - self._start_s, "text": self._redact(text)}
         self._files["events"].append(record)
-        self._event_number = max(self._event_number + 1, time.time_ns() // 1000)  # Rises also over a restart of this process.
+        # Rises also over a restart of this process.
+        self._event_number = max(self._event_number + 1, time.time_ns() // 1000)
         self._events.append({**record, "number": self._event_number})
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        """Write the held row with the newest evaluation, write summary.json, finish W&B within `WANDB_FINISH_S`.
+        """Write the held row with the newest evaluation, write summary.json, finish W&B within
+        `WANDB_FINISH_S`.
 
         A second call does nothing.
         """
@@ -160,7 +204,10 @@ class Monitor:
         self._write_summary(public)
         flat = {key: value for key, value in public.items() if isinstance(value, int | float | str)}
         if not self._wandb.finish(flat, WANDB_FINISH_S):
-            self.event(f"W&B did not finish within {WANDB_FINISH_S:g} s: {self._wandb.dropped} calls lost; metrics.jsonl has everything")
+            self.event(
+                f"W&B did not finish within {WANDB_FINISH_S:g} s: {self._wandb.dropped} calls lost; "
+                "metrics.jsonl has everything"
+            )
         self._report_wandb_failures()
         for file in self._files.values():
             file.close()
@@ -183,7 +230,9 @@ class Monitor:
             "row": dict(self._row),
             "rewards": [reward for _, _, reward in self._rows_seen if reward is not None],
             "evaluations": list(self._evaluations),
-            "actors": {name: {**actor.counters, **actor.summary(now_s)} for name, actor in self._actors.items()},
+            "actors": {
+                name: {**actor.counters, **actor.summary(now_s)} for name, actor in self._actors.items()
+            },
             "buffer": dict(self._buffer),
             "events": list(self._events),
         }
@@ -216,7 +265,9 @@ class Monitor:
             self._note_held()
 
     def _take_up(self) -> None:
-        """What a monitor of this start of the run, that was killed, had: the newest row, and the row it held back."""
+        """What a monitor of this start of the run, that was killed, had: the newest row, and the row it
+        held back.
+        """
         if self._began_at_s is None:
             return
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -261,15 +312,20 @@ class Monitor:
 
 
 class _ActorGauge:
-    """Rates of one actor from its cumulative counters, over at least `RATE_WINDOW_S` once it has reported for so long."""
+    """Rates of one actor from its cumulative counters, over at least `RATE_WINDOW_S` once it has
+    reported for so long.
+    """
 
     def __init__(self) -> None:
         self.counters: dict[str, Any] = {}
         self.seen_s = 0.0
-        self._reports: collections.deque[tuple[float, float, float]] = collections.deque()  # time, tokens, busy_s
+        # time, tokens, busy_s
+        self._reports: collections.deque[tuple[float, float, float]] = collections.deque()
 
     def report(self, now_s: float, counters: dict[str, Any]) -> None:
-        """Newest counters; a counter that fell means that the actor was started again, and the window with it."""
+        """Newest counters; a counter that fell means that the actor was started again, and the window
+        with it.
+        """
         self.counters, self.seen_s = counters, now_s
         tokens, busy_s = counters.get("generated_tokens") or 0.0, counters.get("busy_s") or 0.0
         if self._reports and (tokens < self._reports[-1][1] or busy_s < self._reports[-1][2]):
@@ -280,7 +336,10 @@ class _ActorGauge:
 
     def rates(self) -> tuple[float, float] | None:
         """Tokens per second and busy share in the window, None before 2 s of it."""
-        (first_s, first_tokens, first_busy_s), (last_s, last_tokens, last_busy_s) = self._reports[0], self._reports[-1]
+        (first_s, first_tokens, first_busy_s), (last_s, last_tokens, last_busy_s) = (
+            self._reports[0],
+            self._reports[-1],
+        )
         elapsed_s = last_s - first_s
         if elapsed_s < 2.0:
             return None

@@ -9,7 +9,9 @@ ROOMS = ("actors", "buffer", "cluster", "learner", "rewards")
 
 
 class OwnWarnings(logging.Handler):
-    """Warnings and errors of the rooms' loggers in this process, each text once; kept until `connect` says where to tell them."""
+    """Warnings and errors of the rooms' loggers in this process, each text once; kept until `connect`
+    says where to tell them.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -5,8 +5,8 @@
     stats = calls.ask(buffer.stats(), "replay buffer")                waits; PeerTimeout names who did not answer
     calls.post(monitor.log_step.remote(row), "monitor", "its rows")   nobody waits; failures are counted, and told when they begin and end
 
-The coroutines run on an event loop in a thread of their own. What a call raises is an error of ours, in a sentence of its own: Ray's
-paragraphs end here.
+The coroutines run on an event loop in a thread of their own. What a call raises is an error of ours, in a
+sentence of its own: Ray's paragraphs end here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _log = logging.getLogger(__name__)
 
 
 class Calls:
-    """An event loop in a daemon thread; `timeout_s` limits what `ask` waits for. `tell` gets what becomes of `post`."""
+    """An event loop in a daemon thread; `timeout_s` limits what `ask` waits for. `tell` gets what
+    becomes of `post`.
+    """
 
     def __init__(self, timeout_s: float, tell: Callable[[str], object] | None = None) -> None:
         self._timeout_s = timeout_s
@@ -40,11 +42,15 @@ class Calls:
         threading.Thread(target=self._loop.run_forever, name="calls", daemon=True).start()
 
     def start(self, call: Awaitable[T], who: str) -> concurrent.futures.Future[T]:
-        """Begins the call; its result, or an error of ours, is in the future: to be looked at. Else use `post`."""
+        """Begins the call; its result, or an error of ours, is in the future: to be looked at. Else use
+        `post`.
+        """
         return asyncio.run_coroutine_threadsafe(answered(call, who), self._loop)
 
     def ask(self, call: Awaitable[T], who: str, timeout_s: float | None = None) -> T:
-        """The call's result. Raises PeerTimeout that names `who` after `timeout_s` (None: the limit of all), or what the call raises."""
+        """The call's result. Raises PeerTimeout that names `who` after `timeout_s` (None: the limit of
+        all), or what the call raises.
+        """
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         future = self.start(call, who)
         try:
@@ -87,7 +93,9 @@ def connect_buffer(handles: Sequence[Any]) -> ShardedBuffer:
 
 
 async def answered(call: Awaitable[T], who: str) -> T:
-    """The call's result. What Ray wraps, or has to say itself, is raised as an error of ours (`processes.explained`)."""
+    """The call's result. What Ray wraps, or has to say itself, is raised as an error of ours
+    (`processes.explained`).
+    """
     try:
         return await call
     except RayError as error:

@@ -1,4 +1,5 @@
-"""Everything that can fail before anything starts: the base model, the prompts, the rewards, the run directory.
+"""Everything that can fail before anything starts: the base model, the prompts, the rewards, the run
+directory.
 
     prepare  --check_start--> --ensure_model--> --check_inputs--> --open_run_dir--> Inputs
     dry_run  --check_start--------------------> --check_inputs--> a report
@@ -45,7 +46,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What the checks of a start have read. `config` has an absolute model path; `notes` are to be told at the start."""
+    """What the checks of a start have read. `config` has an absolute model path; `notes` are to be told
+    at the start.
+    """
 
     config: Config
     prompts: PromptSet
@@ -64,7 +67,9 @@ class Inputs(Checked):
 
 
 def prepare(config: Config) -> Inputs:
-    """Check and load what the run needs; raises an AgroError with a remedy. The run directory is opened last."""
+    """Check and load what the run needs; raises an AgroError with a remedy. The run directory is opened
+    last.
+    """
     quiet_libraries()
     config = locate_model(config)
     check_start(config)
@@ -75,7 +80,9 @@ def prepare(config: Config) -> Inputs:
 
 
 def check_start(config: Config) -> str:
-    """What can be known before the model is there: what the config names, the machine, the run directory. Which one that is, in words."""
+    """What can be known before the model is there: what the config names, the machine, the run
+    directory. Which one that is, in words.
+    """
     check_named(config)
     check_machine(config)
     if not Path(config.model.path).is_absolute():
@@ -84,9 +91,11 @@ def check_start(config: Config) -> str:
 
 
 def check_inputs(config: Config) -> Checked:
-    """Everything that can be known of a run without an engine, once its model is there; leaves nothing on disk.
+    """Everything that can be known of a run without an engine, once its model is there; leaves nothing on
+    disk.
 
-    A start and `--dry-run` both go through here: what is checked here, both find. Raises an AgroError with a remedy.
+    A start and `--dry-run` both go through here: what is checked here, both find. Raises an AgroError with a
+    remedy.
     """
     mode = wandb_mode(config)
     tokenizer = load_tokenizer(config.model)
@@ -95,7 +104,11 @@ def check_inputs(config: Config) -> Checked:
     about_model = (*check_model_files(config.model), *lora_notes(config))
     prompts, notes = load_training(config, tokenizer)
     end_ids = end_token_ids(config.model, tokenizer)
-    notes = [*notes, *end_token_notes(tokenizer, end_ids, vocabulary_size(config.model)), *_ended(prompts, end_ids)]
+    notes = [
+        *notes,
+        *end_token_notes(tokenizer, end_ids, vocabulary_size(config.model)),
+        *_ended(prompts, end_ids),
+    ]
     if reason := no_evaluation(config):
         eval_prompts = PromptSet(rows=[], num_bad_rows=0, source="none")
         notes = [*notes, reason]
@@ -105,13 +118,23 @@ def check_inputs(config: Config) -> Checked:
     check_length(config, found, prompts)
     check_token_ids(config, found, tokenizer, prompts, eval_prompts)
     prompts, eval_prompts = _scorable(config, prompts), _scorable(config, eval_prompts)
-    pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # Any token: what is padded is not looked at.
+    # Any token: what is padded is not looked at.
+    pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     notes = [*notes, *about_model]
-    return Checked(config=config, prompts=prompts, eval_prompts=eval_prompts, pad_id=pad_id, wandb_mode=mode, notes=tuple(notes))
+    return Checked(
+        config=config,
+        prompts=prompts,
+        eval_prompts=eval_prompts,
+        pad_id=pad_id,
+        wandb_mode=mode,
+        notes=tuple(notes),
+    )
 
 
 def load_training(config: Config, tokenizer: Any) -> tuple[PromptSet, list[str]]:
-    """What is trained on, from `data.path`, `data.offline` or both, and what to tell about it; raises DataError."""
+    """What is trained on, from `data.path`, `data.offline` or both, and what to tell about it; raises
+    DataError.
+    """
     if config.is_offline:
         return load_offline(config, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
@@ -125,21 +148,34 @@ def _ended(prompts: PromptSet, end_ids: Sequence[int]) -> Iterator[str]:
     """What to tell of prompts that the model may take for finished."""
     if ended := [row.row + 1 for row in prompts.rows if row.token_ids[-1] in end_ids]:
         yield (
-            f"warning: {len(ended)} of {len(prompts)} prompts end in an end token (the first: row {ended[0]}), as if nothing were to "
-            "follow. Have the chat template open the answer (add_generation_prompt), or take it off the prompts"
+            f"warning: {len(ended)} of {len(prompts)} prompts end in an end token (the first: row "
+            f"{ended[0]}), as if nothing were to "
+            "follow. Have the chat template open the answer (add_generation_prompt), or take it off the "
+            "prompts"
         )
 
 
 def _scorable(config: Config, prompts: PromptSet) -> PromptSet:
-    """The prompts whose rows the reward functions can score; raises DataError where others may not be skipped, RewardError."""
+    """The prompts whose rows the reward functions can score; raises DataError where others may not be
+    skipped, RewardError.
+    """
     # A log that came with all its rewards asks no function, unless votes need the answers.
     needs_all = not config.is_offline or config.agro.target.startswith("majority")
-    scored = [row for row in prompts.rows if needs_all or not row.offline or any(sample.reward is None for sample in row.offline)]
+    scored = [
+        row
+        for row in prompts.rows
+        if needs_all or not row.offline or any(sample.reward is None for sample in row.offline)
+    ]
     bad = bad_rows(config.rewards, prompts.source, {row.row: row.columns for row in scored})
     if not bad:
         return prompts
     rows = [row for row in prompts.rows if row.row not in bad]
-    report_bad_rows(Source(prompts.source, "row", {row.row: row.columns for row in prompts.rows}), bad, len(rows), config.data.on_bad_row)
+    report_bad_rows(
+        Source(prompts.source, "row", {row.row: row.columns for row in prompts.rows}),
+        bad,
+        len(rows),
+        config.data.on_bad_row,
+    )
     return dataclasses.replace(prompts, rows=rows, num_bad_rows=prompts.num_bad_rows + len(bad))
 
 
@@ -155,14 +191,23 @@ def no_evaluation(config: Config) -> str:
 
 
 def check_named(config: Config) -> None:
-    """What the config names exists: rewards, objective, local data; raises RewardError, ConfigError or DataError."""
+    """What the config names exists: rewards, objective, local data; raises RewardError, ConfigError or
+    DataError.
+    """
     check_functions(config.rewards)
     check_needs(config, load_objective(config.learner.objective, config.agro, config.rivals).needs)
     check_progress(config)
     data = config.data
-    for field, path in (("data.path", data.path), ("data.eval_path", data.eval_path), ("data.offline", data.offline)):
+    for field, path in (
+        ("data.path", data.path),
+        ("data.eval_path", data.eval_path),
+        ("data.offline", data.offline),
+    ):
         if path and path.startswith(("/", ".", "~")) and not os.path.exists(user_path(field, path)):
-            raise DataError(f"{field} = {path}: no such file or directory (seen from {Path.cwd()}). Give another path, or a hub id.")
+            raise DataError(
+                f"{field} = {path}: no such file or directory (seen from {Path.cwd()}). Give "
+                "another path, or a hub id."
+            )
 
 
 def check_progress(config: Config) -> None:
@@ -170,8 +215,10 @@ def check_progress(config: Config) -> None:
     max_staleness, every = config.buffer.max_staleness, config.weights.publish_every
     if not config.is_offline and max_staleness < min(every, config.run.steps) - 1:
         raise ConfigError(
-            f"buffer.max_staleness = {max_staleness} with weights.publish_every = {every}: at step {max_staleness + 1} every group is "
-            f"too old, and newer weights come at step {every} only. Set weights.publish_every={max_staleness + 1}, or raise max_staleness."
+            f"buffer.max_staleness = {max_staleness} with weights.publish_every = {every}: at step "
+            f"{max_staleness + 1} every group is "
+            f"too old, and newer weights come at step {every} only. Set "
+            f"weights.publish_every={max_staleness + 1}, or raise max_staleness."
         )
 
 
@@ -183,13 +230,21 @@ def check_needs(config: Config, needs: frozenset[str]) -> None:
         if name != "agro":
             remedy = "If it works on ratios, use another objective, such as agro with agro.weight=none; else set rivals.is_correction=none."
         raise ConfigError(
-            f"learner.objective = {name} needs behaviour log-probs, which the samples of data.offline = {config.data.offline} "
+            f"learner.objective = {name} needs behaviour log-probs, which the samples of data.offline = "
+            f"{config.data.offline} "
             f"do not have. {remedy}"
         )
     if "freshness" in needs and (config.is_offline or config.buffer.min_staleness):
-        why = "all samples are offline" if config.is_offline else f"buffer.min_staleness = {config.buffer.min_staleness}"
+        why = (
+            "all samples are offline"
+            if config.is_offline
+            else f"buffer.min_staleness = {config.buffer.min_staleness}"
+        )
         remedy = "Set agro.lr_coef=0." if name == "agro" else "Use another objective."
-        raise ConfigError(f"learner.objective = {name} needs samples of the current policy, but {why}: none is ever fresh. {remedy}")
+        raise ConfigError(
+            f"learner.objective = {name} needs samples of the current policy, but {why}: none "
+            f"is ever fresh. {remedy}"
+        )
 
 
 def quiet_libraries() -> None:
@@ -203,33 +258,43 @@ def quiet_libraries() -> None:
 
 
 def locate_model(config: Config) -> Config:
-    """The config with the model's path made absolute, unless it is a hub id. Raises ConfigError for a path where nothing is, or will be.
+    """The config with the model's path made absolute, unless it is a hub id. Raises ConfigError for a path
+    where nothing is, or will be.
 
-    Of what looks like both, a directory that exists is one, and anything else a hub id: `model.make` wants a path that is none.
+    Of what looks like both, a directory that exists is one, and anything else a hub id: `model.make` wants a
+    path that is none.
     """
     model = config.model
     path = user_path("model.path", model.path)
     if os.path.isfile(path):  # As Path.is_file, but for a name that no file can have.
-        raise ConfigError(f"model.path = {model.path} is a file, expected a Hugging Face directory or a hub id.")
+        raise ConfigError(
+            f"model.path = {model.path} is a file, expected a Hugging Face directory or a hub id."
+        )
     if not os.path.exists(path):
         is_id = _HUB_ID.fullmatch(model.path) is not None
         if is_id and model.make:
             raise ConfigError(
-                f"model.path = {model.path} reads as a hub id, but model.make = {model.make} makes a directory. Write "
-                f"model.path=./{model.path} to have it made there, or remove model.make (model.make=null) to take it from the hub."
+                f"model.path = {model.path} reads as a hub id, but model.make = {model.make} makes a "
+                "directory. Write "
+                f"model.path=./{model.path} to have it made there, or remove model.make (model.make=null) to "
+                "take it from the hub."
             )
         if is_id:
             return config  # transformers resolves it, or says why it cannot.
         if not model.make:
             raise ConfigError(
-                f"model.path = {model.path}: there is no {path.absolute()}{_nearest(path)} Give a Hugging Face directory or a hub id. "
-                "(model.make of a config file goes with the path beside it; with another path, give model.make too.)"
+                f"model.path = {model.path}: there is no {path.absolute()}{_nearest(path)} Give a Hugging "
+                "Face directory or a hub id. "
+                "(model.make of a config file goes with the path beside it; with another path, give "
+                "model.make too.)"
             )
     return config.model_copy(update={"model": model.model_copy(update={"path": str(path.resolve())})})
 
 
 def check_hub_id(name: str) -> None:
-    """Raises ConfigError when the hub has no such model, or cannot be asked while nothing of it is in the cache."""
+    """Raises ConfigError when the hub has no such model, or cannot be asked while nothing of it is in
+    the cache.
+    """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
@@ -249,7 +314,8 @@ def check_hub_id(name: str) -> None:
         reason = f"the hub cannot be asked ({told})"
     path = Path(name)
     raise ConfigError(
-        f"model.path = {name}: there is no directory {path.absolute()}{_nearest(path)} As a hub id: {reason}. "
+        f"model.path = {name}: there is no directory {path.absolute()}{_nearest(path)} As a hub id: "
+        f"{reason}. "
         "Give a Hugging Face directory, or a hub id this machine can reach."
     )
 
@@ -282,14 +348,18 @@ def _make_model(recipe: str, path: Path) -> None:
     try:
         make = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"model.make = {recipe}: {error}. Expected module:function, importable from here.") from None
+        raise ConfigError(
+            f"model.make = {recipe}: {error}. Expected module:function, importable from here."
+        ) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         make(str(path))
     except AgroError:
         raise
     except Exception as error:  # noqa: BLE001 -- the user's code: whatever it raises is theirs to read, in one line
-        raise ConfigError(f"model.make = {recipe} failed for {path}: {type(error).__name__}: {error}") from None
+        raise ConfigError(
+            f"model.make = {recipe} failed for {path}: {type(error).__name__}: {error}"
+        ) from None
 
 
 def repository_root() -> Path:

@@ -28,7 +28,7 @@ def remote(part: type) -> Any:
     return ray.remote(part)
 
 
-# Places --------------------------------------------------------------------------------------------------------------
+# --- Places ---
 
 
 def bundle_of(num_cpus: float, num_gpus: float) -> dict[str, float]:
@@ -55,7 +55,9 @@ def shortage(group: PlacementGroup) -> str:
 
 def in_words(resources: Mapping[str, float]) -> str:
     """`0.5 CPU, 1 GPU`."""
-    return ", ".join(f"{resources.get(key, 0):g} {key}" for key in ("CPU", "GPU") if key == "CPU" or resources.get(key))
+    return ", ".join(
+        f"{resources.get(key, 0):g} {key}" for key in ("CPU", "GPU") if key == "CPU" or resources.get(key)
+    )
 
 
 def on_bundle(group: PlacementGroup, index: int, num_cpus: float, num_gpus: float) -> dict[str, Any]:
@@ -65,13 +67,17 @@ def on_bundle(group: PlacementGroup, index: int, num_cpus: float, num_gpus: floa
 
 
 def on_this_node() -> dict[str, Any]:
-    """Options of an actor that writes into the run directory: it stays where the driver is, also when it is started again."""
+    """Options of an actor that writes into the run directory: it stays where the driver is, also when
+    it is started again.
+    """
     strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return {"num_cpus": 0, "scheduling_strategy": strategy}
 
 
 def threads(num_cpus: float, *, engine: bool = False) -> dict[str, Any]:
-    """Environment of a worker process: read before torch is imported. One thread per process where cores are shared."""
+    """Environment of a worker process: read before torch is imported. One thread per process where
+    cores are shared.
+    """
     env = {"OMP_NUM_THREADS": str(max(1, int(num_cpus))), "TOKENIZERS_PARALLELISM": "false"}
     if engine:
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -83,7 +89,7 @@ def whereabouts(_: object = None) -> tuple[str, int]:
     return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
-# Ends ----------------------------------------------------------------------------------------------------------------
+# --- Ends ---
 
 
 def answer(calls: Any, who: str, timeout_s: float) -> Any:
@@ -97,11 +103,14 @@ def answer(calls: Any, who: str, timeout_s: float) -> Any:
 
 
 def explained(error: RayError, who: str) -> AgroError:
-    """What failed, as an error of ours: the one raised there when it is one of ours, else a TrainingError of two lines."""
+    """What failed, as an error of ours: the one raised there when it is one of ours, else a
+    TrainingError of two lines.
+    """
     if isinstance(error, RayTaskError):
         if isinstance(error.cause, AgroError):
             return error.cause
-        what = str(error.cause).partition("\n")[0] if isinstance(error.cause, RayError) else error.cause  # Ray adds paragraphs.
+        # Ray adds paragraphs.
+        what = str(error.cause).partition("\n")[0] if isinstance(error.cause, RayError) else error.cause
         return TrainingError(f"{who} failed: {type(error.cause).__name__}: {what}{_where(str(error))}")
     if not could_not_start(error):
         return TrainingError(f"{who} died: {death_cause(error)}")
@@ -115,13 +124,19 @@ def could_not_start(error: BaseException) -> bool:
 
 
 def death_cause(error: RayError) -> str:
-    """In a few lines: what was raised, or what Ray knows, with the last lines of the process's log where it is on this machine."""
+    """In a few lines: what was raised, or what Ray knows, with the last lines of the process's log
+    where it is on this machine.
+    """
     if isinstance(error, RayTaskError):
         lines = str(error.cause).strip().splitlines() or ["no message"]
-        return "\n".join([f"{type(error.cause).__name__}: {lines[-1][:300]}", last_lines(str(error), _LOG_LINES)])
+        return "\n".join(
+            [f"{type(error.cause).__name__}: {lines[-1][:300]}", last_lines(str(error), _LOG_LINES)]
+        )
     reason = str(error)
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    known = next((line for line in lines if "worker exit" in line.lower()), lines[0] if lines else type(error).__name__)
+    known = next(
+        (line for line in lines if "worker exit" in line.lower()), lines[0] if lines else type(error).__name__
+    )
     if _SILENT_END in known:
         known = "its process was killed (kill -9, or the kernel for lack of memory) or crashed"
     if (pid := re.search(r"\bpid[:=] ?(\d+)", reason)) is None:
@@ -153,13 +168,19 @@ def _where(traceback_text: str) -> str:
 def last_lines(text: str, count: int) -> str:
     """The last `count` lines of `text` that are not empty, without colours, indented and cut."""
     text = _COLOURS.sub("", text)
-    return "\n".join("  " + line[:200] for line in [line for line in text.splitlines() if line.strip()][-count:])
+    return "\n".join(
+        "  " + line[:200] for line in [line for line in text.splitlines() if line.strip()][-count:]
+    )
 
 
 def _stated_error(traceback_text: str) -> AgroError | None:
     """The error of ours that a traceback ends with; None when it ends with another."""
     kinds = {kind.__name__: kind for kind in _with_subclasses(AgroError)}
-    stated = [match for match in re.finditer(r"^(?:\w+\.)*(\w+): ", traceback_text, re.MULTILINE) if match[1] in kinds]
+    stated = [
+        match
+        for match in re.finditer(r"^(?:\w+\.)*(\w+): ", traceback_text, re.MULTILINE)
+        if match[1] in kinds
+    ]
     return kinds[stated[-1][1]](traceback_text[stated[-1].end() :].strip()) if stated else None
 
 

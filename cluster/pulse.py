@@ -4,8 +4,8 @@
               |     `-- 6 of them and 3 s without an answer: hung, unless the process is seen working (30 s then)
               `-- 4 of them and 2 s, and the process is seen to be stopped: hung
 
-A supervisor that was itself paused finds much time gone, but has not looked: it accuses nobody. A process of another node
-cannot be seen working: it gets 10 s.
+A supervisor that was itself paused finds much time gone, but has not looked: it accuses nobody. A process of
+another node cannot be seen working: it gets 10 s.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _BUSY_SHARE = 0.05  # A Ray worker that does nothing still uses about a percent 
 
 @dataclass
 class Sight:
-    """A process of this node: CPU seconds used so far, whether it is stopped (SIGSTOP, or a debugger), or waits for a disk."""
+    """A process of this node: CPU seconds used so far, whether it is stopped (SIGSTOP, or a debugger),
+    or waits for a disk.
+    """
 
     cpu_s: float
     is_stopped: bool = False
@@ -45,7 +47,9 @@ def look_at(pid: int | None) -> Sight | None:
 
 
 def stopped_child(pid: int | None) -> str | None:
-    """A child of the process that is stopped, in words: an engine may have workers of its own. None where there is none."""
+    """A child of the process that is stopped, in words: an engine may have workers of its own. None
+    where there is none.
+    """
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process(pid).children(recursive=True) if pid is not None else ():
             if child.status() == psutil.STATUS_STOPPED:
@@ -71,7 +75,12 @@ class Pulse:
         silent_s = now_s - self.answered_s
         if self._first is None:
             self._first = sight
-        if sight is not None and sight.is_stopped and silent_s >= STOPPED_LIMIT_S and self.looks >= STOPPED_MIN_LOOKS:
+        if (
+            sight is not None
+            and sight.is_stopped
+            and silent_s >= STOPPED_LIMIT_S
+            and self.looks >= STOPPED_MIN_LOOKS
+        ):
             return f"no answer for {silent_s:.0f} s, its process is stopped (SIGSTOP)"
         if silent_s < LIMIT_S or self.looks < MIN_LOOKS:
             return None

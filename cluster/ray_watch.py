@@ -1,8 +1,10 @@
-"""Whether Ray itself lives: its control process (GCS) and this node's raylet, of which nothing else tells in time.
+"""Whether Ray itself lives: its control process (GCS) and this node's raylet, of which nothing else tells in
+time.
 
-A driver whose GCS is gone hangs in the next call that needs it, and is ended by Ray after a minute without a word of ours; one whose
-raylet is gone loses all its workers. So a thread of our own looks at both. The main thread asks `cause` at each of its
-looks; if it hangs in Ray, so that it has not `obeyed` in time, `abandon` ends the process in its place.
+A driver whose GCS is gone hangs in the next call that needs it, and is ended by Ray after a minute without a
+word of ours; one whose raylet is gone loses all its workers. So a thread of our own looks at both. The main
+thread asks `cause` at each of its looks; if it hangs in Ray, so that it has not `obeyed` in time, `abandon`
+ends the process in its place.
 """
 
 from __future__ import annotations
@@ -30,10 +32,16 @@ class RayWatch:
     """`cause` is '' while both live."""
 
     def __init__(self, abandon: Callable[[str], Any]) -> None:
-        """`abandon(cause)` writes what there is of the run and ends this process, from another thread: the main one hangs."""
-        self._node: Any = ray._private.worker._global_node  # Private, but there is no public way to Ray's own processes.
+        """`abandon(cause)` writes what there is of the run and ends this process, from another thread:
+        the main one hangs.
+        """
+        # Private, but there is no public way to Ray's own processes.
+        self._node: Any = ray._private.worker._global_node
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-        self._ends: dict[str, Any] = {"gcs_server": (host.strip("[]"), int(port)), "raylet": self._node.raylet_socket_name}
+        self._ends: dict[str, Any] = {
+            "gcs_server": (host.strip("[]"), int(port)),
+            "raylet": self._node.raylet_socket_name,
+        }
         self._answered_s = dict.fromkeys(self._ends, time.monotonic())
         self._abandon = abandon
         self._is_over, self._is_obeyed = threading.Event(), threading.Event()
@@ -41,7 +49,9 @@ class RayWatch:
         threading.Thread(target=self._watch, name="ray's life", daemon=True).start()
 
     def explained(self, error: RayError) -> AgroError:
-        """Why a call of Ray's failed. When Ray is gone, the main thread may meet that before this one has looked: it is waited for."""
+        """Why a call of Ray's failed. When Ray is gone, the main thread may meet that before this one
+        has looked: it is waited for.
+        """
         until_s = time.monotonic() + 2 * LOOK_S
         while not self.cause and time.monotonic() < until_s:
             time.sleep(LOOK_S / 10)
@@ -64,7 +74,8 @@ class RayWatch:
         while not self._is_over.wait(LOOK_S):
             if dead := look():
                 self.cause = (
-                    f"{_NAMES[dead]} is gone: it was killed, or the machine has no memory left. Nothing of this run can go on; "
+                    f"{_NAMES[dead]} is gone: it was killed, or the machine has no memory left. Nothing of "
+                    "this run can go on; "
                     "the same command with this run.dir goes on from its newest checkpoint"
                 )
                 if not self._is_obeyed.wait(OBEY_S):

@@ -1,4 +1,6 @@
-"""docs/config.md, generated from the configuration's models: `python launch.py config-reference > docs/config.md`."""
+"""docs/config.md, generated from the configuration's models: `python launch.py config-reference >
+docs/config.md`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def config_reference() -> str:
-    """Markdown: a table per section of field, type, default and description, then the values derived from them."""
+    """Markdown: a table per section of field, type, default and description, then the values derived
+    from them.
+    """
     sections = [(name, _model(field)) for name, field in Config.model_fields.items()]
     parts = [INTRODUCTION]
     for name, model in sections:
@@ -55,7 +59,14 @@ def _model(field: FieldInfo) -> type[BaseModel]:
 
 
 def _table(name: str, model: type[BaseModel], about: str | None = None) -> str:
-    lines = [f"## {name}", "", about or (model.__doc__ or "").strip(), "", "| field | type | default | |", "|---|---|---|---|"]
+    lines = [
+        f"## {name}",
+        "",
+        about or (model.__doc__ or "").strip(),
+        "",
+        "| field | type | default | |",
+        "|---|---|---|---|",
+    ]
     for key, field in model.model_fields.items():
         cells = (f"`{key}`", _type(field), _default(field), field.description or "")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -63,7 +74,12 @@ def _table(name: str, model: type[BaseModel], about: str | None = None) -> str:
 
 
 def _type(field: FieldInfo) -> str:
-    bounds = [f"{sign} {getattr(limit, key):,.12g}" for limit in field.metadata for key, sign in _BOUNDS.items() if hasattr(limit, key)]
+    bounds = [
+        f"{sign} {getattr(limit, key):,.12g}"
+        for limit in field.metadata
+        for key, sign in _BOUNDS.items()
+        if hasattr(limit, key)
+    ]
     patterns = [f"`{limit.pattern}`" for limit in field.metadata if getattr(limit, "pattern", None)]
     return ", ".join([_type_name(field.annotation), *bounds, *patterns])
 
@@ -81,7 +97,9 @@ def _type_name(annotation: Any) -> str:
         return f"list of {_type_name(arguments[0])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "{" + ", ".join(annotation.model_fields) + "}"
-    return {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}[annotation]
+    return {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}[
+        annotation
+    ]
 
 
 def _default(field: FieldInfo) -> str:

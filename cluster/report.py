@@ -2,9 +2,10 @@
 
     metrics.jsonl, evaluations.jsonl, samples.jsonl, events.jsonl, summary.json, config.yaml --> report.html
 
-Every input may be missing, and a torn line is left out and counted. The page draws its curves with a few hundred lines of its own
-SVG and JavaScript (report_template.html): plotly.js would put 4.5 MB into every report, matplotlib has no hover, and a script loaded
-from elsewhere would need a network and tell it what is looked at. Its content security policy forbids every request.
+Every input may be missing, and a torn line is left out and counted. The page draws its curves with a few
+hundred lines of its own SVG and JavaScript (report_template.html): plotly.js would put 4.5 MB into every
+report, matplotlib has no hover, and a script loaded from elsewhere would need a network and tell it what is
+looked at. Its content security policy forbids every request.
 """
 
 from __future__ import annotations
@@ -30,35 +31,82 @@ _MAX_TEXT_CHARS = 20_000
 _TEMPLATE = Path(__file__).with_name("report_template.html")
 _FILES = ("metrics", "evaluations", "samples", "events")
 
-# Panel title, what it shows, and its (label, column) lines. Columns are names of METRICS or derived in `_columns`.
+# Panel title, what it shows, and its (label, column) lines. Columns are names of METRICS or derived in
+# `_columns`.
 CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("Reward", "mean of the batch", (("smoothed", "reward/smoothed"), ("batch", "reward/mean"))),
     ("Solve rate", "held-out prompts, by policy version", (("solve rate", "evaluation"),)),
     ("Staleness", "learner steps", (("mean", "staleness/mean"), ("oldest token", "staleness/oldest_token"))),
     ("KL to the reference", "nats per sequence", (("KL", "agro/kl_ref"),)),
-    ("Residual", "reward minus beta times log-ratio", (("mean", "agro/residual_mean"), ("std", "agro/residual_std"))),
-    ("Spread within groups", "standard deviation", (("reward", "agro/reward_std"), ("beta * log-ratio", "agro/kl_std"))),
+    (
+        "Residual",
+        "reward minus beta times log-ratio",
+        (("mean", "agro/residual_mean"), ("std", "agro/residual_std")),
+    ),
+    (
+        "Spread within groups",
+        "standard deviation",
+        (("reward", "agro/reward_std"), ("beta * log-ratio", "agro/kl_std")),
+    ),
     ("Brake", "share of the reward's push that the KL takes back", (("share", "agro/brake_share"),)),
-    ("Importance", "share", (("effective samples of pi/mu", "agro/ess_fraction"), ("mean weight", "agro/weight_mean"))),
+    (
+        "Importance",
+        "share",
+        (("effective samples of pi/mu", "agro/ess_fraction"), ("mean weight", "agro/weight_mean")),
+    ),
     ("Smallest log-ratio", "nats, of the batch", (("smallest", "agro/log_ratio_min"),)),
-    ("Advantage by staleness", "mean size", tuple((f"{name} steps", f"by_staleness/advantage_{name}") for name in STALENESS_BUCKETS)),
-    ("Advantage by solve rate", "mean size", tuple((f"{name} solved", f"by_solve_rate/advantage_{name}") for name in SOLVE_RATE_BUCKETS)),
-    ("Loss by staleness", "mean", tuple((f"{name} steps", f"by_staleness/loss_{name}") for name in STALENESS_BUCKETS)),
-    ("Loss by solve rate", "mean", tuple((f"{name} solved", f"by_solve_rate/loss_{name}") for name in SOLVE_RATE_BUCKETS)),
-    ("Actors against learner", "nats a token, fresh samples", (("mean", "mismatch/mean"), ("k3", "mismatch/k3"))),
+    (
+        "Advantage by staleness",
+        "mean size",
+        tuple((f"{name} steps", f"by_staleness/advantage_{name}") for name in STALENESS_BUCKETS),
+    ),
+    (
+        "Advantage by solve rate",
+        "mean size",
+        tuple((f"{name} solved", f"by_solve_rate/advantage_{name}") for name in SOLVE_RATE_BUCKETS),
+    ),
+    (
+        "Loss by staleness",
+        "mean",
+        tuple((f"{name} steps", f"by_staleness/loss_{name}") for name in STALENESS_BUCKETS),
+    ),
+    (
+        "Loss by solve rate",
+        "mean",
+        tuple((f"{name} solved", f"by_solve_rate/loss_{name}") for name in SOLVE_RATE_BUCKETS),
+    ),
+    (
+        "Actors against learner",
+        "nats a token, fresh samples",
+        (("mean", "mismatch/mean"), ("k3", "mismatch/k3")),
+    ),
     ("Gradient norm", "before clipping", (("norm", "optim/grad_norm"),)),
-    ("Throughput", "tokens per second", (("generated", "perf/generated_tokens_per_s"), ("trained", "perf/trained_tokens_per_s"))),
-    ("Busy", "share of wall time", (("actors", "time/actor_busy_fraction"), ("learner", "time/learner_busy_fraction"))),
+    (
+        "Throughput",
+        "tokens per second",
+        (("generated", "perf/generated_tokens_per_s"), ("trained", "perf/trained_tokens_per_s")),
+    ),
+    (
+        "Busy",
+        "share of wall time",
+        (("actors", "time/actor_busy_fraction"), ("learner", "time/learner_busy_fraction")),
+    ),
     ("Completion length", "tokens, mean of the batch", (("length", "completions/mean_length"),)),
     ("Buffer", "groups stored", (("groups", "buffer/groups"),)),
     ("Groups without signal", "share with equal rewards", (("share", "reward/zero_std_fraction"),)),
-    ("Failures", "share of samples", (("truncated", "completions/truncated_fraction"), ("reward failed", "reward/error_fraction"))),
+    (
+        "Failures",
+        "share of samples",
+        (("truncated", "completions/truncated_fraction"), ("reward failed", "reward/error_fraction")),
+    ),
 )
 PICTURE_CHARTS = ("Reward", "Solve rate", "Staleness", "KL to the reference", "Throughput", "Busy")
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `run_dir`/report.html from what is there, and return its path. Works for an empty, running or stopped run."""
+    """Write `run_dir`/report.html from what is there, and return its path. Works for an empty, running
+    or stopped run.
+    """
     run_dir = Path(run_dir)
     page = _page(report_data(run_dir))
     path = run_dir / "report.html"
@@ -68,7 +116,9 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def report_data(run_dir: Path) -> dict[str, Any]:
-    """What the page shows, as JSON-ready data: headline, charts, samples, events, config, notes on what was left out."""
+    """What the page shows, as JSON-ready data: headline, charts, samples, events, config, notes on what
+    was left out.
+    """
     records, num_torn = {}, {}
     for name in _FILES:
         records[name], num_torn[name] = read_json_lines(run_dir / f"{name}.jsonl")
@@ -78,13 +128,22 @@ def report_data(run_dir: Path) -> dict[str, Any]:
     samples = [_viewer_sample(sample, "training") for sample in records["samples"]]
     for evaluation in evaluations:
         of_version = {"version": evaluation["policy_version"], "step": evaluation["policy_version"]}
-        samples += [_viewer_sample({**of_version, **sample}, "evaluation") for sample in evaluation.get("samples") or []]
-    notes = [f"{count} torn line{'s' if count > 1 else ''} of {name}.jsonl left out." for name, count in num_torn.items() if count]
+        samples += [
+            _viewer_sample({**of_version, **sample}, "evaluation")
+            for sample in evaluation.get("samples") or []
+        ]
+    notes = [
+        f"{count} torn line{'s' if count > 1 else ''} of {name}.jsonl left out."
+        for name, count in num_torn.items()
+        if count
+    ]
     if summary is None:
         notes.append("summary.json could not be read; the figures on top are from the rows.")
     summary = summary or {}
     if len(samples) > MAX_SAMPLES:
-        notes.append(f"{MAX_SAMPLES} of {len(samples)} samples are shown, evenly chosen; samples.jsonl has all.")
+        notes.append(
+            f"{MAX_SAMPLES} of {len(samples)} samples are shown, evenly chosen; samples.jsonl has all."
+        )
     data = {
         "name": summary.get("name") or _config_value(config_text, "run", "name") or run_dir.name,
         "stopped": summary.get("stopped"),
@@ -92,7 +151,9 @@ def report_data(run_dir: Path) -> dict[str, Any]:
         "headline": _headline(rows, evaluations, summary, config_text),
         "charts": _charts(rows, evaluations),
         "samples": _thinned(samples, MAX_SAMPLES),
-        "events": [{"wall_s": event.get("wall_s"), "text": str(event.get("text", ""))} for event in records["events"]],
+        "events": [
+            {"wall_s": event.get("wall_s"), "text": str(event.get("text", ""))} for event in records["events"]
+        ],
         "config": config_text,
         "notes": notes,
         "glossary": METRICS,
@@ -119,7 +180,16 @@ def curves_png(run_dir: str | Path, path: str | Path) -> None:
             values = [math.nan if value is None else value for value in line["y"]]
             marker = "o" if line["column"] == "evaluation" else ""
             color, alpha = (colors[0], 0.3) if behind else (colors[number % 2], 1.0)
-            panel.plot(line["x"], values, color=color, alpha=alpha, linewidth=1.6, marker=marker, markersize=4, label=line["label"])
+            panel.plot(
+                line["x"],
+                values,
+                color=color,
+                alpha=alpha,
+                linewidth=1.6,
+                marker=marker,
+                markersize=4,
+                label=line["label"],
+            )
         panel.set_title(chart["title"], loc="left", fontsize=11, fontweight="bold")
         panel.set_xlabel("learner step", fontsize=9)
         panel.set_ylabel(chart["unit"], fontsize=9)
@@ -135,7 +205,10 @@ def curves_png(run_dir: str | Path, path: str | Path) -> None:
 def read_evaluations(run_dir: Path) -> list[Evaluation]:
     """The evaluations that the run directory holds, by policy version, the last written of each."""
     lines = _last_of_each(read_json_lines(run_dir / "evaluations.jsonl")[0], "policy_version")
-    return [msgspec.convert({"solve_rate": math.nan, **finite_values}, Evaluation) for finite_values in map(_known_values, lines)]
+    return [
+        msgspec.convert({"solve_rate": math.nan, **finite_values}, Evaluation)
+        for finite_values in map(_known_values, lines)
+    ]
 
 
 def _known_values(line: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +216,8 @@ def _known_values(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _page(data: dict[str, Any]) -> str:
-    # Inside <script>, JSON must hold no "<": a completion may contain </script>. Line separators end lines in old JavaScript.
+    # Inside <script>, JSON must hold no "<": a completion may contain </script>. Line separators end lines in
+    # old JavaScript.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -154,15 +228,21 @@ def _page(data: dict[str, Any]) -> str:
 
 
 def _last_of_each(records: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """Records in the order of `key`, the last written of each: a run continued from a checkpoint repeats some steps."""
+    """Records in the order of `key`, the last written of each: a run continued from a checkpoint
+    repeats some steps.
+    """
     by_key = {record[key]: record for record in records if isinstance(record.get(key), int | float)}
     return [by_key[value] for value in sorted(by_key)]
 
 
-def _headline(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], summary: dict[str, Any], config_text: str) -> dict[str, Any]:
+def _headline(
+    rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], summary: dict[str, Any], config_text: str
+) -> dict[str, Any]:
     """The figures on top: from the summary, else (a run that has none yet) from the rows. None: not known."""
     last = rows[-1] if rows else {}
-    solve_rates = [evaluation["solve_rate"] for evaluation in evaluations if evaluation.get("solve_rate") is not None]
+    solve_rates = [
+        evaluation["solve_rate"] for evaluation in evaluations if evaluation.get("solve_rate") is not None
+    ]
     ages = [row["staleness/mean"] for row in rows if row.get("staleness/mean") is not None]
     oldest = [row["staleness/oldest_token"] for row in rows if row.get("staleness/oldest_token") is not None]
     samples, wall_s = last.get("progress/samples"), last.get("time/wall_s")
@@ -179,12 +259,23 @@ def _headline(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], sum
         "tokens": last.get("progress/tokens"),
     }
     known = {name: summary[name] for name in from_rows if summary.get(name) is not None}
-    planned, bound = _config_value(config_text, "run", "steps"), _config_value(config_text, "buffer", "max_staleness")
-    return {**from_rows, **known, "planned_steps": planned, "max_staleness": bound, "errors": summary.get("errors") or {}}
+    planned, bound = (
+        _config_value(config_text, "run", "steps"),
+        _config_value(config_text, "buffer", "max_staleness"),
+    )
+    return {
+        **from_rows,
+        **known,
+        "planned_steps": planned,
+        "max_staleness": bound,
+        "errors": summary.get("errors") or {},
+    }
 
 
 def _charts(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Title, unit and lines of each chart; a line has label, column, x, y (None: a gap), at most MAX_POINTS points."""
+    """Title, unit and lines of each chart; a line has label, column, x, y (None: a gap), at most
+    MAX_POINTS points.
+    """
     steps = [row["progress/step"] for row in rows]
     smoothed = _smoothed([row.get("reward/mean") for row in rows])
     charts = []
@@ -203,7 +294,9 @@ def _charts(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> li
 
 
 def _smoothed(values: Sequence[float | None]) -> list[float | None]:
-    """Mean over a centred window, a twentieth of the run and 9 rows at least: a trailing one would lag behind the curve."""
+    """Mean over a centred window, a twentieth of the run and 9 rows at least: a trailing one would lag
+    behind the curve.
+    """
     reach = max(4, len(values) // 40)
     sums = list(itertools.accumulate((value or 0.0 for value in values), initial=0.0))
     counts = list(itertools.accumulate((value is not None for value in values), initial=0))
@@ -215,8 +308,12 @@ def _smoothed(values: Sequence[float | None]) -> list[float | None]:
     return out
 
 
-def _downsampled(x: Sequence[float], y: Sequence[float | None], worst: bool) -> tuple[list[float], list[float | None]]:
-    """At most MAX_POINTS buckets: the mean of each, or its maximum where the `worst` is what counts; x is the bucket's last."""
+def _downsampled(
+    x: Sequence[float], y: Sequence[float | None], worst: bool
+) -> tuple[list[float], list[float | None]]:
+    """At most MAX_POINTS buckets: the mean of each, or its maximum where the `worst` is what counts; x
+    is the bucket's last.
+    """
     size = max(1, math.ceil(len(x) / MAX_POINTS))
     out_x, out_y = [], []
     for start in range(0, len(x), size):
@@ -230,7 +327,10 @@ def _downsampled(x: Sequence[float], y: Sequence[float | None], worst: bool) -> 
 def _viewer_sample(sample: dict[str, Any], source: str) -> dict[str, Any]:
     def cut(value: Any) -> Any:
         if isinstance(value, str) and len(value) > _MAX_TEXT_CHARS:
-            return value[:_MAX_TEXT_CHARS] + f"\n[{len(value) - _MAX_TEXT_CHARS} more characters in the run directory]"
+            return (
+                value[:_MAX_TEXT_CHARS]
+                + f"\n[{len(value) - _MAX_TEXT_CHARS} more characters in the run directory]"
+            )
         return value
 
     return {"source": source, **{key: cut(value) for key, value in sample.items()}}

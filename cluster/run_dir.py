@@ -46,7 +46,9 @@ _OF_A_SHELL = (".log", ".out", ".err")
 MAX_PATH_BYTES = 400
 """sqlite opens no path of more than 512."""
 _held_locks: list[int] = []
-"""Descriptors of the run directories this process holds: the kernel lets go of them when it ends, however it ends."""
+"""Descriptors of the run directories this process holds: the kernel lets go of them when it ends,
+however it ends.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,11 @@ class RunDir:
 
 
 def open_run_dir(config: Config) -> RunDir:
-    """The run directory, with the resolved config in it: a fresh one, or that of an unfinished run, which is continued.
+    """The run directory, with the resolved config in it: a fresh one, or that of an unfinished run, which is
+    continued.
 
-    Raises ConfigError when it holds other things, is in use, finished, has no checkpoints, or when the config contradicts the run in
-    it; what was made for it is gone then.
+    Raises ConfigError when it holds other things, is in use, finished, has no checkpoints, or when the config
+    contradicts the run in it; what was made for it is gone then.
     """
     with _explained(config):
         path = _path(config)
@@ -102,7 +105,8 @@ def check_run_dir(config: Config) -> str:
 
 @contextlib.contextmanager
 def kept_if_begun(run_dir: Path, is_continued: bool) -> Iterator[None]:
-    """A run within it that fails before anything was handed out leaves no directory that the next start would continue.
+    """A run within it that fails before anything was handed out leaves no directory that the next start would
+    continue.
 
     Where parts have started already, what they logged stays; the config is then called config-refused.yaml.
     """
@@ -128,7 +132,11 @@ def _take_back(run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def _explained(config: Config) -> Iterator[None]:
-    name = f"run.dir = {config.run.dir}" if config.run.dir else f"a run directory in {os.environ.get('AGRO_RUNS') or 'runs'}"
+    name = (
+        f"run.dir = {config.run.dir}"
+        if config.run.dir
+        else f"a run directory in {os.environ.get('AGRO_RUNS') or 'runs'}"
+    )
     try:
         yield
     except OSError as error:
@@ -140,12 +148,17 @@ def _explained(config: Config) -> Iterator[None]:
 
 
 def _path(config: Config) -> Path | None:
-    """The directory that is asked for; None: a fresh one. Raises ConfigError where no run can be, OSError or RuntimeError as paths do."""
+    """The directory that is asked for; None: a fresh one. Raises ConfigError where no run can be,
+    OSError or RuntimeError as paths do.
+    """
     if config.run.dir is None:
         return None
     given = user_path("run.dir", config.run.dir)
     if given.is_symlink() and not given.exists():
-        raise ConfigError(f"run.dir = {given} is a link that leads nowhere (to {os.readlink(given)}). Choose another run.dir.")
+        raise ConfigError(
+            f"run.dir = {given} is a link that leads nowhere (to {os.readlink(given)}). Choose "
+            "another run.dir."
+        )
     path = _of_fair_length(given.resolve())
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run.dir = {path} is a file. Choose a new or empty directory.")
@@ -154,26 +167,37 @@ def _path(config: Config) -> Path | None:
 
 def _of_fair_length(path: Path) -> Path:
     if (size := len(os.fsencode(path))) > MAX_PATH_BYTES:
-        raise ConfigError(f"run.dir is too long: {size} bytes as an absolute path, at most {MAX_PATH_BYTES}. Choose another.")
+        raise ConfigError(
+            f"run.dir is too long: {size} bytes as an absolute path, at most {MAX_PATH_BYTES}. "
+            "Choose another."
+        )
     return path
 
 
 def _run_in(path: Path) -> Config | None:
-    """The config of the run that the directory holds; None when it holds none. Raises ConfigError when it holds other things."""
+    """The config of the run that the directory holds; None when it holds none. Raises ConfigError when
+    it holds other things.
+    """
     if not path.exists():
         return None
     names = {entry.name for entry in path.iterdir()}
-    if "config.yaml" in names and names & {"run.lock", "metrics.jsonl"}:  # Without these, somebody's config lies there.
+    # Without these, somebody's config lies there.
+    if "config.yaml" in names and names & {"run.lock", "metrics.jsonl"}:
         try:
             return parse_config(read_tree(path / "config.yaml"), source=str(path / "config.yaml"))
         except ConfigError as error:
             earlier = [name for name in sorted(names) if name.startswith("config-")]
             hint = f"Restore it (earlier ones: {', '.join(earlier)})" if earlier else "Restore it"
-            raise ConfigError(f"run.dir = {path} holds a run whose config cannot be read: {error}\n{hint}, or choose another.") from None
+            raise ConfigError(
+                f"run.dir = {path} holds a run whose config cannot be read: {error}\n{hint}, "
+                "or choose another."
+            ) from None
     others = sorted(name for name in names if name != "lost+found" and not name.endswith(_OF_A_SHELL))
     if others and "run.lock" not in names:
         shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
-        raise ConfigError(f"run.dir = {path} holds other things than a run: {shown}. Choose a new or an empty directory.")
+        raise ConfigError(
+            f"run.dir = {path} holds other things than a run: {shown}. Choose a new or an empty directory."
+        )
     return None
 
 
@@ -195,9 +219,12 @@ def _make_fresh(config: Config) -> Path:
 
 
 def _try_to_make(path: Path) -> None:
-    """Raises OSError when the directory, or a file in it, cannot be made. Tried under a name of its own: another start may try the same."""
+    """Raises OSError when the directory, or a file in it, cannot be made. Tried under a name of its
+    own: another start may try the same.
+    """
     there = next(parent for parent in (path, *path.parents) if parent.exists())
-    trial = Path(tempfile.mkdtemp(prefix=".trial-", suffix=_OF_A_SHELL[0], dir=there))  # A name that nobody takes for another thing's.
+    # A name that nobody takes for another thing's.
+    trial = Path(tempfile.mkdtemp(prefix=".trial-", suffix=_OF_A_SHELL[0], dir=there))
     try:
         inner = trial / path.relative_to(there)
         inner.mkdir(parents=True, exist_ok=True)
@@ -207,21 +234,28 @@ def _try_to_make(path: Path) -> None:
 
 
 def runs_root() -> Path:
-    """`runs/` here; for a submitted job, whose working directory is a throw-away copy, `~/agro-runs`. `AGRO_RUNS` overrides both."""
+    """`runs/` here; for a submitted job, whose working directory is a throw-away copy, `~/agro-runs`.
+    `AGRO_RUNS` overrides both.
+    """
     if root := os.environ.get("AGRO_RUNS"):
         return user_path("AGRO_RUNS", root)
     return Path.home() / "agro-runs" if "runtime_resources" in Path.cwd().parts else Path("runs")
 
 
 def _lock(path: Path) -> int:
-    """Keep other processes out until `_unlock`, or the end of this one; raises ConfigError that names who holds it."""
+    """Keep other processes out until `_unlock`, or the end of this one; raises ConfigError that names
+    who holds it.
+    """
     descriptor = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
         os.close(descriptor)
-        raise ConfigError(f"run.dir = {path} is in use by {holder}. Wait for it, stop it (SIGTERM), or choose another run.dir.") from None
+        raise ConfigError(
+            f"run.dir = {path} is in use by {holder}. Wait for it, stop it (SIGTERM), or "
+            "choose another run.dir."
+        ) from None
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     _held_locks.append(descriptor)
@@ -234,29 +268,44 @@ def _unlock(descriptor: int) -> None:
 
 
 def _continue(config: Config, before: Config, path: Path) -> tuple[str, ...]:
-    """What to tell about a run that is continued; keeps the config it had. Raises ConfigError when it cannot be continued."""
+    """What to tell about a run that is continued; keeps the config it had. Raises ConfigError when it
+    cannot be continued.
+    """
     changes = _changes(config, before, path)
     if not changes:
         return (f"continuing the run in {path}",)
     number = sum(1 for _ in path.glob("config-*.yaml")) + 1
     (path / f"config-{number}.yaml").write_text(dump_config(before), encoding="utf-8")
-    return (f"continuing the run in {path} with changes: {', '.join(changes)} (before: config-{number}.yaml)",)
+    return (
+        f"continuing the run in {path} with changes: {', '.join(changes)} (before: config-{number}.yaml)",
+    )
 
 
 def _changes(config: Config, before: Config, path: Path) -> list[str]:
-    """The settings that differ, as `name old -> new`. Raises ConfigError when a run cannot go on, or not with these."""
+    """The settings that differ, as `name old -> new`. Raises ConfigError when a run cannot go on, or
+    not with these.
+    """
     steps_done = _steps_finished(path)
     if steps_done is not None and steps_done >= config.run.steps:
         raise ConfigError(
-            f"run.dir = {path} already holds a finished run of {steps_done} steps. Raise run.steps to go on with it, choose another "
+            f"run.dir = {path} already holds a finished run of {steps_done} steps. Raise run.steps to go on "
+            "with it, choose another "
             "run.dir, or leave it out for a new one."
         )
     if not before.checkpoint.every:
-        raise ConfigError(f"run.dir = {path} already holds a run without checkpoints (checkpoint.every = 0). Choose another run.dir.")
+        raise ConfigError(
+            f"run.dir = {path} already holds a run without checkpoints (checkpoint.every = 0). "
+            "Choose another run.dir."
+        )
     differences = list(_differences(before.model_dump(), config.model_dump()))
     if fixed := [f"{name} = {old!r}, now {new!r}" for name, old, new in differences if name in _FIXED]:
-        raise ConfigError(f"run.dir = {path} already holds a run with {'; '.join(fixed)}. Restore that, or choose another run.dir.")
-    return [f"{name} {old!r} -> {new!r}" for name, old, new in differences if name not in ("run.dir", "run.steps")]
+        raise ConfigError(
+            f"run.dir = {path} already holds a run with {'; '.join(fixed)}. Restore that, or "
+            "choose another run.dir."
+        )
+    return [
+        f"{name} {old!r} -> {new!r}" for name, old, new in differences if name not in ("run.dir", "run.steps")
+    ]
 
 
 def _steps_finished(path: Path) -> int | None:

@@ -1,8 +1,8 @@
 """Monitor, replay buffer and board of a run: Ray actors that reserve no CPU. What everybody else talks to.
 
-Monitor and buffer write into the run directory and stay on the driver's node. Each of them that is killed comes back by itself, and Ray
-repeats the calls that were under way: a buffer shard with all it acknowledged, the monitor with what its files say, the board empty, to
-be told again (`restore_board`).
+Monitor and buffer write into the run directory and stay on the driver's node. Each of them that is killed
+comes back by itself, and Ray repeats the calls that were under way: a buffer shard with all it acknowledged,
+the monitor with what its files say, the board empty, to be told again (`restore_board`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ BUFFER, BOARD, MONITOR = "replay buffer", "board", "monitor"
 
 
 class Polled:
-    """What another process says about itself, asked for again and again, and never waited for: `value`, None before the first answer."""
+    """What another process says about itself, asked for again and again, and never waited for: `value`,
+    None before the first answer.
+    """
 
     def __init__(self, services: Services, method: Any, who: str) -> None:
         self._services, self._method, self._who = services, method, who
@@ -41,7 +43,9 @@ class Polled:
         self.value: Any = None
 
     def look(self) -> None:
-        """Take the answer that has come, and ask again. Raises AgroError when none comes, or a failure does."""
+        """Take the answer that has come, and ask again. Raises AgroError when none comes, or a failure
+        does.
+        """
         if self._call is not None and self._call.is_done():
             self.value = self._call.result()
             self._call = None
@@ -70,7 +74,8 @@ class Call:
 class ReportingBoard(Board):
     """A board that tells the monitor of its evaluations.
 
-    It is given the monitor's name: a handle among its arguments would lie in Ray's object store, where a restart may not find it.
+    It is given the monitor's name: a handle among its arguments would lie in Ray's object store, where a
+    restart may not find it.
     """
 
     def __init__(self, config: Config, num_eval_rows: int, monitor_name: str) -> None:
@@ -101,15 +106,25 @@ class Services:
         self._whereabouts: list[Future[tuple[str, int]]] = []
         again = {"max_restarts": -1, "max_task_retries": -1}
         name = f"monitor-{secrets.token_hex(4)}"
-        self.monitor = monitor = remote(Monitor).options(name=name, **here, **again).remote(config, run_dir, began_at_s=time.time())
+        self.monitor = monitor = (
+            remote(Monitor)
+            .options(name=name, **here, **again)
+            .remote(config, run_dir, began_at_s=time.time())
+        )
         shard_class = remote(ReplayBuffer).options(max_concurrency=1000, **here, **again)
-        self.buffers = [shard_class.remote(config, run_dir, len(inputs.prompts), shard) for shard in range(config.buffer.num_shards)]
+        self.buffers = [
+            shard_class.remote(config, run_dir, len(inputs.prompts), shard)
+            for shard in range(config.buffer.num_shards)
+        ]
         self.buffer = connect_buffer(self.buffers)
         board_class = remote(ReportingBoard).options(num_cpus=0, max_concurrency=1000, **again)
         self.board = board_class.remote(config, len(inputs.eval_prompts), name)
         self._retiring: dict[str, Retirement] = {}
         handles = {MONITOR: monitor, BOARD: self.board}
-        self._lives = {who: _Life(Polled(self, partial(handle.__ray_call__.remote, whereabouts), who)) for who, handle in handles.items()}
+        self._lives = {
+            who: _Life(Polled(self, partial(handle.__ray_call__.remote, whereabouts), who))
+            for who, handle in handles.items()
+        }
 
     @property
     def peers(self) -> tuple[list[Any], Any, Any]:
@@ -121,7 +136,8 @@ class Services:
         dropped = self.ask(self.board.forget_snapshots.remote(), BOARD)
         if dropped:
             self.event(
-                f"evaluations of versions {dropped} ended with the learner's death; the versions it publishes again are evaluated again"
+                f"evaluations of versions {dropped} ended with the learner's death; the versions it "
+                "publishes again are evaluated again"
             )
 
     def event(self, text: str) -> None:
@@ -133,7 +149,9 @@ class Services:
         self._calls.post(self.monitor.log_buffer.remote(gauges), MONITOR, "the buffer's gauges")
 
     def restarted(self) -> dict[str, list[str]]:
-        """Monitor and board, where they were started again since the last call: their names, and the last words of the process before."""
+        """Monitor and board, where they were started again since the last call: their names, and the
+        last words of the process before.
+        """
         found = {}
         for who, life in self._lives.items():
             life.where.look()
@@ -183,8 +201,14 @@ class Services:
 
     def last_words_of_shards(self) -> str:
         """What buffer shards that are gone since the last call wrote to their logs."""
-        pids = [future.result(0)[1] for future in self._whereabouts if future.done() and future.exception() is None]
-        self._whereabouts = [self._calls.start(shard.__ray_call__.remote(whereabouts), BUFFER) for shard in self.buffers]
+        pids = [
+            future.result(0)[1]
+            for future in self._whereabouts
+            if future.done() and future.exception() is None
+        ]
+        self._whereabouts = [
+            self._calls.start(shard.__ray_call__.remote(whereabouts), BUFFER) for shard in self.buffers
+        ]
         return "\n".join(line for pid in pids if not psutil.pid_exists(pid) for line in log_tail(pid))
 
     def kill(self) -> None:

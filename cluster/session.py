@@ -22,7 +22,9 @@ ROOM_FOR_ACTORS = 8
 
 
 def logical_cpus(config: Config) -> int:
-    """CPUs of a local Ray: a machine with fewer cores than asked for still runs it, only slower, and has room for scaling."""
+    """CPUs of a local Ray: a machine with fewer cores than asked for still runs it, only slower, and
+    has room for scaling.
+    """
     learner, actors = config.learner, config.actors
     most_actors = max(actors.count, actors.max or ROOM_FOR_ACTORS)
     asked = learner.ranks * learner.num_cpus + most_actors * actors.num_cpus
@@ -31,7 +33,9 @@ def logical_cpus(config: Config) -> int:
 
 @contextlib.contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Connected to the cluster that RAY_ADDRESS names (cluster/surroundings.py), else to a local Ray of our own that ends with the run."""
+    """Connected to the cluster that RAY_ADDRESS names (cluster/surroundings.py), else to a local Ray of
+    our own that ends with the run.
+    """
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = cluster_address()
@@ -40,11 +44,22 @@ def ray_session(config: Config) -> Iterator[None]:
             if address is not None:
                 ray.init(address=address, **common)
             else:
-                os.environ.pop("RAY_ADDRESS", None)  # Empty or "local": what Ray's own processes would read otherwise.
+                # Empty or "local": what Ray's own processes would read otherwise.
+                os.environ.pop("RAY_ADDRESS", None)
                 guard()
-                env = {"PYTHONPATH": os.pathsep.join([str(repository_root()), *filter(None, [os.environ.get("PYTHONPATH")])])}
+                env = {
+                    "PYTHONPATH": os.pathsep.join(
+                        [str(repository_root()), *filter(None, [os.environ.get("PYTHONPATH")])]
+                    )
+                }
                 cpus = logical_cpus(config)
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env={"env_vars": env}, **common)
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    runtime_env={"env_vars": env},
+                    **common,
+                )
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise PlacementError(_why_not_connected(address, error)) from None
     _keep_deaths_to_ourselves()
@@ -59,17 +74,19 @@ def _why_not_connected(address: str | None, error: BaseException) -> str:
     if address is None:
         return f"Ray did not start on this machine: {reason}. See `python launch.py doctor`."
     return (
-        f"no connection to Ray at RAY_ADDRESS={address}: {reason}. Start a head (`ray start --head`) or unset RAY_ADDRESS to run "
+        f"no connection to Ray at RAY_ADDRESS={address}: {reason}. Start a head (`ray start --head`) or "
+        "unset RAY_ADDRESS to run "
         "alone; see `python launch.py doctor`."
     )
 
 
 @contextlib.contextmanager
 def _our_signal_handlers() -> Iterator[None]:
-    """The handler of SIGTERM stays the one that was there before `ray.init`. Ray has no public switch for its own two.
+    """The handler of SIGTERM stays the one that was there before `ray.init`. Ray has no public switch for its
+    own two.
 
-    The one in Python ends the process without a word. The one in C++ prints its stack, calls the one before it, and sets an alarm
-    that aborts the process three seconds later, in the middle of an orderly end.
+    The one in Python ends the process without a word. The one in C++ prints its stack, calls the one before
+    it, and sets an alarm that aborts the process three seconds later, in the middle of an orderly end.
     """
     setter = ray._private.utils.set_sigterm_handler
     ray._private.utils.set_sigterm_handler = lambda handler: None
@@ -84,5 +101,7 @@ def _our_signal_handlers() -> Iterator[None]:
 
 
 def _keep_deaths_to_ourselves() -> None:
-    """Ray prints a paragraph for every worker that dies, also with log_to_driver off; our events say it in a line. No public switch."""
+    """Ray prints a paragraph for every worker that dies, also with log_to_driver off; our events say it
+    in a line. No public switch.
+    """
     ray._private.worker.print_to_stdstream = lambda *arguments, **options: None

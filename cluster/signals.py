@@ -1,7 +1,8 @@
 """Signals that end a run: the first one in order, a second one at once, a third one on the spot.
 
-The answer to a signal comes from a thread of its own (woken by a pipe that Python's handler in C writes to), because the main
-thread may be in a long call of a library, such as an import or the start of Ray. Imports nothing that takes time.
+The answer to a signal comes from a thread of its own (woken by a pipe that Python's handler in C writes to),
+because the main thread may be in a long call of a library, such as an import or the start of Ray. Imports
+nothing that takes time.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignal:
-    """SIGINT, SIGTERM and SIGHUP as a request to end, a context manager; `name` is the first one's, None until it comes.
+    """SIGINT, SIGTERM and SIGHUP as a request to end, a context manager; `name` is the first one's, None
+    until it comes.
 
-    The first signal raises Interrupted in the main thread as long as nothing has started; after `end_in_order` it only sets
-    `name`, and a second one raises. A SIGHUP that is ignored from the start, as under `nohup`, stays ignored.
+    The first signal raises Interrupted in the main thread as long as nothing has started; after
+    `end_in_order` it only sets `name`, and a second one raises. A SIGHUP that is ignored from the start, as
+    under `nohup`, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -40,7 +43,11 @@ class StopSignal:
         self._num_told = self._num_handled = 0
 
     def __enter__(self) -> StopSignal:
-        numbers = [number for number in _NUMBERS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+        numbers = [
+            number
+            for number in _NUMBERS
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        ]
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         self._before = {number: signal.signal(number, self._handle) for number in numbers}
         reading, self._pipe = os.pipe()
@@ -58,7 +65,9 @@ class StopSignal:
         self._teller.join(TELL_TIMEOUT_S)
 
     def end_in_order(self, go_on: str) -> None:
-        """From now on there is something to end in order; `go_on` says what to type to go on with it afterwards."""
+        """From now on there is something to end in order; `go_on` says what to type to go on with it
+        afterwards.
+        """
         self._go_on = go_on
         self._in_order = True
 
@@ -87,7 +96,8 @@ class StopSignal:
             with contextlib.suppress(OSError):
                 os.write(2, f"{name}: {self._answer()}\n".encode())
             if self._num_told > 2:
-                os._exit(EXIT_CODES[name])  # What is left below this process ends with it (cluster/guardian.py).
+                # What is left below this process ends with it (cluster/guardian.py).
+                os._exit(EXIT_CODES[name])
         os.close(reading)
 
     def _answer(self) -> str:

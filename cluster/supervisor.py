@@ -82,18 +82,23 @@ class Supervisor:
         self._is_last_begun = False  # The evaluation of the last version.
         self._ray = RayWatch(self._abandon)
 
-    # --- start ----------------------------------------------------------------------------------------------------
+    # --- start ---
 
     def start(self, warnings: list[str], stop: StopSignal, terminal: Terminal) -> None:
-        """Place and start learner and actors; returns when every learner rank is ready, or `stop` came. Actors may still be loading."""
+        """Place and start learner and actors; returns when every learner rank is ready, or `stop` came.
+        Actors may still be loading.
+        """
         for text in [*(f"warning: {warning}" for warning in warnings), *self._inputs.notes]:
             self._services.event(text)
-        if not self._await(lambda: self._stats.value is not None, stop, terminal):  # Raises what is wrong with the run directory.
+        # Raises what is wrong with the run directory.
+        if not self._await(lambda: self._stats.value is not None, stop, terminal):
             return
         if self._inputs.is_continued:
-            self._services.ask(self._services.buffer.release_all(), BUFFER)  # Actors of an earlier start had the same names.
+            # Actors of an earlier start had the same names.
+            self._services.ask(self._services.buffer.release_all(), BUFFER)
         self._start_learner()
-        if not self._await(lambda: self._learner_is("loading", "training"), stop, terminal):  # Before the actors, which take what is left.
+        # Before the actors, which take what is left.
+        if not self._await(lambda: self._learner_is("loading", "training"), stop, terminal):
             return
         if self._config.is_offline:
             self._fleet.add_feeder(Kind(self._spawn_feeder, is_placed=False))
@@ -102,7 +107,8 @@ class Supervisor:
             return
         self._state = "training"
         self._services.event(
-            f"learner ready: {self._config.learner.ranks} ZeRO-3 rank(s); {self._config.actors.count} rollout actors loading"
+            f"learner ready: {self._config.learner.ranks} ZeRO-3 rank(s); {self._config.actors.count} "
+            "rollout actors loading"
         )
 
     def _start_learner(self) -> None:
@@ -130,28 +136,41 @@ class Supervisor:
         return True
 
     def _tell_what_loads(self) -> None:
-        """Until the first step is done, every `TELL_LOADING_S` and then less and less often: what the run waits for."""
+        """Until the first step is done, every `TELL_LOADING_S` and then less and less often: what the
+        run waits for.
+        """
         elapsed_s = time.monotonic() - self._start_s
         if elapsed_s < self._next_tell_s or self._view.value is None or step_of(self._view.value):
             return
         self._next_tell_s = max(elapsed_s + TELL_LOADING_S, 1.5 * elapsed_s)
-        waits = [f"the learner is {self._learner.state}"] if self._learner is not None and not self._learner_is("training") else []
+        waits = (
+            [f"the learner is {self._learner.state}"]
+            if self._learner is not None and not self._learner_is("training")
+            else []
+        )
         num_loading = len(self._fleet.rollout_names("waiting for placement", "loading"))
         waits += [f"{num_loading} of {self._fleet.target} actors are loading"] if num_loading else []
-        self._services.event(f"starting for {elapsed_s:.0f} s: {', '.join(waits) or 'waiting for the first batch'}")
+        self._services.event(
+            f"starting for {elapsed_s:.0f} s: {', '.join(waits) or 'waiting for the first batch'}"
+        )
 
     def _spawn_rollout(self, name: str, options: dict[str, Any]) -> Any:
         inputs, num_cpus = self._inputs, self._config.actors.num_cpus
-        # One thread generates, another answers whether it still does; where weights are pushed, an order and its abortion wait in two more.
+        # One thread generates, another answers whether it still does; where weights are pushed, an order and
+        # its abortion wait in two more.
         num_threads = 2 if self._config.weights.transport == "snapshot" else 4
-        actor_class = remote(RolloutActor).options(max_concurrency=num_threads, runtime_env=threads(num_cpus, engine=True), **options)
-        return actor_class.remote(name, self._config, inputs.prompts, inputs.eval_prompts, *self._services.peers)
+        actor_class = remote(RolloutActor).options(
+            max_concurrency=num_threads, runtime_env=threads(num_cpus, engine=True), **options
+        )
+        return actor_class.remote(
+            name, self._config, inputs.prompts, inputs.eval_prompts, *self._services.peers
+        )
 
     def _spawn_feeder(self, name: str, options: dict[str, Any]) -> Any:
         actor_class = remote(OfflineActor).options(runtime_env=threads(1), **options)
         return actor_class.remote(name, self._config, self._inputs.prompts, *self._services.peers)
 
-    # --- watch ----------------------------------------------------------------------------------------------------
+    # --- watch ---
 
     def watch(self, stop: StopSignal, terminal: Terminal) -> list[dict[str, float]]:
         """Until training and the evaluations it began are over; the totals of each rank."""
@@ -167,7 +186,10 @@ class Supervisor:
                 learner.request_stop()
             time.sleep(WATCH_S)
         if learner is None or learner.state != "done":
-            self._services.event(f"{stop.name}: ending while the learner loads; nothing was trained since the newest checkpoint")
+            self._services.event(
+                f"{stop.name}: ending while the learner loads; nothing was trained since "
+                "the newest checkpoint"
+            )
             return []
         self._await_evaluations(stop, terminal)
         return learner.totals
@@ -192,10 +214,17 @@ class Supervisor:
             self._control.write(self._status(stats, view))
         if terminal is not None:
             alive = set(self._fleet.names())
-            terminal.update({**view, "actors": {name: counters for name, counters in view["actors"].items() if name in alive}})
+            terminal.update(
+                {
+                    **view,
+                    "actors": {name: counters for name, counters in view["actors"].items() if name in alive},
+                }
+            )
 
     def _note_evaluations(self, open_versions: Sequence[int], results: Sequence[Evaluation]) -> set[int]:
-        """Takes note of the board's word; the versions under evaluation: the last one also while a board that died is told of it again."""
+        """Takes note of the board's word; the versions under evaluation: the last one also while a
+        board that died is told of it again.
+        """
         self._results |= {result.policy_version: result for result in results}
         last = self._config.run.steps
         self._is_last_begun |= last in open_versions
@@ -226,19 +255,26 @@ class Supervisor:
 
     def _await_evaluations(self, stop: StopSignal, terminal: Terminal) -> None:
         until_s, seen = time.monotonic() + self._config.run.timeout_s, None
-        while not stop.name and self._note_evaluations(*self._services.ask(self._services.board.evaluations.remote(), BOARD)):
-            generated = [actor.get("tokens_under_way") for actor in self._view.value["actors"].values()] if self._view.value else None
+        while not stop.name and self._note_evaluations(
+            *self._services.ask(self._services.board.evaluations.remote(), BOARD)
+        ):
+            generated = (
+                [actor.get("tokens_under_way") for actor in self._view.value["actors"].values()]
+                if self._view.value
+                else None
+            )
             if generated != seen:  # As long as tokens come, it is only slow.
                 until_s, seen = time.monotonic() + self._config.run.timeout_s, generated
             if time.monotonic() > until_s:
                 self._services.event(
-                    f"the final evaluation stood still for {self._config.run.timeout_s:.0f} s (run.timeout_s); going on without it"
+                    f"the final evaluation stood still for {self._config.run.timeout_s:.0f} s "
+                    "(run.timeout_s); going on without it"
                 )
                 return
             self._look(terminal)
             time.sleep(WATCH_S)
 
-    # --- how many actors ------------------------------------------------------------------------------------------
+    # --- how many actors ---
 
     def _obey(self) -> None:
         """A request from another shell."""
@@ -249,22 +285,39 @@ class Supervisor:
     def _answer(self, request: ScaleRequest) -> Answer:
         actors = self._config.actors
         if self._state != "training":
-            return Answer(request.id, request.actors, refused=f"the run is {self._state}: ask again when it trains")
+            return Answer(
+                request.id, request.actors, refused=f"the run is {self._state}: ask again when it trains"
+            )
         if request.actors < 1 or (actors.max is not None and not actors.min <= request.actors <= actors.max):
             bounds = f"actors.min = {actors.min} to actors.max = {actors.max}, between which this run scales by itself"
-            return Answer(request.id, request.actors, refused=bounds if actors.max is not None else "expected 1 or more")
+            return Answer(
+                request.id, request.actors, refused=bounds if actors.max is not None else "expected 1 or more"
+            )
         before = self._fleet.target
         added, retired = self._scale_to(request.actors)
-        self._services.event(f"scaled from {before} to {request.actors} actors, as asked: {_changes(added, retired)}")
+        self._services.event(
+            f"scaled from {before} to {request.actors} actors, as asked: {_changes(added, retired)}"
+        )
         return Answer(request.id, request.actors, tuple(added), tuple(retired))
 
     def _autoscale(self, stats: Mapping[str, float], view: Mapping[str, Any]) -> None:
         if self._autoscaler is None or self._state != "training":
             return
         rollouts, running = self._fleet.rollout_names(), self._fleet.rollout_names("running")
-        waits_s = {name: view["actors"][name].get("wait_admission_s") or 0.0 for name in running if name in view["actors"]}
+        waits_s = {
+            name: view["actors"][name].get("wait_admission_s") or 0.0
+            for name in running
+            if name in view["actors"]
+        }
         is_settled = len(rollouts) == len(running) == len(waits_s)
-        load = Load(time.monotonic(), stats["buffer/wait_batch_s"], waits_s, self._fleet.target, is_settled, step_of(view))
+        load = Load(
+            time.monotonic(),
+            stats["buffer/wait_batch_s"],
+            waits_s,
+            self._fleet.target,
+            is_settled,
+            step_of(view),
+        )
         decision = self._autoscaler.look(load)
         if decision is not None:
             count, reason = decision
@@ -276,14 +329,22 @@ class Supervisor:
             self._autoscaler.changed(time.monotonic())
         return self._fleet.scale_to(count)
 
-    # --- status ---------------------------------------------------------------------------------------------------
+    # --- status ---
 
     def _status(self, stats: Mapping[str, float], view: Mapping[str, Any]) -> RunStatus:
         known, shown = view["actors"], ("version", "tokens_per_s")
-        actors = [{**entry, **{key: known.get(entry["name"], {}).get(key) for key in shown}} for entry in self._fleet.status()]
-        waits = {f"actors for {what}": sum(counters.get(f"wait_{what}_s") or 0.0 for counters in known.values()) for what in WAITS}
+        actors = [
+            {**entry, **{key: known.get(entry["name"], {}).get(key) for key in shown}}
+            for entry in self._fleet.status()
+        ]
+        waits = {
+            f"actors for {what}": sum(counters.get(f"wait_{what}_s") or 0.0 for counters in known.values())
+            for what in WAITS
+        }
         is_restarting = (
-            self._state == "training" and self._learner is not None and self._learner.state in ("waiting for placement", "loading")
+            self._state == "training"
+            and self._learner is not None
+            and self._learner.state in ("waiting for placement", "loading")
         )
         return RunStatus(
             name=self._config.run.name,
@@ -296,10 +357,12 @@ class Supervisor:
             stopped=self._stopped,
         )
 
-    # --- end ------------------------------------------------------------------------------------------------------
+    # --- end ---
 
     def finish(self, totals: list[dict[str, float]], stopped: str | None) -> dict[str, Any]:
-        """Retire the actors, write summary and report; the summary. What does not answer any more is left out of it."""
+        """Retire the actors, write summary and report; the summary. What does not answer any more is
+        left out of it.
+        """
         services = self._services
         _, arrived = self._last_word(services.board.evaluations.remote, BOARD, ([], []))
         self._results |= {result.policy_version: result for result in arrived}
@@ -307,7 +370,10 @@ class Supervisor:
         self._log_buffer(stats)
         if not self._ray.cause:
             self._retire_all()
-        results = sorted([*self._earlier_evaluations, *self._results.values()], key=lambda evaluation: evaluation.policy_version)
+        results = sorted(
+            [*self._earlier_evaluations, *self._results.values()],
+            key=lambda evaluation: evaluation.policy_version,
+        )
         summary = self._summary(totals[0] if totals else {}, results, stats, stopped)
         self._state, self._stopped = "over", stopped
         view = self._last_word(services.monitor.view.remote, MONITOR, self._view.value)
@@ -326,28 +392,40 @@ class Supervisor:
             return otherwise
 
     def _write_summary(self, summary: Mapping[str, Any]) -> None:
-        """The last rows, the summary and the report: by the monitor, and by this process where that is gone."""
+        """The last rows, the summary and the report: by the monitor, and by this process where that is
+        gone.
+        """
         run_dir, path = self._inputs.run_dir, self._inputs.run_dir / "summary.json"
         with contextlib.suppress(OSError):  # Of a disk that went read-only; it is told below.
             path.unlink(missing_ok=True)
         self._last_word(partial(self._services.monitor.close.remote, summary), MONITOR, None)
         try:
             if self._ray.cause or not path.exists():
-                note_event(run_dir, self._ray.cause or f"the monitor is gone; the run ended: {summary['stopped'] or 'finished'}")
+                note_event(
+                    run_dir,
+                    self._ray.cause
+                    or f"the monitor is gone; the run ended: {summary['stopped'] or 'finished'}",
+                )
             if not path.exists():
                 replace_json(path, finite_tree(summary))
             write_report(run_dir)
         except OSError as error:
-            self._services.event(f"{error.filename or run_dir} was not written: {error.strerror}; `launch.py report` makes the report")
+            self._services.event(
+                f"{error.filename or run_dir} was not written: {error.strerror}; `launch.py "
+                "report` makes the report"
+            )
 
     def _abandon(self, cause: str) -> None:
-        """Ray is gone, and the main thread hangs in it: what there is of the run is written, and this process ends. From another thread."""
+        """Ray is gone, and the main thread hangs in it: what there is of the run is written, and this
+        process ends. From another thread.
+        """
         run_dir = self._inputs.run_dir
         with contextlib.suppress(OSError):
             note_event(run_dir, cause)
             results = sorted(self._results.values(), key=lambda evaluation: evaluation.policy_version)
             replace_json(
-                run_dir / "summary.json", finite_tree(self._summary({}, results, defaultdict(float, self._stats.value or {}), cause))
+                run_dir / "summary.json",
+                finite_tree(self._summary({}, results, defaultdict(float, self._stats.value or {}), cause)),
             )
             write_report(run_dir)
         os.write(sys.stderr.fileno(), f"error: {cause}\n".encode())
@@ -373,7 +451,11 @@ class Supervisor:
             time.sleep(RETIRE_LOOK_S)
 
     def _summary(
-        self, first: Mapping[str, float], results: Sequence[Evaluation], stats: Mapping[str, float], stopped: str | None
+        self,
+        first: Mapping[str, float],
+        results: Sequence[Evaluation],
+        stats: Mapping[str, float],
+        stopped: str | None,
     ) -> dict[str, Any]:
         """`first`: the totals of rank 0, empty when training did not end; `results`: by policy version."""
         inputs, wall_s = self._inputs, time.monotonic() - self._start_s
@@ -389,7 +471,8 @@ class Supervisor:
             "tokens": first.get("tokens"),
             # Of a run in one piece only: the wall time of its earlier starts is not known here.
             "samples_per_s": first["samples"] / wall_s if first and not inputs.is_continued else None,
-            "policy_dir": self.policy_dir if first.get("policy_written") else None,  # Else what lies there is of an earlier start.
+            # Else what lies there is of an earlier start.
+            "policy_dir": self.policy_dir if first.get("policy_written") else None,
             "report": str(inputs.run_dir / "report.html"),
             "run_dir": str(inputs.run_dir),
             "stopped": stopped,

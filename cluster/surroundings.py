@@ -1,6 +1,8 @@
-"""What a run needs of the process and the machine it starts on: checked by a start before anything is made, and by `doctor`.
+"""What a run needs of the process and the machine it starts on: checked by a start before anything is made,
+and by `doctor`.
 
-Each check is short, starts nothing, and asks nothing of the network but whether the head in RAY_ADDRESS listens.
+Each check is short, starts nothing, and asks nothing of the network but whether the head in RAY_ADDRESS
+listens.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def surroundings() -> Iterator[Check]:
     yield check_cluster()
 
 
-# Who and where -------------------------------------------------------------------------------------------------------
+# --- Who and where ---
 
 
 def check_home() -> Check:
@@ -76,7 +78,9 @@ def check_user() -> Check:
         return Check("user", getpass.getuser(), "a name", True)
     except (KeyError, OSError):
         remedy = "Give it one: export USER=agro LOGNAME=agro"
-        return Check("user", f"uid {os.getuid()} has no name", "an entry in /etc/passwd, or USER", False, remedy)
+        return Check(
+            "user", f"uid {os.getuid()} has no name", "an entry in /etc/passwd, or USER", False, remedy
+        )
 
 
 def check_temp_dirs() -> Iterator[Check]:
@@ -89,16 +93,26 @@ def check_temp_dirs() -> Iterator[Check]:
             reason = "no space is left there"
         remedy = f"Make it, or set another: export {variable}=/tmp"
         shown = variable if os.environ.get(variable) else f"{variable} (not set)"
-        yield Check(shown, f"{path}: {reason}" if reason else str(path), "a directory that can be written", not reason, remedy)
+        yield Check(
+            shown,
+            f"{path}: {reason}" if reason else str(path),
+            "a directory that can be written",
+            not reason,
+            remedy,
+        )
     if cluster_address() is None:  # A cluster's directory is the head's affair.
         ray_dir = os.environ.get(name) if name else "/tmp"
         length, most = len(os.fsencode(str(ray_dir))), MAX_SOCKET_PATH - len(RAY_SOCKET)
         remedy = "Give Ray a shorter one: export RAY_TMPDIR=/tmp"
-        yield Check("Ray's sockets", f"{ray_dir} has {length} characters", f"at most {most}", length <= most, remedy)
+        yield Check(
+            "Ray's sockets", f"{ray_dir} has {length} characters", f"at most {most}", length <= most, remedy
+        )
 
 
 def _why_not_writable(path: Path, *, must_exist: bool = False) -> str:
-    """Why no file can be made in `path`, or where it is missing in what it would be made in; empty when one can."""
+    """Why no file can be made in `path`, or where it is missing in what it would be made in; empty when
+    one can.
+    """
     if must_exist and not path.exists():
         return "there is no such directory"
     try:
@@ -109,7 +123,7 @@ def _why_not_writable(path: Path, *, must_exist: bool = False) -> str:
         return f"it cannot be written ({error.strerror or error})"
 
 
-# Limits --------------------------------------------------------------------------------------------------------------
+# --- Limits ---
 
 
 def check_open_files() -> Check:
@@ -117,7 +131,13 @@ def check_open_files() -> Check:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     ok = hard == resource.RLIM_INFINITY or hard >= MIN_OPEN_FILES
     found = "no limit" if hard == resource.RLIM_INFINITY else str(hard)
-    return Check("open files", found, f">= {MIN_OPEN_FILES}", ok, f"Raise the hard limit of this shell: ulimit -n {MIN_OPEN_FILES}")
+    return Check(
+        "open files",
+        found,
+        f">= {MIN_OPEN_FILES}",
+        ok,
+        f"Raise the hard limit of this shell: ulimit -n {MIN_OPEN_FILES}",
+    )
 
 
 def check_host() -> Check:
@@ -130,11 +150,13 @@ def check_host() -> Check:
         return Check("host name", f"{name}: {error.strerror or error}", wanted, True, hint=hint)
 
 
-# Ray -----------------------------------------------------------------------------------------------------------------
+# --- Ray ---
 
 
 def cluster_address() -> str | None:
-    """The cluster that RAY_ADDRESS names, `auto` for the one of this machine; None to run alone: not set, empty or `local`."""
+    """The cluster that RAY_ADDRESS names, `auto` for the one of this machine; None to run alone: not
+    set, empty or `local`.
+    """
     value = os.environ.get("RAY_ADDRESS", "").strip()
     return None if value in ("", "local") else value
 
@@ -144,14 +166,25 @@ def check_cluster() -> Check:
     address, running = cluster_address(), running_head()
     if address is None:
         if running is None:
-            return Check("Ray cluster", "none", "any (optional)", True, hint="`train` starts a Ray of its own on this machine.")
-        found, hint = f"{running} (a head on this machine)", "`train` joins it only with RAY_ADDRESS=auto, or through `ray job submit`."
+            return Check(
+                "Ray cluster",
+                "none",
+                "any (optional)",
+                True,
+                hint="`train` starts a Ray of its own on this machine.",
+            )
+        found, hint = (
+            f"{running} (a head on this machine)",
+            "`train` joins it only with RAY_ADDRESS=auto, or through `ray job submit`.",
+        )
         return Check("Ray cluster", found, "any (optional)", True, hint=hint)
     wanted, alone = "the head's host:port, or auto", "or unset RAY_ADDRESS to run alone."
     scheme = address.partition("://")[0] if "://" in address else ""
     if scheme:
         dashboard = "the dashboard's address"
-        whose = {"ray": "the address of Ray's client", "http": dashboard, "https": dashboard}.get(scheme, "no head's address")
+        whose = {"ray": "the address of Ray's client", "http": dashboard, "https": dashboard}.get(
+            scheme, "no head's address"
+        )
         remedy = f"That is {whose}: submit a job there (`ray job submit --address`), set the head's host:6379, {alone}"
         return Check("Ray cluster", f"RAY_ADDRESS = {address}", wanted, False, remedy)
     if address == "auto" and running is None:
@@ -177,7 +210,9 @@ def running_head() -> str | None:
 
 
 def _why_no_head(host: str, port: int) -> str:
-    """Why no gRPC server can be reached there; empty when one can. Without this, Ray waits for one that never answers for ever."""
+    """Why no gRPC server can be reached there; empty when one can. Without this, Ray waits for one that
+    never answers for ever.
+    """
     try:
         socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
     except OSError as error:

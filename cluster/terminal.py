@@ -36,15 +36,24 @@ _BARS = "▁▂▃▄▅▆▇█"
 class Terminal:
     """Shows views; a context manager. `stream` is stdout by default, `live` follows from it being a tty."""
 
-    def __init__(self, stream: TextIO | None = None, live: bool | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        live: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         stream = stream or sys.stdout
-        self._shower: _Live | _Plain = _Live(stream) if (stream.isatty() if live is None else live) else _Plain(stream, clock)
+        self._shower: _Live | _Plain = (
+            _Live(stream) if (stream.isatty() if live is None else live) else _Plain(stream, clock)
+        )
 
     def __enter__(self) -> Terminal:
         self._shower.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._shower.stop()
 
     def update(self, view: View) -> None:
@@ -118,7 +127,12 @@ class _Live:
     """One screen, redrawn in place."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._live = Live(console=Console(file=stream), refresh_per_second=_REFRESH_HZ, transient=False, redirect_stderr=False)
+        self._live = Live(
+            console=Console(file=stream),
+            refresh_per_second=_REFRESH_HZ,
+            transient=False,
+            redirect_stderr=False,
+        )
 
     def start(self) -> None:
         self._live.start()
@@ -135,7 +149,13 @@ def screen(view: View) -> RenderableType:
     blocks = [_header(view), _figures(view), _buffer_bar(view), _actor_table(view)]
     if view["events"]:
         blocks.append(_event_lines(view))
-    return Panel(Group(*blocks), title=f"[bold]agro[/bold] {view['name']}", title_align="left", border_style="dim", padding=(0, 1))
+    return Panel(
+        Group(*blocks),
+        title=f"[bold]agro[/bold] {view['name']}",
+        title_align="left",
+        border_style="dim",
+        padding=(0, 1),
+    )
 
 
 def _header(view: View) -> RenderableType:
@@ -160,7 +180,10 @@ def _figures(view: View) -> RenderableType:
     grid.add_column(style="green", min_width=_SPARK_WIDTH)
     grid.add_column(style="dim")
     grid.add_row(
-        "reward", figure(row.get("reward/mean"), 3), sparkline(view["rewards"]), f"error {_percent(row.get('reward/error_fraction'))}"
+        "reward",
+        figure(row.get("reward/mean"), 3),
+        sparkline(view["rewards"]),
+        f"error {_percent(row.get('reward/error_fraction'))}",
     )
     solve_rates = [rate for _, rate in view["evaluations"]]
     at = "" if version is None else f"at v{version:.0f}"
@@ -184,7 +207,11 @@ def _age(oldest: float | None, bound: int) -> Text:
 
 def _buffer_bar(view: View) -> RenderableType:
     groups = view["buffer"].get("buffer/groups")
-    evicted = {name.removeprefix("buffer/evicted_"): count for name, count in view["buffer"].items() if name.startswith("buffer/evicted_")}
+    evicted = {
+        name.removeprefix("buffer/evicted_"): count
+        for name, count in view["buffer"].items()
+        if name.startswith("buffer/evicted_")
+    }
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", min_width=10)
     grid.add_row(
@@ -218,7 +245,14 @@ def _actor_table(view: View) -> RenderableType:
 def _event_lines(view: View) -> RenderableType:
     events = list(view["events"])[-_LIVE_EVENTS:]
     return Group(
-        *(Text(f"{duration(event['wall_s']):>8}  {printable(event['text'])}", overflow="ellipsis", no_wrap=True) for event in events)
+        *(
+            Text(
+                f"{duration(event['wall_s']):>8}  {printable(event['text'])}",
+                overflow="ellipsis",
+                no_wrap=True,
+            )
+            for event in events
+        )
     )
 
 
@@ -229,13 +263,20 @@ def summary_screen(summary: Mapping[str, Any]) -> str:
         return figure(summary.get(name), digits)
 
     stopped, policy, run_dir = summary.get("stopped"), summary.get("policy_dir"), summary.get("run_dir")
-    version = f" at v{_count(summary['final_policy_version'])}" if summary.get("final_policy_version") is not None else ""
+    version = (
+        f" at v{_count(summary['final_policy_version'])}"
+        if summary.get("final_policy_version") is not None
+        else ""
+    )
     errors = {name: count for name, count in (summary.get("errors") or {}).items() if count}
     rows = [
         ("solve rate", f"{number('base_solve_rate', 3)} -> {number('final_solve_rate', 3)}{version}"),
         ("staleness", f"mean {number('staleness_mean', 2)}, max {number('staleness_max', 0)} learner steps"),
         ("steps", f"{_count(summary.get('steps'))} in {duration(summary.get('wall_s'))}"),
-        ("samples", f"{number('samples', 0)} ({number('samples_per_s', 1)} per second), {number('tokens', 0)} tokens"),
+        (
+            "samples",
+            f"{number('samples', 0)} ({number('samples_per_s', 1)} per second), {number('tokens', 0)} tokens",
+        ),
         ("errors", ", ".join(f"{name} {figure(count, 0)}" for name, count in errors.items()) or "none"),
         ("policy", policy or "-"),
         ("report", summary.get("report") or "-"),
@@ -243,7 +284,9 @@ def summary_screen(summary: Mapping[str, Any]) -> str:
         ("W&B", summary.get("wandb_mode") or "-"),
     ]
     if policy:
-        rows += [(verb, f"{_python()} launch.py {verb} {shlex.quote(policy)}") for verb in ("chat", "evaluate")]
+        rows += [
+            (verb, f"{_python()} launch.py {verb} {shlex.quote(policy)}") for verb in ("chat", "evaluate")
+        ]
     outcome = f"stopped: {stopped}" if stopped else "finished"
     lines = [f"{summary.get('name') or '-'} {outcome}", *(f"  {label:<11}{value}" for label, value in rows)]
     return "\n".join(lines)

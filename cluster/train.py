@@ -52,8 +52,11 @@ def _run(inputs: Inputs, stop: StopSignal) -> dict[str, Any]:
             except (
                 AgroError,
                 RayError,
-            ) as second:  # What is left of the run cannot be closed in order: say so, but the first error is the cause.
-                raise type(error)(f"{error}\n(and the run's files could not be completed: {str(second).splitlines()[0]})") from None
+                # What is left of the run cannot be closed in order: say so, but the first error is the cause.
+            ) as second:
+                raise type(error)(
+                    f"{error}\n(and the run's files could not be completed: {str(second).splitlines()[0]})"
+                ) from None
             raise error from None
         finally:
             supervisor.close()

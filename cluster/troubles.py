@@ -1,4 +1,6 @@
-"""Failures that repeat, such as those of a full disk: a line when they begin, a line with their count when they are over."""
+"""Failures that repeat, such as those of a full disk: a line when they begin, a line with their count
+when they are over.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,11 @@ QUIET_S = 5.0
 
 
 class Troubles:
-    """What fails again and again, told twice: when it begins, and, with its count, when it is over. Safe from any thread.
+    """What fails again and again, told twice: when it begins, and, with its count, when it is over. Safe from
+    any thread.
 
-    It is over when it goes well `QUIET_S` after the last failure: a disk that is nearly full takes one thing and refuses the next.
+    It is over when it goes well `QUIET_S` after the last failure: a disk that is nearly full takes one thing
+    and refuses the next.
     """
 
     def __init__(self, tell: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
@@ -36,4 +40,6 @@ class Troubles:
             if not count or self._clock() - last_s < QUIET_S:
                 return
             del self._open[what]
-        self._tell(f"{what}: no more, after {count} failure{'' if count == 1 else 's'} in {last_s - first_s:.0f} s")
+        self._tell(
+            f"{what}: no more, after {count} failure{'' if count == 1 else 's'} in {last_s - first_s:.0f} s"
+        )

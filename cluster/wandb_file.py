@@ -1,7 +1,7 @@
 """What a W&B run file holds, also that of a process that was killed: its history, row by row.
 
-A `.wandb` file is a header and blocks of 32 KiB, each of fragments (checksum, length, kind, bytes) that make up records:
-LevelDB's log format with protobuf messages in it. W&B has no public reader.
+A `.wandb` file is a header and blocks of 32 KiB, each of fragments (checksum, length, kind, bytes) that make
+up records: LevelDB's log format with protobuf messages in it. W&B has no public reader.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def history(path: Path) -> Iterator[dict[str, Any]]:
         except DecodeError:
             return
         if record.WhichOneof("record_type") == "history":
-            yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            yield {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
 
 
 def _records(content: bytes) -> Iterator[bytes]:

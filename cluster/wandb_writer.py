@@ -2,12 +2,14 @@
 
     Monitor --log, log_samples--> bounded queue --> one daemon thread --> wandb
 
-Online or offline is decided before `wandb.init`, by `wandb_mode`. If `init` raises online (no network, a bad key) the thread
-goes on offline, so that `wandb sync` can upload the run later. Calls that fail or find the queue full are counted.
+Online or offline is decided before `wandb.init`, by `wandb_mode`. If `init` raises online (no network, a bad
+key) the thread goes on offline, so that `wandb sync` can upload the run later. Calls that fail or find the
+queue full are counted.
 
-An offline run cannot be resumed by W&B: it begins another directory, and `wandb sync` of several puts one over the other. So a
-continued run is told again from metrics.jsonl and samples.jsonl, from its first step on, and the directories of earlier starts,
-which hold nothing else, are removed. W&B gets a step once: what a learner does again since a checkpoint it has already.
+An offline run cannot be resumed by W&B: it begins another directory, and `wandb sync` of several puts one
+over the other. So a continued run is told again from metrics.jsonl and samples.jsonl, from its first step on,
+and the directories of earlier starts, which hold nothing else, are removed. W&B gets a step once: what a
+learner does again since a checkpoint it has already.
 """
 
 from __future__ import annotations
@@ -33,17 +35,29 @@ from cluster.metrics import read_json_lines
 WandbMode = Literal["online", "offline", "off"]
 
 TABLE_ROWS = 16
-SAMPLE_COLUMNS = ("step", "version", "staleness", "prompt", "completion", "reward", "error", "advantage", "answer")
+SAMPLE_COLUMNS = (
+    "step",
+    "version",
+    "staleness",
+    "prompt",
+    "completion",
+    "reward",
+    "error",
+    "advantage",
+    "answer",
+)
 _INIT_TIMEOUT_S = 60.0
 _DEFAULT_HOST = "https://api.wandb.ai"
-_FLUSH_S = 1.0  # How long a row may be in W&B's memory only: that much of it is lost when the driver is killed.
+# How long a row may be in W&B's memory only: that much of it is lost when the driver is killed.
+_FLUSH_S = 1.0
 
 
 def wandb_mode(config: Config) -> WandbMode:
     """What W&B will do in this run: call it before anything is started.
 
-    `auto` is online if there is an API key (WANDB_API_KEY, or netrc for the host of WANDB_BASE_URL), else offline; a
-    WANDB_MODE of `offline` or `disabled` in the environment is obeyed. Raises ConfigError if `online` is demanded without a key.
+    `auto` is online if there is an API key (WANDB_API_KEY, or netrc for the host of WANDB_BASE_URL), else
+    offline; a WANDB_MODE of `offline` or `disabled` in the environment is obeyed. Raises ConfigError if
+    `online` is demanded without a key.
     """
     wanted = config.monitor.wandb
     if wanted in ("offline", "off"):
@@ -105,7 +119,9 @@ class WandbWriter:
             self._thread.start()
 
     def log(self, row: Mapping[str, float | None]) -> None:
-        """Log the known values of a row. The x axis is the row's `progress/step`, not W&B's step, which asynchronous code breaks."""
+        """Log the known values of a row. The x axis is the row's `progress/step`, not W&B's step, which
+        asynchronous code breaks.
+        """
         self._put(lambda run: self._log_row(run, row))
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
@@ -121,7 +137,9 @@ class WandbWriter:
         return found
 
     def finish(self, summary: Mapping[str, Any], timeout_s: float) -> bool:
-        """Finish the run; False if W&B was not done within `timeout_s` (what waited is counted as dropped)."""
+        """Finish the run; False if W&B was not done within `timeout_s` (what waited is counted as
+        dropped).
+        """
         if self.mode == "off":
             return True
         deadline = time.monotonic() + timeout_s
@@ -160,7 +178,8 @@ class WandbWriter:
                 import wandb
 
                 run.finish()
-                # `finish` only asks W&B's own process to close the run file, and that process dies with this one: wait for it.
+                # `finish` only asks W&B's own process to close the run file, and that process dies with this
+                # one: wait for it.
                 wandb.teardown()
         except Exception as error:  # noqa: BLE001 - as above
             self._failures.put(f"W&B finish failed ({_brief(error)})")
@@ -171,7 +190,9 @@ class WandbWriter:
         if step > self._newest_row:
             self._newest_row = step
             waits = self._shows_samples(int(step)) and self._newest_table < step
-            self._log_part(run, step, {name: value for name, value in row.items() if value is not None}, waits)
+            self._log_part(
+                run, step, {name: value for name, value in row.items() if value is not None}, waits
+            )
 
     def _log_table(self, run: Any, step: float, samples: list[dict[str, Any]]) -> None:
         import wandb
@@ -224,7 +245,9 @@ class WandbWriter:
             with contextlib.suppress(OSError):
                 for row in wandb_file.history(file):
                     if "samples" not in row:
-                        rows[row.get("progress/step") or 0.0] = {name: row[name] for name in row if not name.startswith("_")}
+                        rows[row.get("progress/step") or 0.0] = {
+                            name: row[name] for name in row if not name.startswith("_")
+                        }
         for row in read_json_lines(self._run_dir / "metrics.jsonl")[0]:
             rows[row.get("progress/step") or 0.0] = row
         return rows
@@ -246,7 +269,8 @@ class WandbWriter:
         return None
 
     def _init(self, mode: str) -> Any:
-        # Tables are staged under WANDB_DATA_DIR; in the run directory an offline run stays complete when it is moved.
+        # Tables are staged under WANDB_DATA_DIR; in the run directory an offline run stays complete when it
+        # is moved.
         os.environ.setdefault("WANDB_DATA_DIR", str(self._run_dir / "wandb" / "data"))
         import wandb
 

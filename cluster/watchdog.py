@@ -1,6 +1,8 @@
-"""When no optimizer step comes: which stage stalls, from the counters of actors and buffer, and everybody's stacks in a file.
+"""When no optimizer step comes: which stage stalls, from the counters of actors and buffer, and everybody's
+stacks in a file.
 
-learner in its step <-- batches <-- buffer <-- groups <-- rewards <-- generation <-- admission, weights, actors at all
+learner in its step <-- batches <-- buffer <-- groups <-- rewards <-- generation <-- admission, weights,
+actors at all
                                                  the first of these that explains the wait is named
 """
 
@@ -30,8 +32,10 @@ _MOST = 0.5  # Share of the time from which a wait counts as what somebody does.
 
 @dataclass(frozen=True)
 class Observation:
-    """What is known at one moment. `actors`: counters by name of the running ones (Monitor.view); `absent`: sentences on the
-    others; `stats`: ReplayBuffer.stats; `groups_per_step`, `admitted_groups`: of the config; `full_disk`: which one refuses writes."""
+    """What is known at one moment. `actors`: counters by name of the running ones (Monitor.view); `absent`:
+    sentences on the others; `stats`: ReplayBuffer.stats; `groups_per_step`, `admitted_groups`: of the config;
+    `full_disk`: which one refuses writes.
+    """
 
     time_s: float
     step: int
@@ -46,7 +50,9 @@ class Observation:
 
 @dataclass
 class Watchdog:
-    """Notices that no step has come for `max(60 s, 10 x the median step time)`, at most half of `timeout_s`; once a stall."""
+    """Notices that no step has come for `max(60 s, 10 x the median step time)`, at most half of
+    `timeout_s`; once a stall.
+    """
 
     timeout_s: float
     _recent: deque[Observation] = field(default_factory=deque)
@@ -106,7 +112,9 @@ def stalled_stage(before: Observation, now: Observation) -> str:
         return f"admission is closed: {held:.0f} of {now.admitted_groups} groups are out or stored, and no batch can be made of them"
     if share("busy_s") >= _MOST and not share("groups"):
         return f"the actors generate, but no group is finished ({now.stats.get('buffer/leased', 0.0):.0f} leased)"
-    return f"groups come, but slowly: {share('groups') * len(changes):.2f} a second from {len(changes)} actors"
+    return (
+        f"groups come, but slowly: {share('groups') * len(changes):.2f} a second from {len(changes)} actors"
+    )
 
 
 def _change(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> float:
@@ -124,13 +132,19 @@ def _versions(now: Observation) -> str:
     return ", ".join(sorted({f"{counters.get('version', -1):.0f}" for counters in now.actors.values()}))
 
 
-# Stacks --------------------------------------------------------------------------------------------------------------
+# --- Stacks ---
 
 
 def dump_stacks(handles: Mapping[str, Any], run_dir: Path) -> tuple[Path, list[str]]:
-    """Everybody's stacks in `run_dir/stacks-<time>.txt`, and the names of those who did not answer within 5 s."""
+    """Everybody's stacks in `run_dir/stacks-<time>.txt`, and the names of those who did not answer
+    within 5 s.
+    """
     calls = {name: handle.__ray_call__.remote(Heartbeat.stacks) for name, handle in handles.items()}
-    ready = set(ray.wait(list(calls.values()), num_returns=len(calls), timeout=STACKS_TIMEOUT_S)[0]) if calls else set()
+    ready = (
+        set(ray.wait(list(calls.values()), num_returns=len(calls), timeout=STACKS_TIMEOUT_S)[0])
+        if calls
+        else set()
+    )
     silent = [name for name, call in calls.items() if call not in ready]
     texts = {name: _stack_of(call) if call in ready else "no answer\n" for name, call in calls.items()}
     path = run_dir / f"stacks-{time.strftime('%Y%m%d-%H%M%S')}.txt"

@@ -1,10 +1,11 @@
-"""Weight snapshots: what the learner publishes and the actors pull. Versioned, bucketed, checksummed, immutable.
+"""Weight snapshots: what the learner publishes and the actors pull. Versioned, bucketed, checksummed,
+immutable.
 
     (name, tensor)* --SnapshotWriter--> Manifest + buckets (bytes in host memory or Ray's object store) --read_snapshot--> (name, tensor)*
 
-A bucket is a flat uint8 array of at most `bucket_bytes`, or of one parameter larger than that; the manifest says where
-each parameter lies and each bucket's xxh3 checksum. A snapshot is applied whole or not at all: every bucket is verified
-before the first tensor is handed out.
+A bucket is a flat uint8 array of at most `bucket_bytes`, or of one parameter larger than that; the manifest
+says where each parameter lies and each bucket's xxh3 checksum. A snapshot is applied whole or not at all:
+every bucket is verified before the first tensor is handed out.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class Buffers:
-    """Host memory for buckets, used again by the next snapshot; page-locked where there is a GPU to copy from.
+    """Host memory for buckets, used again by the next snapshot; page-locked where there is a GPU to copy
+    from.
 
     At most one snapshot's worth: `give_back` when all that was taken is stored.
     """
@@ -63,7 +65,9 @@ class Buffers:
         if self._num_taken == len(self._all):
             self._all.append(np.empty(0, np.uint8))
         if self._all[self._num_taken].nbytes < num_bytes:
-            self._all[self._num_taken] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
+            self._all[self._num_taken] = torch.empty(
+                num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()
+            ).numpy()
         self._num_taken += 1
         return self._all[self._num_taken - 1]
 
@@ -82,10 +86,12 @@ class _AtOnce(Executor):
 
 
 class SnapshotWriter:
-    """Copies parameters into buckets; each full bucket is handed to `store`, whose results `finish` returns in order.
+    """Copies parameters into buckets; each full bucket is handed to `store`, whose results `finish` returns
+    in order.
 
-    Checksums and `store` run in `executor`, by default in the thread that calls `add`; the copies are always made there.
-    `take` gives a bucket's memory (`Buffers.take`), which `store` must not keep if it is used again.
+    Checksums and `store` run in `executor`, by default in the thread that calls `add`; the copies are always
+    made there. `take` gives a bucket's memory (`Buffers.take`), which `store` must not keep if it is used
+    again.
     """
 
     def __init__(
@@ -114,7 +120,11 @@ class SnapshotWriter:
         if self._bucket is None:
             self._bucket, self._used, padding = self._take(max(self._bucket_bytes, data.nbytes)), 0, 0
         offset = self._used + padding
-        self._params.append(ParamEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), len(self._stored), offset))
+        self._params.append(
+            ParamEntry(
+                name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), len(self._stored), offset
+            )
+        )
         self._bucket[self._used : offset] = 0
         torch.from_numpy(self._bucket[offset : offset + data.nbytes]).copy_(data)
         self._used = offset + data.nbytes
@@ -126,21 +136,29 @@ class SnapshotWriter:
             self._bucket = None
 
     def finish(self, version: int) -> tuple[Manifest, list[Any]]:
-        """The manifest of `version` and what `store` returned for each bucket; waits for `executor` (its one thread: call `end` before)."""
+        """The manifest of `version` and what `store` returned for each bucket; waits for `executor`
+        (its one thread: call `end` before).
+        """
         self.end()
         sealed = [future.result() for future in self._stored]
-        manifest = Manifest(version, tuple(self._params), tuple(checksum for checksum, _ in sealed), tuple(self._sizes))
+        manifest = Manifest(
+            version, tuple(self._params), tuple(checksum for checksum, _ in sealed), tuple(self._sizes)
+        )
         return manifest, [stored for _, stored in sealed]
 
     def _flush(self, memory: np.ndarray) -> None:
         bucket = memory[: self._used]
         self._sizes.append(bucket.nbytes)
-        self._stored.append(self._executor.submit(lambda: (xxhash.xxh3_128_hexdigest(bucket.data), self._store(bucket))))
+        self._stored.append(
+            self._executor.submit(lambda: (xxhash.xxh3_128_hexdigest(bucket.data), self._store(bucket)))
+        )
 
 
 def checksum(tensor: torch.Tensor) -> str:
     """Of a tensor's elements, wherever it lies."""
-    return xxhash.xxh3_128_hexdigest(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
+    return xxhash.xxh3_128_hexdigest(
+        tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data
+    )
 
 
 def read_snapshot(manifest: Manifest, buckets: Sequence[np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -149,12 +167,22 @@ def read_snapshot(manifest: Manifest, buckets: Sequence[np.ndarray]) -> Iterator
     Raises SnapshotError before the first tensor when a bucket is missing, short, or fails its checksum.
     """
     if len(buckets) != len(manifest.checksums):
-        raise SnapshotError(f"snapshot {manifest.version} has {len(manifest.checksums)} buckets, {len(buckets)} arrived")
-    for number, (bucket, size, checksum) in enumerate(zip(buckets, manifest.sizes, manifest.checksums, strict=True)):
+        raise SnapshotError(
+            f"snapshot {manifest.version} has {len(manifest.checksums)} buckets, {len(buckets)} arrived"
+        )
+    for number, (bucket, size, checksum) in enumerate(
+        zip(buckets, manifest.sizes, manifest.checksums, strict=True)
+    ):
         if bucket.nbytes != size:
-            raise SnapshotError(f"snapshot {manifest.version}, bucket {number}: {bucket.nbytes} bytes arrived of {size}; it is torn")
+            raise SnapshotError(
+                f"snapshot {manifest.version}, bucket {number}: {bucket.nbytes} bytes "
+                f"arrived of {size}; it is torn"
+            )
         if (found := xxhash.xxh3_128_hexdigest(bucket.data)) != checksum:
-            raise SnapshotError(f"snapshot {manifest.version}, bucket {number}: checksum {found}, expected {checksum}; it is torn")
+            raise SnapshotError(
+                f"snapshot {manifest.version}, bucket {number}: checksum {found}, expected "
+                f"{checksum}; it is torn"
+            )
     return ((entry.name, _tensor(entry, buckets[entry.bucket])) for entry in manifest.params)
 
 

@@ -1,8 +1,8 @@
 """The AGRO advantage: the one formula everything else stands on. Pure; imports torch only.
 
-AGRO is due to Tang, Cohen, Zhang, Valko and Munos, "RL-finetuning LLMs from on- and off-policy data with a single
-algorithm" (arXiv 2503.19612). Below, [V] marks what that paper states, [D] what is derived from it and held by tests
-(exact enumeration, finite differences).
+AGRO is due to Tang, Cohen, Zhang, Valko and Munos, "RL-finetuning LLMs from on- and off-policy data with a
+single algorithm" (arXiv 2503.19612). Below, [V] marks what that paper states, [D] what is derived from it and
+held by tests (exact enumeration, finite differences).
 """
 
 from __future__ import annotations
@@ -34,24 +34,25 @@ def agro_advantages(
         b_i          "none": 0;  "loo": n/(n-1) * variance (ddof 1) of the others' R;
                      "running": n/(n-1) * the prompt's variance of R in earlier steps, "loo" where that is NaN
 
-    At the optimum pi* the residual is constant within a prompt [V, theorem 1], so every A_i is 0 for any behaviour
-    policy (with lr_coef = 0). For n >= 2 independent samples of one behaviour policy mu the off-policy form is unbiased
-    for grad L(pi, mu) / beta, L = 1/2 E_x Var_mu[R], and is per group the gradient of 0.5 * var(R, ddof 1) / beta [D].
-    The on-policy form is unbiased for the gradient that also differentiates the sampling from mu = pi [D]; callers
-    apply it to fresh samples only. Subtracting the group's own mean of squares instead of b_i would bias it [D].
-    "loo" has no variance of the others in a group of two: b_i is 0 there, which stays unbiased, with more variance.
+    At the optimum pi* the residual is constant within a prompt [V, theorem 1], so every A_i is 0 for any
+    behaviour policy (with lr_coef = 0). For n >= 2 independent samples of one behaviour policy mu the
+    off-policy form is unbiased for grad L(pi, mu) / beta, L = 1/2 E_x Var_mu[R], and is per group the
+    gradient of 0.5 * var(R, ddof 1) / beta [D]. The on-policy form is unbiased for the gradient that also
+    differentiates the sampling from mu = pi [D]; callers apply it to fresh samples only. Subtracting the
+    group's own mean of squares instead of b_i would bias it [D]. "loo" has no variance of the others in a
+    group of two: b_i is 0 there, which stays unbiased, with more variance.
 
     Args:
-        rewards: [N] float32 or float64.
-        log_ratios: [N], same dtype; log pi(y|x) - log pi_ref(y|x) in nats, the SUM over sampled tokens, current pi.
-        groups: [N] int64 ids, any values, any order, mixed group sizes. A group of one gets 0.
-        beta: strength of the KL pull, >= 0; 0 is leave-one-out REINFORCE.
-        lr_coef: >= 0; 0 is the off-policy form, 1 the literal on-policy one. Needs beta > 0.
-        lr_baseline: one of LR_BASELINES.
-        running_variances: [N], for "running": equal within a group, NaN where the prompt was never seen.
+        rewards: [N] float32 or float64. log_ratios: [N], same dtype; log pi(y|x) - log pi_ref(y|x) in nats,
+        the SUM over sampled tokens, current pi. groups: [N] int64 ids, any values, any order, mixed group
+        sizes. A group of one gets 0. beta: strength of the KL pull, >= 0; 0 is leave-one-out REINFORCE.
+        lr_coef: >= 0; 0 is the off-policy form, 1 the literal on-policy one. Needs beta > 0. lr_baseline: one
+        of LR_BASELINES. running_variances: [N], for "running": equal within a group, NaN where the prompt was
+        never seen.
 
     Returns:
-        [N], dtype of `rewards`, detached. Computed in float64: a common offset of the residuals costs no accuracy.
+        [N], dtype of `rewards`, detached. Computed in float64: a common offset of the residuals costs no
+        accuracy.
 
     Raises:
         ValueError: naming the argument, for a wrong shape, dtype or value.
@@ -86,9 +87,11 @@ def _centre(values: Tensor, group_of: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _expected_square(centred: Tensor, n: Tensor, group_of: Tensor, sizes: Tensor) -> Tensor:
-    """n/(n-1) times the variance of the others: what (R_i - mean_{j != i} R_j)^2 is on average, judged without i.
+    """n/(n-1) times the variance of the others: what (R_i - mean_{j != i} R_j)^2 is on average, judged
+    without i.
 
-    For centred d the others' mean is -d_i/(n-1), so their squares about it sum to sum_j d_j^2 - n/(n-1) d_i^2.
+    For centred d the others' mean is -d_i/(n-1), so their squares about it sum to sum_j d_j^2 - n/(n-1)
+    d_i^2.
     """
     squares = _group_sums(centred.square(), group_of, sizes)[group_of]
     stretch = n / (n - 1).clamp_min(1)
@@ -97,7 +100,9 @@ def _expected_square(centred: Tensor, n: Tensor, group_of: Tensor, sizes: Tensor
 
 
 def _seen_square(variances: Tensor, n: Tensor, otherwise: Tensor) -> Tensor:
-    """n/(n-1) times the variance seen in earlier steps; `otherwise` where there was none, or the group is one of one."""
+    """n/(n-1) times the variance seen in earlier steps; `otherwise` where there was none, or the group
+    is one of one.
+    """
     seen = variances.double() * n / (n - 1).clamp_min(1)
     return torch.where(seen.isnan() | (n < 2), otherwise, seen)
 
@@ -113,12 +118,17 @@ def _check_tensors(rewards: Tensor, log_ratios: Tensor, groups: Tensor) -> None:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}; expected one dimension")
     for name, tensor in (("log_ratios", log_ratios), ("groups", groups)):
         if tensor.shape != rewards.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected that of rewards, {tuple(rewards.shape)}")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected that of rewards, {tuple(rewards.shape)}"
+            )
     for name, tensor in (("rewards", rewards), ("log_ratios", log_ratios)):
         finite = torch.isfinite(tensor)
         if not finite.all():
             index = int((~finite).nonzero()[0])
-            raise ValueError(f"{name}[{index}] is {tensor[index].item()}; expected finite values ({int((~finite).sum())} are not)")
+            raise ValueError(
+                f"{name}[{index}] is {tensor[index].item()}; expected finite values "
+                f"({int((~finite).sum())} are not)"
+            )
 
 
 def _check_options(beta: float, lr_coef: float, lr_baseline: str) -> None:
@@ -127,11 +137,17 @@ def _check_options(beta: float, lr_coef: float, lr_baseline: str) -> None:
     if not (math.isfinite(lr_coef) and lr_coef >= 0):
         raise ValueError(f"lr_coef is {lr_coef}; expected a finite number >= 0")
     if beta == 0 and lr_coef > 0:
-        raise ValueError(f"lr_coef is {lr_coef} with beta 0: the on-policy term is divided by beta; set beta > 0 or lr_coef 0")
+        raise ValueError(
+            f"lr_coef is {lr_coef} with beta 0: the on-policy term is divided by beta; set beta "
+            "> 0 or lr_coef 0"
+        )
     if lr_baseline not in LR_BASELINES:
         raise ValueError(f"lr_baseline is {lr_baseline!r}; expected one of {', '.join(LR_BASELINES)}")
 
 
 def _check_variances(lr_baseline: str, running_variances: Tensor | None, rewards: Tensor) -> None:
     if lr_baseline == "running" and (running_variances is None or running_variances.shape != rewards.shape):
-        raise ValueError("running_variances is missing or has another shape than rewards; lr_baseline 'running' needs one per sample")
+        raise ValueError(
+            "running_variances is missing or has another shape than rewards; lr_baseline "
+            "'running' needs one per sample"
+        )

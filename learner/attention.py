@@ -2,11 +2,13 @@
 
     packed [1, H, S, D] --gather--> buckets [n, H, longest, D] of sequences of like length --sdpa, causal--> --gather--> packed
 
-With a mask, as transformers packs for "sdpa", a forward pass costs the square of the packed length, however short the sequences in
-it. Here every sequence costs its own square, and a pass a call for each length, not for each sequence. Buckets are padded
-on the right, where a causal attention never looks; the rest of the model sees no padding.
+With a mask, as transformers packs for "sdpa", a forward pass costs the square of the packed length, however
+short the sequences in it. Here every sequence costs its own square, and a pass a call for each length, not
+for each sequence. Buckets are padded on the right, where a causal attention never looks; the rest of the
+model sees no padding.
 
-Tensor letters: N sequences, S tokens of all of them, P places in the buckets (S and padding), H heads, D head size.
+Tensor letters: N sequences, S tokens of all of them, P places in the buckets (S and padding), H heads, D head
+size.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from torch import Tensor
 from cluster.errors import ConfigError
 
 PACKED_SDPA = "packed_sdpa"
-"""Name of this attention for transformers; it wants `packing`, a Packing, among the model's keyword arguments."""
+"""Name of this attention for transformers; it wants `packing`, a Packing, among the model's keyword
+arguments.
+"""
 BUCKET_RATIO = 0.8
 """The shortest sequence of a bucket, as a part of its longest."""
 SHORT = 64
@@ -58,7 +62,10 @@ class Packing:
         """[S, H, D] -> for each bucket [n, H, longest, D]."""
         places_PHD: Tensor = _Gather.apply(packed_SHD, self.to_places_P, self.to_tokens_S, None)
         pieces = places_PHD.split([num * longest for num, longest in self.shapes])
-        return [piece.unflatten(0, shape).transpose(1, 2) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        return [
+            piece.unflatten(0, shape).transpose(1, 2)
+            for piece, shape in zip(pieces, self.shapes, strict=True)
+        ]
 
     def pack(self, buckets: list[Tensor]) -> Tensor:
         """For each bucket [n, longest, H, D] -> [S, H, D]."""
@@ -80,7 +87,8 @@ def _buckets(lengths: Sequence[int]) -> list[list[int]]:
 
 
 class _Gather(torch.autograd.Function):
-    """rows[there]. Its gradient is a gather too, by the inverse `back`, zero at `padding`: much faster than adding by index.
+    """rows[there]. Its gradient is a gather too, by the inverse `back`, zero at `padding`: much faster than
+    adding by index.
 
     It holds where rows taken more than once get no gradient from their repetitions.
     """
@@ -99,9 +107,11 @@ class _Gather(torch.autograd.Function):
 
 
 def install_packed_sdpa(module: Any) -> bool:
-    """Let a Hugging Face model attend by `packed_sdpa`, if it is written for exchangeable attentions; whether it is.
+    """Let a Hugging Face model attend by `packed_sdpa`, if it is written for exchangeable attentions; whether
+    it is.
 
-    A model that is not keeps transformers' masks, as do those whose layers are more than full or sliding attention.
+    A model that is not keeps transformers' masks, as do those whose layers are more than full or sliding
+    attention.
     """
     from transformers import AttentionInterface
 
@@ -114,29 +124,44 @@ def install_packed_sdpa(module: Any) -> bool:
 
 
 def packed_sdpa(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [1, H, S, D], key and value [1, H', S, D] -> [1, S, H, D].
 
-    Raises ConfigError for models that do not hand `packing` down to their attention, or that attend in another way.
+    Raises ConfigError for models that do not hand `packing` down to their attention, or that attend in
+    another way.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     packing: Packing | None = kwargs.pop("packing", None)
     if left_out := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
         raise ConfigError(
-            f"{type(module).__name__} has a {left_out[0]} in its attention, which model.attention = sdpa leaves out, with learner.layout = "
+            f"{type(module).__name__} has a {left_out[0]} in its attention, which model.attention = sdpa "
+            "leaves out, with learner.layout = "
             "padded too. Set model.attention=eager."
         )
     if packing is None or attention_mask is not None or kwargs.get("is_causal") is False:
         raise ConfigError(
-            f"{type(module).__name__} cannot be trained with learner.layout = packed and model.attention = sdpa: its attention is not "
-            "plain causal attention, or does not learn where sequences begin. Use learner.layout = padded, or model.attention = eager."
+            f"{type(module).__name__} cannot be trained with learner.layout = packed and model.attention = "
+            "sdpa: its attention is not "
+            "plain causal attention, or does not learn where sequences begin. Use learner.layout = padded, "
+            "or model.attention = eager."
         )
     # Some do not hand their window down, but leave it to the mask, of which there is none here.
-    window = kwargs.pop("sliding_window") if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
+    window = (
+        kwargs.pop("sliding_window")
+        if "sliding_window" in kwargs
+        else getattr(module, "sliding_window", None)
+    )
     buckets = []
-    for q, k, v in zip(*(packing.unpack(tensor[0].transpose(0, 1)) for tensor in (query, key, value)), strict=True):
+    for q, k, v in zip(
+        *(packing.unpack(tensor[0].transpose(0, 1)) for tensor in (query, key, value)), strict=True
+    ):
         mask = _window_mask(q, window) if window and q.shape[2] > window else None
         buckets.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
     return packing.pack(buckets)[None], None

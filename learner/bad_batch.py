@@ -1,4 +1,6 @@
-"""The batch of a skipped learner step, kept for a human: its file, and the file as text (`launch.py inspect-batch`)."""
+"""The batch of a skipped learner step, kept for a human: its file, and the file as text (`launch.py
+inspect-batch`).
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def write_bad_batch(path: Path, bad: BadBatch) -> None:
     aside = path.with_suffix(".tmp")
     aside.write_bytes(msgspec.msgpack.encode(bad))
     os.replace(aside, path)
-    for old in sorted(path.parent.glob("step-*.msgpack"), key=lambda found: found.stat().st_mtime_ns)[:-MAX_FILES]:
+    for old in sorted(path.parent.glob("step-*.msgpack"), key=lambda found: found.stat().st_mtime_ns)[
+        :-MAX_FILES
+    ]:
         old.unlink()
 
 
@@ -76,12 +80,15 @@ def read_bad_batch(path: Path) -> tuple[BadBatch, Batch]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except msgspec.MsgspecError as error:
-        raise DataError(f"{path} is no batch kept by a learner (run_dir/bad-batches/step-*.msgpack), or torn: {error}") from None
+        raise DataError(
+            f"{path} is no batch kept by a learner (run_dir/bad-batches/step-*.msgpack), or torn: {error}"
+        ) from None
 
 
 def render(path: Path, decode: Callable[[Sequence[int]], str] | None = None) -> str:
-    """The file as text, with `!` before what is not finite. `decode`: token ids to text, special tokens included; without it the
-    sample's own text is shown. Raises DataError as `read_bad_batch`."""
+    """The file as text, with `!` before what is not finite. `decode`: token ids to text, special tokens
+    included; without it the sample's own text is shown. Raises DataError as `read_bad_batch`.
+    """
     bad, batch = read_bad_batch(path)
     num_samples = sum(len(group.samples) for group in batch.groups)
     lines = [
@@ -97,10 +104,15 @@ def render(path: Path, decode: Callable[[Sequence[int]], str] | None = None) -> 
     return "\n".join(lines)
 
 
-def _sample_lines(bad: BadBatch, batch: Batch, group: Group, decode: Callable[[Sequence[int]], str] | None) -> Iterator[str]:
+def _sample_lines(
+    bad: BadBatch, batch: Batch, group: Group, decode: Callable[[Sequence[int]], str] | None
+) -> Iterator[str]:
     means = bad.skip.mean_logprobs.get(group.group_id, (None,) * len(group.samples))
     for index, (sample, policy_mean) in enumerate(zip(group.samples, means, strict=True)):
-        values = [f"reward {'-' if sample.reward is None else _number(sample.reward)}", _age(sample, batch.step)]
+        values = [
+            f"reward {'-' if sample.reward is None else _number(sample.reward)}",
+            _age(sample, batch.step),
+        ]
         behaviour = statistics.fmean(sample.logprobs) if sample.logprobs else None
         values.append(f"mean log-prob {'unknown' if behaviour is None else _number(behaviour)} when sampled")
         if policy_mean is not None:

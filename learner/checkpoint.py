@@ -5,13 +5,14 @@
         state.json               what is the same on all ranks: counts, config, code version, W&B run id
         manifest.json            every tensor's dtype and shape, every file's size and sha256, its own sha256; written last
 
-One format for any number of ranks: of a tensor of N elements, rank r of W holds the elements [r n, (r + 1) n) of the flattened
-tensor, n = ceil(N / W), which is how ZeRO-3 partitions, less its padding. A reader asks for the elements it wants (`Checkpoint.read`)
-and gets them from whichever files hold them; nothing is ever whole on a rank.
+One format for any number of ranks: of a tensor of N elements, rank r of W holds the elements [r n, (r + 1) n)
+of the flattened tensor, n = ceil(N / W), which is how ZeRO-3 partitions, less its padding. A reader asks for
+the elements it wants (`Checkpoint.read`) and gets them from whichever files hold them; nothing is ever whole
+on a rank.
 
-Tensors are named `<kind>/<name in the module>`: master (fp32 weights), exp_avg, exp_avg_sq, buffer (persistent ones, in their own
-dtype); and reference, proximal where these have moved.
-A directory counts only when its manifest verifies. `learner/checkpoint_writer.py` writes them.
+Tensors are named `<kind>/<name in the module>`: master (fp32 weights), exp_avg, exp_avg_sq, buffer
+(persistent ones, in their own dtype); and reference, proximal where these have moved. A directory counts only
+when its manifest verifies. `learner/checkpoint_writer.py` writes them.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ class _SealedManifest(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Part:
-    """This rank's elements of a tensor: `values` [stop - start], flat, without padding; `shape` is the whole tensor's."""
+    """This rank's elements of a tensor: `values` [stop - start], flat, without padding; `shape` is the
+    whole tensor's.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -113,12 +116,14 @@ class Part:
 
 
 def partition(numel: int, world_size: int, rank: int) -> tuple[int, int]:
-    """(start, stop): the elements of a flattened tensor that `rank` of `world_size` holds; start == stop for none."""
+    """(start, stop): the elements of a flattened tensor that `rank` of `world_size` holds; start ==
+    stop for none.
+    """
     size = -(-numel // world_size)
     return min(rank * size, numel), min((rank + 1) * size, numel)
 
 
-# --- reading ------------------------------------------------------------------------------------------------------
+# --- reading ---
 
 
 class Checkpoint:
@@ -135,9 +140,14 @@ class Checkpoint:
         return json.loads((self.path / STATE_NAME).read_text(encoding="utf-8"))
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """[stop - start] elements of the flattened tensor `key`. Raises CheckpointError when there is no such tensor."""
+        """[stop - start] elements of the flattened tensor `key`. Raises CheckpointError when there is
+        no such tensor.
+        """
         if key not in self.tensors:
-            raise CheckpointError(f"{self.path} holds no tensor {key}: it is of another model, or of other settings (agro, rivals).")
+            raise CheckpointError(
+                f"{self.path} holds no tensor {key}: it is of another model, or of other "
+                "settings (agro, rivals)."
+            )
         entry, world_size = self.tensors[key], self.manifest.world_size
         stop = entry.numel if stop is None else stop
         values = torch.empty(stop - start, dtype=getattr(torch, entry.dtype))
@@ -145,7 +155,9 @@ class Checkpoint:
             first, last = partition(entry.numel, world_size, rank)
             low, high = max(first, start), min(last, stop)
             if low < high:
-                values[low - start : high - start] = self._file(rank).get_slice(key)[low - first : high - first]
+                values[low - start : high - start] = self._file(rank).get_slice(key)[
+                    low - first : high - first
+                ]
         return values
 
     def rank_metadata(self, rank: int) -> dict[str, str]:
@@ -160,10 +172,13 @@ class Checkpoint:
         return self._files[rank]
 
 
-def latest_checkpoint(run_dir: str | Path, on_problem: Callable[[str], None] = lambda text: None) -> tuple[Path, Manifest] | None:
+def latest_checkpoint(
+    run_dir: str | Path, on_problem: Callable[[str], None] = lambda text: None
+) -> tuple[Path, Manifest] | None:
     """The newest checkpoint that verifies, every byte of it; None when there is none.
 
-    `on_problem` gets a sentence for each newer one that does not verify: which file, and what is wrong with it.
+    `on_problem` gets a sentence for each newer one that does not verify: which file, and what is wrong with
+    it.
     """
     for _, path in reversed(checkpoint_dirs(run_dir)):
         try:
@@ -174,7 +189,8 @@ def latest_checkpoint(run_dir: str | Path, on_problem: Callable[[str], None] = l
 
 
 def verify(path: Path, *, contents: bool = True) -> Manifest:
-    """The manifest of the checkpoint `path`, checked against its files; without `contents` against their sizes only.
+    """The manifest of the checkpoint `path`, checked against its files; without `contents` against their
+    sizes only.
 
     Raises CheckpointError that names the file and what is wrong with it.
     """
@@ -182,7 +198,9 @@ def verify(path: Path, *, contents: bool = True) -> Manifest:
     number = _STEP_NAME.fullmatch(path.name)
     if number is None or int(number[1]) != manifest.step:
         raise CheckpointError(f"checkpoint {path.name}: {MANIFEST_NAME} is that of step {manifest.step}")
-    missing = {*map(rank_file, range(manifest.world_size)), STATE_NAME} - {file.name for file in manifest.files}
+    missing = {*map(rank_file, range(manifest.world_size)), STATE_NAME} - {
+        file.name for file in manifest.files
+    }
     if missing:
         raise CheckpointError(f"checkpoint {path.name}: {MANIFEST_NAME} does not list {sorted(missing)[0]}")
     for file in manifest.files:
@@ -190,11 +208,18 @@ def verify(path: Path, *, contents: bool = True) -> Manifest:
             size = (path / file.name).stat().st_size
             digest = _sha256(path / file.name) if contents and size == file.size else file.sha256
         except OSError as error:
-            raise CheckpointError(f"checkpoint {path.name}: {file.name} cannot be read: {error.strerror}") from None
+            raise CheckpointError(
+                f"checkpoint {path.name}: {file.name} cannot be read: {error.strerror}"
+            ) from None
         if size != file.size:
-            raise CheckpointError(f"checkpoint {path.name}: {file.name} has {size} bytes, written were {file.size}")
+            raise CheckpointError(
+                f"checkpoint {path.name}: {file.name} has {size} bytes, written were {file.size}"
+            )
         if digest != file.sha256:
-            raise CheckpointError(f"checkpoint {path.name}: {file.name} has the sha256 {digest[:12]}, written was {file.sha256[:12]}")
+            raise CheckpointError(
+                f"checkpoint {path.name}: {file.name} has the sha256 {digest[:12]}, "
+                f"written was {file.sha256[:12]}"
+            )
     return manifest
 
 
@@ -228,13 +253,21 @@ def _read_manifest(path: Path) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path.name}: {MANIFEST_NAME} is missing") from None
     except OSError as error:
-        raise CheckpointError(f"checkpoint {path.name}: {MANIFEST_NAME} cannot be read: {error.strerror}") from None
+        raise CheckpointError(
+            f"checkpoint {path.name}: {MANIFEST_NAME} cannot be read: {error.strerror}"
+        ) from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {path.name}: {MANIFEST_NAME} is damaged: {error}") from None
     if not intact:
-        raise CheckpointError(f"checkpoint {path.name}: {MANIFEST_NAME} is damaged: it has another sha256 than when it was written")
+        raise CheckpointError(
+            f"checkpoint {path.name}: {MANIFEST_NAME} is damaged: it has another sha256 "
+            "than when it was written"
+        )
     if manifest.format != FORMAT:
-        raise CheckpointError(f"checkpoint {path.name}: {MANIFEST_NAME} has format {manifest.format}; this version reads {FORMAT}")
+        raise CheckpointError(
+            f"checkpoint {path.name}: {MANIFEST_NAME} has format {manifest.format}; this "
+            f"version reads {FORMAT}"
+        )
     return manifest
 
 
@@ -243,13 +276,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
+# --- writing ---
 
 
-def write_tensors(path: Path, entries: Sequence[TensorEntry], tensors: Iterable[Tensor], metadata: dict[str, str]) -> FileEntry:
-    """Write a safetensors file, taking one tensor at a time (in the order of `entries`), durable when this returns.
+def write_tensors(
+    path: Path, entries: Sequence[TensorEntry], tensors: Iterable[Tensor], metadata: dict[str, str]
+) -> FileEntry:
+    """Write a safetensors file, taking one tensor at a time (in the order of `entries`), durable when this
+    returns.
 
-    The library writes whole dicts only. Wider dtypes must come first, since readers want tensors aligned. Raises OSError.
+    The library writes whole dicts only. Wider dtypes must come first, since readers want tensors aligned.
+    Raises OSError.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -257,7 +294,9 @@ def write_tensors(path: Path, entries: Sequence[TensorEntry], tensors: Iterable[
         start, end = end, end + entry.num_bytes
         dtype = getattr(torch, entry.dtype)
         if start % dtype.itemsize:
-            raise ValueError(f"{entry.key} ({entry.dtype}) would lie at byte {start}: give wider dtypes first")
+            raise ValueError(
+                f"{entry.key} ({entry.dtype}) would lie at byte {start}: give wider dtypes first"
+            )
         header[entry.key] = {"dtype": _DTYPES[dtype], "shape": entry.shape, "data_offsets": [start, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
@@ -276,7 +315,9 @@ def write_tensors(path: Path, entries: Sequence[TensorEntry], tensors: Iterable[
 
 
 def write_file(path: Path, data: bytes) -> FileEntry:
-    """Write a small file, durable when this returns, whole or not at all to those who look. Raises OSError."""
+    """Write a small file, durable when this returns, whole or not at all to those who look. Raises
+    OSError.
+    """
     aside = path.with_name(path.name + ".tmp")
     with aside.open("wb") as file:
         file.write(data)
@@ -293,7 +334,9 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def replace_directory(aside: Path, target: Path) -> None:
-    """Rename the finished directory `aside` to `target`, durably; what was there before goes. Raises OSError."""
+    """Rename the finished directory `aside` to `target`, durably; what was there before goes. Raises
+    OSError.
+    """
     sync_directory(aside)
     old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}") if target.exists() else None
     if old:

@@ -1,7 +1,9 @@
-"""What the objective saw in one step: numbers that say whether it works, over all samples of all ranks. Pure numpy.
+"""What the objective saw in one step: numbers that say whether it works, over all samples of all ranks. Pure
+numpy.
 
-The residual R = r - beta * ell is constant within a prompt at the optimum, where it is beta log Z: its spread within groups is the
-distance still to go. ell = log pi/pi_ref of the sequence. The effective sample size is that of the ratios pi/mu of the sequences.
+The residual R = r - beta * ell is constant within a prompt at the optimum, where it is beta log Z: its spread
+within groups is the distance still to go. ell = log pi/pi_ref of the sequence. The effective sample size is
+that of the ratios pi/mu of the sequences.
 """
 
 from __future__ import annotations
@@ -14,10 +16,30 @@ import numpy.typing as npt
 
 Column = npt.NDArray[np.float64]
 
-COLUMNS = ("group", "row", "index", "reward", "advantage", "weight", "log_ratio", "log_importance", "staleness", "loss", "ref_logprob")
-"""Of one sample: its group's id, the prompt's row, its place in the group, then what the names say; NaN where it is not known."""
+COLUMNS = (
+    "group",
+    "row",
+    "index",
+    "reward",
+    "advantage",
+    "weight",
+    "log_ratio",
+    "log_importance",
+    "staleness",
+    "loss",
+    "ref_logprob",
+)
+"""Of one sample: its group's id, the prompt's row, its place in the group, then what the names say; NaN
+where it is not known.
+"""
 
-STALENESS_BUCKETS: dict[str, tuple[float, float]] = {"0": (0, 0), "1-3": (1, 3), "4-15": (4, 15), "16-63": (16, 63), "64+": (64, math.inf)}
+STALENESS_BUCKETS: dict[str, tuple[float, float]] = {
+    "0": (0, 0),
+    "1-3": (1, 3),
+    "4-15": (4, 15),
+    "16-63": (16, 63),
+    "64+": (64, math.inf),
+}
 SOLVE_RATE_BUCKETS: dict[str, tuple[float, float]] = {
     "none": (-math.inf, 0.0),
     "few": (0.0, 0.25),
@@ -29,9 +51,14 @@ SOLVE_RATE_BUCKETS: dict[str, tuple[float, float]] = {
 
 
 def objective_metrics(samples: Mapping[str, Column], beta: float) -> dict[str, float]:
-    """Metrics by their names in metrics.jsonl from the columns named in COLUMNS; NaN where nothing is known."""
+    """Metrics by their names in metrics.jsonl from the columns named in COLUMNS; NaN where nothing is
+    known.
+    """
     _, group_of = np.unique(samples["group"], return_inverse=True)
-    reward, pull = samples["reward"], beta * samples["log_ratio"] if beta else np.zeros_like(samples["reward"])
+    reward, pull = (
+        samples["reward"],
+        beta * samples["log_ratio"] if beta else np.zeros_like(samples["reward"]),
+    )
     reward_off, pull_off = reward - _group_mean(reward, group_of), pull - _group_mean(pull, group_of)
     freedom = max(1, len(reward) - len(np.unique(group_of)))
     metrics = {
@@ -49,9 +76,15 @@ def objective_metrics(samples: Mapping[str, Column], beta: float) -> dict[str, f
     }
     solve_rate = _group_mean(reward, group_of)
     for name, (low, high) in STALENESS_BUCKETS.items():
-        metrics |= _bucket("staleness", name, (samples["staleness"] >= low) & (samples["staleness"] <= high), samples)
+        metrics |= _bucket(
+            "staleness", name, (samples["staleness"] >= low) & (samples["staleness"] <= high), samples
+        )
     for name, (low, high) in SOLVE_RATE_BUCKETS.items():
-        inside = (solve_rate >= 1) if name == "all" else (solve_rate > low) & (solve_rate <= high) & (solve_rate < 1)
+        inside = (
+            (solve_rate >= 1)
+            if name == "all"
+            else (solve_rate > low) & (solve_rate <= high) & (solve_rate < 1)
+        )
         metrics |= _bucket("solve_rate", name, inside, samples)
     return metrics
 
@@ -64,12 +97,18 @@ def bucket_metrics() -> dict[str, str]:
         ("solve_rate", SOLVE_RATE_BUCKETS, "of the group's samples solved"),
     ):
         for name in buckets:
-            described[f"by_{what}/loss_{name}"] = f"Mean of -weight * advantage * log pi of the samples with {what} {name} ({unit})."
-            described[f"by_{what}/advantage_{name}"] = f"Mean size of their advantages: {what} {name} ({unit})."
+            described[f"by_{what}/loss_{name}"] = (
+                f"Mean of -weight * advantage * log pi of the samples with {what} {name} ({unit})."
+            )
+            described[f"by_{what}/advantage_{name}"] = (
+                f"Mean size of their advantages: {what} {name} ({unit})."
+            )
     return described
 
 
-def _bucket(what: str, name: str, inside: npt.NDArray[np.bool_], samples: Mapping[str, Column]) -> dict[str, float]:
+def _bucket(
+    what: str, name: str, inside: npt.NDArray[np.bool_], samples: Mapping[str, Column]
+) -> dict[str, float]:
     return {
         f"by_{what}/loss_{name}": _mean(samples["loss"][inside]),
         f"by_{what}/advantage_{name}": _mean(np.abs(samples["advantage"][inside])),
@@ -98,7 +137,9 @@ def _weighted_mean(values: Column, log_importance: Column) -> float:
 
 
 def _effective_share(log_importance: Column) -> float:
-    """(sum w)^2 / (N sum w^2) of w = exp(log_importance), scaled so that it cannot overflow; offline samples have none."""
+    """(sum w)^2 / (N sum w^2) of w = exp(log_importance), scaled so that it cannot overflow; offline
+    samples have none.
+    """
     known = log_importance[np.isfinite(log_importance)]
     if not len(known):
         return math.nan

@@ -1,8 +1,10 @@
-"""A policy's tensors as the files of its base have them: parameters and persistent buffers, by the names and in the shapes of files.
+"""A policy's tensors as the files of its base have them: parameters and persistent buffers, by the names and
+in the shapes of files.
 
-transformers renames, fuses and transposes what it reads: in memory the experts of a layer are two parameters, in a file three tensors an
-expert. Actors, snapshots and exports speak the files' language, which vLLM and all other tools understand. The way back is planned once,
-of shapes alone; then each `Unit` goes it by itself, so that nothing is ever whole but one unit:
+transformers renames, fuses and transposes what it reads: in memory the experts of a layer are two parameters,
+in a file three tensors an expert. Actors, snapshots and exports speak the files' language, which vLLM and all
+other tools understand. The way back is planned once, of shapes alone; then each `Unit` goes it by itself, so
+that nothing is ever whole but one unit:
 
     module --weights_of--> Weights --file_units--> Units: some weights of the module -> the tensors in files that they are
 """
@@ -21,7 +23,9 @@ from learner.lora import Weight, weights_of
 
 
 class Unit(NamedTuple):
-    """Weights of a module that are converted together, and what they become. Most are one weight under one name."""
+    """Weights of a module that are converted together, and what they become. Most are one weight under
+    one name.
+    """
 
     weights: tuple[Weight, ...]
     entries: tuple[TensorEntry, ...]
@@ -38,7 +42,9 @@ class Unit(NamedTuple):
         return self.named([weight.value() for weight in self.weights])
 
     def named(self, values: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """(name in files, tensor), made of the values that the weights have elsewhere, in a checkpoint for example."""
+        """(name in files, tensor), made of the values that the weights have elsewhere, in a checkpoint
+        for example.
+        """
         return zip((entry.key for entry in self.entries), self.convert(values), strict=True)
 
 
@@ -48,25 +54,34 @@ def plain_units(weights: Iterable[Weight]) -> list[Unit]:
 
 
 def file_units(module: Any) -> list[Unit]:
-    """All weights of a module with or without adapters, tied ones once, in its order; also of one that lies on the meta device.
+    """All weights of a module with or without adapters, tied ones once, in its order; also of one that lies
+    on the meta device.
 
-    Names and shapes are those of the files that the module was loaded from (`from_pretrained`); of a module without files, its own.
+    Names and shapes are those of the files that the module was loaded from (`from_pretrained`); of a module
+    without files, its own.
     """
     weights = {weight.name: weight for weight in weights_of(module)}
     for name in getattr(module, "_keys_to_ignore_on_save", None) or ():
         weights.pop(name, None)
     places = {name: place for place, name in enumerate(weights)}
-    units = [_unit(module, [weights[name] for name in names], group) for names, group in _groups(module, list(weights))]
+    units = [
+        _unit(module, [weights[name] for name in names], group)
+        for names, group in _groups(module, list(weights))
+    ]
     return sorted(units, key=lambda unit: min(places[weight.name] for weight in unit.weights))
 
 
 def wider_first(units: Iterable[Unit]) -> list[Unit]:
     """In the order in which files hold them (`learner.checkpoint.write_tensors`): wider dtypes first."""
-    return sorted(units, key=lambda unit: -max(getattr(torch, entry.dtype).itemsize for entry in unit.entries))
+    return sorted(
+        units, key=lambda unit: -max(getattr(torch, entry.dtype).itemsize for entry in unit.entries)
+    )
 
 
 class _Group(NamedTuple):
-    """What the names of a group become: `target`, the first of them, by `converter` (None: the tensor stays as it is)."""
+    """What the names of a group become: `target`, the first of them, by `converter` (None: the tensor
+    stays as it is).
+    """
 
     target: str
     converter: Any
@@ -76,16 +91,27 @@ class _Group(NamedTuple):
 
 def _groups(module: Any, names: list[str]) -> Iterator[tuple[list[str], _Group]]:
     """The names of the module's weights, those together that one conversion takes together."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
-    # Under ZeRO-3 transformers keeps all conversions there are, also those of names that the files do not have.
-    used = [conversion for conversion in getattr(module, "_weight_conversions", None) or () if conversion.was_used()]
+    # Under ZeRO-3 transformers keeps all conversions there are, also those of names that the files do not
+    # have.
+    used = [
+        conversion
+        for conversion in getattr(module, "_weight_conversions", None) or ()
+        if conversion.was_used()
+    ]
     back = [conversion.reverse_transform() for conversion in reversed(used)]
     renamings = [conversion for conversion in back if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in back if isinstance(conversion, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     groups: dict[str, list[tuple[str, str]]] = {}
-    for name in sorted(names, key=dot_natural_key):  # The order that some conversions of transformers count on.
+    # The order that some conversions of transformers count on.
+    for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, reverse=True)
         groups.setdefault(target, []).append((name, pattern or ""))
     for target, members in groups.items():
@@ -106,8 +132,12 @@ def _unit(module: Any, weights: list[Weight], group: _Group) -> Unit:
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in found.items()}
 
     # Shapes alone, so that they are known before anything is gathered.
-    empty = convert([torch.empty(weight.shape, dtype=weight.parameter.dtype, device="meta") for weight in weights])
-    entries = tuple(TensorEntry(name, _name_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in empty.items())
+    empty = convert(
+        [torch.empty(weight.shape, dtype=weight.parameter.dtype, device="meta") for weight in weights]
+    )
+    entries = tuple(
+        TensorEntry(name, _name_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in empty.items()
+    )
     return Unit(tuple(weights), entries, lambda values: list(convert(values).values()))
 
 

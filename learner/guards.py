@@ -1,4 +1,5 @@
-"""What keeps a bad batch or a bad moment from becoming a bad policy, and says so: the same on every rank, since all see the same.
+"""What keeps a bad batch or a bad moment from becoming a bad policy, and says so: the same on every rank,
+since all see the same.
 
 batch --check_staleness--> update --Guards.judge--> skipped: counted, told, its batch kept; the third in a row ends the run
                                        `----------> done: alarms on the metrics, which are told and stop nothing
@@ -23,14 +24,19 @@ MAX_SKIPS = 3
 
 WINDOW, MIN_SEEN, NUM_MADS, QUIET_STEPS = 50, 20, 10.0, 25
 MIN_SPREAD = 0.02
-"""Least spread, as a share of the median: where a series hardly moves, its MAD makes a spike of every small change."""
+"""Least spread, as a share of the median: where a series hardly moves, its MAD makes a spike of every
+small change.
+"""
 WATCHED = {"loss spike": ("agro/residual_std", "optim/grad_norm"), "KL spike": ("agro/kl_ref",)}
-"""By alarm, the metric it looks at: the first that is known. AGRO's loss is half the square of the residual's spread; a gradient norm has
-heavy tails (in recorded healthy runs such an alarm every 200 steps), and serves where an objective has no reference."""
+"""By alarm, the metric it looks at: the first that is known. AGRO's loss is half the square of the residual's
+spread; a gradient norm has heavy tails (in recorded healthy runs such an alarm every 200 steps), and serves
+where an objective has no reference.
+"""
 
 
 def check_staleness(batch: Batch, max_staleness: int) -> None:
-    """Raises StalenessError when a token of the batch is older than `max_staleness` learner steps. Offline samples have no age.
+    """Raises StalenessError when a token of the batch is older than `max_staleness` learner steps. Offline
+    samples have no age.
 
     The buffer evicts by an index of versions; here the samples themselves are looked at.
     """
@@ -38,17 +44,21 @@ def check_staleness(batch: Batch, max_staleness: int) -> None:
         oldest = group.oldest_version
         if oldest is not None and batch.step - oldest > max_staleness:
             raise StalenessError(
-                f"group {group.group_id} reached learner step {batch.step} with tokens of version {oldest}, {batch.step - oldest} steps "
+                f"group {group.group_id} reached learner step {batch.step} with tokens of version {oldest}, "
+                f"{batch.step - oldest} steps "
                 f"old; buffer.max_staleness = {max_staleness}. It should have been evicted: "
-                "a bug, unless that bound was lowered before the run went on. Raise it again, or report the bug with ledger.jsonl."
+                "a bug, unless that bound was lowered before the run went on. Raise it again, or report the "
+                "bug with ledger.jsonl."
             )
 
 
 class Alarms:
-    """Tells of values far above what they were lately: more than `NUM_MADS` median absolute deviations above the running median.
+    """Tells of values far above what they were lately: more than `NUM_MADS` median absolute deviations above
+    the running median.
 
-    Each series is judged against its last `WINDOW` values, once it has `MIN_SEEN`; after an alarm it is quiet for `QUIET_STEPS`. So are
-    log-probs of actors and learner that are further apart than `mismatch_bound_nats`.
+    Each series is judged against its last `WINDOW` values, once it has `MIN_SEEN`; after an alarm it is quiet
+    for `QUIET_STEPS`. So are log-probs of actors and learner that are further apart than
+    `mismatch_bound_nats`.
     """
 
     def __init__(self, mismatch_bound_nats: float = math.inf) -> None:
@@ -68,7 +78,8 @@ class Alarms:
             if value > limit and step - self._told.get(alarm, -QUIET_STEPS) >= QUIET_STEPS:
                 self._told[alarm] = step
                 events.append(
-                    f"{alarm} at learner step {step}: {known[0]} = {value:.4g}, above {limit:.4g}, which is the median of the last "
+                    f"{alarm} at learner step {step}: {known[0]} = {value:.4g}, above {limit:.4g}, which is "
+                    "the median of the last "
                     f"{len(seen)} steps and {NUM_MADS:g} times their median deviation"
                 )
             seen.append(value)
@@ -83,14 +94,20 @@ class Alarms:
             return []
         self._told["mismatch"] = step
         return [
-            f"mismatch at learner step {step}: log-probs by actors and learner of {metrics['mismatch/tokens']:.0f} fresh tokens "
-            f"differ by {mean:.3g} nats on average, above {bound:g}: the actors no longer sample from what the "
+            f"mismatch at learner step {step}: log-probs by actors and learner of "
+            f"{metrics['mismatch/tokens']:.0f} fresh tokens "
+            f"differ by {mean:.3g} nats on average, above {bound:g}: the actors no longer sample from what "
+            "the "
             "learner computes (mismatch/*)"
         ]
 
     def get_state(self) -> dict[str, Any]:
         """The series, and when which alarm was last given, as JSON."""
-        return {"count": self.count, "seen": {alarm: list(values) for alarm, values in self._seen.items()}, "told": dict(self._told)}
+        return {
+            "count": self.count,
+            "seen": {alarm: list(values) for alarm, values in self._seen.items()},
+            "told": dict(self._told),
+        }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `get_state` returned."""
@@ -106,7 +123,9 @@ def alarm_limit(values: Collection[float]) -> float:
 
 
 class Guards:
-    """Judges every update; `tell` is given events, `share` brings rank 0's value to every rank (a list of one). Rank 0 writes."""
+    """Judges every update; `tell` is given events, `share` brings rank 0's value to every rank (a list
+    of one). Rank 0 writes.
+    """
 
     def __init__(
         self,
@@ -123,9 +142,11 @@ class Guards:
         self._skipped = self._in_a_row = 0
 
     def judge(self, step: int, payload: bytes, metrics: Mapping[str, float], skip: Skip | None) -> None:
-        """Of the update of learner step `step` with the encoded batch `payload`. Collective when it was skipped.
+        """Of the update of learner step `step` with the encoded batch `payload`. Collective when it was
+        skipped.
 
-        Raises TrainingError on every rank, with the batch kept, when it is the `MAX_SKIPS`th skipped in a row.
+        Raises TrainingError on every rank, with the batch kept, when it is the `MAX_SKIPS`th skipped in a
+        row.
         """
         if skip is None:
             self._in_a_row = 0
@@ -137,8 +158,10 @@ class Guards:
             (kept,) = self._share(self._keep(step, payload, skip) if self._rank == 0 else None)
             if self._in_a_row >= MAX_SKIPS:
                 raise TrainingError(
-                    f"{self._in_a_row} learner steps in a row were skipped, the last is step {step}: {skip.describe()}\n{kept}\n"
-                    "The parameters are as they were before. Lower learner.lr, look at the batch with launch.py inspect-batch, or check "
+                    f"{self._in_a_row} learner steps in a row were skipped, the last is step {step}: "
+                    f"{skip.describe()}\n{kept}\n"
+                    "The parameters are as they were before. Lower learner.lr, look at the batch with "
+                    "launch.py inspect-batch, or check "
                     "the model with transformers."
                 )
             events = [f"learner step {step} skipped: {skip.describe()}; {kept}"]

@@ -3,15 +3,17 @@
 After Tang et al., "Optimizing Language Models for Inference Time Objectives using Reinforcement Learning"
 (arXiv 2503.19595); the estimators below are derived here and held by tests that enumerate every group.
 
-Let f(S) be the value of a set S of k samples: the best reward (pass@k), or the reward of the most frequent answer
-(majority@k; ties share). The objective is J = E f(y_1..y_k) over independent samples. With U the mean of f over all k-subsets
-of the group's n samples and U_{-i} the mean over those without i, both unbiased for J,
+Let f(S) be the value of a set S of k samples: the best reward (pass@k), or the reward of the most frequent
+answer (majority@k; ties share). The objective is J = E f(y_1..y_k) over independent samples. With U the mean
+of f over all k-subsets of the group's n samples and U_{-i} the mean over those without i, both unbiased for
+J,
 
     A_i = n (U - U_{-i}),      grad J = E (1/n) sum_i A_i grad log pi(y_i)        for samples of pi
 
-because E U s_i = (k/n) E f s_1 for each of n samples, while U_{-i} does not depend on y_i: a baseline. k = 1 is the reward minus the
-leave-one-out mean. For n > k the A_i have mean zero under ANY behaviour policy, which is what off-policy centring needs (agro.md, 2).
-For n = k nothing of size k is left without i; U_{-i} is then f of the k - 1 others: still unbiased on samples of pi, not centred elsewhere.
+because E U s_i = (k/n) E f s_1 for each of n samples, while U_{-i} does not depend on y_i: a baseline. k = 1
+is the reward minus the leave-one-out mean. For n > k the A_i have mean zero under ANY behaviour policy, which
+is what off-policy centring needs (agro.md, 2). For n = k nothing of size k is left without i; U_{-i} is then
+f of the k - 1 others: still unbiased on samples of pi, not centred elsewhere.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from torch import Tensor
 from cluster.config_checks import MAX_VOTE_SUBSETS
 
 
-def k_sample_advantages(rewards: Tensor, groups: Tensor, *, target: str, k: int, answers: Tensor | None = None) -> Tensor:
+def k_sample_advantages(
+    rewards: Tensor, groups: Tensor, *, target: str, k: int, answers: Tensor | None = None
+) -> Tensor:
     """[N] float64 advantages A_i of the module's formula; 0 in groups of fewer than max(2, k) samples.
 
     Args:
@@ -35,7 +39,8 @@ def k_sample_advantages(rewards: Tensor, groups: Tensor, *, target: str, k: int,
         answers: [N] int64, equal where samples of one group give one answer; needed for "majority".
 
     Raises:
-        ValueError: for another target, k < 1, a missing `answers`, or more than MAX_VOTE_SUBSETS subsets of a group to vote.
+        ValueError: for another target, k < 1, a missing `answers`, or more than MAX_VOTE_SUBSETS subsets of a
+        group to vote.
     """
     if target not in ("pass", "majority") or k < 1:
         raise ValueError(f"target is {target!r} with k = {k}; expected 'pass' or 'majority' and k >= 1")
@@ -58,7 +63,8 @@ def k_sample_advantages(rewards: Tensor, groups: Tensor, *, target: str, k: int,
 
 
 def best_of(values: Tensor, k: int) -> Tensor:
-    """[...] mean over all k-subsets of `values` [..., m] of their largest: sum_j v_(j) C(j, k-1) / C(m, k), j from 0, ascending.
+    """[...] mean over all k-subsets of `values` [..., m] of their largest: sum_j v_(j) C(j, k-1) / C(m, k), j
+    from 0, ascending.
 
     k = 0 gives 0, the value of no sample.
     """
@@ -81,7 +87,8 @@ def _votes(values: Tensor, answers: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n = len(values)
     if math.comb(n, k) > MAX_VOTE_SUBSETS:
         raise ValueError(
-            f"majority@{k} of {n} samples has {math.comb(n, k)} subsets to count, more than {MAX_VOTE_SUBSETS}; choose a smaller k"
+            f"majority@{k} of {n} samples has {math.comb(n, k)} subsets to count, more than "
+            f"{MAX_VOTE_SUBSETS}; choose a smaller k"
         )
     subsets = _subsets(n, k, values.device)
     outcome = vote_of(values[subsets], answers[subsets])

@@ -2,10 +2,11 @@
 
     hidden [T, d]  --LM head, a chunk of tokens at a time-->  logits [chunk, V]  --log-softmax, one entry each-->  log-probs [T]
 
-The full logits of a batch are the largest tensor of a training step by far: 8,192 tokens of a 128k vocabulary are 4 GiB in
-float32, and their gradient as much again. `linear_logprobs` makes them piece by piece, in the backward pass once more, so
-that its memory is a constant besides [T, d] and the head itself. `LogprobHead` puts it where ZeRO-3 wants it: into the model.
-What is done with a piece is in learner/row_softmax.py, on a GPU by a fused kernel.
+The full logits of a batch are the largest tensor of a training step by far: 8,192 tokens of a 128k vocabulary
+are 4 GiB in float32, and their gradient as much again. `linear_logprobs` makes them piece by piece, in the
+backward pass once more, so that its memory is a constant besides [T, d] and the head itself. `LogprobHead`
+puts it where ZeRO-3 wants it: into the model. What is done with a piece is in learner/row_softmax.py, on a
+GPU by a fused kernel.
 
 Tensor letters: T tokens, d hidden size, V vocabulary, R rows of logits.
 """
@@ -27,9 +28,13 @@ from learner.row_softmax import into_gradient, row_logprobs
 CHUNK_ELEMENTS = 1 << 24
 """Logits upcast at a time: 64 MiB in float32, however long the batch."""
 CHUNK_BYTES = 1 << 27
-"""Float32 logits that `linear_logprobs` works on at a time; it holds about three times as much at its peak."""
+"""Float32 logits that `linear_logprobs` works on at a time; it holds about three times as much at its
+peak.
+"""
 KEPT_BYTES = 1 << 28
-"""Logits it keeps for the backward pass, which saves one of four matrix products; those of later chunks are made again."""
+"""Logits it keeps for the backward pass, which saves one of four matrix products; those of later chunks
+are made again.
+"""
 
 RESCALED_LOGITS = (
     "final_logit_softcapping",
@@ -47,15 +52,21 @@ _log = logging.getLogger(__name__)
 def selective_log_softmax(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """log softmax(logits / temperature) at `targets`: [..., V], int64 [...] -> [...], nats.
 
-    Accumulates in float32 (float64 for float64 logits) and returns that dtype. Forward and backward upcast chunks of rows
-    only; between them nothing of size V is kept but the logits themselves. Differentiable once, in `logits`.
+    Accumulates in float32 (float64 for float64 logits) and returns that dtype. Forward and backward upcast
+    chunks of rows only; between them nothing of size V is kept but the logits themselves. Differentiable
+    once, in `logits`.
 
     Raises ConfigError for a temperature that is not above 0, ValueError when the shapes do not fit.
     """
     _check_temperature(temperature)
     if logits.shape[:-1] != targets.shape:
-        raise ValueError(f"targets has shape {tuple(targets.shape)}, logits {tuple(logits.shape)}; expected logits [..., V], targets [...]")
-    flat: Tensor = _SelectiveLogSoftmax.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), temperature)
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}, logits {tuple(logits.shape)}; expected "
+            "logits [..., V], targets [...]"
+        )
+    flat: Tensor = _SelectiveLogSoftmax.apply(
+        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), temperature
+    )
     return flat.view(targets.shape)
 
 
@@ -69,16 +80,22 @@ def linear_logprobs(
     chunk_bytes: int = CHUNK_BYTES,
     kept_bytes: int = KEPT_BYTES,
 ) -> Tensor:
-    """log softmax((hidden @ weight.T + bias) / temperature) at `targets_T`: [T] nats, without logits [T, V] in memory.
+    """log softmax((hidden @ weight.T + bias) / temperature) at `targets_T`: [T] nats, without logits [T, V]
+    in memory.
 
-    Softmax and the sum of the weight's gradient over chunks accumulate in float32 (float64 for float64 weights), and float32
-    (float64) is returned; the products with the weight are in its dtype. Extra memory: about three chunks of `chunk_bytes`, logits of
-    at most `kept_bytes` between forward and backward, and the weight's gradient. Differentiable once, in hidden, weight and bias.
+    Softmax and the sum of the weight's gradient over chunks accumulate in float32 (float64 for float64
+    weights), and float32 (float64) is returned; the products with the weight are in its dtype. Extra memory:
+    about three chunks of `chunk_bytes`, logits of at most `kept_bytes` between forward and backward, and the
+    weight's gradient. Differentiable once, in hidden, weight and bias.
 
     Raises ConfigError for a temperature that is not above 0, ValueError when the shapes do not fit.
     """
     _check_temperature(temperature)
-    if hidden_TD.dim() != 2 or hidden_TD.shape[:1] != targets_T.shape or hidden_TD.shape[1:] != weight_VD.shape[1:]:
+    if (
+        hidden_TD.dim() != 2
+        or hidden_TD.shape[:1] != targets_T.shape
+        or hidden_TD.shape[1:] != weight_VD.shape[1:]
+    ):
         shapes = f"hidden {tuple(hidden_TD.shape)}, weight {tuple(weight_VD.shape)}, targets {tuple(targets_T.shape)}"
         raise ValueError(f"{shapes} do not fit; expected hidden [T, d], weight [V, d], targets [T]")
     chunks = _Chunks.plan(hidden_TD, weight_VD, chunk_bytes, kept_bytes if torch.is_grad_enabled() else 0)
@@ -87,10 +104,12 @@ def linear_logprobs(
 
 
 class LogprobHead(torch.nn.Module):
-    """A model's LM head that returns, while it is `asked` to, the log-probs of given tokens in place of logits.
+    """A model's LM head that returns, while it is `asked` to, the log-probs of given tokens in place of
+    logits.
 
-    It owns the very parameters of the head it replaces, under the same names. Thus a model keeps the names of its weights, and ZeRO-3
-    gathers the head, tied or not, for its forward and again for its backward pass, and reduces its gradient, as for any module.
+    It owns the very parameters of the head it replaces, under the same names. Thus a model keeps the names of
+    its weights, and ZeRO-3 gathers the head, tied or not, for its forward and again for its backward pass,
+    and reduces its gradient, as for any module.
     """
 
     class _Question(NamedTuple):
@@ -106,7 +125,9 @@ class LogprobHead(torch.nn.Module):
         self._answer: Tensor | None = None
 
     @contextlib.contextmanager
-    def asked(self, rows_T: Tensor, columns_T: Tensor, targets_T: Tensor, temperature: float) -> Iterator[None]:
+    def asked(
+        self, rows_T: Tensor, columns_T: Tensor, targets_T: Tensor, temperature: float
+    ) -> Iterator[None]:
         """Within: `forward` answers for the tokens predicted by hidden[rows_T, columns_T]."""
         self._question = self._Question(rows_T, columns_T, targets_T, temperature)
         try:
@@ -119,30 +140,46 @@ class LogprobHead(torch.nn.Module):
         if self._question is None:
             return torch.nn.functional.linear(hidden_BKD, self.weight, self.bias)
         rows_T, columns_T, targets_T, temperature = self._question
-        answer = linear_logprobs(hidden_BKD[rows_T, columns_T], self.weight, targets_T, temperature, self.bias)
+        answer = linear_logprobs(
+            hidden_BKD[rows_T, columns_T], self.weight, targets_T, temperature, self.bias
+        )
         self._answer = answer.detach()
         return answer
 
     def check_unchanged(self, returned: Tensor) -> None:
-        """Raises ConfigError when `returned`, the model's "logits" to a question, are not this head's answer."""
+        """Raises ConfigError when `returned`, the model's "logits" to a question, are not this head's
+        answer.
+        """
         answer = self._answer
         if answer is None or (returned.data_ptr() != answer.data_ptr() and not torch.equal(returned, answer)):
             raise ConfigError(
-                "the model changes what its LM head returns, by a field that AGRO does not know: its log-probs would be wrong. "
-                "Name that field in RESCALED_LOGITS of learner/logprobs.py; such models are trained with whole logits."
+                "the model changes what its LM head returns, by a field that AGRO does not know: its "
+                "log-probs would be wrong. "
+                "Name that field in RESCALED_LOGITS of learner/logprobs.py; such models are trained with "
+                "whole logits."
             )
 
 
 def install_logprob_head(module: Any) -> LogprobHead | None:
-    """Replace the LM head of a Hugging Face causal LM by a LogprobHead; None, logged, for models that need whole logits.
+    """Replace the LM head of a Hugging Face causal LM by a LogprobHead; None, logged, for models that need
+    whole logits.
 
-    These are the models that rescale or cap their logits after the head, and those whose head is no plain linear layer.
+    These are the models that rescale or cap their logits after the head, and those whose head is no plain
+    linear layer.
     """
     head, config = module.get_output_embeddings(), module.config.get_text_config()
     rescaling = [name for name in RESCALED_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
     if rescaling or type(head) is not torch.nn.Linear:
-        reason = f"config.{rescaling[0]} = {getattr(config, rescaling[0])}" if rescaling else f"its LM head is a {type(head).__name__}"
-        _log.warning("%s: %s: log-probs are taken from whole logits, which costs memory.", type(module).__name__, reason)
+        reason = (
+            f"config.{rescaling[0]} = {getattr(config, rescaling[0])}"
+            if rescaling
+            else f"its LM head is a {type(head).__name__}"
+        )
+        _log.warning(
+            "%s: %s: log-probs are taken from whole logits, which costs memory.",
+            type(module).__name__,
+            reason,
+        )
         return None
     replacement = LogprobHead(head)
     module.set_output_embeddings(replacement)
@@ -150,7 +187,9 @@ def install_logprob_head(module: Any) -> LogprobHead | None:
 
 
 class _Chunks(NamedTuple):
-    """Rows of each chunk, and for how many of them, the first ones, logits are kept between forward and backward."""
+    """Rows of each chunk, and for how many of them, the first ones, logits are kept between forward and
+    backward.
+    """
 
     rows: tuple[slice, ...]
     num_kept: int
@@ -159,21 +198,34 @@ class _Chunks(NamedTuple):
     def plan(cls, hidden_TD: Tensor, weight_VD: Tensor, chunk_bytes: int, kept_bytes: int) -> _Chunks:
         num_rows, vocabulary = len(hidden_TD), len(weight_VD)
         most = max(1, chunk_bytes // (_accumulation_dtype(weight_VD).itemsize * vocabulary))
-        size = -(-num_rows // max(1, -(-num_rows // most)))  # Chunks of one size, rather than a small last one.
-        rows = tuple(slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)) if num_rows else ()
+        # Chunks of one size, rather than a small last one.
+        size = -(-num_rows // max(1, -(-num_rows // most)))
+        rows = (
+            tuple(slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+            if num_rows
+            else ()
+        )
         kept_rows = kept_bytes // (weight_VD.element_size() * vocabulary)
         return cls(rows, sum(chunk.stop <= kept_rows for chunk in rows))
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """hidden [T, d], weight [V, d], bias [V], targets [T] -> [T]; d/dlogits = (one_hot(target) - softmax) / temperature.
+    """hidden [T, d], weight [V, d], bias [V], targets [T] -> [T]; d/dlogits = (one_hot(target) - softmax) /
+    temperature.
 
-    The weight is saved as the parameter that it is: under ZeRO-3 it is empty between the passes and whole again in the second.
+    The weight is saved as the parameter that it is: under ZeRO-3 it is empty between the passes and whole
+    again in the second.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, temperature: float, chunks: _Chunks
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_T: Tensor,
+        temperature: float,
+        chunks: _Chunks,
     ) -> Tensor:
         logprobs_T = hidden_TD.new_empty(len(targets_T), dtype=_accumulation_dtype(weight_VD))
         log_norm_T = torch.empty_like(logprobs_T)
@@ -204,7 +256,9 @@ class _LinearLogprobs(torch.autograd.Function):
             logits = kept[number] if is_kept else _logits(hidden_TD[rows], weight_VD, bias_V)
             scaled = _scaled(logits, log_norm_T.dtype, ctx.temperature, copy=is_kept)
             del logits
-            chunk_RV = into_gradient(scaled, targets_T[rows], log_norm_T[rows], grad_T[rows] / ctx.temperature).to(weight_VD.dtype)
+            chunk_RV = into_gradient(
+                scaled, targets_T[rows], log_norm_T[rows], grad_T[rows] / ctx.temperature
+            ).to(weight_VD.dtype)
             del scaled
             if grad_hidden is not None:
                 torch.mm(chunk_RV, weight_VD, out=grad_hidden[rows])
@@ -223,7 +277,9 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         logprobs_R = logits_RV.new_empty(len(targets_R), dtype=_accumulation_dtype(logits_RV))
         log_norm_R = torch.empty_like(logprobs_R)
         for rows in _chunks(logits_RV):
-            logprobs_R[rows], log_norm_R[rows] = row_logprobs(_scaled(logits_RV[rows], logprobs_R.dtype, temperature), targets_R[rows])
+            logprobs_R[rows], log_norm_R[rows] = row_logprobs(
+                _scaled(logits_RV[rows], logprobs_R.dtype, temperature), targets_R[rows]
+            )
         ctx.save_for_backward(logits_RV, targets_R, log_norm_R)
         ctx.temperature = temperature
         return logprobs_R
@@ -235,7 +291,9 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         grad_RV = torch.empty_like(logits_RV)
         for rows in _chunks(logits_RV):
             scaled = _scaled(logits_RV[rows], log_norm_R.dtype, ctx.temperature, copy=True)
-            grad_RV[rows] = into_gradient(scaled, targets_R[rows], log_norm_R[rows], grad_R[rows] / ctx.temperature)
+            grad_RV[rows] = into_gradient(
+                scaled, targets_R[rows], log_norm_R[rows], grad_R[rows] / ctx.temperature
+            )
         return grad_RV, None, None
 
 
@@ -259,7 +317,9 @@ def _logits(hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
 
 
 def _scaled(logits_RV: Tensor, dtype: torch.dtype, temperature: float, *, copy: bool = False) -> Tensor:
-    """logits / temperature in `dtype`; the logits themselves when that changes nothing, unless they may not be overwritten (`copy`)."""
+    """logits / temperature in `dtype`; the logits themselves when that changes nothing, unless they may
+    not be overwritten (`copy`).
+    """
     return logits_RV.to(dtype, copy=copy) if temperature == 1 else logits_RV.to(dtype) / temperature
 
 

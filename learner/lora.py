@@ -1,15 +1,19 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685; by peft) instead of all weights: what is trained, and the weights that come of it.
+"""Low-rank adapters (LoRA, arXiv 2106.09685; by peft) instead of all weights: what is trained, and the
+weights that come of it.
 
     y = W x + (alpha / rank) B A x        W [out, in] frozen; A [rank, in] random, B [out, rank] zero at first: version 0 is the base
 
-Every linear layer but the LM head gets an adapter. Outside the learner nobody knows of them: actors, snapshots and exports get merged
-weights, W + (alpha / rank) B A, under the names that the base model has; only with `weights.adapters` = alone the actors get A and B, by
-peft's names, and vLLM adds (alpha / rank) B A x as the learner does. The reference is the policy with its adapters off.
+Every linear layer but the LM head gets an adapter. Outside the learner nobody knows of them: actors,
+snapshots and exports get merged weights, W + (alpha / rank) B A, under the names that the base model has;
+only with `weights.adapters` = alone the actors get A and B, by peft's names, and vLLM adds (alpha / rank) B A
+x as the learner does. The reference is the policy with its adapters off.
 
-Off means scaled by 0, not skipped: ZeRO-3 learns the order in which submodules run, and would start anew each time it changes.
+Off means scaled by 0, not skipped: ZeRO-3 learns the order in which submodules run, and would start anew each
+time it changes.
 
-A merged weight is rounded to the model's dtype. In bfloat16 this loses what is small beside W, so that what actors sample from is
-further from the learner's policy than with all weights trained; the behaviour log-probs, which are those of the actors, say so.
+A merged weight is rounded to the model's dtype. In bfloat16 this loses what is small beside W, so that what
+actors sample from is further from the learner's policy than with all weights trained; the behaviour
+log-probs, which are those of the actors, say so.
 """
 
 from __future__ import annotations
@@ -30,20 +34,24 @@ _A, _B = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 
 def add_adapters(module: Any, learner: LearnerConfig, seed: int) -> None:
-    """Freeze the module and put trainable adapters into it, in its dtype; A is a function of `seed`. Not collective.
+    """Freeze the module and put trainable adapters into it, in its dtype; A is a function of `seed`. Not
+    collective.
 
     Works on parameters that ZeRO-3 has partitioned already: it needs none of their values.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = list(adapted_layers(module))
-    config = LoraConfig(r=learner.lora_rank, lora_alpha=learner.lora_alpha, lora_dropout=0.0, target_modules=targets)
+    config = LoraConfig(
+        r=learner.lora_rank, lora_alpha=learner.lora_alpha, lora_dropout=0.0, target_modules=targets
+    )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         inject_adapter_in_model(config, module, ADAPTER)
     for parameter in module.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(module.dtype)  # peft makes float32 of bfloat16, which ZeRO-3 does not mix.
+            # peft makes float32 of bfloat16, which ZeRO-3 does not mix.
+            parameter.data = parameter.data.to(module.dtype)
 
 
 @contextlib.contextmanager
@@ -62,7 +70,9 @@ def adapters_off(module: Any) -> Iterator[None]:
 
 
 class Weight(NamedTuple):
-    """A weight as others see it: `parameter`, under its name in the base model, and what is to be added to it. Or a persistent buffer."""
+    """A weight as others see it: `parameter`, under its name in the base model, and what is to be added
+    to it. Or a persistent buffer.
+    """
 
     name: str
     parameter: Any
@@ -77,8 +87,12 @@ class Weight(NamedTuple):
 
     @property
     def parameters(self) -> tuple[Any, ...]:
-        """All that `value` takes and ZeRO-3 partitions, which leaves buffers as they are: to be gathered for it."""
-        return (self.parameter, *(self.adapter or ())) if isinstance(self.parameter, torch.nn.Parameter) else ()
+        """All that `value` takes and ZeRO-3 partitions, which leaves buffers as they are: to be
+        gathered for it.
+        """
+        return (
+            (self.parameter, *(self.adapter or ())) if isinstance(self.parameter, torch.nn.Parameter) else ()
+        )
 
     def value(self) -> Tensor:
         """The parameter's own tensor, or a new one where an adapter is added."""
@@ -96,7 +110,9 @@ def adapters_of(module: Any) -> Iterator[Weight]:
 
 
 def weights_of(module: Any) -> Iterator[Weight]:
-    """All weights of a module with or without adapters, tied ones once, by the names of the base model: parameters, then buffers."""
+    """All weights of a module with or without adapters, tied ones once, by the names of the base model:
+    parameters, then buffers.
+    """
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
         if is_adapter(name):
@@ -106,12 +122,16 @@ def weights_of(module: Any) -> Iterator[Weight]:
             yield Weight(name.replace(_OF_BASE, "."), parameter)
         else:
             scale = module.get_submodule(layer).scaling[ADAPTER]
-            yield Weight(f"{layer}.weight", parameter, (parameters[layer + _A], parameters[layer + _B]), scale)
+            yield Weight(
+                f"{layer}.weight", parameter, (parameters[layer + _A], parameters[layer + _B]), scale
+            )
     yield from (Weight(name.replace(_OF_BASE, "."), buffer) for name, buffer in persistent_buffers(module))
 
 
 def persistent_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, buffer) of what belongs to the module's state without being trained: a router's correction of its scores, for example."""
+    """(name, buffer) of what belongs to the module's state without being trained: a router's correction
+    of its scores, for example.
+    """
     for prefix, part in module.named_modules():
         for name, buffer in part.named_buffers(recurse=False):
             if name not in part._non_persistent_buffers_set:
@@ -119,7 +139,9 @@ def persistent_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """weight + scale b a, a new tensor: [out, in], [rank, in], [out, rank]. Taken in float32, rounded to the weight's dtype."""
+    """weight + scale b a, a new tensor: [out, in], [rank, in], [out, rank]. Taken in float32, rounded
+    to the weight's dtype.
+    """
     return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
 
 

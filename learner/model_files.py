@@ -1,9 +1,11 @@
-"""What a policy's directory holds besides its tensors: config, generation config, tokenizer, templates and whatever else the base has.
+"""What a policy's directory holds besides its tensors: config, generation config, tokenizer, templates and
+whatever else the base has.
 
-Files are copied as they are, which works for every tokenizer and processor, also for one that its library can read but not save.
-Two are not: config.json says the dtype that was written; generation_config.json names every token at which completions ended
-(cluster/tokenizer.py), and is mended, since transformers refuses to save, and vLLM to serve, settings that do not go together.
-All of it is tried before a run starts (`check_model_files`): at its end it cannot fail.
+Files are copied as they are, which works for every tokenizer and processor, also for one that its library can
+read but not save. Two are not: config.json says the dtype that was written; generation_config.json names
+every token at which completions ended (cluster/tokenizer.py), and is mended, since transformers refuses to
+save, and vLLM to serve, settings that do not go together. All of it is tried before a run starts
+(`check_model_files`): at its end it cannot fail.
 """
 
 from __future__ import annotations
@@ -20,16 +22,41 @@ from cluster.errors import ConfigError
 from cluster.tokenizer import end_token_ids, load_tokenizer
 
 CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.vocab", "*.bpe", "LICENSE*", "NOTICE*", "USE_POLICY*")
-_NOT_COPIED = ("*.index.json", "adapter_config.json", "trainer_state.json", "quantize_config.json", CONFIG_NAME, GENERATION_NAME)
+_COPIED = (
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.vocab",
+    "*.bpe",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+_NOT_COPIED = (
+    "*.index.json",
+    "adapter_config.json",
+    "trainer_state.json",
+    "quantize_config.json",
+    CONFIG_NAME,
+    GENERATION_NAME,
+)
 _DIRECTORIES = ("additional_chat_templates",)
 # Of a model on the hub: files that nothing of ours asks for, but that whoever serves the policy may need.
-_ASKED_FOR = (GENERATION_NAME, "chat_template.jinja", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_ASKED_FOR = (
+    GENERATION_NAME,
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
 
 def check_model_files(model: ModelConfig) -> tuple[str, ...]:
-    """Write them into a directory that is gone afterwards, and read them again; sentences to be told, of what was mended.
+    """Write them into a directory that is gone afterwards, and read them again; sentences to be told, of what
+    was mended.
 
     Raises ConfigError, in one line, for files that no policy could be written with.
     """
@@ -43,16 +70,21 @@ def check_model_files(model: ModelConfig) -> tuple[str, ...]:
         except ConfigError:
             raise
         except Exception as error:  # noqa: BLE001 -- files of others, read by classes of others: whatever they raise
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0].replace(directory, "a copy of it")
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0].replace(
+                directory, "a copy of it"
+            )
             raise ConfigError(
-                f"model.path = {model.path}: the trained policy could not be written beside the files of its base: "
+                f"model.path = {model.path}: the trained policy could not be written beside the files of its "
+                "base: "
                 f"{type(error).__name__}: {reason}"
             ) from None
     return notes
 
 
 def write_model_files(directory: Path, model: ModelConfig) -> tuple[str, ...]:
-    """Write them into `directory`; sentences of what was mended. Raises ConfigError for broken files, OSError."""
+    """Write them into `directory`; sentences of what was mended. Raises ConfigError for broken files,
+    OSError.
+    """
     base = _base_directory(model)
     for path in _copied(base, with_code=model.trust_remote_code):
         shutil.copyfile(path, directory / path.name)
@@ -70,13 +102,17 @@ def write_model_files(directory: Path, model: ModelConfig) -> tuple[str, ...]:
         settings["eos_token_id"] = list(end_ids)
     if settings:
         _write(directory / GENERATION_NAME, settings)
-    return tuple(f"{base / GENERATION_NAME}: the policy's has no {name} = {value!r}: {why}" for name, value, why in left_out)
+    return tuple(
+        f"{base / GENERATION_NAME}: the policy's has no {name} = {value!r}: {why}"
+        for name, value, why in left_out
+    )
 
 
 def mended(settings: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, Any, str]]]:
     """Generation settings that transformers takes and saves; and what was left out: (name, value, why).
 
-    Settings for sampling mean sampling, unless do_sample says otherwise. Of settings that do not go together the later ones go.
+    Settings for sampling mean sampling, unless do_sample says otherwise. Of settings that do not go together
+    the later ones go.
     """
     settings = {name: value for name, value in settings.items() if value is not None}
     if "do_sample" not in settings and any(name in settings for name in _SAMPLING):
@@ -106,7 +142,10 @@ def _fault(settings: dict[str, Any]) -> str:
         GenerationConfig(**settings).validate(strict=True)
     except Exception as error:  # noqa: BLE001 -- values of any type, looked at by transformers: whatever it raises
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return next((line.removeprefix("- ") for line in lines if line.startswith("- ")), lines[0] if lines else type(error).__name__)
+        return next(
+            (line.removeprefix("- ") for line in lines if line.startswith("- ")),
+            lines[0] if lines else type(error).__name__,
+        )
     finally:
         logging.set_verbosity(verbosity)
     return ""
@@ -125,17 +164,26 @@ def _base_directory(model: ModelConfig) -> Path:
     if Path(model.path).is_dir():
         return Path(model.path)
     for name in _ASKED_FOR:
-        cached_file(model.path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        cached_file(
+            model.path,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
     try:
         return Path(str(cached_file(model.path, CONFIG_NAME))).parent
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path = {model.path}: no {CONFIG_NAME} to be had: {str(error).strip().splitlines()[0]}") from None
+        raise ConfigError(
+            f"model.path = {model.path}: no {CONFIG_NAME} to be had: {str(error).strip().splitlines()[0]}"
+        ) from None
 
 
 def _copied(base: Path, *, with_code: bool) -> Iterator[Path]:
     patterns = (*_COPIED, "*.py") if with_code else _COPIED
     for path in sorted(base.iterdir()):
-        is_wanted = any(path.match(pattern) for pattern in patterns) and not any(path.match(pattern) for pattern in _NOT_COPIED)
+        is_wanted = any(path.match(pattern) for pattern in patterns) and not any(
+            path.match(pattern) for pattern in _NOT_COPIED
+        )
         if is_wanted and path.is_file() and not path.name.startswith("."):
             yield path
 
@@ -157,7 +205,9 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: model.path is no Hugging Face model.") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds {type(found).__name__}, not an object of settings. Mend it, or take the original.")
+        raise ConfigError(
+            f"{path} holds {type(found).__name__}, not an object of settings. Mend it, or take the original."
+        )
     return found
 
 

@@ -2,14 +2,16 @@
 
     groups --assign_groups--> ranks --plan_micro_batches--> indices --collate--> ModelInputs --TokenLogprobs--> log-probs
 
-Two layouts. `padded`: one row per sequence, padding on the right. `packed`: one row for all, without padding; positions
-restart at 0. Attention stays within sequences by learner/attention.py. For other attentions than sdpa, transformers derives
-a block-diagonal causal mask from the positions, only when there is neither an attention mask nor a key-value cache: a model
-called without `use_cache=False` lets packed sequences see each other, silently. Call models with
-`ModelInputs.model_kwargs()`, which holds all of that. Models with recurrent layers know no such mask, nor do those that count
-positions by themselves: these are refused, and want `padded`.
+Two layouts. `padded`: one row per sequence, padding on the right. `packed`: one row for all, without padding;
+positions restart at 0. Attention stays within sequences by learner/attention.py. For other attentions than
+sdpa, transformers derives a block-diagonal causal mask from the positions, only when there is neither an
+attention mask nor a key-value cache: a model called without `use_cache=False` lets packed sequences see each
+other, silently. Call models with `ModelInputs.model_kwargs()`, which holds all of that. Models with recurrent
+layers know no such mask, nor do those that count positions by themselves: these are refused, and want
+`padded`.
 
-Tensor letters: B rows, L row length, K positions whose logits are computed, T completion tokens, V vocabulary.
+Tensor letters: B rows, L row length, K positions whose logits are computed, T completion tokens, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -84,7 +86,8 @@ class ModelInputs:
 
 
 def assign_groups(group_tokens: list[int], num_ranks: int) -> list[list[int]]:
-    """Indices of whole groups for each of `num_ranks` ranks, balanced by tokens: the largest first, to the least loaded.
+    """Indices of whole groups for each of `num_ranks` ranks, balanced by tokens: the largest first, to the
+    least loaded.
 
     Deterministic; ascending within a rank; a rank may get none.
     """
@@ -99,29 +102,41 @@ def assign_groups(group_tokens: list[int], num_ranks: int) -> list[list[int]]:
     return [sorted(indices) for indices in ranks]
 
 
-def plan_micro_batches(lengths: list[int], group_of: list[int], budget_tokens: int, layout: Layout) -> list[MicroBatch]:
+def plan_micro_batches(
+    lengths: list[int], group_of: list[int], budget_tokens: int, layout: Layout
+) -> list[MicroBatch]:
     """Forward passes of at most `budget_tokens` that hold every sequence once; deterministic.
 
-    `lengths` are tokens per sequence, `group_of` its group. A pass costs rows * longest (padded) or the sum (packed). Groups
-    that fit stay whole. Those that do not are split, and their pieces share passes of their own (`whole` False). Longest
-    first, so that rows of like length meet and a pass too large for the memory fails at once.
+    `lengths` are tokens per sequence, `group_of` its group. A pass costs rows * longest (padded) or the sum
+    (packed). Groups that fit stay whole. Those that do not are split, and their pieces share passes of their
+    own (`whole` False). Longest first, so that rows of like length meet and a pass too large for the memory
+    fails at once.
 
-    Raises ConfigError that names the lengths when a sequence alone exceeds the budget, ValueError for lists of unlike length.
+    Raises ConfigError that names the lengths when a sequence alone exceeds the budget, ValueError for lists
+    of unlike length.
     """
     if len(lengths) != len(group_of):
-        raise ValueError(f"group_of has {len(group_of)} entries, lengths {len(lengths)}; expected one per sequence each")
+        raise ValueError(
+            f"group_of has {len(group_of)} entries, lengths {len(lengths)}; expected one per sequence each"
+        )
     if too_long := sorted(length for length in lengths if length > budget_tokens):
         shown = ", ".join(map(str, too_long[-5:]))
         raise ConfigError(
-            f"{len(too_long)} of {len(lengths)} sequences exceed learner.micro_batch_tokens = {budget_tokens}; "
+            f"{len(too_long)} of {len(lengths)} sequences exceed learner.micro_batch_tokens = "
+            f"{budget_tokens}; "
             f"the longest have {shown} tokens. Raise it to at least {too_long[-1]}."
         )
     groups: dict[int, tuple[int, ...]] = {}
     for index, group in enumerate(group_of):
         groups[group] = (*groups.get(group, ()), index)
-    fits = {group: _cost([lengths[i] for i in members], layout) <= budget_tokens for group, members in groups.items()}
+    fits = {
+        group: _cost([lengths[i] for i in members], layout) <= budget_tokens
+        for group, members in groups.items()
+    }
     whole = [members for group, members in groups.items() if fits[group]]
-    pieces: list[tuple[int, ...]] = [(index,) for group, members in groups.items() if not fits[group] for index in members]
+    pieces: list[tuple[int, ...]] = [
+        (index,) for group, members in groups.items() if not fits[group] for index in members
+    ]
     return [
         MicroBatch(indices, is_whole)
         for units, is_whole in ((whole, True), (pieces, False))
@@ -133,11 +148,16 @@ def _cost(lengths: list[int], layout: Layout) -> int:
     return sum(lengths) if layout == "packed" else len(lengths) * max(lengths)
 
 
-def _fill(units: list[tuple[int, ...]], lengths: list[int], budget_tokens: int, layout: Layout) -> list[tuple[int, ...]]:
-    """Units (indices that stay together) joined within the budget, the one with the longest sequence first."""
+def _fill(
+    units: list[tuple[int, ...]], lengths: list[int], budget_tokens: int, layout: Layout
+) -> list[tuple[int, ...]]:
+    """Units (indices that stay together) joined within the budget, the one with the longest sequence
+    first.
+    """
     batches: list[list[int]] = []
     for unit in sorted(units, key=lambda unit: (-max(lengths[i] for i in unit), unit)):
-        # Padded: only the last batch, the one of like length; a short row among long ones would be mostly padding.
+        # Padded: only the last batch, the one of like length; a short row among long ones would be mostly
+        # padding.
         for batch in batches if layout == "packed" else batches[-1:]:
             if _cost([lengths[i] for i in (*batch, *unit)], layout) <= budget_tokens:
                 batch.extend(unit)
@@ -147,19 +167,30 @@ def _fill(units: list[tuple[int, ...]], lengths: list[int], budget_tokens: int, 
     return [tuple(sorted(batch)) for batch in batches]
 
 
-def collate(sequences: Sequence[TokenSequence], layout: Layout, pad_id: int, device: torch.device | str = "cpu") -> ModelInputs:
-    """Tensors of `sequences` on `device`; raises ValueError without sequences, DataError for an empty prompt."""
+def collate(
+    sequences: Sequence[TokenSequence], layout: Layout, pad_id: int, device: torch.device | str = "cpu"
+) -> ModelInputs:
+    """Tensors of `sequences` on `device`; raises ValueError without sequences, DataError for an empty
+    prompt.
+    """
     if not sequences:
         raise ValueError("sequences is empty; expected at least one per forward pass")
     for index, sequence in enumerate(sequences):
         if not sequence.prompt_ids:
-            raise DataError(f"sequence {index} has an empty prompt: nothing predicts its first token; prompts need at least one token")
+            raise DataError(
+                f"sequence {index} has an empty prompt: nothing predicts its first token; "
+                "prompts need at least one token"
+            )
     place = _place_packed if layout == "packed" else _place_padded
     input_ids, position_ids, attention_mask, rows, starts = place(sequences, pad_id)
     # A token at position p is predicted by the logits at p - 1.
     sizes = [len(sequence.completion_ids) for sequence in sequences]
-    predictors = [start + len(sequence.prompt_ids) - 1 for start, sequence in zip(starts, sequences, strict=True)]
-    positions_T = _int64([p + offset for p, size in zip(predictors, sizes, strict=True) for offset in range(size)])
+    predictors = [
+        start + len(sequence.prompt_ids) - 1 for start, sequence in zip(starts, sequences, strict=True)
+    ]
+    positions_T = _int64(
+        [p + offset for p, size in zip(predictors, sizes, strict=True) for offset in range(size)]
+    )
     if layout == "packed":
         keep_K = positions_T
         columns_T = torch.arange(len(positions_T))
@@ -177,7 +208,9 @@ def collate(sequences: Sequence[TokenSequence], layout: Layout, pad_id: int, dev
         columns_T=columns_T.to(device),
         targets_T=_int64([token for sequence in sequences for token in sequence.completion_ids]).to(device),
         sequence_T=torch.arange(len(sequences)).repeat_interleave(sizes_N).to(device),
-        packing=Packing([sequence.num_tokens for sequence in sequences], device) if layout == "packed" else None,
+        packing=Packing([sequence.num_tokens for sequence in sequences], device)
+        if layout == "packed"
+        else None,
     )
 
 
@@ -201,7 +234,9 @@ def _place_packed(sequences: Sequence[TokenSequence], pad_id: int) -> _Placed:
     starts = [0]
     for sequence in sequences[:-1]:
         starts.append(starts[-1] + sequence.num_tokens)
-    input_ids = _int64([token for sequence in sequences for token in (*sequence.prompt_ids, *sequence.completion_ids)])
+    input_ids = _int64(
+        [token for sequence in sequences for token in (*sequence.prompt_ids, *sequence.completion_ids)]
+    )
     position_ids = torch.cat([torch.arange(sequence.num_tokens) for sequence in sequences])
     return input_ids[None], position_ids[None], None, [0] * len(sequences), starts
 
@@ -213,8 +248,8 @@ def _int64(values: Sequence[int]) -> Tensor:
 def token_logprobs(logits: Tensor, inputs: ModelInputs, temperature: float) -> Tensor:
     """[T] log-probs of the completion tokens, by sequence, then position, from the model's logits [B, K, V].
 
-    float32 (float64 for float64 logits). Works on the logits as they are: positions that predict nothing are computed
-    with a dummy target and left out, which is cheaper than a copy of those that do.
+    float32 (float64 for float64 logits). Works on the logits as they are: positions that predict nothing are
+    computed with a dummy target and left out, which is cheaper than a copy of those that do.
     """
     targets_BK = inputs.targets_T.new_zeros(logits.shape[:-1])
     targets_BK[inputs.rows_T, inputs.columns_T] = inputs.targets_T
@@ -223,13 +258,17 @@ def token_logprobs(logits: Tensor, inputs: ModelInputs, temperature: float) -> T
 
 def refuse_packing(module: Any, reason: str) -> None:
     """Raises ConfigError: with this model, packed sequences would see each other."""
-    raise ConfigError(f"{type(module).__name__} {reason}: packed sequences would see each other. Use learner.layout = padded.")
+    raise ConfigError(
+        f"{type(module).__name__} {reason}: packed sequences would see each other. Use "
+        "learner.layout = padded."
+    )
 
 
 def _check_packable(module: Any) -> None:
     """What shows in the model's class and config; learner/function_check.py looks at what it computes."""
     kinds = {*(getattr(module.config.get_text_config(), "layer_types", None) or ())}
-    if getattr(module, "_is_stateful", False):  # So transformers marks models that carry a state along the row.
+    # So transformers marks models that carry a state along the row.
+    if getattr(module, "_is_stateful", False):
         refuse_packing(module, "carries a state from one token to the next")
     if others := kinds - {"full_attention", "sliding_attention"}:
         refuse_packing(module, f"has layers of {', '.join(sorted(others))}")
@@ -238,10 +277,11 @@ def _check_packable(module: Any) -> None:
 
 
 class TokenLogprobs:
-    """The learner's way through a Hugging Face causal LM: attention within packed sequences, log-probs without the logits.
+    """The learner's way through a Hugging Face causal LM: attention within packed sequences, log-probs
+    without the logits.
 
-    Made of the bare module, which it changes, before DeepSpeed wraps it; called with whatever then stands for the model. Raises
-    ConfigError for a model whose packed sequences would see each other.
+    Made of the bare module, which it changes, before DeepSpeed wraps it; called with whatever then stands for
+    the model. Raises ConfigError for a model whose packed sequences would see each other.
     """
 
     def __init__(self, module: Any, layout: Layout, attention: str) -> None:
@@ -253,7 +293,8 @@ class TokenLogprobs:
             refuse_packing(module, "does not let its attention be exchanged (model.attention = sdpa)")
 
     def __call__(self, model: Any, inputs: ModelInputs, temperature: float) -> Tensor:
-        """[T] log-probs of the completion tokens, by sequence, then position; float32 (float64 for a float64 model).
+        """[T] log-probs of the completion tokens, by sequence, then position; float32 (float64 for a float64
+        model).
 
         Raises ConfigError for models whose attention or head turns out to be of another kind than it looked.
         """

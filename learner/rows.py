@@ -41,7 +41,9 @@ class Row:
     @property
     def answer_id(self) -> int:
         """Equal for equal answers."""
-        return zlib.crc32((self.sample.text.strip() if self.sample.answer is None else self.sample.answer).encode())
+        return zlib.crc32(
+            (self.sample.text.strip() if self.sample.answer is None else self.sample.answer).encode()
+        )
 
     @property
     def completion_id(self) -> int:
@@ -50,7 +52,9 @@ class Row:
 
 
 def batch_faults(batch: Batch) -> dict[int, str]:
-    """By group, what came with it that is not finite. Every rank looks at the whole batch, so that all of them skip together."""
+    """By group, what came with it that is not finite. Every rank looks at the whole batch, so that all
+    of them skip together.
+    """
     faults: dict[int, str] = {}
     for group in batch.groups:
         for sample in group.samples:

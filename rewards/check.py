@@ -17,7 +17,8 @@ from rewards.registry import BUILTINS, load_reward
 if TYPE_CHECKING:
     from cluster.config import RewardsConfig
 
-READ_GOLDS = 50  # Reading one as mathematics takes hundredths of a second; of more rows the kind of the answer is checked.
+# Reading one as mathematics takes hundredths of a second; of more rows the kind of the answer is checked.
+READ_GOLDS = 50
 
 
 @functools.lru_cache(maxsize=8)  # Importing a user's module may take long.
@@ -31,9 +32,11 @@ def check_functions(config: RewardsConfig) -> Mapping[str, tuple[str, ...]]:
 
 
 def bad_rows(config: RewardsConfig, source: str, rows: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
-    """By number of the row, why one of `source` cannot be scored: a column that is missing, or a gold answer that is none.
+    """By number of the row, why one of `source` cannot be scored: a column that is missing, or a gold answer
+    that is none.
 
-    Raises RewardError when a column that a function needs is missing from all of them, or as `check_functions` does.
+    Raises RewardError when a column that a function needs is missing from all of them, or as
+    `check_functions` does.
     """
     needed = check_functions(config)
     present = {column for row in rows.values() for column in row}
@@ -48,8 +51,10 @@ def _missing(name: str, missing: list[str], source: str, present: set[str]) -> s
     near = difflib.get_close_matches(missing[0], [*present, "prompts", "completions"], n=1, cutoff=0.75)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return (
-        f"reward function {name!r} needs {', '.join(map(repr, missing))}{hint}, which {source} does not have; "
-        f"its columns are {', '.join(map(repr, sorted(present)))}. Add the column, or give the parameter a default."
+        f"reward function {name!r} needs {', '.join(map(repr, missing))}{hint}, which {source} does not "
+        "have; "
+        f"its columns are {', '.join(map(repr, sorted(present)))}. Add the column, or give the parameter a "
+        "default."
     )
 
 
@@ -65,7 +70,9 @@ def _problem(needed: Mapping[str, tuple[str, ...]], row: Mapping[str, Any]) -> s
 def _unreadable(config: RewardsConfig, rows: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
     """Of the first rows whose gold answer is more than a number: why math_verify cannot read it."""
     functions = tuple(function for function in config.functions if function.name == "math_verify")
-    formulas = [number for number, row in rows.items() if functions and not str(row["answer"]).strip().isdigit()][:READ_GOLDS]
+    formulas = [
+        number for number, row in rows.items() if functions and not str(row["answer"]).strip().isdigit()
+    ][:READ_GOLDS]
     if not formulas:
         return {}
     with RewardPool(config.model_copy(update={"functions": functions})) as pool:

@@ -7,12 +7,17 @@ from typing import Any
 from rewards.golds import gold_texts
 
 
-def exact_match(prompts: list[str], completions: list[str], *, answer: list[Any], **columns: list[Any]) -> list[float | None]:
-    """1.0 where the completion, stripped, equals the row's `answer`, stripped; else 0.0. Numbers are compared as they are written.
+def exact_match(
+    prompts: list[str], completions: list[str], *, answer: list[Any], **columns: list[Any]
+) -> list[float | None]:
+    """1.0 where the completion, stripped, equals the row's `answer`, stripped; else 0.0. Numbers are compared
+    as they are written.
 
     Raises ValueError for an `answer` that is neither text nor a number.
     """
-    return [float(completion.strip() in _gold(gold)) for completion, gold in zip(completions, answer, strict=True)]
+    return [
+        float(completion.strip() in _gold(gold)) for completion, gold in zip(completions, answer, strict=True)
+    ]
 
 
 def _gold(gold: Any) -> tuple[str, ...]:

@@ -1,7 +1,9 @@
-"""Which part of a completion is its answer: text in, text out, in one pass over it. What the part means is `rewards.formulas`'s.
+"""Which part of a completion is its answer: text in, text out, in one pass over it. What the part means is
+`rewards.formulas`'s.
 
 what stands outside <think>, and within the last <answer> where there is one; of that
-1. the last \\boxed{...} that is complete and not empty, and those it is listed with (`\\boxed{1} and \\boxed{2}`)
+1. the last \\boxed{...} that is complete and not empty, and those it is listed with (`\\boxed{1} and
+  \\boxed{2}`)
 2. else the last `#### ` with an answer behind it (the form of GSM8K), not a Markdown heading
 3. else all of it, or its last line, where that is a formula without prose
 4. else what follows "the answer is", "Answer:", "答案是"
@@ -17,7 +19,8 @@ TAIL_CHARS = 10_000  # What is in no box is looked for in so many of the last ch
 LINE_CHARS = 1_000  # and no longer line is an answer.
 
 _THINKING_TAG = re.compile(
-    r"<(/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(/?)THINK\]|◁(/?)think▷|<\|(?:begin|(end))_of_thought\|>", re.IGNORECASE
+    r"<(/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(/?)THINK\]|◁(/?)think▷|<\|(?:begin|(end))_of_thought\|>",
+    re.IGNORECASE,
 )
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>|</answer>).)*)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 
@@ -25,7 +28,9 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BARE_BOX = re.compile(r"\\(boxed|fbox)\s*(-?\d+(?:[.,/]\d+)*|[A-J]\b|\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})")
 _BRACE = re.compile(r"\\\\|\\[{}]|\\(?:boxed|fbox)\s*\{|[{}]")
 _PLACEHOLDER = re.compile(
-    r"(?:\\(?:text|mathrm)\s*\{)?\s*(?:(?:your |the |final )*answer(?: here)?|\.{2,}|…|\\[lc]?dots|\?|_+|)\s*\}?", re.IGNORECASE
+    r"(?:\\(?:text|mathrm)\s*\{)?\s*(?:(?:your |the |final )*answer(?: "
+    r"here)?|\.{2,}|…|\\[lc]?dots|\?|_+|)\s*\}?",
+    re.IGNORECASE,
 )
 _LEAD = re.compile(r"\\(?:text|mathrm|textbf)\s*\{[^{}]*(?:\b(?:is|are|equals)|[:=])\s*\}")
 _LISTED = re.compile(
@@ -35,7 +40,8 @@ _LISTED = re.compile(
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
 _NUMBERED_HEADING = re.compile(r"\d+[.):]\s+[^\W\d]")
 _PHRASE = re.compile(
-    r"(?:\b(?:answers?|results?|solutions?|(?:correct|right) (?:option|choice))\b(?![^\n.]{0,30}\bin the form\b)"
+    r"(?:\b(?:answers?|results?|solutions?|(?:correct|right) (?:option|choice))\b(?![^\n.]{0,30}\bin the "
+    r"form\b)"
     r"[^\n.:=]{0,60}?(?:\bis\b|\bare\b|\bequals?\b|:|=|\n)"
     r"|(?:答案|结果|答)[^\n。]{0,10}?(?:是|为|:|：|等于)|故选|应选|选择?)"
     r"(?:\s*(?:therefore|thus|simply|just|equal to|approximately|about|option|choice)\b)?[\s:：*_]*",
@@ -67,14 +73,18 @@ _CHARACTERS = {
     **dict.fromkeys([*range(0x200B, 0x2010), *range(0x2060, 0x206A), 0xFE0F, 0xFEFF]),  # Not to be seen.
 }
 _SIGN = r"[\u2190-\u21ff\u2600-\u27bf\u2b00-\u2bff\U0001f300-\U0001faff\s]+"  # Arrows, ticks, emoji.
-_ORNAMENT = re.compile(rf"^{_SIGN}|{_SIGN}$|^\d{{1,2}}[.)]\s+(?=[-\d$\\])")  # And the number of an entry in a list.
-_ARGUMENT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}")
+# And the number of an entry in a list.
+_ORNAMENT = re.compile(rf"^{_SIGN}|{_SIGN}$|^\d{{1,2}}[.)]\s+(?=[-\d$\\])")
+_ARGUMENT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}"
+)
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _WORD = re.compile(
     r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]+|[\u0400-\u1aff]{2,}"
 )  # Greek letters are variables.
 _FUNCTION = re.compile(
-    r"(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|sqrt|pi|and|or|mod|gcd|lcm|max|min|inf|infinity|oo|percent", re.IGNORECASE
+    r"(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|sqrt|pi|and|or|mod|gcd|lcm|max|min|inf|infinity|oo|percent",
+    re.IGNORECASE,
 )
 _SHORT_WORD = re.compile(r"a[mnst]|b[ey]|do|go|h[ei]|i[fnst]|m[ey]|no|o[fhknr]|so|to|up|us|we", re.IGNORECASE)
 _OPTION = re.compile(r"^(?:option|choice)\s+(?=\(?[A-J]\)?$)", re.IGNORECASE)
@@ -86,7 +96,9 @@ _UNIT = re.compile(
 
 
 def final_answer(text: str, *, is_gold: bool = False) -> str | None:
-    """The text of the answer; None when there is none. A gold answer is taken as it is: rule 5 is not for it."""
+    """The text of the answer; None when there is none. A gold answer is taken as it is: rule 5 is not
+    for it.
+    """
     text = _GAP.sub(lambda gap: "\n\n" if "\n" in gap.group() else "  ", text.translate(_CHARACTERS))
     text = _outside_thinking(text)
     text = _BARE_BOX.sub(r"\\\1{\2}", text)
@@ -123,9 +135,22 @@ def bare(text: str) -> str:
         before, text = text, text.strip().strip('`"“”').strip()
         text = _ORNAMENT.sub("", text)
         text = re.sub(r"^#{1,6}\s+|^>\s+|^[-*+]\s+(?=\D)", "", text)
-        for opened, closed in (("**", "**"), ("__", "__"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("*", "*")):
+        for opened, closed in (
+            ("**", "**"),
+            ("__", "__"),
+            ("$$", "$$"),
+            ("$", "$"),
+            (r"\(", r"\)"),
+            (r"\[", r"\]"),
+            ("*", "*"),
+        ):
             inside = text[len(opened) : -len(closed)]
-            if len(text) > len(opened) + len(closed) and text.startswith(opened) and text.endswith(closed) and opened not in inside:
+            if (
+                len(text) > len(opened) + len(closed)
+                and text.startswith(opened)
+                and text.endswith(closed)
+                and opened not in inside
+            ):
                 text = inside
         text = re.sub(r"(?:(?<!\\)[.,;:]|[。，；：！、])+$", "", text)
         text = re.sub(r"^(?:=|≈|~|\\(?:approx|simeq|sim)(?![A-Za-z])|:|：)\s*|\*\*$", "", text)
@@ -139,7 +164,11 @@ def is_formula(text: str) -> bool:
     text = _OPTION.sub("", _UNIT.sub("", text))
     words = _WORD.findall(_COMMAND.sub(" ", _ARGUMENT.sub(" ", text)))
     has_content = re.search(r"[A-Za-z0-9∞∅π½⅓¼¾]", text) is not None
-    return has_content and "$" not in text.replace(r"\$", "").lstrip("$") and all(_is_symbolic(word) for word in words)
+    return (
+        has_content
+        and "$" not in text.replace(r"\$", "").lstrip("$")
+        and all(_is_symbolic(word) for word in words)
+    )
 
 
 def _is_symbolic(word: str) -> bool:
@@ -147,7 +176,9 @@ def _is_symbolic(word: str) -> bool:
     if _FUNCTION.fullmatch(word) or (word.isupper() and len(word) <= 4):  # ABC: the points of a figure.
         return True
     has_vowel = re.search("[aeiou]", word, re.IGNORECASE) is not None
-    return word.isascii() and ((len(word) == 2 and not _SHORT_WORD.fullmatch(word)) or (len(word) == 3 and not has_vowel))
+    return word.isascii() and (
+        (len(word) == 2 and not _SHORT_WORD.fullmatch(word)) or (len(word) == 3 and not has_vowel)
+    )
 
 
 def without_unit(text: str) -> str:
@@ -165,11 +196,13 @@ _DATE = re.compile(
 
 
 def is_date(text: str) -> bool:
-    """Whether `text` is a date or a time of the day (2024-05-01, 12:30 pm), not a difference or a quotient."""
+    """Whether `text` is a date or a time of the day (2024-05-01, 12:30 pm), not a difference or a
+    quotient.
+    """
     return _DATE.fullmatch(text) is not None
 
 
-# The five rules -------------------------------------------------------------------------------------------------------
+# --- The five rules ---
 
 
 def _outside_thinking(text: str) -> str:
@@ -186,7 +219,9 @@ def _outside_thinking(text: str) -> str:
 
 
 def _boxes(text: str) -> tuple[list[str], str]:
-    """The contents of the last complete box and of those listed with it; and `text` without its empty boxes."""
+    """The contents of the last complete box and of those listed with it; and `text` without its empty
+    boxes.
+    """
     spans: list[tuple[int, int, int]] = []  # begin, content, end: outermost ones, in order
     open_braces: list[tuple[int, int] | None] = []
     for match in _BRACE.finditer(text) if _BOX.search(text) else ():
@@ -197,11 +232,21 @@ def _boxes(text: str) -> tuple[list[str], str]:
                 while spans and spans[-1][0] > opened[0]:
                     spans.pop()
                 spans.append((*opened, match.start()))
-        elif token[0] != "\\" or len(token) > 2:  # \{ and \} are characters of a set, not braces; \\ is a new line.
+        # \{ and \} are characters of a set, not braces; \\ is a new line.
+        elif token[0] != "\\" or len(token) > 2:
             open_braces.append((match.start(), match.end()) if len(token) > 1 else None)
     is_empty = [_PLACEHOLDER.fullmatch(text[content:end]) is not None for _, content, end in spans]
     filled = [span for span, empty in zip(spans, is_empty, strict=True) if not empty]
-    edges = [0, *(edge for span, empty in zip(spans, is_empty, strict=True) if empty for edge in (span[0], span[2] + 1)), len(text)]
+    edges = [
+        0,
+        *(
+            edge
+            for span, empty in zip(spans, is_empty, strict=True)
+            if empty
+            for edge in (span[0], span[2] + 1)
+        ),
+        len(text),
+    ]
     rest = "".join(text[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True))
     contents: list[str] = []
     for index in reversed(range(len(filled))):
@@ -251,7 +296,11 @@ def _value_at_start(line: str) -> str | None:
         return whole
     if match := _CHOICE.match(whole):
         return match.group(1)
-    formulas = [(match, content) for match in _MATH.finditer(line) if is_formula(content := bare(next(filter(None, match.groups()))))]
+    formulas = [
+        (match, content)
+        for match in _MATH.finditer(line)
+        if is_formula(content := bare(next(filter(None, match.groups()))))
+    ]
     number, bold = _NUMBER.search(line), _BOLD.search(line)
     if bold and (not number or bold.start() <= number.start()) and (found := _value_at_start(bold.group(1))):
         return found

@@ -1,7 +1,9 @@
-"""What an answer means: texts compared as mathematics by math-verify (sympy), and the one way to write each of them.
+"""What an answer means: texts compared as mathematics by math-verify (sympy), and the one way to write each
+of them.
 
-math-verify reads LaTeX; here is what it would read wrongly: units and currencies, thousands separators, mixed numbers, dates,
-ratios, choices and words, and equations whose sides are not equal. Nothing here is bounded in time: see `rewards.bounded`.
+math-verify reads LaTeX; here is what it would read wrongly: units and currencies, thousands separators, mixed
+numbers, dates, ratios, choices and words, and equations whose sides are not equal. Nothing here is bounded in
+time: see `rewards.bounded`.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))")
 _SPACING = re.compile(r"\\[!]|\\(?:displaystyle|textstyle|limits|left|right)(?![A-Za-z])\.?")
 _GAP = re.compile(r"(?<!\\)\\[;:,> ]|~|\\q?quad(?![A-Za-z])")
 _STYLE = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:underline|mathbf|boldsymbol|bm|bf)(?![A-Za-z])")
-_CONNECTED = re.compile(r"\s*,?\s*(?:\\(?:text|textrm|mathrm|mbox)\s*\{\s*,?\s*(and|or)\s*\}|(?<=\s)(and|or)(?=\s))\s*")
+_CONNECTED = re.compile(
+    r"\s*,?\s*(?:\\(?:text|textrm|mathrm|mbox)\s*\{\s*,?\s*(and|or)\s*\}|(?<=\s)(and|or)(?=\s))\s*"
+)
 _INEQUALITY = re.compile(r"[<>]|\\[lg]e(?:q|qslant)?(?![A-Za-z])")
 _ABOUT = re.compile(
     r"(?:\\text\s*\{\s*(?:approximately|approx\.?|about|around|roughly|nearly)\s*\}"
@@ -73,18 +77,26 @@ _PERCENT_OF = re.compile(r"(\\frac\{[^{}]*\}\{[^{}]*\})\s*\\%")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{(?:align(?:ed)?|cases|gather(?:ed)?|split|equation)\*?\}")
 _NEXT_LINE = re.compile(r"\s*\\\\\s*(?:&?\s*(=))?\s*&?")
 _OUTWARD = re.compile(r"([\]\[(])([^\[\]()]+)[,;]([^\[\]()]+)([\])\[])")
-_WHERE = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*(?:where|for|with)\s*\})?\s*[a-z]\s*\\in\s*\\mathbb\s*\{?[ZNQR]\}?\s*$")
-_SCALE = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*)?\b(thousand|million|billion|trillion)\b(?:\s*\})?", re.IGNORECASE)
+_WHERE = re.compile(
+    r"\s*,?\s*(?:\\text\s*\{\s*(?:where|for|with)\s*\})?\s*[a-z]\s*\\in\s*\\mathbb\s*\{?[ZNQR]\}?\s*$"
+)
+_SCALE = re.compile(
+    r"(?<=\d)\s*(?:\\text\s*\{\s*)?\b(thousand|million|billion|trillion)\b(?:\s*\})?", re.IGNORECASE
+)
 _EXPONENTS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\}|'|\\,|\\ | )\d{3})+(?![\d])(?!\s*/)")
 _IN_BRACKETS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|\\,|\\ | )\d{3})+(?![\d])(?!\s*/)")
-_CURRENCY = re.compile(r"(?:\b(?:US|A|C|HK|NZ|R)|\\text\{(?:US)?)?\s*\\?\$\}?|[€£¥₹₩₽¢₪₫฿₴₺]|\b(?:USD|EUR|GBP|CNY|JPY|INR)\b|\bRs\b\.?")
+_CURRENCY = re.compile(
+    r"(?:\b(?:US|A|C|HK|NZ|R)|\\text\{(?:US)?)?\s*\\?\$\}?|[€£¥₹₩₽¢₪₫฿₴₺]|\b(?:USD|EUR|GBP|CNY|JPY|INR)\b|\bRs\b\.?"
+)
 _PERCENT = re.compile(r"\s*(?:\\text\s*\{\s*)?\b(?:percent(?:age)?|per cent|pct)\b\s*\}?|(?<!\\)%")
 _SCIENTIFIC = re.compile(r"(?<=\d)[eE]([+-]?\d+)(?![\w.])")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?")
 _SHORT_FRACTION = re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)")
 _MIXED = re.compile(r"(?<![\d.}^_])(-?)\s*(\d+)(?:\s+|\s+and\s+)(\d+)\s*/\s*(\d+)(?!\d)")
-_MIXED_LATEX = re.compile(r"(?<![\d.}^_])(-?)\s*(\d+)\s*(?:\\text\s*\{\s*and\s*\}|and)?\s*\\[dtc]?frac\s*\{(\d+)\}\s*\{(\d+)\}")
+_MIXED_LATEX = re.compile(
+    r"(?<![\d.}^_])(-?)\s*(\d+)\s*(?:\\text\s*\{\s*and\s*\}|and)?\s*\\[dtc]?frac\s*\{(\d+)\}\s*\{(\d+)\}"
+)
 _LATEX_UNIT = re.compile(
     r"(?<=[\d})\]])\s*\\[dtc]?frac\s*\{\\(?:text|mathrm)\{[^{}]*\}\}\s*\{\\(?:text|mathrm)\{[^{}]*\}\}\s*$|"
     r"(?<=[\d})\]])\s*(?:\^\{?\\circ\}?)?\s*\\(?:text|mathrm|mbox|textrm|rm)\s*\{(?!\s*(?:and|or|if)\b)[^{}]*\}(?:\^\{?-?\d\}?)?"
@@ -103,7 +115,9 @@ _FUNCTION = re.compile(r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|inf|infin
 _RATIO = re.compile(r"\d+(?:\s*:\s*\d+)+")
 _TIME = re.compile(r"(?:[01]?\d|2[0-4]):[0-5]\d(?::[0-5]\d)?")
 _BASED = re.compile(r"([0-9][0-9A-Fa-f]*)_\{?(\d{1,2})\}?")
-_TOWER = re.compile(r"\d\s*(?:\^|\*\*)[\s{(]*(?:\\left\s*\()?\s*(\d{1,9})\s*(?:\^|\*\*)[\s{(]*(?:\\left\s*\()?\s*(\d{1,9})")
+_TOWER = re.compile(
+    r"\d\s*(?:\^|\*\*)[\s{(]*(?:\\left\s*\()?\s*(\d{1,9})\s*(?:\^|\*\*)[\s{(]*(?:\\left\s*\()?\s*(\d{1,9})"
+)
 _HUGE = re.compile(r"\d\s*\^\s*\{?\s*\d{8}|(?<!\d)\d{5,}\s*!|\\[dt]?binom\s*\{?\s*\d{6}|\d{4000}")
 _EQUALS = re.compile(r"(?<![\\<>!:=])=(?!=)")
 _INNER_EQUALS = re.compile(r"(?<=[_^])\{[^{}]*=[^{}]*\}")  # \sum_{k=1}
@@ -115,8 +129,9 @@ _LABEL = re.compile(
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether `answer` says what `gold` does. Fractions, decimals (6 places), sets, intervals and percentages are compared by value;
-    units are ignored; words, dates and choices are compared as they are written. Of an equation all sides must be equal.
+    """Whether `answer` says what `gold` does. Fractions, decimals (6 places), sets, intervals and percentages
+    are compared by value; units are ignored; words, dates and choices are compared as they are written. Of an
+    equation all sides must be equal.
 
     Raises ValueError when `gold` cannot be read.
     """
@@ -140,13 +155,19 @@ def equal(gold: str, answer: str) -> bool:
 
 def check_gold(gold: str) -> None:
     """Raises ValueError when `gold` is neither a choice nor words nor a formula that can be read."""
-    if _choice(gold) or _as_written(gold) is not None or any(_read(side) is not None for side in _sides(_normal(gold))):
+    if (
+        _choice(gold)
+        or _as_written(gold) is not None
+        or any(_read(side) is not None for side in _sides(_normal(gold)))
+    ):
         return
     raise ValueError("cannot be read as mathematics; for words use exact_match")
 
 
 def canonical(answer: str) -> str:
-    """The one way to write what `answer` says: equal for equal answers. What cannot be read is written as it is."""
+    """The one way to write what `answer` says: equal for equal answers. What cannot be read is written
+    as it is.
+    """
     if choice := _choice(answer) or _choice_before_value(answer)[0]:
         return choice
     if (written := _as_written(answer)) is not None:
@@ -161,9 +182,13 @@ def canonical(answer: str) -> str:
 
 
 def is_too_large(text: str) -> bool:
-    """Whether a text shows that its numbers have more than millions of digits. What does not show it is found by its time."""
+    """Whether a text shows that its numbers have more than millions of digits. What does not show it is
+    found by its time.
+    """
     powers = ((int(base), int(exponent)) for base, exponent in _TOWER.findall(text))
-    return _HUGE.search(text) is not None or any(exponent * math.log10(max(base, 1)) > 7 for base, exponent in powers)
+    return _HUGE.search(text) is not None or any(
+        exponent * math.log10(max(base, 1)) > 7 for base, exponent in powers
+    )
 
 
 def plain(text: str) -> str:
@@ -173,13 +198,20 @@ def plain(text: str) -> str:
 
 
 def warm_up() -> None:
-    """Read and compare a few formulas, so that the parser's tables and sympy's caches are there for the next ones."""
-    for gold, answer in ((r"\frac{1}{3}+\sqrt{2}", "x^2-1=3"), ("(1,2]", r"\{1, 2\}"), ("2x+1", r"3.5\pi"), ("1.5", r"50\%")):
+    """Read and compare a few formulas, so that the parser's tables and sympy's caches are there for the
+    next ones.
+    """
+    for gold, answer in (
+        (r"\frac{1}{3}+\sqrt{2}", "x^2-1=3"),
+        ("(1,2]", r"\{1, 2\}"),
+        ("2x+1", r"3.5\pi"),
+        ("1.5", r"50\%"),
+    ):
         equal(gold, answer)
         canonical(answer)
 
 
-# Words, dates, ratios, choices ----------------------------------------------------------------------------------------
+# --- Words, dates, ratios, choices ---
 
 
 def _choice(text: str) -> str | None:
@@ -230,10 +262,12 @@ def _proportional(gold: str, answer: str) -> bool:
     if not all(map(_RATIO.fullmatch, texts)) or any(map(_TIME.fullmatch, texts)):
         return False
     first, second = ([int(part) for part in text.split(":")] for text in texts)
-    return len(first) == len(second) and all(a * second[0] == b * first[0] for a, b in zip(first, second, strict=True))
+    return len(first) == len(second) and all(
+        a * second[0] == b * first[0] for a, b in zip(first, second, strict=True)
+    )
 
 
-# Formulas -------------------------------------------------------------------------------------------------------------
+# --- Formulas ---
 
 
 @functools.lru_cache(maxsize=512)
@@ -248,7 +282,9 @@ def _normal(text: str) -> str:
     text = unicodedata.normalize("NFKC", text.translate(_SYMBOLS))
     text = _SPACING.sub("", text)
     has_brackets = re.search(r"[(\[{]\s*[^(\[{}\])]*,", text.replace("{,}", "")) is not None
-    text = (_IN_BRACKETS if has_brackets else _THOUSANDS).sub(lambda match: re.sub(r"\D", "", match.group()), text)
+    text = (_IN_BRACKETS if has_brackets else _THOUSANDS).sub(
+        lambda match: re.sub(r"\D", "", match.group()), text
+    )
     text = (
         re.sub(r"\\[()]", "", text.replace("==", "="))
         .replace(r"\lbrace", r"\{")
@@ -319,17 +355,24 @@ def _read(formula: str) -> Any:
         return None
     if r"\lor" in formula:
         relations = [_read(part.strip()) for part in formula.split(r"\lor")]
-        is_one_variable = len(set().union(*(getattr(relation, "free_symbols", ()) for relation in relations))) == 1
+        is_one_variable = (
+            len(set().union(*(getattr(relation, "free_symbols", ()) for relation in relations))) == 1
+        )
         is_known = is_one_variable and all(isinstance(relation, Relational | And) for relation in relations)
         return sympy.Union(*(relation.as_set() for relation in relations)) if is_known else None
-    # In a box, math-verify reads all of it as LaTeX. It must not look for a part that it can read where it cannot read the whole.
+    # In a box, math-verify reads all of it as LaTeX. It must not look for a part that it can read where it
+    # cannot read the whole.
     boxed, latex = rf"\boxed{{{formula}}}", [LatexExtractionConfig()]
-    found = parse(boxed, latex, fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
+    found = parse(
+        boxed, latex, fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None
+    )
     return found[0] if found and not isinstance(found[0], str) else None
 
 
 def _sides(formula: str) -> list[str]:
-    """The sides of an equation, without a name at either end; one where it is none, or several, or defines a curve."""
+    """The sides of an equation, without a name at either end; one where it is none, or several, or
+    defines a curve.
+    """
     if re.search(r"[,;]|\\text\s*\{\s*(?:and|or)|\\[lg]e|[<>]", formula):
         return [formula]
     masked = _INNER_EQUALS.sub(lambda match: match.group().replace("=", "\0"), _APPROX.split(formula)[0])
@@ -343,14 +386,20 @@ def _sides(formula: str) -> list[str]:
 
 def _agree(sides: list[str]) -> bool:
     """Whether all sides that are numbers are the same number."""
-    numbers = [expression for side in sides if (expression := _read(side)) is not None and not getattr(expression, "free_symbols", True)]
+    numbers = [
+        expression
+        for side in sides
+        if (expression := _read(side)) is not None and not getattr(expression, "free_symbols", True)
+    ]
     return all(verify(numbers[0], other, timeout_seconds=None) for other in numbers[1:])
 
 
 def _equal_values(gold: str, answer: str) -> bool:
     if (bases := (_BASED.fullmatch(gold), _BASED.fullmatch(answer))) and bases[0] and bases[1]:
         return _in_base(*bases[0].groups()) == _in_base(*bases[1].groups())
-    if gold.endswith(r"\%") != answer.endswith(r"\%") and _verified(gold.removesuffix(r"\%"), answer.removesuffix(r"\%")):
+    if gold.endswith(r"\%") != answer.endswith(r"\%") and _verified(
+        gold.removesuffix(r"\%"), answer.removesuffix(r"\%")
+    ):
         return True  # The question asked for percent.
     gold_sides, sides = _sides(gold), _sides(answer)
     if not _agree(sides):
@@ -385,7 +434,12 @@ def _name(formula: str) -> str | None:
 def _is_rounded(exact: str, rounded: str) -> bool:
     """Whether one number stands for the other: within 1 %."""
     first, second = _read(_sides(exact)[-1]), _read(rounded)
-    if first is None or second is None or getattr(first, "free_symbols", True) or getattr(second, "free_symbols", True):
+    if (
+        first is None
+        or second is None
+        or getattr(first, "free_symbols", True)
+        or getattr(second, "free_symbols", True)
+    ):
         return False
     exact_value, value = complex(first.evalf()), complex(second.evalf())
     return abs(exact_value - value) <= 0.01 * abs(exact_value)
@@ -398,7 +452,7 @@ def _verified(gold: str, answer: str) -> bool:
     return bool(verify(expected, found, timeout_seconds=None, allow_set_relation_comp=True))
 
 
-# One way of writing ---------------------------------------------------------------------------------------------------
+# --- One way of writing ---
 
 
 def _written(expression: Any) -> str:
@@ -423,13 +477,18 @@ def _members(members: Sequence[Any]) -> str:
     equations = [member for member in members if isinstance(member, sympy.Eq)]
     names = {equation.lhs for equation in equations}
     with_name = len(names) > 1
-    named = {f"{member.lhs} = {_written(member)}" if with_name and member in equations else _written(member) for member in members}
+    named = {
+        f"{member.lhs} = {_written(member)}" if with_name and member in equations else _written(member)
+        for member in members
+    }
     written = sorted(named)
     return written[0] if len(written) == 1 else f"{{{', '.join(written)}}}"
 
 
 def _relation(relation: Any) -> str:
-    """An assignment as its value, an inequality in one variable as an interval, another relation as one with 0."""
+    """An assignment as its value, an inequality in one variable as an interval, another relation as one
+    with 0.
+    """
     if isinstance(relation, sympy.Eq) and relation.lhs.is_Symbol:
         return _written(relation.rhs)
     if not isinstance(relation, sympy.Eq) and len(relation.free_symbols) == 1:
@@ -445,7 +504,10 @@ def _relation(relation: Any) -> str:
 
 def _scalar(expression: Any) -> str:
     expression = sympy.nsimplify(
-        expression.doit().replace(lambda part: isinstance(part, sympy.UnevaluatedExpr), lambda part: part.args[0]), rational=True
+        expression.doit().replace(
+            lambda part: isinstance(part, sympy.UnevaluatedExpr), lambda part: part.args[0]
+        ),
+        rational=True,
     )
     if expression.is_number:
         return _number(expression)
@@ -458,5 +520,8 @@ def _number(number: Any) -> str:
     if number.is_Integer or not number.is_finite:
         return str(number)
     value = complex(number.evalf(30, chop=True))
-    parts = [f"{part:.12g}" if 0 < abs(part) < 1e-3 else f"{part:.6f}".rstrip("0").rstrip(".") for part in (value.real, value.imag)]
+    parts = [
+        f"{part:.12g}" if 0 < abs(part) < 1e-3 else f"{part:.6f}".rstrip("0").rstrip(".")
+        for part in (value.real, value.imag)
+    ]
     return parts[0] if not value.imag else f"{parts[0]} + {parts[1]}*I"

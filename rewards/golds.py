@@ -14,7 +14,8 @@ MAX_BITS = 1000  # Beyond, Python's own conversions fail.
 def gold_texts(gold: Any) -> tuple[str, ...]:
     """The ways to write a gold answer, stripped, the plainest first: ("72", "72.0") for the number 72.0.
 
-    Raises ValueError, with the reason, for what is not one answer: an object, several answers, true and false, no number.
+    Raises ValueError, with the reason, for what is not one answer: an object, several answers, true and
+    false, no number.
     """
     gold = _unwrapped(gold)
     if isinstance(gold, bytes | bytearray):
@@ -27,13 +28,18 @@ def gold_texts(gold: Any) -> tuple[str, ...]:
             raise ValueError("is empty")
         return (gold.strip(),)
     if isinstance(gold, bool):
-        raise ValueError(f"is {str(gold).lower()}, neither text nor a number; write it as text, such as 'yes' or 'True'")
+        raise ValueError(
+            f"is {str(gold).lower()}, neither text nor a number; write it as text, such as 'yes' or 'True'"
+        )
     if isinstance(gold, datetime.date) and not isinstance(gold, datetime.datetime):
         return (gold.isoformat(),)
     if isinstance(gold, numbers.Real | decimal.Decimal):
         return _number_texts(gold)
     if isinstance(gold, list | tuple):
-        raise ValueError(f"is a list of {len(gold)} ({_shown(gold)}), expected one answer; of a set, write the set as text: {{1, 2}}")
+        raise ValueError(
+            f"is a list of {len(gold)} ({_shown(gold)}), expected one answer; of a set, write "
+            f"the set as text: {{1, 2}}"
+        )
     kind = {dict: "an object", type(None): "null"}.get(type(gold), f"a {type(gold).__name__}")
     raise ValueError(f"is {kind} ({_shown(gold)}), expected text or a number")
 

@@ -2,8 +2,8 @@
 
     completion --final_answer--> text --formulas, in a process that can be killed--> equal to the gold answer, or not
 
-One completion that sympy cannot finish costs itself: its gold was read, so it is not correct, and the next one has a new process
-within hundredths of a second.
+One completion that sympy cannot finish costs itself: its gold was read, so it is not correct, and the next
+one has a new process within hundredths of a second.
 """
 
 from __future__ import annotations
@@ -24,18 +24,27 @@ SHORT_LIMIT_S = 0.03
 _process = BoundedProcess(formulas.warm_up)
 
 
-def math_verify(prompts: list[str], completions: list[str], *, answer: list[Any], **columns: list[Any]) -> list[float | None]:
-    """1.0 where the completion's answer equals the row's `answer`; else 0.0, also for a completion without a readable answer.
+def math_verify(
+    prompts: list[str], completions: list[str], *, answer: list[Any], **columns: list[Any]
+) -> list[float | None]:
+    """1.0 where the completion's answer equals the row's `answer`; else 0.0, also for a completion without a
+    readable answer.
 
-    Fractions, decimals (6 places), sets, intervals, equations and percentages are compared by value; units are ignored.
-    An answer that sympy cannot compare, or not within LIMIT_S, is not equal. Raises ValueError when `answer` cannot be read.
+    Fractions, decimals (6 places), sets, intervals, equations and percentages are compared by value; units
+    are ignored. An answer that sympy cannot compare, or not within LIMIT_S, is not equal. Raises ValueError
+    when `answer` cannot be read.
     """
     _unfinished.clear()
-    return [float(_is_right(_gold(gold), completion)) for completion, gold in zip(completions, answer, strict=True)]
+    return [
+        float(_is_right(_gold(gold), completion))
+        for completion, gold in zip(completions, answer, strict=True)
+    ]
 
 
 def _gold_problem(gold: Any) -> str | None:
-    """Why `gold` cannot be compared with, as far as that shows without reading formulas; None when nothing shows."""
+    """Why `gold` cannot be compared with, as far as that shows without reading formulas; None when
+    nothing shows.
+    """
     try:
         _find_gold(gold_texts(gold)[0])
     except ValueError as error:
@@ -107,7 +116,9 @@ def _equal(gold: str, found: str) -> bool:
 
 
 def _vote(completion: str) -> str | None:
-    """The completion's answer in the one way to write it; as it stands where that does not end; None when there is none."""
+    """The completion's answer in the one way to write it; as it stands where that does not end; None
+    when there is none.
+    """
     found = final_answer(completion)
     if found is None or found in _unfinished or formulas.is_too_large(found):
         return None if found is None else formulas.plain(found)

@@ -1,7 +1,8 @@
-"""How much memory a process and its descendants use: what is theirs and was touched, not what they have reserved.
+"""How much memory a process and its descendants use: what is theirs and was touched, not what they have
+reserved.
 
-Reservations cost nothing and are large: node, WebAssembly, CUDA and a mapped file take tens of GiB of address space. Pages of
-mapped files are not counted either; the kernel takes them back when it needs them.
+Reservations cost nothing and are large: node, WebAssembly, CUDA and a mapped file take tens of GiB of address
+space. Pages of mapped files are not counted either; the kernel takes them back when it needs them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def family(pid: int) -> list[int]:
 
 
 def used_bytes(pids: Iterable[int], limit_bytes: int) -> int:
-    """Bytes that the processes use; what several share counts once where the sum would be above `limit_bytes`."""
+    """Bytes that the processes use; what several share counts once where the sum would be above
+    `limit_bytes`.
+    """
     pids = list(pids)
     used = sum(_bytes_in(f"/proc/{pid}/status", _OWN_PAGES) for pid in pids)
     if used <= limit_bytes or len(pids) < 2:

@@ -1,12 +1,15 @@
-"""Reward functions in processes that can be killed: whatever a reward does, its group gets an answer and the others go on.
+"""Reward functions in processes that can be killed: whatever a reward does, its group gets an answer and the
+others go on.
 
     submit() --> queue --> one thread per worker --> a Worker's process (rewards/worker.py)
-                                     '-- no reply in time, too much memory, or the process died: mark the group, start a new one
+                                     '-- no reply in time, too much memory, or the process died: mark the
+                                     group, start a new one
 
 Why not pebble's ProcessPool: its workers share one channel, and a worker that dies while idle, or before its
-acknowledgement was read (1 of 20 immediate `os._exit` under load), breaks the whole pool for good. Here a worker shares
-nothing with the others. Workers are fresh interpreters, never forks (the parent runs vLLM's threads), and do not
-import the parent's main module (in an actor that would be Ray). A process with limits, not a sandbox.
+acknowledgement was read (1 of 20 immediate `os._exit` under load), breaks the whole pool for good. Here a
+worker shares nothing with the others. Workers are fresh interpreters, never forks (the parent runs vLLM's
+threads), and do not import the parent's main module (in an actor that would be Ray). A process with limits,
+not a sandbox.
 """
 
 from __future__ import annotations
@@ -43,12 +46,14 @@ class RewardPool:
     """Scores groups in `workers` processes. Use it as a context manager or call `close`.
 
     num_scored, num_errors    samples with a reward, and without one
-    num_timeouts, num_crashes groups whose worker was killed at `timeout_s`, and groups whose worker died, did not start, or used
+    num_timeouts, num_crashes groups whose worker was killed at `timeout_s`, and groups whose worker died, did
+    not start, or used
                               more memory than it may
     columns                   by function name, the columns of the dataset without which it cannot be called
 
-    `config`: `functions` (name, weight, and messages or not), `timeout_s`, `memory_gib`. The constructor returns when the
-    functions are loaded, in every worker; it raises RewardError, in one line, when one cannot be.
+    `config`: `functions` (name, weight, and messages or not), `timeout_s`, `memory_gib`. The constructor
+    returns when the functions are loaded, in every worker; it raises RewardError, in one line, when one
+    cannot be.
     """
 
     def __init__(self, config: RewardsConfig, workers: int = 1) -> None:
@@ -58,10 +63,16 @@ class RewardPool:
         self._lock = threading.Lock()
         self._closed = False
         self.num_scored = self.num_errors = self.num_timeouts = self.num_crashes = 0
-        specs = [FunctionSpec(function.name, function.weight, getattr(function, "messages", False)) for function in config.functions]
+        specs = [
+            FunctionSpec(function.name, function.weight, getattr(function, "messages", False))
+            for function in config.functions
+        ]
         memory_bytes = round(getattr(config, "memory_gib", MEMORY_GIB) * 2**30)
-        self._workers = [Worker(msgspec.msgpack.encode(specs), config.timeout_s, memory_bytes) for _ in range(workers)]
-        # A worker is started by the thread that serves it: the kernel ends it with that thread (PR_SET_PDEATHSIG).
+        self._workers = [
+            Worker(msgspec.msgpack.encode(specs), config.timeout_s, memory_bytes) for _ in range(workers)
+        ]
+        # A worker is started by the thread that serves it: the kernel ends it with that thread
+        # (PR_SET_PDEATHSIG).
         loaded: list[Future[list[tuple[str, ...]]]] = [Future() for _ in self._workers]
         self._threads = [
             threading.Thread(target=self._serve, args=(worker, future), name=f"reward-{index}", daemon=True)
@@ -76,11 +87,13 @@ class RewardPool:
             self.close()
             raise
 
-    def submit(self, prompt: str, completions: Sequence[str], columns: Mapping[str, Any]) -> Future[list[Scored]]:
+    def submit(
+        self, prompt: str, completions: Sequence[str], columns: Mapping[str, Any]
+    ) -> Future[list[Scored]]:
         """Score one group; the result, one Scored per completion in order, never raises.
 
-        It is there at most `timeout_s` after a worker took the group up (plus at most STARTUP_LIMIT_S where a new worker
-        had to start). columns: the dataset row, anything that pickles.
+        It is there at most `timeout_s` after a worker took the group up (plus at most STARTUP_LIMIT_S where a
+        new worker had to start). columns: the dataset row, anything that pickles.
         """
         future: Future[list[Scored]] = Future()
         try:
@@ -97,7 +110,9 @@ class RewardPool:
         return future
 
     def close(self) -> None:
-        """Kill the workers, within 2 s. Groups not scored yet get the error that the pool was closed. Safe to call twice."""
+        """Kill the workers, within 2 s. Groups not scored yet get the error that the pool was closed.
+        Safe to call twice.
+        """
         with self._lock:
             self._closed = True
         for worker in self._workers:
@@ -118,7 +133,8 @@ class RewardPool:
         """The life of one worker's thread: groups in, results out, a new process after each failure."""
         self._load(worker, loaded)
         while True:
-            with contextlib.suppress(OSError, EOFError):  # no process to be had: met again, and reported, at the next group
+            # no process to be had: met again, and reported, at the next group
+            with contextlib.suppress(OSError, EOFError):
                 worker.start()
             task = self._tasks.get()
             if task is None:
@@ -132,13 +148,19 @@ class RewardPool:
             loaded.set_result(worker.load())
         except MemoryExceeded as error:
             worker.reap()
-            loaded.set_exception(RewardError(f"reward functions {self._names}: while it imported them, {error}"))
+            loaded.set_exception(
+                RewardError(f"reward functions {self._names}: while it imported them, {error}")
+            )
         except RewardError as error:
             worker.reap()
             loaded.set_exception(error)
         except (OSError, EOFError, msgspec.MsgspecError) as error:
             status = worker.reap()
-            reason = f"the worker died while it imported them: {status}" if status else f"no worker could be started: {error}"
+            reason = (
+                f"the worker died while it imported them: {status}"
+                if status
+                else f"no worker could be started: {error}"
+            )
             loaded.set_exception(RewardError(f"reward functions {self._names}: {reason}"))
 
     def _score(self, worker: Worker, task: _Task) -> None:
@@ -161,8 +183,12 @@ class RewardPool:
             self._finish(task, f"{reason} ({self._names})", crashes=1)
 
     def _finish(self, task: _Task, outcome: list[Scored] | str, timeouts: int = 0, crashes: int = 0) -> None:
-        """Count, then resolve the future: with `outcome`, or with that reason as the error of every sample."""
-        scored = [Scored(error=shorten(outcome))] * task.num_completions if isinstance(outcome, str) else outcome
+        """Count, then resolve the future: with `outcome`, or with that reason as the error of every
+        sample.
+        """
+        scored = (
+            [Scored(error=shorten(outcome))] * task.num_completions if isinstance(outcome, str) else outcome
+        )
         num_errors = sum(sample.error is not None for sample in scored)
         with self._lock:
             self.num_scored += len(scored) - num_errors

@@ -20,7 +20,9 @@ BUILTINS = {"exact_match": "rewards.exact_match:exact_match", "math_verify": "re
 
 
 class WeightedReward(NamedTuple):
-    """A loaded function, the name it was asked for by, and its weight in the sum; `messages`: it gets messages, not texts."""
+    """A loaded function, the name it was asked for by, and its weight in the sum; `messages`: it gets
+    messages, not texts.
+    """
 
     name: str
     weight: float
@@ -35,16 +37,19 @@ class WeightedReward(NamedTuple):
 
 
 def load_reward(name: str) -> RewardCallable:
-    """The function that `name` means: a built-in name or `module:function`, found on the path or in the working directory.
+    """The function that `name` means: a built-in name or `module:function`, found on the path or in the
+    working directory.
 
-    Raises RewardError: an unknown name (with the nearest built-in), a module that does not import (with its error), a
-    function that is missing, cannot be called, is asynchronous, or takes no completions.
+    Raises RewardError: an unknown name (with the nearest built-in), a module that does not import (with its
+    error), a function that is missing, cannot be called, is asynchronous, or takes no completions.
     """
     module_name, colon, function_name = BUILTINS.get(name, name).partition(":")
     if not colon or not module_name or not function_name:
         near = difflib.get_close_matches(name, BUILTINS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"built in: {', '.join(BUILTINS)}."
-        raise RewardError(f"reward function {name!r} is not known; {hint} Your own function is written module:function.")
+        raise RewardError(
+            f"reward function {name!r} is not known; {hint} Your own function is written module:function."
+        )
     meant = module_name.removesuffix(".py").removeprefix("./").replace("/", ".")
     if meant != module_name or not all(map(str.isidentifier, module_name.split("."))):
         hint = (
@@ -56,9 +61,14 @@ def load_reward(name: str) -> RewardCallable:
     module = _import(name, module_name)
     function = getattr(module, function_name, None)
     if function is None:
-        near = difflib.get_close_matches(function_name, [found for found in vars(module) if not found.startswith("_")], n=1)
+        near = difflib.get_close_matches(
+            function_name, [found for found in vars(module) if not found.startswith("_")], n=1
+        )
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise RewardError(f"reward function {name!r}: module {module_name} has no {function_name!r}{hint}{_namesake(module)}")
+        raise RewardError(
+            f"reward function {name!r}: module {module_name} has no "
+            f"{function_name!r}{hint}{_namesake(module)}"
+        )
     read_signature(name, function)
     return function
 
@@ -78,9 +88,13 @@ def _import(name: str, module_name: str) -> ModuleType:
         if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise RewardError(
                 f"reward function {name!r}: no module named {error.name!r}. "
-                f"It must be importable where the run starts: in the working directory ({os.getcwd()}), or installed."
+                f"It must be importable where the run starts: in the working directory ({os.getcwd()}), or "
+                "installed."
             ) from None
-        raise RewardError(f"reward function {name!r}: importing {module_name} needs a package that is not installed: {error}") from error
+        raise RewardError(
+            f"reward function {name!r}: importing {module_name} needs a package that is not "
+            f"installed: {error}"
+        ) from error
     except SystemExit as error:
         code = f" ({' '.join(str(error.code).split())})" if error.code is not None else ""
         raise RewardError(

@@ -1,7 +1,8 @@
-"""Scoring one group: every function called, every value checked. Pure; runs inside the workers of `rewards.pool`.
+"""Scoring one group: every function called, every value checked. Pure; runs inside the workers of
+`rewards.pool`.
 
-A failure is never reward 0. A function that raises, or returns the wrong number of values or something that is no finite
-number, makes the samples it concerns errors, whatever the other functions say.
+A failure is never reward 0. A function that raises, or returns the wrong number of values or something that
+is no finite number, makes the samples it concerns errors, whatever the other functions say.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ MAX_ERROR_CHARS = 400
 
 
 class Scored(msgspec.Struct, frozen=True):
-    """The reward of one completion: a finite weighted sum, or None and the reason in `error`. Exactly one of the two is set.
+    """The reward of one completion: a finite weighted sum, or None and the reason in `error`. Exactly one of
+    the two is set.
 
-    `answer` is what votes as the completion's answer, by the first function that can tell; None: nothing, or it failed.
+    `answer` is what votes as the completion's answer, by the first function that can tell; None: nothing, or
+    it failed.
     """
 
     reward: float | None = None
@@ -33,13 +36,18 @@ class Scored(msgspec.Struct, frozen=True):
     answer: str | None = None
 
 
-def score_group(functions: Sequence[WeightedReward], prompt: str, completions: Sequence[str], columns: Mapping[str, Any]) -> list[Scored]:
-    """One Scored per completion of `prompt`: sum over functions of weight times value. Never raises for what a function does.
+def score_group(
+    functions: Sequence[WeightedReward], prompt: str, completions: Sequence[str], columns: Mapping[str, Any]
+) -> list[Scored]:
+    """One Scored per completion of `prompt`: sum over functions of weight times value. Never raises for what
+    a function does.
 
     columns  the dataset row; each value is repeated per completion
     """
     values_per_function = [_call(reward, prompt, list(completions), columns) for reward in functions]
-    read_answer = next((reward.answer for reward in functions if reward.answer is not None), lambda completion: None)
+    read_answer = next(
+        (reward.answer for reward in functions if reward.answer is not None), lambda completion: None
+    )
     scored = []
     for completion, *values in zip(completions, *values_per_function, strict=True):
         errors = [value for value in values if isinstance(value, str)]
@@ -60,12 +68,16 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 3] + "..."
 
 
-def _call(reward: WeightedReward, prompt: str, completions: list[str], columns: Mapping[str, Any]) -> list[float | str]:
+def _call(
+    reward: WeightedReward, prompt: str, completions: list[str], columns: Mapping[str, Any]
+) -> list[float | str]:
     """One entry per completion: its value, or the reason why it has none."""
     num = len(completions)
     signature = read_signature(reward.name, reward.function)
     if missing := [column for column in signature.columns if column not in columns]:
-        return [f"{reward.name} needs {_quoted(missing)}, which the row does not have (it has {_quoted(columns)})"] * num
+        return [
+            f"{reward.name} needs {_quoted(missing)}, which the row does not have (it has {_quoted(columns)})"
+        ] * num
     given = {name: [value] * num for name, value in columns.items()}
     given |= {"prompts": [prompt] * num, "completions": list(completions)}
     if reward.messages:
@@ -107,18 +119,22 @@ def _as_list(values: Any) -> Any:
 
 
 def _checked(name: str, value: Any) -> float | str:
-    """The number that `value` is, also as a scalar of numpy or torch, a Decimal or a Fraction; else what is wrong with it."""
+    """The number that `value` is, also as a scalar of numpy or torch, a Decimal or a Fraction; else
+    what is wrong with it.
+    """
     if value is None:
         return f"{name} returned None (could not score)"
     is_text = isinstance(value, str | bytes | bytearray)
-    is_complex = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)  # numpy's become floats, half of them.
+    # numpy's become floats, half of them.
+    is_complex = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
     if is_text or is_complex or not hasattr(type(value), "__float__") or tuple(getattr(value, "shape", ())):
         return f"{name} returned a {_kind(value)}, expected a number"
     try:
         number = float(value)
     except OverflowError:
         return f"{name} returned a number beyond the range of floats"
-    except (TypeError, ValueError, RuntimeError):  # A symbol of sympy's, a signalling NaN, a tensor without data.
+    # A symbol of sympy's, a signalling NaN, a tensor without data.
+    except (TypeError, ValueError, RuntimeError):
         return f"{name} returned a {_kind(value)}, expected a number"
     return number if math.isfinite(number) else f"{name} returned {number}"
 

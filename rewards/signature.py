@@ -1,11 +1,12 @@
-"""How a reward function is called: by name, with what it names of `prompts`, `completions` and the dataset's columns.
+"""How a reward function is called: by name, with what it names of `prompts`, `completions` and the dataset's
+columns.
 
     (prompts, completions, **columns)      everything                 (completions, **kwargs)              everything
     (completions, solution, **kwargs)      needs the column           (completions, target=None)           gets it where there is one
     (*, completions, answer)               these two                  (p, c, **columns)                    abbreviations, in this order
 
-A parameter without default that is none of the three must be a column of the dataset: `Signature.columns` is what a run checks
-before it starts.
+A parameter without default that is none of the three must be a column of the dataset: `Signature.columns` is
+what a run checks before it starts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from cluster.errors import RewardError
 BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 TEXTS = ("prompts", "completions")
 REMEDY = (
-    "A reward function takes by name what it needs of prompts, completions and the dataset's columns: (completions, answer, **columns)."
+    "A reward function takes by name what it needs of prompts, completions and the dataset's columns: "
+    "(completions, answer, **columns)."
 )
 
 
@@ -45,10 +47,14 @@ class Signature(NamedTuple):
     def arguments(self, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Positional and keyword arguments out of `given`, which holds TEXTS and columns by name."""
         # One by position that is not there has a default, and ends what can be given by position.
-        count = next((index for index, name in enumerate(self.positional) if name not in given), len(self.positional))
+        count = next(
+            (index for index, name in enumerate(self.positional) if name not in given), len(self.positional)
+        )
         names = given.keys() - set(self.positional) if self.takes_all else given.keys() & set(self.named)
         names -= self.bound
-        return [given[name] for name in self.positional[:count]], {name: given[name] for name in given if name in names}
+        return [given[name] for name in self.positional[:count]], {
+            name: given[name] for name in given if name in names
+        }
 
 
 def read_signature(name: str, function: Any) -> Signature:
@@ -56,20 +62,37 @@ def read_signature(name: str, function: Any) -> Signature:
     if not callable(function):
         raise RewardError(f"reward function {name!r} is a {type(function).__name__}, which cannot be called.")
     if inspect.isclass(function):
-        raise RewardError(f"reward function {name!r} is a class; name a function, or an object of it: `judge = {function.__name__}()`.")
+        raise RewardError(
+            f"reward function {name!r} is a class; name a function, or an object of it: `judge "
+            f"= {function.__name__}()`."
+        )
     if _is_asynchronous(function):
-        raise RewardError(f"reward function {name!r} is asynchronous; write a plain function (it runs in a process of its own).")
+        raise RewardError(
+            f"reward function {name!r} is asynchronous; write a plain function (it runs in a "
+            "process of its own)."
+        )
     try:
         parameters = _parameters(function)
     except (TypeError, ValueError):  # Written in C, without a signature: the order of the protocol.
         return Signature(TEXTS, (), (), takes_all=True)
     kinds = {parameter.kind for parameter in parameters}
     takes_all, takes_rest = Parameter.VAR_KEYWORD in kinds, Parameter.VAR_POSITIONAL in kinds
-    parameters = [parameter for parameter in parameters if parameter.kind not in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)]
+    parameters = [
+        parameter
+        for parameter in parameters
+        if parameter.kind not in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
+    ]
     positional, rest = _by_position(parameters)
-    if "completions" not in positional and "completions" not in {parameter.name for parameter in rest} and not takes_all:
+    if (
+        "completions" not in positional
+        and "completions" not in {parameter.name for parameter in rest}
+        and not takes_all
+    ):
         if not (takes_rest and not parameters):
-            raise RewardError(f"reward function {name!r} has the signature {_shown(parameters)}; it does not take `completions`. {REMEDY}")
+            raise RewardError(
+                f"reward function {name!r} has the signature {_shown(parameters)}; it does not "
+                f"take `completions`. {REMEDY}"
+            )
         positional = TEXTS
     is_needed = {parameter.name: parameter.default is Parameter.empty for parameter in parameters}
     names = (*positional, *(parameter.name for parameter in rest))
@@ -79,7 +102,9 @@ def read_signature(name: str, function: Any) -> Signature:
 
 
 def takes_messages(function: Callable[..., Any]) -> bool:
-    """Whether the annotation of its completions says that they are lists of messages, as open-r1's rewards have it."""
+    """Whether the annotation of its completions says that they are lists of messages, as open-r1's
+    rewards have it.
+    """
     try:
         annotations = {parameter.name: str(parameter.annotation) for parameter in _parameters(function)}
     except (TypeError, ValueError):
@@ -94,7 +119,9 @@ def _by_position(parameters: Sequence[Parameter]) -> tuple[tuple[str, ...], list
     names = [parameter.name for parameter in parameters]
     can_be_ordered = len(parameters) >= 2 and parameters[1].kind is not Parameter.KEYWORD_ONLY
     if can_be_ordered and not set(names) & set(TEXTS) and all(map(_abbreviates, names, TEXTS)):
-        return (*TEXTS, *names[2 : len(positional)]), [parameter for parameter in rest if parameter.name not in names[:2]]
+        return (*TEXTS, *names[2 : len(positional)]), [
+            parameter for parameter in rest if parameter.name not in names[:2]
+        ]
     return tuple(parameter.name for parameter in positional), rest
 
 

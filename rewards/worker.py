@@ -1,4 +1,5 @@
-"""One worker process of the reward pool, from both sides: `Worker` starts, asks, watches and kills it; `serve` is its life.
+"""One worker process of the reward pool, from both sides: `Worker` starts, asks, watches and kills it;
+`serve` is its life.
 
 Worker                                                          serve
   start ----- functions (msgpack) --------------------------->  load them
@@ -57,7 +58,8 @@ class MemoryExceeded(RewardError):
 
 
 class Worker:
-    """One worker process at a time and the socket to it. Used by one thread; only `close` may come from another.
+    """One worker process at a time and the socket to it. Used by one thread; only `close` may come from
+    another.
 
     functions     what it loads, a msgpack list of FunctionSpec
     timeout_s     for one group
@@ -90,9 +92,13 @@ class Worker:
                     raise EOFError
                 options = ["-B"] if sys.dont_write_bytecode else []
                 self._process = subprocess.Popen(
-                    [sys.executable, *options, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+                    [sys.executable, *options, "-c", code],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
                 )
-            # A process stopped in the middle of a message must not block us either. (0, 0) would mean no limit.
+            # A process stopped in the middle of a message must not block us either. (0, 0) would mean no
+            # limit.
             seconds, microseconds = divmod(max(1, round(self._timeout_s * 1e6)), 1_000_000)
             for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
                 ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, microseconds))
@@ -103,14 +109,19 @@ class Worker:
     def load(self) -> list[tuple[str, ...]]:
         """Per function the columns it cannot be called without, when all are loaded.
 
-        Raises RewardError (one cannot be loaded, or not within STARTUP_LIMIT_S), OSError or EOFError (the process died).
+        Raises RewardError (one cannot be loaded, or not within STARTUP_LIMIT_S), OSError or EOFError (the
+        process died).
         """
         self.start()
         assert self._connection is not None
         if self._loaded is None:
             if not self._has_answer(self._connection, time.monotonic() + STARTUP_LIMIT_S):
-                names = ", ".join(spec.name for spec in msgspec.msgpack.decode(self._functions, type=list[FunctionSpec]))
-                raise RewardError(f"reward functions {names}: importing them did not end within {STARTUP_LIMIT_S:g} s")
+                names = ", ".join(
+                    spec.name for spec in msgspec.msgpack.decode(self._functions, type=list[FunctionSpec])
+                )
+                raise RewardError(
+                    f"reward functions {names}: importing them did not end within {STARTUP_LIMIT_S:g} s"
+                )
             loaded = msgspec.msgpack.decode(self._connection.recv_bytes(), type=Loaded)
             if loaded.error is not None:
                 raise RewardError(loaded.error)
@@ -120,9 +131,9 @@ class Worker:
     def score(self, request: bytes, num_completions: int) -> list[Scored]:
         """The reply to `request`.
 
-        Raises TimeoutError or BlockingIOError (no reply in time), OSError or EOFError (the process died or could not
-        start), MemoryExceeded, RewardError (it cannot load the functions) or msgspec.MsgspecError (something else wrote to
-        the socket).
+        Raises TimeoutError or BlockingIOError (no reply in time), OSError or EOFError (the process died or
+        could not start), MemoryExceeded, RewardError (it cannot load the functions) or msgspec.MsgspecError
+        (something else wrote to the socket).
         """
         self.load()
         assert self._connection is not None
@@ -154,7 +165,9 @@ class Worker:
         return True
 
     def reap(self) -> str | None:
-        """Kill what is left of the process and its children, free the socket; how it ended, in words, or None if there was none."""
+        """Kill what is left of the process and its children, free the socket; how it ended, in words,
+        or None if there was none.
+        """
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -176,7 +189,9 @@ class Worker:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the process and all it started. SIGTERM would wait for the next bytecode, which `9**9**9**9` never reaches."""
+    """SIGKILL to the process and all it started. SIGTERM would wait for the next bytecode, which
+    `9**9**9**9` never reaches.
+    """
     if process.returncode is None:  # not reaped yet, so the group id is still its own
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -191,16 +206,19 @@ def _describe_exit(returncode: int) -> str:
     return f"signal {-returncode}"
 
 
-# The process ----------------------------------------------------------------------------------------------------------
+# --- The process ---
 
 
 def serve(fd: int, parent_pid: int) -> None:
-    """The worker process: load the functions named on socket `fd`, then score groups until the socket closes."""
+    """The worker process: load the functions named on socket `fd`, then score groups until the socket
+    closes.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # it died before prctl took effect
         return
     os.set_inheritable(fd, False)
-    with contextlib.suppress(EOFError, OSError):  # Of the socket: the actor is gone, perhaps in the middle of a message.
+    # Of the socket: the actor is gone, perhaps in the middle of a message.
+    with contextlib.suppress(EOFError, OSError):
         _answer_requests(Connection(fd))
 
 

@@ -25,7 +25,9 @@ ADAPTERS = Adapters(rank=3, alpha=8.0)
 
 
 class Report(msgspec.Struct):
-    """Samples by phase; `layers` to which vLLM can apply adapters; `refused` what the engine said of some, by what is wrong with them."""
+    """Samples by phase; `layers` to which vLLM can apply adapters; `refused` what the engine said of
+    some, by what is wrong with them.
+    """
 
     phases: dict[str, list[Sample]]
     num_bytes: int
@@ -91,7 +93,9 @@ def main(model_dir: Path, out: Path) -> None:
     finish()
     wrong = {
         "a layer of no known kind": [("base_model.model.model.nowhere.lora_A.weight", torch.zeros(3, 4))],
-        "layers by another name": [(name.replace("model.layers", "language_model.layers"), tensor) for name, tensor in first],
+        "layers by another name": [
+            (name.replace("model.layers", "language_model.layers"), tensor) for name, tensor in first
+        ],
         "an A without its B": first[:1],
     }
     for what, weights in wrong.items():

@@ -1,4 +1,5 @@
-"""Processes of tests/test_checkpoint.py and tests/test_resume.py, which work in DIR and write what they found there.
+"""Processes of tests/test_checkpoint.py and tests/test_resume.py, which work in DIR and write what they found
+there.
 
     checkpoint_scenario.py kills DIR COUNT   ranks that save without end, COUNT times killed (kills.json)
     checkpoint_scenario.py stopped DIR       one of two ranks is stopped, SIGSTOP, while it saves (stopped.json)
@@ -55,7 +56,15 @@ def groups_of(step: int) -> list[Group]:
                 )
             )
         prompt_ids = tuple(rng.randrange(3, VOCABULARY - 1) for _ in range(rng.randint(3, 12)))
-        groups.append(Group(group_id=100 * step + number, row=number, prompt="", prompt_ids=prompt_ids, samples=tuple(samples)))
+        groups.append(
+            Group(
+                group_id=100 * step + number,
+                row=number,
+                prompt="",
+                prompt_ids=prompt_ids,
+                samples=tuple(samples),
+            )
+        )
     return groups
 
 
@@ -78,13 +87,16 @@ class Handle:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._part, name)
-        return type("Method", (), {"remote": staticmethod(lambda *args, **kwargs: Answer(method(*args, **kwargs)))})
+        return type(
+            "Method", (), {"remote": staticmethod(lambda *args, **kwargs: Answer(method(*args, **kwargs)))}
+        )
 
 
 class World:
     """Buffer, board and monitor of a rank: what is asked of them goes into a log.
 
-    `script`: `limited` [first, last] are the steps in which files cannot grow beyond LIMIT_BYTES, at `stop` the run is asked to end.
+    `script`: `limited` [first, last] are the steps in which files cannot grow beyond LIMIT_BYTES, at `stop`
+    the run is asked to end.
     """
 
     def __init__(self, log: Path, script: dict[str, Any], request_stop: Callable[[], None]) -> None:
@@ -161,7 +173,8 @@ def plant_death(policy: Any, where: str) -> None:
 
 
 def train(directory: Path, resume_from: str | None, rank: int) -> None:
-    """A real LearnerRank, as a process of its own; its buffer, board and monitor only note, in log-RANK.jsonl.
+    """A real LearnerRank, as a process of its own; its buffer, board and monitor only note, in
+    log-RANK.jsonl.
 
     `script`: as World's; `dies`: where rank 1 dies.
     """
@@ -186,7 +199,7 @@ def train(directory: Path, resume_from: str | None, rank: int) -> None:
         (directory / "totals.json").write_text(json.dumps(totals))
 
 
-# --- ranks without a model ----------------------------------------------------------------------------------------
+# --- ranks without a model ---
 
 
 def value_of(step: int, key: str) -> float:
@@ -199,7 +212,9 @@ def parts_of(step: int, rank: int) -> Iterator[Part]:
         yield Part(key, shape, torch.full((stop - start,), value_of(step, key)))
 
 
-def save_without_end(directory: Path, rank: int, session: str, first_step: int, timeout_s: float = 60.0) -> None:
+def save_without_end(
+    directory: Path, rank: int, session: str, first_step: int, timeout_s: float = 60.0
+) -> None:
     """Save step after step; rank 0 notes each that is durable in DIR/acknowledged."""
     acknowledged = os.open(directory / "acknowledged", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     writer = CheckpointWriter(directory, rank, WORLD_SIZE, session=session, timeout_s=timeout_s)
@@ -229,7 +244,9 @@ def kills(directory: Path, count: int) -> None:
         found = latest_checkpoint(directory)
         first = found[1].step + 1 if found else 1
         (directory / "acknowledged").unlink(missing_ok=True)
-        ranks = [fork(save_without_end, directory, rank, f"session{number}", first) for rank in range(WORLD_SIZE)]
+        ranks = [
+            fork(save_without_end, directory, rank, f"session{number}", first) for rank in range(WORLD_SIZE)
+        ]
         time.sleep(rng.uniform(0.02, 0.3))
         rng.shuffle(ranks)
         for pid in ranks:
@@ -256,7 +273,9 @@ def looked_at(directory: Path) -> dict[str, Any]:
     if found:
         checkpoint = Checkpoint(*found)
         whole = {key: checkpoint.read(key) for key in TENSORS}
-        result["right"] = all(bool((values == value_of(found[1].step, key)).all()) for key, values in whole.items())
+        result["right"] = all(
+            bool((values == value_of(found[1].step, key)).all()) for key, values in whole.items()
+        )
     return result
 
 

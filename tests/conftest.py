@@ -6,13 +6,15 @@ import signal
 os.environ |= {
     "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",  # As in the processes of a run; more threads than cores stand in each other's way.
+    # As in the processes of a run; more threads than cores stand in each other's way.
+    "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_NO_USAGE_STATS": "1",
 }
 os.environ.setdefault("WANDB_MODE", "offline")
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-    # Under nohup. What is ignored, the processes that tests start would ignore too; a handler is theirs no longer.
+    # Under nohup. What is ignored, the processes that tests start would ignore too; a handler is theirs no
+    # longer.
     signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 from pathlib import Path
@@ -22,7 +24,8 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Hugging Face directories of a random two-layer Llama over the arithmetic characters: "tied" and "untied" embeddings.
+    """Hugging Face directories of a random two-layer Llama over the arithmetic characters: "tied" and
+    "untied" embeddings.
 
     Weights of standard deviation 0.2 make the next token's distribution uneven, with `<eos>` now and then.
     """

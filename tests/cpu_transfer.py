@@ -1,9 +1,12 @@
-"""vLLM's NCCL and IPC engines, both ends, on a CPU and within one process: only CUDA and the wires are stand-ins.
+"""vLLM's NCCL and IPC engines, both ends, on a CPU and within one process: only CUDA and the wires are
+stand-ins.
 
     with on_cpu() as wires: ...     in the modules of vllm.distributed.weight_transfer, `torch` is CPU torch with a torch.cuda that does
-                                    nothing, groups are `Communicator`s, and IPC handles are names of CPU tensors
+                                    nothing, groups are `Communicator`s, and IPC handles are names of CPU
+                                    tensors
 
-A broadcast waits for its receivers, and goes on waiting for one that is dead, as NCCL's does, until somebody calls `destroy`.
+A broadcast waits for its receivers, and goes on waiting for one that is dead, as NCCL's does, until somebody
+calls `destroy`.
 """
 
 from __future__ import annotations
@@ -56,7 +59,9 @@ class CpuTorch:
 
 
 class Wires:
-    """Every group and every exported tensor. `formed`: the world size of each group, in order; `num_bytes`: through all of them."""
+    """Every group and every exported tensor. `formed`: the world size of each group, in order;
+    `num_bytes`: through all of them.
+    """
 
     def __init__(self) -> None:
         self.formed: list[int] = []
@@ -97,7 +102,9 @@ class Group:
             assert rank not in self.members, f"rank {rank} joined twice"
             self.members[rank] = Communicator(self, rank)
             self.changed.notify_all()
-            assert self.changed.wait_for(lambda: len(self.members) == self.world_size, LIMIT_S), "the rendezvous was not complete"
+            assert self.changed.wait_for(lambda: len(self.members) == self.world_size, LIMIT_S), (
+                "the rendezvous was not complete"
+            )
             return self.members[rank]
 
 
@@ -129,7 +136,9 @@ class Communicator:
             self._group.changed.notify_all()
 
     def _wait(self, condition: Any) -> None:
-        assert self._group.changed.wait_for(lambda: self.disabled or condition(), LIMIT_S), "a broadcast hung and nobody aborted it"
+        assert self._group.changed.wait_for(lambda: self.disabled or condition(), LIMIT_S), (
+            "a broadcast hung and nobody aborted it"
+        )
 
 
 @contextlib.contextmanager

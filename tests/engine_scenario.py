@@ -2,8 +2,9 @@
 
     python -m tests.engine_scenario MODEL_DIR OUT.json     everything below, as a `Report`
 
-vLLM cannot be relied on to build two engines in one process, and an engine takes ten seconds to start: hence one run per
-model, with the sabotaged updates, which the tests must be able to tell from the sound ones, at its end.
+vLLM cannot be relied on to build two engines in one process, and an engine takes ten seconds to start: hence
+one run per model, with the sabotaged updates, which the tests must be able to tell from the sound ones, at
+its end.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class Generated(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """Samples by phase of the scenario, and what else it saw. With symbols missing there is nothing but their names."""
+    """Samples by phase of the scenario, and what else it saw. With symbols missing there is nothing but
+    their names.
+    """
 
     missing_symbols: list[str]
     phases: dict[str, list[Generated]] = {}
@@ -75,7 +78,10 @@ def weights(model_dir: Path, version: int) -> dict[str, torch.Tensor]:
     """The weights called `version`: 0 those in `model_dir`, others as far from them as from each other."""
     generator = torch.Generator().manual_seed(version)
     state = load_file(model_dir / "model.safetensors")
-    return {name: tensor + 0.2 * torch.randn(tensor.shape, generator=generator) if version else tensor for name, tensor in state.items()}
+    return {
+        name: tensor + 0.2 * torch.randn(tensor.shape, generator=generator) if version else tensor
+        for name, tensor in state.items()
+    }
 
 
 class Scenario:
@@ -84,12 +90,21 @@ class Scenario:
     def __init__(self, model_dir: Path) -> None:
         self.config = ActorsConfig(slots=SLOTS, max_new_tokens=MAX_NEW_TOKENS, kv_cache_gib=1 / 64)
         self.model_dir = model_dir
-        self.engine = Engine(ModelConfig(path=str(model_dir)), self.config, max_model_len=MANY_TOKENS + MAX_NEW_TOKENS)
+        self.engine = Engine(
+            ModelConfig(path=str(model_dir)), self.config, max_model_len=MANY_TOKENS + MAX_NEW_TOKENS
+        )
         self.phases: dict[str, list[Generated]] = {}
         self.report = Report([], self.phases)
         self._submitted: dict[str, tuple[str, tuple[int, ...], float, int, int | None]] = {}
 
-    def submit(self, phase: str, prompt_ids: tuple[int, ...], count: int, temperature: float = 1.0, seed: int | None = None) -> list[str]:
+    def submit(
+        self,
+        phase: str,
+        prompt_ids: tuple[int, ...],
+        count: int,
+        temperature: float = 1.0,
+        seed: int | None = None,
+    ) -> list[str]:
         """The ids of `count` requests that differ in nothing."""
         request_ids = [f"{phase}-{len(self._submitted) + number}" for number in range(count)]
         for request_id in request_ids:
@@ -136,7 +151,9 @@ class Scenario:
 
 
 def updates_in_flight(scenario: Scenario) -> None:
-    """An update while all slots are busy with the long prompt and as many requests wait; then new ones with the same prompt."""
+    """An update while all slots are busy with the long prompt and as many requests wait; then new ones
+    with the same prompt.
+    """
     scenario.submit("in flight", LONG, 2 * SLOTS)
     scenario.step(4)
     scenario.load(1)
@@ -160,7 +177,9 @@ def sabotaged_updates(scenario: Scenario) -> None:
 
 
 def truncations(scenario: Scenario) -> None:
-    """The same requests to their end, and cut after a while; then all slots must be free, for others and in the engine's books."""
+    """The same requests to their end, and cut after a while; then all slots must be free, for others
+    and in the engine's books.
+    """
     scenario.submit_seeded("whole", LONG)
     scenario.finish()
     scenario.submit_seeded("truncated", LONG)
@@ -172,7 +191,9 @@ def truncations(scenario: Scenario) -> None:
     scenario.report.num_overdue_after_truncation = len(scenario.engine.overdue(0.0))
     request_ids = scenario.submit("after truncation", SHORT, SLOTS)
     first = dict(scenario.engine.step())
-    scenario.report.num_started_after_truncation = len({**first, **dict(scenario.engine.truncate(request_ids))})
+    scenario.report.num_started_after_truncation = len(
+        {**first, **dict(scenario.engine.truncate(request_ids))}
+    )
 
 
 def refusals(scenario: Scenario) -> None:
@@ -183,18 +204,26 @@ def refusals(scenario: Scenario) -> None:
         try:
             scenario.step(1)
         except PromptRefused as refused:
-            scenario.report.refused.append((name if refused.request_id == request_id else refused.request_id, str(refused)))
+            scenario.report.refused.append(
+                (name if refused.request_id == request_id else refused.request_id, str(refused))
+            )
         scenario.finish()
 
 
 def updates_by_kind(scenario: Scenario) -> None:
-    """Every `actors.on_update` as the actor does it, with groups in the slots and waiting; then fresh samples."""
+    """Every `actors.on_update` as the actor does it, with groups in the slots and waiting; then fresh
+    samples.
+    """
     for kind, version in ON_UPDATE.items():
         config = scenario.config.model_copy(update={"on_update": kind})
         groups, ended = Groups(scenario.engine, config), []
         for ordinal in range(2):
             row = PromptRow(ordinal, "", LONG, {})
-            groups.start(OpenGroup(WorkItem(ordinal, ordinal, SEED + SLOTS * ordinal), row, [None] * SLOTS, temperature=1.0))
+            groups.start(
+                OpenGroup(
+                    WorkItem(ordinal, ordinal, SEED + SLOTS * ordinal), row, [None] * SLOTS, temperature=1.0
+                )
+            )
         for _ in range(4):
             ended += groups.step()
         new = list(weights(scenario.model_dir, version).items())
@@ -202,8 +231,14 @@ def updates_by_kind(scenario: Scenario) -> None:
             ended += groups.step()
         while len(groups):
             ended += groups.step()
-        entries = [(group.item.seed + number, sample) for group in ended for number, sample in enumerate(group.samples)]
-        scenario.phases[f"{kind} in flight"] = [Generated(LONG, 1.0, -1, sample, seed) for seed, sample in entries if sample is not None]
+        entries = [
+            (group.item.seed + number, sample)
+            for group in ended
+            for number, sample in enumerate(group.samples)
+        ]
+        scenario.phases[f"{kind} in flight"] = [
+            Generated(LONG, 1.0, -1, sample, seed) for seed, sample in entries if sample is not None
+        ]
         scenario.report.num_restarted[kind] = groups.counters["samples_restarted"]
         scenario.fresh(f"after {kind}")
         scenario.submit_seeded(f"seeded after {kind}", LONG)
@@ -222,7 +257,9 @@ class ScenarioActor(RolloutActor):
 
 
 def updates_in_the_loop(scenario: Scenario, directory: Path) -> None:
-    """Snapshots published to the real loop while it generates; their pauses, and the bare loading of the same tensors."""
+    """Snapshots published to the real loop while it generates; their pauses, and the bare loading of
+    the same tensors.
+    """
     tree: dict[str, Any] = {
         "model": {"path": str(scenario.model_dir)},
         "data": {"path": "none", "max_prompt_tokens": len(LONG)},
@@ -231,7 +268,11 @@ def updates_in_the_loop(scenario: Scenario, directory: Path) -> None:
         "buffer": {"capacity": 512, "max_staleness": 1000, "sampler": "fresh"},
         "learner": {"groups_per_step": 4},
     }
-    bench = Bench(parse_config(tree), directory, [PromptRow(row, "", prompt, {"answer": "7"}) for row, prompt in enumerate((SHORT, LONG))])
+    bench = Bench(
+        parse_config(tree),
+        directory,
+        [PromptRow(row, "", prompt, {"answer": "7"}) for row, prompt in enumerate((SHORT, LONG))],
+    )
     actor = ScenarioActor(bench, scenario.engine)
     bench.start(actor)
     versions = range(20, 20 + NUM_LOADS)
@@ -243,7 +284,9 @@ def updates_in_the_loop(scenario: Scenario, directory: Path) -> None:
         scenario.report.pauses_s.append(actor._groups.counters["apply_s"])
         for group in bench.train(step, 4):
             prompt_ids = group.prompt_ids
-            scenario.phases.setdefault("loop", []).extend(Generated(prompt_ids, 1.0, -1, sample) for sample in group.samples)
+            scenario.phases.setdefault("loop", []).extend(
+                Generated(prompt_ids, 1.0, -1, sample) for sample in group.samples
+            )
     assert bench.close()["violations"] == []
     scenario.engine.abort([f"train-{ordinal}-{number}" for ordinal in range(4096) for number in range(4)])
     for version in versions:
@@ -286,7 +329,10 @@ def run(model_dir: Path) -> Report:
         updates_in_the_loop(scenario, Path(directory))
     sabotaged_updates(scenario)
     try:
-        scenario.engine.load_weights(6, [(name, tensor) for name, tensor in weights(model_dir, 6).items() if "layers.1.mlp" not in name])
+        scenario.engine.load_weights(
+            6,
+            [(name, tensor) for name, tensor in weights(model_dir, 6).items() if "layers.1.mlp" not in name],
+        )
     except SnapshotError as raised:
         scenario.report.incomplete_error = str(raised)
     return scenario.report

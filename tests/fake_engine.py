@@ -4,7 +4,8 @@
         def _make_engine(self):
             return FakeEngine(self._config.actors, step_s=0.01, num_tokens=(50, 200))
 
-Every request with a slot gets one token a step. A sample is a function of its seed alone: its length, and its text, digits.
+Every request with a slot gets one token a step. A sample is a function of its seed alone: its length, and its
+text, digits.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ class FakeEngine:
         version: int = -1,
     ) -> None:
         self._config, self._step_s, self._load_s, self._refuses = config, step_s, load_s, refuses
-        self._length = num_tokens if callable(num_tokens) else lambda seed: random.Random(seed).randint(*num_tokens)
+        self._length = (
+            num_tokens if callable(num_tokens) else lambda seed: random.Random(seed).randint(*num_tokens)
+        )
         self._waiting: deque[_Request] = deque()
         self._running: dict[str, _Request] = {}
         self.version = version
@@ -99,10 +102,19 @@ class FakeEngine:
     def num_tokens_under_way(self) -> int:
         return sum(request.num_tokens for request in self._running.values())
 
-    def submit(self, request_id: str, prompt_ids: tuple[int, ...], *, seed: int | None = None, temperature: float | None = None) -> None:
+    def submit(
+        self,
+        request_id: str,
+        prompt_ids: tuple[int, ...],
+        *,
+        seed: int | None = None,
+        temperature: float | None = None,
+    ) -> None:
         known = seed or 0
         self.submitted.append((request_id, known))
-        self._waiting.append(_Request(request_id, prompt_ids, known, min(self._length(known), self._config.max_new_tokens)))
+        self._waiting.append(
+            _Request(request_id, prompt_ids, known, min(self._length(known), self._config.max_new_tokens))
+        )
 
     def step(self) -> list[tuple[str, Sample]]:
         while self._waiting and len(self._running) < self._config.slots:
@@ -123,7 +135,12 @@ class FakeEngine:
 
     def overdue(self, limit_s: float) -> list[str]:
         until_s = time.monotonic() - limit_s
-        return [key for key, _ in itertools.takewhile(lambda entry: entry[1].started_s < until_s, self._running.items())]
+        return [
+            key
+            for key, _ in itertools.takewhile(
+                lambda entry: entry[1].started_s < until_s, self._running.items()
+            )
+        ]
 
     def truncate(self, request_ids: list[str]) -> list[tuple[str, Sample]]:
         ended = [self._running[request_id] for request_id in request_ids if request_id in self._running]

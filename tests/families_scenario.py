@@ -1,8 +1,10 @@
-"""The actors' side of tests/test_families.py, in a process of its own: `python families_scenario.py DIR NAME...`.
+"""The actors' side of tests/test_families.py, in a process of its own: `python families_scenario.py DIR
+NAME...`.
 
-Of each family, engines on DIR/NAME/base and on DIR/NAME/policy sample; the first also with policy's weights, as a snapshot brings them.
-DIR/NAME/served.json: {"base" | "updated" | "served": [[prompt, tokens, log-probs], ...]}, or {"error": ...}, with which the process
-ends, since vLLM's state is then whatever it is. DIR/architectures.json: what vLLM knows.
+Of each family, engines on DIR/NAME/base and on DIR/NAME/policy sample; the first also with policy's weights,
+as a snapshot brings them. DIR/NAME/served.json: {"base" | "updated" | "served": [[prompt, tokens, log-probs],
+...]}, or {"error": ...}, with which the process ends, since vLLM's state is then whatever it is.
+DIR/architectures.json: what vLLM knows.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ def main(root: Path, names: list[str]) -> None:
 
     torch.set_num_threads(1)
     # vLLM would look at each class in a process of its own, ten seconds each; here they are imported anyway.
-    registry._LazyRegisteredModel.inspect_model_cls = lambda lazy: registry._ModelInfo.from_model_cls(lazy.load_model_cls())
+    registry._LazyRegisteredModel.inspect_model_cls = lambda lazy: registry._ModelInfo.from_model_cls(
+        lazy.load_model_cls()
+    )
     (root / "architectures.json").write_text(json.dumps(sorted(registry.ModelRegistry.get_supported_archs())))
     for name in names:
         found: dict[str, Any] = {}
@@ -65,13 +69,20 @@ def engine_on(path: Path) -> Any:
 
 def sampled(engine: Any) -> list[Any]:
     """[prompt, tokens, log-probs] of two samples a prompt."""
-    requests = {f"{number}-{seed}-{engine.version}": (prompt, seed) for number, prompt in enumerate(PROMPTS) for seed in range(2)}
+    requests = {
+        f"{number}-{seed}-{engine.version}": (prompt, seed)
+        for number, prompt in enumerate(PROMPTS)
+        for seed in range(2)
+    }
     for request_id, (prompt, seed) in requests.items():
         engine.submit(request_id, prompt, seed=seed)
     samples = []
     while engine.num_unfinished:
         samples += engine.step()
-    return [[list(requests[request_id][0]), list(sample.token_ids), list(sample.logprobs)] for request_id, sample in samples]
+    return [
+        [list(requests[request_id][0]), list(sample.token_ids), list(sample.logprobs)]
+        for request_id, sample in samples
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Rollout actors without an engine, for the fleet's tests: they sleep, and do what a board without a network tells them."""
+"""Rollout actors without an engine, for the fleet's tests: they sleep, and do what a board without a
+network tells them.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ from cluster.errors import DataError
 class SleepingActor(Heartbeat):
     """`run` returns when `directory/<name>.retire` exists; `behaviour` is a word for what goes wrong.
 
-    boot: the constructor raises. boot-later: the same, where an actor has run before. raise: run raises. data: it raises a
-    DataError. exit: the process ends. return: run returns at once. deaf: it never retires. stuck: its loop
-    stands still.
+    boot: the constructor raises. boot-later: the same, where an actor has run before. raise: run raises.
+    data: it raises a DataError. exit: the process ends. return: run returns at once. deaf: it never retires.
+    stuck: its loop stands still.
     """
 
     def __init__(self, name: str, directory: str, behaviour: str = "", load_s: float = 0.0) -> None:
@@ -47,8 +49,9 @@ class SleepingActor(Heartbeat):
 
 
 class UnluckyRank:
-    """In place of a LearnerRank: of a run named `dies-loading` the last rank dies while it loads; of one named `hangs`, it is stopped in
-    training, of which the others learn by an error that names nobody."""
+    """In place of a LearnerRank: of a run named `dies-loading` the last rank dies while it loads; of one
+    named `hangs`, it is stopped in training, of which the others learn by an error that names nobody.
+    """
 
     def __init__(self, rank: int, config: Any, pad_id: int) -> None:
         self.rank, self.name, self.is_last = rank, config.run.name, rank == config.learner.ranks - 1

@@ -1,6 +1,7 @@
 """One rank of tests/test_guards.py: `main(DIR, RANK)`, with DIR/config.json; rank 0 writes DIR/found.json.
 
-Two policies train side by side, each its own ZeRO-3 engine with moments: one gets every batch, some spoilt, the other only the good ones.
+Two policies train side by side, each its own ZeRO-3 engine with moments: one gets every batch, some spoilt,
+the other only the good ones.
 """
 
 import hashlib
@@ -16,7 +17,19 @@ import torch.distributed as dist
 from buffer.records import Batch, VersionSpan, encode, encode_batch
 from learner.packing import TokenSequence, collate
 
-STEPS = ("good", "good", "policy", "good", "gradient", "first pass", "good", "reference", "loss", "reward", "good")
+STEPS = (
+    "good",
+    "good",
+    "policy",
+    "good",
+    "gradient",
+    "first pass",
+    "good",
+    "reference",
+    "loss",
+    "reward",
+    "good",
+)
 """What is spoilt in each learner step, on the last rank only where it can be."""
 
 
@@ -99,7 +112,9 @@ def main(out_dir: Path, rank: int) -> None:
     policy, plain = (ZeroPolicy(config.model, config.learner) for _ in range(2))
     reference = Spoilt(ZeroFrozen(config.model, config.learner), "reference")
     spoilt = Spoilt(policy, "policy", "gradient", "first pass")
-    updater, untouched = (Updater(config, trained, reference, objective, 0, device) for trained in (spoilt, plain))
+    updater, untouched = (
+        Updater(config, trained, reference, objective, 0, device) for trained in (spoilt, plain)
+    )
 
     events: list[str] = []
     guards = Guards(out_dir / "bad-batches", rank, tell=events.append, share=share)
@@ -141,7 +156,9 @@ def main(out_dir: Path, rank: int) -> None:
 
 
 def mismatches(config: Any, policy: Any, updater: Any, batch: Batch) -> dict[str, Any]:
-    """What becomes of a batch that the policy drew itself, and of one in which others drew a single group, which is on one rank only."""
+    """What becomes of a batch that the policy drew itself, and of one in which others drew a single
+    group, which is on one rank only.
+    """
     from cluster.errors import TrainingError
     from learner.mismatch import MismatchCheck
     from tests.test_zero import LR
@@ -149,10 +166,16 @@ def mismatches(config: Any, policy: Any, updater: Any, batch: Batch) -> dict[str
     plain, told = updater._policy, []
     updater.mismatch = MismatchCheck(config, policy.module.config, tell=told.append)
     metrics, _ = updater.update(drawn(batch, plain, config.learner.layout), LR)
-    found: dict[str, Any] = {"told": told, "metrics": share_all({k: v for k, v in metrics.items() if k.startswith("mismatch/")})}
+    found: dict[str, Any] = {
+        "told": told,
+        "metrics": share_all({k: v for k, v in metrics.items() if k.startswith("mismatch/")}),
+    }
 
     first, *others = drawn(batch, plain, config.learner.layout).groups
-    wrong = [msgspec.structs.replace(sample, logprobs=tuple(v / 0.7 for v in sample.logprobs)) for sample in first.samples]
+    wrong = [
+        msgspec.structs.replace(sample, logprobs=tuple(v / 0.7 for v in sample.logprobs))
+        for sample in first.samples
+    ]
     before = digest(plain)
     updater.mismatch = MismatchCheck(config, policy.module.config)
     try:
@@ -178,7 +201,9 @@ def drawn(batch: Batch, policy: Any, layout: Any) -> Batch:
         with torch.no_grad():
             values = [policy.logprobs(collate([sequence], layout, 0), 1.0).tolist() for sequence in sequences]
         samples = [
-            msgspec.structs.replace(sample, logprobs=tuple(found), version_spans=(VersionSpan(batch.step, 0, len(found)),))
+            msgspec.structs.replace(
+                sample, logprobs=tuple(found), version_spans=(VersionSpan(batch.step, 0, len(found)),)
+            )
             for sample, found in zip(group.samples, values, strict=True)
         ]
         groups.append(msgspec.structs.replace(group, samples=tuple(samples)))

@@ -1,6 +1,8 @@
-"""Buffer, board and monitor in this process, behind handles like Ray's: for the actor's loop with whatever may go wrong.
+"""Buffer, board and monitor in this process, behind handles like Ray's: for the actor's loop with whatever
+may go wrong.
 
-Each part runs on one event loop in a thread of its own, as in its Ray actor; calls of several actors meet there.
+Each part runs on one event loop in a thread of its own, as in its Ray actor; calls of several actors meet
+there.
 """
 
 from __future__ import annotations
@@ -103,7 +105,9 @@ class Reference:
 class Bench:
     """One run's buffer, board and monitor, the actors started on them, and a learner's view of it all."""
 
-    def __init__(self, config: Config, run_dir: Path, rows: list[PromptRow], eval_rows: list[PromptRow] | None = None) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, rows: list[PromptRow], eval_rows: list[PromptRow] | None = None
+    ) -> None:
         self.config, self.run_dir = config, run_dir
         self.prompts, self.eval_prompts = PromptSet(rows, 0, "rows"), PromptSet(eval_rows or [], 0, "rows")
         self.loop = asyncio.new_event_loop()
@@ -111,10 +115,14 @@ class Bench:
         self.evaluations: list[tuple[Any, list[dict[str, Any]]]] = []
         self.told = Monitor()
         shards = range(config.buffer.num_shards)
-        self.buffers = [self._serve(partial(ReplayBuffer, config, str(run_dir), len(rows), shard)) for shard in shards]
+        self.buffers = [
+            self._serve(partial(ReplayBuffer, config, str(run_dir), len(rows), shard)) for shard in shards
+        ]
         self.buffer = self.buffers[0]
         self._facade = connect_buffer(self.buffers)
-        self.board = self._serve(lambda: Board(config, len(self.eval_prompts), lambda *found: self.evaluations.append(found)))
+        self.board = self._serve(
+            lambda: Board(config, len(self.eval_prompts), lambda *found: self.evaluations.append(found))
+        )
         self.monitor = self._serve(lambda: self.told)
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="actor")
         self._running: dict[str, Future[dict[str, float]]] = {}
@@ -138,7 +146,15 @@ class Bench:
         self._running[actor._name] = running
         return running
 
-    def publish(self, version: int, *, evaluate: bool = False, delay_s: float = 0.0, torn: bool = False, tensors: Any = None) -> None:
+    def publish(
+        self,
+        version: int,
+        *,
+        evaluate: bool = False,
+        delay_s: float = 0.0,
+        torn: bool = False,
+        tensors: Any = None,
+    ) -> None:
         """A snapshot as the learner publishes it; each of its buckets takes `delay_s` to arrive."""
         writer = SnapshotWriter(bucket_bytes=1 << 20)
         for name, tensor in tensors or [("weight", torch.full((4,), float(version)))]:
@@ -157,7 +173,9 @@ class Bench:
 
     def stats(self) -> dict[str, float]:
         """Of the buffer, names without `buffer/`."""
-        return {name.removeprefix("buffer/"): value for name, value in self._ask(self._facade.stats()).items()}
+        return {
+            name.removeprefix("buffer/"): value for name, value in self._ask(self._facade.stats()).items()
+        }
 
     def close(self) -> dict[str, Any]:
         """Ends everything; the audit of the ledger."""

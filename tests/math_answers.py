@@ -1,4 +1,6 @@
-"""Completions, gold answers, and whether a person would call them the same: one list for each kind of trouble."""
+"""Completions, gold answers, and whether a person would call them the same: one list for each kind of
+trouble.
+"""
 
 KINDS: dict[str, list[tuple[str, str, int]]] = {
     "headings and Markdown": [

@@ -1,4 +1,6 @@
-"""Processes of learner ranks: forked from one that has imported already what all of them need, which takes half a minute of a core."""
+"""Processes of learner ranks: forked from one that has imported already what all of them need, which
+takes half a minute of a core.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ from typing import Any
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["deepspeed", "peft", "ray", "transformers.integrations.deepspeed", "transformers.models.llama.modeling_llama", "learner.worker"]
+    [
+        "deepspeed",
+        "peft",
+        "ray",
+        "transformers.integrations.deepspeed",
+        "transformers.models.llama.modeling_llama",
+        "learner.worker",
+    ]
 )
 
 

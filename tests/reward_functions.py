@@ -1,6 +1,7 @@
 """Reward functions that misbehave, for the tests of the pool: `tests.reward_functions:hang` and so on.
 
-Each misbehaves only where the completion says "bad", so that a test can send good groups through the same worker.
+Each misbehaves only where the completion says "bad", so that a test can send good groups through the same
+worker.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def echo_column(prompts, completions, *, value, **columns):
 
 
 def in_a_quarter_second(prompts, completions, **columns):
-    """Well-behaved, and slow: four groups a second at most from each worker, so that a run lasts on a fast machine too."""
+    """Well-behaved, and slow: four groups a second at most from each worker, so that a run lasts on a
+    fast machine too.
+    """
     time.sleep(0.25)
     return length(prompts, completions)
 
@@ -76,13 +79,19 @@ def reserve(prompts, completions, **columns):
     """Much address space and hardly any memory, as node, WebAssembly and CUDA want it."""
     mmap.mmap(-1, 8 << 30)
     lines = "new WebAssembly.Memory({initial: 1}); console.log(42)"
-    answer = subprocess.run(["node", "-e", lines], capture_output=True, text=True).stdout if shutil.which("node") else "42"
+    answer = (
+        subprocess.run(["node", "-e", lines], capture_output=True, text=True).stdout
+        if shutil.which("node")
+        else "42"
+    )
     return [float(answer)] * len(completions)
 
 
 def let_a_child_allocate(prompts, completions, **columns):
     if "bad" in completions:
-        subprocess.run([sys.executable, "-c", "import time; kept = bytearray(b'x') * (300 << 20); time.sleep(1000)"])
+        subprocess.run(
+            [sys.executable, "-c", "import time; kept = bytearray(b'x') * (300 << 20); time.sleep(1000)"]
+        )
     return length(prompts, completions)
 
 

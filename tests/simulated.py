@@ -93,4 +93,8 @@ def until(condition: Callable[[], Any], limit_s: float = 20.0) -> None:
 
 
 def ledger(bench: Bench) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in bench.run_dir.glob("ledger*.jsonl") for line in path.read_text().splitlines()]
+    return [
+        json.loads(line)
+        for path in bench.run_dir.glob("ledger*.jsonl")
+        for line in path.read_text().splitlines()
+    ]

@@ -1,4 +1,6 @@
-"""Adapters that reach the actors alone: vLLM samples from what the learner computes, and exchanges them while generations go on."""
+"""Adapters that reach the actors alone: vLLM samples from what the learner computes, and exchanges them
+while generations go on.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Observed:
 def observed(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Observed:
     model_dir, out = tiny_models["tied"], tmp_path_factory.mktemp("adapters") / "report.json"
     command = [sys.executable, "-m", "tests.adapters_scenario", str(model_dir), str(out)]
-    result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240, check=False)
+    result = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240, check=False
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return Observed(model_dir, msgspec.json.decode(out.read_bytes(), type=Report))
 
@@ -57,7 +61,9 @@ def test_vllm_samples_from_the_learners_policy_and_says_which(observed: Observed
         assert len(samples) == 2 * SLOTS
         assert {span.version for sample in samples for span in sample.version_spans} == {version}
         assert observed.worst_nats(phase, version) < TOLERANCE_NATS
-        assert observed.worst_nats(phase, 3 - version) > 0.1, "the versions must differ, or this shows nothing"
+        assert observed.worst_nats(phase, 3 - version) > 0.1, (
+            "the versions must differ, or this shows nothing"
+        )
 
 
 @pytest.mark.slow
@@ -69,7 +75,12 @@ def test_adapters_are_exchanged_under_generations_that_go_on(observed: Observed)
         before, after = sample.version_spans
         assert (before.version, after.version) == (1, 2)
         assert observed.errors_nats(sample, 1)[: before.end].max() < TOLERANCE_NATS
-    assert max(float(observed.errors_nats(sample, 1)[sample.version_spans[0].end :].max()) for sample in crossing) > 0.1
+    assert (
+        max(
+            float(observed.errors_nats(sample, 1)[sample.version_spans[0].end :].max()) for sample in crossing
+        )
+        > 0.1
+    )
     later = [sample for sample in samples if sample.version_spans[0].version == 2]
     assert later
     assert max(float(observed.errors_nats(sample, 2).max()) for sample in later) < TOLERANCE_NATS
@@ -80,11 +91,17 @@ def test_adapters_are_exchanged_under_generations_that_go_on(observed: Observed)
     ("what", "said"),
     [
         ("a layer of no known kind", "vLLM does not take the adapters of version 3"),
-        ("layers by another name", r"vLLM does not apply \d+ adapters of version 3: .*language_model.layers.0"),
+        (
+            "layers by another name",
+            r"vLLM does not apply \d+ adapters of version 3: "
+            r".*language_model.layers.0",
+        ),
         ("an A without its B", "vLLM does not take the adapters of version 3"),
     ],
 )
-def test_adapters_that_vllm_would_not_apply_are_never_sampled_with(observed: Observed, what: str, said: str) -> None:
+def test_adapters_that_vllm_would_not_apply_are_never_sampled_with(
+    observed: Observed, what: str, said: str
+) -> None:
     assert re.match(said, observed.report.refused[what])
     assert observed.report.version == 2
 
@@ -105,7 +122,10 @@ def test_vllm_makes_room_for_adapters_of_linear_layers_alone(observed: Observed)
 @pytest.mark.slow
 def test_a_snapshot_holds_nothing_else(observed: Observed) -> None:
     model = observed._models[1]
-    sizes = [sum(weight.value().nbytes for weight in weights) for weights in (adapters_of(model), weights_of(model))]
+    sizes = [
+        sum(weight.value().nbytes for weight in weights)
+        for weights in (adapters_of(model), weights_of(model))
+    ]
     assert sizes[0] <= observed.report.num_bytes < sizes[0] + 1000 < sizes[1] / 2
 
 
@@ -114,7 +134,10 @@ def test_a_snapshot_holds_nothing_else(observed: Observed) -> None:
     [
         ({"learner": {"lora_rank": 0}}, "weights.adapters = alone needs learner.lora_rank from 1 to 512"),
         ({"learner": {"lora_rank": 1000}}, "weights.adapters = alone needs learner.lora_rank from 1 to 512"),
-        ({"weights": {"transport": "nccl"}}, "weights.transport = nccl pushes whole models, but weights.adapters = alone"),
+        (
+            {"weights": {"transport": "nccl"}},
+            "weights.transport = nccl pushes whole models, but weights.adapters = alone",
+        ),
     ],
 )
 def test_what_cannot_be_sent_alone_is_refused(change: dict[str, Any], said: str) -> None:

@@ -1,4 +1,6 @@
-"""The AGRO advantage against exhaustive enumeration, autograd and finite differences (agro.md sections 1-3 and 10)."""
+"""The AGRO advantage against exhaustive enumeration, autograd and finite differences (agro.md sections
+1-3 and 10).
+"""
 
 import itertools
 import math
@@ -33,7 +35,9 @@ def gradient_of(function, theta=THETA):
 
 
 def expected_gradient(sampler, n, advantages):
-    """The exact expectation, over all Y^n groups of n independent samples, of the gradient of -1/n sum_i A_i logp_i."""
+    """The exact expectation, over all Y^n groups of n independent samples, of the gradient of -1/n
+    sum_i A_i logp_i.
+    """
     groups = torch.tensor(list(itertools.product(range(Y), repeat=n)))
     probability = sampler[groups].prod(1)
     scores = torch.eye(Y, dtype=torch.float64) - THETA.softmax(0)  # grad log pi(y), a row per y
@@ -101,7 +105,15 @@ def test_on_policy_term_is_unbiased(n, lr_baseline, lr_coef):
 def test_the_running_baseline_leaves_the_on_policy_term_unbiased_whatever_it_was(n):
     def running(rewards, log_ratios, ids):
         variances = torch.full_like(rewards, 0.7)  # Of earlier steps: the same whatever this group holds.
-        return agro_advantages(rewards, log_ratios, ids, beta=BETA, lr_coef=1.0, lr_baseline="running", running_variances=variances)
+        return agro_advantages(
+            rewards,
+            log_ratios,
+            ids,
+            beta=BETA,
+            lr_coef=1.0,
+            lr_baseline="running",
+            running_variances=variances,
+        )
 
     exact = gradient_of(lambda theta: half_variance(theta, theta.softmax(0)) / BETA)
     assert relative(expected_gradient(THETA.softmax(0), n, running), exact) < 1e-12
@@ -127,7 +139,9 @@ def test_subtracting_the_group_mean_of_squares_would_be_biased(n):
 
 def test_loo_baseline_lowers_the_variance_of_the_on_policy_term():
     ids = torch.arange(20000).repeat_interleave(6)
-    draws = torch.multinomial(THETA.softmax(0), len(ids), replacement=True, generator=torch.Generator().manual_seed(0))
+    draws = torch.multinomial(
+        THETA.softmax(0), len(ids), replacement=True, generator=torch.Generator().manual_seed(0)
+    )
     arguments = REWARDS[draws], (THETA.log_softmax(0) - REF)[draws], ids
     off_policy = agro()(*arguments)
     terms = {name: agro(lr_coef=1.0, lr_baseline=name)(*arguments) - off_policy for name in ("none", "loo")}
@@ -191,7 +205,9 @@ def test_permuting_the_samples_permutes_the_advantages(options):
     arguments = mixed_groups(1)
     order = torch.randperm(len(arguments[0]), generator=torch.Generator().manual_seed(2))
     permuted = agro_advantages(*(argument[order] for argument in arguments), **options)
-    torch.testing.assert_close(permuted, agro_advantages(*arguments, **options)[order], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        permuted, agro_advantages(*arguments, **options)[order], rtol=1e-13, atol=1e-13
+    )
 
 
 def test_it_is_the_gradient_of_half_the_unbiased_variance_over_beta():
@@ -213,7 +229,9 @@ def test_at_the_optimum_every_advantage_is_zero_and_the_residual_is_beta_log_z()
     assert found.abs().max() < 1e-14
     beta_log_z = BETA * (REF + REWARDS / BETA).logsumexp(0)
     torch.testing.assert_close(REWARDS[draws] - BETA * log_ratios, beta_log_z.expand(30))
-    assert agro()(REWARDS[draws], torch.zeros(30, dtype=torch.float64), torch.arange(30) % 7).abs().max() > 0.01
+    assert (
+        agro()(REWARDS[draws], torch.zeros(30, dtype=torch.float64), torch.arange(30) % 7).abs().max() > 0.01
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS[1:])

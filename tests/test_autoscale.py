@@ -12,7 +12,13 @@ from cluster.autoscale import PAUSE_S, WINDOW_S, Autoscaler, Load
 
 
 def load(
-    time_s: float, learner_s: float = 0.0, actors_s: tuple[float, ...] = (0.0, 0.0), *, settled: bool = True, step: int = 5, count: int = 2
+    time_s: float,
+    learner_s: float = 0.0,
+    actors_s: tuple[float, ...] = (0.0, 0.0),
+    *,
+    settled: bool = True,
+    step: int = 5,
+    count: int = 2,
 ) -> Load:
     waits = {f"actor-{number}": wait_s for number, wait_s in enumerate(actors_s)}
     return Load(time_s, learner_s, waits, count, settled, step)
@@ -31,10 +37,14 @@ def load(
         (0.0, (), 1, None),
     ],
 )
-def test_one_window_decides_by_who_waited(learner_s: float, actors_s: tuple[float, ...], count: int, expected: int | None) -> None:
+def test_one_window_decides_by_who_waited(
+    learner_s: float, actors_s: tuple[float, ...], count: int, expected: int | None
+) -> None:
     rule = Autoscaler(1, 4)
     assert rule.look(load(0, 100.0, tuple(7.0 for _ in actors_s), count=count)) is None
-    decision = rule.look(load(WINDOW_S, 100.0 + learner_s, tuple(7.0 + wait_s for wait_s in actors_s), count=count, step=6))
+    decision = rule.look(
+        load(WINDOW_S, 100.0 + learner_s, tuple(7.0 + wait_s for wait_s in actors_s), count=count, step=6)
+    )
     assert (decision[0] if decision else None) == expected
     if decision:
         assert "waited" in decision[1]
@@ -87,8 +97,12 @@ def test_after_a_change_there_is_a_pause() -> None:
     bounds=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     load_s=st.integers(0, 40),
 )
-def test_a_constant_load_settles_and_never_goes_back(rate: float, demand: float, start: int, bounds: tuple[int, int], load_s: int) -> None:
-    """`rate`: groups a second of one actor; `demand`: what the learner can take. A new actor loads for `load_s`."""
+def test_a_constant_load_settles_and_never_goes_back(
+    rate: float, demand: float, start: int, bounds: tuple[int, int], load_s: int
+) -> None:
+    """`rate`: groups a second of one actor; `demand`: what the learner can take. A new actor loads for
+    `load_s`.
+    """
     least, most = min(bounds), max(bounds)
     count, rule, counts = min(most, max(least, start)), Autoscaler(least, most), []
     learner_s, waits_s, ready_s = 0.0, dict.fromkeys(range(count), 0.0), 0

@@ -1,4 +1,6 @@
-"""The board: snapshots are pulled at the actors' pace, and an evaluation belongs to exactly one policy version."""
+"""The board: snapshots are pulled at the actors' pace, and an evaluation belongs to exactly one policy
+version.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,17 @@ from buffer.records import EvalItem, EvalSample, Evaluation, VersionSpan
 from cluster.board import KEEP, Board, Directive
 from cluster.config_file import parse_config
 
-CONFIG = parse_config({"model": {"path": "m"}, "data": {"path": "d"}, "rewards": {"functions": [{"name": "exact_match"}]}})
+CONFIG = parse_config(
+    {"model": {"path": "m"}, "data": {"path": "d"}, "rewards": {"functions": [{"name": "exact_match"}]}}
+)
 
 
 def result(item: EvalItem, reward: float | None, version: int | None = None) -> EvalSample:
     span = VersionSpan(item.policy_version if version is None else version, 0, 1)
     error = None if reward is not None else "failed"
-    return EvalSample(item=item, prompt="p", texts=("t",), rewards=(reward,), errors=(error,), version_spans=((span,),))
+    return EvalSample(
+        item=item, prompt="p", texts=("t",), rewards=(reward,), errors=(error,), version_spans=((span,),)
+    )
 
 
 class Bench:
@@ -28,7 +34,9 @@ class Bench:
         self.board = Board(CONFIG, num_rows, lambda evaluation, samples: self.told.append(evaluation))
 
     async def poll(self, actor: str, version: int, max_items: int = 10, timeout_s: float = 0.05) -> Directive:
-        return msgspec.msgpack.decode(await self.board.poll(actor, version, max_items, timeout_s), type=Directive)
+        return msgspec.msgpack.decode(
+            await self.board.poll(actor, version, max_items, timeout_s), type=Directive
+        )
 
     async def finish(self, *samples: EvalSample) -> None:
         await self.board.finish(msgspec.msgpack.encode(list(samples)))
@@ -110,7 +118,8 @@ def test_items_of_an_actor_that_died_are_handed_out_again_once() -> None:
         assert (await bench.poll("a", 0)).retire  # A call of it that comes late takes nothing with it.
         again = (await bench.poll("b", 0)).eval_items
         assert sorted(item.row for item in again) == [1, 2]
-        await bench.finish(*(result(item, 0.0) for item in again), result(items[1], 1.0))  # The dead actor's answer came after all.
+        # The dead actor's answer came after all.
+        await bench.finish(*(result(item, 0.0) for item in again), result(items[1], 1.0))
         assert len(bench.told) == 1
 
     run(scenario)
@@ -129,30 +138,49 @@ def test_a_retired_actor_is_told_so_at_its_next_poll() -> None:
     run(scenario)
 
 
-def test_a_board_that_was_started_again_evaluates_what_was_open_and_not_what_is_done_and_keeps_who_ends() -> None:
+def test_a_board_that_was_started_again_evaluates_what_was_open_and_not_what_is_done_and_keeps_who_ends() -> (
+    None
+):
     async def scenario() -> None:
         before, again = Bench(4), Bench(4)
-        done = Evaluation(evaluation_id=0, policy_version=0, solve_rate=0.5, num_problems=4, num_samples=4, num_errors=0)
+        done = Evaluation(
+            evaluation_id=0, policy_version=0, solve_rate=0.5, num_problems=4, num_samples=4, num_errors=0
+        )
         await again.board.restore([done], {"actor-1": "drain", "actor-2": "now"})
         assert await again.board.publish(b"m", [], 0, evaluate=True) == [0]
         assert await again.board.publish(b"m", [], 4, evaluate=True) == [0, 4]
         directive = await again.poll("actor-0", 0, 2)
         assert (directive.version, len(directive.eval_items)) == (4, 2)
-        assert directive.board != (await before.poll("actor-0", 0)).board, "whoever follows sees that it is another"
-        assert [(await again.poll(name, 4)).retire for name in ("actor-1", "actor-2", "actor-3")] == ["drain", "now", ""]
+        assert directive.board != (await before.poll("actor-0", 0)).board, (
+            "whoever follows sees that it is another"
+        )
+        assert [(await again.poll(name, 4)).retire for name in ("actor-1", "actor-2", "actor-3")] == [
+            "drain",
+            "now",
+            "",
+        ]
         assert await again.board.evaluations() == ([4], [done])
 
     run(scenario)
 
 
-def test_a_version_published_before_a_board_that_was_started_again_is_told_of_it_once_more_is_evaluated_once() -> None:
+def test_a_version_published_before_a_board_that_was_started_again_is_told_of_it_once_more_is_evaluated_once() -> (
+    None
+):
     async def scenario() -> None:
         again = Bench(1)
         await again.board.publish(b"m", [], 4, evaluate=True)
         for version in (2, 4):
             await again.board.publish(b"m", [], version, evaluate=version == 4)
         assert await again.board.evaluations() == ([4], [])
-        dropped = EvalSample(item=EvalItem(0, 2, 0, 0), prompt="p", texts=("",), rewards=(None,), errors=("late",), version_spans=((),))
+        dropped = EvalSample(
+            item=EvalItem(0, 2, 0, 0),
+            prompt="p",
+            texts=("",),
+            rewards=(None,),
+            errors=("late",),
+            version_spans=((),),
+        )
         await again.finish(dropped)
         assert await again.board.evaluations() == ([4], []), "the answer to another board's item"
         await again.finish(result((await again.poll("a", 4)).eval_items[0], 1.0))

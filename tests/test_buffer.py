@@ -1,4 +1,6 @@
-"""The pure half of the buffer: prompt stream, admission, samplers and eviction, each against a slow obvious model."""
+"""The pure half of the buffer: prompt stream, admission, samplers and eviction, each against a slow
+obvious model.
+"""
 
 from __future__ import annotations
 
@@ -46,11 +48,21 @@ def test_each_epoch_visits_every_row_once_in_its_own_order():
 
 def test_the_prompt_stream_is_the_same_in_every_process_and_for_ever():
     script = (
-        "from buffer.admission import work_item; print([[w.row, w.seed] for w in (work_item(o, seed=7, num_rows=10) for o in range(12))])"
+        "from buffer.admission import work_item; print([[w.row, w.seed] for w in (work_item(o, seed=7, "
+        "num_rows=10) for o in range(12))])"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "123"}
-    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment, timeout=60)
-    here = [[item.row, item.seed] for item in (work_item(ordinal, seed=7, num_rows=10) for ordinal in range(12))]
+    there = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        timeout=60,
+    )
+    here = [
+        [item.row, item.seed] for item in (work_item(ordinal, seed=7, num_rows=10) for ordinal in range(12))
+    ]
     assert json.loads(there.stdout) == here
     assert here[:3] == [[6, 1041839916], [3, 184785996], [4, 504589498]], (
         "the stream changed: every run directory out there would continue with other prompts"
@@ -99,7 +111,9 @@ def test_a_lease_that_its_holder_renews_never_runs_out_and_those_it_does_not_nam
     admission.lease("other", 1, 0, now_s=0)
     for now_s in range(5, 100, 5):
         admission.renew("busy", [0, 2, 77], now_s)
-        assert admission.expire(now_s) == (([1, 2], []) if now_s == 10 else ([], [])), "2 is another's, 77 nobody's"
+        assert admission.expire(now_s) == (([1, 2], []) if now_s == 10 else ([], [])), (
+            "2 is another's, 77 nobody's"
+        )
     assert admission.next_expiry_s == 105
     admission.set_state(admission.get_state())
     admission.renew("busy", [0], now_s=200)
@@ -118,7 +132,9 @@ def test_reports_about_items_never_leased_are_errors():
 
 
 class AdmissionModel:
-    """One dict from ordinal to "ended", None (waiting) or (actor, start); everything else is counted anew each time."""
+    """One dict from ordinal to "ended", None (waiting) or (actor, start); everything else is counted
+    anew each time.
+    """
 
     def __init__(self, allowed: int, timeout_s: float) -> None:
         self.allowed, self.timeout_s = allowed, timeout_s
@@ -129,7 +145,9 @@ class AdmissionModel:
         return {ordinal for ordinal, item in self.items.items() if item != "ended"}
 
     def held_by(self, actor: str) -> set[int]:
-        return {ordinal for ordinal, item in self.items.items() if isinstance(item, tuple) and item[0] == actor}
+        return {
+            ordinal for ordinal, item in self.items.items() if isinstance(item, tuple) and item[0] == actor
+        }
 
     def lease(self, actor: str, count: int, unconsumed: int, now_s: float, got: list[int]) -> None:
         waiting = {ordinal for ordinal, item in self.items.items() if item is None}
@@ -146,7 +164,14 @@ class AdmissionModel:
         self.items.update(dict.fromkeys(self.held_by(actor) & set(ordinals), (actor, now_s)))
 
     def expire(self, now_s: float, got: tuple[list[int], list[int]]) -> None:
-        self.lose({o for o, item in self.items.items() if isinstance(item, tuple) and item[1] + self.timeout_s <= now_s}, got)
+        self.lose(
+            {
+                o
+                for o, item in self.items.items()
+                if isinstance(item, tuple) and item[1] + self.timeout_s <= now_s
+            },
+            got,
+        )
 
     def lose(self, late: set[int], got: tuple[list[int], list[int]]) -> None:
         self.losses.update(late)
@@ -166,7 +191,9 @@ def test_admission_agrees_with_an_obvious_model(seed):
         actor = rng.choice("abc")
         known = sorted(model.items)[-10:]
         picked = rng.sample(known, min(len(known), 2))
-        match rng.choice(["lease", "expire", "end", "fail", "give_back", "release", "consume", "restart", "renew"]):
+        match rng.choice(
+            ["lease", "expire", "end", "fail", "give_back", "release", "consume", "restart", "renew"]
+        ):
             case "lease":
                 count = rng.randint(0, 4)
                 model.lease(actor, count, unconsumed, now_s, admission.lease(actor, count, unconsumed, now_s))
@@ -197,8 +224,11 @@ def test_admission_agrees_with_an_obvious_model(seed):
                 state = json.loads(json.dumps(admission.get_state()))
                 admission = Admission(6, 10.0)
                 admission.set_state(state)
-                assert admission.expire(now_s + 100) == ([], [])  # Only tells it the time: what is held, is held from now on.
-                model.items |= {o: (item[0], now_s + 100) for o, item in model.items.items() if isinstance(item, tuple)}
+                # Only tells it the time: what is held, is held from now on.
+                assert admission.expire(now_s + 100) == ([], [])
+                model.items |= {
+                    o: (item[0], now_s + 100) for o, item in model.items.items() if isinstance(item, tuple)
+                }
                 now_s += 100
         assert admission.num_open == len(model.open_items())
         assert admission.num_open + unconsumed <= 6
@@ -236,7 +266,9 @@ def test_groups_without_age_are_the_newest_and_never_stale():
     replay = Replay(BufferConfig(sampler="fresh", max_staleness=2, capacity=3, max_uses=2), 0)
     for group_id, version in [(0, 1), (1, AGELESS), (2, 7), (3, AGELESS)]:
         replay.insert(GroupMeta(group_id, version, 1))
-    assert [group.group_id for group, _ in replay.pop_evicted()] == [0], "for capacity, the oldest with an age"
+    assert [group.group_id for group, _ in replay.pop_evicted()] == [0], (
+        "for capacity, the oldest with an age"
+    )
     assert replay.take(2, step=9) == [3, 1], "newest first, and the later one before the earlier one"
     assert replay.take(3, step=9000) == [], "2 is stale by now"
     assert replay.take(2, step=9001) == [3, 1]
@@ -251,19 +283,25 @@ def test_groups_wait_until_they_are_old_enough_and_the_pipeline_is_filled():
     assert replay.take(2, step=0) == [5, 4]
     for group_id, version in [(6, 1), (7, AGELESS), (8, 2), (9, 3)]:
         replay.insert(GroupMeta(group_id, version, 1))
-    assert replay.take(2, step=2) == [7, 3], "neither 1 nor 2 nor 3 is two steps old, and what has no age is never too young"
+    assert replay.take(2, step=2) == [7, 3], (
+        "neither 1 nor 2 nor 3 is two steps old, and what has no age is never too young"
+    )
     assert replay.take(3, step=3) == [], "fewer than 9 are stored"
 
 
 @given(st.data())
 @settings(deadline=None)  # On a busy machine any draw may take long.
 def test_no_batch_is_younger_than_min_staleness_and_one_always_comes(data):
-    """Groups of any version that may exist come between the takes, as many as admission lets; nothing goes stale."""
+    """Groups of any version that may exist come between the takes, as many as admission lets; nothing
+    goes stale.
+    """
     lag, k = data.draw(st.integers(1, 4), "lag"), data.draw(st.integers(1, 3), "k")
     capacity = data.draw(st.integers((lag + 1) * k, (lag + 3) * k), "capacity")
     sampler = data.draw(st.sampled_from(sorted(SAMPLERS)), "sampler")
     max_uses = data.draw(st.integers(1, 2), "max_uses")
-    config = BufferConfig(sampler=sampler, min_staleness=lag, max_staleness=1000, capacity=capacity, max_uses=max_uses)
+    config = BufferConfig(
+        sampler=sampler, min_staleness=lag, max_staleness=1000, capacity=capacity, max_uses=max_uses
+    )
     replay, next_id, step = Replay(config, 0), 0, 0
     versions = {}
     for step in range(12):
@@ -283,7 +321,9 @@ def test_a_full_buffer_of_young_groups_gives_the_oldest_and_counts_them():
     for group_id, version in [(0, 6), (1, 8), (2, 7), (3, 4)]:
         replay.insert(GroupMeta(group_id, version, 1))
     assert replay.take(2, step=7) == [], "only one of version <= 4, and (3 + 1) * 2 are not stored"
-    assert replay.take(2, step=7, is_full=True) == [3, 0], "the one that is old enough, and of the others the oldest"
+    assert replay.take(2, step=7, is_full=True) == [3, 0], (
+        "the one that is old enough, and of the others the oldest"
+    )
     assert replay.counts["taken_young"] == 1
 
 
@@ -291,7 +331,9 @@ def test_a_full_buffer_of_young_groups_gives_the_oldest_and_counts_them():
 def test_every_sampler_takes_different_stored_groups(name):
     rng = np.random.default_rng(1)
     for size in range(1, 30):
-        groups = [GroupMeta(int(group_id), int(rng.integers(4)), 1) for group_id in rng.permutation(100)[:size]]
+        groups = [
+            GroupMeta(int(group_id), int(rng.integers(4)), 1) for group_id in rng.permutation(100)[:size]
+        ]
         for k in range(1, size + 1):
             chosen = SAMPLERS[name](view_of(groups), k, 3, rng)
             assert len(set(chosen)) == k
@@ -347,7 +389,12 @@ class ReplayModel:
 @pytest.mark.parametrize("seed", range(8))
 def test_replay_agrees_with_an_obvious_model(sampler, seed):
     rng = random.Random(seed)
-    config = BufferConfig(sampler=sampler, max_uses=rng.randint(1, 3), max_staleness=rng.randint(0, 5), capacity=rng.randint(2, 12))
+    config = BufferConfig(
+        sampler=sampler,
+        max_uses=rng.randint(1, 3),
+        max_staleness=rng.randint(0, 5),
+        capacity=rng.randint(2, 12),
+    )
     replay, model = Replay(config, seed), ReplayModel(config)
     step = 0
     for _ in range(600):
@@ -366,8 +413,11 @@ def test_replay_agrees_with_an_obvious_model(sampler, seed):
                 state = replay.get_state()
                 replay = Replay(config, seed)
                 replay.set_state(state)
-        assert [[group.group_id, group.oldest_version, group.uses] for group in replay.get_state()["groups"]] == model.rows
-        model.counts["strata_short"] = replay.counts["strata_short"]  # tests/test_sampling.py has a model of that.
+        assert [
+            [group.group_id, group.oldest_version, group.uses] for group in replay.get_state()["groups"]
+        ] == model.rows
+        # tests/test_sampling.py has a model of that.
+        model.counts["strata_short"] = replay.counts["strata_short"]
         assert +replay.counts == +model.counts
         assert replay.num_unconsumed == sum(row[2] == 0 for row in model.rows)
         assert replay.check_valid() == []
@@ -395,7 +445,9 @@ def test_groups_that_are_used_but_never_used_up_do_not_pile_up():
         replay.insert(GroupMeta(step, step, 1))
         assert replay.take(1, step) == [step]
         assert len(replay) <= 6
-    assert [(group.group_id, reason) for group, reason in replay.pop_evicted()] == [(n, "evicted_surplus") for n in range(44)]
+    assert [(group.group_id, reason) for group, reason in replay.pop_evicted()] == [
+        (n, "evicted_surplus") for n in range(44)
+    ]
     assert replay.check_valid() == []
 
 
@@ -416,7 +468,9 @@ def test_invariant_3_a_stale_group_that_gets_through_is_an_error(monkeypatch):
     replay = Replay(BufferConfig(max_staleness=2), 0)
     replay.insert(GroupMeta(4, 1, 1))
     monkeypatch.setattr(replay, "evict_stale", lambda step: None)
-    with pytest.raises(StalenessError, match="group 4 has a token of version 1 at learner step 4: staleness 3"):
+    with pytest.raises(
+        StalenessError, match="group 4 has a token of version 1 at learner step 4: staleness 3"
+    ):
         replay.take(1, step=4)
     assert replay[4].uses == 0
 
@@ -464,7 +518,11 @@ def test_offline_samples_are_usable_and_those_without_tokens_or_with_half_a_past
     offline = msgspec.structs.replace(make_sample(), logprobs=(), version_spans=())
     group = make_group(offline, offline)
     assert usable_group(group) == (group, [])
-    assert (group.oldest_version, meta_of(group).version, meta_of(group).oldest_version) == (None, None, AGELESS)
+    assert (group.oldest_version, meta_of(group).version, meta_of(group).oldest_version) == (
+        None,
+        None,
+        AGELESS,
+    )
     with pytest.raises(DataError, match="sample 1 has log-probs but no version"):
         usable_group(make_group(offline, msgspec.structs.replace(make_sample(), version_spans=())))
     with pytest.raises(DataError, match="sample 0 has no tokens"):

@@ -1,4 +1,6 @@
-"""A buffer that starts again: after a kill, on a full disk, with a ledger that lost lines; and what a full disk costs."""
+"""A buffer that starts again: after a kill, on a full disk, with a ledger that lost lines; and what a
+full disk costs.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ async def test_a_restart_goes_on_where_the_last_process_stood(run_dir):
     config = make_config(capacity=6, max_uses=2, sampler="oldest")
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
     await buffer.lease("a", 6, 1.0)
-    await buffer.insert("a", [make_payload(3), make_payload(1), make_payload(2, rewards=(None, None)), make_payload(4)])
+    await buffer.insert(
+        "a", [make_payload(3), make_payload(1), make_payload(2, rewards=(None, None)), make_payload(4)]
+    )
     await buffer.sample(7, 2, 1.0)
     before = await check_sums(buffer)
     await buffer.close()
@@ -45,13 +49,22 @@ async def test_a_restart_goes_on_where_the_last_process_stood(run_dir):
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
     after = await check_sums(buffer)
     other = {"wait_admission_s", "wait_batch_s", "starts"}
-    assert {name: value for name, value in after.items() if name not in other} == {k: v for k, v in before.items() if k not in other}
+    assert {name: value for name, value in after.items() if name not in other} == {
+        k: v for k, v in before.items() if k not in other
+    }
     assert (before["starts"], after["starts"]) == (1, 2)
     assert ordinals_of(await buffer.lease("b", 9, 1.0)) == [6, 7, 8], "open leases stay with their holder"
-    assert await buffer.insert("a", [make_payload(0), make_payload(1)]) == [0, 1], "an actor that outlived the buffer"
+    assert await buffer.insert("a", [make_payload(0), make_payload(1)]) == [0, 1], (
+        "an actor that outlived the buffer"
+    )
     await buffer.release_all()
     assert ordinals_of(await buffer.lease("b", 4, 1.0)) == [5, 6, 7, 8]
-    assert [(g.group_id, g.uses) for g in decode_batch(await buffer.sample(8, 4, 1.0) or b"").groups] == [(3, 2), (1, 2), (4, 1), (0, 1)]
+    assert [(g.group_id, g.uses) for g in decode_batch(await buffer.sample(8, 4, 1.0) or b"").groups] == [
+        (3, 2),
+        (1, 2),
+        (4, 1),
+        (0, 1),
+    ]
     assert audit(f"{run_dir}/{LEDGER_NAME}")["violations"] == []
 
 
@@ -91,7 +104,11 @@ async def test_a_full_disk_refuses_insert_and_lease_and_training_goes_on_until_b
         stats = await check_sums(buffer)
         assert stats["disk_errors"] > 3
         assert stats["changes_unwritten"] > 0
-    assert await buffer.insert("a", [make_payload(ordinal, num_tokens=5000) for ordinal in (2, 3, 4)]) == [2, 3, 4]
+    assert await buffer.insert("a", [make_payload(ordinal, num_tokens=5000) for ordinal in (2, 3, 4)]) == [
+        2,
+        3,
+        4,
+    ]
     assert (await check_sums(buffer))["changes_unwritten"] == 0
     await buffer.close()
     buffer = ReplayBuffer(make_config(capacity=8, max_uses=2), run_dir, NUM_ROWS)
@@ -203,7 +220,9 @@ async def test_what_a_full_disk_refused_is_written_at_the_end_where_there_is_roo
 
 
 @scenario
-async def test_a_kill_between_the_databases_commit_and_the_ledgers_line_loses_no_line_and_nothing_is_read_for_it(run_dir, monkeypatch):
+async def test_a_kill_between_the_databases_commit_and_the_ledgers_line_loses_no_line_and_nothing_is_read_for_it(
+    run_dir, monkeypatch
+):
     monkeypatch.setattr("buffer.shard.read_statuses", lambda *_: pytest.fail("the whole ledger was read"))
     buffer = ReplayBuffer(make_config(capacity=8), run_dir, NUM_ROWS)
     await buffer.lease("a", 3, 1.0)
@@ -257,7 +276,10 @@ async def test_a_start_takes_no_longer_after_ten_million_items(run_dir, monkeypa
 
 def test_ledgers_that_lack_lines_or_are_missing_beside_their_databases_are_told(tmp_path):
     async def fill() -> None:
-        shards = [ReplayBuffer(make_config(capacity=8, num_shards=2), str(tmp_path), NUM_ROWS, shard) for shard in range(2)]
+        shards = [
+            ReplayBuffer(make_config(capacity=8, num_shards=2), str(tmp_path), NUM_ROWS, shard)
+            for shard in range(2)
+        ]
         for shard in shards:
             await shard.lease("a", 3, 1.0)
             await shard.close()
@@ -266,7 +288,8 @@ def test_ledgers_that_lack_lines_or_are_missing_beside_their_databases_are_told(
     assert audit_run(tmp_path)["violations"] == []
     path = tmp_path / "ledger-1.jsonl"
     whole = path.read_bytes()
-    path.write_bytes(whole.partition(b"\n")[0] + b"\n")  # Lines are gone, and none of those that are left tells of it.
+    # Lines are gone, and none of those that are left tells of it.
+    path.write_bytes(whole.partition(b"\n")[0] + b"\n")
     (violation,) = audit_run(tmp_path)["violations"]
     assert f"of the {len(whole)} that the buffer wrote: the rest is in buffer-1.sqlite" in violation
     store = Store(tmp_path / "buffer-1.sqlite")
@@ -275,7 +298,9 @@ def test_ledgers_that_lack_lines_or_are_missing_beside_their_databases_are_told(
     store.close()
     assert "lines are missing" in audit_run(tmp_path)["violations"][0]
     path.unlink()
-    assert audit_run(tmp_path)["violations"] == ["ledger-1.jsonl is missing: buffer-1.sqlite, of the same shard, is there"]
+    assert audit_run(tmp_path)["violations"] == [
+        "ledger-1.jsonl is missing: buffer-1.sqlite, of the same shard, is there"
+    ]
     (tmp_path / "ledger-0.jsonl").unlink()
     with pytest.raises(DataError, match=r"holds no ledger\*\.jsonl: buffer-0\.sqlite is there"):
         audit_run(tmp_path)

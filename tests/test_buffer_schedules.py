@@ -1,4 +1,6 @@
-"""The buffer under random schedules of actors and a learner, and under kill -9 of its own process: the invariants by name."""
+"""The buffer under random schedules of actors and a learner, and under kill -9 of its own process: the
+invariants by name.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,21 @@ from buffer.records import decode_batch
 from buffer.replay import EVICTIONS
 from buffer.server import ReplayBuffer
 from buffer.shards import ShardedBuffer
-from tests.test_buffer_server import LEDGER_NAME, NUM_ROWS, check_sums, make_config, make_payload, ordinals_of, run_virtually
+from tests.test_buffer_server import (
+    LEDGER_NAME,
+    NUM_ROWS,
+    check_sums,
+    make_config,
+    make_payload,
+    ordinals_of,
+    run_virtually,
+)
 
 
 class MortalShard:
-    """A shard in a process that may be killed: calls in flight are made again to its successor, as Ray does."""
+    """A shard in a process that may be killed: calls in flight are made again to its successor, as Ray
+    does.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         self._arguments = arguments
@@ -58,7 +70,9 @@ class MortalShard:
 
 
 class Schedule:
-    """Random actors, some of which die, sleep too long or report twice, one learner, and shards that are killed, on virtual time."""
+    """Random actors, some of which die, sleep too long or report twice, one learner, and shards that
+    are killed, on virtual time.
+    """
 
     def __init__(self, seed: int, run_dir: str, lag: int = 0, num_shards: int = 1) -> None:
         self.rng = rng = random.Random(seed)
@@ -70,10 +84,16 @@ class Schedule:
             "max_uses": rng.randint(1, 3),
             "sampler": rng.choice(["uniform", "fresh", "oldest", "stratified", "priority"]),
         }
-        settings["groups_per_step"] = max(settings["groups_per_step"], math.ceil(num_shards / (settings["max_staleness"] + 1)))
+        settings["groups_per_step"] = max(
+            settings["groups_per_step"], math.ceil(num_shards / (settings["max_staleness"] + 1))
+        )
         if lag:
             size, slack = rng.randint(1, 2), rng.choice([0, 1, 2, 1000])
-            settings |= {"groups_per_step": size, "capacity": (lag + 1) * size + rng.randint(0, 3), "max_staleness": lag + slack}
+            settings |= {
+                "groups_per_step": size,
+                "capacity": (lag + 1) * size + rng.randint(0, 3),
+                "max_staleness": lag + slack,
+            }
         elif num_shards == 1 and rng.random() < 0.3:
             high = rng.uniform(1.0, settings["max_uses"])
             settings["samples_per_insert"] = (rng.uniform(0.0, high), high)
@@ -88,7 +108,10 @@ class Schedule:
         while True:
             version, rng = self.step, self.rng
             holding = rng.choice([None, []])
-            for item in await self.buffer.lease(name, rng.randint(1, 3), rng.choice([0.0, 2.0, 20.0]), None, holding) or ():
+            for item in (
+                await self.buffer.lease(name, rng.randint(1, 3), rng.choice([0.0, 2.0, 20.0]), None, holding)
+                or ()
+            ):
                 (ordinal,) = ordinals_of([item])
                 await asyncio.sleep(rng.choice([0.0, 0.1, 0.5]))
                 if self.config.buffer.min_staleness:
@@ -103,11 +126,15 @@ class Schedule:
 
     async def report(self, name: str, ordinal: int, version: int) -> None:
         rng, payload = self.rng, make_payload(ordinal, version)
-        match rng.choice(["insert"] * 6 + ["twice", "late", "fail", "give_back", "die", "forget", "too_small"]):
+        match rng.choice(
+            ["insert"] * 6 + ["twice", "late", "fail", "give_back", "die", "forget", "too_small"]
+        ):
             case "insert":
                 assert await self.buffer.insert(name, [payload]) == [ordinal]
             case "twice":
-                await asyncio.gather(self.buffer.insert(name, [payload, payload]), self.buffer.insert(name, [payload]))
+                await asyncio.gather(
+                    self.buffer.insert(name, [payload, payload]), self.buffer.insert(name, [payload])
+                )
             case "late":
                 await asyncio.sleep(8.0)
                 assert await self.buffer.insert(name, [payload]) == [ordinal]
@@ -133,9 +160,13 @@ class Schedule:
             assert batch is not None, f"the learner starved at step {self.step}"
             self.batches[self.step] = batch
             if self.rng.random() < 0.2:
-                assert await self.buffer.sample(self.step, 1, 1000.0) == batch, "the learner lost it and asks again"
+                assert await self.buffer.sample(self.step, 1, 1000.0) == batch, (
+                    "the learner lost it and asks again"
+                )
             if self.rng.random() < 0.1:  # It goes back to its checkpoint.
-                assert {step: await self.buffer.sample(step, 1, 1000.0) for step in self.batches} == self.batches
+                assert {
+                    step: await self.buffer.sample(step, 1, 1000.0) for step in self.batches
+                } == self.batches
             groups = decode_batch(batch).groups
             assert len({group.group_id for group in groups}) == len(groups)
             for group in groups:
@@ -187,12 +218,21 @@ def finish(seed: int, base: Path, lags: int = 0, num_shards: int = 1) -> Finishe
     """Runs one, with one of so many lags; it asserts the bounds while it runs."""
 
     async def run() -> tuple[Schedule, dict[str, float]]:
-        schedule = Schedule(seed, str(base / str(seed)), lag=1 + seed % lags if lags else 0, num_shards=num_shards)
+        schedule = Schedule(
+            seed, str(base / str(seed)), lag=1 + seed % lags if lags else 0, num_shards=num_shards
+        )
         return schedule, await schedule.run()
 
     schedule, stats = run_virtually(run())
     ledger = audit_run(base / str(seed))
-    return Finished(schedule.step, schedule.num_kills, schedule.num_young, schedule.config.buffer.max_staleness, stats, ledger)
+    return Finished(
+        schedule.step,
+        schedule.num_kills,
+        schedule.num_young,
+        schedule.config.buffer.max_staleness,
+        stats,
+        ledger,
+    )
 
 
 def finish_all(count: int, base: Path, **settings: int) -> list[Finished]:
@@ -207,7 +247,9 @@ NUM_SCHEDULES = {1: 700, 3: 300}
 @pytest.fixture(scope="module", params=NUM_SCHEDULES, ids=lambda shards: f"{shards} shards")
 def schedules(request, tmp_path_factory) -> list[Finished]:
     """1,000 finished random schedules."""
-    return finish_all(NUM_SCHEDULES[request.param], tmp_path_factory.mktemp("schedules"), num_shards=request.param)
+    return finish_all(
+        NUM_SCHEDULES[request.param], tmp_path_factory.mktemp("schedules"), num_shards=request.param
+    )
 
 
 @pytest.mark.slow
@@ -221,10 +263,15 @@ def test_invariant_1_every_leased_item_ends_exactly_once(schedules):
         assert status.get("stored", 0) == stats["groups"]
         told = {name: ledger["evictions"].get(name, 0) for name in EVICTIONS}
         assert sum(ledger["evictions"].values()) == sum(stats[name] for name in EVICTIONS)
-        assert all(told[name] <= stats[name] for name in told), "a line that a kill took is written again, without its reason"
+        assert all(told[name] <= stats[name] for name in told), (
+            "a line that a kill took is written again, without its reason"
+        )
     totals = {name: sum(schedule.stats[name] for schedule in schedules) for name in schedules[0].stats}
     assert sum(schedule.num_kills for schedule in schedules) > 100
-    assert all(totals[name] > 100 for name in ("duplicates", "reissued", "expired", "failed", "evicted_stale", "evicted_used")), totals
+    assert all(
+        totals[name] > 100
+        for name in ("duplicates", "reissued", "expired", "failed", "evicted_stale", "evicted_used")
+    ), totals
 
 
 @pytest.mark.slow
@@ -273,7 +320,11 @@ def _serve_until_killed(run_dir: str, seed: int, acks: int) -> None:
             keep = [ordinal for ordinal in ordinals if rng.random() < 0.8]
             for ordinal in await buffer.insert(actor, [make_payload(ordinal, step) for ordinal in keep]):
                 os.write(acks, struct.pack("<q", ordinal))
-            await buffer.fail(actor, [ordinal for ordinal in ordinals if ordinal not in keep and rng.random() < 0.5], "random")
+            await buffer.fail(
+                actor,
+                [ordinal for ordinal in ordinals if ordinal not in keep and rng.random() < 0.5],
+                "random",
+            )
             if await buffer.sample(step, 2, 0.0):
                 step += 1
             await buffer.release_actor(actor)
@@ -301,7 +352,9 @@ def test_invariant_2_an_acknowledged_group_survives_the_death_of_the_buffer(tmp_
 
     async def look() -> dict[str, float]:
         buffer = ReplayBuffer(make_config(capacity=8, max_uses=2, max_staleness=2), str(tmp_path), NUM_ROWS)
-        assert all(not buffer._shard.admission.is_open(ordinal) for ordinal in acknowledged), "an acknowledged group would be made again"
+        assert all(not buffer._shard.admission.is_open(ordinal) for ordinal in acknowledged), (
+            "an acknowledged group would be made again"
+        )
         stats = await check_sums(buffer)
         await buffer.close()
         return stats

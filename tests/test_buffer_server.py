@@ -1,4 +1,6 @@
-"""The buffer as actors and learner meet it: leases, acknowledgement, waits, restarts, kills; times are virtual where they can be."""
+"""The buffer as actors and learner meet it: leases, acknowledgement, waits, restarts, kills; times are
+virtual where they can be.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def make_config(*, timeout_s: float = 60.0, groups_per_step: int = 2, **buffer: 
     return parse_config(tree)
 
 
-def make_payload(ordinal: int, version: int = 0, rewards: tuple[float | None, ...] = (1.0, 0.0), num_tokens: int = 4) -> bytes:
+def make_payload(
+    ordinal: int, version: int = 0, rewards: tuple[float | None, ...] = (1.0, 0.0), num_tokens: int = 4
+) -> bytes:
     samples = tuple(
         Sample(
             token_ids=tuple(range(num_tokens)),
@@ -60,12 +64,16 @@ def make_payload(ordinal: int, version: int = 0, rewards: tuple[float | None, ..
 
 def make_offline_payload(ordinal: int, rewards: tuple[float, ...] = (1.0, 0.0)) -> bytes:
     group = msgspec.msgpack.decode(make_payload(ordinal, rewards=rewards), type=Group)
-    samples = tuple(msgspec.structs.replace(sample, logprobs=(), version_spans=()) for sample in group.samples)
+    samples = tuple(
+        msgspec.structs.replace(sample, logprobs=(), version_spans=()) for sample in group.samples
+    )
     return encode(msgspec.structs.replace(group, samples=samples))
 
 
 class JumpingSelector(selectors.DefaultSelector):
-    """Jumps the clock to the next timer instead of waiting for it; a loop that waits for nothing at all is deadlocked."""
+    """Jumps the clock to the next timer instead of waiting for it; a loop that waits for nothing at all
+    is deadlocked.
+    """
 
     now_s = 0.0
 
@@ -85,7 +93,8 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return self.jumping.now_s
 
     def call_at(self, when: float, *arguments: Any, **named: Any) -> asyncio.TimerHandle:
-        # A little late: a loop runs a timer up to 1e-9 s early, and what then still waits for that moment would spin, as no time passes.
+        # A little late: a loop runs a timer up to 1e-9 s early, and what then still waits for that moment
+        # would spin, as no time passes.
         return super().call_at(math.floor(when * 1e8 + 2) / 1e8, *arguments, **named)
 
 
@@ -106,13 +115,18 @@ def ids_of(batch: bytes | None) -> list[int]:
 async def check_sums(buffer: ReplayBuffer) -> dict[str, float]:
     """The stats without their prefix, after checking that every generated group is accounted for."""
     stats = {name.removeprefix("buffer/"): value for name, value in (await buffer.stats()).items()}
-    assert stats["frontier"] == stats["inserted"] + stats["evicted_too_small"] + stats["failed"] + stats["leased"]
+    assert (
+        stats["frontier"]
+        == stats["inserted"] + stats["evicted_too_small"] + stats["failed"] + stats["leased"]
+    )
     assert stats["inserted"] == stats["groups"] + sum(stats[name] for name in EVICTIONS)
     return stats
 
 
 def scenario(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Runs an async test on virtual time with the run directory `tmp_path`; its other arguments are fixtures and parameters."""
+    """Runs an async test on virtual time with the run directory `tmp_path`; its other arguments are
+    fixtures and parameters.
+    """
 
     def run(tmp_path: Any, **others: Any) -> None:
         run_virtually(test(str(tmp_path), **others))
@@ -132,7 +146,10 @@ async def test_a_group_goes_from_lease_to_batch(run_dir):
     for use in (1, 2):
         batch = decode_batch(await buffer.sample(use, 2, 1.0) or b"")
         assert batch.step == use
-        assert [(group.group_id, group.uses, len(group.samples)) for group in batch.groups] == [(1, use, 2), (0, use, 2)]
+        assert [(group.group_id, group.uses, len(group.samples)) for group in batch.groups] == [
+            (1, use, 2),
+            (0, use, 2),
+        ]
     stats = await check_sums(buffer)
     assert (stats["groups"], stats["evicted_used"], stats["leased"], stats["frontier"]) == (0, 2, 1, 3)
 
@@ -188,7 +205,9 @@ async def test_failed_samples_are_counted_and_too_small_groups_not_stored(run_di
 
 
 @scenario
-async def test_the_one_sample_left_of_a_group_waits_through_a_restart_for_the_next_such_group_of_its_row(run_dir):
+async def test_the_one_sample_left_of_a_group_waits_through_a_restart_for_the_next_such_group_of_its_row(
+    run_dir,
+):
     config = make_config(capacity=8, max_staleness=3)
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
     await buffer.lease("a", 6, 1.0)
@@ -198,7 +217,12 @@ async def test_the_one_sample_left_of_a_group_waits_through_a_restart_for_the_ne
 
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
     await buffer.insert(
-        "a", [make_payload(1, version=4, rewards=(1.0, None)), make_payload(2, version=4), make_payload(3, version=1, rewards=(None, 0.75))]
+        "a",
+        [
+            make_payload(1, version=4, rewards=(1.0, None)),
+            make_payload(2, version=4),
+            make_payload(3, version=1, rewards=(None, 0.75)),
+        ],
     )
     await buffer.set_step(5)
     await buffer.insert("a", [make_payload(4, version=4), make_payload(5, version=4, rewards=(None, 0.5))])
@@ -207,14 +231,18 @@ async def test_the_one_sample_left_of_a_group_waits_through_a_restart_for_the_ne
     assert (groups[1].oldest_version, groups[2].oldest_version) == (2, 4)
     assert len(groups[4].samples) == 2, "version 1 is stale at step 5"
     stats = await check_sums(buffer)
-    assert [stats[name] for name in ("evicted_too_small", "held_samples", "joined_samples", "held_stale")] == [3, 3, 1, 1]
+    assert [
+        stats[name] for name in ("evicted_too_small", "held_samples", "joined_samples", "held_stale")
+    ] == [3, 3, 1, 1]
     lines = [json.loads(line) for line in Path(run_dir, LEDGER_NAME).read_text().splitlines()]
     assert [line["reason"] for line in lines if line["event"] == "failed"] == ["too_small_held"] * 3
     assert audit(f"{run_dir}/{LEDGER_NAME}")["violations"] == []
 
 
 @scenario
-async def test_an_actor_whose_weights_are_too_old_for_the_next_batch_is_told_so_at_once_and_nobody_else_waits(run_dir):
+async def test_an_actor_whose_weights_are_too_old_for_the_next_batch_is_told_so_at_once_and_nobody_else_waits(
+    run_dir,
+):
     buffer = ReplayBuffer(make_config(capacity=2, max_staleness=0), run_dir, NUM_ROWS)
     assert len(await buffer.lease("a", 2, 1.0, 0) or []) == 2
     waiting = asyncio.create_task(buffer.lease("a", 2, 100.0, 0))
@@ -231,7 +259,9 @@ async def test_an_actor_whose_weights_are_too_old_for_the_next_batch_is_told_so_
 
 @scenario
 async def test_weights_that_are_not_published_yet_are_not_asked_for(run_dir):
-    config = parse_config({**make_config(capacity=8, max_staleness=1).model_dump(), "weights": {"publish_every": 3}})
+    config = parse_config(
+        {**make_config(capacity=8, max_staleness=1).model_dump(), "weights": {"publish_every": 3}}
+    )
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
     for step in range(3):  # Version 3 is published after step 2; until then nothing newer than 0 can be had.
         ordinals = ordinals_of(await buffer.lease("a", 2, 1.0, 0) or [])
@@ -324,7 +354,9 @@ async def test_every_way_of_making_room_wakes_a_waiting_actor_at_once(run_dir):
     ways_with_open_items = [
         lambda ordinals: buffer.fail("a", ordinals, "random"),
         lambda ordinals: buffer.give_back("a", ordinals),
-        lambda ordinals: buffer.insert("a", [make_payload(ordinal, rewards=(None, None)) for ordinal in ordinals]),
+        lambda ordinals: buffer.insert(
+            "a", [make_payload(ordinal, rewards=(None, None)) for ordinal in ordinals]
+        ),
     ]
     ways_with_stored_groups = [
         lambda _: buffer.sample(0, 2, 0.0),
@@ -420,7 +452,9 @@ async def test_the_batch_of_a_step_is_the_same_batch_until_the_watermark_has_pas
     before = await check_sums(buffer)
     await buffer.close()
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
-    assert [await buffer.sample(step, 2, 1.0) for step in range(4)] == batches, "also what was used up meanwhile, to the last bit"
+    assert [await buffer.sample(step, 2, 1.0) for step in range(4)] == batches, (
+        "also what was used up meanwhile, to the last bit"
+    )
     after = await check_sums(buffer)
     assert after["taken"] == before["taken"] == 8
     await buffer.set_watermark(2)
@@ -428,7 +462,9 @@ async def test_the_batch_of_a_step_is_the_same_batch_until_the_watermark_has_pas
     with pytest.raises(DataError, match="batch of step 1 was forgotten"):
         await buffer.sample(1, 2, 1.0)
     await buffer.set_watermark(4)
-    assert buffer._shard.store._db.execute("SELECT count(*) FROM groups").fetchone()[0] == after["groups"], "nothing is kept for nobody"
+    assert buffer._shard.store._db.execute("SELECT count(*) FROM groups").fetchone()[0] == after["groups"], (
+        "nothing is kept for nobody"
+    )
     assert audit(f"{run_dir}/{LEDGER_NAME}")["max_staleness"] == 3
 
 
@@ -442,7 +478,9 @@ async def test_items_given_in_an_answer_that_was_lost_are_issued_again_when_thei
 
 @scenario
 @pytest.mark.parametrize("num_shards", [1, 2])
-async def test_a_generation_longer_than_the_timeout_is_neither_issued_again_nor_failed_while_its_actor_works_on_it(run_dir, num_shards):
+async def test_a_generation_longer_than_the_timeout_is_neither_issued_again_nor_failed_while_its_actor_works_on_it(
+    run_dir, num_shards
+):
     config = make_config(capacity=8, timeout_s=10.0, num_shards=num_shards)
     buffer = ShardedBuffer([ReplayBuffer(config, run_dir, NUM_ROWS, shard) for shard in range(num_shards)])
     held = ordinals_of(await buffer.lease("slow", 2, 1.0))
@@ -458,7 +496,9 @@ async def test_a_generation_longer_than_the_timeout_is_neither_issued_again_nor_
     assert not set(again) & set(held)
     await buffer.insert("slow", [make_payload(ordinal) for ordinal in held])
     stats = await buffer.stats()
-    assert [stats[f"buffer/{name}"] for name in ("inserted", "duplicates", "failed", "expired", "reissued")] == [2, 0, 0, 1, 1]
+    assert [
+        stats[f"buffer/{name}"] for name in ("inserted", "duplicates", "failed", "expired", "reissued")
+    ] == [2, 0, 0, 1, 1]
 
 
 @scenario
@@ -489,11 +529,17 @@ async def test_the_band_of_samples_per_insert_holds_back_the_learner_and_the_act
     await buffer.insert("a", [make_payload(3)])
     assert await buffer.sample(2, 2, 10.0) is not None
     assert len(await buffer.lease("a", 9, 1.0)) >= 2
-    tight = ReplayBuffer(make_config(capacity=4, groups_per_step=2, max_uses=4, samples_per_insert=(2.0, 4.0)), f"{run_dir}/2", NUM_ROWS)
+    tight = ReplayBuffer(
+        make_config(capacity=4, groups_per_step=2, max_uses=4, samples_per_insert=(2.0, 4.0)),
+        f"{run_dir}/2",
+        NUM_ROWS,
+    )
     ordinals = ordinals_of(await tight.lease("a", 9, 1.0))
     await tight.insert("a", [make_payload(ordinal) for ordinal in ordinals])
     await tight.sample(0, 2, 1.0)
-    assert len(ordinals_of(await tight.lease("a", 9, 1.0))) == 1, "two uses pay for one group, though two were used"
+    assert len(ordinals_of(await tight.lease("a", 9, 1.0))) == 1, (
+        "two uses pay for one group, though two were used"
+    )
     await tight.sample(1, 2, 1.0)
     assert len(ordinals_of(await tight.lease("a", 9, 1.0))) == 1
 

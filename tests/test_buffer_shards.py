@@ -1,4 +1,6 @@
-"""The buffer's contract with 1 and 3 shards, as their users see it; what happens between the shards of one batch."""
+"""The buffer's contract with 1 and 3 shards, as their users see it; what happens between the shards of
+one batch.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,15 @@ from buffer.records import decode_batch
 from buffer.server import ReplayBuffer
 from buffer.shards import ShardedBuffer, apportion
 from cluster.errors import ConfigError, DataError
-from tests.test_buffer_server import NUM_ROWS, check_sums, ids_of, make_config, make_payload, ordinals_of, run_virtually
+from tests.test_buffer_server import (
+    NUM_ROWS,
+    check_sums,
+    ids_of,
+    make_config,
+    make_payload,
+    ordinals_of,
+    run_virtually,
+)
 
 
 def open_buffer(run_dir: str, num_shards: int, **buffer: Any) -> ShardedBuffer:
@@ -83,14 +93,17 @@ async def test_admission_is_what_it_was_with_one_shard_and_room_wakes_who_waits(
 
 
 @with_1_and_3_shards
-async def test_a_learner_that_goes_back_is_given_every_batch_again_also_by_shards_without_a_part_in_it(run_dir, num_shards):
+async def test_a_learner_that_goes_back_is_given_every_batch_again_also_by_shards_without_a_part_in_it(
+    run_dir, num_shards
+):
     settings = {"capacity": 12, "groups_per_step": 2}
     buffer = open_buffer(run_dir, num_shards, **settings)
     await fill(buffer, 12)
     batches = [await buffer.sample(step, 2, 1.0) for step in range(6)]
     assert [await buffer.sample(step, 2, 1.0) for step in range(6)] == batches
     await buffer.close()
-    buffer = open_buffer(run_dir, num_shards, **{**settings, "groups_per_step": 5})  # A user may change it between two starts.
+    # A user may change it between two starts.
+    buffer = open_buffer(run_dir, num_shards, **{**settings, "groups_per_step": 5})
     assert [await buffer.sample(step, 5, 0.0) for step in range(6)] == batches
     await buffer.set_watermark(3)
     assert await buffer.sample(3, 5, 0.0) == batches[3]
@@ -119,14 +132,23 @@ async def test_reports_reach_the_shard_of_their_item_and_wrong_ones_are_refused(
     await buffer.give_back("a", ordinals[3:6])
     with pytest.raises(LeaseError, match="never leased"):
         await buffer.insert("a", [make_payload(100)])
-    assert await buffer.insert("a", [make_payload(ordinal) for ordinal in (*ordinals[6:], *ordinals[6:])]) == ordinals[6:] * 2
+    assert (
+        await buffer.insert("a", [make_payload(ordinal) for ordinal in (*ordinals[6:], *ordinals[6:])])
+        == ordinals[6:] * 2
+    )
     again: list[int] = []
     while not set(ordinals[3:6]) <= set(again):
         again += ordinals_of(await buffer.lease("b", 1, 1.0) or [])
     assert len(again) == len(set(again))
     await buffer.release_actor("b")
     stats = await check_sums(buffer)
-    assert [stats[name] for name in ("failed", "inserted", "duplicates", "leased", "reissued")] == [3, 3, 3, len(again), 3]
+    assert [stats[name] for name in ("failed", "inserted", "duplicates", "leased", "reissued")] == [
+        3,
+        3,
+        3,
+        len(again),
+        3,
+    ]
     assert await buffer.set_ref_logprobs({ordinal: [-1.0, -2.0] for ordinal in ordinals}) == 3
 
 
@@ -154,10 +176,14 @@ async def test_all_shards_go_on_after_a_restart_with_leases_uses_and_batches(run
     after = await check_sums(buffer)
     assert (before.pop("starts"), after.pop("starts")) == (num_shards, 2 * num_shards)
     waits = ("wait_admission_s", "wait_batch_s")
-    assert {k: v for k, v in after.items() if k not in waits} == {k: v for k, v in before.items() if k not in waits}
+    assert {k: v for k, v in after.items() if k not in waits} == {
+        k: v for k, v in before.items() if k not in waits
+    }
     assert [await buffer.sample(step, 6, 1.0) for step in range(2)] == batches
     await buffer.release_all()
-    assert set(held) <= {ordinal for _ in range(4) for ordinal in ordinals_of(await buffer.lease("b", 9, 1.0) or [])}
+    assert set(held) <= {
+        ordinal for _ in range(4) for ordinal in ordinals_of(await buffer.lease("b", 9, 1.0) or [])
+    }
     await buffer.set_watermark(2)
     with pytest.raises(DataError, match="was forgotten"):
         await buffer.sample(1, 6, 1.0)
@@ -184,7 +210,9 @@ def test_a_batch_is_taken_in_proportion_to_what_each_shard_holds(tmp_path: Path)
     async def scenario() -> None:
         buffer = open_buffer(str(tmp_path), 3, capacity=30, groups_per_step=6)
         ordinals = ordinals_of([item for _ in range(3) for item in await buffer.lease("a", 10, 1.0) or []])
-        kept = [ordinal for ordinal in ordinals if ordinal % 3 == 0] + [ordinal for ordinal in ordinals if ordinal % 3 == 1][:5]
+        kept = [ordinal for ordinal in ordinals if ordinal % 3 == 0] + [
+            ordinal for ordinal in ordinals if ordinal % 3 == 1
+        ][:5]
         await buffer.insert("a", [make_payload(ordinal) for ordinal in kept])
         batch = ids_of(await buffer.sample(0, 6, 1.0))
         assert sorted(group_id % 3 for group_id in batch) == [0, 0, 0, 0, 1, 1]
@@ -202,7 +230,8 @@ def test_another_number_of_shards_in_the_same_directory_is_refused(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("total", "available", "parts"), [(6, [10, 5, 0], [4, 2, 0]), (3, [1, 1, 1], [1, 1, 1]), (0, [0, 0], [0, 0]), (1, [9, 1], [1, 0])]
+    ("total", "available", "parts"),
+    [(6, [10, 5, 0], [4, 2, 0]), (3, [1, 1, 1], [1, 1, 1]), (0, [0, 0], [0, 0]), (1, [9, 1], [1, 0])],
 )
 def test_apportion(total: int, available: list[int], parts: list[int]) -> None:
     assert apportion(total, available) == parts

@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 STEPS = 70
 MAX_KILLS = 7
 EVERY_S = 7.0
-PACE = "rewards.functions=[{name: tests.reward_functions:in_a_quarter_second}]"  # 280 groups from two actors: 35 s at least.
+# 280 groups from two actors: 35 s at least.
+PACE = "rewards.functions=[{name: tests.reward_functions:in_a_quarter_second}]"
 # What dies, and how: an engine lives in its actor's process, so that a stopped process is a hung engine.
 DEATHS = (
     ("RolloutActor", signal.SIGKILL),
@@ -58,14 +59,25 @@ def test_training_ends_at_its_step_count_with_a_clean_audit_though_something_die
     num_shards: int, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    more = (f"buffer.num_shards={num_shards}", "buffer.max_uses=2", "eval.every=1000", "checkpoint.every=20", PACE, "actors.count=2")
+    more = (
+        f"buffer.num_shards={num_shards}",
+        "buffer.max_uses=2",
+        "eval.every=1000",
+        "checkpoint.every=20",
+        PACE,
+        "actors.count=2",
+    )
     process = start_train(tiny_models["tied"], run_dir, STEPS, *more)
     wait_for_step(process, run_dir, 3)
     deaths: Counter[tuple[str, str]] = Counter()
     next_s = time.monotonic()
     planned = itertools.islice(DEATHS, MAX_KILLS)
     while process.poll() is None:
-        if time.monotonic() >= next_s and len(rows_of(run_dir)) < STEPS - 5 and (death := next(planned, None)):
+        if (
+            time.monotonic() >= next_s
+            and len(rows_of(run_dir)) < STEPS - 5
+            and (death := next(planned, None))
+        ):
             next_s = time.monotonic() + EVERY_S
             part, how = death
             deaths[part, how.name] += kill_one(process, run_dir, part, how)
@@ -79,7 +91,9 @@ def test_training_ends_at_its_step_count_with_a_clean_audit_though_something_die
     assert found["violations"] == []
     assert found["events"]["trained"] == 8 * STEPS, "every batch was handed out once"
     assert found["max_staleness"] <= 16
-    assert rows[-1]["buffer/starts"] == num_shards + sum(count for (part, _), count in deaths.items() if part == "ReplayBuffer")
+    assert rows[-1]["buffer/starts"] == num_shards + sum(
+        count for (part, _), count in deaths.items() if part == "ReplayBuffer"
+    )
     events = "\n".join(event["text"] for event in rows_of(run_dir, "events"))
     for part, name in (("ReplayBuffer", "replay buffer"), ("Board", "board"), ("Monitor", "monitor")):
         assert events.count(f"{name} restarted (") == deaths[part, "SIGKILL"] > 0

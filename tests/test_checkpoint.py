@@ -1,4 +1,6 @@
-"""Checkpoints on disk: no kill, damage or full disk leaves a run without one. (Resuming from them: tests/test_resume.py.)"""
+"""Checkpoints on disk: no kill, damage or full disk leaves a run without one. (Resuming from them:
+tests/test_resume.py.)
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from tests.checkpoint_scenario import TENSORS, parts_of, value_of
 SCENARIO = Path(__file__).with_name("checkpoint_scenario.py")
 
 
-# --- ranks without a model: kills -----------------------------------------------------------------------------------
+# --- ranks without a model: kills ---
 
 
 def run_scenario(what: str, directory: Path, *arguments: str) -> Any:
@@ -60,15 +62,26 @@ def test_a_stopped_rank_costs_the_checkpoint_and_leaves_no_trusted_half(tmp_path
     assert "rank 1 did not write its part" in event
     assert result["metrics"]["checkpoint/failed"] == 1
     for moment, step in (("while_stopped", 1), ("after", 1), ("next", 3)):
-        assert result[moment] | {"kept": 0} == {"step": step, "acknowledged": 0, "problems": [], "aside": 0, "kept": 0, "right": True}
+        assert result[moment] | {"kept": 0} == {
+            "step": step,
+            "acknowledged": 0,
+            "problems": [],
+            "aside": 0,
+            "kept": 0,
+            "right": True,
+        }
 
 
-# --- in this process ------------------------------------------------------------------------------------------------
+# --- in this process ---
 
 
-def save(directory: Path, step: int, *, world_size: int = 2, parts: Callable = parts_of, **options: Any) -> list[CheckpointWriter]:
+def save(
+    directory: Path, step: int, *, world_size: int = 2, parts: Callable = parts_of, **options: Any
+) -> list[CheckpointWriter]:
     """A checkpoint by `world_size` writers of this process."""
-    writers = [CheckpointWriter(directory, rank, world_size, session="s", **options) for rank in range(world_size)]
+    writers = [
+        CheckpointWriter(directory, rank, world_size, session="s", **options) for rank in range(world_size)
+    ]
     for rank, writer in enumerate(writers):
         writer.save(step, parts(step, rank), {"step": step})
     for writer in writers:
@@ -91,7 +104,9 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=["flipped", "truncated", "deleted"])
-def test_a_damaged_checkpoint_is_passed_over_and_its_file_named(damage: Callable[[Path], None], name: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_its_file_named(
+    damage: Callable[[Path], None], name: str, tmp_path: Path
+) -> None:
     for step in (1, 2):
         save(tmp_path, step)
     damage(tmp_path / "checkpoints" / "step-000002" / name)
@@ -124,13 +139,19 @@ def test_a_directory_without_a_manifest_or_of_another_step_is_never_trusted(tmp_
     found = latest_checkpoint(tmp_path, problems.append)
     assert found is not None
     assert found[1].step == 1
-    assert ["step-000008: manifest.json is missing" in problems[0], "that of step 1" in problems[1]] == [True, True]
+    assert ["step-000008: manifest.json is missing" in problems[0], "that of step 1" in problems[1]] == [
+        True,
+        True,
+    ]
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_a_rank_that_is_a_checkpoint_ahead_keeps_what_it_has_written(tmp_path: Path) -> None:
     told: list[str] = []
-    slow, fast = (CheckpointWriter(tmp_path, rank, 2, session="s", timeout_s=2.0, on_event=told.append) for rank in range(2))
+    slow, fast = (
+        CheckpointWriter(tmp_path, rank, 2, session="s", timeout_s=2.0, on_event=told.append)
+        for rank in range(2)
+    )
     for writer in (fast, slow):
         for step in (1, 2):
             writer.save(step, parts_of(step, writer is fast), {"step": step})
@@ -148,12 +169,19 @@ def test_the_newest_so_many_stay_and_the_watermark_is_the_oldest_of_them(tmp_pat
     (tmp_path / "checkpoints" / ".step-000004.killed").mkdir()
     save(tmp_path, 4, keep=2, on_durable=oldest.append)
     assert oldest == [1, 1, 2, 2]  # A damaged one is not counted.
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000003", "step-000004"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-000002",
+        "step-000003",
+        "step-000004",
+    ]
 
 
 def test_a_checkpoint_made_again_replaces_the_one_before(tmp_path: Path) -> None:
     save(tmp_path, 5)
-    again = lambda step, rank: (Part(part.key, part.shape, part.values + 100) for part in parts_of(step, rank))  # noqa: E731
+
+    def again(step: int, rank: int) -> Iterator[Part]:
+        return (Part(part.key, part.shape, part.values + 100) for part in parts_of(step, rank))
+
     save(tmp_path, 5, parts=again)
     (_, path) = checkpoint_dirs(tmp_path)[0]
     assert float(Checkpoint(path, verify(path)).read("master/0", 0, 1)) == value_of(5, "master/0") + 100
@@ -181,7 +209,9 @@ def test_a_non_finite_tensor_is_refused_and_named(bad: float, tmp_path: Path) ->
     assert not list((tmp_path / "checkpoints").glob(".step-*"))
 
 
-def test_free_space_is_looked_at_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_is_looked_at_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     needed = sum(rows * columns * 4 for rows, columns in TENSORS.values())
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda path: usage(10**12, 10**12, needed))
@@ -193,7 +223,9 @@ def test_free_space_is_looked_at_before_anything_is_written(tmp_path: Path, monk
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_rank_that_cannot_write_says_so_and_nobody_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_cannot_write_says_so_and_nobody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = checkpoint_writer.write_tensors
 
     def full(path: Path, *arguments: Any) -> Any:
@@ -213,9 +245,13 @@ def test_a_rank_that_cannot_write_says_so_and_nobody_waits_for_it(tmp_path: Path
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
 
 
-def test_saving_goes_on_beside_training_and_the_next_save_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_goes_on_beside_training_and_the_next_save_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go, write = threading.Event(), checkpoint_writer.write_tensors
-    monkeypatch.setattr(checkpoint_writer, "write_tensors", lambda *arguments: go.wait(30) and write(*arguments))
+    monkeypatch.setattr(
+        checkpoint_writer, "write_tensors", lambda *arguments: go.wait(30) and write(*arguments)
+    )
     writer = CheckpointWriter(tmp_path, 0, 1, session="s")
     values = torch.ones(1000)
     writer.save(1, [Part("master/x", (1000,), values)], {})

@@ -1,4 +1,6 @@
-"""Configs: every bad one is one short ConfigError that names field, value and remedy; the shipped ones load and are documented."""
+"""Configs: every bad one is one short ConfigError that names field, value and remedy; the shipped ones
+load and are documented.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,10 @@ BAD_OVERRIDES = [
     ("model.path=", ["model.path = ''", "not empty"]),
     ("run.dir=", ["run.dir = ''", "not empty"]),
     ("data.path=a\nb", ["data.path = 'a\\nb'", "line break (U+000A)", "single quotes"]),
-    ("data.system_prompt=\x08oxed", ["data.system_prompt = '\\x08oxed'", "a backspace (U+0008)", "single quotes"]),
+    (
+        "data.system_prompt=\x08oxed",
+        ["data.system_prompt = '\\x08oxed'", "a backspace (U+0008)", "single quotes"],
+    ),
     ("data.system_prompt=\x1b[0m", ["an escape (U+001B)"]),
     ("data.system_prompt=a\x85", ["a control character (U+0085)"]),
     ("data.system_prompt=a\udcff", ["no character", "not UTF-8"]),
@@ -87,11 +92,17 @@ BAD_OVERRIDES = [
     ("run.steps=1e3", ["run.steps = 1000.0", "whole number"]),
     ("learner.lr=2024-01-31", ["learner.lr = '2024-01-31'", "number"]),
     ("model.trust_remote_code=yes", ["model.trust_remote_code = 'yes'", "true or false"]),
-    ("rewards.functions=math_verify", ["rewards.functions", "'math_verify'", "expected a list", "name: exact_match"]),
+    (
+        "rewards.functions=math_verify",
+        ["rewards.functions", "'math_verify'", "expected a list", "name: exact_match"],
+    ),
     ("rewards.functions=[math_verify]", ["rewards.functions.0", "'math_verify'", "expected a mapping"]),
     ("rewards.functions=[]", ["rewards.functions", "at least one"]),
     ("rewards.functions=[{weight: 1.0}]", ["rewards.functions.0.name", "missing"]),
-    ("rewards.functions=[{name: exact_match, wait: 2}]", ["rewards.functions.0.wait", "did you mean 'weight'"]),
+    (
+        "rewards.functions=[{name: exact_match, wait: 2}]",
+        ["rewards.functions.0.wait", "did you mean 'weight'"],
+    ),
     # Ranges and choices
     ("run.steps=0", ["run.steps = 0", "greater than or equal to 1"]),
     ("run.seed=-1", ["run.seed = -1", "greater than or equal to 0"]),
@@ -126,7 +137,10 @@ BAD_OVERRIDES = [
     ("learner.lr=.inf", ["learner.lr = inf", "finite"]),
     ("actors.group_size=1", ["actors.group_size = 1", "greater than or equal to 2"]),
     ("actors.top_p=1.5", ["actors.top_p = 1.5", "less than or equal to 1"]),
-    ("actors.temperature=0", ["actors.temperature = 0", "vLLM would sample instead", "Set it to 0.01 or more"]),
+    (
+        "actors.temperature=0",
+        ["actors.temperature = 0", "vLLM would sample instead", "Set it to 0.01 or more"],
+    ),
     ("actors.temperature=0.0099", ["actors.temperature = 0.0099", "below 0.01"]),
     ("actors.temperature=-1.0", ["actors.temperature = -1", "below 0.01"]),
     ("eval.temperature=0.005", ["eval.temperature = 0.005", "greedily at 0", "or to 0.01 or more"]),
@@ -137,17 +151,26 @@ BAD_OVERRIDES = [
     ("buffer.mix={0-1: 0.5, 2: 0.4}", ["the shares are [0.5, 0.4]", "sum is 1"]),
     ("buffer.samples_per_insert=[1.0, 2.0]", ["buffer.samples_per_insert = [1, 2]", "buffer.max_uses = 1"]),
     ("actors.max=1", ["actors.count = 2 is not within actors.min = 1 and actors.max = 1"]),
-    ("buffer.sampler=newest", ["buffer.sampler = 'newest'", "'uniform', 'fresh', 'oldest', 'stratified' or 'priority'"]),
+    (
+        "buffer.sampler=newest",
+        ["buffer.sampler = 'newest'", "'uniform', 'fresh', 'oldest', 'stratified' or 'priority'"],
+    ),
     ("agro.beta=-0.1", ["agro.beta = -0.1", "greater than or equal to 0"]),
     ("rewards.max_error_fraction=2", ["rewards.max_error_fraction = 2", "less than or equal to 1"]),
     ("monitor.wandb=yes please", ["monitor.wandb", "'auto', 'online', 'offline' or 'off'"]),
     # What does not fit together
     ("buffer.capacity=31", ["buffer.capacity = 31", "learner.groups_per_step = 32", "Raise buffer.capacity"]),
-    ("learner.micro_batch_tokens=16 actors.max_new_tokens=100", ["learner.micro_batch_tokens = 16", "= 108", "Raise"]),
+    (
+        "learner.micro_batch_tokens=16 actors.max_new_tokens=100",
+        ["learner.micro_batch_tokens = 16", "= 108", "Raise"],
+    ),
     ("agro.lr_coef=0.1 agro.beta=0", ["agro.lr_coef > 0", "agro.beta > 0"]),
     ("agro.lr_coef=1.5", ["agro.lr_coef = 1.5", "less than or equal to 1"]),
     ("agro.beta=0 agro.ref_update_every=5", ["agro.ref_update_every = 5", "no reference to move"]),
-    ("rivals.is_correction=tis_token", ["rivals.is_correction = tis_token", "agro.weight_cap", "another learner.objective"]),
+    (
+        "rivals.is_correction=tis_token",
+        ["rivals.is_correction = tis_token", "agro.weight_cap", "another learner.objective"],
+    ),
     ("agro.target=pass@9", ["agro.target = pass@9", "actors.group_size = 8", "lower k"]),
     ("agro.target=pass", ["agro.target = 'pass'", "majority@k"]),
     ("agro.target=majority@10 actors.group_size=20", ["184756 subsets", "more than 20000", "smaller k"]),
@@ -156,14 +179,26 @@ BAD_OVERRIDES = [
     ("data.path=null", ["data.path is missing", "data.offline"]),
     ("actors.count=0", ["actors.count = 0", "data.offline alone"]),
     ("data.offline_share=0.5", ["data.offline_share = 0.5", "without data.offline"]),
-    ("data.offline=x.jsonl data.offline_share=0.5 data.path=null", ["data.offline_share = 0.5", "set data.path"]),
+    (
+        "data.offline=x.jsonl data.offline_share=0.5 data.path=null",
+        ["data.offline_share = 0.5", "set data.path"],
+    ),
     ("data.offline=x.jsonl data.offline_share=0.01", ["rounds to 0 samples"]),
     ("data.offline=x.jsonl buffer.min_staleness=2", ["buffer.min_staleness = 2", "no age"]),
-    ("buffer.min_staleness=64", ["buffer.max_staleness >= min_staleness + weights.publish_every - 1 = 65", "= 2080 (here 96)"]),
-    ("data.system_prompt=Think.", ["data.system_prompt", "data.chat_template = false", "Set data.chat_template=true"]),
+    (
+        "buffer.min_staleness=64",
+        ["buffer.max_staleness >= min_staleness + weights.publish_every - 1 = 65", "= 2080 (here 96)"],
+    ),
+    (
+        "data.system_prompt=Think.",
+        ["data.system_prompt", "data.chat_template = false", "Set data.chat_template=true"],
+    ),
     ("actors.num_gpus=2", ["actors.num_gpus = 2", "raise actors.count"]),
     ("learner.num_gpus=4", ["learner.num_gpus = 4", "raise learner.ranks"]),
-    ("model.attention=flash_attention_2", ["model.attention = flash_attention_2", "learner.num_gpus > 0", "sdpa"]),
+    (
+        "model.attention=flash_attention_2",
+        ["model.attention = flash_attention_2", "learner.num_gpus > 0", "sdpa"],
+    ),
     ("model.attention=flash_attention_2 learner.num_gpus=1", ["model.dtype = bfloat16", "here float32"]),
     # Overrides that are none
     ("learner.lr", ["'learner.lr'", "not section.key=value", "learner.lr=1e-5"]),
@@ -185,7 +220,11 @@ BAD_OVERRIDES = [
 
 @pytest.mark.parametrize(("change", "words"), BAD_OVERRIDES, ids=[change[:60] for change, _ in BAD_OVERRIDES])
 def test_a_bad_override_is_explained(example, change, words):
-    overrides = change.split(" ") if change.count(".") > 1 and change.count("=") > 1 and "[" not in change else [change]
+    overrides = (
+        change.split(" ")
+        if change.count(".") > 1 and change.count("=") > 1 and "[" not in change
+        else [change]
+    )
     message = message_of(example, *overrides)
     for word in words:
         assert word in message, message
@@ -281,7 +320,10 @@ def test_overrides_are_yaml_and_the_last_one_counts(example):
     assert config.agro.beta == 0
     assert config.eval.every == 3
     assert config.run.name == "7"
-    assert [(f.name, f.weight) for f in config.rewards.functions] == [("math_verify", 1.0), ("exact_match", 2.0)]
+    assert [(f.name, f.weight) for f in config.rewards.functions] == [
+        ("math_verify", 1.0),
+        ("exact_match", 2.0),
+    ]
 
 
 def test_a_value_may_hold_an_equals_sign(example):
@@ -308,7 +350,10 @@ WARNINGS = [
     ("agro.lr_coef=0.01", "few samples are ever of the current policy"),
     ("agro.target=pass@8", "nothing is left to centre with"),
     ("rivals.clip_low=0.1", "rivals.clip_low = 0.1: learner.objective = agro does not use that"),
-    ("learner.objective=grpo & agro.weight=geometric", "agro.weight = geometric: learner.objective = grpo does not use that"),
+    (
+        "learner.objective=grpo & agro.weight=geometric",
+        "agro.weight = geometric: learner.objective = grpo does not use that",
+    ),
     ("buffer.max_staleness=1", "evicted as stale"),
     ("learner.warmup_steps=10", "peak learning rate"),
     ("learner.offload=all", "in CPU memory anyway"),
@@ -318,7 +363,10 @@ WARNINGS = [
 
 
 def test_a_buffer_without_lag_is_no_reason_to_warn_of_evictions(example):
-    changes = [["buffer.max_staleness=0", "weights.publish_every=1"], ["buffer.max_staleness=2", "weights.publish_every=2"]]
+    changes = [
+        ["buffer.max_staleness=0", "weights.publish_every=1"],
+        ["buffer.max_staleness=2", "weights.publish_every=2"],
+    ]
     assert [load_config(example, change).warnings() for change in changes] == [[], []]
 
 
@@ -368,7 +416,7 @@ def test_the_committed_reference_is_current_and_complete():
             assert inner.description, f"{section}.{name} has no description"
 
 
-# Whatever is done to a tree, the outcome is a Config or a ConfigError ---------------------------------------------------
+# --- Whatever is done to a tree, the outcome is a Config or a ConfigError ---
 
 SCALARS = st.one_of(
     st.none(),
@@ -382,11 +430,18 @@ SCALARS = st.one_of(
 )
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 SECTIONS = [*Config.model_fields, "lerner", "", "über"]
-KEYS = [*sorted({name for model in SECTION_MODELS.values() for name in model.model_fields}), "lrr", "", "a\nb"]
+KEYS = [
+    *sorted({name for model in SECTION_MODELS.values() for name in model.model_fields}),
+    "lrr",
+    "",
+    "a\nb",
+]
 
 
 def config_or_message(function, *arguments) -> Config | str:
@@ -398,7 +453,11 @@ def config_or_message(function, *arguments) -> Config | str:
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.lists(st.tuples(st.sampled_from(SECTIONS), st.sampled_from(KEYS) | st.text(max_size=8) | st.none(), VALUES), min_size=1, max_size=4)
+    st.lists(
+        st.tuples(st.sampled_from(SECTIONS), st.sampled_from(KEYS) | st.text(max_size=8) | st.none(), VALUES),
+        min_size=1,
+        max_size=4,
+    )
 )
 def test_a_mutated_tree_is_a_config_or_a_short_config_error(mutations):
     tree = copy.deepcopy(EXAMPLE)
@@ -416,7 +475,8 @@ def test_a_mutated_tree_is_a_config_or_a_short_config_error(mutations):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.text(st.characters(codec="utf-8"), max_size=30), st.sampled_from(["", "learner.lr=", "run.name=", "rewards.functions=[", "model."])
+    st.text(st.characters(codec="utf-8"), max_size=30),
+    st.sampled_from(["", "learner.lr=", "run.name=", "rewards.functions=[", "model."]),
 )
 def test_any_text_as_an_override_is_a_config_or_a_config_error(text, before):
     path = REPOSITORY / "configs" / "llama3_8b_math.yaml"
@@ -426,5 +486,8 @@ def test_any_text_as_an_override_is_a_config_or_a_config_error(text, before):
 
 def test_a_list_with_a_wrong_entry_is_not_called_too_short():
     with pytest.raises(ConfigError, match="nam is not a known key") as refused:
-        load_config("configs/quickstart.yaml", ["rewards.functions=[{name: exact_match}, {name: exact_match, nam: x}]"])
+        load_config(
+            "configs/quickstart.yaml",
+            ["rewards.functions=[{name: exact_match}, {name: exact_match, nam: x}]"],
+        )
     assert "at least one entry" not in str(refused.value)

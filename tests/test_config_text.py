@@ -1,4 +1,6 @@
-"""The text of config files: YAML 1.2's values, texts that arrive as they were meant or are refused, and what is written reads the same."""
+"""The text of config files: YAML 1.2's values, texts that arrive as they were meant or are refused, and
+what is written reads the same.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,10 @@ VALUES: list[tuple[str, Any]] = [
     ("'7'", "7"),
     ('"null"', "null"),
     ("[1, [two, 3.0]]", [1, ["two", 3.0]]),
-    ("{0-1: 0.5, 2: 0.4, 0600: a, null: b, yes: c}", {"0-1": 0.5, "2": 0.4, "0600": "a", "null": "b", "yes": "c"}),
+    (
+        "{0-1: 0.5, 2: 0.4, 0600: a, null: b, yes: c}",
+        {"0-1": 0.5, "2": 0.4, "0600": "a", "null": "b", "yes": "c"},
+    ),
 ]
 
 
@@ -108,7 +113,10 @@ REFUSED = [
     (r'"\xi"', "single quotes"),
     (r'"\upsilon"', "single quotes"),
     (r'"\sum"', "unknown escape character 's'; a backslash in double quotes begins an escape"),
-    ("Finish with #### and the number.", "`#### and the number.` behind the text `Finish with` would be a comment"),
+    (
+        "Finish with #### and the number.",
+        "`#### and the number.` behind the text `Finish with` would be a comment",
+    ),
     ("Finish with # and the number.", "would be a comment"),
     ("Finish\t#### and", "cannot start any token"),
     ("####", "`####` behind the text `` would be a comment"),
@@ -142,7 +150,9 @@ def test_in_prose_no_comment_is_guessed(written: str) -> None:
     read(text)
     with pytest.raises(TextError, match="comment"):
         read(text, ["system_prompt"])
-    assert read("data: # of ours\n  system_prompt: 'Use'  # a mark\n  # or not\n", ["system_prompt"]) == {"data": {"system_prompt": "Use"}}
+    assert read("data: # of ours\n  system_prompt: 'Use'  # a mark\n  # or not\n", ["system_prompt"]) == {
+        "data": {"system_prompt": "Use"}
+    }
 
 
 TYPED = [
@@ -182,7 +192,10 @@ def test_null_on_the_command_line_is_none_where_there_may_be_none() -> None:
 def test_the_path_of_another_model_leaves_the_recipe_behind() -> None:
     assert load_config(QUICKSTART).model.make == "recipes.arithmetic:make_base"
     assert load_config(QUICKSTART, ["model.path=someone/model"]).model.make is None
-    assert load_config(QUICKSTART, ["model.path=.cache/arithmetic-base"]).model.make == "recipes.arithmetic:make_base"
+    assert (
+        load_config(QUICKSTART, ["model.path=.cache/arithmetic-base"]).model.make
+        == "recipes.arithmetic:make_base"
+    )
     both = load_config(QUICKSTART, ["model.path=./there", "model.make=recipes.smollm2:make"])
     assert both.model.make == "recipes.smollm2:make"
     assert load_config(QUICKSTART, ["model.make=recipes.smollm2:make"]).model.path == ".cache/arithmetic-base"
@@ -191,14 +204,35 @@ def test_the_path_of_another_model_leaves_the_recipe_behind() -> None:
 def test_a_dump_shows_what_cannot_be_seen() -> None:
     config = load_config(QUICKSTART, ["data.chat_template=true", "data.system_prompt=It's  \\boxed{}. "])
     assert "  system_prompt: 'It''s  \\boxed{}. '\n" in dump_config(config)
-    config = load_config(QUICKSTART, ["data.chat_template=true", 'data.system_prompt=a\tb\n\u200bc\xa0\nabla "d"\\'])
+    config = load_config(
+        QUICKSTART, ["data.chat_template=true", 'data.system_prompt=a\tb\n\u200bc\xa0\nabla "d"\\']
+    )
     assert '  system_prompt: "a\\x09b\\n\\u200Bc\\xA0\\x0Aabla \\"d\\"\\\\"\n' in dump_config(config)
     assert parse_text(dump_config(config), "the dump") == config
     assert "  path: configs/arithmetic\n" in dump_config(config)
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(
-    ["null", "0600", "yes", "1:30", "~", "a #b", "a: b", "- a", "\\nabla", "\nabla", "\n", " ", "'", '"', "\x7f", "\ufeff", "\u2028", "😀"]
+    [
+        "null",
+        "0600",
+        "yes",
+        "1:30",
+        "~",
+        "a #b",
+        "a: b",
+        "- a",
+        "\\nabla",
+        "\nabla",
+        "\n",
+        " ",
+        "'",
+        '"',
+        "\x7f",
+        "\ufeff",
+        "\u2028",
+        "😀",
+    ]
 )
 TREES = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**18), 10**18) | st.floats(allow_nan=False) | TEXTS,
@@ -227,7 +261,9 @@ def test_what_is_written_reads_the_same(tree: dict[str, dict[str, Any]]) -> None
 
 @settings(max_examples=100, deadline=None)
 @given(TEXTS, st.floats(1e-12, 1e3), st.integers(0, 2**32 - 1), TEXTS, st.sampled_from(["auto", "off"]))
-def test_a_config_that_is_printed_and_given_back_is_the_same(prompt: str, lr: float, seed: int, path: str, wandb: str) -> None:
+def test_a_config_that_is_printed_and_given_back_is_the_same(
+    prompt: str, lr: float, seed: int, path: str, wandb: str
+) -> None:
     tree = copy.deepcopy(load_config(QUICKSTART).model_dump())
     tree["data"] |= {"system_prompt": prompt, "chat_template": True, "path": path}
     tree["learner"]["lr"], tree["run"]["seed"], tree["monitor"]["wandb"] = lr, seed, wandb
@@ -272,7 +308,16 @@ def test_a_config_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert isinstance(load_config(path), Config)
 
 
-ESCAPES = [r"\U00110000", r"\UFFFFFFFF", r"\natural", r"\nleq", r"\nless", r"\nrightarrow", r"\nexists", r"\nsubseteq"]
+ESCAPES = [
+    r"\U00110000",
+    r"\UFFFFFFFF",
+    r"\natural",
+    r"\nleq",
+    r"\nless",
+    r"\nrightarrow",
+    r"\nexists",
+    r"\nsubseteq",
+]
 
 
 @pytest.mark.parametrize("escape", ESCAPES)

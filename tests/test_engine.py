@@ -1,4 +1,6 @@
-"""The engine against transformers: fresh samples have the log-probs of the version they name, after every kind of update."""
+"""The engine against transformers: fresh samples have the log-probs of the version they name, after
+every kind of update.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from recipes.arithmetic import make_tokenizer
-from tests.engine_scenario import MANY_TOKENS, MAX_NEW_TOKENS, NUM_LOADS, ON_UPDATE, SLOTS, TOP_P, Generated, Report, weights
+from tests.engine_scenario import (
+    MANY_TOKENS,
+    MAX_NEW_TOKENS,
+    NUM_LOADS,
+    ON_UPDATE,
+    SLOTS,
+    TOP_P,
+    Generated,
+    Report,
+    weights,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -60,8 +72,9 @@ class Observed:
 
 
 def with_two_ends_and_a_special_seven(model_dir: Path, copy: Path) -> Path:
-    """The model, whose completions end at the digit 6 too, by its generation_config.json alone, whose digit 7 is a special token,
-    and which lies there in Mistral's own format too."""
+    """The model, whose completions end at the digit 6 too, by its generation_config.json alone, whose digit 7
+    is a special token, and which lies there in Mistral's own format too.
+    """
     shutil.copytree(model_dir, copy)
     generation = json.loads((copy / "generation_config.json").read_text())
     (copy / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [EOS, SIX]}))
@@ -76,13 +89,19 @@ def with_two_ends_and_a_special_seven(model_dir: Path, copy: Path) -> Path:
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
-def observed(request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Observed:
+def observed(
+    request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Observed:
     model_dir = tiny_models[request.param]
     if request.param == "untied":
-        model_dir = with_two_ends_and_a_special_seven(model_dir, tmp_path_factory.mktemp("model") / "two-ends")
+        model_dir = with_two_ends_and_a_special_seven(
+            model_dir, tmp_path_factory.mktemp("model") / "two-ends"
+        )
     out = tmp_path_factory.mktemp("scenario") / "report.json"
     command = [sys.executable, "-m", "tests.engine_scenario", str(model_dir), str(out)]
-    result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240, check=False)
+    result = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240, check=False
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return Observed(model_dir, msgspec.json.decode(out.read_bytes(), type=Report))
 
@@ -125,7 +144,11 @@ def test_version_spans_cover_the_tokens_without_gaps(observed: Observed):
 
 
 def test_requests_that_waited_through_an_update_are_purely_of_the_new_version(observed: Observed):
-    started_after = [generated for generated in observed.phase("in flight") if generated.sample.version_spans[0].version == 1]
+    started_after = [
+        generated
+        for generated in observed.phase("in flight")
+        if generated.sample.version_spans[0].version == 1
+    ]
     assert started_after
     assert max(observed.errors_nats(generated, 1).max() for generated in started_after) < TOLERANCE_NATS
 
@@ -134,7 +157,9 @@ def test_new_requests_share_no_prefix_with_older_weights_even_while_those_are_in
     samples = observed.phase("after an update in flight")
     assert all(generated.version == 1 for generated in samples)
     assert observed.worst_nats("after an update in flight", 1) < TOLERANCE_NATS
-    assert observed.worst_nats("prefix cache not salted", 5) > 1e-2, "without the salt parity must break, or this test shows nothing"
+    assert observed.worst_nats("prefix cache not salted", 5) > 1e-2, (
+        "without the salt parity must break, or this test shows nothing"
+    )
 
 
 def test_a_tied_head_left_as_it_was_packed_would_be_seen(observed: Observed):
@@ -143,7 +168,11 @@ def test_a_tied_head_left_as_it_was_packed_would_be_seen(observed: Observed):
 
 
 def test_every_end_token_ends_a_sample_and_the_limit_is_a_reason(observed: Observed):
-    samples = [generated.sample for name in ("version 0", "version 1", "version 2") for generated in observed.phase(name)]
+    samples = [
+        generated.sample
+        for name in ("version 0", "version 1", "version 2")
+        for generated in observed.phase(name)
+    ]
     assert {sample.finish_reason for sample in samples} == {"stop", "length"}
     assert {sample.token_ids[-1] for sample in samples if sample.finish_reason == "stop"} == observed.end_ids
     for sample in samples:
@@ -156,7 +185,9 @@ def test_the_text_is_every_token_but_the_one_that_ends_it(observed: Observed):
     names = make_tokenizer().convert_ids_to_tokens
     samples = [generated.sample for generated in observed.phase("version 0")]
     for sample in samples:
-        assert sample.text == "".join(names([*sample.token_ids])[: len(sample.token_ids) - (sample.finish_reason == "stop")])
+        assert sample.text == "".join(
+            names([*sample.token_ids])[: len(sample.token_ids) - (sample.finish_reason == "stop")]
+        )
     assert any(SEVEN in sample.token_ids and "7" in sample.text for sample in samples)
 
 
@@ -174,7 +205,9 @@ def test_more_prompt_tokens_than_one_pass_takes_are_computed_by_several_passes(o
 
 
 def test_a_nucleus_raises_log_probs_by_no_more_than_what_the_learner_takes_for_it(observed: Observed):
-    """Those of the renormalised nucleus, which holds top_p of the mass or more: what learner/mismatch.py counts on."""
+    """Those of the renormalised nucleus, which holds top_p of the mass or more: what
+    learner/mismatch.py counts on.
+    """
     raised = torch.cat([-observed.differences_nats(generated, 0) for generated in observed.phase("nucleus")])
     assert raised.min() > -TOLERANCE_NATS
     assert raised.max() < -math.log(TOP_P) + TOLERANCE_NATS
@@ -189,7 +222,9 @@ def test_temperature_0_takes_the_likeliest_token(observed: Observed):
 def test_aborted_requests_are_gone_started_or_not(observed: Observed):
     assert observed.report.num_unfinished_after_abort == 0
     finished = observed.report.phases.get("aborted", [])
-    assert all(len(generated.sample.token_ids) == 1 for generated in finished), "only a first token that ends it can come before"
+    assert all(len(generated.sample.token_ids) == 1 for generated in finished), (
+        "only a first token that ends it can come before"
+    )
 
 
 class TestTruncation:
@@ -198,7 +233,9 @@ class TestTruncation:
     def test_what_is_there_is_the_beginning_of_the_whole(self, observed: Observed):
         whole = {generated.seed: generated.sample for generated in observed.phase("whole")}
         samples = [
-            generated for generated in observed.phase("truncated") if len(generated.sample.token_ids) < len(whole[generated.seed].token_ids)
+            generated
+            for generated in observed.phase("truncated")
+            if len(generated.sample.token_ids) < len(whole[generated.seed].token_ids)
         ]
         assert samples
         for generated in samples:
@@ -271,7 +308,10 @@ class TestUpdatesInTheLoop:
         pure = [generated for generated in observed.phase("loop") if len(generated.sample.version_spans) == 1]
         assert len({generated.sample.version_spans[0].version for generated in pure}) > 1
         for generated in pure:
-            assert observed.errors_nats(generated, generated.sample.version_spans[0].version).max() < TOLERANCE_NATS
+            assert (
+                observed.errors_nats(generated, generated.sample.version_spans[0].version).max()
+                < TOLERANCE_NATS
+            )
 
     def test_the_pause_is_the_load(self, observed: Observed):
         """At most 1.2x on a quiet machine; here there is none."""

@@ -1,4 +1,6 @@
-"""Exported policies: what transformers loads from them is what the checkpoint holds. (Of real ranks: tests/test_resume.py.)"""
+"""Exported policies: what transformers loads from them is what the checkpoint holds. (Of real ranks:
+tests/test_resume.py.)
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def load(directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory)
 
 
-def save_checkpoint(run_dir: Path, model: Any, model_dir: Path, *, step: int = 5, dtype: str = "float32") -> None:
+def save_checkpoint(
+    run_dir: Path, model: Any, model_dir: Path, *, step: int = 5, dtype: str = "float32"
+) -> None:
     """What ranks would save of `model`: its weights in fp32 and moments."""
     tree = config_for(str(model_dir)).model_dump()
     tree["model"]["dtype"] = dtype
@@ -56,7 +60,9 @@ def parts_of(model: Any, rank: int) -> Iterator[Part]:
 
 
 @pytest.fixture(params=["tied", "untied"])
-def trained(request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_path: Path) -> tuple[Path, Path, Any]:
+def trained(
+    request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_path: Path
+) -> tuple[Path, Path, Any]:
     """(run directory, base model's directory, a model that is no longer its base)."""
     model = load(tiny_models[request.param])
     with torch.no_grad():
@@ -66,7 +72,9 @@ def trained(request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_pa
     return tmp_path / "run", tiny_models[request.param], model
 
 
-def test_an_export_is_the_policy_with_all_that_goes_with_it(trained: tuple[Path, Path, Any], tmp_path: Path) -> None:
+def test_an_export_is_the_policy_with_all_that_goes_with_it(
+    trained: tuple[Path, Path, Any], tmp_path: Path
+) -> None:
     from safetensors.torch import load_file
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -80,16 +88,23 @@ def test_an_export_is_the_policy_with_all_that_goes_with_it(trained: tuple[Path,
     stored = load_file(out / "model.safetensors")
     assert stored.keys() == dict(model.named_parameters()).keys()  # Tied weights once.
     assert mine.config.to_diff_dict() == load(base_dir).config.to_diff_dict()
-    assert AutoTokenizer.from_pretrained(out)("1+2=").input_ids == AutoTokenizer.from_pretrained(base_dir)("1+2=").input_ids
+    assert (
+        AutoTokenizer.from_pretrained(out)("1+2=").input_ids
+        == AutoTokenizer.from_pretrained(base_dir)("1+2=").input_ids
+    )
     assert GenerationConfig.from_pretrained(out).eos_token_id == 1
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_an_exported_policy_names_every_token_at_which_its_completions_ended(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_an_exported_policy_names_every_token_at_which_its_completions_ended(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
     from transformers import GenerationConfig
 
     base = shutil.copytree(tiny_models["tied"], tmp_path / "base")
-    (base / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}<pad>{% endfor %}")
+    (base / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message.content }}<pad>{% endfor %}"
+    )
     save_checkpoint(tmp_path / "run", load(base), base)
     out = export.export(tmp_path / "run", 5, tmp_path / "out")
     assert GenerationConfig.from_pretrained(base).eos_token_id == 1
@@ -97,7 +112,9 @@ def test_an_exported_policy_names_every_token_at_which_its_completions_ended(tin
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 40_000, 10**9])
-def test_shards_hold_every_tensor_once_and_keep_to_their_size(shard_bytes: int, trained: tuple[Path, Path, Any], tmp_path: Path) -> None:
+def test_shards_hold_every_tensor_once_and_keep_to_their_size(
+    shard_bytes: int, trained: tuple[Path, Path, Any], tmp_path: Path
+) -> None:
     from safetensors import safe_open
 
     run_dir, _, model = trained
@@ -113,7 +130,9 @@ def test_shards_hold_every_tensor_once_and_keep_to_their_size(shard_bytes: int, 
     if len(sizes) > 1:
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert index["weight_map"] == {name: shard for shard, content in sizes.items() for name in content}
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in load(out).state_dict().items())
+    assert all(
+        torch.equal(tensor, model.state_dict()[name]) for name, tensor in load(out).state_dict().items()
+    )
 
 
 def test_an_export_has_the_dtype_of_the_runs_config(tiny_models: dict[str, Path], tmp_path: Path) -> None:
@@ -160,7 +179,13 @@ def test_the_command_line_exports_and_explains(tmp_path: Path, tiny_models: dict
     save_checkpoint(tmp_path / "run", model, tiny_models["tied"])
 
     def launched(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "launch.py", "export", *words], cwd=ROOT, timeout=120, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "launch.py", "export", *words],
+            cwd=ROOT,
+            timeout=120,
+            capture_output=True,
+            text=True,
+        )
 
     done = launched(str(tmp_path / "run"), "--step", "5", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
@@ -177,7 +202,9 @@ def test_the_command_line_exports_and_explains(tmp_path: Path, tiny_models: dict
         assert "Traceback" not in refused.stderr
 
 
-def test_an_export_never_has_more_than_a_few_tensors_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_never_has_more_than_a_few_tensors_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = make_tokenizer()
     model = make_llama(len(tokenizer), hidden=512, layers=8)  # 100 MB, its largest tensor 3.
     model.save_pretrained(tmp_path / "base")

@@ -1,5 +1,6 @@
-"""Every family of models that transformers and vLLM share: what actors sample is what the learner computes, before and after an update, and
-the exported policy is the trained one. Or the family is refused before anything starts.
+"""Every family of models that transformers and vLLM share: what actors sample is what the learner computes,
+before and after an update, and the exported policy is the trained one. Or the family is refused before
+anything starts.
 
 Slow tests take a sample; `make test-families` all of them, and writes docs/models.md.
 """
@@ -35,7 +36,11 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_PROMPT_TOKENS = 8
 TOLERANCE = 1e-4
 """Nats a token, on average, in float32."""
-SETTINGS: tuple[dict[str, str], ...] = ({}, {"learner.layout": "padded"}, {"learner.layout": "padded", "model.attention": "eager"})
+SETTINGS: tuple[dict[str, str], ...] = (
+    {},
+    {"learner.layout": "padded"},
+    {"learner.layout": "padded", "model.attention": "eager"},
+)
 """What the learner's own messages recommend, in this order."""
 
 
@@ -48,7 +53,9 @@ class Prepared(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Differences of log-probs, in nats a token on average: of the base, after an update, and of the exported policy served."""
+    """Differences of log-probs, in nats a token on average: of the base, after an update, and of the
+    exported policy served.
+    """
 
     base: float
     updated: float
@@ -76,7 +83,9 @@ def prepare(name: str, root: Path) -> Prepared:
 
 
 def learner(base: Path, settings: dict[str, str]) -> Any:
-    """`logprobs(sequences)` by the learner's own way, with what a start checks; raises ConfigError as a start does."""
+    """`logprobs(sequences)` by the learner's own way, with what a start checks; raises ConfigError as a
+    start does.
+    """
     attention, layout = settings.get("model.attention", "sdpa"), settings.get("learner.layout", "packed")
     check_model(
         parse_config(
@@ -104,7 +113,9 @@ def learner(base: Path, settings: dict[str, str]) -> Any:
 
 
 def compare_files(directory: Path, model: Any) -> None:
-    """The exported directory has the names of the base's, and comes back as the model, buffers too, to the last bit."""
+    """The exported directory has the names of the base's, and comes back as the model, buffers too, to
+    the last bit.
+    """
     from safetensors import safe_open
 
     names = []
@@ -132,12 +143,16 @@ def serve(root: Path, names: Sequence[str]) -> dict[str, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     while left:
         command = [sys.executable, "tests/families_scenario.py", str(root), *left]
-        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+        ended = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
+        )
         done = [name for name in left if (root / name / "served.json").exists()]
         if len(done) == 0 or (len(done) < len(left) and ended.returncode):
             # The process died of the first that has no result: an assertion in C++, for example.
             crashed = next(name for name in left if name not in done)
-            errors[crashed] = f"the process ended with {ended.returncode}: {ended.stderr.strip().splitlines()[-1:]}"
+            errors[crashed] = (
+                f"the process ended with {ended.returncode}: {ended.stderr.strip().splitlines()[-1:]}"
+            )
             done.append(crashed)
         left = [name for name in left if name not in done]
     for name in names:
@@ -172,8 +187,10 @@ SAMPLE = (
     "llama rope yarn",
     "llama padded vocabulary",
 )
-"""One of each kind of trouble: renamed and fused experts, a shared expert, latent attention, persistent buffers, transposed matrices,
-fused projections, windows, a corrected router, another rope, and an embedding larger than the tokenizer."""
+"""One of each kind of trouble: renamed and fused experts, a shared expert, latent attention, persistent
+buffers, transposed matrices, fused projections, windows, a corrected router, another rope, and an embedding
+larger than the tokenizer.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -182,12 +199,18 @@ def examined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     prepared = {name: prepare(name, root) for name in SAMPLE}
     for part in ("base", "policy"):
         make_family("gpt_oss", root / "gpt_oss" / part)
-    return root, prepared, serve(root, [*(name for name, each in prepared.items() if not each.reason), "gpt_oss"])
+    return (
+        root,
+        prepared,
+        serve(root, [*(name for name, each in prepared.items() if not each.reason), "gpt_oss"]),
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
-def test_actors_and_learner_compute_one_function(name: str, examined: tuple[Path, dict[str, Prepared], dict[str, str]]) -> None:
+def test_actors_and_learner_compute_one_function(
+    name: str, examined: tuple[Path, dict[str, Prepared], dict[str, str]]
+) -> None:
     root, prepared, errors = examined
     assert not prepared[name].reason
     assert name not in errors, errors.get(name)
@@ -195,14 +218,24 @@ def test_actors_and_learner_compute_one_function(name: str, examined: tuple[Path
 
 
 @pytest.mark.slow
-def test_parameters_that_vllm_says_it_loaded_but_kept_are_missing(examined: tuple[Path, dict[str, Prepared], dict[str, str]]) -> None:
-    """Its loader of gpt-oss copies experts past the reload: samples would be those of new weights with old experts."""
+def test_parameters_that_vllm_says_it_loaded_but_kept_are_missing(
+    examined: tuple[Path, dict[str, Prepared], dict[str, str]],
+) -> None:
+    """Its loader of gpt-oss copies experts past the reload: samples would be those of new weights with
+    old experts.
+    """
     _, _, errors = examined
-    assert re.search(r"SnapshotError: weights of version 1 lack \d+ parameters of the model: .*\.experts\.", errors["gpt_oss"])
+    assert re.search(
+        r"SnapshotError: weights of version 1 lack \d+ parameters of the model: "
+        r".*\.experts\.",
+        errors["gpt_oss"],
+    )
 
 
 @pytest.mark.slow
-def test_every_family_that_both_libraries_have_is_in_the_table(examined: tuple[Path, dict[str, Prepared], dict[str, str]]) -> None:
+def test_every_family_that_both_libraries_have_is_in_the_table(
+    examined: tuple[Path, dict[str, Prepared], dict[str, str]],
+) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as OURS
 
     root, _, _ = examined
@@ -212,14 +245,16 @@ def test_every_family_that_both_libraries_have_is_in_the_table(examined: tuple[P
 
 
 def test_the_table_in_the_docs_is_of_these_families_and_nothing_in_it_is_wrong() -> None:
-    rows = [line.split(" | ") for line in (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")][
-        1:
-    ]
+    rows = [
+        line.split(" | ")
+        for line in (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ][1:]
     assert [row[0].removeprefix("| ") for row in rows] == [*FAMILIES, *VARIANTS]
     assert all(row[1] == "exact" or row[1].startswith("refused: ") for row in rows)
 
 
-# --- all of them: `make test-families` ---------------------------------------------------------------------------
+# --- all of them: `make test-families` ---
 
 HEAD = """# Model families
 

@@ -1,4 +1,6 @@
-"""What the learner hands out is what the base's files hold, persistent buffers too. (In vLLM: tests/test_families.py.)"""
+"""What the learner hands out is what the base's files hold, persistent buffers too. (In vLLM:
+tests/test_families.py.)
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def test_names_and_shapes_are_those_of_the_files_before_anything_is_gathered(bas
     assert shapes_of(units) == shapes(base)
     assert shapes_of(file_units(load(base, device_map="meta"))) == shapes(base)
     for unit in units:
-        assert [(name, tuple(tensor.shape)) for name, tensor in unit.tensors()] == [(entry.key, entry.shape) for entry in unit.entries]
+        assert [(name, tuple(tensor.shape)) for name, tensor in unit.tensors()] == [
+            (entry.key, entry.shape) for entry in unit.entries
+        ]
 
 
 def test_files_that_have_the_names_of_the_memory_keep_them(tmp_path: Path) -> None:
@@ -53,8 +57,14 @@ def test_files_that_have_the_names_of_the_memory_keep_them(tmp_path: Path) -> No
 
 def test_a_buffer_has_its_own_dtype(tmp_path: Path) -> None:
     base = make_family("deepseek_v3", tmp_path / "base")
-    dtypes = {entry.key: entry.dtype for unit in file_units(load(base, dtype=torch.bfloat16)) for entry in unit.entries}
-    assert {name for name, dtype in dtypes.items() if dtype != "bfloat16"} == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    dtypes = {
+        entry.key: entry.dtype
+        for unit in file_units(load(base, dtype=torch.bfloat16))
+        for entry in unit.entries
+    }
+    assert {name for name, dtype in dtypes.items() if dtype != "bfloat16"} == {
+        "model.layers.1.mlp.gate.e_score_correction_bias"
+    }
     assert dtypes["model.layers.1.mlp.gate.e_score_correction_bias"] == "float32"
 
 
@@ -70,7 +80,9 @@ def test_an_export_comes_back_as_what_was_trained(base: Path, tmp_path: Path, dt
     assert buffers.keys() == dict(persistent_buffers(model)).keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor.to(again.state_dict()[name].dtype)), name
-    assert {again.state_dict()[name].dtype for name in ("model.embed_tokens.weight", "model.norm.weight")} == {getattr(torch, dtype)}
+    assert {
+        again.state_dict()[name].dtype for name in ("model.embed_tokens.weight", "model.norm.weight")
+    } == {getattr(torch, dtype)}
     if dtype == "float32":
         ids = torch.tensor([[4, 13, 5, 14, 6]])
         assert torch.equal(again(ids).logits, model(ids).logits)

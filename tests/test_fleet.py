@@ -34,17 +34,31 @@ def local_ray() -> Iterator[None]:
 class Bench:
     """A fleet of sleeping actors; `behaviour` maps names to what goes wrong with them."""
 
-    def __init__(self, directory: Path, behaviour: dict[str, str] | None = None, num_cpus: float = 1.0, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        behaviour: dict[str, str] | None = None,
+        num_cpus: float = 1.0,
+        timeout_s: float = 30.0,
+    ) -> None:
         self.directory, self.behaviour = directory, behaviour or {}
         self.told: list[str] = []
         self.released: list[str] = []
         self.orders: list[tuple[str, str]] = []
         kind = Kind(self._spawn, num_cpus=num_cpus)
-        self.fleet = Fleet(kind, retire=self._retire, release=self.released.append, tell=self.told.append, timeout_s=timeout_s)
+        self.fleet = Fleet(
+            kind,
+            retire=self._retire,
+            release=self.released.append,
+            tell=self.told.append,
+            timeout_s=timeout_s,
+        )
 
     def _spawn(self, name: str, options: dict[str, Any]) -> Any:
         actor_class = ray.remote(SleepingActor).options(max_concurrency=2, **options)
-        return actor_class.remote(name, str(self.directory), self.behaviour.get(name, self.behaviour.get("*", "")))
+        return actor_class.remote(
+            name, str(self.directory), self.behaviour.get(name, self.behaviour.get("*", ""))
+        )
 
     def _retire(self, names: list[str], how: str) -> None:
         for name in names:
@@ -102,7 +116,9 @@ def test_one_to_four_to_one_retires_the_newest_and_frees_their_places(bench: Cal
 
 
 @pytest.mark.slow
-def test_one_that_cannot_be_placed_blocks_nobody_and_says_what_is_missing(bench: Callable[..., Bench], monkeypatch: Any) -> None:
+def test_one_that_cannot_be_placed_blocks_nobody_and_says_what_is_missing(
+    bench: Callable[..., Bench], monkeypatch: Any
+) -> None:
     monkeypatch.setattr(cluster.fleet, "TELL_WAITING_S", 2.0)
     b = bench(num_cpus=1.5)
     b.fleet.scale_to(3)
@@ -118,7 +134,9 @@ def test_one_that_cannot_be_placed_blocks_nobody_and_says_what_is_missing(bench:
 
 
 @pytest.mark.slow
-def test_a_killed_actor_is_noticed_within_three_seconds_and_replaced_under_a_new_name(bench: Callable[..., Bench]) -> None:
+def test_a_killed_actor_is_noticed_within_three_seconds_and_replaced_under_a_new_name(
+    bench: Callable[..., Bench],
+) -> None:
     b = bench()
     b.run(2)
     os.kill(b.pid("actor-0"), signal.SIGKILL)
@@ -154,8 +172,12 @@ def test_a_loop_that_stands_still_while_its_process_answers_is_replaced(bench: C
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("behaviour", "cause"), [("raise", "ValueError: the engine broke"), ("return", "run() returned")])
-def test_an_actor_whose_run_ends_by_itself_is_replaced(bench: Callable[..., Bench], behaviour: str, cause: str) -> None:
+@pytest.mark.parametrize(
+    ("behaviour", "cause"), [("raise", "ValueError: the engine broke"), ("return", "run() returned")]
+)
+def test_an_actor_whose_run_ends_by_itself_is_replaced(
+    bench: Callable[..., Bench], behaviour: str, cause: str
+) -> None:
     b = bench(behaviour={"actor-0": behaviour})
     b.fleet.scale_to(1)
     b.until(lambda: b.fleet.names("running") == ["actor-0.1"])
@@ -178,10 +200,16 @@ def test_a_crash_loop_stops_with_role_cause_last_log_lines_and_a_hint(bench: Cal
 
 
 @pytest.mark.slow
-def test_a_constructor_that_raises_before_any_actor_ran_stops_at_once_and_later_is_a_death(bench: Callable[..., Bench]) -> None:
+def test_a_constructor_that_raises_before_any_actor_ran_stops_at_once_and_later_is_a_death(
+    bench: Callable[..., Bench],
+) -> None:
     b = bench(behaviour={"actor-0": "boot"})
     b.fleet.scale_to(1)
-    with pytest.raises(TrainingError, match=r"(?s)actor actor-0 could not start:.*ValueError: no such engine"):
+    with pytest.raises(
+        TrainingError,
+        match=r"(?s)actor actor-0 could not start:.*ValueError: no such "
+        r"engine",
+    ):
         b.until(lambda: False)
     later = bench(behaviour={"actor-1": "boot"})
     later.run(1)
@@ -216,7 +244,9 @@ def test_one_that_does_not_retire_is_hurried_then_killed_and_one_that_dies_retir
 
 
 @pytest.mark.slow
-def test_a_feeder_is_replaced_but_neither_scaled_nor_placed_and_the_end_retires_all(bench: Callable[..., Bench]) -> None:
+def test_a_feeder_is_replaced_but_neither_scaled_nor_placed_and_the_end_retires_all(
+    bench: Callable[..., Bench],
+) -> None:
     b = bench()
     b.fleet.add_feeder(Kind(b._spawn, is_placed=False))
     b.until(lambda: b.fleet.names("running") == ["offline"])
@@ -230,7 +260,7 @@ def test_a_feeder_is_replaced_but_neither_scaled_nor_placed_and_the_end_retires_
     assert sorted(b.orders) == [("actor-0", "now"), ("offline.1", "now")]
 
 
-# The pulse: judged by looks -------------------------------------------------------------------------------------------
+# --- The pulse: judged by looks ---
 
 
 def judge(looks: list[tuple[float, Sight | None]]) -> str | None:
@@ -254,7 +284,8 @@ EVERY_HALF_S = [number * 0.5 for number in range(1, 8)]  # 3.5 s
         ([(t * 10, Sight(t * 10)) for t in EVERY_HALF_S], "works but does not come back"),
         ([(t, None) for t in EVERY_HALF_S], None),  # Of another node.
         ([(t * 3, None) for t in EVERY_HALF_S], "no answer for 10 s"),
-        ([(100.0, Sight(1.0, is_stopped=True))], None),  # The supervisor itself was paused: it has not looked.
+        # The supervisor itself was paused: it has not looked.
+        ([(100.0, Sight(1.0, is_stopped=True))], None),
         ([(100.0 + t, Sight(1.0)) for t in EVERY_HALF_S[: MIN_LOOKS - 1]], None),
     ],
 )

@@ -1,4 +1,6 @@
-"""A model against itself before training: packed, alone, in training, ahead of time, and by its eager attention. Real tiny models."""
+"""A model against itself before training: packed, alone, in training, ahead of time, and by its eager
+attention. Real tiny models.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +41,24 @@ def test_a_model_that_keeps_packed_sequences_apart_passes(attention):
 
 def made(kind: str, **settings: Any) -> Any:
     """A tiny random model, its weights large enough to show what it attends to."""
-    small = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "init_std": 0.3}
+    small = {
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_size": 16,
+        "init_std": 0.3,
+    }
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**small, **settings))
 
 
 def test_a_model_whose_own_mask_lets_packed_sequences_see_each_other_is_found_out():
     model = made("OPTConfig", ffn_dim=32, word_embed_proj_dim=16, attn_implementation="eager")
-    with pytest.raises(ConfigError, match=r"other log-probs behind another one than alone, by .* Use learner\.layout = padded"):
+    with pytest.raises(
+        ConfigError,
+        match=r"other log-probs behind another one than alone, by .* Use "
+        r"learner\.layout = padded",
+    ):
         check_function(as_learner(model, "packed", "eager"), model, "packed")
     check_function(as_learner(model, "padded", "eager"), model, "padded")
 
@@ -60,7 +72,7 @@ def test_dropout_under_whatever_name_is_turned_off_and_what_is_left_is_found_out
         check_function(logprobs, model, "padded")
 
 
-# --- windows, caps, and what looks ahead ------------------------------------------------------------------------
+# --- windows, caps, and what looks ahead ---
 
 SMALL = {
     "vocab_size": 64,
@@ -85,7 +97,12 @@ WINDOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "handed down by some layers only": ("Exaone4", {"layer_types": ALTERNATING}),
     "known to the mask only": (
         "Qwen2Moe",
-        {"use_sliding_window": True, "max_window_layers": 4, "shared_expert_intermediate_size": 32, **MIXTURE},
+        {
+            "use_sliding_window": True,
+            "max_window_layers": 4,
+            "shared_expert_intermediate_size": 32,
+            **MIXTURE,
+        },
     ),
 }
 
@@ -93,7 +110,9 @@ WINDOWS: dict[str, tuple[str, dict[str, Any]]] = {
 def sharp(kind: str, attention: str, **settings: Any) -> Any:
     """A tiny model whose attention shows in its log-probs."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**copy.deepcopy({**SMALL, "sliding_window": 16, **settings}))
+    config = getattr(transformers, f"{kind}Config")(
+        **copy.deepcopy({**SMALL, "sliding_window": 16, **settings})
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -111,10 +130,17 @@ def by_definition(model: Any, sequence: TokenSequence) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("which", WINDOWS)
-def test_windows_shorter_than_the_sequences_are_kept_in_training_and_evaluation(which: str, layout: Any) -> None:
+def test_windows_shorter_than_the_sequences_are_kept_in_training_and_evaluation(
+    which: str, layout: Any
+) -> None:
     kind, settings = WINDOWS[which]
-    sequences = [TokenSequence([3 + (i * i + n) % 12 for i in range(n)], [3 + i * n % 13 for i in range(40 - n)]) for n in (3, 9, 30)]
-    expected = torch.cat([by_definition(sharp(kind, "eager", **settings), sequence) for sequence in sequences])
+    sequences = [
+        TokenSequence([3 + (i * i + n) % 12 for i in range(n)], [3 + i * n % 13 for i in range(40 - n)])
+        for n in (3, 9, 30)
+    ]
+    expected = torch.cat(
+        [by_definition(sharp(kind, "eager", **settings), sequence) for sequence in sequences]
+    )
     model = sharp(kind, "sdpa", **settings)
     logprobs = as_learner(model, layout, "sdpa")
     check_function(logprobs, model, layout)
@@ -126,7 +152,10 @@ def test_windows_shorter_than_the_sequences_are_kept_in_training_and_evaluation(
 def test_the_windows_matter_so_that_keeping_them_means_something() -> None:
     for kind, settings in WINDOWS.values():
         wide, narrow = (
-            by_definition(sharp(kind, "eager", **settings, sliding_window=w), TokenSequence([3], [*range(3, 43)])) for w in (99, 16)
+            by_definition(
+                sharp(kind, "eager", **settings, sliding_window=w), TokenSequence([3], [*range(3, 43)])
+            )
+            for w in (99, 16)
         )
         assert (wide - narrow).abs().mean() > 0.01 or settings.get("use_sliding_window") is False
 
@@ -145,7 +174,11 @@ def test_a_window_that_an_attention_forgets_is_found_out_by_a_few_tokens() -> No
         finally:
             forgetful.sliding_window = before
 
-    with pytest.raises(ConfigError, match=r"other log-probs than by its eager attention, .* Set model\.attention=eager"):
+    with pytest.raises(
+        ConfigError,
+        match=r"other log-probs than by its eager attention, .* Set "
+        r"model\.attention=eager",
+    ):
         check_function(without, model, "packed")
     check_function(without, model, "packed", longest=WINDOW * 4)
     assert forgetful.sliding_window == 16
@@ -155,7 +188,9 @@ def test_a_window_that_an_attention_forgets_is_found_out_by_a_few_tokens() -> No
 def test_a_capped_attention_is_refused_packed_with_a_remedy_that_keeps_the_cap() -> None:
     model = sharp("Gemma2", "sdpa", query_pre_attn_scalar=32, head_dim=32)
     with pytest.raises(
-        ConfigError, match=r"has a softcap in its attention, which model\.attention = sdpa leaves out.* Set model\.attention=eager"
+        ConfigError,
+        match=r"has a softcap in its attention, which model\.attention = sdpa leaves out.* Set "
+        r"model\.attention=eager",
     ):
         check_function(as_learner(model, "packed", "sdpa"), model, "packed")
     model = sharp("Gemma2", "eager", query_pre_attn_scalar=32, head_dim=32)
@@ -165,5 +200,9 @@ def test_a_capped_attention_is_refused_packed_with_a_remedy_that_keeps_the_cap()
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_model_that_looks_ahead_is_found_out(layout: Any) -> None:
     model = sharp("Bert", "sdpa", is_decoder=False)
-    with pytest.raises(ConfigError, match=r"BertLMHeadModel gives tokens other log-probs once others follow, .* looks ahead"):
+    with pytest.raises(
+        ConfigError,
+        match=r"BertLMHeadModel gives tokens other log-probs once others follow, "
+        r".* looks ahead",
+    ):
         check_function(as_learner(model, layout, "eager"), model, layout)

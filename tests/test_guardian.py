@@ -30,7 +30,14 @@ time.sleep(300)
 @pytest.mark.slow
 def test_children_and_orphans_of_the_session_end_with_a_killed_driver_and_nothing_else_does() -> None:
     driver = subprocess.Popen([sys.executable, "-c", DRIVER], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "/nowhere/session_2026-01-02_03-04-05_678901_1/x"])
+    stranger = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import time; time.sleep(60)",
+            "/nowhere/session_2026-01-02_03-04-05_678901_1/x",
+        ]
+    )
     try:
         assert driver.stdout is not None
         family = [psutil.Process(int(pid)) for pid in driver.stdout.readline().split()]

@@ -1,4 +1,6 @@
-"""Bad numbers, bad batches and bad moments: skipped on all ranks, kept, told, and the run ends only when it must."""
+"""Bad numbers, bad batches and bad moments: skipped on all ranks, kept, told, and the run ends only
+when it must.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def sample_of(*versions: int, **changes: Any) -> Sample:
     known = {
         "token_ids": tuple(range(3, 3 + length)),
         "logprobs": (-0.5,) * len(versions),
-        "version_spans": tuple(VersionSpan(version, place, place + 1) for place, version in enumerate(versions)),
+        "version_spans": tuple(
+            VersionSpan(version, place, place + 1) for place, version in enumerate(versions)
+        ),
         "finish_reason": "stop",
         "text": "12\n",
         "reward": 1.0,
@@ -56,7 +60,7 @@ def alone(value: Any) -> list[Any]:
     return [value]
 
 
-# --- under ZeRO-3 -------------------------------------------------------------------------------------------------------
+# --- under ZeRO-3 ---
 
 
 @pytest.mark.slow
@@ -64,7 +68,9 @@ def alone(value: Any) -> list[Any]:
 def test_what_is_not_finite_on_one_rank_skips_the_step_on_all_as_if_the_batch_had_never_been(
     num_ranks: int, tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Weights, moments and step counts bit for bit; nothing is left of the gradient; three in a row end it with the batch kept."""
+    """Weights, moments and step counts bit for bit; nothing is left of the gradient; three in a row end
+    it with the batch kept.
+    """
     config = config_for(str(tiny_models["untied"]), ranks=num_ranks)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     run_ranks(guards_scenario.main, num_ranks, tmp_path)
@@ -80,13 +86,22 @@ def test_what_is_not_finite_on_one_rank_skips_the_step_on_all_as_if_the_batch_ha
     assert by_kind["gradient"][0] == {}
     reasons = {kind: set(skip[0].values()) for kind, skip in by_kind.items() if kind != "gradient"}
     policy = {"log-probs by the policy"}
-    expected = {"policy": policy, "first pass": policy, "reference": {"log-probs by the reference"}, "loss": {"loss"}, "reward": {"reward"}}
+    expected = {
+        "policy": policy,
+        "first pass": policy,
+        "reference": {"log-probs by the reference"},
+        "loss": {"loss"},
+        "reward": {"reward"},
+    }
     assert reasons == expected
     stop = STEPS.index("reward")
     assert (found["stopped"]["step"], found["stopped"]["metrics"]["guard/skipped_steps"]) == (stop, 6)
     kept = tmp_path / "bad-batches" / f"step-{stop:06d}.msgpack"
     for error in found["stopped"]["errors"]:
-        assert f"3 learner steps in a row were skipped, the last is step {stop}: not finite: reward of group" in error
+        assert (
+            f"3 learner steps in a row were skipped, the last is step {stop}: not finite: reward of group"
+            in error
+        )
         assert str(kept) in error
     assert len(found["events"]) == 5
     assert "learner step 2 skipped: not finite: log-probs by the policy of group 20" in found["events"][0]
@@ -98,7 +113,9 @@ def test_what_is_not_finite_on_one_rank_skips_the_step_on_all_as_if_the_batch_ha
 
 
 def check_mismatch(found: dict[str, Any]) -> None:
-    """What others drew ends the run on all ranks before the step; what the policy drew is told, in numbers that all ranks share."""
+    """What others drew ends the run on all ranks before the step; what the policy drew is told, in
+    numbers that all ranks share.
+    """
     assert len(set(found["errors"])) == 1
     assert "the actors do not sample from what the learner computes" in found["errors"][0]
     assert all(found["is_unchanged"])
@@ -119,11 +136,13 @@ def run_cli(*words: str) -> int:
         sys.argv = before
 
 
-# --- in one process -----------------------------------------------------------------------------------------------------
+# --- in one process ---
 
 
 @pytest.mark.parametrize("kind", ["policy", "gradient", "first pass", "loss", "reward"])
-def test_a_plain_policy_is_not_moved_by_a_skipped_step_either(kind: str, tiny_models: dict[str, Path]) -> None:
+def test_a_plain_policy_is_not_moved_by_a_skipped_step_either(
+    kind: str, tiny_models: dict[str, Path]
+) -> None:
     config = config_for(str(tiny_models["tied"]))
     objective = SpoiltObjective(load_objective("agro", config.agro))
     policy, updater = plain_updater(config, objective)
@@ -174,7 +193,7 @@ def test_a_batch_that_brings_a_bad_number_is_skipped_by_the_name_of_its_group(
     assert math.isfinite(batch_metrics(batch)["reward/mean"]), "what is told of the batch is not spoilt"
 
 
-# --- skipped steps ------------------------------------------------------------------------------------------------------
+# --- skipped steps ---
 
 
 SKIP = Skip(reasons={7: "reward"})
@@ -194,14 +213,25 @@ def test_only_skips_in_a_row_end_the_run_and_a_checkpoint_carries_their_count(tm
     again = guards()
     again.set_state(json.loads(json.dumps(first.get_state())))
     assert again.metrics() == {"guard/skipped_steps": 4.0, "guard/alarms": 0.0}
-    with pytest.raises(TrainingError, match=r"(?s)the last is step 5: not finite: reward of group 7.*step-000005.msgpack"):
+    with pytest.raises(
+        TrainingError,
+        match=r"(?s)the last is step 5: not finite: reward of group "
+        r"7.*step-000005.msgpack",
+    ):
         again.judge(5, payload, {}, SKIP)
     assert set(again.metrics()) <= METRICS.keys()
 
 
-def test_another_rank_than_the_first_writes_and_tells_nothing_and_ends_with_the_same_words(tmp_path: Path) -> None:
+def test_another_rank_than_the_first_writes_and_tells_nothing_and_ends_with_the_same_words(
+    tmp_path: Path,
+) -> None:
     told: list[str] = []
-    guards = Guards(tmp_path / "bad", 1, tell=told.append, share=lambda value: ["its batch is kept in X"] if value is None else [value])
+    guards = Guards(
+        tmp_path / "bad",
+        1,
+        tell=told.append,
+        share=lambda value: ["its batch is kept in X"] if value is None else [value],
+    )
     for step in range(2):
         guards.judge(step, b"", {}, SKIP)
     with pytest.raises(TrainingError, match="its batch is kept in X"):
@@ -210,7 +240,9 @@ def test_another_rank_than_the_first_writes_and_tells_nothing_and_ends_with_the_
     assert not (tmp_path / "bad").exists()
 
 
-def test_a_full_disk_costs_the_kept_batch_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_costs_the_kept_batch_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -220,7 +252,7 @@ def test_a_full_disk_costs_the_kept_batch_and_not_the_run(tmp_path: Path, monkey
     assert "its batch could not be kept: [Errno 28] No space left on device" in told[0]
 
 
-# --- staleness ----------------------------------------------------------------------------------------------------------
+# --- staleness ---
 
 
 @pytest.mark.parametrize(
@@ -241,18 +273,26 @@ def test_a_sample_that_is_too_old_is_an_error_though_the_buffer_let_it_through(
         check_staleness(batch, max_staleness)
         return
     oldest = min(sample.oldest_version for sample in samples if sample.oldest_version is not None)
-    with pytest.raises(StalenessError, match=rf"group 7 reached learner step 9 with tokens of version {oldest}, .*= {max_staleness}\."):
+    with pytest.raises(
+        StalenessError,
+        match=r"group 7 reached learner step 9 with tokens of version "
+        rf"{oldest}, .*= {max_staleness}\.",
+    ):
         check_staleness(batch, max_staleness)
 
 
-# --- alarms -------------------------------------------------------------------------------------------------------------
+# --- alarms ---
 
 LOSS, KL = "agro/residual_std", "agro/kl_ref"
 
 
 def alarms_of(series: list[dict[str, float]]) -> list[tuple[int, str]]:
     alarms = Alarms()
-    return [(step, event.split(" at ")[0]) for step, metrics in enumerate(series) for event in alarms.observe(step, metrics)]
+    return [
+        (step, event.split(" at ")[0])
+        for step, metrics in enumerate(series)
+        for event in alarms.observe(step, metrics)
+    ]
 
 
 def noisy(count: int) -> list[dict[str, float]]:
@@ -267,15 +307,27 @@ SERIES: dict[str, tuple[list[dict[str, float]], list[tuple[int, str]]]] = {
     "both": ([*noisy(30), {LOSS: 9.0, KL: 5.0}], [(30, "loss spike"), (30, "KL spike")]),
     "down is no spike": ([*noisy(30), {LOSS: 0.0, KL: -50.0}], []),
     "slow growth": ([{LOSS: 1.0 + 0.05 * step} for step in range(200)], []),
-    "another level": ([*noisy(WINDOW), *({LOSS: 9.0 + 0.1 * (step % 5)} for step in range(100))], [(WINDOW, "loss spike")]),
+    "another level": (
+        [*noisy(WINDOW), *({LOSS: 9.0 + 0.1 * (step % 5)} for step in range(100))],
+        [(WINDOW, "loss spike")],
+    ),
     "spikes in a row are told once in a while": (
         [{LOSS: 9.0 if step >= 30 and step % 5 == 0 else 1.0 + 0.1 * (step % 5)} for step in range(80)],
         [(30, "loss spike"), (30 + QUIET_STEPS, "loss spike")],
     ),
-    "hardly any spread": ([*({LOSS: 1.0} for _ in range(40)), {LOSS: 1.1}, {LOSS: 1.3}], [(41, "loss spike")]),
-    "not finite is left out": ([*noisy(30), {LOSS: math.nan, KL: math.inf}, {}, {LOSS: 9.0}], [(32, "loss spike")]),
+    "hardly any spread": (
+        [*({LOSS: 1.0} for _ in range(40)), {LOSS: 1.1}, {LOSS: 1.3}],
+        [(41, "loss spike")],
+    ),
+    "not finite is left out": (
+        [*noisy(30), {LOSS: math.nan, KL: math.inf}, {}, {LOSS: 9.0}],
+        [(32, "loss spike")],
+    ),
     "gradient norm where nothing is known of the loss": (
-        [*({LOSS: math.nan, "optim/grad_norm": 1.0 + 0.1 * (step % 5)} for step in range(30)), {"optim/grad_norm": 40.0}],
+        [
+            *({LOSS: math.nan, "optim/grad_norm": 1.0 + 0.1 * (step % 5)} for step in range(30)),
+            {"optim/grad_norm": 40.0},
+        ],
         [(30, "loss spike")],
     ),
 }
@@ -293,14 +345,17 @@ def test_an_alarm_says_what_and_how_much_and_goes_on_from_its_state() -> None:
         first.observe(step, metrics)
     again.set_state(json.loads(json.dumps(first.get_state())))
     (event,) = again.observe(40, {LOSS: 9.0})
-    assert event.startswith("loss spike at learner step 40: agro/residual_std = 9, above 2.2, which is the median of the last 40 steps")
+    assert event.startswith(
+        "loss spike at learner step 40: agro/residual_std = 9, above 2.2, which is the "
+        "median of the last 40 steps"
+    )
     assert first.observe(40, {LOSS: 9.0}) == [event]
     assert again.observe(50, {LOSS: 99.0}) == [], "quiet for a while"
     assert again.count == 1
     assert first.get_state()["told"] == {"loss spike": 40}
 
 
-# --- inspect-batch ------------------------------------------------------------------------------------------------------
+# --- inspect-batch ---
 
 
 def a_bad_batch(directory: Path, step: int = 12) -> Path:
@@ -316,7 +371,9 @@ def a_bad_batch(directory: Path, step: int = 12) -> Path:
     return path
 
 
-def test_inspect_batch_shows_what_a_reader_looks_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_batch_shows_what_a_reader_looks_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = a_bad_batch(tmp_path)
     assert run_cli("inspect-batch", str(path)) == 0
     text = capsys.readouterr().out
@@ -325,15 +382,25 @@ def test_inspect_batch_shows_what_a_reader_looks_for(tmp_path: Path, capsys: pyt
     assert lines[1] == "1 groups, 4 samples; gradient norm !nan"
     assert lines[3] == "! group 7, row 3, 1 uses: reward"
     assert lines[4] == "prompt      '7+5='"
-    assert lines[5].endswith("reward 1, versions 3-9 (staleness 9), mean log-prob -0.5 when sampled, -0.75 by the policy, 2 tokens, stop")
+    assert lines[5].endswith(
+        "reward 1, versions 3-9 (staleness 9), mean log-prob -0.5 when sampled, -0.75 "
+        "by the policy, 2 tokens, stop"
+    )
     assert lines[6] == r"'12\n'"
-    assert "reward !inf, version 10 (staleness 2), mean log-prob -0.5 when sampled, !nan by the policy, reference sum -4.25" in lines[7]
+    assert (
+        "reward !inf, version 10 (staleness 2), mean log-prob -0.5 when sampled, !nan by the policy, "
+        "reference sum -4.25" in lines[7]
+    )
     assert "mean log-prob !nan when sampled" in lines[9]
     assert max(map(len, lines)) < 300
-    assert lines[11].endswith("reward -, offline, mean log-prob unknown when sampled, 1 tokens, stop, error 'timeout after 5 s'")
+    assert lines[11].endswith(
+        "reward -, offline, mean log-prob unknown when sampled, 1 tokens, stop, error 'timeout after 5 s'"
+    )
 
 
-def test_inspect_batch_decodes_with_a_tokenizer(tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_batch_decodes_with_a_tokenizer(
+    tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = a_bad_batch(tmp_path)
     assert run_cli("inspect-batch", str(path), "--tokenizer", str(tiny_models["tied"])) == 0
     assert r"'12\n'" not in capsys.readouterr().out
@@ -342,7 +409,9 @@ def test_inspect_batch_decodes_with_a_tokenizer(tiny_models: dict[str, Path], tm
 
 
 @pytest.mark.parametrize("what", ["missing", "torn", "something else", "another format"])
-def test_inspect_batch_says_in_one_line_that_a_file_is_no_such_batch(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_batch_says_in_one_line_that_a_file_is_no_such_batch(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = a_bad_batch(tmp_path)
     if what == "missing":
         path.unlink()

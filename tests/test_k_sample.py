@@ -1,4 +1,6 @@
-"""pass@k and majority@k: the leave-one-out estimators against brute force over every group, and the U-statistics against subsets."""
+"""pass@k and majority@k: the leave-one-out estimators against brute force over every group, and the
+U-statistics against subsets.
+"""
 
 import itertools
 import math
@@ -40,7 +42,9 @@ def expected_value(target, k, policy):
 
 def advantages_of(target, k, group):
     rewards = REWARDS if target == "pass" else MAJORITY_REWARDS
-    return k_sample_advantages(rewards[group], torch.zeros(len(group), dtype=torch.int64), target=target, k=k, answers=ANSWERS[group])
+    return k_sample_advantages(
+        rewards[group], torch.zeros(len(group), dtype=torch.int64), target=target, k=k, answers=ANSWERS[group]
+    )
 
 
 CASES = [(target, n, k) for target in ("pass", "majority") for n in (2, 3, 4, 5) for k in (1, 2, 3) if k <= n]
@@ -70,18 +74,29 @@ def test_with_more_samples_than_k_advantages_have_mean_zero_under_any_policy(tar
 
 
 def test_centring_the_transformed_rewards_as_if_they_were_rewards_would_be_biased():
-    """So that the test above can fail: the value of the sets that hold j depends on y_i, where they hold i too."""
+    """So that the test above can fail: the value of the sets that hold j depends on y_i, where they
+    hold i too.
+    """
     leaf, n, k = THETA.clone().requires_grad_(), 3, 2
     exact = torch.autograd.grad(expected_value("pass", k, leaf.softmax(0)), leaf)[0]
     policy, found = THETA.softmax(0), torch.zeros(Y, dtype=torch.float64)
     for outcomes in itertools.product(range(Y), repeat=n):
         shared = [
-            sum(value_of("pass", [outcomes[j] for j in subset]) for subset in itertools.combinations(range(n), k) if i in subset) / 2
+            sum(
+                value_of("pass", [outcomes[j] for j in subset])
+                for subset in itertools.combinations(range(n), k)
+                if i in subset
+            )
+            / 2
             for i in range(n)
         ]
-        gain = torch.tensor([k * (shared[i] - (sum(shared) - shared[i]) / (n - 1)) for i in range(n)], dtype=torch.float64)
+        gain = torch.tensor(
+            [k * (shared[i] - (sum(shared) - shared[i]) / (n - 1)) for i in range(n)], dtype=torch.float64
+        )
         group = torch.tensor(outcomes)
-        found += policy[group].prod() * (gain[:, None] * (torch.eye(Y, dtype=torch.float64) - policy)[group]).mean(0)
+        found += policy[group].prod() * (
+            gain[:, None] * (torch.eye(Y, dtype=torch.float64) - policy)[group]
+        ).mean(0)
     assert (found - exact).abs().max() > 0.3 * exact.abs().max()
 
 
@@ -124,7 +139,15 @@ def test_what_cannot_be_estimated_is_refused_by_name(options, named):
 def batch_of(rewards, logprobs, reference, **more):
     index = torch.arange(len(rewards))
     return TokenBatch(
-        logprobs, torch.full_like(logprobs, -1.0), index, rewards, reference, index * 0, torch.zeros(len(rewards)), num_groups=1, **more
+        logprobs,
+        torch.full_like(logprobs, -1.0),
+        index,
+        rewards,
+        reference,
+        index * 0,
+        torch.zeros(len(rewards)),
+        num_groups=1,
+        **more,
     )
 
 

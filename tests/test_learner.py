@@ -82,7 +82,9 @@ def test_a_dead_rank_starts_the_whole_gang_again(planted: Any) -> None:
     assert learner.num_deaths == 1
 
 
-def test_five_deaths_within_half_an_hour_end_the_run_with_the_cause_and_five_in_two_hours_do_not(planted: Any) -> None:
+def test_five_deaths_within_half_an_hour_end_the_run_with_the_cause_and_five_in_two_hours_do_not(
+    planted: Any,
+) -> None:
     learner = planted()
     for number in range(8):
         planted.clock[0] = number * 1000.0
@@ -92,7 +94,10 @@ def test_five_deaths_within_half_an_hour_end_the_run_with_the_cause_and_five_in_
         Gang.deaths = [RankDied("killed")]
         learner.look()
     Gang.deaths = [RankDied("learner rank 0 died: out of memory")]
-    with pytest.raises(TrainingError, match="died 5 times within 30 minutes, the last time: learner rank 0 died: out of memory"):
+    with pytest.raises(
+        TrainingError,
+        match="died 5 times within 30 minutes, the last time: learner rank 0 died: out of memory",
+    ):
         learner.look()
 
 
@@ -114,10 +119,20 @@ def test_without_checkpoints_a_dead_rank_ends_the_run(planted: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_killed_ranks_and_a_killed_driver_cost_no_step_no_prompt_and_no_group(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    """Two ranks; one is killed, then the driver's whole process group; the run is submitted again and ends at its step count."""
+def test_killed_ranks_and_a_killed_driver_cost_no_step_no_prompt_and_no_group(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Two ranks; one is killed, then the driver's whole process group; the run is submitted again and
+    ends at its step count.
+    """
     run_dir, steps = tmp_path / "run", 26
-    more = ("learner.ranks=2", "learner.num_cpus=0.5", "checkpoint.every=4", "buffer.max_uses=2", "run.timeout_s=120")
+    more = (
+        "learner.ranks=2",
+        "learner.num_cpus=0.5",
+        "checkpoint.every=4",
+        "buffer.max_uses=2",
+        "run.timeout_s=120",
+    )
     process = start_train(tiny_models["tied"], run_dir, steps, *more)
     wait_for_step(process, run_dir, 6)
     ranks = [p for p in processes_of(run_dir, [process.pid]) if "LearnerRank" in " ".join(p.cmdline())]
@@ -148,11 +163,15 @@ def test_killed_ranks_and_a_killed_driver_cost_no_step_no_prompt_and_no_group(ti
     assert rows[-1]["progress/step"] == steps
     found = audit_run(run_dir)
     assert found["violations"] == []
-    ledger = [json.loads(line) for path in run_dir.glob("ledger*.jsonl") for line in path.read_text().splitlines()]
+    ledger = [
+        json.loads(line) for path in run_dir.glob("ledger*.jsonl") for line in path.read_text().splitlines()
+    ]
     leased = {line["group_id"] for line in ledger if line["event"] == "leased"}
     assert leased == set(range(len(leased))), "no prompt was skipped"
     trained = [(line["step"], line["group_id"]) for line in ledger if line["event"] == "trained"]
-    assert len(trained) == len(set(trained)) == 8 * steps, "every batch was taken once, however often its step was done"
+    assert len(trained) == len(set(trained)) == 8 * steps, (
+        "every batch was taken once, however often its step was done"
+    )
     (wandb_id,) = {path.name.rsplit("-", 1)[1] for path in run_dir.glob("wandb/offline-run-*")}
     assert wandb_id == (run_dir / "wandb_id").read_text().strip()
     assert any("continuing the run" in event["text"] for event in rows_of(run_dir, "events"))

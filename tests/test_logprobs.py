@@ -1,4 +1,6 @@
-"""Log-probs without the logits: the full computation's values and gradients, in memory that does not grow with tokens x vocabulary."""
+"""Log-probs without the logits: the full computation's values and gradients, in memory that does not
+grow with tokens x vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ VOCABULARY = 97
 TEMPERATURE = 0.7
 
 
-def head_inputs(dtype: torch.dtype, tokens: int = 211, vocabulary: int = VOCABULARY) -> tuple[torch.Tensor, ...]:
+def head_inputs(
+    dtype: torch.dtype, tokens: int = 211, vocabulary: int = VOCABULARY
+) -> tuple[torch.Tensor, ...]:
     """hidden, weight, bias, targets, and a coefficient for each token."""
     random = torch.Generator().manual_seed(0)
 
@@ -30,13 +34,17 @@ def head_inputs(dtype: torch.dtype, tokens: int = 211, vocabulary: int = VOCABUL
     return normal(tokens, 24), normal(vocabulary, 24), normal(vocabulary), targets, coefficients
 
 
-def whole(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+def whole(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor:
     logits = torch.nn.functional.linear(hidden, weight, bias) / TEMPERATURE
     return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.detach().double() - expected.detach().double()).norm() / expected.detach().double().norm())
+    return float(
+        (found.detach().double() - expected.detach().double()).norm() / expected.detach().double().norm()
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -64,12 +72,15 @@ def test_chunked_log_probs_are_the_full_ones_in_value_and_gradient(
 
 def test_bfloat16_weights_give_float32_log_probs_and_sums_of_gradients() -> None:
     hidden, weight, bias, targets, coefficients = head_inputs(torch.bfloat16, tokens=4000)
-    found = linear_logprobs(hidden, weight, targets, TEMPERATURE, bias, chunk_bytes=50 * VOCABULARY * 4, kept_bytes=0)
+    found = linear_logprobs(
+        hidden, weight, targets, TEMPERATURE, bias, chunk_bytes=50 * VOCABULARY * 4, kept_bytes=0
+    )
     assert found.dtype == torch.float32
     gradients = torch.autograd.grad((found * coefficients).sum(), (hidden, weight, bias))
     wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight, bias)]
     expected = whole(*wide, targets)
-    assert (found - expected).abs().max() < 0.3  # A logit of 20 is rounded by 0.06 in bfloat16, by the matrix product itself.
+    # A logit of 20 is rounded by 0.06 in bfloat16, by the matrix product itself.
+    assert (found - expected).abs().max() < 0.3
     for mine, full in zip(gradients, torch.autograd.grad((expected * coefficients).sum(), wide), strict=True):
         assert mine.dtype == torch.bfloat16
         assert distance(mine, full) < 0.02
@@ -98,7 +109,11 @@ def test_what_does_not_fit_is_refused() -> None:
     hidden, weight, _, targets, _ = head_inputs(torch.float32)
     with pytest.raises(ConfigError, match=r"temperature is 0\.0"):
         linear_logprobs(hidden, weight, targets, 0.0)
-    with pytest.raises(ValueError, match=r"hidden \(211, 24\), weight \(97, 24\), targets \(210,\) do not fit"):
+    with pytest.raises(
+        ValueError,
+        match=r"hidden \(211, 24\), weight \(97, 24\), targets \(210,\) do not "
+        r"fit",
+    ):
         linear_logprobs(hidden, weight, targets[1:], 1.0)
 
 
@@ -110,7 +125,9 @@ class LivePeak(TorchDispatchMode):
         self.alive = self.peak = 0
         self._seen: set[int] = set()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         found = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
             if isinstance(tensor, torch.Tensor):
@@ -135,7 +152,9 @@ def peak_bytes(tokens: int, vocabulary: int, *, chunked: bool) -> int:
     hidden, weight, bias, targets, _ = head_inputs(torch.float32, tokens, vocabulary)
     with LivePeak() as memory:
         if chunked:
-            linear_logprobs(hidden, weight, targets, TEMPERATURE, bias, chunk_bytes=1 << 18, kept_bytes=1 << 18).sum().backward()
+            linear_logprobs(
+                hidden, weight, targets, TEMPERATURE, bias, chunk_bytes=1 << 18, kept_bytes=1 << 18
+            ).sum().backward()
         else:
             whole(hidden, weight, bias, targets).sum().backward()
     return memory.peak - (hidden.nbytes + weight.nbytes)
@@ -146,12 +165,13 @@ def test_the_peak_of_chunked_log_probs_does_not_grow_with_tokens_times_vocabular
     chunked = [peak_bytes(*size, chunked=True) for size in sizes]
     full = [peak_bytes(*size, chunked=False) for size in sizes]
     logits = [tokens * vocabulary * 4 for tokens, vocabulary in sizes]
-    assert all(peak >= 2 * size for peak, size in zip(full, logits, strict=True))  # The instrument sees what is there.
+    # The instrument sees what is there.
+    assert all(peak >= 2 * size for peak, size in zip(full, logits, strict=True))
     assert max(chunked) < 6 * (1 << 18) + 4096 * 32  # Chunks, kept logits and a few numbers a token.
     assert max(chunked) < full[-1] / 20
 
 
-# --- in a model -------------------------------------------------------------------------------------------------------
+# --- in a model ---
 
 
 def tiny(family: str, **more: Any) -> Any:
@@ -177,7 +197,10 @@ def tiny(family: str, **more: Any) -> Any:
 def sequences() -> list[TokenSequence]:
     random = torch.Generator().manual_seed(1)
     return [
-        TokenSequence(torch.randint(3, 97, (p,), generator=random).tolist(), torch.randint(3, 97, (c,), generator=random).tolist())
+        TokenSequence(
+            torch.randint(3, 97, (p,), generator=random).tolist(),
+            torch.randint(3, 97, (c,), generator=random).tolist(),
+        )
         for p, c in ((3, 9), (11, 2), (1, 30), (5, 0), (8, 8))
     ]
 
@@ -197,19 +220,25 @@ def sequences() -> list[TokenSequence]:
         ("Cohere", {}, False),
     ],
 )
-def test_models_give_the_log_probs_and_gradients_of_their_whole_logits(family: str, more: dict, has_head: bool, layout: str) -> None:
+def test_models_give_the_log_probs_and_gradients_of_their_whole_logits(
+    family: str, more: dict, has_head: bool, layout: str
+) -> None:
     model = tiny(family, **more)
     names = [name for name, _ in model.named_parameters()]
     inputs = collate(sequences(), layout, pad_id=0)  # type: ignore[arg-type]
     found = {}
-    for kind in ("whole", "chunked"):  # The second pass comes after the head and the attention were exchanged.
+    # The second pass comes after the head and the attention were exchanged.
+    for kind in ("whole", "chunked"):
         if kind == "whole":
             logprobs = token_logprobs(model(**inputs.model_kwargs()).logits, inputs, TEMPERATURE)
         else:
             logprobs = TokenLogprobs(model, layout, "sdpa")(model, inputs, TEMPERATURE)  # type: ignore[arg-type]
         model.zero_grad()
         (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
-        found[kind] = (logprobs.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+        found[kind] = (
+            logprobs.detach(),
+            torch.cat([parameter.grad.flatten() for parameter in model.parameters()]),
+        )
     assert isinstance(model.get_output_embeddings(), LogprobHead) == has_head
     torch.testing.assert_close(found["chunked"][0], found["whole"][0], rtol=0, atol=1e-5)
     assert distance(found["chunked"][1], found["whole"][1]) < 1e-5
@@ -229,7 +258,9 @@ def test_a_head_that_is_not_asked_returns_logits() -> None:
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
-def test_a_model_that_rescales_its_logits_in_an_unknown_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_rescales_its_logits_in_an_unknown_way_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("learner.logprobs.RESCALED_LOGITS", ())
     model = tiny("Granite", logits_scaling=4.0)
     forward = TokenLogprobs(model, "padded", "sdpa")

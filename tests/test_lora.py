@@ -1,4 +1,6 @@
-"""Adapters under the real ZeRO-3: trained as plain PyTorch and peft train them, and for everybody else merged weights like any others."""
+"""Adapters under the real ZeRO-3: trained as plain PyTorch and peft train them, and for everybody else
+merged weights like any others.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ from tests.test_system import rows_of, start_train
 from tests.test_zero import LR, config_for, random_batches
 
 RANK, ALPHA = 4, 8.0
-TOLERANCE = {False: 1e-5, True: 4e-5}  # Moving: as in tests/test_zero.py, ratios pi/pi_prox enlarge the differences.
+# Moving: as in tests/test_zero.py, ratios pi/pi_prox enlarge the differences.
+TOLERANCE = {False: 1e-5, True: 4e-5}
 
 
 def lora_config(model_dir: Path, *, moving: bool = False, **learner: object) -> Config:
@@ -59,9 +62,13 @@ class PlainLora(PlainPolicy):
     def __init__(self, config: Config) -> None:
         super().__init__(config, trained=True)
         # In float64, copies made by merging are what they are copies of: no ratio between them is a rounding.
-        self.module = with_peft(self.module).to(torch.float64 if config.agro.ref_update_every else torch.float32)
+        self.module = with_peft(self.module).to(
+            torch.float64 if config.agro.ref_update_every else torch.float32
+        )
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.99), eps=1e-8, weight_decay=config.learner.weight_decay)
+        self._optimizer = torch.optim.AdamW(
+            trained, lr=LR, betas=(0.9, 0.99), eps=1e-8, weight_decay=config.learner.weight_decay
+        )
 
     def logprobs(self, inputs: ModelInputs, temperature: float) -> Tensor:
         return token_logprobs(self.module(**inputs.model_kwargs()).logits, inputs, temperature)
@@ -71,17 +78,26 @@ class PlainLora(PlainPolicy):
 
     def adapters(self) -> dict[str, Tensor]:
         named = self.module.named_parameters()
-        return {name.removeprefix("base_model.model."): parameter.detach() for name, parameter in named if parameter.requires_grad}
+        return {
+            name.removeprefix("base_model.model."): parameter.detach()
+            for name, parameter in named
+            if parameter.requires_grad
+        }
 
 
 def run_plain(config: Config) -> tuple[PlainLora, list[dict[str, float]]]:
     objective = load_objective(config.learner.objective, config.agro, config.rivals)
     policy = PlainLora(config)
-    reference, proximal = (PlainPolicy(config, trained=False) if needed else None for needed in frozen_policies(objective))
+    reference, proximal = (
+        PlainPolicy(config, trained=False) if needed else None for needed in frozen_policies(objective)
+    )
     for frozen in filter(None, (reference, proximal)):
         frozen.module.to(policy.module.dtype)
     updater = Updater(config, policy, reference, objective, 0, torch.device("cpu"), proximal)
-    return policy, [updater.update(batch, LR)[0] for batch in random_batches(load(Path(config.model.path)).config.vocab_size)[:STEPS]]
+    return policy, [
+        updater.update(batch, LR)[0]
+        for batch in random_batches(load(Path(config.model.path)).config.vocab_size)[:STEPS]
+    ]
 
 
 def run_scenario(config: Config, out_dir: Path) -> dict[str, Any]:
@@ -94,7 +110,11 @@ def run_scenario(config: Config, out_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture(
     scope="module",
-    params=[("tied", 1, "packed", False, False), ("untied", 2, "padded", True, False), ("tied", 2, "packed", False, True)],
+    params=[
+        ("tied", 1, "packed", False, False),
+        ("untied", 2, "padded", True, False),
+        ("tied", 2, "packed", False, True),
+    ],
     ids=["one-rank", "two-ranks", "moving"],
 )
 def trained(
@@ -103,7 +123,9 @@ def trained(
     """(config, directory, what the ranks found)."""
     name, num_ranks, layout, checkpointing, moving = request.param
     directory = tmp_path_factory.mktemp(request.param[0])
-    config = lora_config(tiny_models[name], moving=moving, ranks=num_ranks, layout=layout, gradient_checkpointing=checkpointing)
+    config = lora_config(
+        tiny_models[name], moving=moving, ranks=num_ranks, layout=layout, gradient_checkpointing=checkpointing
+    )
     return config, directory, run_scenario(config, directory)
 
 
@@ -112,12 +134,19 @@ def test_adapters_train_as_in_plain_pytorch_with_peft(trained: tuple[Config, Pat
     """`moving`: reference and proximal policy are copies of the adapters there, of merged models here."""
     config, _, found = trained
     plain, metrics = run_plain(
-        parse_config({**config.model_dump(), "learner": {**config.learner.model_dump(), "micro_batch_tokens": 4096}})
+        parse_config(
+            {**config.model_dump(), "learner": {**config.learner.model_dump(), "micro_batch_tokens": 4096}}
+        )
     )
     expected = plain.adapters()
     assert found["adapters"].keys() == expected.keys()
     for name, values in expected.items():
-        torch.testing.assert_close(found["adapters"][name], values.float(), atol=TOLERANCE[bool(config.agro.ref_update_every)], rtol=0)
+        torch.testing.assert_close(
+            found["adapters"][name],
+            values.float(),
+            atol=TOLERANCE[bool(config.agro.ref_update_every)],
+            rtol=0,
+        )
         if "lora_B" in name:
             assert values.abs().max() > 1e-3  # It was zero.
     for mine, theirs in zip(found["metrics"], metrics, strict=True):
@@ -135,7 +164,9 @@ def test_version_0_is_the_base_bit_for_bit(trained: tuple[Config, Path, dict[str
 
 
 @pytest.mark.slow
-def test_published_and_saved_weights_are_what_peft_merges(trained: tuple[Config, Path, dict[str, Any]]) -> None:
+def test_published_and_saved_weights_are_what_peft_merges(
+    trained: tuple[Config, Path, dict[str, Any]],
+) -> None:
     config, directory, found = trained
     model = with_peft(load(Path(config.model.path)))
     for name, parameter in model.named_parameters():
@@ -148,7 +179,9 @@ def test_published_and_saved_weights_are_what_peft_merges(trained: tuple[Config,
         assert torch.equal(dict(saved.named_parameters())[name], found["published"][name]), name
         moved = max(moved, float((parameter - found["base"][name]).detach().abs().max()))
     assert moved > 1e-3
-    assert all(torch.equal(found["again"][name], values) for name, values in found["adapters"].items()), "publishing changed the policy"
+    assert all(torch.equal(found["again"][name], values) for name, values in found["adapters"].items()), (
+        "publishing changed the policy"
+    )
 
 
 @pytest.mark.slow
@@ -175,10 +208,18 @@ def test_a_killed_and_resumed_run_is_exact_its_checkpoints_are_small_and_its_exp
     files = [(run.dir / "policy" / "model.safetensors").read_bytes() for run in (straight, killed)]
     assert files[0] == files[1]
     mine, theirs = killed.checkpoint(6), straight.checkpoint(6)
-    of_ranks = [[file for file in each.manifest.files if file.name.startswith("rank")] for each in (mine, theirs)]
+    of_ranks = [
+        [file for file in each.manifest.files if file.name.startswith("rank")] for each in (mine, theirs)
+    ]
     assert of_ranks[0] == of_ranks[1]
     assert {key.rpartition(".lora_")[2] for key in mine.tensors} == {"A.default.weight", "B.default.weight"}
-    assert {key.partition("/")[0] for key in mine.tensors} == {"master", "exp_avg", "exp_avg_sq", "reference", "proximal"}
+    assert {key.partition("/")[0] for key in mine.tensors} == {
+        "master",
+        "exp_avg",
+        "exp_avg_sq",
+        "reference",
+        "proximal",
+    }
     exported, policy = load(export(killed.dir, 6, tmp_path / "out")), load(killed.dir / "policy")
     for name, parameter in policy.named_parameters():
         assert torch.equal(exported.get_parameter(name), parameter), name
@@ -186,10 +227,22 @@ def test_a_killed_and_resumed_run_is_exact_its_checkpoints_are_small_and_its_exp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapters", ["merged", "alone"])
-def test_the_whole_system_trains_adapters_and_exports_merged_ones(adapters: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    """vLLM evaluates merged weights or applies the adapters; the policy and the checkpoint's export are the same whole model."""
-    reward = "rewards.functions=[{name: tests.reward_functions:length}]"  # Of the right answer a random model has no signal.
-    more = ("learner.lora_rank=4", "learner.lr=0.01", "checkpoint.every=6", "actors.count=1", f"weights.adapters={adapters}", reward)
+def test_the_whole_system_trains_adapters_and_exports_merged_ones(
+    adapters: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """vLLM evaluates merged weights or applies the adapters; the policy and the checkpoint's export are
+    the same whole model.
+    """
+    # Of the right answer a random model has no signal.
+    reward = "rewards.functions=[{name: tests.reward_functions:length}]"
+    more = (
+        "learner.lora_rank=4",
+        "learner.lr=0.01",
+        "checkpoint.every=6",
+        "actors.count=1",
+        f"weights.adapters={adapters}",
+        reward,
+    )
     process = start_train(tiny_models["tied"], tmp_path / "run", 6, *more)
     out, err = process.communicate(timeout=280)
     assert process.returncode == 0, out + err
@@ -199,16 +252,24 @@ def test_the_whole_system_trains_adapters_and_exports_merged_ones(adapters: str,
     assert rows[-1]["agro/kl_ref"] != 0
     assert [evaluation["policy_version"] for evaluation in evaluations] == [0, 6]
     policy, base = load(tmp_path / "run" / "policy"), load(tiny_models["tied"])
-    changed = {name for name, parameter in policy.named_parameters() if not torch.equal(parameter, base.get_parameter(name))}
+    changed = {
+        name
+        for name, parameter in policy.named_parameters()
+        if not torch.equal(parameter, base.get_parameter(name))
+    }
     assert changed == {f"{name}.weight" for name in adapted_layers(base)}
     exported = load(export(tmp_path / "run", 6, tmp_path / "out"))
-    assert all(torch.equal(exported.get_parameter(name), parameter) for name, parameter in policy.named_parameters())
+    assert all(
+        torch.equal(exported.get_parameter(name), parameter) for name, parameter in policy.named_parameters()
+    )
 
 
-# --- without ranks ------------------------------------------------------------------------------------------------
+# --- without ranks ---
 
 
-def test_adapters_are_a_function_of_the_seed_alone_and_leave_the_generator_alone(tiny_models: dict[str, Path]) -> None:
+def test_adapters_are_a_function_of_the_seed_alone_and_leave_the_generator_alone(
+    tiny_models: dict[str, Path],
+) -> None:
     learner = lora_config(tiny_models["tied"]).learner
     adapters = []
     for before, seed in ((1, SEED), (2, SEED), (2, SEED + 1)):
@@ -227,10 +288,15 @@ def test_what_is_adapted_is_what_peft_calls_all_linear(tiny_models: dict[str, Pa
     model = load(tiny_models["untied"])
     names = list(adapted_layers(model))
     wrapped = with_peft(model)
-    assert names == [name.removeprefix("base_model.model.") for name, layer in wrapped.named_modules() if hasattr(layer, "lora_A")]
+    assert names == [
+        name.removeprefix("base_model.model.")
+        for name, layer in wrapped.named_modules()
+        if hasattr(layer, "lora_A")
+    ]
     assert len(names) == 2 * 7
     with pytest.raises(ConfigError, match="no linear layers"):
-        adapted_layers(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)))  # Its layers are of a kind of its own.
+        # Its layers are of a kind of its own.
+        adapted_layers(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)))
 
 
 def test_adapters_go_off_and_come_back_even_after_an_error(tiny_models: dict[str, Path]) -> None:
@@ -258,7 +324,7 @@ def test_merging_rounds_once_to_the_weights_dtype() -> None:
     assert torch.equal(merged(low, low_a, low_b, 0.5), exact.float().bfloat16())
 
 
-# --- export -------------------------------------------------------------------------------------------------------
+# --- export ---
 
 
 def save_adapters(run_dir: Path, model: Any, config: Config) -> None:
@@ -315,7 +381,9 @@ def test_an_export_merges_the_adapters_into_a_base_of_one_or_many_files(
     assert all(ADAPTER not in name for name in expected)
 
 
-def test_an_export_whose_base_is_gone_or_another_says_so(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_an_export_whose_base_is_gone_or_another_says_so(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
     model = load(tiny_models["untied"])
     config = lora_config(tmp_path / "base")
     add_adapters(model, config.learner, SEED)

@@ -118,7 +118,20 @@ def test_a_gold_answer_that_is_not_one_answer_is_refused(reward, gold, reason):
     assert reason in reward.gold_problem(gold)
 
 
-GOLDS = [72, "72", 72.0, ["72"], [72.0], b"72", decimal.Decimal("72"), np.int64(72), np.array([72]), np.str_("72"), np.float32(72), ("72",)]
+GOLDS = [
+    72,
+    "72",
+    72.0,
+    ["72"],
+    [72.0],
+    b"72",
+    decimal.Decimal("72"),
+    np.int64(72),
+    np.array([72]),
+    np.str_("72"),
+    np.float32(72),
+    ("72",),
+]
 
 
 @pytest.mark.parametrize("gold", GOLDS, ids=repr)
@@ -204,7 +217,10 @@ def test_a_whole_group_of_endless_answers_is_done_within_the_default_timeout():
 
 @pytest.mark.parametrize(
     ("gold", "reason"),
-    [(r"\boxed{9^{9^{9^{9}}}}", "is too large to be computed"), ("((9^9)^9)^{9^9}", "cannot be computed within 1 s")],
+    [
+        (r"\boxed{9^{9^{9^{9}}}}", "is too large to be computed"),
+        ("((9^9)^9)^{9^9}", "cannot be computed within 1 s"),
+    ],
 )
 def test_a_gold_answer_that_cannot_be_computed_is_a_failure_and_not_a_wrong_answer(gold, reason):
     with pytest.raises(ValueError, match=f"gold answer .* {reason}"):
@@ -212,7 +228,19 @@ def test_a_gold_answer_that_cannot_be_computed_is_a_failure_and_not_a_wrong_answ
 
 
 VOTES = [
-    ["x=3", "3", "3.0", r"\boxed{3}", "The final answer is $x = 3$.", "#### 3", "6/2", r"$\frac{6}{2}$", "**3**", "3 apples", "2+1 = 3"],
+    [
+        "x=3",
+        "3",
+        "3.0",
+        r"\boxed{3}",
+        "The final answer is $x = 3$.",
+        "#### 3",
+        "6/2",
+        r"$\frac{6}{2}$",
+        "**3**",
+        "3 apples",
+        "2+1 = 3",
+    ],
     ["1,000", "1000", r"\boxed{1{,}000}", "#### 1 000", "1e3", "10^3", "$1000", "1000.00"],
     ["1/2", "2/4", "0.5", r"\frac12", r"\boxed{\dfrac{2}{4}}", "½", "50%", "50 percent"],
     ["x^2+1", "1+x^2", r"\boxed{x^2 + 1}", "y = x^2+1"],

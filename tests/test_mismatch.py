@@ -1,4 +1,6 @@
-"""The learner's log-probs against the actors' on fresh samples: what is compared, what stops a run, and before what."""
+"""The learner's log-probs against the actors' on fresh samples: what is compared, what stops a run, and
+before what.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from cluster.config import Config
 from cluster.errors import TrainingError
 from cluster.metrics import METRICS
 from learner.guards import QUIET_STEPS, Alarms
-from learner.mismatch import BOUNDS_NATS, FAR_FACTOR, MIN_TOKENS, MismatchCheck, Sums, bound_nats, combined, likely_causes
+from learner.mismatch import (
+    BOUNDS_NATS,
+    FAR_FACTOR,
+    MIN_TOKENS,
+    MismatchCheck,
+    Sums,
+    bound_nats,
+    combined,
+    likely_causes,
+)
 from learner.objectives import load_objective
 from learner.rows import Row
 from tests.guards_scenario import drawn
@@ -25,7 +36,9 @@ LLAMA = transformers.LlamaConfig()
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:
-    return config.model_copy(update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()})
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    )
 
 
 def row_of(step: int, *versions: int, d: float | list[float] = 0.0, mu: float = -1.0) -> Row:
@@ -33,7 +46,14 @@ def row_of(step: int, *versions: int, d: float | list[float] = 0.0, mu: float = 
     spans = tuple(VersionSpan(version, place, place + 1) for place, version in enumerate(versions))
     count = max(1, len(versions))
     logprobs = (mu,) * len(versions)
-    sample = Sample(token_ids=(5,) * count, logprobs=logprobs, version_spans=spans, finish_reason="stop", text="", reward=1.0)
+    sample = Sample(
+        token_ids=(5,) * count,
+        logprobs=logprobs,
+        version_spans=spans,
+        finish_reason="stop",
+        text="",
+        reward=1.0,
+    )
     row = Row(Group(group_id=1, row=0, prompt="", prompt_ids=(1,), samples=(sample,)), 0, step)
     row.logprobs = torch.full((count,), mu) + torch.tensor(d)
     return row
@@ -43,7 +63,7 @@ def check_of(**arguments: Any) -> MismatchCheck:
     return MismatchCheck(arguments.pop("config", config_for("none")), LLAMA, **arguments)
 
 
-# --- what is compared -----------------------------------------------------------------------------------------
+# --- what is compared ---
 
 
 @pytest.mark.parametrize(
@@ -81,7 +101,11 @@ def test_rows_that_are_not_finite_are_left_to_the_guard_of_those() -> None:
 def test_the_numbers_are_those_of_their_formulas() -> None:
     d_T = torch.tensor([0.3, -0.2, 0.05, 0.0], dtype=torch.float64)
     check = check_of()
-    parts = [check.sums([row_of(0, 0, 0, d=[0.3, -0.2])], 0), Sums(), check.sums([row_of(0, 0, 0, d=[0.05, 0.0])], 0)]
+    parts = [
+        check.sums([row_of(0, 0, 0, d=[0.3, -0.2])], 0),
+        Sums(),
+        check.sums([row_of(0, 0, 0, d=[0.05, 0.0])], 0),
+    ]
     found = combined(parts)
     assert found is not None
     error = d_T.abs().std(correction=0) / 2
@@ -93,22 +117,36 @@ def test_the_numbers_are_those_of_their_formulas() -> None:
 
 @pytest.mark.parametrize(
     ("top_p", "d", "excess"),
-    [(1.0, -0.2, 0.2), (0.5, -0.2, 0.0), (0.5, math.log(0.5), 0.0), (0.5, math.log(0.5) - 0.3, 0.3), (0.5, 0.2, 0.2)],
+    [
+        (1.0, -0.2, 0.2),
+        (0.5, -0.2, 0.0),
+        (0.5, math.log(0.5), 0.0),
+        (0.5, math.log(0.5) - 0.3, 0.3),
+        (0.5, 0.2, 0.2),
+    ],
 )
-def test_what_top_p_cuts_off_is_no_mismatch_and_what_it_does_not_explain_is(top_p: float, d: float, excess: float) -> None:
+def test_what_top_p_cuts_off_is_no_mismatch_and_what_it_does_not_explain_is(
+    top_p: float, d: float, excess: float
+) -> None:
     """A nucleus holds between top_p and all of the mass: its tokens' log-probs rise by 0 to -log top_p."""
     found = check_of(config=changed(config_for("none"), actors={"top_p": top_p})).sums([row_of(0, 0, d=d)], 0)
     assert found.excess == pytest.approx(excess, abs=1e-6)
     assert found.k1 == pytest.approx(-d, abs=1e-6)
 
 
-# --- what stops a run -----------------------------------------------------------------------------------------
+# --- what stops a run ---
 
 
 def part(mean: float, num_tokens: int = 1000) -> Sums:
     """With a standard deviation as large as the mean."""
     squares = 2 * mean**2 * num_tokens
-    return Sums(num_tokens=num_tokens, excess=mean * num_tokens, squares=squares, max=3 * mean, num_far=num_tokens // 4)
+    return Sums(
+        num_tokens=num_tokens,
+        excess=mean * num_tokens,
+        squares=squares,
+        max=3 * mean,
+        num_far=num_tokens // 4,
+    )
 
 
 @pytest.mark.parametrize("dtype", BOUNDS_NATS)
@@ -148,7 +186,10 @@ def test_merged_adapters_in_half_precision_are_rounded_once_more_than_their_weig
 
 
 def test_what_logits_differ_by_is_divided_by_the_temperature() -> None:
-    bounds = [bound_nats(changed(config_for("none"), actors={"temperature": temperature})) for temperature in (0.5, 1.0, 2.0)]
+    bounds = [
+        bound_nats(changed(config_for("none"), actors={"temperature": temperature}))
+        for temperature in (0.5, 1.0, 2.0)
+    ]
     assert bounds == [2e-4, 1e-4, 1e-4]
 
 
@@ -171,7 +212,14 @@ def test_the_error_says_the_numbers_the_cause_and_what_to_set() -> None:
     with pytest.raises(TrainingError) as error:
         MismatchCheck(config_for("none"), moe, start_step=3).judge(3, [part(3.71)])
     text = str(error.value)
-    for words in ("1000 tokens of version 3", "3.71 nats", "bound 0.0001 for float32", "at most 11.1", "for 25.0%", "Step 3 was not done"):
+    for words in (
+        "1000 tokens of version 3",
+        "3.71 nats",
+        "bound 0.0001 for float32",
+        "at most 11.1",
+        "for 25.0%",
+        "Step 3 was not done",
+    ):
         assert words in text
     assert "Likely for olmoe (OlmoeForCausalLM): its experts" in text
     assert text.count("\n") == 1
@@ -191,7 +239,9 @@ def test_causes_are_those_that_the_model_and_the_run_can_have() -> None:
     assert "set model.attention=eager" in causes(transformers.Gemma2Config())
     assert "model.dtype=float32" in causes(LLAMA, model={"dtype": "bfloat16"})
     assert "weights.adapters=merged" in causes(LLAMA, weights={"adapters": "alone"})
-    yarn = transformers.LlamaConfig(rope_scaling={"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64})
+    yarn = transformers.LlamaConfig(
+        rope_scaling={"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    )
     assert "rotary embedding (yarn)" in causes(yarn)
 
 
@@ -201,9 +251,14 @@ def test_an_alarm_tells_of_a_mismatch_on_the_way_and_is_quiet_for_a_while() -> N
     told = []
     for step in range(2 * QUIET_STEPS):
         found = combined([differing if step >= 10 else agreeing])
-        told += [(step, event) for event in alarms.observe(step, found.metrics() if found and step != 12 else {})]
+        told += [
+            (step, event) for event in alarms.observe(step, found.metrics() if found and step != 12 else {})
+        ]
     assert [step for step, _ in told] == [10, 10 + QUIET_STEPS]
-    assert "log-probs by actors and learner of 1000 fresh tokens differ by 0.2 nats on average, above 0.0001" in told[0][1]
+    assert (
+        "log-probs by actors and learner of 1000 fresh tokens differ by 0.2 nats on average, above 0.0001"
+        in told[0][1]
+    )
     assert alarms.count == 2
     assert Alarms().observe(0, part_metrics(0.2)) == []
 
@@ -214,27 +269,36 @@ def part_metrics(mean: float) -> dict[str, float]:
     return found.metrics()
 
 
-# --- within an update -----------------------------------------------------------------------------------------
+# --- within an update ---
 
 
-def test_an_update_is_not_done_where_the_actors_sampled_from_something_else(tiny_models: dict[str, Any]) -> None:
+def test_an_update_is_not_done_where_the_actors_sampled_from_something_else(
+    tiny_models: dict[str, Any],
+) -> None:
     config = config_for(str(tiny_models["untied"]))
     policy, updater = plain_updater(config, load_objective("agro", config.agro))
     updater.mismatch = MismatchCheck(config, policy.module.config)
     batch = drawn(random_batches(policy.module.config.vocab_size)[0], policy, config.learner.layout)
     before = {name: value.detach().clone() for name, value in policy.module.named_parameters()}
-    wrong = [msgspec.structs.replace(group, samples=tuple(colder(s) for s in group.samples)) for group in batch.groups]
+    wrong = [
+        msgspec.structs.replace(group, samples=tuple(colder(s) for s in group.samples))
+        for group in batch.groups
+    ]
     with pytest.raises(TrainingError, match="Step 0 was not done"):
         updater.update(Batch(0, tuple(wrong)), LR)
     assert all(torch.equal(before[name], value) for name, value in policy.module.named_parameters())
     policy.module.zero_grad()
     metrics, _ = updater.update(batch, LR)
-    assert metrics["mismatch/tokens"] == sum(len(sample.token_ids) for group in batch.groups for sample in group.samples)
+    assert metrics["mismatch/tokens"] == sum(
+        len(sample.token_ids) for group in batch.groups for sample in group.samples
+    )
     assert 0 <= metrics["mismatch/mean"] < 1e-5
     assert metrics["mismatch/share_above_0.1"] == 0
     assert any(not torch.equal(before[name], value) for name, value in policy.module.named_parameters())
     stale = Batch(1, batch.groups)
-    assert not [name for name in updater.update(stale, LR)[0] if name.startswith("mismatch/")], "absent, not zero"
+    assert not [name for name in updater.update(stale, LR)[0] if name.startswith("mismatch/")], (
+        "absent, not zero"
+    )
 
 
 def colder(sample: Sample) -> Sample:

@@ -1,4 +1,6 @@
-"""The monitor: every row complete, W&B never in the way, no secret written; and what the terminal shows of it."""
+"""The monitor: every row complete, W&B never in the way, no secret written; and what the terminal shows
+of it.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,14 @@ def make_config(steps: int = 10, wandb: str = "off", name: str = "unit") -> Conf
 
 
 def evaluation(version: int, solve_rate: float) -> Evaluation:
-    return Evaluation(evaluation_id=version, policy_version=version, solve_rate=solve_rate, num_problems=4, num_samples=8, num_errors=0)
+    return Evaluation(
+        evaluation_id=version,
+        policy_version=version,
+        solve_rate=solve_rate,
+        num_problems=4,
+        num_samples=8,
+        num_errors=0,
+    )
 
 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -122,7 +131,9 @@ def test_actor_rates_are_differences_of_cumulative_counters_over_seconds(tmp_pat
     def second(step: int, tokens: dict[str, float], busy_s: float) -> dict[str, Any]:
         clock.now_s += 1.0
         for name, count in tokens.items():
-            monitor.log_actor(name, {"generated_tokens": count, "busy_s": busy_s, "apply_s": 0.1, "version": step})
+            monitor.log_actor(
+                name, {"generated_tokens": count, "busy_s": busy_s, "apply_s": 0.1, "version": step}
+            )
         monitor.log_step({"progress/step": step})
         return rows_of(tmp_path)[-1]
 
@@ -156,7 +167,9 @@ def test_a_continued_run_appends_and_keeps_the_last_evaluation(tmp_path: Path) -
     assert rows[1]["eval/solve_rate"] == 0.4
 
 
-def test_a_monitor_that_was_killed_goes_on_with_the_newest_row_the_time_and_the_row_it_held_back(tmp_path: Path) -> None:
+def test_a_monitor_that_was_killed_goes_on_with_the_newest_row_the_time_and_the_row_it_held_back(
+    tmp_path: Path,
+) -> None:
     began_at_s = time.time() - 100.0
 
     def start() -> Monitor:
@@ -171,7 +184,9 @@ def test_a_monitor_that_was_killed_goes_on_with_the_newest_row_the_time_and_the_
     assert (monitor.view()["row"]["progress/step"], monitor.view()["row"]["reward/mean"]) == (2, 0.2)
     assert 100 <= monitor.view()["wall_s"] < 120
     monitor.event("second")
-    assert monitor.view()["events"][-1]["number"] > number, "what the terminal has shown is known by its number"
+    assert monitor.view()["events"][-1]["number"] > number, (
+        "what the terminal has shown is known by its number"
+    )
     monitor.log_step({"progress/step": 2, "reward/mean": 0.2})  # Ray repeats a call whose answer was lost.
     monitor.log_step({"progress/step": 3, "reward/mean": 0.3})
     monitor = start()
@@ -185,7 +200,9 @@ def test_a_monitor_that_was_killed_goes_on_with_the_newest_row_the_time_and_the_
     later.close({})
 
 
-def test_lines_that_a_full_disk_keeps_out_for_too_long_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_that_a_full_disk_keeps_out_for_too_long_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("cluster.metrics._MAX_PENDING_LINES", 3)
     lines = JsonLines(Path("/dev/full"), Redactor({}))
     for number in range(5):
@@ -222,11 +239,18 @@ def test_lines_are_in_the_order_of_steps_whatever_was_done_again_and_no_more_tha
     monkeypatch.setattr(metrics_module, "_BLOCK_BYTES", 1000)
     path = tmp_path / "x.jsonl"
     path.write_text(
-        "".join(json.dumps({"step": step // 2, "text": "é" * (step % 7)}, ensure_ascii=False) + "\n" for step in range(2, 2002)),
+        "".join(
+            json.dumps({"step": step // 2, "text": "é" * (step % 7)}, ensure_ascii=False) + "\n"
+            for step in range(2, 2002)
+        ),
         encoding="utf-8",
     )
     size = path.stat().st_size
-    assert [(line["step"], len(line["text"])) for line in last_json_lines(path, 3)] == [(999, 4), (1000, 5), (1000, 6)]
+    assert [(line["step"], len(line["text"])) for line in last_json_lines(path, 3)] == [
+        (999, 4),
+        (1000, 5),
+        (1000, 6),
+    ]
     with path.open("ab") as file:
         file.write(b'{"step": 1001, "te')  # Killed.
     loads = json.loads
@@ -255,18 +279,27 @@ def test_steps_that_a_full_disk_kept_twice_stay_when_the_monitor_starts_again(tm
 
 
 @pytest.mark.slow
-def test_a_real_offline_wandb_run_is_written_and_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_offline_wandb_run_is_written_and_holds_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_dir = tmp_path / "run"
     monkeypatch.setenv("WANDB_API_KEY", CANARY_KEY)
     monkeypatch.setenv("HF_TOKEN", CANARY_TOKEN)
     monkeypatch.delenv("WANDB_DATA_DIR")
     monkeypatch.setattr("sys.argv", ["launch.py", "--password", CANARY_TOKEN])
     config = make_config(steps=3, wandb="offline")
-    monitor = Monitor(config.model_copy(update={"model": config.model.model_copy(update={"path": f"hub/{CANARY_TOKEN}"})}), str(run_dir))
+    monitor = Monitor(
+        config.model_copy(update={"model": config.model.model_copy(update={"path": f"hub/{CANARY_TOKEN}"})}),
+        str(run_dir),
+    )
     monitor.event(f"401 for token {CANARY_TOKEN}")
     for step in (1, 2, 3):
         monitor.log_step({"progress/step": step, "reward/mean": 0.5})
-        monitor.log_samples(step, [{"version": 0, "prompt": f"p {CANARY_KEY}", "completion": "c", "reward": 1.0, "error": None}] * 20)
+        monitor.log_samples(
+            step,
+            [{"version": 0, "prompt": f"p {CANARY_KEY}", "completion": "c", "reward": 1.0, "error": None}]
+            * 20,
+        )
     monitor.close({"name": "unit", "stopped": f"reward said {CANARY_TOKEN}"})
 
     (log,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
@@ -284,7 +317,9 @@ def test_a_real_offline_wandb_run_is_written_and_holds_no_secret(tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_online_that_fails_goes_on_offline_with_the_same_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_that_fails_goes_on_offline_with_the_same_run_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", CANARY_KEY)
     real_init = wandb.init
 
@@ -362,14 +397,18 @@ def test_wandb_outage_changes_nothing(
         assert monitor._wandb.dropped >= 1000
 
 
-def test_wandb_gets_known_values_only_and_the_same_rows_as_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_known_values_only_and_the_same_rows_as_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = FakeRun()
     monkeypatch.setattr(wandb, "init", lambda **options: run)
     monitor = Monitor(make_config(steps=2, wandb="offline"), str(tmp_path))
     monitor.log_step({"progress/step": 1, "reward/mean": 0.25})
     monitor.log_step({"progress/step": 2, "reward/mean": 0.5})
     monitor.close({"final_solve_rate": 0.5, "errors": {}})
-    assert run.logged == [{name: value for name, value in row.items() if value is not None} for row in rows_of(tmp_path)]
+    assert run.logged == [
+        {name: value for name, value in row.items() if value is not None} for row in rows_of(tmp_path)
+    ]
     assert run.summary == {"final_solve_rate": 0.5}
 
 
@@ -391,7 +430,9 @@ def test_wandb_mode_is_decided_by_config_and_key(monkeypatch: pytest.MonkeyPatch
 
 
 def test_words_that_only_sound_secret_are_left_alone() -> None:
-    redact = Redactor({"TOKENIZERS_PARALLELISM": "parallelism", "API_TOKEN": "true", "MY_API_KEY": 'quo"ted-secret'})
+    redact = Redactor(
+        {"TOKENIZERS_PARALLELISM": "parallelism", "API_TOKEN": "true", "MY_API_KEY": 'quo"ted-secret'}
+    )
     assert redact("parallelism true") == "parallelism true"
     assert redact(json.dumps({"x": 'a quo"ted-secret b'})) == '{"x": "a [redacted] b"}'
 
@@ -404,7 +445,14 @@ def run_for_terminal(tmp_path: Path, steps: int, stream: io.StringIO) -> tuple[M
         for step in range(1, steps + 1):
             clock.now_s += 0.1
             monitor.log_buffer({"buffer/groups": 64})
-            monitor.log_step({"progress/step": step, "reward/mean": 0.52, "staleness/mean": 2.1, "staleness/oldest_token": 5})
+            monitor.log_step(
+                {
+                    "progress/step": step,
+                    "reward/mean": 0.52,
+                    "staleness/mean": 2.1,
+                    "staleness/oldest_token": 5,
+                }
+            )
             terminal.update(monitor.view())
             terminal.update(monitor.view())
     return monitor, stream.getvalue().splitlines() if isinstance(stream, io.StringIO) else []
@@ -416,7 +464,9 @@ def test_plain_lines_are_about_forty_a_run_and_events_come_once(tmp_path: Path) 
     assert sum("rollout-0 started" in line for line in lines) == 1
     step_lines = [line for line in lines if line.startswith("step ")]
     assert 38 <= len(step_lines) <= 43
-    assert step_lines[-1].startswith("step 600/600  reward 0.52  solve -  stale 2.1/5  - tok/s  buffer 64  kl -")
+    assert step_lines[-1].startswith(
+        "step 600/600  reward 0.52  solve -  stale 2.1/5  - tok/s  buffer 64  kl -"
+    )
     assert step_lines[1].endswith("eta 58s")
 
 

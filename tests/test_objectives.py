@@ -47,7 +47,10 @@ def select(batch, keep_N):
     return dataclasses.replace(
         batch,
         **{name: getattr(batch, name)[keep_T] for name in ("logprobs_T", "behaviour_logprobs_T")},
-        **{name: getattr(batch, name)[keep_N] for name in ("rewards_N", "ref_logprobs_N", "groups_N", "staleness_N")},
+        **{
+            name: getattr(batch, name)[keep_N]
+            for name in ("rewards_N", "ref_logprobs_N", "groups_N", "staleness_N")
+        },
         completions_N=None if batch.completions_N is None else batch.completions_N[keep_N],
         sequence_T=renumber[batch.sequence_T[keep_T]],
     )
@@ -61,7 +64,9 @@ def test_loss_is_the_formula_read_aloud():
     expected = 0.0
     for i in range(9):
         members = [j for j in range(9) if GROUPS[j] == GROUPS[i]]
-        residuals = {j: batch.rewards_N[j] - 0.2 * (by_sequence[j].sum() - batch.ref_logprobs_N[j]) for j in members}
+        residuals = {
+            j: batch.rewards_N[j] - 0.2 * (by_sequence[j].sum() - batch.ref_logprobs_N[j]) for j in members
+        }
         others = [residuals[j] for j in members if j != i]
         advantage = residuals[i] - sum(others) / len(others) if others else torch.tensor(0.0)
         weight = min(1.5, math.exp(by_sequence[i].sum() - behaviour[i].sum()))
@@ -69,12 +74,16 @@ def test_loss_is_the_formula_read_aloud():
         assert diagnostics["advantage"][i].item() == pytest.approx(float(advantage), abs=1e-12)
         assert diagnostics["weight"][i].item() == pytest.approx(weight, abs=1e-12)
         assert diagnostics["residual"][i].item() == pytest.approx(float(residuals[i]), abs=1e-12)
-        assert diagnostics["log_ratio"][i].item() == pytest.approx(float(by_sequence[i].sum() - batch.ref_logprobs_N[i]), abs=1e-12)
+        assert diagnostics["log_ratio"][i].item() == pytest.approx(
+            float(by_sequence[i].sum() - batch.ref_logprobs_N[i]), abs=1e-12
+        )
     assert loss.item() == pytest.approx(float(expected), abs=1e-12)
     assert not any(value.requires_grad for value in diagnostics.values())
 
 
-@pytest.mark.parametrize("changes", [{}, {"weight": "truncated"}, {"weight": "token"}, {"lr_coef": 0.1}, {"zero_std": "drop"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"weight": "truncated"}, {"weight": "token"}, {"lr_coef": 0.1}, {"zero_std": "drop"}]
+)
 def test_losses_and_gradients_of_groups_add_up(changes):
     batch, objective = make_batch(), make_objective(**changes)
     first = torch.isin(GROUPS, torch.tensor([4, 7]))
@@ -107,12 +116,16 @@ def test_a_group_of_one_contributes_nothing():
 def test_groups_of_equal_rewards_keep_the_kl_pull_unless_dropped():
     batch = make_batch()
     kept, dropped = (make_objective(zero_std=choice).loss(batch) for choice in ("keep", "drop"))
-    assert kept[1]["zero_std"].tolist() == [False] * 6 + [True] * 3  # group 2 has one sample, group 7 two of reward 0.5
+    # group 2 has one sample, group 7 two of reward 0.5
+    assert kept[1]["zero_std"].tolist() == [False] * 6 + [True] * 3
     assert (kept[1]["advantage"][7:] != 0).all()
     assert (dropped[1]["advantage"][6:] == 0).all()
     assert torch.equal(kept[1]["advantage"][:6], dropped[1]["advantage"][:6])
     assert dropped[1]["zero_std"].sum() == 3  # counted either way
-    gradients = [make_batch().sequence_sums(token_gradients(make_objective(zero_std=choice), batch)) for choice in ("keep", "drop")]
+    gradients = [
+        make_batch().sequence_sums(token_gradients(make_objective(zero_std=choice), batch))
+        for choice in ("keep", "drop")
+    ]
     assert torch.equal(gradients[0][:6], gradients[1][:6])  # P still counts all groups
 
 
@@ -124,7 +137,9 @@ def test_truncated_weight_is_the_capped_ratio_and_never_overflows(log_ratio):
         moved = dataclasses.replace(batch, behaviour_logprobs_T=behaviour_T)
         loss, diagnostics = make_objective(weight="truncated", weight_cap=cap).loss(moved)
         expected = cap if log_ratio > 700 else min(cap, math.exp(log_ratio))
-        torch.testing.assert_close(diagnostics["weight"], torch.full((9,), expected, dtype=torch.float64), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            diagnostics["weight"], torch.full((9,), expected, dtype=torch.float64), rtol=1e-5, atol=0
+        )
         assert (diagnostics["weight"] > 0).all()
         assert loss.isfinite()
 
@@ -169,7 +184,10 @@ def test_a_geometric_weight_does_not_vanish_with_length_as_the_sequence_ratio_do
         torch.ones(2),
         num_groups=1,
     )
-    weights = {kind: make_objective(weight=kind).loss(batch)[1]["weight"][0].item() for kind in ("truncated", "token", "geometric")}
+    weights = {
+        kind: make_objective(weight=kind).loss(batch)[1]["weight"][0].item()
+        for kind in ("truncated", "token", "geometric")
+    }
     assert weights["truncated"] == pytest.approx(math.exp(-10))
     assert weights["token"] == pytest.approx(math.exp(-0.05))
     assert weights["geometric"] == pytest.approx(math.exp(-0.05))
@@ -186,20 +204,27 @@ def test_the_weighted_gate_lets_the_on_policy_term_act_on_stale_samples_by_their
         # Whatever weighs the rest, the on-policy term is weighed once.
         expected_N = -(of_off_policy * off_policy + weight_N * (literal - off_policy)) / (6 * sizes_N)
         objective = make_objective(weight=weight, weight_cap=1.5, lr_coef=0.3, lr_gate="weighted")
-        torch.testing.assert_close(token_gradients(objective, batch), expected_N[batch.sequence_T], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            token_gradients(objective, batch), expected_N[batch.sequence_T], rtol=1e-12, atol=1e-14
+        )
     assert make_objective(lr_coef=0.3, lr_gate="weighted").needs == {"reference", "behaviour_logprobs"}
 
 
 def test_the_running_baseline_is_the_prompts_variance_and_loo_for_a_prompt_never_seen():
-    variances = torch.tensor([0.3, math.nan, 0.3, 0.3, math.nan, math.nan, 0.1, 0.2, 0.2], dtype=torch.float64)
+    variances = torch.tensor(
+        [0.3, math.nan, 0.3, 0.3, math.nan, math.nan, 0.1, 0.2, 0.2], dtype=torch.float64
+    )
     batch = make_batch(prompt_variance_N=variances, staleness_N=torch.zeros(9, dtype=torch.float64))
     running, loo, none = (
-        make_objective(lr_coef=0.3, lr_baseline=baseline).loss(batch)[1]["advantage"] for baseline in ("running", "loo", "none")
+        make_objective(lr_coef=0.3, lr_baseline=baseline).loss(batch)[1]["advantage"]
+        for baseline in ("running", "loo", "none")
     )
     group_nine = GROUPS == 9
     assert torch.equal(running[group_nine], loo[group_nine])
     group_four = GROUPS == 4  # three samples: b = n/(n-1) * variance
-    torch.testing.assert_close(running[group_four], none[group_four] + 0.3 / (2 * 0.2) * 1.5 * 0.3, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        running[group_four], none[group_four] + 0.3 / (2 * 0.2) * 1.5 * 0.3, rtol=1e-12, atol=0
+    )
     assert running[GROUPS == 2] == 0
     assert "prompt_variance" in make_objective(lr_coef=0.3, lr_baseline="running").needs
     with pytest.raises(ValueError, match="prompt_variance_N is None"):
@@ -207,7 +232,8 @@ def test_the_running_baseline_is_the_prompts_variance_and_loo_for_a_prompt_never
 
 
 def test_dropped_duplicates_count_once_and_the_rest_is_centred_without_them():
-    completions = torch.tensor([5, 1, 5, 6, 2, 3, 5, 8, 8])  # group 4: samples 0 and 2; group 7: both; across groups nothing
+    # group 4: samples 0 and 2; group 7: both; across groups nothing
+    completions = torch.tensor([5, 1, 5, 6, 2, 3, 5, 8, 8])
     batch = make_batch(completions_N=completions)
     objective = make_objective(duplicates="drop")
     unique = torch.ones(9, dtype=torch.bool).index_fill(0, torch.tensor([2, 8]), False)
@@ -223,7 +249,9 @@ def test_the_on_policy_term_acts_on_fresh_samples_only():
     batch = make_batch()
     log_ratio_N = batch.sequence_sums(batch.logprobs_T.detach()) - batch.ref_logprobs_N
     off_policy = agro_advantages(batch.rewards_N, log_ratio_N, GROUPS, beta=0.2)
-    on_policy = agro_advantages(batch.rewards_N, log_ratio_N, GROUPS, beta=0.2, lr_coef=0.3, lr_baseline="none")
+    on_policy = agro_advantages(
+        batch.rewards_N, log_ratio_N, GROUPS, beta=0.2, lr_coef=0.3, lr_baseline="none"
+    )
     found = make_objective(lr_coef=0.3, lr_baseline="none").loss(batch)[1]["advantage"]
     fresh = batch.staleness_N == 0
     assert torch.equal(found, torch.where(fresh, on_policy, off_policy))
@@ -231,20 +259,39 @@ def test_the_on_policy_term_acts_on_fresh_samples_only():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"weight": "truncated"}, {"weight": "truncated", "weight_cap": 3.0}, {"weight": "token"}, {"weight": "geometric"}]
+    "changes",
+    [
+        {},
+        {"weight": "truncated"},
+        {"weight": "truncated", "weight_cap": 3.0},
+        {"weight": "token"},
+        {"weight": "geometric"},
+    ],
 )
 def test_descent_reaches_the_optimum_from_data_of_another_policy(changes):
     random = torch.Generator().manual_seed(1)
-    rewards, reference = torch.rand(6, generator=random).double(), torch.randn(6, generator=random).double().log_softmax(0)
+    rewards, reference = (
+        torch.rand(6, generator=random).double(),
+        torch.randn(6, generator=random).double().log_softmax(0),
+    )
     optimum = (reference + rewards / 0.2).log_softmax(0)
     theta, objective = reference.clone().requires_grad_(), make_objective(**changes)
     for _ in range(1500):  # each outcome once: the exact gradient for uniform mu, up to a factor
         logprobs = theta.log_softmax(0)
         index = torch.arange(6)
         batch = TokenBatch(
-            logprobs, torch.full_like(logprobs, -math.log(6)), index, rewards, reference, index * 0, torch.ones(6), num_groups=1
+            logprobs,
+            torch.full_like(logprobs, -math.log(6)),
+            index,
+            rewards,
+            reference,
+            index * 0,
+            torch.ones(6),
+            num_groups=1,
         )
-        theta = (theta - 10 * torch.autograd.grad(objective.loss(batch)[0], theta)[0]).detach().requires_grad_()
+        theta = (
+            (theta - 10 * torch.autograd.grad(objective.loss(batch)[0], theta)[0]).detach().requires_grad_()
+        )
     distance = (optimum.exp() * (optimum - theta.log_softmax(0))).sum()
     assert (optimum.exp() * (optimum - reference)).sum() > 0.1
     assert distance.abs() < 1e-12
@@ -257,7 +304,9 @@ def test_needs_say_what_the_config_asks_for_and_the_rest_may_be_nan():
     assert make_objective(beta=0.0).needs == frozenset()
     batch = make_batch()
     poisoned = dataclasses.replace(
-        batch, behaviour_logprobs_T=batch.behaviour_logprobs_T * math.nan, staleness_N=batch.staleness_N * math.nan
+        batch,
+        behaviour_logprobs_T=batch.behaviour_logprobs_T * math.nan,
+        staleness_N=batch.staleness_N * math.nan,
     )
     assert torch.equal(token_gradients(make_objective(), poisoned), token_gradients(make_objective(), batch))
     with pytest.raises(ValueError, match="behaviour_logprobs_T"):
@@ -287,7 +336,9 @@ def test_sequence_sums_count_empty_sequences_as_zero():
     assert torch.equal(moved.sequence_sums(torch.ones(8)), torch.tensor([3.0, 5.0, 0.0]))
 
 
-@pytest.mark.parametrize(("name", "hint"), [("agr", "did you mean 'agro'"), ("../agro", "agro"), ("xyz", "valid here: agro")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("agr", "did you mean 'agro'"), ("../agro", "agro"), ("xyz", "valid here: agro")]
+)
 def test_an_unknown_objective_is_refused_with_the_nearest(name, hint):
     with pytest.raises(ConfigError, match=hint):
         load_objective(name, AgroConfig())
@@ -301,7 +352,9 @@ def _chunks(request, monkeypatch):
 
 @pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)]
+)
 def test_selective_log_softmax_is_log_softmax_in_value_and_gradient(dtype, tolerance, temperature):
     random = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(4, 5, 31, generator=random)).to(dtype).requires_grad_()
@@ -316,7 +369,8 @@ def test_selective_log_softmax_is_log_softmax_in_value_and_gradient(dtype, toler
     exact_gradient = torch.autograd.grad((exact * upstream).sum(), exact_logits)[0]
     assert found.dtype == accumulation
     assert found_gradient.dtype == dtype
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=min(tolerance, 1e-5) * 20)  # fp32 inside also for bf16
+    # fp32 inside also for bf16
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=min(tolerance, 1e-5) * 20)
     torch.testing.assert_close(found_gradient.double(), exact_gradient, rtol=tolerance, atol=tolerance)
 
 

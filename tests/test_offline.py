@@ -1,4 +1,6 @@
-"""Offline data: every row read and checked, groups fed without a policy version, and two runs that train on them."""
+"""Offline data: every row read and checked, groups fed without a policy version, and two runs that
+train on them.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,10 @@ from tests.test_system import ROOT, environment, overrides, rows_of
 from tests.test_tokenizer import byte_tokenizer
 
 EOS = 1
-GOOD = [{"prompt": "1+1=", "completion": "2", "answer": "2"}, {"prompt": "1+1=", "completion": "3", "answer": "2"}]
+GOOD = [
+    {"prompt": "1+1=", "completion": "2", "answer": "2"},
+    {"prompt": "1+1=", "completion": "3", "answer": "2"},
+]
 
 
 def make_config(offline: Path | str, **sections: Any) -> Config:
@@ -60,7 +65,9 @@ def write_rows(path: Path, *rows: dict[str, Any] | str) -> Path:
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., tuple[PromptSet, list[str]]]:
     def load_rows(*rows: dict[str, Any] | str, **sections: Any) -> tuple[PromptSet, list[str]]:
-        return load_offline(make_config(write_rows(tmp_path / "log.jsonl", *rows), **sections), make_tokenizer())
+        return load_offline(
+            make_config(write_rows(tmp_path / "log.jsonl", *rows), **sections), make_tokenizer()
+        )
 
     return load_rows
 
@@ -77,7 +84,12 @@ def test_rows_of_a_prompt_are_its_samples_with_eos_where_they_are_finished(load)
     (prompt,) = prompts.rows
     tokenizer = make_tokenizer()
     ids = {text: tuple(tokenizer(text)["input_ids"]) for text in ("1+1=", "2", "123", "4")}
-    assert (prompt.row, prompt.text, prompt.token_ids, prompt.columns) == (0, "1+1=", ids["1+1="], {"prompt": "1+1=", "answer": "2"})
+    assert (prompt.row, prompt.text, prompt.token_ids, prompt.columns) == (
+        0,
+        "1+1=",
+        ids["1+1="],
+        {"prompt": "1+1=", "answer": "2"},
+    )
     assert prompt.offline == (
         OfflineSample((*ids["2"], EOS), "2", 0.5, "stop"),
         OfflineSample(ids["123"], "123", None, "length"),
@@ -89,11 +101,17 @@ def test_prompts_are_rendered_like_training_prompts(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}={% endfor %}"
     messages = [{"role": "user", "content": "1+1"}]
-    log = write_rows(tmp_path / "log.jsonl", {"prompt": messages, "completion": "2"}, {"prompt": "1+1", "completion": "3"})
+    log = write_rows(
+        tmp_path / "log.jsonl", {"prompt": messages, "completion": "2"}, {"prompt": "1+1", "completion": "3"}
+    )
     prompts, _ = load_offline(make_config(log, data={"chat_template": True}), tokenizer)
     training = write_rows(tmp_path / "train.jsonl", {"prompt": "1+1"})
-    (expected,) = load_prompts(make_config(log, data={"chat_template": True, "path": str(training)}).data, tokenizer).rows
-    assert [(row.text, row.token_ids, len(row.offline)) for row in prompts.rows] == [(expected.text, expected.token_ids, 2)]
+    (expected,) = load_prompts(
+        make_config(log, data={"chat_template": True, "path": str(training)}).data, tokenizer
+    ).rows
+    assert [(row.text, row.token_ids, len(row.offline)) for row in prompts.rows] == [
+        (expected.text, expected.token_ids, 2)
+    ]
 
 
 def test_parquet_gives_the_same_and_groups_of_one_prompt_stay_apart(load, tmp_path):
@@ -101,7 +119,10 @@ def test_parquet_gives_the_same_and_groups_of_one_prompt_stay_apart(load, tmp_pa
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "log.parquet")
     from_parquet, _ = load_offline(make_config(tmp_path / "log.parquet"), make_tokenizer())
     assert from_parquet.rows == load(*rows)[0].rows
-    assert [(row.row, [sample.text for sample in row.offline]) for row in from_parquet.rows] == [(0, ["2", "3"]), (2, ["2", "3"])]
+    assert [(row.row, [sample.text for sample in row.offline]) for row in from_parquet.rows] == [
+        (0, ["2", "3"]),
+        (2, ["2", "3"]),
+    ]
 
 
 def test_duplicates_and_prompts_with_one_completion_are_left_out_and_counted(load):
@@ -120,7 +141,11 @@ def test_a_target_of_k_samples_needs_k_completions_of_a_prompt(load):
     prompts, notes = load(*GOOD, third, *other, agro=agro)
     assert [(row.text, len(row.offline)) for row in prompts.rows] == [("1+1=", 3)]
     assert "1 prompts left out: fewer than 3 different completions" in notes[1]
-    with pytest.raises(DataError, match=r"no prompt has 3 different completions.*3 at a time with agro.target = pass@3"):
+    with pytest.raises(
+        DataError,
+        match=r"no prompt has 3 different completions.*3 at a time with "
+        r"agro.target = pass@3",
+    ):
         load(*GOOD, agro=agro)
 
 
@@ -139,12 +164,18 @@ BAD_ROWS = [
     ({**GOOD[0], "reward": "1"}, "'reward' is text ('1'), expected a finite number"),
     ({**GOOD[0], "reward": [1]}, "'reward' is a list"),
     ('{"prompt": "1+1=", "completion": "2", "answer": "2", "reward": NaN}', "NaN is not a JSON value"),
-    ('{"prompt": "1+1=", "completion": "2", "answer": "2", "reward": 1e999}', "'reward' is inf, expected a finite number"),
+    (
+        '{"prompt": "1+1=", "completion": "2", "answer": "2", "reward": 1e999}',
+        "'reward' is inf, expected a finite number",
+    ),
     ({**GOOD[0], "reward": 10**400}, "'reward' is 1000"),
     ({**GOOD[0], "truncated": "no"}, "'truncated' is text, expected true or false"),
     ({**GOOD[0], "truncated": 1}, "'truncated' is a number, expected true or false"),
     ({**GOOD[0], "group": [1]}, "'group' is a list, expected text or a whole number"),
-    ({**GOOD[0], "completion": "1234"}, "the completion is 5 tokens long, EOS included; actors.max_new_tokens is 4"),
+    (
+        {**GOOD[0], "completion": "1234"},
+        "the completion is 5 tokens long, EOS included; actors.max_new_tokens is 4",
+    ),
     ({**GOOD[0], "answer": "3"}, "its 'answer' is '3', but '2' in line 1, which has the same prompt"),
 ]
 
@@ -162,13 +193,20 @@ def test_a_bad_row_stops_with_line_and_reason_or_is_skipped_and_counted(load, ro
 
 
 def test_a_nan_in_a_parquet_file_is_a_bad_reward(tmp_path):
-    pq.write_table(pa.Table.from_pylist([{**GOOD[0], "reward": float("nan")}, {**GOOD[1], "reward": 1.0}]), tmp_path / "log.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([{**GOOD[0], "reward": float("nan")}, {**GOOD[1], "reward": 1.0}]),
+        tmp_path / "log.parquet",
+    )
     with pytest.raises(DataError, match="row 1: 'reward' is nan, expected a finite number"):
         load_offline(make_config(tmp_path / "log.parquet"), make_tokenizer())
 
 
 def test_a_log_in_which_no_prompt_has_two_completions_says_what_is_there(load):
-    with pytest.raises(DataError, match=r"no prompt has 2 different completions \(2 samples of 1 prompts, 1 of them exact duplicates\)"):
+    with pytest.raises(
+        DataError,
+        match=r"no prompt has 2 different completions \(2 samples of 1 prompts, 1 "
+        r"of them exact duplicates\)",
+    ):
         load(GOOD[0], GOOD[0])
 
 
@@ -201,7 +239,9 @@ def test_a_logged_completion_ends_once_as_the_policy_ends_it(tmp_path, completio
     tokenizer = byte_tokenizer("<eos>", "<start>", "<turn>", template=TURNS)
     other = {"prompt": "1+1?", "completion": "4"}
     log = write_rows(tmp_path / "log.jsonl", other, {"prompt": "1+1?", "completion": completion})
-    config = make_config(log, data={"chat_template": chat_template, "max_prompt_tokens": 16}, actors={"max_new_tokens": 8})
+    config = make_config(
+        log, data={"chat_template": chat_template, "max_prompt_tokens": 16}, actors={"max_new_tokens": 8}
+    )
     if isinstance(expected, str):
         with pytest.raises(DataError, match=re.escape(f"line 2: {expected}")):
             load_offline(config, tokenizer)
@@ -213,34 +253,60 @@ def test_a_logged_completion_ends_once_as_the_policy_ends_it(tmp_path, completio
 
 
 def test_a_truncated_completion_holds_no_end_token_and_unknown_ones_are_bad_or_counted(load):
-    with pytest.raises(DataError, match=r"line 3: 'truncated' is true, but the completion holds the end token '<eos>'"):
+    with pytest.raises(
+        DataError,
+        match=r"line 3: 'truncated' is true, but the completion holds the end "
+        r"token '<eos>'",
+    ):
         load(*GOOD, {**GOOD[0], "completion": "4<eos>", "truncated": True})
-    with pytest.raises(DataError, match=r"line 3: the tokenizer knows no part of the completion 'é': all of it is <unk>"):
+    with pytest.raises(
+        DataError,
+        match=r"line 3: the tokenizer knows no part of the completion 'é': all of "
+        r"it is <unk>",
+    ):
         load(*GOOD, {**GOOD[0], "completion": "é"})
     _, notes = load(*GOOD, {**GOOD[0], "completion": "2é"})
-    assert notes[0] == "warning: data.offline: 1 completions hold something that the tokenizer does not know (the first: line 3)"
+    assert (
+        notes[0]
+        == "warning: data.offline: 1 completions hold something that the tokenizer does not know (the first: "
+        "line 3)"
+    )
 
 
 @pytest.mark.parametrize(("skip", "text"), [(False, "<think>1</think>2"), (True, "12")])
 def test_the_text_of_a_logged_completion_is_that_of_a_sampled_one(tmp_path, skip, text):
     tokenizer = byte_tokenizer("<eos>", "<think>", "</think>")
-    log = write_rows(tmp_path / "log.jsonl", *({"prompt": "1", "completion": f"{said}<eos>"} for said in ("<think>1</think>2", "3")))
+    log = write_rows(
+        tmp_path / "log.jsonl",
+        *({"prompt": "1", "completion": f"{said}<eos>"} for said in ("<think>1</think>2", "3")),
+    )
     rewards = {"functions": [{"name": "exact_match"}], "skip_special_tokens": skip}
-    sample = load_offline(make_config(log, rewards=rewards, actors={"max_new_tokens": 8}), tokenizer)[0][0].offline[0]
-    assert sample.text == text == Detokenizer(tokenizer, (0,), skip_special_tokens=skip).text(sample.token_ids)
+    sample = load_offline(make_config(log, rewards=rewards, actors={"max_new_tokens": 8}), tokenizer)[0][
+        0
+    ].offline[0]
+    assert (
+        sample.text == text == Detokenizer(tokenizer, (0,), skip_special_tokens=skip).text(sample.token_ids)
+    )
     assert tokenizer.convert_ids_to_tokens(sample.token_ids) == ["<think>", "1", "</think>", "2", "<eos>"]
 
 
 def mixed_config(tmp_path: Path, *rows: dict[str, Any], **data: Any) -> Config:
-    training = write_rows(tmp_path / "train.jsonl", {"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"})
+    training = write_rows(
+        tmp_path / "train.jsonl", {"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}
+    )
     log = write_rows(tmp_path / "log.jsonl", *rows)
     return make_config(log, data={"path": str(training), "offline_share": 0.5, **data}, actors={"count": 1})
 
 
 def test_mixing_gives_training_prompts_what_the_log_has_of_them(tmp_path):
     rows = [{"prompt": "1+1=", "completion": str(number), "group": number} for number in (2, 3, 3)]
-    prompts, notes = load_training(mixed_config(tmp_path, *rows, {"prompt": "2+2=", "completion": "5"}), make_tokenizer())
-    assert [(row.columns["answer"], [sample.text for sample in row.offline]) for row in prompts.rows] == [("2", ["2", "3"]), ("4", ["5"])]
+    prompts, notes = load_training(
+        mixed_config(tmp_path, *rows, {"prompt": "2+2=", "completion": "5"}), make_tokenizer()
+    )
+    assert [(row.columns["answer"], [sample.text for sample in row.offline]) for row in prompts.rows] == [
+        ("2", ["2", "3"]),
+        ("4", ["5"]),
+    ]
     assert notes == [
         "data.offline: 4 samples of 2 prompts, 1 exact duplicates left out",
         "offline samples for 1 of 2 prompts (2 of each group); 1 have fewer: what is missing is generated",
@@ -263,15 +329,29 @@ def test_what_an_objective_needs_and_offline_or_lagged_data_lacks_is_refused():
 
     check_needs(make_config("log"), needs_of(make_config("log")))
     weighted = make_config("log", agro={"weight": "truncated"})
-    with pytest.raises(ConfigError, match=r"needs behaviour log-probs.*data\.offline = log do not have\. Set agro\.weight=none"):
+    with pytest.raises(
+        ConfigError,
+        match=r"needs behaviour log-probs.*data\.offline = log do not have\. Set "
+        r"agro\.weight=none",
+    ):
         check_needs(weighted, needs_of(weighted))
-    mixed = make_config("log", data={"path": "p", "offline_share": 0.5}, actors={"count": 1}, agro={"weight": "token"})
+    mixed = make_config(
+        "log", data={"path": "p", "offline_share": 0.5}, actors={"count": 1}, agro={"weight": "token"}
+    )
     with pytest.raises(ConfigError, match=r"agro\.weight=none"):
         check_needs(mixed, needs_of(mixed))
     on_policy = make_config("log", agro={"lr_coef": 0.01})
-    with pytest.raises(ConfigError, match=r"all samples are offline: none is ever fresh\. Set agro\.lr_coef=0"):
+    with pytest.raises(
+        ConfigError,
+        match=r"all samples are offline: none is ever fresh\. Set "
+        r"agro\.lr_coef=0",
+    ):
         check_needs(on_policy, needs_of(on_policy))
-    lagged = {"buffer": {"min_staleness": 2, "max_staleness": 4, "capacity": 8}, "actors": {"count": 1}, "agro": {"lr_coef": 0.01}}
+    lagged = {
+        "buffer": {"min_staleness": 2, "max_staleness": 4, "capacity": 8},
+        "actors": {"count": 1},
+        "agro": {"lr_coef": 0.01},
+    }
     online = make_config("log", data={"path": "p", "offline": None}, **lagged)
     with pytest.raises(ConfigError, match=r"buffer\.min_staleness = 2: none is ever fresh"):
         check_needs(online, needs_of(online))
@@ -290,7 +370,9 @@ def test_why_nothing_is_evaluated_is_said():
 
 
 def test_the_choice_depends_on_the_seed_alone_and_takes_each_sample_once():
-    row = PromptRow(0, "p", (3,), {}, tuple(OfflineSample((number,), str(number), None, "stop") for number in range(10)))
+    row = PromptRow(
+        0, "p", (3,), {}, tuple(OfflineSample((number,), str(number), None, "stop") for number in range(10))
+    )
     chosen = [tuple(sample.text for sample in choose_samples(row, 4, seed)) for seed in range(300)]
     assert chosen[7] == tuple(sample.text for sample in choose_samples(row, 4, 7))
     assert all(len(set(texts)) == 4 for texts in chosen)
@@ -303,7 +385,9 @@ def test_the_choice_depends_on_the_seed_alone_and_takes_each_sample_once():
 def test_a_given_reward_stands_whatever_the_functions_say():
     given = Sample(token_ids=(1,), logprobs=(), version_spans=(), finish_reason="stop", text="x", reward=0.25)
     unscored = Sample(token_ids=(1,), logprobs=(), version_spans=(), finish_reason="stop", text="x")
-    scored = with_scores([given, given, unscored, unscored], [Scored(1.0, answer="x"), Scored(error="no")] * 2)
+    scored = with_scores(
+        [given, given, unscored, unscored], [Scored(1.0, answer="x"), Scored(error="no")] * 2
+    )
     assert [(sample.reward, sample.error, sample.answer) for sample in scored] == [
         (0.25, None, "x"), (0.25, None, None), (1.0, None, "x"), (None, "no", None),
     ]  # fmt: skip
@@ -337,17 +421,25 @@ def test_the_feeder_fills_a_real_buffer_with_scored_groups_and_ends_when_retired
     log = write_rows(
         tmp_path / "log.jsonl",
         *({"prompt": "1+1=", "completion": str(number), "answer": "2"} for number in range(6)),
-        *({"prompt": "2+2=", "completion": str(number), "answer": "4", "reward": number / 10} for number in (4, 5)),
+        *(
+            {"prompt": "2+2=", "completion": str(number), "answer": "4", "reward": number / 10}
+            for number in (4, 5)
+        ),
         {"prompt": "2+2=", "completion": "44", "answer": "4"},
     )
     config = make_config(log)
     prompts, _ = load_offline(config, make_tokenizer())
 
     async def scenario() -> tuple[list[Any], dict[str, float], dict[str, float]]:
-        buffer, board, told = ReplayBuffer(config, str(tmp_path / "run"), len(prompts)), Board(config, 0, print), Told()
+        buffer, board, told = (
+            ReplayBuffer(config, str(tmp_path / "run"), len(prompts)),
+            Board(config, 0, print),
+            Told(),
+        )
         feeder = OfflineActor("offline", config, prompts, [Handle(buffer)], Handle(board), Handle(told))
         running = asyncio.create_task(feeder.run())
-        batches = [decode_batch(await buffer.sample(step, 2, 30.0) or b"") for step in range(8)]  # Prompts come again.
+        # Prompts come again.
+        batches = [decode_batch(await buffer.sample(step, 2, 30.0) or b"") for step in range(8)]
         groups = [group for batch in batches for group in batch.groups]
         await board.retire(["offline"])
         counters = await asyncio.wait_for(running, 30)
@@ -391,18 +483,31 @@ def test_metrics_of_a_batch_tell_offline_samples_and_mixed_versions():
     def sample(*versions: int) -> Sample:
         spans = tuple(VersionSpan(version, index, index + 1) for index, version in enumerate(versions))
         ids, logprobs = tuple(range(len(versions) or 3)), (-0.5,) * len(versions)
-        return Sample(token_ids=ids, logprobs=logprobs, version_spans=spans, finish_reason="stop", text="x", reward=1.0)
+        return Sample(
+            token_ids=ids, logprobs=logprobs, version_spans=spans, finish_reason="stop", text="x", reward=1.0
+        )
 
     def group(number: int, *samples: Sample) -> Group:
         return Group(group_id=number, row=0, prompt="p", prompt_ids=(1,), samples=samples)
 
-    metrics = batch_metrics(Batch(9, (group(0, sample(5, 7), sample()), group(1, sample(8), sample(8)), group(2, sample(), sample()))))
+    metrics = batch_metrics(
+        Batch(
+            9,
+            (group(0, sample(5, 7), sample()), group(1, sample(8), sample(8)), group(2, sample(), sample())),
+        )
+    )
     assert metrics["staleness/mean"] == pytest.approx((4 + 2 + 1 + 1) / 4)
     assert (metrics["staleness/max"], metrics["staleness/oldest_token"]) == (3, 4)
-    assert (metrics["staleness/offline_fraction"], metrics["staleness/mixed_version_fraction"]) == (0.5, pytest.approx(1 / 3))
+    assert (metrics["staleness/offline_fraction"], metrics["staleness/mixed_version_fraction"]) == (
+        0.5,
+        pytest.approx(1 / 3),
+    )
     offline = Batch(9, (group(0, sample(), sample()),))
     metrics = batch_metrics(offline)
-    assert all(metrics[f"staleness/{name}"] != metrics[f"staleness/{name}"] for name in ("mean", "max", "oldest_token")), "NaN"
+    assert all(
+        metrics[f"staleness/{name}"] != metrics[f"staleness/{name}"]
+        for name in ("mean", "max", "oldest_token")
+    ), "NaN"
     assert metrics["staleness/offline_fraction"] == 1
     (shown,) = shown_samples(offline, {0: [{"advantage": 0.0}]})
     assert (shown["version"], shown["staleness"]) == (None, None)
@@ -414,7 +519,15 @@ TRAINING = [json.loads(line) for line in (ROOT / "configs/arithmetic/train.jsonl
 
 
 def run_train(model: Path, run_dir: Path, *more: str) -> str:
-    command = [sys.executable, "launch.py", "train", "configs/quickstart.yaml", *overrides(model, run_dir, 4), "agro.weight=none", *more]
+    command = [
+        sys.executable,
+        "launch.py",
+        "train",
+        "configs/quickstart.yaml",
+        *overrides(model, run_dir, 4),
+        "agro.weight=none",
+        *more,
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=280, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
@@ -423,16 +536,22 @@ def run_train(model: Path, run_dir: Path, *more: str) -> str:
 
 @pytest.mark.slow
 def test_a_run_trains_on_a_log_alone_without_any_actor(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    rows = [{**row, "completion": str(int(row["answer"]) + off)} for row in TRAINING[:24] for off in range(10)]
+    rows = [
+        {**row, "completion": str(int(row["answer"]) + off)} for row in TRAINING[:24] for off in range(10)
+    ]
     log = write_rows(tmp_path / "log.jsonl", *rows, rows[0])
     run_dir = tmp_path / "run"
     out = run_train(tiny_models["tied"], run_dir, "data.path=null", f"data.offline={log}", "actors.count=0")
     metrics = rows_of(run_dir)
     assert [row["staleness/offline_fraction"] for row in metrics] == [1.0] * 4
     assert all(row["staleness/mean"] is None and row["optim/grad_norm"] > 0 for row in metrics)
-    assert [row["reward/mean"] for row in metrics] == [pytest.approx(0.1, abs=0.07)] * 4, "8 of 10 completions, of which 1 is right"
+    assert [row["reward/mean"] for row in metrics] == [pytest.approx(0.1, abs=0.07)] * 4, (
+        "8 of 10 completions, of which 1 is right"
+    )
     assert metrics[-1]["progress/samples"] == 4 * 8 * 8
-    assert {(sample["version"], sample["staleness"]) for sample in rows_of(run_dir, "samples")} == {(None, None)}
+    assert {(sample["version"], sample["staleness"]) for sample in rows_of(run_dir, "samples")} == {
+        (None, None)
+    }
     result = audit(run_dir / "ledger.jsonl")
     assert (result["violations"], result["events"]["trained"], result["max_staleness"]) == ([], 32, 0)
     events = " ".join(event["text"] for event in rows_of(run_dir, "events"))
@@ -445,13 +564,28 @@ def test_a_run_trains_on_a_log_alone_without_any_actor(tiny_models: dict[str, Pa
 
 
 @pytest.mark.slow
-def test_a_run_mixes_a_quarter_of_logged_samples_into_every_group(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    rows = [{**row, "completion": str(int(row["answer"]) + off), "reward": 5.0} for row in TRAINING[:-1] for off in range(3)]
+def test_a_run_mixes_a_quarter_of_logged_samples_into_every_group(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = [
+        {**row, "completion": str(int(row["answer"]) + off), "reward": 5.0}
+        for row in TRAINING[:-1]
+        for off in range(3)
+    ]
     log = write_rows(tmp_path / "log.jsonl", *rows)
     run_dir = tmp_path / "run"
-    run_train(tiny_models["tied"], run_dir, f"data.offline={log}", "data.offline_share=0.25", "actors.count=1", "data.eval_rows=0")
+    run_train(
+        tiny_models["tied"],
+        run_dir,
+        f"data.offline={log}",
+        "data.offline_share=0.25",
+        "actors.count=1",
+        "data.eval_rows=0",
+    )
     metrics = rows_of(run_dir)
-    assert [row["staleness/offline_fraction"] for row in metrics] == [pytest.approx(0.25, abs=0.25 / 8 + 1e-9)] * 4
+    assert [row["staleness/offline_fraction"] for row in metrics] == [
+        pytest.approx(0.25, abs=0.25 / 8 + 1e-9)
+    ] * 4
     assert max(row["staleness/offline_fraction"] for row in metrics) == 0.25
     assert all(row["reward/mean"] >= 0.25 * 7 / 8 * 5 for row in metrics), "logged rewards stand"
     assert all(row["staleness/mean"] is not None for row in metrics)

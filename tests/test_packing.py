@@ -1,4 +1,6 @@
-"""Invariant 7: the gradient does not depend on how samples are packed, ordered, split or sharded. A real tiny Llama."""
+"""Invariant 7: the gradient does not depend on how samples are packed, ordered, split or sharded. A
+real tiny Llama.
+"""
 
 import copy
 import dataclasses
@@ -10,7 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cluster.config import AgroConfig
 from cluster.errors import ConfigError, DataError
 from learner.objectives import TokenBatch, load_objective, token_gradients
-from learner.packing import MicroBatch, TokenSequence, assign_groups, collate, plan_micro_batches, token_logprobs
+from learner.packing import (
+    MicroBatch,
+    TokenSequence,
+    assign_groups,
+    collate,
+    plan_micro_batches,
+    token_logprobs,
+)
 
 VOCABULARY = 29
 TEMPERATURE = 0.8
@@ -31,7 +40,8 @@ def tiny_llama(dtype=torch.float64, attention="sdpa", tied=False):
     config._attn_implementation = attention
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(dtype)
-    if dtype == torch.float64:  # Llama's own norm computes in float32, which would hide differences below 1e-8.
+    # Llama's own norm computes in float32, which would hide differences below 1e-8.
+    if dtype == torch.float64:
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if type(child).__name__ == "LlamaRMSNorm":
@@ -87,7 +97,10 @@ def make_rollouts():
         torch.rand(num, generator=random, dtype=torch.float64),
         -10 * torch.rand(num, generator=random, dtype=torch.float64),
         torch.randint(0, 2, (num,), generator=random).double(),
-        [-3 * torch.rand(len(sequence.completion_ids), generator=random, dtype=torch.float64) for sequence in sequences],
+        [
+            -3 * torch.rand(len(sequence.completion_ids), generator=random, dtype=torch.float64)
+            for sequence in sequences
+        ],
     )
 
 
@@ -111,7 +124,9 @@ def token_batch(rollouts, indices, logprobs):
 
 
 def plain_logprobs(model, sequence):
-    """Log-probs of the completion from one unpadded pass over prompt and completion, by log_softmax over everything."""
+    """Log-probs of the completion from one unpadded pass over prompt and completion, by log_softmax
+    over everything.
+    """
     ids = torch.tensor([[*sequence.prompt_ids, *sequence.completion_ids]])
     logits = model(input_ids=ids, use_cache=False).logits[0] / TEMPERATURE
     first = len(sequence.prompt_ids)
@@ -135,15 +150,22 @@ def logprobs_of(model, rollouts, indices, layout):
 
 
 def accumulated_gradient(model, rollouts, *, layout, budget, num_ranks=1):
-    """What the worker does: groups to ranks, micro-batches, one pass for whole groups, two for split ones, all added up."""
+    """What the worker does: groups to ranks, micro-batches, one pass for whole groups, two for split
+    ones, all added up.
+    """
     lengths = [sequence.num_tokens for sequence in rollouts.sequences]
     ids = sorted(set(rollouts.groups))
-    tokens = [sum(length for length, group in zip(lengths, rollouts.groups, strict=True) if group == one) for one in ids]
+    tokens = [
+        sum(length for length, group in zip(lengths, rollouts.groups, strict=True) if group == one)
+        for one in ids
+    ]
     model.zero_grad()
     kinds = set()
     for rank in assign_groups(tokens, num_ranks):
         mine = [i for i, group in enumerate(rollouts.groups) if group in {ids[index] for index in rank}]
-        plan = plan_micro_batches([lengths[i] for i in mine], [rollouts.groups[i] for i in mine], budget, layout)
+        plan = plan_micro_batches(
+            [lengths[i] for i in mine], [rollouts.groups[i] for i in mine], budget, layout
+        )
         plan = [MicroBatch(tuple(mine[i] for i in batch.indices), batch.whole) for batch in plan]
         kinds |= {batch.whole for batch in plan}
         for batch in plan:
@@ -185,8 +207,12 @@ def test_gradient_does_not_depend_on_the_micro_batches(model, layout, budget, ki
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
 def test_gradient_does_not_depend_on_the_ranks_nor_on_the_order(model, layout, num_ranks):
     rollouts = make_rollouts()
-    order = torch.randperm(len(rollouts.sequences), generator=torch.Generator().manual_seed(num_ranks)).tolist()
-    found, _ = accumulated_gradient(model, rollouts.permuted(order), layout=layout, budget=40, num_ranks=num_ranks)
+    order = torch.randperm(
+        len(rollouts.sequences), generator=torch.Generator().manual_seed(num_ranks)
+    ).tolist()
+    found, _ = accumulated_gradient(
+        model, rollouts.permuted(order), layout=layout, budget=40, num_ranks=num_ranks
+    )
     assert_same_gradient(found, plain_gradient(model, rollouts))
 
 
@@ -194,7 +220,9 @@ def test_splitting_a_group_without_the_first_pass_would_change_the_gradient(mode
     rollouts = make_rollouts()
     model.zero_grad()
     for indices in (range(3), range(3, 6), range(6, 16)):  # group 11 in two pieces, each centred on its own
-        OBJECTIVE.loss(token_batch(rollouts, indices, logprobs_of(model, rollouts, indices, "padded")))[0].backward()
+        OBJECTIVE.loss(token_batch(rollouts, indices, logprobs_of(model, rollouts, indices, "padded")))[
+            0
+        ].backward()
     found, exact = flat([parameter.grad for parameter in model.parameters()]), plain_gradient(model, rollouts)
     assert (found - exact).norm() / exact.norm() > 0.01
 
@@ -217,7 +245,9 @@ def test_packed_sequences_do_not_see_each_other(attention, training, checkpointi
         model.gradient_checkpointing_enable()
     sequences = make_rollouts().sequences[:4]
     changed = [*sequences]
-    changed[1] = TokenSequence([(token + 1) % VOCABULARY for token in sequences[1].prompt_ids], sequences[1].completion_ids)
+    changed[1] = TokenSequence(
+        [(token + 1) % VOCABULARY for token in sequences[1].prompt_ids], sequences[1].completion_ids
+    )
     found = []
     for case in (sequences, changed):
         inputs = collate(case, "packed", pad_id=0)
@@ -230,13 +260,22 @@ def test_packed_sequences_do_not_see_each_other(attention, training, checkpointi
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_collate_lays_out_ids_positions_and_targets(layout):
-    sequences = [TokenSequence((5, 6, 7), (8, 9)), TokenSequence([1, 2], []), TokenSequence([3, 4], [10, 11, 12, 13])]
+    sequences = [
+        TokenSequence((5, 6, 7), (8, 9)),
+        TokenSequence([1, 2], []),
+        TokenSequence([3, 4], [10, 11, 12, 13]),
+    ]
     inputs = collate(sequences, layout, pad_id=99)
     if layout == "padded":
-        assert inputs.input_ids.tolist() == [[5, 6, 7, 8, 9, 99], [1, 2, 99, 99, 99, 99], [3, 4, 10, 11, 12, 13]]
+        assert inputs.input_ids.tolist() == [
+            [5, 6, 7, 8, 9, 99],
+            [1, 2, 99, 99, 99, 99],
+            [3, 4, 10, 11, 12, 13],
+        ]
         assert inputs.attention_mask is not None
         assert inputs.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0], [1] * 6]
-        assert inputs.logits_to_keep_K.tolist() == [1, 2, 3, 4]  # from the shortest prompt on, without the last
+        # from the shortest prompt on, without the last
+        assert inputs.logits_to_keep_K.tolist() == [1, 2, 3, 4]
     else:
         assert inputs.input_ids.tolist() == [[5, 6, 7, 8, 9, 1, 2, 3, 4, 10, 11, 12, 13]]
         assert inputs.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4, 5]]
@@ -259,7 +298,10 @@ def test_sequences_that_generated_nothing_have_no_tokens_and_a_zero_gradient(lay
 
 def test_only_the_needed_logits_are_computed(model):
     sequences = [TokenSequence([1] * 50, [2, 3]), TokenSequence([4] * 40, [5])]
-    shapes = {layout: model(**collate(sequences, layout, 0).model_kwargs()).logits.shape for layout in ("padded", "packed")}
+    shapes = {
+        layout: model(**collate(sequences, layout, 0).model_kwargs()).logits.shape
+        for layout in ("padded", "packed")
+    }
     assert shapes == {"padded": (2, 12, VOCABULARY), "packed": (1, 3, VOCABULARY)}
 
 
@@ -276,7 +318,9 @@ def cost(lengths, layout):
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("seed", range(20))
-def test_micro_batches_hold_each_sequence_once_within_the_budget_and_split_only_what_does_not_fit(layout, seed):
+def test_micro_batches_hold_each_sequence_once_within_the_budget_and_split_only_what_does_not_fit(
+    layout, seed
+):
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 60, (40,), generator=random).tolist()
     group_of = torch.randint(-5, 7, (40,), generator=random).tolist()
@@ -300,7 +344,11 @@ def test_padded_micro_batches_join_sequences_of_like_length():
 
 
 def test_a_sequence_longer_than_the_budget_is_an_error_that_names_the_lengths():
-    with pytest.raises(ConfigError, match=r"2 of 4 sequences exceed learner.micro_batch_tokens = 64.*80, 99.*at least 99"):
+    with pytest.raises(
+        ConfigError,
+        match=r"2 of 4 sequences exceed learner.micro_batch_tokens = 64.*80, "
+        r"99.*at least 99",
+    ):
         plan_micro_batches([64, 99, 3, 80], [0, 0, 1, 1], 64, "padded")
     with pytest.raises(ValueError, match="group_of has 1"):
         plan_micro_batches([1, 2], [0], 64, "packed")
@@ -317,7 +365,8 @@ def test_groups_are_assigned_once_balanced_and_the_same_every_time(num_ranks):
     assert sorted(index for rank in ranks for index in rank) == list(range(30))
     loads = [sum(tokens[index] for index in rank) for rank in ranks]
     assert max(loads) - min(loads) <= max(tokens)
-    assert max(loads) <= 4 / 3 * max(sum(tokens) / num_ranks, max(tokens))  # the bound of longest-first scheduling
+    # the bound of longest-first scheduling
+    assert max(loads) <= 4 / 3 * max(sum(tokens) / num_ranks, max(tokens))
     assert ranks == assign_groups([*tokens], num_ranks)
 
 

@@ -1,4 +1,6 @@
-"""Calls to peers: what fails is told in its own words, when it begins and when it ends, and nothing that was started is lost."""
+"""Calls to peers: what fails is told in its own words, when it begins and when it ends, and nothing
+that was started is lost.
+"""
 
 from __future__ import annotations
 
@@ -92,14 +94,23 @@ def test_a_disk_that_takes_no_summary_is_an_event_not_a_traceback(tmp_path: Path
     assert "was not written" in told[0]
 
 
-@pytest.mark.parametrize(("first", "named"), [({"policy_written": 1.0}, True), ({"policy_written": 0.0}, False), ({}, False)])
-def test_a_policy_that_an_earlier_start_wrote_is_not_called_this_ones(first: dict[str, float], named: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("first", "named"), [({"policy_written": 1.0}, True), ({"policy_written": 0.0}, False), ({}, False)]
+)
+def test_a_policy_that_an_earlier_start_wrote_is_not_called_this_ones(
+    first: dict[str, float], named: bool, tmp_path: Path
+) -> None:
     (tmp_path / "policy").mkdir()
     supervisor: Any = object.__new__(Supervisor)
     supervisor._inputs, supervisor._learner, supervisor._start_s = inputs(tmp_path), None, 0.0
     supervisor._config, supervisor.policy_dir = supervisor._inputs.config, str(tmp_path / "policy")
-    supervisor._fleet, supervisor._health = SimpleNamespace(num_deaths=0), SimpleNamespace(num_buffer_deaths=0)
-    summary = supervisor._summary({"samples": 8.0, **first} if first else {}, [], collections.defaultdict(float), None)
+    supervisor._fleet, supervisor._health = (
+        SimpleNamespace(num_deaths=0),
+        SimpleNamespace(num_buffer_deaths=0),
+    )
+    summary = supervisor._summary(
+        {"samples": 8.0, **first} if first else {}, [], collections.defaultdict(float), None
+    )
     assert summary["policy_dir"] == (str(tmp_path / "policy") if named else None)
 
 
@@ -126,12 +137,17 @@ def test_what_our_own_code_warns_of_is_told_once_whenever_it_came() -> None:
     warnings = OwnWarnings()
     try:
         for _ in range(2):
-            logging.getLogger("learner.logprobs").warning("%s: log-probs are taken from whole logits", "GraniteForCausalLM")
+            logging.getLogger("learner.logprobs").warning(
+                "%s: log-probs are taken from whole logits", "GraniteForCausalLM"
+            )
         logging.getLogger("learner.logprobs").info("nothing")
         logging.getLogger("transformers").warning("theirs")
         warnings.connect(told.append)
         logging.getLogger("learner.row_softmax").warning("liger-kernel does not work")
-        assert told == ["GraniteForCausalLM: log-probs are taken from whole logits", "liger-kernel does not work"]
+        assert told == [
+            "GraniteForCausalLM: log-probs are taken from whole logits",
+            "liger-kernel does not work",
+        ]
     finally:
         warnings.close()
 
@@ -170,14 +186,21 @@ def test_a_run_in_which_ray_fails_ends_with_a_sentence(monkeypatch: Any, tmp_pat
         train._run(inputs(tmp_path), StopSignal())
 
 
-# Over Ray ------------------------------------------------------------------------------------------------------------
+# --- Over Ray ---
 
 
 def inputs(run_dir: Path) -> Inputs:
-    tree = {"model": {"path": "m"}, "data": {"path": "d"}, "rewards": {"functions": [{"name": "exact_match"}]}, "monitor": {"wandb": "off"}}
+    tree = {
+        "model": {"path": "m"},
+        "data": {"path": "d"},
+        "rewards": {"functions": [{"name": "exact_match"}]},
+        "monitor": {"wandb": "off"},
+    }
     prompts = PromptSet([PromptRow(row=0, text="1+1=", token_ids=(1, 2), columns={"answer": "2"})], 0, "test")
     config = parse_config(tree)
-    return Inputs(config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="off")
+    return Inputs(
+        config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="off"
+    )
 
 
 @pytest.fixture

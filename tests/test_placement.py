@@ -1,4 +1,6 @@
-"""Placement: what a run asks is compared with what there is before anything starts; memory by formulas that are checked."""
+"""Placement: what a run asks is compared with what there is before anything starts; memory by formulas
+that are checked.
+"""
 
 from __future__ import annotations
 
@@ -53,13 +55,21 @@ def parts_of(parts):
     return {part.name: part.num_bytes for part in parts}
 
 
-# Placement -----------------------------------------------------------------------------------------------------------
+# --- Placement ---
 
 
 def test_bundles_are_one_gang_of_ranks_and_a_bundle_per_actor():
     placement = bundles(config_of(actors={"count": 3, "num_cpus": 0.5, "num_gpus": 0.5}))
-    assert (placement.learner.role, placement.learner.count, placement.learner.resources) == ("learner", 4, {"CPU": 4, "GPU": 1})
-    assert (placement.actor.role, placement.actor.count, placement.actor.resources) == ("actor", 3, {"CPU": 0.5, "GPU": 0.5})
+    assert (placement.learner.role, placement.learner.count, placement.learner.resources) == (
+        "learner",
+        4,
+        {"CPU": 4, "GPU": 1},
+    )
+    assert (placement.actor.role, placement.actor.count, placement.actor.resources) == (
+        "actor",
+        3,
+        {"CPU": 0.5, "GPU": 0.5},
+    )
     assert placement.total() == {"CPU": 17.5, "GPU": 5.5}
 
 
@@ -82,7 +92,10 @@ def test_actors_beyond_what_fits_are_a_warning_that_says_asked_and_has():
         ({"CPU": 64, "GPU": 4}, ["64 CPU, 4 GPU", "GPU 4 of 5"]),
         ({"CPU": 8, "GPU": 8}, ["CPU 8 of 20"]),
         ([], ["0 CPU, 0 GPU on 0 nodes"]),
-        ([{"CPU": 3, "GPU": 8}] * 20, ["60 CPU, 160 GPU on 20 nodes", "enough in sum", "must lie on one node"]),
+        (
+            [{"CPU": 3, "GPU": 8}] * 20,
+            ["60 CPU, 160 GPU on 20 nodes", "enough in sum", "must lie on one node"],
+        ),
     ],
 )
 def test_a_cluster_that_can_never_hold_learner_and_one_actor_is_an_error(nodes, words):
@@ -103,13 +116,18 @@ def test_an_actor_of_eight_cores_needs_them_on_one_node():
 
 def test_fractions_of_a_cpu_add_up():
     placement = bundles(
-        config_of(actors={"count": 7, "num_cpus": 0.1, "num_gpus": 0}, learner={"ranks": 3, "num_cpus": 0.1, "num_gpus": 0})
+        config_of(
+            actors={"count": 7, "num_cpus": 0.1, "num_gpus": 0},
+            learner={"ranks": 3, "num_cpus": 0.1, "num_gpus": 0},
+        )
     )
     assert most_actors([{"CPU": 1.0}], placement) == 7
 
 
 def test_parts_that_ask_for_nothing_always_fit():
-    placement = bundles(config_of(actors={"count": 5, "num_cpus": 0, "num_gpus": 0}, learner={"num_cpus": 0, "num_gpus": 0}))
+    placement = bundles(
+        config_of(actors={"count": 5, "num_cpus": 0, "num_gpus": 0}, learner={"num_cpus": 0, "num_gpus": 0})
+    )
     assert check(placement, {"CPU": 1}) == []
 
 
@@ -118,17 +136,25 @@ def test_most_actors_is_what_trying_every_arrangement_finds():
         learner, actor = placement
         most = None
         for ranks in itertools.product(range(learner.count + 1), repeat=len(nodes)):
-            left = [{k: node[k] - n * learner.resources[k] for k in node} for node, n in zip(nodes, ranks, strict=True)]
+            left = [
+                {k: node[k] - n * learner.resources[k] for k in node}
+                for node, n in zip(nodes, ranks, strict=True)
+            ]
             if sum(ranks) != learner.count or any(amount < 0 for node in left for amount in node.values()):
                 continue
-            held = sum(min(int(node[k] // actor.resources[k]) for k in node if actor.resources[k]) for node in left)
+            held = sum(
+                min(int(node[k] // actor.resources[k]) for k in node if actor.resources[k]) for node in left
+            )
             most = max(most or 0, min(held, actor.count))
         return most
 
     sizes = [{"CPU": 4, "GPU": 1}, {"CPU": 6, "GPU": 2}, {"CPU": 9, "GPU": 4}]
     for actor_gpus, actor_cpus, ranks, rank_cpus in itertools.product((0.5, 1), (1, 3), (1, 2, 3), (2, 4)):
         placement = bundles(
-            config_of(actors={"num_gpus": actor_gpus, "num_cpus": actor_cpus}, learner={"ranks": ranks, "num_cpus": rank_cpus})
+            config_of(
+                actors={"num_gpus": actor_gpus, "num_cpus": actor_cpus},
+                learner={"ranks": ranks, "num_cpus": rank_cpus},
+            )
         )
         for nodes in itertools.combinations_with_replacement(sizes, 2):
             assert most_actors(nodes, placement) == tried(nodes, placement)
@@ -156,7 +182,7 @@ def test_rays_answer_is_what_check_takes():
         check(bundles(config_of()), nodes)
 
 
-# Memory --------------------------------------------------------------------------------------------------------------
+# --- Memory ---
 
 
 def test_parameters_are_counted_as_the_model_has_them(llama_dir):
@@ -174,7 +200,9 @@ def test_states_are_shared_by_the_ranks_and_16_bytes_a_parameter_18_in_bfloat16(
             config = config_of(model={"path": llama_dir, "dtype": dtype}, learner={"ranks": ranks})
             estimate = estimate_memory(config)
             parts = parts_of(estimate.learner)
-            states = sum(parts.get(name, 0) for name in ("parameters", "gradients", "float32 master", "Adam moments"))
+            states = sum(
+                parts.get(name, 0) for name in ("parameters", "gradients", "float32 master", "Adam moments")
+            )
             assert estimate.num_params
             assert states == (18 if has_master else 16) * estimate.num_params / ranks
             assert ("float32 master" in parts) == has_master
@@ -194,9 +222,15 @@ def test_with_adapters_only_these_have_states_and_the_reference_is_free(llama_di
     base = sum(parameter.numel() for parameter in model.parameters())
     add_adapters(model, config.learner, seed=0)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    parts, (num_bytes, states) = parts_of(estimate_memory(config).learner), (2, 18) if dtype == "bfloat16" else (4, 16)
+    parts, (num_bytes, states) = (
+        parts_of(estimate_memory(config).learner),
+        (2, 18) if dtype == "bfloat16" else (4, 16),
+    )
     assert parts["parameters"] == num_bytes * base / 2
-    assert sum(parts.get(name, 0) for name in ("adapters", "gradients", "float32 master", "Adam moments")) == states * trained / 2
+    assert (
+        sum(parts.get(name, 0) for name in ("adapters", "gradients", "float32 master", "Adam moments"))
+        == states * trained / 2
+    )
     assert "reference" not in parts
     assert parts["checkpoint buffers"] == 12 * trained / 2
     moving = parts_of(estimate_memory(config_of(**tree, agro={"ref_update_every": 5})).learner)
@@ -212,7 +246,9 @@ def test_checkpoints_are_held_in_host_memory_while_they_are_written(llama_dir):
     assert part.on_host
     assert estimate.num_params
     assert part.num_bytes == 12 * estimate.num_params / 4
-    assert "checkpoint buffers" not in parts_of(estimate_memory(config_of(model={"path": llama_dir}, checkpoint={"every": 0})).learner)
+    assert "checkpoint buffers" not in parts_of(
+        estimate_memory(config_of(model={"path": llama_dir}, checkpoint={"every": 0})).learner
+    )
 
 
 def test_log_probs_in_chunks_do_not_grow_with_tokens_and_whole_logits_do(llama_dir, tmp_path):
@@ -260,7 +296,9 @@ def test_activations_are_what_autograd_keeps(llama_dir):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            hidden = model.model(input_ids=torch.zeros(4, num_tokens // 4, dtype=torch.long)).last_hidden_state
+            hidden = model.model(
+                input_ids=torch.zeros(4, num_tokens // 4, dtype=torch.long)
+            ).last_hidden_state
         counted = sum(storage.nbytes() for storage in kept.values())
         assert hidden.requires_grad
 
@@ -269,7 +307,11 @@ def test_activations_are_what_autograd_keeps(llama_dir):
             model={"path": llama_dir + "-wide", "dtype": "float32"},
             data={"max_prompt_tokens": 8},
             actors={"max_new_tokens": 8},
-            learner={"micro_batch_tokens": num_tokens, "gradient_checkpointing": checkpointing, "lora_rank": lora_rank},
+            learner={
+                "micro_batch_tokens": num_tokens,
+                "gradient_checkpointing": checkpointing,
+                "lora_rank": lora_rank,
+            },
         )
         estimated = parts_of(estimate_memory(config).learner)["activations"]
         one_layer = 4 * num_tokens * (8 * 256 + 2 * 64 + 4 * 640)
@@ -278,7 +320,9 @@ def test_activations_are_what_autograd_keeps(llama_dir):
 
 
 def test_the_kv_cache_follows_heads_slots_and_length(llama_dir):
-    gpu = config_of(model={"path": llama_dir}, data={"max_prompt_tokens": 100}, actors={"max_new_tokens": 28, "slots": 10})
+    gpu = config_of(
+        model={"path": llama_dir}, data={"max_prompt_tokens": 100}, actors={"max_new_tokens": 28, "slots": 10}
+    )
     per_token = 2 * 3 * 2 * 32 * 2
     assert parts_of(estimate_memory(gpu).actor)["KV cache of all slots"] == per_token * 128 * 10
     assert any("holds all 10 slots" in note for note in estimate_memory(gpu).notes)
@@ -286,7 +330,9 @@ def test_the_kv_cache_follows_heads_slots_and_length(llama_dir):
 
 def test_a_kv_cache_that_is_too_small_is_said(llama_dir):
     def notes(**actors):
-        return " ".join(estimate_memory(config_of(model={"path": llama_dir}, actors={"num_gpus": 0, **actors})).notes)
+        return " ".join(
+            estimate_memory(config_of(model={"path": llama_dir}, actors={"num_gpus": 0, **actors})).notes
+        )
 
     assert notes(kv_cache_gib=1.0, slots=16) == ""
     assert "sequences of full length" in notes(kv_cache_gib=0.01, slots=128)
@@ -302,7 +348,14 @@ def test_offloaded_states_are_host_memory(llama_dir):
     always = {"checkpoint buffers", "process"}
     assert on_host("none") == always
     assert on_host("reference") == {"reference", *always}
-    assert on_host("all") == {"parameters", "gradients", "float32 master", "Adam moments", "reference", *always}
+    assert on_host("all") == {
+        "parameters",
+        "gradients",
+        "float32 master",
+        "Adam moments",
+        "reference",
+        *always,
+    }
     wide = config_of(model={"path": llama_dir}, learner={"offload": "all"})
     estimate = estimate_memory(wide)
     assert host_bytes(wide, estimate) > host_bytes(
@@ -312,7 +365,13 @@ def test_offloaded_states_are_host_memory(llama_dir):
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("someone/Some-8B-Instruct", 8), ("x/Model-0.5b", 0.5), ("SmolLM2-135M", 0.135), ("mixed-8x7B", 56), ("dir/llama3-70b/", 70)],
+    [
+        ("someone/Some-8B-Instruct", 8),
+        ("x/Model-0.5b", 0.5),
+        ("SmolLM2-135M", 0.135),
+        ("mixed-8x7B", 56),
+        ("dir/llama3-70b/", 70),
+    ],
 )
 def test_a_model_that_is_not_at_hand_is_estimated_roughly_by_its_name(name, billions):
     estimate = estimate_memory(config_of(model={"path": name}))
@@ -322,7 +381,9 @@ def test_a_model_that_is_not_at_hand_is_estimated_roughly_by_its_name(name, bill
     assert "activations" not in parts_of(estimate.learner)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "someone/base-v2B2x", ".cache/arithmetic-nowhere", "someone/8bit-model"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "someone/base-v2B2x", ".cache/arithmetic-nowhere", "someone/8bit-model"]
+)
 def test_without_model_and_size_there_is_no_estimate(name):
     estimate = estimate_memory(config_of(model={"path": name}))
     assert estimate.num_params is None
@@ -337,13 +398,22 @@ def test_a_broken_model_directory_is_said_not_raised(tmp_path):
     assert "config.json" in estimate.source
 
 
-# The dry run ---------------------------------------------------------------------------------------------------------
+# --- The dry run ---
 
 
 def test_render_shows_bundles_resources_memory_and_every_warning(llama_dir):
     config = config_of(model={"path": llama_dir}, actors={"top_p": 0.9})
-    text = render(config, bundles(config), [{"CPU": 32, "GPU": 6, "memory": 64 * GIB}], estimate_memory(config))
-    for words in ("4 CPU, 1 GPU", "32 CPU, 8 GPU", "node 1: 32 CPU, 6 GPU, 64.0 GiB", "parameters", "top_p = 0.9", "2 of actors.count = 4"):
+    text = render(
+        config, bundles(config), [{"CPU": 32, "GPU": 6, "memory": 64 * GIB}], estimate_memory(config)
+    )
+    for words in (
+        "4 CPU, 1 GPU",
+        "32 CPU, 8 GPU",
+        "node 1: 32 CPU, 6 GPU, 64.0 GiB",
+        "parameters",
+        "top_p = 0.9",
+        "2 of actors.count = 4",
+    ):
         assert words in text, text
     assert "not asked" in render(config, bundles(config), None, estimate_memory(config))
 

@@ -1,4 +1,6 @@
-"""Before anything starts: a start and a dry run find the same faults, say the numbers, and leave nothing on the disk."""
+"""Before anything starts: a start and a dry run find the same faults, say the numbers, and leave
+nothing on the disk.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,17 @@ def here(tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.Monke
     add_tokens("pad-beyond", pad_token="<pad-15>")
     add_tokens("token-beyond", additional_special_tokens=["7+"])
     Path("no-config/config.json").unlink()
-    grows = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 8}
-    Path("rope-that-grows/config.json").write_text(json.dumps(json.loads(Path("model/config.json").read_text()) | grows))
+    grows = {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        "max_position_embeddings": 8,
+    }
+    Path("rope-that-grows/config.json").write_text(
+        json.dumps(json.loads(Path("model/config.json").read_text()) | grows)
+    )
     Path("tokens.jsonl").write_text(json.dumps({"prompt": "7+2=", "answer": "9"}) + "\n")
-    Path("user_rewards.py").write_text("def zero(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n")
+    Path("user_rewards.py").write_text(
+        "def zero(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n"
+    )
     return tmp_path
 
 
@@ -56,7 +65,10 @@ def add_tokens(directory: str, **tokens: Any) -> None:
 
 
 def config_of(*changes: str) -> Config:
-    return load_config(ROOT / "configs" / "quickstart.yaml", ["model.path=./model", "data.path=./data", "monitor.wandb=off", *changes])
+    return load_config(
+        ROOT / "configs" / "quickstart.yaml",
+        ["model.path=./model", "data.path=./data", "monitor.wandb=off", *changes],
+    )
 
 
 FAULTS = [
@@ -73,20 +85,38 @@ FAULTS = [
     (["model.path=./modle"], ["model.path = ./modle", "there is no", "did you mean model?"]),
     (["model.path=data/train.jsonl"], ["is a file"]),
     (["model.path=someone/model"], ["model.path = someone/model", "As a hub id", "hub cannot be asked"]),
-    (["model.path=models/x", "model.make=recipes.arithmetic:make_base"], ["reads as a hub id", "model.path=./models/x"]),
-    (["model.path=~nobody-of-this-name/x"], ["model.path = ~nobody-of-this-name/x", "there is no user 'nobody-of-this-name'"]),
+    (
+        ["model.path=models/x", "model.make=recipes.arithmetic:make_base"],
+        ["reads as a hub id", "model.path=./models/x"],
+    ),
+    (
+        ["model.path=~nobody-of-this-name/x"],
+        ["model.path = ~nobody-of-this-name/x", "there is no user 'nobody-of-this-name'"],
+    ),
     (["model.path=./" + "x" * 300], ["there is no"]),
     (["model.path=./no-config"], ["model.path"]),
-    (["model.path=./rope-that-grows"], ["rope_type = dynamic", "max_position_embeddings = 8", "Keep the sum at 8 or below"]),
-    (["model.path=./pad-beyond"], ["pad token '<pad-15>' has the id 15", "15 rows (vocab_size)", "pad_token"]),
+    (
+        ["model.path=./rope-that-grows"],
+        ["rope_type = dynamic", "max_position_embeddings = 8", "Keep the sum at 8 or below"],
+    ),
+    (
+        ["model.path=./pad-beyond"],
+        ["pad token '<pad-15>' has the id 15", "15 rows (vocab_size)", "pad_token"],
+    ),
     (["model.path=./token-beyond"], ["prompts hold tokens", "'7+' has the id 15", "has 15 rows"]),
-    (["model.path=./token-beyond", "data.path=tokens.jsonl", "data.eval_rows=0"], ["1 prompts hold tokens", "row 1:"]),
+    (
+        ["model.path=./token-beyond", "data.path=tokens.jsonl", "data.eval_rows=0"],
+        ["1 prompts hold tokens", "row 1:"],
+    ),
     (["run.dir=/"], ["run.dir = / holds other things than a run"]),
     (["run.dir=."], ["holds other things than a run"]),
     (["actors.count=2000"], ["this machine has", "actors.count = 2000", "GiB before any model is loaded"]),
     (["learner.ranks=9000"], ["learner.ranks = 9000"]),
     (["actors.kv_cache_gib=5000"], ["actors.kv_cache_gib = 5000"]),
-    (["buffer.max_staleness=0", "weights.publish_every=3"], ["at step 1 every group is too old", "at step 3 only"]),
+    (
+        ["buffer.max_staleness=0", "weights.publish_every=3"],
+        ["at step 1 every group is too old", "at step 3 only"],
+    ),
 ]
 
 
@@ -148,12 +178,17 @@ def test_a_dry_run_ends_with_what_the_machines_lack(here: Path) -> None:
 
 def test_a_model_is_made_at_its_own_path_only(here: Path) -> None:
     Path("recipe.py").write_text(
-        "import pathlib\n\ndef make(path):\n    pathlib.Path(path).mkdir()\n\ndef fail(path):\n    raise KeyError('x')\n"
+        "import pathlib\n\ndef make(path):\n    pathlib.Path(path).mkdir()\n\ndef fail(path):\n    raise "
+        "KeyError('x')\n"
     )
     made = ensure_model(config_of("model.path=./made", "model.make=recipe:make"))
     assert (made.model.path, Path("made").is_dir()) == (str(here / "made"), True)
     assert locate_model(config_of()).model.path == str(here / "model")
-    for recipe, words in (("recipe:fail", "failed"), ("recipe:none", "recipe"), ("no_recipe:make", "no_recipe")):
+    for recipe, words in (
+        ("recipe:fail", "failed"),
+        ("recipe:none", "recipe"),
+        ("no_recipe:make", "no_recipe"),
+    ):
         message = message_of(prepare, config_of("model.path=./other", f"model.make={recipe}"))
         assert f"model.make = {recipe}" in message
         assert words in message
@@ -162,11 +197,18 @@ def test_a_model_is_made_at_its_own_path_only(here: Path) -> None:
 
 def test_a_start_opens_its_directory_last(here: Path) -> None:
     inputs = prepare(config_of("run.dir=new"))
-    assert (inputs.run_dir, inputs.is_continued, len(inputs.prompts), inputs.pad_id) == (here / "new", False, 300, 0)
+    assert (inputs.run_dir, inputs.is_continued, len(inputs.prompts), inputs.pad_id) == (
+        here / "new",
+        False,
+        300,
+        0,
+    )
     assert sorted(path.name for path in inputs.run_dir.iterdir()) == ["config.yaml", "run.lock"]
     while run_dir._held_locks:
         os.close(run_dir._held_locks.pop())
-    assert check_start(locate_model(config_of("run.dir=new"))) == f"the run in {here / 'new'} would be continued"
+    assert (
+        check_start(locate_model(config_of("run.dir=new"))) == f"the run in {here / 'new'} would be continued"
+    )
 
 
 def test_what_is_in_the_cache_needs_no_hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +216,7 @@ def test_what_is_in_the_cache_needs_no_hub(here: Path, monkeypatch: pytest.Monke
     assert "would be made" in check_start(locate_model(config_of("model.path=someone/model")))
 
 
-# Positions -----------------------------------------------------------------------------------------------------------
+# --- Positions ---
 
 
 def hf_config(kind: str, **changes: Any) -> Any:
@@ -191,7 +233,11 @@ KINDS = [
     ("llama", {"max_position_embeddings": 96}, 96),
     ("llama", {"max_position_embeddings": 96, **scaled("linear", factor=2.0)}, 192),
     ("llama", {"max_position_embeddings": 96, **scaled("dynamic", factor=4.0)}, 384),
-    ("llama", {"max_position_embeddings": 96, **scaled("yarn", factor=4.0, original_max_position_embeddings=24)}, 96),
+    (
+        "llama",
+        {"max_position_embeddings": 96, **scaled("yarn", factor=4.0, original_max_position_embeddings=24)},
+        96,
+    ),
     ("gpt2", {"n_positions": 64}, 64),
     ("opt", {"max_position_embeddings": 64}, 64),
     ("gpt_neox", {"max_position_embeddings": 64}, 64),
@@ -203,7 +249,9 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("kind", "changes", "expected"), KINDS)
-def test_positions_are_known_from_the_config(kind: str, changes: dict[str, Any], expected: int | None) -> None:
+def test_positions_are_known_from_the_config(
+    kind: str, changes: dict[str, Any], expected: int | None
+) -> None:
     found = max_positions(hf_config(kind, **changes))
     assert (found and found[0]) == expected
 
@@ -246,11 +294,18 @@ def test_the_largest_seed_and_timeout_are_those_that_libraries_take() -> None:
 
 
 def test_a_model_that_can_never_end_a_completion_is_told(here: Path) -> None:
-    for name, key in (("tokenizer_config", "eos_token"), ("config", "eos_token_id"), ("generation_config", "eos_token_id")):
+    for name, key in (
+        ("tokenizer_config", "eos_token"),
+        ("config", "eos_token_id"),
+        ("generation_config", "eos_token_id"),
+    ):
         path = here / "model" / f"{name}.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), key: None}))
     told = "\n".join(dry_run(config_of()))
-    assert "warning: no end token is known (neither tokenizer, generation_config.json, config.json nor chat template names one)" in told
+    assert (
+        "warning: no end token is known (neither tokenizer, generation_config.json, config.json nor chat "
+        "template names one)" in told
+    )
 
 
 def test_prompts_that_end_as_if_nothing_were_to_follow_are_told(here: Path) -> None:
@@ -263,17 +318,27 @@ def test_prompts_that_end_as_if_nothing_were_to_follow_are_told(here: Path) -> N
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
-        ("model.safetensors", None, ["no weights: neither model.safetensors nor pytorch_model.bin", "Copy the model's weights"]),
+        (
+            "model.safetensors",
+            None,
+            ["no weights: neither model.safetensors nor pytorch_model.bin", "Copy the model's weights"],
+        ),
         ("model.safetensors", b"", ["model.safetensors cannot be read", "header too small"]),
         ("model.safetensors", b"half", ["model.safetensors cannot be read"]),
         ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", ["is a pointer of git-lfs"]),
-        ("model.safetensors.index.json", b'{"weight_map": {"a": "model-1.safetensors"}}', ["its index names model-1.safetensors"]),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "model-1.safetensors"}}',
+            ["its index names model-1.safetensors"],
+        ),
         ("model.safetensors.index.json", b"[]", ["is no index of weights"]),
         ("model.safetensors.index.json", b"{", ["is no index of weights"]),
         ("pytorch_model.bin", b"", ["pytorch_model.bin is empty"]),
     ],
 )
-def test_weights_that_cannot_be_read_are_found_without_an_engine(here: Path, name: str, content: bytes | None, parts: list[str]) -> None:
+def test_weights_that_cannot_be_read_are_found_without_an_engine(
+    here: Path, name: str, content: bytes | None, parts: list[str]
+) -> None:
     Path("model/model.safetensors").unlink()
     if content is not None:
         Path("model", name).write_bytes(content)

@@ -1,4 +1,6 @@
-"""Prompts that reasoning-gym generates on the spot: the same everywhere, held out apart, and what is wrong said in a line."""
+"""Prompts that reasoning-gym generates on the spot: the same everywhere, held out apart, and what is
+wrong said in a line.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,15 @@ def test_a_split_is_the_same_at_every_call_and_held_out_prompts_are_not_trained_
     assert len(test) == 16
     assert not set(train) & set(test)
     assert questions(SUMS, "test", 8) == test[:8]
-    assert "bfi" not in sys.modules or importlib.util.find_spec("bfi")  # What stands for a missing package is gone again.
+    # What stands for a missing package is gone again.
+    assert "bfi" not in sys.modules or importlib.util.find_spec("bfi")
 
 
 @with_library
 def test_parameters_reach_the_family() -> None:
-    (row,) = read_rows("data.path", "reasoning_gym:chain_sum?min_terms=4&max_terms=4&size=1", "train", None).values()
+    (row,) = read_rows(
+        "data.path", "reasoning_gym:chain_sum?min_terms=4&max_terms=4&size=1", "train", None
+    ).values()
     assert row["question"].count("+") + row["question"].count("-") >= 3
     assert int(row["answer"]) == eval(row["question"].rpartition(":")[2].strip(" ="))
     assert len(questions("reasoning_gym:gsm_symbolic?size=3", "train")) == 3
@@ -84,7 +89,9 @@ def test_without_the_library_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_parameters_are_read_as_a_config_is():
-    longest = read_rows("data.path", "reasoning_gym:chain_sum?min_terms=0600&max_terms=0600&size=1", "train", None)
+    longest = read_rows(
+        "data.path", "reasoning_gym:chain_sum?min_terms=0600&max_terms=0600&size=1", "train", None
+    )
     assert longest[0]["question"].count(" + ") + longest[0]["question"].count(" - ") == 599
     for query in ("size=true", "size=1&size=2", "max_terms=&a", "size=!!int 3"):
         with pytest.raises(DataError, match="reasoning_gym:chain_sum"):

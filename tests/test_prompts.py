@@ -26,7 +26,9 @@ GOOD = {"prompt": "1+1=", "answer": "2"}
 def tokenizer():
     """One token per byte, and `<s>` put before every text unless special tokens are switched off."""
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(["<s>", *symbols])}, merges=[]))
+    core = Tokenizer(
+        models.BPE(vocab={symbol: index for index, symbol in enumerate(["<s>", *symbols])}, merges=[])
+    )
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
@@ -38,7 +40,10 @@ def tokenizer():
 def write(tmp_path):
     def write_lines(*rows, name="train.jsonl"):
         path = tmp_path / name
-        lines = [row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows]
+        lines = [
+            row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+            for row in rows
+        ]
         path.write_bytes(b"\n".join(lines) + b"\n")
         return str(path)
 
@@ -67,13 +72,21 @@ def test_a_rendered_template_has_its_special_token_once(tokenizer, write):
 def with_post_processor(single, *special, **names):
     """Of the arithmetic characters, with special tokens put around every text."""
     tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [name for name, _ in special if name not in tokenizer.get_vocab()]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [name for name, _ in special if name not in tokenizer.get_vocab()]}
+    )
     pairs = [(name, tokenizer.convert_tokens_to_ids(name)) for name, _ in special]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=pairs)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", unk_token="<unk>", **names)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=pairs
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", unk_token="<unk>", **names
+    )
 
 
-@pytest.mark.parametrize("single", ["$A <eos>", "<s> $A <eos>", "<s> $A", "<s> $A <sep>", "<cls> <s> $A <sep> <eos>"])
+@pytest.mark.parametrize(
+    "single", ["$A <eos>", "<s> $A <eos>", "<s> $A", "<s> $A <sep>", "<cls> <s> $A <sep> <eos>"]
+)
 def test_a_prompt_never_ends_in_what_the_tokenizer_appends(write, single):
     names = [("<eos>", 1), ("<s>", 0), ("<sep>", 0), ("<cls>", 0)]
     tokenizer = with_post_processor(single, *names, bos_token="<s>")
@@ -86,7 +99,9 @@ def test_a_prompt_never_ends_in_what_the_tokenizer_appends(write, single):
     assert tokenizer.convert_ids_to_tokens(rows[2].token_ids).count("<s>") == 1
 
 
-@pytest.mark.parametrize("template", ["{{ bos_token }}{{ messages[0].content }}", "<s>{{ bos_token }}{{ messages[0].content }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ bos_token }}{{ messages[0].content }}", "<s>{{ bos_token }}{{ messages[0].content }}"]
+)
 def test_a_template_that_holds_bos_gives_it_once(write, template):
     tokenizer = with_post_processor("<s> $A <eos>", ("<eos>", 1), ("<s>", 0), bos_token="<s>")
     tokenizer.chat_template = template
@@ -104,7 +119,11 @@ def test_prompts_that_end_in_the_end_token_are_counted(write):
 def test_wholly_unknown_prompts_are_bad_rows_and_partly_unknown_ones_are_counted(write):
     tokenizer = make_tokenizer()
     path = write(GOOD, {"prompt": "中文", "answer": "2"}, {"prompt": "1 + 1=", "answer": "2"})
-    with pytest.raises(DataError, match=r"1 of 3 rows are bad\n  - line 2: the tokenizer knows no part of '中文': all of it is <unk>"):
+    with pytest.raises(
+        DataError,
+        match=r"1 of 3 rows are bad\n  - line 2: the tokenizer knows no part of "
+        r"'中文': all of it is <unk>",
+    ):
         load_prompts(plain(path), tokenizer)
     prompts = load_prompts(plain(path, on_bad_row="skip"), tokenizer)
     assert (len(prompts), prompts.num_bad_rows) == (2, 1)
@@ -131,7 +150,11 @@ def test_a_text_that_the_tokenizer_itself_refuses_is_a_bad_row(write):
     core = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
     path = write({"prompt": "a", "answer": "2"}, {"prompt": "c", "answer": "2"})
-    with pytest.raises(DataError, match=r"1 of 2 rows are bad\n  - line 2: the tokenizer does not take 'c': .*WordLevel"):
+    with pytest.raises(
+        DataError,
+        match=r"1 of 2 rows are bad\n  - line 2: the tokenizer does not take 'c': "
+        r".*WordLevel",
+    ):
         load_prompts(plain(path), tokenizer)
 
 
@@ -139,12 +162,18 @@ def test_padding_and_truncation_in_a_tokenizers_file_change_no_prompt(write):
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=16, pad_id=0, pad_token="<pad>")
-    rows = load_prompts(plain(write({"prompt": "1+1=", "answer": "2"}, {"prompt": "12+12=", "answer": "24"})), tokenizer).rows
+    rows = load_prompts(
+        plain(write({"prompt": "1+1=", "answer": "2"}, {"prompt": "12+12=", "answer": "24"})), tokenizer
+    ).rows
     assert ["".join(tokenizer.convert_ids_to_tokens(row.token_ids)) for row in rows] == ["1+1=", "12+12="]
 
 
 def test_answers_are_found_where_verl_keeps_them_and_it_is_said(write):
-    row = {"prompt": "1+1=", "reward_model": {"ground_truth": "2", "style": "rule"}, "extra_info": {"answer": "#### 2"}}
+    row = {
+        "prompt": "1+1=",
+        "reward_model": {"ground_truth": "2", "style": "rule"},
+        "extra_info": {"answer": "#### 2"},
+    }
     prompts = load_prompts(plain(write(row)), make_tokenizer())
     assert prompts[0].columns == {**row, "answer": "2"}
     assert prompts.notes[0].endswith("train.jsonl: the answers are those in reward_model.ground_truth")
@@ -163,7 +192,12 @@ def test_messages_are_rendered_and_reach_the_reward_intact(tokenizer, write):
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": "1+1?", "id": [1, None]},
     ]
-    row = {"prompt": messages, "answer": "2", "meta": {"tags": ["a", {"deep": 1.5}]}, "number": 12345678901234567890}
+    row = {
+        "prompt": messages,
+        "answer": "2",
+        "meta": {"tags": ["a", {"deep": 1.5}]},
+        "number": 12345678901234567890,
+    }
     other = {"prompt": [{"role": "user", "content": "2+2?"}], "answer": "4", "meta": {"other": True}}
     prompts = load_prompts(DataConfig(path=write(row, other)), tokenizer)
     assert prompts[0].text == "<s>user: hi\nassistant: yes\nuser: 1+1?\nassistant:"
@@ -211,7 +245,9 @@ def test_evaluation_takes_the_first_rows_of_its_split_or_path(tokenizer, write, 
     write(*[{"prompt": str(index), "answer": "x"} for index in range(9)], name="test.jsonl")
     other = write({"prompt": "other", "answer": "x"}, name="other.jsonl")
     assert len(load_prompts(plain(tmp_path), tokenizer)) == 1
-    assert [row.text for row in load_prompts(plain(tmp_path, eval_rows=3), tokenizer, evaluation=True).rows] == ["0", "1", "2"]
+    assert [
+        row.text for row in load_prompts(plain(tmp_path, eval_rows=3), tokenizer, evaluation=True).rows
+    ] == ["0", "1", "2"]
     assert load_prompts(plain(tmp_path, eval_path=other), tokenizer, evaluation=True)[0].text == "other"
     assert len(load_prompts(plain(tmp_path, eval_rows=0), tokenizer, evaluation=True)) == 0
 
@@ -254,11 +290,20 @@ BAD_ROWS = [
     ({"prompt": [], "answer": "2"}, "empty list of messages"),
     ({"prompt": ["hi"], "answer": "2"}, "message 1 of 'prompt' is not {'role': ..., 'content': ...}"),
     ({"prompt": [user("hi"), {"role": "user"}], "answer": "2"}, "message 2 of 'prompt' is not"),
-    ({"prompt": [user("hi", role="human")], "answer": "2"}, "has the role 'human', expected one of system, user"),
-    ({"prompt": [user([{"type": "text"}])], "answer": "2"}, "the content of message 1 of 'prompt' is a list, expected text"),
+    (
+        {"prompt": [user("hi", role="human")], "answer": "2"},
+        "has the role 'human', expected one of system, user",
+    ),
+    (
+        {"prompt": [user([{"type": "text"}])], "answer": "2"},
+        "the content of message 1 of 'prompt' is a list, expected text",
+    ),
     ({"prompt": [user("")], "answer": "2"}, "the content of message 1 of 'prompt' is empty"),
     ({"prompt": [user("hi"), user("2", role="assistant")], "answer": "2"}, "nothing is left to answer"),
-    ({"prompt": [user("out", role="tool")], "answer": "2"}, "the chat template refuses the messages: no tools here"),
+    (
+        {"prompt": [user("out", role="tool")], "answer": "2"},
+        "the chat template refuses the messages: no tools here",
+    ),
     ({"prompt": json.dumps([user("1+1?")]), "answer": "2"}, "'prompt' is messages written out as text: "),
     ({"prompt": str([user("1+1?")]), "answer": "2"}, "'prompt' is messages written out as text: "),
     ({"prompt": "hi"}, "no 'answer', which other rows have"),
@@ -295,9 +340,17 @@ def test_a_bad_row_stops_with_line_and_reason_or_is_skipped_and_counted(tokenize
 
 def test_messages_need_the_chat_template_and_one_system_message(tokenizer, write):
     path = write(GOOD, {"prompt": [user("be brief", role="system"), user("hi")], "answer": "2"})
-    with pytest.raises(DataError, match=r"line 2: 'prompt' is a list of messages, which needs data\.chat_template=true"):
+    with pytest.raises(
+        DataError,
+        match=r"line 2: 'prompt' is a list of messages, which needs "
+        r"data\.chat_template=true",
+    ):
         load_prompts(plain(path), tokenizer)
-    with pytest.raises(DataError, match=r"line 2: 'prompt' has a system message of its own, but data\.system_prompt is set"):
+    with pytest.raises(
+        DataError,
+        match=r"line 2: 'prompt' has a system message of its own, but "
+        r"data\.system_prompt is set",
+    ):
         load_prompts(DataConfig(path=path, system_prompt="Be long."), tokenizer)
 
 
@@ -341,7 +394,11 @@ def test_paths_that_hold_nothing_say_what_was_tried_and_what_is_accepted(tokeniz
     for path, message in cases.items():
         with pytest.raises(DataError, match=message):
             load_prompts(plain(path), tokenizer)
-    with pytest.raises(DataError, match=r"no split 'dev': neither dev\.jsonl .* but broken\.parquet, notes\.txt, train\.jsonl"):
+    with pytest.raises(
+        DataError,
+        match=r"no split 'dev': neither dev\.jsonl .* but broken\.parquet, "
+        r"notes\.txt, train\.jsonl",
+    ):
         load_prompts(plain(tmp_path, split="dev"), tokenizer)
     pq.write_table(pa.Table.from_pylist([GOOD]), tmp_path / "train.parquet")
     with pytest.raises(DataError, match=r"more than once \(train\.jsonl, train\.parquet\)"):
@@ -360,7 +417,10 @@ def test_a_hub_id_goes_through_datasets_with_subset_and_split(tokenizer, monkeyp
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(load_prompts(plain("someone/sums:easy"), tokenizer)) == 5
     assert len(load_prompts(plain("someone/sums", eval_rows=2), tokenizer, evaluation=True)) == 2
-    assert asked == [(("someone/sums", "easy"), {"split": "train"}), (("someone/sums", None), {"split": "test"})]
+    assert asked == [
+        (("someone/sums", "easy"), {"split": "train"}),
+        (("someone/sums", None), {"split": "test"}),
+    ]
 
 
 def test_an_unreachable_hub_id_says_both_things_that_were_tried(tokenizer, monkeypatch):

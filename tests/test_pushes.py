@@ -1,6 +1,8 @@
-"""Weights pushed by nccl and ipc: vLLM's own engines at both ends and the actors' real loops, on wires for the CPU (cpu_transfer.py).
+"""Weights pushed by nccl and ipc: vLLM's own engines at both ends and the actors' real loops, on wires for
+the CPU (cpu_transfer.py).
 
-What no GPU machine has run yet: NCCL itself, CUDA's IPC handles, streams. Everything else here is the code of a run.
+What no GPU machine has run yet: NCCL itself, CUDA's IPC handles, streams. Everything else here is the code of
+a run.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ def receiving_engine(transport: str) -> Any:
     from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=0, world_size=1, rank=0), model_config=None)
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(data_parallel_index=0, world_size=1, rank=0), model_config=None
+    )
     kind: Any = {"nccl": NCCLWeightTransferEngine, "ipc": IPCWeightTransferEngine}[transport]
     return kind(None, config, torch.device("cpu"), PushedWeights())
 
@@ -132,7 +136,9 @@ class Learner:
         def store(bucket: np.ndarray) -> Reference:
             return Reference(bucket.copy())
 
-        self.transport: Transport = load_transport(Sender(0, run.config, source, run.board, calls, store, self.events.append))
+        self.transport: Transport = load_transport(
+            Sender(0, run.config, source, run.board, calls, store, self.events.append)
+        )
 
     def publish(self, version: int, *, evaluate: bool = False) -> None:
         with torch.no_grad():
@@ -149,7 +155,9 @@ class Learner:
     def has(self, actor: PushedActor) -> bool:
         """Whether the actor was pushed just these weights."""
         mine = self.policy.copy()
-        return actor.pushed.keys() == mine.keys() and all(torch.equal(actor.pushed[name], mine[name]) for name in mine)
+        return actor.pushed.keys() == mine.keys() and all(
+            torch.equal(actor.pushed[name], mine[name]) for name in mine
+        )
 
 
 class Cast:
@@ -175,7 +183,9 @@ class Cast:
 
 
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
-def test_weights_are_pushed_to_all_actors_and_samples_say_so_without_another_snapshot(bench, wires: Wires, transport: str):
+def test_weights_are_pushed_to_all_actors_and_samples_say_so_without_another_snapshot(
+    bench, wires: Wires, transport: str
+):
     run = bench(pushing(transport))
     cast = Cast(run, 2)
     for version in (2, 4, 6):
@@ -186,7 +196,11 @@ def test_weights_are_pushed_to_all_actors_and_samples_say_so_without_another_sna
     assert wires.formed == ([3] if transport == "nccl" else [])
     assert cast.learner.transport.metrics()["weights/stale_actors"] == 0
     spans = {
-        span.version for step in range(24) for group in run.train(step, 4) for sample in group.samples for span in sample.version_spans
+        span.version
+        for step in range(24)
+        for group in run.train(step, 4)
+        for sample in group.samples
+        for span in sample.version_spans
     }
     assert 6 in spans <= {0, 2, 4, 6}
     assert run.told.events == cast.learner.events == []
@@ -221,7 +235,10 @@ def test_a_laggard_is_named_and_left_out_and_back_once_it_answers(bench, wires: 
     assert time.monotonic() - start_s < ANSWER_S + 3
     assert cast.versions == [2, 0]
     assert len(cast.learner.events) == 1
-    assert "actor-1 keeps its weights, and is left out until it answers again: version 2, it did not answer `" in cast.learner.events[0]
+    assert (
+        "actor-1 keeps its weights, and is left out until it answers again: version 2, it did not answer `"
+        in cast.learner.events[0]
+    )
     assert cast.learner.transport.metrics()["weights/stale_actors"] == 1
     start_s = time.monotonic()
     cast.learner.publish(4)
@@ -235,7 +252,9 @@ def test_a_laggard_is_named_and_left_out_and_back_once_it_answers(bench, wires: 
     assert "actor-1 answers again" in cast.learner.events[-1]
 
 
-def test_with_nccl_an_actor_that_dies_while_weights_arrive_costs_the_others_a_snapshot_and_nothing_else(bench, wires: Wires):
+def test_with_nccl_an_actor_that_dies_while_weights_arrive_costs_the_others_a_snapshot_and_nothing_else(
+    bench, wires: Wires
+):
     run = bench(pushing("nccl"))
     cast = Cast(run, 3)
     cast.actors[1].dies_at = "update"
@@ -245,7 +264,9 @@ def test_with_nccl_an_actor_that_dies_while_weights_arrive_costs_the_others_a_sn
     assert time.monotonic() - start_s < 6
     assert "actor-1 keeps its weights" in cast.learner.events[0]
     assert "the actor died" in cast.learner.events[0]
-    wait_until(lambda: sum("waits for a snapshot" in event for event in run.told.events) == 2, "both have given up")
+    wait_until(
+        lambda: sum("waits for a snapshot" in event for event in run.told.events) == 2, "both have given up"
+    )
     wait_until(lambda: all(version >= 0 for version in cast.versions), "weights again")
     run.board.get("release_actor", "actor-1")  # As the fleet does.
     cast.learner.publish(4)
@@ -272,7 +293,9 @@ def test_with_nccl_an_actor_that_dies_while_the_group_forms_holds_up_nobody(benc
     assert wires.formed == [4, 3]
 
 
-def test_with_nccl_one_that_never_answers_while_weights_arrive_is_named_after_the_timeout(bench, wires: Wires):
+def test_with_nccl_one_that_never_answers_while_weights_arrive_is_named_after_the_timeout(
+    bench, wires: Wires
+):
     run = bench(pushing("nccl", run={"timeout_s": 3.0}))
     cast = Cast(run, 2)
     silent = threading.Event()
@@ -346,12 +369,15 @@ def test_weights_that_arrive_damaged_are_not_generated_with(bench, wires: Wires,
     cast.learner.publish(2)
     assert cast.actors[0].engine.version == 2, (cast.learner.events, run.told.events)
     assert "arrived damaged: 1.weight" in cast.learner.events[0]
-    wait_until(lambda: cast.actors[1].engine.version == 0, "the snapshot")  # The newest there is; the next publication makes one.
+    # The newest there is; the next publication makes one.
+    wait_until(lambda: cast.actors[1].engine.version == 0, "the snapshot")
     assert 2 not in cast.actors[1].engine.loaded
 
 
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
-def test_who_evaluates_is_not_disturbed_and_every_evaluation_is_of_its_version(bench, wires: Wires, transport: str):
+def test_who_evaluates_is_not_disturbed_and_every_evaluation_is_of_its_version(
+    bench, wires: Wires, transport: str
+):
     run = bench(pushing(transport), eval_rows=rows(4))
     cast = Cast(run, 2)
     cast.learner.publish(2, evaluate=True)
@@ -365,7 +391,9 @@ def test_who_evaluates_is_not_disturbed_and_every_evaluation_is_of_its_version(b
     assert not any("left out" in event for event in cast.learner.events)  # To decline is not to fail.
 
 
-def test_a_learner_that_starts_again_from_an_older_checkpoint_takes_the_actors_back_with_it(bench, wires: Wires):
+def test_a_learner_that_starts_again_from_an_older_checkpoint_takes_the_actors_back_with_it(
+    bench, wires: Wires
+):
     run = bench(pushing("nccl"))
     cast = Cast(run, 2)
     for version in (2, 4):
@@ -383,13 +411,17 @@ def test_ranks_that_do_not_send_make_the_whole_pass():
     seen: list[str] = []
 
     class Counted(Plain):
-        def named_weights(self, bucket_bytes: int, *, adapters_alone: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        def named_weights(
+            self, bucket_bytes: int, *, adapters_alone: bool = False
+        ) -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in super().named_weights(bucket_bytes):
                 seen.append(name)
                 yield name, tensor
 
     policy = Counted()
-    transport = load_transport(Sender(1, pushing("nccl"), ZeroSource(policy, 1), None, Calls(1.0), list, print))
+    transport = load_transport(
+        Sender(1, pushing("nccl"), ZeroSource(policy, 1), None, Calls(1.0), list, print)
+    )
     transport.publish(2, evaluate=True)
     assert seen == list(policy.copy())
     assert transport.metrics() == {}
@@ -403,10 +435,16 @@ def test_the_pass_is_a_weight_source_as_vllm_defines_it():
 
     policy = Plain()
     begun: list[str] = []
-    source = Pass(ZeroSource(policy, 100), lambda: begun.append("begun"), lambda name, tensor: begun.append(name))
+    source = Pass(
+        ZeroSource(policy, 100), lambda: begun.append("begun"), lambda name, tensor: begun.append(name)
+    )
     assert isinstance(source, WeightSource)
     groups = [(names, [tuple(tensor.shape) for tensor in tensors]) for names, tensors in source.iter_groups()]
-    assert [name for names, _ in groups for name in names] == [meta.name for meta in source.metadata()] == begun[1:]
+    assert (
+        [name for names, _ in groups for name in names]
+        == [meta.name for meta in source.metadata()]
+        == begun[1:]
+    )
     assert isinstance(ActorsClient(Calls(1.0), 1.0, ranks_each=1, coupled=True), VLLMWeightSyncClient)
 
 
@@ -436,7 +474,9 @@ def test_the_symbols_of_vllm_that_a_transport_uses_are_there(transport: str):
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
-def engine_report(request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def engine_report(
+    request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("engine")
     road = {"tied": "ipc", "untied": "nccl"}[request.param]
     command = [sys.executable, str(SCENARIO), str(tiny_models[request.param]), str(out), road]
@@ -449,7 +489,9 @@ class TestRealEngine:
     """A real vLLM engine; nccl with untied embeddings, ipc with tied ones."""
 
     @pytest.mark.parametrize("phase", ["pushed", "pushed in flight", "undone", "lost, then a snapshot"])
-    def test_fresh_samples_are_those_of_the_weights_that_count(self, engine_report: dict[str, Any], phase: str):
+    def test_fresh_samples_are_those_of_the_weights_that_count(
+        self, engine_report: dict[str, Any], phase: str
+    ):
         assert engine_report[phase]["samples"] > 10
         assert engine_report[phase]["worst"] < 5e-5
 
@@ -457,7 +499,13 @@ class TestRealEngine:
         assert engine_report["of the version before"]["worst"] > 0.1
 
     def test_versions_say_what_counts(self, engine_report: dict[str, Any]):
-        assert engine_report["versions"] == {"pushed": 1, "in flight": 2, "undone": 2, "lost": -1, "snapshot": 3}
+        assert engine_report["versions"] == {
+            "pushed": 1,
+            "in flight": 2,
+            "undone": 2,
+            "lost": -1,
+            "snapshot": 3,
+        }
 
     def test_the_probes_were_confirmed_by_vllms_own_parameters(self, engine_report: dict[str, Any]):
         assert engine_report["confirmed"] == [5, 5]  # Two norms in each of two layers and the last one.

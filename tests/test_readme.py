@@ -1,4 +1,6 @@
-"""Every command that README shows, from what a clone holds and nothing beside it: run here, or by the test that is named."""
+"""Every command that README shows, from what a clone holds and nothing beside it: run here, or by the
+test that is named.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,24 @@ import pytest
 from tests.clone import ROOT, make_clone, run
 
 PYTHON = ".venv/bin/python launch.py"
-BY_DRY_RUN = [f"{PYTHON} train configs/quickstart.yaml", f"{PYTHON} train configs/smollm2_sums.yaml", "launch.py train"]
+BY_DRY_RUN = [
+    f"{PYTHON} train configs/quickstart.yaml",
+    f"{PYTHON} train configs/smollm2_sums.yaml",
+    "launch.py train",
+]
 BY_MAKE = re.compile(r"make [a-z0-9-]+")
 BY_TEST = {
     f"{PYTHON} status RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
     f"{PYTHON} audit RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
-    f"{PYTHON} scale RUN_DIR --actors 4": "test_system.py::test_scaling_one_to_three_to_one_from_another_shell_and_sigterm_lose_nothing",
-    f'{PYTHON} chat RUN_DIR/policy "12+7="': "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
-    f"{PYTHON} evaluate RUN_DIR/policy": "test_system.py::TestFinishedRun::test_policy_is_evaluated_by_vllm_through_the_cli",
+    f"{PYTHON} scale RUN_DIR --actors "
+    "4": "test_system.py::test_scaling_one_to_three_to_one_from_another_shell_and_sigterm_lose_nothing",
+    f"{PYTHON} chat RUN_DIR/policy "
+    '"12+7="': "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
+    f"{PYTHON} evaluate "
+    "RUN_DIR/policy": "test_system.py::TestFinishedRun::test_policy_is_evaluated_by_vllm_through_the_cli",
     ".venv/bin/vllm serve RUN_DIR/policy": "test_readme.py::test_programs_of_the_environment_exist",
-    "launch.py export RUN_DIR --step 200 --out DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
+    "launch.py export RUN_DIR --step 200 --out "
+    "DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
     "launch.py inspect-batch FILE": "test_guards.py::test_inspect_batch_shows_what_a_reader_looks_for",
     "launch.py doctor": "test_readme.py::test_doctor_runs_in_a_clone",
     "export PATH=$PWD/.venv/bin:$PATH": "test_system.py::test_ray_job_submit_with_token_authentication",
@@ -36,14 +46,29 @@ BY_TEST = {
     "ray job submit": "test_readme.py::test_programs_of_the_environment_exist",
     "wandb sync": "test_wandb_continued.py::test_an_offline_run_that_was_killed_and_continued_is_one_curve_in_every_file",
 }
-PROGRAMS = ("make ", "launch.py ", ".venv/", "python ", "python3 ", "ray ", "wandb ", "vllm ", "pip ", "uv ", "export ", "git ", "docker ")
+PROGRAMS = (
+    "make ",
+    "launch.py ",
+    ".venv/",
+    "python ",
+    "python3 ",
+    "ray ",
+    "wandb ",
+    "vllm ",
+    "pip ",
+    "uv ",
+    "export ",
+    "git ",
+    "docker ",
+)
 
 
 def commands() -> list[str]:
     """Those of README's blocks, without comments, and those within its sentences."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks if not block.startswith("launch.py  ") for line in block.splitlines()]  # But the list of files.
+    # But the list of files.
+    lines = [line for block in blocks if not block.startswith("launch.py  ") for line in block.splitlines()]
     shown = [re.split(r"\s+#", line)[0].strip() for line in lines if line.strip()]
     within = re.findall(r"`([^`\n]+)`", re.sub(r"^```\w*\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
     return list(dict.fromkeys([*shown, *(words for words in within if words.startswith(PROGRAMS))]))
@@ -59,10 +84,15 @@ def targets() -> list[str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What git knows of this tree, in a folder with nothing beside it, and an environment as `make setup` leaves it."""
+    """What git knows of this tree, in a folder with nothing beside it, and an environment as `make
+    setup` leaves it.
+    """
     folder = tmp_path_factory.mktemp("empty") / "clone"
     make_clone(folder)
-    rows = [{"prompt": "1+1=", "answer": "2", "completion": text, "reward": float(text == "2")} for text in ("2", "3")]
+    rows = [
+        {"prompt": "1+1=", "answer": "2", "completion": text, "reward": float(text == "2")}
+        for text in ("2", "3")
+    ]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -79,7 +109,11 @@ def test_the_tests_that_run_the_others_exist() -> None:
         file, *path = named.split("::")
         nodes: list[ast.stmt] = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8")).body
         for name in path:
-            (found,) = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name]
+            (found,) = [
+                node
+                for node in nodes
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name
+            ]
             nodes = found.body
 
 
@@ -112,12 +146,16 @@ def test_programs_of_the_environment_exist() -> None:
 
 @pytest.mark.slow
 def test_doctor_runs_in_a_clone(clone: Path) -> None:
-    done = subprocess.run([".venv/bin/python", "launch.py", "doctor"], cwd=clone, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [".venv/bin/python", "launch.py", "doctor"], cwd=clone, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode in (0, 1), done.stderr  # What it says of this machine is its affair.
     assert "HOME" in done.stdout
     assert done.stderr == ""
     assert run(clone, ".venv/bin/python launch.py --help").startswith("usage: launch.py")
-    assert run(clone, ".venv/bin/python launch.py config-reference") == (clone / "docs" / "config.md").read_text(encoding="utf-8")
+    assert run(clone, ".venv/bin/python launch.py config-reference") == (
+        clone / "docs" / "config.md"
+    ).read_text(encoding="utf-8")
 
 
 def test_nothing_refers_to_a_folder_that_a_clone_lacks(clone: Path) -> None:
@@ -136,8 +174,16 @@ def test_nothing_refers_to_a_folder_that_a_clone_lacks(clone: Path) -> None:
         "rewards",
         "benchmarks",
     )
-    files = [file for place in places for file in ([clone / place] if (clone / place).is_file() else (clone / place).rglob("*"))]
+    files = [
+        file
+        for place in places
+        for file in ([clone / place] if (clone / place).is_file() else (clone / place).rglob("*"))
+    ]
     texts = [file for file in files if file.suffix in (".md", ".yaml", ".py", "") and file.is_file()]
-    found = [(str(file.relative_to(clone)), match[0].strip()) for file in texts for match in outside.finditer(file.read_text("utf-8"))]
+    found = [
+        (str(file.relative_to(clone)), match[0].strip())
+        for file in texts
+        for match in outside.finditer(file.read_text("utf-8"))
+    ]
     assert len(texts) > 100
     assert found == []

@@ -1,4 +1,6 @@
-"""The actor's end of pushed weights: orders in any sequence and from any thread, on an engine that only notes them."""
+"""The actor's end of pushed weights: orders in any sequence and from any thread, on an engine that only
+notes them.
+"""
 
 from __future__ import annotations
 
@@ -105,9 +107,10 @@ def loop() -> Iterator[Loop]:
 
 class TestReceiver:
     def test_a_transfer_puts_its_version_in_place(self, loop: Loop):
-        assert [loop.order(verb, 1, *rest) for verb, *rest in (("init", {"group": 0}), ("start",), ("update", {}), ("update", {}))] == [
-            ""
-        ] * 4
+        assert [
+            loop.order(verb, 1, *rest)
+            for verb, *rest in (("init", {"group": 0}), ("start",), ("update", {}), ("update", {}))
+        ] == [""] * 4
         assert loop.engine.version == 4
         assert loop.order("finish", 1, 6, {"norm": "x"}) == ""
         assert (loop.engine.version, loop.updated, loop.told) == (6, 1, [])
@@ -156,7 +159,9 @@ class TestReceiver:
             loop.order("abort", 1, "over")
             loop.engine.all_are_there.set()
             assert meeting.result(5) == "this transfer was broken off"
-            wait_until(lambda: "could not be left: RuntimeError: drop 1 broke" in " ".join(loop.told), "an event")
+            wait_until(
+                lambda: "could not be left: RuntimeError: drop 1 broke" in " ".join(loop.told), "an event"
+            )
         assert loop.order("hello", 2) == ""
 
     def test_what_keeps_a_group_from_meeting_reaches_the_learner(self, loop: Loop):

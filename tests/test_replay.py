@@ -10,7 +10,14 @@ import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from buffer.replay import Replay
 from buffer.sampling import AGELESS, SAMPLERS, GroupMeta
@@ -56,7 +63,9 @@ class ReplayModel:
 
     def ripe(self, step: int) -> list[GroupMeta]:
         lag = self.config.min_staleness
-        return [row for row in self.rows if not lag or row.version is None or row.version <= max(0, step - lag)]
+        return [
+            row for row in self.rows if not lag or row.version is None or row.version <= max(0, step - lag)
+        ]
 
     def takeable(self, step: int) -> int:
         return sum(step - row.oldest_version <= self.config.max_staleness for row in self.ripe(step))
@@ -66,7 +75,9 @@ class ReplayModel:
         self.evict_stale(step)
         ripe = self.ripe(step)
         if is_full and len(ripe) < k <= len(self.rows):
-            young = sorted((row for row in self.rows if row not in ripe), key=lambda row: row.oldest_version)[: k - len(ripe)]
+            young = sorted((row for row in self.rows if row not in ripe), key=lambda row: row.oldest_version)[
+                : k - len(ripe)
+            ]
             self.counts["taken_young"] += len(young)
             assert got == [row.group_id for row in ripe + young]
         elif len(ripe) >= k and (is_full or len(self.rows) >= (self.config.min_staleness + 1) * k):
@@ -91,7 +102,10 @@ class ReplayModel:
             case "oldest":
                 assert got == [row.group_id for row in ripe[:k]]
             case "stratified":
-                by_range = [[row.group_id for row in ripe if self.range_of(row, step) == index] for index in range(len(self.ranges))]
+                by_range = [
+                    [row.group_id for row in ripe if self.range_of(row, step) == index]
+                    for index in range(len(self.ranges))
+                ]
                 expected = self.expected_mix(k, [len(ids) for ids in by_range])
                 assert [len(set(ids) & set(got)) for ids in by_range] == expected
 
@@ -126,7 +140,13 @@ class ReplayMachine(RuleBasedStateMachine):
         capacity=st.sampled_from([2, 12, 40]),
     )
     def start(self, mix, lag, max_staleness, max_uses, capacity):
-        fields = {"mix": mix[0], "min_staleness": lag, "max_staleness": max_staleness, "max_uses": max_uses, "capacity": capacity}
+        fields = {
+            "mix": mix[0],
+            "min_staleness": lag,
+            "max_staleness": max_staleness,
+            "max_uses": max_uses,
+            "capacity": capacity,
+        }
         self.config = BufferConfig.model_validate({"sampler": self.sampler, **fields})
         self.replay, self.model = Replay(self.config, 5), ReplayModel(self.config, mix[1])
         self.step, self.left = 6, 0
@@ -189,8 +209,12 @@ class ReplayMachine(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "model"):
-            num_left = sum(count for reason, count in self.model.counts.items() if reason.startswith("evicted"))
-            assert self.left + len(self.replay.pop_evicted()) == num_left, "every group that leaves is reported once"
+            num_left = sum(
+                count for reason, count in self.model.counts.items() if reason.startswith("evicted")
+            )
+            assert self.left + len(self.replay.pop_evicted()) == num_left, (
+                "every group that leaves is reported once"
+            )
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
@@ -198,14 +222,19 @@ def test_replay_agrees_with_an_obvious_model(name):
     class Machine(ReplayMachine):
         sampler = name
 
-    run_state_machine_as_test(Machine, settings=settings(max_examples=50, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(
+        Machine, settings=settings(max_examples=50, stateful_step_count=40, deadline=None)
+    )
 
 
 def test_a_state_that_is_refused_changes_nothing():
     replay = Replay(BufferConfig(), 0)
     replay.insert(GroupMeta(3, 0, 7))
     before = replay.get_state()
-    for groups, problem in [([GroupMeta(1, 0, 1)] * 2, "twice"), ([GroupMeta(1, 0, 1)], "contradicts itself")]:
+    for groups, problem in [
+        ([GroupMeta(1, 0, 1)] * 2, "twice"),
+        ([GroupMeta(1, 0, 1)], "contradicts itself"),
+    ]:
         with pytest.raises(DataError, match=problem):
             replay.set_state({"groups": groups, "counts": {"inserted": 2}})
     assert replay.get_state() == before

@@ -11,7 +11,9 @@ import pytest
 
 from cluster.report import MAX_POINTS, MAX_SAMPLES, curves_png, report_data, write_report
 
-NASTY = '</script><script>alert(1)</script><img src=x onerror=alert(2)> <!-- & {{TITLE}} {{DATA}} \u2028 \ud800 "'
+NASTY = (
+    '</script><script>alert(1)</script><img src=x onerror=alert(2)> <!-- & {{TITLE}} {{DATA}} \u2028 \ud800 "'
+)
 
 
 def write_lines(path: Path, records: list[dict[str, Any]], tail: str = "") -> None:
@@ -34,11 +36,23 @@ def run_dir(tmp_path: Path) -> Path:
     ]
     write_lines(tmp_path / "metrics.jsonl", rows, '{"progress/step": 2001, "rew')
     evaluations = [
-        {"policy_version": 0, "solve_rate": 0.2, "samples": [{"prompt": "1+1=", "completion": "2", "reward": 1.0}]},
+        {
+            "policy_version": 0,
+            "solve_rate": 0.2,
+            "samples": [{"prompt": "1+1=", "completion": "2", "reward": 1.0}],
+        },
         {"policy_version": 2000, "solve_rate": 0.8, "samples": []},
     ]
     write_lines(tmp_path / "evaluations.jsonl", evaluations)
-    sample = {"step": 20, "version": 18, "staleness": 2, "prompt": NASTY, "completion": NASTY, "reward": 0.0, "error": None}
+    sample = {
+        "step": 20,
+        "version": 18,
+        "staleness": 2,
+        "prompt": NASTY,
+        "completion": NASTY,
+        "reward": 0.0,
+        "error": None,
+    }
     write_lines(tmp_path / "samples.jsonl", [sample, {**sample, "error": "timed out", "reward": None}])
     write_lines(tmp_path / "events.jsonl", [{"wall_s": 1.0, "text": NASTY}])
     (tmp_path / "config.yaml").write_text("run:\n  name: nice\n  steps: 2000\nbuffer:\n  max_staleness: 9\n")
@@ -87,7 +101,9 @@ def test_headline_of_an_unfinished_run_comes_from_its_rows(run_dir: Path) -> Non
 
 
 def test_the_summary_goes_before_the_rows(run_dir: Path) -> None:
-    (run_dir / "summary.json").write_text(json.dumps({"name": "nice", "final_solve_rate": 0.85, "stopped": "too many failures"}))
+    (run_dir / "summary.json").write_text(
+        json.dumps({"name": "nice", "final_solve_rate": 0.85, "stopped": "too many failures"})
+    )
     data = report_data(run_dir)
     assert data["headline"]["final_solve_rate"] == 0.85
     assert data["headline"]["base_solve_rate"] == 0.2
@@ -108,18 +124,28 @@ def test_long_curves_are_thinned_but_keep_the_worst_staleness(run_dir: Path) -> 
     assert batch["y"][-1] == pytest.approx(1.0, abs=0.01)
     assert smoothed["y"][len(smoothed["y"]) // 2] == pytest.approx(0.5, abs=0.01)
     assert charts["KL to the reference"]["lines"][0]["y"] == [None] * len(batch["x"])
-    assert charts["Solve rate"]["lines"][0] == {"label": "solve rate", "column": "evaluation", "x": [0, 2000], "y": [0.2, 0.8]}
+    assert charts["Solve rate"]["lines"][0] == {
+        "label": "solve rate",
+        "column": "evaluation",
+        "x": [0, 2000],
+        "y": [0.2, 0.8],
+    }
 
 
 def test_steps_repeated_after_a_resume_count_once_the_last_time(tmp_path: Path) -> None:
     steps = [(1, 0.1), (2, 0.2), (3, 0.3), (2, 0.25), (3, 0.35)]
-    write_lines(tmp_path / "metrics.jsonl", [{"progress/step": step, "reward/mean": reward} for step, reward in steps])
+    write_lines(
+        tmp_path / "metrics.jsonl", [{"progress/step": step, "reward/mean": reward} for step, reward in steps]
+    )
     batch = report_data(tmp_path)["charts"][0]["lines"][1]
     assert (batch["x"], batch["y"]) == ([1, 2, 3], [0.1, 0.25, 0.35])
 
 
 def test_many_samples_are_thinned_and_the_page_says_so(tmp_path: Path) -> None:
-    write_lines(tmp_path / "samples.jsonl", [{"step": step, "prompt": "p", "completion": "c" * 30_000} for step in range(2000)])
+    write_lines(
+        tmp_path / "samples.jsonl",
+        [{"step": step, "prompt": "p", "completion": "c" * 30_000} for step in range(2000)],
+    )
     data = report_data(tmp_path)
     assert len(data["samples"]) == MAX_SAMPLES
     assert (data["samples"][0]["step"], data["samples"][-1]["step"]) == (0, 1999)

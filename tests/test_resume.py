@@ -1,4 +1,6 @@
-"""Runs of real ZeRO-3 ranks that go on from a checkpoint: exactly, through kills, on other numbers of ranks, with a full disk."""
+"""Runs of real ZeRO-3 ranks that go on from a checkpoint: exactly, through kills, on other numbers of
+ranks, with a full disk.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ TOLERANCE = 4e-5  # As in tests/test_zero.py: sums over other ranks are taken in
 
 def run_config(model_dir: Path, *, dtype: str = "float32", ranks: int = 2, steps: int = STEPS) -> Config:
     """In fp32 with a moving reference and proximal policy. Saves every 3 steps and keeps all."""
-    tree = config_for(str(model_dir), moving=dtype == "float32", ranks=ranks, warmup_steps=3, decay="cosine").model_dump()
+    tree = config_for(
+        str(model_dir), moving=dtype == "float32", ranks=ranks, warmup_steps=3, decay="cosine"
+    ).model_dump()
     tree["model"]["dtype"] = dtype
     tree["run"] = {"steps": steps, "deterministic": True, "timeout_s": 120.0}
     tree["checkpoint"] = {"every": 3, "keep": 10}
@@ -63,7 +67,9 @@ class Run:
     def kill_when(self, is_time: Callable[[], bool]) -> None:
         until_s = time.monotonic() + 240
         while not is_time():
-            assert all(rank.is_alive() for rank in self.ranks), (self.dir / "stderr-0.txt").read_text()[-3000:]
+            assert all(rank.is_alive() for rank in self.ranks), (self.dir / "stderr-0.txt").read_text()[
+                -3000:
+            ]
             assert time.monotonic() < until_s
             time.sleep(0.001)
         for rank in self.ranks:
@@ -71,7 +77,9 @@ class Run:
         assert self.ended() == [-signal.SIGKILL] * len(self.ranks)
 
     def die_in(self, where: str) -> None:
-        """One rank is killed there, and then the other, as the gang does: it waits for the dead one in a collective."""
+        """One rank is killed there, and then the other, as the gang does: it waits for the dead one in
+        a collective.
+        """
         script = self.dir / "script.json"
         script.write_text(json.dumps({"dies": where}))
         self.start()
@@ -90,7 +98,10 @@ class Run:
         """`repr` of the metrics of each step, the last written of each, without what depends on the clock."""
         clocks = ("time/", "perf/", "checkpoint/", "weights/publish_s", "weights/store_s")
         rows = {int(row["progress/step"]): row for row in self.notes("row")}
-        return {step: {name: row[name] for name in row if not name.startswith(clocks)} for step, row in rows.items()}
+        return {
+            step: {name: row[name] for name in row if not name.startswith(clocks)}
+            for step, row in rows.items()
+        }
 
     def checkpoint(self, step: int) -> Checkpoint:
         path = self.dir / "checkpoints" / f"step-{step:06d}"
@@ -98,21 +109,28 @@ class Run:
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def straight(request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+def straight(
+    request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Run:
     """Two ranks, all steps without an interruption."""
-    run = Run(tmp_path_factory.mktemp(request.param) / "run", run_config(tiny_models["untied"], dtype=request.param))
+    run = Run(
+        tmp_path_factory.mktemp(request.param) / "run", run_config(tiny_models["untied"], dtype=request.param)
+    )
     run.start()
     run.finish()
     return run
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_every_part_of_a_step_equals_the_uninterrupted_one_bit_for_bit(straight: Run, tmp_path: Path) -> None:
+def test_a_run_killed_in_every_part_of_a_step_equals_the_uninterrupted_one_bit_for_bit(
+    straight: Run, tmp_path: Path
+) -> None:
     run = Run(tmp_path / "run", straight.config)
     aside = run.dir / "checkpoints"
     if straight.config.model.dtype == "float32":
         run.start()
-        run.kill_when(lambda: any(aside.glob(".step-000006.*")) or (aside / "step-000006").exists())  # In save, or just after.
+        # In save, or just after.
+        run.kill_when(lambda: any(aside.glob(".step-000006.*")) or (aside / "step-000006").exists())
         for where in ("forward", "backward", "step", "gather"):
             run.die_in(where)
     run.start()
@@ -125,10 +143,16 @@ def test_a_run_killed_in_every_part_of_a_step_equals_the_uninterrupted_one_bit_f
     assert len(resumed) > len(set(resumed)) == STEPS  # Steps were repeated, with the batches they had before.
     assert run.rows() == straight.rows()
     mine, theirs = run.checkpoint(STEPS), straight.checkpoint(STEPS)
-    of_ranks = [[file for file in each.manifest.files if file.name.startswith("rank")] for each in (mine, theirs)]
-    assert of_ranks[0] == of_ranks[1]  # Sizes and sha256: fp32 weights, Adam's moments, moved policies, random states.
+    of_ranks = [
+        [file for file in each.manifest.files if file.name.startswith("rank")] for each in (mine, theirs)
+    ]
+    # Sizes and sha256: fp32 weights, Adam's moments, moved policies, random states.
+    assert of_ranks[0] == of_ranks[1]
     assert mine.state["progress"] == theirs.state["progress"]
-    digests = [hashlib.sha256((each.dir / "policy" / "model.safetensors").read_bytes()).hexdigest() for each in (run, straight)]
+    digests = [
+        hashlib.sha256((each.dir / "policy" / "model.safetensors").read_bytes()).hexdigest()
+        for each in (run, straight)
+    ]
     assert digests[0] == digests[1]
 
 
@@ -159,13 +183,16 @@ def test_an_exported_checkpoint_is_the_trained_policy_byte_for_byte(straight: Ru
 
 @pytest.mark.slow
 @pytest.mark.parametrize("straight", ["float32"], indirect=True)
-def test_a_run_goes_on_with_another_number_of_ranks_within_rounding(straight: Run, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_goes_on_with_another_number_of_ranks_within_rounding(
+    straight: Run, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
     alone = Run(tmp_path / "run", run_config(tiny_models["untied"], ranks=1), stop=7)
     shutil.copytree(straight.dir / "checkpoints" / "step-000003", alone.dir / "checkpoints" / "step-000003")
     alone.start()
     alone.finish()
     assert alone.notes("published")[0] == 3
-    assert alone.checkpoint(7).manifest.world_size == 1  # Asked to stop, it saved, although 7 is no multiple of 3.
+    # Asked to stop, it saved, although 7 is no multiple of 3.
+    assert alone.checkpoint(7).manifest.world_size == 1
     both = Run(alone.dir, straight.config)
     both.start()
     both.finish()

@@ -1,4 +1,6 @@
-"""What of rewards and data is found before anything starts: columns that are missing, gold answers that are none."""
+"""What of rewards and data is found before anything starts: columns that are missing, gold answers that
+are none.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def test_a_column_that_no_row_has_is_refused_with_those_there_are():
     with pytest.raises(RewardError) as error:
         bad_rows([SOLUTION], [{"prompt": "1+1", "answer": "2"}] * 3)
     assert str(error.value) == (
-        f"reward function {SOLUTION!r} needs 'solution', which train.jsonl does not have; its columns are 'answer', 'prompt'. "
+        f"reward function {SOLUTION!r} needs 'solution', which train.jsonl does not have; its columns are "
+        "'answer', 'prompt'. "
         "Add the column, or give the parameter a default."
     )
     with pytest.raises(RewardError, match=r"needs 'answer' .did you mean 'answers'"):
@@ -52,7 +55,15 @@ def test_gold_answers_of_a_kind_that_cannot_be_compared_are_bad_rows(name):
 
 
 def test_gold_answers_that_math_verify_cannot_read_or_compute_are_bad_rows():
-    golds = ["72", "yes indeed", r"\boxed{1+}", "((9^9)^9)^{9^9}", r"\frac{1}{2}", "May 1, 2024", r"\boxed{\text{East}}"]
+    golds = [
+        "72",
+        "yes indeed",
+        r"\boxed{1+}",
+        "((9^9)^9)^{9^9}",
+        r"\frac{1}{2}",
+        "May 1, 2024",
+        r"\boxed{\text{East}}",
+    ]
     found = bad_rows(["math_verify"], [{"answer": gold} for gold in golds])
     assert list(found) == [1, 2, 3]
     assert "'yes indeed' cannot be read as mathematics; for words use exact_match" in found[1]
@@ -62,17 +73,29 @@ def test_gold_answers_that_math_verify_cannot_read_or_compute_are_bad_rows():
 
 def configured(tmp_path, model, rows, *overrides):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = (f"data.path={tmp_path}/train.jsonl", "data.eval_rows=0", f"model.path={model}", f"run.dir={tmp_path}/run")
+    settings = (
+        f"data.path={tmp_path}/train.jsonl",
+        "data.eval_rows=0",
+        f"model.path={model}",
+        f"run.dir={tmp_path}/run",
+    )
     return load_config(REPOSITORY / "configs" / "quickstart.yaml", [*settings, *overrides])
 
 
-ROWS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+2=", "answer": ["3", "4"]}, {"prompt": "1+3=", "answer": 4}]
+ROWS = [
+    {"prompt": "1+1=", "answer": "2"},
+    {"prompt": "1+2=", "answer": ["3", "4"]},
+    {"prompt": "1+3=", "answer": 4},
+]
 
 
 def test_a_start_refuses_a_bad_gold_answer_by_row_or_leaves_it_out(tmp_path, tiny_models):
     with pytest.raises(DataError) as error:
         check_inputs(configured(tmp_path, tiny_models["tied"], ROWS))
-    assert "train.jsonl: 1 of 3 rows are bad\n  - row 2: its answer is a list of 2 (['3', '4']), expected one answer" in str(error.value)
+    assert (
+        "train.jsonl: 1 of 3 rows are bad\n  - row 2: its answer is a list of 2 (['3', '4']), expected one "
+        "answer" in str(error.value)
+    )
     checked = check_inputs(configured(tmp_path, tiny_models["tied"], ROWS, "data.on_bad_row=skip"))
     assert [row.row for row in checked.prompts.rows] == [0, 2]
     assert checked.prompts.num_bad_rows == 1
@@ -83,7 +106,11 @@ def test_a_log_with_all_its_rewards_needs_no_gold_answers(tmp_path, tiny_models)
     offline = ("data.path=null", f"data.offline={tmp_path}/train.jsonl", "agro.weight=none", "actors.count=0")
     check_inputs(configured(tmp_path, tiny_models["tied"], log, *offline))
     del log[0]["reward"]
-    with pytest.raises(RewardError, match=r"reward function 'exact_match' needs 'answer', which .*train.jsonl does not have"):
+    with pytest.raises(
+        RewardError,
+        match=r"reward function 'exact_match' needs 'answer', which "
+        r".*train.jsonl does not have",
+    ):
         check_inputs(configured(tmp_path, tiny_models["tied"], log, *offline))
 
 
@@ -91,8 +118,16 @@ def test_a_log_with_all_its_rewards_needs_no_gold_answers(tmp_path, tiny_models)
 def test_a_dry_run_from_a_folder_with_the_reward_in_it_loads_it_and_leaves_nothing(tmp_path, tiny_models):
     """As `cd folder; python .../launch.py train`, where sys.path has launch.py's folder and not this one."""
     configured(tmp_path, tiny_models["tied"], [ROWS[0], ROWS[2]])
-    (tmp_path / "reward_of_mine.py").write_text("def f(completions, needed, **columns): return [0.0] * len(completions)")
-    command = [sys.executable, REPOSITORY / "launch.py", "train", REPOSITORY / "configs" / "quickstart.yaml", "--dry-run"]
+    (tmp_path / "reward_of_mine.py").write_text(
+        "def f(completions, needed, **columns): return [0.0] * len(completions)"
+    )
+    command = [
+        sys.executable,
+        REPOSITORY / "launch.py",
+        "train",
+        REPOSITORY / "configs" / "quickstart.yaml",
+        "--dry-run",
+    ]
     settings = [
         "data.path=train.jsonl",
         "data.eval_rows=0",
@@ -102,5 +137,7 @@ def test_a_dry_run_from_a_folder_with_the_reward_in_it_loads_it_and_leaves_nothi
     before = sorted(os.listdir(tmp_path))
     run = subprocess.run([*command, *settings], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2
-    assert run.stderr.startswith("error: reward function 'reward_of_mine:f' needs 'needed', which train.jsonl does not have"), run.stderr
+    assert run.stderr.startswith(
+        "error: reward function 'reward_of_mine:f' needs 'needed', which train.jsonl does not have"
+    ), run.stderr
     assert sorted(os.listdir(tmp_path)) == before

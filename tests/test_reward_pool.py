@@ -1,4 +1,6 @@
-"""The pool under attack: whatever a reward function does, its group gets an answer in time and the others go on."""
+"""The pool under attack: whatever a reward function does, its group gets an answer in time and the
+others go on.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +142,9 @@ def test_a_worker_that_uses_more_memory_than_it_may_is_killed_with_the_figures(f
     with attack_pool(function, timeout_s=20.0, memory_gib=0.2) as pool:
         hurt = score(pool, "a", "bad")
         found = re.fullmatch(
-            r"the worker used (0\.\d+) GiB of memory with its children, more than rewards.memory_gib = 0.2 .*", hurt[0].error
+            r"the worker used (0\.\d+) GiB of memory with its children, more than rewards.memory_gib = 0.2 "
+            r".*",
+            hurt[0].error,
         )
         assert 0.2 < float(found.group(1)) < 0.6
         assert hurt == [hurt[0]] * 2
@@ -169,7 +173,10 @@ def test_a_worker_is_reused_is_another_process_and_imports_nothing_heavy():
 
 def test_columns_reach_the_function_unchanged():
     with attack_pool("echo_column") as pool:
-        assert score(pool, "a", "b", value=2.5, prompt=[{"role": "user", "content": "q"}], none=None) == [Scored(2.5)] * 2
+        assert (
+            score(pool, "a", "b", value=2.5, prompt=[{"role": "user", "content": "q"}], none=None)
+            == [Scored(2.5)] * 2
+        )
 
 
 def test_the_answer_that_votes_comes_with_the_reward():
@@ -205,13 +212,19 @@ def test_functions_are_checked_when_the_pool_is_built():
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("import os; os._exit(3)", "reward functions reward_at_import:f: the worker died while it imported them: it exited with code 3"),
+        (
+            "import os; os._exit(3)",
+            "reward functions reward_at_import:f: the worker died while it imported "
+            "them: it exited with code 3",
+        ),
         ("import sys; sys.exit(3)", r"reward_at_import exits while it is imported \(3\)"),
         ("while True: pass", r"reward functions reward_at_import:f: importing them did not end within 1 s"),
         ("def f(completions): return [1.0", "SyntaxError"),
     ],
 )
-def test_a_module_that_cannot_be_imported_is_one_line_when_the_pool_is_built(code, message, tmp_path, monkeypatch):
+def test_a_module_that_cannot_be_imported_is_one_line_when_the_pool_is_built(
+    code, message, tmp_path, monkeypatch
+):
     (tmp_path / "reward_at_import.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(worker, "STARTUP_LIMIT_S", 1.0 if "while" in code else 60.0)
@@ -222,7 +235,9 @@ def test_a_module_that_cannot_be_imported_is_one_line_when_the_pool_is_built(cod
 
 
 def test_a_module_of_the_working_directory_is_found_in_the_worker(tmp_path, monkeypatch):
-    (tmp_path / "reward_where_i_am.py").write_text("print('loaded')\ndef f(completions): return [float(len(text)) for text in completions]")
+    (tmp_path / "reward_where_i_am.py").write_text(
+        "print('loaded')\ndef f(completions): return [float(len(text)) for text in completions]"
+    )
     monkeypatch.chdir(tmp_path)
     with pool_of("reward_where_i_am:f", timeout_s=10.0) as pool:
         assert score(pool, "abc") == [Scored(3.0)]
@@ -249,7 +264,10 @@ def test_what_does_not_pickle_is_an_error_and_not_an_exception():
 
 def test_a_function_annotated_for_messages_gets_messages():
     with attack_pool("accuracy", timeout_s=10.0) as pool:
-        assert score(pool, "4", "5", solution="4", prompt=[{"role": "user", "content": "2+2"}]) == [Scored(1.0), Scored(0.0)]
+        assert score(pool, "4", "5", solution="4", prompt=[{"role": "user", "content": "2+2"}]) == [
+            Scored(1.0),
+            Scored(0.0),
+        ]
 
 
 def test_large_groups_pass():
@@ -289,7 +307,10 @@ PARENT = textwrap.dedent("""
 def test_no_worker_survives_the_parents_kill_9(function):
     repository = Path(__file__).parent.parent
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT.replace("FUNCTION", function)], cwd=repository, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PARENT.replace("FUNCTION", function)],
+        cwd=repository,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert parent.stdout is not None
     try:
@@ -304,17 +325,29 @@ def test_no_worker_survives_the_parents_kill_9(function):
         parent.stdout.close()
 
 
-@pytest.mark.parametrize("when", ["before the functions are named", "in the middle of a message", "with an answer on its way"])
+@pytest.mark.parametrize(
+    "when", ["before the functions are named", "in the middle of a message", "with an answer on its way"]
+)
 def test_a_worker_whose_actor_is_gone_ends_without_a_word(when):
     ours, theirs = socket.socketpair()
     code = f"from rewards.worker import serve; serve({theirs.fileno()}, {os.getpid()})"
     repository = Path(__file__).parent.parent
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=repository, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=repository,
+        pass_fds=[theirs.fileno()],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     theirs.close()
     with Connection(ours.detach()) as connection:
         if when != "before the functions are named":
-            connection.send_bytes(msgspec.msgpack.encode([worker.FunctionSpec("tests.reward_functions:length")]))
-            assert msgspec.msgpack.decode(connection.recv_bytes(), type=worker.Loaded) == worker.Loaded(columns=[()])
+            connection.send_bytes(
+                msgspec.msgpack.encode([worker.FunctionSpec("tests.reward_functions:length")])
+            )
+            assert msgspec.msgpack.decode(connection.recv_bytes(), type=worker.Loaded) == worker.Loaded(
+                columns=[()]
+            )
         if when == "in the middle of a message":
             os.write(connection.fileno(), struct.pack("!i", 100) + b"only this")
         elif when == "with an answer on its way":
@@ -351,5 +384,7 @@ def test_a_ray_actor_can_run_a_pool_and_leaves_no_worker_when_killed():
         print("result", reward, len(workers), len(alive))
     """)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180
+    )
     assert "result 0.0 1 0" in run.stdout, run.stderr[-2000:]

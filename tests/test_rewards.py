@@ -29,12 +29,17 @@ def constant(values):
 
 
 def score(*functions, completions=("a", "b"), columns=None):
-    rewards = [WeightedReward(f"f{index}", weight, function) for index, (function, weight) in enumerate(functions)]
+    rewards = [
+        WeightedReward(f"f{index}", weight, function) for index, (function, weight) in enumerate(functions)
+    ]
     return score_group(rewards, "question", list(completions), columns or {})
 
 
 def test_builtin_names_load():
-    assert {name: load_reward(name).__name__ for name in BUILTINS} == {"exact_match": "exact_match", "math_verify": "math_verify"}
+    assert {name: load_reward(name).__name__ for name in BUILTINS} == {
+        "exact_match": "exact_match",
+        "math_verify": "math_verify",
+    }
 
 
 def test_module_and_function_load():
@@ -54,8 +59,14 @@ def test_module_and_function_load():
         ("tests.reward_functions:lenght", "did you mean 'length'"),
         ("tests.reward_functions:NOT_A_FUNCTION", "int, which cannot be called"),
         ("tests.reward_functions:asynchronous", "asynchronous"),
-        ("tests.reward_functions:without_completions", "signature \\(prompts, answer\\); it does not take `completions`"),
-        ("tests.reward_functions:Judge", "is a class; name a function, or an object of it: `judge = Judge\\(\\)`"),
+        (
+            "tests.reward_functions:without_completions",
+            "signature \\(prompts, answer\\); it does not take `completions`",
+        ),
+        (
+            "tests.reward_functions:Judge",
+            "is a class; name a function, or an object of it: `judge = Judge\\(\\)`",
+        ),
         ("tests.reward_functions:asynchronous_judge", "asynchronous"),
         ("tests.reward_functions:asynchronous_partial", "asynchronous"),
         ("math:sqrt", "signature"),
@@ -73,7 +84,10 @@ def test_what_cannot_be_loaded_says_why(name, message):
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("raise ZeroDivisionError('at\\nimport')", "importing bad_reward_{n} raised ZeroDivisionError: at import"),
+        (
+            "raise ZeroDivisionError('at\\nimport')",
+            "importing bad_reward_{n} raised ZeroDivisionError: at import",
+        ),
         ("import a_package_nobody_has", "not installed.*a_package_nobody_has"),
         (
             "import sys; sys.exit('usage: run me')",
@@ -86,7 +100,9 @@ def test_what_cannot_be_loaded_says_why(name, message):
         ("x = '\\ud800'; raise ValueError(x * 3)", "raised ValueError"),
     ],
 )
-def test_a_module_that_fails_to_import_says_with_what_in_one_line(code, message, tmp_path, monkeypatch, request):
+def test_a_module_that_fails_to_import_says_with_what_in_one_line(
+    code, message, tmp_path, monkeypatch, request
+):
     name = f"bad_reward_{abs(hash(code))}"
     (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.chdir(tmp_path)
@@ -98,20 +114,31 @@ def test_a_module_that_fails_to_import_says_with_what_in_one_line(code, message,
 
 
 def test_a_module_in_the_working_directory_is_found_and_hides_no_library(tmp_path, monkeypatch):
-    (tmp_path / "reward_beside_me.py").write_text("def f(completions, **columns): return [2.0] * len(completions)")
+    (tmp_path / "reward_beside_me.py").write_text(
+        "def f(completions, **columns): return [2.0] * len(completions)"
+    )
     (tmp_path / "json.py").write_text("def f(completions): pass")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     assert load_reward("reward_beside_me:f")(["a"]) == [2.0]
     with pytest.raises(
-        RewardError, match=r"json.py in the working directory is not what the name json means here: .*json/__init__.py; rename it"
+        RewardError,
+        match=r"json.py in the working directory is not what the name json means here: "
+        r".*json/__init__.py; rename it",
     ):
         load_reward("json:f")
 
 
 @pytest.mark.parametrize(
     ("completion", "answer", "expected"),
-    [("72", "72", 1.0), (" 72\n", "72 ", 1.0), ("72.", "72", 0.0), ("", "72", 0.0), ("72", 72, 1.0), ("Yes", "yes", 0.0)],
+    [
+        ("72", "72", 1.0),
+        (" 72\n", "72 ", 1.0),
+        ("72.", "72", 0.0),
+        ("", "72", 0.0),
+        ("72", 72, 1.0),
+        ("Yes", "yes", 0.0),
+    ],
 )
 def test_exact_match_compares_stripped(completion, answer, expected):
     assert exact_match(["q"], [completion], answer=[answer], other=[1]) == [expected]
@@ -130,7 +157,12 @@ def test_functions_get_the_prompt_and_every_column_once_per_completion():
 
     nested = [{"role": "user", "content": "q"}]
     score((spy, 1.0), columns={"answer": "72", "prompt": nested})
-    assert seen == {"prompts": ["question"] * 2, "completions": ["a", "b"], "answer": ["72", "72"], "prompt": [nested, nested]}
+    assert seen == {
+        "prompts": ["question"] * 2,
+        "completions": ["a", "b"],
+        "answer": ["72", "72"],
+        "prompt": [nested, nested],
+    }
 
 
 def test_a_function_cannot_change_what_the_next_one_sees():
@@ -138,7 +170,10 @@ def test_a_function_cannot_change_what_the_next_one_sees():
         completions.clear()
         return [0.0, 0.0]
 
-    assert score((vandal, 1.0), (lambda prompts, completions, **columns: [float(len(completions))] * 2, 1.0)) == [Scored(2.0)] * 2
+    assert (
+        score((vandal, 1.0), (lambda prompts, completions, **columns: [float(len(completions))] * 2, 1.0))
+        == [Scored(2.0)] * 2
+    )
 
 
 GIVEN = {"prompts": ["question"] * 2, "completions": ["a", "b"], "answer": ["72"] * 2, "solution": ["7"] * 2}
@@ -161,28 +196,60 @@ def passing_on(function):
 
 
 SIGNATURES = {
-    "(prompts, completions, **columns)": (lambda seen: lambda prompts, completions, **columns: seen(locals()), "all"),
-    "(completions, prompts, **kwargs)": (lambda seen: lambda completions, prompts, **kwargs: seen(locals()), "all"),
+    "(prompts, completions, **columns)": (
+        lambda seen: lambda prompts, completions, **columns: seen(locals()),
+        "all",
+    ),
+    "(completions, prompts, **kwargs)": (
+        lambda seen: lambda completions, prompts, **kwargs: seen(locals()),
+        "all",
+    ),
     "(completions, **kwargs)": (lambda seen: lambda completions, **kwargs: seen(locals()), "all"),
     "(**kwargs)": (lambda seen: lambda **kwargs: seen(locals()), "all"),
-    "(completions, solution, **kwargs)": (lambda seen: lambda completions, solution, **kwargs: seen(locals()), "all"),
+    "(completions, solution, **kwargs)": (
+        lambda seen: lambda completions, solution, **kwargs: seen(locals()),
+        "all",
+    ),
     "(prompts, completions, completion_ids=None, **kwargs)": (
         lambda seen: lambda prompts, completions, completion_ids=None, **kwargs: seen(locals()),
         "all",
     ),
-    "(*, completions, answer)": (lambda seen: lambda *, completions, answer: seen(locals()), "completions answer"),
-    "(solution, completions)": (lambda seen: lambda solution, completions: seen(locals()), "completions solution"),
-    "(completions, target=None)": (lambda seen: lambda completions, target=None: seen(locals()), "completions"),
-    "(completions, answer=None)": (lambda seen: lambda completions, answer=None: seen(locals()), "completions answer"),
-    "(prompts, completions, /, **columns)": (lambda seen: lambda prompts, completions, /, **columns: seen(locals()), "all"),
-    "(completions, answer, /)": (lambda seen: lambda completions, answer, /: seen(locals()), "completions answer"),
+    "(*, completions, answer)": (
+        lambda seen: lambda *, completions, answer: seen(locals()),
+        "completions answer",
+    ),
+    "(solution, completions)": (
+        lambda seen: lambda solution, completions: seen(locals()),
+        "completions solution",
+    ),
+    "(completions, target=None)": (
+        lambda seen: lambda completions, target=None: seen(locals()),
+        "completions",
+    ),
+    "(completions, answer=None)": (
+        lambda seen: lambda completions, answer=None: seen(locals()),
+        "completions answer",
+    ),
+    "(prompts, completions, /, **columns)": (
+        lambda seen: lambda prompts, completions, /, **columns: seen(locals()),
+        "all",
+    ),
+    "(completions, answer, /)": (
+        lambda seen: lambda completions, answer, /: seen(locals()),
+        "completions answer",
+    ),
     "(completions, target=None, answer=None, /)": (
         lambda seen: lambda completions, target=None, answer=None, /: seen(locals()),
         "completions",
     ),
-    "partial": (lambda seen: functools.partial(lambda completions, weight, **kwargs: seen(locals()), weight=2), "all"),
+    "partial": (
+        lambda seen: functools.partial(lambda completions, weight, **kwargs: seen(locals()), weight=2),
+        "all",
+    ),
     "partial that binds a column": (
-        lambda seen: functools.partial(lambda completions, answer: seen({"completions": completions}), answer="mine"),
+        lambda seen: functools.partial(
+            lambda completions, answer: seen({"completions": completions}), answer="mine"
+        ),
         "completions",
     ),
     "object": (lambda seen: Caller(lambda **given: seen(given)), "completions answer"),
@@ -210,10 +277,14 @@ def test_a_function_gets_what_it_names(name):
 def test_the_abbreviations_p_and_c_are_given_in_this_order():
     assert score((lambda p, c, **columns: [float(p[0] == "question")] * len(c), 1.0)) == [Scored(1.0)] * 2
     assert (
-        score((lambda _, completions, **columns: [1.0, 2.0], 1.0))[0].error == "f0 needs '_', which the row does not have (it has nothing)"
+        score((lambda _, completions, **columns: [1.0, 2.0], 1.0))[0].error == "f0 needs '_', which the row "
+        "does not have (it has "
+        "nothing)"
     )
     # Other names are columns: prompts are never taken for completions.
-    assert "f0 needs 'outputs', 'inputs'" in score((lambda outputs, inputs, **columns: [1.0, 1.0], 1.0))[0].error
+    assert (
+        "f0 needs 'outputs', 'inputs'" in score((lambda outputs, inputs, **columns: [1.0, 1.0], 1.0))[0].error
+    )
 
 
 def test_columns_without_which_a_function_cannot_be_called():
@@ -225,7 +296,10 @@ def test_columns_without_which_a_function_cannot_be_called():
 def test_prompts_and_completions_come_as_messages_where_that_is_asked_for():
     def format_reward(completions, prompts, **columns):
         pairs = zip(prompts, completions, strict=True)
-        return [float(prompt[-1]["content"] == "q" and completion[0]["content"] == "a") for prompt, completion in pairs]
+        return [
+            float(prompt[-1]["content"] == "q" and completion[0]["content"] == "a")
+            for prompt, completion in pairs
+        ]
 
     rewards = [WeightedReward("f", 1.0, format_reward, messages=True)]
     columns = {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}
@@ -237,7 +311,12 @@ def test_prompts_and_completions_come_as_messages_where_that_is_asked_for():
 
 @pytest.mark.parametrize(
     ("annotation", "expected"),
-    [("list[list[dict[str, str]]]", True), ("List[List[Dict[str, str]]]", True), ("list[str]", False), ("list", False)],
+    [
+        ("list[list[dict[str, str]]]", True),
+        ("List[List[Dict[str, str]]]", True),
+        ("list[str]", False),
+        ("list", False),
+    ],
 )
 def test_an_annotation_says_whether_completions_are_messages(annotation, expected):
     def reward(completions, **columns):
@@ -365,13 +444,20 @@ def with_answer(read_answer):
 
 
 def test_the_first_function_that_can_read_an_answer_does():
-    scored = score((constant([0.0, 0.0]), 1.0), (with_answer(str.upper), 0.0), (with_answer(str.lower), 1.0), completions=("Aa", "Bb"))
+    scored = score(
+        (constant([0.0, 0.0]), 1.0),
+        (with_answer(str.upper), 0.0),
+        (with_answer(str.lower), 1.0),
+        completions=("Aa", "Bb"),
+    )
     assert scored == [Scored(1.0, answer="AA"), Scored(1.0, answer="BB")]
     assert score((constant([0.0, 0.0]), 1.0)) == [Scored(0.0)] * 2
     assert score((with_answer("no function"), 1.0)) == [Scored(1.0)] * 2
 
 
-@pytest.mark.parametrize("read_answer", [lambda text: None, lambda text: 4, lambda text: text[99], sys.exit, lambda text: "\ud800"])
+@pytest.mark.parametrize(
+    "read_answer", [lambda text: None, lambda text: 4, lambda text: text[99], sys.exit, lambda text: "\ud800"]
+)
 def test_an_answer_that_cannot_be_read_or_sent_is_none_and_no_error(read_answer):
     assert score((with_answer(read_answer), 1.0)) == [Scored(1.0)] * 2
 
@@ -387,7 +473,10 @@ def test_an_answer_that_cannot_be_read_or_sent_is_none_and_no_error(read_answer)
     ],
 )
 def test_math_votes_with_the_value_of_the_final_answer(completion, answer):
-    assert score((load_reward("math_verify"), 1.0), completions=[completion], columns={"answer": "4"})[0].answer == answer
+    assert (
+        score((load_reward("math_verify"), 1.0), completions=[completion], columns={"answer": "4"})[0].answer
+        == answer
+    )
 
 
 def test_a_weighted_sum_that_overflows_is_an_error():
@@ -405,7 +494,10 @@ def test_no_completions_give_no_rewards():
     assert score((constant([]), 1.0), completions=()) == []
 
 
-@given(st.lists(st.one_of(st.floats(), st.integers(), st.none(), st.text(), st.booleans()), max_size=6), st.integers(0, 6))
+@given(
+    st.lists(st.one_of(st.floats(), st.integers(), st.none(), st.text(), st.booleans()), max_size=6),
+    st.integers(0, 6),
+)
 def test_every_completion_gets_a_finite_reward_or_an_error_whatever_is_returned(values, num_completions):
     scored = score((constant(values), 1.5), completions=["x"] * num_completions)
     assert len(scored) == num_completions
@@ -415,9 +507,15 @@ def test_every_completion_gets_a_finite_reward_or_an_error_whatever_is_returned(
 
 def test_scoring_and_pool_import_nothing_heavy():
     code = (
-        "import sys, rewards.pool; from tests.reward_functions import HEAVY_MODULES; print([m for m in HEAVY_MODULES if m in sys.modules])"
+        "import sys, rewards.pool; from tests.reward_functions import HEAVY_MODULES; print([m for m in "
+        "HEAVY_MODULES if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 @pytest.mark.parametrize("value", [np.complex64(1), 1j, np.complex128(1 + 1j)])
@@ -433,5 +531,7 @@ def test_an_array_that_cannot_be_read_is_the_error_of_its_group():
         def tolist(self):
             raise NotImplementedError("no data")
 
-    scored = score_group([WeightedReward("f", 1.0, lambda completions, **columns: Unreadable())], "p", ["c"], {})
+    scored = score_group(
+        [WeightedReward("f", 1.0, lambda completions, **columns: Unreadable())], "p", ["c"], {}
+    )
     assert scored[0].error.startswith("f raised NotImplementedError: no data")

@@ -1,7 +1,8 @@
-"""The rivals: each against a plain-loop re-computation and its finite differences, and the identities that tie them together.
+"""The rivals: each against a plain-loop re-computation and its finite differences, and the identities that
+tie them together.
 
-The re-computation shares no code with the objectives. `live` holds the log-probs that are differentiated, `frozen` the same
-numbers inside stop-gradients: a finite difference moves only `live`.
+The re-computation shares no code with the objectives. `live` holds the log-probs that are differentiated,
+`frozen` the same numbers inside stop-gradients: a finite difference moves only `live`.
 """
 
 import dataclasses
@@ -19,13 +20,30 @@ from cluster.config import AgroConfig, RivalsConfig
 from cluster.errors import ConfigError
 from learner.objectives import NEEDS, TokenBatch, load_objective, token_gradients
 
-RIVALS = ("kl_pg", "rloo", "grpo", "dr_grpo", "ppo_decoupled", "tba", "oapl", "topr", "asymre", "cispo", "gspo")
+RIVALS = (
+    "kl_pg",
+    "rloo",
+    "grpo",
+    "dr_grpo",
+    "ppo_decoupled",
+    "tba",
+    "oapl",
+    "topr",
+    "asymre",
+    "cispo",
+    "gspo",
+)
 REGRESSIONS = ("tba", "oapl")
 OF_SEQUENCES = ("tba", "oapl", "topr", "gspo")  # one term per sequence: no token-level weights
 WITH_RATIO = ("grpo", "dr_grpo", "cispo", "gspo", "topr")
 IN_REWARD = ("kl_pg", "rloo", "tba")
 CORRECTIONS = ("none", "tis_token", "tis_sequence", "mis_token", "mis_sequence")
-VALID = [(name, kind) for name in RIVALS for kind in CORRECTIONS if not (name in OF_SEQUENCES and kind.endswith("_token"))]
+VALID = [
+    (name, kind)
+    for name in RIVALS
+    for kind in CORRECTIONS
+    if not (name in OF_SEQUENCES and kind.endswith("_token"))
+]
 WITH_BETA = [(*pair, beta) for pair in VALID for beta in (0.0, 0.2) if beta or pair[0] not in REGRESSIONS]
 BETA, CLIP_LOW, CLIP_HIGH, CAP, SHIFT = 0.2, 0.15, 0.3, 1.3, 0.25
 
@@ -46,7 +64,9 @@ def make_batch(seed=0, spread=0.6, **changes):
     random = np.random.default_rng(seed)
     count = sum(LENGTHS)
     base = -random.uniform(0.5, 2.5, count)
-    logprobs, behaviour, proximal, reference = (torch.tensor(base + spread * random.normal(size=count)) for _ in range(4))
+    logprobs, behaviour, proximal, reference = (
+        torch.tensor(base + spread * random.normal(size=count)) for _ in range(4)
+    )
     sequence_T = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
     rewards_N = torch.tensor(REWARDS, dtype=torch.float64)
     fields: dict[str, Any] = {
@@ -65,7 +85,12 @@ def make_batch(seed=0, spread=0.6, **changes):
 
 
 def make_objective(name, beta=BETA, **rivals):
-    options: dict[str, Any] = {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH, "is_cap": CAP, "baseline_shift": SHIFT} | rivals
+    options: dict[str, Any] = {
+        "clip_low": CLIP_LOW,
+        "clip_high": CLIP_HIGH,
+        "is_cap": CAP,
+        "baseline_shift": SHIFT,
+    } | rivals
     return load_objective(name, AgroConfig(beta=beta, weight="none"), RivalsConfig(**options))
 
 
@@ -75,7 +100,7 @@ def gradients(objective, batch):
     return batch.sequence_sums(found), found
 
 
-# --- the re-computation -------------------------------------------------------------------------------------------------
+# --- the re-computation ---
 
 
 class Scalars:
@@ -86,7 +111,10 @@ class Scalars:
         self.sequence = batch.sequence_T.tolist()
         self.groups, self.rewards = batch.groups_N.tolist(), batch.rewards_N.tolist()
         self.live = self.frozen = self.split(batch.logprobs_T.tolist())
-        self.mu, self.prox = self.split(batch.behaviour_logprobs_T.tolist()), self.split(batch.proximal_logprobs_T.tolist())
+        self.mu, self.prox = (
+            self.split(batch.behaviour_logprobs_T.tolist()),
+            self.split(batch.proximal_logprobs_T.tolist()),
+        )
         self.ref = self.split(batch.ref_logprobs_T.tolist())
 
     def split(self, values):
@@ -133,7 +161,10 @@ class Scalars:
         return self.mu if self.correction == "none" else self.prox
 
     def k3(self, i):
-        return [self.beta * (math.exp(r - p) - (r - p) - 1) for r, p in zip(self.ref[i], self.live[i], strict=True)]
+        return [
+            self.beta * (math.exp(r - p) - (r - p) - 1)
+            for r, p in zip(self.ref[i], self.live[i], strict=True)
+        ]
 
 
 def clipped(ratio, advantage):
@@ -160,7 +191,9 @@ def term(name, s, i):
     if name == "topr":
         advantage = s.centred(i)
         taper = 1.0 if advantage >= 0 else min(1.0, math.exp(sum(own[i]) - sum(s.old()[i])))
-        return sum(k - w * taper * advantage * p for k, w, p in zip(s.k3(i), s.weights(i, s.prox), live, strict=True))
+        return sum(
+            k - w * taper * advantage * p for k, w, p in zip(s.k3(i), s.weights(i, s.prox), live, strict=True)
+        )
     assert name == "cispo"
     rhos = [min(math.exp(p - o), 1 + CLIP_HIGH) for p, o in zip(own[i], s.old()[i], strict=True)]
     advantage, num_tokens = s.standardised(i), sum(len(s.live[j]) for j in s.members(i))
@@ -184,7 +217,9 @@ def surrogate_term(name, s, i):
 def regression_term(name, s, i):
     weight = s.sequence_weight(i, s.frozen)
     if name == "tba":
-        log_z = float(np.mean([s.rewards[j] / s.beta - (sum(s.frozen[j]) - sum(s.ref[j])) for j in s.members(i)]))
+        log_z = float(
+            np.mean([s.rewards[j] / s.beta - (sum(s.frozen[j]) - sum(s.ref[j])) for j in s.members(i)])
+        )
         gap = log_z + sum(s.live[i]) - sum(s.ref[i]) - s.rewards[i] / s.beta
         return weight * s.beta / 2 * gap**2
     value = s.beta * math.log(np.mean([math.exp(r / s.beta) for r in s.group_rewards(i)]))
@@ -202,7 +237,10 @@ def test_loss_and_gradient_are_those_of_the_formula_in_plain_loops(name, correct
     largest = 0.0
     for seed in range(3):
         batch = make_batch(seed)
-        objective, scalars = make_objective(name, beta, is_correction=correction), Scalars(batch, correction, beta)
+        objective, scalars = (
+            make_objective(name, beta, is_correction=correction),
+            Scalars(batch, correction, beta),
+        )
         loss, _ = objective.loss(batch)
         assert loss.item() == pytest.approx(scalar_loss(name, scalars), abs=1e-12)
         values, step, differences = batch.logprobs_T.tolist(), 1e-6, []
@@ -220,14 +258,16 @@ def test_loss_and_gradient_are_those_of_the_formula_in_plain_loops(name, correct
 
 def test_the_random_batches_clip_cap_and_mask_some_but_not_all():
     batch = make_batch()
-    for above, below in itertools.combinations((batch.logprobs_T, batch.proximal_logprobs_T, batch.behaviour_logprobs_T), 2):
+    for above, below in itertools.combinations(
+        (batch.logprobs_T, batch.proximal_logprobs_T, batch.behaviour_logprobs_T), 2
+    ):
         ratio_T, ratio_N = (above - below).exp(), batch.sequence_sums(above - below).exp()
         assert 0.2 < ((ratio_T < 1 - CLIP_LOW) | (ratio_T > 1 + CLIP_HIGH)).double().mean() < 0.9
         assert 0 < (ratio_T > CAP).sum() < len(ratio_T)
         assert 0 < (ratio_N > CAP).sum() < len(ratio_N)
 
 
-# --- identities ---------------------------------------------------------------------------------------------------------
+# --- identities ---
 
 
 def agro(beta=BETA):
@@ -235,7 +275,9 @@ def agro(beta=BETA):
 
 
 def on_policy(batch):
-    return dataclasses.replace(batch, behaviour_logprobs_T=batch.logprobs_T, proximal_logprobs_T=batch.logprobs_T)
+    return dataclasses.replace(
+        batch, behaviour_logprobs_T=batch.logprobs_T, proximal_logprobs_T=batch.logprobs_T
+    )
 
 
 def sizes(batch):
@@ -244,8 +286,12 @@ def sizes(batch):
 
 def test_rloo_on_fresh_data_is_agro_and_on_stale_data_is_not():
     stale, fresh = make_batch(), on_policy(make_batch())
-    torch.testing.assert_close(token_gradients(make_objective("rloo"), fresh), token_gradients(agro(), fresh), rtol=0, atol=1e-14)
-    assert (token_gradients(make_objective("rloo"), stale) - token_gradients(agro(), stale)).abs().max() > 1e-3
+    torch.testing.assert_close(
+        token_gradients(make_objective("rloo"), fresh), token_gradients(agro(), fresh), rtol=0, atol=1e-14
+    )
+    assert (
+        token_gradients(make_objective("rloo"), stale) - token_gradients(agro(), stale)
+    ).abs().max() > 1e-3
 
 
 def test_tba_is_agro_times_one_less_than_n_over_n():
@@ -257,8 +303,12 @@ def test_tba_is_agro_times_one_less_than_n_over_n():
 
 def test_on_fresh_data_and_without_kl_dr_grpo_is_group_mean_reinforce_and_rloo_up_to_n():
     batch = on_policy(make_batch())
-    means = {group: np.mean([r for r, g in zip(REWARDS, GROUPS, strict=True) if g == group]) for group in GROUPS}
-    coefficient_N = torch.tensor([-(r - means[g]) / GROUPS.count(g) / NUM_GROUPS for r, g in zip(REWARDS, GROUPS, strict=True)])
+    means = {
+        group: np.mean([r for r, g in zip(REWARDS, GROUPS, strict=True) if g == group]) for group in GROUPS
+    }
+    coefficient_N = torch.tensor(
+        [-(r - means[g]) / GROUPS.count(g) / NUM_GROUPS for r, g in zip(REWARDS, GROUPS, strict=True)]
+    )
     found = token_gradients(make_objective("dr_grpo", beta=0.0), batch)
     torch.testing.assert_close(found, coefficient_N[batch.sequence_T], rtol=0, atol=1e-14)
     stretch_N = sizes(batch) / (sizes(batch) - 1).clamp_min(1)
@@ -268,19 +318,27 @@ def test_on_fresh_data_and_without_kl_dr_grpo_is_group_mean_reinforce_and_rloo_u
 
 def test_on_fresh_data_grpo_gspo_and_decoupled_ppo_are_one_and_cispo_differs_in_the_length_divisor_only():
     batch = on_policy(make_batch())
-    grpo, gspo, ppo, cispo = (gradients(make_objective(name, 0.0), batch)[0] for name in ("grpo", "gspo", "ppo_decoupled", "cispo"))
+    grpo, gspo, ppo, cispo = (
+        gradients(make_objective(name, 0.0), batch)[0] for name in ("grpo", "gspo", "ppo_decoupled", "cispo")
+    )
     torch.testing.assert_close(gspo, grpo, rtol=0, atol=1e-14)
     torch.testing.assert_close(ppo, grpo, rtol=0, atol=1e-14)
     lengths_N = torch.tensor(LENGTHS, dtype=torch.float64)
-    tokens_N = torch.tensor([sum(n for n, g in zip(LENGTHS, GROUPS, strict=True) if g == group) for group in GROUPS])
+    tokens_N = torch.tensor(
+        [sum(n for n, g in zip(LENGTHS, GROUPS, strict=True) if g == group) for group in GROUPS]
+    )
     torch.testing.assert_close(cispo, grpo * lengths_N * sizes(batch) / tokens_N, rtol=0, atol=1e-14)
     assert grpo.abs().max() > 0.05
 
 
 def test_without_shift_asymre_is_dr_grpo_on_fresh_data_and_the_shift_adds_likelihood():
     batch = on_policy(make_batch())
-    plain, shifted = (token_gradients(make_objective("asymre", 0.0, baseline_shift=shift), batch) for shift in (0.0, 0.5))
-    torch.testing.assert_close(plain, token_gradients(make_objective("dr_grpo", 0.0), batch), rtol=0, atol=1e-14)
+    plain, shifted = (
+        token_gradients(make_objective("asymre", 0.0, baseline_shift=shift), batch) for shift in (0.0, 0.5)
+    )
+    torch.testing.assert_close(
+        plain, token_gradients(make_objective("dr_grpo", 0.0), batch), rtol=0, atol=1e-14
+    )
     push_N = torch.where(sizes(batch) > 1, -0.5 / sizes(batch) / NUM_GROUPS, 0.0)
     torch.testing.assert_close(shifted - plain, push_N[batch.sequence_T], rtol=0, atol=1e-14)
 
@@ -289,7 +347,10 @@ def test_with_the_proximal_policy_at_mu_decoupled_ppo_is_grpo():
     batch = make_batch()
     joined = dataclasses.replace(batch, proximal_logprobs_T=batch.behaviour_logprobs_T)
     torch.testing.assert_close(
-        token_gradients(make_objective("ppo_decoupled"), joined), token_gradients(make_objective("grpo"), joined), rtol=0, atol=1e-14
+        token_gradients(make_objective("ppo_decoupled"), joined),
+        token_gradients(make_objective("grpo"), joined),
+        rtol=0,
+        atol=1e-14,
     )
 
 
@@ -304,35 +365,50 @@ def test_topr_is_plain_for_good_samples_and_never_heavier_for_bad_ones():
 
 
 def descend(objective, beta, steps=400):
-    """KL(pi, pi*) over KL(pi_ref, pi*) after exact descent on data of pi_ref, offline: six outcomes, each as often as drawn."""
+    """KL(pi, pi*) over KL(pi_ref, pi*) after exact descent on data of pi_ref, offline: six outcomes,
+    each as often as drawn.
+    """
     random = torch.Generator().manual_seed(3)
     counts = torch.tensor([1, 2, 3, 4, 5, 6])
     reference, rewards = (counts.double() / counts.sum()).log(), torch.rand(6, generator=random).double()
     outcome = torch.arange(6).repeat_interleave(counts)
-    optimum, theta, index = (reference + rewards / beta).log_softmax(0), reference.clone().requires_grad_(), torch.arange(len(outcome))
+    optimum, theta, index = (
+        (reference + rewards / beta).log_softmax(0),
+        reference.clone().requires_grad_(),
+        torch.arange(len(outcome)),
+    )
     for _ in range(steps):
         logprobs, old = theta.log_softmax(0)[outcome], reference[outcome]
-        batch = TokenBatch(logprobs, old, index, rewards[outcome], old, index * 0, index.double(), 1, old, logprobs.detach())
-        theta = (theta - 10 * torch.autograd.grad(objective.loss(batch)[0], theta)[0]).detach().requires_grad_()
+        batch = TokenBatch(
+            logprobs, old, index, rewards[outcome], old, index * 0, index.double(), 1, old, logprobs.detach()
+        )
+        theta = (
+            (theta - 10 * torch.autograd.grad(objective.loss(batch)[0], theta)[0]).detach().requires_grad_()
+        )
     kl = [(p.exp() * (p - optimum)).sum().item() for p in (theta.log_softmax(0), reference)]
     return kl[0] / kl[1]
 
 
 def test_offline_the_regressions_reach_the_optimum_and_policy_gradients_do_not():
-    for objective in (agro(), make_objective("tba"), make_objective("oapl")):  # oapl: mu = pi_ref here, and V is exact
+    # oapl: mu = pi_ref here, and V is exact
+    for objective in (agro(), make_objective("tba"), make_objective("oapl")):
         assert abs(descend(objective, BETA)) < 1e-12
     for name in ("kl_pg", "grpo", "rloo"):
         assert descend(make_objective(name), BETA) > 0.03
 
 
-# --- sums, needs, edges -------------------------------------------------------------------------------------------------
+# --- sums, needs, edges ---
 
 
 def select(batch, keep_N):
     """The batch of the sequences in `keep_N` only."""
     keep_T, renumber = keep_N[batch.sequence_T], keep_N.cumsum(0) - 1
     tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    kept = {name: value[keep_T if name.endswith("_T") else keep_N] for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    kept = {
+        name: value[keep_T if name.endswith("_T") else keep_N]
+        for name, value in tensors.items()
+        if isinstance(value, torch.Tensor)
+    }
     return dataclasses.replace(batch, **(kept | {"sequence_T": renumber[kept["sequence_T"]]}))
 
 
@@ -341,10 +417,14 @@ def test_losses_and_gradients_of_groups_add_up(name, correction):
     batch, objective = make_batch(), make_objective(name, is_correction=correction)
     first = torch.isin(batch.groups_N, torch.tensor([4, 7]))
     halves = [select(batch, keep) for keep in (first, ~first)]
-    assert objective.loss(batch)[0].item() == pytest.approx(sum(objective.loss(half)[0].item() for half in halves), abs=1e-13)
+    assert objective.loss(batch)[0].item() == pytest.approx(
+        sum(objective.loss(half)[0].item() for half in halves), abs=1e-13
+    )
     whole = token_gradients(objective, batch)
     for half, keep in zip(halves, (first, ~first), strict=True):
-        torch.testing.assert_close(token_gradients(objective, half), whole[keep[batch.sequence_T]], rtol=0, atol=1e-14)
+        torch.testing.assert_close(
+            token_gradients(objective, half), whole[keep[batch.sequence_T]], rtol=0, atol=1e-14
+        )
 
 
 @pytest.mark.parametrize(("name", "correction", "beta"), WITH_BETA)
@@ -360,10 +440,14 @@ def test_needs_are_sufficient_and_each_is_used(name, correction, beta):
     assert torch.equal(token_gradients(objective, lean), token_gradients(objective, batch))
     found, expected = objective.loss(lean), objective.loss(batch)
     assert torch.equal(found[0], expected[0])
-    assert all(torch.equal(found[1][key].nan_to_num(-7.0), expected[1][key].nan_to_num(-7.0)) for key in expected[1])
+    assert all(
+        torch.equal(found[1][key].nan_to_num(-7.0), expected[1][key].nan_to_num(-7.0)) for key in expected[1]
+    )
     for need in objective.needs:
         field = FIELD_OF_NEED[need]
-        moved = dataclasses.replace(batch, **{field: getattr(batch, field) - 0.1 * torch.arange(len(getattr(batch, field)))})
+        moved = dataclasses.replace(
+            batch, **{field: getattr(batch, field) - 0.1 * torch.arange(len(getattr(batch, field)))}
+        )
         assert objective.loss(moved)[0] != expected[0]
         with pytest.raises(ValueError, match=field):
             objective.loss(dataclasses.replace(batch, **{field: getattr(batch, field) * math.nan}))
@@ -389,7 +473,9 @@ def test_diagnostics_have_the_fixed_names_and_say_what_they_are(name):
     batch, objective = make_batch(logprobs_T=make_batch().logprobs_T.requires_grad_()), make_objective(name)
     diagnostics = objective.loss(batch)[1]
     assert set(diagnostics) == {"advantage", "residual", "log_ratio", "weight", "zero_std"}
-    assert all(values.shape == (len(LENGTHS),) and not values.requires_grad for values in diagnostics.values())
+    assert all(
+        values.shape == (len(LENGTHS),) and not values.requires_grad for values in diagnostics.values()
+    )
     assert diagnostics["zero_std"].tolist() == [False] * 6 + [True] * 3 + [False]
     assert diagnostics["advantage"][6] == 0
     log_ratio_N = batch.sequence_sums(batch.logprobs_T.detach()) - batch.ref_logprobs_N
@@ -397,13 +483,18 @@ def test_diagnostics_have_the_fixed_names_and_say_what_they_are(name):
         assert diagnostics["residual"].isnan().all()
         return
     torch.testing.assert_close(diagnostics["log_ratio"], log_ratio_N, rtol=0, atol=1e-13)
-    torch.testing.assert_close(diagnostics["residual"], batch.rewards_N - BETA * log_ratio_N, rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        diagnostics["residual"], batch.rewards_N - BETA * log_ratio_N, rtol=0, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize(("name", "correction"), VALID)
 def test_the_reported_weight_is_the_mean_factor_on_the_advantage(name, correction):
     batch = make_batch()
-    scalars, weight_N = Scalars(batch, correction, BETA), make_objective(name, is_correction=correction).loss(batch)[1]["weight"]
+    scalars, weight_N = (
+        Scalars(batch, correction, BETA),
+        make_objective(name, is_correction=correction).loss(batch)[1]["weight"],
+    )
     own = scalars.prox if name in (*WITH_RATIO, "ppo_decoupled") else scalars.frozen
     for i in (0, 2, 3, 5):
         factors = scalars.weights(i, own, uncorrected="ratio" if name == "ppo_decoupled" else None)
@@ -428,7 +519,9 @@ def test_a_group_of_one_contributes_nothing(name):
     assert objective.loss(alone)[0] == 0
     assert (token_gradients(objective, alone) == 0).all()
     without = select(batch, batch.groups_N != 2)
-    torch.testing.assert_close(token_gradients(objective, without), by_token[batch.sequence_T != 6], rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        token_gradients(objective, without), by_token[batch.sequence_T != 6], rtol=0, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -451,7 +544,10 @@ def test_far_apart_policies_overflow_nothing(name, correction, dtype):
     for shifts in itertools.product((-5e3, 0.0, 5e3), repeat=3):
         batch = make_batch()
         fields = ("behaviour_logprobs_T", "proximal_logprobs_T", "ref_logprobs_T")
-        moved = {field: (getattr(batch, field) + shift).to(dtype) for field, shift in zip(fields, shifts, strict=True)}
+        moved = {
+            field: (getattr(batch, field) + shift).to(dtype)
+            for field, shift in zip(fields, shifts, strict=True)
+        }
         moved["ref_logprobs_N"] = batch.sequence_sums(moved["ref_logprobs_T"].double())
         batch = dataclasses.replace(batch, logprobs_T=batch.logprobs_T.to(dtype), **moved)
         loss, diagnostics = objective.loss(batch)
@@ -466,7 +562,9 @@ def test_far_apart_policies_overflow_nothing(name, correction, dtype):
 def test_single_precision_log_probs_change_only_the_rounding(name):
     batch, objective = make_batch(), make_objective(name)
     single = dataclasses.replace(batch, logprobs_T=batch.logprobs_T.float())
-    torch.testing.assert_close(token_gradients(objective, single).double(), token_gradients(objective, batch), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        token_gradients(objective, single).double(), token_gradients(objective, batch), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -476,12 +574,18 @@ def test_the_clip_stops_gradients_where_the_formula_does_and_weights_carry_none(
     leaves = {field: getattr(batch, field).clone().requires_grad_() for field in others}
     batch = dataclasses.replace(batch, logprobs_T=batch.logprobs_T.clone().requires_grad_())
     wanted = torch.autograd.grad(make_objective(name).loss(batch)[0], batch.logprobs_T)[0]
-    torch.testing.assert_close(token_gradients(make_objective(name), dataclasses.replace(batch, **leaves)).detach(), wanted)
+    torch.testing.assert_close(
+        token_gradients(make_objective(name), dataclasses.replace(batch, **leaves)).detach(), wanted
+    )
     if name in ("grpo", "dr_grpo"):
         found = token_gradients(make_objective(name, 0.0), batch)
         rho_T = (batch.logprobs_T - batch.behaviour_logprobs_T).exp()
         advantage_T = make_objective(name).loss(batch)[1]["advantage"][batch.sequence_T]
-        stopped = ((advantage_T > 0) & (rho_T > 1 + CLIP_HIGH)) | ((advantage_T < 0) & (rho_T < 1 - CLIP_LOW)) | (advantage_T.abs() < 1e-9)
+        stopped = (
+            ((advantage_T > 0) & (rho_T > 1 + CLIP_HIGH))
+            | ((advantage_T < 0) & (rho_T < 1 - CLIP_LOW))
+            | (advantage_T.abs() < 1e-9)
+        )
         assert torch.equal(found.abs() < 1e-9, stopped)
         assert 0 < stopped.sum() < len(stopped)
 
@@ -493,20 +597,29 @@ def test_the_example_of_the_docs_is_an_objective():
     exec(code, module)
     batch = make_batch()
     best_N = torch.tensor(
-        [r == max(s for s, g in zip(REWARDS, GROUPS, strict=True) if g == group) for r, group in zip(REWARDS, GROUPS, strict=True)]
+        [
+            r == max(s for s, g in zip(REWARDS, GROUPS, strict=True) if g == group)
+            for r, group in zip(REWARDS, GROUPS, strict=True)
+        ]
     )
     expected_N = torch.where(best_N & (sizes(batch) > 1), -1 / sizes(batch) / NUM_GROUPS, 0.0)
-    torch.testing.assert_close(token_gradients(module["build"](None, None), batch), expected_N[batch.sequence_T], rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        token_gradients(module["build"](None, None), batch), expected_N[batch.sequence_T], rtol=0, atol=1e-15
+    )
     assert all(f"| `{name}` |" in text for name in (*RIVALS, "agro"))
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------
+# --- refusals ---
 
 
 @pytest.mark.parametrize("name", OF_SEQUENCES)
 @pytest.mark.parametrize("kind", ["tis", "mis"])
 def test_token_weights_on_terms_of_whole_sequences_are_refused(name, kind):
-    with pytest.raises(ConfigError, match=rf"rivals.is_correction = {kind}_token.*{name}[^.]*\. Set rivals.is_correction={kind}_sequence"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"rivals.is_correction = {kind}_token.*{name}[^.]*\. Set "
+        rf"rivals.is_correction={kind}_sequence",
+    ):
         make_objective(name, is_correction=f"{kind}_token")
 
 

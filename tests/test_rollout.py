@@ -1,4 +1,6 @@
-"""The rollout actor's own bookkeeping; its loop is in tests/test_rollout_loop.py, its engine in tests/test_engine.py."""
+"""The rollout actor's own bookkeeping; its loop is in tests/test_rollout_loop.py, its engine in
+tests/test_engine.py.
+"""
 
 from concurrent.futures import Future
 from typing import Any

@@ -1,4 +1,6 @@
-"""Deadlines of samples and groups in the actor's real loop, on a simulated engine: a straggler holds up no group."""
+"""Deadlines of samples and groups in the actor's real loop, on a simulated engine: a straggler holds up
+no group.
+"""
 
 from __future__ import annotations
 

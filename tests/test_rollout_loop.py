@@ -1,4 +1,6 @@
-"""The actor's real loop on a simulated engine, with buffer, board and monitor in this process: updates, faults, retirement."""
+"""The actor's real loop on a simulated engine, with buffer, board and monitor in this process: updates,
+faults, retirement.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
 def test_the_simulated_engine_has_the_methods_of_the_real_one_and_their_arguments():
     for name, method in inspect.getmembers(Engine, inspect.isfunction):
         if not name.startswith("_"):
-            assert inspect.signature(method).parameters.keys() == inspect.signature(getattr(FakeEngine, name)).parameters.keys(), name
+            assert (
+                inspect.signature(method).parameters.keys()
+                == inspect.signature(getattr(FakeEngine, name)).parameters.keys()
+            ), name
 
 
 def test_an_item_gives_the_same_group_whoever_generates_it(bench):
@@ -57,11 +62,15 @@ def test_an_item_gives_the_same_group_whoever_generates_it(bench):
     for group_id in same:
         first, second = groups[0][group_id], groups[1][group_id]
         assert len(first.samples) == 4
-        assert [sample.token_ids for sample in first.samples] == [sample.token_ids for sample in second.samples]
+        assert [sample.token_ids for sample in first.samples] == [
+            sample.token_ids for sample in second.samples
+        ]
 
 
 class TestUpdates:
-    def start(self, bench: Callable[..., Bench], on_update: str, num_tokens: Any) -> tuple[Bench, SimulatedActor]:
+    def start(
+        self, bench: Callable[..., Bench], on_update: str, num_tokens: Any
+    ) -> tuple[Bench, SimulatedActor]:
         run = bench(make_config(actors={"on_update": on_update, "max_new_tokens": 400}))
         actor = SimulatedActor(run, num_tokens=num_tokens, step_s=STEP_S)
         run.publish(0)
@@ -99,10 +108,16 @@ class TestUpdates:
         run.publish(1)
         groups = run.train(0, 4) + run.train(1, 4)
         assert {len(sample.version_spans) for group in groups for sample in group.samples} == {1}
-        mixed = [group for group in groups if {sample.version_spans[0].version for sample in group.samples} == {0, 1}]
+        mixed = [
+            group
+            for group in groups
+            if {sample.version_spans[0].version for sample in group.samples} == {0, 1}
+        ]
         assert mixed
         for group in mixed:
-            assert {len(sample.token_ids) for sample in group.samples if sample.version_spans[0].version == 0} == {5}
+            assert {
+                len(sample.token_ids) for sample in group.samples if sample.version_spans[0].version == 0
+            } == {5}
         seeds: dict[str, set[int]] = {}
         for request_id, seed in actor.engine.submitted:
             seeds.setdefault(request_id, set()).add(seed)
@@ -136,7 +151,9 @@ class TestUpdates:
         assert actor.engine.loaded == [0, 2]
         assert actor._all_counters()["snapshots_failed"] >= 1
 
-    def test_an_evaluation_is_of_its_version_whatever_is_published_meanwhile_and_never_enters_the_buffer(self, bench):
+    def test_an_evaluation_is_of_its_version_whatever_is_published_meanwhile_and_never_enters_the_buffer(
+        self, bench
+    ):
         run = bench(make_config(actors={"on_update": "abort", "max_new_tokens": 100}), eval_rows=rows(5))
         run.publish(0, evaluate=True)
         actor = SimulatedActor(run, num_tokens=(60, 60), step_s=STEP_S)
@@ -144,7 +161,9 @@ class TestUpdates:
         until(lambda: actor._evaluating)
         run.publish(1, evaluate=True)
         until(lambda: len(run.evaluations) == 2)
-        assert [(result.policy_version, result.num_problems, result.num_errors) for result, _ in run.evaluations] == [(0, 5, 0), (1, 5, 0)]
+        assert [
+            (result.policy_version, result.num_problems, result.num_errors) for result, _ in run.evaluations
+        ] == [(0, 5, 0), (1, 5, 0)]
         until(lambda: actor._all_counters()["groups"] >= 4)
         assert run.stats()["inserted"] <= actor._all_counters()["groups"]
 
@@ -164,7 +183,11 @@ class TestFaults:
         run.buffer.faults["insert"].clear()
         for step in range(8):
             run.train(step, 4)
-        until(lambda: set(range(32)) <= {event["group_id"] for event in ledger(run) if event["event"] == "inserted"})
+        until(
+            lambda: (
+                set(range(32)) <= {event["group_id"] for event in ledger(run) if event["event"] == "inserted"}
+            )
+        )
         assert actor._all_counters()["insert_retries"] >= 1
         assert run.told.events == [], "the driver tells of the disk, once for all actors"
         stats = run.stats()
@@ -179,7 +202,9 @@ class TestFaults:
         assert len(run.train(0, 4)) == 4
         assert actor._all_counters()["wait_disk_s"] > 0.5
 
-    def test_a_board_that_was_started_again_is_followed_once_it_is_told_and_generation_goes_on_meanwhile(self, bench):
+    def test_a_board_that_was_started_again_is_followed_once_it_is_told_and_generation_goes_on_meanwhile(
+        self, bench
+    ):
         run = bench(make_config())
         run.publish(0)
         actor = SimulatedActor(run, num_tokens=(3, 3), step_s=0.001)
@@ -194,7 +219,8 @@ class TestFaults:
     def test_a_sample_that_takes_longer_than_a_lease_stays_its_actors(self, bench):
         run = bench(make_config(run={"timeout_s": 2.0}, actors={"max_new_tokens": LONG}))
         run.publish(0)
-        run.start(SimulatedActor(run, num_tokens=lambda seed: 600, step_s=0.01))  # 6 s, three times as long as a lease.
+        # 6 s, three times as long as a lease.
+        run.start(SimulatedActor(run, num_tokens=lambda seed: 600, step_s=0.01))
         assert len(run.train(0, 1, 30.0)) == 1
         stats = run.stats()
         assert (stats["expired"], stats["reissued"], stats["duplicates"]) == (0, 0, 0)
@@ -212,7 +238,9 @@ class TestFaults:
     def test_a_prompt_the_engine_refuses_fails_with_the_reason_and_the_others_go_on(self, bench):
         run = bench(make_config(), eval_rows=rows(5))
         run.publish(0, evaluate=True)
-        run.start(SimulatedActor(run, refuses=lambda ids: "too long" if ids[1] == REFUSED_ROW else "", step_s=0.001))
+        run.start(
+            SimulatedActor(run, refuses=lambda ids: "too long" if ids[1] == REFUSED_ROW else "", step_s=0.001)
+        )
         groups = [group for step in range(12) for group in run.train(step, 4)]
         assert {group.row for group in groups} == set(range(16)) - {REFUSED_ROW}
         failed = [event for event in ledger(run) if event["event"] == "failed"]
@@ -258,7 +286,10 @@ class TestRetirement:
         run.publish(0)
         ended = run.start(first)
         until(lambda: len(first._groups) == 2 and first._work)
-        begun, unstarted = set(first._holding) - {item.ordinal for item in first._work}, {item.ordinal for item in first._work}
+        begun, unstarted = (
+            set(first._holding) - {item.ordinal for item in first._work},
+            {item.ordinal for item in first._work},
+        )
         run.board.get("retire", ["actor-0"], "drain")
         counters = ended.result(10)
         assert counters["groups"] >= 2
@@ -268,9 +299,16 @@ class TestRetirement:
         run.start(SimulatedActor(run, "actor-1", num_tokens=(5, 5)))
         for step in range(3):
             run.train(step, 4)
-        until(lambda: begun | unstarted <= {event["group_id"] for event in ledger(run) if event["event"] == "inserted"})
+        until(
+            lambda: (
+                begun | unstarted
+                <= {event["group_id"] for event in ledger(run) if event["event"] == "inserted"}
+            )
+        )
 
-    def test_draining_ends_after_its_limit_and_evaluation_items_go_back_to_the_board(self, bench, monkeypatch):
+    def test_draining_ends_after_its_limit_and_evaluation_items_go_back_to_the_board(
+        self, bench, monkeypatch
+    ):
         monkeypatch.setattr(actors.rollout, "RETIRE_LIMIT_S", 0.5)
         run = bench(make_config(actors={"max_new_tokens": LONG}), eval_rows=rows(3))
         run.publish(0, evaluate=True)
@@ -304,7 +342,9 @@ class TestRetirement:
 @pytest.mark.parametrize("on_update", ["continue", "drain", "abort"])
 def test_nothing_is_lost_whatever_happens_in_between(bench, num_shards, on_update):
     limits = {"group_timeout_s": 0.2, "sample_timeout_s": 0.15, "max_new_tokens": 64}
-    config = make_config(actors={"on_update": on_update, **limits}, buffer={"num_shards": num_shards, "max_staleness": 8})
+    config = make_config(
+        actors={"on_update": on_update, **limits}, buffer={"num_shards": num_shards, "max_staleness": 8}
+    )
     run = bench(config, eval_rows=rows(4))
     run.publish(0, evaluate=True)
     dice, names, ends = random.Random(num_shards), iter(f"actor-{number}" for number in range(100)), []
@@ -322,14 +362,19 @@ def test_nothing_is_lost_whatever_happens_in_between(bench, num_shards, on_updat
         if step % 6 == 5:
             run.board.get("retire", [alive.pop(0)], dice.choice(["drain", "now"]))
             alive.append(start())
-        run.buffers[step % num_shards].faults[dice.choice(["insert", "fail", "give_back"])].append(DiskFullError("full"))
+        run.buffers[step % num_shards].faults[dice.choice(["insert", "fail", "give_back"])].append(
+            DiskFullError("full")
+        )
     run.board.get("retire", alive, "drain")
     concurrent.futures.wait(ends, 40)
     totals = [end.result(0) for end in ends]
     stats = run.stats()
     assert sum(found["insert_retries"] for found in totals) > 0
     assert stats["inserted"] == stats["groups"] + sum(stats[name] for name in EVICTIONS)
-    assert stats["frontier"] == stats["inserted"] + stats["evicted_too_small"] + stats["failed"] + stats["leased"]
+    assert (
+        stats["frontier"]
+        == stats["inserted"] + stats["evicted_too_small"] + stats["failed"] + stats["leased"]
+    )
     assert stats["samples_error"] == 0
     assert audit_run(run.run_dir)["status"].get("leased", 0) == 0, "who retired left nothing with its name"
 

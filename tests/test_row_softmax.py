@@ -1,4 +1,6 @@
-"""liger's kernel behind the log-probs: interpreted on the CPU, in a process that is told so before Triton is imported."""
+"""liger's kernel behind the log-probs: interpreted on the CPU, in a process that is told so before
+Triton is imported.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,11 @@ print("compared", difference)
 
 def test_the_fused_kernel_gives_the_log_probs_and_gradients_of_torch() -> None:
     ran = subprocess.run(
-        [sys.executable, "-c", COMPARISONS], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", COMPARISONS],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("compared")

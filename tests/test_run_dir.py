@@ -83,11 +83,17 @@ def test_another_process_is_kept_out_until_the_holder_has_died(tmp_path: Path) -
         ({"steps": None, "stopped": "a learner rank died"}, 800, False),
     ],
 )
-def test_only_a_finished_run_is_not_continued(tmp_path: Path, summary: dict[str, Any], steps: int, refused: bool) -> None:
+def test_only_a_finished_run_is_not_continued(
+    tmp_path: Path, summary: dict[str, Any], steps: int, refused: bool
+) -> None:
     open_run_dir(make_config(tmp_path / "run"))
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
     if refused:
-        with pytest.raises(ConfigError, match=r"already holds a finished run of 800 steps\. Raise run\.steps"):
+        with pytest.raises(
+            ConfigError,
+            match=r"already holds a finished run of 800 steps\. Raise "
+            r"run\.steps",
+        ):
             reopened(tmp_path / "run", f"run.steps={steps}")
     else:
         assert reopened(tmp_path / "run", f"run.steps={steps}").is_continued
@@ -116,7 +122,7 @@ def test_a_run_without_checkpoints_is_not_continued(tmp_path: Path) -> None:
         reopened(tmp_path / "run")
 
 
-# Which directory ---------------------------------------------------------------------------------------------------------
+# --- Which directory ---
 
 
 def checked_and_opened(config: Config) -> str:
@@ -129,12 +135,17 @@ def open_fresh(root: Path) -> str:
     return checked_and_opened(load_config(EXAMPLE))
 
 
-def test_runs_that_start_in_the_same_second_have_a_directory_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_start_in_the_same_second_have_a_directory_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AGRO_RUNS", str(tmp_path / "of threads"))
     monkeypatch.setattr(run_dir.time, "strftime", lambda form: "20260101-000000")
     with ThreadPoolExecutor(8) as pool:
         names = list(pool.map(checked_and_opened, [load_config(EXAMPLE)] * 8))
-    assert sorted(names) == ["quickstart-20260101-000000", *(f"quickstart-20260101-000000-{number}" for number in range(2, 9))]
+    assert sorted(names) == [
+        "quickstart-20260101-000000",
+        *(f"quickstart-20260101-000000-{number}" for number in range(2, 9)),
+    ]
     with ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as pool:
         names = list(pool.map(open_fresh, [tmp_path / "of processes"] * 8))
     assert len(set(names)) == 8
@@ -177,13 +188,18 @@ def make_place(kind: str, path: Path) -> Path:
         ("a config of our own", ["other things than a run: config.yaml"]),
         ("a torn run", ["cannot be read", "not YAML: line 2", "config-1.yaml"]),
         ("/", ["run.dir = / holds other things than a run", "..."]),
-        ("~nobody-of-this-name/run", ["run.dir = ~nobody-of-this-name/run", "there is no user 'nobody-of-this-name'"]),
+        (
+            "~nobody-of-this-name/run",
+            ["run.dir = ~nobody-of-this-name/run", "there is no user 'nobody-of-this-name'"],
+        ),
         ("x" * 300, ["cannot be used: File name too long"]),
         ("/".join(["long"] * 100), ["bytes as an absolute path, at most 400"]),
         ("/proc/nothing/run", ["run.dir = /proc/nothing/run cannot be used"]),
     ],
 )
-def test_a_place_where_no_run_can_be_is_refused_by_a_start_and_by_a_dry_run(tmp_path: Path, kind: str, words: list[str]) -> None:
+def test_a_place_where_no_run_can_be_is_refused_by_a_start_and_by_a_dry_run(
+    tmp_path: Path, kind: str, words: list[str]
+) -> None:
     path = Path(kind) if "/" in kind or kind.startswith("x") else make_place(kind, tmp_path / "place")
     before = sorted(tmp_path.rglob("*"))
     for function in (open_run_dir, check_run_dir):
@@ -194,7 +210,9 @@ def test_a_place_where_no_run_can_be_is_refused_by_a_start_and_by_a_dry_run(tmp_
 
 
 @pytest.mark.parametrize("names", [[], ["train.log", "nohup.out"], ["lost+found"], ["run.lock"]])
-def test_an_empty_directory_will_do_also_one_with_what_a_shell_wrote(tmp_path: Path, names: list[str]) -> None:
+def test_an_empty_directory_will_do_also_one_with_what_a_shell_wrote(
+    tmp_path: Path, names: list[str]
+) -> None:
     (tmp_path / "run").mkdir()
     for name in names:
         (tmp_path / "run" / name).touch()
@@ -225,12 +243,17 @@ def test_a_copy_of_a_run_without_its_lock_is_continued(tmp_path: Path) -> None:
 
 
 def test_text_and_small_numbers_are_no_changes_of_a_run_that_goes_on(tmp_path: Path) -> None:
-    changes = ["data.chat_template=true", "data.system_prompt=It's \\boxed{} # 1\n", "learner.lr=1e-5", "run.name=0600"]
+    changes = [
+        "data.chat_template=true",
+        "data.system_prompt=It's \\boxed{} # 1\n",
+        "learner.lr=1e-5",
+        "run.name=0600",
+    ]
     open_run_dir(make_config(tmp_path / "run", *changes))
     assert reopened(tmp_path / "run", *changes).notes == (f"continuing the run in {tmp_path / 'run'}",)
 
 
-# Starts that fail --------------------------------------------------------------------------------------------------------
+# --- Starts that fail ---
 
 
 def test_a_start_that_is_refused_leaves_no_directory(tmp_path: Path) -> None:
@@ -240,13 +263,19 @@ def test_a_start_that_is_refused_leaves_no_directory(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_start_that_fails_before_work_was_handed_out_leaves_its_logs_and_nothing_to_continue(tmp_path: Path) -> None:
+def test_a_start_that_fails_before_work_was_handed_out_leaves_its_logs_and_nothing_to_continue(
+    tmp_path: Path,
+) -> None:
     opened = open_run_dir(make_config(tmp_path / "run"))
     for name in ("events.jsonl", "buffer.sqlite", "buffer.sqlite-wal", "ledger.jsonl"):
         (opened.path / name).touch()
     with pytest.raises(KeyboardInterrupt), kept_if_begun(opened.path, opened.is_continued):
         raise KeyboardInterrupt
-    assert sorted(path.name for path in opened.path.iterdir()) == ["config-refused.yaml", "events.jsonl", "run.lock"]
+    assert sorted(path.name for path in opened.path.iterdir()) == [
+        "config-refused.yaml",
+        "events.jsonl",
+        "run.lock",
+    ]
     assert not reopened(tmp_path / "run", "run.seed=1", "buffer.num_shards=2").is_continued
 
 

@@ -24,7 +24,9 @@ from cluster.config import BufferConfig
 
 
 def make_replay(groups: list[GroupMeta], **fields: object) -> Replay:
-    replay = Replay(BufferConfig.model_validate({"capacity": 10**6, "max_staleness": 1000, "max_uses": 10, **fields}), 0)
+    replay = Replay(
+        BufferConfig.model_validate({"capacity": 10**6, "max_staleness": 1000, "max_uses": 10, **fields}), 0
+    )
     for group in groups:
         assert replay.insert(group)
     return replay
@@ -39,7 +41,11 @@ def assert_frequencies(seen: Counter, expected: dict, num_draws: int) -> None:
     assert seen.keys() <= expected.keys()
     for outcome, chance in expected.items():
         sigma = math.sqrt(num_draws * chance * (1 - chance))
-        assert abs(seen[outcome] - num_draws * chance) < 4.5 * sigma + 1e-9, (outcome, seen[outcome], num_draws * chance)
+        assert abs(seen[outcome] - num_draws * chance) < 4.5 * sigma + 1e-9, (
+            outcome,
+            seen[outcome],
+            num_draws * chance,
+        )
 
 
 def test_uniform_gives_every_pair_of_what_is_left_the_same_chance():
@@ -53,7 +59,9 @@ def test_uniform_gives_every_pair_of_what_is_left_the_same_chance():
 
 
 def test_stratified_keeps_its_quotas_and_is_uniform_within_a_range():
-    """At step 20: 16 groups of staleness 0-1 (two without age, one of a version to come), 12 of 2-7, 12 of 8+."""
+    """At step 20: 16 groups of staleness 0-1 (two without age, one of a version to come), 12 of 2-7, 12
+    of 8+.
+    """
     versions = [AGELESS, 20, 21, *[19] * 12, AGELESS, *[18, 17, 13] * 4, *[12, 3, 0] * 4]
     replay = make_replay([GroupMeta(group_id, version, 1) for group_id, version in enumerate(versions)])
     ranges = [range(16), range(16, 28), range(28, 40)]
@@ -87,7 +95,10 @@ def test_stratified_keeps_its_quotas_and_is_uniform_within_a_range():
 )
 def test_what_a_range_lacks_comes_from_the_nearest_and_is_counted(sizes, k, expected, num_short):
     stalenesses = [staleness for staleness, size in zip((1, 2, 8), sizes, strict=True) for _ in range(size)]
-    replay = make_replay([GroupMeta(group_id, 50 - staleness, 1) for group_id, staleness in enumerate(stalenesses)], sampler="stratified")
+    replay = make_replay(
+        [GroupMeta(group_id, 50 - staleness, 1) for group_id, staleness in enumerate(stalenesses)],
+        sampler="stratified",
+    )
     seen = Counter(stalenesses[group_id] for group_id in replay.take(k, 50))
     assert [seen[staleness] for staleness in (1, 2, 8)] == expected
     assert replay.counts["strata_short"] == num_short
@@ -100,7 +111,8 @@ def test_priority_draws_one_after_the_other_in_proportion_to_its_weights():
         GroupMeta(2, AGELESS, 1, uses=1, reward_std=0.6),
         GroupMeta(3, 0, 1, uses=3, reward_std=0.0),
     ]
-    # At step 16, where the mean spread is 0.3: halved every 8 steps, divided by 1 + uses, times 0.1 + spread / mean.
+    # At step 16, where the mean spread is 0.3: halved every 8 steps, divided by 1 + uses, times 0.1 + spread
+    # / mean.
     weights = {0: 1.1, 1: 0.5 * 1.1, 2: 0.5 * 2.1, 3: 0.25 * 0.25 * 0.1}
     assert np.exp(sampling.log_weights(groups, 16)) == pytest.approx(list(weights.values()), rel=1e-12)
     total = sum(weights.values())
@@ -143,13 +155,22 @@ def test_priority_draws_from_a_pool_where_there_are_more_groups(monkeypatch):
 @settings(deadline=None)
 def test_the_spread_of_a_group_is_the_population_standard_deviation_of_its_rewards(rewards):
     samples = tuple(
-        Sample(token_ids=(1,), logprobs=(-1.0,), version_spans=(VersionSpan(0, 0, 1),), finish_reason="stop", text="", reward=reward)
+        Sample(
+            token_ids=(1,),
+            logprobs=(-1.0,),
+            version_spans=(VersionSpan(0, 0, 1),),
+            finish_reason="stop",
+            text="",
+            reward=reward,
+        )
         for reward in rewards
     )
     group = Group(group_id=0, row=0, prompt="", prompt_ids=(1,), samples=samples)
     known = [reward for reward in rewards if reward is not None]
     largest = max(map(abs, known), default=0.0)
-    assert meta_of(group).reward_std == pytest.approx(statistics.pstdev(known) if known else 0.0, rel=1e-9, abs=1e-14 * largest)
+    assert meta_of(group).reward_std == pytest.approx(
+        statistics.pstdev(known) if known else 0.0, rel=1e-9, abs=1e-14 * largest
+    )
 
 
 # What it costs
@@ -183,7 +204,10 @@ def lines_run(function: Callable[[], object]) -> int:
 
 def many_groups(size: int) -> list[GroupMeta]:
     """Versions 0 to 15 in this order, as they come in a run."""
-    return [GroupMeta(group_id, group_id * 16 // size, 1000 + group_id, 0, group_id % 9 / 8) for group_id in range(size)]
+    return [
+        GroupMeta(group_id, group_id * 16 // size, 1000 + group_id, 0, group_id % 9 / 8)
+        for group_id in range(size)
+    ]
 
 
 @pytest.mark.parametrize(("sampler", "lag"), [*((name, 0) for name in sorted(SAMPLERS)), ("oldest", 2)])

@@ -48,7 +48,9 @@ ENDING = """
 
 def start(body: str, **options: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PREAMBLE + body + EPILOGUE]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )  # type: ignore[call-overload]
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -88,7 +90,10 @@ def test_a_second_one_interrupts_and_says_how_to_go_on_and_a_third_ends_on_the_s
     time.sleep(0.3)
     assert "ending in order; a second signal interrupts" in answer_to(process, signal.SIGTERM)
     second = answer_to(process, signal.SIGTERM)
-    assert second == "SIGTERM: interrupting: what was acknowledged is kept; to go on, the same command with run.dir=runs/x\n"
+    assert (
+        second == "SIGTERM: interrupting: what was acknowledged is kept; to go on, the same command with "
+        "run.dir=runs/x\n"
+    )
     assert process.communicate(timeout=30)[0] == "closed\n"
     assert process.returncode == 143
 

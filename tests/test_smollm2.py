@@ -30,7 +30,9 @@ def test_the_made_model_answers_through_its_chat_template(tmp_path):
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     question = [{"role": "user", "content": "What is 2+2?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     output = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     answer = tokenizer.decode(output, skip_special_tokens=True)
     assert "4" in answer, answer

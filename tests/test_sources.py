@@ -1,4 +1,6 @@
-"""Files of rows: what can be read is, as it is; everything else is one error, or one bad row, that says where and what."""
+"""Files of rows: what can be read is, as it is; everything else is one error, or one bad row, that says
+where and what.
+"""
 
 from __future__ import annotations
 
@@ -82,12 +84,19 @@ def torn(content: bytes) -> dict[str, bytes]:
 def test_a_torn_parquet_file_is_named(tmp_path, kind):
     path = write_table(tmp_path / "train.parquet", prompt=["a"])
     path.write_bytes(torn(path.read_bytes())[kind])
-    with pytest.raises(DataError, match=rf"{path} is not a parquet file that can be read: {'.*git lfs pull' if kind == 'lfs' else '.'}"):
+    with pytest.raises(
+        DataError,
+        match=rf"{path} is not a parquet file that can be read: "
+        rf"{'.*git lfs pull' if kind == 'lfs' else '.'}",
+    ):
         read(path)
 
 
 def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path):
-    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"]), tmp_path / "train.parquet")
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"]),
+        tmp_path / "train.parquet",
+    )
     with pytest.raises(DataError, match=r"two columns called 'prompt'"):
         read(tmp_path)
 
@@ -95,10 +104,16 @@ def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path):
 LINES = [
     (b'{"prompt": "a", "prompt": "b"}', "not JSON: the key 'prompt' is there twice"),
     (b'{"prompt": "a", "meta": {"x": 1, "x": 1}}', "not JSON: the key 'x' is there twice"),
-    (b'{"prompt": "a", "answer": "\\uDC00"}', "a text in it holds half a surrogate pair, which is no character"),
+    (
+        b'{"prompt": "a", "answer": "\\uDC00"}',
+        "a text in it holds half a surrogate pair, which is no character",
+    ),
     (b'{"prompt": "a", "answer": Infinity}', "not JSON: Infinity is not a JSON value"),
     (b'{"prompt": "a", "answer": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit"),
-    (b'{"prompt": "a", "x": ' + b"[" * 200 + b"]" * 200 + b"}", "lists and objects lie within each other more than 100 deep"),
+    (
+        b'{"prompt": "a", "x": ' + b"[" * 200 + b"]" * 200 + b"}",
+        "lists and objects lie within each other more than 100 deep",
+    ),
     (b'{"prompt": "a"} {"prompt": "b"}', "not JSON: Extra data (column 17)"),
 ]
 
@@ -135,7 +150,11 @@ def test_a_file_that_is_no_lines_of_json_says_what_it_is(tmp_path, content, mess
 @pytest.mark.parametrize("split", ["/etc/passwd", "../train", "~/train", "a/../../b", "", "nul\0"])
 def test_a_split_is_a_name_and_no_path(tmp_path, split):
     (tmp_path / "train.jsonl").write_bytes(ROW)
-    with pytest.raises(DataError, match=r"is no name of a split \(data\.split, data\.eval_split\) of data\.path = .*To read one file"):
+    with pytest.raises(
+        DataError,
+        match=r"is no name of a split \(data\.split, data\.eval_split\) of "
+        r"data\.path = .*To read one file",
+    ):
         read(tmp_path, split)
 
 
@@ -161,7 +180,11 @@ def test_names_that_no_file_system_takes_are_errors(tmp_path):
 
 @pytest.mark.parametrize("field", ["data.path", "data.eval_path", "data.offline", "model.path", "run.dir"])
 def test_a_home_of_nobody_is_named_with_its_field(field):
-    with pytest.raises(ConfigError, match=rf"{field} = ~nobody-here/x: ~nobody-here has no meaning here: there is no user 'nobody-here'"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"{field} = ~nobody-here/x: ~nobody-here has no meaning here: "
+        r"there is no user 'nobody-here'",
+    ):
         user_path(field, "~nobody-here/x")
     if field.startswith("data."):
         data = {"path": "none", field.removeprefix("data."): "~nobody-here/x.jsonl", "offline_share": 0.5}
@@ -174,8 +197,13 @@ def test_without_a_home_a_tilde_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert user_path("data.path", "~/x") == tmp_path / "x"
     monkeypatch.delenv("HOME")
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # As it answers where the user has no entry either.
-    with pytest.raises(ConfigError, match=r"data\.path = ~/x: ~ has no meaning here: this user has no home directory"):
+    # As it answers where the user has no entry either.
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(
+        ConfigError,
+        match=r"data\.path = ~/x: ~ has no meaning here: this user has no home "
+        r"directory",
+    ):
         user_path("data.path", "~/x")
 
 

@@ -29,7 +29,9 @@ def make_group(group_id: int, version: int = 0, num_tokens: int = 4) -> Group:
         text=f"answer {group_id}",
         reward=1.0,
     )
-    return Group(group_id=group_id, row=group_id, prompt="p", prompt_ids=(1, 2), samples=(sample, sample), actor="a0")
+    return Group(
+        group_id=group_id, row=group_id, prompt="p", prompt_ids=(1, 2), samples=(sample, sample), actor="a0"
+    )
 
 
 def put(store: Store, *groups: Group) -> None:
@@ -59,12 +61,17 @@ def test_a_store_opened_again_holds_groups_uses_order_and_state(tmp_path):
     store.flush()
     store.close()
     store = Store(tmp_path / "b.sqlite")
-    assert [(meta.group_id, meta.oldest_version, meta.uses, meta.num_tokens) for meta in store.load_groups()] == [
+    assert [
+        (meta.group_id, meta.oldest_version, meta.uses, meta.num_tokens) for meta in store.load_groups()
+    ] == [
         (7, 0, 0, 12),
         (3, 5, 1, 12),
     ]
     assert (store.load_state(), store.load_leases()) == ({"frontier": 8}, [(8, "", 0), (9, "a", 2)])
-    assert (store.load_batches(), store.load_held()) == ({4: RecordedBatch(2, [BatchEntry(3, 1, False)])}, {5: make_group(1).samples[0]})
+    assert (store.load_batches(), store.load_held()) == (
+        {4: RecordedBatch(2, [BatchEntry(3, 1, False)])},
+        {5: make_group(1).samples[0]},
+    )
     assert read(store, 3, 7)[1] == make_group(7)
     assert [ref for _, ref in store.read_groups([3, 7])] == [[-1.0, -2.0], None]
 
@@ -121,7 +128,9 @@ def test_a_full_disk_is_explained_and_loses_nothing(tmp_path):
     with pytest.raises(DiskFullError, match="Free space on that disk"):
         put(store, make_group(2), make_group(3, num_tokens=50_000))
     assert ids(store) == [1]
-    assert read(store, 3, 1) == [make_group(3, num_tokens=50_000), make_group(1)], "what is not written yet can be read"
+    assert read(store, 3, 1) == [make_group(3, num_tokens=50_000), make_group(1)], (
+        "what is not written yet can be read"
+    )
     store._db.execute(f"PRAGMA max_page_count={num_pages + 1000}")
     store.flush()
     assert ids(store) == [1, 2, 3]
@@ -148,7 +157,9 @@ def _write_until_killed(path, first_id: int, seed: int, acks: int) -> None:
     store = Store(path)
     next_id = first_id
     while True:
-        batch = [make_group(next_id + i, num_tokens=rng.choice([4, 50, 900])) for i in range(rng.randint(1, 4))]
+        batch = [
+            make_group(next_id + i, num_tokens=rng.choice([4, 50, 900])) for i in range(rng.randint(1, 4))
+        ]
         store.put_state({"frontier": next_id + len(batch)})
         put(store, *batch)
         os.write(acks, struct.pack("<q", batch[-1].group_id))
@@ -198,12 +209,25 @@ def _write_ledger(path, events: list[tuple[Any, int]]) -> None:
 
 def test_audit_follows_every_item(tmp_path):
     path = tmp_path / "ledger.jsonl"
-    history = [("leased", i) for i in range(6)] + [("expired", 0), ("leased", 0), ("inserted", 0), ("trained", 0), ("trained", 0)]
+    history = [("leased", i) for i in range(6)] + [
+        ("expired", 0),
+        ("leased", 0),
+        ("inserted", 0),
+        ("trained", 0),
+        ("trained", 0),
+    ]
     history += [("evicted", 0), ("failed", 1), ("cancelled", 2), ("inserted", 3), ("expired", 4)]
     _write_ledger(path, history)
     found = audit(path)
     assert found["violations"] == []
-    assert found["status"] == {"evicted": 1, "failed": 1, "cancelled": 1, "stored": 1, "waiting": 1, "leased": 1}
+    assert found["status"] == {
+        "evicted": 1,
+        "failed": 1,
+        "cancelled": 1,
+        "stored": 1,
+        "waiting": 1,
+        "leased": 1,
+    }
     assert found["events"]["trained"] == 2
     assert found["evictions"] == {"because": 1}
     assert found["max_staleness"] == 5
@@ -263,7 +287,8 @@ def test_a_ledger_is_completed_from_wherever_a_kill_left_it_and_only_its_end_is_
         again.close()
         assert path.read_bytes().startswith(whole)
         assert audit(path)["events"] == {"leased": 5}
-    for size in (chunks[1][0] - 1, len(whole) + 1):  # What was durable is gone; what was never written is there.
+    # What was durable is gone; what was never written is there.
+    for size in (chunks[1][0] - 1, len(whole) + 1):
         path.write_bytes((whole + b"x")[:size])
         assert not Ledger(path).recover(len(whole), chunks[1:])
         assert path.stat().st_size == size

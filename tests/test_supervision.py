@@ -1,4 +1,6 @@
-"""What the supervisor concludes: which stage stalls, who does not answer, what a death was, and when a buffer dies too often."""
+"""What the supervisor concludes: which stage stalls, who does not answer, what a death was, and when a
+buffer dies too often.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,15 @@ from tests.simulated import until
 
 pytestmark = pytest.mark.timed
 
-BASE: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "rewards": {"functions": [{"name": "exact_match"}]}}
+BASE: dict[str, Any] = {
+    "model": {"path": "m"},
+    "data": {"path": "d"},
+    "rewards": {"functions": [{"name": "exact_match"}]},
+}
 CONFIG = parse_config({**BASE, "run": {"timeout_s": 30.0}})
 
 
-# The watchdog: which stage ---------------------------------------------------------------------------------------------
+# --- The watchdog: which stage ---
 
 
 def seen(
@@ -68,21 +74,46 @@ def seen(
 
 
 def actor(**counters: float) -> dict[str, float]:
-    return {"version": 6.0, "generated_samples": 80.0, "groups": 20.0, "busy_s": 50.0, "wait_admission_s": 5.0, **counters}
+    return {
+        "version": 6.0,
+        "generated_samples": 80.0,
+        "groups": 20.0,
+        "busy_s": 50.0,
+        "wait_admission_s": 5.0,
+        **counters,
+    }
 
 
 @pytest.mark.parametrize(
     ("after", "expected"),
     [
         (seen(10, actors={"a": actor()}, waited=0.0, groups=40), "the learner is in its step"),
-        (seen(10, waited=10, absent=("actor-0 loading for 40 s",)), "no actor is running; actor-0 loading for 40 s"),
-        (seen(10, actors={"a": actor(wait_weights_s=9.0)}, waited=10), "the actors wait for weights (versions 6)"),
-        (seen(10, actors={"a": actor(wait_disk_s=9.0)}, waited=10), "the buffer takes nothing: its disk is full"),
-        (seen(10, actors={"a": actor(busy_s=60.0)}, waited=10, full_disk="the disk of /run refuses"), "the disk of /run refuses"),
+        (
+            seen(10, waited=10, absent=("actor-0 loading for 40 s",)),
+            "no actor is running; actor-0 loading for 40 s",
+        ),
+        (
+            seen(10, actors={"a": actor(wait_weights_s=9.0)}, waited=10),
+            "the actors wait for weights (versions 6)",
+        ),
+        (
+            seen(10, actors={"a": actor(wait_disk_s=9.0)}, waited=10),
+            "the buffer takes nothing: its disk is full",
+        ),
+        (
+            seen(10, actors={"a": actor(busy_s=60.0)}, waited=10, full_disk="the disk of /run refuses"),
+            "the disk of /run refuses",
+        ),
         (seen(10, actors={"a": actor(busy_s=59.0)}, waited=10, evaluations=1), "evaluation: 1 of them open"),
         (seen(10, actors={"a": actor(generated_samples=88.0)}, waited=10), "rewards are pending: 2 groups"),
-        (seen(10, actors={"a": actor(wait_admission_s=15.0)}, waited=10, leased=4, unconsumed=20), "admission is closed: 24 of 24 groups"),
-        (seen(10, actors={"a": actor(busy_s=60.0)}, waited=10, leased=16), "the actors generate, but no group is finished (16 leased)"),
+        (
+            seen(10, actors={"a": actor(wait_admission_s=15.0)}, waited=10, leased=4, unconsumed=20),
+            "admission is closed: 24 of 24 groups",
+        ),
+        (
+            seen(10, actors={"a": actor(busy_s=60.0)}, waited=10, leased=16),
+            "the actors generate, but no group is finished (16 leased)",
+        ),
         (
             seen(10, actors={"a": actor(busy_s=60.0, groups=25.0, generated_samples=100.0)}, waited=10),
             "groups come, but slowly: 0.50 a second",
@@ -103,7 +134,8 @@ def test_a_stall_is_told_once_after_sixty_seconds_and_again_after_a_step() -> No
     found = feed(dog, range(200), step=1)
     assert [time_s for time_s, _ in found] == [MIN_QUIET_S]
     assert "no optimizer step for 60 s after step 1: no actor is running" in found[0][1]
-    assert [time_s for time_s, _ in feed(dog, range(200, 2500), step=2)] == [200 + 300]  # The step took 200 s; half of the timeout.
+    # The step took 200 s; half of the timeout.
+    assert [time_s for time_s, _ in feed(dog, range(200, 2500), step=2)] == [200 + 300]
 
 
 def test_a_stall_is_ten_median_steps_at_most_half_of_the_timeout() -> None:
@@ -115,7 +147,7 @@ def test_a_stall_is_ten_median_steps_at_most_half_of_the_timeout() -> None:
     assert RECENT_S < MIN_QUIET_S
 
 
-# Stacks and causes, with real processes ----------------------------------------------------------------------------------
+# --- Stacks and causes, with real processes ---
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +158,9 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_stacks_of_all_are_written_and_who_does_not_answer_is_named(local_ray: None, tmp_path: Path, monkeypatch: Any) -> None:
+def test_stacks_of_all_are_written_and_who_does_not_answer_is_named(
+    local_ray: None, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("cluster.watchdog.STACKS_TIMEOUT_S", 3.0)
     sleeping = ray.remote(SleepingActor).options(num_cpus=0, max_concurrency=2)
     handles = {name: sleeping.remote(name, str(tmp_path)) for name in ("actor-0", "actor-1")}
@@ -168,14 +202,22 @@ def test_a_failure_is_told_in_a_few_lines_with_its_cause(local_ray: None, tmp_pa
     part = remote_part.remote()
     with pytest.raises(DataError, match="row 4 is empty"):
         answer(part.fail.remote(True), "the part", 20.0)
-    with pytest.raises(TrainingError, match=r"the part failed: ValueError: broken\n  in fail \(.*test_supervision\.py:\d+\)$"):
+    with pytest.raises(
+        TrainingError,
+        match=r"the part failed: ValueError: broken\n  in fail "
+        r"\(.*test_supervision\.py:\d+\)$",
+    ):
         answer(part.fail.remote(False), "the part", 20.0)
     pid = ray.get(part.pid.remote())
     call = part.sleep.remote()
     with pytest.raises(PeerTimeout, match=r"the part did not answer within 0 s \(run.timeout_s\)"):
         answer(call, "the part", 0.2)
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(TrainingError, match=rf"the part died: its process was killed \(.*\) or crashed \(pid {pid}\)"):
+    with pytest.raises(
+        TrainingError,
+        match=r"the part died: its process was killed \(.*\) or crashed \(pid "
+        rf"{pid}\)",
+    ):
         answer(call, "the part", 20.0)
     with pytest.raises(DataError) as caught:
         answer(remote_part.remote("data").pid.remote(), "the part", 20.0)
@@ -203,7 +245,11 @@ def test_an_error_that_crosses_ray_keeps_its_own_sentence(local_ray: None) -> No
     with pytest.raises(DiskFullError) as caught:
         calls.ask(part.insert(), "the part")
     assert str(caught.value) == NO_SPACE
-    with pytest.raises(TrainingError, match=r"^the part failed: KeyError: 'x'\n  in stumble \(.*test_supervision.py:\d+\)$"):
+    with pytest.raises(
+        TrainingError,
+        match=r"^the part failed: KeyError: 'x'\n  in stumble "
+        r"\(.*test_supervision.py:\d+\)$",
+    ):
         calls.ask(part.stumble(), "the part")
     for _ in range(3):
         calls.post(part.insert(), "the part", "groups")
@@ -212,8 +258,12 @@ def test_an_error_that_crosses_ray_keeps_its_own_sentence(local_ray: None) -> No
 
 
 def test_a_lack_of_memory_is_hinted_at_with_the_knobs_to_lower() -> None:
-    assert memory_hint("Task was killed due to the node running low on memory.").startswith("This looks like a lack of memory: lower")
-    assert memory_hint("ValueError: broken").startswith("If it is a lack of memory: lower actors.slots and actors.kv_cache_gib")
+    assert memory_hint("Task was killed due to the node running low on memory.").startswith(
+        "This looks like a lack of memory: lower"
+    )
+    assert memory_hint("ValueError: broken").startswith(
+        "If it is a lack of memory: lower actors.slots and actors.kv_cache_gib"
+    )
     assert isinstance(explained(ray.exceptions.RayActorError(), "x"), TrainingError)
 
 
@@ -223,14 +273,18 @@ def test_what_ray_itself_raised_in_a_process_is_told_without_its_paragraph() -> 
     assert text == "learner ranks failed: ObjectStoreFullError: Failed to put object 00ff: it is full."
 
 
-# The buffer as a service -------------------------------------------------------------------------------------------------
+# --- The buffer as a service ---
 
 
 def inputs(run_dir: Path, **sections: dict[str, Any]) -> Inputs:
     config = parse_config({**BASE, "run": {"timeout_s": 40.0}, "monitor": {"wandb": "off"}, **sections})
-    rows = [PromptRow(row=number, text="1+1=", token_ids=(1, 2), columns={"answer": "2"}) for number in range(4)]
+    rows = [
+        PromptRow(row=number, text="1+1=", token_ids=(1, 2), columns={"answer": "2"}) for number in range(4)
+    ]
     prompts = PromptSet(rows=rows, num_bad_rows=0, source="test")
-    return Inputs(config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="off")
+    return Inputs(
+        config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="off"
+    )
 
 
 @pytest.mark.slow
@@ -247,7 +301,9 @@ def test_a_rank_that_dies_while_it_loads_or_hangs_is_named_and_can_be_started_ag
 ) -> None:
     monkeypatch.setattr("cluster.gang.LearnerRank", UnluckyRank)
     monkeypatch.setattr("cluster.gang.DEATH_LOOK_S", 3.0)
-    gang = LearnerGang(parse_config({**BASE, "run": {"name": name}, "learner": {"ranks": ranks, "num_cpus": 0.5}}), 0, ())
+    gang = LearnerGang(
+        parse_config({**BASE, "run": {"name": name}, "learner": {"ranks": ranks, "num_cpus": 0.5}}), 0, ()
+    )
 
     def look_on() -> None:
         until_s = time.monotonic() + 60
@@ -263,7 +319,9 @@ def test_a_rank_that_dies_while_it_loads_or_hangs_is_named_and_can_be_started_ag
 
 
 @pytest.mark.slow
-def test_killed_shards_come_back_with_what_they_held_and_the_restart_is_an_event(local_ray: None, tmp_path: Path) -> None:
+def test_killed_shards_come_back_with_what_they_held_and_the_restart_is_an_event(
+    local_ray: None, tmp_path: Path
+) -> None:
     services = Services(inputs(tmp_path, buffer={"num_shards": 2}))
     health = Health(CONFIG, services, tmp_path)
     told: list[str] = []
@@ -278,7 +336,9 @@ def test_killed_shards_come_back_with_what_they_held_and_the_restart_is_an_event
         stats = services.ask(services.buffer.stats(), BUFFER)  # The call waits for the new process.
         assert stats["buffer/leased"] == 3
         health._judge_buffer(stats)
-        assert [text.splitlines()[0] for text in told] == ["replay buffer restarted (1st time), 0 groups recovered"]
+        assert [text.splitlines()[0] for text in told] == [
+            "replay buffer restarted (1st time), 0 groups recovered"
+        ]
         services.release("actor-0")
         until_s = time.monotonic() + 20
         while services._owed and time.monotonic() < until_s:
@@ -292,7 +352,9 @@ def test_killed_shards_come_back_with_what_they_held_and_the_restart_is_an_event
 
 
 @pytest.mark.slow
-def test_a_killed_monitor_and_a_killed_board_come_back_are_told_of_and_the_board_knows_who_ends(local_ray: None, tmp_path: Path) -> None:
+def test_a_killed_monitor_and_a_killed_board_come_back_are_told_of_and_the_board_knows_who_ends(
+    local_ray: None, tmp_path: Path
+) -> None:
     services = Services(inputs(tmp_path))
     health = Health(CONFIG, services, tmp_path)
 
@@ -314,13 +376,19 @@ def test_a_killed_monitor_and_a_killed_board_come_back_are_told_of_and_the_board
         killed("board", services.board)
         services.restore_board([])
         assert (
-            msgspec.msgpack.decode(services.ask(services.board.poll.remote("actor-3", 0, 0, 0.0), "board"), type=Directive).retire == "now"
+            msgspec.msgpack.decode(
+                services.ask(services.board.poll.remote("actor-3", 0, 0, 0.0), "board"), type=Directive
+            ).retire
+            == "now"
         )
         killed("monitor", services.monitor)
         view = services.ask(services.monitor.view.remote(), "monitor")
         assert view["row"]["progress/step"] == 5
         told = [json.loads(line)["text"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-        assert [text.partition(":")[0] for text in told] == ["board restarted (1st time)", "monitor restarted (1st time)"]
+        assert [text.partition(":")[0] for text in told] == [
+            "board restarted (1st time)",
+            "monitor restarted (1st time)",
+        ]
         for _ in range(MAX_DEATHS - 2):
             health.service_restarted("board", [])
         with pytest.raises(TrainingError, match="board died 5 times within 5 min"):
@@ -354,13 +422,19 @@ def test_the_learner_waits_as_long_as_tokens_come_and_names_who_generates_none(m
             return {"actor-0": ((0.0, min(until_s, time.monotonic() - start_s) * 100), 0.4)}
 
     rank._calls, rank._buffer, rank._monitor = Calls(20.0), Peer(), Peer()  # type: ignore[assignment]
-    with pytest.raises(PeerTimeout, match=r"no group came for 0 s .* at step 3 .* no token was generated: actor-0 200 tokens so far"):
+    with pytest.raises(
+        PeerTimeout,
+        match=r"no group came for 0 s .* at step 3 .* no token was generated: "
+        r"actor-0 200 tokens so far",
+    ):
         list(rank._ask_for_batch(3))
     assert 2.3 < time.monotonic() - start_s < 10
 
 
 @pytest.mark.slow
-def test_a_buffer_that_cannot_be_opened_stops_the_run_with_its_own_error(local_ray: None, tmp_path: Path) -> None:
+def test_a_buffer_that_cannot_be_opened_stops_the_run_with_its_own_error(
+    local_ray: None, tmp_path: Path
+) -> None:
     (tmp_path / "buffer.sqlite").write_bytes(b"this is no database" * 100)
     services = Services(inputs(tmp_path))
     try:
@@ -370,7 +444,7 @@ def test_a_buffer_that_cannot_be_opened_stops_the_run_with_its_own_error(local_r
         services.kill()
 
 
-# Health, with services that only note ------------------------------------------------------------------------------------
+# --- Health, with services that only note ---
 
 
 class Notes:
@@ -442,7 +516,8 @@ def test_a_learner_left_alone_is_told_of_once_and_again_when_it_goes_on() -> Non
 
 def test_rewards_that_fail_too_often_stop_the_run_with_their_texts_once_each() -> None:
     judge, _ = health()
-    judge._judge_rewards({"buffer/samples_error": 500.0, "buffer/samples_total": 500.0})  # Before this start: the reward is mended.
+    # Before this start: the reward is mended.
+    judge._judge_rewards({"buffer/samples_error": 500.0, "buffer/samples_total": 500.0})
     judge._judge_rewards({"buffer/samples_error": 530.0, "buffer/samples_total": 560.0})  # Too few to tell.
     with pytest.raises(RewardError) as caught:
         judge._judge_rewards({"buffer/samples_error": 530.0, "buffer/samples_total": 564.0})
@@ -468,13 +543,15 @@ def test_slow_rewards_are_judged_over_as_many_samples_as_it_takes() -> None:
     assert [recent.since_then(1000.0 * look, 0.0, 8.0 * look) for look in range(20)][-1] == (0.0, 64.0)
 
 
-@pytest.mark.parametrize(("actors", "expected"), [({"count": 2}, 9), ({"count": 12}, 13), ({"count": 2, "max": 20}, 21)])
+@pytest.mark.parametrize(
+    ("actors", "expected"), [({"count": 2}, 9), ({"count": 12}, 13), ({"count": 2, "max": 20}, 21)]
+)
 def test_a_local_ray_has_room_for_scaling(actors: dict[str, Any], expected: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert logical_cpus(parse_config({**BASE, "actors": actors})) == expected
 
 
-# The board's word to those who retire ------------------------------------------------------------------------------------
+# --- The board's word to those who retire ---
 
 
 def test_a_drain_is_told_once_then_at_every_timeout_and_now_hurries_it() -> None:

@@ -1,4 +1,6 @@
-"""What a stranger's machine may lack: one line with the remedy from a start, before anything is made, and a finding of doctor's."""
+"""What a stranger's machine may lack: one line with the remedy from a start, before anything is made,
+and a finding of doctor's.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ import pytest
 
 from cluster import surroundings
 from cluster.doctor import check_hub, check_ray_token
-from cluster.surroundings import check_cluster, check_home, check_host, check_open_files, check_temp_dirs, check_user, cluster_address
+from cluster.surroundings import (
+    check_cluster,
+    check_home,
+    check_host,
+    check_open_files,
+    check_temp_dirs,
+    check_user,
+    cluster_address,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,7 +47,9 @@ def listener() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def train(environment: dict[str, str | None], *words: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def train(
+    environment: dict[str, str | None], *words: str, prefix: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     """`launch.py train` of a copy of this environment with some variables changed; None: not set."""
     changed = {**os.environ, **environment}
     env = {name: value for name, value in changed.items() if value is not None}
@@ -52,7 +64,7 @@ def check_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     assert all(part in done.stderr for part in ("error: ", *parts)), done.stderr
 
 
-# Ray's address --------------------------------------------------------------------------------------------------------
+# --- Ray's address ---
 
 
 @pytest.mark.parametrize("value", [None, "", " ", "local"])
@@ -67,8 +79,12 @@ def test_no_address_is_a_ray_of_our_own(monkeypatch: pytest.MonkeyPatch, value: 
     assert check_ray_token().ok
 
 
-@pytest.mark.parametrize("value", ["http://127.0.0.1:8265", "https://head", "ray://127.0.0.1:10001", "http://[::1", "redis://x:1"])
-def test_an_address_for_jobs_or_clients_is_told_from_the_heads(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+@pytest.mark.parametrize(
+    "value", ["http://127.0.0.1:8265", "https://head", "ray://127.0.0.1:10001", "http://[::1", "redis://x:1"]
+)
+def test_an_address_for_jobs_or_clients_is_told_from_the_heads(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", value)
     check = check_cluster()
     assert not check.ok
@@ -77,7 +93,9 @@ def test_an_address_for_jobs_or_clients_is_told_from_the_heads(monkeypatch: pyte
     assert "unset RAY_ADDRESS" in check.remedy
 
 
-@pytest.mark.parametrize("value", ["somewhere", "host:port", "auto", "127.0.0.1:99999999", "[::1", "x" * 64 + ":1", "a..b:1"])
+@pytest.mark.parametrize(
+    "value", ["somewhere", "host:port", "auto", "127.0.0.1:99999999", "[::1", "x" * 64 + ":1", "a..b:1"]
+)
 def test_an_address_that_names_no_head_is_a_finding(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("RAY_ADDRESS", value)
     check = check_cluster()
@@ -85,7 +103,9 @@ def test_an_address_that_names_no_head_is_a_finding(monkeypatch: pytest.MonkeyPa
     assert "unset RAY_ADDRESS" in check.remedy
 
 
-def test_a_port_where_nothing_listens_and_one_where_not_ray_does(monkeypatch: pytest.MonkeyPatch, listener: int) -> None:
+def test_a_port_where_nothing_listens_and_one_where_not_ray_does(
+    monkeypatch: pytest.MonkeyPatch, listener: int
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listener}")
     start_s = time.monotonic()
     assert "not Ray" in check_cluster().found
@@ -103,7 +123,7 @@ def test_the_head_of_this_machine_is_asked_too(monkeypatch: pytest.MonkeyPatch, 
     assert "auto (127.0.0.1:1): Connection refused" in check_cluster().found
 
 
-# Directories and names ------------------------------------------------------------------------------------------------
+# --- Directories and names ---
 
 
 @pytest.mark.parametrize("value", [None, "", "relative/home", "/proc", "/dev/null/home"])
@@ -129,9 +149,15 @@ def temp_problems() -> dict[str, surroundings.Check]:
     return {check.name: check for check in check_temp_dirs() if not check.ok}
 
 
-def test_a_temporary_directory_that_is_missing_unwritable_or_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_temporary_directory_that_is_missing_unwritable_or_full(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert temp_problems() == {}
-    for value, why in ((str(tmp_path / "none"), "no such directory"), ("/proc", "cannot be written"), ("/dev/null", "cannot be written")):
+    for value, why in (
+        (str(tmp_path / "none"), "no such directory"),
+        ("/proc", "cannot be written"),
+        ("/dev/null", "cannot be written"),
+    ):
         monkeypatch.setenv("TMPDIR", value)
         assert why in temp_problems()["TMPDIR"].found
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -142,7 +168,9 @@ def test_a_temporary_directory_that_is_missing_unwritable_or_full(monkeypatch: p
     assert "no space" in temp_problems()["TMPDIR"].found
 
 
-def test_rays_sockets_have_the_length_that_ray_allows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rays_sockets_have_the_length_that_ray_allows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from ray._private.utils import validate_socket_filepath
 
     monkeypatch.undo()
@@ -190,7 +218,7 @@ def test_few_open_files_and_a_host_without_an_address(monkeypatch: pytest.Monkey
     assert "`127.0.0.1 no-such-host.invalid` to /etc/hosts" in check.hint
 
 
-# A start --------------------------------------------------------------------------------------------------------------
+# --- A start ---
 
 
 @pytest.mark.parametrize(
@@ -199,7 +227,10 @@ def test_few_open_files_and_a_host_without_an_address(monkeypatch: pytest.Monkey
         ({"RAY_ADDRESS": "http://127.0.0.1:8265"}, ("RAY_ADDRESS = http://127.0.0.1:8265", "ray job submit")),
         ({"RAY_ADDRESS": "127.0.0.1:1"}, ("refused", "ray start --head")),
         ({"TMPDIR": "/tmp/there-is-none"}, ("TMPDIR", "no such directory", "export TMPDIR=")),
-        ({"RAY_TMPDIR": "/tmp/../tmp/../tmp/../tmp/../tmp/../tmp/../tmp"}, ("characters", "export RAY_TMPDIR=/tmp")),
+        (
+            {"RAY_TMPDIR": "/tmp/../tmp/../tmp/../tmp/../tmp/../tmp/../tmp"},
+            ("characters", "export RAY_TMPDIR=/tmp"),
+        ),
         ({"HOME": None}, ("HOME", "not set", "export HOME=")),
     ],
 )
@@ -219,7 +250,9 @@ def test_a_dry_run_finds_it_too() -> None:
 def test_the_first_line_of_a_start_comes_at_once() -> None:
     command = [sys.executable, "launch.py", "train", "configs/quickstart.yaml", "data.path=/no/such/data"]
     start_s = time.monotonic()
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "reading configs/quickstart.yaml ...\n"
         assert time.monotonic() - start_s < 2.0
@@ -227,7 +260,9 @@ def test_the_first_line_of_a_start_comes_at_once() -> None:
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
-def test_a_temporary_directory_is_the_same_from_everywhere(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+def test_a_temporary_directory_is_the_same_from_everywhere(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
     monkeypatch.setenv(variable, ".")
     found = [check for check in check_temp_dirs() if not check.ok]
     assert [(check.name, check.found) for check in found] == [(variable, ".: it is no absolute path")]

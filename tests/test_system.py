@@ -1,4 +1,6 @@
-"""The whole system with its real parts, started as a user starts it: bare, by `ray job submit`, stopped by signals, killed."""
+"""The whole system with its real parts, started as a user starts it: bare, by `ray job submit`, stopped
+by signals, killed.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,12 @@ STEPS = 12
 def environment(**extra: str) -> dict[str, str]:
     """This environment with the venv's programs first, and without a cluster that happens to run."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return {**env, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}", "RAY_USAGE_STATS_ENABLED": "0", **extra}
+    return {
+        **env,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        **extra,
+    }
 
 
 def overrides(model: Path, run_dir: Path, steps: int = STEPS) -> list[str]:
@@ -71,9 +78,22 @@ def no_run_goes_on() -> Iterator[None]:
 
 
 def start_train(model: Path, run_dir: Path, steps: int = STEPS, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "launch.py", "train", "configs/quickstart.yaml", *overrides(model, run_dir, steps), *more]
+    command = [
+        sys.executable,
+        "launch.py",
+        "train",
+        "configs/quickstart.yaml",
+        *overrides(model, run_dir, steps),
+        *more,
+    ]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     _started.append(process)
     return process
@@ -102,7 +122,10 @@ def described(processes: list[psutil.Process]) -> list[str]:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-                found.append(f"{process.pid} {process.status()} child of {process.ppid()}: {' '.join(process.cmdline())[:300]}")
+                found.append(
+                    f"{process.pid} {process.status()} child of {process.ppid()}: "
+                    f"{' '.join(process.cmdline())[:300]}"
+                )
     return found
 
 
@@ -126,7 +149,8 @@ class TestFinishedRun:
         may_lack = ("by_", "mismatch/", "agro/brake_share")
         unknown = [name for name in METRICS if last[name] is None and not name.startswith(may_lack)]
         assert rows[0]["mismatch/mean"] < 1e-4
-        assert all((row["agro/brake_share"] is None) == (row["agro/reward_std"] == 0) for row in rows)  # A share of nothing.
+        # A share of nothing.
+        assert all((row["agro/brake_share"] is None) == (row["agro/reward_std"] == 0) for row in rows)
         assert any(row["by_staleness/advantage_1-3"] is not None for row in rows)
         assert set(unknown) in (set(), {"perf/generated_tokens_per_s", "time/actor_busy_fraction"}), unknown
 
@@ -134,17 +158,24 @@ class TestFinishedRun:
         ages = [row["staleness/oldest_token"] for row in rows_of(run[0])]
         assert 0 < max(ages) <= 16
 
-    def test_weights_were_published_and_the_evaluations_name_their_version(self, run: tuple[Path, str]) -> None:
+    def test_weights_were_published_and_the_evaluations_name_their_version(
+        self, run: tuple[Path, str]
+    ) -> None:
         rows, evaluations = rows_of(run[0]), rows_of(run[0], "evaluations")
         assert rows[-1]["weights/version"] == STEPS
         assert [evaluation["policy_version"] for evaluation in evaluations] == [0, 6, 12]
         assert all(evaluation["num_problems"] == 20 for evaluation in evaluations)
         assert rows[-1]["eval/policy_version"] == STEPS
 
-    def test_held_out_prompts_never_enter_the_buffer_and_every_lease_ends_once(self, run: tuple[Path, str]) -> None:
+    def test_held_out_prompts_never_enter_the_buffer_and_every_lease_ends_once(
+        self, run: tuple[Path, str]
+    ) -> None:
         result = audit(run[0] / "ledger.jsonl")
         assert result["violations"] == []
-        held_out = {json.loads(line)["prompt"] for line in (ROOT / "configs/arithmetic/test.jsonl").read_text().splitlines()}
+        held_out = {
+            json.loads(line)["prompt"]
+            for line in (ROOT / "configs/arithmetic/test.jsonl").read_text().splitlines()
+        }
         trained = {sample["prompt"] for sample in rows_of(run[0], "samples")}
         assert trained
         assert not trained & held_out
@@ -162,7 +193,9 @@ class TestFinishedRun:
         assert "<svg" in report or "svg" in report
         assert not re.search(r"(src|href)=[\"']https?://", report)
 
-    def test_policy_loads_in_transformers_and_has_changed(self, run: tuple[Path, str], tiny_models: dict[str, Path]) -> None:
+    def test_policy_loads_in_transformers_and_has_changed(
+        self, run: tuple[Path, str], tiny_models: dict[str, Path]
+    ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -173,7 +206,11 @@ class TestFinishedRun:
 
     def test_the_commands_of_readme_for_a_run(self, run: tuple[Path, str], tmp_path: Path) -> None:
         clone = make_clone(tmp_path / "clone")
-        shown = [command for command, name in BY_TEST.items() if name.endswith("test_the_commands_of_readme_for_a_run")]
+        shown = [
+            command
+            for command, name in BY_TEST.items()
+            if name.endswith("test_the_commands_of_readme_for_a_run")
+        ]
         for command in shown:
             typed = command.replace("RUN_DIR", str(run[0])).replace("--step 200", f"--step {STEPS}")
             run_in_clone(clone, typed if typed.startswith(".venv/") else f".venv/bin/python {typed}")
@@ -182,11 +219,15 @@ class TestFinishedRun:
 
     def test_policy_is_evaluated_by_vllm_through_the_cli(self, run: tuple[Path, str]) -> None:
         command = [sys.executable, "launch.py", "evaluate", str(run[0] / "policy")]
-        done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=200, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(), timeout=200, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert re.search(r"solve rate [01]\.\d+ on 20 held-out problems, 20 samples", done.stdout)
 
-    def test_the_same_directory_is_not_overwritten(self, run: tuple[Path, str], tiny_models: dict[str, Path]) -> None:
+    def test_the_same_directory_is_not_overwritten(
+        self, run: tuple[Path, str], tiny_models: dict[str, Path]
+    ) -> None:
         process = start_train(tiny_models["tied"], run[0])
         _, err = process.communicate(timeout=100)
         assert process.returncode == 2
@@ -213,13 +254,17 @@ def check_ends_in_order(process: subprocess.Popen[str], run_dir: Path, name: str
     assert described(alive) == []
 
 
-def test_ctrl_c_ends_the_run_in_order_and_leaves_no_process(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_run_in_order_and_leaves_no_process(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
     process = start_train(tiny_models["tied"], tmp_path / "run", 5000)
     wait_for_step(process, tmp_path / "run", 3)
     check_ends_in_order(process, tmp_path / "run", "SIGINT", 130)
 
 
-def test_a_hangup_while_the_processes_load_is_answered_at_once_and_ends_in_order(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_hangup_while_the_processes_load_is_answered_at_once_and_ends_in_order(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
     process = start_train(tiny_models["tied"], tmp_path / "run", 5000)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -228,7 +273,14 @@ def test_a_hangup_while_the_processes_load_is_answered_at_once_and_ends_in_order
         told.append(line)
         if line.startswith("starting the processes"):
             break
-    assert [line.split()[0] for line in told] == ["reading", "loading", "reading", "run", "starting", "starting"], told
+    assert [line.split()[0] for line in told] == [
+        "reading",
+        "loading",
+        "reading",
+        "run",
+        "starting",
+        "starting",
+    ], told
     family = processes_of(tmp_path / "run", [process.pid])
     process.send_signal(signal.SIGHUP)
     start_s = time.monotonic()
@@ -245,7 +297,14 @@ def test_a_hangup_while_the_processes_load_is_answered_at_once_and_ends_in_order
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
     """A command from another shell."""
-    return subprocess.run([sys.executable, "launch.py", *words], cwd=ROOT, env=environment(), timeout=60, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "launch.py", *words],
+        cwd=ROOT,
+        env=environment(),
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
 
 
 def running_actors(run_dir: Path) -> dict[str, int]:
@@ -271,7 +330,9 @@ def wait_for_status(run_dir: Path, pattern: str, limit_s: float = 30) -> None:
 
 
 def check_nothing_is_lost(run_dir: Path) -> None:
-    """The ledger has no contradiction, nothing is in flight after the end, and every step had its whole batch."""
+    """The ledger has no contradiction, nothing is in flight after the end, and every step had its whole
+    batch.
+    """
     result = launch("audit", str(run_dir))
     assert result.returncode == 0, result.stdout
     assert "no violations" in result.stdout
@@ -279,11 +340,14 @@ def check_nothing_is_lost(run_dir: Path) -> None:
     assert found["balance"].endswith(" 0 in flight")
     steps = [row["progress/step"] for row in rows_of(run_dir)]
     assert steps == list(range(1, len(steps) + 1))
-    assert found["events"]["trained"] >= 8 * len(steps)  # learner.groups_per_step; a batch may have been handed out and not used.
+    # learner.groups_per_step; a batch may have been handed out and not used.
+    assert found["events"]["trained"] >= 8 * len(steps)
     assert found["max_staleness"] <= 16
 
 
-def test_scaling_one_to_three_to_one_from_another_shell_and_sigterm_lose_nothing(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_scaling_one_to_three_to_one_from_another_shell_and_sigterm_lose_nothing(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     process = start_train(tiny_models["tied"], run_dir, 100_000)
     wait_for_step(process, run_dir, 2)
@@ -341,7 +405,12 @@ def test_all_actors_killed_the_learner_waits_and_goes_on_and_a_killed_driver_lea
 
 
 def test_failing_rewards_stop_the_run_with_the_reason(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    process = start_train(tiny_models["tied"], tmp_path / "run", 50, "rewards.functions=[{name: 'tests.reward_functions:raises'}]")
+    process = start_train(
+        tiny_models["tied"],
+        tmp_path / "run",
+        50,
+        "rewards.functions=[{name: 'tests.reward_functions:raises'}]",
+    )
     _, err = process.communicate(timeout=200)
     assert process.returncode == 2
     assert "samples got no reward" in err
@@ -352,7 +421,9 @@ def test_failing_rewards_stop_the_run_with_the_reason(tiny_models: dict[str, Pat
 def test_a_run_whose_actors_compute_another_function_than_the_learner_ends_before_its_first_step(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """vLLM's Llama reads layer_types, transformers' does not: a window that nobody's config check knows of."""
+    """vLLM's Llama reads layer_types, transformers' does not: a window that nobody's config check knows
+    of.
+    """
     shutil.copytree(tiny_models["untied"], tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config |= {"layer_types": ["sliding_attention"] * 2, "sliding_window": 3}
@@ -360,9 +431,16 @@ def test_a_run_whose_actors_compute_another_function_than_the_learner_ends_befor
     process = start_train(tmp_path / "model", tmp_path / "run", 50)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 2
-    for words in ("the actors do not sample from what the learner computes", "bound 0.0001 for float32", "Step 0 was not done"):
+    for words in (
+        "the actors do not sample from what the learner computes",
+        "bound 0.0001 for float32",
+        "Step 0 was not done",
+    ):
         assert words in err
-    assert "Likely for llama (LlamaForCausalLM): its attention's window of 3 tokens: keep data.max_prompt_tokens" in err
+    assert (
+        "Likely for llama (LlamaForCausalLM): its attention's window of 3 tokens: keep data.max_prompt_tokens"
+        in err
+    )
     assert "Traceback (most recent call last)" not in err
     assert rows_of(tmp_path / "run") == []
     assert not (tmp_path / "run" / "policy").exists()
@@ -379,7 +457,15 @@ def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
         port, dashboard_port = one.getsockname()[1], two.getsockname()[1]
     env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0123456789abcdef" * 4)
     temp_dir = Path("/tmp") / f"agro-ray-{os.getpid()}"  # Ray's sockets need a short path.
-    command = ["ray", "start", "--head", "--block", "--num-cpus=4", f"--port={port}", f"--dashboard-port={dashboard_port}"]
+    command = [
+        "ray",
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=4",
+        f"--port={port}",
+        f"--dashboard-port={dashboard_port}",
+    ]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={temp_dir}"]
     log = (tmp_path / "head.log").open("w")
     head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
@@ -396,10 +482,25 @@ def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
         process.kill()
 
 
-def test_ray_job_submit_with_token_authentication(ray_head: dict[str, str], tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    entrypoint = ["python", "launch.py", "train", "configs/quickstart.yaml", *overrides(tiny_models["untied"], tmp_path / "run", 4)]
+def test_ray_job_submit_with_token_authentication(
+    ray_head: dict[str, str], tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    entrypoint = [
+        "python",
+        "launch.py",
+        "train",
+        "configs/quickstart.yaml",
+        *overrides(tiny_models["untied"], tmp_path / "run", 4),
+    ]
     command = ["ray", "job", "submit", "--working-dir", ".", "--", *entrypoint]
-    refused = subprocess.run(command, cwd=ROOT, env={**ray_head, "RAY_AUTH_TOKEN": "f" * 64}, timeout=60, capture_output=True, text=True)
+    refused = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**ray_head, "RAY_AUTH_TOKEN": "f" * 64},
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
     assert refused.returncode != 0
     until_s = time.monotonic() + 60
     while True:

@@ -1,6 +1,8 @@
-"""What AGRO and its rivals converge to where everything can be enumerated: the table of agro.md section 8, and a token tree.
+"""What AGRO and its rivals converge to where everything can be enumerated: the table of agro.md section 8,
+and a token tree.
 
-The charts of benchmarks.tabular_figures are what is held to the thresholds, so that the figures show what is tested.
+The charts of benchmarks.tabular_figures are what is held to the thresholds, so that the figures show what is
+tested.
 """
 
 import csv
@@ -54,7 +56,9 @@ def test_the_picture_is_that_of_other_instances_too(seed):
 
 
 def tail_mean(chart, panel, label):
-    """The mean over the last tenth of the recorded points, that is about the last half of the steps: the end of a noisy curve."""
+    """The mean over the last tenth of the recorded points, that is about the last half of the steps:
+    the end of a noisy curve.
+    """
     values = next(curve.values for curve in chart.panels[panel] if curve.label == label)
     return values[-len(values) // 10 :].mean()
 
@@ -85,7 +89,10 @@ def test_unlike_policies_in_one_group_suit_agro_and_unseen_generations_do_not():
 @pytest.mark.slow
 def test_truncated_weights_cost_convergence_where_the_behaviour_never_moves():
     chart = tabular_figures.weights_chart()
-    weighted, plain = ([chart.last(panel, label) for panel in chart.panels] for label in ("min(1, π/μ) after centring", "no weight"))
+    weighted, plain = (
+        [chart.last(panel, label) for panel in chart.panels]
+        for label in ("min(1, π/μ) after centring", "no weight")
+    )
     assert max(plain) < 1e-6
     assert weighted[0] < 1e-4  # beta 0.5: the fixed point is the same
     assert weighted[1] > 1e-3  # beta 0.1
@@ -103,17 +110,25 @@ def test_forces_are_zero_at_the_optimum_for_any_behaviour_only_where_the_whole_r
 
 
 def test_dividing_by_the_groups_standard_deviation_is_biased_whatever_the_scale():
-    """The exact expectation over all groups of 3 of 4 generations; unbiased up to a factor would be a cosine of 1."""
+    """The exact expectation over all groups of 3 of 4 generations; unbiased up to a factor would be a
+    cosine of 1.
+    """
     rng = np.random.default_rng(SEED)
     n, rewards = 3, torch.from_numpy(rng.random(4))
-    log_pi, log_ref, log_mu = (torch.from_numpy(tabular.log_softmax(row)) for row in rng.standard_normal((3, 4)))
+    log_pi, log_ref, log_mu = (
+        torch.from_numpy(tabular.log_softmax(row)) for row in rng.standard_normal((3, 4))
+    )
     groups = torch.tensor(list(itertools.product(range(4), repeat=n)))
     ids = torch.arange(len(groups)).repeat_interleave(n)
-    advantages = agro_advantages(rewards[groups].flatten(), (log_pi - log_ref)[groups].flatten(), ids, beta=BETA).view(-1, n)
+    advantages = agro_advantages(
+        rewards[groups].flatten(), (log_pi - log_ref)[groups].flatten(), ids, beta=BETA
+    ).view(-1, n)
     scaled = advantages / advantages.std(1, keepdim=True).clamp_min(1e-9)
     scores = torch.eye(4, dtype=torch.float64) - log_pi.exp()
     probability = log_mu.exp()[groups].prod(1)
-    plain, divided = (torch.einsum("g,gi,gis->s", probability, a, scores[groups]) for a in (advantages, scaled))
+    plain, divided = (
+        torch.einsum("g,gi,gis->s", probability, a, scores[groups]) for a in (advantages, scaled)
+    )
     assert torch.cosine_similarity(plain, divided, dim=0) < 0.9
 
 
@@ -125,7 +140,9 @@ def test_dividing_by_the_groups_standard_deviation_keeps_noise_at_the_optimum():
     bandit = tabular.Bandit.random(SEED, beta=0.5)
     ends = []
     for method in (tabular.sampled_agro, divided):
-        log_pi = tabular.descend_sampled(method, bandit, tabular.mixed(bandit.log_ref, 4), lr=0.5, at=np.arange(0, 1501, 100), seed=SEED)
+        log_pi = tabular.descend_sampled(
+            method, bandit, tabular.mixed(bandit.log_ref, 4), lr=0.5, at=np.arange(0, 1501, 100), seed=SEED
+        )
         ends.append(tabular.normalised_kl(log_pi, bandit.log_optimum)[-3:].mean())
     assert ends[0] < 1e-10
     assert ends[1] > 1e-3
@@ -151,7 +168,9 @@ def test_samples_are_as_old_as_asked_and_follow_their_policies():
     assert ages[:4] == pytest.approx([0.25] * 4, abs=0.08)
     assert sum(ages[4:]) == 0
     drawn = tabular._draw(np.broadcast_to([0.5, 0.0, 0.2, 0.3], (40, 500, 4)), rng)
-    assert np.bincount(drawn.ravel(), minlength=4) / drawn.size == pytest.approx([0.5, 0.0, 0.2, 0.3], abs=0.02)
+    assert np.bincount(drawn.ravel(), minlength=4) / drawn.size == pytest.approx(
+        [0.5, 0.0, 0.2, 0.3], abs=0.02
+    )
 
 
 def test_the_command_writes_a_csv_and_a_png_of_every_chart(tmp_path, capsys):
@@ -178,7 +197,7 @@ def test_the_command_writes_a_csv_and_a_png_of_every_chart(tmp_path, capsys):
     np.testing.assert_allclose(table[:, 1:], np.stack([curve.values for curve in curves], axis=1), rtol=1e-5)
 
 
-# The token tree ------------------------------------------------------------------------------------------------------------
+# --- The token tree ---
 
 TOKEN_FORMS = (
     tree.residual,
@@ -213,7 +232,9 @@ class Instance:
         logits = self.ref.copy()
         for _ in range(steps):
             logits += lr * self.direction(form, logits, self.mu)
-        return tabular.kl(tree.log_outcomes(logits), self.log_optimum) / tabular.kl(tree.log_outcomes(self.ref), self.log_optimum)
+        return tabular.kl(tree.log_outcomes(logits), self.log_optimum) / tabular.kl(
+            tree.log_outcomes(self.ref), self.log_optimum
+        )
 
     def slope(self, objective):
         """Central differences of `objective(log pi [O])` at theta, [N, V]."""
@@ -236,7 +257,11 @@ class Instance:
 
     def on_policy_slope(self):
         """Of G(pi), the reward regularised by the KL to the reference."""
-        return self.slope(lambda log_pi: np.exp(log_pi) @ (self.rewards - self.beta * (log_pi - tree.log_outcomes(self.ref))))
+        return self.slope(
+            lambda log_pi: (
+                np.exp(log_pi) @ (self.rewards - self.beta * (log_pi - tree.log_outcomes(self.ref)))
+            )
+        )
 
 
 def relative_error(found, exact):
@@ -257,16 +282,28 @@ def test_all_completions_those_cut_at_the_limit_included_have_probability_one(se
     one_step = tabular.log_softmax(instance.theta)[0, tree.EOS]
     assert tree.log_outcomes(instance.theta)[tree.OUTCOMES.index((tree.EOS,))] == pytest.approx(one_step)
     prefix = [
-        tabular.log_softmax(instance.theta)[tree.PREFIXES.index(before), token] for before, token in [((), 0), ((0,), 1), ((0, 1), 1)]
+        tabular.log_softmax(instance.theta)[tree.PREFIXES.index(before), token]
+        for before, token in [((), 0), ((0,), 1), ((0, 1), 1)]
     ]
-    assert tree.log_outcomes(instance.theta)[tree.OUTCOMES.index((0, 1, 1))] == pytest.approx(sum(prefix))  # no EOS factor
+    # no EOS factor
+    assert tree.log_outcomes(instance.theta)[tree.OUTCOMES.index((0, 1, 1))] == pytest.approx(sum(prefix))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_full_sequence_weight_gives_exactly_the_gradient(seed):
     instance = Instance(seed)
-    assert relative_error(instance.direction(tree.residual, instance.theta, instance.mu), instance.off_policy_slope()) < 1e-8
-    assert relative_error(instance.direction(tree.residual, instance.theta, instance.pi), instance.on_policy_slope()) < 1e-8
+    assert (
+        relative_error(
+            instance.direction(tree.residual, instance.theta, instance.mu), instance.off_policy_slope()
+        )
+        < 1e-8
+    )
+    assert (
+        relative_error(
+            instance.direction(tree.residual, instance.theta, instance.pi), instance.on_policy_slope()
+        )
+        < 1e-8
+    )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -279,8 +316,18 @@ def test_every_single_full_sequence_weight_is_zero_at_the_optimum(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_reward_to_go_on_the_kl_part_is_right_on_policy_and_wrong_off_policy(seed):
     instance = Instance(seed)
-    assert relative_error(instance.direction(tree.reward_to_go, instance.theta, instance.pi), instance.on_policy_slope()) < 1e-8
-    assert relative_error(instance.direction(tree.reward_to_go, instance.theta, instance.mu), instance.off_policy_slope()) > 0.1
+    assert (
+        relative_error(
+            instance.direction(tree.reward_to_go, instance.theta, instance.pi), instance.on_policy_slope()
+        )
+        < 1e-8
+    )
+    assert (
+        relative_error(
+            instance.direction(tree.reward_to_go, instance.theta, instance.mu), instance.off_policy_slope()
+        )
+        > 0.1
+    )
     assert np.linalg.norm(instance.direction(tree.reward_to_go, instance.optimum, instance.mu)) > 0.01
 
 
@@ -288,8 +335,14 @@ def test_reward_to_go_on_the_kl_part_is_right_on_policy_and_wrong_off_policy(see
 @pytest.mark.parametrize("form", [tree.token_kl_loss, tree.token_k3_loss])
 def test_a_token_kl_loss_is_biased_on_policy_too(form, seed):
     instance = Instance(seed)
-    assert relative_error(instance.direction(form, instance.theta, instance.pi), instance.on_policy_slope()) > 0.05
-    assert relative_error(instance.direction(form, instance.theta, instance.mu), instance.off_policy_slope()) > 0.1
+    assert (
+        relative_error(instance.direction(form, instance.theta, instance.pi), instance.on_policy_slope())
+        > 0.05
+    )
+    assert (
+        relative_error(instance.direction(form, instance.theta, instance.mu), instance.off_policy_slope())
+        > 0.1
+    )
     assert np.linalg.norm(instance.direction(form, instance.optimum, np.exp(instance.log_optimum))) > 0.01
 
 
@@ -297,7 +350,9 @@ def test_a_token_kl_loss_is_biased_on_policy_too(form, seed):
 def test_one_over_length_inside_the_residual_has_another_optimum(seed):
     instance = Instance(seed)
     assert np.linalg.norm(instance.direction(tree.length_in_residual, instance.optimum, instance.mu)) > 0.01
-    assert np.linalg.norm(instance.direction(tree.residual_over_length, instance.optimum, instance.mu)) < 1e-13
+    assert (
+        np.linalg.norm(instance.direction(tree.residual_over_length, instance.optimum, instance.mu)) < 1e-13
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""Weights from the learner to the actors by every road: the source, snapshots in the background, and the actor's end of a push."""
+"""Weights from the learner to the actors by every road: the source, snapshots in the background, and
+the actor's end of a push.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,13 @@ class Plain:
     """A policy on one rank: what `named_weights` yields IS the parameter, as with ZeRO-3 on one rank."""
 
     def __init__(self, size: int = 64) -> None:
-        self.module = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.LayerNorm(size), torch.nn.Linear(size, 3))
+        self.module = torch.nn.Sequential(
+            torch.nn.Linear(size, size), torch.nn.LayerNorm(size), torch.nn.Linear(size, 3)
+        )
 
-    def named_weights(self, bucket_bytes: int, *, adapters_alone: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_weights(
+        self, bucket_bytes: int, *, adapters_alone: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, parameter.data) for name, parameter in self.module.named_parameters())
 
     def copy(self) -> dict[str, torch.Tensor]:
@@ -69,16 +75,26 @@ class Board:
         self.published: dict[int, dict[str, torch.Tensor]] = {}
         self.evaluated: list[int] = []
         self.actors: dict[str, Any] = {}
-        self.publish, self.members, self.announce = Method(self._publish), Method(lambda: self.actors), Method(lambda version: None)
+        self.publish, self.members, self.announce = (
+            Method(self._publish),
+            Method(lambda: self.actors),
+            Method(lambda version: None),
+        )
 
-    def _publish(self, manifest: bytes, buckets: list[np.ndarray], version: int, *, evaluate: bool) -> list[int]:
-        self.published[version] = dict(read_snapshot(msgspec.msgpack.decode(manifest, type=Manifest), buckets))
+    def _publish(
+        self, manifest: bytes, buckets: list[np.ndarray], version: int, *, evaluate: bool
+    ) -> list[int]:
+        self.published[version] = dict(
+            read_snapshot(msgspec.msgpack.decode(manifest, type=Manifest), buckets)
+        )
         self.evaluated += [version] * evaluate
         return sorted({*self.evaluated, *sorted(self.published)[-2:]})
 
 
 class Store:
-    """An object store: `delay_s` for a bucket, `error` instead of taking one; `gate` closed: none is taken."""
+    """An object store: `delay_s` for a bucket, `error` instead of taking one; `gate` closed: none is
+    taken.
+    """
 
     def __init__(self, delay_s: float = 0.0) -> None:
         self.delay_s, self.error, self.num_stored = delay_s, "", 0
@@ -94,7 +110,9 @@ class Store:
         return bucket.copy()
 
 
-def snapshots(policy: Plain, store: Store, board: Board, *, bucket_mib: float = 2**-6, timeout_s: float = 5.0) -> Transport:
+def snapshots(
+    policy: Plain, store: Store, board: Board, *, bucket_mib: float = 2**-6, timeout_s: float = 5.0
+) -> Transport:
     config = parse_config({**TREE, "run": {"timeout_s": timeout_s}, "weights": {"bucket_mib": bucket_mib}})
     source = ZeroSource(policy, int(bucket_mib * MIB))
     return load_transport(Sender(0, config, source, board, Calls(timeout_s), store, lambda text: None))
@@ -107,7 +125,11 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 def test_a_snapshot_that_cannot_be_had_again_and_again_is_told_once(monkeypatch):
     told, directive = [], msgspec.msgpack.encode(Directive(3, board="b"))
-    board = SimpleNamespace(poll=Method(lambda *_: directive), snapshot=Method(lambda version: None), give_back=Method(lambda name: None))
+    board = SimpleNamespace(
+        poll=Method(lambda *_: directive),
+        snapshot=Method(lambda version: None),
+        give_back=Method(lambda name: None),
+    )
     monkeypatch.setattr("actors.follower.RETRY_S", 0.01)
     follower = Follower("actor-0", parse_config(TREE), board, Calls(5.0), told.append)
 
@@ -120,7 +142,9 @@ def test_a_snapshot_that_cannot_be_had_again_and_again_is_told_once(monkeypatch)
 
 
 class TestSnapshotsInTheBackground:
-    def test_the_learner_goes_on_while_the_store_is_slow_and_what_it_does_to_the_weights_meanwhile_is_not_in_them(self):
+    def test_the_learner_goes_on_while_the_store_is_slow_and_what_it_does_to_the_weights_meanwhile_is_not_in_them(
+        self,
+    ):
         policy, board = Plain(), Board()
         transport = snapshots(policy, Store(delay_s=0.1), board)
         before = policy.copy()
@@ -203,7 +227,11 @@ class TestSnapshotsInTheBackground:
         transport = snapshots(Plain(), store, Board(), timeout_s=0.3)
         store.gate.clear()
         transport.publish(6, evaluate=False)
-        with pytest.raises(PeerTimeout, match=r"object store or board, for the snapshot of version 6, did not answer within 0 s"):
+        with pytest.raises(
+            PeerTimeout,
+            match=r"object store or board, for the snapshot of version 6, did "
+            r"not answer within 0 s",
+        ):
             transport.flush()
         store.gate.set()
 
@@ -236,11 +264,31 @@ REFUSED = {
     "no GPU at all": ({}, "nccl", "needs none"),
     "an actor without a GPU": ({"learner": {"num_gpus": 1}}, "nccl", "actors.num_gpus = 0"),
     "ipc without a GPU": ({}, "ipc", "weights.transport=snapshot"),
-    "ipc with two ranks": ({"learner": {"num_gpus": 0.5, "ranks": 2}, "actors": {"num_gpus": 0.5}}, "ipc", "learner.ranks=1"),
-    "ipc with a GPU each": ({"learner": {"num_gpus": 1}, "actors": {"num_gpus": 1}}, "ipc", "learner.num_gpus=0.5 actors.num_gpus=0.5"),
-    "ipc that may grow": ({"learner": {"num_gpus": 0.5}, "actors": {"num_gpus": 0.5, "max": 2}}, "ipc", "2 actors ask for 1.5"),
-    "nccl within a GPU": ({"learner": {"num_gpus": 0.5}, "actors": {"num_gpus": 0.5}}, "nccl", "weights.transport=ipc"),
-    "nccl that drains": ({"learner": {"num_gpus": 1}, "actors": {"num_gpus": 1, "on_update": "drain"}}, "nccl", "on_update=continue"),
+    "ipc with two ranks": (
+        {"learner": {"num_gpus": 0.5, "ranks": 2}, "actors": {"num_gpus": 0.5}},
+        "ipc",
+        "learner.ranks=1",
+    ),
+    "ipc with a GPU each": (
+        {"learner": {"num_gpus": 1}, "actors": {"num_gpus": 1}},
+        "ipc",
+        "learner.num_gpus=0.5 actors.num_gpus=0.5",
+    ),
+    "ipc that may grow": (
+        {"learner": {"num_gpus": 0.5}, "actors": {"num_gpus": 0.5, "max": 2}},
+        "ipc",
+        "2 actors ask for 1.5",
+    ),
+    "nccl within a GPU": (
+        {"learner": {"num_gpus": 0.5}, "actors": {"num_gpus": 0.5}},
+        "nccl",
+        "weights.transport=ipc",
+    ),
+    "nccl that drains": (
+        {"learner": {"num_gpus": 1}, "actors": {"num_gpus": 1, "on_update": "drain"}},
+        "nccl",
+        "on_update=continue",
+    ),
 }
 
 
@@ -258,7 +306,9 @@ def test_a_transport_that_the_machines_cannot_have_is_refused_with_a_remedy(case
         ("ipc", {"num_gpus": 0.5}, {"num_gpus": 0.25, "count": 2}),
     ],
 )
-def test_a_transport_that_they_can_have_is_not(transport: str, learner: dict[str, Any], actors: dict[str, Any]):
+def test_a_transport_that_they_can_have_is_not(
+    transport: str, learner: dict[str, Any], actors: dict[str, Any]
+):
     config = parse_config({**TREE, "learner": learner, "actors": actors, "weights": {"transport": transport}})
     assert config.weights.transport == transport
 
@@ -274,13 +324,16 @@ def test_an_actor_of_a_run_with_snapshots_takes_no_pushes():
 
 @pytest.mark.slow
 def test_two_zero_ranks_yield_the_whole_weights_in_the_declared_order_a_bucket_at_a_time(tmp_path: Path):
-    """And a snapshot of theirs is of the moment it was published, although the next step changes them before it is stored.
+    """And a snapshot of theirs is of the moment it was published, although the next step changes them before
+    it is stored.
 
-    Mixtures of experts, whose files have other names and tensors than the module, come as their files have them, persistent buffers too.
+    Mixtures of experts, whose files have other names and tensors than the module, come as their files have
+    them, persistent buffers too.
     """
     from recipes.arithmetic import make_llama
 
-    # Large enough for ZeRO-3 to partition its matrices: what is below 100,000 elements it keeps whole after the first use.
+    # Large enough for ZeRO-3 to partition its matrices: what is below 100,000 elements it keeps whole after
+    # the first use.
     make_llama(16, tied=False, hidden=384, layers=2).save_pretrained(tmp_path / "model")
     for family in ("deepseek_v3", "mixtral"):
         make_family(family, tmp_path / family)
@@ -290,7 +343,9 @@ def test_two_zero_ranks_yield_the_whole_weights_in_the_declared_order_a_bucket_a
         assert report["declared"] == report["yielded"] == report["of the model"]
         assert report["wrong"] == []
         assert report["gathered for metadata"] == 0
-        assert report["mixtures"] == {family: {"loaded": [], "restored": []} for family in ("deepseek_v3", "mixtral")}
+        assert report["mixtures"] == {
+            family: {"loaded": [], "restored": []} for family in ("deepseek_v3", "mixtral")
+        }
         assert 0 < report["peak bytes"] <= report["bound bytes"] < report["model bytes"] / 3
     report = json.loads((tmp_path / "report-0.json").read_text())
     assert report["snapshot wrong"] == []
@@ -299,7 +354,9 @@ def test_two_zero_ranks_yield_the_whole_weights_in_the_declared_order_a_bucket_a
 
 
 class PiecewiseActor:
-    """As a Ray actor: a loop that looks for orders, in a thread of its own; at the order `dies_at` its process ends."""
+    """As a Ray actor: a loop that looks for orders, in a thread of its own; at the order `dies_at` its
+    process ends.
+    """
 
     def __init__(self, dies_at: str = "") -> None:
         self._loop, self._dies_at = Loop(), dies_at
@@ -329,14 +386,20 @@ def local_ray() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("coupled", [True, False])
-def test_over_ray_a_killed_actor_is_named_at_once_and_costs_the_others_what_the_road_says(local_ray: None, coupled: bool):
+def test_over_ray_a_killed_actor_is_named_at_once_and_costs_the_others_what_the_road_says(
+    local_ray: None, coupled: bool
+):
     import ray
 
     from cluster.transports.client import ActorsClient, GroupBroken
 
     actor_class = ray.remote(PiecewiseActor).options(num_cpus=0, max_concurrency=4)
-    actors = {name: actor_class.remote(dies_at) for name, dies_at in (("actor-0", ""), ("actor-1", "update"), ("actor-2", ""))}
-    handles = {name: ray.get(actor.me.remote(), timeout=60) for name, actor in actors.items()}  # As they join the board.
+    actors = {
+        name: actor_class.remote(dies_at)
+        for name, dies_at in (("actor-0", ""), ("actor-1", "update"), ("actor-2", ""))
+    }
+    # As they join the board.
+    handles = {name: ray.get(actor.me.remote(), timeout=60) for name, actor in actors.items()}
     client = ActorsClient(Calls(20.0), 20.0, ranks_each=2, coupled=coupled)
     client.begin(handles, 8, {"norm": "x"})
     client.init_weight_transfer_engine({"rank_offset": 1})
@@ -352,7 +415,9 @@ def test_over_ray_a_killed_actor_is_named_at_once_and_costs_the_others_what_the_
     assert list(client.failed) == ["actor-1"]
     for name in ("actor-0", "actor-2"):
         until_s = time.monotonic() + 10
-        while (seen := ray.get(actors[name].seen.remote(), timeout=20))[0] == 4 and time.monotonic() < until_s:
+        while (seen := ray.get(actors[name].seen.remote(), timeout=20))[
+            0
+        ] == 4 and time.monotonic() < until_s:
             time.sleep(0.02)
         assert seen[0] == (-1 if coupled else 8)
         assert seen[1][:4] == ["connect", "use 0", "start", "update"]

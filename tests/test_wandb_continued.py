@@ -51,7 +51,11 @@ def log_steps(run_dir: Path, first: int, last: int, offset: float = 0.0, mode: s
     for step in range(first, last + 1):
         monitor.log_step({"progress/step": step, "reward/mean": step / 10 + offset})
         if step == 1 or step % 4 == 0:
-            monitor.log_samples(step, [{"version": 0, "prompt": f"p{step}", "completion": "c", "reward": offset, "error": None}] * 2)
+            monitor.log_samples(
+                step,
+                [{"version": 0, "prompt": f"p{step}", "completion": "c", "reward": offset, "error": None}]
+                * 2,
+            )
     return monitor
 
 
@@ -61,7 +65,11 @@ def rows_of(run_dir: Path) -> list[dict[str, Any]]:
 
 def synced(run_dir: Path) -> list[dict[str, Any]]:
     """What `wandb sync` finds in the run directory, in its order."""
-    return [row for file in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")) for row in wandb_file.history(file)]
+    return [
+        row
+        for file in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+        for row in wandb_file.history(file)
+    ]
 
 
 def steps_of(rows: list[dict[str, Any]]) -> list[int]:
@@ -71,7 +79,9 @@ def steps_of(rows: list[dict[str, Any]]) -> list[int]:
 @pytest.mark.slow
 def test_an_offline_run_that_was_killed_and_continued_is_one_curve_in_every_file(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with subprocess.Popen([sys.executable, "-c", DRIVER, str(run_dir)], cwd=ROOT, stdout=subprocess.PIPE) as driver:
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(run_dir)], cwd=ROOT, stdout=subprocess.PIPE
+    ) as driver:
         assert driver.stdout is not None
         driver.stdout.readline()
         until_s = time.monotonic() + 20
@@ -83,14 +93,16 @@ def test_an_offline_run_that_was_killed_and_continued_is_one_curve_in_every_file
 
     log_steps(run_dir, 6, 12, offset=100.0).close({})  # From a checkpoint of step 5: 6 to 9 are done again.
     assert steps_of(synced(run_dir)) == list(range(1, 13))
-    assert [row["reward/mean"] for row in synced(run_dir)] == [step / 10 + 100.0 * (step > 5) for step in range(1, 13)]
+    assert [row["reward/mean"] for row in synced(run_dir)] == [
+        step / 10 + 100.0 * (step > 5) for step in range(1, 13)
+    ]
     assert [row["_step"] for row in synced(run_dir)] == list(range(12))
     assert steps_of([row for row in synced(run_dir) if "samples/path" in row]) == [1, 4, 8, 12]
     assert steps_of(rows_of(run_dir)) == list(range(1, 13))
     samples = read_json_lines(run_dir / "samples.jsonl")[0]
-    assert [(sample["step"], sample["reward"]) for sample in samples] == [(1, 0.0)] * 2 + [(4, 0.0)] * 2 + [(8, 100.0)] * 2 + [
-        (12, 100.0)
-    ] * 2
+    assert [(sample["step"], sample["reward"]) for sample in samples] == [(1, 0.0)] * 2 + [(4, 0.0)] * 2 + [
+        (8, 100.0)
+    ] * 2 + [(12, 100.0)] * 2
     assert not any(directory.exists() for directory in earlier)
 
     # Stopped before its first step, and without the run's own files: W&B's are enough, and nothing is lost.
@@ -120,7 +132,9 @@ class FakeRun:
         return steps_of(self.logged)
 
 
-def test_an_online_run_that_is_continued_gets_what_it_lacks_and_no_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_online_run_that_is_continued_gets_what_it_lacks_and_no_step_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log_steps(tmp_path, 1, 4, mode="off").close({})
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     run, seen = FakeRun(newest_step=3), {}
@@ -130,7 +144,9 @@ def test_an_online_run_that_is_continued_gets_what_it_lacks_and_no_step_twice(tm
     assert run.steps() == [4, 5, 6]
 
 
-def test_what_the_server_lacks_of_earlier_starts_is_sent_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_server_lacks_of_earlier_starts_is_sent_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log_steps(tmp_path, 1, 4, mode="off").close({})
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     run = FakeRun(newest_step=2)
@@ -139,7 +155,9 @@ def test_what_the_server_lacks_of_earlier_starts_is_sent_first(tmp_path: Path, m
     assert run.steps() == [3, 4, 5, 6]
 
 
-def test_a_learner_that_goes_back_to_a_checkpoint_within_a_run_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_learner_that_goes_back_to_a_checkpoint_within_a_run_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = FakeRun()
     monkeypatch.setattr(wandb, "init", lambda **options: run)
     monitor = log_steps(tmp_path, 1, 6)

@@ -13,17 +13,32 @@ from hypothesis import strategies as st
 from cluster.errors import SnapshotError
 from cluster.weights import Manifest, SnapshotWriter, read_snapshot
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+    torch.float8_e4m3fn,
+)
 SHAPES = ((), (0,), (1,), (3, 0, 2), (7, 5), (1, 1, 17), (129,))
 
 
 def parameters(seed: int = 0) -> dict[str, torch.Tensor]:
     """One parameter of every dtype and shape, odd sizes next to wide dtypes."""
     generator = torch.Generator().manual_seed(seed)
-    return {f"{dtype} {shape}": (10 * torch.randn(shape, generator=generator)).to(dtype) for shape in SHAPES for dtype in DTYPES}
+    return {
+        f"{dtype} {shape}": (10 * torch.randn(shape, generator=generator)).to(dtype)
+        for shape in SHAPES
+        for dtype in DTYPES
+    }
 
 
-def written(params: dict[str, torch.Tensor], bucket_bytes: int = 512, version: int = 3) -> tuple[Manifest, list[np.ndarray]]:
+def written(
+    params: dict[str, torch.Tensor], bucket_bytes: int = 512, version: int = 3
+) -> tuple[Manifest, list[np.ndarray]]:
     writer = SnapshotWriter(bucket_bytes)
     for name, tensor in params.items():
         writer.add(name, tensor)
@@ -37,7 +52,11 @@ def bits(tensor: torch.Tensor) -> bytes:
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert list(found) == list(expected)
     for name, tensor in expected.items():
-        assert (found[name].dtype, found[name].shape, bits(found[name])) == (tensor.dtype, tensor.shape, bits(tensor)), name
+        assert (found[name].dtype, found[name].shape, bits(found[name])) == (
+            tensor.dtype,
+            tensor.shape,
+            bits(tensor),
+        ), name
 
 
 def test_every_dtype_and_shape_comes_back_in_order_over_several_buckets():
@@ -50,7 +69,9 @@ def test_every_dtype_and_shape_comes_back_in_order_over_several_buckets():
 
 def test_transposed_and_differentiable_parameters_come_back_whole():
     params = {"transposed": torch.arange(12.0).view(3, 4).T, "trained": torch.nn.Parameter(torch.arange(5.0))}
-    assert_same(dict(read_snapshot(*written(params))), {name: tensor.detach() for name, tensor in params.items()})
+    assert_same(
+        dict(read_snapshot(*written(params))), {name: tensor.detach() for name, tensor in params.items()}
+    )
 
 
 def test_a_snapshot_does_not_follow_later_changes_of_the_parameters():
@@ -112,7 +133,11 @@ def flipped_bit(buckets: list[np.ndarray]) -> list[np.ndarray]:
 
 DAMAGES = {
     "a flipped bit": (flipped_bit, r"bucket \d+: checksum"),
-    "a truncated bucket": (lambda buckets: [*buckets[:-1], buckets[-1][:-1]], r"bucket \d+: \d+ bytes arrived of \d+"),
+    "a truncated bucket": (
+        lambda buckets: [*buckets[:-1], buckets[-1][:-1]],
+        r"bucket \d+: \d+ bytes "
+        r"arrived of \d+",
+    ),
     "a missing bucket": (lambda buckets: buckets[:-1], r"has \d+ buckets, \d+ arrived"),
     "one bucket too many": (lambda buckets: [*buckets, buckets[0]], r"has \d+ buckets, \d+ arrived"),
     "buckets in another order": (lambda buckets: buckets[::-1], "bucket 0"),

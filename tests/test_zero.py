@@ -1,4 +1,6 @@
-"""The learner's step under the real ZeRO-3: one, two and three ranks and a plain PyTorch loop give the same parameters."""
+"""The learner's step under the real ZeRO-3: one, two and three ranks and a plain PyTorch loop give the
+same parameters.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,18 @@ from tests import ranks, zero_scenario
 
 STEPS = 10
 LR = 1e-3
-# fp32: sums over ranks and micro-batches are taken in another order; after AdamW's division small gradients keep the difference.
+# fp32: sums over ranks and micro-batches are taken in another order; after AdamW's division small gradients
+# keep the difference.
 TOLERANCE = {"agro": 2e-5, "moving": 4e-5}  # Ratios pi/pi_prox enlarge them further.
 
 
-# What moves copies of the policy: the reference every 2 steps, the proximal policy every 3; and per-token references.
-MOVING = {"learner": {"objective": "ppo_decoupled"}, "agro": {"beta": 0.1, "ref_update_every": 2}, "rivals": {"proximal_every": 3}}
+# What moves copies of the policy: the reference every 2 steps, the proximal policy every 3; and per-token
+# references.
+MOVING = {
+    "learner": {"objective": "ppo_decoupled"},
+    "agro": {"beta": 0.1, "ref_update_every": 2},
+    "rivals": {"proximal_every": 3},
+}
 
 
 def config_for(model_dir: str, *, moving: bool = False, **learner: object) -> Config:
@@ -37,7 +45,13 @@ def config_for(model_dir: str, *, moving: bool = False, **learner: object) -> Co
             "data": {"path": "unused", "max_prompt_tokens": 12},
             "rewards": {"functions": [{"name": "exact_match"}]},
             "actors": {"max_new_tokens": 8},
-            "learner": {"groups_per_step": 5, "lr": LR, "grad_clip": 0.5, "micro_batch_tokens": 96, **learner},
+            "learner": {
+                "groups_per_step": 5,
+                "lr": LR,
+                "grad_clip": 0.5,
+                "micro_batch_tokens": 96,
+                **learner,
+            },
             "agro": {"beta": 0.1},
         }
     )
@@ -64,7 +78,15 @@ def random_batches(vocab_size: int) -> list[Batch]:
                     )
                 )
             prompt_ids = tuple(rng.randrange(3, vocab_size) for _ in range(rng.randint(3, 12)))
-            groups.append(Group(group_id=100 * step + number, row=number, prompt="", prompt_ids=prompt_ids, samples=tuple(samples)))
+            groups.append(
+                Group(
+                    group_id=100 * step + number,
+                    row=number,
+                    prompt="",
+                    prompt_ids=prompt_ids,
+                    samples=tuple(samples),
+                )
+            )
         batches.append(Batch(step, tuple(groups)))
     return batches
 
@@ -79,13 +101,17 @@ def run_plain(config: Config) -> dict:
 
 def plain_updater(config: Config, objective: Objective) -> tuple[PlainPolicy, Updater]:
     policy = PlainPolicy(config, trained=True)
-    reference, proximal = (PlainPolicy(config, trained=False) if needed else None for needed in frozen_policies(objective))
+    reference, proximal = (
+        PlainPolicy(config, trained=False) if needed else None for needed in frozen_policies(objective)
+    )
     return policy, Updater(config, policy, reference, objective, 0, torch.device("cpu"), proximal)
 
 
 @pytest.fixture(scope="module")
 def plain(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> dict:
-    """The plain loop: padded, one micro-batch a step, whole logits; and with a moving reference and proximal policy."""
+    """The plain loop: padded, one micro-batch a step, whole logits; and with a moving reference and
+    proximal policy.
+    """
     moving = request.param == "moving"
     name = "untied" if moving else request.param
     config = config_for(str(tiny_models[name]), moving=moving, micro_batch_tokens=4096, layout="padded")
@@ -115,18 +141,25 @@ def run_scenario(model_dir: Path, out_dir: Path, num_ranks: int, *, moving: bool
 def test_zero_ranks_give_the_parameters_of_a_plain_loop(
     num_ranks: int, layout: str, checkpointing: bool, offload: str, plain: dict, tmp_path: Path
 ) -> None:
-    """More than one rank also loads under zero.Init; the head, tied or not, is gathered for log-probs in chunks."""
+    """More than one rank also loads under zero.Init; the head, tied or not, is gathered for log-probs
+    in chunks.
+    """
     from transformers import AutoModelForCausalLM
 
     moving = plain["moving"]
     settings = {"layout": layout, "gradient_checkpointing": checkpointing, "offload": offload}
     result = run_scenario(plain["model_dir"], tmp_path, num_ranks, moving=moving, **settings)
     saved = dict(AutoModelForCausalLM.from_pretrained(result["dir"], dtype=torch.float32).named_parameters())
-    start = dict(AutoModelForCausalLM.from_pretrained(plain["model_dir"], dtype=torch.float32).named_parameters())
+    start = dict(
+        AutoModelForCausalLM.from_pretrained(plain["model_dir"], dtype=torch.float32).named_parameters()
+    )
     assert saved.keys() == plain["parameters"].keys()
     tolerance = TOLERANCE["moving" if plain["moving"] else "agro"]
     for name, parameter in plain["parameters"].items():
-        assert torch.allclose(saved[name], parameter, atol=tolerance, rtol=0), (name, (saved[name] - parameter).abs().max())
+        assert torch.allclose(saved[name], parameter, atol=tolerance, rtol=0), (
+            name,
+            (saved[name] - parameter).abs().max(),
+        )
     moved = max(float((saved[name] - start[name]).detach().abs().max()) for name in saved)
     assert moved > 2e-3  # The tolerance is small against what training changed.
     for mine, theirs in zip(result["metrics"], plain["metrics"], strict=True):
@@ -136,25 +169,40 @@ def test_zero_ranks_give_the_parameters_of_a_plain_loop(
 
 @pytest.mark.parametrize(
     ("offload", "gpus", "policy", "reference"),
-    [("none", 1, "none", "none"), ("reference", 1, "none", "cpu"), ("reference", 0, "none", "none"), ("all", 1, "cpu", "cpu")],
+    [
+        ("none", 1, "none", "none"),
+        ("reference", 1, "none", "cpu"),
+        ("reference", 0, "none", "none"),
+        ("all", 1, "cpu", "cpu"),
+    ],
 )
 def test_what_is_offloaded_from_a_gpu(offload: str, gpus: int, policy: str, reference: str) -> None:
     from learner.zero import _deepspeed_config
 
     learner = config_for("unused", offload=offload, num_gpus=gpus).learner
-    trained, frozen = (_deepspeed_config(learner, "bfloat16", training=training)["zero_optimization"] for training in (True, False))
+    trained, frozen = (
+        _deepspeed_config(learner, "bfloat16", training=training)["zero_optimization"]
+        for training in (True, False)
+    )
     assert trained["offload_param"] == trained["offload_optimizer"] == {"device": policy}
     assert frozen["offload_param"] == {"device": reference}
 
 
-def test_a_batch_with_a_non_finite_log_prob_is_refused_before_the_parameters_change(tiny_models: dict[str, Path]) -> None:
+def test_a_batch_with_a_non_finite_log_prob_is_refused_before_the_parameters_change(
+    tiny_models: dict[str, Path],
+) -> None:
     import msgspec
 
     config = config_for(str(tiny_models["tied"]))
     policy, updater = plain_updater(config, load_objective("agro", config.agro))
     batch = random_batches(policy.module.config.vocab_size)[0]
-    bad = msgspec.structs.replace(batch.groups[0].samples[0], logprobs=(float("nan"),) * len(batch.groups[0].samples[0].token_ids))
-    groups = (msgspec.structs.replace(batch.groups[0], samples=(bad, *batch.groups[0].samples[1:])), *batch.groups[1:])
+    bad = msgspec.structs.replace(
+        batch.groups[0].samples[0], logprobs=(float("nan"),) * len(batch.groups[0].samples[0].token_ids)
+    )
+    groups = (
+        msgspec.structs.replace(batch.groups[0], samples=(bad, *batch.groups[0].samples[1:])),
+        *batch.groups[1:],
+    )
     before = {name: parameter.clone() for name, parameter in policy.module.named_parameters()}
     updater.update(Batch(0, groups), LR)
     assert updater.skip is not None
@@ -183,7 +231,9 @@ def spied(model_dir: Path, steps: int, *, moving: bool = False) -> tuple[Spy, li
     return spy, batches, updater
 
 
-def test_reference_and_proximal_policy_are_copies_of_the_policy_made_when_the_config_says_so(tiny_models: dict[str, Path]) -> None:
+def test_reference_and_proximal_policy_are_copies_of_the_policy_made_when_the_config_says_so(
+    tiny_models: dict[str, Path],
+) -> None:
     spy, _, _ = spied(tiny_models["untied"], 4, moving=True)
     assert len(spy.seen) == 4
     for step, batch in enumerate(spy.seen):
@@ -227,8 +277,12 @@ def test_offline_samples_have_neither_age_nor_behaviour_and_still_train(tiny_mod
     spy = Spy(load_objective("agro", config.agro))
     policy, updater = plain_updater(config, spy)
     batch = random_batches(policy.module.config.vocab_size)[0]
-    offline = tuple(msgspec.structs.replace(sample, logprobs=(), version_spans=()) for sample in batch.groups[0].samples)
-    metrics, per_group = updater.update(Batch(0, (msgspec.structs.replace(batch.groups[0], samples=offline), *batch.groups[1:])), LR)
+    offline = tuple(
+        msgspec.structs.replace(sample, logprobs=(), version_spans=()) for sample in batch.groups[0].samples
+    )
+    metrics, per_group = updater.update(
+        Batch(0, (msgspec.structs.replace(batch.groups[0], samples=offline), *batch.groups[1:])), LR
+    )
     assert metrics["optim/grad_norm"] > 0
     assert all(sample["staleness"] != sample["staleness"] for sample in per_group[0])
     seen = next(part for part in spy.seen if (part.groups_N == 0).any())
@@ -246,7 +300,9 @@ def test_equal_answers_and_equal_completions_have_equal_ids(tiny_models: dict[st
     batch = random_batches(policy.module.config.vocab_size)[0]
     first = batch.groups[0].samples[0]
     texts = [{"text": " 7"}, {"text": "7 "}, {"text": "8", "answer": "7"}, {"text": "8"}]
-    group = msgspec.structs.replace(batch.groups[0], samples=tuple(msgspec.structs.replace(first, **text) for text in texts))
+    group = msgspec.structs.replace(
+        batch.groups[0], samples=tuple(msgspec.structs.replace(first, **text) for text in texts)
+    )
     updater.update(Batch(0, (group,)), LR)
     answers, completions = spy.seen[0].needed("answers_N"), spy.seen[0].needed("completions_N")
     assert (answers[:3] == answers[0]).all()

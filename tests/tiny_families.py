@@ -27,9 +27,21 @@ _COMMON = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
 }
-_ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_ROUTED = {
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
 _SIGMOID = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "use_routing_bias": True}
-_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
+_LATENT = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 _ARCHITECTURES = {"phimoe": "PhiMoEForCausalLM"}
 """As the files on the hub have it, where transformers writes another name."""
@@ -50,14 +62,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "arcee": {},
     "bloom": {"tie_word_embeddings": True},
     "cohere": {"tie_word_embeddings": True},
-    "cohere2": {"tie_word_embeddings": True, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},
+    "cohere2": {
+        "tie_word_embeddings": True,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 64,
+    },
     "cwm": {"bos_token_id": 2},
     "deepseek_v2": {**_ROUTED, **_LATENT},
     "deepseek_v3": {**_ROUTED, **_SIGMOID, **_LATENT},
     "ernie4_5": {},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
     "exaone4": _SLIDING,
-    "exaone_moe": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "is_moe_layer": [False, True]},
+    "exaone_moe": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+        "is_moe_layer": [False, True],
+    },
     "falcon": {"multi_query": True, "num_kv_heads": 1, "tie_word_embeddings": True},
     "flex_olmo": {},
     "gemma": {"tie_word_embeddings": True},
@@ -95,7 +115,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "jais2": {},
     "laguna": {},
     "llama": {},
-    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "layer_types": ["full_attention", "full_attention"]},
+    "llama4_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "layer_types": ["full_attention", "full_attention"],
+    },
     "mellum": {},
     "minicpm3": _LATENT,
     "minimax_m2": {**_FEW_LOCAL, "rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
@@ -162,17 +186,28 @@ NOT_TRIED = (
     ),
     *("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text", "zamba2"),
 )
-"""Shared families of which no tiny model is made here: parts of larger models, or layers that make tiny ones large or slow."""
+"""Shared families of which no tiny model is made here: parts of larger models, or layers that make tiny
+ones large or slow.
+"""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied": ("llama", {"tie_word_embeddings": True}),
     "cohere untied": ("cohere", {"tie_word_embeddings": False}),
     "llama padded vocabulary": ("llama", {"vocab_size": 64}),
     "llama one key-value head": ("llama", {"num_key_value_heads": 1}),
-    "qwen2 window in the upper layer": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen2 window in the upper layer": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
     "gemma2 no softcap": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": 5.0}),
-    "llama rope linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
-    "llama rope dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}),
+    "llama rope linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    ),
+    "llama rope dynamic": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
+    ),
     "llama rope yarn": (
         "llama",
         {
@@ -236,11 +271,15 @@ def config_of(name: str) -> Any:
     default = AutoConfig.for_model(family)
     known = {*default.to_dict(), *type(default).attribute_map, "num_key_value_heads"}
     common = {key: value for key, value in _COMMON.items() if key in known}
-    return AutoConfig.for_model(family, **{**common, "vocab_size": len(make_tokenizer()), **FAMILIES[family], **changes})
+    return AutoConfig.for_model(
+        family, **{**common, "vocab_size": len(make_tokenizer()), **FAMILIES[family], **changes}
+    )
 
 
 def make_family(name: str, directory: Path) -> Path:
-    """Write the tiny model of that family or variant, random in its persistent buffers too, with a tokenizer; the directory."""
+    """Write the tiny model of that family or variant, random in its persistent buffers too, with a
+    tokenizer; the directory.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng():
@@ -250,7 +289,9 @@ def make_family(name: str, directory: Path) -> Path:
     model.save_pretrained(directory)
     if name in _ARCHITECTURES:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        (directory / "config.json").write_text(json.dumps({**config, "architectures": [_ARCHITECTURES[name]]}), encoding="utf-8")
+        (directory / "config.json").write_text(
+            json.dumps({**config, "architectures": [_ARCHITECTURES[name]]}), encoding="utf-8"
+        )
     make_tokenizer().save_pretrained(directory)
     return directory
 

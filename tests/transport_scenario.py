@@ -16,7 +16,9 @@ import torch
 
 
 class Rig:
-    """A real engine, its receiver with a loop that generates, and a learner's transport; all in this process."""
+    """A real engine, its receiver with a loop that generates, and a learner's transport; all in this
+    process.
+    """
 
     def __init__(self, model_dir: Path, road: str) -> None:
         from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +40,12 @@ class Rig:
             return self.confirmed[-1]
 
         self.engine.finish_transfer = noting  # type: ignore[method-assign]
-        callbacks: Any = {"may_start": lambda: "", "on_updated": lambda _: None, "beat": lambda: None, "tell": self.told.append}
+        callbacks: Any = {
+            "may_start": lambda: "",
+            "on_updated": lambda _: None,
+            "beat": lambda: None,
+            "tell": self.told.append,
+        }
         self.receiver = Receiver(self.engine, 60.0, **callbacks)
         threads = ThreadPoolExecutor(4)
 
@@ -93,7 +100,9 @@ def worst_difference(model: Any, samples: list[Any]) -> dict[str, float]:
 
 
 class Stage:
-    """A rig, the learner's policy (`module`, `named_weights`) and its transport, and what was found so far."""
+    """A rig, the learner's policy (`module`, `named_weights`) and its transport, and what was found so
+    far.
+    """
 
     def __init__(self, rig: Rig, model_dir: Path, road: str) -> None:
         from transformers import AutoModelForCausalLM
@@ -154,7 +163,11 @@ def break_off_before_weights_arrive(stage: Stage) -> None:
     """The engine goes on with those it has."""
     client, receiver = stage.transport.client, stage.rig.receiver
     client.begin({}, 3, {})
-    stage.rig.during(lambda: [receiver.order(*order) for order in (("start", client.number), ("abort", client.number, "cut"))])
+    stage.rig.during(
+        lambda: [
+            receiver.order(*order) for order in (("start", client.number), ("abort", client.number, "cut"))
+        ]
+    )
     stage.note("undone")
     stage.judge_fresh("undone")
 
@@ -176,7 +189,9 @@ def break_off_in_the_middle(stage: Stage) -> None:
     engine.update_transfer = load  # type: ignore[method-assign]
     stage.note("lost")
     stage.transport.flush()
-    engine.load_weights(3, ((name, parameter.detach().clone()) for name, parameter in stage.module.named_parameters()))
+    engine.load_weights(
+        3, ((name, parameter.detach().clone()) for name, parameter in stage.module.named_parameters())
+    )
     stage.note("snapshot")
     stage.judge_fresh("lost, then a snapshot")
     stage.transport._owing = {}
@@ -186,7 +201,9 @@ def damage(stage: Stage) -> None:
     """What arrived is not what was sent, by its checksums."""
     engine = stage.rig.engine
     confirm = engine.finish_transfer
-    engine.finish_transfer = lambda version, probes: confirm(version, {**probes, "model.norm.weight": "other"})  # type: ignore[method-assign]
+    engine.finish_transfer = lambda version, probes: confirm(
+        version, {**probes, "model.norm.weight": "other"}
+    )  # type: ignore[method-assign]
     stage.publish(4)
     stage.report["damage"] = " ".join(stage.transport.client.failed.values())
 
@@ -209,7 +226,9 @@ def make_transport(policy: Any, board: Any, road: str) -> Any:
     from tests.test_pushes import pushing
 
     config = pushing(road, run={"timeout_s": 60.0}, buffer={"max_staleness": 100})
-    return load_transport(Sender(0, config, ZeroSource(policy, 20_000), board, Calls(60.0), lambda bucket: bucket.copy(), print))
+    return load_transport(
+        Sender(0, config, ZeroSource(policy, 20_000), board, Calls(60.0), lambda bucket: bucket.copy(), print)
+    )
 
 
 if __name__ == "__main__":

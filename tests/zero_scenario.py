@@ -1,4 +1,6 @@
-"""One rank of tests/test_zero.py: `main(DIR, RANK)`, with DIR/config.json; rank 0 writes metrics.json and policy/."""
+"""One rank of tests/test_zero.py: `main(DIR, RANK)`, with DIR/config.json; rank 0 writes metrics.json
+and policy/.
+"""
 
 import json
 import socket
@@ -24,7 +26,9 @@ def meet(out_dir: Path, rank: int) -> int:
 
 
 def partition_everything() -> None:
-    """Tiny parameters too, which ZeRO-3 would keep whole: between the passes they are empty, as a large model's are."""
+    """Tiny parameters too, which ZeRO-3 would keep whole: between the passes they are empty, as a large
+    model's are.
+    """
     from learner import zero
 
     make_config = zero._deepspeed_config
@@ -47,13 +51,19 @@ def main(out_dir: Path, rank: int) -> None:
     torch.set_num_threads(1)
     partition_everything()
     config = Config.model_validate_json((out_dir / "config.json").read_text())
-    device = init_process_group(rank, config.learner.ranks, "127.0.0.1", meet(out_dir, rank), use_gpu=False, timeout_s=120)
+    device = init_process_group(
+        rank, config.learner.ranks, "127.0.0.1", meet(out_dir, rank), use_gpu=False, timeout_s=120
+    )
     objective = load_objective(config.learner.objective, config.agro, config.rivals)
     policy = ZeroPolicy(config.model, config.learner)
-    reference, proximal = (ZeroFrozen(config.model, config.learner) if needed else None for needed in frozen_policies(objective))
+    reference, proximal = (
+        ZeroFrozen(config.model, config.learner) if needed else None for needed in frozen_policies(objective)
+    )
     updater = Updater(config, policy, reference, objective, 0, device, proximal)
     metrics = [updater.update(batch, LR)[0] for batch in random_batches(policy.module.config.vocab_size)]
-    assert not any(parameter.numel() for parameter in policy.module.parameters()), "not everything is partitioned between the steps"
+    assert not any(parameter.numel() for parameter in policy.module.parameters()), (
+        "not everything is partitioned between the steps"
+    )
     policy.save_pretrained(str(out_dir / "policy"), bucket_bytes=4096)
     if rank == 0:
         (out_dir / "metrics.json").write_text(json.dumps(metrics))

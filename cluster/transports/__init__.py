@@ -4,8 +4,8 @@
                                                   |-> nccl.py      vLLM's packed broadcast to a group of GPU actors    } push.py, client.py,
                                                   `-> ipc.py       vLLM's packed handles, learner and actor on one GPU } actors/receiver.py
 
-A transport's file has `build(sender) -> Transport`. It is imported only when chosen: nccl.py and ipc.py import vLLM's
-`vllm.distributed.weight_transfer`, and with it most of vLLM, which takes ten seconds.
+A transport's file has `build(sender) -> Transport`. It is imported only when chosen: nccl.py and ipc.py
+import vLLM's `vllm.distributed.weight_transfer`, and with it most of vLLM, which takes ten seconds.
 """
 
 from __future__ import annotations
@@ -20,5 +20,7 @@ __all__ = ["NoTransport", "Sender", "Transport", "ZeroSource", "load_transport"]
 
 def load_transport(sender: Sender) -> Transport:
     """The transport that `weights.transport` names, on this learner rank."""
-    transport: Transport = importlib.import_module(f"{__name__}.{sender.config.weights.transport}").build(sender)
+    transport: Transport = importlib.import_module(f"{__name__}.{sender.config.weights.transport}").build(
+        sender
+    )
     return transport

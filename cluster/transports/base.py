@@ -36,10 +36,12 @@ class Transport(ABC):
 
     @abstractmethod
     def publish(self, version: int, *, evaluate: bool) -> None:
-        """Bring the weights of now on their way as `version`; with `evaluate` they can also be fetched, and their evaluation begins.
+        """Bring the weights of now on their way as `version`; with `evaluate` they can also be fetched, and
+        their evaluation begins.
 
-        Collective. What it does before it returns is the learner's stall; the parameters may change as soon as it has.
-        Raises PeerTimeout that names who did not answer; never for an actor, which is left behind and told about instead.
+        Collective. What it does before it returns is the learner's stall; the parameters may change as soon
+        as it has. Raises PeerTimeout that names who did not answer; never for an actor, which is left behind
+        and told about instead.
         """
 
     @abstractmethod
@@ -48,7 +50,9 @@ class Transport(ABC):
 
     @abstractmethod
     def republish(self) -> None:
-        """The board was started again: publish what it held once more (rank 0). From any thread; returns at once."""
+        """The board was started again: publish what it held once more (rank 0). From any thread;
+        returns at once.
+        """
 
     def metrics(self) -> dict[str, float]:
         """For the rows of metrics.jsonl; empty on ranks other than 0."""

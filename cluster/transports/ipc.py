@@ -1,9 +1,12 @@
-"""vLLM's packed CUDA IPC: learner and actors on one GPU; chunks of one bucket are copied out of a buffer both processes map.
+"""vLLM's packed CUDA IPC: learner and actors on one GPU; chunks of one bucket are copied out of a buffer both
+processes map.
 
-The handles travel as arguments of Ray calls, not as pickles in HTTP requests: VLLM_ALLOW_INSECURE_SERIALIZATION stays unset.
-There is no group: an actor that fails is left out, and the chunks go on to the others.
+The handles travel as arguments of Ray calls, not as pickles in HTTP requests:
+VLLM_ALLOW_INSECURE_SERIALIZATION stays unset. There is no group: an actor that fails is left out, and the
+chunks go on to the others.
 
-NEVER RUN ON A GPU: tests/test_transports.py runs all of it, and vLLM's engines at both ends, with handles that are CPU tensors.
+NEVER RUN ON A GPU: tests/test_transports.py runs all of it, and vLLM's engines at both ends, with handles
+that are CPU tensors.
 """
 
 from __future__ import annotations
@@ -41,8 +44,12 @@ class IpcTransport(PushTransport):
 
     def send(self, weights: Pass) -> None:
         if not self.client.members.keys() <= self._told:
-            info = IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=self._sender.source.largest_bytes)
-            self._engine = IPCTrainerWeightTransferEngine.trainer_init(info, client=self.client, source=weights)
+            info = IPCTrainerInitInfo(
+                rank=0, packed=True, packed_buffer_size_bytes=self._sender.source.largest_bytes
+            )
+            self._engine = IPCTrainerWeightTransferEngine.trainer_init(
+                info, client=self.client, source=weights
+            )
             self._told |= self.client.members.keys()
         self._engine.source = weights
         self._engine.send_weights()

@@ -1,10 +1,11 @@
 """vLLM's packed NCCL broadcast from learner rank 0 to a group of GPU actors, in chunks of one bucket.
 
-The group is formed anew, on a new port, when the actors that take part are others than last time: one joined, died, was late or
-is evaluating. Where a member fails in the middle of a broadcast, both sides abort their communicators (vLLM's `destroy`), and the
-actors that had begun to receive fall back to a snapshot.
+The group is formed anew, on a new port, when the actors that take part are others than last time: one joined,
+died, was late or is evaluating. Where a member fails in the middle of a broadcast, both sides abort their
+communicators (vLLM's `destroy`), and the actors that had begun to receive fall back to a snapshot.
 
-NEVER RUN ON A GPU: tests/test_transports.py runs all of it, and vLLM's engines at both ends, with a communicator for the CPU.
+NEVER RUN ON A GPU: tests/test_transports.py runs all of it, and vLLM's engines at both ends, with a
+communicator for the CPU.
 """
 
 from __future__ import annotations
@@ -71,16 +72,23 @@ class NcclTransport(PushTransport):
 
         def form() -> None:
             try:
-                forming.set_result(NCCLTrainerWeightTransferEngine.trainer_init(info, client=self.client, source=weights))
+                forming.set_result(
+                    NCCLTrainerWeightTransferEngine.trainer_init(info, client=self.client, source=weights)
+                )
             except BaseException as error:  # noqa: BLE001 -- the boundary of a thread: whatever it is, `form`'s caller gets it
                 forming.set_exception(error)
 
-        # Where a member dies in the rendezvous, NCCL waits for it without end: in a thread, that can be left behind.
+        # Where a member dies in the rendezvous, NCCL waits for it without end: in a thread, that can be left
+        # behind.
         threading.Thread(target=form, name="nccl rendezvous", daemon=True).start()
         limit_s = self._sender.config.run.timeout_s
-        done, _ = concurrent.futures.wait([forming, self.client.failure], limit_s, return_when=concurrent.futures.FIRST_COMPLETED)
+        done, _ = concurrent.futures.wait(
+            [forming, self.client.failure], limit_s, return_when=concurrent.futures.FIRST_COMPLETED
+        )
         if not done:
-            raise GroupBroken(f"an NCCL group of {', '.join(names)} was not formed within {limit_s:.0f} s (run.timeout_s)")
+            raise GroupBroken(
+                f"an NCCL group of {', '.join(names)} was not formed within {limit_s:.0f} s (run.timeout_s)"
+            )
         self._engine, self._formed = done.pop().result(), names
 
     def _leave(self) -> None:

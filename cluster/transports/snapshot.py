@@ -3,8 +3,9 @@
     the step's thread   gather bucket by bucket, copy to host memory | next step ...
     rank 0's writer                                                  | checksum and store each bucket, tell the board
 
-The copy is made before the learner goes on, because with one rank a gathered tensor is the parameter itself. Rank 0 keeps host
-memory for one copy of the model and uses it again; a new publication waits for the one before.
+The copy is made before the learner goes on, because with one rank a gathered tensor is the parameter itself.
+Rank 0 keeps host memory for one copy of the model and uses it again; a new publication waits for the one
+before.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def build(sender: Sender) -> Transport:
 
 
 class SnapshotTransport(Transport):
-    """See the module's docstring. `begin` and `store` are the two halves of a publication, for transports that do more in between."""
+    """See the module's docstring. `begin` and `store` are the two halves of a publication, for
+    transports that do more in between.
+    """
 
     def __init__(self, sender: Sender) -> None:
         self._sender = sender
@@ -40,7 +43,8 @@ class SnapshotTransport(Transport):
         self._buffers = Buffers()
         self._storing: tuple[int, Future[None]] | None = None
         self._store_s: float | None = None
-        self._held: dict[int, tuple[bytes, list[Any], bool]] = {}  # What the board holds, to be published again should it die.
+        # What the board holds, to be published again should it die.
+        self._held: dict[int, tuple[bytes, list[Any], bool]] = {}
 
     def publish(self, version: int, *, evaluate: bool) -> None:
         if self._sender.rank != 0:
@@ -55,17 +59,23 @@ class SnapshotTransport(Transport):
         """An empty snapshot, once the one before is stored (rank 0)."""
         self.flush()
         self._buffers.give_back()
-        # Checksums and copies take cores and memory bandwidth, which the gather, for which everybody waits, has use for.
+        # Checksums and copies take cores and memory bandwidth, which the gather, for which everybody waits,
+        # has use for.
         self._is_gathered = threading.Event()
         self._thread.submit(self._is_gathered.wait, self._sender.config.run.timeout_s)
         bucket_bytes = int(self._sender.config.weights.bucket_mib * MIB)
-        return SnapshotWriter(bucket_bytes, self._sender.store, executor=self._thread, take=self._buffers.take)
+        return SnapshotWriter(
+            bucket_bytes, self._sender.store, executor=self._thread, take=self._buffers.take
+        )
 
     def store(self, writer: SnapshotWriter, version: int, *, evaluate: bool) -> None:
         """Everything has been added: the rest happens in the background (rank 0)."""
         writer.end()
         self._is_gathered.set()
-        self._storing = version, self._thread.submit(self._finish, writer, version, evaluate, time.perf_counter())
+        self._storing = (
+            version,
+            self._thread.submit(self._finish, writer, version, evaluate, time.perf_counter()),
+        )
 
     def flush(self) -> None:
         if self._storing is None:
@@ -81,17 +91,23 @@ class SnapshotTransport(Transport):
         self._storing = None
 
     def republish(self, newest_announced: Callable[[], int | None] = lambda: None) -> None:
-        """`newest_announced()`: the version that the actors got by another road since, asked for when the board has the snapshots."""
+        """`newest_announced()`: the version that the actors got by another road since, asked for when
+        the board has the snapshots.
+        """
         self._thread.submit(self._tell_board_again, newest_announced)
 
     def _tell_board_again(self, newest_announced: Callable[[], int | None]) -> None:
         try:
             for version in sorted(self._held):
                 self._tell_board(version)
-            if (announced := newest_announced()) is not None:  # Else the snapshot would take back those who have newer weights.
+            # Else the snapshot would take back those who have newer weights.
+            if (announced := newest_announced()) is not None:
                 self._sender.calls.ask(self._sender.board.announce.remote(announced), "board")
         except AgroError as error:
-            self._sender.tell(f"the board was not told of version {max(self._held, default=-1)} again: {str(error).splitlines()[0]}")
+            self._sender.tell(
+                f"the board was not told of version {max(self._held, default=-1)} again: "
+                f"{str(error).splitlines()[0]}"
+            )
 
     def _tell_board(self, version: int) -> None:
         manifest, references, evaluate = self._held[version]

@@ -1,7 +1,8 @@
 """The policy's weights as vLLM's trainer API wants them (`WeightSource`), from a model partitioned by ZeRO-3.
 
-Nothing of vLLM is imported here: its trainer engines ask for `metadata()` and iterate, and that is all of the interface that
-a source which holds every parameter has to have. `cluster/transports/passes.py` makes the formal `WeightSource` of it.
+Nothing of vLLM is imported here: its trainer engines ask for `metadata()` and iterate, and that is all of the
+interface that a source which holds every parameter has to have. `cluster/transports/passes.py` makes the
+formal `WeightSource` of it.
 """
 
 from __future__ import annotations
@@ -34,14 +35,18 @@ class Weights(Protocol):
 
     @property
     def module(self) -> torch.nn.Module: ...
-    def named_weights(self, bucket_bytes: int, *, adapters_alone: bool = False) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def named_weights(
+        self, bucket_bytes: int, *, adapters_alone: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]: ...
 
 
 class ZeroSource:
-    """(name, whole tensor) of every parameter, tied ones once, in the order of `metadata()`; a fresh pass each time.
+    """(name, whole tensor) of every parameter, tied ones once, in the order of `metadata()`; a fresh pass
+    each time.
 
-    A pass is collective: every rank must make it, to its end. Gathered at any time: one bucket of `bucket_bytes`, or one
-    larger parameter. A tensor is valid only until the next is asked for; with one rank it IS the parameter, which the next step changes.
+    A pass is collective: every rank must make it, to its end. Gathered at any time: one bucket of
+    `bucket_bytes`, or one larger parameter. A tensor is valid only until the next is asked for; with one rank
+    it IS the parameter, which the next step changes.
     """
 
     def __init__(self, policy: Weights, bucket_bytes: int, *, adapters_alone: bool = False) -> None:
@@ -56,7 +61,11 @@ class ZeroSource:
     def _metadata(self) -> list[Parameter]:
         module = self._policy.module
         units = plain_units(adapters_of(module)) if self._adapters_alone else file_units(module)
-        return [Parameter(entry.key, getattr(torch, entry.dtype), entry.shape) for unit in units for entry in unit.entries]
+        return [
+            Parameter(entry.key, getattr(torch, entry.dtype), entry.shape)
+            for unit in units
+            for entry in unit.entries
+        ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(self._policy.named_weights(self._bucket_bytes, adapters_alone=self._adapters_alone))

@@ -1,11 +1,13 @@
-"""What an objective is: a loss over whole groups of samples, one file each in this folder, found by file name.
+"""What an objective is: a loss over whole groups of samples, one file each in this folder, found by file
+name.
 
     per-token log-probs, rewards, groups  --Objective.loss-->  scalar, a SUM over groups, and diagnostics
 
-Because the loss is a sum over groups divided by the number of groups of the whole step, micro-batches and ranks just add
-up. A group too large for one forward pass is split with `token_gradients`: pass 1 without gradient gives the log-probs of
-the whole group, `token_gradients` gives c_t = dLoss/dlogprob_t, pass 2 accumulates `(c_t * logprobs).sum()` piece by piece.
-By the chain rule that is the gradient of one pass over everything, for any objective.
+Because the loss is a sum over groups divided by the number of groups of the whole step, micro-batches and
+ranks just add up. A group too large for one forward pass is split with `token_gradients`: pass 1 without
+gradient gives the log-probs of the whole group, `token_gradients` gives c_t = dLoss/dlogprob_t, pass 2
+accumulates `(c_t * logprobs).sum()` piece by piece. By the chain rule that is the gradient of one pass over
+everything, for any objective.
 
 Tensor letters: T tokens of all completions, ordered by sequence; N sequences (samples).
 """
@@ -72,9 +74,14 @@ class TokenBatch:
             like = "logprobs_T" if name.endswith("_T") else "rewards_N"
             shape, expected = tuple(value.shape), tuple(getattr(self, like).shape)
             if shape != expected or len(shape) != 1:
-                raise ValueError(f"{name} has shape {shape}, {like} {expected}; expected one dimension of one length")
+                raise ValueError(
+                    f"{name} has shape {shape}, {like} {expected}; expected one dimension of one length"
+                )
         if self.num_groups < 1:
-            raise ValueError(f"num_groups is {self.num_groups}; expected the number of groups of the optimizer step, at least 1")
+            raise ValueError(
+                f"num_groups is {self.num_groups}; expected the number of groups of the "
+                "optimizer step, at least 1"
+            )
 
     def sequence_sums(self, values_T: Tensor) -> Tensor:
         """[N] sums of per-token values over each sequence, in the dtype of `values_T`; differentiable."""
@@ -88,7 +95,9 @@ class TokenBatch:
         """The optional field `name`; ValueError when it was not provided."""
         value = getattr(self, name)
         if value is None:
-            raise ValueError(f"{name} is None; the objective must list it in `needs`, and the caller provide it")
+            raise ValueError(
+                f"{name} is None; the objective must list it in `needs`, and the caller provide it"
+            )
         return value
 
 
@@ -107,7 +116,9 @@ NEEDS = frozenset(
 
 
 class Objective(Protocol):
-    """A loss over whole groups. A module of this folder offers one as `build(agro: AgroConfig, rivals: RivalsConfig) -> Objective`."""
+    """A loss over whole groups. A module of this folder offers one as `build(agro: AgroConfig, rivals:
+    RivalsConfig) -> Objective`.
+    """
 
     @property
     def needs(self) -> frozenset[str]:
@@ -118,7 +129,8 @@ class Objective(Protocol):
         """The scalar loss, differentiable in `batch.logprobs_T`, and detached diagnostics, [N] each.
 
         The loss is a sum over groups, each divided by `num_groups`. Diagnostics have fixed names, for example
-        "advantage", "residual" (reward - beta * log_ratio), "log_ratio" (log pi - log pi_ref), "weight", "zero_std".
+        "advantage", "residual" (reward - beta * log_ratio), "log_ratio" (log pi - log pi_ref), "weight",
+        "zero_std".
         """
         ...
 
@@ -135,8 +147,12 @@ _RIVALS = RivalsConfig()
 
 
 def load_objective(name: str, agro: AgroConfig, rivals: RivalsConfig = _RIVALS) -> Objective:
-    """The objective in the file `name`.py of this folder; ConfigError with the nearest name when there is none."""
-    available = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    """The objective in the file `name`.py of this folder; ConfigError with the nearest name when there
+    is none.
+    """
+    available = sorted(
+        module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")
+    )
     if name not in available:
         near = difflib.get_close_matches(name, available, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(available)}"

@@ -1,12 +1,15 @@
-"""What the rivals share: group statistics, ratios that cannot overflow, importance weights, the sum over groups, diagnostics.
+"""What the rivals share: group statistics, ratios that cannot overflow, importance weights, the sum over
+groups, diagnostics.
 
     loss = (1/P) sum_groups (1/n) sum_i term_i          P groups of the whole optimizer step, n samples of the group
 
-Everything is computed in float64 whatever the log-probs' dtype. A group of one has no term: it carries no signal.
+Everything is computed in float64 whatever the log-probs' dtype. A group of one has no term: it carries no
+signal.
 
-Importance weights (`rivals.is_correction`) are detached and multiply the policy's part of each token's term, not a KL loss.
-They are w = pi/mu where the objective has no ratio of its own. Where it has one, that ratio runs against the proximal policy
-instead of mu, and w = pi_prox/mu. With w of the token or, as the product over its tokens, of the sequence:
+Importance weights (`rivals.is_correction`) are detached and multiply the policy's part of each token's term,
+not a KL loss. They are w = pi/mu where the objective has no ratio of its own. Where it has one, that ratio
+runs against the proximal policy instead of mu, and w = pi_prox/mu. With w of the token or, as the product
+over its tokens, of the sequence:
 
     tis   min(w, is_cap)              truncated importance sampling (Yao et al., "Your Efficient RL Framework Secretly Brings You
                                       Off-Policy RL Training"); the cap is Ionides' (2008)
@@ -25,7 +28,8 @@ from cluster.errors import ConfigError
 from learner.objectives import TokenBatch
 
 LOG_RATIO_LIMIT = 20.0  # nats; a ratio beyond exp(20) counts as exp(20) and passes no gradient
-STD_EPSILON = 1e-6  # added to a group's std, so that rounding noise of equal rewards is not blown up to an advantage
+# added to a group's std, so that rounding noise of equal rewards is not blown up to an advantage
+STD_EPSILON = 1e-6
 
 
 class Groups:
@@ -46,7 +50,10 @@ class Groups:
 
     def mean(self, values_N: Tensor) -> Tensor:
         """[N] group means."""
-        return values_N.new_zeros(self._num_groups).index_add(0, self._index_N, values_N)[self._index_N] / self.size_N
+        return (
+            values_N.new_zeros(self._num_groups).index_add(0, self._index_N, values_N)[self._index_N]
+            / self.size_N
+        )
 
     def maximum(self, values_N: Tensor) -> Tensor:
         """[N] group maxima."""
@@ -68,18 +75,28 @@ class Groups:
         return (centred_N / (variance_N.sqrt() + STD_EPSILON)).masked_fill(self.zero_std_N, 0.0)
 
     def total(self, terms_N: Tensor) -> Tensor:
-        """The loss: the sum of the samples' terms over n and P, without groups of one, in the dtype of the log-probs."""
+        """The loss: the sum of the samples' terms over n and P, without groups of one, in the dtype of
+        the log-probs.
+        """
         scale_N = torch.where(self.size_N > 1, 1 / (self.size_N * self.batch.num_groups), 0.0)
         return (scale_N * terms_N).sum().to(self.batch.logprobs_T.dtype)
 
-    def report(self, needs: frozenset[str], beta: float, advantage_N: Tensor, weight_N: Tensor) -> dict[str, Tensor]:
-        """Diagnostics, [N] each, detached; "log_ratio" and "residual" are NaN where `needs` names no reference.
+    def report(
+        self, needs: frozenset[str], beta: float, advantage_N: Tensor, weight_N: Tensor
+    ) -> dict[str, Tensor]:
+        """Diagnostics, [N] each, detached; "log_ratio" and "residual" are NaN where `needs` names no
+        reference.
 
         A group of one is reported with advantage 0: `total` leaves it out.
         """
         log_ratio_N = log_ratios(self.batch, needs)
         advantage_N = advantage_N.masked_fill(self.size_N == 1, 0.0)
-        found = {"advantage": advantage_N, "residual": self.rewards_N - beta * log_ratio_N, "log_ratio": log_ratio_N, "weight": weight_N}
+        found = {
+            "advantage": advantage_N,
+            "residual": self.rewards_N - beta * log_ratio_N,
+            "log_ratio": log_ratio_N,
+            "weight": weight_N,
+        }
         return {name: values_N.detach() for name, values_N in found.items()} | {"zero_std": self.zero_std_N}
 
 
@@ -97,7 +114,9 @@ def known(batch: TokenBatch, name: str) -> Tensor:
     """The named field in float64; ValueError when it is missing or not finite."""
     values = batch.needed(name)
     if not torch.isfinite(values).all():
-        raise ValueError(f"{name} holds values that are not finite; the objective lists it in `needs`, and needs every one")
+        raise ValueError(
+            f"{name} holds values that are not finite; the objective lists it in `needs`, and needs every one"
+        )
     return values.double()
 
 
@@ -106,11 +125,17 @@ def log_ratios(batch: TokenBatch, needs: frozenset[str]) -> Tensor:
     logprobs_N = batch.sequence_sums(batch.logprobs_T.detach().double())
     if "reference_tokens" in needs:
         return logprobs_N - batch.sequence_sums(known(batch, "ref_logprobs_T"))
-    return logprobs_N - known(batch, "ref_logprobs_N") if "reference" in needs else torch.full_like(logprobs_N, math.nan)
+    return (
+        logprobs_N - known(batch, "ref_logprobs_N")
+        if "reference" in needs
+        else torch.full_like(logprobs_N, math.nan)
+    )
 
 
 def old_logprobs(batch: TokenBatch, rivals: RivalsConfig) -> Tensor:
-    """[T] log-probs under the policy an objective's own ratio runs against: mu, or the proximal one where weights correct for mu."""
+    """[T] log-probs under the policy an objective's own ratio runs against: mu, or the proximal one
+    where weights correct for mu.
+    """
     return known(batch, "proximal_logprobs_T" if corrects(rivals) else "behaviour_logprobs_T")
 
 
@@ -120,12 +145,18 @@ def ratio(log_ratio: Tensor) -> Tensor:
 
 
 def clipped_gain(ratio: Tensor, advantage: Tensor, rivals: RivalsConfig) -> Tensor:
-    """min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), PPO's surrogate, differentiable in the ratio."""
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - rivals.clip_low, 1 + rivals.clip_high) * advantage)
+    """min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), PPO's surrogate, differentiable in the
+    ratio.
+    """
+    return torch.minimum(
+        ratio * advantage, ratio.clamp(1 - rivals.clip_low, 1 + rivals.clip_high) * advantage
+    )
 
 
 def kl_loss(batch: TokenBatch, beta: float) -> Tensor:
-    """[T] beta (q - log q - 1), q = pi_ref/pi of the token (Schulman's k3 estimator), differentiable; zeros for beta = 0."""
+    """[T] beta (q - log q - 1), q = pi_ref/pi of the token (Schulman's k3 estimator), differentiable;
+    zeros for beta = 0.
+    """
     if beta == 0:
         return torch.zeros_like(batch.logprobs_T, dtype=torch.float64)
     log_q_T = (known(batch, "ref_logprobs_T") - batch.logprobs_T.double()).clamp_max(LOG_RATIO_LIMIT)
@@ -133,7 +164,9 @@ def kl_loss(batch: TokenBatch, beta: float) -> Tensor:
 
 
 def token_weights(batch: TokenBatch, rivals: RivalsConfig, numerator_T: Tensor | None = None) -> Tensor:
-    """[T] importance weights, detached; ones without correction. `numerator_T`: log-probs above mu's, default those of pi."""
+    """[T] importance weights, detached; ones without correction. `numerator_T`: log-probs above mu's,
+    default those of pi.
+    """
     if not rivals.is_correction.endswith("_token"):
         return sequence_weights(batch, rivals, numerator_T)[batch.sequence_T]
     return _bounded_weights(_log_weights(batch, numerator_T), rivals)
@@ -159,14 +192,26 @@ def _log_weights(batch: TokenBatch, numerator_T: Tensor | None) -> Tensor:
 def _bounded_weights(log_weights: Tensor, rivals: RivalsConfig) -> Tensor:
     log_cap = math.log(rivals.is_cap)
     truncated = log_weights.clamp_max(log_cap).exp()
-    return truncated.masked_fill(log_weights > log_cap, 0.0) if rivals.is_correction.startswith("mis") else truncated
+    return (
+        truncated.masked_fill(log_weights > log_cap, 0.0)
+        if rivals.is_correction.startswith("mis")
+        else truncated
+    )
 
 
 def refuse_agro_only(name: str, agro: AgroConfig) -> None:
     """ConfigError for knobs of AGRO's that a rival would pass over in silence."""
-    for field, default in (("lr_coef", 0.0), ("zero_std", "keep"), ("duplicates", "keep"), ("target", "mean")):
+    for field, default in (
+        ("lr_coef", 0.0),
+        ("zero_std", "keep"),
+        ("duplicates", "keep"),
+        ("target", "mean"),
+    ):
         if (value := getattr(agro, field)) != default:
-            raise ConfigError(f"agro.{field} = {value}: learner.objective = {name} has no such part. Set agro.{field}={default}.")
+            raise ConfigError(
+                f"agro.{field} = {value}: learner.objective = {name} has no such part. Set "
+                f"agro.{field}={default}."
+            )
 
 
 def refuse_token_weights(name: str, rivals: RivalsConfig) -> None:
@@ -174,7 +219,8 @@ def refuse_token_weights(name: str, rivals: RivalsConfig) -> None:
     if (value := rivals.is_correction).endswith("_token"):
         remedy = value.replace("_token", "_sequence")
         raise ConfigError(
-            f"rivals.is_correction = {value}: learner.objective = {name} has one term per sequence, no token has its own. "
+            f"rivals.is_correction = {value}: learner.objective = {name} has one term per sequence, no token "
+            "has its own. "
             f"Set rivals.is_correction={remedy} or none."
         )
 
@@ -183,5 +229,6 @@ def require_beta(name: str, agro: AgroConfig) -> None:
     """ConfigError for beta = 0 on a regression that divides by it."""
     if agro.beta == 0:
         raise ConfigError(
-            f"agro.beta = 0: learner.objective = {name} divides by beta. Set agro.beta above 0, or another learner.objective."
+            f"agro.beta = 0: learner.objective = {name} divides by beta. Set agro.beta above 0, or another "
+            "learner.objective."
         )

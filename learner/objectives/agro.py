@@ -2,15 +2,17 @@
 
     loss = -(1/P) sum_groups (1/n) sum_i sum_t stop_gradient[w_it A_i] log pi(y_it | x, y_i<t)
 
-A_i from `agro_advantages` over the WHOLE group, whatever version sampled it. Any positive weight applied after the unweighted
-centring leaves pi* the fixed point (derived; tests/test_objectives.py), since every A_i is 0 there:
+A_i from `agro_advantages` over the WHOLE group, whatever version sampled it. Any positive weight applied
+after the unweighted centring leaves pi* the fixed point (derived; tests/test_objectives.py), since every A_i
+is 0 there:
 
     truncated   w_it = min(cap, pi(y_i) / mu(y_i))                 one for the sequence
     geometric   w_it = min(cap, (pi(y_i) / mu(y_i))^(1/length))    one for the sequence
     token       w_it = min(cap, pi(y_it) / mu(y_it))
 
-`target` pass@k or majority@k replaces the reward's part of A_i (learner/k_sample.py). The on-policy term (lr_coef) is valid for
-samples of the current policy: it acts on those of staleness 0 (lr_gate fresh), or on all times min(cap, pi/mu) (weighted).
+`target` pass@k or majority@k replaces the reward's part of A_i (learner/k_sample.py). The on-policy term
+(lr_coef) is valid for samples of the current policy: it acts on those of staleness 0 (lr_gate fresh), or on
+all times min(cap, pi/mu) (weighted).
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from learner.objectives import Objective, TokenBatch
 
 @dataclass(frozen=True)
 class Agro:
-    """The objective; see the module's formula. Coefficients are computed in float64 whatever the log-probs' dtype."""
+    """The objective; see the module's formula. Coefficients are computed in float64 whatever the
+    log-probs' dtype.
+    """
 
     config: AgroConfig
 
@@ -38,7 +42,8 @@ class Agro:
         config = self.config
         needed = {
             "reference": config.beta > 0,
-            "behaviour_logprobs": config.weight != "none" or (config.lr_coef > 0 and config.lr_gate == "weighted"),
+            "behaviour_logprobs": config.weight != "none"
+            or (config.lr_coef > 0 and config.lr_gate == "weighted"),
             "freshness": config.lr_coef > 0 and config.lr_gate == "fresh",
             "prompt_variance": config.lr_coef > 0 and config.lr_baseline == "running",
             "answers": config.target.startswith("majority"),
@@ -54,7 +59,9 @@ class Agro:
             log_ratio_N = batch.sequence_sums(logprobs_T) - batch.ref_logprobs_N.double()
         kept_N = self._kept(batch)
         _, group_of_N = torch.unique(batch.groups_N, return_inverse=True)
-        sizes_N = torch.bincount(group_of_N[kept_N], minlength=int(group_of_N.max()) + 1)[group_of_N].clamp_min(1)
+        sizes_N = torch.bincount(group_of_N[kept_N], minlength=int(group_of_N.max()) + 1)[
+            group_of_N
+        ].clamp_min(1)
         zero_std_N = _zero_std(rewards_N, group_of_N)
 
         advantage_N = torch.zeros_like(rewards_N)
@@ -65,21 +72,31 @@ class Agro:
         coefficient_T = -weight_T * (advantage_N / (sizes_N * batch.num_groups))[batch.sequence_T]
         loss = (coefficient_T.to(batch.logprobs_T.dtype) * batch.logprobs_T).sum()
 
-        diagnostics = {"advantage": advantage_N, "residual": rewards_N - self.config.beta * log_ratio_N, "log_ratio": log_ratio_N}
+        diagnostics = {
+            "advantage": advantage_N,
+            "residual": rewards_N - self.config.beta * log_ratio_N,
+            "log_ratio": log_ratio_N,
+        }
         return loss, diagnostics | {"weight": batch.sequence_means(weight_T), "zero_std": zero_std_N}
 
-    def _advantages(self, rewards_N: Tensor, log_ratio_N: Tensor, logprobs_T: Tensor, batch: TokenBatch, kept_N: Tensor) -> Tensor:
+    def _advantages(
+        self, rewards_N: Tensor, log_ratio_N: Tensor, logprobs_T: Tensor, batch: TokenBatch, kept_N: Tensor
+    ) -> Tensor:
         """Of the samples in `kept_N`, in their order."""
         config, groups = self.config, batch.groups_N[kept_N]
         rewards, log_ratios = rewards_N[kept_N], log_ratio_N[kept_N]
         if config.target != "mean":
             answers = None if batch.answers_N is None else batch.answers_N[kept_N]
-            gain = k_sample_advantages(rewards, groups, target=config.target.partition("@")[0], k=config.target_k, answers=answers)
+            gain = k_sample_advantages(
+                rewards, groups, target=config.target.partition("@")[0], k=config.target_k, answers=answers
+            )
             return gain + agro_advantages(torch.zeros_like(rewards), log_ratios, groups, beta=config.beta)
         off_policy = agro_advantages(rewards, log_ratios, groups, beta=config.beta)
         if config.lr_coef == 0:
             return off_policy
-        variances = batch.needed("prompt_variance_N")[kept_N].double() if config.lr_baseline == "running" else None
+        variances = (
+            batch.needed("prompt_variance_N")[kept_N].double() if config.lr_baseline == "running" else None
+        )
         on_policy = agro_advantages(
             rewards,
             log_ratios,
@@ -92,7 +109,9 @@ class Agro:
         return off_policy + self._gate(logprobs_T, batch)[kept_N] * (on_policy - off_policy)
 
     def _gate(self, logprobs_T: Tensor, batch: TokenBatch) -> Tensor:
-        """[N] what the on-policy term is multiplied by, besides the weight that everything is multiplied by."""
+        """[N] what the on-policy term is multiplied by, besides the weight that everything is
+        multiplied by.
+        """
         if self.config.lr_gate == "fresh":
             return (batch.staleness_N == 0).double()
         if self.config.weight == "truncated":
@@ -119,7 +138,9 @@ class Agro:
         return log_weight.clamp_max(math.log(self.config.weight_cap)).exp()
 
     def _kept(self, batch: TokenBatch) -> Tensor:
-        """[N] bool: without the second and later equal completions of a group, where duplicates are dropped."""
+        """[N] bool: without the second and later equal completions of a group, where duplicates are
+        dropped.
+        """
         if self.config.duplicates == "keep":
             return torch.ones_like(batch.groups_N, dtype=torch.bool)
         keys = torch.stack([batch.groups_N, batch.needed("completions_N")])
@@ -133,14 +154,19 @@ def _log_weight(logprobs_T: Tensor, batch: TokenBatch) -> Tensor:
     """[T] log pi/mu."""
     log_weight_T = logprobs_T - batch.behaviour_logprobs_T.double()
     if not torch.isfinite(log_weight_T).all():
-        raise ValueError("behaviour_logprobs_T holds values that are not finite; agro.weight and lr_gate = weighted need every token's")
+        raise ValueError(
+            "behaviour_logprobs_T holds values that are not finite; agro.weight and lr_gate = "
+            "weighted need every token's"
+        )
     return log_weight_T
 
 
 def _zero_std(rewards_N: Tensor, group_of_N: Tensor) -> Tensor:
     """[N] bool: all rewards of the sample's group are equal."""
     empty = rewards_N.new_zeros(int(group_of_N.max()) + 1)
-    bounds = [empty.scatter_reduce(0, group_of_N, rewards_N, how, include_self=False) for how in ("amin", "amax")]
+    bounds = [
+        empty.scatter_reduce(0, group_of_N, rewards_N, how, include_self=False) for how in ("amin", "amax")
+    ]
     return (bounds[0] == bounds[1])[group_of_N]
 
 

@@ -3,10 +3,10 @@
     loss = (1/P) sum_groups (1/n) sum_i sum_t { -stop_gradient[w_it A_i] log pi_it + beta k3_it }
     A_i  = r_i - (mean_j r_j - baseline_shift)
 
-Source: Arnal et al., "Asymmetric REINFORCE for off-Policy Reinforcement Learning: Balancing positive and negative rewards"
-(arXiv 2506.20520): a baseline under the behaviour's expected reward improves the policy off-policy, one above it collapses.
-The KL loss (k3 against pi_ref, per token) is ours: agro.beta=0 gives the method alone. A group of one has no term here either.
-w_it: importance weights, see _common.py.
+Source: Arnal et al., "Asymmetric REINFORCE for off-Policy Reinforcement Learning: Balancing positive and
+negative rewards" (arXiv 2506.20520): a baseline under the behaviour's expected reward improves the policy
+off-policy, one above it collapses. The KL loss (k3 against pi_ref, per token) is ours: agro.beta=0 gives the
+method alone. A group of one has no term here either. w_it: importance weights, see _common.py.
 """
 
 from __future__ import annotations

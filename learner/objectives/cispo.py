@@ -1,11 +1,13 @@
 """CISPO: clip the importance weight, not the update, so that every token keeps a gradient.
 
-    loss = (1/P) sum_groups (1 / sum_i |y_i|) sum_i sum_t { -stop_gradient[w_it clip(rho_it, 0, 1 + clip_high)] A_i log pi_it + beta k3_it }
+    loss = (1/P) sum_groups (1 / sum_i |y_i|) sum_i sum_t { -stop_gradient[w_it clip(rho_it, 0, 1 +
+    clip_high)] A_i log pi_it + beta k3_it }
     rho  = pi/mu of the token;     A_i and k3 as in grpo.py
 
-The divisor is the number of tokens of the group, as in the paper; there is no lower clip (clip_low is not used).
-Source: MiniMax, "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention" (arXiv 2506.13585). The KL loss is
-ours: agro.beta=0 gives the method alone. w_it: importance weights, see _common.py; with them rho is pi/pi_prox.
+The divisor is the number of tokens of the group, as in the paper; there is no lower clip (clip_low is not
+used). Source: MiniMax, "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention" (arXiv
+2506.13585). The KL loss is ours: agro.beta=0 gives the method alone. w_it: importance weights, see
+_common.py; with them rho is pi/pi_prox.
 """
 
 from __future__ import annotations
@@ -17,7 +19,16 @@ from torch import Tensor
 
 from cluster.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import Groups, corrects, kl_loss, needs, old_logprobs, proximal_weights, ratio, refuse_agro_only
+from learner.objectives._common import (
+    Groups,
+    corrects,
+    kl_loss,
+    needs,
+    old_logprobs,
+    proximal_weights,
+    ratio,
+    refuse_agro_only,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,9 @@ class Cispo:
 
     @property
     def needs(self) -> frozenset[str]:
-        return needs(behaviour_logprobs=True, proximal=corrects(self.rivals), reference_tokens=self.agro.beta > 0)
+        return needs(
+            behaviour_logprobs=True, proximal=corrects(self.rivals), reference_tokens=self.agro.beta > 0
+        )
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         groups, beta = Groups(batch), self.agro.beta

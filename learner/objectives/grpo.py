@@ -4,9 +4,9 @@
                { -w_it min(rho_it A_i, clip(rho_it, 1 - clip_low, 1 + clip_high) A_i) + beta k3_it }
     rho  = pi/mu of the token,     A_i = (r_i - mean_j r_j) / (std_j r_j + 1e-6),     k3 = q - log q - 1,  q = pi_ref/pi
 
-The std is with ddof 1. Where all rewards of a group are equal A is 0, the KL loss stays.
-Source: Shao et al., "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models" (arXiv 2402.03300).
-w_it: importance weights, see _common.py; with them rho is pi/pi_prox.
+The std is with ddof 1. Where all rewards of a group are equal A is 0, the KL loss stays. Source: Shao et al.,
+"DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models" (arXiv 2402.03300). w_it:
+importance weights, see _common.py; with them rho is pi/pi_prox.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from learner.objectives._common import (
 
 @dataclass(frozen=True)
 class Grpo:
-    """The objective; see the module's formula. `normalised` off leaves out the std and 1/|y_i|: dr_grpo.py."""
+    """The objective; see the module's formula. `normalised` off leaves out the std and 1/|y_i|:
+    dr_grpo.py.
+    """
 
     agro: AgroConfig
     rivals: RivalsConfig
@@ -40,15 +42,21 @@ class Grpo:
 
     @property
     def needs(self) -> frozenset[str]:
-        return needs(behaviour_logprobs=True, proximal=corrects(self.rivals), reference_tokens=self.agro.beta > 0)
+        return needs(
+            behaviour_logprobs=True, proximal=corrects(self.rivals), reference_tokens=self.agro.beta > 0
+        )
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         groups, beta = Groups(batch), self.agro.beta
         advantage_N = groups.standardised() if self.normalised else groups.centred(groups.rewards_N)
         rho_T = ratio(batch.logprobs_T.double() - old_logprobs(batch, self.rivals))
         weight_T = proximal_weights(batch, self.rivals)
-        terms_T = kl_loss(batch, beta) - weight_T * clipped_gain(rho_T, advantage_N[batch.sequence_T], self.rivals)
-        loss = groups.total(batch.sequence_means(terms_T) if self.normalised else batch.sequence_sums(terms_T))
+        terms_T = kl_loss(batch, beta) - weight_T * clipped_gain(
+            rho_T, advantage_N[batch.sequence_T], self.rivals
+        )
+        loss = groups.total(
+            batch.sequence_means(terms_T) if self.normalised else batch.sequence_sums(terms_T)
+        )
         return loss, groups.report(self.needs, beta, advantage_N, batch.sequence_means(weight_T * rho_T))
 
 

@@ -3,10 +3,11 @@
     loss = (1/P) sum_groups (1/n) sum_i w_i (1 / (2 beta)) (beta log(pi(y_i|x) / mu(y_i|x)) - (r_i - V))^2
     V    = beta log mean_j exp(r_j / beta)
 
-The behaviour policy takes the place of pi_ref: each step solves the KL-regularised problem around what sampled, so that beta
-limits the step and not the distance to the model at the start. The factor 1/(2 beta) puts it on the scale of a policy gradient.
-Source: Ritter et al., "LLMs Can Learn to Reason Via Off-Policy RL" (arXiv 2602.19362). Diagnostics: "advantage" is
-r - V - beta log(pi/mu). w_i: importance weights of the sequence, see _common.py; any positive one leaves the solution.
+The behaviour policy takes the place of pi_ref: each step solves the KL-regularised problem around what
+sampled, so that beta limits the step and not the distance to the model at the start. The factor 1/(2 beta)
+puts it on the scale of a policy gradient. Source: Ritter et al., "LLMs Can Learn to Reason Via Off-Policy RL"
+(arXiv 2602.19362). Diagnostics: "advantage" is r - V - beta log(pi/mu). w_i: importance weights of the
+sequence, see _common.py; any positive one leaves the solution.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from torch import Tensor
 
 from cluster.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import Groups, known, needs, refuse_agro_only, refuse_token_weights, require_beta, sequence_weights
+from learner.objectives._common import (
+    Groups,
+    known,
+    needs,
+    refuse_agro_only,
+    refuse_token_weights,
+    require_beta,
+    sequence_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -38,11 +47,15 @@ class Oapl:
         log_ratio_N = batch.sequence_sums(batch.logprobs_T.double() - known(batch, "behaviour_logprobs_T"))
         gap_N = groups.rewards_N - value_N - beta * log_ratio_N
         weight_N = sequence_weights(batch, self.rivals)
-        return groups.total(weight_N * gap_N.square() / (2 * beta)), groups.report(self.needs, beta, gap_N, weight_N)
+        return groups.total(weight_N * gap_N.square() / (2 * beta)), groups.report(
+            self.needs, beta, gap_N, weight_N
+        )
 
 
 def build(agro: AgroConfig, rivals: RivalsConfig) -> Objective:
-    """OAPL as configured; ConfigError for beta = 0, token-level weights and knobs of AGRO's it does not have."""
+    """OAPL as configured; ConfigError for beta = 0, token-level weights and knobs of AGRO's it does not
+    have.
+    """
     refuse_agro_only("oapl", agro)
     refuse_token_weights("oapl", rivals)
     require_beta("oapl", agro)

@@ -3,10 +3,10 @@
     loss = -(1/P) sum_groups (1/n) sum_i stop_gradient[w_i A_i] log pi(y_i|x)
     A_i  = R_i - mean_{j != i} R_j,     R_i = r_i - beta * (log mu(y_i|x) - log pi_ref(y_i|x))
 
-mu is the behaviour policy: the penalty stays what it was when the sample was drawn, so that stale data never feels how far
-pi has moved since. With mu = pi it is AGRO without weight.
-Source: Ahmadian et al., "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs"
-(arXiv 2402.14740). w_i: importance weights, see _common.py.
+mu is the behaviour policy: the penalty stays what it was when the sample was drawn, so that stale data never
+feels how far pi has moved since. With mu = pi it is AGRO without weight. Source: Ahmadian et al., "Back to
+Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs" (arXiv 2402.14740).
+w_i: importance weights, see _common.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Rloo:
 
     @property
     def needs(self) -> frozenset[str]:
-        return needs(reference=self.agro.beta > 0, behaviour_logprobs=self.agro.beta > 0 or corrects(self.rivals))
+        return needs(
+            reference=self.agro.beta > 0, behaviour_logprobs=self.agro.beta > 0 or corrects(self.rivals)
+        )
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         groups, beta = Groups(batch), self.agro.beta

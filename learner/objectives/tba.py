@@ -3,10 +3,10 @@
     loss  = (1/P) sum_groups (1/n) sum_i w_i (beta/2) (stop_gradient[log Z^] + ell_i - r_i / beta)^2
     log Z^ = mean_j (r_j / beta - ell_j),     ell = log pi - log pi_ref of the sequence
 
-The factor beta/2 puts it on the scale of a policy gradient: its gradient is that of AGRO without weight times (n-1)/n, since
--beta times the bracket is the residual R_i = r_i - beta ell_i less the group's mean.
-Source: Bartoldson et al., "Trajectory Balance with Asynchrony: Decoupling Exploration and Learning for Fast, Scalable LLM
-Post-Training" (arXiv 2503.18929). w_i: importance weights of the sequence, see _common.py.
+The factor beta/2 puts it on the scale of a policy gradient: its gradient is that of AGRO without weight times
+(n-1)/n, since -beta times the bracket is the residual R_i = r_i - beta ell_i less the group's mean. Source:
+Bartoldson et al., "Trajectory Balance with Asynchrony: Decoupling Exploration and Learning for Fast, Scalable
+LLM Post-Training" (arXiv 2503.18929). w_i: importance weights of the sequence, see _common.py.
 """
 
 from __future__ import annotations
@@ -46,11 +46,15 @@ class Tba:
         residual_N = groups.rewards_N - beta * ell_N
         gap_N = residual_N - groups.mean(residual_N.detach())
         weight_N = sequence_weights(batch, self.rivals)
-        return groups.total(weight_N * gap_N.square() / (2 * beta)), groups.report(self.needs, beta, gap_N, weight_N)
+        return groups.total(weight_N * gap_N.square() / (2 * beta)), groups.report(
+            self.needs, beta, gap_N, weight_N
+        )
 
 
 def build(agro: AgroConfig, rivals: RivalsConfig) -> Objective:
-    """TBA as configured; ConfigError for beta = 0, token-level weights and knobs of AGRO's it does not have."""
+    """TBA as configured; ConfigError for beta = 0, token-level weights and knobs of AGRO's it does not
+    have.
+    """
     refuse_agro_only("tba", agro)
     refuse_token_weights("tba", rivals)
     require_beta("tba", agro)

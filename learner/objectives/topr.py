@@ -1,13 +1,15 @@
-"""TOPR: tapered off-policy REINFORCE. Good samples count in full, bad ones the less the less likely they have become.
+"""TOPR: tapered off-policy REINFORCE. Good samples count in full, bad ones the less the less likely they have
+become.
 
     loss  = (1/P) sum_groups (1/n) sum_i { -stop_gradient[w_i rho_i A_i] log pi(y_i|x) + beta sum_t k3_it }
     A_i   = r_i - mean_j r_j
     rho_i = 1 where A_i >= 0,  clip(pi(y_i|x) / mu(y_i|x), 0, 1) of the whole sequence where A_i < 0
 
 Source: Le Roux et al., "Tapered Off-Policy REINFORCE: Stable and efficient reinforcement learning for LLMs"
-(arXiv 2503.14286). There the sign of the return, rewards of -1 and 1 less a baseline, tells good from bad; rewards of 0 and 1
-would have no bad samples, so that the baseline here is the group's mean. The KL loss is ours: agro.beta=0 gives the method alone.
-w_i: importance weights, see _common.py; with them rho_i is pi/pi_prox, and w_i acts on good samples too.
+(arXiv 2503.14286). There the sign of the return, rewards of -1 and 1 less a baseline, tells good from bad;
+rewards of 0 and 1 would have no bad samples, so that the baseline here is the group's mean. The KL loss is
+ours: agro.beta=0 gives the method alone. w_i: importance weights, see _common.py; with them rho_i is
+pi/pi_prox, and w_i acts on good samples too.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class Topr:
 
     @property
     def needs(self) -> frozenset[str]:
-        return needs(behaviour_logprobs=True, proximal=corrects(self.rivals), reference_tokens=self.agro.beta > 0)
+        return needs(
+            behaviour_logprobs=True, proximal=corrects(self.rivals), reference_tokens=self.agro.beta > 0
+        )
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         groups, beta = Groups(batch), self.agro.beta
