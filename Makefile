@@ -71,7 +71,7 @@ test-fast: setup  ## tests without engines, ranks and clusters
 	.venv/bin/python -m pytest -q -m "not slow" $(ARGS)
 
 test-families: setup  ## every family of models that transformers and vLLM share, tiny; writes docs/models.md (half an hour)
-	.venv/bin/python -m tests.test_families
+	.venv/bin/python -m tests.system.test_families
 
 figures: setup  ## the paper's figures: tabular (a minute), then the language model's missing runs (an hour on two cores)
 	.venv/bin/python -m benchmarks.tabular_figures

@@ -22,10 +22,10 @@ import io
 import os
 import sys
 
-from cluster import commands
-from cluster.errors import AgroError
+from cluster.cli import commands
 from cluster.signals import EXIT_CODES, Interrupted
-from cluster.text import printable
+from core.errors import AgroError
+from core.text import printable
 
 
 def parser() -> argparse.ArgumentParser:

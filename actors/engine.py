@@ -7,7 +7,7 @@ prompt of a group.
 Weights arrive through vLLM's layerwise reload, the lifecycle of its own transfer engines. Surprises handled
 here: on a CPU vLLM packs the linear layers and drops the originals, so a bare `load_weights` fails; and after
 a reload a tied `lm_head` and all mixtures of experts keep what was packed of the OLD weights, silently wrong.
-`tests/test_engine.py` and `tests/test_families.py` hold them to account.
+`tests/actors/test_engine.py` and `tests/system/test_families.py` hold them to account.
 
 Weights that the learner pushes (`weights.transport` nccl or ipc) arrive through vLLM's own transfer engines,
 in a session of start, updates and finish in which the model is in pieces: no step may come between. vLLM's
@@ -36,13 +36,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from buffer.records import Sample, VersionSpan
-from cluster.config import ActorsConfig, ModelConfig
-from cluster.config_checks import served_rank
-from cluster.errors import AgroError, SnapshotError
-from cluster.model_shape import adapted_layers, carries_state, empty_model, load_model_config
-from cluster.tokenizer import Detokenizer, end_token_ids, load_tokenizer
-from cluster.weights import checksum
+from core.config import ActorsConfig, ModelConfig
+from core.config_checks import served_rank
+from core.errors import AgroError, SnapshotError
+from core.model_shape import adapted_layers, carries_state, empty_model, load_model_config
+from core.records import Sample, VersionSpan
+from core.tokenizer import Detokenizer, end_token_ids, load_tokenizer
+from core.weights.snapshots import checksum
 
 # What this file uses of vLLM 0.32, checked by a contract test that names what is missing.
 VLLM_SYMBOLS = (

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from buffer.store import DiskFullError
-from cluster.errors import PeerTimeout
-from cluster.peers import Calls
+from core.calls import Calls
+from core.errors import PeerTimeout
 
 T = TypeVar("T")
 

@@ -21,13 +21,13 @@ import msgspec
 import torch
 
 from actors.exchange import RETRY_S, Ask
-from buffer.records import EvalItem
-from cluster.board import Directive
-from cluster.config import Config
-from cluster.errors import SnapshotError, TrainingError
-from cluster.peers import Calls, answered
-from cluster.troubles import Troubles
-from cluster.weights import Manifest, read_snapshot
+from core.calls import Calls, answered
+from core.config import Config
+from core.errors import SnapshotError, TrainingError
+from core.records import EvalItem
+from core.troubles import Troubles
+from core.weights.board import Directive
+from core.weights.snapshots import Manifest, read_snapshot
 
 POLL_S = 5.0
 
@@ -48,7 +48,7 @@ class Update:
 class Follower:
     """The board's word, as far as it is known.
 
-    retire     '' | 'drain' | 'now': see cluster/board.py
+    retire     '' | 'drain' | 'now': see core/weights/board.py
     update     ready to be carried out; set it to None when that is done
     board      which board it heard last: another one knows nobody
     fetch_s    how long the newest snapshot took, from the board's word to the last checksum

@@ -21,9 +21,9 @@ import torch
 
 from actors.engine import PromptRefused
 from actors.prompts import PromptRow
-from buffer.records import EvalItem, Sample, WorkItem
 from buffer.usable import MIN_SAMPLES
-from cluster.config import ActorsConfig
+from core.config import ActorsConfig
+from core.records import EvalItem, Sample, WorkItem
 
 
 class Generator(Protocol):

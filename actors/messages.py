@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from actors.sources import Bad, kind_of
-from cluster.tokenizer import render_messages
+from core.tokenizer import render_messages
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 _TEXT_PARTS = ("text", "input_text", "output_text", None)

@@ -34,13 +34,13 @@ from actors.prompts import (
     tokenise,
 )
 from actors.sources import kind_of, read_source, report_bad_rows
-from buffer.records import Group, Sample, WorkItem, encode
 from buffer.store import DiskFullError
-from cluster.board import Directive
-from cluster.config import Config
-from cluster.errors import DataError, PeerTimeout
-from cluster.peers import Calls, answered, connect_buffer
-from cluster.tokenizer import Detokenizer, closing_ids, end_token_ids, split_at_end
+from core.calls import Calls, answered, connect_buffer
+from core.config import Config
+from core.errors import DataError, PeerTimeout
+from core.records import Group, Sample, WorkItem, encode
+from core.tokenizer import Detokenizer, closing_ids, end_token_ids, split_at_end
+from core.weights.board import Directive
 from rewards.pool import RewardPool
 from rewards.scoring import Scored
 

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from cluster import config_text
-from cluster.errors import DataError
+from core import config_text
+from core.errors import DataError
 
 PREFIX = "reasoning_gym:"
 TRAIN_SPLIT = "train"

@@ -1,7 +1,7 @@
 """From a dataset to prompts: every row read, checked and tokenised before anything starts.
 
 jsonl, parquet, hub id, reasoning-gym  --read-->  rows  --check-->  text  --tokenise-->  PromptSet
-actors/sources.py, procedural.py                        actors/messages.py               cluster/tokenizer.py
+actors/sources.py, procedural.py                        actors/messages.py               core/tokenizer.py
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 from actors.messages import clean_messages, message_problems, render, text_problems
 from actors.sources import Bad, Rows, Source, kind_of, read_source, report_bad_rows
-from cluster.config import DataConfig
-from cluster.errors import DataError
-from cluster.text import user_path
-from cluster.tokenizer import has_chat_template, special_token_ids
+from core.config import DataConfig
+from core.errors import DataError
+from core.text import user_path
+from core.tokenizer import has_chat_template, special_token_ids
 
 PROMPT_COLUMNS = ("prompt", "question")
 ANSWER_COLUMNS = ("answer", "solution", "label")

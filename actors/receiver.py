@@ -1,4 +1,4 @@
-"""The actor's end of weights that the learner pushes (cluster/transports/push.py): orders, carried out
+"""The actor's end of weights that the learner pushes (core/weights/transports/push.py): orders, carried out
 between two engine steps.
 
     Ray's threads  receive(verb, number, ...) --queue--> the loop: look() --> engine    hello, start, update ..., finish
@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cluster.errors import PeerTimeout, SnapshotError
+from core.errors import PeerTimeout, SnapshotError
 
 LOOK_S = 1.0
 BROKEN_OFF = "this transfer was broken off"

@@ -35,11 +35,11 @@ from actors.heartbeat import Heartbeat
 from actors.offline import choose_samples, with_scores
 from actors.prompts import PromptSet
 from actors.receiver import Receiver, Receiving
-from buffer.records import EvalItem, EvalSample, Group, Sample, WorkItem, encode
 from buffer.store import DiskFullError
-from cluster.config import Config
-from cluster.errors import SnapshotError
-from cluster.peers import Calls, connect_buffer
+from core.calls import Calls, connect_buffer
+from core.config import Config
+from core.errors import SnapshotError
+from core.records import EvalItem, EvalSample, Group, Sample, WorkItem, encode
 from rewards.pool import RewardPool
 from rewards.scoring import Scored
 

@@ -18,8 +18,8 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from actors import procedural
-from cluster.errors import DataError
-from cluster.text import user_path
+from core.errors import DataError
+from core.text import user_path
 
 if TYPE_CHECKING:
     import pyarrow as pa

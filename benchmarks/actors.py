@@ -26,14 +26,14 @@ from actors.prompts import PromptSet, load_prompts
 from actors.rollout import RolloutActor
 from benchmarks.results import save
 from buffer.server import ReplayBuffer
-from cluster.board import Board
-from cluster.config import Config
-from cluster.config_file import load_config
-from cluster.peers import Calls, connect_buffer
-from cluster.prepare import ensure_model
-from cluster.tokenizer import load_tokenizer
-from cluster.weights import SnapshotWriter
-from tests.fake_engine import FakeEngine
+from cluster.preparation.prepare import ensure_model
+from core.calls import Calls, connect_buffer
+from core.config import Config
+from core.config_file import load_config
+from core.tokenizer import load_tokenizer
+from core.weights.board import Board
+from core.weights.snapshots import SnapshotWriter
+from tests.support.fake_engine import FakeEngine
 
 ROUNDS = 3
 WINDOW_S = 15.0

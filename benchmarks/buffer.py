@@ -20,10 +20,10 @@ import numpy as np
 import psutil
 
 from benchmarks.results import save
-from buffer.records import Group, Sample, VersionSpan, encode
 from buffer.server import ReplayBuffer
-from cluster.config import Config
-from cluster.config_file import parse_config
+from core.config import Config
+from core.config_file import parse_config
+from core.records import Group, Sample, VersionSpan, encode
 
 NUM_ROWS = 1000
 BATCH_GROUPS = 32

@@ -84,7 +84,7 @@ def make_offline_rows() -> None:
     import torch
 
     from benchmarks.lag_lab import PlainPolicy, arithmetic_task, sample
-    from cluster.config_file import load_config
+    from core.config_file import load_config
 
     config = load_config("configs/quickstart.yaml", [f"model.path={MODEL}"])
     task, policy = arithmetic_task(MODEL, "configs/arithmetic"), PlainPolicy(config, trained=False)

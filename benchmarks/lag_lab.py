@@ -23,19 +23,19 @@ import torch
 from torch import Tensor
 
 from buffer.admission import work_item
-from buffer.records import Batch, Group, Sample, VersionSpan
 from buffer.replay import Replay, meta_of
-from cluster.config import Config
+from core.config import Config
+from core.records import Batch, Group, Sample, VersionSpan
 from learner.objectives import load_objective
-from learner.packing import ModelInputs, token_logprobs
-from learner.update import Updater, frozen_policies
+from learner.step.packing import ModelInputs, token_logprobs
+from learner.step.update import Updater, frozen_policies
 from learner.worker import learning_rate
 
 Score = Callable[[Sequence[int], dict[str, Any]], float]
 
 
 class PlainPolicy:
-    """A Hugging Face model with AdamW and nothing else, as `learner.update.Updater` uses it."""
+    """A Hugging Face model with AdamW and nothing else, as `learner.step.update.Updater` uses it."""
 
     def __init__(self, config: Config, *, trained: bool) -> None:
         from transformers import AutoModelForCausalLM

@@ -7,7 +7,7 @@ speed    Trained tokens/s of Updater and ZeroPolicy (one rank) against the short
          micro-batches, attention and objective; whole logits, AdamW, no DeepSpeed, no metrics. Steps
          alternate. Beside it our Updater without DeepSpeed: what lies between them is ours, the rest
          DeepSpeed's.
-layouts  Forward and backward over the same sequences: padded, packed under transformers' block mask, packed by learner/attention.py.
+layouts  Forward and backward over the same sequences: padded, packed under transformers' block mask, packed by learner/policy/attention.py.
 memory   Growth of the peak by log-probs of T tokens and their gradient, one process each, above what is there before.
 checkpoint  What a save costs and how long a resume takes (benchmarks/learner_checkpoint.py).
 gpu      A 1.1B model on a GPU (benchmarks/learner_gpu.py): tokens/s, MFU, peak memory against the estimate.
@@ -58,7 +58,7 @@ MEMORY_HIDDEN = 128
 def make_plain_policy(config: Any, device: str) -> Any:
     """ZeroPolicy's way to log-probs, without DeepSpeed."""
     from benchmarks.lag_lab import PlainPolicy
-    from learner.packing import TokenLogprobs
+    from learner.step.packing import TokenLogprobs
 
     class Policy(PlainPolicy):
         def logprobs(self, inputs: Any, temperature: float) -> Any:
@@ -74,7 +74,7 @@ def measure_speed(device: str) -> list[dict[str, Any]]:
     """Ours and the plain loop, step by step in turn; the best step of each counts."""
     import torch
 
-    from learner.zero import init_process_group
+    from learner.policy.zero import init_process_group
 
     own_linear = torch.nn.functional.linear
     init_process_group(0, 1, "127.0.0.1", free_port(), use_gpu=device != "cpu", timeout_s=120)
@@ -86,8 +86,8 @@ def measure_shape(shape: Shape, device: str, own_linear: Callable) -> dict[str, 
     import torch
 
     from learner.objectives import load_objective
-    from learner.update import Updater
-    from learner.zero import ZeroPolicy
+    from learner.policy.zero import ZeroPolicy
+    from learner.step.update import Updater
 
     with tempfile.TemporaryDirectory() as model_dir:
         make_model(shape).save_pretrained(model_dir)
@@ -147,7 +147,7 @@ def alternate(calls: list[Callable[[], Any]], device: str, rounds: int) -> list[
 
 def measure_layouts(device: str) -> list[dict[str, Any]]:
     """Tokens/s of one pass over a batch at several budgets, and the share of positions that are padding."""
-    from learner.packing import TokenLogprobs, TokenSequence, collate, plan_micro_batches
+    from learner.step.packing import TokenLogprobs, TokenSequence, collate, plan_micro_batches
 
     shape, batch = LAYOUT_SHAPE, make_batch(LAYOUT_SHAPE)
     rows_of = [(group, sample) for group in batch.groups for sample in group.samples]
@@ -228,7 +228,7 @@ def peak_growth(method: str, tokens: int, vocabulary: int) -> float:
     """MiB by which the peak of this process's memory grows."""
     import torch
 
-    from learner.logprobs import linear_logprobs
+    from learner.step.logprobs import linear_logprobs
 
     torch.set_num_threads(1)
     hidden = torch.randn(tokens, MEMORY_HIDDEN, requires_grad=True)

@@ -54,7 +54,7 @@ def make_batch(shape: Shape, seed: int = 0, lengths: list[tuple[int, int]] | Non
     """A Batch of random tokens; the lengths of a group's completions are those of as many answers (of
     `lengths`: GSM8K's).
     """
-    from buffer.records import Batch, Group, Sample, VersionSpan
+    from core.records import Batch, Group, Sample, VersionSpan
 
     rng = random.Random(seed)
     lengths = lengths or ([(5, 2), (5, 3), (5, 3), (5, 4)] if shape.short else gsm8k_lengths())
@@ -107,7 +107,7 @@ def load_model(config: Any, device: str) -> Any:
 
 def config_of(shape: Shape, model_dir: str, device: str) -> Any:
     """A run's config for this shape."""
-    from cluster.config_file import parse_config
+    from core.config_file import parse_config
 
     return parse_config(
         {

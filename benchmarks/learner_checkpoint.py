@@ -37,11 +37,11 @@ def measure_saves() -> dict[str, Any]:
     import torch
 
     from benchmarks.learner_cases import SHAPES, config_of, free_port, make_batch, make_model
-    from learner.checkpoint import Checkpoint, checkpoint_dirs, verify
-    from learner.checkpoint_writer import CheckpointWriter
+    from learner.checkpoints.checkpoint import Checkpoint, checkpoint_dirs, verify
+    from learner.checkpoints.writer import CheckpointWriter
     from learner.objectives import load_objective
-    from learner.update import Updater
-    from learner.zero import ZeroPolicy, init_process_group
+    from learner.policy.zero import ZeroPolicy, init_process_group
+    from learner.step.update import Updater
 
     shape = SHAPES[-1]
     init_process_group(0, 1, "127.0.0.1", free_port(), use_gpu=False, timeout_s=120)

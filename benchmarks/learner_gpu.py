@@ -81,7 +81,7 @@ def measure_case(
     import torch
 
     from benchmarks.learner_cases import Shape, make_batch
-    from cluster.memory import estimate_memory
+    from cluster.preparation.memory import estimate_memory
 
     on_gpu = device != "cpu"
     # So short that a group fits the smallest budget.
@@ -127,23 +127,23 @@ def make_step(case: str, config: Any, device: str) -> tuple[Callable[[Any], Any]
     """The case's step on a batch, and how many parameters it trains."""
     import torch
 
-    import learner.packing
+    import learner.step.packing
     from benchmarks.learner_cases import free_port
     from benchmarks.plain_loop import PlainLoop
-    from learner import row_softmax
     from learner.objectives import load_objective
-    from learner.update import Updater
+    from learner.step import row_softmax
+    from learner.step.update import Updater
 
     if case == "plain loop":
         loop = PlainLoop(config, device, autocast=config.model.dtype == "bfloat16")
         return loop.step, sum(parameter.numel() for parameter in loop.module.parameters())
-    from learner.zero import ZeroPolicy, init_process_group
+    from learner.policy.zero import ZeroPolicy, init_process_group
 
     # Names in place of which the learner finds nothing: there is no setting that makes it slower.
     if case == "torch softmax":
         row_softmax.kernel_for = lambda logits_RV: None
     if case == "whole logits":
-        learner.packing.install_logprob_head = lambda module: None
+        learner.step.packing.install_logprob_head = lambda module: None
     init_process_group(0, 1, "127.0.0.1", free_port(), use_gpu=device != "cpu", timeout_s=120)
     policy = ZeroPolicy(config.model, config.learner)
     objective = load_objective("agro", config.agro, config.rivals)
@@ -174,7 +174,7 @@ def save_model(model: Model, model_dir: str) -> None:
 
 def make_config(model: Model, model_dir: str, budget_tokens: int, *, on_gpu: bool) -> Any:
     """A run's config for this model and budget."""
-    from cluster.config_file import parse_config
+    from core.config_file import parse_config
 
     return parse_config(
         {

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.staleness_study import read_records, run_missing
-from cluster.config_file import load_config
+from core.config_file import load_config
 
 MODEL = ".cache/counting-base"
 LENGTH = 256

@@ -13,8 +13,8 @@ class PlainLoop:
     def __init__(self, config: Any, device: str, *, autocast: bool = False) -> None:
         import torch
 
-        from learner.attention import install_packed_sdpa
         from learner.objectives import load_objective
+        from learner.policy.attention import install_packed_sdpa
 
         self._config, self._device, self._autocast = config, device, autocast
         self._objective = load_objective("agro", config.agro, config.rivals)
@@ -29,7 +29,7 @@ class PlainLoop:
         import torch
 
         from learner.objectives import TokenBatch
-        from learner.packing import TokenSequence, collate, plan_micro_batches
+        from learner.step.packing import TokenSequence, collate, plan_micro_batches
 
         rows = [(group, sample) for group in batch.groups for sample in group.samples]
         sequences = [TokenSequence(group.prompt_ids, sample.token_ids) for group, sample in rows]

@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config
-from cluster.config_file import load_config
+from core.config import Config
+from core.config_file import load_config
 
 LAGS = (0, 1, 4, 16, 64, 256)
 SEEDS = (1, 2, 3)

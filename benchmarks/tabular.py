@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from learner.agro import agro_advantages
+from learner.objectives._advantages import agro_advantages
 
 Array = NDArray[np.float64]
 

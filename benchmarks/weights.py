@@ -35,9 +35,9 @@ from typing import Any, cast
 import torch
 
 from benchmarks.results import save
-from cluster.config import Config
-from cluster.config_file import parse_config
-from cluster.processes import remote
+from core.config import Config
+from core.config_file import parse_config
+from core.processes import remote
 
 REPEATS = 7
 ADAPTER_RANK = 16
@@ -96,10 +96,10 @@ def learn(rank: int, model_dir: str, port: int, out: str) -> None:
     """A rank; rank 0 writes what it measured."""
     import ray
 
-    from cluster.peers import Calls
-    from cluster.transports import Sender, ZeroSource, load_transport
-    from cluster.weights import SnapshotWriter
-    from learner.zero import ZeroPolicy, init_process_group
+    from core.calls import Calls
+    from core.weights.snapshots import SnapshotWriter
+    from core.weights.transports import Sender, ZeroSource, load_transport
+    from learner.policy.zero import ZeroPolicy, init_process_group
 
     torch.set_num_threads(1)
     config = make_config(model_dir, learner={"ranks": 2})
@@ -183,7 +183,7 @@ def learner_side(model_dir: str, directory: Path) -> dict[str, float]:
 def apply(model_dir: str, out: str, rank: int) -> None:
     """A real engine loads snapshots of its own weights; with a `rank`, of adapters alone."""
     from actors.engine import Adapters, Engine
-    from cluster.weights import SnapshotWriter, read_snapshot
+    from core.weights.snapshots import SnapshotWriter, read_snapshot
 
     weights = whole_weights(model_dir) if not rank else adapters_alone(model_dir, rank)
     config = make_config(model_dir)
@@ -226,8 +226,8 @@ def adapters_alone(model_dir: str, rank: int) -> dict[str, torch.Tensor]:
     """
     from transformers import AutoModelForCausalLM
 
-    from cluster.config import LearnerConfig
-    from learner.lora import adapters_of, add_adapters
+    from core.config import LearnerConfig
+    from learner.policy.lora import adapters_of, add_adapters
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     add_adapters(model, LearnerConfig(lora_rank=rank), 0)
@@ -319,8 +319,8 @@ class PushingLearner:
         """The learner's stall at each publication but the first, which makes a snapshot and connections."""
         import ray
 
-        from cluster.peers import Calls
-        from cluster.transports import Sender, ZeroSource, load_transport
+        from core.calls import Calls
+        from core.weights.transports import Sender, ZeroSource, load_transport
 
         source = ZeroSource(self, int(self._config.weights.bucket_mib * MIB))
         transport = load_transport(

@@ -21,8 +21,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from buffer.records import WorkItem
-from cluster.errors import AgroError
+from core.errors import AgroError
+from core.records import WorkItem
 
 MAX_LOSSES = 5
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.errors import ConfigError
+from core.errors import ConfigError
 
 
 def store_name(shard: int, num_shards: int) -> str:

@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from cluster.errors import DataError
+from core.errors import DataError
 
 AT_RESTART = "written at restart"
 SYNC_BYTES = 2**20

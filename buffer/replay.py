@@ -30,10 +30,10 @@ import numpy as np
 from sortedcontainers import SortedList
 
 from buffer.order import Entry, Order
-from buffer.records import Group
 from buffer.sampling import AGELESS, SAMPLERS, GroupMeta, View
-from cluster.config import BufferConfig
-from cluster.errors import ConfigError, DataError, StalenessError
+from core.config import BufferConfig
+from core.errors import ConfigError, DataError, StalenessError
+from core.records import Group
 
 EVICTIONS = ("evicted_used", "evicted_stale", "evicted_capacity", "evicted_surplus")
 

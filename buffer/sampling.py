@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from buffer.order import Order
-from cluster.config import BufferConfig
+from core.config import BufferConfig
 
 AGELESS = 2**62
 """`GroupMeta.oldest_version` of a group without a version: a number, so that it can be compared and

@@ -24,11 +24,11 @@ import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
-from buffer.records import decode_group, encode
 from buffer.shard import Shard
 from buffer.usable import usable_group
 from buffer.waits import WaitTimer
-from cluster.config import Config
+from core.config import Config
+from core.records import decode_group, encode
 
 
 class Offer(NamedTuple):

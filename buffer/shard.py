@@ -26,13 +26,13 @@ from typing import Any
 from buffer.admission import Admission, work_item
 from buffer.layout import check_num_shards, ledger_name, share_of, store_name
 from buffer.ledger import Ledger, missing_events, read_statuses
-from buffer.records import Group, WorkItem, encode, encode_batch
 from buffer.replay import EVICTIONS, Replay, meta_of
 from buffer.sampling import GroupMeta
 from buffer.store import BatchEntry, DiskFullError, RecordedBatch, Store, StoreError
 from buffer.usable import MIN_SAMPLES, HeldSamples
-from cluster.config import Config
-from cluster.errors import ConfigError, DataError
+from core.config import Config
+from core.errors import ConfigError, DataError
+from core.records import Group, WorkItem, encode, encode_batch
 
 _NUM_ERROR_TEXTS = 5
 

@@ -16,10 +16,10 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from buffer.records import decode_group, merge_batches
 from buffer.server import Offer
 from buffer.shard import forgotten
 from buffer.store import DiskFullError
+from core.records import decode_group, merge_batches
 
 WAIT_S = 0.5
 """Limit of one wait on all shards: those given up are forgotten by their shard within that time."""

@@ -24,9 +24,9 @@ from typing import Any
 
 import msgspec
 
-from buffer.records import Sample, encode
 from buffer.sampling import GroupMeta
-from cluster.errors import AgroError
+from core.errors import AgroError
+from core.records import Sample, encode
 
 LOCK_TIMEOUT_S = 10.0
 """How long opening waits for another process to let go of the database: one that was just killed needs

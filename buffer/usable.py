@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from buffer.records import Group, Sample
-from cluster.errors import DataError
+from core.errors import DataError
+from core.records import Group, Sample
 
 MIN_SAMPLES = 2
 """A group with fewer samples carries no signal: its leave-one-out mean does not exist."""

@@ -19,9 +19,9 @@ from typing import Any
 import msgspec
 import psutil
 
-from cluster.errors import ConfigError, PeerTimeout
-from cluster.metrics import finite_tree, replace_json
-from cluster.troubles import Troubles
+from core.errors import ConfigError, PeerTimeout
+from core.metrics import finite_tree, replace_json
+from core.troubles import Troubles
 
 STATUS_NAME, REQUEST_NAME = "status.json", "scale.json"
 WRITE_EVERY_S = 1.0

@@ -31,8 +31,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from cluster.errors import AgroError, TrainingError
-from cluster.processes import (
+from cluster.pulse import STOPPED_LIMIT_S, Pulse, look_at, stopped_child
+from core.errors import AgroError, TrainingError
+from core.processes import (
     bundle_of,
     could_not_start,
     death_cause,
@@ -44,7 +45,6 @@ from cluster.processes import (
     shortage,
     whereabouts,
 )
-from cluster.pulse import STOPPED_LIMIT_S, Pulse, look_at, stopped_child
 
 State: TypeAlias = Literal["waiting for placement", "loading", "running", "retiring", "gone"]
 

@@ -16,9 +16,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.placement_group import remove_placement_group
 
-from cluster.config import Config
-from cluster.errors import PeerTimeout, PlacementError, TrainingError
-from cluster.processes import (
+from core.config import Config
+from core.errors import PeerTimeout, PlacementError, TrainingError
+from core.processes import (
     answer,
     bundle_of,
     could_not_start,

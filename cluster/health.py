@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config
-from cluster.errors import RewardError, TrainingError
 from cluster.fleet import MAX_DEATHS, DeathCount, Fleet, crash_loop
 from cluster.learner import Learner
 from cluster.services import BUFFER, Services
-from cluster.troubles import QUIET_S
 from cluster.watchdog import Observation, Watchdog, dump_stacks
+from core.config import Config
+from core.errors import RewardError, TrainingError
+from core.troubles import QUIET_S
 
 MIN_SCORED_SAMPLES = 64
 REWARDS_WINDOW_S = 300.0

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config
-from cluster.errors import ConfigError, TrainingError
 from cluster.fleet import MAX_DEATHS, DeathCount
 from cluster.gang import LearnerGang, RankDied, State
-from learner.checkpoint import latest_checkpoint
+from core.config import Config
+from core.errors import ConfigError, TrainingError
+from learner.checkpoints.checkpoint import latest_checkpoint
 
 DEATHS_WINDOW_S = 1800.0
 

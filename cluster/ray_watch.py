@@ -18,8 +18,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from cluster.errors import AgroError, TrainingError
-from cluster.processes import explained
+from core.errors import AgroError, TrainingError
+from core.processes import explained
 
 LOOK_S = 0.5
 CLUSTER_LIMIT_S = 20.0

@@ -18,16 +18,16 @@ from typing import Any
 import psutil
 import ray
 
-from buffer.records import Evaluation
 from buffer.server import ReplayBuffer
 from buffer.store import DiskFullError
-from cluster.board import Board, Retirement
-from cluster.config import Config
-from cluster.errors import PeerTimeout
-from cluster.monitor import Monitor
-from cluster.peers import Calls, connect_buffer
-from cluster.prepare import Inputs
-from cluster.processes import log_tail, on_this_node, remote, whereabouts
+from cluster.monitor.monitor import Monitor
+from cluster.preparation.prepare import Inputs
+from core.calls import Calls, connect_buffer
+from core.config import Config
+from core.errors import PeerTimeout
+from core.processes import log_tail, on_this_node, remote, whereabouts
+from core.records import Evaluation
+from core.weights.board import Board, Retirement
 
 BUFFER, BOARD, MONITOR = "replay buffer", "board", "monitor"
 

@@ -12,11 +12,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from cluster.config import Config
-from cluster.errors import PlacementError
 from cluster.guardian import guard
-from cluster.prepare import repository_root
-from cluster.surroundings import cluster_address
+from cluster.preparation.prepare import repository_root
+from cluster.preparation.surroundings import cluster_address
+from core.config import Config
+from core.errors import PlacementError
 
 ROOM_FOR_ACTORS = 8
 
@@ -33,7 +33,7 @@ def logical_cpus(config: Config) -> int:
 
 @contextlib.contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Connected to the cluster that RAY_ADDRESS names (cluster/surroundings.py), else to a local Ray of
+    """Connected to the cluster that RAY_ADDRESS names (cluster/preparation/surroundings.py), else to a local Ray of
     our own that ends with the run.
     """
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}

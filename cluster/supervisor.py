@@ -27,21 +27,21 @@ from ray.exceptions import RayError
 
 from actors.offline import OfflineActor
 from actors.rollout import RolloutActor
-from buffer.records import Evaluation
 from cluster.autoscale import Autoscaler, Load
 from cluster.control import Answer, Control, RunStatus, ScaleRequest
-from cluster.errors import AgroError, TrainingError
 from cluster.fleet import Fleet, Kind
 from cluster.health import Health, step_of
 from cluster.learner import Learner
-from cluster.metrics import finite_tree, note_event, replace_json
-from cluster.prepare import Inputs
-from cluster.processes import remote, threads
+from cluster.monitor.report import read_evaluations, write_report
+from cluster.monitor.terminal import Terminal
+from cluster.preparation.prepare import Inputs
 from cluster.ray_watch import RayWatch
-from cluster.report import read_evaluations, write_report
 from cluster.services import BOARD, BUFFER, MONITOR, Polled, Services
 from cluster.signals import StopSignal
-from cluster.terminal import Terminal
+from core.errors import AgroError, TrainingError
+from core.metrics import finite_tree, note_event, replace_json
+from core.processes import remote, threads
+from core.records import Evaluation
 
 WATCH_S = 0.4
 TELL_LOADING_S = 8.0

@@ -6,17 +6,17 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from cluster import placement
-from cluster.config import Config
-from cluster.errors import AgroError
-from cluster.prepare import Inputs, prepare
-from cluster.progress import say
-from cluster.run_dir import kept_if_begun
+from cluster.monitor.terminal import Terminal
+from cluster.preparation import placement
+from cluster.preparation.prepare import Inputs, prepare
+from cluster.preparation.run_dir import kept_if_begun
+from cluster.preparation.surroundings import cluster_address
 from cluster.session import ray_session
 from cluster.signals import StopSignal
 from cluster.supervisor import Supervisor
-from cluster.surroundings import cluster_address
-from cluster.terminal import Terminal
+from core.config import Config
+from core.errors import AgroError
+from core.progress import say
 
 
 def train(config: Config, stop: StopSignal) -> dict[str, Any]:

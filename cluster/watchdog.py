@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.heartbeat import Heartbeat
-from cluster.processes import death_cause
+from core.processes import death_cause
 
 MIN_QUIET_S = 60.0
 STEPS_QUIET = 10.0

@@ -28,20 +28,20 @@ import ray
 import torch
 import torch.distributed as dist
 
-from buffer.records import Batch, decode_batch
-from cluster.config import Config
-from cluster.config_file import dump_config
-from cluster.errors import ConfigError, PeerTimeout
-from cluster.own_warnings import OwnWarnings
-from cluster.peers import Calls, connect_buffer
-from cluster.transports import NoTransport, Sender, Transport, ZeroSource, load_transport
-from learner.batch_metrics import batch_metrics, shown_samples
-from learner.checkpoint import Checkpoint, Part, verify
-from learner.checkpoint_writer import CheckpointWriter, code_version, set_random_states
-from learner.guards import Guards, check_staleness
-from learner.mismatch import MismatchCheck, bound_nats
+from core.calls import Calls, connect_buffer
+from core.config import Config
+from core.config_file import dump_config
+from core.errors import ConfigError, PeerTimeout
+from core.own_warnings import OwnWarnings
+from core.records import Batch, decode_batch
+from core.weights.transports import NoTransport, Sender, Transport, ZeroSource, load_transport
+from learner.checkpoints.checkpoint import Checkpoint, Part, verify
+from learner.checkpoints.writer import CheckpointWriter, code_version, set_random_states
 from learner.objectives import load_objective
-from learner.update import Updater, frozen_policies
+from learner.step.batch_metrics import batch_metrics, shown_samples
+from learner.step.guards import Guards, check_staleness
+from learner.step.mismatch import MismatchCheck, bound_nats
+from learner.step.update import Updater, frozen_policies
 
 BUFFER, MONITOR = "replay buffer", "monitor"
 BATCH_POLL_S = 2.0
@@ -115,7 +115,7 @@ class LearnerRank:
         """Join the other ranks and build the policy, and reference and proximal policy where the
         objective needs them.
         """
-        from learner.zero import ZeroAdapters, ZeroFrozen, ZeroPolicy, init_process_group
+        from learner.policy.zero import ZeroAdapters, ZeroFrozen, ZeroPolicy, init_process_group
 
         config = self._config
         use_gpu = config.learner.num_gpus > 0

@@ -10,12 +10,12 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import RewardError
+from core.errors import RewardError
 from rewards.pool import RewardPool
 from rewards.registry import BUILTINS, load_reward
 
 if TYPE_CHECKING:
-    from cluster.config import RewardsConfig
+    from core.config import RewardsConfig
 
 # Reading one as mathematics takes hundredths of a second; of more rows the kind of the answer is checked.
 READ_GOLDS = 50

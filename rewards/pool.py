@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from cluster.errors import RewardError
+from core.errors import RewardError
 from rewards.scoring import Scored, shorten
 from rewards.worker import FunctionSpec, MemoryExceeded, Worker
 
 if TYPE_CHECKING:  # pydantic stays out of the workers
-    from cluster.config import RewardsConfig
+    from core.config import RewardsConfig
 
 CLOSE_LIMIT_S = 2.0
 MEMORY_GIB = 4.0

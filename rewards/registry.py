@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
-from cluster.errors import RewardError
+from core.errors import RewardError
 from rewards.signature import read_signature
 
 RewardCallable: TypeAlias = Callable[..., list[float | None]]

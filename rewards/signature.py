@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter
 from typing import Any, NamedTuple
 
-from cluster.errors import RewardError
+from core.errors import RewardError
 
 BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 TEXTS = ("prompts", "completions")

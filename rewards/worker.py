@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection
 
 import msgspec
 
-from cluster.errors import RewardError
+from core.errors import RewardError
 from rewards.memory import family, used_bytes
 from rewards.registry import BUILTINS, WeightedReward, load_reward, needed_columns
 from rewards.scoring import Scored, score_group

@@ -24,8 +24,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cluster.config import AgroConfig, RivalsConfig
-from cluster.errors import ConfigError
+from core.config import AgroConfig, RivalsConfig
+from core.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ import math
 import torch
 from torch import Tensor
 
-from cluster.config import AgroConfig, RivalsConfig
-from cluster.errors import ConfigError
+from core.config import AgroConfig, RivalsConfig
+from core.errors import ConfigError
 from learner.objectives import TokenBatch
 
 LOG_RATIO_LIMIT = 20.0  # nats; a ratio beyond exp(20) counts as exp(20) and passes no gradient

@@ -3,14 +3,14 @@
     loss = -(1/P) sum_groups (1/n) sum_i sum_t stop_gradient[w_it A_i] log pi(y_it | x, y_i<t)
 
 A_i from `agro_advantages` over the WHOLE group, whatever version sampled it. Any positive weight applied
-after the unweighted centring leaves pi* the fixed point (derived; tests/test_objectives.py), since every A_i
+after the unweighted centring leaves pi* the fixed point (derived; tests/learner/objectives/test_objectives.py), since every A_i
 is 0 there:
 
     truncated   w_it = min(cap, pi(y_i) / mu(y_i))                 one for the sequence
     geometric   w_it = min(cap, (pi(y_i) / mu(y_i))^(1/length))    one for the sequence
     token       w_it = min(cap, pi(y_it) / mu(y_it))
 
-`target` pass@k or majority@k replaces the reward's part of A_i (learner/k_sample.py). The on-policy term
+`target` pass@k or majority@k replaces the reward's part of A_i (learner/objectives/_k_sample.py). The on-policy term
 (lr_coef) is valid for samples of the current policy: it acts on those of staleness 0 (lr_gate fresh), or on
 all times min(cap, pi/mu) (weighted).
 """
@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cluster.config import AgroConfig, RivalsConfig
-from learner.agro import agro_advantages
-from learner.k_sample import k_sample_advantages
+from core.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective, TokenBatch
+from learner.objectives._advantages import agro_advantages
+from learner.objectives._k_sample import k_sample_advantages
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cluster.config import AgroConfig, RivalsConfig
+from core.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective, TokenBatch
 from learner.objectives._common import Groups, corrects, kl_loss, needs, refuse_agro_only, token_weights
 

@@ -13,7 +13,7 @@ Perspective" (arXiv 2503.20783).
 
 from __future__ import annotations
 
-from cluster.config import AgroConfig, RivalsConfig
+from core.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective
 from learner.objectives._common import refuse_agro_only
 from learner.objectives.grpo import Grpo

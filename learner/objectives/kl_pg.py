@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cluster.config import AgroConfig, RivalsConfig
+from core.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective, TokenBatch
 from learner.objectives._common import Groups, corrects, log_ratios, needs, refuse_agro_only, token_weights
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cluster.config import AgroConfig, RivalsConfig
+from core.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective, TokenBatch
 from learner.objectives._common import (
     Groups,

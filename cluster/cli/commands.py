@@ -1,0 +1,205 @@
+"""What the commands of launch.py do: each takes the parsed arguments, prints, and returns the exit code."""
+# ruff: noqa: T201 (the output of the command line)
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.signals import EXIT_CODES, StopSignal
+from core.errors import AgroError, CheckpointError, ConfigError
+from core.progress import say
+from core.text import printable
+
+
+def train(arguments: Namespace) -> int:
+    """Train a policy; with --dry-run only say what would run."""
+    if arguments.dry_run:
+        return _dry_run(arguments)
+    with StopSignal() as stop:
+        say(f"reading {arguments.config}")
+        from cluster.preparation.surroundings import check_surroundings
+        from core.config_file import load_config
+
+        config = load_config(arguments.config, arguments.overrides)
+        check_surroundings()
+        say("loading the libraries")
+        from cluster.monitor.terminal import summary_screen
+        from cluster.train import train
+
+        summary = train(config, stop)
+    print(summary_screen(summary))
+    return EXIT_CODES[summary["stopped"]]
+
+
+def _dry_run(arguments: Namespace) -> int:
+    from cluster.preparation.surroundings import check_surroundings
+    from core.config_file import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    check_surroundings()
+    from cluster.cli.dry_run import dry_run
+
+    for text in dry_run(config):
+        print(text, flush=True)
+    return 0
+
+
+def doctor(arguments: Namespace) -> int:
+    """Check this machine."""
+    from cluster.cli.doctor import diagnose, render
+
+    checks = diagnose()
+    print(render(checks))
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def chat(arguments: Namespace) -> int:
+    """Ask a trained policy."""
+    from cluster.cli.try_policy import chat
+
+    print(printable(chat(arguments.dir, arguments.prompt)))
+    return 0
+
+
+def evaluate(arguments: Namespace) -> int:
+    """Solve rate of a trained policy."""
+    from cluster.cli.try_policy import evaluate
+
+    result = evaluate(arguments.dir, arguments.overrides)
+    rate = "-" if result["solve_rate"] is None else f"{result['solve_rate']:.3f}"
+    print(f"solve rate {rate} on {result['problems']} held-out problems, {result['samples']} samples")
+    for error, count in result["errors"].items():
+        print(f"  {count} not scored: {error}")
+    return 0
+
+
+def report(arguments: Namespace) -> int:
+    """Write report.html again."""
+    from cluster.monitor.report import write_report
+
+    if not (Path(arguments.run_dir) / "config.yaml").is_file():
+        raise ConfigError(f"{arguments.run_dir} is no run directory (no config.yaml in it)")
+    print(write_report(arguments.run_dir))
+    return 0
+
+
+def export(arguments: Namespace) -> int:
+    """A checkpoint as a Hugging Face directory."""
+    from learner.checkpoints.export import export
+
+    try:
+        print(export(arguments.run_dir, arguments.step, arguments.out))
+    except OSError as error:
+        if isinstance(error, AgroError):
+            raise
+        raise CheckpointError(
+            f"{arguments.out} cannot be written: {error.strerror}. Free space, or give another --out."
+        ) from None
+    return 0
+
+
+def inspect_batch(arguments: Namespace) -> int:
+    """A batch that a skipped step left, as text."""
+    from learner.step.bad_batch import render
+
+    decode: Callable[[Sequence[int]], str] | None = None
+    if arguments.tokenizer:
+        from core.config import ModelConfig
+        from core.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(ModelConfig(path=arguments.tokenizer))
+
+        def decode(token_ids: Sequence[int]) -> str:
+            return str(tokenizer.decode(list(token_ids)))
+
+    print(render(Path(arguments.file), decode))
+    return 0
+
+
+def config_reference(arguments: Namespace) -> int:
+    """Every config field."""
+    from cluster.cli.reference import config_reference
+
+    print(config_reference(), end="")
+    return 0
+
+
+# --- A run that goes on ---
+
+
+def scale(arguments: Namespace) -> int:
+    """Ask a running run for so many actors; what happens, one line per actor."""
+    from cluster.control import ask_for_actors
+
+    answer, status = ask_for_actors(Path(arguments.run_dir), arguments.actors)
+    if answer.refused:
+        raise ConfigError(f"{arguments.run_dir}: not scaled: {answer.refused}")
+    signs = {**dict.fromkeys(answer.added, "+"), **dict.fromkeys(answer.retired, "-")}
+    print(f"{status.name}: {answer.actors} actors; {len(answer.added)} added, {len(answer.retired)} retire")
+    print("\n".join(actor_lines(status.actors, signs, with_gone=False)))
+    return 0
+
+
+def status(arguments: Namespace) -> int:
+    """Where a run is."""
+    from cluster.control import death_of_driver, read_status
+
+    found = read_status(Path(arguments.run_dir))
+    dead = death_of_driver(found)
+    age_s = max(0.0, time.time() - found.time)
+    how = f"over{f': {found.stopped}' if found.stopped else ''}" if found.state == "over" else found.state
+    print(
+        f"{found.name} {how}, step {found.step}/{found.steps}; driver {found.pid} on {found.host}, "
+        f"{age_s:.0f} s ago"
+    )
+    print("\n".join(actor_lines(found.actors, {}, with_gone=True)))
+    buffer = found.buffer
+    names = ("groups", "unconsumed", "leased", "inserted")
+    print("buffer   " + ", ".join(f"{name} {buffer.get(f'buffer/{name}') or 0:.0f}" for name in names))
+    print("waited   " + ", ".join(f"{who} {waited_s or 0:.1f} s" for who, waited_s in found.waits.items()))
+    if dead:
+        raise ConfigError(f"{arguments.run_dir}: {dead}")
+    return 0
+
+
+def audit(arguments: Namespace) -> int:
+    """What became of every prompt handed out; exit code 1 when the ledger contradicts itself."""
+    from buffer.ledger import audit_run
+
+    found = audit_run(arguments.run_dir)
+    print(found["balance"])
+    for title in ("status", "events", "evictions"):
+        for name, count in sorted(found[title].items()):
+            print(f"  {title:<10}{name:<20}{count:>10,}")
+    print(
+        f"  oldest sample trained on: {found['max_staleness']} learner steps; torn lines: "
+        f"{found['torn_lines']}"
+    )
+    violations = found["violations"]
+    print(f"{len(violations) or 'no'} violation{'' if len(violations) == 1 else 's'}")
+    for sentence in violations:
+        print(f"  {sentence}")
+    return 1 if violations else 0
+
+
+def actor_lines(
+    actors: Sequence[Mapping[str, Any]], signs: Mapping[str, str], *, with_gone: bool
+) -> list[str]:
+    """One line an actor of status.json; `signs`: what is put before it, by name."""
+    lines = []
+    for actor in actors:
+        if actor["state"] == "gone" and not with_gone and actor["name"] not in signs:
+            continue
+        version, rate = actor.get("version"), actor.get("tokens_per_s")
+        figures = [f"for {actor['since_s']:.0f} s"]
+        figures += [f"version {version:.0f}"] if version is not None and actor["state"] != "gone" else []
+        figures += [f"{rate:,.0f} tokens/s"] if rate is not None and actor["state"] == "running" else []
+        figures += [str(actor["note"])] if actor["note"] else []
+        lines.append(
+            f"{signs.get(actor['name'], ' ')} {actor['name']:<12}{actor['state']} {', '.join(figures)}"
+        )
+    return lines

@@ -1,0 +1,68 @@
+"""`launch.py train CONFIG --dry-run`: the resolved config, what it asks of the machines, and everything a
+start would find without an engine. Starts nothing, makes no model, leaves no file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from actors.prompts import PromptSet
+from actors.sources import read_source
+from cluster.preparation import placement
+from cluster.preparation.prepare import (
+    Checked,
+    check_inputs,
+    check_start,
+    locate_model,
+    model_to_make,
+    quiet_libraries,
+)
+from core.config import Config
+
+
+def dry_run(config: Config) -> Iterator[str]:
+    """The text, part by part, each as soon as it is known. Raises the AgroError that a start would end
+    with.
+    """
+    sys.dont_write_bytecode = True  # Reward functions and recipes are imported.
+    quiet_libraries()
+    place = placement.available(config)
+    yield placement.dry_run(config, place)
+    yield "checks"
+    config = locate_model(config)
+    yield f"  run            {check_start(config)}"
+    if path := model_to_make(config):
+        yield f"  model          {config.model.make} would make {path}"
+        for key, name in (("data.path", config.data.path), ("data.offline", config.data.offline)):
+            if name is not None:
+                source = read_source(key, name, config.data.split)
+                yield f"  {key:<14} {len(source.rows)} {source.unit}s of {source.name}"
+        yield "  not checked    what needs the model: tokenizer, prompts, vocabulary, positions. Make it by a start, then ask again"
+        what = "what was checked"
+    else:
+        yield from _told(check_inputs(config))
+        what = "this"
+    placement.check(placement.bundles(config), place[1])  # Its warnings are told above.
+    yield f"a start would find nothing wrong with {what} before its engines load"
+
+
+def _told(checked: Checked) -> Iterator[str]:
+    """What was read, in lines."""
+    yield _prompts("prompts", checked.prompts)
+    yield _prompts("held out", checked.eval_prompts)
+    yield f"  W&B            {checked.wandb_mode}"
+    yield from (f"  {note}" for note in checked.notes)
+
+
+def _prompts(title: str, prompts: PromptSet) -> str:
+    if not prompts.rows:
+        return f"  {title:<14} none"
+    by_length = sorted(prompts.rows, key=lambda row: len(row.token_ids))
+    shortest, median, longest = (len(by_length[index].token_ids) for index in (0, len(by_length) // 2, -1))
+    bad = f", {prompts.num_bad_rows} bad rows left out" if prompts.num_bad_rows else ""
+    return (
+        f"  {title:<14} {len(prompts)} of {prompts.source}{bad}; tokens: {shortest} to {longest}, median "
+        f"{median}; "
+        f"the longest is row {by_length[-1].row + 1}"
+    )

@@ -1,0 +1,351 @@
+"""The monitor: the one process that writes what a run reports.
+
+    learner --log_step-------.
+    actors  --log_actor------|            .--> metrics.jsonl       one row a learner step, every name of METRICS in it
+    buffer  --log_buffer-----+-> Monitor -+--> evaluations.jsonl, samples.jsonl, events.jsonl, summary.json
+    driver  --log_evaluation-|            +--> W&B                 a thread of its own: see wandb_writer
+            --event----------'            '--> view()              a snapshot for the terminal
+
+`Monitor` is plain Python; the driver makes a Ray actor of it. Calls do not raise because of what the values
+are: what is no finite number is written as null and counted (`monitor/null_values`).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cluster.monitor.wandb_writer import WandbWriter, wandb_mode
+from core.config import Config
+from core.metrics import (
+    METRICS,
+    JsonLines,
+    Redactor,
+    StepLines,
+    finite,
+    finite_tree,
+    last_json_lines,
+    replace_json,
+)
+from core.records import Evaluation
+
+__all__ = ["Monitor", "wandb_mode"]
+
+RATE_WINDOW_S = 5.0  # actors report in bursts of whole groups: over less than 2 s their rates are noise
+SILENT_S = 60.0  # an actor that has not reported for so long counts in no rate
+WANDB_FINISH_S = 15.0
+STATE_NAME = ".monitor.json"  # What a monitor that is started again goes on with; gone when the run is over.
+
+_HISTORY_ROWS = 60
+_VIEW_EVENTS = 40
+
+
+class Monitor:
+    """Merges what learner, actors, buffer and driver report into rows, and writes them.
+
+    Row `progress/step == config.run.steps` is held back until `close`, so that the final evaluation, which
+    comes after it, is in the last row. Existing files of `run_dir` are appended to: a continued run goes on
+    in them, and a step that it does again replaces what was written of it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: str,
+        clock: Callable[[], float] = time.monotonic,
+        began_at_s: float | None = None,
+    ) -> None:
+        """`run_dir` is made if missing; raises ConfigError as `wandb_mode` does. `clock` gives seconds.
+
+        `began_at_s` (since 1970): when this start of the run began. A monitor that is started again within it
+        takes up its times, and the row that it held back.
+        """
+        mode = wandb_mode(config)
+        self._config, self._run_dir, self._clock = config, Path(run_dir), clock
+        self._start_s = clock() - (0.0 if began_at_s is None else max(0.0, time.time() - began_at_s))
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        self._redact = Redactor(os.environ)
+        self._metrics = StepLines(self._run_dir / "metrics.jsonl", self._redact, "progress/step")
+        self._samples = StepLines(self._run_dir / "samples.jsonl", self._redact, "step")
+        self._files: dict[str, JsonLines] = {"metrics": self._metrics, "samples": self._samples}
+        self._files["events"] = JsonLines(self._run_dir / "events.jsonl", self._redact)
+        self._evaluation: dict[str, Any] = {"eval/solve_rate": None, "eval/policy_version": None}
+        self._evaluations: collections.deque[tuple[int, float]] = collections.deque(maxlen=_HISTORY_ROWS)
+        for line in last_json_lines(self._run_dir / "evaluations.jsonl", _HISTORY_ROWS):
+            self._note_evaluation(line)
+        self._files["evaluations"] = JsonLines(self._run_dir / "evaluations.jsonl", self._redact)
+        self._actors: dict[str, _ActorGauge] = {}
+        self._buffer: dict[str, Any] = {}
+        self._row: dict[str, Any] = dict.fromkeys(METRICS)
+        # wall_s, step, reward
+        self._rows_seen = collections.deque[tuple[float, float, Any]](maxlen=_HISTORY_ROWS)
+        self._held: dict[str, Any] | None = None
+        self._null_values = 0
+        self._began_at_s = began_at_s
+        self._take_up()
+        self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=_VIEW_EVENTS)
+        self._event_number = 0
+        self._closed = False
+        public_config = json.loads(self._redact(json.dumps(config.model_dump(mode="json"))))
+        self._wandb = WandbWriter(
+            config.run.name,
+            config.monitor.project,
+            public_config,
+            self._run_dir,
+            mode,
+            config.monitor.shows_samples,
+        )
+
+    def log_step(self, row: Mapping[str, float | None]) -> None:
+        """One row of the learner; the newest gauges, rates and evaluation join it. The last step's row
+        waits for `close`.
+        """
+        now_s = self._clock()
+        live = [actor for actor in self._actors.values() if now_s - actor.seen_s <= SILENT_S]
+        rates = [rate for actor in live if (rate := actor.rates()) is not None]
+        apply_s = [actor.counters["apply_s"] for actor in live if actor.counters.get("apply_s") is not None]
+        derived = {
+            "time/wall_s": now_s - self._start_s,
+            "perf/generated_tokens_per_s": sum(tokens_per_s for tokens_per_s, _ in rates) if rates else None,
+            "time/actor_busy_fraction": sum(busy for _, busy in rates) / len(rates) if rates else None,
+            "weights/apply_s": max(apply_s) if apply_s else None,
+        }
+        own = {name: value for name, value in derived.items() if value is not None}
+        reported = {**dict.fromkeys(METRICS), **self._buffer, **row, **own}
+        merged = {name: self._number(value) for name, value in reported.items()}
+        self._row = {**merged, **self._evaluation, **self._own_counts()}
+        self._rows_seen.append((now_s - self._start_s, merged["progress/step"] or 0, merged["reward/mean"]))
+        self._release_held()
+        if merged["progress/step"] == self._config.run.steps:
+            self._held = self._row
+            self._note_held()
+        else:
+            self._write_row(self._row)
+        self._report_wandb_failures()
+
+    def log_actor(self, name: str, counters: Mapping[str, Any]) -> None:
+        """Cumulative counters of one rollout actor (`generated_tokens`, `busy_s`, ...) and gauges
+        (`version`, `apply_s`, ...).
+        """
+        clean = {
+            key: value if isinstance(value, str) else self._number(value) for key, value in counters.items()
+        }
+        self._actors.setdefault(name, _ActorGauge()).report(self._clock(), clean)
+
+    def generation(self) -> dict[str, tuple[tuple[float, float], float]]:
+        """By actor: tokens of its finished and of its unfinished samples, and seconds since it was last
+        heard of.
+        """
+        now_s, names = self._clock(), ("generated_tokens", "tokens_under_way")
+        return {
+            name: (
+                (actor.counters.get(names[0]) or 0.0, actor.counters.get(names[1]) or 0.0),
+                now_s - actor.seen_s,
+            )
+            for name, actor in self._actors.items()
+        }
+
+    def log_buffer(self, gauges: Mapping[str, float]) -> None:
+        """Gauges of the buffer by full metric name; they are in the next rows as they are."""
+        self._buffer.update({name: self._number(value) for name, value in gauges.items()})
+
+    def log_evaluation(self, evaluation: Evaluation, samples: list[dict[str, Any]]) -> None:
+        """A finished evaluation; the next rows carry the newest one. `samples`: the keys of `log_samples`."""
+        line = {
+            **msgspec.structs.asdict(evaluation),
+            "wall_s": self._clock() - self._start_s,
+            "samples": samples,
+        }
+        self._files["evaluations"].append(line)
+        self._note_evaluation(finite_tree(line))
+
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Samples of one batch: dicts of step, version, staleness, prompt, completion, reward, error,
+        advantage, answer (optional).
+        """
+        self._samples.rewind(step)
+        for sample in samples:
+            self._samples.append({"step": step, **sample})
+        # W&B gets what the file gets: redacted, finite.
+        public = json.loads(
+            self._redact(json.dumps(finite_tree([{"step": step, **sample} for sample in samples])))
+        )
+        self._wandb.log_samples(step, public)
+
+    def event(self, text: str) -> None:
+        """Something worth telling: an actor replaced, a warning, a publication that failed."""
+        record = {"time": time.time(), "wall_s": self._clock() - self._start_s, "text": self._redact(text)}
+        self._files["events"].append(record)
+        # Rises also over a restart of this process.
+        self._event_number = max(self._event_number + 1, time.time_ns() // 1000)
+        self._events.append({**record, "number": self._event_number})
+
+    def close(self, summary: Mapping[str, Any]) -> None:
+        """Write the held row with the newest evaluation, write summary.json, finish W&B within
+        `WANDB_FINISH_S`.
+
+        A second call does nothing.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self._held is not None:
+            self._held = self._row = {**self._held, **self._evaluation, **self._own_counts()}
+        self._release_held()
+        public = json.loads(self._redact(json.dumps(finite_tree(summary))))
+        self._write_summary(public)
+        flat = {key: value for key, value in public.items() if isinstance(value, int | float | str)}
+        if not self._wandb.finish(flat, WANDB_FINISH_S):
+            self.event(
+                f"W&B did not finish within {WANDB_FINISH_S:g} s: {self._wandb.dropped} calls lost; "
+                "metrics.jsonl has everything"
+            )
+        self._report_wandb_failures()
+        for file in self._files.values():
+            file.close()
+        with contextlib.suppress(OSError):
+            (self._run_dir / STATE_NAME).unlink()
+
+    def view(self) -> dict[str, Any]:
+        """A snapshot for `terminal.Terminal`: plain dicts and lists, some kilobytes."""
+        self._report_wandb_failures()
+        now_s = self._clock()
+        return {
+            "name": self._config.run.name,
+            "steps": self._config.run.steps,
+            "max_staleness": self._config.buffer.max_staleness,
+            "capacity": self._config.admitted_groups,
+            "run_dir": str(self._run_dir),
+            "wandb": self._wandb.mode,
+            "wall_s": now_s - self._start_s,
+            "eta_s": self._eta_s(),
+            "row": dict(self._row),
+            "rewards": [reward for _, _, reward in self._rows_seen if reward is not None],
+            "evaluations": list(self._evaluations),
+            "actors": {
+                name: {**actor.counters, **actor.summary(now_s)} for name, actor in self._actors.items()
+            },
+            "buffer": dict(self._buffer),
+            "events": list(self._events),
+        }
+
+    def _number(self, value: Any) -> float | int | None:
+        number = finite(value) if value is not None else None
+        self._null_values += value is not None and number is None
+        return number
+
+    def _own_counts(self) -> dict[str, int]:
+        return {
+            "monitor/null_values": self._null_values,
+            "monitor/write_errors": sum(file.write_errors for file in self._files.values()),
+            "monitor/lines_lost": sum(file.lines_lost for file in self._files.values()),
+            "monitor/wandb_dropped": self._wandb.dropped,
+        }
+
+    def _note_evaluation(self, line: Mapping[str, Any]) -> None:
+        version, solve_rate = line.get("policy_version"), line.get("solve_rate")
+        if version is None:
+            return
+        self._evaluation = {"eval/solve_rate": solve_rate, "eval/policy_version": version}
+        if solve_rate is not None:
+            self._evaluations.append((version, solve_rate))
+
+    def _release_held(self) -> None:
+        if self._held is not None:
+            self._write_row(self._held)
+            self._held = None
+            self._note_held()
+
+    def _take_up(self) -> None:
+        """What a monitor of this start of the run, that was killed, had: the newest row, and the row it
+        held back.
+        """
+        if self._began_at_s is None:
+            return
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            kept = json.loads((self._run_dir / STATE_NAME).read_text(encoding="utf-8"))
+            if kept["began_at_s"] == self._began_at_s:
+                self._held = kept["held"]
+                newest = [self._held] if self._held else last_json_lines(self._run_dir / "metrics.jsonl", 1)
+                self._row = {**self._row, **(newest[0] if newest else {})}
+                return
+        self._note_held()
+
+    def _note_held(self) -> None:
+        """For `_take_up`. A disk that does not take it costs nothing but that."""
+        if self._began_at_s is not None:
+            with contextlib.suppress(OSError):
+                replace_json(self._run_dir / STATE_NAME, {"began_at_s": self._began_at_s, "held": self._held})
+
+    def _write_row(self, row: Mapping[str, Any]) -> None:
+        if row["progress/step"] is not None:
+            self._metrics.rewind(int(row["progress/step"]))
+        self._metrics.append(row)
+        self._wandb.log(row)
+
+    def _write_summary(self, summary: Mapping[str, Any]) -> None:
+        try:
+            replace_json(self._run_dir / "summary.json", summary)
+        except OSError as error:
+            self.event(f"summary.json was not written: {error}")
+
+    def _report_wandb_failures(self) -> None:
+        # Told here, not by W&B's thread: only one thread writes the files.
+        for failure in self._wandb.failures():
+            self.event(failure)
+
+    def _eta_s(self) -> float | None:
+        if len(self._rows_seen) < 2:
+            return None
+        (first_s, first_step, _), (last_s, last_step, _) = self._rows_seen[0], self._rows_seen[-1]
+        if last_step <= first_step:
+            return None
+        return (self._config.run.steps - last_step) * (last_s - first_s) / (last_step - first_step)
+
+
+class _ActorGauge:
+    """Rates of one actor from its cumulative counters, over at least `RATE_WINDOW_S` once it has
+    reported for so long.
+    """
+
+    def __init__(self) -> None:
+        self.counters: dict[str, Any] = {}
+        self.seen_s = 0.0
+        # time, tokens, busy_s
+        self._reports: collections.deque[tuple[float, float, float]] = collections.deque()
+
+    def report(self, now_s: float, counters: dict[str, Any]) -> None:
+        """Newest counters; a counter that fell means that the actor was started again, and the window
+        with it.
+        """
+        self.counters, self.seen_s = counters, now_s
+        tokens, busy_s = counters.get("generated_tokens") or 0.0, counters.get("busy_s") or 0.0
+        if self._reports and (tokens < self._reports[-1][1] or busy_s < self._reports[-1][2]):
+            self._reports.clear()
+        self._reports.append((now_s, tokens, busy_s))
+        while len(self._reports) > 2 and now_s - self._reports[1][0] >= RATE_WINDOW_S:
+            self._reports.popleft()
+
+    def rates(self) -> tuple[float, float] | None:
+        """Tokens per second and busy share in the window, None before 2 s of it."""
+        (first_s, first_tokens, first_busy_s), (last_s, last_tokens, last_busy_s) = (
+            self._reports[0],
+            self._reports[-1],
+        )
+        elapsed_s = last_s - first_s
+        if elapsed_s < 2.0:
+            return None
+        return (last_tokens - first_tokens) / elapsed_s, min(1.0, (last_busy_s - first_busy_s) / elapsed_s)
+
+    def summary(self, now_s: float) -> dict[str, float | None]:
+        """What the terminal shows next to the counters."""
+        tokens_per_s, busy_fraction = self.rates() or (None, None)
+        return {"tokens_per_s": tokens_per_s, "busy_fraction": busy_fraction, "silent_s": now_s - self.seen_s}

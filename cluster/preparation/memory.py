@@ -1,0 +1,324 @@
+"""How much memory a run will want, from the model's config alone: no weights are read, nothing is downloaded.
+
+An estimate, for choosing GPUs before they are paid for. Legend: P parameters, N ranks, b bytes of
+`model.dtype`, T `learner.micro_batch_tokens`, L layers, h hidden size, f MLP size, k key/value width (heads x
+head size), V vocabulary, Q parameters that are trained: P, or with LoRA rank (in + out) of every linear layer
+but the LM head.
+
+Learner, per rank, DeepSpeed ZeRO-3 with AdamW (DeepSpeed 0.19's buffers; the same sum as the ZeRO paper's,
+arXiv 1910.02054):
+
+    parameters b P/N, adapters b Q/N; gradients, summed in float32, 4 Q/N; Adam's two moments 8 Q/N; float32
+    master        4 Q/N  (none if b = 4: it is the parameters)
+    reference     b P/N, proximal policy b P/N, each only where the objective needs it; with LoRA b Q/N, and nothing before it has moved
+    gathered      b min(P, 1e9), if N > 1 or all is offloaded from a GPU: whole parameters kept at hand (stage3_max_live_parameters);
+                  those of an offloaded reference are gone before the backward pass needs its memory
+    bucket        b 5e8 on a GPU: gradients on their way (reduce_bucket_size); on a CPU it is never touched in full
+    step          a flat float32 copy of the gradients, 4 min(Q/N, 1e9) (sub_group_size), on a GPU as much again for AdamW, instead of
+                  activations and log-probs, which are gone by then: only what is above these counts
+    activations   b T (L (8h + 2k + 4f) + 2h), counted on Llama with sdpa; with gradient checkpointing b T (L h + 8h + 2k + 4f + 2h);
+                  with LoRA a layer keeps 2h less, whose norms need no gradient, and 7 rank more
+    log-probs     three float32 chunks of the logits, 128 MiB each at most, and up to 256 MiB of logits
+                  (learner/step/logprobs.py); the LM head's gradient, b V h, and 4 V h more while it is
+                  summed over chunks, unless it is frozen. For models that rescale their logits: 2 b T V,
+                  all logits and their gradient, and 128 MiB to upcast pieces of them
+    checkpoint    what is saved, once more in host memory: (4 + 8) Q/N, and copies that have moved
+
+Actor: weights b P, adapters that come alone b Q (by vLLM's next higher rank), and a KV cache of 2 L k b per
+token.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from core.config import Config
+from core.config_checks import served_rank
+from core.model_shape import adapted_layers, empty_model
+from learner.objectives import load_objective
+from learner.step.logprobs import CHUNK_BYTES, KEPT_BYTES, install_logprob_head
+from learner.step.update import frozen_policies
+
+GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2}
+# DeepSpeed's defaults.
+MAX_LIVE_PARAMETERS = SUB_GROUP_PARAMETERS = 1e9
+REDUCE_BUCKET_PARAMETERS = 5e8
+PROCESS_BYTES = 0.6 * GIB  # Resident with torch, Ray and the libraries imported, measured.
+_SIZE_IN_NAME = re.compile(r"(?<![A-Za-z\d.])(?:(\d+)x)?(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z\d])")
+
+
+class Part(NamedTuple):
+    """One use of memory. `on_host`: in CPU memory also when the process has a GPU."""
+
+    name: str
+    num_bytes: float
+    on_host: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What one learner rank and one actor want. `source` says where the figures come from; without a model
+    the parts are empty.
+
+    `notes` are sentences about what follows for the config.
+    """
+
+    source: str
+    num_params: int | None = None
+    learner: tuple[Part, ...] = ()
+    actor: tuple[Part, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class _Shape(NamedTuple):
+    """What the formulas need of a model. All but the parameters are 0 when only these are known."""
+
+    num_params: int
+    layers: int = 0
+    hidden: int = 0
+    mlp: int = 0
+    kv_width: int = 0
+    vocabulary: int = 0
+    adapted: int = 0
+    """Inputs and outputs of all linear layers but the LM head."""
+    has_whole_logits: bool = False
+
+
+def estimate_memory(config: Config) -> MemoryEstimate:
+    """The estimate for `config.model`: by its config if that is on disk or in the hub's cache, else by
+    the size in its name.
+    """
+    path = config.model.path
+    try:
+        shape = _shape_of(config)
+    # not there, broken, or no transformer
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        millions = _size_in_name(path)
+        reason = _why_not_at_hand(path, error)
+        if millions is None:
+            return MemoryEstimate(f"{path}: model config not at hand ({reason}): no estimate")
+        unknown = f"activations, logits, KV cache{', adapters' if config.learner.lora_rank else ''} left out"
+        source = f"{path}: model config not at hand ({reason}): rough, by the size in the name; {unknown}"
+        shape = _Shape(int(millions * 1e6))
+    else:
+        source = f"{shape.num_params:,} parameters, counted from the config of {path}; the rest by formula"
+    learner, actor = _learner_parts(config, shape), _actor_parts(config, shape)
+    return MemoryEstimate(source, shape.num_params, learner, actor, tuple(_notes(config, shape)))
+
+
+def _shape_of(config: Config) -> _Shape:
+    """Shape of the model by its Hugging Face config, built on the meta device. Raises OSError when
+    there is no config at hand.
+    """
+    model = empty_model(config.model, local_files_only=True)
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    layers = adapted_layers(model).values() if config.learner.lora_rank else ()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return _Shape(
+        num_params=sum(parameter.numel() for parameter in model.parameters()),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        mlp=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        kv_width=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        vocabulary=text.vocab_size,
+        adapted=sum(layer.in_features + layer.out_features for layer in layers),
+        has_whole_logits=install_logprob_head(model) is None,
+    )
+
+
+def _why_not_at_hand(path: str, error: Exception) -> str:
+    if isinstance(error, OSError) and not os.path.isdir(path):
+        return "neither a model directory nor in the hub's cache"
+    return str(error).strip().splitlines()[0]
+
+
+def _size_in_name(path: str) -> float | None:
+    """Millions of parameters by a name such as `Llama-3-8B`, `SmolLM2-135M` or `8x7B`; None when it
+    says nothing.
+    """
+    match = _SIZE_IN_NAME.search(path.rstrip("/").rsplit("/", 1)[-1])
+    if match is None:
+        return None
+    experts, number, unit = match.groups()
+    return int(experts or 1) * float(number) * (1000 if unit in "Bb" else 1)
+
+
+def _learner_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
+    learner, b = config.learner, BYTES[config.model.dtype]
+    share = shape.num_params / learner.ranks
+    adapters = learner.lora_rank * shape.adapted / learner.ranks
+    trained = adapters if learner.lora_rank else share
+    states = 4 + 8  # Bytes of fp32 weights and Adam's moments, which is what a checkpoint holds.
+    reference, proximal = _frozen_bytes(config, share, adapters)
+    moved = (reference if config.agro.ref_update_every else 0) + proximal
+    on_gpu = learner.num_gpus > 0
+    forward = _activation_bytes(config, shape) + _logprob_bytes(config, shape)
+    all_aside = learner.offload == "all"
+    frozen_aside = all_aside or (learner.offload == "reference" and on_gpu)
+    step = (8 if on_gpu and not all_aside else 4) * min(trained, SUB_GROUP_PARAMETERS)
+    is_gathered = learner.ranks > 1 or (all_aside and on_gpu)
+    parts = [
+        Part("parameters", b * share, all_aside),
+        Part("adapters", b * adapters, all_aside),
+        Part("gradients", 4 * trained, all_aside),
+        Part("float32 master", (4 if b < 4 else 0) * trained, all_aside),
+        Part("Adam moments", 8 * trained, all_aside),
+        Part("reference", reference, frozen_aside),
+        Part("proximal policy", proximal, frozen_aside),
+        Part("gathered parameters", b * min(shape.num_params, MAX_LIVE_PARAMETERS) if is_gathered else 0),
+        Part("gradient bucket", b * REDUCE_BUCKET_PARAMETERS if on_gpu else 0),
+        Part("activations", _activation_bytes(config, shape)),
+        Part("log-probs", _logprob_bytes(config, shape)),
+        Part("optimizer step", max(0, step - forward), all_aside),
+        Part("checkpoint buffers", states * trained + moved if config.checkpoint.every else 0, on_host=True),
+        Part("process", PROCESS_BYTES, on_host=True),
+    ]
+    return tuple(part for part in parts if part.num_bytes)
+
+
+def _frozen_bytes(config: Config, share: float, adapters: float) -> tuple[float, float]:
+    """Of the reference and of the proximal policy, of one rank: whole models, or copies of adapters
+    once they are any.
+    """
+    has_reference, has_proximal = frozen_policies(
+        load_objective(config.learner.objective, config.agro, config.rivals)
+    )
+    b = BYTES[config.model.dtype]
+    if config.learner.lora_rank:
+        return b * adapters * (
+            has_reference and config.agro.ref_update_every > 0
+        ), b * adapters * has_proximal
+    return b * share * has_reference, b * share * has_proximal
+
+
+def _activation_bytes(config: Config, shape: _Shape) -> float:
+    learner = config.learner
+    if not shape.layers:
+        return 0.0
+    one_layer = 8 * shape.hidden + 2 * shape.kv_width + 4 * shape.mlp
+    if learner.lora_rank:
+        one_layer += 7 * learner.lora_rank - 2 * shape.hidden
+    layers = (
+        shape.layers * shape.hidden + one_layer
+        if learner.gradient_checkpointing
+        else shape.layers * one_layer
+    )
+    return BYTES[config.model.dtype] * learner.micro_batch_tokens * (layers + 2 * shape.hidden)
+
+
+def _logprob_bytes(config: Config, shape: _Shape) -> float:
+    """Of the LM head's log-probs and their gradient."""
+    b, logits = BYTES[config.model.dtype], config.learner.micro_batch_tokens * shape.vocabulary
+    if shape.has_whole_logits:
+        return 2 * b * logits + CHUNK_BYTES
+    head = (
+        0
+        if config.learner.lora_rank
+        else shape.vocabulary * shape.hidden * (b if 4 * logits <= CHUNK_BYTES else b + 4)
+    )
+    return 3 * min(4 * logits, CHUNK_BYTES) + min(b * logits, KEPT_BYTES) + head
+
+
+def _actor_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
+    b = BYTES[config.model.dtype]
+    weights = Part("weights", b * shape.num_params)
+    adapters = Part(
+        "adapters",
+        b * served_rank(config.learner.lora_rank) * shape.adapted
+        if config.weights.adapters == "alone"
+        else 0,
+    )
+    if config.actors.num_gpus == 0:
+        cache = Part("KV cache", config.actors.kv_cache_gib * GIB)
+    else:
+        cache = Part("KV cache of all slots", _cache_bytes(config, shape) * config.actors.slots)
+    return tuple(
+        part
+        for part in (weights, adapters, cache, Part("process", PROCESS_BYTES, on_host=True))
+        if part.num_bytes
+    )
+
+
+def _cache_bytes(config: Config, shape: _Shape) -> float:
+    """KV cache of one sequence of full length: 2 L k b max_sequence_tokens."""
+    per_token = 2 * shape.layers * shape.kv_width * BYTES[config.model.dtype]
+    return per_token * config.max_sequence_tokens
+
+
+def _notes(config: Config, shape: _Shape) -> list[str]:
+    notes, actors = [], config.actors
+    one = _cache_bytes(config, shape)
+    whole = BYTES[config.model.dtype] * shape.num_params / GIB
+    if whole >= 1 and config.weights.adapters == "merged":
+        notes.append(
+            f"a snapshot of the weights takes {whole:.1f} GiB of host memory beside learner rank 0, and as "
+            "much of Ray's object store "
+            "for each version that actors still load."
+        )
+    if whole >= 1 and config.learner.ranks == 1:  # More ranks load under zero.Init, each its share.
+        notes.append(
+            f"while it loads, the learner holds the whole model once more: {whole:.1f} GiB, first "
+            "in host memory."
+        )
+    if not one:
+        return notes
+    length = f"full length ({config.max_sequence_tokens} tokens)"
+    cache = f"actors.kv_cache_gib = {actors.kv_cache_gib}"
+    if actors.num_gpus > 0:
+        gpu = (
+            sum(part.num_bytes for part in _actor_parts(config, shape) if not part.on_host)
+            / actors.gpu_memory_utilization
+        )
+        notes.append(
+            f"an actor's GPU of {gpu / GIB:.1f} GiB holds all {actors.slots} slots at {length}; on a smaller "
+            "one vLLM runs fewer at once."
+        )
+    elif actors.kv_cache_gib * GIB < one:
+        notes.append(
+            f"{cache} is below one sequence of {length}, {one / GIB:.2f} GiB: vLLM will refuse to start. "
+            "Raise it, or lower actors.max_new_tokens."
+        )
+    elif actors.kv_cache_gib * GIB < one * actors.slots:
+        notes.append(
+            f"{cache} holds {int(actors.kv_cache_gib * GIB // one)} sequences of {length}, fewer than "
+            f"actors.slots = {actors.slots}; "
+            f"all of them want {one * actors.slots / GIB:.2f} GiB."
+        )
+    return notes
+
+
+def host_bytes(config: Config, estimate: MemoryEstimate) -> float:
+    """CPU memory of all ranks and actors together."""
+
+    def on_host(parts: tuple[Part, ...], num_gpus: float) -> float:
+        return sum(part.num_bytes for part in parts if part.on_host or not num_gpus)
+
+    learner, actors = config.learner, config.actors
+    return learner.ranks * on_host(estimate.learner, learner.num_gpus) + actors.count * on_host(
+        estimate.actor, actors.num_gpus
+    )
+
+
+def render_memory(config: Config, estimate: MemoryEstimate) -> list[str]:
+    """Lines: the source, then the parts of one rank and one actor in GiB."""
+    lines = [f"  {estimate.source}"]
+    for role, parts, num_gpus in (
+        (f"learner, each of {config.learner.ranks}", estimate.learner, config.learner.num_gpus),
+        (f"actor, each of {config.actors.count}", estimate.actor, config.actors.num_gpus),
+    ):
+        for where, here in (
+            ("GPU", [p for p in parts if num_gpus and not p.on_host]),
+            ("host", [p for p in parts if p.on_host or not num_gpus]),
+        ):
+            if here:
+                listed = ", ".join(f"{part.name} {part.num_bytes / GIB:.2f}" for part in here)
+                lines.append(
+                    f"  {role:<22} {where:<4} {sum(part.num_bytes for part in here) / GIB:>7.2f} "
+                    f"GiB: {listed}"
+                )
+    return lines + [f"  {note}" for note in estimate.notes]

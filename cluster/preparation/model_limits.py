@@ -1,0 +1,96 @@
+"""What a model's sizes allow: how long a sequence may be, and which token ids there are. Told before anything
+starts, with the numbers.
+
+An engine refuses a length beyond the model's positions minutes later; a token id beyond the embedding ends
+the learner in an IndexError, on a GPU in an assertion that names nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from actors.prompts import PromptRow, PromptSet
+from cluster.preparation.model_checks import rope_parameters
+from core.config import Config
+from core.errors import ConfigError, DataError
+
+# Names of the same thing in transformers' configs, as vLLM reads them: the smallest counts.
+_POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "model_max_length",
+    "max_target_positions",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
+# Types of rotary embedding whose max_position_embeddings has the factor in it already.
+_SCALED = ("longrope", "su", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
+
+
+def max_positions(found: Any) -> tuple[int, str] | None:
+    """Most tokens of a sequence of the model with this Hugging Face config, and how that is known; None
+    where nothing bounds it.
+    """
+    text = found.get_text_config()
+    known = {name: value for name in _POSITIONS if isinstance(value := getattr(text, name, None), int)}
+    if not known:
+        return None
+    name = min(known, key=lambda key: known[key])
+    factor = 1.0
+    for rope in rope_parameters(found):
+        if rope.get("rope_type") not in _SCALED:
+            factor = rope.get("factor") or factor
+    if factor == 1.0 or "gemma3" in found.model_type:
+        return known[name], name
+    return int(known[name] * factor), f"{name} = {known[name]} times rope's factor {factor:g}"
+
+
+def check_length(config: Config, found: Any, prompts: PromptSet) -> None:
+    """Raises ConfigError when prompt and completion together may be longer than the model's positions."""
+    limit, asked = max_positions(found), config.max_sequence_tokens
+    if limit is None or asked <= limit[0]:
+        return
+    longest = max((len(row.token_ids) for row in prompts.rows), default=0)
+    raise ConfigError(
+        f"data.max_prompt_tokens = {config.data.max_prompt_tokens} + actors.max_new_tokens = "
+        f"{config.actors.max_new_tokens} are {asked} "
+        f"tokens, but {config.model.path} has positions for {limit[0]} ({limit[1]}). Lower one of them; "
+        f"the longest prompt has {longest} tokens."
+    )
+
+
+def check_token_ids(
+    config: Config, found: Any, tokenizer: Any, prompts: PromptSet, held_out: PromptSet
+) -> None:
+    """Raises ConfigError or DataError for a padding, a prompt or an offline completion with a token
+    that the embedding does not have.
+    """
+    size = found.get_text_config().vocab_size
+    has = f"the embedding of {config.model.path} has {size} rows (vocab_size)"
+    pad = tokenizer.pad_token_id
+    if pad is not None and not 0 <= pad < size:
+        raise ConfigError(
+            f"the tokenizer's pad token {tokenizer.decode([pad])!r} has the id {pad}, but {has}. Name "
+            "another pad_token in "
+            "tokenizer_config.json, or enlarge the model's embedding (resize_token_embeddings) and save it."
+        )
+    for source, rows in ((prompts.source, prompts.rows), (held_out.source, held_out.rows)):
+        beyond = [(row, number) for row in rows if (number := _largest(row)) >= size]
+        if beyond:
+            row, number = beyond[0]
+            raise DataError(
+                f"{source}: {len(beyond)} prompts hold tokens that the model does not know, the first in row "
+                f"{row.row + 1}: "
+                f"{tokenizer.decode([number])!r} has the id {number}, but {has}. The tokenizer is not this "
+                "model's, or tokens were added "
+                "to it: enlarge the embedding (resize_token_embeddings), or remove them."
+            )
+
+
+def _largest(row: PromptRow) -> int:
+    ids: Iterable[int] = row.token_ids
+    return max((max(ids, default=0), *(max(sample.token_ids, default=0) for sample in row.offline)))

@@ -1,0 +1,255 @@
+"""What a run asks of the cluster, and whether the cluster has it: said before anything starts, instead of
+waiting without end.
+
+    Config --bundles--> Placement --check--> warnings, or PlacementError
+                            `------render---> the table of `train --dry-run`
+
+The learner ranks are one placement group, every actor is one of its own: an actor that cannot be placed
+blocks nobody. Everything here is pure but `ask_ray` and `this_machine`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from cluster.preparation.memory import GIB, MemoryEstimate, estimate_memory, host_bytes, render_memory
+from cluster.preparation.surroundings import cluster_address
+from core.config import Config
+from core.config_file import dump_config
+from core.errors import PlacementError
+
+Resources: TypeAlias = Mapping[str, float]
+UNLIMITED = 1 << 30
+BARE_PROCESS_GIB = 0.3
+"""Half of what was measured: Python with torch and Ray imported, some of it shared."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """`count` bundles of `resources` (Ray's names: CPU, GPU); each must lie on one node."""
+
+    role: str
+    count: int
+    resources: dict[str, float]
+
+
+class Placement(NamedTuple):
+    """The gang of learner ranks, one placement group of `learner.count` bundles; and the actors,
+    `actor.count` groups of one.
+    """
+
+    learner: Bundle
+    actor: Bundle
+
+    def total(self) -> dict[str, float]:
+        """Sum of what is asked, by resource."""
+        return {key: sum(bundle.count * bundle.resources[key] for bundle in self) for key in ("CPU", "GPU")}
+
+
+def bundles(config: Config) -> Placement:
+    """What `config` asks for."""
+    learner, actors = config.learner, config.actors
+    return Placement(
+        Bundle("learner", learner.ranks, {"CPU": learner.num_cpus, "GPU": learner.num_gpus}),
+        Bundle("actor", actors.count, {"CPU": actors.num_cpus, "GPU": actors.num_gpus}),
+    )
+
+
+def check(placement: Placement, resources: Resources | Sequence[Resources]) -> list[str]:
+    """Warnings about actors beyond what fits into `resources`: a mapping per node (`ask_ray`), or one, taken
+    as a single node.
+
+    Raises PlacementError, with what is asked and what there is, when the learner and one actor cannot be
+    placed at all. What other jobs hold is not considered, nor nodes that an autoscaler may add.
+    """
+    nodes = _as_nodes(resources)
+    learner, actor = placement
+    num_actors = most_actors(nodes, placement)
+    has = f"the cluster has {_in_words(_sum(nodes))} on {len(nodes)} node{'' if len(nodes) == 1 else 's'}"
+    if num_actors is None or (actor.count and not num_actors):
+        short = _short_of(placement, nodes)
+        why = (
+            f"too few: {short}"
+            if short
+            else "enough in sum, but each rank and each actor must lie on one "
+            "node, and no arrangement does it"
+        )
+        gang = f"a learner of {learner.count} x ({_in_words(learner.resources)}) and at least one actor of ({_in_words(actor.resources)})"
+        raise PlacementError(
+            f"this run cannot be placed. It asks for {gang}; {has}; {why}.\n"
+            "Add nodes, or lower learner.ranks, learner.num_cpus, learner.num_gpus, actors.num_cpus or "
+            "actors.num_gpus."
+        )
+    if num_actors < actor.count:
+        asked = f"each asks for {_in_words(actor.resources)} beside a learner of {learner.count} x ({_in_words(learner.resources)})"
+        return [
+            f"{num_actors} of actors.count = {actor.count} actors fit: {asked}; {has}. Lower "
+            "actors.count or add nodes."
+        ]
+    return []
+
+
+def most_actors(nodes: Sequence[Resources], placement: Placement) -> int | None:
+    """Most actors that fit beside the whole learner, at most `actor.count`; None when the learner itself does
+    not fit.
+
+    Exact, node by node: the best number of actors for every number of ranks placed so far.
+    """
+    learner, actor = placement
+    best = {0: 0}
+    for node in nodes:
+        reached: dict[int, int] = {}
+        for num_ranks, num_actors in best.items():
+            for here in range(min(_capacity(node, learner), learner.count - num_ranks) + 1):
+                left = {key: amount - here * learner.resources.get(key, 0) for key, amount in node.items()}
+                actors = min(actor.count, num_actors + _capacity(left, actor))
+                reached[num_ranks + here] = max(actors, reached.get(num_ranks + here, 0))
+        best = reached
+    return best.get(learner.count)
+
+
+def _capacity(node: Resources, bundle: Bundle) -> int:
+    """How many of the bundle the node holds; the tolerance is for sums of fractions such as 0.1."""
+    fits = [
+        math.floor(node.get(key, 0) / amount + 1e-9) for key, amount in bundle.resources.items() if amount > 0
+    ]
+    return min(fits, default=UNLIMITED)
+
+
+def _short_of(placement: Placement, nodes: Sequence[Resources]) -> str:
+    """Which resources are too few in sum for the learner and one actor."""
+    learner, actor = placement
+    has = _sum(nodes)
+    asked = {key: learner.count * learner.resources[key] + actor.resources[key] for key in learner.resources}
+    return ", ".join(
+        f"{key} {has.get(key, 0):g} of {amount:g}"
+        for key, amount in asked.items()
+        if amount > has.get(key, 0) + 1e-9
+    )
+
+
+def _as_nodes(resources: Resources | Sequence[Resources]) -> list[Resources]:
+    return [resources] if isinstance(resources, Mapping) else list(resources)
+
+
+def _sum(nodes: Sequence[Resources]) -> dict[str, float]:
+    return {key: sum(node.get(key, 0) for node in nodes) for key in ("CPU", "GPU", "memory")}
+
+
+def _in_words(resources: Resources) -> str:
+    return ", ".join(f"{resources.get(key, 0):g} {key}" for key in ("CPU", "GPU"))
+
+
+def ask_ray() -> list[dict[str, float]]:
+    """Resources of every live node of the cluster this process is connected to."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def this_machine(placement: Placement) -> dict[str, float]:
+    """What a local Ray of our own would have here: as many logical CPUs as the run asks for, and the
+    GPUs that torch sees.
+    """
+    import psutil
+    import torch
+
+    cpus = max(float(os.cpu_count() or 1), placement.total()["CPU"])
+    return {
+        "CPU": cpus,
+        "GPU": float(torch.cuda.device_count()),
+        "memory": float(psutil.virtual_memory().total),
+    }
+
+
+def check_machine(config: Config) -> None:
+    """Raises PlacementError when a local Ray's processes could not even be loaded here: CPUs may be
+    shared, memory may not.
+    """
+    import psutil
+
+    if cluster_address() is not None:
+        return  # Other machines: `check` asks them.
+    actors, learner = config.actors, config.learner
+    cache = 0.0 if actors.num_gpus else actors.kv_cache_gib
+    asked = (learner.ranks + actors.count) * BARE_PROCESS_GIB + actors.count * cache
+    has = psutil.virtual_memory().total / GIB
+    if asked > has:
+        raise PlacementError(
+            f"this machine has {has:.1f} GiB of memory; learner.ranks = {learner.ranks} and actors.count = "
+            f"{actors.count} take "
+            f"{asked:,.1f} GiB before any model is loaded ({BARE_PROCESS_GIB} a process, actors.kv_cache_gib "
+            f"= {cache:g} an actor). "
+            "Lower learner.ranks, actors.count or actors.kv_cache_gib, or run on a cluster (RAY_ADDRESS)."
+        )
+
+
+def render(
+    config: Config,
+    placement: Placement,
+    resources: Resources | Sequence[Resources] | None,
+    memory: MemoryEstimate,
+    where: str = "cluster",
+) -> str:
+    """The text of a dry run: bundles, what there is (None: not asked), memory, and every warning."""
+    warnings = config.warnings()
+    lines = ["placement", f"  {'role':<9}{'count':>5}  each"]
+    for bundle, groups in zip(
+        placement, ("one placement group, all or nothing", "a placement group each"), strict=True
+    ):
+        lines.append(f"  {bundle.role:<9}{bundle.count:>5}  {_in_words(bundle.resources):<16}  {groups}")
+    lines.append(f"  {'together':<14}  {_in_words(placement.total())}")
+    if resources is None:
+        lines += [where, "  not asked"]
+    else:
+        nodes = _as_nodes(resources)
+        lines.append(where)
+        lines += [
+            f"  node {number}: {_in_words(node)}, {node.get('memory', 0) / GIB:.1f} GiB memory"
+            for number, node in enumerate(nodes, start=1)
+        ]
+        try:
+            warnings += check(placement, nodes)
+        except PlacementError as error:
+            warnings.append(str(error))
+        warnings += _memory_warnings(config, memory, nodes)
+    lines += ["memory, estimated", *render_memory(config, memory)]
+    return "\n".join(lines + [f"warning: {warning}" for warning in warnings])
+
+
+def _memory_warnings(config: Config, memory: MemoryEstimate, nodes: Sequence[Resources]) -> list[str]:
+    asked, has = host_bytes(config, memory), _sum(nodes)["memory"]
+    if has and asked > has:
+        return [
+            f"learner and actors want about {asked / GIB:.1f} GiB of host memory, there are "
+            f"{has / GIB:.1f} GiB."
+        ]
+    return []
+
+
+def available(config: Config) -> tuple[str, list[Resources]]:
+    """Where the run would go and what each node there has: the cluster at RAY_ADDRESS, else this machine.
+    Starts nothing.
+
+    Raises PlacementError when RAY_ADDRESS names a cluster that does not answer.
+    """
+    if (address := cluster_address()) is not None:
+        from cluster.session import ray_session
+
+        with ray_session(config):
+            return f"cluster at {address}", [*ask_ray()]
+    return "this machine (RAY_ADDRESS names no cluster; logical CPUs as asked)", [
+        this_machine(bundles(config))
+    ]
+
+
+def dry_run(config: Config, place: tuple[str, Sequence[Resources]] | None = None) -> str:
+    """The resolved config, as a file that can be given back, and everything `render` says. `place`:
+    what `available` found.
+    """
+    where, nodes = place or available(config)
+    return f"{dump_config(config)}\n{render(config, bundles(config), nodes, estimate_memory(config), where)}"

@@ -1,0 +1,367 @@
+"""Everything that can fail before anything starts: the base model, the prompts, the rewards, the run
+directory.
+
+    prepare  --check_start--> --ensure_model--> --check_inputs--> --open_run_dir--> Inputs
+    dry_run  --check_start--------------------> --check_inputs--> a report
+
+What can be known without an engine is checked in one of the two, so that `train --dry-run` finds it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.offline import load_offline
+from actors.prompts import PromptSet, load_prompts
+from actors.sources import Source, report_bad_rows
+from cluster.monitor.monitor import wandb_mode
+from cluster.preparation.model_checks import check_model, lora_notes
+from cluster.preparation.model_limits import check_length, check_token_ids
+from cluster.preparation.model_weights import check_weights
+from cluster.preparation.placement import check_machine
+from cluster.preparation.run_dir import check_run_dir, open_run_dir
+from core.config import Config
+from core.errors import AgroError, ConfigError, DataError
+from core.model_shape import load_model_config
+from core.text import user_path
+from core.tokenizer import end_token_ids, end_token_notes, load_tokenizer, vocabulary_size
+from learner.objectives import load_objective
+from learner.policy.model_files import check_model_files
+from rewards.check import bad_rows, check_functions
+from rewards.registry import look_in_working_directory
+
+HUB_TIMEOUT_S = 20.0
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What the checks of a start have read. `config` has an absolute model path; `notes` are to be told
+    at the start.
+    """
+
+    config: Config
+    prompts: PromptSet
+    eval_prompts: PromptSet
+    pad_id: int
+    wandb_mode: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Checked):
+    """What a run is made of: checked, and with its directory open."""
+
+    run_dir: Path
+    is_continued: bool = False
+
+
+def prepare(config: Config) -> Inputs:
+    """Check and load what the run needs; raises an AgroError with a remedy. The run directory is opened
+    last.
+    """
+    quiet_libraries()
+    config = locate_model(config)
+    check_start(config)
+    checked = check_inputs(ensure_model(config))
+    run_dir = open_run_dir(checked.config)
+    known = {**vars(checked), "notes": (*checked.notes, *run_dir.notes)}
+    return Inputs(**known, run_dir=run_dir.path, is_continued=run_dir.is_continued)
+
+
+def check_start(config: Config) -> str:
+    """What can be known before the model is there: what the config names, the machine, the run
+    directory. Which one that is, in words.
+    """
+    check_named(config)
+    check_machine(config)
+    if not Path(config.model.path).is_absolute():
+        check_hub_id(config.model.path)
+    return check_run_dir(config)
+
+
+def check_inputs(config: Config) -> Checked:
+    """Everything that can be known of a run without an engine, once its model is there; leaves nothing on
+    disk.
+
+    A start and `--dry-run` both go through here: what is checked here, both find. Raises an AgroError with a
+    remedy.
+    """
+    mode = wandb_mode(config)
+    tokenizer = load_tokenizer(config.model)
+    check_model(config)
+    check_weights(config.model)
+    about_model = (*check_model_files(config.model), *lora_notes(config))
+    prompts, notes = load_training(config, tokenizer)
+    end_ids = end_token_ids(config.model, tokenizer)
+    notes = [
+        *notes,
+        *end_token_notes(tokenizer, end_ids, vocabulary_size(config.model)),
+        *_ended(prompts, end_ids),
+    ]
+    if reason := no_evaluation(config):
+        eval_prompts = PromptSet(rows=[], num_bad_rows=0, source="none")
+        notes = [*notes, reason]
+    else:
+        eval_prompts = load_prompts(config.data, tokenizer, evaluation=True)
+    found = load_model_config(config.model)
+    check_length(config, found, prompts)
+    check_token_ids(config, found, tokenizer, prompts, eval_prompts)
+    prompts, eval_prompts = _scorable(config, prompts), _scorable(config, eval_prompts)
+    # Any token: what is padded is not looked at.
+    pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    notes = [*notes, *about_model]
+    return Checked(
+        config=config,
+        prompts=prompts,
+        eval_prompts=eval_prompts,
+        pad_id=pad_id,
+        wandb_mode=mode,
+        notes=tuple(notes),
+    )
+
+
+def load_training(config: Config, tokenizer: Any) -> tuple[PromptSet, list[str]]:
+    """What is trained on, from `data.path`, `data.offline` or both, and what to tell about it; raises
+    DataError.
+    """
+    if config.is_offline:
+        return load_offline(config, tokenizer)
+    prompts = load_prompts(config.data, tokenizer)
+    if config.data.offline is None:
+        return prompts, list(prompts.notes)
+    mixed, notes = load_offline(config, tokenizer, prompts)
+    return mixed, [*prompts.notes, *notes]
+
+
+def _ended(prompts: PromptSet, end_ids: Sequence[int]) -> Iterator[str]:
+    """What to tell of prompts that the model may take for finished."""
+    if ended := [row.row + 1 for row in prompts.rows if row.token_ids[-1] in end_ids]:
+        yield (
+            f"warning: {len(ended)} of {len(prompts)} prompts end in an end token (the first: row "
+            f"{ended[0]}), as if nothing were to "
+            "follow. Have the chat template open the answer (add_generation_prompt), or take it off the "
+            "prompts"
+        )
+
+
+def _scorable(config: Config, prompts: PromptSet) -> PromptSet:
+    """The prompts whose rows the reward functions can score; raises DataError where others may not be
+    skipped, RewardError.
+    """
+    # A log that came with all its rewards asks no function, unless votes need the answers.
+    needs_all = not config.is_offline or config.agro.target.startswith("majority")
+    scored = [
+        row
+        for row in prompts.rows
+        if needs_all or not row.offline or any(sample.reward is None for sample in row.offline)
+    ]
+    bad = bad_rows(config.rewards, prompts.source, {row.row: row.columns for row in scored})
+    if not bad:
+        return prompts
+    rows = [row for row in prompts.rows if row.row not in bad]
+    report_bad_rows(
+        Source(prompts.source, "row", {row.row: row.columns for row in prompts.rows}),
+        bad,
+        len(rows),
+        config.data.on_bad_row,
+    )
+    return dataclasses.replace(prompts, rows=rows, num_bad_rows=prompts.num_bad_rows + len(bad))
+
+
+def no_evaluation(config: Config) -> str:
+    """Why there is no evaluation, to be told; empty when there is one."""
+    if not config.data.eval_rows:
+        return "nothing is evaluated: data.eval_rows = 0"
+    if config.actors.count == 0:
+        return "warning: actors.count = 0: nothing is evaluated during the run; afterwards, use `launch.py evaluate`"
+    if config.data.path is None and config.data.eval_path is None:
+        return "warning: nothing is evaluated: there is neither data.eval_path nor data.path. Set data.eval_path, or actors.count=0"
+    return ""
+
+
+def check_named(config: Config) -> None:
+    """What the config names exists: rewards, objective, local data; raises RewardError, ConfigError or
+    DataError.
+    """
+    check_functions(config.rewards)
+    check_needs(config, load_objective(config.learner.objective, config.agro, config.rivals).needs)
+    check_progress(config)
+    data = config.data
+    for field, path in (
+        ("data.path", data.path),
+        ("data.eval_path", data.eval_path),
+        ("data.offline", data.offline),
+    ):
+        if path and path.startswith(("/", ".", "~")) and not os.path.exists(user_path(field, path)):
+            raise DataError(
+                f"{field} = {path}: no such file or directory (seen from {Path.cwd()}). Give "
+                "another path, or a hub id."
+            )
+
+
+def check_progress(config: Config) -> None:
+    """Raises ConfigError when, between two snapshots, every group would be too old to be trained on."""
+    max_staleness, every = config.buffer.max_staleness, config.weights.publish_every
+    if not config.is_offline and max_staleness < min(every, config.run.steps) - 1:
+        raise ConfigError(
+            f"buffer.max_staleness = {max_staleness} with weights.publish_every = {every}: at step "
+            f"{max_staleness + 1} every group is "
+            f"too old, and newer weights come at step {every} only. Set "
+            f"weights.publish_every={max_staleness + 1}, or raise max_staleness."
+        )
+
+
+def check_needs(config: Config, needs: frozenset[str]) -> None:
+    """Raises ConfigError when the data cannot give what the objective `needs` (learner/objectives: NEEDS)."""
+    name = config.learner.objective
+    if "behaviour_logprobs" in needs and config.data.offline is not None:
+        remedy = "Set agro.weight=none (and agro.lr_gate=fresh)."
+        if name != "agro":
+            remedy = "If it works on ratios, use another objective, such as agro with agro.weight=none; else set rivals.is_correction=none."
+        raise ConfigError(
+            f"learner.objective = {name} needs behaviour log-probs, which the samples of data.offline = "
+            f"{config.data.offline} "
+            f"do not have. {remedy}"
+        )
+    if "freshness" in needs and (config.is_offline or config.buffer.min_staleness):
+        why = (
+            "all samples are offline"
+            if config.is_offline
+            else f"buffer.min_staleness = {config.buffer.min_staleness}"
+        )
+        remedy = "Set agro.lr_coef=0." if name == "agro" else "Use another objective."
+        raise ConfigError(
+            f"learner.objective = {name} needs samples of the current policy, but {why}: none "
+            f"is ever fresh. {remedy}"
+        )
+
+
+def quiet_libraries() -> None:
+    """No progress bars between our own lines, and no warning of DeepSpeed's that there is no GPU."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def locate_model(config: Config) -> Config:
+    """The config with the model's path made absolute, unless it is a hub id. Raises ConfigError for a path
+    where nothing is, or will be.
+
+    Of what looks like both, a directory that exists is one, and anything else a hub id: `model.make` wants a
+    path that is none.
+    """
+    model = config.model
+    path = user_path("model.path", model.path)
+    if os.path.isfile(path):  # As Path.is_file, but for a name that no file can have.
+        raise ConfigError(
+            f"model.path = {model.path} is a file, expected a Hugging Face directory or a hub id."
+        )
+    if not os.path.exists(path):
+        is_id = _HUB_ID.fullmatch(model.path) is not None
+        if is_id and model.make:
+            raise ConfigError(
+                f"model.path = {model.path} reads as a hub id, but model.make = {model.make} makes a "
+                "directory. Write "
+                f"model.path=./{model.path} to have it made there, or remove model.make (model.make=null) to "
+                "take it from the hub."
+            )
+        if is_id:
+            return config  # transformers resolves it, or says why it cannot.
+        if not model.make:
+            raise ConfigError(
+                f"model.path = {model.path}: there is no {path.absolute()}{_nearest(path)} Give a Hugging "
+                "Face directory or a hub id. "
+                "(model.make of a config file goes with the path beside it; with another path, give "
+                "model.make too.)"
+            )
+    return config.model_copy(update={"model": model.model_copy(update={"path": str(path.resolve())})})
+
+
+def check_hub_id(name: str) -> None:
+    """Raises ConfigError when the hub has no such model, or cannot be asked while nothing of it is in
+    the cache.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+        return
+    except RepositoryNotFoundError:
+        reason = "the hub has no such model, or it is private (set HF_TOKEN)"
+    except HFValidationError:
+        reason = "the hub has no such names"
+    except HfHubHTTPError:
+        return  # It answers, but not this question, as some mirrors do.
+    except Exception as error:  # noqa: BLE001 -- the network: the hub's client and its http library raise what they like
+        told = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = f"the hub cannot be asked ({told})"
+    path = Path(name)
+    raise ConfigError(
+        f"model.path = {name}: there is no directory {path.absolute()}{_nearest(path)} As a hub id: "
+        f"{reason}. "
+        "Give a Hugging Face directory, or a hub id this machine can reach."
+    )
+
+
+def _nearest(path: Path) -> str:
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # There may be no parent, or one that may not be read.
+        names = [found.name for found in path.parent.iterdir() if found.is_dir()]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else "."
+
+
+def model_to_make(config: Config) -> Path | None:
+    """Where `model.make` would make the model; None when it is there, or comes from the hub."""
+    path = Path(config.model.path)
+    return path if config.model.make and not path.exists() else None
+
+
+def ensure_model(config: Config) -> Config:
+    """As `locate_model`; a model that does not exist yet is made by `model.make`."""
+    config = locate_model(config)
+    if path := model_to_make(config):
+        _make_model(str(config.model.make), path)
+    return config
+
+
+def _make_model(recipe: str, path: Path) -> None:
+    module_name, function_name = recipe.split(":")
+    look_in_working_directory()
+    try:
+        make = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"model.make = {recipe}: {error}. Expected module:function, importable from here."
+        ) from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        make(str(path))
+    except AgroError:
+        raise
+    except Exception as error:  # noqa: BLE001 -- the user's code: whatever it raises is theirs to read, in one line
+        raise ConfigError(
+            f"model.make = {recipe} failed for {path}: {type(error).__name__}: {error}"
+        ) from None
+
+
+def repository_root() -> Path:
+    """Where launch.py lies: what workers need on their path."""
+    return Path(sys.modules["cluster"].__path__[0]).resolve().parent

@@ -1,0 +1,557 @@
+"""The configuration: one pydantic model per room, one YAML file, `section.key=value` overrides.
+
+Unknown keys are rejected with the nearest valid name. Values derived from others are properties that show the
+formula. `docs/config.md` is generated from the descriptions here (`launch.py config-reference`).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from core import config_checks, config_text
+
+PROSE = frozenset({"system_prompt"})
+"""Fields of free text: they may hold line breaks, and a ` #` in a file is taken for text before it is
+taken for a comment.
+"""
+MAX_NUMBER = 1 << 32
+"""Of every setting, unless its field says less: what is above is a slip of the hand, and some library
+takes 32 bits.
+"""
+MAX_TOKENS = 2**27
+"""Of a sequence, or a forward pass: ten times the longest context of any model."""
+MAX_PROCESSES = 10_000
+"""Of one kind: more than any cluster runs of one job."""
+MAX_TIMEOUT_S = 2e6
+"""23 days: what sockets and event loops take, whose limit is 2^31 ms."""
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys forbidden, numbers not guessed from strings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @pydantic.field_validator("*", mode="after")
+    @classmethod
+    def _value_is_usual(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """Text without characters that nobody sees, numbers within reason."""
+        found = ""
+        if isinstance(value, str):
+            found = config_text.strange_character(value, is_prose=info.field_name in PROSE)
+        elif isinstance(value, int | float) and not abs(value) < MAX_NUMBER:
+            found = f"expected a number below {MAX_NUMBER:,}"
+        if found:
+            raise PydanticCustomError("unusual", "{found}", {"found": found})
+        return value
+
+
+class RunConfig(Section):
+    """The run as a whole."""
+
+    name: str = Field(
+        "agro",
+        pattern=r"^[A-Za-z0-9._-]+$",
+        max_length=100,
+        description="Name of the run; also of its W&B run.",
+    )
+    dir: str | None = Field(
+        None,
+        min_length=1,
+        description="Run directory, new or of a run to go on with; None: `runs/<name>-<time>`.",
+    )
+    seed: int = Field(
+        0, ge=0, description="Seed of the prompt stream, the sampling and the learner; below 2^32."
+    )
+    steps: int = Field(100, ge=1, description="Optimizer steps.")
+    timeout_s: float = Field(
+        600.0,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="Limit of every wait on another process; its error names who did not answer.",
+    )
+    deterministic: bool = Field(
+        False,
+        description="The learner gives the same parameters bit for bit from the same batches (CPU), "
+        "also through kills; slower.",
+    )
+
+
+class ModelConfig(Section):
+    """The policy: any Hugging Face causal language model."""
+
+    path: str = Field(..., min_length=1, description="Local Hugging Face directory, or a hub id.")
+    make: str | None = Field(
+        None,
+        pattern=r"^[\w.]+:\w+$",
+        description="`module:function` that makes the directory `path` while there is none. It belongs to "
+        "the path beside it: where the "
+        "command line gives another `path`, it must give `make` too.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Precision of weights in learner and actors."
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention of the learner."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Off unless you read it."
+    )
+
+
+class DataConfig(Section):
+    """Prompts: local jsonl or parquet (file or directory) or a hub id, read by `datasets`."""
+
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="Training prompts: a jsonl/parquet file, a directory with `<split>.jsonl`/`.parquet`, a "
+        "hub id (`id:subset`), or "
+        "`reasoning_gym:FAMILY?size=1000` (generated on the spot). Needed unless all samples come from "
+        "`offline`.",
+    )
+    split: str = Field("train", min_length=1, description="Split to train on (directories and hub ids).")
+    eval_path: str | None = Field(
+        None, min_length=1, description="Held-out prompts; None: the same `path`, at `eval_split`."
+    )
+    eval_split: str = Field(
+        "test", min_length=1, description="Split to evaluate on (directories and hub ids)."
+    )
+    eval_rows: int = Field(
+        128, ge=0, description="Held-out rows evaluated, the first so many; 0 switches evaluation off."
+    )
+    chat_template: bool = Field(
+        True, description="Render prompts with the tokenizer's chat template; off: the text as it is."
+    )
+    system_prompt: str | None = Field(
+        None, description="System message put before every prompt (chat template only)."
+    )
+    max_prompt_tokens: int = Field(
+        512, ge=1, le=MAX_TOKENS, description="Longer prompts are bad rows: reported, never cut."
+    )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        "stop", description="`skip` leaves bad rows out and counts them."
+    )
+    offline: str | None = Field(
+        None,
+        min_length=1,
+        description="Generations of anybody to train on: jsonl/parquet with prompt, completion and, if "
+        "given, reward and group.",
+    )
+    offline_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of each group that comes from `offline`; 1: no sample is generated.",
+    )
+
+
+class RewardFunction(Section):
+    """One reward function and its weight in the sum."""
+
+    name: str = Field(..., description="Built-in name (`exact_match`, `math_verify`) or `module:function`.")
+    weight: float = Field(1.0, description="Weight in the sum of all functions.")
+    messages: bool = Field(
+        False,
+        description="Prompts and completions come as lists of messages, as TRL gives them for conversations; "
+        "off: as text, "
+        "but where the function's annotation of `completions` says messages.",
+    )
+
+
+class RewardsConfig(Section):
+    """Reward functions, run in killable worker processes."""
+
+    functions: tuple[RewardFunction, ...] = Field(
+        ..., min_length=1, description="The functions; the reward is their weighted sum."
+    )
+    timeout_s: float = Field(
+        10.0,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="A group not scored within this is killed and marked `error`.",
+    )
+    memory_gib: float = Field(
+        4.0,
+        gt=0,
+        le=65_536,
+        description="Memory that a worker and its children may use, not reserve, GiB; "
+        "beyond it they are killed.",
+    )
+    max_error_fraction: float = Field(
+        0.2, ge=0, le=1, description="The run stops when more than this share of samples fails."
+    )
+    skip_special_tokens: bool = Field(
+        False,
+        description="Leave special tokens, such as `<think>` in some models, out of the text; the end "
+        "token always is.",
+    )
+
+
+class ActorsConfig(Section):
+    """Rollout actors: one vLLM engine each."""
+
+    count: int = Field(
+        1,
+        ge=0,
+        le=MAX_PROCESSES,
+        description="Rollout actors at the start; 0 only where all samples are offline (nothing is evaluated "
+        "then).",
+    )
+    min: int = Field(1, ge=1, le=MAX_PROCESSES, description="Autoscaling keeps at least so many.")
+    max: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_PROCESSES,
+        description="Autoscaling adds actors up to so many while the learner waits; None: no autoscaling.",
+    )
+    num_cpus: float = Field(
+        1.0, ge=0, le=MAX_PROCESSES, description="CPUs of one actor (Ray's logical CPUs, fractions allowed)."
+    )
+    num_gpus: float = Field(
+        0.0, ge=0, description="GPUs of one actor: 0 generates on the CPU, 1 on a GPU, a fraction shares one."
+    )
+    group_size: int = Field(8, ge=2, le=65_536, description="Samples per prompt (n; AGRO needs at least 2).")
+    slots: int = Field(
+        128, ge=1, le=65_536, description="Sequences an engine generates at once (vLLM max_num_seqs)."
+    )
+    max_new_tokens: int = Field(
+        256, ge=1, le=MAX_TOKENS, description="Completion limit; a completion cut here is kept as truncated."
+    )
+    temperature: float = Field(
+        1.0,
+        description="Sampling temperature, also of the learner's log-probs; 0.01 or more, as vLLM has it.",
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; below 1 breaks coverage (a warning says so).")
+    kv_cache_gib: float = Field(1.0, gt=0, le=65_536, description="KV cache of a CPU engine, GiB.")
+    gpu_memory_utilization: float = Field(
+        0.85, gt=0, le=1, description="Share of GPU memory a GPU engine may take."
+    )
+    on_update: Literal["continue", "drain", "abort"] = Field(
+        "continue",
+        description="Unfinished generations at new weights: go on with them, finish on the old "
+        "ones first, or start again.",
+    )
+    sample_timeout_s: float | None = Field(
+        None, gt=0, le=MAX_TIMEOUT_S, description="A sample generated for longer than this ends as truncated."
+    )
+    group_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="A group does not wait longer than this for its last samples: it goes in with those it "
+        "has.",
+    )
+
+
+class BufferConfig(Section):
+    """The shared replay buffer."""
+
+    sampler: Literal["uniform", "fresh", "oldest", "stratified", "priority"] = Field(
+        "uniform", description="Which stored groups a batch takes (buffer/sampling.py)."
+    )
+    mix: dict[str, float] = Field(
+        {"0-1": 0.5, "2-7": 0.3, "8+": 0.2},
+        description="Share of a batch by staleness in learner steps, for sampler `stratified`.",
+    )
+    samples_per_insert: tuple[float, float] | None = Field(
+        None,
+        description="Band of batch entries per inserted group: above it the learner waits, below it "
+        "the actors; None: no band.",
+    )
+    max_uses: int = Field(1, ge=1, description="How often a group is trained on before it leaves.")
+    min_staleness: int = Field(
+        0,
+        ge=0,
+        description="Learner steps; a batch takes no group younger than this while it can be had: an "
+        "enforced lag, for studies.",
+    )
+    max_staleness: int = Field(
+        16, ge=0, description="Learner steps; groups with an older token are evicted and counted."
+    )
+    capacity: int = Field(
+        256,
+        ge=1,
+        description="Groups not yet trained on that may exist, stored or being generated: "
+        "backpressure on actors.",
+    )
+    fsync: Literal["normal", "full"] = Field(
+        "normal",
+        description="`normal`: what was acknowledged survives any process; `full`: a power cut "
+        "too, at a third of the speed.",
+    )
+    num_shards: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Buffer processes; more than one where one cannot take in what the actors make.",
+    )
+
+    @property
+    def mix_ranges(self) -> tuple[tuple[int, int | None, float], ...]:
+        """`mix` as (first, last, share), learner steps, youngest first; last None: without end."""
+        ranges = []
+        for name, share in self.mix.items():
+            first, _, last = name.rstrip("+").partition("-")
+            ranges.append((int(first), None if name.endswith("+") else int(last or first), share))
+        return tuple(sorted(ranges, key=lambda entry: entry[0]))
+
+    @pydantic.model_validator(mode="after")
+    def _mix_is_a_partition(self) -> BufferConfig:
+        if bad := [name for name in self.mix if not re.fullmatch(r"\d{1,9}(-\d{1,9}|\+)?", name)]:
+            raise ValueError(
+                f"buffer.mix: {bad[0][:40]!r} is no range of staleness; write for example "
+                f"{{0-1: 0.5, 2-7: 0.3, 8+: 0.2}}."
+            )
+        total, ranges = sum(self.mix.values()), self.mix_ranges
+        if any(share <= 0 for share in self.mix.values()) or abs(total - 1) > 1e-6:
+            raise ValueError(
+                f"buffer.mix: the shares are {list(self.mix.values())}; expected positive "
+                "numbers whose sum is 1."
+            )
+        for (first, last, _), after in zip(ranges, [*ranges[1:], None], strict=True):
+            if (last is not None and last < first) or (
+                after is not None and (last is None or last >= after[0])
+            ):
+                raise ValueError(
+                    f"buffer.mix: {list(self.mix)}: the range from {first} is empty or overlaps another one."
+                )
+        return self
+
+
+class LearnerConfig(Section):
+    """The learner: DeepSpeed ZeRO-3 ranks."""
+
+    ranks: int = Field(1, ge=1, le=MAX_PROCESSES, description="ZeRO-3 ranks.")
+    num_cpus: float = Field(1.0, ge=0, le=MAX_PROCESSES, description="CPUs of one rank.")
+    num_gpus: float = Field(
+        0.0, ge=0, description="GPUs of one rank: 0 trains on the CPU, 1 on a GPU, a fraction shares one."
+    )
+    objective: str = Field("agro", description="File name under learner/objectives/.")
+    groups_per_step: int = Field(32, ge=1, description="Groups of one optimizer step (P).")
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        le=65_536,
+        description="Train low-rank adapters of this rank (peft) instead of all weights; 0: all weights.",
+    )
+    lora_alpha: float = Field(32.0, gt=0, description="Scale of the adapters: alpha / rank.")
+    lr: float = Field(1e-6, gt=0, description="Peak learning rate (AdamW).")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="After the warm-up: constant, or down to 10 % of the peak at the last step."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    grad_clip: float = Field(1.0, gt=0, description="Gradient norm limit.")
+    micro_batch_tokens: int = Field(
+        8192,
+        ge=16,
+        le=MAX_TOKENS,
+        description="Token budget of one forward pass of one rank, padding included.",
+    )
+    layout: Literal["packed", "padded"] = Field(
+        "packed",
+        description="`packed` joins sequences without padding; models that cannot keep them apart want "
+        "`padded`.",
+    )
+    offload: Literal["none", "reference", "all"] = Field(
+        "reference",
+        description="From a GPU into CPU memory between uses: models that are not trained (reference, "
+        "proximal policy), or all.",
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+
+
+class AgroConfig(Section):
+    """The objective (learner/objectives/agro.py; docs/objectives.md gives formulas and reasons)."""
+
+    beta: float = Field(
+        0.03, ge=0, description="Strength of the pull towards the reference; 0: leave-one-out REINFORCE."
+    )
+    weight: Literal["none", "truncated", "token", "geometric"] = Field(
+        "token",
+        description="Weight after centring, for lagged data: min(cap, pi/mu) of the sequence, of each token, "
+        "or of the mean token.",
+    )
+    weight_cap: float = Field(
+        5.0, gt=0, description="Cap of the weight; docs/objectives.md says what a lower one costs."
+    )
+    lr_coef: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="On-policy term's coefficient; 0: off-policy AGRO, 1: its literal on-policy form.",
+    )
+    lr_baseline: Literal["none", "loo", "running"] = Field(
+        "loo",
+        description="Baseline of the on-policy term; `running`: the prompt's variance in earlier steps.",
+    )
+    lr_gate: Literal["fresh", "weighted"] = Field(
+        "fresh",
+        description="The on-policy term acts on samples of staleness 0 only, or on all, times "
+        "min(weight_cap, pi/mu).",
+    )
+    zero_std: Literal["keep", "drop"] = Field(
+        "keep", description="Groups whose rewards are all equal still carry the KL pull."
+    )
+    duplicates: Literal["keep", "drop"] = Field(
+        "keep",
+        description="`drop` counts equal completions of a group once; independent samples may be "
+        "equal, replayed ones should not.",
+    )
+    target: str = Field(
+        "mean",
+        pattern=r"^(mean|(pass|majority)@[1-9][0-9]*)$",
+        description="What a prompt's samples are trained for: `mean` reward, `pass@k` (best of k) or "
+        "`majority@k` (vote of k).",
+    )
+    ref_update_every: int = Field(
+        0, ge=0, description="Learner steps between moves of the reference to the policy; 0: it never moves."
+    )
+
+    @property
+    def target_k(self) -> int:
+        """k of `pass@k` and `majority@k`; 1 for `mean`."""
+        return int(self.target.partition("@")[2] or 1)
+
+
+class RivalsConfig(Section):
+    """What the other objectives under learner/objectives/ take besides `agro.beta`, their KL coefficient."""
+
+    clip_low: float = Field(
+        0.2, gt=0, lt=1, description="Ratios below 1 - clip_low are clipped (PPO's epsilon)."
+    )
+    clip_high: float = Field(0.2, gt=0, description="Ratios above 1 + clip_high are clipped.")
+    is_correction: Literal["none", "tis_token", "tis_sequence", "mis_token", "mis_sequence"] = Field(
+        "none",
+        description="Importance weights against stale data: truncated at `is_cap` (tis) or masked "
+        "above it (mis).",
+    )
+    is_cap: float = Field(2.0, gt=0, description="Cap of the importance weights.")
+    proximal_every: int = Field(
+        4, ge=1, description="Steps between copies of the policy that serve as its proximal policy."
+    )
+    baseline_shift: float = Field(
+        0.1, ge=0, description="How far asymre's baseline lies below the group's mean reward."
+    )
+
+
+class WeightsConfig(Section):
+    """Weight snapshots from the learner to the actors."""
+
+    publish_every: int = Field(2, ge=1, description="Learner steps between snapshots.")
+    transport: Literal["snapshot", "nccl", "ipc"] = Field(
+        "snapshot",
+        description="`snapshot`: pulled through host memory; `nccl`: broadcast to a fixed set of GPU actors; "
+        "`ipc`: within one GPU.",
+    )
+    adapters: Literal["merged", "alone"] = Field(
+        "merged",
+        description="What actors get with learner.lora_rank: weights with the adapters `merged`, or these "
+        "`alone`, for vLLM to apply.",
+    )
+    bucket_mib: float = Field(
+        64.0,
+        gt=0,
+        le=65_536,
+        description="Size of one gathered bucket, MiB: bounds the memory of a publication.",
+    )
+
+
+class CheckpointConfig(Section):
+    """Checkpoints of the learner; buffer and prompt stream are durable by themselves and tied to them."""
+
+    every: int = Field(
+        50, ge=0, description="Learner steps between checkpoints; 0: none, and a run that dies starts again."
+    )
+    keep: int = Field(
+        2,
+        ge=1,
+        description="Newest checkpoints kept; the older of them is used when the newest does not verify.",
+    )
+
+
+class EvalConfig(Section):
+    """Held-out evaluation, by the actors, at a named policy version."""
+
+    every: int = Field(
+        50, ge=1, description="Learner steps between evaluations (rounded up to the next publication)."
+    )
+    samples: int = Field(4, ge=1, le=65_536, description="Completions per held-out prompt.")
+    temperature: float = Field(
+        1.0, description="Sampling temperature of evaluations; 0: greedy, else 0.01 or more."
+    )
+
+
+class MonitorConfig(Section):
+    """metrics.jsonl always; W&B when it can; the terminal."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        "auto", description="`auto`: online if an API key is present, else offline."
+    )
+    project: str = Field(
+        "agro", pattern=r"^[^/\\#?%:]+$", max_length=128, description="W&B project; without `/ \\ # ? % :`."
+    )
+    samples_every: int = Field(
+        20, ge=1, description="Steps between sample tables (samples.jsonl, W&B, report)."
+    )
+
+    def shows_samples(self, step: int) -> bool:
+        """Whether samples of this learner step's batch are shown."""
+        return step == 1 or step % self.samples_every == 0
+
+
+class Config(Section):
+    """Everything a run needs."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    rewards: RewardsConfig
+    actors: ActorsConfig = ActorsConfig()
+    buffer: BufferConfig = BufferConfig()
+    learner: LearnerConfig = LearnerConfig()
+    agro: AgroConfig = AgroConfig()
+    rivals: RivalsConfig = RivalsConfig()
+    weights: WeightsConfig = WeightsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+    @property
+    def admitted_groups(self) -> int:
+        """Groups that may exist untrained: `min(capacity, (max_staleness + 1) * groups_per_step)`.
+
+        A group started when this many are ahead of it can be trained at most `max_staleness` steps later, so
+        that nothing is born too stale (publication lag excepted). The sampler `oldest` does so; others leave
+        some groups until they are stale, counted.
+        """
+        return min(self.buffer.capacity, (self.buffer.max_staleness + 1) * self.learner.groups_per_step)
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether every sample comes from `data.offline`: the rollout actors, if any, only evaluate."""
+        return self.data.offline is not None and self.data.offline_share == 1
+
+    @property
+    def offline_samples(self) -> int:
+        """Offline samples of each group: `round(offline_share * group_size)`; 0 without `data.offline`."""
+        return round(self.data.offline_share * self.actors.group_size) if self.data.offline is not None else 0
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence: `max_prompt_tokens + max_new_tokens`."""
+        return self.data.max_prompt_tokens + self.actors.max_new_tokens
+
+    @pydantic.model_validator(mode="after")
+    def _sections_fit_together(self) -> Config:
+        config_checks.check(self)
+        return self
+
+    def warnings(self) -> list[str]:
+        """What is allowed but probably not meant, one sentence each."""
+        return config_checks.warnings(self)

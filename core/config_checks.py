@@ -1,0 +1,363 @@
+"""Which settings of different sections do not go together, and which do but are probably not meant."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from core.config import Config
+
+SLOW_TOKENS_PER_S = 20.0
+"""Of one sample in a busy engine."""
+MAX_VOTE_SUBSETS = 20_000
+"""Votes of `majority@k` are counted subset by subset."""
+MIN_TEMPERATURE = 0.01
+"""vLLM samples at this one whenever a lower one is asked for, with a warning in its log; at 0 it takes
+the likeliest token.
+"""
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks for which vLLM makes buffers (its MaxLoRARanks)."""
+
+_OWN_KNOBS_OF_AGRO = ("weight", "weight_cap", "lr_coef", "lr_baseline", "lr_gate", "zero_std", "duplicates")
+
+
+def served_rank(rank: int) -> int:
+    """Of vLLM's buffers for adapters of this rank: the smallest that is not below it."""
+    return min(served for served in SERVED_RANKS if served >= rank)
+
+
+def check(config: Config) -> None:
+    """Raises ValueError that names the settings, their values, and what to do."""
+    _rooms_fit_together(config)
+    _temperatures_are_vllms(config)
+    _objective_fits(config)
+    _samples_come_from_somewhere(config)
+    _actors_can_scale(config)
+    _band_can_be_held(config)
+    _lag_can_be_held(config)
+    _devices_fit(config)
+    _weights_can_travel(config)
+
+
+def _rooms_fit_together(config: Config) -> None:
+    if config.buffer.capacity < config.learner.groups_per_step:
+        raise ValueError(
+            f"buffer.capacity = {config.buffer.capacity} is below learner.groups_per_step = "
+            f"{config.learner.groups_per_step}: "
+            "a batch could never be filled. Raise buffer.capacity or lower learner.groups_per_step."
+        )
+    if config.admitted_groups < config.buffer.num_shards:
+        raise ValueError(
+            f"buffer.num_shards = {config.buffer.num_shards} is above the {config.admitted_groups} groups "
+            "that may be under way, "
+            "min(buffer.capacity, (buffer.max_staleness + 1) * learner.groups_per_step): some shards would "
+            "never lease. Lower it."
+        )
+    if config.learner.micro_batch_tokens < config.max_sequence_tokens:
+        raise ValueError(
+            f"learner.micro_batch_tokens = {config.learner.micro_batch_tokens} is below the longest "
+            "sequence, "
+            f"data.max_prompt_tokens + actors.max_new_tokens = {config.max_sequence_tokens}. Raise it to at "
+            "least that."
+        )
+    if config.data.system_prompt is not None and not config.data.chat_template:
+        raise ValueError(
+            "data.system_prompt is set but data.chat_template = false: nothing would put it before the "
+            "prompts. "
+            "Set data.chat_template=true or remove data.system_prompt."
+        )
+
+
+def _temperatures_are_vllms(config: Config) -> None:
+    sampling, evaluating = config.actors.temperature, config.eval.temperature
+    if sampling < MIN_TEMPERATURE:
+        raise ValueError(
+            f"actors.temperature = {sampling:g} is below {MIN_TEMPERATURE:g}, at which vLLM would sample "
+            "instead: not what the learner "
+            f"computes. Set it to {MIN_TEMPERATURE:g} or more."
+        )
+    if evaluating < MIN_TEMPERATURE and evaluating != 0:
+        raise ValueError(
+            f"eval.temperature = {evaluating:g}: vLLM samples at {MIN_TEMPERATURE:g} or above, or greedily "
+            "at 0. Set it to 0, or to "
+            f"{MIN_TEMPERATURE:g} or more."
+        )
+
+
+def _objective_fits(config: Config) -> None:
+    agro, n = config.agro, config.actors.group_size
+    if agro.lr_coef > 0 and agro.beta == 0:
+        raise ValueError("agro.lr_coef > 0 needs agro.beta > 0: the on-policy term is divided by beta.")
+    if agro.ref_update_every and agro.beta == 0:
+        raise ValueError(
+            f"agro.ref_update_every = {agro.ref_update_every} with agro.beta = 0: there is no "
+            "reference to move."
+        )
+    if config.learner.objective == "agro" and config.rivals.is_correction != "none":
+        raise ValueError(
+            f"rivals.is_correction = {config.rivals.is_correction} is for the other objectives; AGRO's "
+            "weights are agro.weight and "
+            "agro.weight_cap. Remove it, or choose another learner.objective."
+        )
+    if agro.target_k > n:
+        raise ValueError(
+            f"agro.target = {agro.target} needs k <= actors.group_size = {n}. Raise "
+            "actors.group_size or lower k."
+        )
+    if agro.target.startswith("majority") and math.comb(n, agro.target_k) > MAX_VOTE_SUBSETS:
+        raise ValueError(
+            f"agro.target = {agro.target} of actors.group_size = {n}: {math.comb(n, agro.target_k)} subsets "
+            "to vote in each group, "
+            f"more than {MAX_VOTE_SUBSETS}. Choose a smaller k or group_size."
+        )
+    if agro.target != "mean" and agro.lr_coef > 0:
+        raise ValueError(
+            f"agro.target = {agro.target} and agro.lr_coef = {agro.lr_coef} do not go together. "
+            "Set agro.lr_coef=0."
+        )
+    if agro.target != "mean" and config.learner.objective != "agro":
+        raise ValueError(
+            f"agro.target = {agro.target}: objective {config.learner.objective} knows the mean only. Set "
+            "learner.objective=agro."
+        )
+
+
+def _samples_come_from_somewhere(config: Config) -> None:
+    data = config.data
+    if data.offline is None and data.path is None:
+        raise ValueError(
+            "data.path is missing; give training prompts, or data.offline for generations to train on"
+        )
+    if not config.is_offline and data.path is None:
+        raise ValueError(
+            f"data.offline_share = {data.offline_share}: the other samples are generated, from "
+            "prompts: set data.path."
+        )
+    if not config.is_offline and config.actors.count == 0:
+        raise ValueError(
+            "actors.count = 0: nothing would generate. Set it to 1 or more, or train on data.offline alone."
+        )
+    if (
+        data.offline is not None
+        and not config.is_offline
+        and not 0 < config.offline_samples < config.actors.group_size
+    ):
+        raise ValueError(
+            f"data.offline_share = {data.offline_share} of actors.group_size = {config.actors.group_size} "
+            "rounds to "
+            f"{config.offline_samples} samples. Choose a share that leaves at least one offline and one "
+            "fresh sample."
+        )
+    if data.offline is None and data.offline_share < 1:
+        raise ValueError(
+            f"data.offline_share = {data.offline_share} without data.offline: there is nothing "
+            "to take a share of."
+        )
+
+
+def _actors_can_scale(config: Config) -> None:
+    actors = config.actors
+    if actors.max is not None and not actors.min <= actors.count <= actors.max:
+        raise ValueError(
+            f"actors.count = {actors.count} is not within actors.min = {actors.min} and actors.max = "
+            f"{actors.max}. "
+            "Autoscaling starts with actors.count."
+        )
+
+
+def _band_can_be_held(config: Config) -> None:
+    buffer, size = config.buffer, config.learner.groups_per_step
+    if buffer.samples_per_insert is None:
+        return
+    low, high = buffer.samples_per_insert
+    if not 0 <= low <= high or high < 1:
+        raise ValueError(
+            f"buffer.samples_per_insert = [{low:g}, {high:g}]: expected 0 <= low <= high and high >= 1."
+        )
+    if high > buffer.max_uses:
+        raise ValueError(
+            f"buffer.samples_per_insert = [{low:g}, {high:g}]: no group is used more than buffer.max_uses = "
+            f"{buffer.max_uses} times. "
+            "Raise buffer.max_uses or lower the band."
+        )
+    if buffer.num_shards > 1 or buffer.min_staleness:
+        raise ValueError(
+            "buffer.samples_per_insert goes with neither buffer.num_shards > 1 nor "
+            "buffer.min_staleness. Remove it."
+        )
+    if config.admitted_groups < size:
+        raise ValueError(
+            f"buffer.samples_per_insert needs min(capacity, ...) = {config.admitted_groups} >= "
+            f"groups_per_step = {size}."
+        )
+
+
+def _lag_can_be_held(config: Config) -> None:
+    buffer = config.buffer
+    if buffer.min_staleness and buffer.num_shards > 1:
+        raise ValueError(
+            f"buffer.min_staleness = {buffer.min_staleness} with buffer.num_shards = {buffer.num_shards}: a "
+            "lag is held by one shard "
+            "only. Set buffer.num_shards=1."
+        )
+    if not buffer.min_staleness:
+        return
+    if config.is_offline:
+        raise ValueError(
+            f"buffer.min_staleness = {buffer.min_staleness}: offline samples have no age. Remove it."
+        )
+    # A version is published every so many steps: what is old enough comes in strides.
+    oldest = buffer.min_staleness + config.weights.publish_every - 1
+    groups = (buffer.min_staleness + 1) * config.learner.groups_per_step
+    if buffer.max_staleness < oldest or buffer.capacity < groups:
+        raise ValueError(
+            f"buffer.min_staleness = {buffer.min_staleness} needs buffer.max_staleness >= min_staleness + "
+            "weights.publish_every - 1 = "
+            f"{oldest} (here {buffer.max_staleness}) and buffer.capacity >= (min_staleness + 1) * "
+            f"learner.groups_per_step = {groups} "
+            f"(here {buffer.capacity})."
+        )
+
+
+def _devices_fit(config: Config) -> None:
+    actors, learner = config.actors, config.learner
+    if actors.num_gpus > 1:
+        # vLLM wants a bundle for each GPU, and calls that can be pickled; neither is built, and no machine
+        # was there to try it on.
+        raise ValueError(
+            f"actors.num_gpus = {actors.num_gpus:g}: an engine over several GPUs is not supported. Set "
+            "actors.num_gpus=1 and raise "
+            "actors.count instead."
+        )
+    if learner.num_gpus > 1:
+        raise ValueError(
+            f"learner.num_gpus = {learner.num_gpus}: one rank uses one GPU. Set learner.num_gpus=1 and raise "
+            "learner.ranks instead."
+        )
+    if config.model.attention == "flash_attention_2" and (
+        learner.num_gpus == 0 or config.model.dtype != "bfloat16"
+    ):
+        raise ValueError(
+            f"model.attention = flash_attention_2 needs learner.num_gpus > 0 (here {learner.num_gpus:g}) and "
+            "model.dtype = bfloat16 "
+            f"(here {config.model.dtype}). Use model.attention=sdpa otherwise."
+        )
+
+
+def _weights_can_travel(config: Config) -> None:
+    actors, learner, transport = config.actors, config.learner, config.weights.transport
+    name = f"weights.transport = {transport}"
+    if config.weights.adapters == "alone" and not 0 < learner.lora_rank <= SERVED_RANKS[-1]:
+        raise ValueError(
+            f"weights.adapters = alone needs learner.lora_rank from 1 to {SERVED_RANKS[-1]}, which is what "
+            "vLLM applies; it is "
+            f"{learner.lora_rank}. Set it, or weights.adapters=merged."
+        )
+    if transport == "snapshot":
+        return
+    if config.weights.adapters == "alone":
+        raise ValueError(
+            f"{name} pushes whole models, but weights.adapters = alone. Set weights.transport=snapshot or "
+            "weights.adapters=merged."
+        )
+    if actors.num_gpus == 0 or learner.num_gpus == 0:
+        raise ValueError(
+            f"{name} goes from GPU to GPU, but actors.num_gpus = {actors.num_gpus:g} and learner.num_gpus = "
+            f"{learner.num_gpus:g}. "
+            "Give both a GPU, or set weights.transport=snapshot, which needs none."
+        )
+    if actors.on_update == "drain":
+        raise ValueError(
+            f"{name} with actors.on_update = drain: the learner would wait for the longest generation of any "
+            "actor. "
+            "Set actors.on_update=continue or abort, or weights.transport=snapshot."
+        )
+    gpus = learner.num_gpus + (actors.max or actors.count) * actors.num_gpus
+    if transport == "ipc" and (learner.ranks > 1 or gpus > 1):
+        raise ValueError(
+            f"{name} stays within one GPU, but {learner.ranks} learner ranks and "
+            f"{actors.max or actors.count} actors ask for {gpus:g}. "
+            "Set learner.ranks=1 and fractions that add up to 1, such as learner.num_gpus=0.5 "
+            "actors.num_gpus=0.5, "
+            "or weights.transport=nccl."
+        )
+    if transport == "nccl" and (actors.num_gpus < 1 or learner.num_gpus < 1):
+        raise ValueError(
+            f"{name} takes no two processes on one GPU, but actors.num_gpus = {actors.num_gpus:g} and "
+            "learner.num_gpus = "
+            f"{learner.num_gpus:g}. Give each a whole one, or set weights.transport=ipc or snapshot."
+        )
+
+
+def warnings(config: Config) -> list[str]:
+    """What is allowed but probably not meant, one sentence each."""
+    found = []
+    if config.actors.top_p < 1:
+        found.append(
+            f"actors.top_p = {config.actors.top_p}: truncated sampling does not cover the "
+            "reference: the optimum is another one."
+        )
+    if config.agro.lr_coef > 2 * config.agro.beta:
+        found.append(
+            f"agro.lr_coef = {config.agro.lr_coef} > 2 * beta = {2 * config.agro.beta}: for prompts solved "
+            "less than half the time "
+            "the on-policy term pushes correct answers down (docs/objectives.md, hazard)."
+        )
+    found += _unused_knobs(config)
+    if config.agro.lr_coef > 0 and config.agro.lr_gate == "fresh" and config.weights.publish_every > 1:
+        found.append(
+            f"agro.lr_coef = {config.agro.lr_coef} with agro.lr_gate = fresh and weights.publish_every = "
+            f"{config.weights.publish_every}: "
+            "few samples are ever of the current policy (staleness/fresh_fraction); on the others the "
+            "on-policy term does nothing."
+        )
+    if config.agro.target != "mean" and config.agro.target_k == config.actors.group_size:
+        found.append(
+            f"agro.target = {config.agro.target} with actors.group_size = {config.actors.group_size}: with k "
+            "= n nothing is left to "
+            "centre with on off-policy data. Raise actors.group_size."
+        )
+    # With publish_every = 1 the buffer hands out nothing that would be too old: an actor waits for the
+    # version that is on its way.
+    if (
+        config.weights.publish_every > 1
+        and config.buffer.max_staleness < config.weights.publish_every
+        and not config.is_offline
+    ):
+        found.append(
+            f"buffer.max_staleness = {config.buffer.max_staleness} < weights.publish_every = "
+            f"{config.weights.publish_every}: "
+            "what is generated ahead of the next snapshot will be evicted as stale."
+        )
+    slowest_s = config.actors.max_new_tokens / SLOW_TOKENS_PER_S
+    if slowest_s > config.run.timeout_s and not config.is_offline:
+        found.append(
+            f"actors.max_new_tokens = {config.actors.max_new_tokens} takes {slowest_s:.0f} s at "
+            f"{SLOW_TOKENS_PER_S:g} tokens per second, "
+            f"longer than run.timeout_s = {config.run.timeout_s:g}: nothing is lost by that, but stalls will "
+            "be told that are none. "
+            "Raise run.timeout_s."
+        )
+    if config.learner.warmup_steps >= config.run.steps:
+        found.append(
+            f"learner.warmup_steps = {config.learner.warmup_steps} >= run.steps = {config.run.steps}: the "
+            "peak learning rate is not passed."
+        )
+    if config.learner.offload == "all" and config.learner.num_gpus == 0:
+        found.append("learner.offload = all with learner.num_gpus = 0: everything is in CPU memory anyway.")
+    if not any(function.weight for function in config.rewards.functions):
+        found.append("rewards.functions: every weight is 0, so that nothing is rewarded.")
+    return found
+
+
+def _unused_knobs(config: Config) -> list[str]:
+    """Settings other than the default that the chosen objective does not look at."""
+    is_agro = config.learner.objective == "agro"
+    section, of_section = ("rivals", config.rivals) if is_agro else ("agro", config.agro)
+    names = type(config.rivals).model_fields if is_agro else _OWN_KNOBS_OF_AGRO
+    changed = [
+        name for name in names if getattr(of_section, name) != type(of_section).model_fields[name].default
+    ]
+    unused = ", ".join(f"{section}.{name} = {getattr(of_section, name)}" for name in changed)
+    return [f"{unused}: learner.objective = {config.learner.objective} does not use that."] if unused else []

@@ -1,0 +1,250 @@
+"""Config files: YAML and `section.key=value` overrides to a Config and back, with every problem explained in
+a line.
+
+    file ----config_text.read----> tree --overrides--> tree --parse_config--> Config --dump_config--> text that reads as the same
+
+On the command line a text arrives as it was typed: it is no YAML there. Only numbers, lists and mappings are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from pydantic import BaseModel
+
+from core import config_text
+from core.config import PROSE, Config, RewardFunction
+from core.errors import ConfigError
+
+MAX_FILE_BYTES = 1 << 18
+_EXPECTED = {  # By pydantic's type of problem; its own message where none is here.
+    "model_type": "expected a mapping of keys, one a line below it; remove the line to take the defaults",
+    "tuple_type": "expected a list, for example [{name: exact_match}]",
+    "too_short": "expected a list of at least one entry, for example [{name: exact_match}]",
+    "string_type": "expected text; if it is meant as text, put it in quotes in the file",
+    "string_too_short": "expected text that is not empty",
+    "bool_type": "expected true or false",
+    "int_type": "expected a whole number",
+}
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """The Config in the YAML file `path` with `section.key=value` overrides applied.
+
+    `model.make` belongs to the path it is written beside: another path from `overrides` leaves it behind.
+    Raises ConfigError that lists every problem: the field, the value found, what is accepted, the nearest
+    valid name.
+    """
+    path = Path(path)
+    tree = read_tree(path)
+    written = _path_of_model(tree)
+    changed = {_apply_override(tree, override) for override in overrides or []}
+    if "model.make" not in changed and _path_of_model(tree) != written:
+        tree["model"].pop("make", None)
+    return parse_config(tree, source=str(path))
+
+
+def _path_of_model(tree: dict[str, Any]) -> Any:
+    model = tree.get("model")
+    return model.get("path") if isinstance(model, dict) else None
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The sections of the config file `path`, as they are written. Raises ConfigError when it holds none."""
+    text = _file_text(path)
+    try:
+        tree = config_text.read(text, PROSE)
+    except config_text.TextError as error:
+        raise ConfigError(f"{path}: {error}.") from None
+    if not isinstance(tree, dict):
+        found = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise ConfigError(
+            f"{path} holds {found}, expected sections such as `model:` and `data:`; see "
+            "configs/quickstart.yaml."
+        )
+    return tree
+
+
+def _file_text(path: Path) -> str:
+    try:
+        if path.is_dir():
+            raise ConfigError(f"no config file {path}: it is a directory; see configs/ for examples.")
+        if not path.is_file():
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+            hint = f"; did you mean {path.parent / near[0]}?" if near else "; see configs/ for examples."
+            raise ConfigError(f"no config file {_short(str(path))[1:-1]}{hint}")
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise ConfigError(f"{path} is no config: it has {size:,} bytes.")
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path.
+        if isinstance(error, ConfigError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{_short(str(path))[1:-1]} cannot be read: {reason}.") from None
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError(f"{path} is UTF-16; save it as UTF-8.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start + 1}); save it as UTF-8.") from None
+
+
+def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
+    """The Config that a mapping of sections describes; raises ConfigError (see `load_config`)."""
+    try:
+        return Config.model_validate(_lists_as_tuples(tree))
+    except RecursionError:
+        raise ConfigError(f"{source}: a list or mapping contains itself, or is nested without end.") from None
+    except pydantic.ValidationError as error:
+        # A list of which an entry is wrong is too short besides, says pydantic.
+        problems = [
+            _explain(problem)
+            for problem in error.errors()
+            if problem["type"] != "too_short" or not problem["input"]
+        ]
+        shown = "\n".join(f"  - {line}" for line in problems[:10])
+        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ConfigError(
+            f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{shown}{more}"
+        ) from None
+
+
+def parse_text(text: str, source: str) -> Config:
+    """The Config that `dump_config` wrote; raises ConfigError."""
+    try:
+        return parse_config(config_text.read(text), source)
+    except config_text.TextError as error:
+        raise ConfigError(f"{source} cannot be read: {error}.") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    """Put the value into the tree; the key's name."""
+    key, equals, text = override.partition("=")
+    names = key.split(".")
+    if not equals or len(names) != 2 or not all(names):
+        raise ConfigError(
+            f"override {_short(override)} is not section.key=value, for example learner.lr=1e-5"
+        )
+    section, name = names
+    try:
+        value = _typed_value(section, name, text)
+    except config_text.TextError as error:
+        raise ConfigError(f"override {_short(override)}: {error}.") from None
+    if tree.get(section) is None:
+        tree[section] = {}
+    if not isinstance(tree[section], dict):
+        found = f"the file holds {_short(tree[section])} there"
+        raise ConfigError(
+            f"override {_short(override)}: {section!r} is no section; {found}. Write its keys "
+            f"below `{section}:`."
+        )
+    tree[section][name] = value
+    return key
+
+
+def _typed_value(section: str, name: str, text: str) -> Any:
+    """What was typed on the command line: itself where the field takes text (`null` where it may be
+    none), else YAML.
+    """
+    fields = getattr(Config.model_fields.get(section), "annotation", None)
+    field = getattr(fields, "model_fields", {}).get(name)
+    kinds = _kinds(field.annotation) if field is not None else set()
+    if str not in kinds:
+        return config_text.read(text, comments=False)
+    return None if text == "null" and type(None) in kinds else text
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation allows; of `Literal` those of its values."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return {type(value) for value in typing.get_args(annotation)}
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return set().union(*map(_kinds, typing.get_args(annotation)))
+    return {annotation}
+
+
+def _lists_as_tuples(value: Any) -> Any:
+    """Lists as tuples, which the frozen models want."""
+    if isinstance(value, dict):
+        return {key: _lists_as_tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_lists_as_tuples(item) for item in value)
+    return value
+
+
+def _explain(problem: Any) -> str:
+    """One line for one pydantic problem: field, value, what to do."""
+    kind, location = problem["type"], problem["loc"]
+    names = [str(part) for part in location]
+    where = ".".join(name if name.isprintable() and len(name) <= 40 else _short(name) for name in names)
+    if kind in ("extra_forbidden", "invalid_key"):
+        return f"{where} is not a known key; {_nearest(location)}"
+    if kind == "missing":
+        how = (
+            f"set it in the file or with {where}=<value>"
+            if len(names) == 2
+            else f"write {names[-1]}: in the file"
+        )
+        return f"{where} is missing; {how}"
+    if kind == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    expected = _EXPECTED.get(kind, problem["msg"][0].lower() + problem["msg"][1:])
+    if kind == "string_pattern_mismatch":
+        expected += f"; {_description(location)}"
+    return f"{where} = {_short(problem['input'])}: {expected}"
+
+
+def _nearest(location: tuple[Any, ...]) -> str:
+    """What may be meant by a key that is not known: one spelt alike here, or one of this name in
+    another section.
+    """
+    key, valid = str(location[-1]), _valid_names(location[:-1])
+    if near := difflib.get_close_matches(key, valid, n=1, cutoff=0.6):
+        return f"did you mean {near[0]!r}?"
+    homes = [
+        name
+        for name, field in Config.model_fields.items()
+        if key in getattr(field.annotation, "model_fields", {})
+    ]
+    if homes:
+        return "did you mean " + " or ".join(f"{home}.{key}" for home in homes) + "?"
+    return f"valid here: {', '.join(sorted(valid))}"
+
+
+def _description(location: tuple[Any, ...]) -> str:
+    section, name = str(location[0]), str(location[1])
+    annotation: Any = Config.model_fields[section].annotation
+    return annotation.model_fields[name].description
+
+
+def _valid_names(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            model = RewardFunction
+        else:
+            annotation = model.model_fields[part].annotation
+            model = (
+                annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+            )
+    return list(model.model_fields)
+
+
+def _short(value: Any) -> str:
+    """`repr` of at most 80 characters, on one line."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML, in the order of the sections; `load_config` reads it as the same, and
+    nothing in it is hidden.
+
+    Holds no secret: secrets come from the environment only.
+    """
+    return config_text.write(config.model_dump())

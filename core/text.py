@@ -1,0 +1,40 @@
+"""Text from outside: a path as its user writes it, and text that is shown to somebody."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from core.errors import ConfigError
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Controls of a terminal, of the direction of writing, and halves of surrogate pairs."""
+
+
+def user_path(field: str, text: str) -> Path:
+    """The path that `text`, the value of config field `field`, means: `~` and `~name` stand for a home
+    directory.
+
+    Raises ConfigError when nobody has that home, or the text is none that a file system takes.
+    """
+    if "\0" in text:
+        raise ConfigError(f"{field} = {text!r} holds a NUL character, which no path does.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # There is no such user, or neither HOME nor an entry of one's own.
+        name = text.split("/")[0]
+        why = (
+            f"there is no user {name[1:]!r} on this machine"
+            if name != "~"
+            else "this user has no home directory (HOME is not set)"
+        )
+        raise ConfigError(
+            f"{field} = {text}: {name} has no meaning here: {why}. Write the path out."
+        ) from None
+
+
+def printable(text: str) -> str:
+    """The text with its control characters written out, line ends and tabs excepted: a completion moves
+    no cursor and rings no bell.
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -1,0 +1,193 @@
+"""Weight snapshots: what the learner publishes and the actors pull. Versioned, bucketed, checksummed,
+immutable.
+
+    (name, tensor)* --SnapshotWriter--> Manifest + buckets (bytes in host memory or Ray's object store) --read_snapshot--> (name, tensor)*
+
+A bucket is a flat uint8 array of at most `bucket_bytes`, or of one parameter larger than that; the manifest
+says where each parameter lies and each bucket's xxh3 checksum. A snapshot is applied whole or not at all:
+every bucket is verified before the first tensor is handed out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+import xxhash
+
+from core.errors import SnapshotError
+
+ALIGNMENT_BYTES = 16  # Enough for a view of any dtype.
+
+
+class ParamEntry(msgspec.Struct, frozen=True):
+    """Where one parameter lies: bytes [offset, offset + its size) of bucket number `bucket`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bucket: int
+    offset: int
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """Contents of the snapshot of one policy version."""
+
+    version: int
+    params: tuple[ParamEntry, ...]
+    checksums: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all buckets."""
+        return sum(self.sizes)
+
+
+class Buffers:
+    """Host memory for buckets, used again by the next snapshot; page-locked where there is a GPU to copy
+    from.
+
+    At most one snapshot's worth: `give_back` when all that was taken is stored.
+    """
+
+    def __init__(self) -> None:
+        self._all: list[np.ndarray] = []
+        self._num_taken = 0
+
+    def take(self, num_bytes: int) -> np.ndarray:
+        """At least so many bytes, of any content."""
+        if self._num_taken == len(self._all):
+            self._all.append(np.empty(0, np.uint8))
+        if self._all[self._num_taken].nbytes < num_bytes:
+            self._all[self._num_taken] = torch.empty(
+                num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()
+            ).numpy()
+        self._num_taken += 1
+        return self._all[self._num_taken - 1]
+
+    def give_back(self) -> None:
+        """Nobody reads any of them any longer."""
+        self._num_taken = 0
+
+
+class _AtOnce(Executor):
+    """Calls in the caller's thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+class SnapshotWriter:
+    """Copies parameters into buckets; each full bucket is handed to `store`, whose results `finish` returns
+    in order.
+
+    Checksums and `store` run in `executor`, by default in the thread that calls `add`; the copies are always
+    made there. `take` gives a bucket's memory (`Buffers.take`), which `store` must not keep if it is used
+    again.
+    """
+
+    def __init__(
+        self,
+        bucket_bytes: int,
+        store: Callable[[np.ndarray], Any] = lambda bucket: bucket,
+        *,
+        executor: Executor | None = None,
+        take: Callable[[int], np.ndarray] = lambda num_bytes: np.empty(num_bytes, np.uint8),
+    ) -> None:
+        self._bucket_bytes, self._store, self._take = bucket_bytes, store, take
+        self._executor = _AtOnce() if executor is None else executor
+        self._stored: list[Future[tuple[str, Any]]] = []
+        self._params: list[ParamEntry] = []
+        self._sizes: list[int] = []
+        self._bucket: np.ndarray | None = None
+        self._used = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append one parameter (any device, whole); copied before this returns."""
+        data = tensor.detach().contiguous().flatten().view(torch.uint8)
+        padding = -self._used % ALIGNMENT_BYTES
+        if self._bucket is not None and self._used + padding + data.nbytes > self._bucket_bytes:
+            self._flush(self._bucket)
+            self._bucket = None
+        if self._bucket is None:
+            self._bucket, self._used, padding = self._take(max(self._bucket_bytes, data.nbytes)), 0, 0
+        offset = self._used + padding
+        self._params.append(
+            ParamEntry(
+                name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), len(self._stored), offset
+            )
+        )
+        self._bucket[self._used : offset] = 0
+        torch.from_numpy(self._bucket[offset : offset + data.nbytes]).copy_(data)
+        self._used = offset + data.nbytes
+
+    def end(self) -> None:
+        """That was the last parameter: the bucket begun is on its way too."""
+        if self._bucket is not None:
+            self._flush(self._bucket)
+            self._bucket = None
+
+    def finish(self, version: int) -> tuple[Manifest, list[Any]]:
+        """The manifest of `version` and what `store` returned for each bucket; waits for `executor`
+        (its one thread: call `end` before).
+        """
+        self.end()
+        sealed = [future.result() for future in self._stored]
+        manifest = Manifest(
+            version, tuple(self._params), tuple(checksum for checksum, _ in sealed), tuple(self._sizes)
+        )
+        return manifest, [stored for _, stored in sealed]
+
+    def _flush(self, memory: np.ndarray) -> None:
+        bucket = memory[: self._used]
+        self._sizes.append(bucket.nbytes)
+        self._stored.append(
+            self._executor.submit(lambda: (xxhash.xxh3_128_hexdigest(bucket.data), self._store(bucket)))
+        )
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """Of a tensor's elements, wherever it lies."""
+    return xxhash.xxh3_128_hexdigest(
+        tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data
+    )
+
+
+def read_snapshot(manifest: Manifest, buckets: Sequence[np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every parameter, views on `buckets`: do not write to them.
+
+    Raises SnapshotError before the first tensor when a bucket is missing, short, or fails its checksum.
+    """
+    if len(buckets) != len(manifest.checksums):
+        raise SnapshotError(
+            f"snapshot {manifest.version} has {len(manifest.checksums)} buckets, {len(buckets)} arrived"
+        )
+    for number, (bucket, size, checksum) in enumerate(
+        zip(buckets, manifest.sizes, manifest.checksums, strict=True)
+    ):
+        if bucket.nbytes != size:
+            raise SnapshotError(
+                f"snapshot {manifest.version}, bucket {number}: {bucket.nbytes} bytes "
+                f"arrived of {size}; it is torn"
+            )
+        if (found := xxhash.xxh3_128_hexdigest(bucket.data)) != checksum:
+            raise SnapshotError(
+                f"snapshot {manifest.version}, bucket {number}: checksum {found}, expected "
+                f"{checksum}; it is torn"
+            )
+    return ((entry.name, _tensor(entry, buckets[entry.bucket])) for entry in manifest.params)
+
+
+def _tensor(entry: ParamEntry, bucket: np.ndarray) -> torch.Tensor:
+    dtype = getattr(torch, entry.dtype)
+    num_bytes = math.prod(entry.shape) * dtype.itemsize
+    # By DLPack, because `from_numpy` warns of read-only arrays, which is what the object store hands out.
+    return torch.from_dlpack(bucket[entry.offset : entry.offset + num_bytes]).view(dtype).view(entry.shape)

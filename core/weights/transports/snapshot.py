@@ -1,0 +1,125 @@
+"""Snapshots: buckets in Ray's object store that actors pull at their own pace. The default; works everywhere.
+
+    the step's thread   gather bucket by bucket, copy to host memory | next step ...
+    rank 0's writer                                                  | checksum and store each bucket, tell the board
+
+The copy is made before the learner goes on, because with one rank a gathered tensor is the parameter itself.
+Rank 0 keeps host memory for one copy of the model and uses it again; a new publication waits for the one
+before.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+
+from core.errors import AgroError, PeerTimeout
+from core.weights.snapshots import Buffers, SnapshotWriter
+from core.weights.transports.base import Sender, Transport
+
+MIB = 2**20
+
+
+def build(sender: Sender) -> Transport:
+    """Snapshots through `sender.store`."""
+    return SnapshotTransport(sender)
+
+
+class SnapshotTransport(Transport):
+    """See the module's docstring. `begin` and `store` are the two halves of a publication, for
+    transports that do more in between.
+    """
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
+        self._buffers = Buffers()
+        self._storing: tuple[int, Future[None]] | None = None
+        self._store_s: float | None = None
+        # What the board holds, to be published again should it die.
+        self._held: dict[int, tuple[bytes, list[Any], bool]] = {}
+
+    def publish(self, version: int, *, evaluate: bool) -> None:
+        if self._sender.rank != 0:
+            collections.deque(self._sender.source, maxlen=0)
+            return
+        writer = self.begin()
+        for name, tensor in self._sender.source:
+            writer.add(name, tensor)
+        self.store(writer, version, evaluate=evaluate)
+
+    def begin(self) -> SnapshotWriter:
+        """An empty snapshot, once the one before is stored (rank 0)."""
+        self.flush()
+        self._buffers.give_back()
+        # Checksums and copies take cores and memory bandwidth, which the gather, for which everybody waits,
+        # has use for.
+        self._is_gathered = threading.Event()
+        self._thread.submit(self._is_gathered.wait, self._sender.config.run.timeout_s)
+        bucket_bytes = int(self._sender.config.weights.bucket_mib * MIB)
+        return SnapshotWriter(
+            bucket_bytes, self._sender.store, executor=self._thread, take=self._buffers.take
+        )
+
+    def store(self, writer: SnapshotWriter, version: int, *, evaluate: bool) -> None:
+        """Everything has been added: the rest happens in the background (rank 0)."""
+        writer.end()
+        self._is_gathered.set()
+        self._storing = (
+            version,
+            self._thread.submit(self._finish, writer, version, evaluate, time.perf_counter()),
+        )
+
+    def flush(self) -> None:
+        if self._storing is None:
+            return
+        (version, future), limit_s = self._storing, self._sender.config.run.timeout_s
+        try:
+            future.result(limit_s)
+        except concurrent.futures.TimeoutError:
+            if not future.done():
+                who = f"object store or board, for the snapshot of version {version},"
+                raise PeerTimeout(f"{who} did not answer within {limit_s:.0f} s (run.timeout_s)") from None
+            future.result(0)  # At the last moment, or it raised a TimeoutError itself.
+        self._storing = None
+
+    def republish(self, newest_announced: Callable[[], int | None] = lambda: None) -> None:
+        """`newest_announced()`: the version that the actors got by another road since, asked for when
+        the board has the snapshots.
+        """
+        self._thread.submit(self._tell_board_again, newest_announced)
+
+    def _tell_board_again(self, newest_announced: Callable[[], int | None]) -> None:
+        try:
+            for version in sorted(self._held):
+                self._tell_board(version)
+            # Else the snapshot would take back those who have newer weights.
+            if (announced := newest_announced()) is not None:
+                self._sender.calls.ask(self._sender.board.announce.remote(announced), "board")
+        except AgroError as error:
+            self._sender.tell(
+                f"the board was not told of version {max(self._held, default=-1)} again: "
+                f"{str(error).splitlines()[0]}"
+            )
+
+    def _tell_board(self, version: int) -> None:
+        manifest, references, evaluate = self._held[version]
+        published = self._sender.board.publish.remote(manifest, references, version, evaluate=evaluate)
+        versions = self._sender.calls.ask(published, "board") or [version]
+        self._held = {held: entry for held, entry in self._held.items() if held in versions or held > version}
+
+    def metrics(self) -> dict[str, float]:
+        return {} if self._store_s is None else {"weights/store_s": self._store_s}
+
+    def _finish(self, writer: SnapshotWriter, version: int, evaluate: bool, start_s: float) -> None:
+        manifest, references = writer.finish(version)
+        self._held[version] = (msgspec.msgpack.encode(manifest), references, evaluate)
+        self._tell_board(version)
+        self._store_s = time.perf_counter() - start_s

@@ -1,0 +1,153 @@
+"""A policy's tensors as the files of its base have them: parameters and persistent buffers, by the names and
+in the shapes of files.
+
+transformers renames, fuses and transposes what it reads: in memory the experts of a layer are two parameters,
+in a file three tensors an expert. Actors, snapshots and exports speak the files' language, which vLLM and all
+other tools understand. The way back is planned once, of shapes alone; then each `Unit` goes it by itself, so
+that nothing is ever whole but one unit:
+
+    module --weights_of--> Weights --file_units--> Units: some weights of the module -> the tensors in files that they are
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from learner.checkpoints.checkpoint import TensorEntry
+from learner.policy.lora import Weight, weights_of
+
+
+class Unit(NamedTuple):
+    """Weights of a module that are converted together, and what they become. Most are one weight under
+    one name.
+    """
+
+    weights: tuple[Weight, ...]
+    entries: tuple[TensorEntry, ...]
+    convert: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    """The weights' tensors -> those of `entries`; views where that is enough."""
+
+    @property
+    def parameters(self) -> list[Any]:
+        """All that must be gathered for `tensors`."""
+        return [parameter for weight in self.weights for parameter in weight.parameters]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in files, tensor), valid as long as `parameters` are gathered."""
+        return self.named([weight.value() for weight in self.weights])
+
+    def named(self, values: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(name in files, tensor), made of the values that the weights have elsewhere, in a checkpoint
+        for example.
+        """
+        return zip((entry.key for entry in self.entries), self.convert(values), strict=True)
+
+
+def plain_units(weights: Iterable[Weight]) -> list[Unit]:
+    """A unit each, by the names that the weights have in the module."""
+    return [Unit((weight,), (_entry(weight.name, weight),), _as_it_is) for weight in weights]
+
+
+def file_units(module: Any) -> list[Unit]:
+    """All weights of a module with or without adapters, tied ones once, in its order; also of one that lies
+    on the meta device.
+
+    Names and shapes are those of the files that the module was loaded from (`from_pretrained`); of a module
+    without files, its own.
+    """
+    weights = {weight.name: weight for weight in weights_of(module)}
+    for name in getattr(module, "_keys_to_ignore_on_save", None) or ():
+        weights.pop(name, None)
+    places = {name: place for place, name in enumerate(weights)}
+    units = [
+        _unit(module, [weights[name] for name in names], group)
+        for names, group in _groups(module, list(weights))
+    ]
+    return sorted(units, key=lambda unit: min(places[weight.name] for weight in unit.weights))
+
+
+def wider_first(units: Iterable[Unit]) -> list[Unit]:
+    """In the order in which files hold them (`learner.checkpoints.checkpoint.write_tensors`): wider dtypes first."""
+    return sorted(
+        units, key=lambda unit: -max(getattr(torch, entry.dtype).itemsize for entry in unit.entries)
+    )
+
+
+class _Group(NamedTuple):
+    """What the names of a group become: `target`, the first of them, by `converter` (None: the tensor
+    stays as it is).
+    """
+
+    target: str
+    converter: Any
+    patterns: tuple[str, ...]
+    """Of each of the group's names: what the converter knows it by."""
+
+
+def _groups(module: Any, names: list[str]) -> Iterator[tuple[list[str], _Group]]:
+    """The names of the module's weights, those together that one conversion takes together."""
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    # Under ZeRO-3 transformers keeps all conversions there are, also those of names that the files do not
+    # have.
+    used = [
+        conversion
+        for conversion in getattr(module, "_weight_conversions", None) or ()
+        if conversion.was_used()
+    ]
+    back = [conversion.reverse_transform() for conversion in reversed(used)]
+    renamings = [conversion for conversion in back if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in back if isinstance(conversion, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    groups: dict[str, list[tuple[str, str]]] = {}
+    # The order that some conversions of transformers count on.
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, reverse=True)
+        groups.setdefault(target, []).append((name, pattern or ""))
+    for target, members in groups.items():
+        patterns = tuple(pattern for _, pattern in members)
+        yield [name for name, _ in members], _Group(target, by_pattern.get(patterns[0]), patterns)
+
+
+def _unit(module: Any, weights: list[Weight], group: _Group) -> Unit:
+    if group.converter is None:
+        (weight,) = weights
+        return Unit((weight,), (_entry(group.target, weight),), _as_it_is)
+
+    def convert(values: Sequence[Tensor]) -> dict[str, Tensor]:
+        converter = copy.deepcopy(group.converter)
+        for weight, pattern, value in zip(weights, group.patterns, values, strict=True):
+            converter.add_tensor(group.target, weight.name, pattern, value)
+        found = converter.convert(group.target, model=module, config=module.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in found.items()}
+
+    # Shapes alone, so that they are known before anything is gathered.
+    empty = convert(
+        [torch.empty(weight.shape, dtype=weight.parameter.dtype, device="meta") for weight in weights]
+    )
+    entries = tuple(
+        TensorEntry(name, _name_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in empty.items()
+    )
+    return Unit(tuple(weights), entries, lambda values: list(convert(values).values()))
+
+
+def _entry(name: str, weight: Weight) -> TensorEntry:
+    return TensorEntry(name, _name_of(weight.parameter.dtype), weight.shape)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _as_it_is(values: Sequence[Tensor]) -> Sequence[Tensor]:
+    return values

@@ -1,0 +1,475 @@
+"""The policy under DeepSpeed ZeRO-3: every call into deepspeed is in this file.
+
+CPU (gloo) and GPU (NCCL) run the same code. torch.distributed is initialised here, with the run's own
+timeout.
+
+Surprises: outside a gather a partitioned parameter has `numel() == 0`, so sizes come from `ds_numel`; every
+rank must call `forward`, `backward`, `step` and `named_weights` equally often and in one order, since each of
+them gathers; a gather with `modifier_rank` set would broadcast everything back, so it stays None for reading.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+
+from core.config import LearnerConfig, ModelConfig
+from learner.checkpoints.checkpoint import Part, partition
+from learner.checkpoints.export import write_model
+from learner.policy.file_weights import Unit, file_units, plain_units, wider_first
+from learner.policy.function_check import check_function
+from learner.policy.lora import adapters_of, adapters_off, add_adapters, persistent_buffers, weights_of
+from learner.step.packing import ModelInputs, TokenLogprobs
+
+Read: TypeAlias = Callable[[str, int, int], torch.Tensor]
+"""(key, start, stop) -> these elements of a flattened tensor."""
+
+
+def init_process_group(
+    rank: int, world_size: int, address: str, port: int, *, use_gpu: bool, timeout_s: float
+) -> torch.device:
+    """Join the ranks and return this one's device. Raises torch's DistStoreError when a rank is missing
+    after `timeout_s`.
+    """
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port)
+    )
+    if not use_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = _import_deepspeed()  # Before torch's threads start, which read the environment.
+    backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
+    # Longer than a wait for a batch: rank 0, which knows what it waits for, is the one to give up first.
+    timeout = datetime.timedelta(seconds=timeout_s + 60)
+    dist.init_process_group(
+        backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size, timeout=timeout
+    )
+    # Of DeepSpeed's collectives; torch would print it again at every one of them.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # DeepSpeed would compile a shared-memory all-reduce now, which ZeRO-3 does not use: half a minute, a
+    # compiler, and a lock file which, left by a killed process, every later run waits for without end.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", verbose=False)
+    return torch.device("cuda", 0) if use_gpu else torch.device("cpu")
+
+
+def _import_deepspeed() -> Any:
+    """Without what torch.compile would import for an optimizer that we do not use, two seconds;
+    DeepSpeed itself would later on.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    import deepspeed.runtime.zero.muon.muon_optimizer
+
+    if before is None:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+    else:
+        os.environ["TORCHDYNAMO_DISABLE"] = before
+    return deepspeed
+
+
+def _deepspeed_config(learner: LearnerConfig, dtype: str, *, training: bool) -> dict[str, Any]:
+    # A frozen model's partitions wait in CPU memory; each layer is copied to the GPU when it is gathered.
+    is_offloaded = learner.offload == "all" or (
+        learner.offload == "reference" and not training and learner.num_gpus > 0
+    )
+    offload = {"device": "cpu" if is_offloaded else "none"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": 3, "offload_param": offload},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        # Over micro-batches; in bfloat16 the later ones of many would be rounded away.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if training:
+        config["zero_optimization"]["offload_optimizer"] = offload
+        config["gradient_clipping"] = learner.grad_clip
+        config["optimizer"] = {
+            "type": "AdamW",
+            "params": {
+                "lr": learner.lr,
+                "betas": [0.9, 0.99],
+                "eps": 1e-8,
+                "weight_decay": learner.weight_decay,
+                "torch_adam": True,
+            },
+        }
+    return config
+
+
+def _load(
+    model: ModelConfig, learner: LearnerConfig, *, training: bool, seed: int = 0
+) -> tuple[Any, TokenLogprobs]:
+    """A Hugging Face causal LM, partitioned by ZeRO-3, as a DeepSpeed engine; and the way to log-probs
+    through it.
+
+    `seed`: of the adapters, where they are what is trained.
+    """
+    import deepspeed
+
+    config = _deepspeed_config(learner, model.dtype, training=training)
+    module = _from_pretrained(model, config)
+    module.config.use_cache = False
+    if training and learner.lora_rank:
+        add_adapters(module, learner, seed)
+    _still(module)
+    if training and learner.gradient_checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not training:
+        module.requires_grad_(False).eval()
+    token_logprobs = TokenLogprobs(module, learner.layout, model.attention)
+    _gather_by_layer(module)
+    parameters = [p for p in module.parameters() if p.requires_grad] or None
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)
+    return engine, token_logprobs
+
+
+def _still(module: Any) -> None:
+    """No dropout, no router jitter: pi and pi_ref are the same function of their weights, and both
+    passes of an update give one value.
+    """
+    for layer in module.modules():
+        noisy = [
+            name
+            for name, value in vars(layer).items()
+            if isinstance(value, float) and ("drop" in name or "jitter" in name)
+        ]
+        for name in [*noisy, "p"] if isinstance(layer, torch.nn.Dropout) else noisy:
+            setattr(layer, name, 0.0)
+
+
+def _gather_by_layer(module: Any) -> None:
+    """Let ZeRO-3 gather and release whole layers: its hooks on every submodule cost a tiny model a third of
+    its time.
+
+    Not where part of a model is frozen: DeepSpeed takes the gradients of such a layer when its input has one,
+    and for zero if that is before they are there, as in a first layer whose input needs none.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if len({parameter.requires_grad for parameter in module.parameters()}) == 1:
+        layers = {type(layer) for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)}
+        set_z3_leaf_modules(module, list(layers), raise_if_not_found=False)
+
+
+def _from_pretrained(model: ModelConfig, config: dict[str, Any]) -> Any:
+    """The Hugging Face model; with several ranks each weight is partitioned as soon as it is made, so
+    that no rank ever holds all.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # As long as it lives, transformers builds models under deepspeed.zero.Init. One rank alone would only
+    # load more slowly.
+    partitioning = HfDeepSpeedConfig(config) if dist.get_world_size() > 1 else None
+    module = AutoModelForCausalLM.from_pretrained(
+        model.path,
+        dtype=getattr(torch, model.dtype),
+        attn_implementation=model.attention,
+        trust_remote_code=model.trust_remote_code,
+    )
+    del partitioning
+    return module
+
+
+class ZeroFrozen:
+    """A policy that is not trained, partitioned like the policy: the reference, or the proximal policy."""
+
+    def __init__(self, model: ModelConfig, learner: LearnerConfig) -> None:
+        self._engine, self._token_logprobs = _load(model, learner, training=False)
+        self._engine.eval()
+
+    @torch.no_grad()
+    def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
+        """[T] log-probs of the completion tokens. Collective."""
+        return self._token_logprobs(self._engine, inputs, temperature)
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take over these weights (`ZeroPolicy.own_weights`), all of them. Collective."""
+        import deepspeed
+
+        parameters = dict(self._engine.module.named_parameters())
+        for name, tensor in weights:
+            if name not in parameters:
+                self._engine.module.get_buffer(name).copy_(tensor)
+                continue
+            # Rank 0's value is partitioned anew over the ranks when the gather ends.
+            with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0), torch.no_grad():
+                parameters[name].copy_(tensor)
+
+    def parts(self, kind: str) -> Iterator[Part]:
+        """This rank's part of the weights, named `<kind>/<parameter>`; views: copy them. Not collective."""
+        for name, parameter in self._engine.module.named_parameters():
+            first, last = _held(parameter)
+            yield Part(f"{kind}/{name}", tuple(parameter.ds_shape), parameter.ds_tensor.data[: last - first])
+
+    @torch.no_grad()
+    def restore(self, kind: str, read: Read) -> None:
+        """Take over weights saved by `parts(kind)`. `read` as `Checkpoint.read`."""
+        self._engine.empty_partition_cache()  # Small parameters are kept whole: they would stay as they were.
+        for name, parameter in self._engine.module.named_parameters():
+            parameter.ds_tensor.copy_(_padded(parameter, read, f"{kind}/{name}", parameter.ds_tensor.dtype))
+
+
+class ZeroPolicy:
+    """The trained policy: log-probs, gradients, optimizer steps, and its weights one bucket at a time."""
+
+    def __init__(self, model: ModelConfig, learner: LearnerConfig, seed: int = 0) -> None:
+        """`seed`: of the adapters (`learner.lora_rank`); equal on all ranks."""
+        self._model, self._learner = model, learner
+        self._engine, self._token_logprobs = _load(model, learner, training=True, seed=seed)
+        self.module: Any = self._engine.module
+        with torch.no_grad():
+            device = self._engine.device  # Offloaded weights lie elsewhere.
+            check_function(
+                self._logprobs_as, self.module, learner.layout, device, longest=learner.micro_batch_tokens
+            )
+
+    def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
+        """[T] log-probs of the completion tokens, differentiable unless under `torch.no_grad`. Collective."""
+        self._engine.train(torch.is_grad_enabled())
+        return self._token_logprobs(self._engine, inputs, temperature)
+
+    def _logprobs_as(self, inputs: ModelInputs, *, training: bool) -> torch.Tensor:
+        self._engine.train(training)
+        return self._token_logprobs(self._engine, inputs, 1.0)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of this rank's share of the loss; `last` marks the step's last call.
+        Collective.
+
+        The gradient is the SUM over ranks and calls: DeepSpeed averages over ranks, which the factor undoes.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """One AdamW step at `lr` with clipping; returns the gradient norm before clipping. Collective.
+
+        inf on every rank when a gradient of any is not finite: DeepSpeed then drops the gradients, and
+        weights, moments and Adam's count stay as they were.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
+
+    def named_weights(
+        self, bucket_bytes: int, *, adapters_alone: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole tensor) of all that the base's files have, by the names there; adapters merged into
+        the weights they belong to.
+
+        Tied weights once; gathered in buckets of about `bucket_bytes`. `adapters_alone`: nothing but the
+        adapters.
+
+        Valid only until the next item is asked for. Collective: every rank must iterate to the end.
+        """
+        return _gathered(
+            plain_units(adapters_of(self.module)) if adapters_alone else self._units, bucket_bytes
+        )
+
+    @cached_property
+    def _units(self) -> list[Unit]:
+        return file_units(self.module)
+
+    def own_weights(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `named_weights`, by the names and in the shapes that they have in the module: for another
+        one like it.
+        """
+        return _gathered(plain_units(weights_of(self.module)), bucket_bytes)
+
+    def save_pretrained(self, directory: str, bucket_bytes: int) -> None:
+        """Write a Hugging Face directory (safetensors, tokenizer, generation config) from rank 0, with
+        one bucket in memory. Collective.
+        """
+        units = wider_first(self._units)
+        weights = _gathered(units, bucket_bytes)
+        try:
+            if dist.get_rank() == 0:
+                entries = [entry for unit in units for entry in unit.entries]
+                write_model(Path(directory), self._model, entries, (tensor for _, tensor in weights))
+        finally:
+            # To the end, also where the disk was full: the other ranks gather with us.
+            collections.deque(weights, maxlen=0)
+            dist.barrier()
+
+    def forget_gathered(self) -> None:
+        """Before partitions are changed: small parameters are kept whole, and would stay as they were.
+        Not collective.
+        """
+        self._engine.empty_partition_cache()
+
+    @property
+    def adam_steps(self) -> int:
+        """Steps that Adam has counted."""
+        return max((int(state["step"]) for state in self._engine.optimizer.state.values()), default=0)
+
+    def parts(self) -> Iterator[Part]:
+        """This rank's part of the fp32 weights, of Adam's moments after its first step, of buffers;
+        views: copy them. Not collective.
+        """
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        moments = ("exp_avg", "exp_avg_sq") if self.adam_steps else ()
+        for name, parameter in _trained(self.module):
+            first, last = _held(parameter)
+            yield Part(
+                f"master/{name}",
+                tuple(parameter.ds_shape),
+                safe_get_local_fp32_param(parameter).detach()[: last - first],
+            )
+            for moment in moments:
+                values = safe_get_local_optimizer_state(parameter, moment)
+                yield Part(f"{moment}/{name}", tuple(parameter.ds_shape), values[: last - first])
+        for name, buffer in persistent_buffers(self.module):
+            first, last = partition(buffer.numel(), dist.get_world_size(), dist.get_rank())
+            yield Part(f"buffer/{name}", tuple(buffer.shape), buffer.flatten()[first:last])
+
+    @torch.no_grad()
+    def restore(self, read: Read, adam_steps: int) -> None:
+        """Take over fp32 weights and Adam's state; the model's weights become their cast. `read` as
+        `Checkpoint.read`.
+        """
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        self.forget_gathered()
+        self._make_moments(adam_steps)
+        for name, parameter in _trained(self.module):
+            master = _padded(parameter, read, f"master/{name}", torch.float32)
+            safe_set_local_fp32_param(parameter, master)
+            parameter.ds_tensor.copy_(master)
+            for moment in ("exp_avg", "exp_avg_sq") if adam_steps else ():
+                safe_set_local_optimizer_state(
+                    parameter, _padded(parameter, read, f"{moment}/{name}", torch.float32), moment
+                )
+        for name, buffer in persistent_buffers(self.module):
+            buffer.copy_(read(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
+
+    def _make_moments(self, adam_steps: int) -> None:
+        """Adam's state as its first step would make it, and its count of steps."""
+        optimizer = self._engine.optimizer
+        # DeepSpeed's own for the CPU counts in an int.
+        is_torch = isinstance(optimizer.optimizer, torch.optim.AdamW)
+        for flat in optimizer.fp32_partitioned_groups_flat if adam_steps else ():
+            count = torch.tensor(float(adam_steps)) if is_torch else adam_steps
+            moments = {
+                name: torch.zeros_like(flat, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")
+            }
+            optimizer.state[flat] = {"step": count, **moments}
+
+
+class ZeroAdapters:
+    """A frozen policy that costs next to nothing where adapters are trained: at first the base, which is the
+    policy with its adapters off.
+
+    After a `load` it is a copy of the adapters as they were then, which change places with the policy's while
+    it is asked. It is the reference and the proximal policy alike; as ZeroFrozen otherwise.
+    """
+
+    def __init__(self, policy: ZeroPolicy) -> None:
+        self._policy = policy
+        self._copy: list[torch.Tensor] | None = None  # This rank's partition of each adapter.
+
+    @torch.no_grad()
+    def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
+        """[T] log-probs of the completion tokens. Collective."""
+        with adapters_off(self._policy.module) if self._copy is None else self._exchanged(self._copy):
+            return self._policy.logprobs(inputs, temperature)
+
+    @torch.no_grad()
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take over the policy as it is; its merged `weights` are not looked at, and not even made. Not
+        collective.
+        """
+        del weights
+        self._copy = [parameter.ds_tensor.clone() for _, parameter in _trained(self._policy.module)]
+
+    def parts(self, kind: str) -> Iterator[Part]:
+        """This rank's part of the copied adapters, named `<kind>/<parameter>`; views: copy them. Not
+        collective.
+        """
+        for (name, parameter), values in zip(_trained(self._policy.module), self._copy or (), strict=True):
+            first, last = _held(parameter)
+            yield Part(f"{kind}/{name}", tuple(parameter.ds_shape), values[: last - first])
+
+    def restore(self, kind: str, read: Read) -> None:
+        """Take over adapters saved by `parts(kind)`. `read` as `Checkpoint.read`."""
+        self._copy = [
+            _padded(parameter, read, f"{kind}/{name}", parameter.ds_tensor.dtype).to(
+                parameter.ds_tensor.device
+            )
+            for name, parameter in _trained(self._policy.module)
+        ]
+
+    @contextlib.contextmanager
+    def _exchanged(self, copy: list[torch.Tensor]) -> Iterator[None]:
+        """Within: the policy's adapters are `copy`, and the other way round."""
+        self._exchange(copy)
+        try:
+            yield
+        finally:
+            self._exchange(copy)
+
+    def _exchange(self, copy: list[torch.Tensor]) -> None:
+        self._policy.forget_gathered()
+        for (_, parameter), values in zip(_trained(self._policy.module), copy, strict=True):
+            mine = parameter.ds_tensor.clone()
+            parameter.ds_tensor.copy_(values)
+            values.copy_(mine)
+
+
+def _trained(module: Any) -> Iterator[tuple[str, Any]]:
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
+def _held(parameter: Any) -> tuple[int, int]:
+    """This rank's elements of the flattened parameter."""
+    return partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
+
+
+def _padded(parameter: Any, read: Read, key: str, dtype: torch.dtype) -> torch.Tensor:
+    """This rank's partition as ZeRO-3 wants it: the elements it holds, then zeros."""
+    values = torch.zeros(parameter.ds_tensor.ds_numel, dtype=dtype)
+    first, last = _held(parameter)
+    values[: last - first] = read(key, first, last)
+    return values
+
+
+def _gathered(units: Iterable[Unit], bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+    import deepspeed
+
+    for bucket in _buckets(units, bucket_bytes):
+        with deepspeed.zero.GatheredParameters(
+            [parameter for unit in bucket for parameter in unit.parameters]
+        ):
+            for unit in bucket:
+                yield from unit.tensors()
+
+
+def _buckets(units: Iterable[Unit], bucket_bytes: int) -> Iterator[list[Unit]]:
+    bucket: list[Unit] = []
+    size = 0
+    for unit in units:
+        num_bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in unit.parameters)
+        if bucket and size + num_bytes > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(unit)
+        size += num_bytes
+    if bucket:
+        yield bucket

@@ -1,0 +1,76 @@
+"""What a batch looks like, before it is learned from: rewards, ages, lengths, and a few samples to read."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from core.records import Batch
+
+SHOWN_SAMPLES = 8
+
+
+def batch_metrics(batch: Batch) -> dict[str, float]:
+    """Metrics of the batch by their names in metrics.jsonl; ages in learner steps, measured now, when it is
+    consumed.
+
+    Ages are over the samples that have one; NaN when all are offline.
+    """
+    samples = [sample for group in batch.groups for sample in group.samples]
+    rewards = [
+        sample.reward for sample in samples if sample.reward is not None and math.isfinite(sample.reward)
+    ]
+    lengths = [len(sample.token_ids) for sample in samples]
+    ages = [
+        (batch.step - version, len(sample.token_ids))
+        for sample in samples
+        if (version := sample.mean_version) is not None
+    ]
+    oldest = min(
+        (group.oldest_version for group in batch.groups if group.oldest_version is not None), default=math.nan
+    )
+    versions = [
+        {span.version for sample in group.samples for span in sample.version_spans} for group in batch.groups
+    ]
+    zero_std = [len({sample.reward for sample in group.samples}) <= 1 for group in batch.groups]
+    return {
+        "reward/mean": statistics.fmean(rewards) if rewards else math.nan,
+        "reward/std": statistics.pstdev(rewards) if rewards else math.nan,
+        "reward/zero_std_fraction": statistics.fmean(zero_std),
+        "staleness/mean": sum(age * length for age, length in ages) / sum(length for _, length in ages)
+        if ages
+        else math.nan,
+        "staleness/max": max((age for age, _ in ages), default=math.nan),
+        "staleness/oldest_token": float(batch.step - oldest),
+        "staleness/offline_fraction": statistics.fmean(sample.is_offline for sample in samples),
+        "staleness/fresh_fraction": statistics.fmean(
+            sample.oldest_version == batch.step for sample in samples
+        ),
+        "staleness/mixed_version_fraction": statistics.fmean(len(found) > 1 for found in versions),
+        "completions/mean_length": statistics.fmean(lengths),
+        "completions/truncated_fraction": statistics.fmean(
+            sample.finish_reason == "length" for sample in samples
+        ),
+    }
+
+
+def shown_samples(batch: Batch, diagnostics: dict[int, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """The first sample of the first groups with everything a reader wants to know of it."""
+    shown: list[dict[str, Any]] = []
+    for group in batch.groups:
+        if group.group_id not in diagnostics or len(shown) == SHOWN_SAMPLES:
+            continue
+        sample = group.samples[0]
+        shown.append(
+            {
+                "prompt": group.prompt,
+                "completion": sample.text,
+                "reward": sample.reward,
+                "error": sample.error,
+                "advantage": diagnostics[group.group_id][0]["advantage"],
+                "version": sample.oldest_version,
+                "staleness": None if sample.oldest_version is None else batch.step - sample.oldest_version,
+            }
+        )
+    return shown

@@ -1,0 +1,247 @@
+"""Whether the learner computes what the actors sampled from: both their log-probs of the same tokens under
+the same weights.
+
+    d = log pi - log mu        of a token; pi by the learner (transformers), mu by the actors (vLLM): 0 but for rounding
+    k1 = mean(-d),  k3 = mean(exp(d) - 1 - d)        both estimate KL(mu, pi), since mu drew the tokens
+
+Compared are the samples of staleness 0, all of whose tokens were sampled by exactly the version that the
+learner has now; mixed, stale and offline samples say nothing. On the first of them a run stops, before its
+policy is updated, when the mean |d| is above the bound of its dtype; later that is an alarm
+(learner/step/guards.py). With `actors.top_p` below 1 mu is renormalised over what the cut leaves, at least top_p
+of the mass, which the learner does not repeat: -d may lie anywhere from 0 to -log top_p, and only what lies
+outside is a mismatch.
+
+A run that goes on from a checkpoint may meet samples of a version number that it has yet to reach: they are
+of the life before, which need not have had the same weights under it. They are not compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from core.config import Config
+from core.errors import TrainingError
+from core.model_shape import rope_parameters
+from core.records import Batch, Sample
+from learner.step.rows import Row
+
+BOUNDS_NATS = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+"""Mean |d| up to which actors and learner count as one function, by model.dtype."""
+FAR_NATS = 0.1
+NUM_ERRORS, FAR_FACTOR = 3.0, 10.0
+"""A mean of few tokens scatters: it is above the bound when it is by so many standard errors, or so
+many times as large.
+"""
+MIN_TOKENS = 32
+"""Fewer do not show that actors and learner agree: the next fresh samples are looked at, too."""
+_MAX_EXPONENT = 80.0
+
+
+class Mismatch(NamedTuple):
+    """Of the fresh samples of one learner step, over all ranks; nats a token."""
+
+    num_tokens: int
+    mean: float
+    standard_error: float
+    max: float
+    share_above: float
+    k1: float
+    k3: float
+
+    def metrics(self) -> dict[str, float]:
+        """By their names in metrics.jsonl."""
+        return {
+            "mismatch/tokens": float(self.num_tokens),
+            "mismatch/mean": self.mean,
+            "mismatch/standard_error": self.standard_error,
+            "mismatch/max": self.max,
+            f"mismatch/share_above_{FAR_NATS}": self.share_above,
+            "mismatch/k1": self.k1,
+            "mismatch/k3": self.k3,
+        }
+
+
+class Sums(NamedTuple):
+    """What one rank contributes: tokens; of what is too much the sum, the sum of squares, the maximum, the
+    tokens beyond FAR_NATS; sums for k1 and k3.
+    """
+
+    num_tokens: int = 0
+    excess: float = 0.0
+    squares: float = 0.0
+    max: float = 0.0
+    num_far: int = 0
+    k1: float = 0.0
+    k3: float = 0.0
+
+
+def bound_nats(config: Config) -> float:
+    """The mean |d| up to which a run goes on.
+
+    Adapters merged in half precision round the weights once more: twice as much. A temperature below 1
+    enlarges what logits differ by.
+    """
+    is_rounded = (
+        config.learner.lora_rank > 0
+        and config.weights.adapters == "merged"
+        and config.model.dtype != "float32"
+    )
+    factor = 2.0 if is_rounded else 1.0
+    return factor * BOUNDS_NATS[config.model.dtype] / min(1.0, config.actors.temperature)
+
+
+def is_above(mean: float, standard_error: float, bound: float) -> bool:
+    """Whether a mean is more than rounding; see NUM_ERRORS. What is not a number is."""
+    return not (mean - NUM_ERRORS * standard_error <= bound and mean <= FAR_FACTOR * bound)
+
+
+class MismatchCheck:
+    """Compares the fresh samples of every step; stops the run at the first that differ. The same on
+    every rank.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model_config: Any,
+        *,
+        start_step: int = 0,
+        known_until: int = 0,
+        tell: Callable[[str], Any] = lambda _: None,
+    ) -> None:
+        """`model_config`: the Hugging Face config. `start_step`: where this learner starts; `known_until`:
+        the newest version that an earlier life of the run may have had. `tell` is given, once, how near they
+        are.
+        """
+        self._config, self._model_config, self._tell = config, model_config, tell
+        self._start_step, self._known_until = start_step, known_until
+        self._bound, self._is_passed = bound_nats(config), False
+
+    def is_fresh(self, sample: Sample, step: int) -> bool:
+        """Whether all its tokens are of the weights that the learner has at this step."""
+        versions = {span.version for span in sample.version_spans}
+        return versions == {step} and (step == self._start_step or step > self._known_until)
+
+    def any_fresh(self, batch: Batch) -> bool:
+        """Whether the batch has anything to compare: every rank sees all of it, and knows the same."""
+        return any(
+            self.is_fresh(sample, batch.step) and sample.token_ids
+            for group in batch.groups
+            for sample in group.samples
+        )
+
+    def sums(self, rows: Sequence[Row], step: int) -> Sums:
+        """Of this rank's rows, once they have their log-probs by the policy; rows with a fault are left
+        to the guard of what is finite.
+        """
+        fresh = [
+            row
+            for row in rows
+            if row.logprobs is not None and not row.fault and self.is_fresh(row.sample, step)
+        ]
+        if not any(len(row.sample.token_ids) for row in fresh):
+            return Sums()
+        policy_T = torch.cat([row.logprobs.double().cpu() for row in fresh if row.logprobs is not None])
+        d_T = policy_T - torch.tensor(
+            [value for row in fresh for value in row.sample.logprobs], dtype=torch.float64
+        )
+        excess_T = torch.maximum(d_T, -d_T + math.log(self._config.actors.top_p)).clamp_min(0.0)
+        return Sums(
+            num_tokens=len(d_T),
+            excess=float(excess_T.sum()),
+            squares=float(excess_T.square().sum()),
+            max=float(excess_T.max()),
+            num_far=int((excess_T > FAR_NATS).sum()),
+            k1=float(-d_T.sum()),
+            k3=float((d_T.clamp_max(_MAX_EXPONENT).exp() - 1 - d_T).sum()),
+        )
+
+    def judge(self, step: int, parts: Iterable[Sums]) -> dict[str, float]:
+        """The metrics of a step from the `sums` of all ranks; none where nothing was fresh.
+
+        Raises TrainingError with the numbers, the likely cause and what to set, unless fresh samples have
+        agreed before.
+        """
+        found = combined(parts)
+        if found is None:
+            return {}
+        if not self._is_passed and is_above(found.mean, found.standard_error, self._bound):
+            raise TrainingError(self._explained(step, found))
+        if not self._is_passed and found.num_tokens >= MIN_TOKENS and found.mean <= self._bound:
+            self._is_passed = True
+            self._tell(
+                f"actors and learner agree at learner step {step}: log-probs of {found.num_tokens} fresh "
+                "tokens "
+                f"differ by {found.mean:.2g} nats on average, at most {found.max:.2g} "
+                f"(bound of the mean for {self._config.model.dtype}: {self._bound:g})"
+            )
+        return found.metrics()
+
+    def _explained(self, step: int, found: Mismatch) -> str:
+        architecture = (getattr(self._model_config, "architectures", None) or ["no architecture named"])[0]
+        return (
+            f"the actors do not sample from what the learner computes: log-probs of {found.num_tokens} "
+            f"tokens of version {step}, the "
+            f"learner's own, differ by {found.mean:.3g} nats a token on average (bound {self._bound:g} for "
+            f"{self._config.model.dtype}), at "
+            f"most {found.max:.3g}, by more than {FAR_NATS} for {found.share_above:.1%}. Step {step} was not "
+            "done.\n"
+            f"Likely for {self._model_config.model_type} ({architecture}): "
+            f"{'; or '.join(likely_causes(self._config, self._model_config))}."
+        )
+
+
+def combined(parts: Iterable[Sums]) -> Mismatch | None:
+    """Of all ranks; None where there is no token."""
+    known = [part for part in parts if part.num_tokens]
+    if not known:
+        return None
+    count = sum(part.num_tokens for part in known)
+    mean = math.fsum(part.excess for part in known) / count
+    variance = max(0.0, math.fsum(part.squares for part in known) / count - mean**2)
+    return Mismatch(
+        num_tokens=count,
+        mean=mean,
+        standard_error=math.sqrt(variance / count),
+        max=max(part.max for part in known),
+        share_above=sum(part.num_far for part in known) / count,
+        k1=math.fsum(part.k1 for part in known) / count,
+        k3=math.fsum(part.k3 for part in known) / count,
+    )
+
+
+def likely_causes(config: Config, model_config: Any) -> list[str]:
+    """Why vLLM may compute another function of the weights than transformers, a clause each with what
+    to set; the likeliest first.
+    """
+    text = model_config.get_text_config()
+    longest = config.max_sequence_tokens
+    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
+    ropes = {rope.get("rope_type", "default") for rope in rope_parameters(model_config)} - {"default"}
+    experts = any(
+        getattr(text, name, None)
+        for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    )
+    causes = {
+        "its experts, which vLLM keeps in an order and a packing of its own: use a model without "
+        "experts": experts,
+        "its own code (model.trust_remote_code): use an implementation of "
+        "transformers": config.model.trust_remote_code,
+        "its attention's caps or sinks: set model.attention=eager": config.model.attention != "eager"
+        and any(getattr(text, name, None) for name in ("attn_logit_softcapping", "logits_soft_cap", "sinks")),
+        f"its attention's window of {window} tokens: keep data.max_prompt_tokens + actors.max_new_tokens = "
+        f"{longest} within it": window and longest > window,
+        f"its rotary embedding ({', '.join(sorted(ropes))}): use a model with rope_type default": bool(ropes),
+        "adapters that vLLM applies otherwise: set weights.adapters=merged": config.weights.adapters
+        == "alone",
+        f"rounding in {config.model.dtype}: set model.dtype=float32 to see": config.model.dtype != "float32",
+    }
+    found = [cause for cause, applies in causes.items() if applies]
+    return found or [
+        "weights that vLLM loaded otherwise than transformers: compare the two on model.path, "
+        "and try model.attention=eager"
+    ]

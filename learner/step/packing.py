@@ -1,0 +1,307 @@
+"""Sequences to ranks, to micro-batches, to tensors, through a model, to one log-prob per completion token.
+
+    groups --assign_groups--> ranks --plan_micro_batches--> indices --collate--> ModelInputs --TokenLogprobs--> log-probs
+
+Two layouts. `padded`: one row per sequence, padding on the right. `packed`: one row for all, without padding;
+positions restart at 0. Attention stays within sequences by learner/policy/attention.py. For other attentions than
+sdpa, transformers derives a block-diagonal causal mask from the positions, only when there is neither an
+attention mask nor a key-value cache: a model called without `use_cache=False` lets packed sequences see each
+other, silently. Call models with `ModelInputs.model_kwargs()`, which holds all of that. Models with recurrent
+layers know no such mask, nor do those that count positions by themselves: these are refused, and want
+`padded`.
+
+Tensor letters: B rows, L row length, K positions whose logits are computed, T completion tokens, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from core.errors import ConfigError, DataError
+from learner.policy.attention import Packing, install_packed_sdpa
+from learner.step.logprobs import install_logprob_head, selective_log_softmax
+
+Layout: TypeAlias = Literal["padded", "packed"]
+
+
+class TokenSequence(NamedTuple):
+    """A prompt and the completion sampled for it. The completion may be empty, the prompt may not."""
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and completion tokens."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass: `indices` of sequences, ascending. `whole`: every group in it is complete."""
+
+    indices: tuple[int, ...]
+    whole: bool
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """What one forward pass takes, and where in its logits the completion tokens are predicted.
+
+    input_ids, position_ids  int64 [B, L]
+    attention_mask           int64 [B, L], or None when packed
+    logits_to_keep_K         int64 [K], positions whose logits the model computes: its logits are [B, K, V]
+    rows_T, columns_T        int64 [T], the logits (row, index into K) that predict each completion token
+    targets_T                int64 [T], the completion tokens, by sequence, then position
+    sequence_T               int64 [T], sorted: the index of each token's sequence among those collated
+    packing                  where the sequences lie in a packed row; None when padded
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    logits_to_keep_K: Tensor
+    rows_T: Tensor
+    columns_T: Tensor
+    targets_T: Tensor
+    sequence_T: Tensor
+    packing: Packing | None = None
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for a Hugging Face causal language model."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": self.attention_mask,
+            "logits_to_keep": self.logits_to_keep_K,
+            "use_cache": False,  # With a cache, transformers does not look for packed sequences.
+        }
+
+
+def assign_groups(group_tokens: list[int], num_ranks: int) -> list[list[int]]:
+    """Indices of whole groups for each of `num_ranks` ranks, balanced by tokens: the largest first, to the
+    least loaded.
+
+    Deterministic; ascending within a rank; a rank may get none.
+    """
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks is {num_ranks}; expected at least 1")
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for index in sorted(range(len(group_tokens)), key=lambda i: (-group_tokens[i], i)):
+        rank = loads.index(min(loads))
+        ranks[rank].append(index)
+        loads[rank] += group_tokens[index]
+    return [sorted(indices) for indices in ranks]
+
+
+def plan_micro_batches(
+    lengths: list[int], group_of: list[int], budget_tokens: int, layout: Layout
+) -> list[MicroBatch]:
+    """Forward passes of at most `budget_tokens` that hold every sequence once; deterministic.
+
+    `lengths` are tokens per sequence, `group_of` its group. A pass costs rows * longest (padded) or the sum
+    (packed). Groups that fit stay whole. Those that do not are split, and their pieces share passes of their
+    own (`whole` False). Longest first, so that rows of like length meet and a pass too large for the memory
+    fails at once.
+
+    Raises ConfigError that names the lengths when a sequence alone exceeds the budget, ValueError for lists
+    of unlike length.
+    """
+    if len(lengths) != len(group_of):
+        raise ValueError(
+            f"group_of has {len(group_of)} entries, lengths {len(lengths)}; expected one per sequence each"
+        )
+    if too_long := sorted(length for length in lengths if length > budget_tokens):
+        shown = ", ".join(map(str, too_long[-5:]))
+        raise ConfigError(
+            f"{len(too_long)} of {len(lengths)} sequences exceed learner.micro_batch_tokens = "
+            f"{budget_tokens}; "
+            f"the longest have {shown} tokens. Raise it to at least {too_long[-1]}."
+        )
+    groups: dict[int, tuple[int, ...]] = {}
+    for index, group in enumerate(group_of):
+        groups[group] = (*groups.get(group, ()), index)
+    fits = {
+        group: _cost([lengths[i] for i in members], layout) <= budget_tokens
+        for group, members in groups.items()
+    }
+    whole = [members for group, members in groups.items() if fits[group]]
+    pieces: list[tuple[int, ...]] = [
+        (index,) for group, members in groups.items() if not fits[group] for index in members
+    ]
+    return [
+        MicroBatch(indices, is_whole)
+        for units, is_whole in ((whole, True), (pieces, False))
+        for indices in _fill(units, lengths, budget_tokens, layout)
+    ]
+
+
+def _cost(lengths: list[int], layout: Layout) -> int:
+    return sum(lengths) if layout == "packed" else len(lengths) * max(lengths)
+
+
+def _fill(
+    units: list[tuple[int, ...]], lengths: list[int], budget_tokens: int, layout: Layout
+) -> list[tuple[int, ...]]:
+    """Units (indices that stay together) joined within the budget, the one with the longest sequence
+    first.
+    """
+    batches: list[list[int]] = []
+    for unit in sorted(units, key=lambda unit: (-max(lengths[i] for i in unit), unit)):
+        # Padded: only the last batch, the one of like length; a short row among long ones would be mostly
+        # padding.
+        for batch in batches if layout == "packed" else batches[-1:]:
+            if _cost([lengths[i] for i in (*batch, *unit)], layout) <= budget_tokens:
+                batch.extend(unit)
+                break
+        else:
+            batches.append(list(unit))
+    return [tuple(sorted(batch)) for batch in batches]
+
+
+def collate(
+    sequences: Sequence[TokenSequence], layout: Layout, pad_id: int, device: torch.device | str = "cpu"
+) -> ModelInputs:
+    """Tensors of `sequences` on `device`; raises ValueError without sequences, DataError for an empty
+    prompt.
+    """
+    if not sequences:
+        raise ValueError("sequences is empty; expected at least one per forward pass")
+    for index, sequence in enumerate(sequences):
+        if not sequence.prompt_ids:
+            raise DataError(
+                f"sequence {index} has an empty prompt: nothing predicts its first token; "
+                "prompts need at least one token"
+            )
+    place = _place_packed if layout == "packed" else _place_padded
+    input_ids, position_ids, attention_mask, rows, starts = place(sequences, pad_id)
+    # A token at position p is predicted by the logits at p - 1.
+    sizes = [len(sequence.completion_ids) for sequence in sequences]
+    predictors = [
+        start + len(sequence.prompt_ids) - 1 for start, sequence in zip(starts, sequences, strict=True)
+    ]
+    positions_T = _int64(
+        [p + offset for p, size in zip(predictors, sizes, strict=True) for offset in range(size)]
+    )
+    if layout == "packed":
+        keep_K = positions_T
+        columns_T = torch.arange(len(positions_T))
+    else:
+        first = min(predictors)
+        keep_K = torch.arange(first, input_ids.shape[1] - 1)
+        columns_T = positions_T - first
+    sizes_N = _int64(sizes)
+    return ModelInputs(
+        input_ids=input_ids.to(device),
+        position_ids=position_ids.to(device),
+        attention_mask=None if attention_mask is None else attention_mask.to(device),
+        logits_to_keep_K=keep_K.to(device),
+        rows_T=_int64(rows).repeat_interleave(sizes_N).to(device),
+        columns_T=columns_T.to(device),
+        targets_T=_int64([token for sequence in sequences for token in sequence.completion_ids]).to(device),
+        sequence_T=torch.arange(len(sequences)).repeat_interleave(sizes_N).to(device),
+        packing=Packing([sequence.num_tokens for sequence in sequences], device)
+        if layout == "packed"
+        else None,
+    )
+
+
+_Placed: TypeAlias = tuple[Tensor, Tensor, Tensor | None, list[int], list[int]]
+"""input_ids, position_ids, attention_mask; and per sequence: its row, and where in the row it starts."""
+
+
+def _place_padded(sequences: Sequence[TokenSequence], pad_id: int) -> _Placed:
+    longest = max(sequence.num_tokens for sequence in sequences)
+    input_ids = torch.full((len(sequences), longest), pad_id)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : sequence.num_tokens] = _int64([*sequence.prompt_ids, *sequence.completion_ids])
+    position_ids = torch.arange(longest).expand(len(sequences), -1)
+    lengths = _int64([sequence.num_tokens for sequence in sequences])
+    attention_mask = (position_ids < lengths[:, None]).long()
+    return input_ids, position_ids, attention_mask, list(range(len(sequences))), [0] * len(sequences)
+
+
+def _place_packed(sequences: Sequence[TokenSequence], pad_id: int) -> _Placed:
+    del pad_id  # Nothing is padded.
+    starts = [0]
+    for sequence in sequences[:-1]:
+        starts.append(starts[-1] + sequence.num_tokens)
+    input_ids = _int64(
+        [token for sequence in sequences for token in (*sequence.prompt_ids, *sequence.completion_ids)]
+    )
+    position_ids = torch.cat([torch.arange(sequence.num_tokens) for sequence in sequences])
+    return input_ids[None], position_ids[None], None, [0] * len(sequences), starts
+
+
+def _int64(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def token_logprobs(logits: Tensor, inputs: ModelInputs, temperature: float) -> Tensor:
+    """[T] log-probs of the completion tokens, by sequence, then position, from the model's logits [B, K, V].
+
+    float32 (float64 for float64 logits). Works on the logits as they are: positions that predict nothing are
+    computed with a dummy target and left out, which is cheaper than a copy of those that do.
+    """
+    targets_BK = inputs.targets_T.new_zeros(logits.shape[:-1])
+    targets_BK[inputs.rows_T, inputs.columns_T] = inputs.targets_T
+    return selective_log_softmax(logits, targets_BK, temperature)[inputs.rows_T, inputs.columns_T]
+
+
+def refuse_packing(module: Any, reason: str) -> None:
+    """Raises ConfigError: with this model, packed sequences would see each other."""
+    raise ConfigError(
+        f"{type(module).__name__} {reason}: packed sequences would see each other. Use "
+        "learner.layout = padded."
+    )
+
+
+def _check_packable(module: Any) -> None:
+    """What shows in the model's class and config; learner/policy/function_check.py looks at what it computes."""
+    kinds = {*(getattr(module.config.get_text_config(), "layer_types", None) or ())}
+    # So transformers marks models that carry a state along the row.
+    if getattr(module, "_is_stateful", False):
+        refuse_packing(module, "carries a state from one token to the next")
+    if others := kinds - {"full_attention", "sliding_attention"}:
+        refuse_packing(module, f"has layers of {', '.join(sorted(others))}")
+    if "position_ids" not in inspect.signature(module.forward).parameters:
+        refuse_packing(module, "takes no position ids")
+
+
+class TokenLogprobs:
+    """The learner's way through a Hugging Face causal LM: attention within packed sequences, log-probs
+    without the logits.
+
+    Made of the bare module, which it changes, before DeepSpeed wraps it; called with whatever then stands for
+    the model. Raises ConfigError for a model whose packed sequences would see each other.
+    """
+
+    def __init__(self, module: Any, layout: Layout, attention: str) -> None:
+        if layout == "packed":
+            _check_packable(module)
+        self._head = install_logprob_head(module)
+        self._packs = layout == "packed" and attention == "sdpa"
+        if self._packs and not install_packed_sdpa(module):
+            refuse_packing(module, "does not let its attention be exchanged (model.attention = sdpa)")
+
+    def __call__(self, model: Any, inputs: ModelInputs, temperature: float) -> Tensor:
+        """[T] log-probs of the completion tokens, by sequence, then position; float32 (float64 for a float64
+        model).
+
+        Raises ConfigError for models whose attention or head turns out to be of another kind than it looked.
+        """
+        kwargs = inputs.model_kwargs() | ({"packing": inputs.packing} if self._packs else {})
+        if self._head is None:
+            return token_logprobs(model(**kwargs).logits, inputs, temperature)
+        with self._head.asked(inputs.rows_T, inputs.columns_T, inputs.targets_T, temperature):
+            logprobs_T: Tensor = model(**kwargs).logits
+            self._head.check_unchanged(logprobs_T)
+        return logprobs_T

@@ -1,0 +1,574 @@
+"""The buffer as actors and learner meet it: leases, acknowledgement, waits, restarts, kills; times are
+virtual where they can be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import math
+import selectors
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from buffer.admission import MAX_LOSSES, LeaseError, work_item
+from buffer.ledger import audit
+from buffer.replay import EVICTIONS
+from buffer.server import ReplayBuffer
+from buffer.shards import ShardedBuffer
+from core.config import Config
+from core.config_file import parse_config
+from core.errors import DataError
+from core.records import Group, Sample, VersionSpan, WorkItem, decode_batch, encode
+
+NUM_ROWS = 13
+LEDGER_NAME = "ledger.jsonl"
+
+
+def make_config(*, timeout_s: float = 60.0, groups_per_step: int = 2, **buffer: Any) -> Config:
+    tree = {
+        "run": {"timeout_s": timeout_s, "seed": 5},
+        "model": {"path": "none"},
+        "data": {"path": "none"},
+        "rewards": {"functions": [{"name": "exact_match"}]},
+        "learner": {"groups_per_step": groups_per_step},
+        "buffer": buffer,
+        "weights": {"publish_every": 1},
+    }
+    return parse_config(tree)
+
+
+def make_payload(
+    ordinal: int, version: int = 0, rewards: tuple[float | None, ...] = (1.0, 0.0), num_tokens: int = 4
+) -> bytes:
+    samples = tuple(
+        Sample(
+            token_ids=tuple(range(num_tokens)),
+            logprobs=(-0.5,) * num_tokens,
+            version_spans=(VersionSpan(version, 0, num_tokens),),
+            finish_reason="stop",
+            text="four",
+            reward=reward,
+            error="ValueError: boom" if reward is None else None,
+        )
+        for reward in rewards
+    )
+    return encode(Group(group_id=ordinal, row=0, prompt="p", prompt_ids=(1, 2), samples=samples, actor="a"))
+
+
+def make_offline_payload(ordinal: int, rewards: tuple[float, ...] = (1.0, 0.0)) -> bytes:
+    group = msgspec.msgpack.decode(make_payload(ordinal, rewards=rewards), type=Group)
+    samples = tuple(
+        msgspec.structs.replace(sample, logprobs=(), version_spans=()) for sample in group.samples
+    )
+    return encode(msgspec.structs.replace(group, samples=samples))
+
+
+class JumpingSelector(selectors.DefaultSelector):
+    """Jumps the clock to the next timer instead of waiting for it; a loop that waits for nothing at all
+    is deadlocked.
+    """
+
+    now_s = 0.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        if timeout is None:
+            raise AssertionError("deadlock: every task waits and no timer is running")
+        self.now_s += max(0.0, timeout)
+        return super().select(0)
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self.jumping = JumpingSelector()
+        super().__init__(self.jumping)
+
+    def time(self) -> float:
+        return self.jumping.now_s
+
+    def call_at(self, when: float, *arguments: Any, **named: Any) -> asyncio.TimerHandle:
+        # A little late: a loop runs a timer up to 1e-9 s early, and what then still waits for that moment
+        # would spin, as no time passes.
+        return super().call_at(math.floor(when * 1e8 + 2) / 1e8, *arguments, **named)
+
+
+def run_virtually(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(coroutine)
+
+
+def ordinals_of(items: list[bytes]) -> list[int]:
+    return [msgspec.msgpack.decode(item, type=WorkItem).ordinal for item in items]
+
+
+def ids_of(batch: bytes | None) -> list[int]:
+    assert batch is not None, "no batch came"
+    return [group.group_id for group in decode_batch(batch).groups]
+
+
+async def check_sums(buffer: ReplayBuffer) -> dict[str, float]:
+    """The stats without their prefix, after checking that every generated group is accounted for."""
+    stats = {name.removeprefix("buffer/"): value for name, value in (await buffer.stats()).items()}
+    assert (
+        stats["frontier"]
+        == stats["inserted"] + stats["evicted_too_small"] + stats["failed"] + stats["leased"]
+    )
+    assert stats["inserted"] == stats["groups"] + sum(stats[name] for name in EVICTIONS)
+    return stats
+
+
+def scenario(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Runs an async test on virtual time with the run directory `tmp_path`; its other arguments are
+    fixtures and parameters.
+    """
+
+    def run(tmp_path: Any, **others: Any) -> None:
+        run_virtually(test(str(tmp_path), **others))
+
+    run.__name__, run.__doc__, run.pytestmark = test.__name__, test.__doc__, getattr(test, "pytestmark", [])  # type: ignore[attr-defined]
+    first, *others = inspect.signature(test).parameters.values()
+    run.__signature__ = inspect.Signature([first.replace(name="tmp_path"), *others])  # type: ignore[attr-defined]
+    return run
+
+
+@scenario
+async def test_a_group_goes_from_lease_to_batch(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=4, max_uses=2, sampler="oldest"), run_dir, NUM_ROWS)
+    items = [msgspec.msgpack.decode(item, type=WorkItem) for item in await buffer.lease("a", 3, 1.0)]
+    assert items == [work_item(ordinal, seed=5, num_rows=NUM_ROWS) for ordinal in range(3)]
+    assert await buffer.insert("a", [make_payload(1), make_payload(0)]) == [1, 0]
+    for use in (1, 2):
+        batch = decode_batch(await buffer.sample(use, 2, 1.0) or b"")
+        assert batch.step == use
+        assert [(group.group_id, group.uses, len(group.samples)) for group in batch.groups] == [
+            (1, use, 2),
+            (0, use, 2),
+        ]
+    stats = await check_sums(buffer)
+    assert (stats["groups"], stats["evicted_used"], stats["leased"], stats["frontier"]) == (0, 2, 1, 3)
+
+
+@scenario
+async def test_a_group_that_claims_to_be_used_arrives_unused(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=4, max_uses=2), run_dir, NUM_ROWS)
+    await buffer.lease("a", 1, 1.0)
+    claims = msgspec.structs.replace(msgspec.msgpack.decode(make_payload(0), type=Group), uses=2)
+    await buffer.insert("a", [encode(claims)])
+    for use in (1, 2):
+        assert [group.uses for group in decode_batch(await buffer.sample(use, 1, 1.0) or b"").groups] == [use]
+
+
+@scenario
+async def test_insertion_is_idempotent_also_after_the_group_has_left(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=4), run_dir, NUM_ROWS)
+    await buffer.lease("a", 4, 1.0)
+    assert await buffer.insert("a", [make_payload(0), make_payload(0, version=3)]) == [0, 0]
+    assert await asyncio.gather(*(buffer.insert("a", [make_payload(1)]) for _ in range(4))) == [[1]] * 4
+    assert sorted(ids_of(await buffer.sample(0, 2, 1.0))) == [0, 1]
+    assert await buffer.insert("a", [make_payload(0)]) == [0]
+    stats = await check_sums(buffer)
+    assert (stats["inserted"], stats["duplicates"], stats["groups"]) == (2, 5, 0)
+
+
+@scenario
+async def test_a_wrong_insert_changes_nothing(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=4), run_dir, NUM_ROWS)
+    await buffer.lease("a", 2, 1.0)
+    with pytest.raises(LeaseError, match="group 9 was never leased"):
+        await buffer.insert("a", [make_payload(0), make_payload(9)])
+    with pytest.raises(DataError, match="reward nan"):
+        await buffer.insert("a", [make_payload(0), make_payload(1, rewards=(1.0, float("nan")))])
+    with pytest.raises(msgspec.ValidationError):
+        await buffer.insert("a", [make_payload(0), encode(work_item(1, seed=0, num_rows=1))])
+    stats = await check_sums(buffer)
+    assert (stats["inserted"], stats["leased"]) == (0, 2)
+
+
+@scenario
+async def test_failed_samples_are_counted_and_too_small_groups_not_stored(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=4), run_dir, NUM_ROWS)
+    await buffer.lease("a", 3, 1.0)
+    payloads = [make_payload(0, rewards=(1.0, None, 0.5)), make_payload(1, rewards=(1.0, None, None))]
+    assert await buffer.insert("a", payloads) == [0, 1], "both are acknowledged"
+    await buffer.fail("a", [2], "prompt too long")
+    stats = await check_sums(buffer)
+    assert (stats["groups"], stats["evicted_too_small"], stats["failed"], stats["leased"]) == (1, 1, 1, 0)
+    assert await buffer.error_summary() == (3, 6, ["ValueError: boom"] * 3)
+    ledger = audit(f"{run_dir}/{LEDGER_NAME}")
+    assert (ledger["violations"], ledger["status"]) == ([], {"stored": 1, "failed": 2})
+
+
+@scenario
+async def test_the_one_sample_left_of_a_group_waits_through_a_restart_for_the_next_such_group_of_its_row(
+    run_dir,
+):
+    config = make_config(capacity=8, max_staleness=3)
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    await buffer.lease("a", 6, 1.0)
+    await buffer.set_step(4)
+    await buffer.insert("a", [make_payload(0, version=2, rewards=(0.25, None))])
+    await buffer.close()
+
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    await buffer.insert(
+        "a",
+        [
+            make_payload(1, version=4, rewards=(1.0, None)),
+            make_payload(2, version=4),
+            make_payload(3, version=1, rewards=(None, 0.75)),
+        ],
+    )
+    await buffer.set_step(5)
+    await buffer.insert("a", [make_payload(4, version=4), make_payload(5, version=4, rewards=(None, 0.5))])
+    groups = {group.group_id: group for group in decode_batch(await buffer.sample(5, 3, 1.0) or b"").groups}
+    assert [sample.reward for sample in groups[1].samples] == [1.0, 0.25]
+    assert (groups[1].oldest_version, groups[2].oldest_version) == (2, 4)
+    assert len(groups[4].samples) == 2, "version 1 is stale at step 5"
+    stats = await check_sums(buffer)
+    assert [
+        stats[name] for name in ("evicted_too_small", "held_samples", "joined_samples", "held_stale")
+    ] == [3, 3, 1, 1]
+    lines = [json.loads(line) for line in Path(run_dir, LEDGER_NAME).read_text().splitlines()]
+    assert [line["reason"] for line in lines if line["event"] == "failed"] == ["too_small_held"] * 3
+    assert audit(f"{run_dir}/{LEDGER_NAME}")["violations"] == []
+
+
+@scenario
+async def test_an_actor_whose_weights_are_too_old_for_the_next_batch_is_told_so_at_once_and_nobody_else_waits(
+    run_dir,
+):
+    buffer = ReplayBuffer(make_config(capacity=2, max_staleness=0), run_dir, NUM_ROWS)
+    assert len(await buffer.lease("a", 2, 1.0, 0) or []) == 2
+    waiting = asyncio.create_task(buffer.lease("a", 2, 100.0, 0))
+    await buffer.insert("a", [make_payload(0), make_payload(1)])
+    assert not waiting.done(), "the buffer is full, but version 0 is new enough so far"
+    assert ids_of(await buffer.sample(0, 2, 1.0)) == [0, 1]
+    assert await waiting is None, "what version 0 generates now comes to step 1"
+    assert await buffer.lease("a", 2, 100.0, 0) is None
+    assert len(await buffer.lease("b", 1, 1.0, 1) or []) == 1
+    assert len(await buffer.lease("feeder", 1, 1.0) or []) == 1, "offline samples have no version"
+    stats = await check_sums(buffer)
+    assert stats["evicted_stale"] == 0
+
+
+@scenario
+async def test_weights_that_are_not_published_yet_are_not_asked_for(run_dir):
+    config = parse_config(
+        {**make_config(capacity=8, max_staleness=1).model_dump(), "weights": {"publish_every": 3}}
+    )
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    for step in range(3):  # Version 3 is published after step 2; until then nothing newer than 0 can be had.
+        ordinals = ordinals_of(await buffer.lease("a", 2, 1.0, 0) or [])
+        assert len(ordinals) == 2, step
+        await buffer.insert("a", [make_payload(ordinal, version=max(0, step - 1)) for ordinal in ordinals])
+        assert await buffer.sample(step, 2, 1.0) is not None
+    assert await buffer.lease("a", 2, 1.0, 0) is None
+    assert len(await buffer.lease("a", 2, 1.0, 3) or []) == 2
+
+
+@scenario
+async def test_a_batch_waits_for_groups_that_are_old_enough_and_takes_young_ones_when_none_can_come(run_dir):
+    config = make_config(capacity=4, groups_per_step=2, min_staleness=1, max_staleness=1, sampler="oldest")
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    await buffer.lease("a", 4, 1.0)
+    await buffer.insert("a", [make_payload(ordinal) for ordinal in range(3)])
+    assert await buffer.sample(0, 2, 1.0) is None, "of four the learner may use two"
+    await buffer.insert("a", [make_payload(3)])
+    assert ids_of(await buffer.sample(0, 2, 1.0)) == [0, 1]
+    await buffer.lease("a", 2, 1.0)
+    learner = asyncio.create_task(buffer.sample(1, 2, 100.0))
+    await buffer.insert("a", [make_payload(4, version=1)])
+    await asyncio.sleep(1.0)
+    assert not learner.done()
+    await buffer.insert("a", [make_payload(5, version=1)])
+    assert ids_of(await learner) == [2, 3], "4 and 5 are too young, and wait"
+    await buffer.lease("a", 2, 1.0)
+    await buffer.insert("a", [make_payload(ordinal, version=3) for ordinal in (6, 7)])
+    learner = asyncio.create_task(buffer.sample(3, 2, 100.0))
+    await asyncio.sleep(1.0)
+    assert not learner.done(), "4 and 5 went stale; what comes for them might be old enough"
+    await buffer.lease("a", 2, 1.0)
+    await buffer.insert("a", [make_payload(ordinal, version=3) for ordinal in (8, 9)])
+    assert ids_of(await learner) == [6, 7]
+    stats = await check_sums(buffer)
+    assert (stats["taken_young"], stats["evicted_stale"]) == (2, 2)
+
+
+@scenario
+async def test_offline_groups_are_stored_without_a_version_through_a_restart_and_never_stale(run_dir):
+    config = make_config(capacity=4, max_staleness=1, max_uses=2)
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    await buffer.lease("offline", 2, 1.0)
+    assert await buffer.insert("offline", [make_offline_payload(0), make_offline_payload(1)]) == [0, 1]
+    assert len(ids_of(await buffer.sample(500, 2, 1.0))) == 2
+    await buffer.close()
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    groups = decode_batch(await buffer.sample(900, 2, 1.0) or b"").groups
+    assert [group.oldest_version for group in groups] == [None, None]
+    assert (await check_sums(buffer))["evicted_used"] == 2
+    result = audit(f"{run_dir}/{LEDGER_NAME}")
+    assert (result["violations"], result["max_staleness"]) == ([], 0)
+
+
+@scenario
+async def test_a_lease_waits_for_admission_and_an_insert_wakes_the_learner(run_dir):
+    clock = asyncio.get_running_loop().time
+    buffer = ReplayBuffer(make_config(capacity=2), run_dir, NUM_ROWS)
+    assert ordinals_of(await buffer.lease("a", 5, 1.0)) == [0, 1]
+    assert await buffer.lease("b", 1, 7.0) == []
+    assert clock() == pytest.approx(7.0)
+    learner = asyncio.create_task(buffer.sample(0, 2, 100.0))
+    waiting = asyncio.create_task(buffer.lease("b", 1, 50.0))
+    await asyncio.sleep(3.0)
+    assert (await check_sums(buffer))["wait_batch_s"] == pytest.approx(3.0), "a wait counts while it lasts"
+    await buffer.insert("a", [make_payload(0), make_payload(1)])
+    assert sorted(ids_of(await learner)) == [0, 1]
+    assert ordinals_of(await waiting) == [2], "the groups that were consumed made room"
+    assert clock() == pytest.approx(10.0)
+    stats = await check_sums(buffer)
+    assert (stats["wait_batch_s"], stats["wait_admission_s"]) == (pytest.approx(3.0), pytest.approx(10.0))
+
+
+@scenario
+async def test_leases_of_a_dead_actor_go_to_the_living_not_to_a_call_of_it_that_still_waits(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=2, max_staleness=1), run_dir, NUM_ROWS)
+    ordinals = ordinals_of(await buffer.lease("a", 2, 1.0))
+    of_the_dead = asyncio.create_task(buffer.lease("a", 2, 50.0))
+    of_the_living = asyncio.create_task(buffer.lease("b", 2, 50.0))
+    await asyncio.sleep(1.0)
+    await buffer.release_actor("a")
+    assert ordinals_of(await of_the_living) == ordinals
+    assert await of_the_dead == []
+
+
+@scenario
+async def test_every_way_of_making_room_wakes_a_waiting_actor_at_once(run_dir):
+    clock = asyncio.get_running_loop().time
+    buffer = ReplayBuffer(make_config(capacity=2, max_staleness=1), run_dir, NUM_ROWS)
+    ways_with_open_items = [
+        lambda ordinals: buffer.fail("a", ordinals, "random"),
+        lambda ordinals: buffer.give_back("a", ordinals),
+        lambda ordinals: buffer.insert(
+            "a", [make_payload(ordinal, rewards=(None, None)) for ordinal in ordinals]
+        ),
+    ]
+    ways_with_stored_groups = [
+        lambda _: buffer.sample(0, 2, 0.0),
+        lambda _: buffer.set_step(2),
+        lambda _: buffer.sample(2, 2, 0.0),  # finds stale groups only: no batch, but room
+    ]
+    ordinals = ordinals_of(await buffer.lease("a", 2, 1.0))
+    for make_room in ways_with_open_items + ways_with_stored_groups:
+        if make_room in ways_with_stored_groups:
+            await buffer.insert("a", [make_payload(ordinal) for ordinal in ordinals])
+        waiting = asyncio.create_task(buffer.lease("a", 2, 50.0))
+        await asyncio.sleep(1.0)
+        assert not waiting.done()
+        start_s = clock()
+        await make_room(ordinals)
+        ordinals = ordinals_of(await waiting)
+        assert (len(ordinals), clock()) == (2, start_s)
+
+
+@scenario
+async def test_a_batch_that_does_not_come_is_none(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=2), run_dir, NUM_ROWS)
+    assert await buffer.sample(0, 1, 30.0) is None
+    assert asyncio.get_running_loop().time() == pytest.approx(30.0)
+
+
+@scenario
+async def test_a_lease_that_runs_out_wakes_who_waits_and_its_late_insert_counts_once(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=2, timeout_s=10.0), run_dir, NUM_ROWS)
+    await buffer.lease("dead", 2, 1.0)
+    again = await buffer.lease("alive", 1, 100.0)
+    assert asyncio.get_running_loop().time() == pytest.approx(10.0)
+    assert again == [encode(work_item(0, seed=5, num_rows=NUM_ROWS))], "the same item"
+    assert await buffer.insert("dead", [make_payload(0)]) == [0]
+    assert await buffer.insert("alive", [make_payload(0)]) == [0]
+    stats = await check_sums(buffer)
+    assert (stats["inserted"], stats["duplicates"], stats["reissued"], stats["expired"]) == (1, 1, 1, 2)
+    assert audit(f"{run_dir}/{LEDGER_NAME}")["violations"] == []
+
+
+@scenario
+async def test_items_handed_back_or_of_an_actor_gone_are_issued_again(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=4), run_dir, NUM_ROWS)
+    await buffer.lease("a", 2, 1.0)
+    await buffer.lease("b", 2, 1.0)
+    waiting = asyncio.create_task(buffer.lease("c", 4, 50.0))
+    await asyncio.sleep(1)
+    await buffer.give_back("a", [1, 2])
+    assert ordinals_of(await waiting) == [1], "2 is another's"
+    await buffer.release_actor("b")
+    assert ordinals_of(await buffer.lease("c", 4, 1.0)) == [2, 3]
+    assert (await check_sums(buffer))["ignored_reports"] == 1
+
+
+@scenario
+async def test_the_learners_step_evicts_stale_groups_and_makes_room(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=2, max_staleness=3), run_dir, NUM_ROWS)
+    await buffer.lease("a", 2, 1.0)
+    await buffer.insert("a", [make_payload(0, version=1), make_payload(1, version=2)])
+    await buffer.set_step(4)
+    assert (await check_sums(buffer))["evicted_stale"] == 0
+    await buffer.set_step(5)
+    assert (await check_sums(buffer))["evicted_stale"] == 1
+    assert ordinals_of(await buffer.lease("a", 2, 1.0)) == [2]
+    assert await buffer.sample(6, 1, 1.0) is None, "the last one went stale too"
+    assert (await check_sums(buffer))["groups"] == 0
+
+
+@scenario
+async def test_reference_logprobs_are_cached_with_groups_still_stored(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=2, max_uses=2), run_dir, NUM_ROWS)
+    await buffer.lease("a", 1, 1.0)
+    await buffer.insert("a", [make_payload(0, rewards=(1.0, None, 0.0))])
+    await buffer.sample(0, 1, 1.0)
+    with pytest.raises(DataError, match="expected 2 finite numbers"):
+        await buffer.set_ref_logprobs({0: [-1.0, -2.0, -3.0]})
+    assert await buffer.set_ref_logprobs({0: [-1.5, -2.5], 77: [-1.0]}) == 1
+    (group,) = decode_batch(await buffer.sample(1, 1, 1.0) or b"").groups
+    assert [sample.ref_logprob for sample in group.samples] == [-1.5, -2.5]
+    assert group.uses == 2
+
+
+@scenario
+async def test_the_batch_of_a_step_is_the_same_batch_until_the_watermark_has_passed_it(run_dir):
+    config = make_config(capacity=8, max_uses=2, groups_per_step=2)
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    await buffer.lease("a", 6, 1.0)
+    await buffer.insert("a", [make_payload(ordinal) for ordinal in range(6)])
+    batches = []
+    for step in range(4):
+        batches.append(await buffer.sample(step, 2, 1.0))
+        await buffer.set_ref_logprobs({group_id: [-1.0, -2.0] for group_id in ids_of(batches[-1])})
+    before = await check_sums(buffer)
+    await buffer.close()
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    assert [await buffer.sample(step, 2, 1.0) for step in range(4)] == batches, (
+        "also what was used up meanwhile, to the last bit"
+    )
+    after = await check_sums(buffer)
+    assert after["taken"] == before["taken"] == 8
+    await buffer.set_watermark(2)
+    assert [await buffer.sample(step, 2, 1.0) for step in (2, 3)] == batches[2:]
+    with pytest.raises(DataError, match="batch of step 1 was forgotten"):
+        await buffer.sample(1, 2, 1.0)
+    await buffer.set_watermark(4)
+    assert buffer._shard.store._db.execute("SELECT count(*) FROM groups").fetchone()[0] == after["groups"], (
+        "nothing is kept for nobody"
+    )
+    assert audit(f"{run_dir}/{LEDGER_NAME}")["max_staleness"] == 3
+
+
+@scenario
+async def test_items_given_in_an_answer_that_was_lost_are_issued_again_when_their_actor_asks_next(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=4), run_dir, NUM_ROWS)
+    await buffer.lease("a", 2, 1.0)
+    assert ordinals_of(await buffer.lease("a", 1, 1.0, None, [0])) == [1], "it knows of 0 only"
+    assert ordinals_of(await buffer.lease("a", 1, 1.0, None, [0, 1])) == [2]
+
+
+@scenario
+@pytest.mark.parametrize("num_shards", [1, 2])
+async def test_a_generation_longer_than_the_timeout_is_neither_issued_again_nor_failed_while_its_actor_works_on_it(
+    run_dir, num_shards
+):
+    config = make_config(capacity=8, timeout_s=10.0, num_shards=num_shards)
+    buffer = ShardedBuffer([ReplayBuffer(config, run_dir, NUM_ROWS, shard) for shard in range(num_shards)])
+    held = ordinals_of(await buffer.lease("slow", 2, 1.0))
+    (lost,) = ordinals_of(await buffer.lease("dead", 1, 1.0))
+    for number in range(40):
+        await asyncio.sleep(4.0)
+        if number % 2:
+            await buffer.renew("slow", held)
+        else:
+            assert await buffer.lease("slow", 0, 0.0, None, held) == []
+    again = ordinals_of(await buffer.lease("other", 8, 1.0))
+    assert lost in again
+    assert not set(again) & set(held)
+    await buffer.insert("slow", [make_payload(ordinal) for ordinal in held])
+    stats = await buffer.stats()
+    assert [
+        stats[f"buffer/{name}"] for name in ("inserted", "duplicates", "failed", "expired", "reissued")
+    ] == [2, 0, 0, 1, 1]
+
+
+@scenario
+async def test_an_item_that_every_actor_dies_of_fails_in_the_end(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=2), run_dir, NUM_ROWS)
+    for number in range(MAX_LOSSES):
+        assert 0 in ordinals_of(await buffer.lease(f"actor-{number}", 2, 1.0))
+        if number == 1:
+            await buffer.close()
+            buffer = ReplayBuffer(make_config(capacity=2), run_dir, NUM_ROWS)
+        await buffer.give_back(f"actor-{number}", [1])
+        await buffer.release_actor(f"actor-{number}")
+    stats = await check_sums(buffer)
+    assert (stats["lost_too_often"], stats["failed"]) == (1, 1)
+    assert ordinals_of(await buffer.lease("last", 2, 1.0)) == [1, 2]
+    assert audit(f"{run_dir}/{LEDGER_NAME}")["violations"] == []
+
+
+@scenario
+async def test_the_band_of_samples_per_insert_holds_back_the_learner_and_the_actors(run_dir):
+    config = make_config(capacity=4, groups_per_step=2, max_uses=4, samples_per_insert=(1.0, 1.5))
+    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    await buffer.lease("a", 4, 1.0)
+    await buffer.insert("a", [make_payload(ordinal) for ordinal in range(3)])
+    for step in range(2):
+        assert await buffer.sample(step, 2, 1.0) is not None
+    assert await buffer.sample(2, 2, 10.0) is None, "4 + 2 > 1.5 * 3, and one more group is to come"
+    await buffer.insert("a", [make_payload(3)])
+    assert await buffer.sample(2, 2, 10.0) is not None
+    assert len(await buffer.lease("a", 9, 1.0)) >= 2
+    tight = ReplayBuffer(
+        make_config(capacity=4, groups_per_step=2, max_uses=4, samples_per_insert=(2.0, 4.0)),
+        f"{run_dir}/2",
+        NUM_ROWS,
+    )
+    ordinals = ordinals_of(await tight.lease("a", 9, 1.0))
+    await tight.insert("a", [make_payload(ordinal) for ordinal in ordinals])
+    await tight.sample(0, 2, 1.0)
+    assert len(ordinals_of(await tight.lease("a", 9, 1.0))) == 1, (
+        "two uses pay for one group, though two were used"
+    )
+    await tight.sample(1, 2, 1.0)
+    assert len(ordinals_of(await tight.lease("a", 9, 1.0))) == 1
+
+
+@scenario
+async def test_closing_ends_all_waits(run_dir):
+    buffer = ReplayBuffer(make_config(capacity=2), run_dir, NUM_ROWS)
+    await buffer.lease("a", 2, 1.0)
+    waits = asyncio.gather(buffer.lease("b", 1, 1e6), buffer.sample(0, 1, 1e6))
+    await asyncio.sleep(1.0)
+    await buffer.close()
+    await buffer.close()
+    assert await waits == [[], None]
+    assert asyncio.get_running_loop().time() < 100
+
+
+def test_a_core_inserts_and_samples_300_groups_per_second(tmp_path):
+    num_groups = 600
+
+    async def pump() -> float:
+        buffer = ReplayBuffer(make_config(capacity=256, groups_per_step=32), str(tmp_path), NUM_ROWS)
+        start_s = time.perf_counter()
+        for step in range(num_groups // 30):
+            for _ in range(30):
+                (ordinal,) = ordinals_of(await buffer.lease("a", 1, 1.0))
+                await buffer.insert("a", [make_payload(ordinal, step, rewards=(1.0,) * 8)])
+            assert await buffer.sample(step, 30, 1.0)
+        return num_groups / (time.perf_counter() - start_s)
+
+    groups_per_s = asyncio.run(pump())
+    print(f"{groups_per_s:.0f} groups/s")
+    assert groups_per_s > 300

@@ -1,0 +1,534 @@
+"""The monitor: every row complete, W&B never in the way, no secret written; and what the terminal shows
+of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from rich.console import Console
+
+from cluster.monitor import monitor as monitor_module
+from cluster.monitor.monitor import Monitor, wandb_mode
+from cluster.monitor.terminal import Terminal, duration, plain_line, screen, sparkline, summary_screen
+from core import metrics as metrics_module
+from core.config import Config
+from core.config_file import parse_config
+from core.errors import ConfigError
+from core.metrics import METRICS, JsonLines, Redactor, StepLines, last_json_lines, read_json_lines
+from core.records import Evaluation
+
+CANARY_KEY = "c0ffee" * 6 + "abcd"
+CANARY_TOKEN = "hf_canary-value-of-a-secret"
+
+
+@pytest.fixture(autouse=True)
+def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "run" / "wandb" / "data"))
+
+
+@pytest.fixture
+def release() -> Iterator[threading.Event]:
+    """What hanging fakes wait for, so that their threads end with the test."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def make_config(steps: int = 10, wandb: str = "off", name: str = "unit") -> Config:
+    return parse_config(
+        {
+            "run": {"name": name, "steps": steps},
+            "model": {"path": "models/tiny"},
+            "data": {"path": "data"},
+            "rewards": {"functions": [{"name": "exact_match"}]},
+            "monitor": {"wandb": wandb},
+        }
+    )
+
+
+def evaluation(version: int, solve_rate: float) -> Evaluation:
+    return Evaluation(
+        evaluation_id=version,
+        policy_version=version,
+        solve_rate=solve_rate,
+        num_problems=4,
+        num_samples=8,
+        num_errors=0,
+    )
+
+
+def rows_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_every_row_has_every_metric_name(tmp_path: Path) -> None:
+    monitor = Monitor(make_config(steps=3), str(tmp_path))
+    for step in (1, 2, 3):
+        monitor.log_step({"progress/step": step, "reward/mean": 0.5})
+    monitor.close({})
+    rows = rows_of(tmp_path)
+    assert [row["progress/step"] for row in rows] == [1, 2, 3]
+    assert all(set(METRICS) <= set(row) for row in rows)
+    assert rows[0]["agro/kl_ref"] is None
+    assert all(row["time/wall_s"] >= 0 for row in rows)
+
+
+def test_values_that_are_no_finite_number_become_null_and_are_counted(tmp_path: Path) -> None:
+    monitor = Monitor(make_config(), str(tmp_path))
+    monitor.log_buffer({"buffer/groups": math.inf})
+    monitor.log_step({"progress/step": 1, "reward/mean": math.nan, "optim/lr": "high", "agro/kl_ref": None})  # type: ignore[dict-item]
+    monitor.close({"final_solve_rate": math.nan})
+    (row,) = rows_of(tmp_path)
+    assert row["reward/mean"] is row["optim/lr"] is row["buffer/groups"] is None
+    assert row["monitor/null_values"] == 3
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"final_solve_rate": None}
+
+
+def test_the_last_row_waits_for_the_final_evaluation(tmp_path: Path) -> None:
+    monitor = Monitor(make_config(steps=2), str(tmp_path))
+    monitor.log_evaluation(evaluation(0, 0.2), [])
+    monitor.log_step({"progress/step": 1})
+    monitor.log_step({"progress/step": 2})
+    assert [row["progress/step"] for row in rows_of(tmp_path)] == [1]
+    assert monitor.view()["row"]["progress/step"] == 2
+    monitor.log_evaluation(evaluation(2, 0.9), [{"prompt": "1+1=", "completion": "2", "reward": 1.0}])
+    monitor.close({})
+    first, last = rows_of(tmp_path)
+    assert (first["eval/solve_rate"], first["eval/policy_version"]) == (0.2, 0)
+    assert (last["eval/solve_rate"], last["eval/policy_version"]) == (0.9, 2)
+    lines, num_torn = read_json_lines(tmp_path / "evaluations.jsonl")
+    assert num_torn == 0
+    assert lines[1]["samples"] == [{"prompt": "1+1=", "completion": "2", "reward": 1.0}]
+
+
+def test_actor_rates_are_differences_of_cumulative_counters_over_seconds(tmp_path: Path) -> None:
+    clock = Clock()
+    monitor = Monitor(make_config(steps=100), str(tmp_path), clock)
+
+    def second(step: int, tokens: dict[str, float], busy_s: float) -> dict[str, Any]:
+        clock.now_s += 1.0
+        for name, count in tokens.items():
+            monitor.log_actor(
+                name, {"generated_tokens": count, "busy_s": busy_s, "apply_s": 0.1, "version": step}
+            )
+        monitor.log_step({"progress/step": step})
+        return rows_of(tmp_path)[-1]
+
+    assert second(1, {"a": 1000, "b": 500}, 0.0)["perf/generated_tokens_per_s"] is None
+    assert second(2, {"a": 1100, "b": 550}, 0.5)["perf/generated_tokens_per_s"] is None
+    row = second(3, {"a": 1200, "b": 600}, 1.0)
+    assert row["perf/generated_tokens_per_s"] == pytest.approx(150.0)
+    assert row["time/actor_busy_fraction"] == pytest.approx(0.5)
+    assert row["weights/apply_s"] == pytest.approx(0.1)
+    # a is started again and counts from 0: b alone has a rate, none is negative
+    row = second(4, {"a": 0, "b": 650}, 1.5)
+    assert row["perf/generated_tokens_per_s"] == pytest.approx(50.0)
+    # all silent for long: nobody generates
+    clock.now_s += 100
+    monitor.log_step({"progress/step": 5})
+    assert rows_of(tmp_path)[-1]["perf/generated_tokens_per_s"] is None
+
+
+def test_a_continued_run_appends_and_keeps_the_last_evaluation(tmp_path: Path) -> None:
+    first = Monitor(make_config(), str(tmp_path))
+    first.log_step({"progress/step": 1})
+    first.log_evaluation(evaluation(1, 0.4), [])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"progress/step": 2, "rew')  # killed in mid-line
+    second = Monitor(make_config(), str(tmp_path))
+    second.log_step({"progress/step": 2})
+    second.close({})
+    rows, num_torn = read_json_lines(tmp_path / "metrics.jsonl")
+    assert [row["progress/step"] for row in rows] == [1, 2]
+    assert num_torn == 1
+    assert rows[1]["eval/solve_rate"] == 0.4
+
+
+def test_a_monitor_that_was_killed_goes_on_with_the_newest_row_the_time_and_the_row_it_held_back(
+    tmp_path: Path,
+) -> None:
+    began_at_s = time.time() - 100.0
+
+    def start() -> Monitor:
+        return Monitor(make_config(steps=3), str(tmp_path), began_at_s=began_at_s)
+
+    monitor = start()
+    monitor.event("first")
+    number = monitor.view()["events"][-1]["number"]
+    for step in (1, 2):
+        monitor.log_step({"progress/step": step, "reward/mean": step / 10})
+    monitor = start()
+    assert (monitor.view()["row"]["progress/step"], monitor.view()["row"]["reward/mean"]) == (2, 0.2)
+    assert 100 <= monitor.view()["wall_s"] < 120
+    monitor.event("second")
+    assert monitor.view()["events"][-1]["number"] > number, (
+        "what the terminal has shown is known by its number"
+    )
+    monitor.log_step({"progress/step": 2, "reward/mean": 0.2})  # Ray repeats a call whose answer was lost.
+    monitor.log_step({"progress/step": 3, "reward/mean": 0.3})
+    monitor = start()
+    monitor.log_evaluation(evaluation(3, 0.75), [])
+    monitor.close({})
+    rows = read_json_lines(tmp_path / "metrics.jsonl")[0]
+    assert [(row["progress/step"], row["reward/mean"]) for row in rows] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert rows[-1]["eval/solve_rate"] == 0.75
+    later = Monitor(make_config(steps=9), str(tmp_path), began_at_s=time.time())
+    assert later.view()["row"]["progress/step"] is None, "of an earlier start of the run"
+    later.close({})
+
+
+def test_lines_that_a_full_disk_keeps_out_for_too_long_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.metrics._MAX_PENDING_LINES", 3)
+    lines = JsonLines(Path("/dev/full"), Redactor({}))
+    for number in range(5):
+        lines.append({"number": number})
+    assert (lines.lines_lost, lines.write_errors) == (2, 5)
+
+
+def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = JsonLines(tmp_path / "x.jsonl", Redactor({}))
+    lines.append({"n": 1})
+    with monkeypatch.context() as full:
+        real_write = monitor_module.os.write
+        room = [5]
+
+        def write(descriptor: int, payload: bytes) -> int:
+            if not room[0]:
+                raise OSError(28, "No space left on device")
+            written = real_write(descriptor, payload[: room[0]])
+            room[0] -= written
+            return written
+
+        full.setattr(monitor_module.os, "write", write)
+        lines.append({"n": 2})
+        lines.append({"n": 3})
+        assert lines.write_errors == 2
+    lines.append({"n": 4})
+    lines.close()
+    assert read_json_lines(tmp_path / "x.jsonl") == ([{"n": 1}, {"n": 2}, {"n": 3}, {"n": 4}], 0)
+
+
+def test_lines_are_in_the_order_of_steps_whatever_was_done_again_and_no_more_than_the_end_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_module, "_BLOCK_BYTES", 1000)
+    path = tmp_path / "x.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"step": step // 2, "text": "é" * (step % 7)}, ensure_ascii=False) + "\n"
+            for step in range(2, 2002)
+        ),
+        encoding="utf-8",
+    )
+    size = path.stat().st_size
+    assert [(line["step"], len(line["text"])) for line in last_json_lines(path, 3)] == [
+        (999, 4),
+        (1000, 5),
+        (1000, 6),
+    ]
+    with path.open("ab") as file:
+        file.write(b'{"step": 1001, "te')  # Killed.
+    loads = json.loads
+    read: list[int] = []
+    monkeypatch.setattr(metrics_module.json, "loads", lambda line: read.append(len(line)) or loads(line))
+    lines = StepLines(path, Redactor({}), "step")
+    for step in (1001, 999, 999):
+        lines.rewind(step)
+        lines.append({"step": step, "text": "again"})
+    assert sum(read) < size / 50
+    monkeypatch.undo()
+    steps = [step // 2 for step in range(2, 1998)]
+    assert [line["step"] for line in read_json_lines(path)[0]] == [*steps, 999]
+    lines.rewind(0)
+    assert path.stat().st_size == 0
+    assert last_json_lines(path, 1) == last_json_lines(tmp_path / "none.jsonl", 1) == []
+
+
+def test_steps_that_a_full_disk_kept_twice_stay_when_the_monitor_starts_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4, 2, 3)))
+    lines = StepLines(path, Redactor({}), "step")
+    lines.rewind(4)
+    lines.append({"step": 4})
+    assert [line["step"] for line in read_json_lines(path)[0]] == [1, 2, 3, 4, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_a_real_offline_wandb_run_is_written_and_holds_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    monkeypatch.setenv("WANDB_API_KEY", CANARY_KEY)
+    monkeypatch.setenv("HF_TOKEN", CANARY_TOKEN)
+    monkeypatch.delenv("WANDB_DATA_DIR")
+    monkeypatch.setattr("sys.argv", ["launch.py", "--password", CANARY_TOKEN])
+    config = make_config(steps=3, wandb="offline")
+    monitor = Monitor(
+        config.model_copy(update={"model": config.model.model_copy(update={"path": f"hub/{CANARY_TOKEN}"})}),
+        str(run_dir),
+    )
+    monitor.event(f"401 for token {CANARY_TOKEN}")
+    for step in (1, 2, 3):
+        monitor.log_step({"progress/step": step, "reward/mean": 0.5})
+        monitor.log_samples(
+            step,
+            [{"version": 0, "prompt": f"p {CANARY_KEY}", "completion": "c", "reward": 1.0, "error": None}]
+            * 20,
+        )
+    monitor.close({"name": "unit", "stopped": f"reward said {CANARY_TOKEN}"})
+
+    (log,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    assert log.stat().st_size > 500
+    assert b"reward/mean" in log.read_bytes()
+    tables = list(run_dir.glob("wandb/offline-run-*/files/media/table/*.json"))
+    assert [len(json.loads(table.read_text())["data"]) for table in tables] == [16, 16, 16]
+    assert [row["monitor/wandb_dropped"] for row in rows_of(run_dir)] == [0, 0, 0]
+    written = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert len(written) > 8
+    for path in written:
+        content = path.read_bytes()
+        assert CANARY_KEY.encode() not in content, path
+        assert CANARY_TOKEN.encode() not in content, path
+
+
+@pytest.mark.slow
+def test_online_that_fails_goes_on_offline_with_the_same_run_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", CANARY_KEY)
+    real_init = wandb.init
+
+    def init(**options: Any) -> Any:
+        if options["mode"] == "online":
+            raise ConnectionError("no route to host")
+        return real_init(**options)
+
+    monkeypatch.setattr(wandb, "init", init)
+    monitor = Monitor(make_config(wandb="online"), str(tmp_path / "run"))
+    monitor.log_step({"progress/step": 1})
+    monitor.close({})
+    run_id = (tmp_path / "run" / "wandb_id").read_text().strip()
+    assert list((tmp_path / "run").glob(f"wandb/offline-run-*/run-{run_id}.wandb"))
+    events, _ = read_json_lines(tmp_path / "run" / "events.jsonl")
+    assert "no route to host" in events[0]["text"]
+
+
+class FakeRun:
+    """A W&B run that fails as told: `fault` is (method, what it does)."""
+
+    def __init__(self, fault: tuple[str, Any] | None = None) -> None:
+        self.logged: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self._fault = fault
+
+    def _maybe_fail(self, method: str) -> None:
+        if self._fault is not None and self._fault[0] == method:
+            self._fault[1]()
+
+    def define_metric(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def log(self, row: dict[str, Any], **options: Any) -> None:
+        assert not options, "never W&B's own step"
+        self._maybe_fail("log")
+        self.logged.append(row)
+
+    def finish(self) -> None:
+        self._maybe_fail("finish")
+
+
+@pytest.mark.parametrize("method", ["init", "log", "finish"])
+@pytest.mark.parametrize("manner", ["raises", "hangs"])
+def test_wandb_outage_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: threading.Event, method: str, manner: str
+) -> None:
+    def fail() -> None:
+        if manner == "raises":
+            raise RuntimeError("wandb is down")
+        release.wait(30)
+
+    def init(**options: Any) -> FakeRun:
+        if method == "init":
+            fail()
+        return FakeRun((method, fail))
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(monitor_module, "WANDB_FINISH_S", 0.5)
+    began_s = time.monotonic()
+    monitor = Monitor(make_config(steps=1500, wandb="offline"), str(tmp_path))
+    for step in range(1, 1501):  # more than the queue holds
+        monitor.log_step({"progress/step": step})
+    monitor.close({})
+    elapsed_s = time.monotonic() - began_s
+
+    assert [row["progress/step"] for row in rows_of(tmp_path)] == list(range(1, 1501))
+    assert elapsed_s < 10
+    events = " ".join(event["text"] for event in read_json_lines(tmp_path / "events.jsonl")[0])
+    assert ("wandb is down" in events) == (manner == "raises")
+    assert ("did not finish within" in events) == (manner == "hangs")
+    if manner == "hangs" and method != "finish":
+        assert rows_of(tmp_path)[-1]["monitor/wandb_dropped"] > 400
+    if method == "log":
+        assert monitor._wandb.dropped >= 1000
+
+
+def test_wandb_gets_known_values_only_and_the_same_rows_as_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FakeRun()
+    monkeypatch.setattr(wandb, "init", lambda **options: run)
+    monitor = Monitor(make_config(steps=2, wandb="offline"), str(tmp_path))
+    monitor.log_step({"progress/step": 1, "reward/mean": 0.25})
+    monitor.log_step({"progress/step": 2, "reward/mean": 0.5})
+    monitor.close({"final_solve_rate": 0.5, "errors": {}})
+    assert run.logged == [
+        {name: value for name, value in row.items() if value is not None} for row in rows_of(tmp_path)
+    ]
+    assert run.summary == {"final_solve_rate": 0.5}
+
+
+def test_wandb_mode_is_decided_by_config_and_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert wandb_mode(make_config(wandb="auto")) == "offline"
+    assert wandb_mode(make_config(wandb="off")) == "off"
+    with pytest.raises(ConfigError, match="WANDB_API_KEY"):
+        wandb_mode(make_config(wandb="online"))
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine wandb.example.org login user password " + CANARY_KEY)
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert wandb_mode(make_config(wandb="auto")) == "offline"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert wandb_mode(make_config(wandb="auto")) == "online"
+    assert wandb_mode(make_config(wandb="offline")) == "offline"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_mode(make_config(wandb="auto")) == "offline"
+
+
+def test_words_that_only_sound_secret_are_left_alone() -> None:
+    redact = Redactor(
+        {"TOKENIZERS_PARALLELISM": "parallelism", "API_TOKEN": "true", "MY_API_KEY": 'quo"ted-secret'}
+    )
+    assert redact("parallelism true") == "parallelism true"
+    assert redact(json.dumps({"x": 'a quo"ted-secret b'})) == '{"x": "a [redacted] b"}'
+
+
+def run_for_terminal(tmp_path: Path, steps: int, stream: io.StringIO) -> tuple[Monitor, list[str]]:
+    clock = Clock()
+    monitor = Monitor(make_config(steps=steps), str(tmp_path), clock)
+    with Terminal(stream, live=False, clock=clock) as terminal:
+        monitor.event("actor rollout-0 started")
+        for step in range(1, steps + 1):
+            clock.now_s += 0.1
+            monitor.log_buffer({"buffer/groups": 64})
+            monitor.log_step(
+                {
+                    "progress/step": step,
+                    "reward/mean": 0.52,
+                    "staleness/mean": 2.1,
+                    "staleness/oldest_token": 5,
+                }
+            )
+            terminal.update(monitor.view())
+            terminal.update(monitor.view())
+    return monitor, stream.getvalue().splitlines() if isinstance(stream, io.StringIO) else []
+
+
+def test_plain_lines_are_about_forty_a_run_and_events_come_once(tmp_path: Path) -> None:
+    _, lines = run_for_terminal(tmp_path, 600, io.StringIO())
+    assert lines[0] == "[0s] actor rollout-0 started"
+    assert sum("rollout-0 started" in line for line in lines) == 1
+    step_lines = [line for line in lines if line.startswith("step ")]
+    assert 38 <= len(step_lines) <= 43
+    assert step_lines[-1].startswith(
+        "step 600/600  reward 0.52  solve -  stale 2.1/5  - tok/s  buffer 64  kl -"
+    )
+    assert step_lines[1].endswith("eta 58s")
+
+
+def test_an_output_that_is_closed_does_not_end_the_run(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", closefd=False) as stream:
+        run_for_terminal(tmp_path, 5, stream)  # type: ignore[arg-type]
+        with contextlib.suppress(BrokenPipeError):
+            stream.close()
+    assert len(rows_of(tmp_path)) == 4  # The last step's waits for the final evaluation.
+
+
+def test_the_live_screen_shows_what_is_known_and_a_dash_for_the_rest(tmp_path: Path) -> None:
+    monitor, _ = run_for_terminal(tmp_path, 20, io.StringIO())
+    monitor.log_actor("rollout-0 [x]", {"generated_tokens": 10, "version": 3, "errors": 1})
+    console = Console(file=io.StringIO(), width=110)
+    console.print(screen(monitor.view()))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "step 20/20" in shown
+    assert "rollout-0 [x]" in shown
+    assert "64 of 256 groups" in shown
+    assert "actor rollout-0 started" in shown
+
+
+def test_a_view_before_the_first_step_can_be_shown(tmp_path: Path) -> None:
+    view = Monitor(make_config(), str(tmp_path)).view()
+    assert plain_line(view).startswith("step -/10  reward -  solve -")
+    console = Console(file=io.StringIO(), width=100)
+    console.print(screen(view))
+    stream = io.StringIO()
+    with Terminal(stream, live=True) as terminal:
+        terminal.update(view)
+    assert "step 0/10" in stream.getvalue()
+
+
+def test_the_summary_screen_shows_results_commands_and_dashes() -> None:
+    full = summary_screen(
+        {
+            "name": "quick",
+            "steps": 1200,
+            "wall_s": 130.0,
+            "base_solve_rate": 0.23,
+            "final_solve_rate": 0.75,
+            "final_policy_version": 1200,
+            "policy_dir": "runs/a b/policy",
+            "errors": {"reward": 3, "stale": 0},
+        }
+    )
+    assert "0.230 -> 0.750 at v1200" in full
+    assert "1200 in 2m10s" in full
+    assert "launch.py chat 'runs/a b/policy'" in full
+    assert "reward 3\n" in full
+    assert len(full.splitlines()) < 20
+    empty = summary_screen({"stopped": "no step for 600 s"})
+    assert "stopped: no step for 600 s" in empty
+    assert "- -> -" in empty
+    assert "chat" not in empty
+
+
+def test_sparkline_and_duration() -> None:
+    assert sparkline([0, 1, 0.5, 1]) in ("▁█▄█", "▁█▅█")
+    assert sparkline([2, 2]) == "▁▁"
+    assert sparkline([]) == ""
+    assert [duration(value) for value in (None, 8, 130, 7500)] == ["-", "8s", "2m10s", "2h05m"]

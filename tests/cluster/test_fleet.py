@@ -1,0 +1,322 @@
+"""The fleet with real Ray processes and no engines: placed, scaled, killed, stopped, replaced, retired."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+import cluster.fleet
+from cluster.fleet import MAX_DEATHS, DeathCount, Fleet, Kind
+from cluster.pulse import BUSY_LIMIT_S, ELSEWHERE_LIMIT_S, LIMIT_S, MIN_LOOKS, Pulse, Sight, look_at
+from core.errors import DataError, TrainingError
+from tests.support.fleet_actors import SleepingActor
+
+pytestmark = pytest.mark.timed
+
+LOOK_S = 0.1
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+class Bench:
+    """A fleet of sleeping actors; `behaviour` maps names to what goes wrong with them."""
+
+    def __init__(
+        self,
+        directory: Path,
+        behaviour: dict[str, str] | None = None,
+        num_cpus: float = 1.0,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self.directory, self.behaviour = directory, behaviour or {}
+        self.told: list[str] = []
+        self.released: list[str] = []
+        self.orders: list[tuple[str, str]] = []
+        kind = Kind(self._spawn, num_cpus=num_cpus)
+        self.fleet = Fleet(
+            kind,
+            retire=self._retire,
+            release=self.released.append,
+            tell=self.told.append,
+            timeout_s=timeout_s,
+        )
+
+    def _spawn(self, name: str, options: dict[str, Any]) -> Any:
+        actor_class = ray.remote(SleepingActor).options(max_concurrency=2, **options)
+        return actor_class.remote(
+            name, str(self.directory), self.behaviour.get(name, self.behaviour.get("*", ""))
+        )
+
+    def _retire(self, names: list[str], how: str) -> None:
+        for name in names:
+            self.orders.append((name, how))
+            (self.directory / f"{name}.retire").touch()
+
+    def until(self, is_so: Callable[[], bool], limit_s: float = 20.0) -> float:
+        """Looks until it is so; the seconds that took."""
+        start_s = time.monotonic()
+        while not is_so():
+            self.fleet.look()
+            assert time.monotonic() - start_s < limit_s, (self.fleet.status(), self.told)
+            time.sleep(LOOK_S)
+        return time.monotonic() - start_s
+
+    def run(self, count: int) -> None:
+        self.fleet.scale_to(count)
+        self.until(lambda: len(self.fleet.names("running")) == count)
+
+    def pid(self, name: str) -> int:
+        return next(entry["pid"] for entry in self.fleet.status() if entry["name"] == name)
+
+
+@pytest.fixture
+def bench(local_ray: None, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+    made: list[Bench] = []
+
+    def make(**arguments: Any) -> Bench:
+        made.append(Bench(tmp_path, **arguments))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.fleet.kill()
+
+
+def free_cpus() -> float:
+    return ray.available_resources().get("CPU", 0.0)
+
+
+@pytest.mark.slow
+def test_one_to_four_to_one_retires_the_newest_and_frees_their_places(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    b.run(1)
+    assert b.fleet.scale_to(4) == (["actor-1", "actor-2", "actor-3"], [])
+    b.until(lambda: len(b.fleet.names("running")) == 4)
+    assert b.fleet.scale_to(1) == ([], ["actor-3", "actor-2", "actor-1"])
+    assert b.fleet.target == 1
+    b.until(lambda: b.fleet.names() == ["actor-0"])
+    assert b.orders == [("actor-3", "drain"), ("actor-2", "drain"), ("actor-1", "drain")]
+    assert sorted(b.released) == ["actor-1", "actor-2", "actor-3"]
+    b.until(lambda: free_cpus() == 3.0)
+    assert b.fleet.scale_to(2)[0] == ["actor-4"]  # A name is not used again.
+    assert b.fleet.num_deaths == 0
+
+
+@pytest.mark.slow
+def test_one_that_cannot_be_placed_blocks_nobody_and_says_what_is_missing(
+    bench: Callable[..., Bench], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(cluster.fleet, "TELL_WAITING_S", 2.0)
+    b = bench(num_cpus=1.5)
+    b.fleet.scale_to(3)
+    b.until(lambda: len(b.fleet.names("running")) == 2 and bool(b.told))
+    waiting = next(entry for entry in b.fleet.status() if entry["state"] == "waiting for placement")
+    assert waiting["note"] == "asks for 1.5 CPU; free now: 1 CPU"
+    assert b.told == ["actor-2 waits for placement: asks for 1.5 CPU; free now: 1 CPU"]
+    b.fleet.scale_to(1)
+    assert "actor-2" not in b.fleet.names()  # It has begun nothing.
+    b.until(lambda: b.fleet.names() == ["actor-0"])
+    b.fleet.scale_to(2)
+    b.until(lambda: len(b.fleet.names("running")) == 2)
+
+
+@pytest.mark.slow
+def test_a_killed_actor_is_noticed_within_three_seconds_and_replaced_under_a_new_name(
+    bench: Callable[..., Bench],
+) -> None:
+    b = bench()
+    b.run(2)
+    os.kill(b.pid("actor-0"), signal.SIGKILL)
+    assert b.until(lambda: "actor-0" in b.released) < 3.0
+    b.until(lambda: b.fleet.names("running") == ["actor-0.1", "actor-1"])
+    assert len(b.told) == 1
+    assert b.told[0].startswith("actor-0 died, restarted as actor-0.1")
+    assert "its process was killed" in b.told[0]
+    assert len(b.told[0].splitlines()) <= 7
+    assert b.fleet.scale_to(1)[1] == ["actor-1"]  # The newest role, not the newest process.
+
+
+@pytest.mark.slow
+def test_a_stopped_process_is_found_by_its_pulse_killed_and_replaced(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    b.run(2)
+    pid = b.pid("actor-1")
+    os.kill(pid, signal.SIGSTOP)
+    assert b.until(lambda: "actor-1" in b.released) < 3.0
+    assert "actor-1 died, restarted as actor-1.1" in b.told[0]
+    assert "its process is stopped (SIGSTOP)" in b.told[0]
+    b.until(lambda: b.fleet.names("running") == ["actor-0", "actor-1.1"])
+    b.until(lambda: not psutil.pid_exists(pid))
+    assert b.fleet.num_deaths == 1
+
+
+@pytest.mark.slow
+def test_a_loop_that_stands_still_while_its_process_answers_is_replaced(bench: Callable[..., Bench]) -> None:
+    b = bench(behaviour={"actor-0": "stuck"}, timeout_s=8.0)
+    b.fleet.scale_to(1)
+    b.until(lambda: b.fleet.names("running") == ["actor-0.1"], limit_s=40)
+    assert "its loop has not turned for 8 s (run.timeout_s)" in b.told[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("behaviour", "cause"), [("raise", "ValueError: the engine broke"), ("return", "run() returned")]
+)
+def test_an_actor_whose_run_ends_by_itself_is_replaced(
+    bench: Callable[..., Bench], behaviour: str, cause: str
+) -> None:
+    b = bench(behaviour={"actor-0": behaviour})
+    b.fleet.scale_to(1)
+    b.until(lambda: b.fleet.names("running") == ["actor-0.1"])
+    assert cause in b.told[0]
+    assert b.released == ["actor-0"]
+    b.until(lambda: free_cpus() == 3.0)
+
+
+@pytest.mark.slow
+def test_a_crash_loop_stops_with_role_cause_last_log_lines_and_a_hint(bench: Callable[..., Bench]) -> None:
+    b = bench(behaviour={"*": "exit"})
+    b.fleet.scale_to(1)
+    with pytest.raises(TrainingError) as caught:
+        b.until(lambda: False, limit_s=60)
+    text = str(caught.value)
+    assert text.startswith(f"actor-0 died {MAX_DEATHS} times within 5 min; the last time:")
+    assert "last words of the engine" in text
+    assert "lower actors.slots and actors.kv_cache_gib" in text
+    assert len(b.told) == MAX_DEATHS - 1
+
+
+@pytest.mark.slow
+def test_a_constructor_that_raises_before_any_actor_ran_stops_at_once_and_later_is_a_death(
+    bench: Callable[..., Bench],
+) -> None:
+    b = bench(behaviour={"actor-0": "boot"})
+    b.fleet.scale_to(1)
+    with pytest.raises(
+        TrainingError,
+        match=r"(?s)actor actor-0 could not start:.*ValueError: no such "
+        r"engine",
+    ):
+        b.until(lambda: False)
+    later = bench(behaviour={"actor-1": "boot"})
+    later.run(1)
+    later.fleet.scale_to(2)
+    later.until(lambda: later.fleet.names("running") == ["actor-0", "actor-1.1"])
+
+
+@pytest.mark.slow
+def test_an_error_of_ours_in_run_is_the_end_of_the_run(bench: Callable[..., Bench]) -> None:
+    b = bench(behaviour={"actor-0": "data"})
+    b.fleet.scale_to(1)
+    with pytest.raises(DataError, match="row 3 is empty"):
+        b.until(lambda: False)
+
+
+@pytest.mark.slow
+def test_one_that_does_not_retire_is_hurried_then_killed_and_one_that_dies_retiring_is_not_replaced(
+    bench: Callable[..., Bench], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(cluster.fleet, "DRAIN_S", 0.5)
+    monkeypatch.setattr(cluster.fleet, "HAND_BACK_S", 0.5)
+    b = bench(behaviour={"actor-1": "deaf", "actor-2": "deaf"})
+    b.run(3)
+    b.fleet.scale_to(1)
+    os.kill(b.pid("actor-2"), signal.SIGKILL)
+    b.until(lambda: b.fleet.names() == ["actor-0"])
+    assert ("actor-1", "now") in b.orders
+    assert sorted(b.released) == ["actor-1", "actor-2"]
+    assert any("actor-1 did not retire" in text for text in b.told)
+    assert any("actor-2 died while retiring" in text for text in b.told)
+    assert b.fleet.num_deaths == 0
+
+
+@pytest.mark.slow
+def test_a_feeder_is_replaced_but_neither_scaled_nor_placed_and_the_end_retires_all(
+    bench: Callable[..., Bench],
+) -> None:
+    b = bench()
+    b.fleet.add_feeder(Kind(b._spawn, is_placed=False))
+    b.until(lambda: b.fleet.names("running") == ["offline"])
+    os.kill(b.pid("offline"), signal.SIGKILL)
+    b.until(lambda: b.fleet.names("running") == ["offline.1"])
+    b.fleet.scale_to(1)
+    b.until(lambda: len(b.fleet.names("running")) == 2)
+    assert b.fleet.scale_to(1) == ([], [])
+    b.fleet.end()
+    b.until(lambda: not b.fleet.names())
+    assert sorted(b.orders) == [("actor-0", "now"), ("offline.1", "now")]
+
+
+# --- The pulse: judged by looks ---
+
+
+def judge(looks: list[tuple[float, Sight | None]]) -> str | None:
+    pulse = Pulse(0.0)
+    return [pulse.missed(time_s, sight) for time_s, sight in looks][-1]
+
+
+EVERY_HALF_S = [number * 0.5 for number in range(1, 8)]  # 3.5 s
+
+
+@pytest.mark.parametrize(
+    ("looks", "cause"),
+    [
+        ([(t, Sight(1.0, is_stopped=True)) for t in EVERY_HALF_S], "stopped"),
+        ([(t, Sight(1.0, is_stopped=True)) for t in EVERY_HALF_S[:4]], "stopped"),  # 2 s.
+        ([(t, Sight(1.0, is_stopped=True)) for t in EVERY_HALF_S[:3]], None),
+        ([(t, Sight(1.0)) for t in EVERY_HALF_S], "does nothing"),
+        ([(t, Sight(1.0)) for t in EVERY_HALF_S[:5]], None),  # 2.5 s.
+        ([(t, Sight(t)) for t in EVERY_HALF_S], None),  # It works: a long step.
+        ([(t, Sight(1.0, is_in_io=True)) for t in EVERY_HALF_S], None),
+        ([(t * 10, Sight(t * 10)) for t in EVERY_HALF_S], "works but does not come back"),
+        ([(t, None) for t in EVERY_HALF_S], None),  # Of another node.
+        ([(t * 3, None) for t in EVERY_HALF_S], "no answer for 10 s"),
+        # The supervisor itself was paused: it has not looked.
+        ([(100.0, Sight(1.0, is_stopped=True))], None),
+        ([(100.0 + t, Sight(1.0)) for t in EVERY_HALF_S[: MIN_LOOKS - 1]], None),
+    ],
+)
+def test_a_process_counts_as_hung_after_time_and_looks_unless_it_is_seen_working(
+    looks: list[tuple[float, Sight | None]], cause: str | None
+) -> None:
+    found = judge(looks)
+    assert (found is None) if cause is None else (found is not None and cause in found)
+    assert LIMIT_S < ELSEWHERE_LIMIT_S < BUSY_LIMIT_S
+
+
+def test_an_answer_begins_anew() -> None:
+    pulse = Pulse(0.0)
+    for time_s in EVERY_HALF_S:
+        pulse.missed(time_s, Sight(1.0))
+    pulse.answered(4.0)
+    assert pulse.missed(4.5, Sight(1.0, is_stopped=True)) is None
+
+
+def test_this_process_is_seen_and_none_where_there_is_none() -> None:
+    here = look_at(os.getpid())
+    assert here is not None
+    assert here.cpu_s > 0
+    assert not here.is_stopped
+    assert look_at(None) is None
+    assert look_at(2**22 + 1) is None
+
+
+def test_deaths_are_counted_by_role_within_the_window() -> None:
+    deaths = DeathCount()
+    assert [deaths.note("actor-0", t) for t in (0, 10, 20)] == [1, 2, 3]
+    assert deaths.note("actor-1", 20) == 1
+    assert deaths.note("actor-0", 305) == 3  # Those at 0 is forgotten.
+    assert deaths.total == 5

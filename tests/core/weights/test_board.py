@@ -1,0 +1,189 @@
+"""The board: snapshots are pulled at the actors' pace, and an evaluation belongs to exactly one policy
+version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+
+from core.config_file import parse_config
+from core.records import EvalItem, EvalSample, Evaluation, VersionSpan
+from core.weights.board import KEEP, Board, Directive
+
+CONFIG = parse_config(
+    {"model": {"path": "m"}, "data": {"path": "d"}, "rewards": {"functions": [{"name": "exact_match"}]}}
+)
+
+
+def result(item: EvalItem, reward: float | None, version: int | None = None) -> EvalSample:
+    span = VersionSpan(item.policy_version if version is None else version, 0, 1)
+    error = None if reward is not None else "failed"
+    return EvalSample(
+        item=item, prompt="p", texts=("t",), rewards=(reward,), errors=(error,), version_spans=((span,),)
+    )
+
+
+class Bench:
+    """A board with `num_rows` held-out prompts and what it told about evaluations."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.told: list[Evaluation] = []
+        self.board = Board(CONFIG, num_rows, lambda evaluation, samples: self.told.append(evaluation))
+
+    async def poll(self, actor: str, version: int, max_items: int = 10, timeout_s: float = 0.05) -> Directive:
+        return msgspec.msgpack.decode(
+            await self.board.poll(actor, version, max_items, timeout_s), type=Directive
+        )
+
+    async def finish(self, *samples: EvalSample) -> None:
+        await self.board.finish(msgspec.msgpack.encode(list(samples)))
+
+
+def run(scenario: Any) -> None:
+    asyncio.run(scenario())
+
+
+def test_a_poll_waits_for_the_first_snapshot_and_then_names_the_newest() -> None:
+    async def scenario() -> None:
+        bench = Bench(0)
+        waiting = asyncio.create_task(bench.poll("a", -1, timeout_s=5.0))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        await bench.board.publish(b"m0", ["r0"], 0, evaluate=False)
+        assert (await waiting).version == 0
+        await bench.board.publish(b"m2", ["r2"], 2, evaluate=False)
+        await bench.board.publish(b"m4", ["r4"], 4, evaluate=False)
+        assert (await bench.poll("a", 0)).version == 4
+        assert (await bench.poll("a", 4)).version == 4  # Nothing new: after the timeout, its own version.
+        assert await bench.board.snapshot(4) == (b"m4", ["r4"])
+
+    run(scenario)
+
+
+def test_old_snapshots_are_dropped_but_not_the_one_under_evaluation() -> None:
+    async def scenario() -> None:
+        bench = Bench(1)
+        await bench.board.publish(b"m", [], 0, evaluate=True)
+        for version in range(1, 10):
+            await bench.board.publish(b"m", [], version, evaluate=False)
+        held = [version for version in range(10) if await bench.board.snapshot(version) is not None]
+        assert held == [0, *range(10 - KEEP, 10)]
+        directive = await bench.poll("a", 9)
+        assert (directive.version, [item.policy_version for item in directive.eval_items]) == (0, [0])
+        await bench.finish(result(directive.eval_items[0], 1.0))
+        assert await bench.board.snapshot(0) is None
+
+    run(scenario)
+
+
+def test_an_evaluation_is_shared_by_the_actors_and_counts_failures_apart() -> None:
+    async def scenario() -> None:
+        bench = Bench(4)
+        await bench.board.publish(b"m", [], 6, evaluate=True)
+        first, second = await bench.poll("a", 6, max_items=2), await bench.poll("b", 6, max_items=2)
+        assert sorted(item.row for item in (*first.eval_items, *second.eval_items)) == [0, 1, 2, 3]
+        await bench.finish(*(result(item, 1.0) for item in first.eval_items))
+        assert bench.told == []
+        await bench.finish(result(second.eval_items[0], 0.0), result(second.eval_items[1], None))
+        (evaluation,) = bench.told
+        assert (evaluation.policy_version, evaluation.num_problems, evaluation.num_errors) == (6, 4, 1)
+        assert evaluation.solve_rate == 2 / 3
+        assert (await bench.board.evaluations())[0] == []
+
+    run(scenario)
+
+
+def test_results_by_another_version_are_generated_again() -> None:
+    async def scenario() -> None:
+        bench = Bench(1)
+        await bench.board.publish(b"m", [], 2, evaluate=True)
+        (item,) = (await bench.poll("a", 2)).eval_items
+        await bench.finish(result(item, 1.0, version=3))
+        assert bench.told == []
+        assert (await bench.poll("a", 2)).eval_items == (item,)
+
+    run(scenario)
+
+
+def test_items_of_an_actor_that_died_are_handed_out_again_once() -> None:
+    async def scenario() -> None:
+        bench = Bench(3)
+        await bench.board.publish(b"m", [], 0, evaluate=True)
+        items = (await bench.poll("a", 0)).eval_items
+        await bench.finish(result(items[0], 1.0))
+        await bench.board.release_actor("a")
+        assert (await bench.poll("a", 0)).retire  # A call of it that comes late takes nothing with it.
+        again = (await bench.poll("b", 0)).eval_items
+        assert sorted(item.row for item in again) == [1, 2]
+        # The dead actor's answer came after all.
+        await bench.finish(*(result(item, 0.0) for item in again), result(items[1], 1.0))
+        assert len(bench.told) == 1
+
+    run(scenario)
+
+
+def test_a_retired_actor_is_told_so_at_its_next_poll() -> None:
+    async def scenario() -> None:
+        bench = Bench(0)
+        await bench.board.publish(b"m", [], 0, evaluate=False)
+        waiting = asyncio.create_task(bench.poll("a", 0, timeout_s=5.0))
+        await asyncio.sleep(0.01)
+        await bench.board.retire(["a"])
+        assert (await waiting).retire
+        assert not (await bench.poll("b", 0)).retire
+
+    run(scenario)
+
+
+def test_a_board_that_was_started_again_evaluates_what_was_open_and_not_what_is_done_and_keeps_who_ends() -> (
+    None
+):
+    async def scenario() -> None:
+        before, again = Bench(4), Bench(4)
+        done = Evaluation(
+            evaluation_id=0, policy_version=0, solve_rate=0.5, num_problems=4, num_samples=4, num_errors=0
+        )
+        await again.board.restore([done], {"actor-1": "drain", "actor-2": "now"})
+        assert await again.board.publish(b"m", [], 0, evaluate=True) == [0]
+        assert await again.board.publish(b"m", [], 4, evaluate=True) == [0, 4]
+        directive = await again.poll("actor-0", 0, 2)
+        assert (directive.version, len(directive.eval_items)) == (4, 2)
+        assert directive.board != (await before.poll("actor-0", 0)).board, (
+            "whoever follows sees that it is another"
+        )
+        assert [(await again.poll(name, 4)).retire for name in ("actor-1", "actor-2", "actor-3")] == [
+            "drain",
+            "now",
+            "",
+        ]
+        assert await again.board.evaluations() == ([4], [done])
+
+    run(scenario)
+
+
+def test_a_version_published_before_a_board_that_was_started_again_is_told_of_it_once_more_is_evaluated_once() -> (
+    None
+):
+    async def scenario() -> None:
+        again = Bench(1)
+        await again.board.publish(b"m", [], 4, evaluate=True)
+        for version in (2, 4):
+            await again.board.publish(b"m", [], version, evaluate=version == 4)
+        assert await again.board.evaluations() == ([4], [])
+        dropped = EvalSample(
+            item=EvalItem(0, 2, 0, 0),
+            prompt="p",
+            texts=("",),
+            rewards=(None,),
+            errors=("late",),
+            version_spans=((),),
+        )
+        await again.finish(dropped)
+        assert await again.board.evaluations() == ([4], []), "the answer to another board's item"
+        await again.finish(result((await again.poll("a", 4)).eval_items[0], 1.0))
+        assert [(each.policy_version, each.solve_rate) for each in again.told] == [(4, 1.0)]
+
+    run(scenario)

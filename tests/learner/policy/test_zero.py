@@ -1,0 +1,310 @@
+"""The learner's step under the real ZeRO-3: one, two and three ranks and a plain PyTorch loop give the
+same parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.lag_lab import PlainPolicy
+from core.config import Config
+from core.config_file import parse_config
+from core.records import Batch, Group, Sample, VersionSpan
+from learner.objectives import Objective, TokenBatch, load_objective
+from learner.step.update import Updater, frozen_policies
+from tests.support import ranks, zero_scenario
+
+STEPS = 10
+LR = 1e-3
+# fp32: sums over ranks and micro-batches are taken in another order; after AdamW's division small gradients
+# keep the difference.
+TOLERANCE = {"agro": 2e-5, "moving": 4e-5}  # Ratios pi/pi_prox enlarge them further.
+
+
+# What moves copies of the policy: the reference every 2 steps, the proximal policy every 3; and per-token
+# references.
+MOVING = {
+    "learner": {"objective": "ppo_decoupled"},
+    "agro": {"beta": 0.1, "ref_update_every": 2},
+    "rivals": {"proximal_every": 3},
+}
+
+
+def config_for(model_dir: str, *, moving: bool = False, **learner: object) -> Config:
+    if moving:
+        config = config_for(model_dir, **learner, **MOVING["learner"])
+        return parse_config({**config.model_dump(), "agro": MOVING["agro"], "rivals": MOVING["rivals"]})
+    return parse_config(
+        {
+            "model": {"path": model_dir},
+            "data": {"path": "unused", "max_prompt_tokens": 12},
+            "rewards": {"functions": [{"name": "exact_match"}]},
+            "actors": {"max_new_tokens": 8},
+            "learner": {
+                "groups_per_step": 5,
+                "lr": LR,
+                "grad_clip": 0.5,
+                "micro_batch_tokens": 96,
+                **learner,
+            },
+            "agro": {"beta": 0.1},
+        }
+    )
+
+
+def random_batches(vocab_size: int) -> list[Batch]:
+    """Groups of mixed sizes, lengths and ages; some too large for one micro-batch of 96 tokens."""
+    rng = random.Random(0)
+    batches = []
+    for step in range(STEPS):
+        groups = []
+        for number in range(5):
+            samples = []
+            for _ in range(rng.choice([2, 3, 8])):
+                length = rng.randint(1, 8)
+                samples.append(
+                    Sample(
+                        token_ids=tuple(rng.randrange(vocab_size) for _ in range(length)),
+                        logprobs=tuple(-rng.uniform(1, 4) for _ in range(length)),
+                        version_spans=(VersionSpan(max(0, step - rng.randint(0, 3)), 0, length),),
+                        finish_reason="stop",
+                        text="",
+                        reward=float(rng.random() < 0.5),
+                    )
+                )
+            prompt_ids = tuple(rng.randrange(3, vocab_size) for _ in range(rng.randint(3, 12)))
+            groups.append(
+                Group(
+                    group_id=100 * step + number,
+                    row=number,
+                    prompt="",
+                    prompt_ids=prompt_ids,
+                    samples=tuple(samples),
+                )
+            )
+        batches.append(Batch(step, tuple(groups)))
+    return batches
+
+
+def run_plain(config: Config) -> dict:
+    """Parameters and metrics of the same steps without DeepSpeed."""
+    objective = load_objective(config.learner.objective, config.agro, config.rivals)
+    policy, updater = plain_updater(config, objective)
+    metrics = [updater.update(batch, LR)[0] for batch in random_batches(policy.module.config.vocab_size)]
+    return {"parameters": dict(policy.module.named_parameters()), "metrics": metrics}
+
+
+def plain_updater(config: Config, objective: Objective) -> tuple[PlainPolicy, Updater]:
+    policy = PlainPolicy(config, trained=True)
+    reference, proximal = (
+        PlainPolicy(config, trained=False) if needed else None for needed in frozen_policies(objective)
+    )
+    return policy, Updater(config, policy, reference, objective, 0, torch.device("cpu"), proximal)
+
+
+@pytest.fixture(scope="module")
+def plain(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> dict:
+    """The plain loop: padded, one micro-batch a step, whole logits; and with a moving reference and
+    proximal policy.
+    """
+    moving = request.param == "moving"
+    name = "untied" if moving else request.param
+    config = config_for(str(tiny_models[name]), moving=moving, micro_batch_tokens=4096, layout="padded")
+    return {"moving": moving, "model_dir": tiny_models[name], **run_plain(config)}
+
+
+def run_scenario(model_dir: Path, out_dir: Path, num_ranks: int, *, moving: bool, **learner: object) -> dict:
+    """The scenario in `num_ranks` real processes over gloo."""
+    config = config_for(str(model_dir), moving=moving, ranks=num_ranks, **learner)
+    (out_dir / "config.json").write_text(config.model_dump_json())
+    ranks.run_ranks(zero_scenario.main, num_ranks, out_dir)
+    return {"metrics": json.loads((out_dir / "metrics.json").read_text()), "dir": out_dir / "policy"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plain", "num_ranks", "layout", "checkpointing", "offload"),
+    [
+        ("untied", 1, "packed", False, "none"),
+        ("untied", 2, "padded", False, "none"),
+        ("untied", 3, "packed", True, "none"),
+        ("tied", 2, "packed", True, "none"),
+        ("moving", 2, "packed", False, "all"),
+    ],
+    indirect=["plain"],
+)
+def test_zero_ranks_give_the_parameters_of_a_plain_loop(
+    num_ranks: int, layout: str, checkpointing: bool, offload: str, plain: dict, tmp_path: Path
+) -> None:
+    """More than one rank also loads under zero.Init; the head, tied or not, is gathered for log-probs
+    in chunks.
+    """
+    from transformers import AutoModelForCausalLM
+
+    moving = plain["moving"]
+    settings = {"layout": layout, "gradient_checkpointing": checkpointing, "offload": offload}
+    result = run_scenario(plain["model_dir"], tmp_path, num_ranks, moving=moving, **settings)
+    saved = dict(AutoModelForCausalLM.from_pretrained(result["dir"], dtype=torch.float32).named_parameters())
+    start = dict(
+        AutoModelForCausalLM.from_pretrained(plain["model_dir"], dtype=torch.float32).named_parameters()
+    )
+    assert saved.keys() == plain["parameters"].keys()
+    tolerance = TOLERANCE["moving" if plain["moving"] else "agro"]
+    for name, parameter in plain["parameters"].items():
+        assert torch.allclose(saved[name], parameter, atol=tolerance, rtol=0), (
+            name,
+            (saved[name] - parameter).abs().max(),
+        )
+    moved = max(float((saved[name] - start[name]).detach().abs().max()) for name in saved)
+    assert moved > 2e-3  # The tolerance is small against what training changed.
+    for mine, theirs in zip(result["metrics"], plain["metrics"], strict=True):
+        for name in theirs:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5, nan_ok=True), name
+
+
+@pytest.mark.parametrize(
+    ("offload", "gpus", "policy", "reference"),
+    [
+        ("none", 1, "none", "none"),
+        ("reference", 1, "none", "cpu"),
+        ("reference", 0, "none", "none"),
+        ("all", 1, "cpu", "cpu"),
+    ],
+)
+def test_what_is_offloaded_from_a_gpu(offload: str, gpus: int, policy: str, reference: str) -> None:
+    from learner.policy.zero import _deepspeed_config
+
+    learner = config_for("unused", offload=offload, num_gpus=gpus).learner
+    trained, frozen = (
+        _deepspeed_config(learner, "bfloat16", training=training)["zero_optimization"]
+        for training in (True, False)
+    )
+    assert trained["offload_param"] == trained["offload_optimizer"] == {"device": policy}
+    assert frozen["offload_param"] == {"device": reference}
+
+
+def test_a_batch_with_a_non_finite_log_prob_is_refused_before_the_parameters_change(
+    tiny_models: dict[str, Path],
+) -> None:
+    import msgspec
+
+    config = config_for(str(tiny_models["tied"]))
+    policy, updater = plain_updater(config, load_objective("agro", config.agro))
+    batch = random_batches(policy.module.config.vocab_size)[0]
+    bad = msgspec.structs.replace(
+        batch.groups[0].samples[0], logprobs=(float("nan"),) * len(batch.groups[0].samples[0].token_ids)
+    )
+    groups = (
+        msgspec.structs.replace(batch.groups[0], samples=(bad, *batch.groups[0].samples[1:])),
+        *batch.groups[1:],
+    )
+    before = {name: parameter.clone() for name, parameter in policy.module.named_parameters()}
+    updater.update(Batch(0, groups), LR)
+    assert updater.skip is not None
+    assert updater.skip.reasons == {0: "behaviour log-probs"}
+    assert all(torch.equal(before[name], parameter) for name, parameter in policy.module.named_parameters())
+
+
+class Spy:
+    """An objective that keeps the batches it sees."""
+
+    def __init__(self, objective: Objective, *more: str) -> None:
+        self._objective, self.needs, self.seen = objective, objective.needs | set(more), list[TokenBatch]()
+
+    def loss(self, batch: TokenBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self.seen.append(batch)
+        return self._objective.loss(batch)
+
+
+def spied(model_dir: Path, steps: int, *, moving: bool = False) -> tuple[Spy, list[Batch], Updater]:
+    config = config_for(str(model_dir), moving=moving, micro_batch_tokens=4096)
+    spy = Spy(load_objective(config.learner.objective, config.agro, config.rivals), "prompt_variance")
+    policy, updater = plain_updater(config, spy)
+    batches = random_batches(policy.module.config.vocab_size)[:steps]
+    for batch in batches:
+        updater.update(batch, LR)
+    return spy, batches, updater
+
+
+def test_reference_and_proximal_policy_are_copies_of_the_policy_made_when_the_config_says_so(
+    tiny_models: dict[str, Path],
+) -> None:
+    spy, _, _ = spied(tiny_models["untied"], 4, moving=True)
+    assert len(spy.seen) == 4
+    for step, batch in enumerate(spy.seen):
+        is_policy = {
+            "reference": torch.allclose(batch.needed("ref_logprobs_T"), batch.logprobs_T, atol=1e-6),
+            "proximal": torch.allclose(batch.needed("proximal_logprobs_T"), batch.logprobs_T, atol=1e-6),
+        }
+        assert is_policy == {"reference": step in (0, 2), "proximal": step in (0, 3)}, step
+        sums = batch.sequence_sums(batch.needed("ref_logprobs_T").double())
+        torch.testing.assert_close(batch.ref_logprobs_N, sums, rtol=1e-6, atol=1e-6)
+
+
+def test_an_objective_that_needs_no_reference_gets_none(tiny_models: dict[str, Path]) -> None:
+    config = config_for(str(tiny_models["tied"]), objective="grpo")
+    config = parse_config({**config.model_dump(), "agro": {"beta": 0.0}})
+    assert frozen_policies(load_objective("grpo", config.agro, config.rivals)) == (False, False)
+    policy, updater = plain_updater(config, load_objective("grpo", config.agro, config.rivals))
+    metrics, per_group = updater.update(random_batches(policy.module.config.vocab_size)[0], LR)
+    assert metrics["optim/grad_norm"] > 0
+    assert metrics["agro/kl_ref"] != metrics["agro/kl_ref"]  # Unknown, not zero.
+    assert len(per_group) == 5
+
+
+def test_a_prompts_variance_is_that_of_its_earlier_visits(tiny_models: dict[str, Path]) -> None:
+    spy, batches, _ = spied(tiny_models["untied"], 3)
+    assert spy.seen[0].needed("prompt_variance_N").isnan().all()
+    rewards = [sample.reward for sample in batches[0].groups[2].samples]
+    first = spy.seen[0]
+    members = first.groups_N == batches[0].groups[2].group_id
+    ell = (first.sequence_sums(first.logprobs_T.detach().double()) - first.ref_logprobs_N)[members]
+    expected = (torch.tensor(rewards, dtype=torch.float64) - 0.1 * ell).var()
+    second = spy.seen[1].needed("prompt_variance_N")[spy.seen[1].groups_N == batches[1].groups[2].group_id]
+    torch.testing.assert_close(second, expected.expand(len(second)))
+
+
+def test_offline_samples_have_neither_age_nor_behaviour_and_still_train(tiny_models: dict[str, Path]) -> None:
+    import msgspec
+
+    config = config_for(str(tiny_models["tied"]))
+    config = parse_config({**config.model_dump(), "agro": {"beta": 0.1, "weight": "none"}})
+    spy = Spy(load_objective("agro", config.agro))
+    policy, updater = plain_updater(config, spy)
+    batch = random_batches(policy.module.config.vocab_size)[0]
+    offline = tuple(
+        msgspec.structs.replace(sample, logprobs=(), version_spans=()) for sample in batch.groups[0].samples
+    )
+    metrics, per_group = updater.update(
+        Batch(0, (msgspec.structs.replace(batch.groups[0], samples=offline), *batch.groups[1:])), LR
+    )
+    assert metrics["optim/grad_norm"] > 0
+    assert all(sample["staleness"] != sample["staleness"] for sample in per_group[0])
+    seen = next(part for part in spy.seen if (part.groups_N == 0).any())
+    of_group = (seen.groups_N == 0)[seen.sequence_T]
+    assert seen.behaviour_logprobs_T[of_group].isnan().all()
+    assert seen.behaviour_logprobs_T[~of_group].isfinite().all()
+
+
+def test_equal_answers_and_equal_completions_have_equal_ids(tiny_models: dict[str, Path]) -> None:
+    import msgspec
+
+    config = config_for(str(tiny_models["tied"]))
+    spy = Spy(load_objective("agro", config.agro))
+    policy, updater = plain_updater(config, spy)
+    batch = random_batches(policy.module.config.vocab_size)[0]
+    first = batch.groups[0].samples[0]
+    texts = [{"text": " 7"}, {"text": "7 "}, {"text": "8", "answer": "7"}, {"text": "8"}]
+    group = msgspec.structs.replace(
+        batch.groups[0], samples=tuple(msgspec.structs.replace(first, **text) for text in texts)
+    )
+    updater.update(Batch(0, (group,)), LR)
+    answers, completions = spy.seen[0].needed("answers_N"), spy.seen[0].needed("completions_N")
+    assert (answers[:3] == answers[0]).all()
+    assert answers[3] != answers[0]
+    assert (completions == completions[0]).all()

@@ -1,0 +1,203 @@
+"""A simulated engine behind the real actor loop: the interface of actors.engine.Engine, without a model.
+
+    class SimulatedActor(RolloutActor):
+        def _make_engine(self):
+            return FakeEngine(self._config.actors, step_s=0.01, num_tokens=(50, 200))
+
+Every request with a slot gets one token a step. A sample is a function of its seed alone: its length, and its
+text, digits.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from actors.engine import PromptRefused
+from core.config import ActorsConfig
+from core.errors import SnapshotError
+from core.records import Sample, VersionSpan
+from core.weights.snapshots import checksum
+
+EOS = 1
+FIRST_DIGIT = 3
+
+
+@dataclass
+class _Request:
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    seed: int
+    length: int
+    version_spans: list[VersionSpan] = field(default_factory=list)
+    started_s: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.version_spans[-1].end if self.version_spans else 0
+
+    def grow(self, version: int) -> None:
+        start, count = self.num_tokens, self.num_tokens
+        if self.version_spans and self.version_spans[-1].version == version:
+            start = self.version_spans.pop().start
+        self.version_spans.append(VersionSpan(version, start, count + 1))
+
+    def sample(self) -> Sample:
+        digits = random.Random(self.seed).choices(range(10), k=self.length)
+        is_finished = self.num_tokens == self.length
+        token_ids = [FIRST_DIGIT + digit for digit in digits[: self.num_tokens]]
+        if is_finished:
+            token_ids[-1] = EOS
+        return Sample(
+            token_ids=tuple(token_ids),
+            logprobs=(-2.3,) * len(token_ids),
+            version_spans=tuple(self.version_spans),
+            finish_reason="stop" if is_finished else "length",
+            text="".join(map(str, digits[: self.num_tokens - is_finished])),
+        )
+
+
+class FakeEngine:
+    """`slots` of `config`; each step takes `step_s`, each update `load_s` seconds.
+
+    num_tokens   length of a sample: the bounds of a uniform draw, or a function of its seed
+    refuses      why a prompt is not taken, "" when it is
+    submitted    request id and seed of everything submitted so far; `loaded`: the versions loaded
+    transfer     takes weights that are pushed: one of vLLM's WeightTransferEngines, whose model is a `PushedWeights`
+    """
+
+    def __init__(
+        self,
+        config: ActorsConfig,
+        *,
+        step_s: float = 0.0,
+        num_tokens: tuple[int, int] | Callable[[int], int] = (4, 4),
+        load_s: float = 0.0,
+        refuses: Callable[[tuple[int, ...]], str] = lambda prompt_ids: "",
+        version: int = -1,
+    ) -> None:
+        self._config, self._step_s, self._load_s, self._refuses = config, step_s, load_s, refuses
+        self._length = (
+            num_tokens if callable(num_tokens) else lambda seed: random.Random(seed).randint(*num_tokens)
+        )
+        self._waiting: deque[_Request] = deque()
+        self._running: dict[str, _Request] = {}
+        self.version = version
+        self.submitted: list[tuple[str, int]] = []
+        self.loaded: list[int] = []
+        self.transfer: Any = None
+        self.is_receiving = False
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._waiting) + len(self._running)
+
+    @property
+    def num_tokens_under_way(self) -> int:
+        return sum(request.num_tokens for request in self._running.values())
+
+    def submit(
+        self,
+        request_id: str,
+        prompt_ids: tuple[int, ...],
+        *,
+        seed: int | None = None,
+        temperature: float | None = None,
+    ) -> None:
+        known = seed or 0
+        self.submitted.append((request_id, known))
+        self._waiting.append(
+            _Request(request_id, prompt_ids, known, min(self._length(known), self._config.max_new_tokens))
+        )
+
+    def step(self) -> list[tuple[str, Sample]]:
+        while self._waiting and len(self._running) < self._config.slots:
+            request = self._waiting.popleft()
+            if reason := self._refuses(request.prompt_ids):
+                refused = PromptRefused(reason)
+                refused.request_id = request.request_id
+                raise refused
+            request.started_s = time.monotonic()
+            self._running[request.request_id] = request
+        time.sleep(self._step_s)
+        for request in self._running.values():
+            request.grow(self.version)
+        done = [request for request in self._running.values() if request.num_tokens == request.length]
+        for request in done:
+            del self._running[request.request_id]
+        return [(request.request_id, request.sample()) for request in done]
+
+    def overdue(self, limit_s: float) -> list[str]:
+        until_s = time.monotonic() - limit_s
+        return [
+            key
+            for key, _ in itertools.takewhile(
+                lambda entry: entry[1].started_s < until_s, self._running.items()
+            )
+        ]
+
+    def truncate(self, request_ids: list[str]) -> list[tuple[str, Sample]]:
+        ended = [self._running[request_id] for request_id in request_ids if request_id in self._running]
+        self.abort(request_ids)
+        return [(request.request_id, request.sample()) for request in ended if request.num_tokens]
+
+    def abort(self, request_ids: list[str]) -> None:
+        dropped = set(request_ids)
+        self._waiting = deque(request for request in self._waiting if request.request_id not in dropped)
+        self._running = {key: request for key, request in self._running.items() if key not in dropped}
+
+    def load_weights(self, version: int, weights: Iterable[tuple[str, Any]]) -> None:
+        list(weights)
+        time.sleep(self._load_s)
+        self.version = version
+        self.loaded.append(version)
+
+    def connect_transfer(self, init_info: dict[str, Any]) -> Any:
+        connection = copy.copy(self.transfer)
+        connection.init_transfer_engine(connection.parse_init_info(init_info))
+        return connection
+
+    def use_connection(self, connection: Any) -> None:
+        self.transfer.shutdown()
+        self.transfer = connection
+
+    def drop_connection(self, connection: Any) -> None:
+        connection.shutdown()
+
+    def start_transfer(self) -> None:
+        self.is_receiving = False
+
+    def update_transfer(self, update_info: dict[str, Any]) -> None:
+        self.is_receiving = True
+        self.transfer.update_weights(update_info)
+
+    def finish_transfer(self, version: int, probes: Mapping[str, str]) -> int:
+        weights = self.transfer.model.weights
+        if damaged := [name for name, value in probes.items() if checksum(weights[name]) != value]:
+            raise SnapshotError(f"version {version} arrived damaged: {damaged[0]}")
+        self.version = version
+        self.loaded.append(version)
+        return len(probes)
+
+    def undo_transfer(self) -> None:
+        if self.is_receiving:
+            self.version = -1
+
+    def abort_transfer(self) -> None:
+        self.transfer.shutdown()
+
+
+class PushedWeights:
+    """A model for vLLM's transfer engines: keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Any] = {}
+
+    def load_weights(self, pairs: Iterable[tuple[str, Any]]) -> None:
+        self.weights |= {name: tensor.clone() for name, tensor in pairs}

@@ -1,0 +1,187 @@
+"""Buffer, board and monitor in this process, behind handles like Ray's: for the actor's loop with whatever
+may go wrong.
+
+Each part runs on one event loop in a thread of its own, as in its Ray actor; calls of several actors meet
+there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Coroutine, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from actors.offline import OfflineActor
+from actors.prompts import PromptRow, PromptSet
+from actors.rollout import RolloutActor
+from buffer.ledger import audit_run
+from buffer.server import ReplayBuffer
+from core.calls import connect_buffer
+from core.config import Config
+from core.records import Group, decode_batch
+from core.weights.board import Board
+from core.weights.snapshots import SnapshotWriter
+
+
+class Answer:
+    """What a call returns: to be awaited on any event loop, as an ObjectRef is."""
+
+    def __init__(self, future: Future[Any]) -> None:
+        self.future = future
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return asyncio.wrap_future(self.future).__await__()
+
+
+class Handle:
+    """`handle.method.remote(...)` of `part`, on `loop`.
+
+    faults    by method: exceptions that its next calls raise instead of being made
+    asked     by method: the arguments of the calls so far
+    """
+
+    def __init__(self, part: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._part, self._loop = part, loop
+        self.faults: dict[str, deque[BaseException]] = defaultdict(deque)
+        self.asked: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._part, name)
+
+        async def call(*arguments: Any, **named: Any) -> Any:
+            self.asked[name].append(arguments)
+            if self.faults[name]:
+                raise self.faults[name].popleft()
+            result = method(*arguments, **named)
+            return await result if inspect.isawaitable(result) else result
+
+        class Method:
+            @staticmethod
+            def remote(*arguments: Any, **named: Any) -> Answer:
+                return Answer(asyncio.run_coroutine_threadsafe(call(*arguments, **named), self._loop))
+
+        return Method
+
+    def get(self, name: str, *arguments: Any, **named: Any) -> Any:
+        """Makes the call and waits for it."""
+        return getattr(self, name).remote(*arguments, **named).future.result(30)
+
+
+class Monitor:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.counters: dict[str, dict[str, float]] = {}
+
+    def event(self, text: str) -> None:
+        self.events.append(text)
+
+    def log_actor(self, name: str, counters: dict[str, float]) -> None:
+        self.counters[name] = counters
+
+
+class Reference:
+    """A bucket in an object store: awaited as often as one likes."""
+
+    def __init__(self, bucket: np.ndarray, delay_s: float = 0.0) -> None:
+        self.bucket, self._delay_s = bucket, delay_s
+
+    def __await__(self) -> Generator[Any, None, np.ndarray]:
+        yield from asyncio.sleep(self._delay_s).__await__()
+        return self.bucket
+
+
+class Bench:
+    """One run's buffer, board and monitor, the actors started on them, and a learner's view of it all."""
+
+    def __init__(
+        self, config: Config, run_dir: Path, rows: list[PromptRow], eval_rows: list[PromptRow] | None = None
+    ) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.prompts, self.eval_prompts = PromptSet(rows, 0, "rows"), PromptSet(eval_rows or [], 0, "rows")
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="parts", daemon=True).start()
+        self.evaluations: list[tuple[Any, list[dict[str, Any]]]] = []
+        self.told = Monitor()
+        shards = range(config.buffer.num_shards)
+        self.buffers = [
+            self._serve(partial(ReplayBuffer, config, str(run_dir), len(rows), shard)) for shard in shards
+        ]
+        self.buffer = self.buffers[0]
+        self._facade = connect_buffer(self.buffers)
+        self.board = self._serve(
+            lambda: Board(config, len(self.eval_prompts), lambda *found: self.evaluations.append(found))
+        )
+        self.monitor = self._serve(lambda: self.told)
+        self._threads = ThreadPoolExecutor(8, thread_name_prefix="actor")
+        self._running: dict[str, Future[dict[str, float]]] = {}
+
+    def _ask(self, call: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(call, self.loop).result(40)
+
+    def _serve(self, make: Callable[[], Any]) -> Handle:
+        async def made() -> Any:
+            return make()
+
+        return Handle(asyncio.run_coroutine_threadsafe(made(), self.loop).result(30), self.loop)
+
+    def peers(self) -> tuple[list[Handle], Handle, Handle]:
+        """Buffers, board, monitor: the last arguments of an actor."""
+        return self.buffers, self.board, self.monitor
+
+    def start(self, actor: RolloutActor | OfflineActor) -> Future[dict[str, float]]:
+        """The actor's `run` in a thread; its result."""
+        running: Future[Any] = self._threads.submit(actor.run)
+        self._running[actor._name] = running
+        return running
+
+    def publish(
+        self,
+        version: int,
+        *,
+        evaluate: bool = False,
+        delay_s: float = 0.0,
+        torn: bool = False,
+        tensors: Any = None,
+    ) -> None:
+        """A snapshot as the learner publishes it; each of its buckets takes `delay_s` to arrive."""
+        writer = SnapshotWriter(bucket_bytes=1 << 20)
+        for name, tensor in tensors or [("weight", torch.full((4,), float(version)))]:
+            writer.add(name, tensor)
+        manifest, buckets = writer.finish(version)
+        if torn:
+            buckets[0][0] += 1
+        references = [Reference(bucket, delay_s) for bucket in buckets]
+        self.board.get("publish", msgspec.msgpack.encode(manifest), references, version, evaluate=evaluate)
+
+    def train(self, step: int, num_groups: int, timeout_s: float = 20.0) -> list[Group]:
+        """The batch of a learner step."""
+        payload = self._ask(self._facade.sample(step, num_groups, timeout_s))
+        assert payload is not None, f"no {num_groups} groups within {timeout_s} s"
+        return list(decode_batch(payload).groups)
+
+    def stats(self) -> dict[str, float]:
+        """Of the buffer, names without `buffer/`."""
+        return {
+            name.removeprefix("buffer/"): value for name, value in self._ask(self._facade.stats()).items()
+        }
+
+    def close(self) -> dict[str, Any]:
+        """Ends everything; the audit of the ledger."""
+        self.board.get("retire", list(self._running), "now")
+        for running in self._running.values():
+            running.result(30)
+        self._ask(self._facade.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        return audit_run(self.run_dir)

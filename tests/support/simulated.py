@@ -1,0 +1,100 @@
+"""The actor's real loop on a simulated engine, with buffer, board and monitor in this process."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from actors.prompts import PromptRow
+from actors.rollout import RolloutActor
+from core.config import Config
+from core.config_file import parse_config
+from tests.support.fake_engine import FakeEngine
+from tests.support.in_process import Bench
+
+LONG = 100_000
+STEP_S = 0.005
+
+
+def make_config(**sections: Any) -> Config:
+    tree: dict[str, Any] = {
+        "run": {"timeout_s": 30.0},
+        "model": {"path": "none"},
+        "data": {"path": "none", "chat_template": False, "max_prompt_tokens": 8},
+        "rewards": {"functions": [{"name": "exact_match"}]},
+        "actors": {"group_size": 4, "slots": 8, "max_new_tokens": 16},
+        "buffer": {"capacity": 32, "max_staleness": 100},
+        "learner": {"groups_per_step": 4, "micro_batch_tokens": 2 * LONG},
+        "eval": {"samples": 2},
+    }
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    return parse_config(tree)
+
+
+def rows(count: int = 16, **more: Any) -> list[PromptRow]:
+    return [PromptRow(row, f"prompt {row}", (5, row), {"answer": "1"}, **more) for row in range(count)]
+
+
+class SimulatedActor(RolloutActor):
+    """The real loop; `simulation` are the arguments of its engine, whose submissions and loads it notes."""
+
+    def __init__(self, bench: Bench, name: str = "actor-0", **simulation: Any) -> None:
+        self.simulation = simulation
+        self.unfinished_at_load: list[int] = []
+        super().__init__(name, bench.config, bench.prompts, bench.eval_prompts, *bench.peers())
+
+    def _make_engine(self) -> FakeEngine:
+        actor = self
+
+        class Noting(FakeEngine):
+            def load_weights(self, version: int, weights: Iterable[tuple[str, Any]]) -> None:
+                actor.unfinished_at_load.append(self.num_unfinished)
+                super().load_weights(version, weights)
+
+        self.engine = Noting(self._config.actors, **self.simulation)
+        return self.engine
+
+
+@contextlib.contextmanager
+def benches(directory: Path) -> Iterator[Callable[..., Bench]]:
+    """Makes benches; at the end their actors must end, with a clean audit."""
+    made: list[Bench] = []
+
+    def make(config: Config, **more: Any) -> Bench:
+        made.append(Bench(config, directory / f"run-{len(made)}", more.pop("rows", rows()), **more))
+        return made[-1]
+
+    yield make
+    for bench in made:
+        assert bench.close()["violations"] == []
+
+
+class Late(concurrent.futures.Future):  # type: ignore[type-arg]
+    """Its result, 7, comes at the moment at which whoever waited for it has given up."""
+
+    def result(self, timeout: float | None = None) -> Any:
+        if not self.done():
+            self.set_result(7)
+            raise TimeoutError
+        return super().result(timeout)
+
+
+def until(condition: Callable[[], Any], limit_s: float = 20.0) -> None:
+    until_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < until_s, f"not within {limit_s} s"
+        time.sleep(0.01)
+
+
+def ledger(bench: Bench) -> list[dict[str, Any]]:
+    return [
+        json.loads(line)
+        for path in bench.run_dir.glob("ledger*.jsonl")
+        for line in path.read_text().splitlines()
+    ]

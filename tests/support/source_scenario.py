@@ -1,0 +1,140 @@
+"""One of two ranks of tests/core/weights/test_transports.py: what a ZeRO-3 source yields, and a snapshot of it.
+Writes DIR/report-RANK.json.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BUCKET_BYTES = 1_500_000
+STORE_S = 0.2
+
+
+def main(model_dir: Path, families_dir: Path, out_dir: Path, rank: int) -> None:
+    """What the source declares, yields, and holds at a time; against the model's files. Then the same
+    of mixtures of experts.
+    """
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from safetensors.torch import load_file
+
+    from core.calls import Calls
+    from core.config_file import parse_config
+    from core.weights.transports import Sender, ZeroSource, load_transport
+    from learner.policy.zero import ZeroPolicy, init_process_group
+    from tests.core.weights.test_transports import Board
+    from tests.support.zero_scenario import meet
+
+    torch.set_num_threads(1)
+    tree: dict[str, Any] = {
+        "model": {"path": str(model_dir)},
+        "data": {"path": "none"},
+        "learner": {"ranks": 2},
+    }
+    config = parse_config(
+        tree
+        | {
+            "rewards": {"functions": [{"name": "exact_match"}]},
+            "weights": {"bucket_mib": BUCKET_BYTES / 2**20},
+        }
+    )
+    init_process_group(rank, 2, "127.0.0.1", meet(out_dir, rank), use_gpu=False, timeout_s=60)
+    policy = ZeroPolicy(config.model, config.learner)
+    weights = ZeroSource(policy, BUCKET_BYTES)
+    expected = load_file(model_dir / "model.safetensors")
+    parameters = dict(policy.module.named_parameters())
+
+    def gathered() -> int:
+        # Parameters below ZeRO-3's threshold stay gathered after their first use: they are not the source's.
+        held = [
+            p for p in parameters.values() if p.ds_status == ZeroParamStatus.AVAILABLE and not p.ds_persist
+        ]
+        return sum(p.ds_numel * p.element_size() for p in held)
+
+    declared = [(name, str(dtype), list(shape)) for name, dtype, shape in weights.metadata()]
+    report: dict[str, Any] = {
+        "declared": declared,
+        "gathered for metadata": gathered(),
+        "wrong": [],
+        "yielded": [],
+        "peak bytes": 0,
+    }
+    for name, tensor in weights:
+        report["yielded"].append((name, str(tensor.dtype), list(tensor.shape)))
+        report["peak bytes"] = max(report["peak bytes"], gathered())
+        if not torch.equal(tensor, expected[name]):
+            report["wrong"].append(name)
+    report["of the model"] = [
+        (name, str(expected[name].dtype), list(expected[name].shape)) for name in parameters
+    ]
+    report["bound bytes"], report["model bytes"] = (
+        weights.largest_bytes,
+        sum(tensor.nbytes for tensor in expected.values()),
+    )
+
+    def slow_store(bucket: Any) -> Any:
+        time.sleep(STORE_S)
+        return bucket.copy()
+
+    board = Board()
+    transport = load_transport(Sender(rank, config, weights, board, Calls(60), slow_store, print))
+    start_s = time.perf_counter()
+    transport.publish(1, evaluate=False)
+    report["stall_s"] = time.perf_counter() - start_s
+    for parameter in parameters.values():
+        parameter.ds_tensor.zero_()  # As a step changes them: in place.
+    for parameter in parameters.values():
+        if parameter.ds_persist:
+            parameter.partition()
+    report["changed since"] = all(bool((tensor == 0).all()) for _, tensor in weights)
+    transport.flush()
+    if rank == 0:
+        published = board.published[1]
+        report["store_s"] = transport.metrics()["weights/store_s"]
+        report["snapshot wrong"] = [
+            name for name in expected if not torch.equal(published[name], expected[name])
+        ]
+    report["mixtures"] = {
+        "deepseek_v3": mixture(families_dir / "deepseek_v3"),
+        "mixtral": mixture(families_dir / "mixtral", lora_rank=2),
+    }
+    (out_dir / f"report-{rank}.json").write_text(json.dumps(report))
+
+
+def mixture(model_dir: Path, **learner: Any) -> dict[str, list[str]]:
+    """Names in which the source of a policy just loaded differs from its files; and in which one does
+    that was restored from its parts.
+    """
+    import torch.distributed as dist
+    from safetensors.torch import load_file
+
+    from core.config import LearnerConfig, ModelConfig
+    from core.weights.transports import ZeroSource
+    from learner.policy.lora import persistent_buffers
+    from learner.policy.zero import ZeroPolicy
+
+    policy = ZeroPolicy(ModelConfig(path=str(model_dir)), LearnerConfig(ranks=2, **learner))
+    source, expected = ZeroSource(policy, 20_000), load_file(model_dir / "model.safetensors")
+
+    def wrong() -> list[str]:
+        found = {name: tensor.clone() for name, tensor in source}
+        assert [(name, tuple(tensor.shape)) for name, tensor in found.items()] == [
+            (each.name, each.shape) for each in source.metadata()
+        ]
+        odd = found.keys() ^ expected.keys()
+        return sorted(
+            odd
+            | {name for name in found if name in expected and not torch.equal(found[name], expected[name])}
+        )
+
+    report = {"loaded": wrong()}
+    parts: list[Any] = [None, None]
+    dist.all_gather_object(parts, {part.key: part.values.clone() for part in policy.parts()})
+    for _, buffer in persistent_buffers(policy.module):
+        buffer.zero_()
+    policy.restore(
+        lambda key, start, stop: torch.cat([part[key] for part in parts])[start:stop], adam_steps=0
+    )
+    return report | {"restored": wrong()}

@@ -1,0 +1,69 @@
+"""One rank of tests/learner/policy/test_zero.py: `main(DIR, RANK)`, with DIR/config.json; rank 0 writes metrics.json
+and policy/.
+"""
+
+import json
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def meet(out_dir: Path, rank: int) -> int:
+    """The port that rank 0 chose."""
+    path = out_dir / "port"
+    if rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        path.with_suffix(".tmp").write_text(str(port))
+        path.with_suffix(".tmp").rename(path)
+    while not path.exists():
+        time.sleep(0.05)
+    return int(path.read_text())
+
+
+def partition_everything() -> None:
+    """Tiny parameters too, which ZeRO-3 would keep whole: between the passes they are empty, as a large
+    model's are.
+    """
+    from learner.policy import zero
+
+    make_config = zero._deepspeed_config
+
+    def with_threshold(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        config = make_config(*args, **kwargs)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return config
+
+    zero._deepspeed_config = with_threshold
+
+
+def main(out_dir: Path, rank: int) -> None:
+    from core.config import Config
+    from learner.objectives import load_objective
+    from learner.policy.zero import ZeroFrozen, ZeroPolicy, init_process_group
+    from learner.step.update import Updater, frozen_policies
+    from tests.learner.policy.test_zero import LR, random_batches
+
+    torch.set_num_threads(1)
+    partition_everything()
+    config = Config.model_validate_json((out_dir / "config.json").read_text())
+    device = init_process_group(
+        rank, config.learner.ranks, "127.0.0.1", meet(out_dir, rank), use_gpu=False, timeout_s=120
+    )
+    objective = load_objective(config.learner.objective, config.agro, config.rivals)
+    policy = ZeroPolicy(config.model, config.learner)
+    reference, proximal = (
+        ZeroFrozen(config.model, config.learner) if needed else None for needed in frozen_policies(objective)
+    )
+    updater = Updater(config, policy, reference, objective, 0, device, proximal)
+    metrics = [updater.update(batch, LR)[0] for batch in random_batches(policy.module.config.vocab_size)]
+    assert not any(parameter.numel() for parameter in policy.module.parameters()), (
+        "not everything is partitioned between the steps"
+    )
+    policy.save_pretrained(str(out_dir / "policy"), bucket_bytes=4096)
+    if rank == 0:
+        (out_dir / "metrics.json").write_text(json.dumps(metrics))

@@ -1,0 +1,100 @@
+"""The whole system with its real parts while something dies every seven seconds."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from buffer.ledger import audit_run
+from tests.system.test_system import processes_of, rows_of, start_train, wait_for_step
+
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+STEPS = 70
+MAX_KILLS = 7
+EVERY_S = 7.0
+# 280 groups from two actors: 35 s at least.
+PACE = "rewards.functions=[{name: tests.support.reward_functions:in_a_quarter_second}]"
+# What dies, and how: an engine lives in its actor's process, so that a stopped process is a hung engine.
+DEATHS = (
+    ("RolloutActor", signal.SIGKILL),
+    ("Board", signal.SIGKILL),
+    ("ReplayBuffer", signal.SIGKILL),
+    ("Monitor", signal.SIGKILL),
+    ("RolloutActor", signal.SIGSTOP),
+    ("ReplayBuffer", signal.SIGKILL),
+    ("Board", signal.SIGKILL),
+    ("RolloutActor", signal.SIGKILL),
+    ("ReplayBuffer", signal.SIGKILL),
+    ("RolloutActor", signal.SIGKILL),
+)
+
+
+def is_running(process: psutil.Process, part: str) -> bool:
+    """Whether it is one of that part's; not one that has ended since it was listed."""
+    try:
+        return part in " ".join(process.cmdline()) and process.status() != psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:  # A zombie is one, too.
+        return False
+
+
+def kill_one(process: subprocess.Popen[str], run_dir: Path, part: str, how: signal.Signals) -> bool:
+    """The oldest running process of that part; False when there is none just now."""
+    found = [p for p in processes_of(run_dir, [process.pid]) if is_running(p, part)]
+    for victim in sorted(found, key=lambda p: p.create_time()):
+        victim.send_signal(how)
+        return True
+    return False
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_training_ends_at_its_step_count_with_a_clean_audit_though_something_dies_every_seven_seconds(
+    num_shards: int, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    more = (
+        f"buffer.num_shards={num_shards}",
+        "buffer.max_uses=2",
+        "eval.every=1000",
+        "checkpoint.every=20",
+        PACE,
+        "actors.count=2",
+    )
+    process = start_train(tiny_models["tied"], run_dir, STEPS, *more)
+    wait_for_step(process, run_dir, 3)
+    deaths: Counter[tuple[str, str]] = Counter()
+    next_s = time.monotonic()
+    planned = itertools.islice(DEATHS, MAX_KILLS)
+    while process.poll() is None:
+        if (
+            time.monotonic() >= next_s
+            and len(rows_of(run_dir)) < STEPS - 5
+            and (death := next(planned, None))
+        ):
+            next_s = time.monotonic() + EVERY_S
+            part, how = death
+            deaths[part, how.name] += kill_one(process, run_dir, part, how)
+        time.sleep(0.3)
+    out, err = process.communicate()
+    assert process.returncode == 0, out + err
+    assert sum(deaths.values()) >= 4, f"too little died to prove anything: {deaths}"
+    rows = rows_of(run_dir)
+    assert [row["progress/step"] for row in rows] == list(range(1, STEPS + 1))
+    found = audit_run(run_dir)
+    assert found["violations"] == []
+    assert found["events"]["trained"] == 8 * STEPS, "every batch was handed out once"
+    assert found["max_staleness"] <= 16
+    assert rows[-1]["buffer/starts"] == num_shards + sum(
+        count for (part, _), count in deaths.items() if part == "ReplayBuffer"
+    )
+    events = "\n".join(event["text"] for event in rows_of(run_dir, "events"))
+    for part, name in (("ReplayBuffer", "replay buffer"), ("Board", "board"), ("Monitor", "monitor")):
+        assert events.count(f"{name} restarted (") == deaths[part, "SIGKILL"] > 0
+    assert "Traceback" not in out + err

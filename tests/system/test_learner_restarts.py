@@ -1,0 +1,176 @@
+"""The learner's restarts: by deaths that are planted, and by real kills of real ranks in a real run."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import pytest
+
+from buffer.ledger import audit_run
+from cluster import learner as learner_module
+from cluster.gang import RankDied
+from cluster.learner import Learner
+from core.config_file import load_config
+from core.errors import TrainingError
+from tests.support import ROOT
+from tests.system.test_system import processes_of, rows_of, start_train, wait_for_step
+
+
+class Gang:
+    """Dies at every look it is told to."""
+
+    deaths: ClassVar[list[Exception | None]] = []
+    made: ClassVar[list[Any]] = []
+
+    def __init__(self, config: Any, pad_id: int, arguments: Any) -> None:
+        self.state, self.totals, self.killed = "training", [], False
+        Gang.made.append(self)
+        self.arguments = arguments
+
+    def look(self) -> None:
+        if Gang.deaths and (error := Gang.deaths.pop(0)) is not None:
+            raise error
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def request_stop(self) -> None:
+        self.state = "stopping"
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.setattr(learner_module, "LearnerGang", Gang)
+    Gang.deaths, Gang.made = [], []
+    told: list[str] = []
+    forgotten: list[bool] = []
+    clock = [0.0]
+
+    def make(*changes: str) -> Learner:
+        config = load_config(ROOT / "configs" / "quickstart.yaml", list(changes))
+        return Learner(
+            config,
+            0,
+            ("buffers", "board", "monitor"),
+            tmp_path,
+            tell=told.append,
+            forget_snapshots=lambda: forgotten.append(True),
+            clock=lambda: clock[0],
+        )
+
+    make.told, make.forgotten, make.clock = told, forgotten, clock  # type: ignore[attr-defined]
+    return make
+
+
+def test_a_dead_rank_starts_the_whole_gang_again(planted: Any) -> None:
+    learner = planted()
+    Gang.deaths = [None, RankDied("learner rank 1 died: killed")]
+    learner.look()
+    assert len(Gang.made) == 1
+    learner.look()
+    assert [gang.killed for gang in Gang.made] == [True, False]
+    assert planted.forgotten == [True]
+    assert planted.told == ["learner rank 1 died: killed; starting the learner again"]
+    assert Gang.made[1].arguments[:4] == ("buffers", "board", "monitor", Gang.made[0].arguments[3])
+    assert learner.num_deaths == 1
+
+
+def test_five_deaths_within_half_an_hour_end_the_run_with_the_cause_and_five_in_two_hours_do_not(
+    planted: Any,
+) -> None:
+    learner = planted()
+    for number in range(8):
+        planted.clock[0] = number * 1000.0
+        Gang.deaths = [RankDied("killed")]
+        learner.look()
+    for _ in range(2):
+        Gang.deaths = [RankDied("killed")]
+        learner.look()
+    Gang.deaths = [RankDied("learner rank 0 died: out of memory")]
+    with pytest.raises(
+        TrainingError,
+        match="died 5 times within 30 minutes, the last time: learner rank 0 died: out of memory",
+    ):
+        learner.look()
+
+
+@pytest.mark.parametrize("error", [TrainingError("the gradient norm is nan"), RuntimeError("a bug")])
+def test_what_another_start_would_not_mend_ends_the_run(planted: Any, error: Exception) -> None:
+    learner = planted()
+    Gang.deaths = [error]
+    with pytest.raises(type(error), match=str(error)):
+        learner.look()
+    assert len(Gang.made) == 1
+
+
+def test_without_checkpoints_a_dead_rank_ends_the_run(planted: Any) -> None:
+    learner = planted("checkpoint.every=0")
+    Gang.deaths = [RankDied("learner rank 0 died: killed")]
+    with pytest.raises(TrainingError, match="learner rank 0 died: killed"):
+        learner.look()
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_killed_ranks_and_a_killed_driver_cost_no_step_no_prompt_and_no_group(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Two ranks; one is killed, then the driver's whole process group; the run is submitted again and
+    ends at its step count.
+    """
+    run_dir, steps = tmp_path / "run", 26
+    more = (
+        "learner.ranks=2",
+        "learner.num_cpus=0.5",
+        "checkpoint.every=4",
+        "buffer.max_uses=2",
+        "run.timeout_s=120",
+    )
+    process = start_train(tiny_models["tied"], run_dir, steps, *more)
+    wait_for_step(process, run_dir, 6)
+    ranks = [p for p in processes_of(run_dir, [process.pid]) if "LearnerRank" in " ".join(p.cmdline())]
+    assert len(ranks) == 2
+    killed = ranks[1]  # Not always of rank 1: Ray starts them in an order of its own.
+    killed.kill()
+    until_s = time.monotonic() + 200
+    while max(row["progress/step"] for row in rows_of(run_dir)) < 12:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until_s
+        time.sleep(0.2)
+    events = [event["text"] for event in rows_of(run_dir, "events")]
+    deaths = [text for text in events if re.match(r"learner rank [01] died: its process was killed", text)]
+    assert len(deaths) == 1, events
+    assert f"(pid {killed.pid})" in deaths[0]
+    assert "starting the learner again" in deaths[0]
+    assert any("going on from step-" in text for text in events)
+    family = processes_of(run_dir, [process.pid])
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=20)
+    psutil.wait_procs(family, timeout=15)
+
+    again = start_train(tiny_models["tied"], run_dir, steps, *more)
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0, out + err
+    rows = rows_of(run_dir)
+    assert {row["progress/step"] for row in rows} == set(range(1, steps + 1)), "every step was done"
+    assert rows[-1]["progress/step"] == steps
+    found = audit_run(run_dir)
+    assert found["violations"] == []
+    ledger = [
+        json.loads(line) for path in run_dir.glob("ledger*.jsonl") for line in path.read_text().splitlines()
+    ]
+    leased = {line["group_id"] for line in ledger if line["event"] == "leased"}
+    assert leased == set(range(len(leased))), "no prompt was skipped"
+    trained = [(line["step"], line["group_id"]) for line in ledger if line["event"] == "trained"]
+    assert len(trained) == len(set(trained)) == 8 * steps, (
+        "every batch was taken once, however often its step was done"
+    )
+    (wandb_id,) = {path.name.rsplit("-", 1)[1] for path in run_dir.glob("wandb/offline-run-*")}
+    assert wandb_id == (run_dir / "wandb_id").read_text().strip()
+    assert any("continuing the run" in event["text"] for event in rows_of(run_dir, "events"))

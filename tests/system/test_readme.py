@@ -1,0 +1,190 @@
+"""Every command that README shows, from what a clone holds and nothing beside it: run here, or by the
+test that is named.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.clone import ROOT, make_clone, run
+
+PYTHON = ".venv/bin/python launch.py"
+BY_DRY_RUN = [
+    f"{PYTHON} train configs/quickstart.yaml",
+    f"{PYTHON} train configs/smollm2_sums.yaml",
+    "launch.py train",
+]
+BY_MAKE = re.compile(r"make [a-z0-9-]+")
+BY_TEST = {
+    f"{PYTHON} status RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
+    f"{PYTHON} audit RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
+    f"{PYTHON} scale RUN_DIR --actors "
+    "4": "test_system.py::test_scaling_one_to_three_to_one_from_another_shell_and_sigterm_lose_nothing",
+    f"{PYTHON} chat RUN_DIR/policy "
+    '"12+7="': "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
+    f"{PYTHON} evaluate "
+    "RUN_DIR/policy": "test_system.py::TestFinishedRun::test_policy_is_evaluated_by_vllm_through_the_cli",
+    ".venv/bin/vllm serve RUN_DIR/policy": "test_readme.py::test_programs_of_the_environment_exist",
+    "launch.py export RUN_DIR --step 200 --out "
+    "DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
+    "launch.py inspect-batch FILE": "test_guards.py::test_inspect_batch_shows_what_a_reader_looks_for",
+    "launch.py doctor": "test_readme.py::test_doctor_runs_in_a_clone",
+    "export PATH=$PWD/.venv/bin:$PATH": "test_system.py::test_ray_job_submit_with_token_authentication",
+    "export RAY_AUTH_MODE=token": "test_system.py::test_ray_job_submit_with_token_authentication",
+    "ray start --head": "test_system.py::test_ray_job_submit_with_token_authentication",
+    "ray job submit --working-dir . -- python launch.py train configs/quickstart.yaml": "test_system.py::"
+    "test_ray_job_submit_with_token_authentication",
+    "ray job stop": "test_readme.py::test_programs_of_the_environment_exist",
+    "ray job submit": "test_readme.py::test_programs_of_the_environment_exist",
+    "wandb sync": "test_wandb_writer_continued.py::test_an_offline_run_that_was_killed_and_continued_is_one_curve_in_every_file",
+}
+PROGRAMS = (
+    "make ",
+    "launch.py ",
+    ".venv/",
+    "python ",
+    "python3 ",
+    "ray ",
+    "wandb ",
+    "vllm ",
+    "pip ",
+    "uv ",
+    "export ",
+    "git ",
+    "docker ",
+)
+
+
+def commands() -> list[str]:
+    """Those of README's blocks, without comments, and those within its sentences."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    # But the list of files.
+    lines = [line for block in blocks if not block.startswith("launch.py  ") for line in block.splitlines()]
+    shown = [re.split(r"\s+#", line)[0].strip() for line in lines if line.strip()]
+    within = re.findall(r"`([^`\n]+)`", re.sub(r"^```\w*\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    return list(dict.fromkeys([*shown, *(words for words in within if words.startswith(PROGRAMS))]))
+
+
+def dry_runs() -> list[str]:
+    return [command for command in commands() if command.startswith(tuple(BY_DRY_RUN))]
+
+
+def targets() -> list[str]:
+    return [command for command in commands() if BY_MAKE.fullmatch(command)]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What git knows of this tree, in a folder with nothing beside it, and an environment as `make
+    setup` leaves it.
+    """
+    folder = tmp_path_factory.mktemp("empty") / "clone"
+    make_clone(folder)
+    rows = [
+        {"prompt": "1+1=", "answer": "2", "completion": text, "reward": float(text == "2")}
+        for text in ("2", "3")
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_no_command_is_unaccounted_for() -> None:
+    known = {*dry_runs(), *targets(), *BY_TEST}
+    assert len(commands()) > 20
+    assert [command for command in commands() if command not in known] == []
+    assert [command for command in BY_TEST if command not in commands()] == []
+
+
+def test_the_tests_that_run_the_others_exist() -> None:
+    for named in set(BY_TEST.values()):
+        file, *path = named.split("::")
+        (path_of_file,) = (ROOT / "tests").rglob(file)
+        nodes: list[ast.stmt] = ast.parse(path_of_file.read_text(encoding="utf-8")).body
+        for name in path:
+            (found,) = [
+                node
+                for node in nodes
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name
+            ]
+            nodes = found.body
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", dry_runs())
+def test_a_start_finds_everything_it_needs_in_a_clone(clone: Path, command: str) -> None:
+    if "smollm2" in command and importlib.util.find_spec("reasoning_gym") is None:
+        pytest.skip("reasoning-gym is not installed: make setup")
+    out = run(clone, command.removesuffix(" --dry-run") + " --dry-run")
+    assert "learner" in out
+    assert not (clone / "runs").exists()
+
+
+@pytest.mark.parametrize("command", targets())
+def test_a_target_of_make_names_what_there_is(clone: Path, command: str) -> None:
+    recipe = run(clone, f"{command} --dry-run --old-file .venv/.ready PYTHON={sys.executable}")
+    lines = [line for line in recipe.splitlines() if not line.startswith("touch")]
+    assert lines
+    for line in lines:
+        for module in re.findall(r" -m (benchmarks\.\w+)", line):
+            assert (clone / f"{module.replace('.', '/')}.py").is_file()
+        for config in re.findall(r"launch\.py train (\S+)", line):
+            assert any(config in dry_run for dry_run in dry_runs())
+
+
+def test_programs_of_the_environment_exist() -> None:
+    for name in ("vllm", "ray", "wandb"):
+        assert (Path(sys.prefix) / "bin" / name).is_file()
+
+
+@pytest.mark.slow
+def test_doctor_runs_in_a_clone(clone: Path) -> None:
+    done = subprocess.run(
+        [".venv/bin/python", "launch.py", "doctor"], cwd=clone, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode in (0, 1), done.stderr  # What it says of this machine is its affair.
+    assert "HOME" in done.stdout
+    assert done.stderr == ""
+    assert run(clone, ".venv/bin/python launch.py --help").startswith("usage: launch.py")
+    assert run(clone, ".venv/bin/python launch.py config-reference") == (
+        clone / "docs" / "config.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_nothing_refers_to_a_folder_that_a_clone_lacks(clone: Path) -> None:
+    outside = re.compile(r"""(?:^|[\s"'=(`])(?:\.\./[\w./-]+|/(?:work|root|home)/[\w./-]+)""", re.MULTILINE)
+    places = (
+        "README.md",
+        "Makefile",
+        "launch.py",
+        "configs",
+        "recipes",
+        "docs",
+        "actors",
+        "buffer",
+        "cluster",
+        "learner",
+        "rewards",
+        "benchmarks",
+    )
+    files = [
+        file
+        for place in places
+        for file in ([clone / place] if (clone / place).is_file() else (clone / place).rglob("*"))
+    ]
+    texts = [file for file in files if file.suffix in (".md", ".yaml", ".py", "") and file.is_file()]
+    found = [
+        (str(file.relative_to(clone)), match[0].strip())
+        for file in texts
+        for match in outside.finditer(file.read_text("utf-8"))
+    ]
+    assert len(texts) > 100
+    assert found == []
