@@ -20,7 +20,7 @@ import msgspec
 import psutil
 
 from core.errors import ConfigError, PeerTimeout
-from core.metrics import finite_tree, replace_json
+from core.json_lines import finite_tree, replace_json
 from core.troubles import Troubles
 
 STATUS_NAME, REQUEST_NAME = "status.json", "scale.json"

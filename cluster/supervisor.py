@@ -39,7 +39,7 @@ from cluster.ray_watch import RayWatch
 from cluster.services import BOARD, BUFFER, MONITOR, Polled, Services
 from cluster.signals import StopSignal
 from core.errors import AgroError, TrainingError
-from core.metrics import finite_tree, note_event, replace_json
+from core.json_lines import finite_tree, note_event, replace_json
 from core.processes import remote, threads
 from core.records import Evaluation
 

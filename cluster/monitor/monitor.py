@@ -25,16 +25,8 @@ import msgspec
 
 from cluster.monitor.wandb_writer import WandbWriter, wandb_mode
 from core.config import Config
-from core.metrics import (
-    METRICS,
-    JsonLines,
-    Redactor,
-    StepLines,
-    finite,
-    finite_tree,
-    last_json_lines,
-    replace_json,
-)
+from core.json_lines import JsonLines, Redactor, StepLines, finite, finite_tree, last_json_lines, replace_json
+from core.metrics import METRICS
 from core.records import Evaluation
 
 __all__ = ["Monitor", "wandb_mode"]

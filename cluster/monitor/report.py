@@ -21,9 +21,9 @@ from typing import Any
 import msgspec
 
 from core import config_text
-from core.metrics import METRICS, finite_tree, read_json_lines
+from core.json_lines import finite_tree, read_json_lines
+from core.metrics import METRICS, SOLVE_RATE_BUCKETS, STALENESS_BUCKETS
 from core.records import Evaluation
-from learner.step.diagnostics import SOLVE_RATE_BUCKETS, STALENESS_BUCKETS
 
 MAX_POINTS = 800
 MAX_SAMPLES = 1500

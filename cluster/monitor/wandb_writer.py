@@ -30,7 +30,7 @@ from typing import Any, Literal
 from cluster.monitor import wandb_file
 from core.config import Config
 from core.errors import ConfigError
-from core.metrics import read_json_lines
+from core.json_lines import read_json_lines
 
 WandbMode = Literal["online", "offline", "off"]
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from core.metrics import SOLVE_RATE_BUCKETS, STALENESS_BUCKETS
+
 Column = npt.NDArray[np.float64]
 
 COLUMNS = (
@@ -32,22 +34,6 @@ COLUMNS = (
 """Of one sample: its group's id, the prompt's row, its place in the group, then what the names say; NaN
 where it is not known.
 """
-
-STALENESS_BUCKETS: dict[str, tuple[float, float]] = {
-    "0": (0, 0),
-    "1-3": (1, 3),
-    "4-15": (4, 15),
-    "16-63": (16, 63),
-    "64+": (64, math.inf),
-}
-SOLVE_RATE_BUCKETS: dict[str, tuple[float, float]] = {
-    "none": (-math.inf, 0.0),
-    "few": (0.0, 0.25),
-    "some": (0.25, 0.75),
-    "most": (0.75, 1.0),
-    "all": (1.0, math.inf),
-}
-"""Open below, closed above; "most" ends before 1."""
 
 
 def objective_metrics(samples: Mapping[str, Column], beta: float) -> dict[str, float]:
@@ -87,23 +73,6 @@ def objective_metrics(samples: Mapping[str, Column], beta: float) -> dict[str, f
         )
         metrics |= _bucket("solve_rate", name, inside, samples)
     return metrics
-
-
-def bucket_metrics() -> dict[str, str]:
-    """Name and description of the metrics per bucket."""
-    described = {}
-    for what, buckets, unit in (
-        ("staleness", STALENESS_BUCKETS, "learner steps"),
-        ("solve_rate", SOLVE_RATE_BUCKETS, "of the group's samples solved"),
-    ):
-        for name in buckets:
-            described[f"by_{what}/loss_{name}"] = (
-                f"Mean of -weight * advantage * log pi of the samples with {what} {name} ({unit})."
-            )
-            described[f"by_{what}/advantage_{name}"] = (
-                f"Mean size of their advantages: {what} {name} ({unit})."
-            )
-    return described
 
 
 def _bucket(

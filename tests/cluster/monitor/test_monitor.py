@@ -22,11 +22,12 @@ from rich.console import Console
 from cluster.monitor import monitor as monitor_module
 from cluster.monitor.monitor import Monitor, wandb_mode
 from cluster.monitor.terminal import Terminal, duration, plain_line, screen, sparkline, summary_screen
-from core import metrics as metrics_module
+from core import json_lines
 from core.config import Config
 from core.config_file import parse_config
 from core.errors import ConfigError
-from core.metrics import METRICS, JsonLines, Redactor, StepLines, last_json_lines, read_json_lines
+from core.json_lines import JsonLines, Redactor, StepLines, last_json_lines, read_json_lines
+from core.metrics import METRICS
 from core.records import Evaluation
 
 CANARY_KEY = "c0ffee" * 6 + "abcd"
@@ -203,7 +204,7 @@ def test_a_monitor_that_was_killed_goes_on_with_the_newest_row_the_time_and_the_
 def test_lines_that_a_full_disk_keeps_out_for_too_long_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("core.metrics._MAX_PENDING_LINES", 3)
+    monkeypatch.setattr("core.json_lines._MAX_PENDING_LINES", 3)
     lines = JsonLines(Path("/dev/full"), Redactor({}))
     for number in range(5):
         lines.append({"number": number})
@@ -236,7 +237,7 @@ def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, monkeypatch: py
 def test_lines_are_in_the_order_of_steps_whatever_was_done_again_and_no_more_than_the_end_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics_module, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(json_lines, "_BLOCK_BYTES", 1000)
     path = tmp_path / "x.jsonl"
     path.write_text(
         "".join(
@@ -255,7 +256,7 @@ def test_lines_are_in_the_order_of_steps_whatever_was_done_again_and_no_more_tha
         file.write(b'{"step": 1001, "te')  # Killed.
     loads = json.loads
     read: list[int] = []
-    monkeypatch.setattr(metrics_module.json, "loads", lambda line: read.append(len(line)) or loads(line))
+    monkeypatch.setattr(json_lines.json, "loads", lambda line: read.append(len(line)) or loads(line))
     lines = StepLines(path, Redactor({}), "step")
     for step in (1001, 999, 999):
         lines.rewind(step)

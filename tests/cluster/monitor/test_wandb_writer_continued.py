@@ -15,7 +15,7 @@ import wandb
 from cluster.monitor import wandb_file
 from cluster.monitor.monitor import Monitor
 from core.config_file import parse_config
-from core.metrics import read_json_lines
+from core.json_lines import read_json_lines
 from tests.support import ROOT
 
 DRIVER = """

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from core.metrics import METRICS
-from learner.step.diagnostics import COLUMNS, bucket_metrics, objective_metrics
+from core.metrics import METRICS, bucket_metrics
+from learner.step.diagnostics import COLUMNS, objective_metrics
 
 SAMPLES = {
     "group": [1, 1, 2, 2],
