@@ -206,6 +206,7 @@ def warm_up() -> None:
         ("(1,2]", r"\{1, 2\}"),
         ("2x+1", r"3.5\pi"),
         ("1.5", r"50\%"),
+        (r"\sum_{k=1}^{3} k", r"\int_0^1 x dx"),
     ):
         equal(gold, answer)
         canonical(answer)
