@@ -1,12 +1,13 @@
-"""Which WorkItems exist, and who may lease how many. Pure: no clock, no disk, no Ray.
+"""Says which WorkItems exist, and who may lease how many. Pure: no clock, no disk, no Ray.
 
-An item is *open* from its first lease until it ends: inserted or failed. While open it is either held by one
-actor or waiting to be issued again. Invariants:
-  - of a shard's items, the first `frontier` were leased; those of them that are not open have ended: told
-    apart in O(open);
-  - `open + stored-unconsumed <= allowed`: a new item is leased only below the bound; one issued again changes
-    no count;
-  - an item whose holder died or was late `MAX_LOSSES` times ends as failed: a prompt that kills its actor
+An item is *open* from its first lease until it ends: inserted or failed. While it is open, it is either held
+by one actor or waiting to be issued again. Invariants:
+
+  - Of a shard's items the first `frontier` were leased; those of them that are not open have ended. Telling
+    them apart is O(open).
+  - `open + stored-unconsumed <= allowed`: a new item is leased only below the bound; an item that is issued
+    again changes no count.
+  - An item whose holder died or was late `MAX_LOSSES` times ends as failed: a prompt that kills its actor
     must not kill them all.
 """
 
@@ -28,20 +29,21 @@ MAX_LOSSES = 5
 
 
 class LeaseError(AgroError, LookupError):
-    """A report about an item that was never leased."""
+    """Somebody reported on an item that was never leased."""
 
 
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """int64[num_rows]. Sorted raw PCG64 draws: numpy promises that stream for ever, but not
-    `Generator.permutation`'s.
+    """Returns int64[num_rows], a permutation of the rows for one epoch.
+
+    It sorts raw PCG64 draws: numpy promises that stream for ever, but not that of `Generator.permutation`.
     """
     keys = np.random.PCG64([seed, epoch]).random_raw(num_rows)
     return np.argsort(keys, kind="stable")
 
 
 def work_item(ordinal: int, *, seed: int, num_rows: int) -> WorkItem:
-    """The item at `ordinal` of the prompt stream: a pure function of its arguments, the same in every
+    """Returns the item at `ordinal` of the prompt stream: a pure function of its arguments, the same in every
     process.
 
     Each epoch of `num_rows` ordinals visits every row once, in an order of its own. `WorkItem.seed` is in [0,
@@ -58,8 +60,10 @@ def work_item(ordinal: int, *, seed: int, num_rows: int) -> WorkItem:
 
 
 class Lease(msgspec.Struct):
-    """Of an open item. `actor` '': waiting to be issued again. `since_s`: begun or renewed; None: held
-    since before this process began.
+    """The state of an open item. An empty `actor` means that it waits to be issued again.
+
+    `losses` counts the holders that died or were late. `since_s` is when the lease began or was renewed; None
+    means that it was held before this process began.
     """
 
     actor: str
@@ -68,10 +72,14 @@ class Lease(msgspec.Struct):
 
 
 class Admission:
-    """Leases on one shard's part of the prompt stream: ordinals `shard`, `shard + num_shards`, ...
+    """Keeps the leases on one shard's part of the prompt stream: ordinals `shard`, `shard + num_shards`, ...
 
-    Times are seconds on any one monotonic clock, given by the caller. `counts`: failed, expired (leases that
-    ran out), reissued, lost_too_often, ignored_reports (about items that are another's or ended).
+        items = admission.lease("actor-0", max_items=4, stored_unconsumed=12, now_s=clock())
+        admission.end(items[0])                                   # inserted
+
+    Times are seconds on any one monotonic clock, given by the caller. `counts` has failed, expired (leases
+    that ran out), reissued, lost_too_often, and ignored_reports (about items that ended or that another actor
+    holds).
     """
 
     def __init__(self, allowed: int, lease_timeout_s: float, shard: int = 0, num_shards: int = 1) -> None:
@@ -88,38 +96,38 @@ class Admission:
 
     @property
     def num_open(self) -> int:
-        """Items leased and not ended: held or waiting to be issued again."""
+        """Returns how many items are leased and not ended, whether they are held or wait to be issued again."""
         return len(self._held) + len(self._waiting)
 
     @property
     def next_expiry_s(self) -> float:
-        """When the oldest lease runs out; minus infinity when `expire` has to be told the time first;
-        infinity without leases.
+        """Returns when the oldest lease runs out; infinity without leases, minus infinity when `expire` must
+        be told the time first.
         """
         for lease in self._held.values():
             return -math.inf if lease.since_s is None else lease.since_s + self.lease_timeout_s
         return math.inf
 
     def num_leasable(self, stored_unconsumed: int) -> int:
-        """Items that `lease` would give: those to issue again, and new ones while admitted."""
+        """Returns how many items `lease` would give: those to issue again, and new ones as far as they are
+        admitted.
+        """
         return len(self._waiting) + max(0, self.allowed - self.num_open - stored_unconsumed)
 
     def lease_of(self, ordinal: int) -> Lease | None:
-        """The open item's lease; None when it is not open."""
+        """Returns the lease of an open item, or None when the item is not open."""
         return self._held.get(ordinal) or self._waiting.get(ordinal)
 
     def holder(self, ordinal: int) -> str | None:
-        """The actor that holds the item; None when nobody does."""
+        """Returns the actor that holds the item, or None when nobody does."""
         return self._held[ordinal].actor if ordinal in self._held else None
 
     def held_by(self, actor: str) -> list[int]:
-        """What the actor holds."""
+        """Returns the ordinals that the actor holds."""
         return [ordinal for ordinal, lease in self._held.items() if lease.actor == actor]
 
     def is_open(self, ordinal: int) -> bool:
-        """Whether the item still has to end; False when it has. Raises LeaseError when it was never
-        leased here.
-        """
+        """Returns whether the item still has to end. Raises LeaseError when it was never leased here."""
         position, shard = divmod(ordinal, self.num_shards)
         if shard != self.shard or not 0 <= position < self.frontier:
             raise LeaseError(
@@ -130,8 +138,8 @@ class Admission:
         return ordinal in self._held or ordinal in self._waiting
 
     def lease(self, actor: str, max_items: int, stored_unconsumed: int, now_s: float) -> list[int]:
-        """Ordinals now held by `actor`, at most `max_items`: first those to issue again, then new ones
-        while admitted.
+        """Leases at most `max_items` items to `actor` and returns their ordinals: first those to issue again,
+        then new ones.
         """
         num_items = max(0, min(max_items, self.num_leasable(stored_unconsumed)))
         again = list(self._waiting)[:num_items]
@@ -149,8 +157,9 @@ class Admission:
         return [*again, *new]
 
     def expire(self, now_s: float) -> tuple[list[int], list[int]]:
-        """Takes back the leases that ran out since they began or were renewed: (to be issued again,
-        lost too often and ended).
+        """Takes back the leases that ran out since they began or were renewed.
+
+        Returns the ordinals to be issued again, and those that were lost too often and have ended.
         """
         self._date(now_s)
         late = [
@@ -162,9 +171,7 @@ class Admission:
         return self._lose(late)
 
     def renew(self, actor: str, ordinals: Sequence[int], now_s: float) -> None:
-        """The time of these leases begins anew, where `actor` still holds them: it works on them,
-        however long they take.
-        """
+        """Restarts the time of the leases that `actor` still holds: it works on them, however long they take."""
         self._date(now_s)  # Those before this one must expire before it.
         for ordinal in dict.fromkeys(ordinals):
             if self.holder(ordinal) == actor:
@@ -173,11 +180,14 @@ class Admission:
                 self._held[ordinal] = lease
 
     def lose_actor(self, actor: str) -> tuple[list[int], list[int]]:
-        """Takes back what a dead actor held: (to be issued again, lost too often and ended)."""
+        """Takes back what a dead actor held.
+
+        Returns the ordinals to be issued again, and those that were lost too often and have ended.
+        """
         return self._lose(self.held_by(actor))
 
     def give_back(self, actor: str, ordinals: Sequence[int]) -> list[int]:
-        """Takes back these leases of `actor`, to be issued again; returns those it did hold."""
+        """Takes back these leases of `actor`, to be issued again, and returns those that it did hold."""
         held = [ordinal for ordinal in dict.fromkeys(ordinals) if self.holder(ordinal) == actor]
         self.counts["ignored_reports"] += len(ordinals) - len(held)
         for ordinal in held:
@@ -185,14 +195,16 @@ class Admission:
         return held
 
     def release_all(self) -> list[int]:
-        """Takes back all leases: the actors are of an earlier start of the run. Returns them."""
+        """Takes back all leases, since their actors belong to an earlier start of the run, and returns their
+        ordinals.
+        """
         held = list(self._held)
         for ordinal in held:
             self._wait(ordinal, self._held[ordinal].losses)
         return held
 
     def end(self, ordinal: int) -> bool:
-        """Ends an open item, whoever holds it; False when it had ended. Raises LeaseError when it was
+        """Ends an open item, whoever holds it, and returns whether it was open. Raises LeaseError when it was
         never leased.
         """
         if not self.is_open(ordinal):
@@ -203,8 +215,8 @@ class Admission:
         return True
 
     def fail(self, actor: str, ordinals: Sequence[int]) -> list[int]:
-        """Ends items as failed and returns them; those that ended or that another actor holds by now
-        are ignored, counted.
+        """Ends items as failed and returns them. Items that ended, or that another actor holds by now, are
+        ignored and counted.
         """
         ended = [o for o in dict.fromkeys(ordinals) if self.is_open(o) and self.holder(o) in (None, actor)]
         for ordinal in ended:
@@ -214,13 +226,13 @@ class Admission:
         return ended
 
     def pop_changed(self) -> list[int]:
-        """Items whose lease began, changed hands or ended since the last call."""
+        """Returns the items whose lease began, changed hands or ended since the last call."""
         changed = list(self._changed)
         self._changed.clear()
         return changed
 
     def get_state(self) -> dict[str, Any]:
-        """Frontier, counts and the open items as (ordinal, actor, losses)."""
+        """Returns the frontier, the counts and the open items as (ordinal, actor, losses)."""
         leases = [
             (ordinal, lease.actor, lease.losses)
             for ordinal, lease in (*self._waiting.items(), *self._held.items())
@@ -228,7 +240,7 @@ class Admission:
         return {"frontier": self.frontier, "counts": dict(self.counts), "leases": leases}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Takes over `get_state`'s value. Leases keep their holder; their time begins at the next
+        """Takes over what `get_state` returned. Leases keep their holder; their time begins at the next
         `expire`.
         """
         self.frontier = state["frontier"]
@@ -240,7 +252,7 @@ class Admission:
         self._changed.clear()
 
     def check_valid(self) -> list[str]:
-        """What is wrong with the state, in words; empty when nothing is."""
+        """Returns what is wrong with the state, in words; nothing when it is valid."""
         problems = [
             f"item {ordinal} is both held and waiting" for ordinal in self._held if ordinal in self._waiting
         ]
@@ -254,7 +266,7 @@ class Admission:
         return problems
 
     def _date(self, now_s: float) -> None:
-        """Leases held since before this process began: their time begins anew."""
+        """Starts the time of leases that were held before this process began."""
         for lease in self._held.values():
             if lease.since_s is not None:
                 return  # So have all that follow.

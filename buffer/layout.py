@@ -1,4 +1,4 @@
-"""What belongs to which shard of the buffer, and under which name it lies in the run directory."""
+"""Says what belongs to which shard of the buffer, and under which name it lies in the run directory."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from core.errors import ConfigError
 
 
 def store_name(shard: int, num_shards: int) -> str:
-    """File name of a shard's database."""
+    """Returns the file name of a shard's database."""
     return "buffer.sqlite" if num_shards == 1 else f"buffer-{shard}.sqlite"
 
 
 def ledger_name(shard: int, num_shards: int) -> str:
-    """File name of a shard's ledger."""
+    """Returns the file name of a shard's ledger."""
     return "ledger.jsonl" if num_shards == 1 else f"ledger-{shard}.jsonl"
 
 
 def share_of(total: int, shard: int, num_shards: int) -> int:
-    """This shard's part of `total`: the parts differ by one at most."""
+    """Returns this shard's part of `total`; the parts of all shards differ by one at most."""
     return total // num_shards + (shard < total % num_shards)
 
 

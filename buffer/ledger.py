@@ -1,15 +1,15 @@
-"""The ledger: what happened to every item, one JSON object a line, appended only; and the auditor who reads
-it from outside.
+"""The ledger tells what happened to every item, one JSON object a line, appended only; the audit reads it
+from outside.
 
     leased --+--> inserted --> trained* --> evicted(reason)
       ^      +--> failed(reason)
       |      +--> cancelled
-      +--- expired(reason): the lease was taken back; the item will be leased again, or a late report still ends it
+      +--- expired(reason): the lease was taken back; the item is leased again, or a late report still ends it
 
 Lines are in the database's transaction first, then in the file, so that neither a kill nor a full disk loses
-one, and a start reads the file's end only. Where the file does not fit the database (a power cut, a line
-deleted by hand), all of it is read once, and what leads to the database's state is added; how often a lost
-item was trained on is not told then.
+one, and a start reads only the end of the file. Where the file does not fit the database (after a power cut,
+or a line deleted by hand), all of it is read once, and what leads to the database's state is added; how often
+a lost item was trained on is then unknown.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ EventName: TypeAlias = Literal["leased", "inserted", "trained", "evicted", "fail
 
 
 class LedgerEvent(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """One line. `step`: the learner step known to the buffer; `version`: the group's oldest; `time_s`:
+    """One line of the ledger.
+
+    `step` is the learner step known to the buffer, `version` the group's oldest policy version, `time_s`
     seconds since 1970.
     """
 
@@ -70,13 +72,13 @@ _MOST_AHEAD = 2**24  # Of ids that rise: a larger gap is no gap, but a number fr
 
 
 class Ledger:
-    """The file at `path`, appended to in chunks, each at a place that is known before it is written.
+    """Appends to the file at `path` in chunks, each at a place that is known before it is written.
 
-        record(event) ... take_chunk() --the database's transaction--> flush() --file--> is durable at last --> the database forgets it
+        record(event) ... take_chunk() --database's transaction--> flush() --file--> the database forgets it
 
     A kill anywhere in between loses nothing: `recover` puts what the database still has where it belongs.
     What a full disk refuses is kept for the next `flush`. `end` is the file's length once all that was taken
-    is written; `synced`, how much of it a power cut cannot take.
+    is written; `synced` is how much of it a power cut cannot take.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -91,15 +93,15 @@ class Ledger:
 
     @property
     def num_unwritten(self) -> int:
-        """Lines that could not be written so far: above 0 means the disk refuses them."""
+        """Returns how many lines could not be written so far; above 0 the disk refuses them."""
         return self._unwritten.count(b"\n")
 
     def recover(self, end: int, chunks: Sequence[tuple[int, bytes]]) -> bool:
-        """Completes the file from what the database has of it: its length, and (place, lines) of its last
+        """Completes the file from what the database knows of it: its length, and (place, lines) of its last
         part. Reads nothing else.
 
-        False, nothing changed, when that does not fit: the file is shorter than what was durable, or longer
-        than was ever written.
+        Returns False, and changes nothing, when that does not fit: the file is shorter than what was durable,
+        or longer than was ever written.
         """
         first = chunks[0][0] if chunks else end
         if not first <= self.end <= end:
@@ -110,7 +112,9 @@ class Ledger:
         return True
 
     def end_line(self) -> None:
-        """A file whose last line was cut short goes on in a new line. Not needed after `recover`."""
+        """Ends a last line that was cut short, so that the file goes on in a new one. Not needed after
+        `recover`.
+        """
         if self.end and os.pread(self._file, 1, self.end - 1) != b"\n":
             self._new.insert(0, b"\n")
 
@@ -124,7 +128,7 @@ class Ledger:
         actor: str = "",
         reason: str = "",
     ) -> None:
-        """Notes an event, for the next chunk."""
+        """Notes an event for the next chunk."""
         line = LedgerEvent(
             event=event,
             group_id=group_id,
@@ -138,8 +142,8 @@ class Ledger:
         self._new.append(self._encoder.encode(line) + b"\n")
 
     def take_chunk(self) -> tuple[int, bytes] | None:
-        """(place in the file, lines) of what was noted since the last chunk, to be written by `flush`
-        once the database has it.
+        """Returns (place in the file, lines) of what was noted since the last chunk; `flush` writes it once
+        the database has it.
         """
         if not self._new:
             return None
@@ -150,8 +154,8 @@ class Ledger:
         return place, chunk
 
     def flush(self) -> None:
-        """Writes what was noted. An error of the disk is no error here: the database keeps the lines;
-        see `num_unwritten`.
+        """Writes what was noted. An error of the disk is not raised: the database keeps the lines, and
+        `num_unwritten` counts them.
         """
         self.take_chunk()
         try:
@@ -166,8 +170,9 @@ class Ledger:
             return
 
     def close(self, *, keep_back: bool = False) -> None:
-        """Flushes and closes the file; again is no error. `keep_back`: the database has refused the
-        newest lines, so the file gets none.
+        """Flushes and closes the file; a second call does nothing.
+
+        With `keep_back` the file gets nothing more, because the database has refused the newest lines.
         """
         if self._file >= 0:
             if not keep_back:
@@ -177,8 +182,9 @@ class Ledger:
 
 
 class Statuses:
-    """Where each item is: a byte an item, so that a run of months fits. `num_shards`: the file's ids
-    are so far apart.
+    """Knows where each item is, in one byte an item, so that a run of months fits into memory.
+
+    The ids of one file are `num_shards` apart.
     """
 
     def __init__(self, num_shards: int = 1) -> None:
@@ -189,14 +195,16 @@ class Statuses:
         self._shard: int | None = None
 
     def get(self, group_id: int) -> str:
-        """Its status; `new` before it was leased."""
+        """Returns the status of an item: `new` before it was leased."""
         place = self._place(group_id)
         if place is None:
             return _STATUSES[self._strange.get(group_id, 0)]
         return _STATUSES[self._codes[place]] if place < len(self._codes) else "new"
 
     def follow(self, event: LedgerEvent) -> bool:
-        """Moves the event's item on; False, and nothing moved, when it may not go that way."""
+        """Moves the event's item on and returns True, or returns False and moves nothing when the item may
+        not go that way.
+        """
         after = _NEXT_STATUS.get((self.get(event.group_id), event.event))
         if after is None:
             return False
@@ -210,7 +218,7 @@ class Statuses:
         return True
 
     def count(self) -> dict[str, int]:
-        """Items by status, those that have one."""
+        """Returns the number of items by status, without the statuses that no item has."""
         counts = Counter(_STATUSES[code] for code in self._strange.values())
         counts.update({status: self._codes.count(code) for code, status in enumerate(_STATUSES) if code})
         return dict(+counts)
@@ -227,11 +235,11 @@ def audit(path: str | Path, num_shards: int = 1) -> dict[str, Any]:
     """Follows every item through the ledger at `path`, one of `num_shards`.
 
     Returns `status` (items by where they are now: leased, waiting, stored, failed, cancelled, evicted),
-    `events` (lines by event), `evictions` (by reason), `max_staleness` (largest step - version trained on,
-    learner steps), `torn_lines`, and `violations`: a sentence for every event that may not follow what came
-    before, such as a second ending, and for what is wrong with the file: lines that cannot be read, none at
-    all. At most `MOST_SENTENCES` of them, and one that counts the others. Raises DataError for a file that
-    cannot be opened.
+    `events` (lines by event), `evictions` (by reason), `max_staleness` (the largest step - version trained
+    on, learner steps), `torn_lines`, and `violations`: a sentence for every event that may not follow what
+    came before, such as a second ending, and for what is wrong with the file, such as lines that cannot be
+    read. There are at most `MOST_SENTENCES` of them, and one that counts the others. Raises DataError for a
+    file that cannot be opened.
     """
     statuses = Statuses(num_shards)
     events: Counter[str] = Counter()
@@ -264,11 +272,11 @@ def audit(path: str | Path, num_shards: int = 1) -> dict[str, Any]:
 
 
 def audit_run(run_dir: str | Path) -> dict[str, Any]:
-    """`audit` of all ledgers of a run together, and `balance`: where every generated item is now, as one
-    line.
+    """Returns the `audit` of all ledgers of a run together, with `balance`: where every generated item is
+    now, as one line.
 
     A ledger that is missing, or shorter than its shard's database says, is a violation too. Raises DataError
-    when there is none at all.
+    when there is no ledger at all.
     """
     directory = Path(run_dir)
     paths = sorted(directory.glob("ledger*.jsonl"))
@@ -309,8 +317,8 @@ def audit_run(run_dir: str | Path) -> dict[str, Any]:
 
 
 def _what_is_missing(store: Path) -> str | None:
-    """A sentence when the ledger of a shard's database is not there, or is shorter than that says; None
-    also while the shard runs.
+    """Returns a sentence when the ledger of a shard's database is missing or too short; None otherwise, and
+    while the shard runs.
     """
     path = store.with_name(store.name.replace("buffer", "ledger").replace(".sqlite", ".jsonl"))
     if not path.exists():
@@ -341,10 +349,11 @@ def _read_only(store: Path) -> sqlite3.Connection:
 def missing_events(
     statuses: Statuses, issued: Iterable[int], leases: Mapping[int, str], stored: Set[int], used_up: Set[int]
 ) -> Iterator[tuple[EventName, int, str]]:
-    """What leads from the ledger (`statuses`) to the database, as (event, item, reason).
+    """Yields what leads from the ledger (`statuses`) to the database, as (event, item, reason).
 
-    `issued`: all items leased so far; of those, `leases`: the open ones ('': waiting to be issued again),
-    `stored`, and `used_up`: those that left after their last use, as far as that is known.
+    `issued` are all items leased so far. Of those, `leases` are the open ones (with '' for an item that waits
+    to be issued again), `stored` are in the buffer, and `used_up` left after their last use, as far as that
+    is known.
     """
     for ordinal in issued:
         status, reason = statuses.get(ordinal), AT_RESTART
@@ -369,7 +378,7 @@ def missing_events(
 
 
 def read_statuses(path: str | Path, num_shards: int = 1) -> Statuses:
-    """Where each item is according to the ledger, violations ignored. Reads all of it."""
+    """Returns where each item is according to the ledger, violations ignored. Reads the whole file."""
     statuses = Statuses(num_shards)
     for _, event in _read(path):
         if not isinstance(event, str):
@@ -378,7 +387,7 @@ def read_statuses(path: str | Path, num_shards: int = 1) -> Statuses:
 
 
 class _Sentences:
-    """The first `MOST_SENTENCES`, and how many more."""
+    """Keeps the first `MOST_SENTENCES` sentences, and counts the others."""
 
     def __init__(self) -> None:
         self._first: list[str] = []
@@ -395,8 +404,8 @@ class _Sentences:
 
 
 def _read(path: str | Path) -> Iterator[tuple[int, LedgerEvent | str]]:
-    """Line numbers, and the event or why it cannot be read, a piece of the file at a time: a line
-    without an end stays small.
+    """Yields line numbers with the event, or with why it cannot be read; a line without an end is read in
+    small pieces.
     """
     decoder = msgspec.json.Decoder(LedgerEvent)
     try:

@@ -1,4 +1,4 @@
-"""Stored groups in two orders at once, by insertion and by age; every operation is O(log n)."""
+"""Keeps stored groups in two orders at once, by insertion and by age; every operation is O(log n)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from sortedcontainers import SortedKeyList, SortedList
 
 
 class Entry(NamedTuple):
-    """A group's place: entries compare by age, the oldest version first, and the earlier inserted of equals.
+    """A group's place in the orders. Entries compare by age: the oldest version first, of equals the one
+    inserted earlier.
+
     `sequence` rises with every insertion.
     """
 
@@ -20,7 +22,7 @@ class Entry(NamedTuple):
 
 
 class Order:
-    """Entries by rank: `by_insertion[0]` is the first that came, `by_age[0]` the oldest."""
+    """Gives entries by rank: `by_insertion[0]` is the first that came, `by_age[0]` the oldest."""
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self.by_age = SortedList(entries)
@@ -30,21 +32,23 @@ class Order:
         return len(self.by_age)
 
     def add(self, entry: Entry) -> None:
-        """Takes in an entry that is not here."""
+        """Adds an entry that is not here yet."""
         self.by_age.add(entry)
         self.by_insertion.add(entry)
 
     def remove(self, entry: Entry) -> None:
-        """Removes an entry; ValueError when it is not here."""
+        """Removes an entry. Raises ValueError when it is not here."""
         self.by_age.remove(entry)
         self.by_insertion.remove(entry)
 
     def num_older(self, version: int) -> int:
-        """Entries older than `version`: the age rank of the first that is not."""
+        """Returns how many entries are older than `version`, which is the age rank of the first that is not."""
         return self.by_age.bisect_left((version,))  # Shorter, hence before every entry of that version.
 
     def between(self, start: int | None, stop: int) -> list[Entry]:
-        """Entries with `start <= oldest_version < stop`, oldest first; start None: from the oldest on.
-        O(log n) and their number.
+        """Returns the entries with `start <= oldest_version < stop`, oldest first; from the oldest on when
+        `start` is None.
+
+        It costs O(log n) and their number.
         """
         return list(self.by_age.irange(None if start is None else (start,), (stop,)))

@@ -39,7 +39,9 @@ EVICTIONS = ("evicted_used", "evicted_stale", "evicted_capacity", "evicted_surpl
 
 
 def meta_of(group: Group) -> GroupMeta:
-    """The index entry of a group on its arrival: in no batch yet, whatever it says of its uses."""
+    """Returns the index entry of a group on its arrival: it was in no batch yet, whatever it says of its
+    uses.
+    """
     version = AGELESS if group.oldest_version is None else group.oldest_version
     rewards = [sample.reward for sample in group.samples if sample.reward is not None]
     mean = sum(reward / len(rewards) for reward in rewards)
@@ -86,17 +88,17 @@ class Replay:
 
     @property
     def num_unconsumed(self) -> int:
-        """Groups that were in no batch yet."""
+        """Returns how many groups were in no batch yet."""
         return len(self._unconsumed)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all stored groups, as the learner sees them."""
+        """Returns the tokens of all stored groups, as the learner sees them."""
         return self._num_tokens
 
     @property
     def has_evicted(self) -> bool:
-        """Whether groups left that `pop_evicted` has not reported."""
+        """Returns whether groups left that `pop_evicted` has not reported."""
         return bool(self._evicted)
 
     @property
@@ -117,7 +119,9 @@ class Replay:
         )
 
     def insert(self, group: GroupMeta) -> bool:
-        """Stores a group; False, counted, when its id is stored already."""
+        """Stores a group and returns True, or counts a duplicate and returns False when its id is stored
+        already.
+        """
         if group.group_id in self._groups:
             self.counts["duplicates"] += 1
             return False
@@ -136,7 +140,7 @@ class Replay:
         return True
 
     def evict_stale(self, step: int) -> None:
-        """Evicts what no batch of learner step `step` or later may hold."""
+        """Evicts every group that no batch of learner step `step` or later may hold."""
         for order in (self._ripe, self._young):
             for entry in order.between(None, step - self.config.max_staleness):
                 self._evict(entry, "evicted_stale")
@@ -169,12 +173,12 @@ class Replay:
         return chosen
 
     def pop_evicted(self) -> list[tuple[GroupMeta, str]]:
-        """Groups that left since the last call, with the reason."""
+        """Returns the groups that left since the last call, each with the reason."""
         evicted, self._evicted = self._evicted, []
         return evicted
 
     def get_state(self) -> dict[str, Any]:
-        """The groups in order of insertion, and the counts."""
+        """Returns the groups in order of insertion, and the counts."""
         return {"groups": list(self._groups.values()), "counts": dict(self.counts)}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -193,7 +197,7 @@ class Replay:
                 self._evict(self._entries[group.group_id], "evicted_used")
 
     def check_valid(self) -> list[str]:
-        """What is wrong with the state, in words; empty when nothing is. Looks at every group."""
+        """Returns what is wrong with the state, in words; nothing when it is valid. Looks at every group."""
         problems = _count_problems(len(self), self.counts)
         unconsumed = [entry for group_id, entry in self._entries.items() if self._groups[group_id].uses == 0]
         if sorted(unconsumed) != list(self._unconsumed):

@@ -1,12 +1,12 @@
-"""Samplers: which stored groups a batch takes. Pure functions; one more is one function and one line in
+"""Samplers choose which stored groups a batch takes. A further one is a pure function and its line in
 SAMPLERS.
 
 A sampler sees the groups through a `View`: by rank in order of insertion or of age, O(log n) each. None of
 them walks all groups, so that a batch costs the same from a thousand groups and from a hundred thousand.
 
 A group of offline samples has no age. To `uniform` and `oldest` that makes no difference. To `fresh` it is
-newer than every version: were it older, it would never be taken while there is anything else, and as it never
-goes stale such groups would fill the buffer. To `stratified` and `priority` its staleness is 0.
+newer than every version: were it older, it would never be taken while there is anything else, and since it
+never goes stale such groups would fill the buffer. To `stratified` and `priority` its staleness is 0.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ little.
 class GroupMeta(msgspec.Struct, frozen=True):
     """What is kept in memory of a stored group.
 
-    `oldest_version` is the policy version of its oldest token, AGELESS when all samples are offline;
-    `num_tokens` counts prompt and completion tokens of all samples, `uses` the batches it was in;
+    `oldest_version` is the policy version of its oldest token, AGELESS when all samples are offline.
+    `num_tokens` counts prompt and completion tokens of all samples, `uses` the batches it was in.
     `reward_std` is the population standard deviation of its samples' rewards.
     """
 
@@ -57,13 +57,16 @@ class GroupMeta(msgspec.Struct, frozen=True):
 
     @property
     def version(self) -> int | None:
-        """`oldest_version`; None when there is none."""
+        """Returns `oldest_version`, or None for a group that has no age."""
         return None if self.oldest_version == AGELESS else self.oldest_version
 
 
 @dataclass(frozen=True)
 class View:
-    """What a sampler may choose from, read only. `counts` is for what a sampler wants counted."""
+    """What a sampler may choose from, read only; whatever a sampler wants counted goes into `counts`.
+
+    newest = view.by_age(len(view) - 1).group_id
+    """
 
     order: Order
     groups: Mapping[int, GroupMeta]
@@ -74,19 +77,17 @@ class View:
         return len(self.order)
 
     def by_insertion(self, rank: int) -> GroupMeta:
-        """The group that came after `rank` others. O(log n)."""
+        """Returns the group that came after `rank` others. O(log n)."""
         return self.groups[self.order.by_insertion[rank].group_id]
 
     def by_age(self, rank: int) -> GroupMeta:
-        """The group after `rank` older ones, AGELESS last; of equal versions the one inserted first is
-        older. O(log n).
+        """Returns the group that has `rank` older ones, AGELESS last; of equal versions the one inserted
+        first is older. O(log n).
         """
         return self.groups[self.order.by_age[rank].group_id]
 
     def num_older(self, version: int) -> int:
-        """Groups with an older version: the age rank of the first that has `version` or a newer one.
-        O(log n).
-        """
+        """Returns how many groups are older than `version`, the age rank of the first that is not. O(log n)."""
         return self.order.num_older(version)
 
 
@@ -95,30 +96,30 @@ Sampler: TypeAlias = Callable[[View, int, int, np.random.Generator], list[int]]
 
 
 def uniform(view: View, k: int, step: int, rng: np.random.Generator) -> list[int]:
-    """Every set of k groups equally likely."""
+    """Takes k groups, every set of k equally likely."""
     return [
         view.by_insertion(rank).group_id for rank in rng.choice(len(view), size=k, replace=False).tolist()
     ]
 
 
 def fresh(view: View, k: int, step: int, rng: np.random.Generator) -> list[int]:
-    """Newest first: by policy version (offline groups before all), then by insertion."""
+    """Takes the newest groups: by policy version (offline groups before all), then by insertion."""
     return [view.by_age(len(view) - 1 - place).group_id for place in range(k)]
 
 
 def oldest(view: View, k: int, step: int, rng: np.random.Generator) -> list[int]:
-    """First in, first out."""
+    """Takes the groups that came first."""
     return [view.by_insertion(rank).group_id for rank in range(k)]
 
 
 def stratified(view: View, k: int, step: int, rng: np.random.Generator) -> list[int]:
-    """`buffer.mix`: a share of the batch from each range of staleness; within a range every set of groups
+    """Takes a share of the batch from each range of staleness in `buffer.mix`; within a range every set is
     equally likely.
 
-    Whole numbers from shares by largest remainder (of equals the younger range), for each batch by itself: a
-    share below 1 / k may get nothing, batch after batch. What a range does not hold comes from the nearest
-    range that has more than its own, the younger of two, and is counted in `strata_short`. Staleness in no
-    range is a range of share 0.
+    Shares become whole numbers by largest remainder (of equals the younger range), for each batch by itself:
+    a share below 1 / k may get nothing, batch after batch. What a range does not hold comes from the nearest
+    range that has more than its own, the younger of two, and is counted in `strata_short`. A staleness in no
+    range belongs to a range of share 0.
     """
     strata = _strata(view, step)
     numbers, num_short = _fill(
@@ -135,7 +136,7 @@ def stratified(view: View, k: int, step: int, rng: np.random.Generator) -> list[
 
 
 def priority(view: View, k: int, step: int, rng: np.random.Generator) -> list[int]:
-    """k groups one after the other, each drawn from those left in proportion to
+    """Takes k groups one after the other, each drawn from those left in proportion to a weight:
 
         2^(-staleness / HALF_LIFE_STEPS) / (1 + uses) * (SPREAD_FLOOR + reward_std / mean reward_std)
 
@@ -143,9 +144,10 @@ def priority(view: View, k: int, step: int, rng: np.random.Generator) -> list[in
     the mean, so that the scale of the rewards does not matter. The k largest of log(weight) + Gumbel noise
     are such a draw (Kool et al. 2019, https://arxiv.org/abs/1903.06059, section 2).
 
-    Exact up to POOL_GROUPS groups (or POOL_PER_CHOICE * k, if more). Of more, the draw is from a pool of that
-    many, every set equally likely, which keeps the cost from growing. Chances then are in proportion to the
-    weights but for the pool's sampling error, and no group can have a larger one than to be in the pool.
+    The draw is exact up to POOL_GROUPS groups (or POOL_PER_CHOICE * k, if that is more). Beyond, it is made
+    from a pool of that many, every set equally likely, which keeps the cost from growing. Chances are then in
+    proportion to the weights but for the pool's sampling error, and no group can have a larger chance than
+    that of being in the pool.
     """
     size = min(len(view), max(POOL_GROUPS, POOL_PER_CHOICE * k))
     ranks = (
@@ -169,7 +171,9 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def log_weights(pool: Sequence[GroupMeta], step: int) -> np.ndarray:
-    """Natural logarithms of `priority`'s weights, one for each group of `pool`, at learner step `step`."""
+    """Returns the natural logarithms of `priority`'s weights, one for each group of `pool`, at learner step
+    `step`.
+    """
     staleness = np.maximum(0, step - np.array([group.oldest_version for group in pool], np.int64))
     uses = np.array([group.uses for group in pool], np.int64)
     spread = np.array([group.reward_std for group in pool])
@@ -184,7 +188,7 @@ class _Stratum(NamedTuple):
 
 
 def _strata(view: View, step: int) -> list[_Stratum]:
-    """All groups by range of staleness, youngest first."""
+    """Returns all groups by range of staleness, the youngest range first."""
     ends: list[tuple[int | None, float]] = []
     next_first = 0
     for first, last, share in view.config.mix_ranges:
@@ -203,8 +207,9 @@ def _strata(view: View, step: int) -> list[_Stratum]:
 
 
 def _largest_remainder(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in proportion to `shares`, summing to `total`: rounded down, the rest to those that
-    lost most (Hamilton's method).
+    """Returns whole numbers in proportion to `shares` that sum to `total`, by Hamilton's method.
+
+    Each share is rounded down; the rest goes to those that lost most by that.
     """
     exact = [total * share / math.fsum(shares) for share in shares]
     numbers = [math.floor(number) for number in exact]
@@ -215,7 +220,7 @@ def _largest_remainder(shares: Sequence[float], total: int) -> list[int]:
 
 
 def _fill(wanted: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], int]:
-    """How many to take from each stratum when it holds `sizes`, and how many of these stand in for
+    """Returns how many to take from each stratum when it holds `sizes`, and how many of them stand in for
     another stratum's.
     """
     taken = [min(number, size) for number, size in zip(wanted, sizes, strict=True)]

@@ -35,8 +35,10 @@ class Offer(NamedTuple):
     """What a shard has now.
 
     change          counts its changes, for `changed_since`
-    recorded        groups it gave to this step's batch, which is one of `total` groups on all shards; 0 and 0: none
-    is_forgotten    it is past the step, and has no part in its batch
+    num_leasable    items that it would lease
+    num_takeable    groups that a batch may take
+    recorded        groups it gave to this step's batch, of `total` groups on all shards; 0 and 0: none
+    is_forgotten    says that it is past the step, and has no part in its batch
     """
 
     change: int
@@ -48,7 +50,7 @@ class Offer(NamedTuple):
 
 
 class ReplayBuffer:
-    """Leases, groups and batches of one shard; recovers what `run_dir` holds. Times come from the event
+    """Leases, groups and batches of one shard; it recovers what `run_dir` holds. Times come from the event
     loop's clock.
 
     Raises ConfigError when `run_dir` belongs to another prompt stream, StoreError when its database cannot be
@@ -74,11 +76,11 @@ class ReplayBuffer:
         version: int | None = None,
         holding: list[int] | None = None,
     ) -> list[bytes] | None:
-        """Up to `max_groups` encoded WorkItems, as soon as one is admitted; none after `timeout_s` seconds or
-        when closed.
+        """Returns up to `max_groups` encoded WorkItems as soon as one is admitted; none after `timeout_s`
+        seconds or when closed.
 
-        None instead of a list: samples of policy `version` would be too stale for the next batch; ask again
-        with newer weights. `holding`: as `renew`. Raises DiskFullError.
+        Returns None instead of a list when samples of policy `version` would be too stale for the next batch:
+        the caller should ask again with newer weights. `holding` is what `renew` takes. Raises DiskFullError.
         """
         clock = asyncio.get_running_loop().time
         deadline_s = clock() + timeout_s
@@ -101,11 +103,11 @@ class ReplayBuffer:
         return [encode(self._shard.item(ordinal)) for ordinal in ordinals]
 
     async def renew(self, actor: str, holding: list[int]) -> None:
-        """The items the actor still works on: their leases begin anew, so that a generation may take longer
-        than `run.timeout_s`.
+        """Restarts the leases of the items that the actor still works on, so that a generation may take
+        longer than `run.timeout_s`.
 
-        Others that it was given are issued again, since it does not know of them (an answer was lost with
-        this process).
+        Other items that it was given are issued again, since it does not know of them (an answer was lost
+        with this process).
         """
         async with self._changed:
             if actor not in self._gone:
@@ -164,11 +166,13 @@ class ReplayBuffer:
     async def sample(
         self, step: int, num_groups: int, timeout_s: float, total: int | None = None
     ) -> bytes | None:
-        """The encoded Batch of learner step `step` as soon as `num_groups` groups are stored; None after
-        `timeout_s` seconds or when closed. `Group.uses` counts this batch too: 1 at the first use. The same
-        step again is the same batch, whatever `num_groups` says. `total`: groups of the whole batch, when
-        this is a part of one. Raises StalenessError rather than hand out a group older than `max_staleness`,
-        DataError for a step whose batch was forgotten.
+        """Returns the encoded Batch of learner step `step` as soon as `num_groups` groups are stored; None
+        after `timeout_s` seconds or when closed.
+
+        `Group.uses` counts this batch too: it is 1 at the first use. The same step again is the same batch,
+        whatever `num_groups` says. `total` is the number of groups of the whole batch, when this is a part of
+        one. Raises StalenessError rather than hand out a group older than `max_staleness`, and DataError for
+        a step whose batch was forgotten.
         """
         clock = asyncio.get_running_loop().time
         deadline_s = clock() + timeout_s
@@ -186,7 +190,9 @@ class ReplayBuffer:
             self._shard.advance(step)
 
     async def set_watermark(self, step: int) -> None:
-        """A checkpoint of learner step `step` is durable: no batch before it will be asked for again."""
+        """Notes that a checkpoint of learner step `step` is durable: no batch before it will be asked for
+        again.
+        """
         async with self._changed:
             self._shard.forget_batches(step)
 
@@ -203,10 +209,10 @@ class ReplayBuffer:
     # Everybody
 
     async def offer(self, step: int | None = None, waited_s: float = 0.0) -> Offer:
-        """What may be leased (step None) or what a batch of learner step `step` may take, now; evicts what is
-        stale at that step.
+        """Returns what may be leased (step None), or what a batch of learner step `step` may take, now.
 
-        `waited_s`: how long the caller has waited for the same since it last asked.
+        It evicts what is stale at that step. `waited_s` is how long the caller has waited for the same since
+        it last asked.
         """
         async with self._changed:
             if step is None:
@@ -223,7 +229,7 @@ class ReplayBuffer:
             return Offer(self._change, num_takeable=self._shard.num_takeable(step))
 
     async def changed_since(self, change: int, timeout_s: float) -> None:
-        """Returns as soon as there was another change than number `change`, or after `timeout_s`."""
+        """Returns as soon as there was another change after number `change`, or after `timeout_s`."""
         clock = asyncio.get_running_loop().time
         deadline_s = clock() + timeout_s
         async with self._changed:
@@ -233,10 +239,10 @@ class ReplayBuffer:
                     self._shard.expire(clock())
 
     async def stats(self) -> dict[str, float]:
-        """Metrics; counts and waits are cumulative, counts over restarts too.
+        """Returns the metrics; counts and waits are cumulative, counts over restarts too.
 
-        `frontier = inserted + evicted_too_small + failed + leased` and
-        `inserted` = `groups` and all of buffer.replay.EVICTIONS at any time.
+        At any time `frontier = inserted + evicted_too_small + failed + leased`, and `inserted` is the sum of
+        `groups` and of all buffer.replay.EVICTIONS.
         """
         now_s = asyncio.get_running_loop().time()
         values = self._shard.stats()
@@ -247,19 +253,21 @@ class ReplayBuffer:
         return {f"buffer/{name}": float(value) for name, value in values.items()}
 
     async def next_step(self) -> int:
-        """The learner step after the newest whose batch was asked for: no sample is of a newer version."""
+        """Returns the learner step after the newest whose batch was asked for: no sample is of a newer
+        version.
+        """
         return self._shard.next_step
 
     async def error_summary(self) -> tuple[int, int, list[str]]:
-        """Samples that failed, samples in all, and the last error texts of this process (at most 5,
+        """Returns samples that failed, samples in all, and the last error texts of this process (at most 5,
         oldest first).
         """
         counts = self._shard.counts
         return counts["samples_error"], counts["samples_total"], list(self._shard.error_texts)
 
     async def close(self) -> None:
-        """Ends all waits and closes the files. What is open or stored stays so, for the next start.
-        Again is no error.
+        """Ends all waits and closes the files; a second call does nothing. What is open or stored stays so,
+        for the next start.
         """
         async with self._changed:
             self._is_closed = True
@@ -273,7 +281,7 @@ class ReplayBuffer:
                 await self._changed.wait()
 
     def _notice(self) -> None:
-        """Something changed."""
+        """Counts a change and wakes whoever waits for one."""
         self._change += 1
         if self._changed.locked():  # But for the constructor, always.
             self._changed.notify_all()

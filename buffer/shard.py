@@ -1,11 +1,11 @@
-"""One shard of the replay buffer, without its waits: every method is one change, in memory and, in one
+"""One shard of the replay buffer without its waits: every method is one change, in memory and, in one
 transaction, on disk.
 
-    admission, replay, usable   what may be leased, what is stored, what of a group is kept (pure)
-    store, ledger               both on disk
+    admission, replay, usable   say what may be leased, what is stored, what of a group is kept (pure)
+    store, ledger               keep both on disk
 
 The process may be killed at any moment. Every change is written before an insertion is acknowledged or an
-item handed out; a new process finds leases, uses, batches and the frontier as they were, and reads no more
+item handed out. A new process finds leases, uses, batches and the frontier as they were, and reads no more
 than is open or stored: a start takes as long after months as on the first day. A full disk refuses insertions
 and leases; sampling goes on from memory, ahead of the disk, and `disk_errors` counts.
 
@@ -38,8 +38,8 @@ _NUM_ERROR_TEXTS = 5
 
 
 class Shard:
-    """Leases, groups and batches of one shard; recovers what `directory` holds. `on_change` is called after
-    every change.
+    """Leases, groups and batches of one shard; it recovers what `directory` holds, and calls `on_change`
+    after every change.
 
     Times are seconds on any one monotonic clock, given by the caller. Raises ConfigError when the directory
     belongs to another prompt stream, StoreError when its database cannot be used.
@@ -78,8 +78,8 @@ class Shard:
     # Leases
 
     def is_outdated(self, version: int | None) -> bool:
-        """Whether what policy `version` generates now would be evicted as stale before any batch could
-        take it.
+        """Returns whether what policy `version` generates now would be evicted as stale before any batch
+        could take it.
         """
         if version is None:
             return False
@@ -88,7 +88,7 @@ class Shard:
         return version < min(self.next_step - self._config.buffer.max_staleness, newest_version)
 
     def num_leasable(self, now_s: float) -> int:
-        """Items that `lease` would give, after taking back the leases that ran out."""
+        """Returns how many items `lease` would give, after taking back the leases that ran out."""
         self.expire(now_s)
         return 0 if self._closed else self.admission.num_leasable(self._blocking())
 
@@ -100,8 +100,8 @@ class Shard:
                 self.take_back("", again, f"no answer within {self._config.run.timeout_s:g} s", ended)
 
     def renew(self, actor: str, holding: Sequence[int], now_s: float) -> None:
-        """The leases in `holding` begin anew; others that the actor was given, and does not know of,
-        are to be issued again.
+        """Restarts the leases in `holding`; other items that the actor was given, and does not know of, are
+        issued again.
         """
         self.admission.renew(actor, holding, now_s)
         known = set(holding)
@@ -109,8 +109,8 @@ class Shard:
             self.take_back(actor, self.admission.give_back(actor, unknown), "not known to its actor")
 
     def lease(self, actor: str, max_groups: int, now_s: float) -> list[int]:
-        """Ordinals now held by `actor`, none where none is admitted. Raises DiskFullError, and nothing
-        is held then.
+        """Leases items to `actor` and returns their ordinals, none where none is admitted. Raises
+        DiskFullError, with nothing held then.
         """
         if not self.num_leasable(now_s):
             return []
@@ -126,12 +126,12 @@ class Shard:
         return ordinals
 
     def item(self, ordinal: int) -> WorkItem:
-        """The item at `ordinal` of this run's prompt stream."""
+        """Returns the item at `ordinal` of this run's prompt stream."""
         return work_item(ordinal, seed=self._config.run.seed, num_rows=self._num_rows)
 
     def take_back(self, actor: str, again: Sequence[int], reason: str, ended: Sequence[int] = ()) -> None:
-        """Records items that are waiting to be issued again, and those that were lost too often; a full
-        disk may learn of it later.
+        """Records items that wait to be issued again, and those that were lost too often; a full disk may
+        learn of it later.
         """
         for ordinal in (*again, *ended):
             self._record("expired", ordinal, actor=actor, reason=reason)
@@ -153,8 +153,8 @@ class Shard:
     # Groups
 
     def insert(self, actor: str, checked: Sequence[tuple[Group, bytes, Group, list[str]]]) -> None:
-        """Ends the groups' items and stores what is usable: (group, its payload, what is usable of it,
-        the errors of the rest).
+        """Ends the groups' items and stores what is usable. An entry is (group, its payload, what is usable
+        of it, errors of the rest).
         """
         self._flush()
         for entry in checked:
@@ -183,7 +183,7 @@ class Shard:
         self._record("inserted", group.group_id, actor=actor, version=meta.version)
 
     def put_ref_logprobs(self, ref_logprobs: Mapping[int, Sequence[float]]) -> int:
-        """Caches reference log-prob sums with the groups still stored; how many. Raises DataError,
+        """Caches reference log-prob sums with the groups still stored and returns how many. Raises DataError,
         nothing changed, for wrong ones.
         """
         found = {group_id: values for group_id, values in ref_logprobs.items() if group_id in self._replay}
@@ -197,8 +197,8 @@ class Shard:
     # Batches
 
     def sample(self, step: int, num_groups: int, total: int) -> bytes | None:
-        """The encoded batch, or this shard's part of one of `total` groups; None when there are too few
-        groups, or when closed.
+        """Returns the encoded batch, or this shard's part of a batch of `total` groups; None when there are
+        too few groups, or when closed.
         """
         if self._closed:
             return None
@@ -215,15 +215,15 @@ class Shard:
         return self._hand_out(step, chosen, total)
 
     def recorded(self, step: int) -> RecordedBatch | None:
-        """The batch of this step, if it was handed out."""
+        """Returns the batch of this step, if it was handed out."""
         return self._batches.get(step)
 
     def is_past(self, step: int) -> bool:
-        """Whether a batch of this step, unless it is recorded, is none to be made any more."""
+        """Returns whether no batch of this step is made any more; one that is recorded can still be had."""
         return step < max(self._watermark, self.next_step)
 
     def num_takeable(self, step: int) -> int:
-        """Groups that a batch of this step may take now."""
+        """Returns how many groups a batch of this step may take now."""
         return 0 if self._closed else self._replay.num_takeable(step)
 
     def advance(self, step: int) -> None:
@@ -234,7 +234,7 @@ class Shard:
             self._write_or_count()
 
     def forget_batches(self, before_step: int) -> None:
-        """No batch before this step will be asked for again."""
+        """Deletes the batches before this step: none of them will be asked for again."""
         self._drop_batches(before_step)
         self._write_or_count()
 
@@ -279,8 +279,8 @@ class Shard:
         self.store.forget_batches(before_step)
 
     def _blocking(self) -> int:
-        """Groups that count against admission: those in no batch yet, or, below the band, as many as
-        its lower end misses.
+        """Returns the groups that count against admission: those in no batch yet, or as many as the band's
+        lower end still misses.
         """
         band, unconsumed = self._config.buffer.samples_per_insert, self._replay.num_unconsumed
         if band is None or not band[0]:
@@ -290,7 +290,7 @@ class Shard:
         return max(unconsumed, math.ceil(missing / low))
 
     def _is_full(self) -> bool:
-        """Whether no group will come before one leaves."""
+        """Returns whether no group will come before one leaves."""
         return not self.admission.num_open and not self.admission.num_leasable(self._blocking())
 
     def _exceeds_band(self, num_groups: int) -> bool:
@@ -302,7 +302,7 @@ class Shard:
     # Everybody
 
     def stats(self) -> dict[str, float]:
-        """Metrics without the waits; counts are cumulative, over restarts too."""
+        """Returns the metrics without the waits; counts are cumulative, over restarts too."""
         replay, admission = self._replay.counts, self.admission.counts
         values: dict[str, float] = {
             "groups": len(self._replay),
@@ -326,12 +326,12 @@ class Shard:
         }
 
     def stop(self) -> None:
-        """Nothing is leased or sampled any more."""
+        """Stops leasing and sampling for good."""
         self._closed = True
         self._on_change()
 
     def close(self) -> None:
-        """Closes the files. What is open or stored stays so, for the next start. Again is no error."""
+        """Closes the files; a second call does nothing. What is open or stored stays so, for the next start."""
         with contextlib.suppress(StoreError):  # What a full disk refused, if it has room by now.
             self._flush()
         self.ledger.close(keep_back=self.store.num_pending > 0)
@@ -343,8 +343,8 @@ class Shard:
         self.ledger.record(event, group_id, step=self._step, **details)
 
     def _write(self) -> None:
-        """Writes every change so far, the ledger's lines with them. Raises DiskFullError; the changes
-        are kept then.
+        """Writes every change so far, with the ledger's lines. Raises DiskFullError, and keeps the changes
+        then.
         """
         for ordinal in self.admission.pop_changed():
             lease = self.admission.lease_of(ordinal)
@@ -386,7 +386,9 @@ class Shard:
         self.ledger.flush()
 
     def _write_or_count(self) -> None:
-        """As `_write`; a full disk is counted, not raised: nobody was promised that this is durable."""
+        """Writes every change so far; a full disk is counted, not raised, since nobody was promised that this
+        is durable.
+        """
         with contextlib.suppress(DiskFullError):
             self._write()
 
@@ -405,7 +407,7 @@ class Shard:
         }
 
     def _recover(self, directory: Path) -> dict[str, Any] | None:
-        """Takes over what the disk holds, if anything; the state that was found."""
+        """Takes over what the disk holds, if anything, and returns the state that was found."""
         state = self.store.load_state()
         if state is None:
             return None
@@ -430,8 +432,8 @@ class Shard:
         return state
 
     def _open_ledger(self, path: Path, state: Mapping[str, Any] | None) -> Ledger:
-        """The ledger as the database knows it. Where they do not fit, with the lines added that lead to
-        the database's state.
+        """Opens the ledger as the database knows it; where they do not fit, adds the lines that lead to the
+        database's state.
         """
         ledger = Ledger(path)
         if ledger.recover(0 if state is None else state["ledger_end"], self.store.load_ledger()):
@@ -450,7 +452,7 @@ class Shard:
 
 
 def forgotten(step: int) -> DataError:
-    """The error of whoever asks for a batch that a checkpoint, or another batch, has passed."""
+    """Returns the error for a batch that was asked for after a checkpoint, or another batch, has passed it."""
     return DataError(
         f"the batch of step {step} was forgotten: the buffer is past it. Resume from a newer checkpoint."
     )

@@ -1,11 +1,11 @@
-"""The shards of the replay buffer as one buffer; the same methods, one shard or many.
+"""The shards of the replay buffer as one buffer, with the same methods for one shard or many.
 
 An item belongs to shard `ordinal % num_shards`, and so does its group. Each shard admits its part of the
 prompt stream and is durable by itself; nothing is kept here, so that every process may have its own
 ShardedBuffer.
 
 With several shards a batch is taken in proportion to what each could give, and is complete once all have
-recorded their parts: a caller that dies in between, or a shard that does, leaves parts that the next call for
+recorded their parts. A caller that dies in between, or a shard that does, leaves parts that the next call for
 the step finds and completes. Waiting is apart from taking (`offer`, `changed_since`), so that a wait that is
 given up takes nothing with it.
 """
@@ -225,7 +225,7 @@ class ShardedBuffer:
 
 
 def apportion(total: int, available: Sequence[int]) -> list[int]:
-    """`total <= sum(available)` in proportion to `available`, by largest remainders; no part is above
+    """Splits `total <= sum(available)` in proportion to `available`, by largest remainders; no part exceeds
     what is available.
     """
     have = sum(available)

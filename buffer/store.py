@@ -1,10 +1,11 @@
-"""Groups on disk: sqlite with a write-ahead log. What `flush` has written survives the death of any process.
+"""Keeps groups on disk: sqlite with a write-ahead log. What `flush` has written survives the death of any
+process.
 
-    groups(position, group_id, ..., payload)   payload: a Group as msgpack; `has_left`: out of the buffer, kept for a batch
+    groups(position, group_id, ..., payload)   payload: a Group as msgpack; `has_left`: kept for a batch only
     leases(ordinal, actor, losses)             the open items; actor '': waiting to be issued again
     batches(step, groups)                      what each batch held, from the watermark on
     held(row, sample)                          samples of groups that were too small
-    ledger(place, lines)                       the last part of the ledger, until the file has it for certain (ledger.py)
+    ledger(place, lines)                       the last part of the ledger, until its file has it for certain
     meta(key, value)                           the buffer's counters as JSON
 
 Changes are noted in order and written together by `flush`. What a full disk refuses stays noted, is seen by
@@ -58,11 +59,11 @@ class StoreError(AgroError, RuntimeError):
 
 
 class DiskFullError(StoreError):
-    """The disk refuses writes. Nothing acknowledged is lost; what was not can be sent again."""
+    """The disk refuses writes. Nothing acknowledged is lost; what was not acknowledged can be sent again."""
 
 
 class BatchEntry(msgspec.Struct, frozen=True, array_like=True):
-    """A group in a recorded batch: `uses` with this one, and whether its reference log-probs were known
+    """A group in a recorded batch, its `uses` with this one, and whether its reference log-probs were known
     then.
     """
 
@@ -72,15 +73,18 @@ class BatchEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RecordedBatch(msgspec.Struct, frozen=True, array_like=True):
-    """A batch, or one shard's part of it. `total`: groups of the whole batch."""
+    """A batch, or one shard's part of a batch that has `total` groups."""
 
     total: int
     entries: list[BatchEntry]
 
 
 class Store:
-    """One connection to `path`, made if missing. Not for concurrent use: calls must come one after
+    """One connection to the database at `path`, which is made if it is missing. Calls must come one after
     another.
+
+        store.put_group(meta, num_samples, payload)
+        store.flush()                                  # durable from here on
     """
 
     def __init__(self, path: str | Path, fsync: str = "normal") -> None:
@@ -110,7 +114,7 @@ class Store:
 
     @property
     def num_pending(self) -> int:
-        """Changes noted and not written."""
+        """Returns how many changes are noted and not written."""
         return len(self._pending)
 
     # Changes
@@ -147,7 +151,7 @@ class Store:
         self._pending.append(("DELETE FROM groups WHERE has_left = 1 AND last_step < ?", (before_step,)))
 
     def put_ref_logprobs(self, group_id: int, values: Sequence[float]) -> None:
-        """Reference log-prob sums of a group's samples (nats)."""
+        """Caches the reference log-prob sums of a group's samples (nats)."""
         if group_id in self._unwritten:
             self._unwritten[group_id] = (self._unwritten[group_id][0], list(values))
         self._pending.append(
@@ -158,28 +162,28 @@ class Store:
         )
 
     def put_lease(self, ordinal: int, actor: str, losses: int) -> None:
-        """An open item: who holds it ('': nobody), and how often it was lost."""
+        """Notes an open item: who holds it ('' for nobody), and how often it was lost."""
         self._pending.append(("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", (ordinal, actor, losses)))
 
     def end_lease(self, ordinal: int) -> None:
-        """The item has ended."""
+        """Notes that the item has ended."""
         self._pending.append(("DELETE FROM leases WHERE ordinal = ?", (ordinal,)))
 
     def put_held(self, row: int, sample: Sample) -> None:
-        """The held sample of a row."""
+        """Notes the held sample of a row."""
         self._pending.append(("INSERT OR REPLACE INTO held VALUES (?, ?)", (row, encode(sample))))
 
     def end_held(self, row: int) -> None:
-        """The row's sample is held no more."""
+        """Notes that the row's sample is held no more."""
         self._pending.append(("DELETE FROM held WHERE row = ?", (row,)))
 
     def put_ledger(self, place: int, lines: bytes) -> None:
-        """Lines of the ledger, and where in the file they belong."""
+        """Notes lines of the ledger and where in the file they belong."""
         self._pending.append(("INSERT INTO ledger VALUES (?, ?)", (place, lines)))
 
     def forget_ledger(self, before_place: int | None = None) -> None:
-        """The ledger's file has what belongs before that place for certain; None: the file is something
-        else, all of it is forgotten.
+        """Deletes the lines that the ledger's file has for certain, those before `before_place`; all of them
+        for None.
         """
         if before_place is None:
             self._pending.append(("DELETE FROM ledger", ()))
@@ -193,8 +197,8 @@ class Store:
         )
 
     def flush(self) -> None:
-        """Writes all changes noted, or none: they stay noted then. Raises DiskFullError, or StoreError
-        for what will not mend.
+        """Writes all changes noted, or none: they stay noted then. Raises DiskFullError, and StoreError for
+        what will not mend.
         """
         if not self._pending:
             return
@@ -214,7 +218,8 @@ class Store:
     # Reads
 
     def read_groups(self, group_ids: Iterable[int]) -> list[tuple[bytes, list[float] | None]]:
-        """(payload, reference log-probs or None) in the order asked for, changes not yet written included.
+        """Returns (payload, reference log-probs or None) in the order asked for, changes not yet written
+        included.
 
         Raises StoreError for an id that is not there.
         """
@@ -224,7 +229,7 @@ class Store:
         ]
 
     def num_samples(self, group_id: int) -> int | None:
-        """Samples of a group on disk; None when it is not there."""
+        """Returns how many samples a group on disk has, or None when it is not there."""
         with self._explained():
             row = self._db.execute(
                 "SELECT num_samples FROM groups WHERE group_id = ?", (group_id,)
@@ -232,41 +237,41 @@ class Store:
         return None if row is None else row[0]
 
     def load_state(self) -> dict[str, Any] | None:
-        """The counters saved last; None in a new database."""
+        """Returns the counters saved last, or None in a new database."""
         with self._explained():
             row = self._db.execute("SELECT value FROM meta WHERE key = 'state'").fetchone()
         return None if row is None else msgspec.json.decode(row[0])
 
     def load_groups(self) -> list[GroupMeta]:
-        """The index of the groups in the buffer, in order of insertion."""
+        """Returns the index of the groups in the buffer, in order of insertion."""
         query = "SELECT group_id, oldest_version, num_tokens, uses, reward_std FROM groups WHERE has_left = 0 ORDER BY position"
         with self._explained():
             return [GroupMeta(*row) for row in self._db.execute(query)]
 
     def load_leases(self) -> list[tuple[int, str, int]]:
-        """(ordinal, actor, losses) of the open items, by ordinal."""
+        """Returns (ordinal, actor, losses) of the open items, by ordinal."""
         with self._explained():
             return self._db.execute("SELECT ordinal, actor, losses FROM leases ORDER BY ordinal").fetchall()
 
     def load_batches(self) -> dict[int, RecordedBatch]:
-        """The recorded batches, by step."""
+        """Returns the recorded batches, by step."""
         with self._explained():
             rows = self._db.execute("SELECT step, groups FROM batches ORDER BY step").fetchall()
         return {step: msgspec.msgpack.decode(groups, type=RecordedBatch) for step, groups in rows}
 
     def load_held(self) -> dict[int, Sample]:
-        """The held samples, by row."""
+        """Returns the held samples, by row."""
         with self._explained():
             rows = self._db.execute("SELECT row, sample FROM held").fetchall()
         return {row: msgspec.msgpack.decode(sample, type=Sample) for row, sample in rows}
 
     def load_ledger(self) -> list[tuple[int, bytes]]:
-        """(place, lines) of the last part of the ledger, in order."""
+        """Returns (place, lines) of the last part of the ledger, in order."""
         with self._explained():
             return self._db.execute("SELECT place, lines FROM ledger ORDER BY place").fetchall()
 
     def close(self) -> None:
-        """Closes the connection; the log is folded into the database file. Changes not written are lost."""
+        """Closes the connection and folds the log into the database file. Changes not written are lost."""
         self._db.close()
 
     def _read_group(self, group_id: int) -> tuple[bytes, list[float] | None]:

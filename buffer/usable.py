@@ -1,6 +1,4 @@
-"""What a group is worth before it is stored: its usable samples, and those of groups too small to be
-stored by themselves.
-"""
+"""Decides what of a group is worth storing, and holds the sample of a group too small to be stored by itself."""
 
 from __future__ import annotations
 
@@ -18,11 +16,11 @@ MIN_SAMPLES = 2
 
 
 def usable_group(group: Group) -> tuple[Group, list[str]]:
-    """The group without the samples that have an `error` (a failure is never reward 0), and their error
-    texts.
+    """Returns the group without the samples that have an `error` (a failure is never reward 0), and their
+    error texts.
 
-    Raises DataError for a sample without tokens, with log-probs but no version, or with neither a finite
-    reward nor an error.
+    Raises DataError for a sample without tokens, one with log-probs but no version, or one with neither a
+    finite reward nor an error.
     """
     errors = [sample.error for sample in group.samples if sample.error is not None]
     kept = tuple(sample for sample in group.samples if sample.error is None)
@@ -40,11 +38,11 @@ def usable_group(group: Group) -> tuple[Group, list[str]]:
 
 
 class HeldSamples:
-    """The one usable sample of a group too small to be stored, by row, until another such group of its row
-    makes two of them.
+    """Holds the one usable sample of a group too small to be stored, by row, until another such group of its
+    row makes two of them.
 
-    `counts`: held_samples, joined_samples, and held_stale: dropped since they came to be older than
-    `max_staleness`.
+    `counts` has held_samples, joined_samples, and held_stale: samples that were dropped because they came to
+    be older than `max_staleness`.
     """
 
     def __init__(self, max_staleness: int) -> None:
@@ -54,8 +52,8 @@ class HeldSamples:
         self._changed: dict[int, None] = {}
 
     def join(self, group: Group, step: int) -> Group:
-        """A group too small by itself with the sample held for its row, if there is one that is not stale at
-        learner step `step`.
+        """Returns a group too small by itself together with the sample held for its row, if one is held and
+        not stale at `step`.
 
         A group that is large enough stays as it is: the held sample would only make it older.
         """
@@ -70,8 +68,8 @@ class HeldSamples:
         return msgspec.structs.replace(group, samples=(*group.samples, sample))
 
     def hold(self, group: Group) -> bool:
-        """Keeps the group's only sample; False when it has none, or an offline one: the row will bring
-        that again by itself.
+        """Keeps the group's only sample and returns True; False when it has none, or an offline one, which
+        its row will bring again.
         """
         if not group.samples or group.samples[0].is_offline:
             return False
@@ -81,17 +79,17 @@ class HeldSamples:
         return True
 
     def pop_changed(self) -> list[tuple[int, Sample | None]]:
-        """Rows whose held sample changed since the last call, with it, or None."""
+        """Returns the rows whose held sample changed since the last call, each with the sample or None."""
         changed = [(row, self._by_row.get(row)) for row in self._changed]
         self._changed.clear()
         return changed
 
     def get_state(self) -> dict[str, Any]:
-        """The samples by row, and the counts."""
+        """Returns the samples by row, and the counts."""
         return {"samples": dict(self._by_row), "counts": dict(self.counts)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Takes over `get_state`'s value."""
+        """Takes over what `get_state` returned."""
         self._by_row = dict(state["samples"])
         self.counts = Counter(state["counts"])
         self._changed.clear()

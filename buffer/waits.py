@@ -1,4 +1,4 @@
-"""How long callers have waited."""
+"""Measures how long callers have waited."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Callable, Iterator
 
 
 class WaitTimer:
-    """Seconds that callers spent waiting, all together; waits still going on count too."""
+    """Adds up the seconds that callers spent waiting; waits still going on count too.
+
+    with timer.running(clock):
+        await something
+    """
 
     def __init__(self) -> None:
         self._finished_s = 0.0
@@ -15,7 +19,7 @@ class WaitTimer:
 
     @contextlib.contextmanager
     def running(self, clock: Callable[[], float]) -> Iterator[None]:
-        """Counts the time inside as waiting."""
+        """Counts the time inside the `with` block as waiting."""
         start_s = clock()
         self._started_s.append(start_s)
         try:
@@ -25,9 +29,9 @@ class WaitTimer:
             self._finished_s += clock() - start_s
 
     def add(self, seconds: float) -> None:
-        """A wait that somebody else has measured."""
+        """Adds a wait that somebody else has measured."""
         self._finished_s += seconds
 
     def total_s(self, now_s: float) -> float:
-        """Seconds so far, `now_s` on the clock given to `running`."""
+        """Returns the seconds waited so far; `now_s` is on the clock given to `running`."""
         return self._finished_s + sum(now_s - start_s for start_s in self._started_s)

@@ -26,7 +26,7 @@ _BLOCK_BYTES = 2**18
 
 
 def finite(value: Any) -> float | int | None:
-    """`value` as a finite int or float, or None if it is not one (numpy and torch scalars are)."""
+    """Returns `value` as a finite int or float, or None if it is not one (numpy and torch scalars are)."""
     if isinstance(value, int):
         return int(value)
     try:
@@ -37,7 +37,7 @@ def finite(value: Any) -> float | int | None:
 
 
 def finite_tree(value: Any) -> Any:
-    """`value` with every float in its dicts and lists that is not finite as None: JSON has no NaN."""
+    """Returns `value` with None for every float in its dicts and lists that is not finite: JSON has no NaN."""
     if isinstance(value, Mapping):
         return {str(key): finite_tree(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -48,7 +48,7 @@ def finite_tree(value: Any) -> Any:
 
 
 class Redactor:
-    """Replaces the values of secret-looking environment variables (`*_KEY`, `*_TOKEN`, ...) in what is
+    """Replaces the values of secret-looking environment variables (`*_KEY`, `*_TOKEN`, ...) in whatever is
     written down.
     """
 
@@ -87,14 +87,14 @@ class JsonLines:
             self._pending.append(b"\n")
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write `record` as one line, after the lines that are still waiting."""
+        """Writes `record` as one line, after the lines that are still waiting."""
         text = self._redact(json.dumps(finite_tree(record), ensure_ascii=False, allow_nan=False))
         self.lines_lost += len(self._pending) == self._pending.maxlen  # The oldest makes room.
         self._pending.append(text.encode("utf-8", errors="replace") + b"\n")
         self.flush()
 
     def flush(self) -> None:
-        """Write what waits, unbuffered: what was written survives the death of this process."""
+        """Writes what waits, unbuffered: what was written survives the death of this process."""
         while self._pending:
             line = self._pending[0]
             try:
@@ -108,7 +108,7 @@ class JsonLines:
                 self._pending.popleft()
 
     def close(self) -> None:
-        """Flush and close; closing twice is harmless."""
+        """Flushes and closes; closing twice is harmless."""
         if self._descriptor >= 0:
             self.flush()
             os.close(self._descriptor)
@@ -128,8 +128,8 @@ class StepLines(JsonLines):
         self._newest = next((step for step, _ in self._steps_from_end()), 0)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of `step` and of later ones, if there are any; call it before the first line
-        of a step is appended.
+        """Drops the lines of `step` and of later ones, if there are any; call it before the first line of a
+        step is appended.
         """
         self.flush()
         # On a full disk both stay; who reads takes the later one.
@@ -140,36 +140,39 @@ class StepLines(JsonLines):
         self._newest = step
 
     def _steps_from_end(self) -> Iterator[tuple[int, int]]:
-        """(step, where its line starts in the file, in bytes) of each whole line, the last one first."""
+        """Yields (step, byte where its line starts in the file) of each whole line, the last one first."""
         for start, line in _lines_from_end(self.path):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 yield int(json.loads(line)[self._key]), start
 
 
 def replace_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON to `path`: wholly or not at all. Raises OSError."""
+    """Writes JSON to `path`, wholly or not at all. Raises OSError."""
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     new.write_text(json.dumps(value, indent=1), encoding="utf-8")
     new.replace(path)
 
 
 def note_event(run_dir: Path, text: str) -> None:
-    """An event written by another process than the monitor, which is gone or about to be. Raises OSError."""
+    """Appends an event on behalf of a monitor that is gone or about to be. Raises OSError."""
     events = JsonLines(run_dir / "events.jsonl", Redactor(os.environ))
     events.append({"time": time.time(), "wall_s": None, "text": text})
     events.close()
 
 
 def last_json_lines(path: Path, count: int) -> list[dict[str, Any]]:
-    """The last `count` whole records of a JSON-lines file, in its order; no more of it is read than
-    these. None of a missing file.
+    """Returns the last `count` whole records of a JSON-lines file, in its order; a missing file has none.
+
+    No more of the file is read than these records.
     """
     found = itertools.islice(_records_from_end(path), count) if path.is_file() else ()
     return [*found][::-1]
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a JSON-lines file, and how many of its lines were torn. A missing file has neither."""
+    """Returns the records of a JSON-lines file, and how many of its lines were torn. A missing file has
+    neither.
+    """
     records: list[dict[str, Any]] = []
     num_torn = 0
     for line in _lines(path):
@@ -192,8 +195,9 @@ def _records_from_end(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _lines_from_end(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(where it starts, line) of each line that is not empty, the last one first: a file of months is
-    not read whole for its end.
+    """Yields (byte where it starts, line) of each line that is not empty, the last one first.
+
+    A file of months is not read whole for its end.
     """
     with path.open("rb") as file:
         start, unfinished = file.seek(0, os.SEEK_END), b""

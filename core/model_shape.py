@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 
 def empty_model(model: ModelConfig, *, local_files_only: bool = False) -> Any:
-    """The Hugging Face model on torch's meta device. Raises OSError where there is no config to be had,
-    ValueError where it is broken.
+    """Returns the Hugging Face model on torch's meta device.
+
+    Raises OSError where there is no config to be had, ValueError where it is broken.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -27,8 +28,8 @@ def empty_model(model: ModelConfig, *, local_files_only: bool = False) -> Any:
 
 
 def adapted_layers(module: Any) -> dict[str, torch.nn.Linear]:
-    """The layers that get a LoRA adapter, by name: every linear layer of a Hugging Face causal LM except its
-    LM head.
+    """Returns, by name, the layers that get a LoRA adapter: every linear layer of a Hugging Face causal LM
+    except its LM head.
 
     Raises ConfigError when there are none.
     """
@@ -49,8 +50,9 @@ def adapted_layers(module: Any) -> dict[str, torch.nn.Linear]:
 
 
 def num_fused(module: Any) -> int:
-    """Parameters of a mixture's experts that lie together in one tensor: no linear layers, so that no
-    adapter takes them.
+    """Returns how many parameters of a mixture's experts lie together in one tensor.
+
+    They are no linear layers, so that no adapter takes them.
     """
     return sum(
         parameter.numel()
@@ -60,8 +62,9 @@ def num_fused(module: Any) -> int:
 
 
 def load_model_config(model: ModelConfig) -> Any:
-    """The Hugging Face config of the model. Raises ConfigError where there is none to be had, or none
-    that transformers understands.
+    """Returns the Hugging Face config of the model.
+
+    Raises ConfigError where there is none to be had, or none that transformers understands.
     """
     from transformers import AutoConfig
 
@@ -73,8 +76,9 @@ def load_model_config(model: ModelConfig) -> Any:
 
 
 def model_class(found: Any) -> Any:
-    """The class that AutoModelForCausalLM makes of a Hugging Face config; None where that is the
-    model's own code, or there is none.
+    """Returns the class that AutoModelForCausalLM makes of a Hugging Face config.
+
+    Returns None where that is the model's own code, or where there is none.
     """
     from transformers import AutoModelForCausalLM
 
@@ -83,7 +87,7 @@ def model_class(found: Any) -> Any:
 
 
 def carries_state(found: Any) -> bool:
-    """Whether some layers hand a state from token to token, rather than attend: mamba, linear
+    """Returns whether some layers hand a state from token to token rather than attend: mamba, linear
     attention, convolutions.
     """
     kinds = {*(getattr(found.get_text_config(), "layer_types", None) or ())}
@@ -94,6 +98,6 @@ def carries_state(found: Any) -> bool:
 
 
 def rope_parameters(found: Any) -> list[dict[str, Any]]:
-    """The rotary embeddings of a Hugging Face config: one, or one for each kind of layer."""
+    """Returns the rotary embeddings of a Hugging Face config: one, or one for each kind of layer."""
     parameters = getattr(found.get_text_config(), "rope_parameters", None) or {}
     return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]

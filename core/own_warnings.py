@@ -9,7 +9,7 @@ ROOMS = ("actors", "buffer", "cluster", "learner", "rewards")
 
 
 class OwnWarnings(logging.Handler):
-    """Warnings and errors of the rooms' loggers in this process, each text once; kept until `connect`
+    """Collects warnings and errors of the rooms' loggers in this process, each text once, until `connect`
     says where to tell them.
     """
 
@@ -21,13 +21,13 @@ class OwnWarnings(logging.Handler):
             logging.getLogger(room).addHandler(self)
 
     def connect(self, tell: Callable[[str], object]) -> None:
-        """From now on to `tell`, what came before included."""
+        """Tells `tell` of each warning from now on, and of those that came before."""
         self._tell = tell
         for text in self._told:
             tell(text)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One warning more."""
+        """Takes one more warning from the logging module."""
         text = record.getMessage()
         if text not in self._told:
             self._told[text] = None
@@ -35,7 +35,7 @@ class OwnWarnings(logging.Handler):
                 self._tell(text)
 
     def close(self) -> None:
-        """Listens no more."""
+        """Stops listening."""
         for room in ROOMS:
             logging.getLogger(room).removeHandler(self)
         super().close()

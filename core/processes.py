@@ -24,7 +24,7 @@ _MEMORY_WORDS = re.compile(r"out of memory|outofmemory|memoryerror|low on memory
 
 
 def remote(part: type) -> Any:
-    """The class as a Ray actor class; untyped, as its handles are."""
+    """Returns the class as a Ray actor class; untyped, as its handles are."""
     return ray.remote(part)
 
 
@@ -32,51 +32,52 @@ def remote(part: type) -> Any:
 
 
 def bundle_of(num_cpus: float, num_gpus: float) -> dict[str, float]:
-    """What one process asks for; Ray takes no empty bundle, so that nothing becomes next to nothing."""
+    """Returns what one process asks for; Ray takes no empty bundle, so that nothing becomes next to nothing."""
     return {key: amount for key, amount in (("CPU", num_cpus), ("GPU", num_gpus)) if amount} or {"CPU": 0.001}
 
 
 def make_group(bundles: list[dict[str, float]]) -> PlacementGroup:
-    """A placement group of its own; nothing waits for it here."""
+    """Returns a placement group; nothing waits for it here."""
     return placement_group(bundles, "PACK")
 
 
 def is_placed(group: PlacementGroup) -> bool:
-    """Whether the cluster has made room for the whole group."""
+    """Returns whether the cluster has made room for the whole group."""
     return placement_group_table(group)["state"] == "CREATED"
 
 
 def shortage(group: PlacementGroup) -> str:
-    """What a group that is not placed asks for, and what is free now."""
+    """Says what a group that is not placed asks for, and what is free now."""
     asked = [in_words(bundle) for bundle in group.bundle_specs]
     times = f"{len(asked)} x ({asked[0]})" if len(asked) > 1 else asked[0]
     return f"asks for {times}; free now: {in_words(ray.available_resources())}"
 
 
 def in_words(resources: Mapping[str, float]) -> str:
-    """`0.5 CPU, 1 GPU`."""
+    """Writes resources as words: `0.5 CPU, 1 GPU`."""
     return ", ".join(
         f"{resources.get(key, 0):g} {key}" for key in ("CPU", "GPU") if key == "CPU" or resources.get(key)
     )
 
 
 def on_bundle(group: PlacementGroup, index: int, num_cpus: float, num_gpus: float) -> dict[str, Any]:
-    """Options of an actor that runs in bundle `index` of the group."""
+    """Returns the options of an actor that runs in bundle `index` of the group."""
     strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
     return {"num_cpus": num_cpus, "num_gpus": num_gpus, "scheduling_strategy": strategy}
 
 
 def on_this_node() -> dict[str, Any]:
-    """Options of an actor that writes into the run directory: it stays where the driver is, also when
-    it is started again.
+    """Returns the options of an actor that writes into the run directory.
+
+    It stays where the driver is, also when it is started again.
     """
     strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return {"num_cpus": 0, "scheduling_strategy": strategy}
 
 
 def threads(num_cpus: float, *, engine: bool = False) -> dict[str, Any]:
-    """Environment of a worker process: read before torch is imported. One thread per process where
-    cores are shared.
+    """Returns the environment of a worker process, read before torch is imported: one thread per process
+    where cores are shared.
     """
     env = {"OMP_NUM_THREADS": str(max(1, int(num_cpus))), "TOKENIZERS_PARALLELISM": "false"}
     if engine:
@@ -85,7 +86,7 @@ def threads(num_cpus: float, *, engine: bool = False) -> dict[str, Any]:
 
 
 def whereabouts(_: object = None) -> tuple[str, int]:
-    """Node id and process id of the caller (called inside an actor)."""
+    """Returns node id and process id of the caller (called inside an actor)."""
     return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
@@ -93,7 +94,9 @@ def whereabouts(_: object = None) -> tuple[str, int]:
 
 
 def answer(calls: Any, who: str, timeout_s: float) -> Any:
-    """`ray.get` whose error names who did not answer, or why it failed or died. Raises AgroError."""
+    """Returns what `ray.get` returns; its error names who did not answer, or why it failed or died. Raises
+    AgroError.
+    """
     try:
         return ray.get(calls, timeout=timeout_s)
     except GetTimeoutError:
@@ -103,7 +106,7 @@ def answer(calls: Any, who: str, timeout_s: float) -> Any:
 
 
 def explained(error: RayError, who: str) -> AgroError:
-    """What failed, as an error of ours: the one raised there when it is one of ours, else a
+    """Returns what failed as an error of ours: the one raised there when it is one of ours, else a
     TrainingError of two lines.
     """
     if isinstance(error, RayTaskError):
@@ -119,13 +122,13 @@ def explained(error: RayError, who: str) -> AgroError:
 
 
 def could_not_start(error: BaseException) -> bool:
-    """Whether the actor's constructor raised."""
+    """Returns whether the actor's constructor raised."""
     return isinstance(error, RayActorError) and "error raised in its creation task" in str(error)
 
 
 def death_cause(error: RayError) -> str:
-    """In a few lines: what was raised, or what Ray knows, with the last lines of the process's log
-    where it is on this machine.
+    """Says in a few lines what was raised, or what Ray knows, with the end of the process's log where it is
+    on this machine.
     """
     if isinstance(error, RayTaskError):
         lines = str(error.cause).strip().splitlines() or ["no message"]
@@ -145,7 +148,9 @@ def death_cause(error: RayError) -> str:
 
 
 def log_tail(pid: int) -> list[str]:
-    """The last lines that a worker of this node wrote to its error log; none for a worker of another node."""
+    """Returns the last lines that a worker of this node wrote to its error log; none for a worker of another
+    node.
+    """
     logs = Path(_ray_node().get_session_dir_path()) / "logs"
     texts = [path.read_text(errors="replace") for path in logs.glob(f"worker-*-{pid}.err")]
     tails = [last_lines(_RAY_MARKS.sub("", text), _LOG_LINES) for text in texts]
@@ -153,20 +158,20 @@ def log_tail(pid: int) -> list[str]:
 
 
 def memory_hint(cause: str) -> str:
-    """What to lower when `cause` may be a lack of memory."""
+    """Says what to lower when `cause` may be a lack of memory."""
     likely = "This looks like" if _MEMORY_WORDS.search(cause) else "If it is"
     knobs = "actors.slots and actors.kv_cache_gib (on a GPU actors.gpu_memory_utilization)"
     return f"{likely} a lack of memory: lower {knobs}, or run fewer actors."
 
 
 def _where(traceback_text: str) -> str:
-    """A line that says where that was raised; none where the text does not tell."""
+    """Returns a line that says where that was raised; none where the text does not tell."""
     frames = _FRAME.findall(traceback_text)
     return f"\n  in {frames[-1][2]} ({frames[-1][0]}:{frames[-1][1]})" if frames else ""
 
 
 def last_lines(text: str, count: int) -> str:
-    """The last `count` lines of `text` that are not empty, without colours, indented and cut."""
+    """Returns the last `count` lines of `text` that are not empty, without colours, indented and cut."""
     text = _COLOURS.sub("", text)
     return "\n".join(
         "  " + line[:200] for line in [line for line in text.splitlines() if line.strip()][-count:]
@@ -174,7 +179,7 @@ def last_lines(text: str, count: int) -> str:
 
 
 def _stated_error(traceback_text: str) -> AgroError | None:
-    """The error of ours that a traceback ends with; None when it ends with another."""
+    """Returns the error of ours that a traceback ends with; None when it ends with another."""
     kinds = {kind.__name__: kind for kind in _with_subclasses(AgroError)}
     stated = [
         match
@@ -189,5 +194,5 @@ def _with_subclasses(kind: type[AgroError]) -> list[type[AgroError]]:
 
 
 def _ray_node() -> Any:
-    """Ray's record of this node; private, but there is no public way to a worker's log."""
+    """Returns Ray's record of this node; it is private, but there is no public way to a worker's log."""
     return ray._private.worker._global_node

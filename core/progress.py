@@ -1,4 +1,4 @@
-"""What a command is doing before its processes can say so themselves."""
+"""Says what a command is doing before its processes can say so themselves."""
 # ruff: noqa: T201 (the output of the command line)
 
 from __future__ import annotations
@@ -7,6 +7,6 @@ import contextlib
 
 
 def say(text: str) -> None:
-    """A line on what begins now. Who closed the output does not want it."""
+    """Prints a line on what begins now, unless the output was closed by its reader."""
     with contextlib.suppress(OSError):
         print(f"{text} ...", flush=True)

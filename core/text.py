@@ -12,10 +12,10 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u
 
 
 def user_path(field: str, text: str) -> Path:
-    """The path that `text`, the value of config field `field`, means: `~` and `~name` stand for a home
-    directory.
+    """Returns the path that `text`, the value of config field `field`, means: `~` and `~name` stand for a
+    home directory.
 
-    Raises ConfigError when nobody has that home, or the text is none that a file system takes.
+    Raises ConfigError when nobody has that home, or when a file system takes no such text.
     """
     if "\0" in text:
         raise ConfigError(f"{field} = {text!r} holds a NUL character, which no path does.")
@@ -34,7 +34,7 @@ def user_path(field: str, text: str) -> Path:
 
 
 def printable(text: str) -> str:
-    """The text with its control characters written out, line ends and tabs excepted: a completion moves
-    no cursor and rings no bell.
+    """Returns the text with its control characters written out, except line ends and tabs: a completion moves
+    no cursor.
     """
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

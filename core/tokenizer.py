@@ -1,8 +1,9 @@
 """The tokenizer: loaded, checked, and asked where a completion ends and what its text is.
 
-    model.path --load_tokenizer--> tokenizer --end_token_ids--> the tokens that end a completion
-                                             --closing_ids----> what the policy writes after an answer's last word
-                                             --Detokenizer----> what rewards, samples.jsonl and `chat` show
+    model.path --load_tokenizer--> tokenizer
+        --end_token_ids--> the tokens that end a completion
+        --closing_ids----> what the policy writes after an answer's last word
+        --Detokenizer----> what rewards, samples.jsonl and `chat` show
 
 One set of end tokens serves the engine, offline completions and `chat`: those that the model's files name,
 and the one with which the chat template ends a turn. The text of a completion is made here alone, so that
@@ -34,8 +35,9 @@ _ANSWER, _QUESTION = "ANSWER", "QUESTION"
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
-    """The model's tokenizer. Raises ConfigError, in one line with file and remedy, when it cannot be
-    had, whatever the libraries raise.
+    """Returns the model's tokenizer.
+
+    Raises ConfigError, in one line with file and remedy, when it cannot be had, whatever the libraries raise.
     """
     from transformers import AutoTokenizer
 
@@ -49,14 +51,15 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 
 def _is_failure(error: BaseException) -> bool:
-    """Of the libraries, and not a signal that came meanwhile. A panic in `tokenizers`, which is written
-    in Rust, is no Exception.
+    """Returns whether the libraries raised this, rather than a signal that came meanwhile.
+
+    A panic in `tokenizers`, which is written in Rust, is no Exception.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _diagnosis(folder: Path, error: BaseException) -> tuple[str, str]:
-    """(what is wrong, what to do)."""
+    """Returns what is wrong with the files of the tokenizer, and what to do."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
     if not folder.is_dir():
         return reason, "Give a local Hugging Face directory, or a hub id this machine can reach."
@@ -91,7 +94,7 @@ def _diagnosis(folder: Path, error: BaseException) -> tuple[str, str]:
 
 
 def _broken_files(folder: Path) -> Iterator[str]:
-    """Those of the tokenizer's files that are no JSON objects or no text."""
+    """Returns those of the tokenizer's files that are no JSON objects or no text."""
     for name in (*TOKENIZER_FILES, "config.json"):
         if not (folder / name).is_file():
             continue
@@ -113,7 +116,9 @@ def _broken_files(folder: Path) -> Iterator[str]:
 
 
 def _too_new(path: Path) -> str:
-    """Why the installed `tokenizers` does not take the file; empty when it does, or there is none."""
+    """Returns why the installed `tokenizers` does not take the file; empty when it does, or when there is no
+    such file.
+    """
     import tokenizers
 
     if not path.is_file():
@@ -131,14 +136,15 @@ def _too_new(path: Path) -> str:
 
 
 def is_mistral(tokenizer: Any) -> bool:
-    """Whether this is Mistral's own tokenizer (tekken.json), which makes tokens of messages itself;
-    text stays text there.
+    """Returns whether this is Mistral's own tokenizer (tekken.json).
+
+    It makes tokens of messages itself; text stays text there.
     """
     return type(tokenizer).__name__ == "MistralCommonBackend"
 
 
 def has_chat_template(tokenizer: Any) -> bool:
-    """Whether messages can be rendered. Raises DataError for several templates of which none is the
+    """Returns whether messages can be rendered. Raises DataError for several templates of which none is the
     default.
     """
     template = getattr(tokenizer, "chat_template", None)
@@ -153,9 +159,10 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def render_messages(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[str, tuple[int, ...] | None]:
-    """The prompt's text, up to where the answer begins; and its tokens where the tokenizer makes them itself.
+    """Returns the prompt's text, up to where the answer begins, and its tokens where the tokenizer makes them
+    itself.
 
-    Raises whatever a template may.
+    Raises whatever a template may raise.
     """
     if is_mistral(tokenizer):
         token_ids = tuple(tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False))
@@ -168,10 +175,11 @@ def render_messages(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple
 
 
 def end_token_ids(model: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that ends a completion, ascending: named by the tokenizer, generation_config.json or
-    config.json, or the special token with which the chat template ends a turn. Empty when there is none.
+    """Returns every token that ends a completion, ascending; empty when there is none.
 
-    Raises ConfigError when a file names something that is no token id.
+    These are the tokens named by the tokenizer, generation_config.json or config.json, and the special token
+    with which the chat template ends a turn. Raises ConfigError when a file names something that is no token
+    id.
     """
     named = set(_named_ids(model))
     if isinstance(tokenizer.eos_token_id, int):
@@ -180,8 +188,8 @@ def end_token_ids(model: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
 
 
 def closing_ids(tokenizer: Any, end_ids: Sequence[int], *, chat_template: bool) -> tuple[int, ...]:
-    """What the policy samples after the last word of an answer, an end token last: as the chat template
-    has it, else EOS.
+    """Returns what the policy samples after the last word of an answer, an end token last: as the chat
+    template has it, else EOS.
     """
     if chat_template and (turn_end := _turn_end(tokenizer, set(end_ids))):
         return turn_end
@@ -191,7 +199,8 @@ def closing_ids(tokenizer: Any, end_ids: Sequence[int], *, chat_template: bool) 
 
 
 def split_at_end(tokenizer: Any, end_ids: Sequence[int], text: str) -> tuple[str, tuple[int, ...], str]:
-    """(what comes before the first end token written out in `text`, that token, what comes after it).
+    """Returns what comes before the first end token written out in `text`, that token, and what comes after
+    it.
 
     The policy samples neither the white space nor the further end tokens behind it: they are left out of the
     last.
@@ -204,8 +213,9 @@ def split_at_end(tokenizer: Any, end_ids: Sequence[int], text: str) -> tuple[str
 
 
 def end_token_notes(tokenizer: Any, end_ids: Sequence[int], vocabulary: int | None = None) -> list[str]:
-    """What to tell at the start about where completions end. `vocabulary`: how many tokens the model
-    knows, where that is known.
+    """Returns what to tell at the start about where completions end.
+
+    `vocabulary` is how many tokens the model knows, where that is known.
     """
     if not end_ids:
         return [
@@ -226,7 +236,7 @@ def end_token_notes(tokenizer: Any, end_ids: Sequence[int], vocabulary: int | No
 
 
 def vocabulary_size(model: ModelConfig) -> int | None:
-    """How many tokens the model itself knows, by its config.json; None where that does not say."""
+    """Returns how many tokens the model itself knows, by its config.json; None where that does not say."""
     config = _json_file(model, "config.json")
     for section in (config, config.get("text_config")):
         if isinstance(section, dict) and isinstance(section.get("vocab_size"), int):
@@ -235,7 +245,7 @@ def vocabulary_size(model: ModelConfig) -> int | None:
 
 
 def _named_ids(model: ModelConfig) -> Iterator[int]:
-    """What the model's own files name as end tokens."""
+    """Returns what the model's own files name as end tokens."""
     for name in ("generation_config.json", "config.json"):
         config = _json_file(model, name)
         for section in (config, config.get("text_config")):
@@ -251,8 +261,8 @@ def _named_ids(model: ModelConfig) -> Iterator[int]:
 
 
 def _json_file(model: ModelConfig, name: str) -> dict[str, Any]:
-    """A file of the model, from disk or the hub; empty when it has none. Raises ConfigError when it is
-    no JSON object.
+    """Returns a file of the model, from disk or the hub; empty when it has none. Raises ConfigError when it
+    is no JSON object.
     """
     path = Path(model.path, name) if Path(model.path).is_dir() else _hub_file(model.path, name)
     if path is None or not path.is_file():
@@ -271,8 +281,8 @@ def _json_file(model: ModelConfig, name: str) -> dict[str, Any]:
 
 
 def _hub_file(hub_id: str, name: str) -> Path | None:
-    """The file of a model on the hub that has been asked for already (its config.json lies in the
-    cache); None when it has none.
+    """Returns a file of a model on the hub whose config.json lies in the cache already; None when the model
+    has no such file.
     """
     from transformers.utils import cached_file
 
@@ -292,8 +302,10 @@ def _hub_file(hub_id: str, name: str) -> Path | None:
 
 
 def _turn_end(tokenizer: Any, named: set[int]) -> tuple[int, ...]:
-    """The tokens that the chat template puts after an answer, an end token last: the first of `named`, or
-    where it puts none of them the first special token. Empty without a template, or when it puts neither.
+    """Returns the tokens that the chat template puts after an answer, an end token last.
+
+    The end token is the first of `named`, or where the template puts none of them the first special token.
+    Empty without a template, or when it puts neither.
     """
     if is_mistral(tokenizer):
         return (tokenizer.eos_token_id,)
@@ -309,8 +321,8 @@ def _turn_end(tokenizer: Any, named: set[int]) -> tuple[int, ...]:
 
 
 def _head_of_tail(tokenizer: Any, special: set[int], *more: dict[str, str]) -> tuple[int, ...]:
-    """Of what the template renders after an answer, with messages that follow it: white space, and the
-    special tokens side by side.
+    """Returns the white space and the special tokens side by side that a template renders after an answer
+    which messages follow.
 
     What comes after them belongs to the next turn.
     """
@@ -331,12 +343,12 @@ def _head_of_tail(tokenizer: Any, special: set[int], *more: dict[str, str]) -> t
 
 
 def _name(tokenizer: Any, token_id: int) -> str:
-    """The token as it is written in texts."""
+    """Returns the token as it is written in texts."""
     return str(tokenizer.convert_ids_to_tokens(token_id))
 
 
 def special_token_ids(tokenizer: Any) -> set[int]:
-    """The tokens that the tokenizer calls special, `<think>` among them in some models."""
+    """Returns the tokens that the tokenizer calls special, `<think>` among them in some models."""
     added = {} if is_mistral(tokenizer) else tokenizer.added_tokens_decoder
     return {*tokenizer.all_special_ids, *(token_id for token_id, token in added.items() if token.special)}
 
@@ -345,10 +357,13 @@ def special_token_ids(tokenizer: Any) -> set[int]:
 
 
 class Detokenizer:
-    """The text of completions: without what ends them and, with `skip_special_tokens`, without any special
-    token.
+    """Makes the text of completions, without what ends them and, with `skip_special_tokens`, without any
+    special token.
 
-    What ends one is an end token, with the special tokens that the chat template has before it.
+    A completion ends in an end token, with the special tokens that the chat template has before it.
+
+        detokenizer = Detokenizer(tokenizer, end_token_ids(model, tokenizer))
+        detokenizer.text(sample_ids)
     """
 
     def __init__(self, tokenizer: Any, end_ids: Sequence[int], *, skip_special_tokens: bool = False) -> None:
@@ -357,8 +372,9 @@ class Detokenizer:
         self._skipped = special_token_ids(tokenizer) if skip_special_tokens else set()
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """Text that can be encoded, always: bytes that are no UTF-8 become U+FFFD, and so do tokens
-        that the tokenizer does not have.
+        """Returns text that can always be encoded.
+
+        Bytes that are no UTF-8 become U+FFFD, and so do tokens that the tokenizer does not have.
         """
         num_kept, closing = len(token_ids), self._closing
         if token_ids and token_ids[-1] in self._end_ids:

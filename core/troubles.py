@@ -1,4 +1,4 @@
-"""Failures that repeat, such as those of a full disk: a line when they begin, a line with their count
+"""Failures that repeat, such as those of a full disk: a line when they begin, and a line with their count
 when they are over.
 """
 
@@ -12,11 +12,14 @@ QUIET_S = 5.0
 
 
 class Troubles:
-    """What fails again and again, told twice: when it begins, and, with its count, when it is over. Safe from
-    any thread.
+    """Tells what fails again and again only twice: when it begins, and, with its count, when it is over. Safe
+    from any thread.
 
-    It is over when it goes well `QUIET_S` after the last failure: a disk that is nearly full takes one thing
-    and refuses the next.
+        troubles.note("samples.jsonl", error)      # told once, then counted
+        troubles.well("samples.jsonl")             # "samples.jsonl: no more, after 214 failures in 30 s"
+
+    A failure is over when it goes well `QUIET_S` after the last one: a disk that is nearly full takes one
+    thing and refuses the next.
     """
 
     def __init__(self, tell: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
@@ -25,7 +28,7 @@ class Troubles:
         self._open: dict[str, tuple[int, float, float]] = {}  # Failures, when the first was, and the last.
 
     def note(self, what: str, error: object) -> None:
-        """`what` failed once more: `error` says why."""
+        """Notes that `what` failed once more; `error` says why."""
         now_s = self._clock()
         with self._lock:
             count, first_s, _ = self._open.get(what, (0, now_s, now_s))
@@ -34,7 +37,7 @@ class Troubles:
             self._tell(f"{what}: {str(error).strip()}")
 
     def well(self, what: str) -> None:
-        """`what` went well."""
+        """Notes that `what` went well."""
         with self._lock:
             count, first_s, last_s = self._open.get(what, (0, 0.0, 0.0))
             if not count or self._clock() - last_s < QUIET_S:

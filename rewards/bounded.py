@@ -1,8 +1,8 @@
-"""Functions that may not end, called in a process that the kernel ends: `BoundedProcess`.
+"""`BoundedProcess` calls functions that may never return, in a process that the kernel ends.
 
-The process is a fork, with all that is imported; it starts in hundredths of a second. What is bounded is its
-time on the CPU, so that a busy machine fails no honest call, by a timer of the kernel's, which also ends what
-never returns to Python (`9**9**9`).
+The process is a fork that has everything imported already, so it starts in hundredths of a second. Its time
+on the CPU is bounded, not the time on the clock, so that a busy machine fails no honest call. A timer of the
+kernel does that; it also ends a call that never returns to Python (`9**9**9`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ _PR_SET_PDEATHSIG = 1
 
 
 class UnfinishedError(Exception):
-    """A call did not end within its limits, or ended its process."""
+    """A call did not end within its limits, or it ended its process."""
 
 
 class BoundedProcess:
-    """A process that calls functions, made at the first call and again after each that did not end.
+    """A process that calls functions; it is forked at the first call, and again after each call that did not
+    end.
 
-    prepare  called once, before the first fork: what it loads and caches, every process has
+        process = BoundedProcess(prepare=load_tables)
+        process.call(0.3, sympy.simplify, text)      # raises UnfinishedError after 0.3 s of CPU time
+
+    `prepare` is called once, before the first fork: every later process has what it loads and caches.
     """
 
     def __init__(self, prepare: Callable[[], None] = lambda: None) -> None:
@@ -40,16 +44,17 @@ class BoundedProcess:
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Have the process ready for the first call."""
+        """Forks the process ahead of the first call, so that the first call does not pay for it."""
         with self._lock:
             # Another's, of whom this process is a fork.
             if self._connection is None or self._parent_pid != os.getpid():
                 self._start()
 
     def call(self, limit_s: float, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What `function(*arguments)` returns; function and arguments must pickle. Raises what it raises.
+        """Returns what `function(*arguments)` returns, and raises what it raises; function and arguments must
+        pickle.
 
-        Raises UnfinishedError where it takes longer than `limit_s` of CPU time, or needs more than
+        Raises UnfinishedError when the call takes more than `limit_s` seconds of CPU time or needs more than
         MEMORY_BYTES.
         """
         with self._lock:
@@ -97,7 +102,7 @@ class BoundedProcess:
         self._connection = ours
 
     def close(self) -> None:
-        """End the process."""
+        """Kills the process; a later call forks a new one."""
         if self._connection is None or self._parent_pid != os.getpid():
             return
         self._connection.close()

@@ -1,6 +1,7 @@
-"""Whether the configured reward functions can score the data, asked before anything starts.
+"""Asks, before anything starts, whether the configured reward functions can score the data.
 
-config --check_functions--> loaded in a worker as in a run, or RewardError --bad_rows--> each row has the columns and a gold answer
+config --check_functions--> the functions are loaded in a worker, as in a run, or RewardError says why not
+       --bad_rows---------> each row has the columns that are needed, and a gold answer that can be read
 """
 
 from __future__ import annotations
@@ -23,20 +24,19 @@ READ_GOLDS = 50
 
 @functools.lru_cache(maxsize=8)  # Importing a user's module may take long.
 def check_functions(config: RewardsConfig) -> Mapping[str, tuple[str, ...]]:
-    """By name of the function, the columns of the dataset without which it cannot be called.
+    """Returns, by name of the function, the columns of the dataset without which it cannot be called.
 
-    Raises RewardError, in one line, when one cannot be loaded or called.
+    Raises RewardError, in one line, when a function cannot be loaded or called.
     """
     with RewardPool(config) as pool:
         return pool.columns
 
 
 def bad_rows(config: RewardsConfig, source: str, rows: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
-    """By number of the row, why one of `source` cannot be scored: a column that is missing, or a gold answer
-    that is none.
+    """Returns, by number of the row, why a row of `source` cannot be scored: a column is missing, or its gold
+    answer is none.
 
-    Raises RewardError when a column that a function needs is missing from all of them, or as
-    `check_functions` does.
+    Raises RewardError when a needed column is missing from all rows, and for what `check_functions` raises.
     """
     needed = check_functions(config)
     present = {column for row in rows.values() for column in row}
@@ -68,7 +68,9 @@ def _problem(needed: Mapping[str, tuple[str, ...]], row: Mapping[str, Any]) -> s
 
 
 def _unreadable(config: RewardsConfig, rows: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
-    """Of the first rows whose gold answer is more than a number: why math_verify cannot read it."""
+    """Returns why math_verify cannot read a gold answer, for the first READ_GOLDS rows whose answer is more
+    than a number.
+    """
     functions = tuple(function for function in config.functions if function.name == "math_verify")
     formulas = [
         number for number, row in rows.items() if functions and not str(row["answer"]).strip().isdigit()

@@ -10,10 +10,10 @@ from rewards.golds import gold_texts
 def exact_match(
     prompts: list[str], completions: list[str], *, answer: list[Any], **columns: list[Any]
 ) -> list[float | None]:
-    """1.0 where the completion, stripped, equals the row's `answer`, stripped; else 0.0. Numbers are compared
-    as they are written.
+    """Returns 1.0 where the stripped completion equals the row's stripped `answer`, else 0.0.
 
-    Raises ValueError for an `answer` that is neither text nor a number.
+    Numbers are compared as they are written. Raises ValueError for an `answer` that is neither text nor a
+    number.
     """
     return [
         float(completion.strip() in _gold(gold)) for completion, gold in zip(completions, answer, strict=True)
@@ -28,7 +28,7 @@ def _gold(gold: Any) -> tuple[str, ...]:
 
 
 def _gold_problem(gold: Any) -> str | None:
-    """Why `gold` cannot be compared with; None when it can."""
+    """Returns why `gold` cannot be compared with, or None when it can."""
     try:
         gold_texts(gold)
     except ValueError as error:

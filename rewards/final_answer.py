@@ -1,13 +1,14 @@
-"""Which part of a completion is its answer: text in, text out, in one pass over it. What the part means is
-`rewards.formulas`'s.
+"""Finds the part of a completion that is its answer: text in, text out, in one pass. `rewards.formulas` says
+what the part means.
 
-what stands outside <think>, and within the last <answer> where there is one; of that
-1. the last \\boxed{...} that is complete and not empty, and those it is listed with (`\\boxed{1} and
-  \\boxed{2}`)
-2. else the last `#### ` with an answer behind it (the form of GSM8K), not a Markdown heading
-3. else all of it, or its last line, where that is a formula without prose
-4. else what follows "the answer is", "Answer:", "答案是"
-5. else the last formula or number
+The answer is looked for outside <think>, and within the last <answer> where there is one. It is the first of
+these that exists:
+
+1. the last \\boxed{...} that is complete and not empty, with its neighbours (`\\boxed{1} and \\boxed{2}`)
+2. the text behind the last `#### ` that is no Markdown heading (the form of GSM8K)
+3. the whole text, or its last line, where that is a formula without prose
+4. what follows "the answer is", "Answer:" or "答案是"
+5. the last formula or number
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ _UNIT = re.compile(
 
 
 def final_answer(text: str, *, is_gold: bool = False) -> str | None:
-    """The text of the answer; None when there is none. A gold answer is taken as it is: rule 5 is not
-    for it.
+    """Returns the text of the answer, or None when there is none. A gold answer is taken at its word: rule 5
+    is not applied to it.
     """
     text = _GAP.sub(lambda gap: "\n\n" if "\n" in gap.group() else "  ", text.translate(_CHARACTERS))
     text = _outside_thinking(text)
@@ -129,7 +130,7 @@ def final_answer(text: str, *, is_gold: bool = False) -> str | None:
 
 
 def bare(text: str) -> str:
-    """`text` without Markdown, delimiters, quotes, and punctuation around it."""
+    """Returns `text` without the Markdown, delimiters, quotes and punctuation around it."""
     text, before = text.strip(), None
     while before != text and len(text) <= LINE_CHARS:
         before, text = text, text.strip().strip('`"“”').strip()
@@ -158,7 +159,9 @@ def bare(text: str) -> str:
 
 
 def is_formula(text: str) -> bool:
-    """Whether `text`, bare, is mathematics, a number with its unit, or a choice, without a word of prose."""
+    """Returns whether `text`, already bare, is mathematics, a number with its unit, or a choice, without a
+    word of prose.
+    """
     if len(text) > LINE_CHARS:
         return False
     text = _OPTION.sub("", _UNIT.sub("", text))
@@ -172,7 +175,7 @@ def is_formula(text: str) -> bool:
 
 
 def _is_symbolic(word: str) -> bool:
-    """Whether letters are a function's name or a product of variables: "ab", not "is"."""
+    """Returns whether letters are the name of a function or a product of variables: "ab" is, "is" is not."""
     if _FUNCTION.fullmatch(word) or (word.isupper() and len(word) <= 4):  # ABC: the points of a figure.
         return True
     has_vowel = re.search("[aeiou]", word, re.IGNORECASE) is not None
@@ -182,7 +185,7 @@ def _is_symbolic(word: str) -> bool:
 
 
 def without_unit(text: str) -> str:
-    """`text` without the unit behind its number."""
+    """Returns `text` without the unit behind its number."""
     return _UNIT.sub("", text).strip()
 
 
@@ -196,7 +199,7 @@ _DATE = re.compile(
 
 
 def is_date(text: str) -> bool:
-    """Whether `text` is a date or a time of the day (2024-05-01, 12:30 pm), not a difference or a
+    """Returns whether `text` is a date or a time of day (2024-05-01, 12:30 pm) rather than a difference or a
     quotient.
     """
     return _DATE.fullmatch(text) is not None
@@ -219,7 +222,7 @@ def _outside_thinking(text: str) -> str:
 
 
 def _boxes(text: str) -> tuple[list[str], str]:
-    """The contents of the last complete box and of those listed with it; and `text` without its empty
+    """Returns the contents of the last complete box and of those listed with it, and `text` without its empty
     boxes.
     """
     spans: list[tuple[int, int, int]] = []  # begin, content, end: outermost ones, in order
@@ -257,7 +260,7 @@ def _boxes(text: str) -> tuple[list[str], str]:
 
 
 def _within(boxes: list[str]) -> str | None:
-    """The answer in the contents of boxes."""
+    """Returns the answer that the contents of boxes give, or None."""
     if len(boxes) > 1:
         return ", ".join(map(bare, boxes))
     content = boxes[0]
@@ -288,7 +291,7 @@ def _after_phrase(text: str) -> str | None:
 
 
 def _value_at_start(line: str) -> str | None:
-    """The first value in the rest of a line; words where it is made of a few words only."""
+    """Returns the first value in the rest of a line; words count only where there are at most a few of them."""
     whole = re.sub(r"(?<=\d)!+$", "", bare(line))  # In prose, a wonder: a factorial stands between dollars.
     if not whole:
         return None
@@ -318,7 +321,7 @@ def _value_at_start(line: str) -> str | None:
 
 
 def _last_value(text: str) -> str | None:
-    """The formula, number or choice that ends last."""
+    """Returns the formula, number or choice that ends last in the text, or None."""
     found, end = None, -1
     for match in _MATH.finditer(text):
         content = bare(_last_line(next(filter(None, match.groups()))))
@@ -331,7 +334,9 @@ def _last_value(text: str) -> str | None:
 
 
 def _last_line(formula: str) -> str:
-    """Of a derivation over several lines the last; another formula as it is."""
+    """Returns the last line of a derivation that goes over several lines; any other formula comes back
+    unchanged.
+    """
     if not _DERIVATION.search(formula):
         return formula
     lines = [line.strip(" &\n") for line in _DERIVATION.sub("", formula).split(r"\\")]

@@ -1,9 +1,9 @@
-"""What an answer means: texts compared as mathematics by math-verify (sympy), and the one way to write each
-of them.
+"""Says what an answer means: texts are compared as mathematics by math-verify (sympy), and each has one
+canonical way to be written.
 
-math-verify reads LaTeX; here is what it would read wrongly: units and currencies, thousands separators, mixed
-numbers, dates, ratios, choices and words, and equations whose sides are not equal. Nothing here is bounded in
-time: see `rewards.bounded`.
+math-verify reads LaTeX. This module rewrites what math-verify would read wrongly: units and currencies,
+thousands separators, mixed numbers, dates, ratios, choices and words, and equations whose sides are not
+equal. No call here is bounded in time; `rewards.bounded` does that.
 """
 
 from __future__ import annotations
@@ -129,11 +129,11 @@ _LABEL = re.compile(
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether `answer` says what `gold` does. Fractions, decimals (6 places), sets, intervals and percentages
-    are compared by value; units are ignored; words, dates and choices are compared as they are written. Of an
-    equation all sides must be equal.
+    """Returns whether `answer` says what `gold` says.
 
-    Raises ValueError when `gold` cannot be read.
+    Fractions, decimals (6 places), sets, intervals and percentages are compared by value. Units are ignored.
+    Words, dates and choices are compared as they are written. All sides of an equation must be equal. Raises
+    ValueError when `gold` cannot be read.
     """
     check_gold(gold)
     if plain(gold) == plain(answer):
@@ -165,8 +165,8 @@ def check_gold(gold: str) -> None:
 
 
 def canonical(answer: str) -> str:
-    """The one way to write what `answer` says: equal for equal answers. What cannot be read is written
-    as it is.
+    """Returns the one way to write what `answer` says, the same text for equal answers. A text that cannot be
+    read stays as it is.
     """
     if choice := _choice(answer) or _choice_before_value(answer)[0]:
         return choice
@@ -182,8 +182,8 @@ def canonical(answer: str) -> str:
 
 
 def is_too_large(text: str) -> bool:
-    """Whether a text shows that its numbers have more than millions of digits. What does not show it is
-    found by its time.
+    """Returns whether a text shows that its numbers have millions of digits. Growth that does not show is
+    ended by its time limit.
     """
     powers = ((int(base), int(exponent)) for base, exponent in _TOWER.findall(text))
     return _HUGE.search(text) is not None or any(
@@ -192,14 +192,16 @@ def is_too_large(text: str) -> bool:
 
 
 def plain(text: str) -> str:
-    """The text without what never matters: spaces, delimiters, the kind of fraction, the case of words."""
+    """Returns the text without what never matters: spaces, delimiters, the kind of fraction, the case of
+    words.
+    """
     text = re.sub(r"\\[dtc]frac", r"\\frac", _SPACING.sub("", bare(text)))
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", _TEXT.sub(lambda match: match.group(1).strip().lower(), text))
 
 
 def warm_up() -> None:
-    """Read and compare a few formulas, so that the parser's tables and sympy's caches are there for the
-    next ones.
+    """Reads and compares a few formulas, so that the parser's tables and sympy's caches exist before the
+    first real call.
     """
     for gold, answer in (
         (r"\frac{1}{3}+\sqrt{2}", "x^2-1=3"),
@@ -222,13 +224,13 @@ def _choice(text: str) -> str | None:
 
 
 def _choice_before_value(text: str) -> tuple[str | None, str | None]:
-    """B and 72 of "(B) 72"."""
+    """Returns the choice and the value in a text such as "(B) 72": B and 72."""
     match = _CHOICE_AND_VALUE.fullmatch(_untexted(text))
     return (match.group(1) or match.group(2), match.group(3)) if match else (None, None)
 
 
 def _as_written(text: str) -> str | None:
-    """Words, a date or a ratio in one way of writing; None for what is a formula."""
+    """Returns words, a date or a ratio in one way of writing, and None for a formula."""
     text = _untexted(text)
     if is_date(text):
         return _date(text)
@@ -244,7 +246,7 @@ def _untexted(text: str) -> str:
 
 
 def _date(text: str) -> str:
-    """ISO where the order of day and month is beyond doubt."""
+    """Returns a date in ISO form where the order of day and month is beyond doubt."""
     words = re.sub(r"(?<=\d)(?:st|nd|rd|th)|[.,](?=\s)", "", text)
     words = re.sub(r"\b([A-Za-z]{3})[a-z]*\b", r"\1", words)
     for form in ("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%b %d %Y", "%d %b %Y"):
@@ -258,7 +260,7 @@ def _date(text: str) -> str:
 
 
 def _proportional(gold: str, answer: str) -> bool:
-    """Whether both are ratios, not times of the day, of the same proportion."""
+    """Returns whether both texts are ratios (not times of day) of the same proportion."""
     texts = [re.sub(r"\s", "", _untexted(text)) for text in (gold, answer)]
     if not all(map(_RATIO.fullmatch, texts)) or any(map(_TIME.fullmatch, texts)):
         return False
@@ -273,7 +275,7 @@ def _proportional(gold: str, answer: str) -> bool:
 
 @functools.lru_cache(maxsize=512)
 def _normal(text: str) -> str:
-    """LaTeX that math-verify reads as it is meant."""
+    """Returns LaTeX that math-verify reads the way the text was meant."""
     text = bare(_on_one_line(_STYLE.sub("", bare(text))))
     if about := _ABOUT.match(text):
         text = text[about.end() :]
@@ -309,7 +311,7 @@ def _normal(text: str) -> str:
 
 
 def _on_one_line(text: str) -> str:
-    """Equations below each other as a list of them, or as one that goes on."""
+    """Joins equations that stand below each other into a list, or into one equation that goes on."""
     if not _ENVIRONMENT.search(text):
         return re.sub(r"\s*\\\\\s*$", "", text)
     inside = re.sub(r"\s*\\\\\s*$", "", _ENVIRONMENT.sub("", text).strip())
@@ -317,14 +319,14 @@ def _on_one_line(text: str) -> str:
 
 
 def _connected(text: str) -> str:
-    """Answers listed in words as a list; alternative inequalities stay alternatives."""
+    """Turns answers listed in words into a list; alternative inequalities stay alternatives."""
     parts = _CONNECTED.split(text)[::3]
     words = {match.group(1) or match.group(2) for match in _CONNECTED.finditer(text)}
     return (r" \lor " if words == {"or"} and all(map(_INEQUALITY.search, parts)) else ", ").join(parts)
 
 
 def _inward(match: re.Match[str]) -> str:
-    """]1, 2[ as (1, 2)."""
+    """Writes an open interval in the French form, ]1, 2[, as (1, 2)."""
     opened, first, second, closed = match.groups()
     if opened != "]" and closed != "[":
         return match.group()
@@ -332,7 +334,7 @@ def _inward(match: re.Match[str]) -> str:
 
 
 def _scaled(text: str) -> str:
-    """1.5 million as a number."""
+    """Writes a scaled number, such as 1.5 million, in digits."""
     return _SCALE.sub(lambda match: rf" \times 10^{{{_EXPONENTS[match.group(1).lower()]}}}", text)
 
 
@@ -351,7 +353,7 @@ def _mixed(match: re.Match[str]) -> str:
 
 @functools.lru_cache(maxsize=512)
 def _read(formula: str) -> Any:
-    """The sympy expression of a formula; None where there is none."""
+    """Returns the sympy expression of a formula, or None where there is none."""
     if not formula:
         return None
     if r"\lor" in formula:
@@ -371,8 +373,8 @@ def _read(formula: str) -> Any:
 
 
 def _sides(formula: str) -> list[str]:
-    """The sides of an equation, without a name at either end; one where it is none, or several, or
-    defines a curve.
+    """Returns the sides of an equation without a name at either end; a single side for no equation, for
+    several, or for a curve.
     """
     if re.search(r"[,;]|\\text\s*\{\s*(?:and|or)|\\[lg]e|[<>]", formula):
         return [formula]
@@ -386,7 +388,7 @@ def _sides(formula: str) -> list[str]:
 
 
 def _agree(sides: list[str]) -> bool:
-    """Whether all sides that are numbers are the same number."""
+    """Returns whether all sides that are numbers are the same number."""
     numbers = [
         expression
         for side in sides
@@ -427,13 +429,13 @@ def _in_base(digits: str, base: str) -> int | str:
 
 
 def _name(formula: str) -> str | None:
-    """x of "x = 5"."""
+    """Returns the name that a formula assigns to: x in "x = 5"."""
     match = re.fullmatch(r"\s*([A-Za-z])\s*=[^=]*", formula)
     return match.group(1) if match else None
 
 
 def _is_rounded(exact: str, rounded: str) -> bool:
-    """Whether one number stands for the other: within 1 %."""
+    """Returns whether one number stands for the other because they differ by less than 1 %."""
     first, second = _read(_sides(exact)[-1]), _read(rounded)
     if (
         first is None
@@ -474,7 +476,7 @@ def _written(expression: Any) -> str:
 
 
 def _members(members: Sequence[Any]) -> str:
-    """A set; of what several names are equal to, with the names: {x = 1, y = 2}."""
+    """Returns a set of values; where several names are given values, the names come along: {x = 1, y = 2}."""
     equations = [member for member in members if isinstance(member, sympy.Eq)]
     names = {equation.lhs for equation in equations}
     with_name = len(names) > 1
@@ -487,8 +489,8 @@ def _members(members: Sequence[Any]) -> str:
 
 
 def _relation(relation: Any) -> str:
-    """An assignment as its value, an inequality in one variable as an interval, another relation as one
-    with 0.
+    """Returns an assignment as its value, an inequality in one variable as an interval, any other relation as
+    one with 0.
     """
     if isinstance(relation, sympy.Eq) and relation.lhs.is_Symbol:
         return _written(relation.rhs)
@@ -517,7 +519,7 @@ def _scalar(expression: Any) -> str:
 
 
 def _number(number: Any) -> str:
-    """Six decimals, as they are compared; 12 digits of what is nearer to 0."""
+    """Writes a number with six decimals, as numbers are compared; a number nearer to 0 gets 12 digits."""
     if number.is_Integer or not number.is_finite:
         return str(number)
     value = complex(number.evalf(30, chop=True))

@@ -1,4 +1,4 @@
-"""What a row's `answer` may be: text, a number, or a list that holds one of these."""
+"""Says what a row's `answer` may be: text, a number, or a list that holds one of these."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ MAX_BITS = 1000  # Beyond, Python's own conversions fail.
 
 
 def gold_texts(gold: Any) -> tuple[str, ...]:
-    """The ways to write a gold answer, stripped, the plainest first: ("72", "72.0") for the number 72.0.
+    """Returns the ways to write a gold answer, stripped, the plainest first: ("72", "72.0") for the number
+    72.0.
 
-    Raises ValueError, with the reason, for what is not one answer: an object, several answers, true and
-    false, no number.
+    Raises ValueError, with the reason, for a value that is not one answer: an object, several answers, true
+    or false, no number.
     """
     gold = _unwrapped(gold)
     if isinstance(gold, bytes | bytearray):
@@ -45,7 +46,7 @@ def gold_texts(gold: Any) -> tuple[str, ...]:
 
 
 def _unwrapped(gold: Any) -> Any:
-    """Arrays and their scalars as Python's own; the one entry of a list."""
+    """Returns arrays and their scalars as Python's own values, and a list of one entry as that entry."""
     if hasattr(gold, "tolist"):
         gold = gold.tolist()
     while isinstance(gold, list | tuple) and len(gold) == 1:

@@ -1,9 +1,9 @@
-"""`math_verify`: a completion's final answer, compared with the gold answer as mathematics.
+"""`math_verify` compares a completion's final answer with the gold answer as mathematics.
 
-    completion --final_answer--> text --formulas, in a process that can be killed--> equal to the gold answer, or not
+    completion --final_answer--> text --formulas, in a process that can be killed--> equal to the gold, or not
 
-One completion that sympy cannot finish costs itself: its gold was read, so it is not correct, and the next
-one has a new process within hundredths of a second.
+A completion that sympy cannot finish harms only itself: the gold answer was read, so the completion is not
+correct, and the next completion has a new process within hundredths of a second.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _process = BoundedProcess(formulas.warm_up)
 def math_verify(
     prompts: list[str], completions: list[str], *, answer: list[Any], **columns: list[Any]
 ) -> list[float | None]:
-    """1.0 where the completion's answer equals the row's `answer`; else 0.0, also for a completion without a
-    readable answer.
+    """Returns 1.0 where the completion's answer equals the row's `answer`, else 0.0; a completion without a
+    readable answer gets 0.0.
 
     Fractions, decimals (6 places), sets, intervals, equations and percentages are compared by value; units
-    are ignored. An answer that sympy cannot compare, or not within LIMIT_S, is not equal. Raises ValueError
-    when `answer` cannot be read.
+    are ignored. An answer that sympy cannot compare within LIMIT_S is not equal. Raises ValueError when
+    `answer` itself cannot be read.
     """
     _unfinished.clear()
     return [
@@ -42,7 +42,7 @@ def math_verify(
 
 
 def _gold_problem(gold: Any) -> str | None:
-    """Why `gold` cannot be compared with, as far as that shows without reading formulas; None when
+    """Returns why `gold` cannot be compared with, as far as that shows without reading formulas; None when
     nothing shows.
     """
     try:
@@ -56,7 +56,7 @@ _unfinished: set[str] = set()  # Answers of the group that did not end.
 
 
 def _gold(gold: Any) -> str:
-    """The answer in a row's gold answer. Raises ValueError."""
+    """Returns the answer that a row's gold answer holds. Raises ValueError when it holds none."""
     try:
         return _read_gold(gold_texts(gold)[0])
     except ValueError as error:
@@ -79,7 +79,9 @@ def _read_gold(text: str) -> str:
 
 
 def _find_gold(text: str) -> str:
-    """The answer in a gold answer, not read yet. Raises ValueError."""
+    """Returns the answer in a gold answer before it is read as a formula. Raises ValueError when there is
+    none.
+    """
     found = final_answer(text, is_gold=True)
     if found is None:
         raise ValueError(f"{_shown(text)} cannot be read as mathematics; for words use exact_match")
@@ -116,8 +118,8 @@ def _equal(gold: str, found: str) -> bool:
 
 
 def _vote(completion: str) -> str | None:
-    """The completion's answer in the one way to write it; as it stands where that does not end; None
-    when there is none.
+    """Returns the completion's answer in its canonical form, as it stands where that does not end in time,
+    and None without an answer.
     """
     found = final_answer(completion)
     if found is None or found in _unfinished or formulas.is_too_large(found):

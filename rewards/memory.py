@@ -1,8 +1,9 @@
-"""How much memory a process and its descendants use: what is theirs and was touched, not what they have
-reserved.
+"""Measures how much memory a process and its descendants use: pages that are theirs and were touched, not
+what they have reserved.
 
-Reservations cost nothing and are large: node, WebAssembly, CUDA and a mapped file take tens of GiB of address
-space. Pages of mapped files are not counted either; the kernel takes them back when it needs them.
+A reservation costs nothing and is large: node, WebAssembly, CUDA and a mapped file take tens of GiB of
+address space. Pages of mapped files are not counted either, since the kernel takes them back when it needs
+them.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ _SHARED_OUT = re.compile(r"^(?:Pss_Anon|Pss_Shmem):\s+(\d+) kB", re.MULTILINE)
 
 
 def family(pid: int) -> list[int]:
-    """The process and its descendants; empty when it is gone."""
+    """Returns the ids of the process and of its descendants; none when the process is gone."""
     with contextlib.suppress(psutil.Error):
         return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
     return []
 
 
 def used_bytes(pids: Iterable[int], limit_bytes: int) -> int:
-    """Bytes that the processes use; what several share counts once where the sum would be above
-    `limit_bytes`.
+    """Returns the bytes that the processes use. Memory that several share counts once where the plain sum
+    exceeds `limit_bytes`.
     """
     pids = list(pids)
     used = sum(_bytes_in(f"/proc/{pid}/status", _OWN_PAGES) for pid in pids)

@@ -1,15 +1,14 @@
-"""Reward functions in processes that can be killed: whatever a reward does, its group gets an answer and the
-others go on.
+"""Runs reward functions in processes that can be killed: whatever a reward does, its group gets an answer and
+the others go on.
 
     submit() --> queue --> one thread per worker --> a Worker's process (rewards/worker.py)
-                                     '-- no reply in time, too much memory, or the process died: mark the
-                                     group, start a new one
+           no reply in time, too much memory, a death: the group is marked --'  and a new process starts
 
-Why not pebble's ProcessPool: its workers share one channel, and a worker that dies while idle, or before its
-acknowledgement was read (1 of 20 immediate `os._exit` under load), breaks the whole pool for good. Here a
-worker shares nothing with the others. Workers are fresh interpreters, never forks (the parent runs vLLM's
-threads), and do not import the parent's main module (in an actor that would be Ray). A process with limits,
-not a sandbox.
+Why not pebble's ProcessPool: its workers share one channel, and a worker that dies while it is idle, or
+before its acknowledgement was read (1 of 20 immediate `os._exit` under load), breaks the whole pool for good.
+Here a worker shares nothing with the others. Workers are fresh interpreters, never forks (the parent runs
+vLLM's threads), and do not import the parent's main module, which in an actor would be Ray. A worker is a
+process with limits, not a sandbox.
 """
 
 from __future__ import annotations
@@ -43,17 +42,19 @@ class _Task(NamedTuple):
 
 
 class RewardPool:
-    """Scores groups in `workers` processes. Use it as a context manager or call `close`.
+    """Scores groups in `workers` processes.
 
-    num_scored, num_errors    samples with a reward, and without one
-    num_timeouts, num_crashes groups whose worker was killed at `timeout_s`, and groups whose worker died, did
-    not start, or used
-                              more memory than it may
-    columns                   by function name, the columns of the dataset without which it cannot be called
+        with RewardPool(config.rewards, workers=2) as pool:
+            scored = pool.submit("2+2=", ["4", "5"], {"answer": "4"}).result()
 
-    `config`: `functions` (name, weight, and messages or not), `timeout_s`, `memory_gib`. The constructor
-    returns when the functions are loaded, in every worker; it raises RewardError, in one line, when one
-    cannot be.
+    num_scored, num_errors     count samples with a reward, and samples without one
+    num_timeouts               counts groups whose worker was killed at `timeout_s`
+    num_crashes                counts groups whose worker died, did not start, or used more memory than it may
+    columns                    holds, by function name, the dataset's columns that it cannot be called without
+
+    `config` gives the functions (name, weight, messages or texts), `timeout_s` and `memory_gib`. The
+    constructor returns when every worker has loaded the functions; it raises RewardError, in one line, when
+    one cannot be loaded.
     """
 
     def __init__(self, config: RewardsConfig, workers: int = 1) -> None:
@@ -90,10 +91,11 @@ class RewardPool:
     def submit(
         self, prompt: str, completions: Sequence[str], columns: Mapping[str, Any]
     ) -> Future[list[Scored]]:
-        """Score one group; the result, one Scored per completion in order, never raises.
+        """Hands in one group; the future's result is one Scored per completion, in order, and never an
+        exception.
 
-        It is there at most `timeout_s` after a worker took the group up (plus at most STARTUP_LIMIT_S where a
-        new worker had to start). columns: the dataset row, anything that pickles.
+        The result is there at most `timeout_s` after a worker took the group up, plus at most STARTUP_LIMIT_S
+        where a new worker had to start. `columns` is the dataset row, anything that pickles.
         """
         future: Future[list[Scored]] = Future()
         try:
@@ -110,8 +112,8 @@ class RewardPool:
         return future
 
     def close(self) -> None:
-        """Kill the workers, within 2 s. Groups not scored yet get the error that the pool was closed.
-        Safe to call twice.
+        """Kills the workers within 2 s. Groups that were not scored get an error that says so. A second call
+        does nothing.
         """
         with self._lock:
             self._closed = True
@@ -130,7 +132,9 @@ class RewardPool:
         self.close()
 
     def _serve(self, worker: Worker, loaded: Future[list[tuple[str, ...]]]) -> None:
-        """The life of one worker's thread: groups in, results out, a new process after each failure."""
+        """Lives one worker's thread: groups come in, results go out, and a new process starts after each
+        failure.
+        """
         self._load(worker, loaded)
         while True:
             # no process to be had: met again, and reported, at the next group
@@ -183,9 +187,7 @@ class RewardPool:
             self._finish(task, f"{reason} ({self._names})", crashes=1)
 
     def _finish(self, task: _Task, outcome: list[Scored] | str, timeouts: int = 0, crashes: int = 0) -> None:
-        """Count, then resolve the future: with `outcome`, or with that reason as the error of every
-        sample.
-        """
+        """Counts, then resolves the future: with `outcome`, or with that reason as the error of every sample."""
         scored = (
             [Scored(error=shorten(outcome))] * task.num_completions if isinstance(outcome, str) else outcome
         )

@@ -1,4 +1,4 @@
-"""From the name in a config to a reward function."""
+"""Turns the name in a config into a reward function."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ BUILTINS = {"exact_match": "rewards.exact_match:exact_match", "math_verify": "re
 
 
 class WeightedReward(NamedTuple):
-    """A loaded function, the name it was asked for by, and its weight in the sum; `messages`: it gets
-    messages, not texts.
+    """A loaded function with the name it was asked for by and its weight in the sum.
+
+    `messages` says that the function gets lists of messages instead of texts.
     """
 
     name: str
@@ -31,17 +32,18 @@ class WeightedReward(NamedTuple):
 
     @property
     def answer(self) -> Callable[[str], str | None] | None:
-        """What reads a completion's answer, if the function offers that."""
+        """Returns the function that reads a completion's answer, if this reward offers one."""
         found = getattr(self.function, "answer", None)
         return found if callable(found) else None
 
 
 def load_reward(name: str) -> RewardCallable:
-    """The function that `name` means: a built-in name or `module:function`, found on the path or in the
+    """Returns the function that `name` means: a built-in name, or `module:function` on the path or in the
     working directory.
 
-    Raises RewardError: an unknown name (with the nearest built-in), a module that does not import (with its
-    error), a function that is missing, cannot be called, is asynchronous, or takes no completions.
+    Raises RewardError for an unknown name (it tells the nearest built-in), for a module that does not import
+    (with its error), and for a function that is missing, cannot be called, is asynchronous, or takes no
+    completions.
     """
     module_name, colon, function_name = BUILTINS.get(name, name).partition(":")
     if not colon or not module_name or not function_name:
@@ -74,7 +76,7 @@ def load_reward(name: str) -> RewardCallable:
 
 
 def look_in_working_directory() -> None:
-    """Let modules in the folder the command is run in be imported."""
+    """Lets modules in the folder that the command is run in be imported."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # Last: a file of the user's must not stand in for a library's.
     importlib.invalidate_caches()
@@ -108,7 +110,9 @@ def _import(name: str, module_name: str) -> ModuleType:
 
 
 def _namesake(module: ModuleType) -> str:
-    """A word on the file in the working directory that `module` was found in front of, if there is one."""
+    """Returns a remark on the file in the working directory that `module` hides by its name, empty when there
+    is none.
+    """
     name = module.__name__.split(".")[0]
     theirs = next((path for path in (f"{name}.py", name) if os.path.exists(path)), None)
     found = getattr(module, "__file__", None) or "built into Python"
@@ -118,5 +122,5 @@ def _namesake(module: ModuleType) -> str:
 
 
 def needed_columns(name: str, function: Any) -> tuple[str, ...]:
-    """The columns of the dataset without which `function` cannot be called."""
+    """Returns the columns of the dataset without which `function` cannot be called."""
     return read_signature(name, function).columns

@@ -1,8 +1,8 @@
-"""Scoring one group: every function called, every value checked. Pure; runs inside the workers of
+"""Scores one group: every function is called and every value is checked. Pure; runs inside the workers of
 `rewards.pool`.
 
-A failure is never reward 0. A function that raises, or returns the wrong number of values or something that
-is no finite number, makes the samples it concerns errors, whatever the other functions say.
+A failure is never reward 0. Where a function raises, or returns the wrong number of values or a value that is
+no finite number, the samples concerned become errors, whatever the other functions say.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MAX_ERROR_CHARS = 400
 
 
 class Scored(msgspec.Struct, frozen=True):
-    """The reward of one completion: a finite weighted sum, or None and the reason in `error`. Exactly one of
-    the two is set.
+    """The reward of one completion: either a finite weighted sum in `reward`, or None and the reason in
+    `error`.
 
-    `answer` is what votes as the completion's answer, by the first function that can tell; None: nothing, or
-    it failed.
+    `answer` is what the completion votes for, by the first function that can tell; None where none can, or
+    where it failed.
     """
 
     reward: float | None = None
@@ -39,10 +39,10 @@ class Scored(msgspec.Struct, frozen=True):
 def score_group(
     functions: Sequence[WeightedReward], prompt: str, completions: Sequence[str], columns: Mapping[str, Any]
 ) -> list[Scored]:
-    """One Scored per completion of `prompt`: sum over functions of weight times value. Never raises for what
-    a function does.
+    """Returns one Scored per completion of `prompt`: the sum over functions of weight times value.
 
-    columns  the dataset row; each value is repeated per completion
+    `columns` is the dataset row; each value is repeated per completion. Never raises for what a function
+    does.
     """
     values_per_function = [_call(reward, prompt, list(completions), columns) for reward in functions]
     read_answer = next(
@@ -63,7 +63,7 @@ def score_group(
 
 
 def shorten(text: str) -> str:
-    """`text` cut to MAX_ERROR_CHARS characters, with an ellipsis where it was cut."""
+    """Returns `text` cut to MAX_ERROR_CHARS characters, with an ellipsis where it was cut."""
     text = text.encode(errors="replace").decode()  # Half a surrogate pair would end the worker that sends it.
     return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 3] + "..."
 
@@ -71,7 +71,7 @@ def shorten(text: str) -> str:
 def _call(
     reward: WeightedReward, prompt: str, completions: list[str], columns: Mapping[str, Any]
 ) -> list[float | str]:
-    """One entry per completion: its value, or the reason why it has none."""
+    """Returns one entry per completion: its value, or the reason why it has none."""
     num = len(completions)
     signature = read_signature(reward.name, reward.function)
     if missing := [column for column in signature.columns if column not in columns]:
@@ -98,7 +98,7 @@ def _call(
 
 
 def _as_messages(prompt: str, completions: Sequence[str], columns: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Prompts and completions as TRL gives them where the prompts are conversations."""
+    """Returns prompts and completions as TRL gives them where the prompts are conversations."""
     source = next((columns[name] for name in ("prompt", "question") if name in columns), prompt)
     messages = source if isinstance(source, list) else [{"role": "user", "content": source}]
     answers = [[{"role": "assistant", "content": completion}] for completion in completions]
@@ -114,12 +114,12 @@ def _answer(read_answer: Callable[[str], Any], completion: str) -> str | None:
 
 
 def _as_list(values: Any) -> Any:
-    """An array or tensor of one dimension as a list; anything else as it is."""
+    """Returns an array or tensor of one dimension as a list, and anything else unchanged."""
     return values.tolist() if getattr(values, "ndim", None) == 1 and hasattr(values, "tolist") else values
 
 
 def _checked(name: str, value: Any) -> float | str:
-    """The number that `value` is, also as a scalar of numpy or torch, a Decimal or a Fraction; else
+    """Returns the number that `value` is (also a scalar of numpy or torch, a Decimal or a Fraction), else
     what is wrong with it.
     """
     if value is None:
@@ -145,7 +145,9 @@ def _kind(value: Any) -> str:
 
 
 def _describe(reward: WeightedReward, error: BaseException) -> str:
-    """`name raised ValueError: message (file.py:12 in function)`: the last lines of the traceback, on one."""
+    """Returns `name raised ValueError: message (file.py:12 in function)`, the end of the traceback in one
+    line.
+    """
     message = " ".join(traceback.format_exception_only(error)[-1].split())
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""

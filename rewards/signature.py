@@ -1,12 +1,15 @@
-"""How a reward function is called: by name, with what it names of `prompts`, `completions` and the dataset's
-columns.
+"""Decides how a reward function is called: by name, with what it names of `prompts`, `completions` and the
+dataset's columns.
 
-    (prompts, completions, **columns)      everything                 (completions, **kwargs)              everything
-    (completions, solution, **kwargs)      needs the column           (completions, target=None)           gets it where there is one
-    (*, completions, answer)               these two                  (p, c, **columns)                    abbreviations, in this order
+    (prompts, completions, **columns)      gets everything
+    (completions, **kwargs)                gets everything
+    (completions, solution, **kwargs)      needs the column
+    (completions, target=None)             gets the column where there is one
+    (*, completions, answer)               gets these two
+    (p, c, **columns)                      is an abbreviation, in this order
 
-A parameter without default that is none of the three must be a column of the dataset: `Signature.columns` is
-what a run checks before it starts.
+A parameter without default that is neither `prompts` nor `completions` must be a column of the dataset: a run
+checks `Signature.columns` before it starts.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ REMEDY = (
 
 
 class Signature(NamedTuple):
-    """What a function takes.
+    """What a function takes, as `read_signature` found it.
 
     positional  what it gets by position, in order: names of TEXTS or of columns
     named       what it gets by keyword, where that exists
@@ -45,7 +48,7 @@ class Signature(NamedTuple):
     bound: frozenset[str] = frozenset()
 
     def arguments(self, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """Positional and keyword arguments out of `given`, which holds TEXTS and columns by name."""
+        """Returns positional and keyword arguments out of `given`, which holds TEXTS and columns by name."""
         # One by position that is not there has a default, and ends what can be given by position.
         count = next(
             (index for index, name in enumerate(self.positional) if name not in given), len(self.positional)
@@ -58,7 +61,7 @@ class Signature(NamedTuple):
 
 
 def read_signature(name: str, function: Any) -> Signature:
-    """How `function`, configured as `name`, is called; raises RewardError when it cannot be."""
+    """Returns how `function`, configured as `name`, is called. Raises RewardError when it cannot be."""
     if not callable(function):
         raise RewardError(f"reward function {name!r} is a {type(function).__name__}, which cannot be called.")
     if inspect.isclass(function):
@@ -102,7 +105,7 @@ def read_signature(name: str, function: Any) -> Signature:
 
 
 def takes_messages(function: Callable[..., Any]) -> bool:
-    """Whether the annotation of its completions says that they are lists of messages, as open-r1's
+    """Returns whether the annotation of `completions` says that they are lists of messages, as open-r1's
     rewards have it.
     """
     try:
@@ -113,7 +116,7 @@ def takes_messages(function: Callable[..., Any]) -> bool:
 
 
 def _by_position(parameters: Sequence[Parameter]) -> tuple[tuple[str, ...], list[Parameter]]:
-    """What is given by position, and the parameters that are given by name."""
+    """Returns what is given by position, and the parameters that are given by name."""
     positional = [parameter for parameter in parameters if parameter.kind is Parameter.POSITIONAL_ONLY]
     rest = [parameter for parameter in parameters if parameter.kind in BY_NAME]
     names = [parameter.name for parameter in parameters]
@@ -126,12 +129,16 @@ def _by_position(parameters: Sequence[Parameter]) -> tuple[tuple[str, ...], list
 
 
 def _abbreviates(name: str, word: str) -> bool:
-    """Whether a parameter is a short form of `word`, or is said not to be used."""
+    """Returns whether a parameter's name is a short form of `word`, or says that it is not used (a leading
+    underscore).
+    """
     return name.startswith("_") or (len(name) <= 4 and word.startswith(name))
 
 
 def _parameters(function: Callable[..., Any]) -> list[Parameter]:
-    """Those that can be given; of a wrapper that passes everything on, those of what it wraps."""
+    """Returns the parameters that can be given; a wrapper that passes everything on has those of the function
+    it wraps.
+    """
     parameters = list(inspect.signature(function, follow_wrapped=False).parameters.values())
     if all(parameter.kind in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL) for parameter in parameters):
         return list(inspect.signature(function).parameters.values())

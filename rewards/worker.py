@@ -1,4 +1,4 @@
-"""One worker process of the reward pool, from both sides: `Worker` starts, asks, watches and kills it;
+"""One worker process of the reward pool, seen from both sides: `Worker` starts, asks, watches and kills it;
 `serve` is its life.
 
 Worker                                                          serve
@@ -39,7 +39,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class FunctionSpec(msgspec.Struct, frozen=True):
-    """A configured reward function, as a worker is told of it."""
+    """A configured reward function, as the worker process is told of it."""
 
     name: str
     weight: float = 1.0
@@ -47,7 +47,7 @@ class FunctionSpec(msgspec.Struct, frozen=True):
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """A worker's first word: per function the columns it cannot be called without, or `error`."""
+    """A worker's first message: per function the columns it cannot be called without, or an `error`."""
 
     columns: list[tuple[str, ...]] = []
     error: str | None = None
@@ -58,12 +58,15 @@ class MemoryExceeded(RewardError):
 
 
 class Worker:
-    """One worker process at a time and the socket to it. Used by one thread; only `close` may come from
+    """One worker process at a time, and the socket to it. One thread uses it; only `close` may come from
     another.
 
-    functions     what it loads, a msgpack list of FunctionSpec
-    timeout_s     for one group
-    memory_bytes  that it and its children may use together
+    functions     a msgpack list of FunctionSpec that the process loads
+    timeout_s     the limit for one group
+    memory_bytes  what the process and its children may use together
+
+    `RewardPool` makes one per thread and calls `load`, then `score` for each group, and `reap` after a
+    failure.
     """
 
     def __init__(self, functions: bytes, timeout_s: float, memory_bytes: int) -> None:
@@ -76,7 +79,9 @@ class Worker:
         self._loaded: Loaded | None = None
 
     def start(self) -> None:
-        """Start the process unless it runs; does not wait for it. Raises OSError, or EOFError when closed."""
+        """Starts the process unless it runs, and does not wait for it. Raises OSError, or EOFError when this
+        worker is closed.
+        """
         with self._lock:
             if self._closed:
                 raise EOFError
@@ -107,10 +112,11 @@ class Worker:
         self._connection.send_bytes(self._functions)
 
     def load(self) -> list[tuple[str, ...]]:
-        """Per function the columns it cannot be called without, when all are loaded.
+        """Returns, per function, the columns it cannot be called without, as soon as all functions are
+        loaded.
 
-        Raises RewardError (one cannot be loaded, or not within STARTUP_LIMIT_S), OSError or EOFError (the
-        process died).
+        Raises RewardError when one cannot be loaded, or not within STARTUP_LIMIT_S, and OSError or EOFError
+        when the process died.
         """
         self.start()
         assert self._connection is not None
@@ -129,10 +135,10 @@ class Worker:
         return self._loaded.columns
 
     def score(self, request: bytes, num_completions: int) -> list[Scored]:
-        """The reply to `request`.
+        """Returns the reply to `request`.
 
         Raises TimeoutError or BlockingIOError (no reply in time), OSError or EOFError (the process died or
-        could not start), MemoryExceeded, RewardError (it cannot load the functions) or msgspec.MsgspecError
+        could not start), MemoryExceeded, RewardError (it cannot load the functions), or msgspec.MsgspecError
         (something else wrote to the socket).
         """
         self.load()
@@ -147,7 +153,7 @@ class Worker:
         return scored
 
     def _has_answer(self, connection: Connection, deadline_s: float) -> bool:
-        """Wait for a message until the deadline. Raises MemoryExceeded."""
+        """Waits for a message until the deadline and returns whether there is one. Raises MemoryExceeded."""
         assert self._process is not None
         pids, found_s = [self._process.pid], time.monotonic()
         while not connection.poll(max(0.0, min(LOOK_EVERY_S, deadline_s - time.monotonic()))):
@@ -165,8 +171,8 @@ class Worker:
         return True
 
     def reap(self) -> str | None:
-        """Kill what is left of the process and its children, free the socket; how it ended, in words,
-        or None if there was none.
+        """Kills what is left of the process and its children, frees the socket, and says how the process
+        ended; None if there was none.
         """
         if self._connection is not None:
             self._connection.close()
@@ -181,7 +187,9 @@ class Worker:
             return f"process {process.pid} does not react to SIGKILL"
 
     def close(self) -> None:
-        """Kill the process and start no other. The thread that uses it notices the end of its socket."""
+        """Kills the process and lets no other start. The thread that uses this worker notices the end of its
+        socket.
+        """
         with self._lock:
             self._closed = True
             if self._process is not None:
@@ -189,7 +197,7 @@ class Worker:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the process and all it started. SIGTERM would wait for the next bytecode, which
+    """Sends SIGKILL to the process and all it started. SIGTERM would wait for the next bytecode, which
     `9**9**9**9` never reaches.
     """
     if process.returncode is None:  # not reaped yet, so the group id is still its own
@@ -210,7 +218,7 @@ def _describe_exit(returncode: int) -> str:
 
 
 def serve(fd: int, parent_pid: int) -> None:
-    """The worker process: load the functions named on socket `fd`, then score groups until the socket
+    """Lives the worker process: loads the functions named on socket `fd`, then scores groups until the socket
     closes.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

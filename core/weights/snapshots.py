@@ -1,11 +1,11 @@
-"""Weight snapshots: what the learner publishes and the actors pull. Versioned, bucketed, checksummed,
+"""Weight snapshots are what the learner publishes and the actors pull: versioned, bucketed, checksummed,
 immutable.
 
-    (name, tensor)* --SnapshotWriter--> Manifest + buckets (bytes in host memory or Ray's object store) --read_snapshot--> (name, tensor)*
+    (name, tensor)* --SnapshotWriter--> Manifest + buckets --read_snapshot--> (name, tensor)*
 
-A bucket is a flat uint8 array of at most `bucket_bytes`, or of one parameter larger than that; the manifest
-says where each parameter lies and each bucket's xxh3 checksum. A snapshot is applied whole or not at all:
-every bucket is verified before the first tensor is handed out.
+A bucket is a flat uint8 array, in host memory or in Ray's object store, of at most `bucket_bytes`, or of one
+parameter larger than that. The manifest says where each parameter lies and what each bucket's xxh3 checksum
+is. A snapshot is applied whole or not at all: every bucket is verified before the first tensor is handed out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALIGNMENT_BYTES = 16  # Enough for a view of any dtype.
 
 
 class ParamEntry(msgspec.Struct, frozen=True):
-    """Where one parameter lies: bytes [offset, offset + its size) of bucket number `bucket`."""
+    """Says where one parameter lies: bytes [offset, offset + its size) of bucket number `bucket`."""
 
     name: str
     dtype: str
@@ -36,7 +36,7 @@ class ParamEntry(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """Contents of the snapshot of one policy version."""
+    """Lists the contents of the snapshot of one policy version."""
 
     version: int
     params: tuple[ParamEntry, ...]
@@ -45,15 +45,15 @@ class Manifest(msgspec.Struct, frozen=True):
 
     @property
     def num_bytes(self) -> int:
-        """Size of all buckets."""
+        """Returns the size of all buckets."""
         return sum(self.sizes)
 
 
 class Buffers:
-    """Host memory for buckets, used again by the next snapshot; page-locked where there is a GPU to copy
+    """Host memory for buckets that the next snapshot uses again; page-locked where there is a GPU to copy
     from.
 
-    At most one snapshot's worth: `give_back` when all that was taken is stored.
+    It holds at most one snapshot's worth: call `give_back` when all that was taken is stored.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Buffers:
         self._num_taken = 0
 
     def take(self, num_bytes: int) -> np.ndarray:
-        """At least so many bytes, of any content."""
+        """Returns at least `num_bytes` bytes of any content."""
         if self._num_taken == len(self._all):
             self._all.append(np.empty(0, np.uint8))
         if self._all[self._num_taken].nbytes < num_bytes:
@@ -72,12 +72,12 @@ class Buffers:
         return self._all[self._num_taken - 1]
 
     def give_back(self) -> None:
-        """Nobody reads any of them any longer."""
+        """Takes back all memory: nobody reads any of it any longer."""
         self._num_taken = 0
 
 
 class _AtOnce(Executor):
-    """Calls in the caller's thread."""
+    """Runs what is submitted in the caller's thread, at once."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -86,8 +86,13 @@ class _AtOnce(Executor):
 
 
 class SnapshotWriter:
-    """Copies parameters into buckets; each full bucket is handed to `store`, whose results `finish` returns
-    in order.
+    """Copies parameters into buckets and hands each full one to `store`, whose results `finish` returns in
+    order.
+
+        writer = SnapshotWriter(64 * 2**20, store)
+        for name, tensor in weights:
+            writer.add(name, tensor)
+        manifest, references = writer.finish(version)
 
     Checksums and `store` run in `executor`, by default in the thread that calls `add`; the copies are always
     made there. `take` gives a bucket's memory (`Buffers.take`), which `store` must not keep if it is used
@@ -111,7 +116,7 @@ class SnapshotWriter:
         self._used = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append one parameter (any device, whole); copied before this returns."""
+        """Appends one whole parameter, from any device; it is copied before this returns."""
         data = tensor.detach().contiguous().flatten().view(torch.uint8)
         padding = -self._used % ALIGNMENT_BYTES
         if self._bucket is not None and self._used + padding + data.nbytes > self._bucket_bytes:
@@ -130,14 +135,15 @@ class SnapshotWriter:
         self._used = offset + data.nbytes
 
     def end(self) -> None:
-        """That was the last parameter: the bucket begun is on its way too."""
+        """Closes the last bucket after the last parameter, so that it is on its way too."""
         if self._bucket is not None:
             self._flush(self._bucket)
             self._bucket = None
 
     def finish(self, version: int) -> tuple[Manifest, list[Any]]:
-        """The manifest of `version` and what `store` returned for each bucket; waits for `executor`
-        (its one thread: call `end` before).
+        """Returns the manifest of `version` and what `store` returned for each bucket.
+
+        It waits for `executor` (its one thread: call `end` before).
         """
         self.end()
         sealed = [future.result() for future in self._stored]
@@ -155,14 +161,14 @@ class SnapshotWriter:
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    """Of a tensor's elements, wherever it lies."""
+    """Returns the checksum of a tensor's elements, wherever it lies."""
     return xxhash.xxh3_128_hexdigest(
         tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data
     )
 
 
 def read_snapshot(manifest: Manifest, buckets: Sequence[np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every parameter, views on `buckets`: do not write to them.
+    """Yields (name, tensor) of every parameter, as views on `buckets`: do not write to them.
 
     Raises SnapshotError before the first tensor when a bucket is missing, short, or fails its checksum.
     """
