@@ -44,7 +44,7 @@ def make_config(sampler: str = "uniform", fsync: str = "normal", capacity: int =
             "fsync": fsync,
             "capacity": capacity,
             "max_staleness": 1_000_000,
-            "max_uses": 1_000_000,
+            "uses_per_group": 1_000_000,
         },
         "checkpoint": {"every": 0},
     }

@@ -42,15 +42,15 @@ ON_POLICY = (
     "weights.publish_every=1",
     "buffer.max_staleness=0",
     "buffer.capacity=16",
-    "agro.weight=none",
+    "agro.importance_weight=none",
 )
 OFF_POLICY = (
     "run.steps=120",
     "weights.publish_every=4",
     "buffer.max_staleness=16",
     "buffer.capacity=128",
-    "agro.weight=truncated",
-    "agro.weight_cap=5.0",
+    "agro.importance_weight=truncated",
+    "agro.importance_cap=5.0",
 )
 FROM_FILE = (
     "run.steps=160",
@@ -60,13 +60,17 @@ FROM_FILE = (
     f"data.offline={OFFLINE}",
     "data.path=null",
     "data.eval_path=configs/arithmetic/test.jsonl",
-    "agro.weight=none",
+    "agro.importance_weight=none",
     "buffer.capacity=64",
 )
 METHODS: dict[str, tuple[str, ...]] = {
     "on-policy: kl_pg": (*ON_POLICY, "learner.objective=kl_pg", "agro.beta=0.01"),
     "on-policy: AGRO": (*ON_POLICY, "agro.beta=0.01"),
-    "on-policy: on-policy AGRO, lr_coef 0.02": (*ON_POLICY, "agro.beta=0.01", "agro.lr_coef=0.02"),
+    "on-policy: on-policy AGRO, on_policy_coef 0.02": (
+        *ON_POLICY,
+        "agro.beta=0.01",
+        "agro.on_policy_coef=0.02",
+    ),
     "off-policy: AGRO": (*OFF_POLICY, "agro.beta=0.01"),
     "offline: AGRO": (*FROM_FILE, "agro.beta=0.1"),
     "offline: kl_pg": (*FROM_FILE, "learner.objective=kl_pg", "agro.beta=0.1"),

@@ -121,7 +121,7 @@ def config_of(shape: Shape, model_dir: str, device: str) -> Any:
                 "micro_batch_tokens": shape.budget_tokens,
                 "num_gpus": float(device != "cpu"),
             },
-            "agro": {"weight": "none"},
+            "agro": {"importance_weight": "none"},
         }
     )
 

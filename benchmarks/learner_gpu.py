@@ -187,7 +187,7 @@ def make_config(model: Model, model_dir: str, budget_tokens: int, *, on_gpu: boo
                 "micro_batch_tokens": budget_tokens,
                 "num_gpus": float(on_gpu),
             },
-            "agro": {"weight": "none"},
+            "agro": {"importance_weight": "none"},
             "checkpoint": {"every": 0},
         }
     )

@@ -119,8 +119,8 @@ def run_job(job: LongJob) -> dict[str, Any]:
         f"buffer.max_staleness={job.lag}",
         f"buffer.capacity={(job.lag + 2) * 8}",
         "agro.beta=0.001",
-        f"agro.weight={job.weight.partition(',')[0]}",
-        f"agro.weight_cap={job.weight.partition('cap ')[2] or 1}.0",
+        f"agro.importance_weight={job.weight.partition(',')[0]}",
+        f"agro.importance_cap={job.weight.partition('cap ')[2] or 1}.0",
         "eval.samples=1",
     ]
     task = Task(prompts[20:], prompts[:20], share_of_right_steps, None)
@@ -176,7 +176,7 @@ def draw(records: list[dict[str, Any]], out_dir: Path) -> None:
         axes.set(title=f"lag {lag}, noise {noise:g} nats a token", xlabel="learner steps")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("share of right steps, held-out")
-    panels[1].legend(title="agro.weight", fontsize=8)
+    panels[1].legend(title="agro.importance_weight", fontsize=8)
     figure.suptitle(f"Completions of {LENGTH} tokens: mean and range of {len(SEEDS)} seeds", fontsize=10)
     figure.savefig(out_dir / "long_sequences.png", dpi=110)
     with (out_dir / "long_sequences.csv").open("w", newline="", encoding="utf-8") as file:

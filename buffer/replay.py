@@ -2,10 +2,10 @@
 
 A group leaves for exactly one counted reason:
 
-    evicted_used      it was in `max_uses` batches: its regular end
+    evicted_used      it was in `uses_per_group` batches: its regular end
     evicted_stale     at `take` or `evict_stale`, learner step - oldest_version > `max_staleness`
     evicted_capacity  an insert put more than `capacity` unconsumed groups here (admission should make that never happen)
-    evicted_surplus   an insert put more than `max_uses * capacity` groups here: the oldest of those used before leaves
+    evicted_surplus   an insert put more than `uses_per_group * capacity` groups here: the oldest of those used before leaves
 
 so that at any time `inserted` = stored and all evicted. A group of offline samples has
 no age: it is never stale, and never too young.
@@ -135,7 +135,7 @@ class Replay:
         self.counts["inserted"] += 1
         while len(self._unconsumed) > self.config.capacity:
             self._evict(self._unconsumed[0], "evicted_capacity")
-        while len(self._groups) > self.config.max_uses * self.config.capacity:
+        while len(self._groups) > self.config.uses_per_group * self.config.capacity:
             self._evict(self._used[0], "evicted_surplus")
         return True
 
@@ -184,7 +184,7 @@ class Replay:
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes over `get_state`'s value; raises DataError, changing nothing, when it contradicts itself.
 
-        When `max_uses` was lowered meanwhile, groups used that often already leave.
+        When `uses_per_group` was lowered meanwhile, groups used that often already leave.
         """
         groups, counts = state["groups"], state["counts"]
         if len({group.group_id for group in groups}) != len(groups):
@@ -193,7 +193,7 @@ class Replay:
             raise DataError(f"replay state contradicts itself: {problems[0]}")
         self._load(groups, counts)
         for group in groups:
-            if group.uses >= self.config.max_uses:
+            if group.uses >= self.config.uses_per_group:
                 self._evict(self._entries[group.group_id], "evicted_used")
 
     def check_valid(self) -> list[str]:
@@ -253,7 +253,7 @@ class Replay:
         self._side_of(group).remove(entry)
         group = self._groups[group_id] = msgspec.structs.replace(group, uses=group.uses + 1)
         self._side_of(group).add(entry)
-        if group.uses >= self.config.max_uses:
+        if group.uses >= self.config.uses_per_group:
             self._evict(entry, "evicted_used")
 
     def _side_of(self, group: GroupMeta) -> SortedList:

@@ -445,7 +445,7 @@ class Shard:
         leases = {ordinal: actor for ordinal, actor, _ in admission["leases"]}
         stored = {group.group_id for group in self._replay.get_state()["groups"]}
         entries = [entry for batch in self._batches.values() for entry in batch.entries]
-        used_up = {entry.group_id for entry in entries if entry.uses >= self._config.buffer.max_uses}
+        used_up = {entry.group_id for entry in entries if entry.uses >= self._config.buffer.uses_per_group}
         for event, ordinal, reason in missing_events(statuses, issued, leases, stored, used_up):
             ledger.record(event, ordinal, step=self._step, actor=leases.get(ordinal, ""), reason=reason)
         return ledger

@@ -263,7 +263,7 @@ class BufferConfig(Section):
         description="Band of batch entries per inserted group: above it the learner waits, below it "
         "the actors; None: no band.",
     )
-    max_uses: int = Field(1, ge=1, description="How often a group is trained on before it leaves.")
+    uses_per_group: int = Field(1, ge=1, description="How often a group is trained on before it leaves.")
     min_staleness: int = Field(
         0,
         ge=0,
@@ -372,28 +372,28 @@ class AgroConfig(Section):
     beta: float = Field(
         0.03, ge=0, description="Strength of the pull towards the reference; 0: leave-one-out REINFORCE."
     )
-    weight: Literal["none", "truncated", "token", "geometric"] = Field(
+    importance_weight: Literal["none", "truncated", "token", "geometric"] = Field(
         "token",
         description="Weight after centring, for lagged data: min(cap, pi/mu) of the sequence, of each token, "
         "or of the mean token.",
     )
-    weight_cap: float = Field(
+    importance_cap: float = Field(
         5.0, gt=0, description="Cap of the weight; docs/objectives.md says what a lower one costs."
     )
-    lr_coef: float = Field(
+    on_policy_coef: float = Field(
         0.0,
         ge=0,
         le=1,
         description="On-policy term's coefficient; 0: off-policy AGRO, 1: its literal on-policy form.",
     )
-    lr_baseline: Literal["none", "loo", "running"] = Field(
+    on_policy_baseline: Literal["none", "loo", "running"] = Field(
         "loo",
         description="Baseline of the on-policy term; `running`: the prompt's variance in earlier steps.",
     )
-    lr_gate: Literal["fresh", "weighted"] = Field(
+    on_policy_gate: Literal["fresh", "weighted"] = Field(
         "fresh",
         description="The on-policy term acts on samples of staleness 0 only, or on all, times "
-        "min(weight_cap, pi/mu).",
+        "min(importance_cap, pi/mu).",
     )
     zero_std: Literal["keep", "drop"] = Field(
         "keep", description="Groups whose rewards are all equal still carry the KL pull."

@@ -19,7 +19,15 @@ the likeliest token.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks for which vLLM makes buffers (its MaxLoRARanks)."""
 
-_OWN_KNOBS_OF_AGRO = ("weight", "weight_cap", "lr_coef", "lr_baseline", "lr_gate", "zero_std", "duplicates")
+_OWN_KNOBS_OF_AGRO = (
+    "importance_weight",
+    "importance_cap",
+    "on_policy_coef",
+    "on_policy_baseline",
+    "on_policy_gate",
+    "zero_std",
+    "duplicates",
+)
 
 
 def served_rank(rank: int) -> int:
@@ -87,8 +95,10 @@ def _temperatures_are_vllms(config: Config) -> None:
 
 def _objective_fits(config: Config) -> None:
     agro, n = config.agro, config.actors.group_size
-    if agro.lr_coef > 0 and agro.beta == 0:
-        raise ValueError("agro.lr_coef > 0 needs agro.beta > 0: the on-policy term is divided by beta.")
+    if agro.on_policy_coef > 0 and agro.beta == 0:
+        raise ValueError(
+            "agro.on_policy_coef > 0 needs agro.beta > 0: the on-policy term is divided by beta."
+        )
     if agro.ref_update_every and agro.beta == 0:
         raise ValueError(
             f"agro.ref_update_every = {agro.ref_update_every} with agro.beta = 0: there is no "
@@ -97,8 +107,8 @@ def _objective_fits(config: Config) -> None:
     if config.learner.objective == "agro" and config.rivals.is_correction != "none":
         raise ValueError(
             f"rivals.is_correction = {config.rivals.is_correction} is for the other objectives; AGRO's "
-            "weights are agro.weight and "
-            "agro.weight_cap. Remove it, or choose another learner.objective."
+            "weights are agro.importance_weight and "
+            "agro.importance_cap. Remove it, or choose another learner.objective."
         )
     if agro.target_k > n:
         raise ValueError(
@@ -111,10 +121,10 @@ def _objective_fits(config: Config) -> None:
             "to vote in each group, "
             f"more than {MAX_VOTE_SUBSETS}. Choose a smaller k or group_size."
         )
-    if agro.target != "mean" and agro.lr_coef > 0:
+    if agro.target != "mean" and agro.on_policy_coef > 0:
         raise ValueError(
-            f"agro.target = {agro.target} and agro.lr_coef = {agro.lr_coef} do not go together. "
-            "Set agro.lr_coef=0."
+            f"agro.target = {agro.target} and agro.on_policy_coef = {agro.on_policy_coef} do not go together. "
+            "Set agro.on_policy_coef=0."
         )
     if agro.target != "mean" and config.learner.objective != "agro":
         raise ValueError(
@@ -175,11 +185,11 @@ def _band_can_be_held(config: Config) -> None:
         raise ValueError(
             f"buffer.samples_per_insert = [{low:g}, {high:g}]: expected 0 <= low <= high and high >= 1."
         )
-    if high > buffer.max_uses:
+    if high > buffer.uses_per_group:
         raise ValueError(
-            f"buffer.samples_per_insert = [{low:g}, {high:g}]: no group is used more than buffer.max_uses = "
-            f"{buffer.max_uses} times. "
-            "Raise buffer.max_uses or lower the band."
+            f"buffer.samples_per_insert = [{low:g}, {high:g}]: no group is used more than buffer.uses_per_group = "
+            f"{buffer.uses_per_group} times. "
+            "Raise buffer.uses_per_group or lower the band."
         )
     if buffer.num_shards > 1 or buffer.min_staleness:
         raise ValueError(
@@ -298,16 +308,20 @@ def warnings(config: Config) -> list[str]:
             f"actors.top_p = {config.actors.top_p}: truncated sampling does not cover the "
             "reference: the optimum is another one."
         )
-    if config.agro.lr_coef > 2 * config.agro.beta:
+    if config.agro.on_policy_coef > 2 * config.agro.beta:
         found.append(
-            f"agro.lr_coef = {config.agro.lr_coef} > 2 * beta = {2 * config.agro.beta}: for prompts solved "
+            f"agro.on_policy_coef = {config.agro.on_policy_coef} > 2 * beta = {2 * config.agro.beta}: for prompts solved "
             "less than half the time "
             "the on-policy term pushes correct answers down (docs/objectives.md, hazard)."
         )
     found += _unused_knobs(config)
-    if config.agro.lr_coef > 0 and config.agro.lr_gate == "fresh" and config.weights.publish_every > 1:
+    if (
+        config.agro.on_policy_coef > 0
+        and config.agro.on_policy_gate == "fresh"
+        and config.weights.publish_every > 1
+    ):
         found.append(
-            f"agro.lr_coef = {config.agro.lr_coef} with agro.lr_gate = fresh and weights.publish_every = "
+            f"agro.on_policy_coef = {config.agro.on_policy_coef} with agro.on_policy_gate = fresh and weights.publish_every = "
             f"{config.weights.publish_every}: "
             "few samples are ever of the current policy (staleness/fresh_fraction); on the others the "
             "on-policy term does nothing."

@@ -80,7 +80,7 @@ METRICS: dict[str, str] = {
     "if the policy had drawn them.",
     "agro/log_ratio_min": "Smallest sequence log-ratio of policy to reference in the batch: the most "
     "suppressed sample.",
-    "agro/weight_mean": "Mean weight on the samples (agro.weight, or the objective's own ratio).",
+    "agro/weight_mean": "Mean weight on the samples (agro.importance_weight, or the objective's own ratio).",
     "agro/advantage_abs_mean": "Mean size of the advantages.",
     "agro/ess_fraction": "Effective sample size of the ratios pi/mu over the samples, as a share of their "
     "number.",
@@ -104,9 +104,9 @@ METRICS: dict[str, str] = {
     "see events.jsonl.",
     "buffer/groups": "Groups stored and ready to be sampled.",
     "buffer/evicted_stale": "Groups evicted so far because a token was older than `buffer.max_staleness`.",
-    "buffer/evicted_used": "Groups that left so far after `buffer.max_uses` uses.",
+    "buffer/evicted_used": "Groups that left so far after `buffer.uses_per_group` uses.",
     "buffer/evicted_capacity": "Groups evicted so far because the buffer was full.",
-    "buffer/evicted_surplus": "Groups that left so far, used at least once, because more than `max_uses * "
+    "buffer/evicted_surplus": "Groups that left so far, used at least once, because more than `uses_per_group * "
     "capacity` were stored.",
     "buffer/starts": "Starts of buffer processes so far, the shards together: above their number, some were "
     "killed and came back.",

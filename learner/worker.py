@@ -356,7 +356,7 @@ class LearnerRank:
                 MONITOR,
                 "samples to show",
             )
-        if self._config.buffer.max_uses > 1 and self._updater.keeps_reference:
+        if self._config.buffer.uses_per_group > 1 and self._updater.keeps_reference:
             ref_logprobs = {gid: [d["ref_logprob"] for d in rows] for gid, rows in diagnostics.items()}
             self._calls.post(
                 self._buffer.set_ref_logprobs(ref_logprobs),

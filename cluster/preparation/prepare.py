@@ -226,9 +226,12 @@ def check_needs(config: Config, needs: frozenset[str]) -> None:
     """Raises ConfigError when the data cannot give what the objective `needs` (learner/objectives: NEEDS)."""
     name = config.learner.objective
     if "behaviour_logprobs" in needs and config.data.offline is not None:
-        remedy = "Set agro.weight=none (and agro.lr_gate=fresh)."
+        remedy = "Set agro.importance_weight=none (and agro.on_policy_gate=fresh)."
         if name != "agro":
-            remedy = "If it works on ratios, use another objective, such as agro with agro.weight=none; else set rivals.is_correction=none."
+            remedy = (
+                "If it works on ratios, use another objective, such as agro with agro.importance_weight=none; "
+                "else set rivals.is_correction=none."
+            )
         raise ConfigError(
             f"learner.objective = {name} needs behaviour log-probs, which the samples of data.offline = "
             f"{config.data.offline} "
@@ -240,7 +243,7 @@ def check_needs(config: Config, needs: frozenset[str]) -> None:
             if config.is_offline
             else f"buffer.min_staleness = {config.buffer.min_staleness}"
         )
-        remedy = "Set agro.lr_coef=0." if name == "agro" else "Use another objective."
+        remedy = "Set agro.on_policy_coef=0." if name == "agro" else "Use another objective."
         raise ConfigError(
             f"learner.objective = {name} needs samples of the current policy, but {why}: none "
             f"is ever fresh. {remedy}"

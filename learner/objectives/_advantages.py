@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-LR_BASELINES = ("none", "loo", "running")
+ON_POLICY_BASELINES = ("none", "loo", "running")
 
 
 def agro_advantages(
@@ -21,8 +21,8 @@ def agro_advantages(
     groups: Tensor,
     *,
     beta: float,
-    lr_coef: float = 0.0,
-    lr_baseline: str = "loo",
+    on_policy_coef: float = 0.0,
+    on_policy_baseline: str = "loo",
     running_variances: Tensor | None = None,
 ) -> Tensor:
     """Advantages A_i such that `-(1/num_groups) sum_g (1/n_g) sum_i A_i logp_i` has AGRO's gradient.
@@ -30,12 +30,12 @@ def agro_advantages(
     With the residual R = reward - beta * log_ratio and n the size of sample i's group:
 
         off-policy   A_i = R_i - mean_{j != i} R_j
-        on-policy    A_i - lr_coef / (2 beta) * q_i,   q_i = (R_i - mean_{j != i} R_j)^2 - b_i
+        on-policy    A_i - on_policy_coef / (2 beta) * q_i,   q_i = (R_i - mean_{j != i} R_j)^2 - b_i
         b_i          "none": 0;  "loo": n/(n-1) * variance (ddof 1) of the others' R;
                      "running": n/(n-1) * the prompt's variance of R in earlier steps, "loo" where that is NaN
 
     At the optimum pi* the residual is constant within a prompt [V, theorem 1], so every A_i is 0 for any
-    behaviour policy (with lr_coef = 0). For n >= 2 independent samples of one behaviour policy mu the
+    behaviour policy (with on_policy_coef = 0). For n >= 2 independent samples of one behaviour policy mu the
     off-policy form is unbiased for grad L(pi, mu) / beta, L = 1/2 E_x Var_mu[R], and is per group the
     gradient of 0.5 * var(R, ddof 1) / beta [D]. The on-policy form is unbiased for the gradient that also
     differentiates the sampling from mu = pi [D]; callers apply it to fresh samples only. Subtracting the
@@ -46,8 +46,8 @@ def agro_advantages(
         rewards: [N] float32 or float64. log_ratios: [N], same dtype; log pi(y|x) - log pi_ref(y|x) in nats,
         the SUM over sampled tokens, current pi. groups: [N] int64 ids, any values, any order, mixed group
         sizes. A group of one gets 0. beta: strength of the KL pull, >= 0; 0 is leave-one-out REINFORCE.
-        lr_coef: >= 0; 0 is the off-policy form, 1 the literal on-policy one. Needs beta > 0. lr_baseline: one
-        of LR_BASELINES. running_variances: [N], for "running": equal within a group, NaN where the prompt was
+        on_policy_coef: >= 0; 0 is the off-policy form, 1 the literal on-policy one. Needs beta > 0. on_policy_baseline: one
+        of ON_POLICY_BASELINES. running_variances: [N], for "running": equal within a group, NaN where the prompt was
         never seen.
 
     Returns:
@@ -58,8 +58,8 @@ def agro_advantages(
         ValueError: naming the argument, for a wrong shape, dtype or value.
     """
     _check_tensors(rewards, log_ratios, groups)
-    _check_options(beta, lr_coef, lr_baseline)
-    _check_variances(lr_baseline, running_variances, rewards)
+    _check_options(beta, on_policy_coef, on_policy_baseline)
+    _check_variances(on_policy_baseline, running_variances, rewards)
     with torch.no_grad():
         _, group_of, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
         n = sizes[group_of].double()
@@ -67,14 +67,14 @@ def agro_advantages(
         # The second pass removes what rounding of the first mean left behind under a large offset.
         centred = _centre(_centre(residual, group_of, sizes), group_of, sizes)
         advantages = centred * n / (n - 1).clamp_min(1)
-        if lr_coef > 0:
+        if on_policy_coef > 0:
             excess = advantages.square()
-            if lr_baseline != "none":
+            if on_policy_baseline != "none":
                 expected = _expected_square(centred, n, group_of, sizes)
-                if running_variances is not None and lr_baseline == "running":
+                if running_variances is not None and on_policy_baseline == "running":
                     expected = _seen_square(running_variances, n, otherwise=expected)
                 excess = torch.where(n >= 2, excess - expected, 0.0)
-            advantages = advantages - lr_coef / (2 * beta) * excess
+            advantages = advantages - on_policy_coef / (2 * beta) * excess
         return advantages.to(rewards.dtype)
 
 
@@ -131,23 +131,27 @@ def _check_tensors(rewards: Tensor, log_ratios: Tensor, groups: Tensor) -> None:
             )
 
 
-def _check_options(beta: float, lr_coef: float, lr_baseline: str) -> None:
+def _check_options(beta: float, on_policy_coef: float, on_policy_baseline: str) -> None:
     if not (math.isfinite(beta) and beta >= 0):
         raise ValueError(f"beta is {beta}; expected a finite number >= 0")
-    if not (math.isfinite(lr_coef) and lr_coef >= 0):
-        raise ValueError(f"lr_coef is {lr_coef}; expected a finite number >= 0")
-    if beta == 0 and lr_coef > 0:
+    if not (math.isfinite(on_policy_coef) and on_policy_coef >= 0):
+        raise ValueError(f"on_policy_coef is {on_policy_coef}; expected a finite number >= 0")
+    if beta == 0 and on_policy_coef > 0:
         raise ValueError(
-            f"lr_coef is {lr_coef} with beta 0: the on-policy term is divided by beta; set beta "
-            "> 0 or lr_coef 0"
+            f"on_policy_coef is {on_policy_coef} with beta 0: the on-policy term is divided by beta; set beta "
+            "> 0 or on_policy_coef 0"
         )
-    if lr_baseline not in LR_BASELINES:
-        raise ValueError(f"lr_baseline is {lr_baseline!r}; expected one of {', '.join(LR_BASELINES)}")
-
-
-def _check_variances(lr_baseline: str, running_variances: Tensor | None, rewards: Tensor) -> None:
-    if lr_baseline == "running" and (running_variances is None or running_variances.shape != rewards.shape):
+    if on_policy_baseline not in ON_POLICY_BASELINES:
         raise ValueError(
-            "running_variances is missing or has another shape than rewards; lr_baseline "
+            f"on_policy_baseline is {on_policy_baseline!r}; expected one of {', '.join(ON_POLICY_BASELINES)}"
+        )
+
+
+def _check_variances(on_policy_baseline: str, running_variances: Tensor | None, rewards: Tensor) -> None:
+    if on_policy_baseline == "running" and (
+        running_variances is None or running_variances.shape != rewards.shape
+    ):
+        raise ValueError(
+            "running_variances is missing or has another shape than rewards; on_policy_baseline "
             "'running' needs one per sample"
         )

@@ -202,7 +202,7 @@ def _bounded_weights(log_weights: Tensor, rivals: RivalsConfig) -> Tensor:
 def refuse_agro_only(name: str, agro: AgroConfig) -> None:
     """ConfigError for knobs of AGRO's that a rival would pass over in silence."""
     for field, default in (
-        ("lr_coef", 0.0),
+        ("on_policy_coef", 0.0),
         ("zero_std", "keep"),
         ("duplicates", "keep"),
         ("target", "mean"),

@@ -11,7 +11,7 @@ is 0 there:
     token       w_it = min(cap, pi(y_it) / mu(y_it))
 
 `target` pass@k or majority@k replaces the reward's part of A_i (learner/objectives/_k_sample.py). The on-policy term
-(lr_coef) is valid for samples of the current policy: it acts on those of staleness 0 (lr_gate fresh), or on
+(on_policy_coef) is valid for samples of the current policy: it acts on those of staleness 0 (on_policy_gate fresh), or on
 all times min(cap, pi/mu) (weighted).
 """
 
@@ -42,10 +42,10 @@ class Agro:
         config = self.config
         needed = {
             "reference": config.beta > 0,
-            "behaviour_logprobs": config.weight != "none"
-            or (config.lr_coef > 0 and config.lr_gate == "weighted"),
-            "freshness": config.lr_coef > 0 and config.lr_gate == "fresh",
-            "prompt_variance": config.lr_coef > 0 and config.lr_baseline == "running",
+            "behaviour_logprobs": config.importance_weight != "none"
+            or (config.on_policy_coef > 0 and config.on_policy_gate == "weighted"),
+            "freshness": config.on_policy_coef > 0 and config.on_policy_gate == "fresh",
+            "prompt_variance": config.on_policy_coef > 0 and config.on_policy_baseline == "running",
             "answers": config.target.startswith("majority"),
             "completions": config.duplicates == "drop",
         }
@@ -92,18 +92,20 @@ class Agro:
             )
             return gain + agro_advantages(torch.zeros_like(rewards), log_ratios, groups, beta=config.beta)
         off_policy = agro_advantages(rewards, log_ratios, groups, beta=config.beta)
-        if config.lr_coef == 0:
+        if config.on_policy_coef == 0:
             return off_policy
         variances = (
-            batch.needed("prompt_variance_N")[kept_N].double() if config.lr_baseline == "running" else None
+            batch.needed("prompt_variance_N")[kept_N].double()
+            if config.on_policy_baseline == "running"
+            else None
         )
         on_policy = agro_advantages(
             rewards,
             log_ratios,
             groups,
             beta=config.beta,
-            lr_coef=config.lr_coef,
-            lr_baseline=config.lr_baseline,
+            on_policy_coef=config.on_policy_coef,
+            on_policy_baseline=config.on_policy_baseline,
             running_variances=variances,
         )
         return off_policy + self._gate(logprobs_T, batch)[kept_N] * (on_policy - off_policy)
@@ -112,15 +114,15 @@ class Agro:
         """[N] what the on-policy term is multiplied by, besides the weight that everything is
         multiplied by.
         """
-        if self.config.lr_gate == "fresh":
+        if self.config.on_policy_gate == "fresh":
             return (batch.staleness_N == 0).double()
-        if self.config.weight == "truncated":
+        if self.config.importance_weight == "truncated":
             return torch.ones_like(batch.staleness_N)  # min(cap, pi/mu) is on the whole advantage already.
         return self._sequence_weight(logprobs_T, batch)
 
     def _weights(self, logprobs_T: Tensor, batch: TokenBatch) -> Tensor:
         """[T] weights after centring."""
-        kind = self.config.weight
+        kind = self.config.importance_weight
         if kind == "none":
             return torch.ones_like(logprobs_T)
         if kind == "truncated":
@@ -135,7 +137,7 @@ class Agro:
 
     def _capped(self, log_weight: Tensor) -> Tensor:
         """min(cap, exp(log_weight)), clamped before the exponential so that it cannot overflow."""
-        return log_weight.clamp_max(math.log(self.config.weight_cap)).exp()
+        return log_weight.clamp_max(math.log(self.config.importance_cap)).exp()
 
     def _kept(self, batch: TokenBatch) -> Tensor:
         """[N] bool: without the second and later equal completions of a group, where duplicates are
@@ -155,7 +157,7 @@ def _log_weight(logprobs_T: Tensor, batch: TokenBatch) -> Tensor:
     log_weight_T = logprobs_T - batch.behaviour_logprobs_T.double()
     if not torch.isfinite(log_weight_T).all():
         raise ValueError(
-            "behaviour_logprobs_T holds values that are not finite; agro.weight and lr_gate = "
+            "behaviour_logprobs_T holds values that are not finite; agro.importance_weight and on_policy_gate = "
             "weighted need every token's"
         )
     return log_weight_T

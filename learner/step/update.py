@@ -94,7 +94,7 @@ class Updater:
         self._config, self._policy, self._objective = config, policy, objective
         self._reference, self._proximal = reference, proximal
         self._pad_id, self._device = pad_id, device
-        self._variances: dict[int, float] = {}  # By the prompt's row; for lr_baseline = running.
+        self._variances: dict[int, float] = {}  # By the prompt's row; for on_policy_baseline = running.
         self._moved: set[str] = set()
         self._is_base = False  # No step was done: policy, reference and proximal policy are the base model.
         self.skip: Skip | None = None

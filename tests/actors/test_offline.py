@@ -50,7 +50,7 @@ def make_config(offline: Path | str, **sections: Any) -> Config:
         "actors": {"count": 0, "group_size": 4, "max_new_tokens": 4},
         "buffer": {"capacity": 8},
         "learner": {"groups_per_step": 2},
-        "agro": {"weight": "none"},
+        "agro": {"importance_weight": "none"},
     }
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}
@@ -137,7 +137,7 @@ def test_duplicates_and_prompts_with_one_completion_are_left_out_and_counted(loa
 
 def test_a_target_of_k_samples_needs_k_completions_of_a_prompt(load):
     third, other = {**GOOD[0], "completion": "4"}, [{**row, "prompt": "1+2=", "answer": "3"} for row in GOOD]
-    agro = {"weight": "none", "target": "pass@3"}
+    agro = {"importance_weight": "none", "target": "pass@3"}
     prompts, notes = load(*GOOD, third, *other, agro=agro)
     assert [(row.text, len(row.offline)) for row in prompts.rows] == [("1+1=", 3)]
     assert "1 prompts left out: fewer than 3 different completions" in notes[1]
@@ -328,29 +328,32 @@ def test_what_an_objective_needs_and_offline_or_lagged_data_lacks_is_refused():
         return load_objective(config.learner.objective, config.agro, config.rivals).needs
 
     check_needs(make_config("log"), needs_of(make_config("log")))
-    weighted = make_config("log", agro={"weight": "truncated"})
+    weighted = make_config("log", agro={"importance_weight": "truncated"})
     with pytest.raises(
         ConfigError,
         match=r"needs behaviour log-probs.*data\.offline = log do not have\. Set "
-        r"agro\.weight=none",
+        r"agro\.importance_weight=none",
     ):
         check_needs(weighted, needs_of(weighted))
     mixed = make_config(
-        "log", data={"path": "p", "offline_share": 0.5}, actors={"count": 1}, agro={"weight": "token"}
+        "log",
+        data={"path": "p", "offline_share": 0.5},
+        actors={"count": 1},
+        agro={"importance_weight": "token"},
     )
-    with pytest.raises(ConfigError, match=r"agro\.weight=none"):
+    with pytest.raises(ConfigError, match=r"agro\.importance_weight=none"):
         check_needs(mixed, needs_of(mixed))
-    on_policy = make_config("log", agro={"lr_coef": 0.01})
+    on_policy = make_config("log", agro={"on_policy_coef": 0.01})
     with pytest.raises(
         ConfigError,
         match=r"all samples are offline: none is ever fresh\. Set "
-        r"agro\.lr_coef=0",
+        r"agro\.on_policy_coef=0",
     ):
         check_needs(on_policy, needs_of(on_policy))
     lagged = {
         "buffer": {"min_staleness": 2, "max_staleness": 4, "capacity": 8},
         "actors": {"count": 1},
-        "agro": {"lr_coef": 0.01},
+        "agro": {"on_policy_coef": 0.01},
     }
     online = make_config("log", data={"path": "p", "offline": None}, **lagged)
     with pytest.raises(ConfigError, match=r"buffer\.min_staleness = 2: none is ever fresh"):
@@ -525,7 +528,7 @@ def run_train(model: Path, run_dir: Path, *more: str) -> str:
         "train",
         "configs/quickstart.yaml",
         *overrides(model, run_dir, 4),
-        "agro.weight=none",
+        "agro.importance_weight=none",
         *more,
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=280, capture_output=True, text=True)

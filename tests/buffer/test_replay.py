@@ -52,7 +52,7 @@ class ReplayModel:
         unconsumed = [stored for stored in self.rows if stored.uses == 0]
         if len(unconsumed) > self.config.capacity:
             self.evict(min(unconsumed, key=lambda stored: stored.oldest_version), "evicted_capacity")
-        if len(self.rows) > self.config.max_uses * self.config.capacity:
+        if len(self.rows) > self.config.uses_per_group * self.config.capacity:
             used = [stored for stored in self.rows if stored.uses]
             self.evict(min(used, key=lambda stored: stored.oldest_version), "evicted_surplus")
         return True
@@ -88,9 +88,9 @@ class ReplayModel:
         taken = [row for row in self.rows if row.group_id in got]
         assert len(taken) == len(got), "took a group that is not stored"
         for row in taken:
-            assert row.uses < self.config.max_uses
+            assert row.uses < self.config.uses_per_group
             used = self.rows[self.rows.index(row)] = msgspec.structs.replace(row, uses=row.uses + 1)
-            if used.uses == self.config.max_uses:
+            if used.uses == self.config.uses_per_group:
                 self.evict(used, "evicted_used")
 
     def check_sampled(self, k: int, step: int, ripe: list[GroupMeta], got: list[int]) -> None:
@@ -136,15 +136,15 @@ class ReplayMachine(RuleBasedStateMachine):
         mix=st.sampled_from(MIXES),
         lag=st.sampled_from([0, 1, 3]),
         max_staleness=st.integers(3, 9),
-        max_uses=st.integers(1, 4),
+        uses_per_group=st.integers(1, 4),
         capacity=st.sampled_from([2, 12, 40]),
     )
-    def start(self, mix, lag, max_staleness, max_uses, capacity):
+    def start(self, mix, lag, max_staleness, uses_per_group, capacity):
         fields = {
             "mix": mix[0],
             "min_staleness": lag,
             "max_staleness": max_staleness,
-            "max_uses": max_uses,
+            "uses_per_group": uses_per_group,
             "capacity": capacity,
         }
         self.config = BufferConfig.model_validate({"sampler": self.sampler, **fields})

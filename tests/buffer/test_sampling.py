@@ -25,7 +25,10 @@ from core.records import Group, Sample, VersionSpan
 
 def make_replay(groups: list[GroupMeta], **fields: object) -> Replay:
     replay = Replay(
-        BufferConfig.model_validate({"capacity": 10**6, "max_staleness": 1000, "max_uses": 10, **fields}), 0
+        BufferConfig.model_validate(
+            {"capacity": 10**6, "max_staleness": 1000, "uses_per_group": 10, **fields}
+        ),
+        0,
     )
     for group in groups:
         assert replay.insert(group)

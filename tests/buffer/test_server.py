@@ -139,7 +139,7 @@ def scenario(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., No
 
 @scenario
 async def test_a_group_goes_from_lease_to_batch(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=4, max_uses=2, sampler="oldest"), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(make_config(capacity=4, uses_per_group=2, sampler="oldest"), run_dir, NUM_ROWS)
     items = [msgspec.msgpack.decode(item, type=WorkItem) for item in await buffer.lease("a", 3, 1.0)]
     assert items == [work_item(ordinal, seed=5, num_rows=NUM_ROWS) for ordinal in range(3)]
     assert await buffer.insert("a", [make_payload(1), make_payload(0)]) == [1, 0]
@@ -156,7 +156,7 @@ async def test_a_group_goes_from_lease_to_batch(run_dir):
 
 @scenario
 async def test_a_group_that_claims_to_be_used_arrives_unused(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=4, max_uses=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(make_config(capacity=4, uses_per_group=2), run_dir, NUM_ROWS)
     await buffer.lease("a", 1, 1.0)
     claims = msgspec.structs.replace(msgspec.msgpack.decode(make_payload(0), type=Group), uses=2)
     await buffer.insert("a", [encode(claims)])
@@ -302,7 +302,7 @@ async def test_a_batch_waits_for_groups_that_are_old_enough_and_takes_young_ones
 
 @scenario
 async def test_offline_groups_are_stored_without_a_version_through_a_restart_and_never_stale(run_dir):
-    config = make_config(capacity=4, max_staleness=1, max_uses=2)
+    config = make_config(capacity=4, max_staleness=1, uses_per_group=2)
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
     await buffer.lease("offline", 2, 1.0)
     assert await buffer.insert("offline", [make_offline_payload(0), make_offline_payload(1)]) == [0, 1]
@@ -427,7 +427,7 @@ async def test_the_learners_step_evicts_stale_groups_and_makes_room(run_dir):
 
 @scenario
 async def test_reference_logprobs_are_cached_with_groups_still_stored(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=2, max_uses=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(make_config(capacity=2, uses_per_group=2), run_dir, NUM_ROWS)
     await buffer.lease("a", 1, 1.0)
     await buffer.insert("a", [make_payload(0, rewards=(1.0, None, 0.0))])
     await buffer.sample(0, 1, 1.0)
@@ -441,7 +441,7 @@ async def test_reference_logprobs_are_cached_with_groups_still_stored(run_dir):
 
 @scenario
 async def test_the_batch_of_a_step_is_the_same_batch_until_the_watermark_has_passed_it(run_dir):
-    config = make_config(capacity=8, max_uses=2, groups_per_step=2)
+    config = make_config(capacity=8, uses_per_group=2, groups_per_step=2)
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
     await buffer.lease("a", 6, 1.0)
     await buffer.insert("a", [make_payload(ordinal) for ordinal in range(6)])
@@ -519,7 +519,7 @@ async def test_an_item_that_every_actor_dies_of_fails_in_the_end(run_dir):
 
 @scenario
 async def test_the_band_of_samples_per_insert_holds_back_the_learner_and_the_actors(run_dir):
-    config = make_config(capacity=4, groups_per_step=2, max_uses=4, samples_per_insert=(1.0, 1.5))
+    config = make_config(capacity=4, groups_per_step=2, uses_per_group=4, samples_per_insert=(1.0, 1.5))
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
     await buffer.lease("a", 4, 1.0)
     await buffer.insert("a", [make_payload(ordinal) for ordinal in range(3)])
@@ -530,7 +530,7 @@ async def test_the_band_of_samples_per_insert_holds_back_the_learner_and_the_act
     assert await buffer.sample(2, 2, 10.0) is not None
     assert len(await buffer.lease("a", 9, 1.0)) >= 2
     tight = ReplayBuffer(
-        make_config(capacity=4, groups_per_step=2, max_uses=4, samples_per_insert=(2.0, 4.0)),
+        make_config(capacity=4, groups_per_step=2, uses_per_group=4, samples_per_insert=(2.0, 4.0)),
         f"{run_dir}/2",
         NUM_ROWS,
     )

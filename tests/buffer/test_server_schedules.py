@@ -81,7 +81,7 @@ class Schedule:
             "groups_per_step": rng.randint(1, capacity),
             "capacity": capacity,
             "max_staleness": rng.randint(0, 3),
-            "max_uses": rng.randint(1, 3),
+            "uses_per_group": rng.randint(1, 3),
             "sampler": rng.choice(["uniform", "fresh", "oldest", "stratified", "priority"]),
         }
         settings["groups_per_step"] = max(
@@ -95,7 +95,7 @@ class Schedule:
                 "max_staleness": lag + slack,
             }
         elif num_shards == 1 and rng.random() < 0.3:
-            high = rng.uniform(1.0, settings["max_uses"])
+            high = rng.uniform(1.0, settings["uses_per_group"])
             settings["samples_per_insert"] = (rng.uniform(0.0, high), high)
         self.config = make_config(timeout_s=5.0, min_staleness=lag, num_shards=num_shards, **settings)
         self.shards = [MortalShard(self.config, run_dir, NUM_ROWS, shard) for shard in range(num_shards)]
@@ -171,7 +171,7 @@ class Schedule:
             assert len({group.group_id for group in groups}) == len(groups)
             for group in groups:
                 assert self.step - group.oldest_version <= self.config.buffer.max_staleness
-                assert 1 <= group.uses <= self.config.buffer.max_uses
+                assert 1 <= group.uses <= self.config.buffer.uses_per_group
                 self.num_young += group.oldest_version > max(0, self.step - self.config.buffer.min_staleness)
             await self.check_admission()
             await asyncio.sleep(self.rng.choice([0.0, 0.1, 3.0]))
@@ -310,7 +310,7 @@ def _serve_until_killed(run_dir: str, seed: int, acks: int) -> None:
 
     async def work() -> None:
         rng = random.Random(seed)
-        config = make_config(capacity=8, max_uses=2, max_staleness=2)
+        config = make_config(capacity=8, uses_per_group=2, max_staleness=2)
         buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
         os.write(acks, struct.pack("<q", -1))
         step = buffer._shard._step
@@ -351,7 +351,9 @@ def test_invariant_2_an_acknowledged_group_survives_the_death_of_the_buffer(tmp_
         acknowledged += [ordinal for (ordinal,) in struct.iter_unpack("<q", told) if ordinal >= 0]
 
     async def look() -> dict[str, float]:
-        buffer = ReplayBuffer(make_config(capacity=8, max_uses=2, max_staleness=2), str(tmp_path), NUM_ROWS)
+        buffer = ReplayBuffer(
+            make_config(capacity=8, uses_per_group=2, max_staleness=2), str(tmp_path), NUM_ROWS
+        )
         assert all(not buffer._shard.admission.is_open(ordinal) for ordinal in acknowledged), (
             "an acknowledged group would be made again"
         )

@@ -263,7 +263,7 @@ def test_uniform_takes_every_group_equally_often():
 
 
 def test_groups_without_age_are_the_newest_and_never_stale():
-    replay = Replay(BufferConfig(sampler="fresh", max_staleness=2, capacity=3, max_uses=2), 0)
+    replay = Replay(BufferConfig(sampler="fresh", max_staleness=2, capacity=3, uses_per_group=2), 0)
     for group_id, version in [(0, 1), (1, AGELESS), (2, 7), (3, AGELESS)]:
         replay.insert(GroupMeta(group_id, version, 1))
     assert [group.group_id for group, _ in replay.pop_evicted()] == [0], (
@@ -298,9 +298,13 @@ def test_no_batch_is_younger_than_min_staleness_and_one_always_comes(data):
     lag, k = data.draw(st.integers(1, 4), "lag"), data.draw(st.integers(1, 3), "k")
     capacity = data.draw(st.integers((lag + 1) * k, (lag + 3) * k), "capacity")
     sampler = data.draw(st.sampled_from(sorted(SAMPLERS)), "sampler")
-    max_uses = data.draw(st.integers(1, 2), "max_uses")
+    uses_per_group = data.draw(st.integers(1, 2), "uses_per_group")
     config = BufferConfig(
-        sampler=sampler, min_staleness=lag, max_staleness=1000, capacity=capacity, max_uses=max_uses
+        sampler=sampler,
+        min_staleness=lag,
+        max_staleness=1000,
+        capacity=capacity,
+        uses_per_group=uses_per_group,
     )
     replay, next_id, step = Replay(config, 0), 0, 0
     versions = {}
@@ -361,7 +365,7 @@ class ReplayModel:
         if len(unconsumed) > self.config.capacity:
             self.rows.remove(min(unconsumed, key=lambda row: row[1]))
             self.counts["evicted_capacity"] += 1
-        if len(self.rows) > self.config.max_uses * self.config.capacity:
+        if len(self.rows) > self.config.uses_per_group * self.config.capacity:
             self.rows.remove(min((row for row in self.rows if row[2]), key=lambda row: row[1]))
             self.counts["evicted_surplus"] += 1
         return True
@@ -379,7 +383,7 @@ class ReplayModel:
             assert step - row[1] <= self.config.max_staleness
             row[2] += 1
             got = [group_id for group_id in got if group_id != row[0]]
-            if row[2] == self.config.max_uses:
+            if row[2] == self.config.uses_per_group:
                 self.rows.remove(row)
                 self.counts["evicted_used"] += 1
         assert got == [], "took a group that is not stored"
@@ -391,7 +395,7 @@ def test_replay_agrees_with_an_obvious_model(sampler, seed):
     rng = random.Random(seed)
     config = BufferConfig(
         sampler=sampler,
-        max_uses=rng.randint(1, 3),
+        uses_per_group=rng.randint(1, 3),
         max_staleness=rng.randint(0, 5),
         capacity=rng.randint(2, 12),
     )
@@ -425,7 +429,7 @@ def test_replay_agrees_with_an_obvious_model(sampler, seed):
 
 
 def test_the_choice_depends_on_seed_step_and_contents_only():
-    config = BufferConfig(sampler="uniform", max_uses=9)
+    config = BufferConfig(sampler="uniform", uses_per_group=9)
 
     def chosen(seed: int, step: int, warm_up: int) -> list[int]:
         replay = Replay(config, seed)
@@ -440,7 +444,7 @@ def test_the_choice_depends_on_seed_step_and_contents_only():
 
 
 def test_groups_that_are_used_but_never_used_up_do_not_pile_up():
-    replay = Replay(BufferConfig(sampler="fresh", max_uses=3, max_staleness=10**6, capacity=2), 0)
+    replay = Replay(BufferConfig(sampler="fresh", uses_per_group=3, max_staleness=10**6, capacity=2), 0)
     for step in range(50):
         replay.insert(GroupMeta(step, step, 1))
         assert replay.take(1, step) == [step]
@@ -452,7 +456,7 @@ def test_groups_that_are_used_but_never_used_up_do_not_pile_up():
 
 
 def test_evictions_are_reported_with_their_reason():
-    replay = Replay(BufferConfig(sampler="oldest", max_uses=1, max_staleness=2, capacity=2), 0)
+    replay = Replay(BufferConfig(sampler="oldest", uses_per_group=1, max_staleness=2, capacity=2), 0)
     for group_id, version in [(0, 5), (1, 3), (2, 6)]:
         replay.insert(GroupMeta(group_id, version, 1))
     assert replay.take(1, step=8) == [2], "1 went for capacity, 0 is too old"
@@ -484,13 +488,13 @@ def test_a_sampler_that_repeats_itself_is_an_error(monkeypatch):
         replay.take(2, step=0)
 
 
-def test_a_lower_max_uses_lets_used_groups_go_on_restart():
-    replay = Replay(BufferConfig(max_uses=3, sampler="oldest"), 0)
+def test_a_lower_uses_per_group_lets_used_groups_go_on_restart():
+    replay = Replay(BufferConfig(uses_per_group=3, sampler="oldest"), 0)
     for group_id in range(2):
         replay.insert(GroupMeta(group_id, 0, 1))
     replay.take(1, 0)
     replay.take(1, 1)
-    again = Replay(BufferConfig(max_uses=2), 0)
+    again = Replay(BufferConfig(uses_per_group=2), 0)
     again.set_state(replay.get_state())
     assert 0 not in again
     assert again.counts["evicted_used"] == 1

@@ -36,7 +36,7 @@ from tests.buffer.test_server import (
 
 @scenario
 async def test_a_restart_goes_on_where_the_last_process_stood(run_dir):
-    config = make_config(capacity=6, max_uses=2, sampler="oldest")
+    config = make_config(capacity=6, uses_per_group=2, sampler="oldest")
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
     await buffer.lease("a", 6, 1.0)
     await buffer.insert(
@@ -88,7 +88,7 @@ def full_disk(buffer: ReplayBuffer) -> Iterator[None]:
 
 @scenario
 async def test_a_full_disk_refuses_insert_and_lease_and_training_goes_on_until_both_succeed(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=8, max_uses=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(make_config(capacity=8, uses_per_group=2), run_dir, NUM_ROWS)
     await buffer.lease("a", 6, 1.0)
     await buffer.insert("a", [make_payload(0), make_payload(1)])
     with full_disk(buffer):
@@ -111,7 +111,7 @@ async def test_a_full_disk_refuses_insert_and_lease_and_training_goes_on_until_b
     ]
     assert (await check_sums(buffer))["changes_unwritten"] == 0
     await buffer.close()
-    buffer = ReplayBuffer(make_config(capacity=8, max_uses=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(make_config(capacity=8, uses_per_group=2), run_dir, NUM_ROWS)
     after = await check_sums(buffer)
     assert (after["inserted"], after["taken"]) == (5, 6)
     assert audit(f"{run_dir}/{LEDGER_NAME}")["violations"] == []

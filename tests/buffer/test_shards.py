@@ -163,7 +163,7 @@ async def test_an_outdated_actor_is_told_so_by_every_shard(run_dir, num_shards):
 
 @with_1_and_3_shards
 async def test_all_shards_go_on_after_a_restart_with_leases_uses_and_batches(run_dir, num_shards):
-    settings = {"capacity": 12, "groups_per_step": 6, "max_uses": 2}
+    settings = {"capacity": 12, "groups_per_step": 6, "uses_per_group": 2}
     buffer = open_buffer(run_dir, num_shards, **settings)
     assert await buffer.next_step() == 0
     await fill(buffer, 9)

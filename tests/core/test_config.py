@@ -62,7 +62,7 @@ BAD_OVERRIDES = [
     ("actors.lr=1e-5", ["actors.lr", "did you mean learner.lr"]),
     ("learner.seed=3", ["learner.seed", "did you mean run.seed"]),
     ("learner.temperature=1.0", ["did you mean actors.temperature or eval.temperature"]),
-    ("agro.zzzzzz=1", ["agro.zzzzzz", "valid here", "beta", "lr_coef"]),
+    ("agro.zzzzzz=1", ["agro.zzzzzz", "valid here", "beta", "on_policy_coef"]),
     # Types
     ("run.steps=ten", ["run.steps", "'ten'", "whole number"]),
     ("run.steps=1.5", ["run.steps", "1.5", "whole number"]),
@@ -148,7 +148,10 @@ BAD_OVERRIDES = [
     ("buffer.mix={0-1: 0.5, 1-2: 0.5}", ["buffer.mix", "from 0 is empty or overlaps"]),
     ("buffer.mix={young: 1.0}", ["buffer.mix: 'young' is no range of staleness"]),
     ("buffer.mix={0-1: 0.5, 2: 0.4}", ["the shares are [0.5, 0.4]", "sum is 1"]),
-    ("buffer.samples_per_insert=[1.0, 2.0]", ["buffer.samples_per_insert = [1, 2]", "buffer.max_uses = 1"]),
+    (
+        "buffer.samples_per_insert=[1.0, 2.0]",
+        ["buffer.samples_per_insert = [1, 2]", "buffer.uses_per_group = 1"],
+    ),
     ("actors.max=1", ["actors.count = 2 is not within actors.min = 1 and actors.max = 1"]),
     (
         "buffer.sampler=newest",
@@ -163,17 +166,17 @@ BAD_OVERRIDES = [
         "learner.micro_batch_tokens=16 actors.max_new_tokens=100",
         ["learner.micro_batch_tokens = 16", "= 108", "Raise"],
     ),
-    ("agro.lr_coef=0.1 agro.beta=0", ["agro.lr_coef > 0", "agro.beta > 0"]),
-    ("agro.lr_coef=1.5", ["agro.lr_coef = 1.5", "less than or equal to 1"]),
+    ("agro.on_policy_coef=0.1 agro.beta=0", ["agro.on_policy_coef > 0", "agro.beta > 0"]),
+    ("agro.on_policy_coef=1.5", ["agro.on_policy_coef = 1.5", "less than or equal to 1"]),
     ("agro.beta=0 agro.ref_update_every=5", ["agro.ref_update_every = 5", "no reference to move"]),
     (
         "rivals.is_correction=tis_token",
-        ["rivals.is_correction = tis_token", "agro.weight_cap", "another learner.objective"],
+        ["rivals.is_correction = tis_token", "agro.importance_cap", "another learner.objective"],
     ),
     ("agro.target=pass@9", ["agro.target = pass@9", "actors.group_size = 8", "lower k"]),
     ("agro.target=pass", ["agro.target = 'pass'", "majority@k"]),
     ("agro.target=majority@10 actors.group_size=20", ["184756 subsets", "more than 20000", "smaller k"]),
-    ("agro.target=pass@2 agro.lr_coef=0.01", ["agro.target = pass@2", "Set agro.lr_coef=0"]),
+    ("agro.target=pass@2 agro.on_policy_coef=0.01", ["agro.target = pass@2", "Set agro.on_policy_coef=0"]),
     ("agro.target=pass@2 learner.objective=grpo", ["agro.target = pass@2", "Set learner.objective=agro"]),
     ("data.path=null", ["data.path is missing", "data.offline"]),
     ("actors.count=0", ["actors.count = 0", "data.offline alone"]),
@@ -345,13 +348,13 @@ def test_derived_values_follow_their_formulas(example):
 
 WARNINGS = [
     ("actors.top_p=0.9", "does not cover the reference"),
-    ("agro.lr_coef=0.5 & weights.publish_every=1", "hazard"),
-    ("agro.lr_coef=0.01", "few samples are ever of the current policy"),
+    ("agro.on_policy_coef=0.5 & weights.publish_every=1", "hazard"),
+    ("agro.on_policy_coef=0.01", "few samples are ever of the current policy"),
     ("agro.target=pass@8", "nothing is left to centre with"),
     ("rivals.clip_low=0.1", "rivals.clip_low = 0.1: learner.objective = agro does not use that"),
     (
-        "learner.objective=grpo & agro.weight=geometric",
-        "agro.weight = geometric: learner.objective = grpo does not use that",
+        "learner.objective=grpo & agro.importance_weight=geometric",
+        "agro.importance_weight = geometric: learner.objective = grpo does not use that",
     ),
     ("buffer.max_staleness=1", "evicted as stale"),
     ("learner.warmup_steps=10", "peak learning rate"),
@@ -390,8 +393,8 @@ def test_the_papers_setting_is_in_its_config():
     config = load_config(ROOT / "configs" / "llama3_8b_math.yaml")
     assert config.agro.beta == 0.001
     assert config.eval.every == 100
-    assert config.agro.weight == "none"
-    assert config.agro.lr_coef == 0
+    assert config.agro.importance_weight == "none"
+    assert config.agro.on_policy_coef == 0
 
 
 def test_a_config_cannot_be_changed(example):

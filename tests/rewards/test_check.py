@@ -102,7 +102,12 @@ def test_a_start_refuses_a_bad_gold_answer_by_row_or_leaves_it_out(tmp_path, tin
 
 def test_a_log_with_all_its_rewards_needs_no_gold_answers(tmp_path, tiny_models):
     log = [{"prompt": "1+1=", "completion": str(number), "reward": number % 2} for number in range(4)]
-    offline = ("data.path=null", f"data.offline={tmp_path}/train.jsonl", "agro.weight=none", "actors.count=0")
+    offline = (
+        "data.path=null",
+        f"data.offline={tmp_path}/train.jsonl",
+        "agro.importance_weight=none",
+        "actors.count=0",
+    )
     check_inputs(configured(tmp_path, tiny_models["tied"], log, *offline))
     del log[0]["reward"]
     with pytest.raises(

@@ -61,7 +61,7 @@ def test_training_ends_at_its_step_count_with_a_clean_audit_though_something_die
     run_dir = tmp_path / "run"
     more = (
         f"buffer.num_shards={num_shards}",
-        "buffer.max_uses=2",
+        "buffer.uses_per_group=2",
         "eval.every=1000",
         "checkpoint.every=20",
         PACE,

@@ -129,7 +129,7 @@ def test_killed_ranks_and_a_killed_driver_cost_no_step_no_prompt_and_no_group(
         "learner.ranks=2",
         "learner.num_cpus=0.5",
         "checkpoint.every=4",
-        "buffer.max_uses=2",
+        "buffer.uses_per_group=2",
         "run.timeout_s=120",
     )
     process = start_train(tiny_models["tied"], run_dir, steps, *more)

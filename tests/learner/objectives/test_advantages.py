@@ -89,15 +89,17 @@ def test_centring_the_reward_alone_is_biased_off_policy():
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
-@pytest.mark.parametrize("lr_baseline", ["none", "loo"])
-@pytest.mark.parametrize("lr_coef", [0.01, 1.0])
-def test_on_policy_term_is_unbiased(n, lr_baseline, lr_coef):
+@pytest.mark.parametrize("on_policy_baseline", ["none", "loo"])
+@pytest.mark.parametrize("on_policy_coef", [0.01, 1.0])
+def test_on_policy_term_is_unbiased(n, on_policy_baseline, on_policy_coef):
     pi = THETA.softmax(0)
     scores = torch.eye(Y, dtype=torch.float64) - pi
     deviation = residual_of(THETA) - (pi * residual_of(THETA)).sum()
     sampling = 0.5 * ((pi * deviation**2)[:, None] * scores).sum(0) / BETA  # 1/2 E_pi[(R-m)^2 s] / beta
-    exact = gradient_of(lambda theta: half_variance(theta, pi) / BETA) + lr_coef * sampling
-    found = expected_gradient(pi, n, agro(lr_coef=lr_coef, lr_baseline=lr_baseline))
+    exact = gradient_of(lambda theta: half_variance(theta, pi) / BETA) + on_policy_coef * sampling
+    found = expected_gradient(
+        pi, n, agro(on_policy_coef=on_policy_coef, on_policy_baseline=on_policy_baseline)
+    )
     assert relative(found, exact) < 1e-12
 
 
@@ -110,8 +112,8 @@ def test_the_running_baseline_leaves_the_on_policy_term_unbiased_whatever_it_was
             log_ratios,
             ids,
             beta=BETA,
-            lr_coef=1.0,
-            lr_baseline="running",
+            on_policy_coef=1.0,
+            on_policy_baseline="running",
             running_variances=variances,
         )
 
@@ -119,10 +121,12 @@ def test_the_running_baseline_leaves_the_on_policy_term_unbiased_whatever_it_was
     assert relative(expected_gradient(THETA.softmax(0), n, running), exact) < 1e-12
 
 
-@pytest.mark.parametrize("lr_baseline", ["none", "loo"])
-def test_lr_coef_one_is_the_gradient_that_differentiates_the_sampling_too(lr_baseline):
+@pytest.mark.parametrize("on_policy_baseline", ["none", "loo"])
+def test_on_policy_coef_one_is_the_gradient_that_differentiates_the_sampling_too(on_policy_baseline):
     exact = gradient_of(lambda theta: half_variance(theta, theta.softmax(0)) / BETA)
-    found = expected_gradient(THETA.softmax(0), 3, agro(lr_coef=1.0, lr_baseline=lr_baseline))
+    found = expected_gradient(
+        THETA.softmax(0), 3, agro(on_policy_coef=1.0, on_policy_baseline=on_policy_baseline)
+    )
     assert relative(found, exact) < 1e-12
 
 
@@ -144,19 +148,25 @@ def test_loo_baseline_lowers_the_variance_of_the_on_policy_term():
     )
     arguments = REWARDS[draws], (THETA.log_softmax(0) - REF)[draws], ids
     off_policy = agro()(*arguments)
-    terms = {name: agro(lr_coef=1.0, lr_baseline=name)(*arguments) - off_policy for name in ("none", "loo")}
+    terms = {
+        name: agro(on_policy_coef=1.0, on_policy_baseline=name)(*arguments) - off_policy
+        for name in ("none", "loo")
+    }
     assert terms["loo"].square().mean() < 0.9 * terms["none"].square().mean()
     assert abs(terms["loo"].mean()) < 0.05 * abs(terms["none"].mean())
 
 
 def test_in_a_group_of_two_the_loo_baseline_is_zero():
     rewards, log_ratios, ids = torch.tensor([1.0, 0.0]), torch.tensor([0.2, -0.1]), torch.tensor([5, 5])
-    found = [agro(lr_coef=0.5, lr_baseline=name)(rewards, log_ratios, ids) for name in ("none", "loo")]
+    found = [
+        agro(on_policy_coef=0.5, on_policy_baseline=name)(rewards, log_ratios, ids)
+        for name in ("none", "loo")
+    ]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], agro()(rewards, log_ratios, ids))
 
 
-def slow_advantages(rewards, log_ratios, groups, *, beta, lr_coef=0.0, lr_baseline="loo"):
+def slow_advantages(rewards, log_ratios, groups, *, beta, on_policy_coef=0.0, on_policy_baseline="loo"):
     """The docstring's formulas, one sample at a time."""
     residuals = [r - beta * ell for r, ell in zip(rewards, log_ratios, strict=True)]
     advantages = []
@@ -167,10 +177,10 @@ def slow_advantages(rewards, log_ratios, groups, *, beta, lr_coef=0.0, lr_baseli
             continue
         n, mean = len(others) + 1, sum(others) / len(others)
         baseline = 0.0
-        if lr_baseline == "loo" and n >= 3:
+        if on_policy_baseline == "loo" and n >= 3:
             baseline = n / (n - 1) * sum((value - mean) ** 2 for value in others) / (n - 2)
         a = residuals[i] - mean
-        advantages.append(a - (lr_coef / (2 * beta) * (a**2 - baseline) if lr_coef else 0.0))
+        advantages.append(a - (on_policy_coef / (2 * beta) * (a**2 - baseline) if on_policy_coef else 0.0))
     return torch.tensor(advantages, dtype=torch.float64)
 
 
@@ -187,8 +197,8 @@ def mixed_groups(seed):
 OPTIONS = [
     {"beta": 0.0},
     {"beta": 0.7},
-    {"beta": 0.2, "lr_coef": 0.3, "lr_baseline": "none"},
-    {"beta": 0.2, "lr_coef": 0.3, "lr_baseline": "loo"},
+    {"beta": 0.2, "on_policy_coef": 0.3, "on_policy_baseline": "none"},
+    {"beta": 0.2, "on_policy_coef": 0.3, "on_policy_baseline": "loo"},
 ]
 
 
@@ -246,7 +256,9 @@ def test_a_large_common_offset_costs_no_accuracy_in_float32(options):
 
 
 def test_a_group_of_one_gets_zero_and_no_samples_give_none():
-    found = agro(lr_coef=0.5)(torch.tensor([3.0, 1e6]), torch.tensor([1.0, -7.7]), torch.tensor([1, 2]))
+    found = agro(on_policy_coef=0.5)(
+        torch.tensor([3.0, 1e6]), torch.tensor([1.0, -7.7]), torch.tensor([1, 2])
+    )
     assert torch.equal(found, torch.zeros(2))
     assert agro()(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
@@ -278,11 +290,11 @@ GOOD = {"rewards": torch.rand(3), "log_ratios": torch.rand(3), "groups": torch.t
         ({"beta": -0.1}, "beta"),
         ({"beta": math.nan}, "beta"),
         ({"beta": math.inf}, "beta"),
-        ({"beta": 0.0, "lr_coef": 0.1}, "beta"),
-        ({"lr_coef": -1.0}, "lr_coef"),
-        ({"lr_coef": math.nan}, "lr_coef"),
-        ({"lr_baseline": "mean"}, "lr_baseline"),
-        ({"lr_baseline": "running"}, "running_variances"),
+        ({"beta": 0.0, "on_policy_coef": 0.1}, "beta"),
+        ({"on_policy_coef": -1.0}, "on_policy_coef"),
+        ({"on_policy_coef": math.nan}, "on_policy_coef"),
+        ({"on_policy_baseline": "mean"}, "on_policy_baseline"),
+        ({"on_policy_baseline": "running"}, "running_variances"),
     ],
 )
 def test_a_bad_argument_is_named(changed, named):

@@ -36,7 +36,7 @@ def make_batch(**changes):
 
 
 def make_objective(**changes):
-    options: dict[str, Any] = {"beta": 0.2, "weight": "none"} | changes
+    options: dict[str, Any] = {"beta": 0.2, "importance_weight": "none"} | changes
     return load_objective("agro", AgroConfig(**options))
 
 
@@ -58,7 +58,7 @@ def select(batch, keep_N):
 
 def test_loss_is_the_formula_read_aloud():
     batch = make_batch()
-    loss, diagnostics = make_objective(weight="truncated", weight_cap=1.5).loss(batch)
+    loss, diagnostics = make_objective(importance_weight="truncated", importance_cap=1.5).loss(batch)
     by_sequence = batch.logprobs_T.detach().split(SIZES.tolist())
     behaviour = batch.behaviour_logprobs_T.split(SIZES.tolist())
     expected = 0.0
@@ -82,7 +82,14 @@ def test_loss_is_the_formula_read_aloud():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"weight": "truncated"}, {"weight": "token"}, {"lr_coef": 0.1}, {"zero_std": "drop"}]
+    "changes",
+    [
+        {},
+        {"importance_weight": "truncated"},
+        {"importance_weight": "token"},
+        {"on_policy_coef": 0.1},
+        {"zero_std": "drop"},
+    ],
 )
 def test_losses_and_gradients_of_groups_add_up(changes):
     batch, objective = make_batch(), make_objective(**changes)
@@ -97,7 +104,7 @@ def test_losses_and_gradients_of_groups_add_up(changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_token_gradients_are_those_of_the_loss_also_without_gradient_mode(dtype):
     batch = make_batch(logprobs_T=make_batch().logprobs_T.detach().to(dtype).requires_grad_())
-    objective = make_objective(weight="truncated", lr_coef=0.1)
+    objective = make_objective(importance_weight="truncated", on_policy_coef=0.1)
     with torch.no_grad():
         found = token_gradients(objective, batch)
     assert found.dtype == dtype
@@ -108,7 +115,9 @@ def test_token_gradients_are_those_of_the_loss_also_without_gradient_mode(dtype)
 
 
 def test_a_group_of_one_contributes_nothing():
-    gradients = make_batch().sequence_sums(token_gradients(make_objective(weight="truncated"), make_batch()))
+    gradients = make_batch().sequence_sums(
+        token_gradients(make_objective(importance_weight="truncated"), make_batch())
+    )
     assert gradients[6] == 0  # group 2
     assert (gradients[:6] != 0).all()
 
@@ -135,7 +144,7 @@ def test_truncated_weight_is_the_capped_ratio_and_never_overflows(log_ratio):
     for cap in (0.5, 1.0, 3.0):
         behaviour_T = batch.logprobs_T - log_ratio / SIZES[batch.sequence_T]
         moved = dataclasses.replace(batch, behaviour_logprobs_T=behaviour_T)
-        loss, diagnostics = make_objective(weight="truncated", weight_cap=cap).loss(moved)
+        loss, diagnostics = make_objective(importance_weight="truncated", importance_cap=cap).loss(moved)
         expected = cap if log_ratio > 700 else min(cap, math.exp(log_ratio))
         torch.testing.assert_close(
             diagnostics["weight"], torch.full((9,), expected, dtype=torch.float64), rtol=1e-5, atol=0
@@ -146,8 +155,10 @@ def test_truncated_weight_is_the_capped_ratio_and_never_overflows(log_ratio):
 
 def test_weights_multiply_the_gradient_of_each_sequence():
     batch = make_batch()
-    plain, weighted = (token_gradients(make_objective(weight=kind), batch) for kind in ("none", "truncated"))
-    weight_N = make_objective(weight="truncated").loss(batch)[1]["weight"]
+    plain, weighted = (
+        token_gradients(make_objective(importance_weight=kind), batch) for kind in ("none", "truncated")
+    )
+    weight_N = make_objective(importance_weight="truncated").loss(batch)[1]["weight"]
     assert 0 < (weight_N < 1).sum() < 9
     torch.testing.assert_close(weighted, plain * weight_N[batch.sequence_T], rtol=1e-13, atol=0)
 
@@ -164,7 +175,7 @@ def weights_read_aloud(batch, kind, cap):
 def test_token_and_geometric_weights_are_what_they_say(kind, cap):
     batch = make_batch()
     plain = token_gradients(make_objective(), batch)
-    objective = make_objective(weight=kind, weight_cap=cap)
+    objective = make_objective(importance_weight=kind, importance_cap=cap)
     expected_T = weights_read_aloud(batch, kind, cap)
     torch.testing.assert_close(token_gradients(objective, batch), plain * expected_T, rtol=1e-12, atol=0)
     means = torch.stack([values.mean() for values in expected_T.split(SIZES.tolist())])
@@ -185,7 +196,7 @@ def test_a_geometric_weight_does_not_vanish_with_length_as_the_sequence_ratio_do
         num_groups=1,
     )
     weights = {
-        kind: make_objective(weight=kind).loss(batch)[1]["weight"][0].item()
+        kind: make_objective(importance_weight=kind).loss(batch)[1]["weight"][0].item()
         for kind in ("truncated", "token", "geometric")
     }
     assert weights["truncated"] == pytest.approx(math.exp(-10))
@@ -195,19 +206,24 @@ def test_a_geometric_weight_does_not_vanish_with_length_as_the_sequence_ratio_do
 
 def test_the_weighted_gate_lets_the_on_policy_term_act_on_stale_samples_by_their_ratio():
     batch = make_batch()
-    weight_N = make_objective(weight="truncated", weight_cap=1.5).loss(batch)[1]["weight"]
+    weight_N = make_objective(importance_weight="truncated", importance_cap=1.5).loss(batch)[1]["weight"]
     log_ratio_N = batch.sequence_sums(batch.logprobs_T.detach()) - batch.ref_logprobs_N
     off_policy = agro_advantages(batch.rewards_N, log_ratio_N, GROUPS, beta=0.2)
-    literal = agro_advantages(batch.rewards_N, log_ratio_N, GROUPS, beta=0.2, lr_coef=0.3)
+    literal = agro_advantages(batch.rewards_N, log_ratio_N, GROUPS, beta=0.2, on_policy_coef=0.3)
     sizes_N = torch.tensor([3, 3, 3, 3, 3, 3, 1, 2, 2])
     for weight, of_off_policy in (("none", torch.ones(9, dtype=torch.float64)), ("truncated", weight_N)):
         # Whatever weighs the rest, the on-policy term is weighed once.
         expected_N = -(of_off_policy * off_policy + weight_N * (literal - off_policy)) / (6 * sizes_N)
-        objective = make_objective(weight=weight, weight_cap=1.5, lr_coef=0.3, lr_gate="weighted")
+        objective = make_objective(
+            importance_weight=weight, importance_cap=1.5, on_policy_coef=0.3, on_policy_gate="weighted"
+        )
         torch.testing.assert_close(
             token_gradients(objective, batch), expected_N[batch.sequence_T], rtol=1e-12, atol=1e-14
         )
-    assert make_objective(lr_coef=0.3, lr_gate="weighted").needs == {"reference", "behaviour_logprobs"}
+    assert make_objective(on_policy_coef=0.3, on_policy_gate="weighted").needs == {
+        "reference",
+        "behaviour_logprobs",
+    }
 
 
 def test_the_running_baseline_is_the_prompts_variance_and_loo_for_a_prompt_never_seen():
@@ -216,7 +232,7 @@ def test_the_running_baseline_is_the_prompts_variance_and_loo_for_a_prompt_never
     )
     batch = make_batch(prompt_variance_N=variances, staleness_N=torch.zeros(9, dtype=torch.float64))
     running, loo, none = (
-        make_objective(lr_coef=0.3, lr_baseline=baseline).loss(batch)[1]["advantage"]
+        make_objective(on_policy_coef=0.3, on_policy_baseline=baseline).loss(batch)[1]["advantage"]
         for baseline in ("running", "loo", "none")
     )
     group_nine = GROUPS == 9
@@ -226,9 +242,11 @@ def test_the_running_baseline_is_the_prompts_variance_and_loo_for_a_prompt_never
         running[group_four], none[group_four] + 0.3 / (2 * 0.2) * 1.5 * 0.3, rtol=1e-12, atol=0
     )
     assert running[GROUPS == 2] == 0
-    assert "prompt_variance" in make_objective(lr_coef=0.3, lr_baseline="running").needs
+    assert "prompt_variance" in make_objective(on_policy_coef=0.3, on_policy_baseline="running").needs
     with pytest.raises(ValueError, match="prompt_variance_N is None"):
-        make_objective(lr_coef=0.3, lr_baseline="running").loss(make_batch(staleness_N=torch.zeros(9)))
+        make_objective(on_policy_coef=0.3, on_policy_baseline="running").loss(
+            make_batch(staleness_N=torch.zeros(9))
+        )
 
 
 def test_dropped_duplicates_count_once_and_the_rest_is_centred_without_them():
@@ -250,9 +268,9 @@ def test_the_on_policy_term_acts_on_fresh_samples_only():
     log_ratio_N = batch.sequence_sums(batch.logprobs_T.detach()) - batch.ref_logprobs_N
     off_policy = agro_advantages(batch.rewards_N, log_ratio_N, GROUPS, beta=0.2)
     on_policy = agro_advantages(
-        batch.rewards_N, log_ratio_N, GROUPS, beta=0.2, lr_coef=0.3, lr_baseline="none"
+        batch.rewards_N, log_ratio_N, GROUPS, beta=0.2, on_policy_coef=0.3, on_policy_baseline="none"
     )
-    found = make_objective(lr_coef=0.3, lr_baseline="none").loss(batch)[1]["advantage"]
+    found = make_objective(on_policy_coef=0.3, on_policy_baseline="none").loss(batch)[1]["advantage"]
     fresh = batch.staleness_N == 0
     assert torch.equal(found, torch.where(fresh, on_policy, off_policy))
     assert (found[fresh & (GROUPS != 2)] != off_policy[fresh & (GROUPS != 2)]).all()
@@ -262,10 +280,10 @@ def test_the_on_policy_term_acts_on_fresh_samples_only():
     "changes",
     [
         {},
-        {"weight": "truncated"},
-        {"weight": "truncated", "weight_cap": 3.0},
-        {"weight": "token"},
-        {"weight": "geometric"},
+        {"importance_weight": "truncated"},
+        {"importance_weight": "truncated", "importance_cap": 3.0},
+        {"importance_weight": "token"},
+        {"importance_weight": "geometric"},
     ],
 )
 def test_descent_reaches_the_optimum_from_data_of_another_policy(changes):
@@ -299,8 +317,8 @@ def test_descent_reaches_the_optimum_from_data_of_another_policy(changes):
 
 def test_needs_say_what_the_config_asks_for_and_the_rest_may_be_nan():
     assert make_objective().needs == {"reference"}
-    assert make_objective(weight="truncated").needs == {"reference", "behaviour_logprobs"}
-    assert make_objective(lr_coef=0.1).needs == {"reference", "freshness"}
+    assert make_objective(importance_weight="truncated").needs == {"reference", "behaviour_logprobs"}
+    assert make_objective(on_policy_coef=0.1).needs == {"reference", "freshness"}
     assert make_objective(beta=0.0).needs == frozenset()
     batch = make_batch()
     poisoned = dataclasses.replace(
@@ -310,7 +328,7 @@ def test_needs_say_what_the_config_asks_for_and_the_rest_may_be_nan():
     )
     assert torch.equal(token_gradients(make_objective(), poisoned), token_gradients(make_objective(), batch))
     with pytest.raises(ValueError, match="behaviour_logprobs_T"):
-        make_objective(weight="truncated").loss(poisoned)
+        make_objective(importance_weight="truncated").loss(poisoned)
 
 
 @pytest.mark.parametrize(

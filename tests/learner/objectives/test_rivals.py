@@ -91,7 +91,7 @@ def make_objective(name, beta=BETA, **rivals):
         "is_cap": CAP,
         "baseline_shift": SHIFT,
     } | rivals
-    return load_objective(name, AgroConfig(beta=beta, weight="none"), RivalsConfig(**options))
+    return load_objective(name, AgroConfig(beta=beta, importance_weight="none"), RivalsConfig(**options))
 
 
 def gradients(objective, batch):
@@ -271,7 +271,7 @@ def test_the_random_batches_clip_cap_and_mask_some_but_not_all():
 
 
 def agro(beta=BETA):
-    return load_objective("agro", AgroConfig(beta=beta, weight="none"))
+    return load_objective("agro", AgroConfig(beta=beta, importance_weight="none"))
 
 
 def on_policy(batch):
@@ -633,7 +633,7 @@ def test_regressions_without_beta_are_refused(name):
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({"lr_coef": 0.1}, "Set agro.lr_coef=0.0"),
+        ({"on_policy_coef": 0.1}, "Set agro.on_policy_coef=0.0"),
         ({"zero_std": "drop"}, "Set agro.zero_std=keep"),
         ({"duplicates": "drop"}, "Set agro.duplicates=keep"),
         ({"target": "pass@2"}, "Set agro.target=mean"),

@@ -273,7 +273,7 @@ def test_offline_samples_have_neither_age_nor_behaviour_and_still_train(tiny_mod
     import msgspec
 
     config = config_for(str(tiny_models["tied"]))
-    config = parse_config({**config.model_dump(), "agro": {"beta": 0.1, "weight": "none"}})
+    config = parse_config({**config.model_dump(), "agro": {"beta": 0.1, "importance_weight": "none"}})
     spy = Spy(load_objective("agro", config.agro))
     policy, updater = plain_updater(config, spy)
     batch = random_batches(policy.module.config.vocab_size)[0]

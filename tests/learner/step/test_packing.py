@@ -104,7 +104,9 @@ def make_rollouts():
     )
 
 
-OBJECTIVE = load_objective("agro", AgroConfig(beta=0.3, weight="truncated", weight_cap=2.0, lr_coef=0.1))
+OBJECTIVE = load_objective(
+    "agro", AgroConfig(beta=0.3, importance_weight="truncated", importance_cap=2.0, on_policy_coef=0.1)
+)
 NUM_GROUPS = 5
 
 
