@@ -2,8 +2,8 @@
 
 Messages come in many shapes. Tables fill the keys that other rows have with null (`tool_calls: null`), and
 templates that ask `'tool_calls' in message` are misled: keys that hold null are left out. Content may be a
-list of text parts, and templates differ in which of the two they take: text first, parts where text does not
-come through. What no template says is told, never dropped.
+list of text parts, and templates differ in which of the two they take: text is tried first, parts where text
+does not come through. What no template says is told, never dropped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _OTHER = "OTHER CONTENT"
 
 
 def text_problems(what: str, text: str) -> Iterator[str]:
-    """What is wrong with a text called `what`."""
+    """Yields what is wrong with a text called `what`."""
     if not text.strip():
         yield f"{what} is empty"
     try:
@@ -30,7 +30,7 @@ def text_problems(what: str, text: str) -> Iterator[str]:
 
 
 def message_problems(column: str, messages: Sequence[Any], system_prompt: str | None) -> Iterator[str]:
-    """What is wrong with the messages in `column`."""
+    """Yields what is wrong with the messages in `column`."""
     if not messages:
         yield f"{column!r} is an empty list of messages"
         return
@@ -76,7 +76,7 @@ def _content_problems(what: str, message: dict[str, Any]) -> Iterator[str]:
 
 
 def clean_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages without keys that hold nothing, their contents as text."""
+    """Returns the messages without keys that hold nothing, their contents as text."""
     return [
         {
             **{key: value for key, value in _without_nulls(message).items() if value not in ([], {})},
@@ -93,15 +93,16 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _text(content: Any) -> str:
-    """Text parts on lines of their own, as vLLM's server puts them together."""
+    """Returns text parts on lines of their own, as vLLM's server puts them together."""
     if isinstance(content, list):
         return "\n".join(part if isinstance(part, str) else part["text"] for part in content)
     return content or ""
 
 
 def render(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, tuple[int, ...] | None] | Bad:
-    """The text of clean messages, up to where the answer begins, with tokens where the tokenizer makes
-    them itself; or what is wrong.
+    """Returns the text of clean messages, up to where the answer begins, or what is wrong with them.
+
+    Tokens come along where the tokenizer makes them itself, else None.
     """
     first = _render_checked(tokenizer, messages)
     if not isinstance(first, Bad):
@@ -114,7 +115,9 @@ def render(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, tuple[i
 def _render_checked(
     tokenizer: Any, messages: list[dict[str, Any]]
 ) -> tuple[str, tuple[int, ...] | None] | Bad:
-    """Bad where the template raises, or renders the same whatever a message says."""
+    """Renders the messages; returns Bad where the template raises, or renders the same whatever a message
+    says.
+    """
     try:
         rendered = render_messages(tokenizer, messages)
         for number, message in enumerate(messages):

@@ -1,10 +1,10 @@
 """Prompts without a download: `data.path: reasoning_gym:FAMILY`, generated on the spot by reasoning-gym.
 
-    reasoning_gym:chain_sum                              about a hundred families: arithmetic, algebra, logic, graphs, games
-    reasoning_gym:chain_sum?max_terms=3&size=2000        with the family's own parameters, and how many training prompts
+    reasoning_gym:chain_sum                          about a hundred families: algebra, logic, graphs, games
+    reasoning_gym:chain_sum?max_terms=3&size=2000    the family's own parameters, and the number of prompts
 
-A split is a seed: the same prompts on every machine and at every start. Held-out prompts that are training
-prompts too are left out.
+A split is a seed: the prompts are the same on every machine and at every start. Held-out prompts that are
+training prompts too are left out.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class _Absent(types.ModuleType):
 
 
 def read_rows(key: str, path: str, split: str, limit: int | None) -> dict[int, dict[str, Any]]:
-    """Rows with `question` and `answer` by index; `key` is the config key that `path` came from.
+    """Returns rows with `question` and `answer` by index; `key` is the config key that `path` came from.
 
-    Raises DataError: reasoning-gym is not installed, an unknown family or parameter, or one that gives too
-    few different prompts.
+    Raises DataError when reasoning-gym is not installed, for an unknown family or parameter, and for a family
+    that gives too few different prompts.
     """
     family, _, query = path.removeprefix(PREFIX).partition("?")
     parameters = _parameters(key, path, query)
@@ -77,10 +77,10 @@ def _distinct(
     count: int,
     taken: set[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """`count` rows with different questions, none of them in `taken`; fewer where the family has no more, but
-    not none.
+    """Returns `count` rows with different questions, none of them in `taken`; fewer where the family has no
+    more, but not none.
 
-    It has no more where MAX_REPEATS in a row are known.
+    A family has no more where MAX_REPEATS in a row are known.
     """
     seen = set(taken or ())
     rows: list[dict[str, Any]] = []
@@ -144,7 +144,7 @@ def _parameters(key: str, path: str, query: str) -> dict[str, Any]:
 
 
 def _library(key: str, path: str) -> Any:
-    """reasoning-gym, which imports every family at once, those too whose packages are missing."""
+    """Returns reasoning-gym, which imports every family at once, those too whose packages are missing."""
     absent = [
         name for name in FAMILIES_OF if name not in sys.modules and importlib.util.find_spec(name) is None
     ]

@@ -1,5 +1,5 @@
-"""Reading a dataset: jsonl, parquet or a hub id, to rows as they are, and for each that cannot be read the
-reason.
+"""Reads a dataset (jsonl, parquet or a hub id) into rows as they are, with the reason for each that cannot be
+read.
 
 Local jsonl is parsed here and parquet by pyarrow, both in memory: that keeps line numbers and nested values
 as they are, and no cache can be stale. Hub ids go through `datasets`.
@@ -48,7 +48,7 @@ _DISGUISES = {
 
 @dataclass(frozen=True)
 class Bad:
-    """Why a row cannot be used."""
+    """Says why a row cannot be used."""
 
     reason: str
 
@@ -66,7 +66,7 @@ class Source:
 
 
 def read_source(key: str, name: str | None, split: str, limit: int | None = None) -> Source:
-    """The first `limit` rows (None: all) of what `name` means; `key` is the config key it came from.
+    """Returns the first `limit` rows (None: all) of what `name` means; `key` is the config key it came from.
 
     Raises DataError when there is nothing readable, with what was tried and what is accepted; ConfigError for
     a `~name` that is nobody.
@@ -117,7 +117,7 @@ def report_bad_rows(source: Source, bad: dict[int, str], num_usable: int, on_bad
 
 
 def kind_of(value: Any) -> str:
-    """What a value of a row is, as its author would say."""
+    """Says what a value of a row is, as its author would."""
     if value is None:
         return "null"
     names: dict[type, str] = {
@@ -169,7 +169,7 @@ def _read_files(key: str, files: list[Path], limit: int | None) -> Source:
 
 
 def _read_jsonl(path: Path, limit: int | None) -> Rows:
-    """Rows by line index; blank lines are no rows."""
+    """Returns rows by line index; blank lines are no rows."""
     with path.open("rb") as file:
         head = file.peek(32)
         for start, what in _DISGUISES.items():
@@ -202,7 +202,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | Bad:
 
 
 def _depth(value: Any) -> int:
-    """How many lists and objects lie within each other."""
+    """Returns how many lists and objects lie within each other."""
     depth, level = 0, [value]
     while level := [inner for outer in level for inner in _inner(outer)]:
         depth += 1
@@ -220,7 +220,9 @@ def _refuse_constant(name: str) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of `pairs`; json itself would keep the last of two values for one key, and say nothing."""
+    """Returns the object of `pairs`. Raises ValueError for a key that is there twice: json would keep the
+    last one in silence.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
@@ -259,8 +261,9 @@ def _read_parquet(files: list[Path], limit: int | None) -> Rows:
 
 
 def _table_rows(table: pa.Table) -> list[dict[str, Any] | Bad]:
-    """The table's rows as Python values; a row is Bad where a cell has none (text that is no UTF-8, a
-    date beyond all calendars).
+    """Returns the table's rows as Python values.
+
+    A row is Bad where a cell has no such value: text that is no UTF-8, a date beyond all calendars.
     """
     columns = {name: _cells(name, table.column(name)) for name in table.column_names}
     rows: list[dict[str, Any] | Bad] = []
@@ -289,15 +292,16 @@ def _cell(name: str, cell: pa.Scalar) -> Any:
 
 
 def _in_known_zones(kind: pa.DataType) -> pa.DataType:
-    """The type with UTC for every time zone that this machine does not know: the same moments, which
-    parquet keeps in UTC anyway.
+    """Returns the type with UTC for every time zone that this machine does not know.
+
+    The moments stay the same, since parquet keeps them in UTC anyway.
     """
     import pyarrow as pa
 
     if pa.types.is_timestamp(kind) and kind.tz is not None:
         try:
             pa.scalar(0, kind).as_py()
-        except Exception:  # noqa: BLE001 -- pyarrow asks zoneinfo, then pytz, and raises what the last of them did
+        except Exception:  # noqa: BLE001 -- pyarrow asks zoneinfo, then pytz: what the last of them raised
             return pa.timestamp(kind.unit, "UTC")
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(_in_known_zones(field.type)) for field in kind])

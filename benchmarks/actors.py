@@ -1,7 +1,7 @@
-"""What the rollout actors cost and how they scale: `make bench-actors`. Real Ray, buffer and board; ratios
-within one run.
+"""Measures what the rollout actors cost and how they scale: `make bench-actors`. Real Ray, buffer and board;
+ratios within one run.
 
-tokens     one actor's tokens per second against bare vLLM `generate`: same model, prompts, engine arguments, in turns
+tokens     one actor's tokens/s against bare vLLM `generate`: same model, prompts, engine arguments, in turns
 large      the same with SmolLM2-135M on grade-school maths, where an engine's step takes longer than all else
 together   two actors at once against two bare engines at once
 pause      an actor's pause per weight update against a bare in-memory load of the same tensors
@@ -44,33 +44,34 @@ Prepared: TypeAlias = tuple[Config, PromptSet, list[tuple[str, Any]]]
 
 
 def _remote(part: Any) -> Any:
-    """As a Ray actor class or task; untyped, as its handles are."""
+    """Returns the class or function as a Ray actor class or task; untyped, as its handles are."""
     return ray.remote(part)
 
 
 class Tally:
-    """Stands for the monitor: keeps the newest counters of each actor."""
+    """Stands for the monitor, and keeps the newest counters of each actor."""
 
     def __init__(self) -> None:
         self._counters: dict[str, dict[str, float]] = {}
 
     def log_actor(self, name: str, counters: dict[str, float]) -> None:
+        """Takes the counters of one actor."""
         self._counters[name] = counters
 
     def event(self, text: str) -> None:
-        pass
+        """Ignores what happened."""
 
     def total(self, counter: str) -> float:
-        """Over all actors."""
+        """Returns the sum of a counter over all actors."""
         return sum(counters.get(counter, 0.0) for counters in self._counters.values())
 
     def counters(self) -> dict[str, dict[str, float]]:
-        """By actor."""
+        """Returns the counters by actor."""
         return self._counters
 
 
 class SimulatedActor(RolloutActor):
-    """The real loop on an engine that only sleeps: `SIMULATED_STEP_S` a step, 40 tokens a sample."""
+    """Runs the real loop on an engine that only sleeps: `SIMULATED_STEP_S` a step, 40 tokens a sample."""
 
     def _make_engine(self) -> Any:
         step_s = 0.02 * (5.0 if self._name.endswith("-slow") else 1.0)
@@ -78,7 +79,7 @@ class SimulatedActor(RolloutActor):
 
 
 class BareEngine:
-    """vLLM by itself: `LLM.generate` on the prompts, as many samples of each as an actor draws."""
+    """Runs vLLM by itself: `LLM.generate` on the prompts, as many samples of each as an actor draws."""
 
     def __init__(self, config: Config, prompts: PromptSet) -> None:
         if config.actors.num_cpus < 1:
@@ -93,7 +94,9 @@ class BareEngine:
         self._config, self._prompts = config, prompts
 
     def tokens_per_s(self, seconds: float) -> float:
-        """Over about so many seconds of back-to-back batches, each of four rounds of all slots."""
+        """Returns tokens per second over about `seconds` of back-to-back batches, each of four rounds of all
+        slots.
+        """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -120,8 +123,8 @@ class BareEngine:
 
 
 class Rig:
-    """Buffer, board, tally and actors of one measurement; a consumer that takes batches as fast as they
-    come.
+    """Holds the buffer, board, tally and actors of one measurement, and a consumer that takes batches as fast
+    as they come.
     """
 
     def __init__(
@@ -161,7 +164,7 @@ class Rig:
         self._names, self._runs = names, [actor.run.remote() for actor in self.actors]
 
     def publish(self) -> None:
-        """The same weights as a new version."""
+        """Publishes the same weights as a new version."""
         self.version += 1
         writer = SnapshotWriter(64 << 20, store=ray.put)
         for name, tensor in self._weights:
@@ -174,7 +177,7 @@ class Rig:
         )
 
     def consume(self, seconds: float, step_s: float = 0.0) -> int:
-        """Takes batches for so long, each followed by a learner's step of `step_s`; how many."""
+        """Takes batches for `seconds`, each followed by a learner's step of `step_s`; returns how many."""
         until_s, count = time.perf_counter() + seconds, 0
         while time.perf_counter() < until_s:
             payload = self._calls.ask(
@@ -186,13 +189,13 @@ class Rig:
         return count
 
     def rate(self, counter: str, seconds: float) -> float:
-        """Growth of a counter per second while batches are taken."""
+        """Returns the growth of a counter per second while batches are taken."""
         before, start_s = ray.get(self.tally.total.remote(counter)), time.perf_counter()
         self.consume(seconds)
         return (ray.get(self.tally.total.remote(counter)) - before) / (time.perf_counter() - start_s)
 
     def groups_per_s(self, seconds: float) -> float:
-        """Groups inserted per second while batches are taken."""
+        """Returns the groups inserted per second while batches are taken."""
         before, start_s = self._stats()["buffer/inserted"], time.perf_counter()
         self.consume(seconds)
         return (self._stats()["buffer/inserted"] - before) / (time.perf_counter() - start_s)
@@ -209,11 +212,11 @@ class Rig:
 
 
 def _ignore(evaluation: Any, samples: Any) -> None:
-    """No evaluation is asked for."""
+    """Ignores an evaluation: none is asked for."""
 
 
 def prepare(*overrides: str, config_path: str = "configs/quickstart.yaml") -> Prepared:
-    """Config, prompts and weights, with a buffer that never holds an actor back."""
+    """Returns config, prompts and weights, with a buffer that never holds an actor back."""
     from transformers import AutoModelForCausalLM
 
     more = [
@@ -230,19 +233,21 @@ def prepare(*overrides: str, config_path: str = "configs/quickstart.yaml") -> Pr
 
 
 def small() -> Prepared:
-    """Steps of a millisecond: what an actor does besides shows."""
+    """Prepares steps of a millisecond, so that what an actor does besides shows."""
     return prepare("actors.max_new_tokens=32", "data.max_prompt_tokens=8", "actors.num_cpus=1")
 
 
 def large() -> Prepared:
-    """A real model."""
+    """Prepares a real model."""
     return prepare("actors.max_new_tokens=64", "actors.slots=16", config_path="configs/smollm2_sums.yaml")
 
 
 def against_bare(
     run_dir: Path, num_engines: int, prepared: Prepared, window_s: float = WINDOW_S
 ) -> dict[str, float]:
-    """Tokens per second of so many actors and of so many bare engines, in turns; the ratio of the medians."""
+    """Returns the tokens per second of so many actors and of so many bare engines, in turns, and the ratio of
+    the medians.
+    """
     config, prompts, weights = prepared
     environment = {"env_vars": {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}}
     bare_class = _remote(BareEngine).options(num_cpus=0, runtime_env=environment)
@@ -269,8 +274,8 @@ def against_bare(
 
 
 def pause(run_dir: Path) -> dict[str, float]:
-    """Seconds an actor does not generate at an update, and a bare in-memory load of the same tensors by
-    the same engine.
+    """Returns the seconds an actor does not generate at an update, and those of a bare load of the same
+    tensors by that engine.
     """
     config, prompts, weights = prepare()
     rig = Rig(config, prompts, str(run_dir / "pause"), weights, ["actor-0"], _LoadingActor)
@@ -294,7 +299,7 @@ def pause(run_dir: Path) -> dict[str, float]:
 
 
 class _LoadingActor(RolloutActor):
-    """As it is; a name of its own in the process list."""
+    """Is the plain loading actor under a name of its own in the process list."""
 
 
 def _bare_loads(config: Config, weights: list[tuple[str, Any]]) -> float:
@@ -308,7 +313,7 @@ def _bare_loads(config: Config, weights: list[tuple[str, Any]]) -> float:
 
 
 def scaling(run_dir: Path) -> list[dict[str, float]]:
-    """Groups per second of simulated actors by their number, and the share of linear growth from one."""
+    """Returns groups/s of simulated actors by their number, and the share of linear growth from one."""
     config, prompts, weights = prepare("actors.slots=32")
     rows: list[dict[str, float]] = []
     for count in (1, 2, 4, 8, 16):
@@ -334,7 +339,7 @@ def scaling(run_dir: Path) -> list[dict[str, float]]:
 
 
 def straggler(run_dir: Path) -> dict[str, float]:
-    """Steps per second of a learner that needs half of what four simulated actors make, without and
+    """Returns steps per second of a learner that needs half of what four simulated actors make, without and
     with a slow one.
     """
     config, prompts, weights = prepare("actors.slots=32", "learner.groups_per_step=8")
@@ -350,7 +355,9 @@ def straggler(run_dir: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """The rows asked for (all), printed and written to benchmarks/results/; rows measured before stay."""
+    """Measures the rows asked for (all by default), prints them and writes them to benchmarks/results/; other
+    rows stay.
+    """
     import tempfile
 
     parser = argparse.ArgumentParser(

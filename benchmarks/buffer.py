@@ -1,4 +1,4 @@
-"""What the replay buffer costs: `make bench-buffer`. One process, ratios within one run.
+"""Measures what the replay buffer costs: `make bench-buffer`. One process, ratios within one run.
 
 rate       durable inserts and samples per second, against bare sqlite committing the same bytes
 latency    p50 and p99 of a batch of 32 groups at 1,000, 10,000 and 100,000 stored groups: must not grow
@@ -33,7 +33,7 @@ SAMPLERS = ("uniform", "fresh", "oldest", "stratified", "priority")
 
 
 def make_config(sampler: str = "uniform", fsync: str = "normal", capacity: int = 1_000_000) -> Config:
-    """A config whose buffer admits everything and forgets nothing."""
+    """Returns a config whose buffer admits everything and forgets nothing."""
     tree = {
         "model": {"path": "none"},
         "data": {"path": "none"},
@@ -52,7 +52,7 @@ def make_config(sampler: str = "uniform", fsync: str = "normal", capacity: int =
 
 
 def make_payload(ordinal: int, num_samples: int = 8, num_tokens: int = 100) -> bytes:
-    """A group of about 10 KiB: 8 samples of 100 tokens."""
+    """Returns a group of about 10 KiB: 8 samples of 100 tokens."""
     samples = tuple(
         Sample(
             token_ids=tuple(range(1000, 1000 + num_tokens)),
@@ -72,7 +72,9 @@ def make_payload(ordinal: int, num_samples: int = 8, num_tokens: int = 100) -> b
 
 
 async def rates(fsync: str) -> dict[str, float]:
-    """Inserts per second, one group a commit, alternating with bare sqlite; and groups sampled per second."""
+    """Returns inserts per second, one group a commit, alternating with bare sqlite, and groups sampled per
+    second.
+    """
     with tempfile.TemporaryDirectory() as directory:
         buffer = ReplayBuffer(make_config(fsync=fsync), directory, NUM_ROWS)
         bare = sqlite3.connect(Path(directory) / "bare.sqlite", isolation_level=None)
@@ -107,7 +109,7 @@ async def rates(fsync: str) -> dict[str, float]:
 
 
 async def filled(directory: str, num_groups: int) -> None:
-    """A run directory with so many groups."""
+    """Makes a run directory with so many groups."""
     buffer = ReplayBuffer(make_config(), directory, NUM_ROWS)
     for first in range(0, num_groups, 500):
         await buffer.lease("a", 500, 1.0)
@@ -116,7 +118,7 @@ async def filled(directory: str, num_groups: int) -> None:
 
 
 async def at_size(num_groups: int) -> dict[str, Any]:
-    """Recovery time, resident memory and sampling latency with so many stored groups."""
+    """Returns recovery time, resident memory and sampling latency with so many stored groups."""
     found: dict[str, Any] = {"groups": num_groups}
     with tempfile.TemporaryDirectory() as directory:
         await filled(directory, num_groups)
@@ -144,7 +146,7 @@ async def at_size(num_groups: int) -> dict[str, Any]:
 
 
 async def main() -> None:
-    """All rows, printed and written to benchmarks/results/."""
+    """Measures all rows, prints them and writes them to benchmarks/results/."""
     result: dict[str, Any] = {"rates": {fsync: await rates(fsync) for fsync in ("normal", "full")}}
     for fsync, row in result["rates"].items():
         print(

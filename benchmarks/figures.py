@@ -1,9 +1,10 @@
-"""The paper's language-model figures on the tiny model, by the real system: Ray, vLLM, the buffer and ZeRO-3.
+"""Draws the paper's language-model figures on the tiny model, by the real system: Ray, vLLM, the buffer and
+ZeRO-3.
 
-    python -m benchmarks.figures run  [--only NAME ...]   every missing run (runs/figures/), about 40 minutes on two cores, then draw
-    python -m benchmarks.figures draw                     lm_*.csv and lm_*.png in docs/figures from the runs that are there
+    python -m benchmarks.figures run  [--only NAME ...]   every missing run (about 40 minutes), then draw
+    python -m benchmarks.figures draw                     lm_*.csv and lm_*.png in docs/figures
 
-    figures 2, 3   training and held-out reward, on-policy data: regularised policy gradient, off-policy AGRO, on-policy AGRO
+    figures 2, 3   training and held-out reward, on-policy data: policy gradient, off- and on-policy AGRO
     figure 4       held-out reward against KL from the reference: on- and off-policy runs on one plot
     figure 5       offline data only (samples of the base): AGRO against regularised policy gradient
 
@@ -78,13 +79,13 @@ METHODS: dict[str, tuple[str, ...]] = {
 
 
 def run_dir(method: str, seed: int) -> Path:
-    """Where the run lies."""
+    """Returns where the run lies."""
     name = "".join(c if c.isalnum() else "-" for c in method)
     return RUNS / f"{name}-{seed}"
 
 
 def make_offline_rows() -> None:
-    """OFFLINE_SAMPLES completions of every training prompt by the base model, with rewards."""
+    """Samples OFFLINE_SAMPLES completions of every training prompt from the base model, with rewards."""
     import torch
 
     from benchmarks.lag_lab import PlainPolicy, arithmetic_task, sample
@@ -118,7 +119,7 @@ def make_offline_rows() -> None:
 
 
 def run_missing(methods: Iterable[str]) -> None:
-    """Each run that has no summary yet, one after the other; whole seeds first."""
+    """Runs each method and seed that has no summary yet, one after the other; whole seeds first."""
     methods = list(methods)
     for seed in SEEDS:
         for method in methods:
@@ -156,8 +157,9 @@ def run_missing(methods: Iterable[str]) -> None:
 
 
 def read_run(method: str, seed: int) -> dict[str, list[float]] | None:
-    """Curves of a finished run: steps with training reward and KL, versions with held-out reward; None
-    when it is not there.
+    """Returns the curves of a finished run: steps with training reward and KL, versions with held-out reward.
+
+    Returns None when the run is not there.
     """
     directory = run_dir(method, seed)
     if not (directory / "summary.json").exists():
@@ -184,13 +186,13 @@ def read_run(method: str, seed: int) -> dict[str, list[float]] | None:
 
 
 def _near(values: list[float], index: int, reach: int = 4) -> float:
-    """Mean of the values within `reach` of `index`."""
+    """Returns the mean of the values within `reach` of `index`."""
     near = [value for value in values[max(0, index - reach) : index + reach + 1] if value is not None]
     return sum(near) / len(near) if near else float("nan")
 
 
 def draw(out_dir: Path) -> None:
-    """All figures whose runs are there."""
+    """Draws all figures whose runs are there."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -221,11 +223,10 @@ def _draw_kl(out_dir: Path, runs: dict[str, list[dict[str, list[float]]]]) -> No
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     rows = []
     for number, (method, found) in enumerate(runs.items()):
+        style: dict[str, Any] = {"color": f"C{number}", "markersize": 4, "linewidth": 0.8, "alpha": 0.7}
+        style["marker"] = "o" if method.startswith("on") else "^"
         for index, run in enumerate(found):
-            axes.plot(
-                run["kl"], run["held_out"], marker="o" if method.startswith("on") else "^", markersize=4, linewidth=0.8,
-                color=f"C{number}", alpha=0.7, label=method if index == 0 else None,
-            )  # fmt: skip
+            axes.plot(run["kl"], run["held_out"], label=method if index == 0 else None, **style)
             rows += [
                 {"method": method, "run": index, "version": version, "kl": kl, "held_out": held_out}
                 for version, kl, held_out in zip(run["version"], run["kl"], run["held_out"], strict=True)
@@ -261,7 +262,7 @@ def _draw_offline(out_dir: Path, runs: dict[str, list[dict[str, list[float]]]]) 
 def _band(
     axes: Any, label: str, curves: list[tuple[list[float], list[float]]], what: str
 ) -> list[dict[str, Any]]:
-    """Mean line and range over the runs, at the x they share; the rows of the CSV."""
+    """Draws mean line and range over the runs, at the x they share, and returns the rows of the CSV."""
     shared = sorted(set.intersection(*(set(x) for x, _ in curves)))
     columns = [dict(zip(x, y, strict=True)) for x, y in curves]
     low, mean, high = (
@@ -304,6 +305,7 @@ def _finish(figure: Any, panels: list[Any], path: Path, rows: list[dict[str, Any
 
 
 def main() -> None:
+    """Runs the command named on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("run", "draw"))
     parser.add_argument("--only", nargs="*", help="names of methods; all without it", choices=list(METHODS))

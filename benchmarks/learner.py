@@ -56,7 +56,7 @@ MEMORY_HIDDEN = 128
 
 
 def make_plain_policy(config: Any, device: str) -> Any:
-    """ZeroPolicy's way to log-probs, without DeepSpeed."""
+    """Returns a policy with ZeroPolicy's way to log-probs, without DeepSpeed."""
     from benchmarks.lag_lab import PlainPolicy
     from learner.step.packing import TokenLogprobs
 
@@ -71,7 +71,7 @@ def make_plain_policy(config: Any, device: str) -> Any:
 
 
 def measure_speed(device: str) -> list[dict[str, Any]]:
-    """Ours and the plain loop, step by step in turn; the best step of each counts."""
+    """Measures ours and the plain loop, step by step in turn; the best step of each counts."""
     import torch
 
     from learner.policy.zero import init_process_group
@@ -82,7 +82,7 @@ def measure_speed(device: str) -> list[dict[str, Any]]:
 
 
 def measure_shape(shape: Shape, device: str, own_linear: Callable) -> dict[str, Any]:
-    """One row of `measure_speed`."""
+    """Returns one row of `measure_speed`."""
     import torch
 
     from learner.objectives import load_objective
@@ -126,7 +126,7 @@ def measure_shape(shape: Shape, device: str, own_linear: Callable) -> dict[str, 
 
 
 def alternate(calls: list[Callable[[], Any]], device: str, rounds: int) -> list[float]:
-    """Seconds of the best of so many calls of each, in turn, after one that warms up."""
+    """Returns the seconds of the best of so many calls of each, in turn, after one that warms up."""
     import torch
 
     clock, wait = (time.process_time, int) if device == "cpu" else (time.perf_counter, torch.cuda.synchronize)
@@ -146,7 +146,9 @@ def alternate(calls: list[Callable[[], Any]], device: str, rounds: int) -> list[
 
 
 def measure_layouts(device: str) -> list[dict[str, Any]]:
-    """Tokens/s of one pass over a batch at several budgets, and the share of positions that are padding."""
+    """Returns tokens/s of one pass over a batch at several budgets, and the share of positions that are
+    padding.
+    """
     from learner.step.packing import TokenLogprobs, TokenSequence, collate, plan_micro_batches
 
     shape, batch = LAYOUT_SHAPE, make_batch(LAYOUT_SHAPE)
@@ -186,7 +188,7 @@ def measure_layouts(device: str) -> list[dict[str, Any]]:
 
 
 def pass_over(module: Any, inputs: list[Any], token_logprobs: Any) -> None:
-    """Forward and backward over all of `inputs`."""
+    """Runs forward and backward over all of `inputs`."""
     for one in inputs:
         token_logprobs(module, one, TEMPERATURE).sum().backward()
     module.zero_grad()
@@ -196,8 +198,8 @@ def pass_over(module: Any, inputs: list[Any], token_logprobs: Any) -> None:
 
 
 def measure_memory() -> list[dict[str, Any]]:
-    """Peak growth of chunked and whole log-probs, forward and backward, in MiB; float32, hidden size
-    MEMORY_HIDDEN.
+    """Returns the peak growth of chunked and whole log-probs, forward and backward, in MiB; float32, hidden
+    size MEMORY_HIDDEN.
     """
     found = []
     for vocabulary in MEMORY_VOCABULARIES:
@@ -225,7 +227,7 @@ def measure_memory() -> list[dict[str, Any]]:
 
 
 def peak_growth(method: str, tokens: int, vocabulary: int) -> float:
-    """MiB by which the peak of this process's memory grows."""
+    """Returns by how many MiB the peak of this process's memory grows."""
     import torch
 
     from learner.step.logprobs import linear_logprobs
@@ -246,7 +248,7 @@ def peak_growth(method: str, tokens: int, vocabulary: int) -> float:
 
 
 def peak_mib() -> float:
-    """The most memory that was resident in this process; not by getrusage, which begins with the
+    """Returns the most memory that was resident in this process; not by getrusage, which begins with the
     parent's peak.
     """
     status = Path("/proc/self/status").read_text(encoding="utf-8")
@@ -257,25 +259,28 @@ def peak_mib() -> float:
 
 
 def machine() -> dict[str, Any]:
-    """The machine in words that name no host."""
+    """Describes the machine in words that name no host."""
     import torch
 
-    gpu, cpus = torch.cuda.is_available(), len(os.sched_getaffinity(0))
+    cpus = len(os.sched_getaffinity(0))
     ram_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return {
-        "kind": "gpu" if gpu else f"cpu{cpus}",
+    found: dict[str, Any] = {
+        "kind": f"cpu{cpus}",
         "cpus": cpus,
         # Ratios are not to be trusted far above the number of CPUs.
         "load": [round(load, 1) for load in os.getloadavg()],
         "ram_gib": round(ram_gib),
-        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "gpu": None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+    if torch.cuda.is_available():
+        found |= {"kind": "gpu", "gpu": torch.cuda.get_device_name()}
+    return found
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """A table; columns by the first row."""
+    """Prints a table, with the columns of its first row."""
     cells = [[str(key) for key in rows[0]], *([str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     print(f"\n{title}")
@@ -286,6 +291,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    """Measures the parts asked for, prints them and writes them to benchmarks/results/."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What benchmarks/learner.py trains: random models, and batches with GSM8K's lengths at 4 characters a
+"""Makes what benchmarks/learner.py trains: random models, and batches with GSM8K's lengths at 4 characters a
 token.
 """
 
@@ -17,7 +17,7 @@ TEMPERATURE = 1.0
 
 
 class Shape(NamedTuple):
-    """A model of random weights, and the batch it is trained on."""
+    """Describes a model of random weights, and the batch it is trained on."""
 
     name: str
     hidden: int
@@ -39,7 +39,7 @@ LAYOUT_SHAPE = Shape("5M model", 256, 4, 2048, groups=6, budget_tokens=0, rounds
 
 
 def gsm8k_lengths() -> list[tuple[int, int]]:
-    """(prompt, completion) tokens of as many rows as GSM8K's training set has, drawn with its
+    """Returns (prompt, completion) tokens of as many rows as GSM8K's training set has, drawn with its
     distribution of lengths.
     """
     rng = random.Random(0)
@@ -51,7 +51,7 @@ def gsm8k_lengths() -> list[tuple[int, int]]:
 
 
 def make_batch(shape: Shape, seed: int = 0, lengths: list[tuple[int, int]] | None = None) -> Any:
-    """A Batch of random tokens; the lengths of a group's completions are those of as many answers (of
+    """Returns a Batch of random tokens; the lengths of a group's completions are those of as many answers (of
     `lengths`: GSM8K's).
     """
     from core.records import Batch, Group, Sample, VersionSpan
@@ -88,7 +88,7 @@ def make_batch(shape: Shape, seed: int = 0, lengths: list[tuple[int, int]] | Non
 
 
 def make_model(shape: Shape) -> Any:
-    """A Llama of random weights."""
+    """Returns a Llama of random weights."""
     from recipes.arithmetic import make_llama
 
     model = make_llama(shape.vocabulary, hidden=shape.hidden, layers=shape.layers)
@@ -97,7 +97,7 @@ def make_model(shape: Shape) -> Any:
 
 
 def load_model(config: Any, device: str) -> Any:
-    """The model saved for this config, as transformers loads it."""
+    """Returns the model saved for this config, as transformers loads it."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -106,7 +106,7 @@ def load_model(config: Any, device: str) -> Any:
 
 
 def config_of(shape: Shape, model_dir: str, device: str) -> Any:
-    """A run's config for this shape."""
+    """Returns a run's config for this shape."""
     from core.config_file import parse_config
 
     return parse_config(
@@ -127,7 +127,7 @@ def config_of(shape: Shape, model_dir: str, device: str) -> Any:
 
 
 def free_port() -> int:
-    """On which nobody listens."""
+    """Returns a port on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,12 +1,13 @@
-"""What a checkpoint costs the learner, and how long it takes to go on from one: the part `checkpoint` of
+"""Measures what a checkpoint costs the learner and how long a resume takes: the part `checkpoint` of
 benchmarks/learner.py.
 
-stall_s    how long a save holds up training; write_s: how long the writer then works beside it (files, hashes, fsync)
+stall_s    how long a save holds up training
+write_s    how long the writer then works beside training (files, hashes, fsync)
 by_itself  a bare torch.save of the same tensors, fsync included, for which training would wait
 resume_s   verified by its hashes, read, and in place under ZeRO-3; against torch.load of that file
 memcpy     of as many bytes into memory that is used again
 
-Medians of REPEATS; one rank, one process of its own.
+Figures are medians of REPEATS; one rank, in one process of its own.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ REPEATS = 5
 
 
 def measure_checkpoint() -> list[dict[str, Any]]:
-    """`measure_saves` in a process of its own."""
+    """Runs `measure_saves` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.learner", "checkpoint-case"]
     ran = subprocess.run(command, capture_output=True, check=True, text=True)
     return [json.loads(ran.stdout.splitlines()[-1])]
 
 
 def measure_saves() -> dict[str, Any]:
-    """The row."""
+    """Returns the row of figures."""
     import torch
 
     from benchmarks.learner_cases import SHAPES, config_of, free_port, make_batch, make_model
@@ -91,7 +92,7 @@ def measure_saves() -> dict[str, Any]:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Of one call."""
+    """Returns the seconds that one call takes."""
     start_s = time.perf_counter()
     call()
     return time.perf_counter() - start_s

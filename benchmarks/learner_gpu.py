@@ -30,7 +30,7 @@ GIB = 2**30
 
 
 class Model(NamedTuple):
-    """A Llama from a config, and how many groups a step trains on."""
+    """Describes a Llama from a config, and how many groups a step trains on."""
 
     hidden: int = 2048
     mlp: int = 5632
@@ -44,7 +44,7 @@ class Model(NamedTuple):
 
 
 def measure_gpu() -> list[dict[str, Any]]:
-    """A row for each case and budget."""
+    """Returns a row for each case and budget."""
     import torch
 
     if not torch.cuda.is_available():
@@ -77,7 +77,7 @@ def measure_case(
     model: Model = Model(),  # noqa: B008 -- immutable
     device: str = "cuda",
 ) -> dict[str, Any]:
-    """One row; on a CPU (to try it) without peak and MFU."""
+    """Returns one row; on a CPU (to try it) without peak and MFU."""
     import torch
 
     from benchmarks.learner_cases import Shape, make_batch
@@ -124,7 +124,7 @@ def measure_case(
 
 
 def make_step(case: str, config: Any, device: str) -> tuple[Callable[[Any], Any], int]:
-    """The case's step on a batch, and how many parameters it trains."""
+    """Returns the case's step on a batch, and how many parameters it trains."""
     import torch
 
     import learner.step.packing
@@ -154,7 +154,7 @@ def make_step(case: str, config: Any, device: str) -> tuple[Callable[[Any], Any]
 
 
 def save_model(model: Model, model_dir: str) -> None:
-    """A Llama of random weights as a Hugging Face directory."""
+    """Saves a Llama of random weights as a Hugging Face directory."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -173,7 +173,7 @@ def save_model(model: Model, model_dir: str) -> None:
 
 
 def make_config(model: Model, model_dir: str, budget_tokens: int, *, on_gpu: bool) -> Any:
-    """A run's config for this model and budget."""
+    """Returns a run's config for this model and budget."""
     from core.config_file import parse_config
 
     return parse_config(

@@ -39,7 +39,7 @@ CONDITIONS = ((0, 0.0), (16, 0.05))
 
 @dataclass(frozen=True)
 class LongJob:
-    """One run."""
+    """One run of the study."""
 
     weight: str
     lag: int
@@ -49,19 +49,22 @@ class LongJob:
 
 
 def jobs(steps: int = STEPS) -> Iterator[LongJob]:
-    """Every point, whole seeds first."""
+    """Returns every point of the study, whole seeds first."""
     for seed in SEEDS:
         for lag, noise in CONDITIONS:
             yield from (LongJob(weight, lag, noise, seed, steps) for weight in weights_at(lag))
 
 
 def weights_at(lag: int) -> tuple[str, ...]:
-    """At lag 0 without noise pi is mu, and every weight is 1: one curve stands for all."""
+    """Returns the weights compared at this lag.
+
+    At lag 0 without noise pi is mu, and every weight is 1: one curve stands for all.
+    """
     return WEIGHTS if lag else WEIGHTS[:1]
 
 
 def make_counting_base(out_dir: str) -> None:
-    """A one-layer Llama that counts on with probability a half, else says any digit."""
+    """Makes a one-layer Llama that counts on with probability a half, else says any digit."""
     import torch
 
     from recipes.arithmetic import make_llama, make_tokenizer
@@ -89,7 +92,7 @@ def make_counting_base(out_dir: str) -> None:
 
 
 def run_job(job: LongJob) -> dict[str, Any]:
-    """Run it; a record of the job, its curve and its score."""
+    """Runs the job and returns a record of it, its curve and its score."""
     import torch
 
     from benchmarks.lag_lab import LagRun, Task, timed
@@ -141,7 +144,7 @@ def run_job(job: LongJob) -> dict[str, Any]:
 
 
 def draw(records: list[dict[str, Any]], out_dir: Path) -> None:
-    """long_sequences.csv and long_sequences.png in `out_dir`."""
+    """Draws long_sequences.csv and long_sequences.png in `out_dir`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,6 +189,7 @@ def draw(records: list[dict[str, Any]], out_dir: Path) -> None:
 
 
 def main() -> None:
+    """Runs the command named on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("run", "draw"))
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)

@@ -25,7 +25,7 @@ class PlainLoop:
         )
 
     def step(self, batch: Any) -> None:
-        """One optimizer step."""
+        """Takes one optimizer step."""
         import torch
 
         from learner.objectives import TokenBatch

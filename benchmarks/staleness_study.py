@@ -1,9 +1,9 @@
 """The staleness study: held-out reward against an enforced lag, for AGRO and its rivals
 (benchmarks/lag_lab.py runs each point).
 
-    python -m benchmarks.staleness_study run   [--workers 2]    every missing run, appended to docs/figures/staleness_runs.jsonl
-    python -m benchmarks.staleness_study draw                   staleness_study.csv and .png from what is there
-    python -m benchmarks.staleness_study run --reduced --out DIR   minutes instead of hours; shows that it works, nothing else
+    python -m benchmarks.staleness_study run [--workers 2]          every missing run, then draw
+    python -m benchmarks.staleness_study draw                       staleness_study.csv and .png
+    python -m benchmarks.staleness_study run --reduced --out DIR    in minutes; only shows that it works
 
 First each method's learning rate is chosen from GRID on a seed of its own, by the mean over CHOICE_LAGS; then
 every method runs at every lag with that rate and SEEDS. All runs generate and train on the same number of
@@ -108,7 +108,7 @@ class Job:
 
 
 def config_of(job: Job, *extra: str) -> Config:
-    """The config of one run: the quickstart's, at the job's lag."""
+    """Returns the config of one run: the quickstart's, at the job's lag."""
     groups = 16
     overrides = [
         f"run.steps={job.steps}",
@@ -130,7 +130,7 @@ def config_of(job: Job, *extra: str) -> Config:
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """Run it; a record of the job, its curve and its score."""
+    """Runs the job and returns a record of it, its curve and its score."""
     import torch
 
     from benchmarks.lag_lab import LagRun, arithmetic_task, timed
@@ -152,7 +152,7 @@ def run_job(job: Job) -> dict[str, Any]:
 
 
 def run_knob(job: KnobJob) -> dict[str, Any]:
-    """Run it; a record of the job and its score."""
+    """Runs the job and returns a record of it and its score."""
     import torch
 
     from benchmarks.lag_lab import LagRun, arithmetic_task, timed
@@ -171,7 +171,7 @@ def run_knob(job: KnobJob) -> dict[str, Any]:
 
 
 def knob_jobs(steps: int) -> Iterator[KnobJob]:
-    """Every point of KNOBS, whole seeds first."""
+    """Returns every point of KNOBS, whole seeds first."""
     for seed in SEEDS:
         for knob, (_, lags, _) in KNOBS.items():
             if seed in KNOB_SEEDS or lags == LAGS:
@@ -179,14 +179,14 @@ def knob_jobs(steps: int) -> Iterator[KnobJob]:
 
 
 def choice_jobs(steps: int) -> Iterator[Job]:
-    """The runs by which learning rates are chosen."""
+    """Returns the runs by which learning rates are chosen."""
     for method in METHODS:
         for lr in GRID:
             yield from (Job(method, lag, lr, CHOICE_SEED, steps) for lag in CHOICE_LAGS)
 
 
 def chosen_rates(records: list[dict[str, Any]]) -> dict[str, float]:
-    """The best rate of GRID for each method: by the mean score over CHOICE_LAGS on CHOICE_SEED."""
+    """Returns the best rate of GRID for each method, by the mean score over CHOICE_LAGS on CHOICE_SEED."""
     rates = {}
     for method in METHODS:
         scores = {
@@ -204,22 +204,22 @@ def chosen_rates(records: list[dict[str, Any]]) -> dict[str, float]:
 def study_jobs(
     rates: dict[str, float], steps: int, lags: tuple[int, ...] = LAGS, seeds: tuple[int, ...] = SEEDS
 ) -> Iterator[Job]:
-    """Every point of the study; whole seeds first, so that what is there is always balanced."""
+    """Returns every point of the study, whole seeds first, so that what is there is always balanced."""
     for seed in seeds:
         for lag in lags:
             yield from (Job(method, lag, rates[method], seed, steps) for method in METHODS)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All runs so far."""
+    """Returns all runs so far."""
     return (
         [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     )
 
 
 def run_missing(jobs: Iterator[Any], path: Path, workers: int, run: Callable[[Any], dict[str, Any]]) -> None:
-    """`run` those jobs (dataclasses) whose records `path` does not hold yet, `workers` at a time,
-    appending each as it comes.
+    """Runs those jobs (dataclasses) whose records `path` does not hold yet by `run`, `workers` at a time, and
+    appends each record.
     """
     records = read_records(path)
     missing = [
@@ -248,7 +248,7 @@ def _hashable(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per method and lag: mean score, standard error over seeds, number of seeds."""
+    """Returns one row per method and lag: mean score, standard error over seeds, number of seeds."""
     rates = chosen_rates(records)
     rows = []
     for method in METHODS:
@@ -264,7 +264,7 @@ def table(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def shipped_rows(knobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows as of `table` for the knobs that ran at every lag."""
+    """Returns rows, as `table` does, for the knobs that ran at every lag."""
     rows = []
     for knob, (_, lags, _) in KNOBS.items():
         for lag in lags if lags == LAGS else ():
@@ -290,7 +290,7 @@ def _mean_of(scores: list[float]) -> dict[str, float]:
 
 
 def write_knobs(records: list[dict[str, Any]], path: Path) -> None:
-    """One row per knob and lag."""
+    """Writes one row per knob and lag."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["knob", "lag", "mean", "low", "high", "seeds"])
@@ -304,7 +304,9 @@ def write_knobs(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw(records: list[dict[str, Any]], knobs: list[dict[str, Any]], out_dir: Path) -> None:
-    """staleness_study.csv and staleness_study.png in `out_dir`; staleness_knobs.csv if there are any."""
+    """Draws staleness_study.csv and staleness_study.png in `out_dir`, and staleness_knobs.csv if there are
+    any.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -323,7 +325,9 @@ def draw(records: list[dict[str, Any]], knobs: list[dict[str, Any]], out_dir: Pa
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         points = [row for row in rows if row["method"] == method]
         places = [LAGS.index(row["lag"]) + 0.04 * (number - 3) for row in points]
-        style = "-" if "truncated" in method else "--" if method.startswith("agro") else ":"
+        style = "--" if method.startswith("agro") else ":"
+        if "truncated" in method:
+            style = "-"
         cap = ", cap 1" if method.endswith("truncated") else ""
         label = f"{method}{cap} (lr {points[0]['lr']:g})"
         means, errors = [row["mean"] for row in points], [row["standard_error"] for row in points]
@@ -344,6 +348,7 @@ def draw(records: list[dict[str, Any]], knobs: list[dict[str, Any]], out_dir: Pa
 
 
 def main() -> None:
+    """Runs the command named on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("run", "draw"))
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)

@@ -27,15 +27,18 @@ Array = NDArray[np.float64]
 
 
 def log_softmax(logits: Array) -> Array:
-    """Over the last axis."""
+    """Returns log-softmax over the last axis."""
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 @dataclass(frozen=True)
 class Bandit:
-    """`rewards` and `log_ref` (log pi_ref, nats), both [P, Y], and the strength `beta` of the KL pull,
-    [P, 1].
+    """`rewards` and `log_ref` (log pi_ref, nats), both [P, Y], and the strength `beta` of the KL pull, [P,
+    1].
+
+        bandit = Bandit.random(seed=0, beta=0.5)
+        log_pi = descend(agro, bandit, mu=bandit.log_ref.exp(), lr=1.0, at=[0, 100])[-1]
     """
 
     rewards: Array
@@ -44,37 +47,37 @@ class Bandit:
 
     @classmethod
     def random(cls, seed: int, *, beta: float, prompts: int = 20, generations: int = 10) -> Bandit:
-        """Rewards and reference logits are standard normal."""
+        """Returns a bandit whose rewards and reference logits are standard normal."""
         rng = np.random.default_rng(seed)
         rewards, logits = rng.standard_normal((2, prompts, generations))
         return cls(rewards, log_softmax(logits), np.full((prompts, 1), beta))
 
     def tiled(self, copies: int) -> Bandit:
-        """The same prompts `copies` times over, copy after copy."""
+        """Returns the same prompts `copies` times over, copy after copy."""
         return Bandit(*(np.tile(array, (copies, 1)) for array in (self.rewards, self.log_ref, self.beta)))
 
     @property
     def log_optimum(self) -> Array:
-        """[P, Y] log pi*, pi* = pi_ref exp(r / beta) / Z."""
+        """Returns [P, Y] log pi*, where pi* = pi_ref exp(r / beta) / Z."""
         return log_softmax(self.log_ref + self.rewards / self.beta)
 
     def residual(self, log_pi: Array) -> Array:
-        """[P, Y] R = r - beta * log(pi / pi_ref)."""
+        """Returns [P, Y] R = r - beta * log(pi / pi_ref)."""
         return self.rewards - self.beta * (log_pi - self.log_ref)
 
 
 def kl(log_p: Array, log_q: Array) -> Array:
-    """[...] KL(p, q) in nats over the last axis.
+    """Returns [...] KL(p, q) in nats over the last axis.
 
-    Written with q - p, which sums to zero, so that every term is >= 0 and a vanishing KL does not drown in
-    rounding.
+    It is written with q - p, which sums to zero, so that every term is >= 0 and a vanishing KL does not drown
+    in rounding.
     """
     p, q = np.exp(log_p), np.exp(log_q)
     return np.maximum(p * (log_p - log_q) + q - p, 0).sum(-1)
 
 
 def normalised_kl(log_pi: Array, log_optimum: Array, copies: int = 1) -> Array:
-    """[S, copies] KL(pi_t, pi*) / KL(pi_0, pi*), each the mean over the prompts of a copy, for log_pi
+    """Returns [S, copies] KL(pi_t, pi*) / KL(pi_0, pi*), each the mean over the prompts of a copy, for log_pi
     [S, P, Y].
     """
     distances = kl(log_pi, log_optimum).reshape(len(log_pi), copies, -1).mean(-1)
@@ -82,7 +85,7 @@ def normalised_kl(log_pi: Array, log_optimum: Array, copies: int = 1) -> Array:
 
 
 def centred(values: Array, mu: Array) -> Array:
-    """`values` less their mean under `mu`, per prompt."""
+    """Returns `values` less their mean under `mu`, per prompt."""
     return values - (mu * values).sum(-1, keepdims=True)
 
 
@@ -92,44 +95,44 @@ Form = Callable[[Bandit, Array, Array], Array]
 
 
 def agro(bandit: Bandit, log_pi: Array, mu: Array) -> Array:
-    """Off-policy AGRO: the whole residual, at the current policy, centred under mu."""
+    """Off-policy AGRO centres the whole residual, at the current policy, under mu."""
     return mu * centred(bandit.residual(log_pi), mu)
 
 
 def agro_truncated(bandit: Bandit, log_pi: Array, mu: Array) -> Array:
-    """AGRO with the weight min(1, pi / mu) after centring."""
+    """Weights AGRO by min(1, pi / mu) after centring."""
     return np.minimum(mu, np.exp(log_pi)) * centred(bandit.residual(log_pi), mu)
 
 
 def kl_pg_exact_kl(bandit: Bandit, log_pi: Array, mu: Array) -> Array:
-    """Policy gradient with an average-reward baseline, and the exact gradient of KL(pi, pi_ref)."""
+    """Follows the policy gradient with an average-reward baseline, and KL(pi, pi_ref)'s exact gradient."""
     return mu * centred(bandit.rewards, mu) - bandit.beta * np.exp(log_pi) * (log_pi - bandit.log_ref)
 
 
 def kl_pg_reward_baseline(bandit: Bandit, log_pi: Array, mu: Array) -> Array:
-    """KL in the reward, but only the reward is centred."""
+    """Puts the KL into the reward, but centres only the reward."""
     return mu * (centred(bandit.rewards, mu) - bandit.beta * (log_pi - bandit.log_ref))
 
 
 def kl_pg_no_baseline(bandit: Bandit, log_pi: Array, mu: Array) -> Array:
-    """KL in the reward, nothing is centred."""
+    """Puts the KL into the reward, and centres nothing."""
     return mu * bandit.residual(log_pi)
 
 
 def grpo_k3(bandit: Bandit, log_pi: Array, mu: Array) -> Array:
-    """Average-reward baseline and the loss k3 = pi_ref/pi - 1 - log(pi_ref/pi), whose slope in log pi
-    is 1 - pi_ref/pi.
+    """Takes an average-reward baseline and the loss k3 = pi_ref/pi - 1 - log(pi_ref/pi), whose slope in log
+    pi is 1 - pi_ref/pi.
     """
     return mu * (centred(bandit.rewards, mu) - bandit.beta * (1 - np.exp(bandit.log_ref - log_pi)))
 
 
 def frozen_kl(bandit: Bandit, log_pi: Array, mu: Array) -> Array:
-    """The whole residual centred, but its log-ratio that of the behaviour policy."""
+    """Centres the whole residual, but with the log-ratio of the behaviour policy."""
     return mu * centred(bandit.residual(np.log(mu)), mu)
 
 
 def kl_pg_importance(bandit: Bandit, log_pi: Array, mu: Array) -> Array:
-    """`kl_pg_reward_baseline` with exact importance weights pi / mu."""
+    """Weights `kl_pg_reward_baseline` by the exact importance weights pi / mu."""
     return np.exp(log_pi) * (centred(bandit.rewards, mu) - bandit.beta * (log_pi - bandit.log_ref))
 
 
@@ -148,12 +151,12 @@ FORMS: dict[str, Form] = {
 
 
 def record_steps(steps: int, points: int = 120) -> NDArray[np.int64]:
-    """0, then at most `points` steps evenly spaced on a log axis, the last of them `steps`."""
+    """Returns 0, then at most `points` steps evenly spaced on a log axis, the last of them `steps`."""
     return np.unique(np.concatenate([[0], np.geomspace(1, steps, points).round().astype(np.int64)]))
 
 
 def descend(form: Form, bandit: Bandit, mu: Array, *, lr: float, at: NDArray[np.int64]) -> Array:
-    """[S, P, Y] log pi after each of the steps `at` (sorted), from pi_ref, by the exact gradient for
+    """Returns [S, P, Y] log pi after each of the steps `at` (sorted), from pi_ref, by the exact gradient for
     the behaviour `mu` [P, Y].
     """
     logits, snapshots, recorded = bandit.log_ref.copy(), [], set(at.tolist())
@@ -172,7 +175,7 @@ Method = Callable[[Array, Array, float], Array]
 
 
 def sampled_agro(rewards: Array, log_ratios: Array, beta: float) -> Array:
-    """The project's own advantages."""
+    """Returns the project's own advantages."""
     groups = torch.arange(len(rewards)).repeat_interleave(rewards.shape[1])
     found = agro_advantages(
         torch.from_numpy(rewards).flatten(), torch.from_numpy(log_ratios).flatten(), groups, beta=beta
@@ -181,7 +184,7 @@ def sampled_agro(rewards: Array, log_ratios: Array, beta: float) -> Array:
 
 
 def sampled_kl_pg(rewards: Array, log_ratios: Array, beta: float) -> Array:
-    """Leave-one-out centring of the reward alone; KL in the reward, at the current policy."""
+    """Centres the reward alone by leave-one-out means; the KL is in the reward, at the current policy."""
     n = rewards.shape[1]
     return n / (n - 1) * (rewards - rewards.mean(1, keepdims=True)) - beta * log_ratios
 
@@ -192,13 +195,15 @@ Behaviour = Callable[[Array, np.random.Generator], Array]
 
 
 def lagged(lag_steps: NDArray[np.int64], samples: int) -> Behaviour:
-    """Every sample of prompt p is exactly `lag_steps[p]` steps old (as old as the run, before that)."""
+    """Draws every sample of prompt p from the policy of exactly `lag_steps[p]` steps ago (of the first step,
+    before that).
+    """
     ages = np.repeat(lag_steps[:, None], samples, axis=1)
     return lambda policies, rng: _aged(policies, ages)
 
 
 def replayed(window_steps: NDArray[np.int64], samples: int) -> Behaviour:
-    """Every sample of prompt p comes from one of the last `window_steps[p]` policies, uniformly."""
+    """Draws every sample of prompt p from one of the last `window_steps[p]` policies, uniformly."""
     shape = (len(window_steps), samples)
     return lambda policies, rng: _aged(
         policies, rng.integers(np.minimum(window_steps, len(policies))[:, None], size=shape)
@@ -210,7 +215,7 @@ def _aged(policies: Array, ages: NDArray[np.int64]) -> Array:
 
 
 def mixed(log_ref: Array, samples: int) -> Behaviour:
-    """Every sample from pi_ref, the uniform policy or a random policy drawn anew at each step, by the
+    """Draws every sample from pi_ref, the uniform policy or a random policy made anew at each step, by the
     throw of a die.
     """
     rows = np.arange(len(log_ref))[:, None]
@@ -226,8 +231,8 @@ def mixed(log_ref: Array, samples: int) -> Behaviour:
 def descend_sampled(
     method: Method, bandit: Bandit, behaviour: Behaviour, *, lr: float, at: NDArray[np.int64], seed: int
 ) -> Array:
-    """[S, P, Y] log pi after each of the steps `at` (sorted), from pi_ref, a group of samples of every prompt
-    a step.
+    """Returns [S, P, Y] log pi after each of the steps `at` (sorted), from pi_ref, by a group of samples of
+    every prompt a step.
 
     Raises ValueError unless all prompts have one beta. Two methods with one seed see the same random numbers.
     """
@@ -250,7 +255,7 @@ def descend_sampled(
 
 
 def _draw(probabilities: Array, rng: np.random.Generator) -> NDArray[np.int64]:
-    """One index into the last axis per distribution."""
+    """Returns one index into the last axis per distribution."""
     # The last edge is 1 but for rounding: whatever lies above the others is the last.
     edges = probabilities.cumsum(-1)[..., :-1]
     return (rng.random(probabilities.shape[:-1])[..., None] > edges).sum(-1)

@@ -65,7 +65,7 @@ METHODS: dict[str, tuple[Method, str]] = {"AGRO": (sampled_agro, "-"), "KL-PG": 
 
 @dataclass(frozen=True)
 class Curve:
-    """Normalised KL [S] under a label; a matplotlib line style and colour."""
+    """Normalised KL [S] under a label, with a matplotlib line style and colour."""
 
     label: str
     values: Array
@@ -75,7 +75,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """One file pair: `claim` says what is seen, `panels` maps a panel's title to its curves, all over
+    """One pair of files: `claim` says what is seen, `panels` maps a panel's title to its curves, all over
     `steps` [S].
     """
 
@@ -85,12 +85,12 @@ class Chart:
     panels: dict[str, list[Curve]]
 
     def last(self, panel: str, label: str) -> float:
-        """Where a curve ends."""
+        """Returns where a curve ends."""
         return next(float(curve.values[-1]) for curve in self.panels[panel] if curve.label == label)
 
 
 def forms_chart(steps: int = EXACT_STEPS) -> Chart:
-    """Every form, exact gradients, data from pi_ref alone."""
+    """Compares every form by exact gradients, on data from pi_ref alone."""
     bandit, at = Bandit.random(SEED, beta=0.5), record_steps(steps)
     curves = []
     for index, (name, form) in enumerate(FORMS.items()):
@@ -106,7 +106,9 @@ def forms_chart(steps: int = EXACT_STEPS) -> Chart:
 
 
 def staleness_chart(steps: int = SAMPLED_STEPS) -> Chart:
-    """Sampled groups that lag behind by a fixed number of updates, or come from a replay of past policies."""
+    """Compares sampled groups that lag behind by a fixed number of updates, or come from a replay of past
+    policies.
+    """
     at = record_steps(steps)
     panels = {
         "every sample exactly `lag` updates old": _stale_curves(lagged, LAGS, "lag", at),
@@ -137,7 +139,7 @@ def _stale_curves(
 
 
 def behaviours_chart(exact_steps: int = EXACT_STEPS) -> Chart:
-    """Groups of samples from unlike policies; and a behaviour that never samples some generations."""
+    """Compares groups of samples from unlike policies, and a behaviour that never samples some outcomes."""
     bandit, at = Bandit.random(SEED, beta=0.5), record_steps(exact_steps)
     blend = []
     for name, (method, style) in METHODS.items():
@@ -166,7 +168,7 @@ def behaviours_chart(exact_steps: int = EXACT_STEPS) -> Chart:
 
 
 def weights_chart(steps: int = EXACT_STEPS) -> Chart:
-    """What truncated weights after centring cost where the behaviour policy never moves."""
+    """Shows what truncated weights after centring cost where the behaviour policy never moves."""
     bandits, at = [Bandit.random(SEED, beta=beta) for beta in BETAS], record_steps(steps)
     rows = Bandit(
         *(
@@ -192,7 +194,7 @@ def weights_chart(steps: int = EXACT_STEPS) -> Chart:
 
 
 def write_csv(chart: Chart, path: Path) -> None:
-    """`step`, then a column `panel | label` for every curve."""
+    """Writes `step`, then a column `panel | label` for every curve."""
     names = [f"{title} | {curve.label}" for title, curves in chart.panels.items() for curve in curves]
     columns = [curve.values for curves in chart.panels.values() for curve in curves]
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -203,7 +205,7 @@ def write_csv(chart: Chart, path: Path) -> None:
 
 
 def write_png(chart: Chart, path: Path, title: str) -> None:
-    """All panels in a row, on one pair of log axes; step 0 is not on it."""
+    """Draws all panels in a row, on one pair of log axes; step 0 is not on it."""
     figure = Figure(figsize=(8.5 if len(chart.panels) == 1 else 12, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(chart.panels), sharey=True, squeeze=False)[0]
@@ -241,7 +243,7 @@ REDUCED_CHARTS: tuple[Callable[[], Chart], ...] = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The CLI; `arguments` as on the command line."""
+    """Draws the figures; `arguments` are those of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tabular_figures", description="Draw the tabular figures."
     )

@@ -28,7 +28,7 @@ SHAPE = (len(PREFIXES), 3)  # of the logits, [N, V]
 
 
 def _taken() -> Array:
-    """[O, T, N, V], 1 where outcome o takes token v after prefix n as its token t."""
+    """Returns [O, T, N, V], 1 where outcome o takes token v after prefix n as its token t."""
     taken = np.zeros((len(OUTCOMES), MAX_TOKENS, *SHAPE))
     for index, outcome in enumerate(OUTCOMES):
         for position, token in enumerate(outcome):
@@ -42,58 +42,60 @@ _FLAT = TAKEN.reshape(MASK.size, -1)
 
 
 def token_logprobs(logits: Array) -> Array:
-    """[O, T] log pi of every token of every completion, 0 behind its end."""
+    """Returns [O, T] log pi of every token of every completion, 0 behind its end."""
     return (_FLAT @ log_softmax(logits).ravel()).reshape(MASK.shape)
 
 
 def log_outcomes(logits: Array) -> Array:
-    """[O] log pi(y), the sum over tokens."""
+    """Returns [O] log pi(y), the sum over tokens."""
     return token_logprobs(logits).sum(1)
 
 
 def logits_for(outcomes: Array) -> Array:
-    """[N, V] logits whose completions have the probabilities `outcomes` [O], all positive: any
+    """Returns [N, V] logits whose completions have the probabilities `outcomes` [O], all positive: any
     distribution has some.
     """
     return np.log(np.einsum("o,otnv->nv", outcomes, TAKEN))
 
 
 def direction(logits: Array, mu: Array, coefficients: Array) -> Array:
-    """[N, V] the exact ascent direction of `coefficients` [O, T] (or [O, 1]) under `mu` [O]."""
+    """Returns [N, V], the exact ascent direction of `coefficients` [O, T] (or [O, 1]) under `mu` [O]."""
     force = mu[:, None] * coefficients * MASK
     visits = (force.ravel() @ _FLAT).reshape(SHAPE)
     return visits - np.exp(log_softmax(logits)) * visits.sum(-1, keepdims=True)
 
 
 def residual(rewards: Array, log_ratios_OT: Array, beta: float, mu: Array) -> Array:
-    """[O, 1] R - E_mu R, R = r - beta * ell: AGRO's coefficient, one per completion."""
+    """Returns [O, 1] R - E_mu R with R = r - beta * ell: AGRO's coefficient, one per completion."""
     values = rewards - beta * log_ratios_OT.sum(1)
     return (values - mu @ values)[:, None]
 
 
 def reward_to_go(rewards: Array, log_ratios_OT: Array, beta: float, mu: Array) -> Array:
-    """[O, T] as `residual`, but each token answers only for the log-ratios from itself on."""
+    """Returns [O, T] residuals in which each token answers only for the log-ratios from itself on."""
     before = log_ratios_OT.cumsum(1) - log_ratios_OT
     return residual(rewards, log_ratios_OT, beta, mu) + beta * before
 
 
 def token_kl_loss(rewards: Array, log_ratios_OT: Array, beta: float, mu: Array) -> Array:
-    """[O, T] rewards centred, and each token's own KL as a loss: on policy the exact per-token KL of
+    """Returns [O, T]: rewards centred, and each token's own KL as a loss, on policy the exact per-token KL of
     the visited prefixes.
     """
     return (rewards - mu @ rewards)[:, None] - beta * log_ratios_OT
 
 
 def token_k3_loss(rewards: Array, log_ratios_OT: Array, beta: float, mu: Array) -> Array:
-    """[O, T] as `token_kl_loss` with the k3 estimate, whose slope in log pi is 1 - pi_ref / pi."""
+    """Returns [O, T] what `token_kl_loss` does, with the k3 estimate, whose slope in log pi is 1 - pi_ref /
+    pi.
+    """
     return (rewards - mu @ rewards)[:, None] - beta * (1 - np.exp(-log_ratios_OT))
 
 
 def residual_over_length(rewards: Array, log_ratios_OT: Array, beta: float, mu: Array) -> Array:
-    """[O, 1] as `residual`, divided by the completion's length: a positive weight."""
+    """Returns [O, 1] the residual divided by the completion's length, which is a positive weight."""
     return residual(rewards, log_ratios_OT, beta, mu) / LENGTHS[:, None]
 
 
 def length_in_residual(rewards: Array, log_ratios_OT: Array, beta: float, mu: Array) -> Array:
-    """[O, 1] as `residual`, with ell / length in R: another target."""
+    """Returns [O, 1] the residual with ell / length in R, which is another target."""
     return residual(rewards, log_ratios_OT / LENGTHS[:, None], beta, mu)

@@ -1,18 +1,17 @@
-"""What it costs to bring weights from the learner to the actors, as ratios within one run.
+"""Measures what it costs to bring weights from the learner to the actors, as ratios within one run.
 
     python -m benchmarks.weights [tiny] [30M]     both by default; benchmarks/results/weights-<machine>.json
 
-gather   a pass over the source by two ZeRO-3 ranks: in buckets (`weights.bucket_mib`), against one parameter at a time
-publish  how long the learner stands still for a snapshot: stored in the background, against stored by the learner itself; and how
-         long the background works on it. The object store is Ray's
-apply    checksums and `Engine.load_weights` of a snapshot by a real vLLM engine, the latter being the actor's pause
-adapters the same where adapters of rank 16 come alone (`weights.adapters`), and tokens/s with vLLM applying
-them
-push     nccl (two GPUs) and ipc (one): stall of the learner and pause of the actor. NEVER RUN: there was no GPU
+gather   a pass over the source by two ZeRO-3 ranks: in buckets, against one parameter at a time
+publish  how long the learner stands still for a snapshot: stored in the background, against stored by itself;
+         and how long the background works on it. The object store is Ray's
+apply    checksums and `Engine.load_weights` of a snapshot by a real vLLM engine: the actor's pause
+adapters the same where adapters of rank 16 come alone, and tokens/s with vLLM applying them
+push     nccl (two GPUs) and ipc (one): stall of the learner, pause of the actor. NEVER RUN: there was no GPU
 memcpy   of as many bytes into memory that is used again, which is what all bandwidths are compared with
 
-Medians of REPEATS, memcpy the best; what is compared alternates. Two ranks and Ray share the cores there are:
-see `cpus` in the results.
+Figures are medians of REPEATS, of memcpy the best; what is compared alternates. Two ranks and Ray share the
+cores there are: see `cpus` in the results.
 """
 
 from __future__ import annotations
@@ -47,7 +46,9 @@ MIB = 2**20
 
 
 class Board:
-    """A handle that keeps the newest snapshot. `actors`: by name, those that weights are pushed to."""
+    """Stands for the board's handle and keeps the newest snapshot. `actors` are those that weights are pushed
+    to, by name.
+    """
 
     def __init__(self, actors: dict[str, Any] | None = None) -> None:
         self.newest: tuple[bytes, list[Any]] = b"", []
@@ -66,6 +67,7 @@ class Board:
 
 
 def make_config(model_dir: str, **sections: Any) -> Config:
+    """Returns a run's config for the model."""
     tree: dict[str, Any] = {
         "model": {"path": model_dir},
         "data": {"path": "none"},
@@ -75,15 +77,16 @@ def make_config(model_dir: str, **sections: Any) -> Config:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Of one call."""
+    """Returns the seconds that one call takes."""
     start_s = time.perf_counter()
     work()
     return time.perf_counter() - start_s
 
 
 def memcpy_s(num_bytes: int) -> float:
-    """One copy between two buffers whose pages exist; the fastest of many, since it is over before
-    anybody can be in its way.
+    """Returns the seconds of one copy between two buffers whose pages exist.
+
+    It is the fastest of many, since a copy is over before anybody can be in its way.
     """
     source, target = torch.ones(num_bytes, dtype=torch.uint8), torch.ones(num_bytes, dtype=torch.uint8)
     return min(seconds(lambda: target.copy_(source)) for _ in range(5 * REPEATS))
@@ -93,7 +96,7 @@ def memcpy_s(num_bytes: int) -> float:
 
 
 def learn(rank: int, model_dir: str, port: int, out: str) -> None:
-    """A rank; rank 0 writes what it measured."""
+    """Runs one rank; rank 0 writes what it measured."""
     import ray
 
     from core.calls import Calls
@@ -150,7 +153,7 @@ def learn(rank: int, model_dir: str, port: int, out: str) -> None:
 
 
 def learner_side(model_dir: str, directory: Path) -> dict[str, float]:
-    """`learn` by two processes; its figures as bandwidths and ratios."""
+    """Runs `learn` in two processes and returns its figures as bandwidths and ratios."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -181,7 +184,7 @@ def learner_side(model_dir: str, directory: Path) -> dict[str, float]:
 
 
 def apply(model_dir: str, out: str, rank: int) -> None:
-    """A real engine loads snapshots of its own weights; with a `rank`, of adapters alone."""
+    """Lets a real engine load snapshots of its own weights; with a `rank`, of adapters alone."""
     from actors.engine import Adapters, Engine
     from core.weights.snapshots import SnapshotWriter, read_snapshot
 
@@ -214,15 +217,15 @@ def apply(model_dir: str, out: str, rank: int) -> None:
 
 
 def whole_weights(model_dir: str) -> dict[str, torch.Tensor]:
-    """By name."""
+    """Returns the model's weights by name."""
     from safetensors.torch import load_file
 
     return load_file(Path(model_dir) / "model.safetensors")
 
 
 def adapters_alone(model_dir: str, rank: int) -> dict[str, torch.Tensor]:
-    """As the learner has them before its first step, when they change nothing: the engine samples what
-    it samples without.
+    """Returns adapters as the learner has them before its first step, when they change nothing of what is
+    sampled.
     """
     from transformers import AutoModelForCausalLM
 
@@ -235,7 +238,7 @@ def adapters_alone(model_dir: str, rank: int) -> dict[str, torch.Tensor]:
 
 
 def actor_side(model_dir: str, directory: Path) -> dict[str, float]:
-    """`apply` in a process of its own; vLLM is not to be started twice in one."""
+    """Runs `apply` in a process of its own; vLLM is not to be started twice in one."""
 
     def in_a_process(rank: int) -> dict[str, float]:
         out = directory / "apply.json"
@@ -263,8 +266,8 @@ def actor_side(model_dir: str, directory: Path) -> dict[str, float]:
 
 
 class PushedActor:
-    """As a Ray actor: an engine, and a loop that looks for orders; `pauses`: how long each transfer
-    kept it from generating.
+    """An engine in a Ray actor, with a loop that looks for orders; `pauses` tells how long each transfer kept
+    it from generating.
     """
 
     def __init__(self, config: Config) -> None:
@@ -289,16 +292,16 @@ class PushedActor:
             time.sleep(0.0005)
 
     def receive(self, verb: str, number: int, *arguments: Any) -> str:
-        """As of a rollout actor."""
+        """Takes an order as a rollout actor does."""
         return self._receiver.order(verb, number, *arguments)
 
     def pauses(self) -> list[float]:
-        """Seconds, one for each transfer."""
+        """Returns the seconds of each transfer."""
         return self._pauses
 
 
 class PushingLearner:
-    """As a Ray actor: rank 0 with a whole model on its GPU, which is what ZeRO-3 on one rank is."""
+    """Rank 0 in a Ray actor, with a whole model on its GPU, which is what ZeRO-3 on one rank is."""
 
     def __init__(self, config: Config) -> None:
         from transformers import AutoModelForCausalLM
@@ -312,11 +315,13 @@ class PushingLearner:
     def named_weights(
         self, bucket_bytes: int, *, adapters_alone: bool = False
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Nothing has to be gathered."""
+        """Yields the weights; nothing has to be gathered."""
         return ((name, parameter.data) for name, parameter in self.module.named_parameters())
 
     def push(self, actor: Any) -> list[float]:
-        """The learner's stall at each publication but the first, which makes a snapshot and connections."""
+        """Returns the learner's stall at each publication but the first, which makes a snapshot and
+        connections.
+        """
         import ray
 
         from core.calls import Calls
@@ -334,7 +339,7 @@ class PushingLearner:
 
 
 def push(model_dir: str, road: str) -> str | dict[str, float]:
-    """A learner and an actor on two GPUs (nccl) or one (ipc)."""
+    """Measures a learner and an actor on two GPUs (nccl) or one (ipc)."""
     needed = 2 if road == "nccl" else 1
     if torch.cuda.device_count() < needed:
         return NO_GPU if not torch.cuda.is_available() else f"not measured ({torch.cuda.device_count()} GPU)"
@@ -359,7 +364,9 @@ def push(model_dir: str, road: str) -> str | dict[str, float]:
 
 
 def main() -> None:
-    """The models asked for (both), printed and written to benchmarks/results/."""
+    """Measures the models asked for (both by default), prints the figures and writes them to
+    benchmarks/results/.
+    """
     from recipes.arithmetic import make_llama, make_tokenizer
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -430,5 +430,8 @@ def _what_it_is(line: bytes) -> str:
         return "not text: the file was overwritten, or damaged by its disk"
     shown = text[:40]
     if not line.endswith(b"\n"):
-        return f"cut short at {shown!r}: its buffer was killed, and completes it when it starts again; or the rest is lost"
+        return (
+            f"cut short at {shown!r}: its buffer was killed, and completes it when it starts again; or the "
+            "rest is lost"
+        )
     return f"no event: {shown!r}"

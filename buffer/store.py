@@ -38,8 +38,10 @@ FORMAT = 4
 _SCHEMA = f"""
 BEGIN;
 CREATE TABLE IF NOT EXISTS groups (
-    position INTEGER PRIMARY KEY, group_id INTEGER NOT NULL UNIQUE, oldest_version INTEGER NOT NULL, num_tokens INTEGER NOT NULL,
-    reward_std REAL NOT NULL, num_samples INTEGER NOT NULL, uses INTEGER NOT NULL DEFAULT 0, last_step INTEGER NOT NULL DEFAULT -1,
+    position INTEGER PRIMARY KEY, group_id INTEGER NOT NULL UNIQUE, oldest_version INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    reward_std REAL NOT NULL, num_samples INTEGER NOT NULL, uses INTEGER NOT NULL DEFAULT 0,
+    last_step INTEGER NOT NULL DEFAULT -1,
     has_left INTEGER NOT NULL DEFAULT 0, ref_logprobs BLOB, payload BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS groups_kept_for_a_batch ON groups(last_step) WHERE has_left = 1;
 CREATE TABLE IF NOT EXISTS leases (ordinal INTEGER PRIMARY KEY, actor TEXT NOT NULL, losses INTEGER NOT NULL);
@@ -50,7 +52,8 @@ CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL);
 PRAGMA user_version = {FORMAT};
 COMMIT;
 """
-_PUT_GROUP = """INSERT OR IGNORE INTO groups(group_id, oldest_version, num_tokens, reward_std, num_samples, payload)
+_PUT_GROUP = """INSERT OR IGNORE INTO
+    groups(group_id, oldest_version, num_tokens, reward_std, num_samples, payload)
     VALUES (?, ?, ?, ?, ?, ?)"""
 
 
@@ -244,7 +247,8 @@ class Store:
 
     def load_groups(self) -> list[GroupMeta]:
         """Returns the index of the groups in the buffer, in order of insertion."""
-        query = "SELECT group_id, oldest_version, num_tokens, uses, reward_std FROM groups WHERE has_left = 0 ORDER BY position"
+        columns = "group_id, oldest_version, num_tokens, uses, reward_std"
+        query = f"SELECT {columns} FROM groups WHERE has_left = 0 ORDER BY position"
         with self._explained():
             return [GroupMeta(*row) for row in self._db.execute(query)]
 
@@ -298,9 +302,15 @@ class Store:
 
 def _remedy(message: str) -> str:
     if "locked" in message:
-        return f"Another process has held it for {LOCK_TIMEOUT_S:g} s: is a second run, or a sqlite shell, using this run directory?"
+        return (
+            f"Another process has held it for {LOCK_TIMEOUT_S:g} s: is a second run, or a sqlite shell, using this "
+            "run directory?"
+        )
     if "full" in message or "I/O" in message:
         return "Free space on that disk; nothing acknowledged is lost, and the caller may try again."
     if "malformed" in message or "not a database" in message:
-        return "Move it and ledger*.jsonl away: the run goes on from its checkpoint without the groups it held, its prompts begin anew."
+        return (
+            "Move it and ledger*.jsonl away: the run goes on from its checkpoint without the groups it held, "
+            "its prompts begin anew."
+        )
     return "Check that run.dir exists and can be written."

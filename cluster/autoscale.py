@@ -1,14 +1,16 @@
-"""How many rollout actors there should be: enough to keep the learner busy, and no more. Pure; off unless
-`actors.max` is set.
+"""Decides how many rollout actors there should be: enough to keep the learner busy, and no more. Pure; off
+unless `actors.max` is set.
 
-    the learner waited for batches > 10 % of a window                            one actor more
-    the actors waited at admission > 50 % of it, the learner not at all          one actor fewer, if it made a step
+    the learner waited for batches > 10 % of a window                     one actor more
+    the actors waited at admission > 50 % of it, the learner never        one actor fewer, if it made a step
 
 A window is 15 s, and lasts until the next step where the learner does not wait: a step may be long, or hang.
-Nothing was under way in it: no actor being placed, loaded or retired, no change less than 15 s old, and
-training has begun (the wait for the first batch says nothing about a running pipeline). With n actors of rate
-r and a learner that consumes c, one more is asked for while n r < 0.9 c, one fewer while n r > 2 c: no n is
-in both, nor is n - 1 in the first when n is in the second, so that a constant load settles.
+It counts only if nothing was under way in it: no actor being placed, loaded or retired, no change less than
+15 s old, and training has begun, since the wait for the first batch says nothing about a running pipeline.
+
+With n actors of rate r and a learner that consumes c, one more is asked for while n r < 0.9 c, one fewer
+while n r > 2 c. No n is in both, nor is n - 1 in the first when n is in the second, so that a constant load
+settles.
 """
 
 from __future__ import annotations
@@ -25,8 +27,14 @@ NEVER_SHARE = 0.01  # Also a batch that is ready takes a moment to come.
 
 
 class Load(NamedTuple):
-    """At one moment: cumulative waits in seconds, of the learner and by actor; rollout actors wanted; whether
-    all of them run and none is on its way in or out; optimizer steps done.
+    """The load at one moment.
+
+    time_s            the moment, seconds on a monotonic clock
+    learner_wait_s    what the learner has waited so far
+    actor_waits_s     what each actor has waited so far, by name
+    num_actors        rollout actors wanted
+    is_settled        whether all of them run, and none is on its way in or out
+    step              optimizer steps done
     """
 
     time_s: float
@@ -39,7 +47,9 @@ class Load(NamedTuple):
 
 @dataclass
 class Autoscaler:
-    """The rule, within `min_actors` and `max_actors`."""
+    """Applies the rule of this module within `min_actors` and `max_actors`: ask `judge` with a Load at every
+    look.
+    """
 
     min_actors: int
     max_actors: int
@@ -70,11 +80,13 @@ class Autoscaler:
         return decision
 
     def changed(self, time_s: float) -> None:
-        """The number of actors was changed, by this rule or by anybody: a pause."""
+        """Notes that the number of actors was changed, by this rule or by anybody, which begins a pause."""
         self._changed_s, self._start = time_s, None
 
     def _decide(self, start: Load, now: Load, elapsed_s: float, learner: float) -> tuple[int, str] | None:
-        """`learner`: its share of the window spent waiting."""
+        """Returns the new number of actors and the reason, or None. `learner` is its share of the window
+        spent waiting.
+        """
         waits_s = [max(0.0, wait_s - start.actor_waits_s[name]) for name, wait_s in now.actor_waits_s.items()]
         actors = sum(waits_s) / (elapsed_s * len(waits_s)) if waits_s else 0.0
         if learner > GROW_SHARE and now.num_actors < self.max_actors:

@@ -1,7 +1,7 @@
-"""The run directory as the way into a run from another shell, also from another host that shares it.
+"""The run directory is the way into a run from another shell, also from another host that shares it.
 
-    launch.py scale --> scale.json  --> supervisor      the newest request, by id; taken within a second
-    launch.py status <-- status.json <-- supervisor      written every second; names the last request taken, and what became of it
+    launch.py scale  --> scale.json  --> supervisor   the newest request, by id; taken within a second
+    launch.py status <-- status.json <-- supervisor   written every second; holds the last answer
 
 Both files are replaced whole, so that nobody reads half of one.
 """
@@ -32,14 +32,14 @@ MOST_ACTORS = 1024
 
 
 class ScaleRequest(msgspec.Struct, frozen=True):
-    """So many rollout actors, please."""
+    """Asks for so many rollout actors."""
 
     id: str
     actors: int
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What became of a request: the actors added and retired, or why it was refused."""
+    """Says what became of a request: the actors added and retired, or why it was refused."""
 
     id: str
     actors: int
@@ -49,12 +49,12 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """status.json. `pid`, `host` and `time` (seconds since 1970) are filled in by `Control`.
+    """The content of status.json. `Control` fills in `pid`, `host` and `time` (seconds since 1970).
 
     state   starting, training, ending or over
-    actors  name, state, since_s, pid, note (what is missing, or was the cause), and what the monitor knows: version, tokens_per_s
+    actors  name, state, since_s, pid, note (what is missing, or the cause), and the monitor's figures
     waits   seconds so far, by who waits for what
-    answer  to the last request taken
+    answer  what became of the last request taken
     """
 
     name: str
@@ -75,8 +75,9 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Control:
-    """Takes requests, writes the status; `clock` gives seconds. A disk that takes no status is told of,
-    and costs nothing else.
+    """Takes requests and writes the status; `clock` gives seconds.
+
+    A disk that takes no status is told of, and costs nothing else.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Control:
         self.take()  # What lies there was meant for an earlier start of this run.
 
     def take(self) -> ScaleRequest | None:
-        """A request that came since the last call; one that cannot be read is told of, and ignored."""
+        """Returns a request that came since the last call; one that cannot be read is told of and ignored."""
         path = self._run_dir / REQUEST_NAME
         try:
             found = path.stat()
@@ -105,16 +106,16 @@ class Control:
             return None
 
     def answer(self, answer: Answer) -> None:
-        """What became of a request: in the next status, which is due now."""
+        """Puts what became of a request into the next status, which is due now."""
         self._answer = answer
         self._written_s = float("-inf")
 
     def is_due(self) -> bool:
-        """Whether the status is to be written again."""
+        """Returns whether the status is to be written again."""
         return self._clock() - self._written_s >= WRITE_EVERY_S
 
     def write(self, status: RunStatus) -> None:
-        """Replace status.json."""
+        """Replaces status.json."""
         self._written_s = self._clock()
         whole = msgspec.structs.replace(
             status, pid=os.getpid(), host=socket.gethostname(), time=time.time(), answer=self._answer
@@ -130,7 +131,7 @@ class Control:
 
 
 def read_status(run_dir: Path) -> RunStatus:
-    """The status of the run, whatever its age. Raises ConfigError when there is none."""
+    """Returns the status of the run, whatever its age. Raises ConfigError when there is none."""
     try:
         return msgspec.json.decode((run_dir / STATUS_NAME).read_bytes(), type=RunStatus)
     except FileNotFoundError:
@@ -141,24 +142,27 @@ def read_status(run_dir: Path) -> RunStatus:
 
 
 def death_of_driver(status: RunStatus) -> str | None:
-    """Why nobody drives the run any more; None while its driver lives, and when the run is over in order."""
+    """Returns why nobody drives the run any more; None while its driver lives, and when the run is over in
+    order.
+    """
     if status.state == "over":
         return None
     age_s = time.time() - status.time
     if status.host == socket.gethostname() and not psutil.pid_exists(status.pid):
         return f"its driver (process {status.pid}) is gone since {age_s:.0f} s"
     if age_s > STALE_S:
-        return f"its driver (process {status.pid} on {status.host}) has not written {STATUS_NAME} for {age_s:.0f} s"
+        driver = f"its driver (process {status.pid} on {status.host})"
+        return f"{driver} has not written {STATUS_NAME} for {age_s:.0f} s"
     return None
 
 
 def ask_for_actors(
     run_dir: Path, count: int, timeout_s: float = ANSWER_TIMEOUT_S
 ) -> tuple[Answer, RunStatus]:
-    """Ask the run's driver for `count` rollout actors; its answer, and the status at that moment.
+    """Asks the run's driver for `count` rollout actors; returns its answer, and the status at that moment.
 
-    Raises ConfigError: no run here, a run that is over or without a living driver, or a count that cannot be
-    meant; PeerTimeout when the driver does not answer.
+    Raises ConfigError for no run here, a run that is over or without a living driver, or a count that cannot
+    be meant; PeerTimeout when the driver does not answer.
     """
     if not 1 <= count <= MOST_ACTORS:
         raise ConfigError(f"--actors {count}: expected 1 to {MOST_ACTORS}")

@@ -24,7 +24,7 @@ _guardians: list[subprocess.Popen[bytes]] = []  # Referenced, or the pipe would 
 
 
 def guard() -> None:
-    """Start the guardian of this process. Call before starting anything else; again does nothing."""
+    """Starts the guardian of this process, before anything else starts; a second call does nothing."""
     if not _guardians:
         # The pipe closes with this process, however it ends: nobody else holds its writing end.
         command = [sys.executable, __file__, str(os.getpid())]
@@ -32,7 +32,7 @@ def guard() -> None:
 
 
 def main(driver_pid: int) -> None:
-    """Watch the family of `driver_pid` until standard input ends, then end what is left of it."""
+    """Watches the family of `driver_pid` until standard input ends, then ends what is left of it."""
     try:
         family = {psutil.Process(driver_pid)}
     except psutil.NoSuchProcess:
@@ -46,8 +46,9 @@ def main(driver_pid: int) -> None:
 
 
 def _of_ray_session(driver_pid: int) -> set[psutil.Process]:
-    """Workers that the raylet started since the last look, orphans by now: they name the session, which
-    ends in the driver's pid.
+    """Returns the workers that the raylet started since the last look, which are orphans by now.
+
+    Their command lines name the session, and that name ends in the driver's pid.
     """
     session = re.compile(rf"/session_[\d_-]+_{driver_pid}/")
     return {
@@ -58,7 +59,7 @@ def _of_ray_session(driver_pid: int) -> set[psutil.Process]:
 
 
 def _with_descendants(family: set[psutil.Process]) -> set[psutil.Process]:
-    """Those of the family that still run, and every process below them; not this one."""
+    """Returns those of the family that still run, and every process below them, but not this one."""
     # By pid and start time: a number that is used again is another process.
     found = {process for process in family if process.is_running()}
     known = {process.pid for process in found} - {os.getpid()}

@@ -1,4 +1,4 @@
-"""Whether Ray itself lives: its control process (GCS) and this node's raylet, of which nothing else tells in
+"""Watches whether Ray itself lives: its control process (GCS) and this node's raylet. Nothing else tells in
 time.
 
 A driver whose GCS is gone hangs in the next call that needs it, and is ended by Ray after a minute without a
@@ -29,11 +29,13 @@ _NAMES = {"gcs_server": "Ray's control process (gcs_server)", "raylet": "this no
 
 
 class RayWatch:
-    """`cause` is '' while both live."""
+    """Watches Ray from a thread of its own; `cause` is '' while both processes live."""
 
     def __init__(self, abandon: Callable[[str], Any]) -> None:
-        """`abandon(cause)` writes what there is of the run and ends this process, from another thread:
-        the main one hangs.
+        """Starts the watch.
+
+        `abandon(cause)` writes what there is of the run and ends this process, from another thread: the main
+        one hangs.
         """
         # Private, but there is no public way to Ray's own processes.
         self._node: Any = ray._private.worker._global_node
@@ -49,8 +51,9 @@ class RayWatch:
         threading.Thread(target=self._watch, name="ray's life", daemon=True).start()
 
     def explained(self, error: RayError) -> AgroError:
-        """Why a call of Ray's failed. When Ray is gone, the main thread may meet that before this one
-        has looked: it is waited for.
+        """Returns why a call of Ray's failed.
+
+        When Ray is gone, the main thread may meet that before this watch has looked: it is waited for.
         """
         until_s = time.monotonic() + 2 * LOOK_S
         while not self.cause and time.monotonic() < until_s:
@@ -61,11 +64,11 @@ class RayWatch:
         return TrainingError(self.cause)
 
     def obeyed(self) -> None:
-        """The main thread ends the run, without waiting for Ray."""
+        """Notes that the main thread ends the run, without waiting for Ray."""
         self._is_obeyed.set()
 
     def stop(self) -> None:
-        """The run is over: what becomes of Ray is no news any more."""
+        """Ends the watch: the run is over, and what becomes of Ray is no news any more."""
         self._is_over.set()
         self._is_obeyed.set()
 
@@ -95,8 +98,10 @@ class RayWatch:
 
 
 def _answers(end: Any) -> bool:
-    """Whether somebody listens there: a host and port, or the path of a socket."""
-    family = socket.AF_UNIX if isinstance(end, str) else socket.AF_INET6 if ":" in end[0] else socket.AF_INET
+    """Returns whether somebody listens there: at a host and port, or at the path of a socket."""
+    family = socket.AF_INET6 if ":" in end[0] else socket.AF_INET
+    if isinstance(end, str):
+        family = socket.AF_UNIX
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.settimeout(LOOK_S)
         try:

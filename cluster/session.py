@@ -1,4 +1,4 @@
-"""The driver's connection to Ray."""
+"""Connects the driver to Ray."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ ROOM_FOR_ACTORS = 8
 
 
 def logical_cpus(config: Config) -> int:
-    """CPUs of a local Ray: a machine with fewer cores than asked for still runs it, only slower, and
-    has room for scaling.
+    """Returns the CPUs that a local Ray is told it has.
+
+    A machine with fewer cores than asked for still runs it, only slower, and has room for scaling.
     """
     learner, actors = config.learner, config.actors
     most_actors = max(actors.count, actors.max or ROOM_FOR_ACTORS)
@@ -33,8 +34,11 @@ def logical_cpus(config: Config) -> int:
 
 @contextlib.contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Connected to the cluster that RAY_ADDRESS names (cluster/preparation/surroundings.py), else to a local Ray of
-    our own that ends with the run.
+    """Keeps a connection to the cluster that RAY_ADDRESS names, else to a local Ray of our own that ends with
+    the run.
+
+    `cluster_address` in cluster/preparation/surroundings.py reads the variable. Raises PlacementError when
+    there is no connection.
     """
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -82,8 +86,8 @@ def _why_not_connected(address: str | None, error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _our_signal_handlers() -> Iterator[None]:
-    """The handler of SIGTERM stays the one that was there before `ray.init`. Ray has no public switch for its
-    own two.
+    """Keeps the handler of SIGTERM that was there before `ray.init`. Ray has no public switch for its own
+    two.
 
     The one in Python ends the process without a word. The one in C++ prints its stack, calls the one before
     it, and sets an alarm that aborts the process three seconds later, in the middle of an orderly end.
@@ -101,7 +105,8 @@ def _our_signal_handlers() -> Iterator[None]:
 
 
 def _keep_deaths_to_ourselves() -> None:
-    """Ray prints a paragraph for every worker that dies, also with log_to_driver off; our events say it
-    in a line. No public switch.
+    """Silences the paragraph that Ray prints for every worker that dies, also with log_to_driver off.
+
+    Our events say it in a line. Ray has no public switch for that.
     """
     ray._private.worker.print_to_stdstream = lambda *arguments, **options: None

@@ -1,8 +1,8 @@
 """Signals that end a run: the first one in order, a second one at once, a third one on the spot.
 
 The answer to a signal comes from a thread of its own (woken by a pipe that Python's handler in C writes to),
-because the main thread may be in a long call of a library, such as an import or the start of Ray. Imports
-nothing that takes time.
+because the main thread may be in a long call of a library, such as an import or the start of Ray. This module
+imports nothing that takes time.
 """
 
 from __future__ import annotations
@@ -28,8 +28,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignal:
-    """SIGINT, SIGTERM and SIGHUP as a request to end, a context manager; `name` is the first one's, None
-    until it comes.
+    """Takes SIGINT, SIGTERM and SIGHUP as a request to end; `name` is the first one's, None until it comes.
+
+        with StopSignal() as stop:
+            prepare()                                  # a signal raises Interrupted here
+            stop.end_in_order("type the same again")
+            while stop.name is None:
+                step()
 
     The first signal raises Interrupted in the main thread as long as nothing has started; after
     `end_in_order` it only sets `name`, and a second one raises. A SIGHUP that is ignored from the start, as
@@ -65,8 +70,8 @@ class StopSignal:
         self._teller.join(TELL_TIMEOUT_S)
 
     def end_in_order(self, go_on: str) -> None:
-        """From now on there is something to end in order; `go_on` says what to type to go on with it
-        afterwards.
+        """Says that there is something to end in order from now on; `go_on` says what to type to go on with
+        it afterwards.
         """
         self._go_on = go_on
         self._in_order = True
@@ -108,7 +113,9 @@ class StopSignal:
         return f"interrupting: what was acknowledged is kept; to go on, {self._go_on}"
 
     def _leave_closed_terminals(self) -> None:
-        """After a hang-up every write to the terminal would fail, and with it what ends the run."""
+        """Sends output of a closed terminal to nowhere: after a hang-up every write to it would fail, and
+        with it what ends the run.
+        """
         for descriptor in self._terminals:
             if not os.isatty(descriptor):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

@@ -1,4 +1,4 @@
-"""`launch.py train`: from a config to a summary."""
+"""`launch.py train` goes from a config to a summary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from core.progress import say
 
 
 def train(config: Config, stop: StopSignal) -> dict[str, Any]:
-    """Run `config` to its end, or to the signal that `stop` takes, in order; the summary.
+    """Runs `config` to its end, or to an orderly end at the signal that `stop` takes, and returns the
+    summary.
 
     Raises AgroError after writing what there is, and Interrupted for a signal before anything has started.
     """

@@ -1,7 +1,7 @@
 """The metrics of a run, by name.
 
-`METRICS` is the one list: the monitor puts every name into every row (null while unknown), the report and the docs
-read the descriptions. Rows may hold more than these. Fractions are in [0, 1], times in seconds, KL in nats, staleness
+`METRICS` is the one list: the monitor puts every name into every row (null while unknown), report and docs
+read the descriptions. Rows may hold more. Fractions are in [0, 1], times in seconds, KL in nats, staleness
 in learner steps.
 """
 

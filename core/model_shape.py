@@ -70,7 +70,7 @@ def load_model_config(model: ModelConfig) -> Any:
 
     try:
         return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    except Exception as error:  # noqa: BLE001 -- configs are checked by their own classes, which raise whatever they like
+    except Exception as error:  # noqa: BLE001 -- configs check themselves, and raise whatever they like
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"model.path = {model.path}: no config of a model to be had: {reason}") from None
 

@@ -331,7 +331,7 @@ def _head_of_tail(tokenizer: Any, special: set[int], *more: dict[str, str]) -> t
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
         tail = text[text.rindex(_ANSWER) + len(_ANSWER) :].split(_QUESTION)[0]
         token_ids = tuple(tokenizer(tail, add_special_tokens=False)["input_ids"])
-    except Exception:  # noqa: BLE001 -- no template, or one that takes no such conversation: it raises what it likes
+    except Exception:  # noqa: BLE001 -- no template, or one that takes no such conversation
         return ()
     start = next((place for place, token_id in enumerate(token_ids) if token_id in special), len(token_ids))
     end = next(

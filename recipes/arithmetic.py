@@ -31,7 +31,9 @@ CHARACTERS = "0123456789+="
 
 
 def problems(seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """(training rows, held-out rows): every `a+b=` with operands up to MAX_OPERAND once, split at random."""
+    """Returns training rows and held-out rows: every `a+b=` with operands up to MAX_OPERAND once, split at
+    random.
+    """
     rows = [
         {"prompt": f"{a}+{b}=", "answer": str(a + b)}
         for a in range(MAX_OPERAND + 1)
@@ -42,7 +44,7 @@ def problems(seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]]]
 
 
 def write_rows(out_dir: str) -> None:
-    """train.jsonl and test.jsonl in `out_dir`."""
+    """Writes train.jsonl and test.jsonl into `out_dir`."""
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("train", "test"), problems(), strict=True):
         (Path(out_dir) / f"{name}.jsonl").write_text(
@@ -51,7 +53,9 @@ def write_rows(out_dir: str) -> None:
 
 
 def make_tokenizer():
-    """A character tokenizer as a `PreTrainedTokenizerFast`: one token a character, `<eos>` ends an answer."""
+    """Returns a character tokenizer as a `PreTrainedTokenizerFast`: one token a character, `<eos>` ends an
+    answer.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +69,7 @@ def make_tokenizer():
 
 
 def make_llama(vocab_size: int, *, tied: bool = True, hidden: int = 96, layers: int = 3, seed: int = 0):
-    """A LlamaForCausalLM of random weights, head_dim 32, about 0.35 M parameters by default."""
+    """Returns a LlamaForCausalLM of random weights, head_dim 32, about 0.35 M parameters by default."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -88,7 +92,7 @@ def make_llama(vocab_size: int, *, tied: bool = True, hidden: int = 96, layers: 
 
 
 def noisy_answer(a: int, b: int, rng: random.Random) -> int:
-    """a + b with probability P_RIGHT, else off by 1 to MAX_ERROR (never negative)."""
+    """Returns a + b with probability P_RIGHT, else a number off by 1 to MAX_ERROR (never negative)."""
     if rng.random() < P_RIGHT:
         return a + b
     error = rng.choice([e for e in range(-MAX_ERROR, MAX_ERROR + 1) if e != 0 and a + b + e >= 0])
@@ -96,7 +100,7 @@ def noisy_answer(a: int, b: int, rng: random.Random) -> int:
 
 
 def make_base(out_dir: str, hidden: int = 96, layers: int = 3) -> None:
-    """Make and warm up the base model in `out_dir`; about a minute on one core. Written aside, then
+    """Makes and warms up the base model in `out_dir`; about a minute on one core. It is written aside, then
     renamed.
     """
     import torch
@@ -138,13 +142,15 @@ def make_base(out_dir: str, hidden: int = 96, layers: int = 3) -> None:
 
 
 def make_small_base(out_dir: str) -> None:
-    """The same of 0.1 M parameters: for studies of many runs (benchmarks/)."""
+    """Makes the same with 0.1 M parameters, for studies of many runs (benchmarks/)."""
     make_base(out_dir, hidden=64, layers=2)
 
 
 def _noisy_batch(tokenizer, rng: random.Random):
-    """(inputs, labels) [BATCH, width], padded right (a causal model needs no mask for that); the loss
-    is on the answers only.
+    """Returns (inputs, labels), both int64 [BATCH, width], padded on the right, which a causal model needs no
+    mask for.
+
+    The loss is on the answers only.
     """
     import torch
 
@@ -168,6 +174,7 @@ def _noisy_batch(tokenizer, rng: random.Random):
 
 
 def main() -> None:
+    """Runs the command named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("what", choices=("rows", "base"))
     parser.add_argument("out_dir")

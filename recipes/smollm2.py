@@ -30,10 +30,10 @@ REMEDY = (
 
 
 def make(out_dir: str) -> None:
-    """Model, tokenizer, chat template and generation config in `out_dir`; 20 s from the package. Written
-    aside, then renamed.
+    """Makes model, tokenizer, chat template and generation config in `out_dir`, in 20 s from the package.
 
-    Raises ConfigError when `out_dir` exists already, or neither package nor hub gives the model.
+    They are written aside, then renamed. Raises ConfigError when `out_dir` exists already, or when neither
+    package nor hub gives the model.
     """
     if Path(out_dir).exists():
         raise ConfigError(
@@ -53,8 +53,9 @@ def make(out_dir: str) -> None:
 
 
 def packaged_gguf() -> Path | None:
-    """The GGUF in the installed package; None when it is not installed. The package itself is not
-    imported (it wants llama.cpp).
+    """Returns the GGUF in the installed package, or None when it is not installed.
+
+    The package itself is not imported, since it wants llama.cpp.
     """
     try:
         files = importlib.metadata.files(PACKAGE) or []
@@ -103,6 +104,7 @@ def _from_hub() -> tuple[Any, Any]:
 
 
 def main() -> None:
+    """Makes the model in the directory named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out_dir")
     make(parser.parse_args().out_dir)

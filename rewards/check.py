@@ -63,7 +63,8 @@ def _problem(needed: Mapping[str, tuple[str, ...]], row: Mapping[str, Any]) -> s
         for column in columns:
             if column not in row:
                 return f"no {column!r}, which reward function {name!r} needs"
-    problems = (load_reward(name).gold_problem(row["answer"]) for name in needed if name in BUILTINS)  # type: ignore[attr-defined]
+    functions = [load_reward(name) for name in needed if name in BUILTINS]
+    problems = (function.gold_problem(row["answer"]) for function in functions)  # type: ignore[attr-defined]
     return next((f"its answer {reason}" for reason in problems if reason is not None), None)
 
 

@@ -20,7 +20,8 @@ TAIL_CHARS = 10_000  # What is in no box is looked for in so many of the last ch
 LINE_CHARS = 1_000  # and no longer line is an answer.
 
 _THINKING_TAG = re.compile(
-    r"<(/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(/?)THINK\]|◁(/?)think▷|<\|(?:begin|(end))_of_thought\|>",
+    r"<(/?)(?:think|thinking|thought|reasoning|seed:think)>"
+    r"|\[(/?)THINK\]|◁(/?)think▷|<\|(?:begin|(end))_of_thought\|>",
     re.IGNORECASE,
 )
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>|</answer>).)*)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
@@ -35,7 +36,8 @@ _PLACEHOLDER = re.compile(
 )
 _LEAD = re.compile(r"\\(?:text|mathrm|textbf)\s*\{[^{}]*(?:\b(?:is|are|equals)|[:=])\s*\}")
 _LISTED = re.compile(
-    r"[\s$,;]*(?:\\\)|\\\]|\\text\s*\{\s*)?(?:,|;|\band\b|\bor\b|和|或)[\s$,;}]*(?:\\\(|\\\[)?\s*(?:[A-Za-z]\w?\s*=\s*)?\$?\s*"
+    r"[\s$,;]*(?:\\\)|\\\]|\\text\s*\{\s*)?(?:,|;|\band\b|\bor\b|和|或)"
+    r"[\s$,;}]*(?:\\\(|\\\[)?\s*(?:[A-Za-z]\w?\s*=\s*)?\$?\s*"
 )
 
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
@@ -63,7 +65,8 @@ _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.\\])(?:-\s?(?=[\d.$€£¥₹]))?(?:US)?\s?[$€£¥₹]?\s?"
     r"(?:\d{1,4}[-/]\d{1,2}[-/]\d{1,4}(?![\d])"  # a date
     r"|\d+\s+\d+\s*/\s*\d+"  # a mixed number
-    r"|\d+\s*/\s*\d+|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?::\d+)+(?:\s*[ap]\.?m\b\.?)?|\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"
+    r"|\d+\s*/\s*\d+|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?"
+    r"|\d+(?::\d+)+(?:\s*[ap]\.?m\b\.?)?|\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"
     r"(?:\s?\\?%|\s?percent\b)?"
 )
 
@@ -84,13 +87,15 @@ _WORD = re.compile(
     r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]+|[\u0400-\u1aff]{2,}"
 )  # Greek letters are variables.
 _FUNCTION = re.compile(
-    r"(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|sqrt|pi|and|or|mod|gcd|lcm|max|min|inf|infinity|oo|percent",
+    r"(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|sqrt|pi|and|or|mod|gcd|lcm|max|min"
+    r"|inf|infinity|oo|percent",
     re.IGNORECASE,
 )
 _SHORT_WORD = re.compile(r"a[mnst]|b[ey]|do|go|h[ei]|i[fnst]|m[ey]|no|o[fhknr]|so|to|up|us|we", re.IGNORECASE)
 _OPTION = re.compile(r"^(?:option|choice)\s+(?=\(?[A-J]\)?$)", re.IGNORECASE)
 _UNIT = re.compile(
-    r"(?<=[\d})\]%°])(?:\s*(?:km|cm|mm|nm|kg|mg|ml|mL|kJ|kW|Hz|hr|hrs|ft|in|lb|lbs|oz|mi|yd|sq|mph|km/h|m/s|°?[CF])|\s+[mgsLlhJNWVAKCF](?![A-Za-z]))"
+    r"(?<=[\d})\]%°])(?:\s*(?:km|cm|mm|nm|kg|mg|ml|mL|kJ|kW|Hz|hr|hrs|ft|in|lb|lbs|oz|mi|yd|sq|mph|km/h|m/s|°?[CF])"
+    r"|\s+[mgsLlhJNWVAKCF](?![A-Za-z]))"
     r"(?:(?:\^\{?-?\d\}?|[²³])?\.?(?:\s*[/·*]\s*|\s+per\s+|\s+)[A-Za-z]+){0,3}(?:\^\{?-?\d\}?|[²³])?\.?$"
     r"|(?<=[\d})\]%°])\s+[A-Za-z]{3,}(?:(?:\s*[/·]\s*|\s+)[A-Za-z]+(?:\^\{?\d\}?|[²³])?){0,4}\.?$"
 )
@@ -191,7 +196,8 @@ def without_unit(text: str) -> str:
 
 _MONTH = r"(?:jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)[a-z]*\.?"
 _DATE = re.compile(
-    rf"\d{{4}}[-/.]\d{{1,2}}[-/.]\d{{1,2}}|\d{{4}}-0[1-9]|\d{{1,2}}[-/.]\d{{1,2}}[-/.]\d{{4}}|\d{{1,2}}/\d{{1,2}}/\d{{2}}"
+    rf"\d{{4}}[-/.]\d{{1,2}}[-/.]\d{{1,2}}|\d{{4}}-0[1-9]"
+    rf"|\d{{1,2}}[-/.]\d{{1,2}}[-/.]\d{{4}}|\d{{1,2}}/\d{{1,2}}/\d{{2}}"
     rf"|\d{{1,2}}(?::\d\d)?\s*[ap]\.?m\.?"
     rf"|{_MONTH}\s+\d{{1,2}}(?:st|nd|rd|th)?,?\s+\d{{4}}|\d{{1,2}}(?:st|nd|rd|th)?\s+{_MONTH},?\s+\d{{4}}",
     re.IGNORECASE,

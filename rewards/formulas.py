@@ -87,7 +87,8 @@ _EXPONENTS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\}|'|\\,|\\ | )\d{3})+(?![\d])(?!\s*/)")
 _IN_BRACKETS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|\\,|\\ | )\d{3})+(?![\d])(?!\s*/)")
 _CURRENCY = re.compile(
-    r"(?:\b(?:US|A|C|HK|NZ|R)|\\text\{(?:US)?)?\s*\\?\$\}?|[€£¥₹₩₽¢₪₫฿₴₺]|\b(?:USD|EUR|GBP|CNY|JPY|INR)\b|\bRs\b\.?"
+    r"(?:\b(?:US|A|C|HK|NZ|R)|\\text\{(?:US)?)?\s*\\?\$\}?|[€£¥₹₩₽¢₪₫฿₴₺]"
+    r"|\b(?:USD|EUR|GBP|CNY|JPY|INR)\b|\bRs\b\.?"
 )
 _PERCENT = re.compile(r"\s*(?:\\text\s*\{\s*)?\b(?:percent(?:age)?|per cent|pct)\b\s*\}?|(?<!\\)%")
 _SCIENTIFIC = re.compile(r"(?<=\d)[eE]([+-]?\d+)(?![\w.])")
@@ -99,7 +100,8 @@ _MIXED_LATEX = re.compile(
 )
 _LATEX_UNIT = re.compile(
     r"(?<=[\d})\]])\s*\\[dtc]?frac\s*\{\\(?:text|mathrm)\{[^{}]*\}\}\s*\{\\(?:text|mathrm)\{[^{}]*\}\}\s*$|"
-    r"(?<=[\d})\]])\s*(?:\^\{?\\circ\}?)?\s*\\(?:text|mathrm|mbox|textrm|rm)\s*\{(?!\s*(?:and|or|if)\b)[^{}]*\}(?:\^\{?-?\d\}?)?"
+    r"(?<=[\d})\]])\s*(?:\^\{?\\circ\}?)?\s*\\(?:text|mathrm|mbox|textrm|rm)"
+    r"\s*\{(?!\s*(?:and|or|if)\b)[^{}]*\}(?:\^\{?-?\d\}?)?"
     r"(?:\s*/?\s*\\(?:text|mathrm)\s*\{[^{}]*\}(?:\^\{?-?\d\}?)?)*\s*$"
 )
 _DEGREES = re.compile(r"\s*\^\{?\s*\\circ\s*\}?\s*(?:[CFK]\b|\\text\s*\{[CFK]\}|\\mathrm\s*\{[CFK]\})?")
@@ -124,7 +126,8 @@ _INNER_EQUALS = re.compile(r"(?<=[_^])\{[^{}]*=[^{}]*\}")  # \sum_{k=1}
 _UPRIGHT = re.compile(r"\\(?:mathrm|operatorname|text)\s*\{\s*([ei])\s*\}")
 _APPROX = re.compile(r"\\(?:approx|simeq|sim)(?![A-Za-z])|\\doteq")
 _LABEL = re.compile(
-    r"(?:\\(?:text|vec|overrightarrow)\s*\{[^{}]*\}|\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\s*\(\s*[A-Za-z0-9,\s]+\s*\))?|\\angle\s*[A-Z]+|[A-Za-z][A-Za-z\s]*)"
+    r"(?:\\(?:text|vec|overrightarrow)\s*\{[^{}]*\}|\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\s*\(\s*[A-Za-z0-9,\s]+\s*\))?"
+    r"|\\angle\s*[A-Z]+|[A-Za-z][A-Za-z\s]*)"
 )
 
 

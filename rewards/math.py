@@ -113,7 +113,7 @@ def _equal(gold: str, found: str) -> bool:
         return bool(_process.call(_limit_s(), formulas.equal, gold, found))
     except UnfinishedError:
         raise
-    except Exception:  # noqa: BLE001 - whatever sympy raises: the gold answer was read, so it is of this answer
+    except Exception:  # noqa: BLE001 - sympy raises anything; the gold was read, so this answer is the cause
         return False
 
 

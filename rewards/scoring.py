@@ -85,7 +85,7 @@ def _call(
     positional, named = signature.arguments(given)
     try:
         values = _as_list(reward.function(*positional, **named))
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code may raise anything; the error goes into the record
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code; the error goes into the record
         return [_describe(reward, error)] * num
     if inspect.iscoroutine(values):
         values.close()
@@ -109,7 +109,7 @@ def _answer(read_answer: Callable[[str], Any], completion: str) -> str | None:
     try:
         answer = read_answer(completion)
         return answer if isinstance(answer, str) and answer.encode() is not None else None
-    except (Exception, SystemExit):  # noqa: BLE001 - the user's code may raise anything; without an answer there is no vote
+    except (Exception, SystemExit):  # noqa: BLE001 - the user's code; without an answer there is no vote
         return None
 
 

@@ -151,7 +151,7 @@ def _is_asynchronous(function: Any) -> bool:
     return any(
         check(candidate)
         for check in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
-        for candidate in (function, getattr(function, "__call__", None))  # noqa: B004 - its own, not whether it has one
+        for candidate in (function, getattr(function, "__call__", None))  # noqa: B004 - the method itself
     )
 
 

@@ -91,7 +91,10 @@ class Worker:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             # Imports as in the parent (Ray and pytest extend sys.path); its main module is left alone.
-            code = f"import sys; sys.path[:] = {sys.path!r}; from rewards.worker import serve; serve({theirs.fileno()}, {os.getpid()})"
+            code = (
+                f"import sys; sys.path[:] = {sys.path!r}; "
+                f"from rewards.worker import serve; serve({theirs.fileno()}, {os.getpid()})"
+            )
             with self._lock:
                 if self._closed:
                     raise EOFError

@@ -16,7 +16,7 @@ from core.text import printable
 
 
 def train(arguments: Namespace) -> int:
-    """Train a policy; with --dry-run only say what would run."""
+    """Trains a policy; with --dry-run only says what would run."""
     if arguments.dry_run:
         return _dry_run(arguments)
     with StopSignal() as stop:
@@ -49,7 +49,7 @@ def _dry_run(arguments: Namespace) -> int:
 
 
 def doctor(arguments: Namespace) -> int:
-    """Check this machine."""
+    """Checks this machine; exit code 1 when something is wrong."""
     from cluster.cli.doctor import diagnose, render
 
     checks = diagnose()
@@ -58,7 +58,7 @@ def doctor(arguments: Namespace) -> int:
 
 
 def chat(arguments: Namespace) -> int:
-    """Ask a trained policy."""
+    """Asks a trained policy."""
     from cluster.cli.try_policy import chat
 
     print(printable(chat(arguments.dir, arguments.prompt)))
@@ -66,7 +66,7 @@ def chat(arguments: Namespace) -> int:
 
 
 def evaluate(arguments: Namespace) -> int:
-    """Solve rate of a trained policy."""
+    """Tells the solve rate of a trained policy."""
     from cluster.cli.try_policy import evaluate
 
     result = evaluate(arguments.dir, arguments.overrides)
@@ -78,7 +78,7 @@ def evaluate(arguments: Namespace) -> int:
 
 
 def report(arguments: Namespace) -> int:
-    """Write report.html again."""
+    """Writes report.html again."""
     from cluster.monitor.report import write_report
 
     if not (Path(arguments.run_dir) / "config.yaml").is_file():
@@ -88,7 +88,7 @@ def report(arguments: Namespace) -> int:
 
 
 def export(arguments: Namespace) -> int:
-    """A checkpoint as a Hugging Face directory."""
+    """Writes a checkpoint as a Hugging Face directory."""
     from learner.checkpoints.export import export
 
     try:
@@ -103,7 +103,7 @@ def export(arguments: Namespace) -> int:
 
 
 def inspect_batch(arguments: Namespace) -> int:
-    """A batch that a skipped step left, as text."""
+    """Shows the batch that a skipped step left, as text."""
     from learner.step.bad_batch import render
 
     decode: Callable[[Sequence[int]], str] | None = None
@@ -121,7 +121,7 @@ def inspect_batch(arguments: Namespace) -> int:
 
 
 def config_reference(arguments: Namespace) -> int:
-    """Every config field."""
+    """Prints every config field, as markdown."""
     from cluster.cli.reference import config_reference
 
     print(config_reference(), end="")
@@ -132,7 +132,7 @@ def config_reference(arguments: Namespace) -> int:
 
 
 def scale(arguments: Namespace) -> int:
-    """Ask a running run for so many actors; what happens, one line per actor."""
+    """Asks a running run for so many actors, and tells what happens in one line per actor."""
     from cluster.control import ask_for_actors
 
     answer, status = ask_for_actors(Path(arguments.run_dir), arguments.actors)
@@ -145,13 +145,13 @@ def scale(arguments: Namespace) -> int:
 
 
 def status(arguments: Namespace) -> int:
-    """Where a run is."""
+    """Tells where a run is."""
     from cluster.control import death_of_driver, read_status
 
     found = read_status(Path(arguments.run_dir))
     dead = death_of_driver(found)
     age_s = max(0.0, time.time() - found.time)
-    how = f"over{f': {found.stopped}' if found.stopped else ''}" if found.state == "over" else found.state
+    how = f"over: {found.stopped}" if found.state == "over" and found.stopped else found.state
     print(
         f"{found.name} {how}, step {found.step}/{found.steps}; driver {found.pid} on {found.host}, "
         f"{age_s:.0f} s ago"
@@ -167,7 +167,7 @@ def status(arguments: Namespace) -> int:
 
 
 def audit(arguments: Namespace) -> int:
-    """What became of every prompt handed out; exit code 1 when the ledger contradicts itself."""
+    """Tells what became of every prompt handed out; exit code 1 when the ledger contradicts itself."""
     from buffer.ledger import audit_run
 
     found = audit_run(arguments.run_dir)
@@ -189,7 +189,7 @@ def audit(arguments: Namespace) -> int:
 def actor_lines(
     actors: Sequence[Mapping[str, Any]], signs: Mapping[str, str], *, with_gone: bool
 ) -> list[str]:
-    """One line an actor of status.json; `signs`: what is put before it, by name."""
+    """Returns one line for each actor of status.json; `signs` gives, by name, what is put before it."""
     lines = []
     for actor in actors:
         if actor["state"] == "gone" and not with_gone and actor["name"] not in signs:

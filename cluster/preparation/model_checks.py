@@ -1,8 +1,7 @@
-"""What a model's config alone tells against a run: where actors and learner would compute different functions
-of the same weights.
+"""Finds, by a model's config alone, where actors and learner would compute different functions of the same
+weights.
 
-    check_model(config)     one function for each kind, each with its sentence: which field, which value, what to set
-
+`check_model` calls one function for each kind, each with its sentence: which field, which value, what to set.
 The learner computes by transformers, the actors by vLLM. What is not known from the config is found out
 later: by the learner as it starts (learner/policy/function_check.py) and on the first fresh samples
 (learner/step/mismatch.py).
@@ -25,8 +24,8 @@ from core.model_shape import (
 
 
 def check_model(config: Config) -> None:
-    """Raises ConfigError, in one sentence with a remedy, for a model that this run would train on
-    another function than it samples from.
+    """Raises ConfigError, in one sentence with a remedy, for a model that a run would train on another
+    function than it samples from.
     """
     found = load_model_config(config.model)
     for check in (
@@ -42,8 +41,8 @@ def check_model(config: Config) -> None:
 
 
 def lora_notes(config: Config) -> tuple[str, ...]:
-    """What learner.lora_rank leaves as it is in this model, to be told; nothing where all matrices are
-    adapted.
+    """Returns what learner.lora_rank leaves as it is in this model, to be told; nothing where all matrices
+    are adapted.
     """
     if not config.learner.lora_rank:
         return ()
@@ -59,7 +58,9 @@ def lora_notes(config: Config) -> tuple[str, ...]:
 
 
 def _check_whole(config: Config, found: Any) -> None:
-    """A model that continues no text, or of which a part is trained alone, but the actors serve the whole."""
+    """Refuses a model that continues no text, or one of which a part is trained alone while the actors serve
+    the whole.
+    """
     kind, stated = model_class(found), [*(getattr(found, "architectures", None) or ())]
     if kind is None and not config.model.trust_remote_code:
         raise ConfigError(
@@ -80,7 +81,7 @@ def _check_whole(config: Config, found: Any) -> None:
 
 
 def _check_tied(config: Config, found: Any) -> None:
-    """Families of which vLLM knows models with a tied LM head only."""
+    """Refuses families of which vLLM knows models with a tied LM head only."""
     text = found.get_text_config()
     if (
         text.model_type in ("cohere", "cohere2", "cohere2_moe", "gemma2", "gemma3n_text")
@@ -94,7 +95,7 @@ def _check_tied(config: Config, found: Any) -> None:
 
 
 def _check_precision(config: Config, found: Any) -> None:
-    """Families that vLLM computes otherwise, in float32, or on a CPU."""
+    """Refuses families that vLLM computes otherwise, in float32, or on a CPU."""
     text, dtype = found.get_text_config(), config.model.dtype
     vllm_differs = {
         "bloom": "vLLM's activation is another one (GELU by erf, not by tanh)",
@@ -160,7 +161,7 @@ def _check_quantized(config: Config, found: Any) -> None:
 
 
 def _check_attention(config: Config, found: Any) -> None:
-    """What PyTorch's fused attention leaves out in silence, and classes that have none."""
+    """Refuses what PyTorch's fused attention leaves out in silence, and classes that have none."""
     attention = config.model.attention
     if attention == "eager":
         return
@@ -184,7 +185,7 @@ def _check_attention(config: Config, found: Any) -> None:
 
 
 def _check_windows(config: Config, found: Any) -> None:
-    """Sliding windows of which vLLM makes something else than transformers does, or nothing."""
+    """Refuses sliding windows of which vLLM makes something else than transformers does, or nothing."""
     text, longest = found.get_text_config(), config.max_sequence_tokens
     window = getattr(text, "sliding_window", None)
     layers = [*(getattr(text, "layer_types", None) or ())]
@@ -212,8 +213,8 @@ def _check_windows(config: Config, found: Any) -> None:
 
 
 def _check_rope(config: Config, found: Any) -> None:
-    """Frequencies that change with the length: transformers looks at the longest sequence of a
-    micro-batch, vLLM at none.
+    """Refuses frequencies that change with the length: transformers looks at a micro-batch's longest
+    sequence, vLLM at none.
     """
     longest = config.max_sequence_tokens
     for rope in rope_parameters(found):

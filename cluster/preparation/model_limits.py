@@ -1,5 +1,5 @@
-"""What a model's sizes allow: how long a sequence may be, and which token ids there are. Told before anything
-starts, with the numbers.
+"""Tells what a model's sizes allow, before anything starts: how long a sequence may be, and which token ids
+there are.
 
 An engine refuses a length beyond the model's positions minutes later; a token id beyond the embedding ends
 the learner in an IndexError, on a GPU in an assertion that names nothing.
@@ -32,8 +32,10 @@ _SCALED = ("longrope", "su", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_
 
 
 def max_positions(found: Any) -> tuple[int, str] | None:
-    """Most tokens of a sequence of the model with this Hugging Face config, and how that is known; None
-    where nothing bounds it.
+    """Returns the most tokens that a sequence of the model may have, and how that is known; None where
+    nothing bounds it.
+
+    `found` is the model's Hugging Face config.
     """
     text = found.get_text_config()
     known = {name: value for name in _POSITIONS if isinstance(value := getattr(text, name, None), int)}

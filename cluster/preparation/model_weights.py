@@ -1,4 +1,6 @@
-"""Whether a model's directory holds weights that can be read: their files are opened, no tensor is loaded."""
+"""Checks that a model's directory holds weights that can be read: their files are opened, no tensor is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def check_weights(model: ModelConfig) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would load, in its order of preference. Raises ConfigError where
+    """Returns the files that transformers would load, in its order of preference. Raises ConfigError where
     there are none.
     """
     for name in WHOLE:
@@ -54,7 +56,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _why_unreadable(path: Path) -> str:
-    """What is wrong with the file; empty when its header can be read and fits its length."""
+    """Returns what is wrong with the file; empty when its header can be read and fits its length."""
     import safetensors
 
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""What a run asks of the cluster, and whether the cluster has it: said before anything starts, instead of
+"""Tells what a run asks of the cluster, and whether the cluster has it, before anything starts, instead of
 waiting without end.
 
     Config --bundles--> Placement --check--> warnings, or PlacementError
@@ -30,7 +30,7 @@ BARE_PROCESS_GIB = 0.3
 
 @dataclass(frozen=True)
 class Bundle:
-    """`count` bundles of `resources` (Ray's names: CPU, GPU); each must lie on one node."""
+    """`count` bundles of `resources` (Ray's names: CPU, GPU), each of which must lie on one node."""
 
     role: str
     count: int
@@ -38,7 +38,7 @@ class Bundle:
 
 
 class Placement(NamedTuple):
-    """The gang of learner ranks, one placement group of `learner.count` bundles; and the actors,
+    """What a run asks for: the gang of learner ranks, one placement group of `learner.count` bundles, and
     `actor.count` groups of one.
     """
 
@@ -46,12 +46,12 @@ class Placement(NamedTuple):
     actor: Bundle
 
     def total(self) -> dict[str, float]:
-        """Sum of what is asked, by resource."""
+        """Returns the sum of what is asked, by resource."""
         return {key: sum(bundle.count * bundle.resources[key] for bundle in self) for key in ("CPU", "GPU")}
 
 
 def bundles(config: Config) -> Placement:
-    """What `config` asks for."""
+    """Returns what `config` asks for."""
     learner, actors = config.learner, config.actors
     return Placement(
         Bundle("learner", learner.ranks, {"CPU": learner.num_cpus, "GPU": learner.num_gpus}),
@@ -60,8 +60,8 @@ def bundles(config: Config) -> Placement:
 
 
 def check(placement: Placement, resources: Resources | Sequence[Resources]) -> list[str]:
-    """Warnings about actors beyond what fits into `resources`: a mapping per node (`ask_ray`), or one, taken
-    as a single node.
+    """Returns warnings about actors beyond what fits into `resources`: a mapping per node (`ask_ray`), or
+    one, taken as a single node.
 
     Raises PlacementError, with what is asked and what there is, when the learner and one actor cannot be
     placed at all. What other jobs hold is not considered, nor nodes that an autoscaler may add.
@@ -94,10 +94,10 @@ def check(placement: Placement, resources: Resources | Sequence[Resources]) -> l
 
 
 def most_actors(nodes: Sequence[Resources], placement: Placement) -> int | None:
-    """Most actors that fit beside the whole learner, at most `actor.count`; None when the learner itself does
-    not fit.
+    """Returns the most actors that fit beside the whole learner, at most `actor.count`; None when the learner
+    itself does not fit.
 
-    Exact, node by node: the best number of actors for every number of ranks placed so far.
+    It is exact, node by node: the best number of actors for every number of ranks placed so far.
     """
     learner, actor = placement
     best = {0: 0}
@@ -113,7 +113,7 @@ def most_actors(nodes: Sequence[Resources], placement: Placement) -> int | None:
 
 
 def _capacity(node: Resources, bundle: Bundle) -> int:
-    """How many of the bundle the node holds; the tolerance is for sums of fractions such as 0.1."""
+    """Returns how many of the bundle the node holds; the tolerance is for sums of fractions such as 0.1."""
     fits = [
         math.floor(node.get(key, 0) / amount + 1e-9) for key, amount in bundle.resources.items() if amount > 0
     ]
@@ -121,7 +121,7 @@ def _capacity(node: Resources, bundle: Bundle) -> int:
 
 
 def _short_of(placement: Placement, nodes: Sequence[Resources]) -> str:
-    """Which resources are too few in sum for the learner and one actor."""
+    """Returns which resources are too few in sum for the learner and one actor."""
     learner, actor = placement
     has = _sum(nodes)
     asked = {key: learner.count * learner.resources[key] + actor.resources[key] for key in learner.resources}
@@ -145,14 +145,14 @@ def _in_words(resources: Resources) -> str:
 
 
 def ask_ray() -> list[dict[str, float]]:
-    """Resources of every live node of the cluster this process is connected to."""
+    """Returns the resources of every live node of the cluster this process is connected to."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def this_machine(placement: Placement) -> dict[str, float]:
-    """What a local Ray of our own would have here: as many logical CPUs as the run asks for, and the
+    """Returns what a local Ray of our own would have here: the logical CPUs that the run asks for, and the
     GPUs that torch sees.
     """
     import psutil
@@ -195,7 +195,7 @@ def render(
     memory: MemoryEstimate,
     where: str = "cluster",
 ) -> str:
-    """The text of a dry run: bundles, what there is (None: not asked), memory, and every warning."""
+    """Returns the text of a dry run: bundles, what there is (None: not asked), memory, and every warning."""
     warnings = config.warnings()
     lines = ["placement", f"  {'role':<9}{'count':>5}  each"]
     for bundle, groups in zip(
@@ -232,8 +232,8 @@ def _memory_warnings(config: Config, memory: MemoryEstimate, nodes: Sequence[Res
 
 
 def available(config: Config) -> tuple[str, list[Resources]]:
-    """Where the run would go and what each node there has: the cluster at RAY_ADDRESS, else this machine.
-    Starts nothing.
+    """Returns where the run would go and what each node there has: the cluster at RAY_ADDRESS, else this
+    machine. Starts nothing.
 
     Raises PlacementError when RAY_ADDRESS names a cluster that does not answer.
     """
@@ -248,7 +248,7 @@ def available(config: Config) -> tuple[str, list[Resources]]:
 
 
 def dry_run(config: Config, place: tuple[str, Sequence[Resources]] | None = None) -> str:
-    """The resolved config, as a file that can be given back, and everything `render` says. `place`:
+    """Returns the resolved config, as a file that can be given back, and everything `render` says. `place` is
     what `available` found.
     """
     where, nodes = place or available(config)

@@ -1,4 +1,4 @@
-"""Everything that can fail before anything starts: the base model, the prompts, the rewards, the run
+"""Checks everything that can fail before anything starts: the base model, the prompts, the rewards, the run
 directory.
 
     prepare  --check_start--> --ensure_model--> --check_inputs--> --open_run_dir--> Inputs
@@ -46,8 +46,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What the checks of a start have read. `config` has an absolute model path; `notes` are to be told
-    at the start.
+    """What the checks of a start have read. `config` has an absolute model path; `notes` are to be told at
+    the start.
     """
 
     config: Config
@@ -67,8 +67,8 @@ class Inputs(Checked):
 
 
 def prepare(config: Config) -> Inputs:
-    """Check and load what the run needs; raises an AgroError with a remedy. The run directory is opened
-    last.
+    """Checks and loads what the run needs; the run directory is opened last. Raises an AgroError with a
+    remedy.
     """
     quiet_libraries()
     config = locate_model(config)
@@ -80,8 +80,10 @@ def prepare(config: Config) -> Inputs:
 
 
 def check_start(config: Config) -> str:
-    """What can be known before the model is there: what the config names, the machine, the run
-    directory. Which one that is, in words.
+    """Checks what can be known before the model is there: what the config names, the machine, the run
+    directory.
+
+    Returns, in words, which run directory it is.
     """
     check_named(config)
     check_machine(config)
@@ -91,8 +93,8 @@ def check_start(config: Config) -> str:
 
 
 def check_inputs(config: Config) -> Checked:
-    """Everything that can be known of a run without an engine, once its model is there; leaves nothing on
-    disk.
+    """Checks everything that can be known of a run without an engine, once its model is there; leaves nothing
+    on disk.
 
     A start and `--dry-run` both go through here: what is checked here, both find. Raises an AgroError with a
     remedy.
@@ -132,7 +134,7 @@ def check_inputs(config: Config) -> Checked:
 
 
 def load_training(config: Config, tokenizer: Any) -> tuple[PromptSet, list[str]]:
-    """What is trained on, from `data.path`, `data.offline` or both, and what to tell about it; raises
+    """Returns what is trained on, from `data.path`, `data.offline` or both, and what to tell about it. Raises
     DataError.
     """
     if config.is_offline:
@@ -145,7 +147,7 @@ def load_training(config: Config, tokenizer: Any) -> tuple[PromptSet, list[str]]
 
 
 def _ended(prompts: PromptSet, end_ids: Sequence[int]) -> Iterator[str]:
-    """What to tell of prompts that the model may take for finished."""
+    """Returns what to tell of prompts that the model may take for finished."""
     if ended := [row.row + 1 for row in prompts.rows if row.token_ids[-1] in end_ids]:
         yield (
             f"warning: {len(ended)} of {len(prompts)} prompts end in an end token (the first: row "
@@ -156,8 +158,9 @@ def _ended(prompts: PromptSet, end_ids: Sequence[int]) -> Iterator[str]:
 
 
 def _scorable(config: Config, prompts: PromptSet) -> PromptSet:
-    """The prompts whose rows the reward functions can score; raises DataError where others may not be
-    skipped, RewardError.
+    """Returns the prompts whose rows the reward functions can score.
+
+    Raises DataError where others may not be skipped, and RewardError.
     """
     # A log that came with all its rewards asks no function, unless votes need the answers.
     needs_all = not config.is_offline or config.agro.target.startswith("majority")
@@ -180,7 +183,7 @@ def _scorable(config: Config, prompts: PromptSet) -> PromptSet:
 
 
 def no_evaluation(config: Config) -> str:
-    """Why there is no evaluation, to be told; empty when there is one."""
+    """Returns why there is no evaluation, to be told; empty when there is one."""
     if not config.data.eval_rows:
         return "nothing is evaluated: data.eval_rows = 0"
     if config.actors.count == 0:
@@ -191,8 +194,9 @@ def no_evaluation(config: Config) -> str:
 
 
 def check_named(config: Config) -> None:
-    """What the config names exists: rewards, objective, local data; raises RewardError, ConfigError or
-    DataError.
+    """Checks that what the config names exists: rewards, objective, local data.
+
+    Raises RewardError, ConfigError or DataError.
     """
     check_functions(config.rewards)
     check_needs(config, load_objective(config.learner.objective, config.agro, config.rivals).needs)
@@ -251,7 +255,7 @@ def check_needs(config: Config, needs: frozenset[str]) -> None:
 
 
 def quiet_libraries() -> None:
-    """No progress bars between our own lines, and no warning of DeepSpeed's that there is no GPU."""
+    """Silences progress bars between our own lines, and DeepSpeed's warning that there is no GPU."""
     import torch
     from transformers.utils import logging
 
@@ -261,11 +265,10 @@ def quiet_libraries() -> None:
 
 
 def locate_model(config: Config) -> Config:
-    """The config with the model's path made absolute, unless it is a hub id. Raises ConfigError for a path
-    where nothing is, or will be.
+    """Returns the config with the model's path made absolute, unless it is a hub id.
 
-    Of what looks like both, a directory that exists is one, and anything else a hub id: `model.make` wants a
-    path that is none.
+    A name that could be both is a directory if that exists, and else a hub id: `model.make` wants a path that
+    is none. Raises ConfigError for a path where nothing is, or will be.
     """
     model = config.model
     path = user_path("model.path", model.path)
@@ -312,7 +315,7 @@ def check_hub_id(name: str) -> None:
         reason = "the hub has no such names"
     except HfHubHTTPError:
         return  # It answers, but not this question, as some mirrors do.
-    except Exception as error:  # noqa: BLE001 -- the network: the hub's client and its http library raise what they like
+    except Exception as error:  # noqa: BLE001 -- the network: the hub's client raises what it likes
         told = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         reason = f"the hub cannot be asked ({told})"
     path = Path(name)
@@ -332,13 +335,13 @@ def _nearest(path: Path) -> str:
 
 
 def model_to_make(config: Config) -> Path | None:
-    """Where `model.make` would make the model; None when it is there, or comes from the hub."""
+    """Returns where `model.make` would make the model; None when it is there, or comes from the hub."""
     path = Path(config.model.path)
     return path if config.model.make and not path.exists() else None
 
 
 def ensure_model(config: Config) -> Config:
-    """As `locate_model`; a model that does not exist yet is made by `model.make`."""
+    """Returns what `locate_model` returns; a model that does not exist yet is made by `model.make`."""
     config = locate_model(config)
     if path := model_to_make(config):
         _make_model(str(config.model.make), path)
@@ -359,12 +362,12 @@ def _make_model(recipe: str, path: Path) -> None:
         make(str(path))
     except AgroError:
         raise
-    except Exception as error:  # noqa: BLE001 -- the user's code: whatever it raises is theirs to read, in one line
+    except Exception as error:  # noqa: BLE001 -- the user's code: theirs to read, in one line
         raise ConfigError(
             f"model.make = {recipe} failed for {path}: {type(error).__name__}: {error}"
         ) from None
 
 
 def repository_root() -> Path:
-    """Where launch.py lies: what workers need on their path."""
+    """Returns where launch.py lies, which workers need on their path."""
     return Path(sys.modules["cluster"].__path__[0]).resolve().parent

@@ -1,4 +1,4 @@
-"""The run directory: made for a new run, or taken up again to continue one. One driver at a time."""
+"""The run directory is made for a new run, or taken up again to continue one. It has one driver at a time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ however it ends.
 
 @dataclass(frozen=True)
 class RunDir:
-    """`notes` are to be told at the start of the run."""
+    """An open run directory; `notes` are to be told at the start of the run."""
 
     path: Path
     is_continued: bool
@@ -61,8 +61,8 @@ class RunDir:
 
 
 def open_run_dir(config: Config) -> RunDir:
-    """The run directory, with the resolved config in it: a fresh one, or that of an unfinished run, which is
-    continued.
+    """Returns the run directory, with the resolved config in it: a fresh one, or that of an unfinished run,
+    which is continued.
 
     Raises ConfigError when it holds other things, is in use, finished, has no checkpoints, or when the config
     contradicts the run in it; what was made for it is gone then.
@@ -88,7 +88,7 @@ def open_run_dir(config: Config) -> RunDir:
 
 
 def check_run_dir(config: Config) -> str:
-    """What `open_run_dir` would do, in words; raises what it would raise, and leaves everything as it is."""
+    """Says what `open_run_dir` would do; raises what it would raise, and leaves everything as it is."""
     with _explained(config):
         path = _path(config)
         if path is None:
@@ -105,8 +105,8 @@ def check_run_dir(config: Config) -> str:
 
 @contextlib.contextmanager
 def kept_if_begun(run_dir: Path, is_continued: bool) -> Iterator[None]:
-    """A run within it that fails before anything was handed out leaves no directory that the next start would
-    continue.
+    """Removes the run directory again when a run fails before anything was handed out: the next start must
+    not continue it.
 
     Where parts have started already, what they logged stays; the config is then called config-refused.yaml.
     """
@@ -148,8 +148,9 @@ def _explained(config: Config) -> Iterator[None]:
 
 
 def _path(config: Config) -> Path | None:
-    """The directory that is asked for; None: a fresh one. Raises ConfigError where no run can be,
-    OSError or RuntimeError as paths do.
+    """Returns the directory that is asked for; None for a fresh one.
+
+    Raises ConfigError where no run can be, and OSError or RuntimeError as paths do.
     """
     if config.run.dir is None:
         return None
@@ -175,8 +176,8 @@ def _of_fair_length(path: Path) -> Path:
 
 
 def _run_in(path: Path) -> Config | None:
-    """The config of the run that the directory holds; None when it holds none. Raises ConfigError when
-    it holds other things.
+    """Returns the config of the run that the directory holds; None when it holds none. Raises ConfigError
+    when it holds other things.
     """
     if not path.exists():
         return None
@@ -206,7 +207,7 @@ def _fresh_name(config: Config) -> str:
 
 
 def _make_fresh(config: Config) -> Path:
-    """A directory that nobody else has, however many runs start in this second."""
+    """Makes a directory that nobody else has, however many runs start in this second."""
     root, name = runs_root().resolve(), _fresh_name(config)
     _of_fair_length(root / name)
     root.mkdir(parents=True, exist_ok=True)
@@ -219,8 +220,9 @@ def _make_fresh(config: Config) -> Path:
 
 
 def _try_to_make(path: Path) -> None:
-    """Raises OSError when the directory, or a file in it, cannot be made. Tried under a name of its
-    own: another start may try the same.
+    """Raises OSError when the directory, or a file in it, cannot be made.
+
+    It is tried under a name of its own: another start may try the same.
     """
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     # A name that nobody takes for another thing's.
@@ -234,8 +236,10 @@ def _try_to_make(path: Path) -> None:
 
 
 def runs_root() -> Path:
-    """`runs/` here; for a submitted job, whose working directory is a throw-away copy, `~/agro-runs`.
-    `AGRO_RUNS` overrides both.
+    """Returns where runs go: `runs/` here, or for a submitted job, whose working directory is a throw-away
+    copy, `~/agro-runs`.
+
+    The variable `AGRO_RUNS` overrides both.
     """
     if root := os.environ.get("AGRO_RUNS"):
         return user_path("AGRO_RUNS", root)
@@ -243,8 +247,8 @@ def runs_root() -> Path:
 
 
 def _lock(path: Path) -> int:
-    """Keep other processes out until `_unlock`, or the end of this one; raises ConfigError that names
-    who holds it.
+    """Keeps other processes out until `_unlock`, or the end of this one. Raises ConfigError that names who
+    holds the lock.
     """
     descriptor = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -268,8 +272,8 @@ def _unlock(descriptor: int) -> None:
 
 
 def _continue(config: Config, before: Config, path: Path) -> tuple[str, ...]:
-    """What to tell about a run that is continued; keeps the config it had. Raises ConfigError when it
-    cannot be continued.
+    """Returns what to tell about a run that is continued, and keeps the config it had. Raises ConfigError
+    when it cannot go on.
     """
     changes = _changes(config, before, path)
     if not changes:
@@ -282,7 +286,7 @@ def _continue(config: Config, before: Config, path: Path) -> tuple[str, ...]:
 
 
 def _changes(config: Config, before: Config, path: Path) -> list[str]:
-    """The settings that differ, as `name old -> new`. Raises ConfigError when a run cannot go on, or
+    """Returns the settings that differ, as `name old -> new`. Raises ConfigError when a run cannot go on, or
     not with these.
     """
     steps_done = _steps_finished(path)
@@ -309,7 +313,7 @@ def _changes(config: Config, before: Config, path: Path) -> list[str]:
 
 
 def _steps_finished(path: Path) -> int | None:
-    """Steps of the run if it ended by itself; None when it was stopped, died, or failed."""
+    """Returns the steps of the run if it ended by itself; None when it was stopped, died, or failed."""
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -318,7 +322,7 @@ def _steps_finished(path: Path) -> int | None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(section.key, old, new) of the fields that differ."""
+    """Returns (section.key, old, new) of the fields that differ."""
     for section, values in now.items():
         for key, new in values.items():
             if before[section][key] != new:

@@ -1,5 +1,5 @@
-"""What a run needs of the process and the machine it starts on: checked by a start before anything is made,
-and by `doctor`.
+"""Checks what a run needs of the process and the machine it starts on, for a start before anything is made,
+and for `doctor`.
 
 Each check is short, starts nothing, and asks nothing of the network but whether the head in RAY_ADDRESS
 listens.
@@ -47,7 +47,7 @@ def check_surroundings() -> None:
 
 
 def surroundings() -> Iterator[Check]:
-    """Every check, those of the environment first."""
+    """Returns every check, those of the environment first."""
     yield check_home()
     yield check_user()
     yield from check_temp_dirs()
@@ -60,7 +60,7 @@ def surroundings() -> Iterator[Check]:
 
 
 def check_home() -> Check:
-    """Libraries keep caches and compiled operations below it."""
+    """Checks the home directory: libraries keep caches and compiled operations below it."""
     wanted = "a directory that can be written"
     remedy = "Set it: export HOME=/some/writable/directory"
     home = os.environ.get("HOME", "")
@@ -73,7 +73,7 @@ def check_home() -> Check:
 
 
 def check_user() -> Check:
-    """torch names its cache after the user."""
+    """Checks for a user name: torch names its cache after it."""
     try:
         return Check("user", getpass.getuser(), "a name", True)
     except (KeyError, OSError):
@@ -84,7 +84,7 @@ def check_user() -> Check:
 
 
 def check_temp_dirs() -> Iterator[Check]:
-    """TMPDIR, for everything, and what Ray takes: its sockets lie below it."""
+    """Checks TMPDIR, for everything, and what Ray takes: its sockets lie below it."""
     name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), None)
     for variable in dict.fromkeys(("TMPDIR", name or "TMPDIR")):
         path = Path(os.environ.get(variable) or "/tmp")
@@ -110,9 +110,7 @@ def check_temp_dirs() -> Iterator[Check]:
 
 
 def _why_not_writable(path: Path, *, must_exist: bool = False) -> str:
-    """Why no file can be made in `path`, or where it is missing in what it would be made in; empty when
-    one can.
-    """
+    """Returns why no file can be made in `path`, or where it is missing in its parent; empty when one can."""
     if must_exist and not path.exists():
         return "there is no such directory"
     try:
@@ -127,7 +125,9 @@ def _why_not_writable(path: Path, *, must_exist: bool = False) -> str:
 
 
 def check_open_files() -> Check:
-    """Ray raises the soft limit to the hard one; each of its processes and connections takes some."""
+    """Checks the limit of open files: Ray raises the soft limit to the hard one, and each of its processes
+    takes some.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     ok = hard == resource.RLIM_INFINITY or hard >= MIN_OPEN_FILES
     found = "no limit" if hard == resource.RLIM_INFINITY else str(hard)
@@ -141,7 +141,7 @@ def check_open_files() -> Check:
 
 
 def check_host() -> Check:
-    """Whether this machine's name has an address: on one machine a run does without."""
+    """Checks whether this machine's name has an address: on one machine a run does without."""
     name, wanted = socket.gethostname(), "an address (for several machines)"
     try:
         return Check("host name", f"{name}, {socket.getaddrinfo(name, None)[0][4][0]}", wanted, True)
@@ -154,15 +154,15 @@ def check_host() -> Check:
 
 
 def cluster_address() -> str | None:
-    """The cluster that RAY_ADDRESS names, `auto` for the one of this machine; None to run alone: not
-    set, empty or `local`.
+    """Returns the cluster that RAY_ADDRESS names, `auto` for the one of this machine; None to run alone:
+    unset, empty or `local`.
     """
     value = os.environ.get("RAY_ADDRESS", "").strip()
     return None if value in ("", "local") else value
 
 
 def check_cluster() -> Check:
-    """Whether the Ray head that a run would join listens."""
+    """Checks whether the Ray head that a run would join listens."""
     address, running = cluster_address(), running_head()
     if address is None:
         if running is None:
@@ -200,7 +200,7 @@ def check_cluster() -> Check:
 
 
 def running_head() -> str | None:
-    """The address that a head on this machine has left in its file."""
+    """Returns the address that a head on this machine has left in its file."""
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     note = Path(folder) / "ray" / "ray_current_cluster"
     try:
@@ -210,8 +210,8 @@ def running_head() -> str | None:
 
 
 def _why_no_head(host: str, port: int) -> str:
-    """Why no gRPC server can be reached there; empty when one can. Without this, Ray waits for one that
-    never answers for ever.
+    """Returns why no gRPC server can be reached there; empty when one can. Ray itself waits for ever for one
+    that never answers.
     """
     try:
         socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
