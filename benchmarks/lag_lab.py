@@ -1,10 +1,10 @@
 """One training run in one process, at an enforced lag: the staleness study's instrument.
 
-    rows --> groups by the current policy --> Replay (sampler oldest, min_staleness = lag) --> Updater --> step
+    rows --> groups by the current policy --> LaggedReplay (sampler oldest) --> Updater --> step
 
 The buffer's index, the objectives, the packing, the update and its metrics are the system's own; only the
 engine (a plain sampler instead of vLLM), ZeRO-3 (AdamW with its settings) and Ray are left out, so that
-hundreds of runs fit into an hour. A policy is published every step, so a sample that `Replay` hands out at
+hundreds of runs fit into an hour. A policy is published every step, so a sample that `LaggedReplay` hands out at
 lag L was generated exactly L steps ago (from step L on; before, the base policy's samples, which nothing
 older exists than: at lag L the first L + 1 steps). Every run generates one batch a step.
 """
@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.lagged_replay import LaggedReplay
 from buffer.admission import work_item
-from buffer.replay import Replay, meta_of
+from buffer.replay import meta_of
 from core.config import Config
+from core.errors import ConfigError
 from core.records import Batch, Group, Sample, VersionSpan
 from learner.objectives import load_objective
 from learner.step.packing import ModelInputs, token_logprobs
@@ -139,26 +141,32 @@ def sample(
 
 
 class LagRun:
-    """One run of `config` (its buffer holds the lag, its learner and agro sections the method) on `task`.
+    """One run of `config` (its learner and agro sections are the method) on `task`, at a lag of `lag` learner steps.
 
     `engine_noise`: standard deviation, nats a token, of noise on the behaviour log-probs. `fresh_groups`: so
-    many groups of each batch are of the current policy, whatever the lag of the others.
+    many groups of each batch are of the current policy, whatever the lag of the others. Raises ConfigError for an
+    objective that needs samples of the current policy where none is ever fresh.
     """
 
     def __init__(
-        self, config: Config, task: Task, *, engine_noise: float = 0.0, fresh_groups: int = 0
+        self, config: Config, task: Task, lag: int, *, engine_noise: float = 0.0, fresh_groups: int = 0
     ) -> None:
         self._config, self._task, self._noise = config, task, engine_noise
         self._num_fresh, self._num_lagged = fresh_groups, config.learner.groups_per_step - fresh_groups
         torch.manual_seed(config.run.seed)
         self._generator = torch.Generator().manual_seed(config.run.seed)
         objective = load_objective(config.learner.objective, config.agro, config.rivals)
+        if "freshness" in objective.needs and lag and not fresh_groups:
+            raise ConfigError(
+                f"lag = {lag}: none is ever fresh, and {config.learner.objective} needs samples of the current policy. "
+                "Set agro.on_policy_coef=0."
+            )
         needs_reference, needs_proximal = frozen_policies(objective)
         self.policy = PlainPolicy(config, trained=True)
         reference = PlainPolicy(config, trained=False) if needs_reference else None
         proximal = PlainPolicy(config, trained=False) if needs_proximal else None
         self._updater = Updater(config, self.policy, reference, objective, 0, torch.device("cpu"), proximal)
-        self._replay = Replay(config.buffer, config.run.seed)
+        self._replay = LaggedReplay(config.buffer, config.run.seed, lag)
         self._groups: dict[int, Group] = {}
         self._frontier = 0
 
@@ -178,7 +186,7 @@ class LagRun:
         return rows
 
     def _batch(self, step: int) -> Batch:
-        lag = self._config.buffer.min_staleness
+        lag = self._replay.lag
         # What is generated from here on would be trained on by nobody.
         is_last = step + lag >= self._config.run.steps
         if step == 0:

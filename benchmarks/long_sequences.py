@@ -118,7 +118,6 @@ def run_job(job: LongJob) -> dict[str, Any]:
         "weights.publish_every=1",
         "learner.micro_batch_tokens=65536",
         f"actors.max_new_tokens={LENGTH}",
-        f"buffer.min_staleness={job.lag}",
         f"buffer.max_staleness={job.lag}",
         f"buffer.capacity={(job.lag + 2) * 8}",
         "agro.beta=0.001",
@@ -128,7 +127,8 @@ def run_job(job: LongJob) -> dict[str, Any]:
     ]
     task = Task(prompts[20:], prompts[:20], share_of_right_steps, None)
     rows, seconds = timed(
-        LagRun(load_config("configs/quickstart.yaml", overrides), task, engine_noise=job.noise), EVAL_EVERY
+        LagRun(load_config("configs/quickstart.yaml", overrides), task, job.lag, engine_noise=job.noise),
+        EVAL_EVERY,
     )
     held_out = [round(row["held_out"], 4) for row in rows]
     seen = {

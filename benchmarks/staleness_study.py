@@ -120,7 +120,6 @@ def config_of(job: Job, *extra: str) -> Config:
         "weights.publish_every=1",
         f"learner.groups_per_step={groups}",
         "learner.micro_batch_tokens=65536",
-        f"buffer.min_staleness={job.lag}",
         f"buffer.max_staleness={job.lag}",
         f"buffer.capacity={(job.lag + 2) * groups}",
         *METHODS[job.method],
@@ -136,7 +135,7 @@ def run_job(job: Job) -> dict[str, Any]:
     from benchmarks.lag_lab import LagRun, arithmetic_task, timed
 
     torch.set_num_threads(1)
-    rows, seconds = timed(LagRun(config_of(job), arithmetic_task(MODEL, ROWS)), EVAL_EVERY)
+    rows, seconds = timed(LagRun(config_of(job), arithmetic_task(MODEL, ROWS), job.lag), EVAL_EVERY)
     held_out = [round(row["held_out"], 4) for row in rows]
     kept = {
         name: round(rows[-1][name], 5)
@@ -160,7 +159,9 @@ def run_knob(job: KnobJob) -> dict[str, Any]:
     torch.set_num_threads(1)
     overrides, _, fresh_groups = KNOBS[job.knob]
     config = config_of(Job(KNOB_METHOD, job.lag, KNOB_LR, job.seed, job.steps), *overrides)
-    rows, seconds = timed(LagRun(config, arithmetic_task(MODEL, ROWS), fresh_groups=fresh_groups), EVAL_EVERY)
+    rows, seconds = timed(
+        LagRun(config, arithmetic_task(MODEL, ROWS), job.lag, fresh_groups=fresh_groups), EVAL_EVERY
+    )
     held_out = [round(row["held_out"], 4) for row in rows]
     return {
         **asdict(job),

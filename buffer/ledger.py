@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 
 from core.errors import DataError
+from core.staleness import staleness
 
 AT_RESTART = "written at restart"
 SYNC_BYTES = 2**20
@@ -235,8 +236,8 @@ def audit(path: str | Path, num_shards: int = 1) -> dict[str, Any]:
     """Follows every item through the ledger at `path`, one of `num_shards`.
 
     Returns `status` (items by where they are now: leased, waiting, stored, failed, cancelled, evicted),
-    `events` (lines by event), `evictions` (by reason), `max_staleness` (the largest step - version trained
-    on, learner steps), `torn_lines`, and `violations`: a sentence for every event that may not follow what
+    `events` (lines by event), `evictions` (by reason), `max_staleness` (the largest trained on, learner
+    steps), `torn_lines`, and `violations`: a sentence for every event that may not follow what
     came before, such as a second ending, and for what is wrong with the file, such as lines that cannot be
     read. There are at most `MOST_SENTENCES` of them, and one that counts the others. Raises DataError for a
     file that cannot be opened.
@@ -245,7 +246,7 @@ def audit(path: str | Path, num_shards: int = 1) -> dict[str, Any]:
     events: Counter[str] = Counter()
     evictions: Counter[str] = Counter()
     violations = _Sentences()
-    torn_lines = max_staleness = line_number = 0
+    torn_lines = oldest = line_number = 0
     for line_number, event in _read(path):
         if isinstance(event, str):
             torn_lines += 1
@@ -258,14 +259,14 @@ def audit(path: str | Path, num_shards: int = 1) -> dict[str, Any]:
         events[event.event] += 1
         evictions[event.reason] += event.event == "evicted"
         if event.event == "trained" and event.version is not None:
-            max_staleness = max(max_staleness, event.step - event.version)
+            oldest = max(oldest, staleness(event.step, event.version))
     if not line_number:
         violations.add("the ledger is empty: nothing was leased in this run so far, or its lines are gone")
     return {
         "status": statuses.count(),
         "events": dict(events),
         "evictions": dict(+evictions),
-        "max_staleness": max_staleness,
+        "max_staleness": oldest,
         "torn_lines": torn_lines,
         "violations": violations.all(),
     }

@@ -3,19 +3,11 @@
 A group leaves for exactly one counted reason:
 
     evicted_used      it was in `uses_per_group` batches: its regular end
-    evicted_stale     at `take` or `evict_stale`, learner step - oldest_version > `max_staleness`
+    evicted_stale     at `take` or `evict_stale`, it is too old for that learner step (core/staleness.py)
     evicted_capacity  an insert put more than `capacity` unconsumed groups here (admission should make that never happen)
     evicted_surplus   an insert put more than `uses_per_group * capacity` groups here: the oldest of those used before leaves
 
-so that at any time `inserted` = stored and all evicted. A group of offline samples has
-no age: it is never stale, and never too young.
-
-With `min_staleness` = m > 0 a batch of k groups at step s takes only versions <= max(0, s - m), and only once
-(m + 1) * k groups are stored. The second condition is what makes the first one satisfiable. Versions above s
-- m appear only after the take of step s - m, which left m * k groups that are all old enough at step s; the m
-- 1 takes in between used at most (m - 1) * k of them, so k are left, unless some went stale meanwhile
-(`max_staleness` close to m). For that case: when the buffer is full, so that nothing older can come, the
-batch is the oldest k groups, and those too young are counted (`taken_young`).
+so that at any time `inserted` = stored and all evicted. A group of offline samples has no age: it is never stale.
 """
 
 from __future__ import annotations
@@ -30,10 +22,11 @@ import numpy as np
 from sortedcontainers import SortedList
 
 from buffer.order import Entry, Order
-from buffer.sampling import AGELESS, SAMPLERS, GroupMeta, View
+from buffer.sampling import SAMPLERS, GroupMeta, View
 from core.config import BufferConfig
-from core.errors import ConfigError, DataError, StalenessError
+from core.errors import ConfigError, DataError
 from core.records import Group
+from core.staleness import StalenessBound, counted_version
 
 EVICTIONS = ("evicted_used", "evicted_stale", "evicted_capacity", "evicted_surplus")
 
@@ -42,16 +35,15 @@ def meta_of(group: Group) -> GroupMeta:
     """Returns the index entry of a group on its arrival: it was in no batch yet, whatever it says of its
     uses.
     """
-    version = AGELESS if group.oldest_version is None else group.oldest_version
     rewards = [sample.reward for sample in group.samples if sample.reward is not None]
     mean = sum(reward / len(rewards) for reward in rewards)
     # hypot: no overflow on the way to a standard deviation that is a finite number.
     reward_std = math.hypot(*(reward - mean for reward in rewards)) / math.sqrt(max(1, len(rewards)))
-    return GroupMeta(group.group_id, version, group.num_tokens, uses=0, reward_std=reward_std)
+    return GroupMeta(group.group_id, counted_version(group), group.num_tokens, uses=0, reward_std=reward_std)
 
 
 class Replay:
-    """Stored groups by id, in order of insertion and of age. `counts`: inserted, duplicates, taken_young,
+    """Stored groups by id, in order of insertion and of age. `counts`: inserted, duplicates,
     strata_short, and the reasons of the module docstring.
     """
 
@@ -59,6 +51,7 @@ class Replay:
         self.config = config
         self.seed = seed
         self._sampler = SAMPLERS[config.sampler]
+        self._bound = StalenessBound(config.max_staleness)
         self._load((), {})
 
     def _load(self, groups: Sequence[GroupMeta], counts: Mapping[str, int]) -> None:
@@ -69,9 +62,7 @@ class Replay:
             for place, group in enumerate(groups)
         }
         self._next_sequence = len(self._entries)
-        self._newest_ripe = self._newest_ripe_at(0)
-        self._ripe = Order(entry for entry in self._entries.values() if self._is_ripe(entry))
-        self._young = Order(entry for entry in self._entries.values() if not self._is_ripe(entry))
+        self._order = Order(self._entries.values())
         self._unconsumed = SortedList(self._entries[group.group_id] for group in groups if group.uses == 0)
         self._used = SortedList(self._entries[group.group_id] for group in groups if group.uses > 0)
         self._num_tokens = sum(group.num_tokens for group in groups)
@@ -103,20 +94,12 @@ class Replay:
 
     @property
     def view(self) -> View:
-        """What a sampler may choose from: the groups that are old enough for the last step asked about."""
-        return View(self._ripe, self._groups, self.config, self.counts)
+        """What a sampler may choose from: all stored groups."""
+        return View(self._order, self._groups, self.config, self.counts)
 
     def num_takeable(self, step: int) -> int:
-        """Groups that a batch of learner step `step` may choose from: neither stale nor younger than
-        `min_staleness`. Changes nothing.
-        """
-        oldest, newest = step - self.config.max_staleness, self._newest_ripe_at(step)
-        return sum(
-            max(0, order.num_older(newest + 1) - order.num_older(oldest))
-            + len(order)
-            - order.num_older(AGELESS)
-            for order in (self._ripe, self._young)
-        )
+        """Groups that a batch of learner step `step` may choose from: those that are not stale. Changes nothing."""
+        return len(self._order) - self._order.num_older(self._bound.oldest_allowed(step))
 
     def insert(self, group: GroupMeta) -> bool:
         """Stores a group and returns True, or counts a duplicate and returns False when its id is stored
@@ -129,7 +112,7 @@ class Replay:
         self._next_sequence += 1
         self._groups[group.group_id] = group
         self._entries[group.group_id] = entry
-        self._order_of(entry).add(entry)
+        self._order.add(entry)
         self._side_of(group).add(entry)
         self._num_tokens += group.num_tokens
         self.counts["inserted"] += 1
@@ -141,33 +124,23 @@ class Replay:
 
     def evict_stale(self, step: int) -> None:
         """Evicts every group that no batch of learner step `step` or later may hold."""
-        for order in (self._ripe, self._young):
-            for entry in order.between(None, step - self.config.max_staleness):
-                self._evict(entry, "evicted_stale")
+        for entry in self._order.between(None, self._bound.oldest_allowed(step)):
+            self._evict(entry, "evicted_stale")
 
-    def take(self, k: int, step: int, *, is_full: bool = False) -> list[int]:
-        """Ids of the `k` groups of learner step `step`, no id twice; empty when fewer may be taken after
-        evicting stale ones.
+    def take(self, k: int, step: int) -> list[int]:
+        """Ids of the `k` groups of learner step `step`, no id twice; empty when fewer may be taken after evicting
+        stale ones.
 
-        `is_full`: no group will come before one leaves. The choice depends on the seed, the step, what is
-        stored and, with a `min_staleness`, on `is_full`; on nothing else. Groups taken for the last time
+        The choice depends on the seed, the step and what is stored; on nothing else. Groups taken for the last time
         leave.
         """
         self.evict_stale(step)
-        self._ripen(step)
-        num_young = max(0, k - len(self._ripe))
-        num_needed = k if is_full else (self.config.min_staleness + 1) * k  # The module's docstring says why.
-        if len(self) < num_needed or (num_young and not is_full):
+        if len(self) < k:
             return []
-        if num_young:
-            chosen = [entry.group_id for entry in (*self._ripe.by_insertion, *self._young.by_age[:num_young])]
-        else:
-            # The third word keeps this stream apart from the prompt stream's.
-            rng = np.random.Generator(np.random.PCG64([self.seed, step, 1]))
-            chosen = self._sampler(self.view, k, step, rng)
+        # The third word keeps this stream apart from the prompt stream's.
+        rng = np.random.Generator(np.random.PCG64([self.seed, step, 1]))
+        chosen = self._sampler(self.view, k, step, rng)
         self._check_choice(chosen, k, step)
-        if num_young:
-            self.counts["taken_young"] += num_young
         for group_id in chosen:
             self._use(group_id)
         return chosen
@@ -208,45 +181,13 @@ class Replay:
             problems.append(f"{len(self._used)} groups listed as used, {len(self) - len(unconsumed)} are")
         if self._num_tokens != (num_tokens := sum(group.num_tokens for group in self._groups.values())):
             problems.append(f"{self._num_tokens} tokens counted, {num_tokens} stored")
-        ordered = sorted([*self._ripe.by_age, *self._young.by_age])
+        ordered = list(self._order.by_age)
         if ordered != sorted(self._entries.values()) or self._entries.keys() != self._groups.keys():
             problems.append(
                 f"{len(ordered)} groups in order of age, {len(self._entries)} in order of "
                 f"insertion, {len(self)} stored"
             )
-        if wrong := [entry for entry in self._ripe.by_age if not self._is_ripe(entry)] + [
-            *filter(self._is_ripe, self._young.by_age)
-        ]:
-            problems.append(
-                f"group {wrong[0].group_id} of version {wrong[0].oldest_version} is on the wrong "
-                f"side of {self._newest_ripe}"
-            )
         return problems
-
-    def _newest_ripe_at(self, step: int) -> int:
-        """The newest version that is old enough for `min_staleness` at learner step `step`."""
-        return max(0, step - self.config.min_staleness) if self.config.min_staleness else AGELESS - 1
-
-    def _is_ripe(self, entry: Entry) -> bool:
-        return entry.oldest_version <= self._newest_ripe or entry.oldest_version == AGELESS
-
-    def _order_of(self, entry: Entry) -> Order:
-        return self._ripe if self._is_ripe(entry) else self._young
-
-    def _ripen(self, step: int) -> None:
-        """Moves the groups whose side changes with the step: each once, as steps grow; back, should one
-        be asked for again.
-        """
-        self._newest_ripe = self._newest_ripe_at(step)
-        now_ripe = self._young.between(None, self._newest_ripe + 1)
-        now_young = self._ripe.between(self._newest_ripe + 1, AGELESS)
-        for moving, source, target in (
-            (now_ripe, self._young, self._ripe),
-            (now_young, self._ripe, self._young),
-        ):
-            for entry in moving:
-                source.remove(entry)
-                target.add(entry)
 
     def _use(self, group_id: int) -> None:
         group, entry = self._groups[group_id], self._entries[group_id]
@@ -262,7 +203,7 @@ class Replay:
     def _evict(self, entry: Entry, reason: str) -> None:
         group = self._groups.pop(entry.group_id)
         del self._entries[entry.group_id]
-        self._order_of(entry).remove(entry)
+        self._order.remove(entry)
         self._side_of(group).remove(entry)
         self._num_tokens -= group.num_tokens
         self.counts[reason] += 1
@@ -275,7 +216,7 @@ class Replay:
                 f"it chose {chosen}."
             )
         for group_id in chosen:
-            check_staleness(group_id, self._groups[group_id].version, step, self.config.max_staleness)
+            self._bound.check(group_id, self._groups[group_id].version, step)
 
 
 def _count_problems(num_stored: int, counts: Mapping[str, int]) -> list[str]:
@@ -283,14 +224,3 @@ def _count_problems(num_stored: int, counts: Mapping[str, int]) -> list[str]:
     if counts.get("inserted", 0) == num_stored + left:
         return []
     return [f"{counts.get('inserted', 0)} groups inserted, but {num_stored} stored and {left} evicted"]
-
-
-def check_staleness(group_id: int, oldest_version: int | None, step: int, max_staleness: int) -> None:
-    """Raises StalenessError when `step - oldest_version > max_staleness` (learner steps); None has no age."""
-    if oldest_version is not None and step - oldest_version > max_staleness:
-        raise StalenessError(
-            f"group {group_id} has a token of version {oldest_version} at learner step {step}: staleness "
-            f"{step - oldest_version} is above "
-            f"buffer.max_staleness = {max_staleness}. It should have been evicted: this is a bug in the "
-            "buffer."
-        )

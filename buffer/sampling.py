@@ -22,11 +22,7 @@ import numpy as np
 
 from buffer.order import Order
 from core.config import BufferConfig
-
-AGELESS = 2**62
-"""`GroupMeta.oldest_version` of a group without a version: a number, so that it can be compared and
-stored as one.
-"""
+from core.staleness import AGELESS, oldest_version_within, staleness_of
 
 # The weight of a group for `priority` is the product of three factors; see there.
 HALF_LIFE_STEPS = 8.0
@@ -174,7 +170,7 @@ def log_weights(pool: Sequence[GroupMeta], step: int) -> np.ndarray:
     """Returns the natural logarithms of `priority`'s weights, one for each group of `pool`, at learner step
     `step`.
     """
-    staleness = np.maximum(0, step - np.array([group.oldest_version for group in pool], np.int64))
+    staleness = staleness_of(np.array([group.oldest_version for group in pool], np.int64), step)
     uses = np.array([group.uses for group in pool], np.int64)
     spread = np.array([group.reward_std for group in pool])
     if spread.any():
@@ -200,7 +196,7 @@ def _strata(view: View, step: int) -> list[_Stratum]:
         ends.append((None, 0.0))
     strata, stop = [], len(view)
     for last, share in ends:
-        start = 0 if last is None else view.num_older(step - last)
+        start = 0 if last is None else view.num_older(oldest_version_within(last, step))
         strata.append(_Stratum(range(start, stop), share))
         stop = start
     return strata

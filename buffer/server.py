@@ -11,7 +11,7 @@ as it is.
 | sample | learner | `num_groups` stored groups, old enough             | insert                                        |
 
 Neither waits for the other for ever: a learner waits only while fewer than `groups_per_step <= admitted`
-groups are here, and then an actor may lease. For groups as old as `min_staleness`, and for the band
+groups are here, and then an actor may lease. For the band
 `samples_per_insert`, it waits only while some may still come.
 
 All changes happen in shard.py, each in one synchronous section under the condition's lock.

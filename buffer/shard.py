@@ -33,6 +33,7 @@ from buffer.usable import MIN_SAMPLES, HeldSamples
 from core.config import Config
 from core.errors import ConfigError, DataError
 from core.records import Group, WorkItem, encode, encode_batch
+from core.staleness import StalenessBound
 
 _NUM_ERROR_TEXTS = 5
 
@@ -61,6 +62,7 @@ class Shard:
         self._replay = Replay(
             config.buffer.model_copy(update={"capacity": capacity}), config.run.seed + shard
         )
+        self._bound = StalenessBound(config.buffer.max_staleness)
         self._held = HeldSamples(config.buffer.max_staleness)
         self.counts: Counter[str] = Counter()
         self._batches: dict[int, RecordedBatch] = {}
@@ -81,11 +83,7 @@ class Shard:
         """Returns whether what policy `version` generates now would be evicted as stale before any batch
         could take it.
         """
-        if version is None:
-            return False
-        publish_every = self._config.weights.publish_every
-        newest_version = self.next_step // publish_every * publish_every
-        return version < min(self.next_step - self._config.buffer.max_staleness, newest_version)
+        return self._bound.is_born_stale(version, self.next_step, self._config.weights.publish_every)
 
     def num_leasable(self, now_s: float) -> int:
         """Returns how many items `lease` would give, after taking back the leases that ran out."""
@@ -209,7 +207,7 @@ class Shard:
         self.advance(step)
         if self._exceeds_band(num_groups):
             return None
-        chosen = self._replay.take(num_groups, step, is_full=self._is_full())
+        chosen = self._replay.take(num_groups, step)
         if not chosen:
             return None
         return self._hand_out(step, chosen, total)
@@ -314,7 +312,7 @@ class Shard:
             "ledger_unwritten": self.ledger.num_unwritten,
             "changes_unwritten": self.store.num_pending,
         }
-        values |= {name: replay[name] for name in ("inserted", *EVICTIONS, "taken_young", "strata_short")}
+        values |= {name: replay[name] for name in ("inserted", *EVICTIONS, "strata_short")}
         values |= {
             name: admission[name]
             for name in ("failed", "expired", "reissued", "lost_too_often", "ignored_reports")

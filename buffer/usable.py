@@ -10,6 +10,7 @@ import msgspec
 
 from core.errors import DataError
 from core.records import Group, Sample
+from core.staleness import StalenessBound
 
 MIN_SAMPLES = 2
 """A group with fewer samples carries no signal: its leave-one-out mean does not exist."""
@@ -46,7 +47,7 @@ class HeldSamples:
     """
 
     def __init__(self, max_staleness: int) -> None:
-        self.max_staleness = max_staleness
+        self._bound = StalenessBound(max_staleness)
         self.counts: Counter[str] = Counter()
         self._by_row: dict[int, Sample] = {}
         self._changed: dict[int, None] = {}
@@ -61,7 +62,7 @@ class HeldSamples:
             return group
         sample = self._by_row.pop(group.row)
         self._changed[group.row] = None
-        if sample.oldest_version is not None and step - sample.oldest_version > self.max_staleness:
+        if self._bound.is_stale(sample.oldest_version, step):
             self.counts["held_stale"] += 1
             return group
         self.counts["joined_samples"] += 1

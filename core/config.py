@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from core import config_checks, config_text
+from core.staleness import StalenessBound
 
 PROSE = frozenset({"system_prompt"})
 """Fields of free text: they may hold line breaks, and a ` #` in a file is taken for text before it is
@@ -264,12 +265,6 @@ class BufferConfig(Section):
         "the actors; None: no band.",
     )
     uses_per_group: int = Field(1, ge=1, description="How often a group is trained on before it leaves.")
-    min_staleness: int = Field(
-        0,
-        ge=0,
-        description="Learner steps; a batch takes no group younger than this while it can be had: an "
-        "enforced lag, for studies.",
-    )
     max_staleness: int = Field(
         16, ge=0, description="Learner steps; groups with an older token are evicted and counted."
     )
@@ -530,7 +525,8 @@ class Config(Section):
         that nothing is born too stale (publication lag excepted). The sampler `oldest` does so; others leave
         some groups until they are stale, counted.
         """
-        return min(self.buffer.capacity, (self.buffer.max_staleness + 1) * self.learner.groups_per_step)
+        bound = StalenessBound(self.buffer.max_staleness)
+        return min(self.buffer.capacity, bound.max_untrained(self.learner.groups_per_step))
 
     @property
     def is_offline(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from core.staleness import StalenessBound
+
 if TYPE_CHECKING:
     from core.config import Config
 
@@ -43,7 +45,6 @@ def check(config: Config) -> None:
     _samples_come_from_somewhere(config)
     _actors_can_scale(config)
     _band_can_be_held(config)
-    _lag_can_be_held(config)
     _devices_fit(config)
     _weights_can_travel(config)
 
@@ -191,42 +192,12 @@ def _band_can_be_held(config: Config) -> None:
             f"{buffer.uses_per_group} times. "
             "Raise buffer.uses_per_group or lower the band."
         )
-    if buffer.num_shards > 1 or buffer.min_staleness:
-        raise ValueError(
-            "buffer.samples_per_insert goes with neither buffer.num_shards > 1 nor "
-            "buffer.min_staleness. Remove it."
-        )
+    if buffer.num_shards > 1:
+        raise ValueError("buffer.samples_per_insert does not go with buffer.num_shards > 1. Remove it.")
     if config.admitted_groups < size:
         raise ValueError(
             f"buffer.samples_per_insert needs min(capacity, ...) = {config.admitted_groups} >= "
             f"groups_per_step = {size}."
-        )
-
-
-def _lag_can_be_held(config: Config) -> None:
-    buffer = config.buffer
-    if buffer.min_staleness and buffer.num_shards > 1:
-        raise ValueError(
-            f"buffer.min_staleness = {buffer.min_staleness} with buffer.num_shards = {buffer.num_shards}: a "
-            "lag is held by one shard "
-            "only. Set buffer.num_shards=1."
-        )
-    if not buffer.min_staleness:
-        return
-    if config.is_offline:
-        raise ValueError(
-            f"buffer.min_staleness = {buffer.min_staleness}: offline samples have no age. Remove it."
-        )
-    # A version is published every so many steps: what is old enough comes in strides.
-    oldest = buffer.min_staleness + config.weights.publish_every - 1
-    groups = (buffer.min_staleness + 1) * config.learner.groups_per_step
-    if buffer.max_staleness < oldest or buffer.capacity < groups:
-        raise ValueError(
-            f"buffer.min_staleness = {buffer.min_staleness} needs buffer.max_staleness >= min_staleness + "
-            "weights.publish_every - 1 = "
-            f"{oldest} (here {buffer.max_staleness}) and buffer.capacity >= (min_staleness + 1) * "
-            f"learner.groups_per_step = {groups} "
-            f"(here {buffer.capacity})."
         )
 
 
@@ -334,11 +305,8 @@ def warnings(config: Config) -> list[str]:
         )
     # With publish_every = 1 the buffer hands out nothing that would be too old: an actor waits for the
     # version that is on its way.
-    if (
-        config.weights.publish_every > 1
-        and config.buffer.max_staleness < config.weights.publish_every
-        and not config.is_offline
-    ):
+    bound = StalenessBound(config.buffer.max_staleness)
+    if bound.evicts_between_snapshots(config.weights.publish_every) and not config.is_offline:
         found.append(
             f"buffer.max_staleness = {config.buffer.max_staleness} < weights.publish_every = "
             f"{config.weights.publish_every}: "

@@ -9,13 +9,8 @@ from __future__ import annotations
 
 import math
 
-STALENESS_BUCKETS: dict[str, tuple[float, float]] = {
-    "0": (0, 0),
-    "1-3": (1, 3),
-    "4-15": (4, 15),
-    "16-63": (16, 63),
-    "64+": (64, math.inf),
-}
+from core.staleness import STALENESS_BUCKETS
+
 SOLVE_RATE_BUCKETS: dict[str, tuple[float, float]] = {
     "none": (-math.inf, 0.0),
     "few": (0.0, 0.25),

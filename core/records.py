@@ -76,14 +76,6 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
         """The version of the oldest token; None for an offline sample."""
         return min((span.version for span in self.version_spans), default=None)
 
-    @property
-    def mean_version(self) -> float | None:
-        """Token-weighted mean of the versions; None for an offline sample."""
-        if self.is_offline:
-            return None
-        num_tokens = sum(span.end - span.start for span in self.version_spans)
-        return sum(span.version * (span.end - span.start) for span in self.version_spans) / num_tokens
-
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):
     """The samples of one WorkItem. `group_id` is the item's ordinal: at most one group per id is ever

@@ -34,12 +34,13 @@ from core.config_file import dump_config
 from core.errors import ConfigError, PeerTimeout
 from core.own_warnings import OwnWarnings
 from core.records import Batch, decode_batch
+from core.staleness import StalenessBound
 from core.weights.transports import NoTransport, Sender, Transport, ZeroSource, load_transport
 from learner.checkpoints.checkpoint import Checkpoint, Part, verify
 from learner.checkpoints.writer import CheckpointWriter, code_version, set_random_states
 from learner.objectives import load_objective
 from learner.step.batch_metrics import batch_metrics, shown_samples
-from learner.step.guards import Guards, check_staleness
+from learner.step.guards import Guards
 from learner.step.mismatch import MismatchCheck, bound_nats
 from learner.step.update import Updater, frozen_policies
 
@@ -178,7 +179,7 @@ class LearnerRank:
                 break
             wait_s = time.perf_counter() - step_start_s
             batch = decode_batch(payload)
-            check_staleness(batch, config.buffer.max_staleness)
+            StalenessBound(config.buffer.max_staleness).check_batch(batch)
             metrics, diagnostics = self._updater.update(batch, learning_rate(progress.step, config))
             self._guards.judge(batch.step, payload, metrics, self._updater.skip)
             progress.step += 1

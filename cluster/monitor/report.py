@@ -22,8 +22,9 @@ import msgspec
 
 from core import config_text
 from core.json_lines import finite_tree, read_json_lines
-from core.metrics import METRICS, SOLVE_RATE_BUCKETS, STALENESS_BUCKETS
+from core.metrics import METRICS, SOLVE_RATE_BUCKETS
 from core.records import Evaluation
+from core.staleness import STALENESS_BUCKETS
 
 MAX_POINTS = 800
 MAX_SAMPLES = 1500

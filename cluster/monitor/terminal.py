@@ -21,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from core.staleness import StalenessBound
 from core.text import printable
 
 View = Mapping[str, Any]
@@ -202,7 +203,7 @@ def _age(oldest: float | None, bound: int) -> Text:
     """The oldest token's age, coloured by how near it is to the bound."""
     if oldest is None:
         return Text("-")
-    return Text(figure(oldest, 0), style="yellow" if bound and oldest >= 0.9 * bound else "green")
+    return Text(figure(oldest, 0), style="yellow" if StalenessBound(bound).is_near(oldest) else "green")
 
 
 def _buffer_bar(view: View) -> RenderableType:

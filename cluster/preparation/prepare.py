@@ -33,6 +33,7 @@ from cluster.preparation.run_dir import check_run_dir, open_run_dir
 from core.config import Config
 from core.errors import AgroError, ConfigError, DataError
 from core.model_shape import load_model_config
+from core.staleness import StalenessBound
 from core.text import user_path
 from core.tokenizer import end_token_ids, end_token_notes, load_tokenizer, vocabulary_size
 from learner.objectives import load_objective
@@ -216,13 +217,13 @@ def check_named(config: Config) -> None:
 
 def check_progress(config: Config) -> None:
     """Raises ConfigError when, between two snapshots, every group would be too old to be trained on."""
-    max_staleness, every = config.buffer.max_staleness, config.weights.publish_every
-    if not config.is_offline and max_staleness < min(every, config.run.steps) - 1:
+    every = config.weights.publish_every
+    step = StalenessBound(config.buffer.max_staleness).starving_step(every, config.run.steps)
+    if step is not None and not config.is_offline:
         raise ConfigError(
-            f"buffer.max_staleness = {max_staleness} with weights.publish_every = {every}: at step "
-            f"{max_staleness + 1} every group is "
-            f"too old, and newer weights come at step {every} only. Set "
-            f"weights.publish_every={max_staleness + 1}, or raise max_staleness."
+            f"buffer.max_staleness = {config.buffer.max_staleness} with weights.publish_every = {every}: at step "
+            f"{step} every group is too old, and newer weights come at step {every} only. Set "
+            f"weights.publish_every={step}, or raise max_staleness."
         )
 
 
@@ -241,16 +242,11 @@ def check_needs(config: Config, needs: frozenset[str]) -> None:
             f"{config.data.offline} "
             f"do not have. {remedy}"
         )
-    if "freshness" in needs and (config.is_offline or config.buffer.min_staleness):
-        why = (
-            "all samples are offline"
-            if config.is_offline
-            else f"buffer.min_staleness = {config.buffer.min_staleness}"
-        )
+    if "freshness" in needs and config.is_offline:
         remedy = "Set agro.on_policy_coef=0." if name == "agro" else "Use another objective."
         raise ConfigError(
-            f"learner.objective = {name} needs samples of the current policy, but {why}: none "
-            f"is ever fresh. {remedy}"
+            f"learner.objective = {name} needs samples of the current policy, but all samples are "
+            f"offline: none is ever fresh. {remedy}"
         )
 
 

@@ -14,6 +14,7 @@ import msgspec
 
 from core.errors import DataError
 from core.records import Batch, Group, Sample, decode_batch
+from core.staleness import sample_staleness
 
 MAX_FILES = 5
 SHOWN_CHARS = 240
@@ -130,7 +131,7 @@ def _age(sample: Sample, step: int) -> str:
         return "offline"
     versions = sorted({span.version for span in sample.version_spans})
     of = f"version {versions[0]}" if len(versions) == 1 else f"versions {versions[0]}-{versions[-1]}"
-    return f"{of} (staleness {step - sample.oldest_version})"
+    return f"{of} (staleness {sample_staleness(sample, step)})"
 
 
 def _number(value: float) -> str:

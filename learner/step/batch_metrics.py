@@ -7,47 +7,24 @@ import statistics
 from typing import Any
 
 from core.records import Batch
+from core.staleness import sample_staleness, staleness_metrics
 
 SHOWN_SAMPLES = 8
 
 
 def batch_metrics(batch: Batch) -> dict[str, float]:
-    """Metrics of the batch by their names in metrics.jsonl; ages in learner steps, measured now, when it is
-    consumed.
-
-    Ages are over the samples that have one; NaN when all are offline.
-    """
+    """Metrics of the batch by their names in metrics.jsonl, measured now, when it is consumed."""
     samples = [sample for group in batch.groups for sample in group.samples]
     rewards = [
         sample.reward for sample in samples if sample.reward is not None and math.isfinite(sample.reward)
     ]
     lengths = [len(sample.token_ids) for sample in samples]
-    ages = [
-        (batch.step - version, len(sample.token_ids))
-        for sample in samples
-        if (version := sample.mean_version) is not None
-    ]
-    oldest = min(
-        (group.oldest_version for group in batch.groups if group.oldest_version is not None), default=math.nan
-    )
-    versions = [
-        {span.version for sample in group.samples for span in sample.version_spans} for group in batch.groups
-    ]
     zero_std = [len({sample.reward for sample in group.samples}) <= 1 for group in batch.groups]
     return {
         "reward/mean": statistics.fmean(rewards) if rewards else math.nan,
         "reward/std": statistics.pstdev(rewards) if rewards else math.nan,
         "reward/zero_std_fraction": statistics.fmean(zero_std),
-        "staleness/mean": sum(age * length for age, length in ages) / sum(length for _, length in ages)
-        if ages
-        else math.nan,
-        "staleness/max": max((age for age, _ in ages), default=math.nan),
-        "staleness/oldest_token": float(batch.step - oldest),
-        "staleness/offline_fraction": statistics.fmean(sample.is_offline for sample in samples),
-        "staleness/fresh_fraction": statistics.fmean(
-            sample.oldest_version == batch.step for sample in samples
-        ),
-        "staleness/mixed_version_fraction": statistics.fmean(len(found) > 1 for found in versions),
+        **staleness_metrics(batch),
         "completions/mean_length": statistics.fmean(lengths),
         "completions/truncated_fraction": statistics.fmean(
             sample.finish_reason == "length" for sample in samples
@@ -70,7 +47,7 @@ def shown_samples(batch: Batch, diagnostics: dict[int, list[dict[str, float]]]) 
                 "error": sample.error,
                 "advantage": diagnostics[group.group_id][0]["advantage"],
                 "version": sample.oldest_version,
-                "staleness": None if sample.oldest_version is None else batch.step - sample.oldest_version,
+                "staleness": sample_staleness(sample, batch.step),
             }
         )
     return shown

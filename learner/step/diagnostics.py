@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from core.metrics import SOLVE_RATE_BUCKETS, STALENESS_BUCKETS
+from core.metrics import SOLVE_RATE_BUCKETS
+from core.staleness import staleness_masks
 
 Column = npt.NDArray[np.float64]
 
@@ -61,10 +62,8 @@ def objective_metrics(samples: Mapping[str, Column], beta: float) -> dict[str, f
         "agro/ess_fraction": _effective_share(samples["log_importance"]),
     }
     solve_rate = _group_mean(reward, group_of)
-    for name, (low, high) in STALENESS_BUCKETS.items():
-        metrics |= _bucket(
-            "staleness", name, (samples["staleness"] >= low) & (samples["staleness"] <= high), samples
-        )
+    for name, inside in staleness_masks(samples["staleness"]).items():
+        metrics |= _bucket("staleness", name, inside, samples)
     for name, (low, high) in SOLVE_RATE_BUCKETS.items():
         inside = (
             (solve_rate >= 1)

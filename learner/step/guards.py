@@ -1,7 +1,7 @@
 """What keeps a bad batch or a bad moment from becoming a bad policy, and says so: the same on every rank,
 since all see the same.
 
-batch --check_staleness--> update --Guards.judge--> skipped: counted, told, its batch kept; the third in a row ends the run
+batch --StalenessBound.check_batch--> update --Guards.judge--> skipped: counted, told, its batch kept; the third in a row ends the run
                                        `----------> done: alarms on the metrics, which are told and stop nothing
 """
 
@@ -14,8 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.errors import StalenessError, TrainingError
-from core.records import Batch
+from core.errors import TrainingError
 from learner.step.bad_batch import BadBatch, Skip, file_name, write_bad_batch
 from learner.step.mismatch import is_above
 
@@ -32,24 +31,6 @@ WATCHED = {"loss spike": ("agro/residual_std", "optim/grad_norm"), "KL spike": (
 spread; a gradient norm has heavy tails (in recorded healthy runs such an alarm every 200 steps), and serves
 where an objective has no reference.
 """
-
-
-def check_staleness(batch: Batch, max_staleness: int) -> None:
-    """Raises StalenessError when a token of the batch is older than `max_staleness` learner steps. Offline
-    samples have no age.
-
-    The buffer evicts by an index of versions; here the samples themselves are looked at.
-    """
-    for group in batch.groups:
-        oldest = group.oldest_version
-        if oldest is not None and batch.step - oldest > max_staleness:
-            raise StalenessError(
-                f"group {group.group_id} reached learner step {batch.step} with tokens of version {oldest}, "
-                f"{batch.step - oldest} steps "
-                f"old; buffer.max_staleness = {max_staleness}. It should have been evicted: "
-                "a bug, unless that bound was lowered before the run went on. Raise it again, or report the "
-                "bug with ledger.jsonl."
-            )
 
 
 class Alarms:

@@ -27,6 +27,7 @@ from core.config import Config
 from core.errors import TrainingError
 from core.model_shape import rope_parameters
 from core.records import Batch, Sample
+from core.staleness import is_fresh
 from learner.step.rows import Row
 
 BOUNDS_NATS = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
@@ -123,8 +124,7 @@ class MismatchCheck:
 
     def is_fresh(self, sample: Sample, step: int) -> bool:
         """Whether all its tokens are of the weights that the learner has at this step."""
-        versions = {span.version for span in sample.version_spans}
-        return versions == {step} and (step == self._start_step or step > self._known_until)
+        return is_fresh(sample, step) and (step == self._start_step or step > self._known_until)
 
     def any_fresh(self, batch: Batch) -> bool:
         """Whether the batch has anything to compare: every rank sees all of it, and knows the same."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from core.records import Batch, Group, Sample
+from core.staleness import sample_staleness
 from learner.step.packing import TokenSequence
 
 
@@ -19,8 +20,8 @@ class Row:
     def __init__(self, group: Group, index: int, step: int) -> None:
         self.sample: Sample = group.samples[index]
         self.group_id, self.index, self.prompt_row = group.group_id, index, group.row
-        oldest = self.sample.oldest_version
-        self.staleness = math.nan if oldest is None else float(step - oldest)
+        staleness = sample_staleness(self.sample, step)
+        self.staleness = math.nan if staleness is None else float(staleness)
         self.sequence = TokenSequence(group.prompt_ids, self.sample.token_ids)
         self.ref_logprob = self.sample.ref_logprob
         self.ref_logprobs: Tensor | None = None  # Per token, where the objective needs them.

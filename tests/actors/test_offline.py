@@ -350,14 +350,6 @@ def test_what_an_objective_needs_and_offline_or_lagged_data_lacks_is_refused():
         r"agro\.on_policy_coef=0",
     ):
         check_needs(on_policy, needs_of(on_policy))
-    lagged = {
-        "buffer": {"min_staleness": 2, "max_staleness": 4, "capacity": 8},
-        "actors": {"count": 1},
-        "agro": {"on_policy_coef": 0.01},
-    }
-    online = make_config("log", data={"path": "p", "offline": None}, **lagged)
-    with pytest.raises(ConfigError, match=r"buffer\.min_staleness = 2: none is ever fresh"):
-        check_needs(online, needs_of(online))
     with pytest.raises(ConfigError, match=r"learner\.objective = grpo needs behaviour log-probs"):
         check_needs(make_config("log", learner={"objective": "grpo"}), frozenset({"behaviour_logprobs"}))
 

@@ -14,6 +14,7 @@ from benchmarks import staleness_study
 from benchmarks.lag_lab import LagRun, PlainPolicy, Task, arithmetic_task, sample
 from core.config import Config
 from core.config_file import load_config
+from core.errors import ConfigError
 from learner.step.packing import TokenSequence, collate
 from tests.support import ROOT
 
@@ -28,7 +29,6 @@ def config_for(model_dir: Path, lag: int, *more: str) -> Config:
         "learner.decay=constant",
         "actors.group_size=4",
         "weights.publish_every=1",
-        f"buffer.min_staleness={lag}",
         f"buffer.max_staleness={lag}",
         f"buffer.capacity={3 * (lag + 2)}",
         "eval.samples=1",
@@ -47,7 +47,7 @@ def task(tiny_models: dict[str, Path]) -> Task:
 def test_every_sample_is_exactly_as_old_as_the_lag_once_something_is(
     tiny_models: dict[str, Path], task: Task, lag: int
 ) -> None:
-    run = LagRun(config_for(tiny_models["tied"], lag), task)
+    run = LagRun(config_for(tiny_models["tied"], lag), task, lag)
     seen = []
     for step in range(STEPS):
         batch = run._batch(step)
@@ -60,7 +60,7 @@ def test_every_sample_is_exactly_as_old_as_the_lag_once_something_is(
 
 def test_the_first_batches_do_not_depend_on_the_method(tiny_models: dict[str, Path], task: Task) -> None:
     batches = [
-        LagRun(config_for(tiny_models["tied"], 2, *more), task)._batch(0)
+        LagRun(config_for(tiny_models["tied"], 2, *more), task, 2)._batch(0)
         for more in ((), ("learner.objective=grpo",))
     ]
     assert batches[0] == batches[1]
@@ -85,12 +85,21 @@ def test_a_run_learns_from_its_batches_and_reports_the_systems_metrics(
 ) -> None:
     # A random model adds nothing right.
     even = Task(task.train, task.test, lambda tokens, row: float(tokens[0] % 2 == 0), task.eos_id)
-    run = LagRun(config_for(tiny_models["tied"], 1), even, engine_noise=0.05)
+    run = LagRun(config_for(tiny_models["tied"], 1), even, 1, engine_noise=0.05)
     before = run.policy.module.lm_head.weight.detach().clone()
     rows = run.run(eval_every=4)
     assert [row["step"] for row in rows] == [0, 4, 8]
     assert not torch.equal(before, run.policy.module.lm_head.weight)
     assert 0 < rows[-1]["agro/ess_fraction"] <= 1
+
+
+def test_an_objective_that_needs_fresh_samples_is_refused_where_none_is_ever_fresh(
+    tiny_models: dict[str, Path], task: Task
+) -> None:
+    config = config_for(tiny_models["tied"], 2, "agro.on_policy_coef=0.01")
+    with pytest.raises(ConfigError, match=r"lag = 2: none is ever fresh"):
+        LagRun(config, task, 2)
+    LagRun(config, task, 2, fresh_groups=1)
 
 
 def record(method: str, lag: int, lr: float, seed: int, score: float) -> dict:

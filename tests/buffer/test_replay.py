@@ -20,9 +20,10 @@ from hypothesis.stateful import (
 )
 
 from buffer.replay import Replay
-from buffer.sampling import AGELESS, SAMPLERS, GroupMeta
+from buffer.sampling import SAMPLERS, GroupMeta
 from core.config import BufferConfig
 from core.errors import DataError
+from core.staleness import AGELESS
 
 MIXES = [
     ({"0-1": 0.5, "2-3": 0.25, "4+": 0.25}, [(0, 1, 0.5), (2, 3, 0.25), (4, math.inf, 0.25)]),
@@ -61,28 +62,15 @@ class ReplayModel:
         for row in [row for row in self.rows if step - row.oldest_version > self.config.max_staleness]:
             self.evict(row, "evicted_stale")
 
-    def ripe(self, step: int) -> list[GroupMeta]:
-        lag = self.config.min_staleness
-        return [
-            row for row in self.rows if not lag or row.version is None or row.version <= max(0, step - lag)
-        ]
-
     def takeable(self, step: int) -> int:
-        return sum(step - row.oldest_version <= self.config.max_staleness for row in self.ripe(step))
+        return sum(step - row.oldest_version <= self.config.max_staleness for row in self.rows)
 
-    def check_take(self, k: int, step: int, is_full: bool, got: list[int]) -> None:
+    def check_take(self, k: int, step: int, got: list[int]) -> None:
         """Asserts that `got` is a batch this buffer may give, and uses it."""
         self.evict_stale(step)
-        ripe = self.ripe(step)
-        if is_full and len(ripe) < k <= len(self.rows):
-            young = sorted((row for row in self.rows if row not in ripe), key=lambda row: row.oldest_version)[
-                : k - len(ripe)
-            ]
-            self.counts["taken_young"] += len(young)
-            assert got == [row.group_id for row in ripe + young]
-        elif len(ripe) >= k and (is_full or len(self.rows) >= (self.config.min_staleness + 1) * k):
+        if len(self.rows) >= k:
             assert len(got) == len(set(got)) == k
-            self.check_sampled(k, step, ripe, got)
+            self.check_sampled(k, step, got)
         else:
             assert got == []
         taken = [row for row in self.rows if row.group_id in got]
@@ -93,17 +81,16 @@ class ReplayModel:
             if used.uses == self.config.uses_per_group:
                 self.evict(used, "evicted_used")
 
-    def check_sampled(self, k: int, step: int, ripe: list[GroupMeta], got: list[int]) -> None:
-        assert set(got) <= {row.group_id for row in ripe}, "took a group that is too young"
+    def check_sampled(self, k: int, step: int, got: list[int]) -> None:
         match self.config.sampler:
             case "fresh":
-                newest = sorted(ripe, key=lambda row: row.oldest_version)[::-1]
+                newest = sorted(self.rows, key=lambda row: row.oldest_version)[::-1]
                 assert got == [row.group_id for row in newest[:k]]
             case "oldest":
-                assert got == [row.group_id for row in ripe[:k]]
+                assert got == [row.group_id for row in self.rows[:k]]
             case "stratified":
                 by_range = [
-                    [row.group_id for row in ripe if self.range_of(row, step) == index]
+                    [row.group_id for row in self.rows if self.range_of(row, step) == index]
                     for index in range(len(self.ranges))
                 ]
                 expected = self.expected_mix(k, [len(ids) for ids in by_range])
@@ -134,15 +121,13 @@ class ReplayMachine(RuleBasedStateMachine):
 
     @initialize(
         mix=st.sampled_from(MIXES),
-        lag=st.sampled_from([0, 1, 3]),
         max_staleness=st.integers(3, 9),
         uses_per_group=st.integers(1, 4),
         capacity=st.sampled_from([2, 12, 40]),
     )
-    def start(self, mix, lag, max_staleness, uses_per_group, capacity):
+    def start(self, mix, max_staleness, uses_per_group, capacity):
         fields = {
             "mix": mix[0],
-            "min_staleness": lag,
             "max_staleness": max_staleness,
             "uses_per_group": uses_per_group,
             "capacity": capacity,
@@ -162,10 +147,10 @@ class ReplayMachine(RuleBasedStateMachine):
             group = GroupMeta(group_id, version, 1 + group_id % 7, reward_std=std)
             assert self.replay.insert(group) == self.model.insert(group)
 
-    @rule(k=st.integers(1, 8), num_steps=st.integers(0, 2), is_full=st.booleans())
-    def take(self, k, num_steps, is_full):
+    @rule(k=st.integers(1, 8), num_steps=st.integers(0, 2))
+    def take(self, k, num_steps):
         self.step += num_steps
-        self.model.check_take(k, self.step, is_full, self.replay.take(k, self.step, is_full=is_full))
+        self.model.check_take(k, self.step, self.replay.take(k, self.step))
 
     @rule(num_steps=st.integers(0, 3))
     def evict_stale(self, num_steps):
@@ -176,7 +161,7 @@ class ReplayMachine(RuleBasedStateMachine):
     @rule()
     def the_learner_goes_back_to_a_checkpoint(self):
         self.step = max(0, self.step - 2)
-        self.take(1, 0, True)
+        self.take(1, 0)
 
     @rule()
     def restart(self):
@@ -191,8 +176,8 @@ class ReplayMachine(RuleBasedStateMachine):
     def a_restarted_buffer_would_choose_the_same(self, k):
         twin = Replay(self.config, 5)
         twin.set_state(self.replay.get_state())
-        self.take(k, 0, True)
-        twin.take(k, self.step, is_full=True)
+        self.take(k, 0)
+        twin.take(k, self.step)
         assert twin.get_state() == self.replay.get_state()
 
     @invariant()

@@ -273,34 +273,6 @@ async def test_weights_that_are_not_published_yet_are_not_asked_for(run_dir):
 
 
 @scenario
-async def test_a_batch_waits_for_groups_that_are_old_enough_and_takes_young_ones_when_none_can_come(run_dir):
-    config = make_config(capacity=4, groups_per_step=2, min_staleness=1, max_staleness=1, sampler="oldest")
-    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
-    await buffer.lease("a", 4, 1.0)
-    await buffer.insert("a", [make_payload(ordinal) for ordinal in range(3)])
-    assert await buffer.sample(0, 2, 1.0) is None, "of four the learner may use two"
-    await buffer.insert("a", [make_payload(3)])
-    assert ids_of(await buffer.sample(0, 2, 1.0)) == [0, 1]
-    await buffer.lease("a", 2, 1.0)
-    learner = asyncio.create_task(buffer.sample(1, 2, 100.0))
-    await buffer.insert("a", [make_payload(4, version=1)])
-    await asyncio.sleep(1.0)
-    assert not learner.done()
-    await buffer.insert("a", [make_payload(5, version=1)])
-    assert ids_of(await learner) == [2, 3], "4 and 5 are too young, and wait"
-    await buffer.lease("a", 2, 1.0)
-    await buffer.insert("a", [make_payload(ordinal, version=3) for ordinal in (6, 7)])
-    learner = asyncio.create_task(buffer.sample(3, 2, 100.0))
-    await asyncio.sleep(1.0)
-    assert not learner.done(), "4 and 5 went stale; what comes for them might be old enough"
-    await buffer.lease("a", 2, 1.0)
-    await buffer.insert("a", [make_payload(ordinal, version=3) for ordinal in (8, 9)])
-    assert ids_of(await learner) == [6, 7]
-    stats = await check_sums(buffer)
-    assert (stats["taken_young"], stats["evicted_stale"]) == (2, 2)
-
-
-@scenario
 async def test_offline_groups_are_stored_without_a_version_through_a_restart_and_never_stale(run_dir):
     config = make_config(capacity=4, max_staleness=1, uses_per_group=2)
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)

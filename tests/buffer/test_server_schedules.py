@@ -74,7 +74,7 @@ class Schedule:
     are killed, on virtual time.
     """
 
-    def __init__(self, seed: int, run_dir: str, lag: int = 0, num_shards: int = 1) -> None:
+    def __init__(self, seed: int, run_dir: str, num_shards: int = 1) -> None:
         self.rng = rng = random.Random(seed)
         capacity = rng.randint(num_shards, 6)
         settings: dict[str, Any] = {
@@ -87,20 +87,13 @@ class Schedule:
         settings["groups_per_step"] = max(
             settings["groups_per_step"], math.ceil(num_shards / (settings["max_staleness"] + 1))
         )
-        if lag:
-            size, slack = rng.randint(1, 2), rng.choice([0, 1, 2, 1000])
-            settings |= {
-                "groups_per_step": size,
-                "capacity": (lag + 1) * size + rng.randint(0, 3),
-                "max_staleness": lag + slack,
-            }
-        elif num_shards == 1 and rng.random() < 0.3:
+        if num_shards == 1 and rng.random() < 0.3:
             high = rng.uniform(1.0, settings["uses_per_group"])
             settings["samples_per_insert"] = (rng.uniform(0.0, high), high)
-        self.config = make_config(timeout_s=5.0, min_staleness=lag, num_shards=num_shards, **settings)
+        self.config = make_config(timeout_s=5.0, num_shards=num_shards, **settings)
         self.shards = [MortalShard(self.config, run_dir, NUM_ROWS, shard) for shard in range(num_shards)]
         self.buffer = ShardedBuffer(self.shards)
-        self.step = self.num_young = self.num_kills = self.num_lives = 0
+        self.step = self.num_kills = self.num_lives = 0
         self.dead: set[str] = set()
         self.batches: dict[int, bytes] = {}  # Since the watermark.
 
@@ -114,8 +107,6 @@ class Schedule:
             ):
                 (ordinal,) = ordinals_of([item])
                 await asyncio.sleep(rng.choice([0.0, 0.1, 0.5]))
-                if self.config.buffer.min_staleness:
-                    version = self.step  # As young as can be: generated after the last publication.
                 await self.report(name, ordinal, version)
                 await self.check_admission()
                 if name in self.dead:
@@ -172,7 +163,6 @@ class Schedule:
             for group in groups:
                 assert self.step - group.oldest_version <= self.config.buffer.max_staleness
                 assert 1 <= group.uses <= self.config.buffer.uses_per_group
-                self.num_young += group.oldest_version > max(0, self.step - self.config.buffer.min_staleness)
             await self.check_admission()
             await asyncio.sleep(self.rng.choice([0.0, 0.1, 3.0]))
             self.step += 1
@@ -208,19 +198,16 @@ class Finished(NamedTuple):
 
     step: int
     num_kills: int
-    num_young: int
     max_staleness: int
     stats: dict[str, float]
     ledger: dict[str, Any]
 
 
-def finish(seed: int, base: Path, lags: int = 0, num_shards: int = 1) -> Finished:
-    """Runs one, with one of so many lags; it asserts the bounds while it runs."""
+def finish(seed: int, base: Path, num_shards: int = 1) -> Finished:
+    """Runs one; it asserts the bounds while it runs."""
 
     async def run() -> tuple[Schedule, dict[str, float]]:
-        schedule = Schedule(
-            seed, str(base / str(seed)), lag=1 + seed % lags if lags else 0, num_shards=num_shards
-        )
+        schedule = Schedule(seed, str(base / str(seed)), num_shards)
         return schedule, await schedule.run()
 
     schedule, stats = run_virtually(run())
@@ -228,7 +215,6 @@ def finish(seed: int, base: Path, lags: int = 0, num_shards: int = 1) -> Finishe
     return Finished(
         schedule.step,
         schedule.num_kills,
-        schedule.num_young,
         schedule.config.buffer.max_staleness,
         stats,
         ledger,
@@ -286,20 +272,6 @@ def test_invariant_4_no_schedule_deadlocks_or_exceeds_admission(schedules):
     assert all(schedule.step == 8 for schedule in schedules)
     assert sum(schedule.stats["wait_admission_s"] for schedule in schedules) > 0
     assert sum(schedule.stats["wait_batch_s"] for schedule in schedules) > 0
-
-
-@pytest.mark.slow
-def test_no_batch_is_younger_than_min_staleness_but_where_a_full_buffer_holds_nothing_older(tmp_path):
-    num_strict = num_young = 0
-    for schedule in finish_all(120, tmp_path, lags=4):
-        assert schedule.step == 8, "a deadlock would have starved the learner"
-        assert schedule.num_young == schedule.stats["taken_young"]
-        if not schedule.stats["evicted_stale"]:
-            num_strict += 1
-            assert schedule.num_young == 0
-        num_young += schedule.num_young
-    assert num_strict > 30
-    assert num_young > 0, "some of the tight ones had nothing older"
 
 
 # Kills

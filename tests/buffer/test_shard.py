@@ -14,16 +14,15 @@ from collections import Counter
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from buffer.admission import MAX_LOSSES, Admission, LeaseError, work_item
 from buffer.replay import Replay, meta_of
-from buffer.sampling import AGELESS, SAMPLERS, GroupMeta, View
+from buffer.sampling import SAMPLERS, GroupMeta, View
 from buffer.usable import HeldSamples, usable_group
 from core.config import BufferConfig
 from core.errors import ConfigError, DataError, StalenessError
 from core.records import Group, Sample, VersionSpan
+from core.staleness import AGELESS
 
 
 def make_sample(version: int = 0, reward: float | None = 1.0, error: str | None = None) -> Sample:
@@ -272,63 +271,6 @@ def test_groups_without_age_are_the_newest_and_never_stale():
     assert replay.take(2, step=9) == [3, 1], "newest first, and the later one before the earlier one"
     assert replay.take(3, step=9000) == [], "2 is stale by now"
     assert replay.take(2, step=9001) == [3, 1]
-
-
-def test_groups_wait_until_they_are_old_enough_and_the_pipeline_is_filled():
-    replay = Replay(BufferConfig(sampler="fresh", min_staleness=2, max_staleness=5), 0)
-    for group_id in range(5):
-        replay.insert(GroupMeta(group_id, 0, 1))
-    assert replay.take(2, step=0) == [], "(2 + 1) * 2 groups are needed for two steps to have old ones"
-    replay.insert(GroupMeta(5, 0, 1))
-    assert replay.take(2, step=0) == [5, 4]
-    for group_id, version in [(6, 1), (7, AGELESS), (8, 2), (9, 3)]:
-        replay.insert(GroupMeta(group_id, version, 1))
-    assert replay.take(2, step=2) == [7, 3], (
-        "neither 1 nor 2 nor 3 is two steps old, and what has no age is never too young"
-    )
-    assert replay.take(3, step=3) == [], "fewer than 9 are stored"
-
-
-@given(st.data())
-@settings(deadline=None)  # On a busy machine any draw may take long.
-def test_no_batch_is_younger_than_min_staleness_and_one_always_comes(data):
-    """Groups of any version that may exist come between the takes, as many as admission lets; nothing
-    goes stale.
-    """
-    lag, k = data.draw(st.integers(1, 4), "lag"), data.draw(st.integers(1, 3), "k")
-    capacity = data.draw(st.integers((lag + 1) * k, (lag + 3) * k), "capacity")
-    sampler = data.draw(st.sampled_from(sorted(SAMPLERS)), "sampler")
-    uses_per_group = data.draw(st.integers(1, 2), "uses_per_group")
-    config = BufferConfig(
-        sampler=sampler,
-        min_staleness=lag,
-        max_staleness=1000,
-        capacity=capacity,
-        uses_per_group=uses_per_group,
-    )
-    replay, next_id, step = Replay(config, 0), 0, 0
-    versions = {}
-    for step in range(12):
-        while not (taken := replay.take(k, step, is_full=replay.num_unconsumed == capacity)):
-            assert replay.num_unconsumed < capacity, "deadlock: the buffer is full and nothing may be taken"
-            for _ in range(data.draw(st.integers(1, capacity - replay.num_unconsumed), "num_new")):
-                versions[next_id] = data.draw(st.integers(max(0, step - 1), step), "version")
-                replay.insert(GroupMeta(next_id, versions[next_id], 1))
-                next_id += 1
-        assert all(versions[group_id] <= max(0, step - lag) for group_id in taken)
-    assert replay.counts["taken_young"] == 0
-    assert replay.check_valid() == []
-
-
-def test_a_full_buffer_of_young_groups_gives_the_oldest_and_counts_them():
-    replay = Replay(BufferConfig(sampler="oldest", min_staleness=3, max_staleness=3, capacity=4), 0)
-    for group_id, version in [(0, 6), (1, 8), (2, 7), (3, 4)]:
-        replay.insert(GroupMeta(group_id, version, 1))
-    assert replay.take(2, step=7) == [], "only one of version <= 4, and (3 + 1) * 2 are not stored"
-    assert replay.take(2, step=7, is_full=True) == [3, 0], (
-        "the one that is old enough, and of the others the oldest"
-    )
-    assert replay.counts["taken_young"] == 1
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))

@@ -186,11 +186,6 @@ BAD_OVERRIDES = [
         ["data.offline_share = 0.5", "set data.path"],
     ),
     ("data.offline=x.jsonl data.offline_share=0.01", ["rounds to 0 samples"]),
-    ("data.offline=x.jsonl buffer.min_staleness=2", ["buffer.min_staleness = 2", "no age"]),
-    (
-        "buffer.min_staleness=64",
-        ["buffer.max_staleness >= min_staleness + weights.publish_every - 1 = 65", "= 2080 (here 96)"],
-    ),
     (
         "data.system_prompt=Think.",
         ["data.system_prompt", "data.chat_template = false", "Set data.chat_template=true"],

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from core.staleness import StalenessBound
 from core.weights.snapshots import SnapshotWriter, checksum
 from core.weights.transports.base import Sender, Transport
 from core.weights.transports.client import ActorsClient
@@ -135,11 +136,9 @@ class PushTransport(Transport):
         """An actor that joins before the next publication takes the newest snapshot, which must not be
         too old to generate with.
         """
-        config, newest = self._sender.config, self._newest_snapshot
-        return (
-            newest is None
-            or version + config.weights.publish_every - newest > config.buffer.max_staleness // 2
-        )
+        config = self._sender.config
+        bound = StalenessBound(config.buffer.max_staleness)
+        return bound.is_snapshot_too_old(self._newest_snapshot, version + config.weights.publish_every)
 
     def _look(self, name: str, tensor: torch.Tensor) -> None:
         if self._writer is not None:

@@ -18,14 +18,14 @@ import torch
 
 import launch
 from benchmarks.lag_lab import PlainPolicy
-from core.errors import DataError, StalenessError, TrainingError
+from core.errors import DataError, TrainingError
 from core.metrics import METRICS
 from core.records import Batch, Group, Sample, VersionSpan, encode, encode_batch
 from learner.objectives import load_objective
 from learner.step import bad_batch
 from learner.step.bad_batch import BadBatch, Skip, read_bad_batch, render, write_bad_batch
 from learner.step.batch_metrics import batch_metrics
-from learner.step.guards import MIN_SEEN, QUIET_STEPS, WINDOW, Alarms, Guards, check_staleness
+from learner.step.guards import MIN_SEEN, QUIET_STEPS, WINDOW, Alarms, Guards
 from tests.learner.policy.test_zero import LR, config_for, plain_updater, random_batches
 from tests.support import guards_scenario
 from tests.support.guards_scenario import STEPS, Spoilt, SpoiltObjective, with_infinite_reward
@@ -250,35 +250,6 @@ def test_a_full_disk_costs_the_kept_batch_and_not_the_run(
     told: list[str] = []
     Guards(tmp_path, 0, tell=told.append, share=alone).judge(4, b"", {}, SKIP)
     assert "its batch could not be kept: [Errno 28] No space left on device" in told[0]
-
-
-# --- staleness ---
-
-
-@pytest.mark.parametrize(
-    ("samples", "max_staleness", "is_refused"),
-    [
-        ([sample_of(6), sample_of(8)], 3, False),
-        ([sample_of(8), sample_of(9, 5)], 3, True),  # Its oldest token counts, wherever it is.
-        ([sample_of(), sample_of()], 0, False),  # Offline: no age.
-        ([sample_of(), sample_of(2)], 6, True),
-        ([sample_of(9)], 0, False),
-    ],
-)
-def test_a_sample_that_is_too_old_is_an_error_though_the_buffer_let_it_through(
-    samples: list[Sample], max_staleness: int, is_refused: bool
-) -> None:
-    batch = batch_of(9, *samples)
-    if not is_refused:
-        check_staleness(batch, max_staleness)
-        return
-    oldest = min(sample.oldest_version for sample in samples if sample.oldest_version is not None)
-    with pytest.raises(
-        StalenessError,
-        match=r"group 7 reached learner step 9 with tokens of version "
-        rf"{oldest}, .*= {max_staleness}\.",
-    ):
-        check_staleness(batch, max_staleness)
 
 
 # --- alarms ---
