@@ -1,9 +1,9 @@
 """AGRO: off-policy RL fine-tuning of language models.
 
     python launch.py train CONFIG [section.key=value ...]     train; with --dry-run only say what would run
-    python launch.py doctor                                   versions, hardware, Ray: what is wrong, what to do
+    python launch.py doctor                                   what is wrong with this machine, what to do
     python launch.py status RUN_DIR                           where a run is: step, actors, buffer, waits
-    python launch.py scale RUN_DIR --actors N                 more or fewer rollout actors, while the run goes on
+    python launch.py scale RUN_DIR --actors N                 more or fewer rollout actors, while it goes on
     python launch.py audit RUN_DIR                            what became of every prompt that was handed out
     python launch.py inspect-batch FILE [--tokenizer DIR]     the batch of a skipped learner step, as text
     python launch.py export RUN_DIR [--step N] --out DIR      a checkpoint as a Hugging Face directory

@@ -1,14 +1,15 @@
 """What the learner costs, as ratios within one process: against a plain PyTorch loop, packed against padded,
 chunked against whole logits.
 
-    python -m benchmarks.learner [speed] [layouts] [memory] [checkpoint] [gpu]     all by default; benchmarks/results/learner-<kind>.json
+    python -m benchmarks.learner [speed] [layouts] [memory] [checkpoint] [gpu]     all of them by default
 
-speed    Trained tokens/s of Updater and ZeroPolicy (one rank) against the shortest loop that trains the same: same model, batches,
-         micro-batches, attention and objective; whole logits, AdamW, no DeepSpeed, no metrics. Steps
-         alternate. Beside it our Updater without DeepSpeed: what lies between them is ours, the rest
-         DeepSpeed's.
-layouts  Forward and backward over the same sequences: padded, packed under transformers' block mask, packed by learner/policy/attention.py.
-memory   Growth of the peak by log-probs of T tokens and their gradient, one process each, above what is there before.
+speed    Trained tokens/s of Updater and ZeroPolicy (one rank) against the shortest loop that trains the same:
+         same model, batches, micro-batches, attention and objective; whole logits, AdamW, no DeepSpeed, no
+         metrics. Steps alternate. Beside it our Updater without DeepSpeed: what lies between them is ours, the
+         rest DeepSpeed's.
+layouts  Forward and backward over the same sequences: padded, packed under transformers' block mask, packed
+         by learner/policy/attention.py.
+memory   Growth of the peak by log-probs of T tokens and their gradient, one process each.
 checkpoint  What a save costs and how long a resume takes (benchmarks/learner_checkpoint.py).
 gpu      A 1.1B model on a GPU (benchmarks/learner_gpu.py): tokens/s, MFU, peak memory against the estimate.
 
@@ -169,7 +170,10 @@ def measure_layouts(device: str) -> list[dict[str, Any]]:
         padding = {}
         for name, (module, layout, token_logprobs) in models.items():
             plan = plan_micro_batches(lengths, groups, budget, layout)  # type: ignore[arg-type]
-            inputs = [collate([sequences[i] for i in micro.indices], layout, 0, device) for micro in plan]  # type: ignore[arg-type]
+            inputs = [
+                collate([sequences[i] for i in micro.indices], layout, 0, device)  # type: ignore[arg-type]
+                for micro in plan
+            ]
             padding[name] = 1 - sum(lengths) / sum(one.input_ids.numel() for one in inputs)
 
             calls.append(functools.partial(pass_over, module, inputs, token_logprobs))

@@ -73,9 +73,12 @@ def measure_saves() -> dict[str, Any]:
             checkpoint = Checkpoint(newest, verify(newest))
             policy.restore(checkpoint.read, policy.adam_steps)
 
-        for step in range(1, REPEATS + 2):
+        def save() -> None:
+            writer.save(len(times["stall"]) + 1, policy.parts(), {})
+
+        for _ in range(REPEATS + 1):
             times["memcpy"].append(seconds(lambda: target.copy_(source)))
-            times["stall"].append(seconds(lambda step=step: writer.save(step, policy.parts(), {})))  # type: ignore[misc]
+            times["stall"].append(seconds(save))
             times["write"].append(seconds(writer.wait))
             times["by_itself"].append(seconds(save_plainly))
             times["resume"].append(seconds(resume))

@@ -4,10 +4,10 @@ was at hand.
 A Llama of 1.1B parameters from a config, bf16, at two budgets of tokens a micro-batch. Each case has a
 process of its own, and with it a peak of its own:
 
-    ours           ZeroPolicy and Updater on one rank: float32 master weights, log-probs chunk by chunk, by liger's kernel
+    ours           ZeroPolicy and Updater on one rank: float32 master weights, log-probs by liger's kernel
     torch softmax  the same without the kernel
     whole logits   the same without the chunks
-    plain loop     the shortest loop that trains the same: float32 weights under autocast, torch's AdamW, whole logits
+    plain loop     the shortest loop that trains the same: float32 weights, autocast, AdamW, whole logits
 
 mfu: 6 x parameters x tokens/s over the GPU's dense bf16 peak; attention's products are left out.
 estimate_gib: what --dry-run says of the GPU's memory, for `ours`.

@@ -1,7 +1,7 @@
 """The staleness study on completions of 256 tokens, with noise between the engine's and the learner's
 log-probs.
 
-    python -m benchmarks.long_sequences run [--workers 2]    every missing run, appended to docs/figures/long_runs.jsonl, then draw
+    python -m benchmarks.long_sequences run [--workers 2]    every missing run, then draw
     python -m benchmarks.long_sequences draw                 long_sequences.csv and .png from what is there
 
 Task: continue a count, d, d+1, d+2, ... modulo 10; the reward is the share of right steps, half of them right

@@ -1,8 +1,8 @@
 """AGRO and its rivals where everything can be known exactly: a table of logits, [P prompts x Y generations].
 Pure.
 
-    Bandit  --descend(form, mu)-------->  log pi at chosen steps, exact gradients for a fixed behaviour policy mu
-            --descend_sampled(method)-->  the same from groups of G samples, drawn from whatever `behaviour` says
+    Bandit  --descend(form, mu)-------->  log pi at chosen steps, exact gradients for a fixed behaviour mu
+            --descend_sampled(method)-->  the same from groups of G samples, drawn from `behaviour`
 
 Prompts are independent problems here, so the learning rate is per prompt: the loss's 1/P is left out. For the
 same reason several settings run at once as further rows of one table (`Bandit.tiled`). All arrays are

@@ -114,7 +114,8 @@ def staleness_chart(steps: int = SAMPLED_STEPS) -> Chart:
         "every sample exactly `lag` updates old": _stale_curves(lagged, LAGS, "lag", at),
         "replay: uniform over the last K policies": _stale_curves(replayed, WINDOWS, "K =", at),
     }
-    claim = f"Groups of {GROUP_SIZE} stale samples: AGRO closes in on π*, KL-PG (KL in the reward) stops short of it"
+    rivals = "KL-PG (KL in the reward) stops short of it"
+    claim = f"Groups of {GROUP_SIZE} stale samples: AGRO closes in on π*, {rivals}"
     return Chart("tabular_staleness", claim, at, panels)
 
 

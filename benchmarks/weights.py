@@ -135,7 +135,7 @@ def learn(rank: int, model_dir: str, port: int, out: str) -> None:
             "gather": seconds(lambda: deque(source, maxlen=0)),
             "one_by_one": seconds(lambda: deque(one_by_one, maxlen=0)),
             "by_itself": seconds(store_by_itself),
-            "stall": seconds(lambda number=number: transport.publish(number, evaluate=False)),  # type: ignore[misc]
+            "stall": seconds(functools.partial(transport.publish, number, evaluate=False)),
         }
         transport.flush()
         row["store"] = transport.metrics().get("weights/store_s", 0.0)
@@ -209,7 +209,7 @@ def apply(model_dir: str, out: str, rank: int) -> None:
     for version in range(REPEATS + 1):
         verify_s.append(seconds(lambda: list(read_snapshot(manifest, buckets))))
         tensors = list(read_snapshot(manifest, buckets))
-        load_s.append(seconds(lambda version=version, tensors=tensors: engine.load_weights(version, tensors)))  # type: ignore[misc]
+        load_s.append(seconds(functools.partial(engine.load_weights, version, tensors)))
         generate_s.append(seconds(generate))
     medians = {"verify_s": verify_s, "pause_s": load_s, "generate_s": generate_s}
     found = {name: statistics.median(values[1:]) for name, values in medians.items()}

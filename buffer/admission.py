@@ -96,7 +96,7 @@ class Admission:
 
     @property
     def num_open(self) -> int:
-        """Returns how many items are leased and not ended, whether they are held or wait to be issued again."""
+        """Returns how many items are leased and not ended, held or waiting to be issued again."""
         return len(self._held) + len(self._waiting)
 
     @property
@@ -171,7 +171,7 @@ class Admission:
         return self._lose(late)
 
     def renew(self, actor: str, ordinals: Sequence[int], now_s: float) -> None:
-        """Restarts the time of the leases that `actor` still holds: it works on them, however long they take."""
+        """Restarts the time of the leases that `actor` still holds, since it works on them."""
         self._date(now_s)  # Those before this one must expire before it.
         for ordinal in dict.fromkeys(ordinals):
             if self.holder(ordinal) == actor:

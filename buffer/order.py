@@ -42,7 +42,7 @@ class Order:
         self.by_insertion.remove(entry)
 
     def num_older(self, version: int) -> int:
-        """Returns how many entries are older than `version`, which is the age rank of the first that is not."""
+        """Returns how many entries are older than `version`: the age rank of the first that is not."""
         return self.by_age.bisect_left((version,))  # Shorter, hence before every entry of that version.
 
     def between(self, start: int | None, stop: int) -> list[Entry]:

@@ -83,7 +83,7 @@ class View:
         return self.groups[self.order.by_age[rank].group_id]
 
     def num_older(self, version: int) -> int:
-        """Returns how many groups are older than `version`, the age rank of the first that is not. O(log n)."""
+        """Returns how many groups are older than `version`: the age rank of the first that is not."""
         return self.order.num_older(version)
 
 

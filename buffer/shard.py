@@ -329,7 +329,7 @@ class Shard:
         self._on_change()
 
     def close(self) -> None:
-        """Closes the files; a second call does nothing. What is open or stored stays so, for the next start."""
+        """Closes the files; a second call does nothing. What is open or stored stays for the next start."""
         with contextlib.suppress(StoreError):  # What a full disk refused, if it has room by now.
             self._flush()
         self.ledger.close(keep_back=self.store.num_pending > 0)
@@ -450,7 +450,7 @@ class Shard:
 
 
 def forgotten(step: int) -> DataError:
-    """Returns the error for a batch that was asked for after a checkpoint, or another batch, has passed it."""
+    """Returns the error for a batch that was asked for after a checkpoint, or another batch, passed it."""
     return DataError(
         f"the batch of step {step} was forgotten: the buffer is past it. Resume from a newer checkpoint."
     )

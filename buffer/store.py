@@ -303,8 +303,8 @@ class Store:
 def _remedy(message: str) -> str:
     if "locked" in message:
         return (
-            f"Another process has held it for {LOCK_TIMEOUT_S:g} s: is a second run, or a sqlite shell, using this "
-            "run directory?"
+            f"Another process has held it for {LOCK_TIMEOUT_S:g} s: is a second run, or a sqlite shell, "
+            "using this run directory?"
         )
     if "full" in message or "I/O" in message:
         return "Free space on that disk; nothing acknowledged is lost, and the caller may try again."

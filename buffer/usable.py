@@ -1,4 +1,4 @@
-"""Decides what of a group is worth storing, and holds the sample of a group too small to be stored by itself."""
+"""Decides what of a group is worth storing, and holds the sample of a group too small for that."""
 
 from __future__ import annotations
 

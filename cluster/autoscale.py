@@ -95,6 +95,7 @@ class Autoscaler:
                 f"the learner waited {learner:.0%} of the last {elapsed_s:.0f} s for batches",
             )
         if actors > SHRINK_SHARE and learner <= NEVER_SHARE and now.num_actors > self.min_actors:
-            reason = f"the actors waited {actors:.0%} of the last {elapsed_s:.0f} s at admission, the learner never"
+            waited = f"the actors waited {actors:.0%} of the last {elapsed_s:.0f} s at admission"
+            reason = f"{waited}, the learner never"
             return now.num_actors - 1, reason
         return None

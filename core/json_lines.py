@@ -37,7 +37,7 @@ def finite(value: Any) -> float | int | None:
 
 
 def finite_tree(value: Any) -> Any:
-    """Returns `value` with None for every float in its dicts and lists that is not finite: JSON has no NaN."""
+    """Returns `value` with None for every float within it that is not finite: JSON has no NaN."""
     if isinstance(value, Mapping):
         return {str(key): finite_tree(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

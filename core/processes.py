@@ -32,7 +32,7 @@ def remote(part: type) -> Any:
 
 
 def bundle_of(num_cpus: float, num_gpus: float) -> dict[str, float]:
-    """Returns what one process asks for; Ray takes no empty bundle, so that nothing becomes next to nothing."""
+    """Returns what one process asks for. Ray takes no empty bundle: nothing becomes next to nothing."""
     return {key: amount for key, amount in (("CPU", num_cpus), ("GPU", num_gpus)) if amount} or {"CPU": 0.001}
 
 

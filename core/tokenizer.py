@@ -128,7 +128,8 @@ def _too_new(path: Path) -> str:
     except BaseException as error:
         if not _is_failure(error):
             raise
-        return f"tokenizer.json is not understood by tokenizers {tokenizers.__version__}: {str(error).splitlines()[0]}"
+        why = str(error).splitlines()[0]
+        return f"tokenizer.json is not understood by tokenizers {tokenizers.__version__}: {why}"
     return ""
 
 

@@ -94,7 +94,8 @@ _FUNCTION = re.compile(
 _SHORT_WORD = re.compile(r"a[mnst]|b[ey]|do|go|h[ei]|i[fnst]|m[ey]|no|o[fhknr]|so|to|up|us|we", re.IGNORECASE)
 _OPTION = re.compile(r"^(?:option|choice)\s+(?=\(?[A-J]\)?$)", re.IGNORECASE)
 _UNIT = re.compile(
-    r"(?<=[\d})\]%°])(?:\s*(?:km|cm|mm|nm|kg|mg|ml|mL|kJ|kW|Hz|hr|hrs|ft|in|lb|lbs|oz|mi|yd|sq|mph|km/h|m/s|°?[CF])"
+    r"(?<=[\d})\]%°])"
+    r"(?:\s*(?:km|cm|mm|nm|kg|mg|ml|mL|kJ|kW|Hz|hr|hrs|ft|in|lb|lbs|oz|mi|yd|sq|mph|km/h|m/s|°?[CF])"
     r"|\s+[mgsLlhJNWVAKCF](?![A-Za-z]))"
     r"(?:(?:\^\{?-?\d\}?|[²³])?\.?(?:\s*[/·*]\s*|\s+per\s+|\s+)[A-Za-z]+){0,3}(?:\^\{?-?\d\}?|[²³])?\.?$"
     r"|(?<=[\d})\]%°])\s+[A-Za-z]{3,}(?:(?:\s*[/·]\s*|\s+)[A-Za-z]+(?:\^\{?\d\}?|[²³])?){0,4}\.?$"
@@ -297,7 +298,7 @@ def _after_phrase(text: str) -> str | None:
 
 
 def _value_at_start(line: str) -> str | None:
-    """Returns the first value in the rest of a line; words count only where there are at most a few of them."""
+    """Returns the first value in the rest of a line; words count only where there are but a few of them."""
     whole = re.sub(r"(?<=\d)!+$", "", bare(line))  # In prose, a wonder: a factorial stands between dollars.
     if not whole:
         return None

@@ -126,7 +126,8 @@ _INNER_EQUALS = re.compile(r"(?<=[_^])\{[^{}]*=[^{}]*\}")  # \sum_{k=1}
 _UPRIGHT = re.compile(r"\\(?:mathrm|operatorname|text)\s*\{\s*([ei])\s*\}")
 _APPROX = re.compile(r"\\(?:approx|simeq|sim)(?![A-Za-z])|\\doteq")
 _LABEL = re.compile(
-    r"(?:\\(?:text|vec|overrightarrow)\s*\{[^{}]*\}|\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\s*\(\s*[A-Za-z0-9,\s]+\s*\))?"
+    r"(?:\\(?:text|vec|overrightarrow)\s*\{[^{}]*\}"
+    r"|\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\s*\(\s*[A-Za-z0-9,\s]+\s*\))?"
     r"|\\angle\s*[A-Z]+|[A-Za-z][A-Za-z\s]*)"
 )
 

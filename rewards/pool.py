@@ -187,7 +187,7 @@ class RewardPool:
             self._finish(task, f"{reason} ({self._names})", crashes=1)
 
     def _finish(self, task: _Task, outcome: list[Scored] | str, timeouts: int = 0, crashes: int = 0) -> None:
-        """Counts, then resolves the future: with `outcome`, or with that reason as the error of every sample."""
+        """Counts, then resolves the future with `outcome`; a reason is the error of every sample."""
         scored = (
             [Scored(error=shorten(outcome))] * task.num_completions if isinstance(outcome, str) else outcome
         )

@@ -38,7 +38,7 @@ CUDA_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
 def diagnose(requirements: Path = REQUIREMENTS) -> list[Check]:
-    """Returns every check, the fundamental ones first; `requirements` is the folder of cpu.txt and gpu.txt."""
+    """Returns every check, the fundamental ones first; `requirements` is where cpu.txt and gpu.txt lie."""
     num_gpus, gpu_names = find_gpus()
     return [
         check_python(),
@@ -191,7 +191,8 @@ def check_compiler() -> Check:
         if not there
     ]
     found = "missing: " + ", ".join(missing) if missing else str(compiler)
-    remedy = "DeepSpeed builds an operation at its first start: install g++, Python's headers (python3-dev) and ninja."
+    wanted = "install g++, Python's headers (python3-dev) and ninja."
+    remedy = f"DeepSpeed builds an operation at its first start: {wanted}"
     return Check("C++ build", found, "compiler, Python.h, ninja", not missing, remedy)
 
 
@@ -213,7 +214,10 @@ def check_machine() -> Iterator[Check]:
     )
     shm = Path("/dev/shm")
     free = shutil.disk_usage(shm).free / GIB if shm.is_dir() else 0.0
-    remedy = "Ray's object store lies there and falls back to disk, slowly. In Docker: --shm-size=8g (or more for a large model)."
+    remedy = (
+        "Ray's object store lies there and falls back to disk, slowly. In Docker: --shm-size=8g (or more for "
+        "a large model)."
+    )
     yield Check("/dev/shm", f"{free:.1f} GiB free", f">= {MIN_SHM_GIB} GiB", free >= MIN_SHM_GIB, remedy)
 
 
@@ -303,7 +307,10 @@ def check_ray_token() -> Check:
             "Make one: ray get-auth-token --generate. Every node needs the same.",
         )
     cluster_in_use = (cluster_address() or running_head()) is not None
-    remedy = "For `ray job submit`: export RAY_AUTH_MODE=token in the shell of `ray start` and in this one, else it answers 401."
+    remedy = (
+        "For `ray job submit`: export RAY_AUTH_MODE=token in the shell of `ray start` and in this one, "
+        "else it answers 401."
+    )
     return Check(
         "Ray token",
         found,

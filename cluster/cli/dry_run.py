@@ -40,7 +40,10 @@ def dry_run(config: Config) -> Iterator[str]:
             if name is not None:
                 source = read_source(key, name, config.data.split)
                 yield f"  {key:<14} {len(source.rows)} {source.unit}s of {source.name}"
-        yield "  not checked    what needs the model: tokenizer, prompts, vocabulary, positions. Make it by a start, then ask again"
+        yield (
+            "  not checked    what needs the model: tokenizer, prompts, vocabulary, positions. "
+            "Make it by a start, then ask again"
+        )
         what = "what was checked"
     else:
         yield from _told(check_inputs(config))

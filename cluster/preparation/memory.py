@@ -8,16 +8,21 @@ but the LM head.
 Learner, per rank, DeepSpeed ZeRO-3 with AdamW (DeepSpeed 0.19's buffers; the same sum as the ZeRO paper's,
 arXiv 1910.02054):
 
-    parameters b P/N, adapters b Q/N; gradients, summed in float32, 4 Q/N; Adam's two moments 8 Q/N; float32
-    master        4 Q/N  (none if b = 4: it is the parameters)
-    reference     b P/N, proximal policy b P/N, each only where the objective needs it; with LoRA b Q/N, and nothing before it has moved
-    gathered      b min(P, 1e9), if N > 1 or all is offloaded from a GPU: whole parameters kept at hand (stage3_max_live_parameters);
-                  those of an offloaded reference are gone before the backward pass needs its memory
-    bucket        b 5e8 on a GPU: gradients on their way (reduce_bucket_size); on a CPU it is never touched in full
-    step          a flat float32 copy of the gradients, 4 min(Q/N, 1e9) (sub_group_size), on a GPU as much again for AdamW, instead of
-                  activations and log-probs, which are gone by then: only what is above these counts
-    activations   b T (L (8h + 2k + 4f) + 2h), counted on Llama with sdpa; with gradient checkpointing b T (L h + 8h + 2k + 4f + 2h);
-                  with LoRA a layer keeps 2h less, whose norms need no gradient, and 7 rank more
+    parameters    b P/N, adapters b Q/N
+    gradients     4 Q/N, summed in float32; Adam's two moments 8 Q/N
+    master        4 Q/N, the float32 copy; none if b = 4, where the parameters are it
+    reference     b P/N, proximal policy b P/N, each only where the objective needs it; with LoRA b Q/N, and
+                  nothing before it has moved
+    gathered      b min(P, 1e9), if N > 1 or all is offloaded from a GPU: whole parameters kept at hand
+                  (stage3_max_live_parameters); those of an offloaded reference are gone before the backward
+                  pass needs its memory
+    bucket        b 5e8 on a GPU: gradients on their way (reduce_bucket_size); on a CPU never touched in full
+    step          a flat float32 copy of the gradients, 4 min(Q/N, 1e9) (sub_group_size), on a GPU as much
+                  again for AdamW, instead of activations and log-probs, which are gone by then: only what is above
+                  these counts
+    activations   b T (L (8h + 2k + 4f) + 2h), counted on Llama with sdpa; with gradient checkpointing
+                  b T (L h + 8h + 2k + 4f + 2h); with LoRA a layer keeps 2h less, whose norms need no
+                  gradient, and 7 rank more
     log-probs     three float32 chunks of the logits, 128 MiB each at most, and up to 256 MiB of logits
                   (learner/step/logprobs.py); the LM head's gradient, b V h, and 4 V h more while it is
                   summed over chunks, unless it is frozen. For models that rescale their logits: 2 b T V,

@@ -78,14 +78,20 @@ def check(placement: Placement, resources: Resources | Sequence[Resources]) -> l
             else "enough in sum, but each rank and each actor must lie on one "
             "node, and no arrangement does it"
         )
-        gang = f"a learner of {learner.count} x ({_in_words(learner.resources)}) and at least one actor of ({_in_words(actor.resources)})"
+        gang = (
+            f"a learner of {learner.count} x ({_in_words(learner.resources)}) and at least one actor of "
+            f"({_in_words(actor.resources)})"
+        )
         raise PlacementError(
             f"this run cannot be placed. It asks for {gang}; {has}; {why}.\n"
             "Add nodes, or lower learner.ranks, learner.num_cpus, learner.num_gpus, actors.num_cpus or "
             "actors.num_gpus."
         )
     if num_actors < actor.count:
-        asked = f"each asks for {_in_words(actor.resources)} beside a learner of {learner.count} x ({_in_words(learner.resources)})"
+        asked = (
+            f"each asks for {_in_words(actor.resources)} beside a learner of {learner.count} x "
+            f"({_in_words(learner.resources)})"
+        )
         return [
             f"{num_actors} of actors.count = {actor.count} actors fit: {asked}; {has}. Lower "
             "actors.count or add nodes."

@@ -188,9 +188,13 @@ def no_evaluation(config: Config) -> str:
     if not config.data.eval_rows:
         return "nothing is evaluated: data.eval_rows = 0"
     if config.actors.count == 0:
-        return "warning: actors.count = 0: nothing is evaluated during the run; afterwards, use `launch.py evaluate`"
+        afterwards = "afterwards, use `launch.py evaluate`"
+        return f"warning: actors.count = 0: nothing is evaluated during the run; {afterwards}"
     if config.data.path is None and config.data.eval_path is None:
-        return "warning: nothing is evaluated: there is neither data.eval_path nor data.path. Set data.eval_path, or actors.count=0"
+        return (
+            "warning: nothing is evaluated: there is neither data.eval_path nor data.path. "
+            "Set data.eval_path, or actors.count=0"
+        )
     return ""
 
 
@@ -234,7 +238,8 @@ def check_needs(config: Config, needs: frozenset[str]) -> None:
         remedy = "Set agro.importance_weight=none (and agro.on_policy_gate=fresh)."
         if name != "agro":
             remedy = (
-                "If it works on ratios, use another objective, such as agro with agro.importance_weight=none; "
+                "If it works on ratios, use another objective, such as agro with "
+                "agro.importance_weight=none; "
                 "else set rivals.is_correction=none."
             )
         raise ConfigError(

@@ -146,7 +146,10 @@ def check_host() -> Check:
     try:
         return Check("host name", f"{name}, {socket.getaddrinfo(name, None)[0][4][0]}", wanted, True)
     except OSError as error:
-        hint = f"Other machines cannot find it, and a run on this one alone does without: add `127.0.0.1 {name}` to /etc/hosts."
+        hint = (
+            "Other machines cannot find it, and a run on this one alone does without: "
+            f"add `127.0.0.1 {name}` to /etc/hosts."
+        )
         return Check("host name", f"{name}: {error.strerror or error}", wanted, True, hint=hint)
 
 
@@ -185,7 +188,8 @@ def check_cluster() -> Check:
         whose = {"ray": "the address of Ray's client", "http": dashboard, "https": dashboard}.get(
             scheme, "no head's address"
         )
-        remedy = f"That is {whose}: submit a job there (`ray job submit --address`), set the head's host:6379, {alone}"
+        job = "submit a job there (`ray job submit --address`)"
+        remedy = f"That is {whose}: {job}, set the head's host:6379, {alone}"
         return Check("Ray cluster", f"RAY_ADDRESS = {address}", wanted, False, remedy)
     if address == "auto" and running is None:
         remedy = f"No head was started on this machine: `ray start --head`, {alone}"
