@@ -91,7 +91,7 @@ def main() -> int:
     """Exit code of the command; errors in a few lines, without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A completion may hold what this terminal's encoding has not.
+            # A completion may hold characters that this terminal's encoding lacks.
             stream.reconfigure(errors="backslashreplace")
     arguments = parser().parse_args() if "--dry-run" not in sys.argv else _parse_dry_run()
     try:

@@ -82,7 +82,7 @@ def read_source(key: str, name: str | None, split: str, limit: int | None = None
         if path.is_file():
             return _read_files(key, [path], limit)
         is_there = path.exists()
-    except OSError as error:  # A folder that may not be entered, a name too long, a disk that fails.
+    except OSError as error:  # No permission, a name too long, a disk that fails.
         raise DataError(f"{key} = {path} cannot be read: {error.strerror or error}.") from None
     if is_there:
         raise DataError(

@@ -172,10 +172,10 @@ class Admission:
 
     def renew(self, actor: str, ordinals: Sequence[int], now_s: float) -> None:
         """Restarts the time of the leases that `actor` still holds, since it works on them."""
-        self._date(now_s)  # Those before this one must expire before it.
+        self._date(now_s)  # Leases without a time come first, and must expire first.
         for ordinal in dict.fromkeys(ordinals):
             if self.holder(ordinal) == actor:
-                lease = self._held.pop(ordinal)  # To the end: the last to expire now.
+                lease = self._held.pop(ordinal)  # Moved to the end, since it is now the last to expire.
                 lease.since_s = now_s
                 self._held[ordinal] = lease
 
@@ -269,7 +269,7 @@ class Admission:
         """Starts the time of leases that were held before this process began."""
         for lease in self._held.values():
             if lease.since_s is not None:
-                return  # So have all that follow.
+                return  # All that follow have a time too.
             lease.since_s = now_s
 
     def _lose(self, ordinals: list[int]) -> tuple[list[int], list[int]]:

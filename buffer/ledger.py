@@ -69,7 +69,7 @@ _NEXT_STATUS: dict[tuple[str, str], str] = {
 }
 
 _STATUSES = ("new", *dict.fromkeys(_NEXT_STATUS.values()))
-_MOST_AHEAD = 2**24  # Of ids that rise: a larger gap is no gap, but a number from nowhere.
+_MOST_AHEAD = 2**24  # A larger gap in ids that rise is no gap but a damaged number.
 
 
 class Ledger:
@@ -86,7 +86,7 @@ class Ledger:
         self.path = Path(path)
         self._encoder = msgspec.json.Encoder()
         self._new: list[bytes] = []
-        # Not O_APPEND: pwrite would ignore the place.
+        # Without O_APPEND, with which pwrite would ignore the place.
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         self.end = self.synced = self._written = os.fstat(self._file).st_size
         self._unwritten = b""
@@ -191,7 +191,7 @@ class Statuses:
     def __init__(self, num_shards: int = 1) -> None:
         self._num_shards = num_shards
         self._codes = bytearray()
-        # Ids that are no ordinals of the shard: of a ledger that contradicts itself.
+        # Ids that are no ordinals of the shard occur in a ledger that contradicts itself.
         self._strange: dict[int, int] = {}
         self._shard: int | None = None
 
@@ -425,7 +425,7 @@ def _what_it_is(line: bytes) -> str:
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
-        # Cut within a character, or no text.
+        # The line was cut within a character, or it is no text.
         text = line[: error.start].decode() if error.end == len(line) else "\0"
     if "\0" in text:
         return "not text: the file was overwritten, or damaged by its disk"

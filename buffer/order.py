@@ -43,7 +43,7 @@ class Order:
 
     def num_older(self, version: int) -> int:
         """Returns how many entries are older than `version`: the age rank of the first that is not."""
-        return self.by_age.bisect_left((version,))  # Shorter, hence before every entry of that version.
+        return self.by_age.bisect_left((version,))  # A shorter tuple sorts before all of that version.
 
     def between(self, start: int | None, stop: int) -> list[Entry]:
         """Returns the entries with `start <= oldest_version < stop`, oldest first; from the oldest on when

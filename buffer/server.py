@@ -86,7 +86,7 @@ class ReplayBuffer:
         deadline_s = clock() + timeout_s
         async with self._changed:
             if actor in self._gone:
-                return []  # It is gone: this call of it was on its way when it died.
+                return []  # This call was on its way when the actor died.
             if holding is not None:
                 self._shard.renew(actor, holding, clock())
             with self._admission_wait.running(clock):
@@ -283,5 +283,5 @@ class ReplayBuffer:
     def _notice(self) -> None:
         """Counts a change and wakes whoever waits for one."""
         self._change += 1
-        if self._changed.locked():  # But for the constructor, always.
+        if self._changed.locked():  # Always, except in the constructor.
             self._changed.notify_all()

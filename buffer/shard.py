@@ -66,16 +66,16 @@ class Shard:
         self._held = HeldSamples(config.buffer.max_staleness)
         self.counts: Counter[str] = Counter()
         self._batches: dict[int, RecordedBatch] = {}
-        self._left: list[tuple[GroupMeta, str]] = []  # Groups that left, to be written.
+        self._left: list[tuple[GroupMeta, str]] = []  # Groups that left and are not written yet.
         self.error_texts: deque[str] = deque(maxlen=_NUM_ERROR_TEXTS)
-        self._step = self.next_step = 0  # The newest step told, and that of the batch to come.
+        self._step = self.next_step = 0  # The newest step told; the step of the next batch.
         self._watermark = self._ledger_forgotten = 0
         self._closed = False
         self.store = Store(directory / store_name(shard, self._num_shards), config.buffer.fsync)
         state = self._recover(directory)
         self.ledger = self._open_ledger(directory / ledger_name(shard, self._num_shards), state)
         self.counts["starts"] += 1
-        self._write_or_count()  # It may have died of a full disk.
+        self._write_or_count()  # The process before may have died of a full disk.
 
     # Leases
 
@@ -237,7 +237,7 @@ class Shard:
         self._write_or_count()
 
     def _hand_out(self, step: int, chosen: list[int], total: int) -> bytes:
-        # Those taken for the last time have left the index already.
+        # Groups taken for the last time have left the index already.
         self._left += self._replay.pop_evicted()
         left = {group.group_id: group for group, _ in self._left}
         metas = [left[group_id] if group_id in left else self._replay[group_id] for group_id in chosen]
@@ -330,7 +330,7 @@ class Shard:
 
     def close(self) -> None:
         """Closes the files; a second call does nothing. What is open or stored stays for the next start."""
-        with contextlib.suppress(StoreError):  # What a full disk refused, if it has room by now.
+        with contextlib.suppress(StoreError):  # A full disk may have room by now.
             self._flush()
         self.ledger.close(keep_back=self.store.num_pending > 0)
         self.store.close()

@@ -49,7 +49,7 @@ class ShardedBuffer:
             return await self._shards[0].lease(actor, max_groups, timeout_s, version, holding)
         clock = asyncio.get_running_loop().time
         deadline_s, waited_s = clock() + timeout_s, 0.0
-        if holding is not None:  # Of all shards, whether they have something to lease or not.
+        if holding is not None:  # Every shard is told, whether it has something to lease or not.
             await self.renew(actor, holding)
         while True:
             offers = await self._all("offer", None, waited_s)
@@ -105,7 +105,7 @@ class ShardedBuffer:
             offers = await self._all("offer", step, waited_s)
             total = max(offer.total for offer in offers) or num_groups
             missing = total - sum(offer.recorded for offer in offers)
-            # Who is past a step has seen its batch complete.
+            # A shard that is past a step has seen its batch complete.
             if missing and any(offer.is_forgotten for offer in offers):
                 raise forgotten(step)
             if missing <= sum(offer.num_takeable for offer in offers):

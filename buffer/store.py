@@ -112,7 +112,7 @@ class Store:
                     f"buffer database {self.path} has format {found or 1}, this version writes "
                     f"{FORMAT}. Set another run.dir."
                 )
-            if found != FORMAT:  # A database that is there is opened without a write: the disk may be full.
+            if found != FORMAT:  # An existing database is opened without a write: the disk may be full.
                 self._db.executescript(_SCHEMA)
 
     @property

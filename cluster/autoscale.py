@@ -23,7 +23,7 @@ WINDOW_S = 15.0
 PAUSE_S = 15.0
 GROW_SHARE = 0.1
 SHRINK_SHARE = 0.5
-NEVER_SHARE = 0.01  # Also a batch that is ready takes a moment to come.
+NEVER_SHARE = 0.01  # Even a batch that is ready takes a moment to come.
 
 
 class Load(NamedTuple):
@@ -67,7 +67,7 @@ class Autoscaler:
             or start.actor_waits_s.keys() != now.actor_waits_s.keys()
             or now.learner_wait_s < start.learner_wait_s
         ):
-            self._start = now  # A counter that fell: its process was started again.
+            self._start = now  # A counter fell, because its process was started again.
             return None
         elapsed_s = now.time_s - start.time_s
         learner_share = (now.learner_wait_s - start.learner_wait_s) / max(elapsed_s, 1e-9)

@@ -88,7 +88,7 @@ class Control:
         self._troubles = Troubles(tell, clock)
         self._seen: tuple[int, int] | None = None
         self._answer: Answer | None = None
-        self.take()  # What lies there was meant for an earlier start of this run.
+        self.take()  # A request that lies there already was meant for an earlier start.
 
     def take(self) -> ScaleRequest | None:
         """Returns a request that came since the last call; one that cannot be read is told of and ignored."""

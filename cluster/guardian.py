@@ -20,7 +20,7 @@ import psutil
 
 LOOK_S = 2.0
 GRACE_S = 4.0
-_guardians: list[subprocess.Popen[bytes]] = []  # Referenced, or the pipe would close at once.
+_guardians: list[subprocess.Popen[bytes]] = []  # Without a reference the pipe would close at once.
 
 
 def guard() -> None:
@@ -60,11 +60,11 @@ def _of_ray_session(driver_pid: int) -> set[psutil.Process]:
 
 def _with_descendants(family: set[psutil.Process]) -> set[psutil.Process]:
     """Returns those of the family that still run, and every process below them, but not this one."""
-    # By pid and start time: a number that is used again is another process.
+    # Processes compare by pid and start time: a pid that is used again is another process.
     found = {process for process in family if process.is_running()}
     known = {process.pid for process in found} - {os.getpid()}
     children: dict[int, list[psutil.Process]] = {}
-    # One look at all processes; `children()` would be one for each of the family.
+    # One pass over all processes; `children()` would make one for each member of the family.
     for process in psutil.process_iter(["ppid"]):
         children.setdefault(process.info["ppid"], []).append(process)
     waiting = list(known)

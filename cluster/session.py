@@ -48,7 +48,7 @@ def ray_session(config: Config) -> Iterator[None]:
             if address is not None:
                 ray.init(address=address, **common)
             else:
-                # Empty or "local": what Ray's own processes would read otherwise.
+                # It is empty or "local" here, which Ray's own processes would take for an address.
                 os.environ.pop("RAY_ADDRESS", None)
                 guard()
                 env = {
@@ -101,7 +101,7 @@ def _our_signal_handlers() -> Iterator[None]:
         ray._private.utils.set_sigterm_handler = setter
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours)
-            signal.alarm(0)  # Of a SIGTERM that came in between.
+            signal.alarm(0)  # Ray's handler may have set it for a SIGTERM that came in between.
 
 
 def _keep_deaths_to_ourselves() -> None:

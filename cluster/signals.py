@@ -66,7 +66,7 @@ class StopSignal:
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        os.close(self._pipe)  # Which ends the thread, once it has told what came.
+        os.close(self._pipe)  # That ends the thread, once it has told what came.
         self._teller.join(TELL_TIMEOUT_S)
 
     def end_in_order(self, go_on: str) -> None:

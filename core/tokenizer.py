@@ -254,7 +254,7 @@ def _named_ids(model: ModelConfig) -> Iterator[int]:
             for token_id in found if isinstance(found, list) else [found]:
                 if isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0:
                     yield token_id
-                elif token_id is not None and token_id != -1:  # Some write -1 for none.
+                elif token_id is not None and token_id != -1:  # Some files write -1 for none.
                     raise ConfigError(
                         f"{model.path}/{name}: eos_token_id = {token_id!r} is no token id. Write a number, "
                         "or a list of them."
@@ -296,7 +296,7 @@ def _hub_file(hub_id: str, name: str) -> Path | None:
             if name == "config.json" or known is None
             else cached_file(hub_id, name, _raise_exceptions_for_missing_entries=False)
         )
-    # No such id, or the hub cannot be reached: told where the model itself is asked for.
+    # There is no such id, or the hub cannot be reached: that is told where the model itself is asked for.
     except (OSError, ValueError):
         return None
     return None if found is None else Path(found)

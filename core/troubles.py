@@ -25,7 +25,9 @@ class Troubles:
     def __init__(self, tell: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
         self._tell, self._clock = tell, clock
         self._lock = threading.Lock()
-        self._open: dict[str, tuple[int, float, float]] = {}  # Failures, when the first was, and the last.
+        self._open: dict[
+            str, tuple[int, float, float]
+        ] = {}  # Count, time of the first failure, time of the last.
 
     def note(self, what: str, error: object) -> None:
         """Notes that `what` failed once more; `error` says why."""

@@ -105,7 +105,7 @@ def make_base(out_dir: str, hidden: int = 96, layers: int = 3) -> None:
     """
     import torch
 
-    # The same base on every machine; and two OpenMP threads crawl when another program runs.
+    # One thread gives the same base on every machine, and two OpenMP threads crawl beside another program.
     torch.set_num_threads(1)
     rng = random.Random(0)
     tokenizer = make_tokenizer()

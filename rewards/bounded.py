@@ -18,7 +18,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-MEMORY_BYTES = 1 << 30  # On top of what the process it is forked from has mapped.
+MEMORY_BYTES = 1 << 30  # In addition to what the parent had mapped at the fork.
 WALL_FACTOR = 5.0
 _PR_SET_PDEATHSIG = 1
 
@@ -46,7 +46,7 @@ class BoundedProcess:
     def start(self) -> None:
         """Forks the process ahead of the first call, so that the first call does not pay for it."""
         with self._lock:
-            # Another's, of whom this process is a fork.
+            # This process is itself a fork, and the child belongs to its parent.
             if self._connection is None or self._parent_pid != os.getpid():
                 self._start()
 
@@ -63,7 +63,7 @@ class BoundedProcess:
     def _call(self, limit_s: float, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         try:
             self._ask(limit_s, function, arguments)
-        except OSError:  # It died while it was idle.
+        except OSError:  # The process died while it was idle: a new one is asked once.
             self.close()
             self._ask(limit_s, function, arguments)
         assert self._connection is not None

@@ -18,7 +18,7 @@ from rewards.registry import BUILTINS, load_reward
 if TYPE_CHECKING:
     from core.config import RewardsConfig
 
-# Reading one as mathematics takes hundredths of a second; of more rows the kind of the answer is checked.
+# Reading an answer as mathematics takes hundredths of a second. Of later rows only its kind is checked.
 READ_GOLDS = 50
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import re
 
-TAIL_CHARS = 10_000  # What is in no box is looked for in so many of the last characters,
+TAIL_CHARS = 10_000  # An answer outside boxes is looked for in so many of the last characters;
 LINE_CHARS = 1_000  # and no longer line is an answer.
 
 _THINKING_TAG = re.compile(
@@ -72,12 +72,14 @@ _NUMBER = re.compile(
 
 _GAP = re.compile(r"\s{3,}")
 _CHARACTERS = {
-    **{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},  # Full width.
+    **{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},  # Full-width forms, as written in Chinese.
     0x2212: "-",
-    **dict.fromkeys([*range(0x200B, 0x2010), *range(0x2060, 0x206A), 0xFE0F, 0xFEFF]),  # Not to be seen.
+    **dict.fromkeys(
+        [*range(0x200B, 0x2010), *range(0x2060, 0x206A), 0xFE0F, 0xFEFF]
+    ),  # Invisible characters are dropped.
 }
 _SIGN = r"[\u2190-\u21ff\u2600-\u27bf\u2b00-\u2bff\U0001f300-\U0001faff\s]+"  # Arrows, ticks, emoji.
-# And the number of an entry in a list.
+# The number of an entry in a list is an ornament too.
 _ORNAMENT = re.compile(rf"^{_SIGN}|{_SIGN}$|^\d{{1,2}}[.)]\s+(?=[-\d$\\])")
 _ARGUMENT = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}"
@@ -85,7 +87,7 @@ _ARGUMENT = re.compile(
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _WORD = re.compile(
     r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]+|[\u0400-\u1aff]{2,}"
-)  # Greek letters are variables.
+)  # Greek letters are left out: they are variables.
 _FUNCTION = re.compile(
     r"(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|sqrt|pi|and|or|mod|gcd|lcm|max|min"
     r"|inf|infinity|oo|percent",
@@ -115,7 +117,7 @@ def final_answer(text: str, *, is_gold: bool = False) -> str | None:
     if boxes:
         return _within(boxes)
     if _BOX.search(rest):
-        return None  # It never closes: cut.
+        return None  # A box that never closes: the completion was cut within its answer.
     rest = rest[-TAIL_CHARS:]
     if (found := _after_hashes(rest)) is not None:
         return found
@@ -223,7 +225,7 @@ def _outside_thinking(text: str) -> str:
             outside += [] if is_thinking else [text[begin : tag.start()]]
             is_thinking = True
         else:
-            outside = outside if is_thinking else []  # The prompt has opened it.
+            outside = outside if is_thinking else []  # A closing tag alone: the prompt has opened it.
             is_thinking, begin = False, tag.end()
     return " ".join(outside if is_thinking else [*outside, text[begin:]])
 
@@ -299,7 +301,7 @@ def _after_phrase(text: str) -> str | None:
 
 def _value_at_start(line: str) -> str | None:
     """Returns the first value in the rest of a line; words count only where there are but a few of them."""
-    whole = re.sub(r"(?<=\d)!+$", "", bare(line))  # In prose, a wonder: a factorial stands between dollars.
+    whole = re.sub(r"(?<=\d)!+$", "", bare(line))  # An exclamation: a factorial would stand between dollars.
     if not whole:
         return None
     if is_formula(whole) or is_date(whole):

@@ -258,7 +258,7 @@ def _date(text: str) -> str:
             return datetime.datetime.strptime(words, form).date().isoformat()
         except ValueError:
             continue
-    if re.search("[apAP]", words):  # A time.
+    if re.search("[apAP]", words):  # It is a time of day.
         return re.sub(r"[\s.]", "", text.lower())
     return "-".join(part.lstrip("0") for part in re.split(r"[-/.]", words))
 
@@ -407,7 +407,7 @@ def _equal_values(gold: str, answer: str) -> bool:
     if gold.endswith(r"\%") != answer.endswith(r"\%") and _verified(
         gold.removesuffix(r"\%"), answer.removesuffix(r"\%")
     ):
-        return True  # The question asked for percent.
+        return True  # The question asked for percent, and one side left the sign out.
     gold_sides, sides = _sides(gold), _sides(answer)
     if not _agree(sides):
         return False

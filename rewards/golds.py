@@ -8,7 +8,7 @@ import math
 import numbers
 from typing import Any
 
-MAX_BITS = 1000  # Beyond, Python's own conversions fail.
+MAX_BITS = 1000  # Python's conversions between text and larger numbers fail.
 
 
 def gold_texts(gold: Any) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ class RewardPool:
         try:
             columns = [future.result() for future in loaded]
             self.columns = dict(zip((spec.name for spec in specs), columns[0], strict=True))
-        except BaseException:  # Also Ctrl-C while a module hangs.
+        except BaseException:  # Ctrl-C too, while a user's module hangs in its import.
             self.close()
             raise
 

@@ -78,7 +78,7 @@ def load_reward(name: str) -> RewardCallable:
 def look_in_working_directory() -> None:
     """Lets modules in the folder that the command is run in be imported."""
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # Last: a file of the user's must not stand in for a library's.
+        sys.path.append(os.getcwd())  # At the end: a user's file must not hide a library.
     importlib.invalidate_caches()
 
 

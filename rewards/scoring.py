@@ -133,7 +133,7 @@ def _checked(name: str, value: Any) -> float | str:
         number = float(value)
     except OverflowError:
         return f"{name} returned a number beyond the range of floats"
-    # A symbol of sympy's, a signalling NaN, a tensor without data.
+    # Raised by a symbol of sympy's, a signalling NaN, a tensor without data.
     except (TypeError, ValueError, RuntimeError):
         return f"{name} returned a {_kind(value)}, expected a number"
     return number if math.isfinite(number) else f"{name} returned {number}"

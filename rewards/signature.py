@@ -49,7 +49,7 @@ class Signature(NamedTuple):
 
     def arguments(self, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Returns positional and keyword arguments out of `given`, which holds TEXTS and columns by name."""
-        # One by position that is not there has a default, and ends what can be given by position.
+        # A positional parameter that is not given has a default; nothing behind it can go by position.
         count = next(
             (index for index, name in enumerate(self.positional) if name not in given), len(self.positional)
         )
@@ -76,7 +76,7 @@ def read_signature(name: str, function: Any) -> Signature:
         )
     try:
         parameters = _parameters(function)
-    except (TypeError, ValueError):  # Written in C, without a signature: the order of the protocol.
+    except (TypeError, ValueError):  # Written in C without a signature: called in the protocol's order.
         return Signature(TEXTS, (), (), takes_all=True)
     kinds = {parameter.kind for parameter in parameters}
     takes_all, takes_rest = Parameter.VAR_KEYWORD in kinds, Parameter.VAR_POSITIONAL in kinds

@@ -90,7 +90,7 @@ class Worker:
         self.reap()
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            # Imports as in the parent (Ray and pytest extend sys.path); its main module is left alone.
+            # The child imports what its parent would (Ray and pytest extend sys.path), but not the main module.
             code = (
                 f"import sys; sys.path[:] = {sys.path!r}; "
                 f"from rewards.worker import serve; serve({theirs.fileno()}, {os.getpid()})"
@@ -228,7 +228,7 @@ def serve(fd: int, parent_pid: int) -> None:
     if os.getppid() != parent_pid:  # it died before prctl took effect
         return
     os.set_inheritable(fd, False)
-    # Of the socket: the actor is gone, perhaps in the middle of a message.
+    # The socket ends when the actor is gone, perhaps in the middle of a message.
     with contextlib.suppress(EOFError, OSError):
         _answer_requests(Connection(fd))
 

@@ -81,7 +81,7 @@ def evaluate(directory: str, overrides: list[str]) -> dict[str, Any]:
     prompts = load_prompts(config.data, load_tokenizer(config.model), evaluation=True)
     rewards: list[float] = []
     errors: Counter[str] = Counter()
-    # Before the engine: a function that cannot be loaded says so at once.
+    # The rewards come before the engine: a function that cannot be loaded says so at once.
     with RewardPool(config.rewards) as pool:
         engine = Engine(
             config.model,

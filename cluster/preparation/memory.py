@@ -18,8 +18,8 @@ arXiv 1910.02054):
                   pass needs its memory
     bucket        b 5e8 on a GPU: gradients on their way (reduce_bucket_size); on a CPU never touched in full
     step          a flat float32 copy of the gradients, 4 min(Q/N, 1e9) (sub_group_size), on a GPU as much
-                  again for AdamW, instead of activations and log-probs, which are gone by then: only what is above
-                  these counts
+                  again for AdamW, instead of activations and log-probs, which are gone by then: only what is
+                  above these counts
     activations   b T (L (8h + 2k + 4f) + 2h), counted on Llama with sdpa; with gradient checkpointing
                   b T (L h + 8h + 2k + 4f + 2h); with LoRA a layer keeps 2h less, whose norms need no
                   gradient, and 7 rank more
@@ -265,7 +265,7 @@ def _notes(config: Config, shape: _Shape) -> list[str]:
             "much of Ray's object store "
             "for each version that actors still load."
         )
-    if whole >= 1 and config.learner.ranks == 1:  # More ranks load under zero.Init, each its share.
+    if whole >= 1 and config.learner.ranks == 1:  # Several ranks load under zero.Init, each its share.
         notes.append(
             f"while it loads, the learner holds the whole model once more: {whole:.1f} GiB, first "
             "in host memory."

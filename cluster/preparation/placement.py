@@ -179,7 +179,7 @@ def check_machine(config: Config) -> None:
     import psutil
 
     if cluster_address() is not None:
-        return  # Other machines: `check` asks them.
+        return  # On a cluster `check` asks the other machines.
     actors, learner = config.actors, config.learner
     cache = 0.0 if actors.num_gpus else actors.kv_cache_gib
     asked = (learner.ranks + actors.count) * BARE_PROCESS_GIB + actors.count * cache

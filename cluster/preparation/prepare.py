@@ -121,7 +121,7 @@ def check_inputs(config: Config) -> Checked:
     check_length(config, found, prompts)
     check_token_ids(config, found, tokenizer, prompts, eval_prompts)
     prompts, eval_prompts = _scorable(config, prompts), _scorable(config, eval_prompts)
-    # Any token: what is padded is not looked at.
+    # Any token will do, since padding is masked.
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     notes = [*notes, *about_model]
     return Checked(
@@ -225,7 +225,8 @@ def check_progress(config: Config) -> None:
     step = StalenessBound(config.buffer.max_staleness).starving_step(every, config.run.steps)
     if step is not None and not config.is_offline:
         raise ConfigError(
-            f"buffer.max_staleness = {config.buffer.max_staleness} with weights.publish_every = {every}: at step "
+            f"buffer.max_staleness = {config.buffer.max_staleness} with weights.publish_every = {every}: at "
+            "step "
             f"{step} every group is too old, and newer weights come at step {every} only. Set "
             f"weights.publish_every={step}, or raise max_staleness."
         )
@@ -273,7 +274,7 @@ def locate_model(config: Config) -> Config:
     """
     model = config.model
     path = user_path("model.path", model.path)
-    if os.path.isfile(path):  # As Path.is_file, but for a name that no file can have.
+    if os.path.isfile(path):  # Path.is_file would raise for a name that no file can have.
         raise ConfigError(
             f"model.path = {model.path} is a file, expected a Hugging Face directory or a hub id."
         )
@@ -315,7 +316,7 @@ def check_hub_id(name: str) -> None:
     except HFValidationError:
         reason = "the hub has no such names"
     except HfHubHTTPError:
-        return  # It answers, but not this question, as some mirrors do.
+        return  # Some mirrors of the hub do not answer this question.
     except Exception as error:  # noqa: BLE001 -- the network: the hub's client raises what it likes
         told = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         reason = f"the hub cannot be asked ({told})"
@@ -329,7 +330,7 @@ def check_hub_id(name: str) -> None:
 
 def _nearest(path: Path) -> str:
     names: list[str] = []
-    with contextlib.suppress(OSError):  # There may be no parent, or one that may not be read.
+    with contextlib.suppress(OSError):  # The parent may be missing, or unreadable.
         names = [found.name for found in path.parent.iterdir() if found.is_dir()]
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else "."

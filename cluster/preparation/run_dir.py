@@ -72,7 +72,7 @@ def open_run_dir(config: Config) -> RunDir:
         is_made = path is None or not path.exists()
         path = _make_fresh(config) if path is None else path
         path.mkdir(parents=True, exist_ok=True)
-        _run_in(path)  # Before a lock is put among things that are no run's.
+        _run_in(path)  # It comes first, so that no lock is left among files that are no run's.
         lock = _lock(path)
         try:
             before = _run_in(path)
@@ -113,7 +113,7 @@ def kept_if_begun(run_dir: Path, is_continued: bool) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # What ended the run is told, not what became of its directory.
+        with contextlib.suppress(OSError):  # The error to tell is what ended the run, not this one.
             has_begun = any(ledger.stat().st_size for ledger in run_dir.glob("ledger*.jsonl"))
             if not is_continued and not has_begun:
                 _take_back(run_dir)
@@ -141,7 +141,7 @@ def _explained(config: Config) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{name} cannot be used: {error.strerror}. Choose another run.dir.") from None
-    except RuntimeError as error:  # A user that is not there, links in a circle.
+    except RuntimeError as error:  # Raised for an unknown user, or links in a circle.
         if isinstance(error, AgroError):
             raise
         raise ConfigError(f"{name} cannot be used: {error}. Choose another run.dir.") from None
@@ -225,7 +225,7 @@ def _try_to_make(path: Path) -> None:
     It is tried under a name of its own: another start may try the same.
     """
     there = next(parent for parent in (path, *path.parents) if parent.exists())
-    # A name that nobody takes for another thing's.
+    # A name that is not taken for that of another thing.
     trial = Path(tempfile.mkdtemp(prefix=".trial-", suffix=_OF_A_SHELL[0], dir=there))
     try:
         inner = trial / path.relative_to(there)

@@ -21,7 +21,7 @@ from pathlib import Path
 from core.errors import PlacementError
 
 CONNECT_TIMEOUT_S = 4.0
-MAX_SOCKET_PATH = 107  # Bytes of a Unix socket's path in Linux.
+MAX_SOCKET_PATH = 107  # Linux takes so many bytes for the path of a Unix socket.
 RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 MIN_OPEN_FILES = 256
 MIN_TEMP_BYTES = 64 * 2**20
@@ -100,7 +100,7 @@ def check_temp_dirs() -> Iterator[Check]:
             not reason,
             remedy,
         )
-    if cluster_address() is None:  # A cluster's directory is the head's affair.
+    if cluster_address() is None:  # On a cluster the head has chosen the directory.
         ray_dir = os.environ.get(name) if name else "/tmp"
         length, most = len(os.fsencode(str(ray_dir))), MAX_SOCKET_PATH - len(RAY_SOCKET)
         remedy = "Give Ray a shorter one: export RAY_TMPDIR=/tmp"
