@@ -29,8 +29,9 @@ from core.config import Config
 from core.errors import ConfigError
 from core.records import Batch, Group, Sample, VersionSpan
 from learner.objectives import load_objective
+from learner.step.frozen import frozen_names
 from learner.step.packing import ModelInputs, token_logprobs
-from learner.step.update import Updater, frozen_policies
+from learner.step.update import Updater
 from learner.worker import learning_rate
 
 Score = Callable[[Sequence[int], dict[str, Any]], float]
@@ -161,11 +162,9 @@ class LagRun:
                 f"lag = {lag}: none is ever fresh, and {config.learner.objective} needs samples of the current policy. "
                 "Set agro.on_policy_coef=0."
             )
-        needs_reference, needs_proximal = frozen_policies(objective)
         self.policy = PlainPolicy(config, trained=True)
-        reference = PlainPolicy(config, trained=False) if needs_reference else None
-        proximal = PlainPolicy(config, trained=False) if needs_proximal else None
-        self._updater = Updater(config, self.policy, reference, objective, 0, torch.device("cpu"), proximal)
+        frozen = {name: PlainPolicy(config, trained=False) for name in frozen_names(objective)}
+        self._updater = Updater(config, self.policy, objective, frozen, pad_id=0, device=torch.device("cpu"))
         self._replay = LaggedReplay(config.buffer, config.run.seed, lag)
         self._groups: dict[int, Group] = {}
         self._frontier = 0
@@ -180,7 +179,7 @@ class LagRun:
             # Before anything is old enough, more groups of the base policy: a batch a step from the first
             # step on.
             batch = self._batch(step)
-            metrics, _ = self._updater.update(batch, learning_rate(step, config))
+            metrics = self._updater.update(batch, learning_rate(step, config)).metrics()
             if (step + 1) % eval_every == 0:
                 rows.append({"step": step + 1.0, "held_out": self.evaluate(), **metrics})
         return rows

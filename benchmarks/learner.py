@@ -95,9 +95,15 @@ def measure_shape(shape: Shape, device: str, own_linear: Callable) -> dict[str, 
         config = config_of(shape, model_dir, device)
         objective = load_objective("agro", config.agro, config.rivals)
         zero = Updater(
-            config, ZeroPolicy(config.model, config.learner), None, objective, 0, torch.device(device)
+            config,
+            ZeroPolicy(config.model, config.learner),
+            objective,
+            pad_id=0,
+            device=torch.device(device),
         )
-        bare = Updater(config, make_plain_policy(config, device), None, objective, 0, torch.device(device))
+        bare = Updater(
+            config, make_plain_policy(config, device), objective, pad_id=0, device=torch.device(device)
+        )
         loop = PlainLoop(config, device)
     # DeepSpeed replaces it for the whole process.
     batch, zero_linear = make_batch(shape), torch.nn.functional.linear
@@ -154,7 +160,7 @@ def measure_layouts(device: str) -> list[dict[str, Any]]:
 
     shape, batch = LAYOUT_SHAPE, make_batch(LAYOUT_SHAPE)
     rows_of = [(group, sample) for group in batch.groups for sample in group.samples]
-    sequences = [TokenSequence(group.prompt_ids, sample.token_ids) for group, sample in rows_of]
+    sequences = [TokenSequence.of_turn(group.prompt_ids, sample.token_ids) for group, sample in rows_of]
     lengths, groups = [s.num_tokens for s in sequences], [group.group_id for group, _ in rows_of]
     models = {}
     for name, layout, attention in (

@@ -51,7 +51,7 @@ def measure_saves() -> dict[str, Any]:
         config = config_of(shape, directory, "cpu")
         policy = ZeroPolicy(config.model, config.learner)
         objective = load_objective("agro", config.agro, config.rivals)
-        Updater(config, policy, None, objective, 0, torch.device("cpu")).update(
+        Updater(config, policy, objective, pad_id=0, device=torch.device("cpu")).update(
             make_batch(shape), config.learner.lr
         )
         num_bytes = sum(part.values.nbytes for part in policy.parts())

@@ -147,7 +147,7 @@ def make_step(case: str, config: Any, device: str) -> tuple[Callable[[Any], Any]
     init_process_group(0, 1, "127.0.0.1", free_port(), use_gpu=device != "cpu", timeout_s=120)
     policy = ZeroPolicy(config.model, config.learner)
     objective = load_objective("agro", config.agro, config.rivals)
-    updater = Updater(config, policy, None, objective, 0, torch.device(device))
+    updater = Updater(config, policy, objective, pad_id=0, device=torch.device(device))
     return (lambda batch: updater.update(batch, config.learner.lr)), sum(
         parameter.ds_numel for parameter in policy.module.parameters()
     )

@@ -40,9 +40,11 @@ from learner.checkpoints.checkpoint import Checkpoint, Part, verify
 from learner.checkpoints.writer import CheckpointWriter, code_version, set_random_states
 from learner.objectives import load_objective
 from learner.step.batch_metrics import batch_metrics, shown_samples
+from learner.step.frozen import frozen_names
 from learner.step.guards import Guards
 from learner.step.mismatch import MismatchCheck, bound_nats
-from learner.step.update import Updater, frozen_policies
+from learner.step.result import StepResult
+from learner.step.update import Updater
 
 BUFFER, MONITOR = "replay buffer", "monitor"
 BATCH_POLL_S = 2.0
@@ -130,16 +132,15 @@ class LearnerRank:
         )
         self._policy = ZeroPolicy(config.model, config.learner, config.run.seed)
         objective = load_objective(config.learner.objective, config.agro, config.rivals)
-        needed = zip(("reference", "proximal"), frozen_policies(objective), strict=True)
         self._frozen: dict[str, ZeroAdapters | ZeroFrozen] = {
             name: ZeroAdapters(self._policy)
             if config.learner.lora_rank
             else ZeroFrozen(config.model, config.learner)
-            for name, is_needed in needed
-            if is_needed
+            for name in frozen_names(objective)
         }
-        reference, proximal = self._frozen.get("reference"), self._frozen.get("proximal")
-        self._updater = Updater(config, self._policy, reference, objective, self._pad_id, device, proximal)
+        self._updater = Updater(
+            config, self._policy, objective, self._frozen, pad_id=self._pad_id, device=device
+        )
 
     def ping(self) -> int:
         """This rank's number: its process answers."""
@@ -180,14 +181,15 @@ class LearnerRank:
             wait_s = time.perf_counter() - step_start_s
             batch = decode_batch(payload)
             StalenessBound(config.buffer.max_staleness).check_batch(batch)
-            metrics, diagnostics = self._updater.update(batch, learning_rate(progress.step, config))
-            self._guards.judge(batch.step, payload, metrics, self._updater.skip)
+            result = self._updater.update(batch, learning_rate(progress.step, config))
+            metrics = result.metrics()
+            self._guards.judge(batch.step, payload, metrics, result.skip)
             progress.step += 1
             if progress.step % config.weights.publish_every == 0 or progress.step == config.run.steps:
                 publish_s = self._publish(progress)
             if self._rank == 0:
                 row = {**batch_metrics(batch), **metrics, "weights/publish_s": publish_s}
-                self._report(progress, batch, row, diagnostics, wait_s, time.perf_counter() - step_start_s)
+                self._report(progress, batch, row, result, wait_s, time.perf_counter() - step_start_s)
             if config.checkpoint.every and progress.step % config.checkpoint.every == 0:
                 self._save(progress)
         if progress.published != progress.step:
@@ -330,13 +332,14 @@ class LearnerRank:
         progress: Progress,
         batch: Batch,
         row: dict[str, float],
-        diagnostics: dict[int, list[dict[str, float]]],
+        result: StepResult,
         wait_s: float,
         step_s: float,
     ) -> None:
         step = progress.step
         # None of a skipped step.
-        trained = [group for group in batch.groups if group.group_id in diagnostics]
+        advantages = result.by_group("advantage")
+        trained = [group for group in batch.groups if group.group_id in advantages]
         progress.samples += sum(len(group.samples) for group in trained)
         progress.tokens += sum(len(sample.token_ids) for group in trained for sample in group.samples)
         progress.staleness_sum += row["staleness/mean"]
@@ -353,14 +356,13 @@ class LearnerRank:
         self._calls.post(self._monitor.log_step.remote(whole), MONITOR, "a step's metrics")
         if self._config.monitor.shows_samples(step):
             self._calls.post(
-                self._monitor.log_samples.remote(step, shown_samples(batch, diagnostics)),
+                self._monitor.log_samples.remote(step, shown_samples(batch, advantages)),
                 MONITOR,
                 "samples to show",
             )
         if self._config.buffer.uses_per_group > 1 and self._updater.keeps_reference:
-            ref_logprobs = {gid: [d["ref_logprob"] for d in rows] for gid, rows in diagnostics.items()}
             self._calls.post(
-                self._buffer.set_ref_logprobs(ref_logprobs),
+                self._buffer.set_ref_logprobs(result.by_group("ref_logprob")),
                 BUFFER,
                 "the reference's log-probs, which are computed again",
             )

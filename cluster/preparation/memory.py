@@ -44,8 +44,8 @@ from core.config import Config
 from core.config_checks import served_rank
 from core.model_shape import adapted_layers, empty_model
 from learner.objectives import load_objective
+from learner.step.frozen import PROXIMAL, REFERENCE, frozen_names
 from learner.step.logprobs import CHUNK_BYTES, KEPT_BYTES, install_logprob_head
-from learner.step.update import frozen_policies
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -194,9 +194,8 @@ def _frozen_bytes(config: Config, share: float, adapters: float) -> tuple[float,
     """Returns the bytes of the reference and of the proximal policy, of one rank: whole models, or copies of
     adapters.
     """
-    has_reference, has_proximal = frozen_policies(
-        load_objective(config.learner.objective, config.agro, config.rivals)
-    )
+    names = frozen_names(load_objective(config.learner.objective, config.agro, config.rivals))
+    has_reference, has_proximal = REFERENCE in names, PROXIMAL in names
     b = BYTES[config.model.dtype]
     if config.learner.lora_rank:
         return b * adapters * (

@@ -42,7 +42,8 @@ def check_function(
     """
     vocabulary = module.config.get_text_config().vocab_size
     tokens = [1 + 7 * position % (vocabulary - 1) for position in range(NUM_TOKENS)]
-    first, second = TokenSequence(tokens[:5], tokens[5:11]), TokenSequence(tokens[11:15], tokens[15:])
+    first = TokenSequence.of_turn(tokens[:5], tokens[5:11])
+    second = TokenSequence.of_turn(tokens[11:15], tokens[15:])
     tolerance = TOLERANCE_NATS.get(next(module.parameters()).dtype, ROUNDED_TOLERANCE_NATS)
     name = type(module).__name__
 
@@ -56,7 +57,7 @@ def check_function(
             "something "
             "in it draws random numbers (dropout that its config turns off?)."
         )
-    start = of(TokenSequence(second.prompt_ids, second.completion_ids[:-3]))
+    start = of(TokenSequence.of_turn(tokens[11:15], tokens[15:-3]))
     if (found := _difference(alone[:-3], start)) > tolerance:
         raise ConfigError(
             f"{name} gives tokens other log-probs once others follow, by {found:.3g} nats a token: it looks "

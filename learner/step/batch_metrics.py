@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.records import Batch
@@ -32,11 +33,14 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     }
 
 
-def shown_samples(batch: Batch, diagnostics: dict[int, list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """The first sample of the first groups with everything a reader wants to know of it."""
+def shown_samples(batch: Batch, advantages: Mapping[int, Sequence[float]]) -> list[dict[str, Any]]:
+    """The first sample of the first trained groups with everything a reader wants to know of it.
+
+    `advantages`: of each trained group, in the order of its samples.
+    """
     shown: list[dict[str, Any]] = []
     for group in batch.groups:
-        if group.group_id not in diagnostics or len(shown) == SHOWN_SAMPLES:
+        if group.group_id not in advantages or len(shown) == SHOWN_SAMPLES:
             continue
         sample = group.samples[0]
         shown.append(
@@ -45,7 +49,7 @@ def shown_samples(batch: Batch, diagnostics: dict[int, list[dict[str, float]]]) 
                 "completion": sample.text,
                 "reward": sample.reward,
                 "error": sample.error,
-                "advantage": diagnostics[group.group_id][0]["advantage"],
+                "advantage": advantages[group.group_id][0],
                 "version": sample.oldest_version,
                 "staleness": sample_staleness(sample, batch.step),
             }

@@ -18,17 +18,16 @@ of the life before, which need not have had the same weights under it. They are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from core.config import Config
 from core.errors import TrainingError
 from core.model_shape import rope_parameters
-from core.records import Batch, Sample
-from core.staleness import is_fresh
-from learner.step.rows import Row
+from learner.step.samples import SampleArrays
 
 BOUNDS_NATS = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 """Mean |d| up to which actors and learner count as one function, by model.dtype."""
@@ -122,33 +121,28 @@ class MismatchCheck:
         self._start_step, self._known_until = start_step, known_until
         self._bound, self._is_passed = bound_nats(config), False
 
-    def is_fresh(self, sample: Sample, step: int) -> bool:
-        """Whether all its tokens are of the weights that the learner has at this step."""
-        return is_fresh(sample, step) and (step == self._start_step or step > self._known_until)
+    def fresh(self, samples: SampleArrays, step: int) -> Tensor:
+        """[N] bool: whether all tokens of a sample are of the weights that the learner has at this step."""
+        return samples.is_fresh_N & (step == self._start_step or step > self._known_until)
 
-    def any_fresh(self, batch: Batch) -> bool:
-        """Whether the batch has anything to compare: every rank sees all of it, and knows the same."""
-        return any(
-            self.is_fresh(sample, batch.step) and sample.token_ids
-            for group in batch.groups
-            for sample in group.samples
-        )
+    def any_fresh(self, samples: SampleArrays, step: int) -> bool:
+        """Whether there is anything to compare."""
+        return bool((self.fresh(samples, step) & (samples.sizes_N > 0)).any())
 
-    def sums(self, rows: Sequence[Row], step: int) -> Sums:
-        """Of this rank's rows, once they have their log-probs by the policy; rows with a fault are left
-        to the guard of what is finite.
+    def sums(
+        self, samples: SampleArrays, logprobs_T: Tensor, step: int, is_sound_N: Tensor | None = None
+    ) -> Sums:
+        """What this rank contributes, once it has the policy's log-probs of its samples.
+
+        Samples that are not sound, having a number that is not finite, are left to the guard of those.
         """
-        fresh = [
-            row
-            for row in rows
-            if row.logprobs is not None and not row.fault and self.is_fresh(row.sample, step)
-        ]
-        if not any(len(row.sample.token_ids) for row in fresh):
+        chosen_N = self.fresh(samples, step)
+        if is_sound_N is not None:
+            chosen_N = chosen_N & is_sound_N
+        chosen_T = chosen_N[samples.sequence_T]
+        if not bool(chosen_T.any()):
             return Sums()
-        policy_T = torch.cat([row.logprobs.double().cpu() for row in fresh if row.logprobs is not None])
-        d_T = policy_T - torch.tensor(
-            [value for row in fresh for value in row.sample.logprobs], dtype=torch.float64
-        )
+        d_T = (logprobs_T.double() - samples.behaviour_logprobs_T.double())[chosen_T].cpu()
         excess_T = torch.maximum(d_T, -d_T + math.log(self._config.actors.top_p)).clamp_min(0.0)
         return Sums(
             num_tokens=len(d_T),

@@ -1,4 +1,4 @@
-"""Sequences to ranks, to micro-batches, to tensors, through a model, to one log-prob per completion token.
+"""Sequences to ranks, to micro-batches, to tensors, through a model, to one log-prob per sampled token.
 
     groups --assign_groups--> ranks --plan_micro_batches--> indices --collate--> ModelInputs --TokenLogprobs--> log-probs
 
@@ -10,8 +10,8 @@ other, silently. Call models with `ModelInputs.model_kwargs()`, which holds all 
 layers know no such mask, nor do those that count positions by themselves: these are refused, and want
 `padded`.
 
-Tensor letters: B rows, L row length, K positions whose logits are computed, T completion tokens, V
-vocabulary.
+Tensor letters: N sequences, S tokens of all of them, T those that were sampled, B rows, L row length,
+K positions whose logits are computed, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,15 +34,32 @@ Layout: TypeAlias = Literal["padded", "packed"]
 
 
 class TokenSequence(NamedTuple):
-    """A prompt and the completion sampled for it. The completion may be empty, the prompt may not."""
+    """The tokens of a trajectory in order, and which of them the policy sampled: those have log-probs.
 
-    prompt_ids: Sequence[int]
-    completion_ids: Sequence[int]
+    `TokenSequence.of_turn([5, 6], [7])` is one turn: a prompt, and what was sampled for it.
+
+    tokens      int [S]
+    is_sampled  bool [S]; not the first token, which nothing predicts
+    """
+
+    tokens: npt.NDArray[np.integer[Any]]
+    is_sampled: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of_turn(cls, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> TokenSequence:
+        """A prompt and the completion sampled for it. The completion may be empty, the prompt may not."""
+        tokens = np.array([*prompt_ids, *completion_ids], dtype=np.int64)
+        return cls(tokens, np.arange(len(tokens)) >= len(prompt_ids))
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and completion tokens."""
-        return len(self.prompt_ids) + len(self.completion_ids)
+        """How many tokens it has, sampled or not."""
+        return len(self.tokens)
+
+    @property
+    def sampled_tokens(self) -> npt.NDArray[np.integer[Any]]:
+        """The sampled tokens alone, int [T]."""
+        return self.tokens[self.is_sampled]
 
 
 @dataclass(frozen=True)
@@ -53,13 +72,13 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What one forward pass takes, and where in its logits the completion tokens are predicted.
+    """What one forward pass takes, and where in its logits the sampled tokens are predicted.
 
     input_ids, position_ids  int64 [B, L]
     attention_mask           int64 [B, L], or None when packed
     logits_to_keep_K         int64 [K], positions whose logits the model computes: its logits are [B, K, V]
-    rows_T, columns_T        int64 [T], the logits (row, index into K) that predict each completion token
-    targets_T                int64 [T], the completion tokens, by sequence, then position
+    rows_T, columns_T        int64 [T], the logits (row, index into K) that predict each sampled token
+    targets_T                int64 [T], the sampled tokens, by sequence, then position
     sequence_T               int64 [T], sorted: the index of each token's sequence among those collated
     packing                  where the sequences lie in a packed row; None when padded
     """
@@ -170,83 +189,60 @@ def _fill(
 def collate(
     sequences: Sequence[TokenSequence], layout: Layout, pad_id: int, device: torch.device | str = "cpu"
 ) -> ModelInputs:
-    """Tensors of `sequences` on `device`; raises ValueError without sequences, DataError for an empty
-    prompt.
+    """The tensors of `sequences` on `device`.
+
+    Raises ValueError without sequences, DataError for a sequence whose first token was sampled, or that has no token.
     """
     if not sequences:
         raise ValueError("sequences is empty; expected at least one per forward pass")
-    for index, sequence in enumerate(sequences):
-        if not sequence.prompt_ids:
-            raise DataError(
-                f"sequence {index} has an empty prompt: nothing predicts its first token; "
-                "prompts need at least one token"
-            )
-    place = _place_packed if layout == "packed" else _place_padded
-    input_ids, position_ids, attention_mask, rows, starts = place(sequences, pad_id)
-    # A token at position p is predicted by the logits at p - 1.
-    sizes = [len(sequence.completion_ids) for sequence in sequences]
-    predictors = [
-        start + len(sequence.prompt_ids) - 1 for start, sequence in zip(starts, sequences, strict=True)
-    ]
-    positions_T = _int64(
-        [p + offset for p, size in zip(predictors, sizes, strict=True) for offset in range(size)]
-    )
+    lengths = [sequence.num_tokens for sequence in sequences]
+    lengths_N = torch.tensor(lengths)
+    tokens_S = torch.from_numpy(np.concatenate([sequence.tokens for sequence in sequences])).long()
+    is_sampled_S = torch.from_numpy(np.concatenate([sequence.is_sampled for sequence in sequences]))
+    sequence_S = torch.arange(len(sequences)).repeat_interleave(lengths_N)
+    position_S = torch.arange(len(tokens_S)) - (lengths_N.cumsum(0) - lengths_N)[sequence_S]
+    sampled_T = is_sampled_S.nonzero()[:, 0]
+    sequence_T = sequence_S[sampled_T]
+    _check_predictable(lengths, sequence_T[position_S[sampled_T] == 0].tolist())
+    # A token is predicted by the logits at the place before its own.
     if layout == "packed":
-        keep_K = positions_T
-        columns_T = torch.arange(len(positions_T))
+        input_ids, position_ids, attention_mask = tokens_S[None], position_S[None], None
+        keep_K = sampled_T - 1
+        rows_T, columns_T = torch.zeros_like(sampled_T), torch.arange(len(sampled_T))
     else:
-        first = min(predictors)
-        keep_K = torch.arange(first, input_ids.shape[1] - 1)
-        columns_T = positions_T - first
-    sizes_N = _int64(sizes)
+        input_ids = torch.full((len(sequences), max(lengths)), pad_id)
+        input_ids[sequence_S, position_S] = tokens_S
+        position_ids = torch.arange(max(lengths)).expand(len(sequences), -1)
+        attention_mask = (position_ids < lengths_N[:, None]).long()
+        predictor_T = position_S[sampled_T] - 1
+        first, last = (int(predictor_T.min()), int(predictor_T.max())) if len(predictor_T) else (0, -1)
+        keep_K = torch.arange(first, last + 1)
+        rows_T, columns_T = sequence_T, predictor_T - first
     return ModelInputs(
         input_ids=input_ids.to(device),
         position_ids=position_ids.to(device),
         attention_mask=None if attention_mask is None else attention_mask.to(device),
         logits_to_keep_K=keep_K.to(device),
-        rows_T=_int64(rows).repeat_interleave(sizes_N).to(device),
+        rows_T=rows_T.to(device),
         columns_T=columns_T.to(device),
-        targets_T=_int64([token for sequence in sequences for token in sequence.completion_ids]).to(device),
-        sequence_T=torch.arange(len(sequences)).repeat_interleave(sizes_N).to(device),
-        packing=Packing([sequence.num_tokens for sequence in sequences], device)
-        if layout == "packed"
-        else None,
+        targets_T=tokens_S[sampled_T].to(device),
+        sequence_T=sequence_T.to(device),
+        packing=Packing(lengths, device) if layout == "packed" else None,
     )
 
 
-_Placed: TypeAlias = tuple[Tensor, Tensor, Tensor | None, list[int], list[int]]
-"""input_ids, position_ids, attention_mask; and per sequence: its row, and where in the row it starts."""
-
-
-def _place_padded(sequences: Sequence[TokenSequence], pad_id: int) -> _Placed:
-    longest = max(sequence.num_tokens for sequence in sequences)
-    input_ids = torch.full((len(sequences), longest), pad_id)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : sequence.num_tokens] = _int64([*sequence.prompt_ids, *sequence.completion_ids])
-    position_ids = torch.arange(longest).expand(len(sequences), -1)
-    lengths = _int64([sequence.num_tokens for sequence in sequences])
-    attention_mask = (position_ids < lengths[:, None]).long()
-    return input_ids, position_ids, attention_mask, list(range(len(sequences))), [0] * len(sequences)
-
-
-def _place_packed(sequences: Sequence[TokenSequence], pad_id: int) -> _Placed:
-    del pad_id  # Nothing is padded.
-    starts = [0]
-    for sequence in sequences[:-1]:
-        starts.append(starts[-1] + sequence.num_tokens)
-    input_ids = _int64(
-        [token for sequence in sequences for token in (*sequence.prompt_ids, *sequence.completion_ids)]
-    )
-    position_ids = torch.cat([torch.arange(sequence.num_tokens) for sequence in sequences])
-    return input_ids[None], position_ids[None], None, [0] * len(sequences), starts
-
-
-def _int64(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
+def _check_predictable(lengths: Sequence[int], begin_sampled: Sequence[int]) -> None:
+    """Raises DataError for sequences without tokens, and for `begin_sampled`, those whose first token was sampled."""
+    refused = [*begin_sampled, *(index for index, length in enumerate(lengths) if not length)]
+    if refused:
+        raise DataError(
+            f"sequence {min(refused)} has an empty prompt: nothing predicts its first token; "
+            "prompts need at least one token"
+        )
 
 
 def token_logprobs(logits: Tensor, inputs: ModelInputs, temperature: float) -> Tensor:
-    """[T] log-probs of the completion tokens, by sequence, then position, from the model's logits [B, K, V].
+    """[T] log-probs of the sampled tokens, by sequence, then position, from the model's logits [B, K, V].
 
     float32 (float64 for float64 logits). Works on the logits as they are: positions that predict nothing are
     computed with a dummy target and left out, which is cheaper than a copy of those that do.
@@ -293,7 +289,7 @@ class TokenLogprobs:
             refuse_packing(module, "does not let its attention be exchanged (model.attention = sdpa)")
 
     def __call__(self, model: Any, inputs: ModelInputs, temperature: float) -> Tensor:
-        """[T] log-probs of the completion tokens, by sequence, then position; float32 (float64 for a float64
+        """[T] log-probs of the sampled tokens, by sequence, then position; float32 (float64 for a float64
         model).
 
         Raises ConfigError for models whose attention or head turns out to be of another kind than it looked.

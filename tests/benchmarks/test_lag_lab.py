@@ -71,7 +71,9 @@ def test_the_samplers_log_probs_are_the_learners(tiny_models: dict[str, Path], t
     prompts = [row["ids"] for row in task.train[:20]]
     made = sample(policy.module, prompts, 6, 0.7, task.eos_id, torch.Generator().manual_seed(0))
     inputs = collate(
-        [TokenSequence(ids, tokens) for ids, (tokens, _) in zip(prompts, made, strict=True)], "padded", 0
+        [TokenSequence.of_turn(ids, tokens) for ids, (tokens, _) in zip(prompts, made, strict=True)],
+        "padded",
+        0,
     )
     expected = torch.cat([torch.tensor(logprobs) for _, logprobs in made])
     torch.testing.assert_close(policy.logprobs(inputs, 0.7), expected, rtol=0, atol=2e-5)

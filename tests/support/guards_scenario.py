@@ -113,7 +113,8 @@ def main(out_dir: Path, rank: int) -> None:
     reference = Spoilt(ZeroFrozen(config.model, config.learner), "reference")
     spoilt = Spoilt(policy, "policy", "gradient", "first pass")
     updater, untouched = (
-        Updater(config, trained, reference, objective, 0, device) for trained in (spoilt, plain)
+        Updater(config, trained, objective, {"reference": reference}, pad_id=0, device=device)
+        for trained in (spoilt, plain)
     )
 
     events: list[str] = []
@@ -127,12 +128,12 @@ def main(out_dir: Path, rank: int) -> None:
         for part in (reference, spoilt):
             part.start(kind if rank == ranks - 1 else "good")
         objective.now = kind if rank == ranks - 1 else "good"
-        metrics, diagnostics = updater.update(given, LR)
+        result = updater.update(given, LR)
         objective.now = "good"
         reference.start("good")
         if kind == "good":
             untouched.update(batch, LR)
-        skip = updater.skip
+        skip = result.skip
         same = digest(policy) == before, digest(policy) == digest(plain)
         found["steps"].append(
             {
@@ -140,13 +141,13 @@ def main(out_dir: Path, rank: int) -> None:
                 "is_unchanged": all(share_all(same[0])),
                 "is_as_untouched": all(share_all(same[1])),
                 "skips": share_all(skip and (skip.reasons, len(skip.mean_logprobs), skip.grad_norm)),
-                "groups": len(diagnostics),
-                "grad_norm": metrics["optim/grad_norm"],
+                "groups": len(result.by_group("advantage")),
+                "grad_norm": result.grad_norm,
             }
         )
         payload = encode_batch(step, [(1, None, encode(group)) for group in given.groups])
         try:
-            guards.judge(step, payload, metrics, skip)
+            guards.judge(step, payload, result.metrics(), skip)
         except TrainingError as error:
             found["stopped"] = {"step": step, "errors": share_all(str(error)), "metrics": guards.metrics()}
             break
@@ -165,7 +166,7 @@ def mismatches(config: Any, policy: Any, updater: Any, batch: Batch) -> dict[str
 
     plain, told = updater._policy, []
     updater.mismatch = MismatchCheck(config, policy.module.config, tell=told.append)
-    metrics, _ = updater.update(drawn(batch, plain, config.learner.layout), LR)
+    metrics = updater.update(drawn(batch, plain, config.learner.layout), LR).metrics()
     found: dict[str, Any] = {
         "told": told,
         "metrics": share_all({k: v for k, v in metrics.items() if k.startswith("mismatch/")}),
@@ -197,7 +198,7 @@ def drawn(batch: Batch, policy: Any, layout: Any) -> Batch:
     """The batch as if `policy` had drawn it just now: its log-probs, the batch's version."""
     groups = []
     for group in batch.groups:
-        sequences = [TokenSequence(group.prompt_ids, sample.token_ids) for sample in group.samples]
+        sequences = [TokenSequence.of_turn(group.prompt_ids, sample.token_ids) for sample in group.samples]
         with torch.no_grad():
             values = [policy.logprobs(collate([sequence], layout, 0), 1.0).tolist() for sequence in sequences]
         samples = [

@@ -17,7 +17,8 @@ def main(out_dir: Path, rank: int) -> None:
     from core.weights.transports import ZeroSource
     from learner.objectives import load_objective
     from learner.policy.zero import ZeroAdapters, ZeroFrozen, ZeroPolicy, init_process_group
-    from learner.step.update import Updater, frozen_policies
+    from learner.step.frozen import frozen_names
+    from learner.step.update import Updater
     from tests.learner.policy.test_zero import LR, random_batches
     from tests.support.zero_scenario import meet, partition_everything
 
@@ -36,10 +37,10 @@ def main(out_dir: Path, rank: int) -> None:
         "base": whole(source),
     }
     objective = load_objective(config.learner.objective, config.agro, config.rivals)
-    reference, proximal = (ZeroAdapters(policy) if needed else None for needed in frozen_policies(objective))
-    updater = Updater(config, policy, reference, objective, 0, device, proximal)
+    frozen = {name: ZeroAdapters(policy) for name in frozen_names(objective)}
+    updater = Updater(config, policy, objective, frozen, pad_id=0, device=device)
     batches = random_batches(policy.module.config.vocab_size)[:STEPS]
-    found["metrics"] = [updater.update(batch, LR)[0] for batch in batches]
+    found["metrics"] = [updater.update(batch, LR).metrics() for batch in batches]
     found["adapters"] = adapters_of(policy)
     found["published"] = whole(source)
     found["reference"] = of_frozen(ZeroAdapters(policy), batches, config.learner.layout)
@@ -75,7 +76,7 @@ def of_frozen(frozen: Any, batches: list[Any], layout: Any) -> torch.Tensor:
     from learner.step.packing import TokenSequence, collate
 
     sequences = [
-        TokenSequence(group.prompt_ids, sample.token_ids)
+        TokenSequence.of_turn(group.prompt_ids, sample.token_ids)
         for group in batches[0].groups
         for sample in group.samples
     ]

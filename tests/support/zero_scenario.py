@@ -45,7 +45,8 @@ def main(out_dir: Path, rank: int) -> None:
     from core.config import Config
     from learner.objectives import load_objective
     from learner.policy.zero import ZeroFrozen, ZeroPolicy, init_process_group
-    from learner.step.update import Updater, frozen_policies
+    from learner.step.frozen import frozen_names
+    from learner.step.update import Updater
     from tests.learner.policy.test_zero import LR, random_batches
 
     torch.set_num_threads(1)
@@ -56,11 +57,11 @@ def main(out_dir: Path, rank: int) -> None:
     )
     objective = load_objective(config.learner.objective, config.agro, config.rivals)
     policy = ZeroPolicy(config.model, config.learner)
-    reference, proximal = (
-        ZeroFrozen(config.model, config.learner) if needed else None for needed in frozen_policies(objective)
-    )
-    updater = Updater(config, policy, reference, objective, 0, device, proximal)
-    metrics = [updater.update(batch, LR)[0] for batch in random_batches(policy.module.config.vocab_size)]
+    frozen = {name: ZeroFrozen(config.model, config.learner) for name in frozen_names(objective)}
+    updater = Updater(config, policy, objective, frozen, pad_id=0, device=device)
+    metrics = [
+        updater.update(batch, LR).metrics() for batch in random_batches(policy.module.config.vocab_size)
+    ]
     assert not any(parameter.numel() for parameter in policy.module.parameters()), (
         "not everything is partitioned between the steps"
     )

@@ -168,7 +168,9 @@ def compare(root: Path, prepared: Prepared) -> Found:
 
     def difference(part: str, directory: str) -> float:
         logprobs = learner(root / prepared.name / directory, prepared.settings)
-        sequences = [TokenSequence(tuple(prompt), tuple(tokens)) for prompt, tokens, _ in served[part]]
+        sequences = [
+            TokenSequence.of_turn(tuple(prompt), tuple(tokens)) for prompt, tokens, _ in served[part]
+        ]
         expected = torch.tensor([value for _, _, values in served[part] for value in values])
         return float((logprobs(sequences) - expected).abs().mean())
 

@@ -19,6 +19,7 @@ from tests.learner.step.test_packing import (
     make_rollouts,
     plain_logprobs,
     tiny_llama,
+    with_other_prompt,
 )
 
 
@@ -78,13 +79,11 @@ def test_packed_attention_lets_no_sequence_see_another(small_buckets, changed):
     sequences = make_rollouts().sequences[3:8]
     other = sequences[changed]
     replaced = [*sequences]
-    replaced[changed] = TokenSequence(
-        [(token + 1) % VOCABULARY for token in other.prompt_ids], other.completion_ids
-    )
+    replaced[changed] = with_other_prompt(other)
     before, after = (forward(model, collate(case, "packed", pad_id=0), 1.0) for case in (sequences, replaced))
     others = collate(sequences, "packed", pad_id=0).sequence_T != changed
     assert torch.equal(before[others], after[others])
-    if other.completion_ids:
+    if other.is_sampled.any():
         assert (before[~others] - after[~others]).abs().max() > 0.01
 
 
@@ -138,4 +137,4 @@ def test_a_model_that_cannot_attend_within_packed_sequences_is_refused_or_keeps_
         TokenLogprobs(model, "packed", "sdpa")
     model, _ = packed_by_bucket()
     with pytest.raises(ConfigError, match=r"LlamaAttention cannot be trained with learner\.layout = packed"):
-        model(**collate([TokenSequence([1], [2])], "packed", 0).model_kwargs())
+        model(**collate([TokenSequence.of_turn([1], [2])], "packed", 0).model_kwargs())

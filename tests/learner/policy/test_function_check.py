@@ -123,9 +123,10 @@ def sharp(kind: str, attention: str, **settings: Any) -> Any:
 
 @torch.no_grad()
 def by_definition(model: Any, sequence: TokenSequence) -> torch.Tensor:
-    ids = torch.tensor([[*sequence.prompt_ids, *sequence.completion_ids]])
-    logits = model.eval()(ids).logits[0, len(sequence.prompt_ids) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(sequence.completion_ids)[:, None])[:, 0]
+    ids = torch.from_numpy(sequence.tokens)[None]
+    first = int(sequence.is_sampled.argmax())
+    logits = model.eval()(ids).logits[0, first - 1 : -1]
+    return logits.log_softmax(-1).gather(1, ids[0, first:, None])[:, 0]
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -135,7 +136,9 @@ def test_windows_shorter_than_the_sequences_are_kept_in_training_and_evaluation(
 ) -> None:
     kind, settings = WINDOWS[which]
     sequences = [
-        TokenSequence([3 + (i * i + n) % 12 for i in range(n)], [3 + i * n % 13 for i in range(40 - n)])
+        TokenSequence.of_turn(
+            [3 + (i * i + n) % 12 for i in range(n)], [3 + i * n % 13 for i in range(40 - n)]
+        )
         for n in (3, 9, 30)
     ]
     expected = torch.cat(
@@ -153,7 +156,8 @@ def test_the_windows_matter_so_that_keeping_them_means_something() -> None:
     for kind, settings in WINDOWS.values():
         wide, narrow = (
             by_definition(
-                sharp(kind, "eager", **settings, sliding_window=w), TokenSequence([3], [*range(3, 43)])
+                sharp(kind, "eager", **settings, sliding_window=w),
+                TokenSequence.of_turn([3], [*range(3, 43)]),
             )
             for w in (99, 16)
         )

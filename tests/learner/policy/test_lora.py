@@ -24,8 +24,9 @@ from learner.checkpoints.export import export
 from learner.checkpoints.writer import CheckpointWriter
 from learner.objectives import load_objective
 from learner.policy.lora import ADAPTER, adapters_off, add_adapters, merged, weights_of
+from learner.step.frozen import frozen_names
 from learner.step.packing import ModelInputs, token_logprobs
-from learner.step.update import Updater, frozen_policies
+from learner.step.update import Updater
 from tests.learner.checkpoints.test_resume import Run
 from tests.learner.policy.test_zero import LR, config_for, random_batches
 from tests.support import lora_scenario
@@ -88,14 +89,12 @@ class PlainLora(PlainPolicy):
 def run_plain(config: Config) -> tuple[PlainLora, list[dict[str, float]]]:
     objective = load_objective(config.learner.objective, config.agro, config.rivals)
     policy = PlainLora(config)
-    reference, proximal = (
-        PlainPolicy(config, trained=False) if needed else None for needed in frozen_policies(objective)
-    )
-    for frozen in filter(None, (reference, proximal)):
-        frozen.module.to(policy.module.dtype)
-    updater = Updater(config, policy, reference, objective, 0, torch.device("cpu"), proximal)
+    frozen = {name: PlainPolicy(config, trained=False) for name in frozen_names(objective)}
+    for plain in frozen.values():
+        plain.module.to(policy.module.dtype)
+    updater = Updater(config, policy, objective, frozen, pad_id=0, device=torch.device("cpu"))
     return policy, [
-        updater.update(batch, LR)[0]
+        updater.update(batch, LR).metrics()
         for batch in random_batches(load(Path(config.model.path)).config.vocab_size)[:STEPS]
     ]
 

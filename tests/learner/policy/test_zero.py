@@ -5,6 +5,7 @@ same parameters.
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from core.config import Config
 from core.config_file import parse_config
 from core.records import Batch, Group, Sample, VersionSpan
 from learner.objectives import Objective, TokenBatch, load_objective
-from learner.step.update import Updater, frozen_policies
+from learner.step.frozen import frozen_names
+from learner.step.update import Updater
 from tests.support import ranks, zero_scenario
 
 STEPS = 10
@@ -95,16 +97,16 @@ def run_plain(config: Config) -> dict:
     """Parameters and metrics of the same steps without DeepSpeed."""
     objective = load_objective(config.learner.objective, config.agro, config.rivals)
     policy, updater = plain_updater(config, objective)
-    metrics = [updater.update(batch, LR)[0] for batch in random_batches(policy.module.config.vocab_size)]
+    metrics = [
+        updater.update(batch, LR).metrics() for batch in random_batches(policy.module.config.vocab_size)
+    ]
     return {"parameters": dict(policy.module.named_parameters()), "metrics": metrics}
 
 
 def plain_updater(config: Config, objective: Objective) -> tuple[PlainPolicy, Updater]:
     policy = PlainPolicy(config, trained=True)
-    reference, proximal = (
-        PlainPolicy(config, trained=False) if needed else None for needed in frozen_policies(objective)
-    )
-    return policy, Updater(config, policy, reference, objective, 0, torch.device("cpu"), proximal)
+    frozen = {name: PlainPolicy(config, trained=False) for name in frozen_names(objective)}
+    return policy, Updater(config, policy, objective, frozen, pad_id=0, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +206,9 @@ def test_a_batch_with_a_non_finite_log_prob_is_refused_before_the_parameters_cha
         *batch.groups[1:],
     )
     before = {name: parameter.clone() for name, parameter in policy.module.named_parameters()}
-    updater.update(Batch(0, groups), LR)
-    assert updater.skip is not None
-    assert updater.skip.reasons == {0: "behaviour log-probs"}
+    skip = updater.update(Batch(0, groups), LR).skip
+    assert skip is not None
+    assert skip.reasons == {0: "behaviour log-probs"}
     assert all(torch.equal(before[name], parameter) for name, parameter in policy.module.named_parameters())
 
 
@@ -249,12 +251,13 @@ def test_reference_and_proximal_policy_are_copies_of_the_policy_made_when_the_co
 def test_an_objective_that_needs_no_reference_gets_none(tiny_models: dict[str, Path]) -> None:
     config = config_for(str(tiny_models["tied"]), objective="grpo")
     config = parse_config({**config.model_dump(), "agro": {"beta": 0.0}})
-    assert frozen_policies(load_objective("grpo", config.agro, config.rivals)) == (False, False)
+    assert frozen_names(load_objective("grpo", config.agro, config.rivals)) == ()
     policy, updater = plain_updater(config, load_objective("grpo", config.agro, config.rivals))
-    metrics, per_group = updater.update(random_batches(policy.module.config.vocab_size)[0], LR)
+    result = updater.update(random_batches(policy.module.config.vocab_size)[0], LR)
+    metrics = result.metrics()
     assert metrics["optim/grad_norm"] > 0
     assert metrics["agro/kl_ref"] != metrics["agro/kl_ref"]  # Unknown, not zero.
-    assert len(per_group) == 5
+    assert len(result.by_group("advantage")) == 5
 
 
 def test_a_prompts_variance_is_that_of_its_earlier_visits(tiny_models: dict[str, Path]) -> None:
@@ -280,11 +283,11 @@ def test_offline_samples_have_neither_age_nor_behaviour_and_still_train(tiny_mod
     offline = tuple(
         msgspec.structs.replace(sample, logprobs=(), version_spans=()) for sample in batch.groups[0].samples
     )
-    metrics, per_group = updater.update(
+    result = updater.update(
         Batch(0, (msgspec.structs.replace(batch.groups[0], samples=offline), *batch.groups[1:])), LR
     )
-    assert metrics["optim/grad_norm"] > 0
-    assert all(sample["staleness"] != sample["staleness"] for sample in per_group[0])
+    assert result.metrics()["optim/grad_norm"] > 0
+    assert all(math.isnan(staleness) for staleness in result.by_group("staleness")[0])
     seen = next(part for part in spy.seen if (part.groups_N == 0).any())
     of_group = (seen.groups_N == 0)[seen.sequence_T]
     assert seen.behaviour_logprobs_T[of_group].isnan().all()
@@ -295,7 +298,7 @@ def test_equal_answers_and_equal_completions_have_equal_ids(tiny_models: dict[st
     import msgspec
 
     config = config_for(str(tiny_models["tied"]))
-    spy = Spy(load_objective("agro", config.agro))
+    spy = Spy(load_objective("agro", config.agro), "answers", "completions")
     policy, updater = plain_updater(config, spy)
     batch = random_batches(policy.module.config.vocab_size)[0]
     first = batch.groups[0].samples[0]

@@ -151,16 +151,16 @@ def test_a_plain_policy_is_not_moved_by_a_skipped_step_either(
     before = weights_of(policy)
     spoilt.start(kind)
     objective.now = kind
-    metrics, diagnostics = updater.update(with_infinite_reward(batch) if kind == "reward" else batch, LR)
-    assert updater.skip is not None
-    assert diagnostics == {}
-    assert not math.isfinite(metrics["optim/grad_norm"])
+    result = updater.update(with_infinite_reward(batch) if kind == "reward" else batch, LR)
+    assert result.skip is not None
+    assert result.by_group("advantage") == {}
+    assert not math.isfinite(result.metrics()["optim/grad_norm"])
     assert all(torch.equal(before[name], weight) for name, weight in weights_of(policy).items())
     spoilt.start("good")
     objective.now = "good"
-    metrics, diagnostics = updater.update(batch, LR)
-    assert updater.skip is None
-    assert math.isfinite(metrics["optim/grad_norm"])
+    result = updater.update(batch, LR)
+    assert result.skip is None
+    assert math.isfinite(result.metrics()["optim/grad_norm"])
     assert any(not torch.equal(before[name], weight) for name, weight in weights_of(policy).items())
 
 
@@ -185,10 +185,10 @@ def test_a_batch_that_brings_a_bad_number_is_skipped_by_the_name_of_its_group(
     policy, updater = plain_updater(config, load_objective("agro", config.agro))
     batch = batch_of(0, sample_of(0), sample_of(0, **changes))
     before = weights_of(policy)
-    updater.update(batch, LR)
-    assert updater.skip is not None
-    assert updater.skip.reasons == {7: reason}
-    assert updater.skip.describe() == f"not finite: {reason} of group 7"
+    skip = updater.update(batch, LR).skip
+    assert skip is not None
+    assert skip.reasons == {7: reason}
+    assert skip.describe() == f"not finite: {reason} of group 7"
     assert all(torch.equal(before[name], weight) for name, weight in weights_of(policy).items())
     assert math.isfinite(batch_metrics(batch)["reward/mean"]), "what is told of the batch is not spoilt"
 

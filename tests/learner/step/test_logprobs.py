@@ -197,7 +197,7 @@ def tiny(family: str, **more: Any) -> Any:
 def sequences() -> list[TokenSequence]:
     random = torch.Generator().manual_seed(1)
     return [
-        TokenSequence(
+        TokenSequence.of_turn(
             torch.randint(3, 97, (p,), generator=random).tolist(),
             torch.randint(3, 97, (c,), generator=random).tolist(),
         )

@@ -28,7 +28,7 @@ from learner.step.mismatch import (
     combined,
     likely_causes,
 )
-from learner.step.rows import Row
+from learner.step.samples import arrays_of
 from tests.learner.policy.test_zero import LR, config_for, plain_updater, random_batches
 from tests.support.guards_scenario import drawn
 
@@ -41,8 +41,8 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
     )
 
 
-def row_of(step: int, *versions: int, d: float | list[float] = 0.0, mu: float = -1.0) -> Row:
-    """One token of each version, drawn with log-prob `mu`; the policy says `mu + d`."""
+def sample_of(step: int, *versions: int, d: float | list[float] = 0.0, mu: float = -1.0) -> Any:
+    """Its arrays, and its log-probs by the policy. One token of each version, drawn with log-prob `mu`; the policy says `mu + d`."""
     spans = tuple(VersionSpan(version, place, place + 1) for place, version in enumerate(versions))
     count = max(1, len(versions))
     logprobs = (mu,) * len(versions)
@@ -54,9 +54,8 @@ def row_of(step: int, *versions: int, d: float | list[float] = 0.0, mu: float = 
         text="",
         reward=1.0,
     )
-    row = Row(Group(group_id=1, row=0, prompt="", prompt_ids=(1,), samples=(sample,)), 0, step)
-    row.logprobs = torch.full((count,), mu) + torch.tensor(d)
-    return row
+    group = Group(group_id=1, row=0, prompt="", prompt_ids=(1,), samples=(sample,))
+    return arrays_of([(group, 0)], step, frozenset(), "cpu"), torch.full((count,), mu) + torch.tensor(d)
 
 
 def check_of(**arguments: Any) -> MismatchCheck:
@@ -86,25 +85,26 @@ def test_samples_are_compared_whose_every_token_is_of_the_learners_weights(
     step: int, versions: tuple[int, ...], start: int, known_until: int, is_fresh: bool
 ) -> None:
     check = check_of(start_step=start, known_until=known_until)
-    row = row_of(step, *versions)
-    assert check.is_fresh(row.sample, step) == is_fresh
-    assert check.sums([row], step).num_tokens == (len(versions) if is_fresh else 0)
+    samples, logprobs_T = sample_of(step, *versions)
+    assert check.fresh(samples, step).tolist() == [is_fresh]
+    assert check.any_fresh(samples, step) == is_fresh
+    assert check.sums(samples, logprobs_T, step).num_tokens == (len(versions) if is_fresh else 0)
 
 
 def test_rows_that_are_not_finite_are_left_to_the_guard_of_those() -> None:
-    check, row = check_of(), row_of(0, 0, 0, d=[math.nan, 0.0])
-    row.fault = "log-probs by the policy"
-    assert check.sums([row], 0) == Sums()
-    assert check.judge(0, [check.sums([row], 0)]) == {}
+    check, (samples, logprobs_T) = check_of(), sample_of(0, 0, 0, d=[math.nan, 0.0])
+    found = check.sums(samples, logprobs_T, 0, torch.tensor([False]))
+    assert found == Sums()
+    assert check.judge(0, [found]) == {}
 
 
 def test_the_numbers_are_those_of_their_formulas() -> None:
     d_T = torch.tensor([0.3, -0.2, 0.05, 0.0], dtype=torch.float64)
     check = check_of()
     parts = [
-        check.sums([row_of(0, 0, 0, d=[0.3, -0.2])], 0),
+        check.sums(*sample_of(0, 0, 0, d=[0.3, -0.2]), 0),
         Sums(),
-        check.sums([row_of(0, 0, 0, d=[0.05, 0.0])], 0),
+        check.sums(*sample_of(0, 0, 0, d=[0.05, 0.0]), 0),
     ]
     found = combined(parts)
     assert found is not None
@@ -129,7 +129,8 @@ def test_what_top_p_cuts_off_is_no_mismatch_and_what_it_does_not_explain_is(
     top_p: float, d: float, excess: float
 ) -> None:
     """A nucleus holds between top_p and all of the mass: its tokens' log-probs rise by 0 to -log top_p."""
-    found = check_of(config=changed(config_for("none"), actors={"top_p": top_p})).sums([row_of(0, 0, d=d)], 0)
+    check = check_of(config=changed(config_for("none"), actors={"top_p": top_p}))
+    found = check.sums(*sample_of(0, 0, d=d), 0)
     assert found.excess == pytest.approx(excess, abs=1e-6)
     assert found.k1 == pytest.approx(-d, abs=1e-6)
 
@@ -288,7 +289,7 @@ def test_an_update_is_not_done_where_the_actors_sampled_from_something_else(
         updater.update(Batch(0, tuple(wrong)), LR)
     assert all(torch.equal(before[name], value) for name, value in policy.module.named_parameters())
     policy.module.zero_grad()
-    metrics, _ = updater.update(batch, LR)
+    metrics = updater.update(batch, LR).metrics()
     assert metrics["mismatch/tokens"] == sum(
         len(sample.token_ids) for group in batch.groups for sample in group.samples
     )
@@ -296,7 +297,7 @@ def test_an_update_is_not_done_where_the_actors_sampled_from_something_else(
     assert metrics["mismatch/share_above_0.1"] == 0
     assert any(not torch.equal(before[name], value) for name, value in policy.module.named_parameters())
     stale = Batch(1, batch.groups)
-    assert not [name for name in updater.update(stale, LR)[0] if name.startswith("mismatch/")], (
+    assert not [name for name in updater.update(stale, LR).metrics() if name.startswith("mismatch/")], (
         "absent, not zero"
     )
 

@@ -5,6 +5,7 @@ real tiny Llama.
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -87,9 +88,10 @@ def make_rollouts():
     sequences, groups = [], []
     for group, size in ((11, 6), (-3, 4), (5, 3), (8, 2), (2, 1)):
         prompt = ids(1, 9)
-        sequences += [TokenSequence(prompt, ids(1, 14)) for _ in range(size)]
+        sequences += [TokenSequence.of_turn(prompt, ids(1, 14)) for _ in range(size)]
         groups += [group] * size
-    sequences[7] = TokenSequence(sequences[7].prompt_ids, [])  # generated nothing
+    prompt = sequences[7].tokens[~sequences[7].is_sampled].tolist()
+    sequences[7] = TokenSequence.of_turn(prompt, [])  # generated nothing
     num = len(sequences)
     return Rollouts(
         sequences,
@@ -98,7 +100,7 @@ def make_rollouts():
         -10 * torch.rand(num, generator=random, dtype=torch.float64),
         torch.randint(0, 2, (num,), generator=random).double(),
         [
-            -3 * torch.rand(len(sequence.completion_ids), generator=random, dtype=torch.float64)
+            -3 * torch.rand(int(sequence.is_sampled.sum()), generator=random, dtype=torch.float64)
             for sequence in sequences
         ],
     )
@@ -112,7 +114,7 @@ NUM_GROUPS = 5
 
 def token_batch(rollouts, indices, logprobs):
     """The TokenBatch of `indices`, given the flat log-probs in that order."""
-    sizes = torch.tensor([len(rollouts.sequences[i].completion_ids) for i in indices])
+    sizes = torch.tensor([int(rollouts.sequences[i].is_sampled.sum()) for i in indices])
     return TokenBatch(
         logprobs_T=logprobs,
         behaviour_logprobs_T=torch.cat([rollouts.behaviours[i] for i in indices]),
@@ -126,13 +128,17 @@ def token_batch(rollouts, indices, logprobs):
 
 
 def plain_logprobs(model, sequence):
-    """Log-probs of the completion from one unpadded pass over prompt and completion, by log_softmax
-    over everything.
-    """
-    ids = torch.tensor([[*sequence.prompt_ids, *sequence.completion_ids]])
+    """Log-probs of the sampled tokens from one unpadded pass, by log_softmax over everything."""
+    ids = torch.from_numpy(sequence.tokens)[None]
     logits = model(input_ids=ids, use_cache=False).logits[0] / TEMPERATURE
-    first = len(sequence.prompt_ids)
-    return logits.log_softmax(-1)[range(first - 1, ids.shape[1] - 1), ids[0, first:]]
+    places = torch.from_numpy(sequence.is_sampled).nonzero()[:, 0]
+    return logits.log_softmax(-1)[places - 1, ids[0, places]]
+
+
+def with_other_prompt(sequence):
+    """The sequence with other tokens wherever none was sampled."""
+    others = np.where(sequence.is_sampled, sequence.tokens, (sequence.tokens + 1) % VOCABULARY)
+    return TokenSequence(others, sequence.is_sampled)
 
 
 def plain_gradient(model, rollouts):
@@ -186,7 +192,7 @@ def accumulate_split(model, rollouts, pieces, layout):
         first_pass = torch.cat([logprobs_of(model, rollouts, indices, layout) for indices in pieces])
     order = [i for indices in pieces for i in indices]
     coefficients = token_gradients(OBJECTIVE, token_batch(rollouts, order, first_pass))
-    sizes = [sum(len(rollouts.sequences[i].completion_ids) for i in indices) for indices in pieces]
+    sizes = [sum(int(rollouts.sequences[i].is_sampled.sum()) for i in indices) for indices in pieces]
     for indices, coefficient in zip(pieces, coefficients.split(sizes), strict=True):
         (coefficient * logprobs_of(model, rollouts, indices, layout)).sum().backward()
 
@@ -200,6 +206,30 @@ def assert_same_gradient(found, exact):
 @pytest.mark.parametrize(("budget", "kinds"), [(10_000, {True}), (40, {True, False}), (22, {True, False})])
 def test_gradient_does_not_depend_on_the_micro_batches(model, layout, budget, kinds):
     rollouts = make_rollouts()
+    found, seen = accumulated_gradient(model, rollouts, layout=layout, budget=budget)
+    assert seen == kinds
+    assert_same_gradient(found, plain_gradient(model, rollouts))
+
+
+def with_turns(rollouts):
+    """The same tokens, of which those in the middle of long completions were observed, not sampled."""
+    sequences, behaviours = [], []
+    for sequence, behaviour in zip(rollouts.sequences, rollouts.behaviours, strict=True):
+        is_sampled = sequence.is_sampled.copy()
+        (places,) = is_sampled.nonzero()
+        is_sampled[places[len(places) // 3 : len(places) // 2]] = False
+        sequences.append(TokenSequence(sequence.tokens, is_sampled))
+        behaviours.append(behaviour[torch.from_numpy(is_sampled[places])])
+    return dataclasses.replace(rollouts, sequences=sequences, behaviours=behaviours)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize(("budget", "kinds"), [(10_000, {True}), (40, {True, False})])
+def test_gradient_of_turns_with_observations_is_that_of_the_sampled_tokens_alone(
+    model, layout, budget, kinds
+):
+    rollouts = with_turns(make_rollouts())
+    assert sum(len(np.unique(np.diff(s.is_sampled.nonzero()[0]))) > 1 for s in rollouts.sequences) > 5
     found, seen = accumulated_gradient(model, rollouts, layout=layout, budget=budget)
     assert seen == kinds
     assert_same_gradient(found, plain_gradient(model, rollouts))
@@ -247,9 +277,7 @@ def test_packed_sequences_do_not_see_each_other(attention, training, checkpointi
         model.gradient_checkpointing_enable()
     sequences = make_rollouts().sequences[:4]
     changed = [*sequences]
-    changed[1] = TokenSequence(
-        [(token + 1) % VOCABULARY for token in sequences[1].prompt_ids], sequences[1].completion_ids
-    )
+    changed[1] = with_other_prompt(sequences[1])
     found = []
     for case in (sequences, changed):
         inputs = collate(case, "packed", pad_id=0)
@@ -263,9 +291,9 @@ def test_packed_sequences_do_not_see_each_other(attention, training, checkpointi
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_collate_lays_out_ids_positions_and_targets(layout):
     sequences = [
-        TokenSequence((5, 6, 7), (8, 9)),
-        TokenSequence([1, 2], []),
-        TokenSequence([3, 4], [10, 11, 12, 13]),
+        TokenSequence.of_turn((5, 6, 7), (8, 9)),
+        TokenSequence.of_turn([1, 2], []),
+        TokenSequence.of_turn([3, 4], [10, 11, 12, 13]),
     ]
     inputs = collate(sequences, layout, pad_id=99)
     if layout == "padded":
@@ -291,7 +319,7 @@ def test_collate_lays_out_ids_positions_and_targets(layout):
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_sequences_that_generated_nothing_have_no_tokens_and_a_zero_gradient(layout):
     model = tiny_llama()
-    inputs = collate([TokenSequence([1, 2], []), TokenSequence([3], [])], layout, pad_id=0)
+    inputs = collate([TokenSequence.of_turn([1, 2], []), TokenSequence.of_turn([3], [])], layout, pad_id=0)
     logprobs = token_logprobs(model(**inputs.model_kwargs()).logits, inputs, 1.0)
     assert logprobs.shape == (0,)
     logprobs.sum().backward()
@@ -299,7 +327,7 @@ def test_sequences_that_generated_nothing_have_no_tokens_and_a_zero_gradient(lay
 
 
 def test_only_the_needed_logits_are_computed(model):
-    sequences = [TokenSequence([1] * 50, [2, 3]), TokenSequence([4] * 40, [5])]
+    sequences = [TokenSequence.of_turn([1] * 50, [2, 3]), TokenSequence.of_turn([4] * 40, [5])]
     shapes = {
         layout: model(**collate(sequences, layout, 0).model_kwargs()).logits.shape
         for layout in ("padded", "packed")
@@ -309,7 +337,7 @@ def test_only_the_needed_logits_are_computed(model):
 
 def test_collate_refuses_an_empty_prompt_and_an_empty_batch():
     with pytest.raises(DataError, match="sequence 1 has an empty prompt"):
-        collate([TokenSequence([1], [2]), TokenSequence([], [2])], "padded", 0)
+        collate([TokenSequence.of_turn([1], [2]), TokenSequence.of_turn([], [2])], "padded", 0)
     with pytest.raises(ValueError, match="sequences is empty"):
         collate([], "packed", 0)
 

@@ -1,0 +1,139 @@
+"""The plan of one optimizer step on one rank: which samples, in which forward passes. Collated once, for all passes of the step.
+
+    Batch --assign_groups--> this rank's groups --plan_micro_batches--> passes --collate--> ModelInputs
+                                                       `--in the order of the passes--> SampleArrays
+
+Since the flat arrays are in the order of the passes, the samples of a pass are a slice of them, and so are their tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from core.config import LearnerConfig
+from core.records import Batch
+from learner.step.packing import ModelInputs, TokenSequence, assign_groups, collate, plan_micro_batches
+from learner.step.ranks import Ranks
+from learner.step.samples import SampleArrays, arrays_of, sequence_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive samples of a plan: where they lie in its [N] arrays, and their tokens in its [T] arrays."""
+
+    samples: slice
+    tokens: slice
+
+    def __len__(self) -> int:
+        return int(self.samples.stop - self.samples.start)
+
+    def within(self, whole: Part) -> Part:
+        """Where it lies in arrays of `whole` alone."""
+        sample, token = whole.samples.start, whole.tokens.start
+        return Part(
+            slice(self.samples.start - sample, self.samples.stop - sample),
+            slice(self.tokens.start - token, self.tokens.stop - token),
+        )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass over the samples of `part`; `is_whole` says that every group in it is complete."""
+
+    inputs: ModelInputs
+    part: Part
+    is_whole: bool
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What this rank does in one optimizer step; `plan_step` makes it.
+
+    step        optimizer steps done before this one
+    num_groups  groups of the step over all ranks, by which the loss is divided
+    samples     the samples of this rank, in the order of the passes
+    passes      first those over whole groups, then those over groups that no single pass can hold
+    idle        a pass over one token that counts for nothing
+    """
+
+    step: int
+    num_groups: int
+    samples: SampleArrays
+    passes: tuple[Pass, ...]
+    idle: Pass
+
+    @property
+    def split_passes(self) -> tuple[Pass, ...]:
+        """The passes over groups that no single pass can hold."""
+        return tuple(each for each in self.passes if not each.is_whole)
+
+    @property
+    def whole(self) -> Part:
+        """All samples."""
+        return Part(slice(0, len(self.samples)), slice(0, len(self.samples.sequence_T)))
+
+    @property
+    def split_part(self) -> Part:
+        """The samples of all split groups: the last ones."""
+        whole = self.whole
+        sample, token = whole.samples.stop, whole.tokens.stop
+        if self.split_passes:
+            first = self.split_passes[0].part
+            sample, token = first.samples.start, first.tokens.start
+        return Part(slice(sample, whole.samples.stop), slice(token, whole.tokens.stop))
+
+    def filled(self, passes: Sequence[Pass], count: int) -> tuple[Pass, ...]:
+        """`passes` and idle ones, `count` in all: ZeRO-3 gathers in every pass, so all ranks must run equally many."""
+        return (*passes, *[self.idle] * (count - len(passes)))
+
+
+def plan_step(
+    batch: Batch,
+    learner: LearnerConfig,
+    ranks: Ranks,
+    *,
+    needs: Collection[str],
+    pad_id: int,
+    device: torch.device,
+) -> StepPlan:
+    """The plan of this rank; every rank makes its own from the same batch, and they share its groups out alike.
+
+    `needs` are those of the objective. Raises ConfigError for a sequence beyond `learner.micro_batch_tokens`, DataError for an empty
+    prompt.
+    """
+    shares = assign_groups([group.num_tokens for group in batch.groups], ranks.count)
+    groups = [batch.groups[index] for index in shares[ranks.number]]
+    members = [(group, place) for group in groups for place in range(len(group.samples))]
+    sequences = [sequence_of(member) for member in members]
+    micro_batches = plan_micro_batches(
+        [sequence.num_tokens for sequence in sequences],
+        [group.group_id for group, _ in members],
+        learner.micro_batch_tokens,
+        learner.layout,
+    )
+    order = [index for micro in micro_batches for index in micro.indices]
+    passes: list[Pass] = []
+    first_sample = first_token = 0
+    for micro in micro_batches:
+        inputs = collate([sequences[index] for index in micro.indices], learner.layout, pad_id, device)
+        num_samples, num_tokens = len(micro.indices), len(inputs.targets_T)
+        part = Part(
+            slice(first_sample, first_sample + num_samples), slice(first_token, first_token + num_tokens)
+        )
+        passes.append(Pass(inputs, part, micro.whole))
+        first_sample, first_token = part.samples.stop, part.tokens.stop
+    return StepPlan(
+        step=batch.step,
+        num_groups=len(batch.groups),
+        samples=arrays_of([members[index] for index in order], batch.step, needs, device),
+        passes=tuple(passes),
+        idle=_idle(learner, pad_id, device),
+    )
+
+
+def _idle(learner: LearnerConfig, pad_id: int, device: torch.device) -> Pass:
+    inputs = collate([TokenSequence.of_turn([pad_id], [pad_id])], learner.layout, pad_id, device)
+    return Pass(inputs, Part(slice(0, 0), slice(0, 0)), is_whole=True)

@@ -1,0 +1,37 @@
+"""What the ranks of a learner tell each other within a step; nothing at all where there is one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This rank among the others: `ranks.largest([3, 1])` is [5, 1] where another rank says [5, 0]. All methods are collective."""
+
+    def __init__(self) -> None:
+        self.number, self.count = 0, 1
+        if dist.is_initialized():
+            self.number, self.count = dist.get_rank(), dist.get_world_size()
+
+    def largest(self, counts: Sequence[int]) -> list[int]:
+        """The largest value of any rank, for each of `counts`."""
+        if self.count == 1:
+            return [int(count) for count in counts]
+        values = torch.tensor([int(count) for count in counts])
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        found: list[int] = values.tolist()
+        return found
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank."""
+        if self.count == 1:
+            return [value]
+        values = [value] * self.count
+        dist.all_gather_object(values, value)
+        return values

@@ -1,0 +1,139 @@
+"""The samples of one rank as flat arrays: the one place where records become tensors.
+
+Tensor letters: N samples, T sampled tokens of all of them, ordered by sample, then position.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from core.records import Group, Sample
+from core.staleness import is_fresh, sample_staleness
+from learner.step.packing import TokenSequence
+
+Member: TypeAlias = tuple[Group, int]
+"""A group, and the place of one of its samples in it."""
+
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class SampleArrays:
+    """What an optimizer step knows of its samples before any forward pass (`arrays_of` makes it of records).
+
+    groups_N              int64, group ids
+    places_N              int64, the sample's place in its group
+    prompts_N             int64, the row of the prompt
+    rewards_N             float64, NaN for a sample without one
+    staleness_N           float64, of the oldest token, learner steps; NaN for an offline sample
+    is_fresh_N            bool, whether all tokens are of the weights that the step begins with
+    ref_logprobs_N        float64, sum of log pi_ref over the sampled tokens, as the batch brought it
+    has_reference_N       bool, whether the batch brought it
+    sizes_N               int64, sampled tokens
+    sequence_T            int64, sorted: the sample of each token
+    behaviour_logprobs_T  float32, nats; NaN for an offline sample
+    answers_N             int64, equal for equal answers; None unless the objective needs it
+    completions_N         int64, equal for equal tokens; None unless the objective needs it
+    """
+
+    groups_N: Tensor
+    places_N: Tensor
+    prompts_N: Tensor
+    rewards_N: Tensor
+    staleness_N: Tensor
+    is_fresh_N: Tensor
+    ref_logprobs_N: Tensor
+    has_reference_N: Tensor
+    sizes_N: Tensor
+    sequence_T: Tensor
+    behaviour_logprobs_T: Tensor
+    answers_N: Tensor | None = None
+    completions_N: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.groups_N)
+
+    def sums(self, values_T: Tensor, tokens: slice = ALL) -> Tensor:
+        """[N] float64 sums over each sample of `values_T`, the values of `tokens`; 0 for samples that have none of them."""
+        zeros_N = values_T.new_zeros(len(self), dtype=torch.float64)
+        return zeros_N.index_add(0, self.sequence_T[tokens], values_T.double())
+
+    def faults(self) -> list[str | None]:
+        """What came with each sample and is not finite; None for a sound sample."""
+        is_offline_T = self.staleness_N.isnan()[self.sequence_T]
+        return faults_of(
+            {
+                "reward": self.rewards_N,
+                "behaviour log-probs": self.sums(self.behaviour_logprobs_T.masked_fill(is_offline_T, 0.0)),
+                "stored reference log-prob": self.ref_logprobs_N.masked_fill(~self.has_reference_N, 0.0),
+            }
+        )
+
+
+def arrays_of(
+    members: Sequence[Member], step: int, needs: Collection[str], device: torch.device | str
+) -> SampleArrays:
+    """The arrays of `members` at learner step `step`, on `device`; `needs` are those of the objective."""
+    samples = [group.samples[place] for group, place in members]
+
+    def tensor(values: list[Any], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    sizes_N = tensor([len(sample.token_ids) for sample in samples], torch.int64)
+    ages = [sample_staleness(sample, step) for sample in samples]
+    known = [sample.ref_logprob for sample in samples]
+    return SampleArrays(
+        groups_N=tensor([group.group_id for group, _ in members], torch.int64),
+        places_N=tensor([place for _, place in members], torch.int64),
+        prompts_N=tensor([group.row for group, _ in members], torch.int64),
+        rewards_N=tensor([math.nan if sample.reward is None else sample.reward for sample in samples]),
+        staleness_N=tensor([math.nan if age is None else age for age in ages]),
+        is_fresh_N=tensor([is_fresh(sample, step) for sample in samples], torch.bool),
+        ref_logprobs_N=tensor([math.nan if value is None else value for value in known]),
+        has_reference_N=tensor([value is not None for value in known], torch.bool),
+        sizes_N=sizes_N,
+        sequence_T=torch.arange(len(samples), device=device).repeat_interleave(sizes_N),
+        behaviour_logprobs_T=tensor(
+            [value for sample in samples for value in _behaviour(sample)], torch.float32
+        ),
+        answers_N=tensor([_answer_id(sample) for sample in samples], torch.int64)
+        if "answers" in needs
+        else None,
+        completions_N=tensor([hash(s.token_ids) for s in samples], torch.int64)
+        if "completions" in needs
+        else None,
+    )
+
+
+def sequence_of(member: Member) -> TokenSequence:
+    """The tokens of a sample as a forward pass takes them."""
+    group, place = member
+    return TokenSequence.of_turn(group.prompt_ids, group.samples[place].token_ids)
+
+
+def faults_of(named: Mapping[str, Tensor]) -> list[str | None]:
+    """For each of N samples the first name under which its value ([N] each) is not finite, or None."""
+    found: list[str | None] = []
+    names = list(named)
+    is_faulty_KN = ~torch.stack(list(named.values())).isfinite()
+    if not bool(is_faulty_KN.any()):
+        return [None] * is_faulty_KN.shape[1]
+    for column in is_faulty_KN.T.tolist():
+        found.append(names[column.index(True)] if any(column) else None)
+    return found
+
+
+def _behaviour(sample: Sample) -> Sequence[float]:
+    return [math.nan] * len(sample.token_ids) if sample.is_offline else sample.logprobs
+
+
+def _answer_id(sample: Sample) -> int:
+    answer = sample.text.strip() if sample.answer is None else sample.answer
+    return zlib.crc32(answer.encode())
