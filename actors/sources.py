@@ -58,7 +58,7 @@ Rows: TypeAlias = dict[int, "dict[str, Any] | Bad"]
 
 @dataclass(frozen=True)
 class Source:
-    """What was read: `rows` by index, and `unit`, the word for a row in messages ("line" or "row")."""
+    """A dataset that was read: `rows` by index, and `unit`, the word for a row in messages ("line" or "row")."""
 
     name: str
     unit: str
