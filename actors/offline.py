@@ -84,9 +84,7 @@ def load_offline(
     if training is not None:
         mixed, found = _mix(training, rows, samples, config.offline_samples)
         return PromptSet(mixed, training.num_bad_rows + len(bad), training.source), [*notes, *found]
-    prompts, found = _by_prompt(
-        rows, samples, source.name, max(MIN_COMPLETIONS, config.agro.target_k), config.agro.target
-    )
+    prompts, found = _by_prompt(rows, samples, source.name, *config.objective.fewest_samples)
     return PromptSet(prompts, len(bad), source.name), [*notes, *found]
 
 
@@ -195,7 +193,7 @@ def _refuse_strangers(
 
 
 def _by_prompt(
-    rows: dict[int, PromptRow], samples: dict[int, OfflineSample], source: str, least: int, target: str
+    rows: dict[int, PromptRow], samples: dict[int, OfflineSample], source: str, least: int, setting: str
 ) -> tuple[list[PromptRow], list[str]]:
     """A PromptRow for each prompt and group with `least` different completions, and what to tell."""
     members: dict[tuple[str, Any], list[int]] = {}
@@ -215,7 +213,7 @@ def _by_prompt(
         raise DataError(
             f"data.offline = {source}: no prompt has {least} different completions ({told}). AGRO compares "
             "the completions of one prompt"
-            f"{f', {least} at a time with agro.target = {target}' if least > MIN_COMPLETIONS else ''}: log "
+            f"{f', {least} at a time with {setting}' if setting else ''}: log "
             "at least so many of it."
         )
     notes = [f"data.offline: {told}, which are left out"]
@@ -316,7 +314,7 @@ class OfflineActor(Heartbeat):
         self._name, self._config, self._prompts = name, config, prompts
         self._buffer, self._board, self._monitor = connect_buffer(buffers), board, monitor
         self._rewards = RewardPool(config.rewards)
-        self._scores_all = config.agro.target.startswith("majority")  # A vote needs the answers of all.
+        self._scores_all = config.objective.compares_answers  # A vote needs the answers of all.
         self._version = -1
         self._calls = Calls(config.run.timeout_s, self._tell)
         self._counters = dict.fromkeys(

@@ -29,10 +29,10 @@ from buffer.server import ReplayBuffer
 from cluster.preparation.prepare import ensure_model
 from core.calls import Calls, connect_buffer
 from core.config import Config
-from core.config_file import load_config
 from core.tokenizer import load_tokenizer
 from core.weights.board import Board
 from core.weights.snapshots import SnapshotWriter
+from learner.catalogue import load_config
 from tests.support.fake_engine import FakeEngine
 
 ROUNDS = 3

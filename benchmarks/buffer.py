@@ -22,8 +22,8 @@ import psutil
 from benchmarks.results import save
 from buffer.server import ReplayBuffer
 from core.config import Config
-from core.config_file import parse_config
 from core.records import Group, Sample, VersionSpan, encode
+from learner.catalogue import parse_config
 
 NUM_ROWS = 1000
 BATCH_GROUPS = 32

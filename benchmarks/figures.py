@@ -43,15 +43,15 @@ ON_POLICY = (
     "weights.publish_every=1",
     "buffer.max_staleness=0",
     "buffer.capacity=16",
-    "agro.importance_weight=none",
+    "objective.importance_weight=none",
 )
 OFF_POLICY = (
     "run.steps=120",
     "weights.publish_every=4",
     "buffer.max_staleness=16",
     "buffer.capacity=128",
-    "agro.importance_weight=truncated",
-    "agro.importance_cap=5.0",
+    "objective.importance_weight=truncated",
+    "objective.importance_cap=5.0",
 )
 FROM_FILE = (
     "run.steps=160",
@@ -61,20 +61,20 @@ FROM_FILE = (
     f"data.offline={OFFLINE}",
     "data.path=null",
     "data.eval_path=configs/arithmetic/test.jsonl",
-    "agro.importance_weight=none",
+    "objective.importance_weight=none",
     "buffer.capacity=64",
 )
 METHODS: dict[str, tuple[str, ...]] = {
-    "on-policy: kl_pg": (*ON_POLICY, "learner.objective=kl_pg", "agro.beta=0.01"),
-    "on-policy: AGRO": (*ON_POLICY, "agro.beta=0.01"),
+    "on-policy: kl_pg": (*ON_POLICY, "objective.name=kl_pg", "objective.beta=0.01"),
+    "on-policy: AGRO": (*ON_POLICY, "objective.beta=0.01"),
     "on-policy: on-policy AGRO, on_policy_coef 0.02": (
         *ON_POLICY,
-        "agro.beta=0.01",
-        "agro.on_policy_coef=0.02",
+        "objective.beta=0.01",
+        "objective.on_policy_coef=0.02",
     ),
-    "off-policy: AGRO": (*OFF_POLICY, "agro.beta=0.01"),
-    "offline: AGRO": (*FROM_FILE, "agro.beta=0.1"),
-    "offline: kl_pg": (*FROM_FILE, "learner.objective=kl_pg", "agro.beta=0.1"),
+    "off-policy: AGRO": (*OFF_POLICY, "objective.beta=0.01"),
+    "offline: AGRO": (*FROM_FILE, "objective.beta=0.1"),
+    "offline: kl_pg": (*FROM_FILE, "objective.name=kl_pg", "objective.beta=0.1"),
 }
 
 
@@ -89,7 +89,7 @@ def make_offline_rows() -> None:
     import torch
 
     from benchmarks.lag_lab import PlainPolicy, arithmetic_task, sample
-    from core.config_file import load_config
+    from learner.catalogue import load_config
 
     config = load_config("configs/quickstart.yaml", [f"model.path={MODEL}"])
     task, policy = arithmetic_task(MODEL, "configs/arithmetic"), PlainPolicy(config, trained=False)

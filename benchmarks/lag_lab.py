@@ -156,11 +156,11 @@ class LagRun:
         self._num_fresh, self._num_lagged = fresh_groups, config.learner.groups_per_step - fresh_groups
         torch.manual_seed(config.run.seed)
         self._generator = torch.Generator().manual_seed(config.run.seed)
-        objective = load_objective(config.learner.objective, config.agro, config.rivals)
+        objective = load_objective(config.objective)
         if "freshness" in objective.needs and lag and not fresh_groups:
             raise ConfigError(
-                f"lag = {lag}: none is ever fresh, and {config.learner.objective} needs samples of the current policy. "
-                "Set agro.on_policy_coef=0."
+                f"lag = {lag}: none is ever fresh, and {config.objective.name} needs samples of the current policy. "
+                "Set objective.on_policy_coef=0."
             )
         self.policy = PlainPolicy(config, trained=True)
         frozen = {name: PlainPolicy(config, trained=False) for name in frozen_names(objective)}

@@ -93,7 +93,7 @@ def measure_shape(shape: Shape, device: str, own_linear: Callable) -> dict[str, 
     with tempfile.TemporaryDirectory() as model_dir:
         make_model(shape).save_pretrained(model_dir)
         config = config_of(shape, model_dir, device)
-        objective = load_objective("agro", config.agro, config.rivals)
+        objective = load_objective(config.objective)
         zero = Updater(
             config,
             ZeroPolicy(config.model, config.learner),

@@ -107,7 +107,7 @@ def load_model(config: Any, device: str) -> Any:
 
 def config_of(shape: Shape, model_dir: str, device: str) -> Any:
     """Returns a run's config for this shape."""
-    from core.config_file import parse_config
+    from learner.catalogue import parse_config
 
     return parse_config(
         {
@@ -121,7 +121,7 @@ def config_of(shape: Shape, model_dir: str, device: str) -> Any:
                 "micro_batch_tokens": shape.budget_tokens,
                 "num_gpus": float(device != "cpu"),
             },
-            "agro": {"importance_weight": "none"},
+            "objective": {"importance_weight": "none"},
         }
     )
 

@@ -50,7 +50,7 @@ def measure_saves() -> dict[str, Any]:
         make_model(shape).save_pretrained(directory)
         config = config_of(shape, directory, "cpu")
         policy = ZeroPolicy(config.model, config.learner)
-        objective = load_objective("agro", config.agro, config.rivals)
+        objective = load_objective(config.objective)
         Updater(config, policy, objective, pad_id=0, device=torch.device("cpu")).update(
             make_batch(shape), config.learner.lr
         )

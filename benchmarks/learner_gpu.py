@@ -146,7 +146,7 @@ def make_step(case: str, config: Any, device: str) -> tuple[Callable[[Any], Any]
         learner.step.packing.install_logprob_head = lambda module: None
     init_process_group(0, 1, "127.0.0.1", free_port(), use_gpu=device != "cpu", timeout_s=120)
     policy = ZeroPolicy(config.model, config.learner)
-    objective = load_objective("agro", config.agro, config.rivals)
+    objective = load_objective(config.objective)
     updater = Updater(config, policy, objective, pad_id=0, device=torch.device(device))
     return (lambda batch: updater.update(batch, config.learner.lr)), sum(
         parameter.ds_numel for parameter in policy.module.parameters()
@@ -174,7 +174,7 @@ def save_model(model: Model, model_dir: str) -> None:
 
 def make_config(model: Model, model_dir: str, budget_tokens: int, *, on_gpu: bool) -> Any:
     """Returns a run's config for this model and budget."""
-    from core.config_file import parse_config
+    from learner.catalogue import parse_config
 
     return parse_config(
         {
@@ -187,7 +187,7 @@ def make_config(model: Model, model_dir: str, budget_tokens: int, *, on_gpu: boo
                 "micro_batch_tokens": budget_tokens,
                 "num_gpus": float(on_gpu),
             },
-            "agro": {"importance_weight": "none"},
+            "objective": {"importance_weight": "none"},
             "checkpoint": {"every": 0},
         }
     )

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.staleness_study import read_records, run_missing
-from core.config_file import load_config
+from learner.catalogue import load_config
 
 MODEL = ".cache/counting-base"
 LENGTH = 256
@@ -120,9 +120,9 @@ def run_job(job: LongJob) -> dict[str, Any]:
         f"actors.max_new_tokens={LENGTH}",
         f"buffer.max_staleness={job.lag}",
         f"buffer.capacity={(job.lag + 2) * 8}",
-        "agro.beta=0.001",
-        f"agro.importance_weight={job.weight.partition(',')[0]}",
-        f"agro.importance_cap={job.weight.partition('cap ')[2] or 1}.0",
+        "objective.beta=0.001",
+        f"objective.importance_weight={job.weight.partition(',')[0]}",
+        f"objective.importance_cap={job.weight.partition('cap ')[2] or 1}.0",
         "eval.samples=1",
     ]
     task = Task(prompts[20:], prompts[:20], share_of_right_steps, None)
@@ -179,7 +179,7 @@ def draw(records: list[dict[str, Any]], out_dir: Path) -> None:
         axes.set(title=f"lag {lag}, noise {noise:g} nats a token", xlabel="learner steps")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("share of right steps, held-out")
-    panels[1].legend(title="agro.importance_weight", fontsize=8)
+    panels[1].legend(title="objective.importance_weight", fontsize=8)
     figure.suptitle(f"Completions of {LENGTH} tokens: mean and range of {len(SEEDS)} seeds", fontsize=10)
     figure.savefig(out_dir / "long_sequences.png", dpi=110)
     with (out_dir / "long_sequences.csv").open("w", newline="", encoding="utf-8") as file:

@@ -17,7 +17,7 @@ class PlainLoop:
         from learner.policy.attention import install_packed_sdpa
 
         self._config, self._device, self._autocast = config, device, autocast
-        self._objective = load_objective("agro", config.agro, config.rivals)
+        self._objective = load_objective(config.objective)
         self.module: Any = load_model(config, device)
         install_packed_sdpa(self.module)
         self._optimizer = torch.optim.AdamW(

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import Config
-from core.config_file import load_config
+from learner.catalogue import load_config
 
 LAGS = (0, 1, 4, 16, 64, 256)
 SEEDS = (1, 2, 3)
@@ -43,22 +43,30 @@ MODEL = ".cache/arithmetic-small"
 ROWS = "configs/arithmetic"
 METHODS: dict[str, tuple[str, ...]] = {
     "agro, beta 0.01, truncated": (
-        "learner.objective=agro",
-        "agro.beta=0.01",
-        "agro.importance_weight=truncated",
-        "agro.importance_cap=1.0",
+        "objective.name=agro",
+        "objective.beta=0.01",
+        "objective.importance_weight=truncated",
+        "objective.importance_cap=1.0",
     ),
-    "agro, beta 0.01, no weight": ("learner.objective=agro", "agro.beta=0.01", "agro.importance_weight=none"),
+    "agro, beta 0.01, no weight": (
+        "objective.name=agro",
+        "objective.beta=0.01",
+        "objective.importance_weight=none",
+    ),
     "agro, beta 0.1, truncated": (
-        "learner.objective=agro",
-        "agro.beta=0.1",
-        "agro.importance_weight=truncated",
-        "agro.importance_cap=1.0",
+        "objective.name=agro",
+        "objective.beta=0.1",
+        "objective.importance_weight=truncated",
+        "objective.importance_cap=1.0",
     ),
-    "agro, beta 0.1, no weight": ("learner.objective=agro", "agro.beta=0.1", "agro.importance_weight=none"),
-    "kl_pg, beta 0.01": ("learner.objective=kl_pg", "agro.beta=0.01"),
-    "grpo": ("learner.objective=grpo", "agro.beta=0.0"),
-    "ppo_decoupled": ("learner.objective=ppo_decoupled", "agro.beta=0.0"),
+    "agro, beta 0.1, no weight": (
+        "objective.name=agro",
+        "objective.beta=0.1",
+        "objective.importance_weight=none",
+    ),
+    "kl_pg, beta 0.01": ("objective.name=kl_pg", "objective.beta=0.01"),
+    "grpo": ("objective.name=grpo", "objective.beta=0.0"),
+    "ppo_decoupled": ("objective.name=ppo_decoupled", "objective.beta=0.0"),
 }
 
 
@@ -66,13 +74,21 @@ KNOB_METHOD = "agro, beta 0.01, truncated"
 KNOB_LR = 3e-4
 KNOB_SEEDS = (1, 2)
 KNOBS: dict[str, tuple[tuple[str, ...], tuple[int, ...], int]] = {
-    "weight token, cap 1": (("agro.importance_weight=token", "agro.importance_cap=1.0"), (0, 16, 64), 0),
-    "weight token, cap 2": (("agro.importance_weight=token", "agro.importance_cap=2.0"), (0, 16, 64), 0),
+    "weight token, cap 1": (
+        ("objective.importance_weight=token", "objective.importance_cap=1.0"),
+        (0, 16, 64),
+        0,
+    ),
+    "weight token, cap 2": (
+        ("objective.importance_weight=token", "objective.importance_cap=2.0"),
+        (0, 16, 64),
+        0,
+    ),
     # What is shipped: on the plot, all seeds.
-    "weight token, cap 5": (("agro.importance_weight=token", "agro.importance_cap=5.0"), LAGS, 0),
-    "weight truncated, cap 3": (("agro.importance_cap=3.0",), (0, 16, 64), 0),
-    "weight truncated, cap 5": (("agro.importance_cap=5.0",), LAGS, 0),
-    "weight truncated, cap 20": (("agro.importance_cap=20.0",), (0, 16, 64), 0),
+    "weight token, cap 5": (("objective.importance_weight=token", "objective.importance_cap=5.0"), LAGS, 0),
+    "weight truncated, cap 3": (("objective.importance_cap=3.0",), (0, 16, 64), 0),
+    "weight truncated, cap 5": (("objective.importance_cap=5.0",), LAGS, 0),
+    "weight truncated, cap 20": (("objective.importance_cap=20.0",), (0, 16, 64), 0),
     "lr 1e-4": (("learner.lr=1e-4",), (0, 16, 64), 0),
     "n 4, 32 groups": (
         ("actors.group_size=4", "learner.groups_per_step=32", "buffer.capacity=4096"),
@@ -81,7 +97,7 @@ KNOBS: dict[str, tuple[tuple[str, ...], tuple[int, ...], int]] = {
     ),
     "n 16, 8 groups": (("actors.group_size=16", "learner.groups_per_step=8"), (64,), 0),
     "a quarter of the groups fresh": ((), (64,), 4),
-    "a quarter fresh, no weight": (("agro.importance_weight=none",), (64,), 4),
+    "a quarter fresh, no weight": (("objective.importance_weight=none",), (64,), 4),
 }
 """One change each from KNOB_METHOD at KNOB_LR: overrides, lags, fresh groups of a batch."""
 

@@ -35,8 +35,8 @@ import torch
 
 from benchmarks.results import save
 from core.config import Config
-from core.config_file import parse_config
 from core.processes import remote
+from learner.catalogue import parse_config
 
 REPEATS = 7
 ADAPTER_RANK = 16

@@ -6,11 +6,13 @@ formula. `docs/config.md` is generated from the descriptions here (`launch.py co
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 from pydantic_core import PydanticCustomError
 
 from core import config_checks, config_text
@@ -20,6 +22,8 @@ PROSE = frozenset({"system_prompt"})
 """Fields of free text: they may hold line breaks, and a ` #` in a file is taken for text before it is
 taken for a comment.
 """
+DEFAULT_OBJECTIVE = "agro"
+"""What a file that names no objective trains with."""
 MAX_NUMBER = 1 << 32
 """Of every setting, unless its field says less: what is above is a slip of the hand, and some library
 takes 32 bits.
@@ -326,7 +330,6 @@ class LearnerConfig(Section):
     num_gpus: float = Field(
         0.0, ge=0, description="GPUs of one rank: 0 trains on the CPU, 1 on a GPU, a fraction shares one."
     )
-    objective: str = Field("agro", description="File name under learner/objectives/.")
     groups_per_step: int = Field(32, ge=1, description="Groups of one optimizer step (P).")
     lora_rank: int = Field(
         0,
@@ -361,78 +364,43 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
 
 
-class AgroConfig(Section):
-    """The objective (learner/objectives/agro.py; docs/objectives.md gives formulas and reasons)."""
+class ObjectiveConfig(Section):
+    """Base of the knobs of an objective: each file under learner/objectives/ has its own, with its own defaults.
 
-    beta: float = Field(
-        0.03, ge=0, description="Strength of the pull towards the reference; 0: leave-one-out REINFORCE."
-    )
-    importance_weight: Literal["none", "truncated", "token", "geometric"] = Field(
-        "token",
-        description="Weight after centring, for lagged data: min(cap, pi/mu) of the sequence, of each token, "
-        "or of the mean token.",
-    )
-    importance_cap: float = Field(
-        5.0, gt=0, description="Cap of the weight; docs/objectives.md says what a lower one costs."
-    )
-    on_policy_coef: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="On-policy term's coefficient; 0: off-policy AGRO, 1: its literal on-policy form.",
-    )
-    on_policy_baseline: Literal["none", "loo", "running"] = Field(
-        "loo",
-        description="Baseline of the on-policy term; `running`: the prompt's variance in earlier steps.",
-    )
-    on_policy_gate: Literal["fresh", "weighted"] = Field(
-        "fresh",
-        description="The on-policy term acts on samples of staleness 0 only, or on all, times "
-        "min(importance_cap, pi/mu).",
-    )
-    zero_std: Literal["keep", "drop"] = Field(
-        "keep", description="Groups whose rewards are all equal still carry the KL pull."
-    )
-    duplicates: Literal["keep", "drop"] = Field(
-        "keep",
-        description="`drop` counts equal completions of a group once; independent samples may be "
-        "equal, replayed ones should not.",
-    )
-    target: str = Field(
-        "mean",
-        pattern=r"^(mean|(pass|majority)@[1-9][0-9]*)$",
-        description="What a prompt's samples are trained for: `mean` reward, `pass@k` (best of k) or "
-        "`majority@k` (vote of k).",
-    )
-    ref_update_every: int = Field(
-        0, ge=0, description="Learner steps between moves of the reference to the policy; 0: it never moves."
-    )
+    The file of a run says `objective: {name: gspo, beta: 0.0, clip_low: 0.2}`. Which class that is says the
+    mapping from names to classes that files are read with (core/config_file.py, learner/catalogue.py): core
+    knows no objective.
+    """
+
+    name: str = Field(DEFAULT_OBJECTIVE, description="File name under learner/objectives/.")
+    beta: float = Field(0.0, ge=0, description="Strength of the KL term; 0: there is none.")
 
     @property
-    def target_k(self) -> int:
-        """k of `pass@k` and `majority@k`; 1 for `mean`."""
-        return int(self.target.partition("@")[2] or 1)
+    def reference_moves_every(self) -> int:
+        """Learner steps between moves of the reference to the policy; 0: it never moves."""
+        return 0
 
+    @property
+    def proximal_moves_every(self) -> int:
+        """Learner steps between copies of the policy that serve as the proximal one; 0: there is none."""
+        return 0
 
-class RivalsConfig(Section):
-    """What the other objectives under learner/objectives/ take besides `agro.beta`, their KL coefficient."""
+    @property
+    def fewest_samples(self) -> tuple[int, str]:
+        """How many samples of a prompt it takes to learn from them, and the setting that says so ("": none)."""
+        return 2, ""
 
-    clip_low: float = Field(
-        0.2, gt=0, lt=1, description="Ratios below 1 - clip_low are clipped (PPO's epsilon)."
-    )
-    clip_high: float = Field(0.2, gt=0, description="Ratios above 1 + clip_high are clipped.")
-    is_correction: Literal["none", "tis_token", "tis_sequence", "mis_token", "mis_sequence"] = Field(
-        "none",
-        description="Importance weights against stale data: truncated at `is_cap` (tis) or masked "
-        "above it (mis).",
-    )
-    is_cap: float = Field(2.0, gt=0, description="Cap of the importance weights.")
-    proximal_every: int = Field(
-        4, ge=1, description="Steps between copies of the policy that serve as its proximal policy."
-    )
-    baseline_shift: float = Field(
-        0.1, ge=0, description="How far asymre's baseline lies below the group's mean reward."
-    )
+    @property
+    def compares_answers(self) -> bool:
+        """Whether the samples of a prompt vote, so that the answer of each must be known."""
+        return False
+
+    def check(self, config: Config) -> None:
+        """Raises ValueError when other sections do not go with these knobs."""
+
+    def warnings(self, config: Config) -> list[str]:
+        """What is allowed but probably not meant, one sentence each."""
+        return []
 
 
 class WeightsConfig(Section):
@@ -510,8 +478,7 @@ class Config(Section):
     actors: ActorsConfig = ActorsConfig()
     buffer: BufferConfig = BufferConfig()
     learner: LearnerConfig = LearnerConfig()
-    agro: AgroConfig = AgroConfig()
-    rivals: RivalsConfig = RivalsConfig()
+    objective: SerializeAsAny[ObjectiveConfig]
     weights: WeightsConfig = WeightsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
@@ -543,6 +510,14 @@ class Config(Section):
         """Longest sequence: `max_prompt_tokens + max_new_tokens`."""
         return self.data.max_prompt_tokens + self.actors.max_new_tokens
 
+    @pydantic.field_validator("objective", mode="wrap")
+    @classmethod
+    def _objective_has_its_own_knobs(cls, value: Any, validate: Any, info: pydantic.ValidationInfo) -> Any:
+        """A mapping as the class of the objective that it names, of those in the context of the validation."""
+        if isinstance(value, dict) and info.context is not None:
+            return objective_class(value, info.context).model_validate(value)
+        return validate(value)
+
     @pydantic.model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
         config_checks.check(self)
@@ -551,3 +526,21 @@ class Config(Section):
     def warnings(self) -> list[str]:
         """What is allowed but probably not meant, one sentence each."""
         return config_checks.warnings(self)
+
+
+def objective_class(
+    tree: Mapping[str, Any], objectives: Mapping[str, type[ObjectiveConfig]]
+) -> type[ObjectiveConfig]:
+    """The class of the knobs of the objective that the section `objective` names.
+
+    Raises ValueError that gives the nearest name, and all of them.
+    """
+    name = tree.get("name", DEFAULT_OBJECTIVE)
+    if isinstance(name, str) and name in objectives:
+        return objectives[name]
+    near = difflib.get_close_matches(str(name), objectives, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    shown = repr(name) if len(repr(name)) <= 80 else repr(name)[:77] + "..."
+    raise ValueError(
+        f"objective.name = {shown} is no file under learner/objectives/; {hint}valid here: {', '.join(objectives)}"
+    )

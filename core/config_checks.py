@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from core.staleness import StalenessBound
@@ -12,24 +11,12 @@ if TYPE_CHECKING:
 
 SLOW_TOKENS_PER_S = 20.0
 """Of one sample in a busy engine."""
-MAX_VOTE_SUBSETS = 20_000
-"""Votes of `majority@k` are counted subset by subset."""
 MIN_TEMPERATURE = 0.01
 """vLLM samples at this one whenever a lower one is asked for, with a warning in its log; at 0 it takes
 the likeliest token.
 """
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks for which vLLM makes buffers (its MaxLoRARanks)."""
-
-_OWN_KNOBS_OF_AGRO = (
-    "importance_weight",
-    "importance_cap",
-    "on_policy_coef",
-    "on_policy_baseline",
-    "on_policy_gate",
-    "zero_std",
-    "duplicates",
-)
 
 
 def served_rank(rank: int) -> int:
@@ -41,7 +28,7 @@ def check(config: Config) -> None:
     """Raises ValueError that names the settings, their values, and what to do."""
     _rooms_fit_together(config)
     _temperatures_are_vllms(config)
-    _objective_fits(config)
+    config.objective.check(config)
     _samples_come_from_somewhere(config)
     _actors_can_scale(config)
     _band_can_be_held(config)
@@ -91,46 +78,6 @@ def _temperatures_are_vllms(config: Config) -> None:
             f"eval.temperature = {evaluating:g}: vLLM samples at {MIN_TEMPERATURE:g} or above, or greedily "
             "at 0. Set it to 0, or to "
             f"{MIN_TEMPERATURE:g} or more."
-        )
-
-
-def _objective_fits(config: Config) -> None:
-    agro, n = config.agro, config.actors.group_size
-    if agro.on_policy_coef > 0 and agro.beta == 0:
-        raise ValueError(
-            "agro.on_policy_coef > 0 needs agro.beta > 0: the on-policy term is divided by beta."
-        )
-    if agro.ref_update_every and agro.beta == 0:
-        raise ValueError(
-            f"agro.ref_update_every = {agro.ref_update_every} with agro.beta = 0: there is no "
-            "reference to move."
-        )
-    if config.learner.objective == "agro" and config.rivals.is_correction != "none":
-        raise ValueError(
-            f"rivals.is_correction = {config.rivals.is_correction} is for the other objectives; AGRO's "
-            "weights are agro.importance_weight and "
-            "agro.importance_cap. Remove it, or choose another learner.objective."
-        )
-    if agro.target_k > n:
-        raise ValueError(
-            f"agro.target = {agro.target} needs k <= actors.group_size = {n}. Raise "
-            "actors.group_size or lower k."
-        )
-    if agro.target.startswith("majority") and math.comb(n, agro.target_k) > MAX_VOTE_SUBSETS:
-        raise ValueError(
-            f"agro.target = {agro.target} of actors.group_size = {n}: {math.comb(n, agro.target_k)} subsets "
-            "to vote in each group, "
-            f"more than {MAX_VOTE_SUBSETS}. Choose a smaller k or group_size."
-        )
-    if agro.target != "mean" and agro.on_policy_coef > 0:
-        raise ValueError(
-            f"agro.target = {agro.target} and agro.on_policy_coef = {agro.on_policy_coef} do not go together. "
-            "Set agro.on_policy_coef=0."
-        )
-    if agro.target != "mean" and config.learner.objective != "agro":
-        raise ValueError(
-            f"agro.target = {agro.target}: objective {config.learner.objective} knows the mean only. Set "
-            "learner.objective=agro."
         )
 
 
@@ -279,30 +226,7 @@ def warnings(config: Config) -> list[str]:
             f"actors.top_p = {config.actors.top_p}: truncated sampling does not cover the "
             "reference: the optimum is another one."
         )
-    if config.agro.on_policy_coef > 2 * config.agro.beta:
-        found.append(
-            f"agro.on_policy_coef = {config.agro.on_policy_coef} > 2 * beta = {2 * config.agro.beta}: for prompts solved "
-            "less than half the time "
-            "the on-policy term pushes correct answers down (docs/objectives.md, hazard)."
-        )
-    found += _unused_knobs(config)
-    if (
-        config.agro.on_policy_coef > 0
-        and config.agro.on_policy_gate == "fresh"
-        and config.weights.publish_every > 1
-    ):
-        found.append(
-            f"agro.on_policy_coef = {config.agro.on_policy_coef} with agro.on_policy_gate = fresh and weights.publish_every = "
-            f"{config.weights.publish_every}: "
-            "few samples are ever of the current policy (staleness/fresh_fraction); on the others the "
-            "on-policy term does nothing."
-        )
-    if config.agro.target != "mean" and config.agro.target_k == config.actors.group_size:
-        found.append(
-            f"agro.target = {config.agro.target} with actors.group_size = {config.actors.group_size}: with k "
-            "= n nothing is left to "
-            "centre with on off-policy data. Raise actors.group_size."
-        )
+    found += config.objective.warnings(config)
     # With publish_every = 1 the buffer hands out nothing that would be too old: an actor waits for the
     # version that is on its way.
     bound = StalenessBound(config.buffer.max_staleness)
@@ -331,15 +255,3 @@ def warnings(config: Config) -> list[str]:
     if not any(function.weight for function in config.rewards.functions):
         found.append("rewards.functions: every weight is 0, so that nothing is rewarded.")
     return found
-
-
-def _unused_knobs(config: Config) -> list[str]:
-    """Settings other than the default that the chosen objective does not look at."""
-    is_agro = config.learner.objective == "agro"
-    section, of_section = ("rivals", config.rivals) if is_agro else ("agro", config.agro)
-    names = type(config.rivals).model_fields if is_agro else _OWN_KNOBS_OF_AGRO
-    changed = [
-        name for name in names if getattr(of_section, name) != type(of_section).model_fields[name].default
-    ]
-    unused = ", ".join(f"{section}.{name} = {getattr(of_section, name)}" for name in changed)
-    return [f"{unused}: learner.objective = {config.learner.objective} does not use that."] if unused else []

@@ -1,7 +1,7 @@
 """Config files: YAML and `section.key=value` overrides to a Config and back, with every problem explained in
-a line.
+a line. `ConfigFiles` reads them, given the objectives that there are: this room knows none.
 
-    file ----config_text.read----> tree --overrides--> tree --parse_config--> Config --dump_config--> text that reads as the same
+    file ----config_text.read----> tree --overrides--> tree --parse--> Config --dump_config--> text that reads as the same
 
 On the command line a text arrives as it was typed: it is no YAML there. Only numbers, lists and mappings are.
 """
@@ -11,14 +11,15 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pydantic
-from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from core import config_text
-from core.config import PROSE, Config, RewardFunction
+from core.config import DEFAULT_OBJECTIVE, PROSE, Config, ObjectiveConfig, RewardFunction
 from core.errors import ConfigError
 
 MAX_FILE_BYTES = 1 << 18
@@ -33,20 +34,146 @@ _EXPECTED = {  # By pydantic's type of problem; its own message where none is he
 }
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """The Config in the YAML file `path` with `section.key=value` overrides applied.
+class ConfigFiles:
+    """Reads configs, given the objectives that there are: the class of each one's knobs by its name."""
 
-    `model.make` belongs to the path it is written beside: another path from `overrides` leaves it behind.
-    Raises ConfigError that lists every problem: the field, the value found, what is accepted, the nearest
-    valid name.
-    """
-    path = Path(path)
-    tree = read_tree(path)
-    written = _path_of_model(tree)
-    changed = {_apply_override(tree, override) for override in overrides or []}
-    if "model.make" not in changed and _path_of_model(tree) != written:
-        tree["model"].pop("make", None)
-    return parse_config(tree, source=str(path))
+    def __init__(self, objectives: Mapping[str, type[ObjectiveConfig]]) -> None:
+        self._objectives = objectives
+
+    def load(self, path: str | Path, overrides: Sequence[str] = ()) -> Config:
+        """The Config in the YAML file `path` with `section.key=value` overrides applied.
+
+        `model.make` belongs to the path it is written beside: another path from `overrides` leaves it behind.
+        Raises ConfigError that lists every problem: the field, the value found, what is accepted, the nearest
+        valid name.
+        """
+        path = Path(path)
+        tree = read_tree(path)
+        written = _path_of_model(tree)
+        changed = {self._apply_override(tree, override) for override in overrides}
+        if "model.make" not in changed and _path_of_model(tree) != written:
+            tree["model"].pop("make", None)
+        return self.parse(tree, source=str(path))
+
+    def parse(self, tree: Mapping[str, Any], source: str = "config") -> Config:
+        """The Config that a mapping of sections describes; raises ConfigError (see `load`)."""
+        tree = {"objective": {}, **tree}
+        try:
+            return Config.model_validate(_lists_as_tuples(tree), context=self._objectives)
+        except RecursionError:
+            raise ConfigError(
+                f"{source}: a list or mapping contains itself, or is nested without end."
+            ) from None
+        except pydantic.ValidationError as error:
+            # A list of which an entry is wrong is too short besides, says pydantic.
+            problems = [
+                self._explain(problem, tree)
+                for problem in error.errors()
+                if problem["type"] != "too_short" or not problem["input"]
+            ]
+            shown = "\n".join(f"  - {line}" for line in problems[:10])
+            more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+            raise ConfigError(
+                f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{shown}{more}"
+            ) from None
+
+    def parse_text(self, text: str, source: str) -> Config:
+        """The Config that `dump_config` wrote; raises ConfigError."""
+        try:
+            return self.parse(config_text.read(text), source)
+        except config_text.TextError as error:
+            raise ConfigError(f"{source} cannot be read: {error}.") from None
+
+    def _apply_override(self, tree: dict[str, Any], override: str) -> str:
+        """Put the value into the tree; the key's name."""
+        key, equals, text = override.partition("=")
+        names = key.split(".")
+        if not equals or len(names) != 2 or not all(names):
+            raise ConfigError(
+                f"override {_short(override)} is not section.key=value, for example learner.lr=1e-5"
+            )
+        section, name = names
+        try:
+            value = self._typed_value(tree, section, name, text)
+        except config_text.TextError as error:
+            raise ConfigError(f"override {_short(override)}: {error}.") from None
+        if tree.get(section) is None:
+            tree[section] = {}
+        if not isinstance(tree[section], dict):
+            found = f"the file holds {_short(tree[section])} there"
+            raise ConfigError(
+                f"override {_short(override)}: {section!r} is no section; {found}. Write its keys "
+                f"below `{section}:`."
+            )
+        tree[section][name] = value
+        return key
+
+    def _typed_value(self, tree: Mapping[str, Any], section: str, name: str, text: str) -> Any:
+        """What was typed on the command line: itself where the field takes text (`null` where it may be
+        none), else YAML.
+        """
+        field = self._fields(section, tree).get(name)
+        kinds = _kinds(field.annotation) if field is not None else set()
+        if str not in kinds:
+            return config_text.read(text, comments=False)
+        return None if text == "null" and type(None) in kinds else text
+
+    def _explain(self, problem: Any, tree: Mapping[str, Any]) -> str:
+        """One line for one pydantic problem: field, value, what to do."""
+        kind, location = problem["type"], problem["loc"]
+        names = [str(part) for part in location]
+        where = ".".join(name if name.isprintable() and len(name) <= 40 else _short(name) for name in names)
+        if kind in ("extra_forbidden", "invalid_key"):
+            return f"{where} is not a known key{self._nearest(location, tree)}"
+        if kind == "missing":
+            how = f"write {names[-1]}: in the file"
+            if len(names) == 2:
+                how = f"set it in the file or with {where}=<value>"
+            return f"{where} is missing; {how}"
+        if kind == "value_error":
+            return problem["msg"].removeprefix("Value error, ")
+        expected = _EXPECTED.get(kind, problem["msg"][0].lower() + problem["msg"][1:])
+        if kind == "string_pattern_mismatch":
+            expected += f"; {self._fields(names[0], tree)[names[1]].description}"
+        return f"{where} = {_short(problem['input'])}: {expected}"
+
+    def _nearest(self, location: tuple[Any, ...], tree: Mapping[str, Any]) -> str:
+        """What may be meant by a key that is not known: one of this name in another objective, one spelt alike
+        here, or one of this name in another section.
+        """
+        key, section = str(location[-1]), str(location[0])
+        valid = [*Config.model_fields]
+        if len(location) > 1:
+            valid = [*(RewardFunction.model_fields if len(location) > 2 else self._fields(section, tree))]
+        having = [name for name in self._objectives if key in self._objectives[name].model_fields]
+        if section == "objective" and having:
+            has = "has" if len(having) == 1 else "have"
+            return (
+                f"; {_named(tree)} is without it, {', '.join(having)} {has} it; valid here: {_listed(valid)}"
+            )
+        if near := difflib.get_close_matches(key, valid, n=1, cutoff=0.6):
+            return f"; did you mean {near[0]!r}?"
+        homes = [home for home in Config.model_fields if key in self._fields(home, tree)]
+        if homes:
+            return "; did you mean " + " or ".join(f"{home}.{key}" for home in homes) + "?"
+        return f"; valid here: {_listed(valid)}"
+
+    def _fields(self, section: str, tree: Mapping[str, Any]) -> Mapping[str, FieldInfo]:
+        """The fields of the section: of `objective` those of the one that `tree` names; none where there is no such."""
+        if section == "objective":
+            chosen = self._objectives.get(_named(tree), ObjectiveConfig)
+            return chosen.model_fields
+        return getattr(getattr(Config.model_fields.get(section), "annotation", None), "model_fields", {})
+
+
+def _named(tree: Mapping[str, Any]) -> str:
+    """The name of the objective that `tree` names."""
+    section = tree.get("objective")
+    return str(section.get("name", DEFAULT_OBJECTIVE)) if isinstance(section, dict) else DEFAULT_OBJECTIVE
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def _path_of_model(tree: dict[str, Any]) -> Any:
@@ -94,71 +221,6 @@ def _file_text(path: Path) -> str:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start + 1}); save it as UTF-8.") from None
 
 
-def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
-    """The Config that a mapping of sections describes; raises ConfigError (see `load_config`)."""
-    try:
-        return Config.model_validate(_lists_as_tuples(tree))
-    except RecursionError:
-        raise ConfigError(f"{source}: a list or mapping contains itself, or is nested without end.") from None
-    except pydantic.ValidationError as error:
-        # A list of which an entry is wrong is too short besides, says pydantic.
-        problems = [
-            _explain(problem)
-            for problem in error.errors()
-            if problem["type"] != "too_short" or not problem["input"]
-        ]
-        shown = "\n".join(f"  - {line}" for line in problems[:10])
-        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ConfigError(
-            f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{shown}{more}"
-        ) from None
-
-
-def parse_text(text: str, source: str) -> Config:
-    """The Config that `dump_config` wrote; raises ConfigError."""
-    try:
-        return parse_config(config_text.read(text), source)
-    except config_text.TextError as error:
-        raise ConfigError(f"{source} cannot be read: {error}.") from None
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> str:
-    """Put the value into the tree; the key's name."""
-    key, equals, text = override.partition("=")
-    names = key.split(".")
-    if not equals or len(names) != 2 or not all(names):
-        raise ConfigError(
-            f"override {_short(override)} is not section.key=value, for example learner.lr=1e-5"
-        )
-    section, name = names
-    try:
-        value = _typed_value(section, name, text)
-    except config_text.TextError as error:
-        raise ConfigError(f"override {_short(override)}: {error}.") from None
-    if tree.get(section) is None:
-        tree[section] = {}
-    if not isinstance(tree[section], dict):
-        found = f"the file holds {_short(tree[section])} there"
-        raise ConfigError(
-            f"override {_short(override)}: {section!r} is no section; {found}. Write its keys "
-            f"below `{section}:`."
-        )
-    tree[section][name] = value
-    return key
-
-
-def _typed_value(section: str, name: str, text: str) -> Any:
-    """What was typed on the command line: itself where the field takes text (`null` where it may be
-    none), else YAML.
-    """
-    fields = getattr(Config.model_fields.get(section), "annotation", None)
-    field = getattr(fields, "model_fields", {}).get(name)
-    kinds = _kinds(field.annotation) if field is not None else set()
-    if str not in kinds:
-        return config_text.read(text, comments=False)
-    return None if text == "null" and type(None) in kinds else text
-
-
 def _kinds(annotation: Any) -> set[Any]:
     """The types that an annotation allows; of `Literal` those of its values."""
     if typing.get_origin(annotation) is typing.Literal:
@@ -175,64 +237,6 @@ def _lists_as_tuples(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_lists_as_tuples(item) for item in value)
     return value
-
-
-def _explain(problem: Any) -> str:
-    """One line for one pydantic problem: field, value, what to do."""
-    kind, location = problem["type"], problem["loc"]
-    names = [str(part) for part in location]
-    where = ".".join(name if name.isprintable() and len(name) <= 40 else _short(name) for name in names)
-    if kind in ("extra_forbidden", "invalid_key"):
-        return f"{where} is not a known key; {_nearest(location)}"
-    if kind == "missing":
-        how = (
-            f"set it in the file or with {where}=<value>"
-            if len(names) == 2
-            else f"write {names[-1]}: in the file"
-        )
-        return f"{where} is missing; {how}"
-    if kind == "value_error":
-        return problem["msg"].removeprefix("Value error, ")
-    expected = _EXPECTED.get(kind, problem["msg"][0].lower() + problem["msg"][1:])
-    if kind == "string_pattern_mismatch":
-        expected += f"; {_description(location)}"
-    return f"{where} = {_short(problem['input'])}: {expected}"
-
-
-def _nearest(location: tuple[Any, ...]) -> str:
-    """What may be meant by a key that is not known: one spelt alike here, or one of this name in
-    another section.
-    """
-    key, valid = str(location[-1]), _valid_names(location[:-1])
-    if near := difflib.get_close_matches(key, valid, n=1, cutoff=0.6):
-        return f"did you mean {near[0]!r}?"
-    homes = [
-        name
-        for name, field in Config.model_fields.items()
-        if key in getattr(field.annotation, "model_fields", {})
-    ]
-    if homes:
-        return "did you mean " + " or ".join(f"{home}.{key}" for home in homes) + "?"
-    return f"valid here: {', '.join(sorted(valid))}"
-
-
-def _description(location: tuple[Any, ...]) -> str:
-    section, name = str(location[0]), str(location[1])
-    annotation: Any = Config.model_fields[section].annotation
-    return annotation.model_fields[name].description
-
-
-def _valid_names(location: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
-    for part in location:
-        if isinstance(part, int):
-            model = RewardFunction
-        else:
-            annotation = model.model_fields[part].annotation
-            model = (
-                annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
-            )
-    return list(model.model_fields)
 
 
 def _short(value: Any) -> str:

@@ -75,7 +75,7 @@ METRICS: dict[str, str] = {
     "if the policy had drawn them.",
     "agro/log_ratio_min": "Smallest sequence log-ratio of policy to reference in the batch: the most "
     "suppressed sample.",
-    "agro/weight_mean": "Mean weight on the samples (agro.importance_weight, or the objective's own ratio).",
+    "agro/weight_mean": "Mean weight on the samples (objective.importance_weight, or the objective's own ratio).",
     "agro/advantage_abs_mean": "Mean size of the advantages.",
     "agro/ess_fraction": "Effective sample size of the ratios pi/mu over the samples, as a share of their "
     "number.",

@@ -53,7 +53,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     reward         finite float, or None while unscored or when `error` is set
     error          why there is no reward; a failure is never reward 0
     ref_logprob    sum over tokens of log pi_ref, filled by the learner's kernels; None until then
-    answer         what votes as one answer (`agro.target: majority@k`), as the reward reads it; None: the stripped text
+    answer         what votes as one answer (`objective.target: majority@k`), as the reward reads it; None: the stripped text
     """
 
     token_ids: tuple[int, ...]

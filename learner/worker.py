@@ -131,7 +131,7 @@ class LearnerRank:
             self._rank, config.learner.ranks, *address, use_gpu=use_gpu, timeout_s=config.run.timeout_s
         )
         self._policy = ZeroPolicy(config.model, config.learner, config.run.seed)
-        objective = load_objective(config.learner.objective, config.agro, config.rivals)
+        objective = load_objective(config.objective)
         self._frozen: dict[str, ZeroAdapters | ZeroFrozen] = {
             name: ZeroAdapters(self._policy)
             if config.learner.lora_rank

@@ -22,7 +22,7 @@ def train(arguments: Namespace) -> int:
     with StopSignal() as stop:
         say(f"reading {arguments.config}")
         from cluster.preparation.surroundings import check_surroundings
-        from core.config_file import load_config
+        from learner.catalogue import load_config
 
         config = load_config(arguments.config, arguments.overrides)
         check_surroundings()
@@ -37,7 +37,7 @@ def train(arguments: Namespace) -> int:
 
 def _dry_run(arguments: Namespace) -> int:
     from cluster.preparation.surroundings import check_surroundings
-    from core.config_file import load_config
+    from learner.catalogue import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     check_surroundings()

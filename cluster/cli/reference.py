@@ -4,16 +4,19 @@ docs/config.md`.
 
 from __future__ import annotations
 
+import inspect
 import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from core.config import Config, RewardFunction
+from core.config import Config, ObjectiveConfig, RewardFunction
+from learner.catalogue import OBJECTIVES
 
 INTRODUCTION = """\
 # Configuration
@@ -31,6 +34,10 @@ are below 2^32.
 `train CONFIG --dry-run` prints the resolved config, as a file that can be given back, what it asks of the cluster, and what a start
 would find. Secrets are no fields: they come from the environment (`WANDB_API_KEY`, `HF_TOKEN`).
 """
+_ABOUT = {
+    "rewards.functions": "One entry of the list.",
+    "objective": "What is descended: `objective: {name: gspo, beta: 0.0}`. Each objective has its own knobs and defaults, below.",
+}
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
@@ -41,15 +48,19 @@ def config_reference() -> str:
     sections = [(name, _model(field)) for name, field in Config.model_fields.items()]
     parts = [INTRODUCTION]
     for name, model in sections:
-        parts.append(_table(name, model))
+        parts.append(_table(name, model, _ABOUT.get(name)))
         if name == "rewards":
-            parts.append(_table("rewards.functions", RewardFunction, "One entry of the list."))
+            parts.append(_table("rewards.functions", RewardFunction, _ABOUT["rewards.functions"]))
+        if name == "objective":
+            parts += [_knobs(objective, knobs) for objective, knobs in OBJECTIVES.items()]
     return "\n".join([*parts, _derived()])
 
 
 def num_fields() -> int:
-    """Fields of all sections together."""
-    return sum(len(_model(field).model_fields) for field in Config.model_fields.values())
+    """Fields of all sections together, those of a list's entry too; an objective's knobs are its own."""
+    sections = [_model(field) for name, field in Config.model_fields.items() if name != "objective"]
+    own = sum(len(model.model_fields) for model in sections) - 1  # `rewards.functions` counts by its entries.
+    return own + len(RewardFunction.model_fields)
 
 
 def _model(field: FieldInfo) -> type[BaseModel]:
@@ -59,18 +70,24 @@ def _model(field: FieldInfo) -> type[BaseModel]:
 
 
 def _table(name: str, model: type[BaseModel], about: str | None = None) -> str:
-    lines = [
-        f"## {name}",
-        "",
-        about or (model.__doc__ or "").strip(),
-        "",
-        "| field | type | default | |",
-        "|---|---|---|---|",
-    ]
-    for key, field in model.model_fields.items():
+    about = about or inspect.getdoc(model) or ""
+    return "\n".join([f"## {name}", "", about, "", *_rows(model.model_fields)])
+
+
+def _knobs(name: str, knobs: type[ObjectiveConfig]) -> str:
+    own = {key: field for key, field in knobs.model_fields.items() if key not in ("name", "beta")}
+    fields = {"beta": knobs.model_fields["beta"], **own}
+    return "\n".join(
+        [f"### objective: {{name: {name}}}", "", inspect.getdoc(knobs) or "", "", *_rows(fields)]
+    )
+
+
+def _rows(fields: Mapping[str, FieldInfo]) -> list[str]:
+    lines = ["| field | type | default | |", "|---|---|---|---|"]
+    for key, field in fields.items():
         cells = (f"`{key}`", _type(field), _default(field), field.description or "")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join([*lines, ""])
+    return [*lines, ""]
 
 
 def _type(field: FieldInfo) -> str:

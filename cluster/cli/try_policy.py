@@ -12,10 +12,10 @@ from actors.engine import Engine
 from actors.prompts import load_prompts, render_rows
 from actors.sources import Source, report_bad_rows
 from core.config import MAX_TOKENS, Config, DataConfig, ModelConfig
-from core.config_file import load_config
 from core.errors import ConfigError
 from core.records import Sample
 from core.tokenizer import Detokenizer, end_token_ids, has_chat_template, load_tokenizer
+from learner.catalogue import load_config
 from rewards.pool import RewardPool
 
 

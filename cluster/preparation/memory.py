@@ -160,7 +160,7 @@ def _learner_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
     trained = adapters if learner.lora_rank else share
     states = 4 + 8  # Bytes of fp32 weights and Adam's moments, which is what a checkpoint holds.
     reference, proximal = _frozen_bytes(config, share, adapters)
-    moved = (reference if config.agro.ref_update_every else 0) + proximal
+    moved = (reference if config.objective.reference_moves_every else 0) + proximal
     on_gpu = learner.num_gpus > 0
     forward = _activation_bytes(config, shape) + _logprob_bytes(config, shape)
     all_aside = learner.offload == "all"
@@ -194,12 +194,12 @@ def _frozen_bytes(config: Config, share: float, adapters: float) -> tuple[float,
     """Returns the bytes of the reference and of the proximal policy, of one rank: whole models, or copies of
     adapters.
     """
-    names = frozen_names(load_objective(config.learner.objective, config.agro, config.rivals))
+    names = frozen_names(load_objective(config.objective))
     has_reference, has_proximal = REFERENCE in names, PROXIMAL in names
     b = BYTES[config.model.dtype]
     if config.learner.lora_rank:
         return b * adapters * (
-            has_reference and config.agro.ref_update_every > 0
+            has_reference and config.objective.reference_moves_every > 0
         ), b * adapters * has_proximal
     return b * share * has_reference, b * share * has_proximal
 

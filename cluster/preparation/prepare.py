@@ -164,7 +164,7 @@ def _scorable(config: Config, prompts: PromptSet) -> PromptSet:
     Raises DataError where others may not be skipped, and RewardError.
     """
     # A log that came with all its rewards asks no function, unless votes need the answers.
-    needs_all = not config.is_offline or config.agro.target.startswith("majority")
+    needs_all = not config.is_offline or config.objective.compares_answers
     scored = [
         row
         for row in prompts.rows
@@ -204,7 +204,7 @@ def check_named(config: Config) -> None:
     Raises RewardError, ConfigError or DataError.
     """
     check_functions(config.rewards)
-    check_needs(config, load_objective(config.learner.objective, config.agro, config.rivals).needs)
+    check_needs(config, load_objective(config.objective).needs)
     check_progress(config)
     data = config.data
     for field, path in (
@@ -234,24 +234,24 @@ def check_progress(config: Config) -> None:
 
 def check_needs(config: Config, needs: frozenset[str]) -> None:
     """Raises ConfigError when the data cannot give what the objective `needs` (learner/objectives: NEEDS)."""
-    name = config.learner.objective
+    name = config.objective.name
     if "behaviour_logprobs" in needs and config.data.offline is not None:
-        remedy = "Set agro.importance_weight=none (and agro.on_policy_gate=fresh)."
+        remedy = "Set objective.importance_weight=none (and objective.on_policy_gate=fresh)."
         if name != "agro":
             remedy = (
                 "If it works on ratios, use another objective, such as agro with "
-                "agro.importance_weight=none; "
-                "else set rivals.is_correction=none."
+                "objective.importance_weight=none; "
+                "else set objective.importance_weight=none."
             )
         raise ConfigError(
-            f"learner.objective = {name} needs behaviour log-probs, which the samples of data.offline = "
+            f"objective {name} needs behaviour log-probs, which the samples of data.offline = "
             f"{config.data.offline} "
             f"do not have. {remedy}"
         )
     if "freshness" in needs and config.is_offline:
-        remedy = "Set agro.on_policy_coef=0." if name == "agro" else "Use another objective."
+        remedy = "Set objective.on_policy_coef=0." if name == "agro" else "Use another objective."
         raise ConfigError(
-            f"learner.objective = {name} needs samples of the current policy, but all samples are "
+            f"objective {name} needs samples of the current policy, but all samples are "
             f"offline: none is ever fresh. {remedy}"
         )
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from core.config import Config
-from core.config_file import dump_config, parse_config, read_tree
+from core.config_file import dump_config, read_tree
 from core.errors import AgroError, ConfigError
 from core.text import user_path
+from learner.catalogue import parse_config
 
 # What a run is about: with another value its prompts, its groups or its weights would mean something else.
 _FIXED = (
@@ -322,8 +323,9 @@ def _steps_finished(path: Path) -> int | None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Returns (section.key, old, new) of the fields that differ."""
+    """Returns (section.key, old, new) of the fields that differ; None where another objective is without the key."""
     for section, values in now.items():
-        for key, new in values.items():
-            if before[section][key] != new:
-                yield f"{section}.{key}", before[section][key], new
+        for key in {**before[section], **values}:
+            old, new = before[section].get(key), values.get(key)
+            if old != new:
+                yield f"{section}.{key}", old, new

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from core.config import Config, ModelConfig
-from core.config_file import parse_text
 from core.errors import CheckpointError
+from learner.catalogue import parse_text
 from learner.checkpoints.checkpoint import (
     Checkpoint,
     TensorEntry,

@@ -15,17 +15,14 @@ Tensor letters: T tokens of all completions, ordered by sequence; N sequences (s
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
-import pkgutil
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from core.config import AgroConfig, RivalsConfig
-from core.errors import ConfigError
+from core.config import ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ NEEDS = frozenset(
         "behaviour_logprobs",  # What sampled each token is known, with its log-prob.
         "reference",  # log pi_ref of the sequence.
         "reference_tokens",  # log pi_ref of each token.
-        "proximal",  # log-probs of a copy of the policy made every `rivals.proximal_every` steps.
+        "proximal",  # log-probs of a copy of the policy made every `proximal_every` steps.
         "freshness",  # Some samples are of the current policy.
         "prompt_variance",
         "answers",
@@ -116,8 +113,8 @@ NEEDS = frozenset(
 
 
 class Objective(Protocol):
-    """A loss over whole groups. A module of this folder offers one as `build(agro: AgroConfig, rivals:
-    RivalsConfig) -> Objective`.
+    """A loss over whole groups. A module of this folder holds its knobs, `Config`, and offers it as
+    `build(config: Config) -> Objective`.
     """
 
     @property
@@ -143,18 +140,6 @@ def token_gradients(objective: Objective, batch: TokenBatch) -> Tensor:
         return torch.autograd.grad(loss, leaf)[0]
 
 
-_RIVALS = RivalsConfig()
-
-
-def load_objective(name: str, agro: AgroConfig, rivals: RivalsConfig = _RIVALS) -> Objective:
-    """The objective in the file `name`.py of this folder; ConfigError with the nearest name when there
-    is none.
-    """
-    available = sorted(
-        module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")
-    )
-    if name not in available:
-        near = difflib.get_close_matches(name, available, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(available)}"
-        raise ConfigError(f"learner.objective = {name!r} is no file under learner/objectives/; {hint}")
-    return importlib.import_module(f"{__name__}.{name}").build(agro, rivals)
+def load_objective(config: ObjectiveConfig) -> Objective:
+    """The objective with these knobs, of the file in this folder that they name."""
+    return importlib.import_module(f"{__name__}.{config.name}").build(config)

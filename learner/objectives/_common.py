@@ -6,14 +6,14 @@ groups, diagnostics.
 Everything is computed in float64 whatever the log-probs' dtype. A group of one has no term: it carries no
 signal.
 
-Importance weights (`rivals.is_correction`) are detached and multiply the policy's part of each token's term,
+Importance weights (`importance_weight`) are detached and multiply the policy's part of each token's term,
 not a KL loss. They are w = pi/mu where the objective has no ratio of its own. Where it has one, that ratio
 runs against the proximal policy instead of mu, and w = pi_prox/mu. With w of the token or, as the product
 over its tokens, of the sequence:
 
-    tis   min(w, is_cap)              truncated importance sampling (Yao et al., "Your Efficient RL Framework Secretly Brings You
+    tis   min(w, importance_cap)              truncated importance sampling (Yao et al., "Your Efficient RL Framework Secretly Brings You
                                       Off-Policy RL Training"); the cap is Ionides' (2008)
-    mis   w if w <= is_cap else 0     masked; what is masked still counts in every divisor
+    mis   w if w <= importance_cap else 0     masked; what is masked still counts in every divisor
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ import math
 import torch
 from torch import Tensor
 
-from core.config import AgroConfig, RivalsConfig
-from core.errors import ConfigError
 from learner.objectives import TokenBatch
+from learner.objectives._knobs import ClipConfig, Weights
 
 LOG_RATIO_LIMIT = 20.0  # nats; a ratio beyond exp(20) counts as exp(20) and passes no gradient
 # added to a group's std, so that rounding noise of equal rewards is not blown up to an advantage
@@ -105,9 +104,9 @@ def needs(**used: bool) -> frozenset[str]:
     return frozenset(name for name, is_used in used.items() if is_used)
 
 
-def corrects(rivals: RivalsConfig) -> bool:
+def corrects(config: Weights) -> bool:
     """Whether importance weights are on."""
-    return rivals.is_correction != "none"
+    return config.importance_weight != "none"
 
 
 def known(batch: TokenBatch, name: str) -> Tensor:
@@ -132,11 +131,11 @@ def log_ratios(batch: TokenBatch, needs: frozenset[str]) -> Tensor:
     )
 
 
-def old_logprobs(batch: TokenBatch, rivals: RivalsConfig) -> Tensor:
+def old_logprobs(batch: TokenBatch, config: Weights) -> Tensor:
     """[T] log-probs under the policy an objective's own ratio runs against: mu, or the proximal one
     where weights correct for mu.
     """
-    return known(batch, "proximal_logprobs_T" if corrects(rivals) else "behaviour_logprobs_T")
+    return known(batch, "proximal_logprobs_T" if corrects(config) else "behaviour_logprobs_T")
 
 
 def ratio(log_ratio: Tensor) -> Tensor:
@@ -144,12 +143,12 @@ def ratio(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp_max(LOG_RATIO_LIMIT).exp()
 
 
-def clipped_gain(ratio: Tensor, advantage: Tensor, rivals: RivalsConfig) -> Tensor:
+def clipped_gain(ratio: Tensor, advantage: Tensor, config: ClipConfig) -> Tensor:
     """min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), PPO's surrogate, differentiable in the
     ratio.
     """
     return torch.minimum(
-        ratio * advantage, ratio.clamp(1 - rivals.clip_low, 1 + rivals.clip_high) * advantage
+        ratio * advantage, ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantage
     )
 
 
@@ -163,25 +162,25 @@ def kl_loss(batch: TokenBatch, beta: float) -> Tensor:
     return beta * (log_q_T.exp() - log_q_T - 1)
 
 
-def token_weights(batch: TokenBatch, rivals: RivalsConfig, numerator_T: Tensor | None = None) -> Tensor:
+def token_weights(batch: TokenBatch, config: Weights, numerator_T: Tensor | None = None) -> Tensor:
     """[T] importance weights, detached; ones without correction. `numerator_T`: log-probs above mu's,
     default those of pi.
     """
-    if not rivals.is_correction.endswith("_token"):
-        return sequence_weights(batch, rivals, numerator_T)[batch.sequence_T]
-    return _bounded_weights(_log_weights(batch, numerator_T), rivals)
+    if not config.importance_weight.endswith("_token"):
+        return sequence_weights(batch, config, numerator_T)[batch.sequence_T]
+    return _bounded_weights(_log_weights(batch, numerator_T), config)
 
 
-def sequence_weights(batch: TokenBatch, rivals: RivalsConfig, numerator_T: Tensor | None = None) -> Tensor:
+def sequence_weights(batch: TokenBatch, config: Weights, numerator_T: Tensor | None = None) -> Tensor:
     """[N] importance weights of the sequences, detached; ones without correction. See `token_weights`."""
-    if not corrects(rivals):
+    if not corrects(config):
         return torch.ones_like(batch.rewards_N, dtype=torch.float64)
-    return _bounded_weights(batch.sequence_sums(_log_weights(batch, numerator_T)), rivals)
+    return _bounded_weights(batch.sequence_sums(_log_weights(batch, numerator_T)), config)
 
 
-def proximal_weights(batch: TokenBatch, rivals: RivalsConfig) -> Tensor:
+def proximal_weights(batch: TokenBatch, config: Weights) -> Tensor:
     """[T] weights pi_prox/mu for objectives with a ratio of their own; ones without correction."""
-    return token_weights(batch, rivals, known(batch, "proximal_logprobs_T") if corrects(rivals) else None)
+    return token_weights(batch, config, known(batch, "proximal_logprobs_T") if corrects(config) else None)
 
 
 def _log_weights(batch: TokenBatch, numerator_T: Tensor | None) -> Tensor:
@@ -189,46 +188,11 @@ def _log_weights(batch: TokenBatch, numerator_T: Tensor | None) -> Tensor:
     return above_T.detach() - known(batch, "behaviour_logprobs_T")
 
 
-def _bounded_weights(log_weights: Tensor, rivals: RivalsConfig) -> Tensor:
-    log_cap = math.log(rivals.is_cap)
+def _bounded_weights(log_weights: Tensor, config: Weights) -> Tensor:
+    log_cap = math.log(config.importance_cap)
     truncated = log_weights.clamp_max(log_cap).exp()
     return (
         truncated.masked_fill(log_weights > log_cap, 0.0)
-        if rivals.is_correction.startswith("mis")
+        if config.importance_weight.startswith("mis")
         else truncated
     )
-
-
-def refuse_agro_only(name: str, agro: AgroConfig) -> None:
-    """ConfigError for knobs of AGRO's that a rival would pass over in silence."""
-    for field, default in (
-        ("on_policy_coef", 0.0),
-        ("zero_std", "keep"),
-        ("duplicates", "keep"),
-        ("target", "mean"),
-    ):
-        if (value := getattr(agro, field)) != default:
-            raise ConfigError(
-                f"agro.{field} = {value}: learner.objective = {name} has no such part. Set "
-                f"agro.{field}={default}."
-            )
-
-
-def refuse_token_weights(name: str, rivals: RivalsConfig) -> None:
-    """ConfigError for token-level weights on an objective whose terms are of whole sequences."""
-    if (value := rivals.is_correction).endswith("_token"):
-        remedy = value.replace("_token", "_sequence")
-        raise ConfigError(
-            f"rivals.is_correction = {value}: learner.objective = {name} has one term per sequence, no token "
-            "has its own. "
-            f"Set rivals.is_correction={remedy} or none."
-        )
-
-
-def require_beta(name: str, agro: AgroConfig) -> None:
-    """ConfigError for beta = 0 on a regression that divides by it."""
-    if agro.beta == 0:
-        raise ConfigError(
-            f"agro.beta = 0: learner.objective = {name} divides by beta. Set agro.beta above 0, or another "
-            "learner.objective."
-        )

@@ -23,7 +23,8 @@ import math
 import torch
 from torch import Tensor
 
-from core.config_checks import MAX_VOTE_SUBSETS
+MAX_VOTE_SUBSETS = 20_000
+"""Votes of `majority@k` are counted subset by subset."""
 
 
 def k_sample_advantages(

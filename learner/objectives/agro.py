@@ -3,14 +3,14 @@
     loss = -(1/P) sum_groups (1/n) sum_i sum_t stop_gradient[w_it A_i] log pi(y_it | x, y_i<t)
 
 A_i from `agro_advantages` over the WHOLE group, whatever version sampled it. Any positive weight applied
-after the unweighted centring leaves pi* the fixed point (derived; tests/learner/objectives/test_objectives.py), since every A_i
-is 0 there:
+after the unweighted centring leaves pi* the fixed point (derived; held by
+tests/learner/objectives/test_objectives.py), since every A_i is 0 there:
 
     truncated   w_it = min(cap, pi(y_i) / mu(y_i))                 one for the sequence
     geometric   w_it = min(cap, (pi(y_i) / mu(y_i))^(1/length))    one for the sequence
     token       w_it = min(cap, pi(y_it) / mu(y_it))
 
-`target` pass@k or majority@k replaces the reward's part of A_i (learner/objectives/_k_sample.py). The on-policy term
+`target` pass@k or majority@k replaces the reward's part of A_i (_k_sample.py). The on-policy term
 (on_policy_coef) is valid for samples of the current policy: it acts on those of staleness 0 (on_policy_gate fresh), or on
 all times min(cap, pi/mu) (weighted).
 """
@@ -19,14 +19,123 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, Self
 
+import pydantic
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from core.config import AgroConfig, RivalsConfig
+from core import config as core_config
 from learner.objectives import Objective, TokenBatch
 from learner.objectives._advantages import agro_advantages
-from learner.objectives._k_sample import k_sample_advantages
+from learner.objectives._k_sample import MAX_VOTE_SUBSETS, k_sample_advantages
+from learner.objectives._knobs import ReferenceConfig
+
+
+class Config(ReferenceConfig):
+    """AGRO's knobs; docs/objectives.md gives the reasons for the defaults."""
+
+    name: Literal["agro"] = "agro"
+    beta: float = Field(
+        0.03, ge=0, description="Strength of the pull towards the reference; 0: leave-one-out REINFORCE."
+    )
+    importance_weight: Literal["none", "truncated", "token", "geometric"] = Field(
+        "token",
+        description="Weight after centring, for lagged data: min(cap, pi/mu) of the sequence, of each token, "
+        "or of the mean token.",
+    )
+    importance_cap: float = Field(
+        5.0, gt=0, description="Cap of the weight; docs/objectives.md says what a lower one costs."
+    )
+    on_policy_coef: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="On-policy term's coefficient; 0: off-policy AGRO, 1: its literal on-policy form.",
+    )
+    on_policy_baseline: Literal["none", "loo", "running"] = Field(
+        "loo",
+        description="Baseline of the on-policy term; `running`: the prompt's variance in earlier steps.",
+    )
+    on_policy_gate: Literal["fresh", "weighted"] = Field(
+        "fresh",
+        description="The on-policy term acts on samples of staleness 0 only, or on all, times "
+        "min(importance_cap, pi/mu).",
+    )
+    zero_std: Literal["keep", "drop"] = Field(
+        "keep", description="Groups whose rewards are all equal still carry the KL pull."
+    )
+    duplicates: Literal["keep", "drop"] = Field(
+        "keep",
+        description="`drop` counts equal completions of a group once; independent samples may be "
+        "equal, replayed ones should not.",
+    )
+    target: str = Field(
+        "mean",
+        pattern=r"^(mean|(pass|majority)@[1-9][0-9]*)$",
+        description="What a prompt's samples are trained for: `mean` reward, `pass@k` (best of k) or "
+        "`majority@k` (vote of k).",
+    )
+
+    @property
+    def target_k(self) -> int:
+        """k of `pass@k` and `majority@k`; 1 for `mean`."""
+        return int(self.target.partition("@")[2] or 1)
+
+    @property
+    def fewest_samples(self) -> tuple[int, str]:
+        return max((2, ""), (self.target_k, f"objective.target = {self.target}"))
+
+    @property
+    def compares_answers(self) -> bool:
+        return self.target.startswith("majority")
+
+    @pydantic.model_validator(mode="after")
+    def _on_policy_term_can_be_computed(self) -> Self:
+        if self.on_policy_coef > 0 and self.beta == 0:
+            raise ValueError(
+                "objective.on_policy_coef > 0 needs objective.beta > 0: the on-policy term is divided by beta."
+            )
+        if self.on_policy_coef > 0 and self.target != "mean":
+            raise ValueError(
+                f"objective.target = {self.target} and objective.on_policy_coef = {self.on_policy_coef} do not "
+                "go together. Set objective.on_policy_coef=0."
+            )
+        return self
+
+    def check(self, config: core_config.Config) -> None:
+        n, named = config.actors.group_size, f"objective.target = {self.target}"
+        if self.target_k > n:
+            raise ValueError(
+                f"{named} needs k <= actors.group_size = {n}. Raise actors.group_size or lower k."
+            )
+        if self.compares_answers and math.comb(n, self.target_k) > MAX_VOTE_SUBSETS:
+            raise ValueError(
+                f"{named} of actors.group_size = {n}: {math.comb(n, self.target_k)} subsets to vote in each "
+                f"group, more than {MAX_VOTE_SUBSETS}. Choose a smaller k or group_size."
+            )
+
+    def warnings(self, config: core_config.Config) -> list[str]:
+        found, named = [], f"objective.on_policy_coef = {self.on_policy_coef}"
+        if self.on_policy_coef > 2 * self.beta:
+            found.append(
+                f"{named} > 2 * beta = {2 * self.beta}: for prompts solved less than half the time the on-policy "
+                "term pushes correct answers down (docs/objectives.md, hazard)."
+            )
+        publish_every = config.weights.publish_every
+        if self.on_policy_coef > 0 and self.on_policy_gate == "fresh" and publish_every > 1:
+            found.append(
+                f"{named} with objective.on_policy_gate = fresh and weights.publish_every = {publish_every}: few "
+                "samples are ever of the current policy (staleness/fresh_fraction); on the others the on-policy "
+                "term does nothing."
+            )
+        if self.target != "mean" and self.target_k == config.actors.group_size:
+            found.append(
+                f"objective.target = {self.target} with actors.group_size = {config.actors.group_size}: with "
+                "k = n nothing is left to centre with on off-policy data. Raise actors.group_size."
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -35,7 +144,7 @@ class Agro:
     log-probs' dtype.
     """
 
-    config: AgroConfig
+    config: Config
 
     @property
     def needs(self) -> frozenset[str]:
@@ -157,8 +266,8 @@ def _log_weight(logprobs_T: Tensor, batch: TokenBatch) -> Tensor:
     log_weight_T = logprobs_T - batch.behaviour_logprobs_T.double()
     if not torch.isfinite(log_weight_T).all():
         raise ValueError(
-            "behaviour_logprobs_T holds values that are not finite; agro.importance_weight and on_policy_gate = "
-            "weighted need every token's"
+            "behaviour_logprobs_T holds values that are not finite; objective.importance_weight and "
+            "on_policy_gate = weighted need every token's"
         )
     return log_weight_T
 
@@ -172,7 +281,6 @@ def _zero_std(rewards_N: Tensor, group_of_N: Tensor) -> Tensor:
     return (bounds[0] == bounds[1])[group_of_N]
 
 
-def build(config: AgroConfig, rivals: RivalsConfig) -> Objective:
-    """AGRO as configured; nothing of `rivals` concerns it."""
-    del rivals
+def build(config: Config) -> Objective:
+    """AGRO as configured."""
     return Agro(config)

@@ -5,42 +5,51 @@
 
 Source: Arnal et al., "Asymmetric REINFORCE for off-Policy Reinforcement Learning: Balancing positive and
 negative rewards" (arXiv 2506.20520): a baseline under the behaviour's expected reward improves the policy
-off-policy, one above it collapses. The KL loss (k3 against pi_ref, per token) is ours: agro.beta=0 gives the
-method alone. A group of one has no term here either. w_it: importance weights, see _common.py.
+off-policy, one above it collapses. The KL loss (k3 against pi_ref, per token) is ours: the method alone is beta = 0, the
+default. A group of one has no term here either. w_it: importance weights, see _common.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
-from core.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import Groups, corrects, kl_loss, needs, refuse_agro_only, token_weights
+from learner.objectives._common import Groups, corrects, kl_loss, needs, token_weights
+from learner.objectives._knobs import ReferenceConfig, WeightConfig
+
+
+class Config(ReferenceConfig, WeightConfig):
+    """Asymmetric REINFORCE has a baseline that is shifted; the method alone has no KL loss."""
+
+    name: Literal["asymre"] = "asymre"
+    baseline_shift: float = Field(
+        0.1, ge=0, description="How far the baseline lies below the group's mean reward."
+    )
 
 
 @dataclass(frozen=True)
 class AsymRe:
     """The objective; see the module's formula."""
 
-    agro: AgroConfig
-    rivals: RivalsConfig
+    config: Config
 
     @property
     def needs(self) -> frozenset[str]:
-        return needs(reference_tokens=self.agro.beta > 0, behaviour_logprobs=corrects(self.rivals))
+        return needs(reference_tokens=self.config.beta > 0, behaviour_logprobs=corrects(self.config))
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        groups, beta = Groups(batch), self.agro.beta
-        advantage_N = groups.centred(groups.rewards_N) + self.rivals.baseline_shift
-        weight_T = token_weights(batch, self.rivals)
+        groups, beta = Groups(batch), self.config.beta
+        advantage_N = groups.centred(groups.rewards_N) + self.config.baseline_shift
+        weight_T = token_weights(batch, self.config)
         terms_T = kl_loss(batch, beta) - weight_T * advantage_N[batch.sequence_T] * batch.logprobs_T
         loss = groups.total(batch.sequence_sums(terms_T))
         return loss, groups.report(self.needs, beta, advantage_N, batch.sequence_means(weight_T))
 
 
-def build(agro: AgroConfig, rivals: RivalsConfig) -> Objective:
-    """Asymmetric REINFORCE as configured; ConfigError for knobs of AGRO's it does not have."""
-    refuse_agro_only("asymre", agro)
-    return AsymRe(agro, rivals)
+def build(config: Config) -> Objective:
+    """Asymmetric REINFORCE as configured."""
+    return AsymRe(config)

@@ -6,49 +6,48 @@
 
 The divisor is the number of tokens of the group, as in the paper; there is no lower clip (clip_low is not
 used). Source: MiniMax, "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention" (arXiv
-2506.13585). The KL loss is ours: agro.beta=0 gives the method alone. w_it: importance weights, see
+2506.13585). The KL loss is ours: objective.beta=0 gives the method alone. w_it: importance weights, see
 _common.py; with them rho is pi/pi_prox.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from core.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import (
-    Groups,
-    corrects,
-    kl_loss,
-    needs,
-    old_logprobs,
-    proximal_weights,
-    ratio,
-    refuse_agro_only,
-)
+from learner.objectives._common import Groups, corrects, kl_loss, needs, old_logprobs, proximal_weights, ratio
+from learner.objectives._knobs import ProximalConfig, ReferenceConfig, WeightConfig
+
+
+class Config(ReferenceConfig, WeightConfig, ProximalConfig):
+    """CISPO clips its weight from above only; the method alone has no KL loss."""
+
+    name: Literal["cispo"] = "cispo"
+    clip_high: float = Field(0.2, gt=0, description="Ratios above 1 + clip_high count as that.")
 
 
 @dataclass(frozen=True)
 class Cispo:
     """The objective; see the module's formula."""
 
-    agro: AgroConfig
-    rivals: RivalsConfig
+    config: Config
 
     @property
     def needs(self) -> frozenset[str]:
         return needs(
-            behaviour_logprobs=True, proximal=corrects(self.rivals), reference_tokens=self.agro.beta > 0
+            behaviour_logprobs=True, proximal=corrects(self.config), reference_tokens=self.config.beta > 0
         )
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        groups, beta = Groups(batch), self.agro.beta
+        groups, beta = Groups(batch), self.config.beta
         advantage_N = groups.standardised()
-        rho_T = ratio(batch.logprobs_T.detach().double() - old_logprobs(batch, self.rivals))
-        weight_T = proximal_weights(batch, self.rivals) * rho_T.clamp_max(1 + self.rivals.clip_high)
+        rho_T = ratio(batch.logprobs_T.detach().double() - old_logprobs(batch, self.config))
+        weight_T = proximal_weights(batch, self.config) * rho_T.clamp_max(1 + self.config.clip_high)
         terms_T = kl_loss(batch, beta) - weight_T * advantage_N[batch.sequence_T] * batch.logprobs_T
         mean_length_N = groups.mean(batch.sequence_sums(torch.ones_like(terms_T)))
         # `total` divides by n: with the mean length that makes the group's number of tokens.
@@ -56,7 +55,6 @@ class Cispo:
         return loss, groups.report(self.needs, beta, advantage_N, batch.sequence_means(weight_T))
 
 
-def build(agro: AgroConfig, rivals: RivalsConfig) -> Objective:
-    """CISPO as configured; ConfigError for knobs of AGRO's it does not have."""
-    refuse_agro_only("cispo", agro)
-    return Cispo(agro, rivals)
+def build(config: Config) -> Objective:
+    """CISPO as configured."""
+    return Cispo(config)

@@ -6,20 +6,26 @@ length.
     A_i  = r_i - mean_j r_j;     the rest as in grpo.py
 
 The paper divides the sum over tokens by a constant, the generation limit. Here the constant is 1, the same
-for any sharding and any config: learner.lr takes the difference, and agro.beta is per token either way. The
-paper uses no KL: agro.beta=0. Source: Liu et al., "Understanding R1-Zero-Like Training: A Critical
+for any sharding and any config: learner.lr takes the difference, and beta is per token either way. The
+paper uses no KL: beta=0. Source: Liu et al., "Understanding R1-Zero-Like Training: A Critical
 Perspective" (arXiv 2503.20783).
 """
 
 from __future__ import annotations
 
-from core.config import AgroConfig, RivalsConfig
+from typing import Literal
+
 from learner.objectives import Objective
-from learner.objectives._common import refuse_agro_only
+from learner.objectives._knobs import RatioConfig
 from learner.objectives.grpo import Grpo
 
 
-def build(agro: AgroConfig, rivals: RivalsConfig) -> Objective:
-    """Dr. GRPO as configured; ConfigError for knobs of AGRO's it does not have."""
-    refuse_agro_only("dr_grpo", agro)
-    return Grpo(agro, rivals, normalised=False)
+class Config(RatioConfig):
+    """Dr. GRPO has no KL loss unless asked for."""
+
+    name: Literal["dr_grpo"] = "dr_grpo"
+
+
+def build(config: Config) -> Objective:
+    """Dr. GRPO as configured."""
+    return Grpo(config, normalised=False)

@@ -12,10 +12,10 @@ importance weights, see _common.py; with them rho is pi/pi_prox.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from core.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective, TokenBatch
 from learner.objectives._common import (
     Groups,
@@ -26,8 +26,15 @@ from learner.objectives._common import (
     old_logprobs,
     proximal_weights,
     ratio,
-    refuse_agro_only,
 )
+from learner.objectives._knobs import RatioConfig, strength
+
+
+class Config(RatioConfig):
+    """GRPO has the KL loss of its paper."""
+
+    name: Literal["grpo"] = "grpo"
+    beta: float = strength(0.04)
 
 
 @dataclass(frozen=True)
@@ -36,23 +43,22 @@ class Grpo:
     dr_grpo.py.
     """
 
-    agro: AgroConfig
-    rivals: RivalsConfig
+    config: RatioConfig
     normalised: bool = True
 
     @property
     def needs(self) -> frozenset[str]:
         return needs(
-            behaviour_logprobs=True, proximal=corrects(self.rivals), reference_tokens=self.agro.beta > 0
+            behaviour_logprobs=True, proximal=corrects(self.config), reference_tokens=self.config.beta > 0
         )
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        groups, beta = Groups(batch), self.agro.beta
+        groups, beta = Groups(batch), self.config.beta
         advantage_N = groups.standardised() if self.normalised else groups.centred(groups.rewards_N)
-        rho_T = ratio(batch.logprobs_T.double() - old_logprobs(batch, self.rivals))
-        weight_T = proximal_weights(batch, self.rivals)
+        rho_T = ratio(batch.logprobs_T.double() - old_logprobs(batch, self.config))
+        weight_T = proximal_weights(batch, self.config)
         terms_T = kl_loss(batch, beta) - weight_T * clipped_gain(
-            rho_T, advantage_N[batch.sequence_T], self.rivals
+            rho_T, advantage_N[batch.sequence_T], self.config
         )
         loss = groups.total(
             batch.sequence_means(terms_T) if self.normalised else batch.sequence_sums(terms_T)
@@ -60,7 +66,6 @@ class Grpo:
         return loss, groups.report(self.needs, beta, advantage_N, batch.sequence_means(weight_T * rho_T))
 
 
-def build(agro: AgroConfig, rivals: RivalsConfig) -> Objective:
-    """GRPO as configured; ConfigError for knobs of AGRO's it does not have."""
-    refuse_agro_only("grpo", agro)
-    return Grpo(agro, rivals)
+def build(config: Config) -> Objective:
+    """GRPO as configured."""
+    return Grpo(config)

@@ -4,19 +4,20 @@
     (beta/|y_i|) sum_t k3_it }
     s_i  = (pi(y_i|x) / mu(y_i|x))^(1/|y_i|);     A_i and k3 as in grpo.py
 
-s_i stays much closer to 1 than a token's ratio: the paper clips at 3e-4 and 4e-4, set rivals.clip_low and
-clip_high accordingly. Source: Zheng et al., "Group Sequence Policy Optimization" (arXiv 2507.18071). It
-reports no KL loss: agro.beta=0. w_i: importance weights of the sequence, see _common.py; with them s_i runs
+s_i stays much closer to 1 than a token's ratio: the paper clips at 3e-4 and 4e-4, and so do
+the defaults here. Source: Zheng et al., "Group Sequence Policy Optimization" (arXiv 2507.18071). It
+reports no KL loss: objective.beta=0. w_i: importance weights of the sequence, see _common.py; with them s_i runs
 against pi_prox.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
-from core.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective, TokenBatch
 from learner.objectives._common import (
     Groups,
@@ -27,40 +28,44 @@ from learner.objectives._common import (
     needs,
     old_logprobs,
     ratio,
-    refuse_agro_only,
-    refuse_token_weights,
     sequence_weights,
 )
+from learner.objectives._knobs import ClipConfig, ProximalConfig, ReferenceConfig, SequenceWeightConfig
+
+
+class Config(ReferenceConfig, ClipConfig, SequenceWeightConfig, ProximalConfig):
+    """GSPO clips where its paper does, and has no KL loss unless asked for."""
+
+    name: Literal["gspo"] = "gspo"
+    clip_low: float = Field(3e-4, gt=0, lt=1, description="Ratios below 1 - clip_low are clipped.")
+    clip_high: float = Field(4e-4, gt=0, description="Ratios above 1 + clip_high are clipped.")
 
 
 @dataclass(frozen=True)
 class Gspo:
     """The objective; see the module's formula."""
 
-    agro: AgroConfig
-    rivals: RivalsConfig
+    config: Config
 
     @property
     def needs(self) -> frozenset[str]:
         return needs(
-            behaviour_logprobs=True, proximal=corrects(self.rivals), reference_tokens=self.agro.beta > 0
+            behaviour_logprobs=True, proximal=corrects(self.config), reference_tokens=self.config.beta > 0
         )
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        groups, beta = Groups(batch), self.agro.beta
+        groups, beta = Groups(batch), self.config.beta
         advantage_N = groups.standardised()
-        s_N = ratio(batch.sequence_means(batch.logprobs_T.double() - old_logprobs(batch, self.rivals)))
+        s_N = ratio(batch.sequence_means(batch.logprobs_T.double() - old_logprobs(batch, self.config)))
         weight_N = sequence_weights(
-            batch, self.rivals, known(batch, "proximal_logprobs_T") if corrects(self.rivals) else None
+            batch, self.config, known(batch, "proximal_logprobs_T") if corrects(self.config) else None
         )
         terms_N = batch.sequence_means(kl_loss(batch, beta)) - weight_N * clipped_gain(
-            s_N, advantage_N, self.rivals
+            s_N, advantage_N, self.config
         )
         return groups.total(terms_N), groups.report(self.needs, beta, advantage_N, weight_N * s_N)
 
 
-def build(agro: AgroConfig, rivals: RivalsConfig) -> Objective:
-    """GSPO as configured; ConfigError for token-level weights and for knobs of AGRO's it does not have."""
-    refuse_agro_only("gspo", agro)
-    refuse_token_weights("gspo", rivals)
-    return Gspo(agro, rivals)
+def build(config: Config) -> Objective:
+    """GSPO as configured."""
+    return Gspo(config)

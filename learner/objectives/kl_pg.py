@@ -11,36 +11,42 @@ and the fixed point is no longer pi*. Source: the KL-regularised policy gradient
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from core.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import Groups, corrects, log_ratios, needs, refuse_agro_only, token_weights
+from learner.objectives._common import Groups, corrects, log_ratios, needs, token_weights
+from learner.objectives._knobs import ReferenceConfig, WeightConfig, strength
+
+
+class Config(ReferenceConfig, WeightConfig):
+    """KL-PG has a pull towards the reference, and importance weights."""
+
+    name: Literal["kl_pg"] = "kl_pg"
+    beta: float = strength(0.03)
 
 
 @dataclass(frozen=True)
 class KlPg:
     """The objective; see the module's formula."""
 
-    agro: AgroConfig
-    rivals: RivalsConfig
+    config: Config
 
     @property
     def needs(self) -> frozenset[str]:
-        return needs(reference=self.agro.beta > 0, behaviour_logprobs=corrects(self.rivals))
+        return needs(reference=self.config.beta > 0, behaviour_logprobs=corrects(self.config))
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        groups, beta = Groups(batch), self.agro.beta
+        groups, beta = Groups(batch), self.config.beta
         advantage_N = groups.leave_one_out(groups.rewards_N)
         if beta > 0:
             advantage_N = advantage_N - beta * log_ratios(batch, self.needs)
-        weight_T = token_weights(batch, self.rivals)
+        weight_T = token_weights(batch, self.config)
         loss = groups.total(-advantage_N * batch.sequence_sums(weight_T * batch.logprobs_T))
         return loss, groups.report(self.needs, beta, advantage_N, batch.sequence_means(weight_T))
 
 
-def build(agro: AgroConfig, rivals: RivalsConfig) -> Objective:
-    """KL-regularised policy gradient as configured; ConfigError for knobs of AGRO's it does not have."""
-    refuse_agro_only("kl_pg", agro)
-    return KlPg(agro, rivals)
+def build(config: Config) -> Objective:
+    """KL-regularised policy gradient as configured."""
+    return KlPg(config)

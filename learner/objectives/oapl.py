@@ -13,50 +13,43 @@ sequence, see _common.py; any positive one leaves the solution.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from core.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import (
-    Groups,
-    known,
-    needs,
-    refuse_agro_only,
-    refuse_token_weights,
-    require_beta,
-    sequence_weights,
-)
+from learner.objectives._common import Groups, known, needs, sequence_weights
+from learner.objectives._knobs import RegressionConfig, SequenceWeightConfig
+
+
+class Config(RegressionConfig, SequenceWeightConfig):
+    """OAPL divides by beta, and has no reference."""
+
+    name: Literal["oapl"] = "oapl"
 
 
 @dataclass(frozen=True)
 class Oapl:
     """The objective; see the module's formula."""
 
-    agro: AgroConfig
-    rivals: RivalsConfig
+    config: Config
 
     @property
     def needs(self) -> frozenset[str]:
         return needs(behaviour_logprobs=True)
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        groups, beta = Groups(batch), self.agro.beta
+        groups, beta = Groups(batch), self.config.beta
         best_N = groups.maximum(groups.rewards_N)
         value_N = best_N + beta * groups.mean(((groups.rewards_N - best_N) / beta).exp()).log()
         log_ratio_N = batch.sequence_sums(batch.logprobs_T.double() - known(batch, "behaviour_logprobs_T"))
         gap_N = groups.rewards_N - value_N - beta * log_ratio_N
-        weight_N = sequence_weights(batch, self.rivals)
+        weight_N = sequence_weights(batch, self.config)
         return groups.total(weight_N * gap_N.square() / (2 * beta)), groups.report(
             self.needs, beta, gap_N, weight_N
         )
 
 
-def build(agro: AgroConfig, rivals: RivalsConfig) -> Objective:
-    """OAPL as configured; ConfigError for beta = 0, token-level weights and knobs of AGRO's it does not
-    have.
-    """
-    refuse_agro_only("oapl", agro)
-    refuse_token_weights("oapl", rivals)
-    require_beta("oapl", agro)
-    return Oapl(agro, rivals)
+def build(config: Config) -> Objective:
+    """OAPL as configured."""
+    return Oapl(config)

@@ -12,40 +12,46 @@ w_i: importance weights, see _common.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from core.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import Groups, corrects, known, needs, refuse_agro_only, token_weights
+from learner.objectives._common import Groups, corrects, known, needs, token_weights
+from learner.objectives._knobs import ReferenceConfig, WeightConfig, strength
+
+
+class Config(ReferenceConfig, WeightConfig):
+    """RLOO has a pull towards the reference, and importance weights."""
+
+    name: Literal["rloo"] = "rloo"
+    beta: float = strength(0.03)
 
 
 @dataclass(frozen=True)
 class Rloo:
     """The objective; see the module's formula."""
 
-    agro: AgroConfig
-    rivals: RivalsConfig
+    config: Config
 
     @property
     def needs(self) -> frozenset[str]:
         return needs(
-            reference=self.agro.beta > 0, behaviour_logprobs=self.agro.beta > 0 or corrects(self.rivals)
+            reference=self.config.beta > 0, behaviour_logprobs=self.config.beta > 0 or corrects(self.config)
         )
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        groups, beta = Groups(batch), self.agro.beta
+        groups, beta = Groups(batch), self.config.beta
         penalised_N = groups.rewards_N
         if beta > 0:
             behaviour_N = batch.sequence_sums(known(batch, "behaviour_logprobs_T"))
             penalised_N = penalised_N - beta * (behaviour_N - known(batch, "ref_logprobs_N"))
         advantage_N = groups.leave_one_out(penalised_N)
-        weight_T = token_weights(batch, self.rivals)
+        weight_T = token_weights(batch, self.config)
         loss = groups.total(-advantage_N * batch.sequence_sums(weight_T * batch.logprobs_T))
         return loss, groups.report(self.needs, beta, advantage_N, batch.sequence_means(weight_T))
 
 
-def build(agro: AgroConfig, rivals: RivalsConfig) -> Objective:
-    """RLOO as configured; ConfigError for knobs of AGRO's it does not have."""
-    refuse_agro_only("rloo", agro)
-    return Rloo(agro, rivals)
+def build(config: Config) -> Objective:
+    """RLOO as configured."""
+    return Rloo(config)

@@ -12,50 +12,42 @@ LLM Post-Training" (arXiv 2503.18929). w_i: importance weights of the sequence, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from core.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import (
-    Groups,
-    corrects,
-    known,
-    needs,
-    refuse_agro_only,
-    refuse_token_weights,
-    require_beta,
-    sequence_weights,
-)
+from learner.objectives._common import Groups, corrects, known, needs, sequence_weights
+from learner.objectives._knobs import ReferenceConfig, RegressionConfig, SequenceWeightConfig
+
+
+class Config(RegressionConfig, ReferenceConfig, SequenceWeightConfig):
+    """TBA divides by beta."""
+
+    name: Literal["tba"] = "tba"
 
 
 @dataclass(frozen=True)
 class Tba:
     """The objective; see the module's formula."""
 
-    agro: AgroConfig
-    rivals: RivalsConfig
+    config: Config
 
     @property
     def needs(self) -> frozenset[str]:
-        return needs(reference=True, behaviour_logprobs=corrects(self.rivals))
+        return needs(reference=True, behaviour_logprobs=corrects(self.config))
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        groups, beta = Groups(batch), self.agro.beta
+        groups, beta = Groups(batch), self.config.beta
         ell_N = batch.sequence_sums(batch.logprobs_T.double()) - known(batch, "ref_logprobs_N")
         residual_N = groups.rewards_N - beta * ell_N
         gap_N = residual_N - groups.mean(residual_N.detach())
-        weight_N = sequence_weights(batch, self.rivals)
+        weight_N = sequence_weights(batch, self.config)
         return groups.total(weight_N * gap_N.square() / (2 * beta)), groups.report(
             self.needs, beta, gap_N, weight_N
         )
 
 
-def build(agro: AgroConfig, rivals: RivalsConfig) -> Objective:
-    """TBA as configured; ConfigError for beta = 0, token-level weights and knobs of AGRO's it does not
-    have.
-    """
-    refuse_agro_only("tba", agro)
-    refuse_token_weights("tba", rivals)
-    require_beta("tba", agro)
-    return Tba(agro, rivals)
+def build(config: Config) -> Objective:
+    """TBA as configured."""
+    return Tba(config)

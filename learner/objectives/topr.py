@@ -8,57 +8,52 @@ become.
 Source: Le Roux et al., "Tapered Off-Policy REINFORCE: Stable and efficient reinforcement learning for LLMs"
 (arXiv 2503.14286). There the sign of the return, rewards of -1 and 1 less a baseline, tells good from bad;
 rewards of 0 and 1 would have no bad samples, so that the baseline here is the group's mean. The KL loss is
-ours: agro.beta=0 gives the method alone. w_i: importance weights, see _common.py; with them rho_i is
+ours: objective.beta=0 gives the method alone. w_i: importance weights, see _common.py; with them rho_i is
 pi/pi_prox, and w_i acts on good samples too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from core.config import AgroConfig, RivalsConfig
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import (
-    Groups,
-    corrects,
-    kl_loss,
-    needs,
-    old_logprobs,
-    proximal_weights,
-    refuse_agro_only,
-    refuse_token_weights,
-)
+from learner.objectives._common import Groups, corrects, kl_loss, needs, old_logprobs, proximal_weights
+from learner.objectives._knobs import ProximalConfig, ReferenceConfig, SequenceWeightConfig
+
+
+class Config(ReferenceConfig, SequenceWeightConfig, ProximalConfig):
+    """TOPR has weights of sequences only; the method alone has no KL loss."""
+
+    name: Literal["topr"] = "topr"
 
 
 @dataclass(frozen=True)
 class Topr:
     """The objective; see the module's formula."""
 
-    agro: AgroConfig
-    rivals: RivalsConfig
+    config: Config
 
     @property
     def needs(self) -> frozenset[str]:
         return needs(
-            behaviour_logprobs=True, proximal=corrects(self.rivals), reference_tokens=self.agro.beta > 0
+            behaviour_logprobs=True, proximal=corrects(self.config), reference_tokens=self.config.beta > 0
         )
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        groups, beta = Groups(batch), self.agro.beta
+        groups, beta = Groups(batch), self.config.beta
         advantage_N = groups.centred(groups.rewards_N)
-        log_rho_N = batch.sequence_sums(batch.logprobs_T.detach().double() - old_logprobs(batch, self.rivals))
+        log_rho_N = batch.sequence_sums(batch.logprobs_T.detach().double() - old_logprobs(batch, self.config))
         taper_N = torch.where(advantage_N >= 0, 1.0, log_rho_N.clamp_max(0).exp())
-        weight_T = proximal_weights(batch, self.rivals) * taper_N[batch.sequence_T]
+        weight_T = proximal_weights(batch, self.config) * taper_N[batch.sequence_T]
         terms_T = kl_loss(batch, beta) - weight_T * advantage_N[batch.sequence_T] * batch.logprobs_T
         loss = groups.total(batch.sequence_sums(terms_T))
         return loss, groups.report(self.needs, beta, advantage_N, batch.sequence_means(weight_T))
 
 
-def build(agro: AgroConfig, rivals: RivalsConfig) -> Objective:
-    """TOPR as configured; ConfigError for token-level weights and for knobs of AGRO's it does not have."""
-    refuse_agro_only("topr", agro)
-    refuse_token_weights("topr", rivals)
-    return Topr(agro, rivals)
+def build(config: Config) -> Objective:
+    """TOPR as configured."""
+    return Topr(config)

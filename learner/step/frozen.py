@@ -1,7 +1,8 @@
 """The policies that a step does not train: the reference and the proximal policy. When they move, and their log-probs.
 
-Both begin as the base model. The reference becomes a copy of the policy every `agro.ref_update_every` steps, if that is set at all; the
-proximal policy every `rivals.proximal_every` steps. An objective that needs neither gets neither (`frozen_names`).
+Both begin as the base model. The reference becomes a copy of the policy every `objective.ref_update_every`
+steps, if that is set at all; the proximal policy every `objective.proximal_every` steps. An objective that
+needs neither gets neither (`frozen_names`).
 """
 
 from __future__ import annotations
@@ -68,7 +69,11 @@ class FrozenPolicies:
 
     def __init__(self, policies: Mapping[str, FrozenPolicy], config: Config, needs: Collection[str]) -> None:
         self._policies, self._needs = dict(policies), needs
-        self._every = {REFERENCE: config.agro.ref_update_every, PROXIMAL: config.rivals.proximal_every}
+        objective = config.objective
+        self._every = {
+            REFERENCE: objective.reference_moves_every,
+            PROXIMAL: objective.proximal_moves_every,
+        }
         self._bucket_bytes = int(config.weights.bucket_mib * MIB)
         self._temperature = config.actors.temperature
         self.moved: set[str] = set()

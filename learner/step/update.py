@@ -79,7 +79,7 @@ class Updater:
     ) -> None:
         """`frozen` holds a policy for each of the objective's `frozen_names`."""
         self._learner, self._temperature = config.learner, config.actors.temperature
-        self._beta = config.agro.beta
+        self._beta = config.objective.beta
         self._policy, self._objective = policy, objective
         self._frozen = FrozenPolicies(frozen or {}, config, objective.needs)
         self._pad_id, self._device = pad_id, device

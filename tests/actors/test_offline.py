@@ -23,11 +23,11 @@ from buffer.ledger import audit
 from buffer.server import ReplayBuffer
 from cluster.preparation.prepare import check_needs, load_training, no_evaluation
 from core.config import Config
-from core.config_file import parse_config
 from core.errors import ConfigError, DataError, PeerTimeout
 from core.records import Batch, Group, Sample, VersionSpan, decode_batch
 from core.tokenizer import Detokenizer
 from core.weights.board import Board
+from learner.catalogue import parse_config
 from learner.objectives import load_objective
 from learner.step.batch_metrics import batch_metrics, shown_samples
 from recipes.arithmetic import make_tokenizer
@@ -50,7 +50,7 @@ def make_config(offline: Path | str, **sections: Any) -> Config:
         "actors": {"count": 0, "group_size": 4, "max_new_tokens": 4},
         "buffer": {"capacity": 8},
         "learner": {"groups_per_step": 2},
-        "agro": {"importance_weight": "none"},
+        "objective": {"importance_weight": "none"},
     }
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}
@@ -137,16 +137,16 @@ def test_duplicates_and_prompts_with_one_completion_are_left_out_and_counted(loa
 
 def test_a_target_of_k_samples_needs_k_completions_of_a_prompt(load):
     third, other = {**GOOD[0], "completion": "4"}, [{**row, "prompt": "1+2=", "answer": "3"} for row in GOOD]
-    agro = {"importance_weight": "none", "target": "pass@3"}
-    prompts, notes = load(*GOOD, third, *other, agro=agro)
+    objective = {"importance_weight": "none", "target": "pass@3"}
+    prompts, notes = load(*GOOD, third, *other, objective=objective)
     assert [(row.text, len(row.offline)) for row in prompts.rows] == [("1+1=", 3)]
     assert "1 prompts left out: fewer than 3 different completions" in notes[1]
     with pytest.raises(
         DataError,
         match=r"no prompt has 3 different completions.*3 at a time with "
-        r"agro.target = pass@3",
+        r"objective.target = pass@3",
     ):
-        load(*GOOD, agro=agro)
+        load(*GOOD, objective=objective)
 
 
 def test_columns_that_differ_within_a_prompt_are_named(load):
@@ -325,33 +325,33 @@ def test_a_logged_prompt_that_is_no_training_prompt_is_a_bad_row_when_mixing(tmp
 
 def test_what_an_objective_needs_and_offline_or_lagged_data_lacks_is_refused():
     def needs_of(config: Config) -> frozenset[str]:
-        return load_objective(config.learner.objective, config.agro, config.rivals).needs
+        return load_objective(config.objective).needs
 
     check_needs(make_config("log"), needs_of(make_config("log")))
-    weighted = make_config("log", agro={"importance_weight": "truncated"})
+    weighted = make_config("log", objective={"importance_weight": "truncated"})
     with pytest.raises(
         ConfigError,
         match=r"needs behaviour log-probs.*data\.offline = log do not have\. Set "
-        r"agro\.importance_weight=none",
+        r"objective\.importance_weight=none",
     ):
         check_needs(weighted, needs_of(weighted))
     mixed = make_config(
         "log",
         data={"path": "p", "offline_share": 0.5},
         actors={"count": 1},
-        agro={"importance_weight": "token"},
+        objective={"importance_weight": "token"},
     )
-    with pytest.raises(ConfigError, match=r"agro\.importance_weight=none"):
+    with pytest.raises(ConfigError, match=r"objective\.importance_weight=none"):
         check_needs(mixed, needs_of(mixed))
-    on_policy = make_config("log", agro={"on_policy_coef": 0.01})
+    on_policy = make_config("log", objective={"on_policy_coef": 0.01})
     with pytest.raises(
         ConfigError,
         match=r"all samples are offline: none is ever fresh\. Set "
-        r"agro\.on_policy_coef=0",
+        r"objective\.on_policy_coef=0",
     ):
         check_needs(on_policy, needs_of(on_policy))
-    with pytest.raises(ConfigError, match=r"learner\.objective = grpo needs behaviour log-probs"):
-        check_needs(make_config("log", learner={"objective": "grpo"}), frozenset({"behaviour_logprobs"}))
+    with pytest.raises(ConfigError, match=r"objective grpo needs behaviour log-probs"):
+        check_needs(make_config("log", objective={"name": "grpo"}), frozenset({"behaviour_logprobs"}))
 
 
 def test_why_nothing_is_evaluated_is_said():
@@ -520,7 +520,7 @@ def run_train(model: Path, run_dir: Path, *more: str) -> str:
         "train",
         "configs/quickstart.yaml",
         *overrides(model, run_dir, 4),
-        "agro.importance_weight=none",
+        "objective.importance_weight=none",
         *more,
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=280, capture_output=True, text=True)

@@ -70,7 +70,8 @@ def test_offline_samples_count_as_members(bench):
     data = {"offline": "none", "offline_share": 0.5}
     actors = {"group_timeout_s": 0.2, "max_new_tokens": LONG, "slots": 1, "group_size": 2}
     run = bench(
-        make_config(data=data, actors=actors, agro={"importance_weight": "none"}), rows=rows(offline=offline)
+        make_config(data=data, actors=actors, objective={"importance_weight": "none"}),
+        rows=rows(offline=offline),
     )
     actor = SimulatedActor(run, num_tokens=(LONG, LONG), step_s=STEP_S)
     run.publish(0)

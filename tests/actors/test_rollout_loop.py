@@ -389,7 +389,8 @@ class Feeder(OfflineActor):
 def test_the_feeder_keeps_its_groups_while_the_disk_is_full(bench):
     offline = tuple(OfflineSample((7, 8 + number), str(number), None, "length") for number in range(4))
     run = bench(
-        make_config(data={"offline": "none"}, agro={"importance_weight": "none"}), rows=rows(offline=offline)
+        make_config(data={"offline": "none"}, objective={"importance_weight": "none"}),
+        rows=rows(offline=offline),
     )
     run.buffer.faults["insert"].extend(DiskFullError("no space left") for _ in range(2))
     run.buffer.faults["lease"].append(DiskFullError("no space left"))

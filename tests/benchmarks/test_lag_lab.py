@@ -13,8 +13,8 @@ import torch
 from benchmarks import staleness_study
 from benchmarks.lag_lab import LagRun, PlainPolicy, Task, arithmetic_task, sample
 from core.config import Config
-from core.config_file import load_config
 from core.errors import ConfigError
+from learner.catalogue import load_config
 from learner.step.packing import TokenSequence, collate
 from tests.support import ROOT
 
@@ -61,7 +61,7 @@ def test_every_sample_is_exactly_as_old_as_the_lag_once_something_is(
 def test_the_first_batches_do_not_depend_on_the_method(tiny_models: dict[str, Path], task: Task) -> None:
     batches = [
         LagRun(config_for(tiny_models["tied"], 2, *more), task, 2)._batch(0)
-        for more in ((), ("learner.objective=grpo",))
+        for more in ((), ("objective.name=grpo",))
     ]
     assert batches[0] == batches[1]
 
@@ -98,7 +98,7 @@ def test_a_run_learns_from_its_batches_and_reports_the_systems_metrics(
 def test_an_objective_that_needs_fresh_samples_is_refused_where_none_is_ever_fresh(
     tiny_models: dict[str, Path], task: Task
 ) -> None:
-    config = config_for(tiny_models["tied"], 2, "agro.on_policy_coef=0.01")
+    config = config_for(tiny_models["tied"], 2, "objective.on_policy_coef=0.01")
     with pytest.raises(ConfigError, match=r"lag = 2: none is ever fresh"):
         LagRun(config, task, 2)
     LagRun(config, task, 2, fresh_groups=1)

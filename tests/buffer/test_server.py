@@ -23,9 +23,9 @@ from buffer.replay import EVICTIONS
 from buffer.server import ReplayBuffer
 from buffer.shards import ShardedBuffer
 from core.config import Config
-from core.config_file import parse_config
 from core.errors import DataError
 from core.records import Group, Sample, VersionSpan, WorkItem, decode_batch, encode
+from learner.catalogue import parse_config
 
 NUM_ROWS = 13
 LEDGER_NAME = "ledger.jsonl"

@@ -28,10 +28,10 @@ from cluster.ray_watch import RayWatch
 from cluster.signals import StopSignal
 from cluster.supervisor import Supervisor
 from core.calls import Calls
-from core.config_file import parse_config
 from core.errors import PeerTimeout, TrainingError
 from core.own_warnings import OwnWarnings
 from core.troubles import QUIET_S, Troubles
+from learner.catalogue import parse_config
 from tests.support.simulated import Late, until
 
 pytestmark = pytest.mark.timed

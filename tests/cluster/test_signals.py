@@ -140,7 +140,7 @@ def test_a_closed_terminal_does_not_keep_a_run_from_ending_in_order(tmp_path: Pa
 @pytest.mark.slow
 def test_rays_own_handler_does_not_abort_what_ends_in_order() -> None:
     body = """
-        from core.config_file import load_config
+        from learner.catalogue import load_config
         from cluster.session import ray_session
         stop.end_in_order("the same command with run.dir=runs/x")
         with ray_session(load_config("configs/quickstart.yaml")):

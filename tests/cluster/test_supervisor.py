@@ -27,11 +27,11 @@ from cluster.services import BUFFER, Services
 from cluster.session import logical_cpus
 from cluster.watchdog import MIN_QUIET_S, RECENT_S, Observation, Watchdog, dump_stacks, stalled_stage
 from core.calls import Calls, RemoteShard
-from core.config_file import parse_config
 from core.errors import DataError, PeerTimeout, RewardError, TrainingError
 from core.processes import answer, explained, memory_hint
 from core.records import WorkItem
 from core.weights.board import Board, Directive
+from learner.catalogue import parse_config
 from learner.worker import LearnerRank
 from tests.support.fleet_actors import SleepingActor, UnluckyRank
 from tests.support.simulated import until

@@ -14,8 +14,8 @@ import pytest
 
 from cluster.preparation.prepare import check_inputs
 from core.config import RewardFunction, RewardsConfig
-from core.config_file import load_config
 from core.errors import DataError, RewardError
+from learner.catalogue import load_config
 from rewards import check
 from tests.support import ROOT
 
@@ -105,7 +105,7 @@ def test_a_log_with_all_its_rewards_needs_no_gold_answers(tmp_path, tiny_models)
     offline = (
         "data.path=null",
         f"data.offline={tmp_path}/train.jsonl",
-        "agro.importance_weight=none",
+        "objective.importance_weight=none",
         "actors.count=0",
     )
     check_inputs(configured(tmp_path, tiny_models["tied"], log, *offline))

@@ -182,12 +182,12 @@ def train(directory: Path, resume_from: str | None, rank: int) -> None:
         os.dup2(errors.fileno(), sys.stderr.fileno())
     import ray
 
-    from core.config import Config
+    from learner.catalogue import parse_config
     from learner.worker import LearnerRank
     from tests.support.zero_scenario import meet
 
     ray.put = lambda value: value  # type: ignore[assignment, misc]  # No cluster is needed to train.
-    config = Config.model_validate_json((directory / "config.json").read_text())
+    config = parse_config(json.loads((directory / "config.json").read_text()))
     learner = LearnerRank(rank, config, pad_id=0)
     learner.start(("127.0.0.1", meet(directory, rank)))
     script = json.loads((directory / "script.json").read_text())

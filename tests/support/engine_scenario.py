@@ -27,10 +27,10 @@ from actors.groups import Groups, OpenGroup
 from actors.prompts import PromptRow
 from actors.rollout import RolloutActor
 from core.config import ActorsConfig, ModelConfig
-from core.config_file import parse_config
 from core.errors import SnapshotError
 from core.records import Sample, WorkItem
 from core.weights.snapshots import SnapshotWriter, read_snapshot
+from learner.catalogue import parse_config
 from tests.support.in_process import Bench
 
 MAX_NEW_TOKENS = 16

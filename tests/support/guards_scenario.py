@@ -95,8 +95,8 @@ def with_infinite_reward(batch: Batch) -> Batch:
 
 
 def main(out_dir: Path, rank: int) -> None:
-    from core.config import Config
     from core.errors import TrainingError
+    from learner.catalogue import parse_config
     from learner.objectives import load_objective
     from learner.policy.zero import ZeroFrozen, ZeroPolicy, init_process_group
     from learner.step.guards import Guards
@@ -105,10 +105,10 @@ def main(out_dir: Path, rank: int) -> None:
     from tests.support.zero_scenario import meet
 
     torch.set_num_threads(1)
-    config = Config.model_validate_json((out_dir / "config.json").read_text())
+    config = parse_config(json.loads((out_dir / "config.json").read_text()))
     ranks = config.learner.ranks
     device = init_process_group(rank, ranks, "127.0.0.1", meet(out_dir, rank), use_gpu=False, timeout_s=120)
-    objective = SpoiltObjective(load_objective("agro", config.agro))
+    objective = SpoiltObjective(load_objective(config.objective))
     policy, plain = (ZeroPolicy(config.model, config.learner) for _ in range(2))
     reference = Spoilt(ZeroFrozen(config.model, config.learner), "reference")
     spoilt = Spoilt(policy, "policy", "gradient", "first pass")

@@ -2,6 +2,7 @@
 DIR/found.pt, and DIR/policy/.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ BUCKET_BYTES = 20_000
 
 
 def main(out_dir: Path, rank: int) -> None:
-    from core.config import Config
     from core.weights.transports import ZeroSource
+    from learner.catalogue import parse_config
     from learner.objectives import load_objective
     from learner.policy.zero import ZeroAdapters, ZeroFrozen, ZeroPolicy, init_process_group
     from learner.step.frozen import frozen_names
@@ -23,7 +24,7 @@ def main(out_dir: Path, rank: int) -> None:
     from tests.support.zero_scenario import meet, partition_everything
 
     torch.set_num_threads(1)
-    config = Config.model_validate_json((out_dir / "config.json").read_text())
+    config = parse_config(json.loads((out_dir / "config.json").read_text()))
     if config.learner.ranks > 1:
         partition_everything()
     device = init_process_group(
@@ -36,7 +37,7 @@ def main(out_dir: Path, rank: int) -> None:
         "metadata": [(each.name, each.shape) for each in source.metadata()],
         "base": whole(source),
     }
-    objective = load_objective(config.learner.objective, config.agro, config.rivals)
+    objective = load_objective(config.objective)
     frozen = {name: ZeroAdapters(policy) for name in frozen_names(objective)}
     updater = Updater(config, policy, objective, frozen, pad_id=0, device=device)
     batches = random_batches(policy.module.config.vocab_size)[:STEPS]

@@ -13,7 +13,7 @@ from typing import Any
 from actors.prompts import PromptRow
 from actors.rollout import RolloutActor
 from core.config import Config
-from core.config_file import parse_config
+from learner.catalogue import parse_config
 from tests.support.fake_engine import FakeEngine
 from tests.support.in_process import Bench
 

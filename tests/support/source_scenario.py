@@ -21,8 +21,8 @@ def main(model_dir: Path, families_dir: Path, out_dir: Path, rank: int) -> None:
     from safetensors.torch import load_file
 
     from core.calls import Calls
-    from core.config_file import parse_config
     from core.weights.transports import Sender, ZeroSource, load_transport
+    from learner.catalogue import parse_config
     from learner.policy.zero import ZeroPolicy, init_process_group
     from tests.core.weights.test_transports import Board
     from tests.support.zero_scenario import meet

@@ -42,7 +42,7 @@ def partition_everything() -> None:
 
 
 def main(out_dir: Path, rank: int) -> None:
-    from core.config import Config
+    from learner.catalogue import parse_config
     from learner.objectives import load_objective
     from learner.policy.zero import ZeroFrozen, ZeroPolicy, init_process_group
     from learner.step.frozen import frozen_names
@@ -51,11 +51,11 @@ def main(out_dir: Path, rank: int) -> None:
 
     torch.set_num_threads(1)
     partition_everything()
-    config = Config.model_validate_json((out_dir / "config.json").read_text())
+    config = parse_config(json.loads((out_dir / "config.json").read_text()))
     device = init_process_group(
         rank, config.learner.ranks, "127.0.0.1", meet(out_dir, rank), use_gpu=False, timeout_s=120
     )
-    objective = load_objective(config.learner.objective, config.agro, config.rivals)
+    objective = load_objective(config.objective)
     policy = ZeroPolicy(config.model, config.learner)
     frozen = {name: ZeroFrozen(config.model, config.learner) for name in frozen_names(objective)}
     updater = Updater(config, policy, objective, frozen, pad_id=0, device=device)

@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from cluster.preparation.model_checks import check_model
-from core.config_file import parse_config
 from core.errors import ConfigError
+from learner.catalogue import parse_config
 from learner.checkpoints import export
 from learner.policy.function_check import check_function
 from learner.policy.lora import persistent_buffers

@@ -16,8 +16,8 @@ from buffer.ledger import audit_run
 from cluster import learner as learner_module
 from cluster.gang import RankDied
 from cluster.learner import Learner
-from core.config_file import load_config
 from core.errors import TrainingError
+from learner.catalogue import load_config
 from tests.support import ROOT
 from tests.system.test_system import processes_of, rows_of, start_train, wait_for_step
 

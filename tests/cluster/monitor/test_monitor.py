@@ -24,11 +24,11 @@ from cluster.monitor.monitor import Monitor, wandb_mode
 from cluster.monitor.terminal import Terminal, duration, plain_line, screen, sparkline, summary_screen
 from core import json_lines
 from core.config import Config
-from core.config_file import parse_config
 from core.errors import ConfigError
 from core.json_lines import JsonLines, Redactor, StepLines, last_json_lines, read_json_lines
 from core.metrics import METRICS
 from core.records import Evaluation
+from learner.catalogue import parse_config
 
 CANARY_KEY = "c0ffee" * 6 + "abcd"
 CANARY_TOKEN = "hf_canary-value-of-a-secret"

@@ -14,8 +14,8 @@ import wandb
 
 from cluster.monitor import wandb_file
 from cluster.monitor.monitor import Monitor
-from core.config_file import parse_config
 from core.json_lines import read_json_lines
+from learner.catalogue import parse_config
 from tests.support import ROOT
 
 DRIVER = """

@@ -14,8 +14,8 @@ import transformers
 
 from cluster.preparation.model_checks import check_model
 from core.config import Config
-from core.config_file import parse_config
 from core.errors import ConfigError
+from learner.catalogue import parse_config
 
 SMALL = {
     "vocab_size": 64,

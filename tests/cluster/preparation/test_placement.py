@@ -12,8 +12,8 @@ import pytest
 
 from cluster.preparation.memory import GIB, estimate_memory, host_bytes
 from cluster.preparation.placement import ask_ray, bundles, check, dry_run, most_actors, render
-from core.config_file import parse_config
 from core.errors import PlacementError
+from learner.catalogue import parse_config
 
 SMOLLM2_PARAMETERS = 134_515_008
 
@@ -233,7 +233,7 @@ def test_with_adapters_only_these_have_states_and_the_reference_is_free(llama_di
     )
     assert "reference" not in parts
     assert parts["checkpoint buffers"] == 12 * trained / 2
-    moving = parts_of(estimate_memory(config_of(**tree, agro={"ref_update_every": 5})).learner)
+    moving = parts_of(estimate_memory(config_of(**tree, objective={"ref_update_every": 5})).learner)
     assert moving["reference"] == num_bytes * trained / 2
     assert moving["checkpoint buffers"] == (12 + num_bytes) * trained / 2
     whole = estimate_memory(config_of(model=tree["model"], learner={"ranks": 2})).learner
@@ -428,7 +428,7 @@ def test_render_shows_a_run_that_cannot_be_placed_instead_of_raising(llama_dir):
 def test_the_papers_config_can_be_dry_run_without_network_gpu_or_ray(monkeypatch):
     import ray
 
-    from core.config_file import load_config
+    from learner.catalogue import load_config
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     text = dry_run(load_config("configs/llama3_8b_math.yaml"))

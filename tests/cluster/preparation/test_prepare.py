@@ -22,8 +22,8 @@ from cluster.preparation.model_limits import max_positions
 from cluster.preparation.model_weights import check_weights
 from cluster.preparation.prepare import check_start, ensure_model, locate_model, prepare
 from core.config import Config, ModelConfig
-from core.config_file import load_config, parse_text
 from core.errors import AgroError, ConfigError, PlacementError
+from learner.catalogue import load_config, parse_text
 from tests.support import ROOT
 
 
@@ -73,7 +73,6 @@ def config_of(*changes: str) -> Config:
 FAULTS = [
     (["rewards.functions=[{name: exact_math}]"], ["'exact_math' is not known", "'exact_match'"]),
     (["rewards.functions=[{name: user_rewards:zer}]"], ["user_rewards has no 'zer'", "'zero'"]),
-    (["learner.objective=agra"], ["agra"]),
     (["data.path=./dat"], ["data.path = ./dat", "no such file"]),
     (["data.split=dev"], ["no split 'dev'"]),
     (["data.max_prompt_tokens=5"], ["rows are bad", "data.max_prompt_tokens is 5"]),

@@ -14,8 +14,8 @@ import pytest
 from cluster.preparation import run_dir
 from cluster.preparation.run_dir import check_run_dir, kept_if_begun, open_run_dir
 from core.config import Config
-from core.config_file import load_config
 from core.errors import ConfigError, PlacementError
+from learner.catalogue import load_config
 from tests.support import ROOT
 
 EXAMPLE = ROOT / "configs" / "quickstart.yaml"
@@ -54,6 +54,14 @@ def test_an_unfinished_run_is_continued_and_changes_are_told_and_kept(tmp_path: 
     assert load_config(opened.path / "config.yaml").learner.lr == 1e-3
     assert load_config(opened.path / "config-1.yaml").learner.lr == 1.5e-4
     assert "changes" not in reopened(tmp_path / "run", "learner.lr=1e-3").notes[0]
+
+
+def test_a_run_that_goes_on_with_another_objective_says_so(tmp_path: Path) -> None:
+    open_run_dir(make_config(tmp_path / "run"))
+    (note,) = reopened(tmp_path / "run", "objective.name=grpo").notes
+    assert "objective.name 'agro' -> 'grpo'" in note
+    assert "objective.target 'mean' -> None" in note
+    assert "objective.clip_low None -> 0.2" in note
 
 
 def test_another_process_is_kept_out_until_the_holder_has_died(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
-from core.config_file import parse_config
 from core.records import EvalItem, EvalSample, Evaluation, VersionSpan
 from core.weights.board import KEEP, Board, Directive
+from learner.catalogue import parse_config
 
 CONFIG = parse_config(
     {"model": {"path": "m"}, "data": {"path": "d"}, "rewards": {"functions": [{"name": "exact_match"}]}}

@@ -20,12 +20,12 @@ import torch
 
 from actors.follower import Follower
 from core.calls import Calls
-from core.config_file import parse_config
 from core.errors import ConfigError, PeerTimeout, SnapshotError
 from core.weights.board import Directive
 from core.weights.snapshots import Manifest, SnapshotWriter, read_snapshot
 from core.weights.transports import Sender, ZeroSource, load_transport
 from core.weights.transports.base import Transport
+from learner.catalogue import parse_config
 from tests.actors.test_receiver import Loop
 from tests.support import source_scenario
 from tests.support.ranks import run_ranks

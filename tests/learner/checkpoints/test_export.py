@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from core.config_file import dump_config, parse_config
+from core.config_file import dump_config
 from core.errors import CheckpointError
+from learner.catalogue import parse_config
 from learner.checkpoints import checkpoint, export
 from learner.checkpoints.checkpoint import Part, partition
 from learner.checkpoints.writer import CheckpointWriter

@@ -17,7 +17,7 @@ import pytest
 
 from actors.heartbeat import Heartbeat
 from core.config import Config
-from core.config_file import parse_config, parse_text
+from learner.catalogue import parse_config, parse_text
 from learner.checkpoints.checkpoint import Checkpoint, checkpoint_dirs, latest_checkpoint, verify
 from learner.checkpoints.export import export
 from learner.worker import LearnerRank

@@ -8,8 +8,7 @@ import math
 import pytest
 import torch
 
-from core.config import AgroConfig
-from learner.objectives import TokenBatch, load_objective, token_gradients
+from learner.objectives import TokenBatch, agro, load_objective, token_gradients
 from learner.objectives._k_sample import best_of, k_sample_advantages, vote_of
 
 Y = 4
@@ -157,7 +156,7 @@ def test_it_composes_with_the_pull_to_the_reference(target):
     rewards = REWARDS if target.startswith("pass") else MAJORITY_REWARDS
     logprobs, reference = THETA.log_softmax(0), torch.full((Y,), -math.log(Y), dtype=torch.float64)
     batch = batch_of(rewards, logprobs, reference, answers_N=ANSWERS)
-    objective = load_objective("agro", AgroConfig(beta=beta, importance_weight="none", target=target))
+    objective = load_objective(agro.Config(beta=beta, importance_weight="none", target=target))
     ell = logprobs - reference
     others = (ell.sum() - ell) / (Y - 1)
     gain = k_sample_advantages(rewards, index * 0, target=target.split("@")[0], k=2, answers=ANSWERS)

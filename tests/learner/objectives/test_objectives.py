@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import learner.step.logprobs
-from core.config import AgroConfig
 from core.errors import ConfigError
-from learner.objectives import TokenBatch, load_objective, token_gradients
+from learner.catalogue import load_config
+from learner.objectives import TokenBatch, agro, load_objective, token_gradients
 from learner.objectives._advantages import agro_advantages
 from learner.step.logprobs import selective_log_softmax
+from tests.support import ROOT
 
 SIZES = torch.tensor([3, 1, 4, 2, 2, 5, 1, 3, 2])  # tokens of each sequence
 GROUPS = torch.tensor([4, 9, 4, 4, 9, 9, 2, 7, 7])  # sizes 3, 3, 1, 2
@@ -37,7 +38,7 @@ def make_batch(**changes):
 
 def make_objective(**changes):
     options: dict[str, Any] = {"beta": 0.2, "importance_weight": "none"} | changes
-    return load_objective("agro", AgroConfig(**options))
+    return load_objective(agro.Config(**options))
 
 
 def select(batch, keep_N):
@@ -359,7 +360,7 @@ def test_sequence_sums_count_empty_sequences_as_zero():
 )
 def test_an_unknown_objective_is_refused_with_the_nearest(name, hint):
     with pytest.raises(ConfigError, match=hint):
-        load_objective(name, AgroConfig())
+        load_config(ROOT / "configs" / "quickstart.yaml", [f"objective.name={name}"])
 
 
 @pytest.fixture(params=[1, 100, 1 << 24])

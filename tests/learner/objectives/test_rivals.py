@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from core.config import AgroConfig, RivalsConfig
 from core.errors import ConfigError
+from learner.catalogue import OBJECTIVES, parse_config
 from learner.objectives import NEEDS, TokenBatch, load_objective, token_gradients
 from tests.support import ROOT
 
@@ -84,14 +84,30 @@ def make_batch(seed=0, spread=0.6, **changes):
     return TokenBatch(**(fields | changes))
 
 
-def make_objective(name, beta=BETA, **rivals):
+def make_objective(name, beta=BETA, **knobs):
+    kind = OBJECTIVES[name]
     options: dict[str, Any] = {
         "clip_low": CLIP_LOW,
         "clip_high": CLIP_HIGH,
-        "is_cap": CAP,
+        "importance_cap": CAP,
         "baseline_shift": SHIFT,
-    } | rivals
-    return load_objective(name, AgroConfig(beta=beta, importance_weight="none"), RivalsConfig(**options))
+    }
+    common = {knob: value for knob, value in options.items() if knob in kind.model_fields}
+    return load_objective(kind(beta=beta, **common | knobs))
+
+
+def refused(name, **knobs):
+    """The message with which a file that asks for this is refused."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(
+            {
+                "model": {"path": "m"},
+                "data": {"path": "d"},
+                "rewards": {"functions": [{"name": "exact_match"}]},
+                "objective": {"name": name, **knobs},
+            }
+        )
+    return str(caught.value)
 
 
 def gradients(objective, batch):
@@ -238,7 +254,7 @@ def test_loss_and_gradient_are_those_of_the_formula_in_plain_loops(name, correct
     for seed in range(3):
         batch = make_batch(seed)
         objective, scalars = (
-            make_objective(name, beta, is_correction=correction),
+            make_objective(name, beta, importance_weight=correction),
             Scalars(batch, correction, beta),
         )
         loss, _ = objective.loss(batch)
@@ -271,7 +287,7 @@ def test_the_random_batches_clip_cap_and_mask_some_but_not_all():
 
 
 def agro(beta=BETA):
-    return load_objective("agro", AgroConfig(beta=beta, importance_weight="none"))
+    return load_objective(OBJECTIVES["agro"](beta=beta, importance_weight="none"))
 
 
 def on_policy(batch):
@@ -414,7 +430,7 @@ def select(batch, keep_N):
 
 @pytest.mark.parametrize(("name", "correction"), VALID)
 def test_losses_and_gradients_of_groups_add_up(name, correction):
-    batch, objective = make_batch(), make_objective(name, is_correction=correction)
+    batch, objective = make_batch(), make_objective(name, importance_weight=correction)
     first = torch.isin(batch.groups_N, torch.tensor([4, 7]))
     halves = [select(batch, keep) for keep in (first, ~first)]
     assert objective.loss(batch)[0].item() == pytest.approx(
@@ -429,7 +445,7 @@ def test_losses_and_gradients_of_groups_add_up(name, correction):
 
 @pytest.mark.parametrize(("name", "correction", "beta"), WITH_BETA)
 def test_needs_are_sufficient_and_each_is_used(name, correction, beta):
-    batch, objective = make_batch(), make_objective(name, beta, is_correction=correction)
+    batch, objective = make_batch(), make_objective(name, beta, importance_weight=correction)
     assert objective.needs <= NEEDS
     spared = {
         field: getattr(batch, field) * math.nan if need in ("behaviour_logprobs", "reference") else None
@@ -464,7 +480,7 @@ def test_needs_by_objective():
     assert needs("asymre") == ["reference_tokens"]
     for name in WITH_RATIO:
         assert needs(name) == ["behaviour_logprobs", "reference_tokens"]
-        assert needs(name, beta=0.0, is_correction="tis_sequence") == ["behaviour_logprobs", "proximal"]
+        assert needs(name, beta=0.0, importance_weight="tis_sequence") == ["behaviour_logprobs", "proximal"]
     assert needs("ppo_decoupled", beta=0.0) == ["behaviour_logprobs", "proximal"]
 
 
@@ -493,7 +509,7 @@ def test_the_reported_weight_is_the_mean_factor_on_the_advantage(name, correctio
     batch = make_batch()
     scalars, weight_N = (
         Scalars(batch, correction, BETA),
-        make_objective(name, is_correction=correction).loss(batch)[1]["weight"],
+        make_objective(name, importance_weight=correction).loss(batch)[1]["weight"],
     )
     own = scalars.prox if name in (*WITH_RATIO, "ppo_decoupled") else scalars.frozen
     for i in (0, 2, 3, 5):
@@ -540,7 +556,7 @@ def test_equal_rewards_give_no_advantage_and_no_nan(name, reward):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("name", "correction"), VALID)
 def test_far_apart_policies_overflow_nothing(name, correction, dtype):
-    objective = make_objective(name, is_correction=correction)
+    objective = make_objective(name, importance_weight=correction)
     for shifts in itertools.product((-5e3, 0.0, 5e3), repeat=3):
         batch = make_batch()
         fields = ("behaviour_logprobs_T", "proximal_logprobs_T", "ref_logprobs_T")
@@ -604,7 +620,10 @@ def test_the_example_of_the_docs_is_an_objective():
     )
     expected_N = torch.where(best_N & (sizes(batch) > 1), -1 / sizes(batch) / NUM_GROUPS, 0.0)
     torch.testing.assert_close(
-        token_gradients(module["build"](None, None), batch), expected_N[batch.sequence_T], rtol=0, atol=1e-15
+        token_gradients(module["build"](module["Config"]()), batch),
+        expected_N[batch.sequence_T],
+        rtol=0,
+        atol=1e-15,
     )
     assert all(f"| `{name}` |" in text for name in (*RIVALS, "agro"))
 
@@ -615,31 +634,28 @@ def test_the_example_of_the_docs_is_an_objective():
 @pytest.mark.parametrize("name", OF_SEQUENCES)
 @pytest.mark.parametrize("kind", ["tis", "mis"])
 def test_token_weights_on_terms_of_whole_sequences_are_refused(name, kind):
-    with pytest.raises(
-        ConfigError,
-        match=rf"rivals.is_correction = {kind}_token.*{name}[^.]*\. Set "
-        rf"rivals.is_correction={kind}_sequence",
-    ):
-        make_objective(name, is_correction=f"{kind}_token")
+    message = refused(name, importance_weight=f"{kind}_token")
+    assert f"objective.importance_weight = '{kind}_token': input should be " in message
+    assert "'none', 'tis_sequence' or 'mis_sequence'" in message
 
 
 @pytest.mark.parametrize("name", REGRESSIONS)
 def test_regressions_without_beta_are_refused(name):
-    with pytest.raises(ConfigError, match=rf"agro.beta = 0: .*{name} divides by beta"):
-        make_objective(name, beta=0.0)
+    assert f"objective.beta = 0: objective.name = {name} divides by beta" in refused(name, beta=0.0)
 
 
 @pytest.mark.parametrize("name", RIVALS)
 @pytest.mark.parametrize(
-    ("changes", "remedy"),
-    [
-        ({"on_policy_coef": 0.1}, "Set agro.on_policy_coef=0.0"),
-        ({"zero_std": "drop"}, "Set agro.zero_std=keep"),
-        ({"duplicates": "drop"}, "Set agro.duplicates=keep"),
-        ({"target": "pass@2"}, "Set agro.target=mean"),
-    ],
+    "knobs", [{"on_policy_coef": 0.1}, {"zero_std": "drop"}, {"duplicates": "drop"}, {"target": "pass@2"}]
 )
-def test_knobs_only_agro_has_are_refused_instead_of_passed_over(name, changes, remedy):
-    options: dict[str, Any] = {"beta": BETA} | changes
-    with pytest.raises(ConfigError, match=f"learner.objective = {name}.*{remedy}"):
-        load_objective(name, AgroConfig(**options))
+def test_knobs_only_agro_has_are_refused_instead_of_passed_over(name, knobs):
+    (knob,) = knobs
+    assert f"objective.{knob} is not a known key; {name} is without it, agro has it" in refused(name, **knobs)
+
+
+def test_every_objective_is_named_like_its_file_and_its_knobs_are_described():
+    assert set(OBJECTIVES) == {*RIVALS, "agro"}
+    for name, knobs in OBJECTIVES.items():
+        assert knobs().name == name
+        assert load_objective(knobs()).needs <= NEEDS
+        assert all(field.description for knob, field in knobs.model_fields.items() if knob != "name")

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from core.config_checks import SERVED_RANKS, served_rank
-from core.config_file import parse_config
 from core.errors import ConfigError
 from core.records import Sample
+from learner.catalogue import parse_config
 from learner.policy.lora import adapters_of, weights_of
 from tests.learner.policy.test_lora import lora_config
 from tests.support import ROOT

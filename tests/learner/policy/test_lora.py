@@ -16,9 +16,10 @@ from torch import Tensor
 
 from benchmarks.lag_lab import PlainPolicy
 from core.config import Config
-from core.config_file import dump_config, parse_config
+from core.config_file import dump_config
 from core.errors import CheckpointError, ConfigError
 from core.model_shape import adapted_layers
+from learner.catalogue import parse_config
 from learner.checkpoints.checkpoint import Part, checkpoint_dirs
 from learner.checkpoints.export import export
 from learner.checkpoints.writer import CheckpointWriter
@@ -64,7 +65,7 @@ class PlainLora(PlainPolicy):
         super().__init__(config, trained=True)
         # In float64, copies made by merging are what they are copies of: no ratio between them is a rounding.
         self.module = with_peft(self.module).to(
-            torch.float64 if config.agro.ref_update_every else torch.float32
+            torch.float64 if config.objective.reference_moves_every else torch.float32
         )
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
@@ -87,7 +88,7 @@ class PlainLora(PlainPolicy):
 
 
 def run_plain(config: Config) -> tuple[PlainLora, list[dict[str, float]]]:
-    objective = load_objective(config.learner.objective, config.agro, config.rivals)
+    objective = load_objective(config.objective)
     policy = PlainLora(config)
     frozen = {name: PlainPolicy(config, trained=False) for name in frozen_names(objective)}
     for plain in frozen.values():
@@ -143,7 +144,7 @@ def test_adapters_train_as_in_plain_pytorch_with_peft(trained: tuple[Config, Pat
         torch.testing.assert_close(
             found["adapters"][name],
             values.float(),
-            atol=TOLERANCE[bool(config.agro.ref_update_every)],
+            atol=TOLERANCE[bool(config.objective.reference_moves_every)],
             rtol=0,
         )
         if "lora_B" in name:

@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.lag_lab import PlainPolicy
 from core.config import Config
-from core.config_file import parse_config
 from core.records import Batch, Group, Sample, VersionSpan
+from learner.catalogue import parse_config
 from learner.objectives import Objective, TokenBatch, load_objective
 from learner.step.frozen import frozen_names
 from learner.step.update import Updater
@@ -31,16 +31,13 @@ TOLERANCE = {"agro": 2e-5, "moving": 4e-5}  # Ratios pi/pi_prox enlarge them fur
 # What moves copies of the policy: the reference every 2 steps, the proximal policy every 3; and per-token
 # references.
 MOVING = {
-    "learner": {"objective": "ppo_decoupled"},
-    "agro": {"beta": 0.1, "ref_update_every": 2},
-    "rivals": {"proximal_every": 3},
+    "objective": {"name": "ppo_decoupled", "beta": 0.1, "ref_update_every": 2, "proximal_every": 3},
 }
 
 
 def config_for(model_dir: str, *, moving: bool = False, **learner: object) -> Config:
     if moving:
-        config = config_for(model_dir, **learner, **MOVING["learner"])
-        return parse_config({**config.model_dump(), "agro": MOVING["agro"], "rivals": MOVING["rivals"]})
+        return parse_config({**config_for(model_dir, **learner).model_dump(), **MOVING})
     return parse_config(
         {
             "model": {"path": model_dir},
@@ -54,7 +51,7 @@ def config_for(model_dir: str, *, moving: bool = False, **learner: object) -> Co
                 "micro_batch_tokens": 96,
                 **learner,
             },
-            "agro": {"beta": 0.1},
+            "objective": {"beta": 0.1},
         }
     )
 
@@ -95,7 +92,7 @@ def random_batches(vocab_size: int) -> list[Batch]:
 
 def run_plain(config: Config) -> dict:
     """Parameters and metrics of the same steps without DeepSpeed."""
-    objective = load_objective(config.learner.objective, config.agro, config.rivals)
+    objective = load_objective(config.objective)
     policy, updater = plain_updater(config, objective)
     metrics = [
         updater.update(batch, LR).metrics() for batch in random_batches(policy.module.config.vocab_size)
@@ -196,7 +193,7 @@ def test_a_batch_with_a_non_finite_log_prob_is_refused_before_the_parameters_cha
     import msgspec
 
     config = config_for(str(tiny_models["tied"]))
-    policy, updater = plain_updater(config, load_objective("agro", config.agro))
+    policy, updater = plain_updater(config, load_objective(config.objective))
     batch = random_batches(policy.module.config.vocab_size)[0]
     bad = msgspec.structs.replace(
         batch.groups[0].samples[0], logprobs=(float("nan"),) * len(batch.groups[0].samples[0].token_ids)
@@ -225,7 +222,7 @@ class Spy:
 
 def spied(model_dir: Path, steps: int, *, moving: bool = False) -> tuple[Spy, list[Batch], Updater]:
     config = config_for(str(model_dir), moving=moving, micro_batch_tokens=4096)
-    spy = Spy(load_objective(config.learner.objective, config.agro, config.rivals), "prompt_variance")
+    spy = Spy(load_objective(config.objective), "prompt_variance")
     policy, updater = plain_updater(config, spy)
     batches = random_batches(policy.module.config.vocab_size)[:steps]
     for batch in batches:
@@ -249,10 +246,10 @@ def test_reference_and_proximal_policy_are_copies_of_the_policy_made_when_the_co
 
 
 def test_an_objective_that_needs_no_reference_gets_none(tiny_models: dict[str, Path]) -> None:
-    config = config_for(str(tiny_models["tied"]), objective="grpo")
-    config = parse_config({**config.model_dump(), "agro": {"beta": 0.0}})
-    assert frozen_names(load_objective("grpo", config.agro, config.rivals)) == ()
-    policy, updater = plain_updater(config, load_objective("grpo", config.agro, config.rivals))
+    config = config_for(str(tiny_models["tied"]))
+    config = parse_config({**config.model_dump(), "objective": {"name": "grpo", "beta": 0.0}})
+    assert frozen_names(load_objective(config.objective)) == ()
+    policy, updater = plain_updater(config, load_objective(config.objective))
     result = updater.update(random_batches(policy.module.config.vocab_size)[0], LR)
     metrics = result.metrics()
     assert metrics["optim/grad_norm"] > 0
@@ -276,8 +273,8 @@ def test_offline_samples_have_neither_age_nor_behaviour_and_still_train(tiny_mod
     import msgspec
 
     config = config_for(str(tiny_models["tied"]))
-    config = parse_config({**config.model_dump(), "agro": {"beta": 0.1, "importance_weight": "none"}})
-    spy = Spy(load_objective("agro", config.agro))
+    config = parse_config({**config.model_dump(), "objective": {"beta": 0.1, "importance_weight": "none"}})
+    spy = Spy(load_objective(config.objective))
     policy, updater = plain_updater(config, spy)
     batch = random_batches(policy.module.config.vocab_size)[0]
     offline = tuple(
@@ -298,7 +295,7 @@ def test_equal_answers_and_equal_completions_have_equal_ids(tiny_models: dict[st
     import msgspec
 
     config = config_for(str(tiny_models["tied"]))
-    spy = Spy(load_objective("agro", config.agro), "answers", "completions")
+    spy = Spy(load_objective(config.objective), "answers", "completions")
     policy, updater = plain_updater(config, spy)
     batch = random_batches(policy.module.config.vocab_size)[0]
     first = batch.groups[0].samples[0]

@@ -144,7 +144,7 @@ def test_a_plain_policy_is_not_moved_by_a_skipped_step_either(
     kind: str, tiny_models: dict[str, Path]
 ) -> None:
     config = config_for(str(tiny_models["tied"]))
-    objective = SpoiltObjective(load_objective("agro", config.agro))
+    objective = SpoiltObjective(load_objective(config.objective))
     policy, updater = plain_updater(config, objective)
     updater._policy = spoilt = Spoilt(policy, "policy", "gradient", "first pass")
     batch = random_batches(policy.module.config.vocab_size)[0]
@@ -182,7 +182,7 @@ def test_a_batch_that_brings_a_bad_number_is_skipped_by_the_name_of_its_group(
     changes: dict[str, Any], reason: str, tiny_models: dict[str, Path]
 ) -> None:
     config = config_for(str(tiny_models["tied"]))
-    policy, updater = plain_updater(config, load_objective("agro", config.agro))
+    policy, updater = plain_updater(config, load_objective(config.objective))
     batch = batch_of(0, sample_of(0), sample_of(0, **changes))
     before = weights_of(policy)
     skip = updater.update(batch, LR).skip

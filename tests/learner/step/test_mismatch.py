@@ -277,7 +277,7 @@ def test_an_update_is_not_done_where_the_actors_sampled_from_something_else(
     tiny_models: dict[str, Any],
 ) -> None:
     config = config_for(str(tiny_models["untied"]))
-    policy, updater = plain_updater(config, load_objective("agro", config.agro))
+    policy, updater = plain_updater(config, load_objective(config.objective))
     updater.mismatch = MismatchCheck(config, policy.module.config)
     batch = drawn(random_batches(policy.module.config.vocab_size)[0], policy, config.learner.layout)
     before = {name: value.detach().clone() for name, value in policy.module.named_parameters()}

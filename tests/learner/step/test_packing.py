@@ -10,9 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from core.config import AgroConfig
 from core.errors import ConfigError, DataError
-from learner.objectives import TokenBatch, load_objective, token_gradients
+from learner.objectives import TokenBatch, agro, load_objective, token_gradients
 from learner.step.packing import (
     MicroBatch,
     TokenSequence,
@@ -107,7 +106,7 @@ def make_rollouts():
 
 
 OBJECTIVE = load_objective(
-    "agro", AgroConfig(beta=0.3, importance_weight="truncated", importance_cap=2.0, on_policy_coef=0.1)
+    agro.Config(beta=0.3, importance_weight="truncated", importance_cap=2.0, on_policy_coef=0.1)
 )
 NUM_GROUPS = 5
 
