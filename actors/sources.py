@@ -48,7 +48,7 @@ _DISGUISES = {
 
 @dataclass(frozen=True)
 class Bad:
-    """Says why a row cannot be used."""
+    """Stands in place of a row that cannot be used, and says why: `Bad("not JSON: ... (column 3)")`."""
 
     reason: str
 
@@ -58,7 +58,11 @@ Rows: TypeAlias = dict[int, "dict[str, Any] | Bad"]
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset that was read: `rows` by index, and `unit`, the word for a row in messages ("line" or "row")."""
+    """A dataset that was read: `rows` by index, and `unit`, the word for a row in messages ("line" or "row").
+
+    source = read_source("data.path", "configs/arithmetic", "train")
+    source.rows[0]                          # {"prompt": "12+7=", "answer": "19"}, or a Bad
+    """
 
     name: str
     unit: str

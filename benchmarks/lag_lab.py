@@ -4,8 +4,8 @@
 
 The buffer's index, the objectives, the packing, the update and its metrics are the system's own; only the
 engine (a plain sampler instead of vLLM), ZeRO-3 (AdamW with its settings) and Ray are left out, so that
-hundreds of runs fit into an hour. A policy is published every step, so a sample that `LaggedReplay` hands out at
-lag L was generated exactly L steps ago (from step L on; before, the base policy's samples, which nothing
+hundreds of runs fit into an hour. A policy is published every step, so a sample that `LaggedReplay` hands out
+at lag L was generated exactly L steps ago (from step L on; before, the base policy's samples, which nothing
 older exists than: at lag L the first L + 1 steps). Every run generates one batch a step.
 """
 
@@ -142,11 +142,12 @@ def sample(
 
 
 class LagRun:
-    """One run of `config` (its learner and agro sections are the method) on `task`, at a lag of `lag` learner steps.
+    """One run of `config` (its learner and agro sections are the method) on `task`, at a lag of `lag` learner
+    steps.
 
     `engine_noise`: standard deviation, nats a token, of noise on the behaviour log-probs. `fresh_groups`: so
-    many groups of each batch are of the current policy, whatever the lag of the others. Raises ConfigError for an
-    objective that needs samples of the current policy where none is ever fresh.
+    many groups of each batch are of the current policy, whatever the lag of the others. Raises ConfigError
+    for an objective that needs samples of the current policy where none is ever fresh.
     """
 
     def __init__(

@@ -1,12 +1,14 @@
-"""An enforced lag, for studies: a replay buffer whose batches hold only groups of a given age, while such groups can be had.
+"""An enforced lag, for studies: a replay buffer whose batches hold only groups of a given age, while such
+groups can be had.
 
     insert --> too young: kept aside --ripe at step s when version <= max(0, s - lag)--> Replay --> take
 
-A batch of k groups at step s takes only ripe groups, and only once (lag + 1) * k groups are stored. The second condition is what makes the
-first one satisfiable. Versions above s - lag appear only after the take of step s - lag, which left lag * k groups that are all old
-enough at step s; the lag - 1 takes in between used at most (lag - 1) * k of them, so k are left, unless some went stale meanwhile
-(`max_staleness` close to the lag). For that case: when the buffer is full, so that nothing older can come, the batch is the
-oldest k groups, and those too young are counted (`taken_young`).
+A batch of k groups at step s takes only ripe groups, and only once (lag + 1) * k groups are stored. The
+second condition is what makes the first one satisfiable. Versions above s - lag appear only after the take of
+step s - lag, which left lag * k groups that are all old enough at step s; the lag - 1 takes in between used
+at most (lag - 1) * k of them, so k are left, unless some went stale meanwhile (`max_staleness` close to the
+lag). For that case: when the buffer is full, so that nothing older can come, the batch is the oldest k
+groups, and those too young are counted (`taken_young`).
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from core.staleness import AGELESS, oldest_version_within
 
 
 class LaggedReplay:
-    """A `Replay` behind a lag of `lag` learner steps, each of whose groups is in one batch; with lag 0 it is that `Replay`.
+    """A `Replay` behind a lag of `lag` learner steps, each of whose groups is in one batch; with lag 0 it is
+    that `Replay`.
 
-    Raises ValueError for a lag above `config.max_staleness`, at which what is old enough would be too old, and for a
-    `config.uses_per_group` above 1.
+    Raises ValueError for a lag above `config.max_staleness`, at which what is old enough would be too old,
+    and for a `config.uses_per_group` above 1.
     """
 
     def __init__(self, config: BufferConfig, seed: int, lag: int) -> None:

@@ -60,7 +60,8 @@ def work_item(ordinal: int, *, seed: int, num_rows: int) -> WorkItem:
 
 
 class Lease(msgspec.Struct):
-    """The state of an open item. An empty `actor` means that it waits to be issued again.
+    """The state of an open item, as `Admission.lease_of` gives it. An empty `actor` means that it waits to be
+    issued again.
 
     `losses` counts the holders that died or were late. `since_s` is when the lease began or was renewed; None
     means that it was held before this process began.

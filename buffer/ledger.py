@@ -37,7 +37,8 @@ EventName: TypeAlias = Literal["leased", "inserted", "trained", "evicted", "fail
 
 
 class LedgerEvent(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """One line of the ledger.
+    """One line of the ledger:
+    `{"event":"leased","group_id":7,"step":3,"pid":41,"time_s":1.7e9,"actor":"actor-0"}`.
 
     `step` is the learner step known to the buffer, `version` the group's oldest policy version, `time_s`
     seconds since 1970.
@@ -184,6 +185,9 @@ class Ledger:
 
 class Statuses:
     """Knows where each item is, in one byte an item, so that a run of months fits into memory.
+
+        statuses = read_statuses(path)
+        statuses.get(7)                         # "stored"
 
     The ids of one file are `num_shards` apart.
     """

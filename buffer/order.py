@@ -22,7 +22,11 @@ class Entry(NamedTuple):
 
 
 class Order:
-    """Gives entries by rank: `by_insertion[0]` is the first that came, `by_age[0]` the oldest."""
+    """Gives entries by rank: `order.by_insertion[0]` is the first that came, `order.by_age[0]` the oldest.
+
+    order.add(Entry(oldest_version=3, sequence=0, group_id=7))
+    order.num_older(4)                      # 1
+    """
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self.by_age = SortedList(entries)

@@ -4,10 +4,11 @@ A group leaves for exactly one counted reason:
 
     evicted_used      it was in `uses_per_group` batches: its regular end
     evicted_stale     at `take` or `evict_stale`, it is too old for that learner step (core/staleness.py)
-    evicted_capacity  an insert put more than `capacity` unconsumed groups here (admission should make that never happen)
-    evicted_surplus   an insert put more than `uses_per_group * capacity` groups here: the oldest of those used before leaves
+    evicted_capacity  an insert put more than `capacity` unconsumed groups here, which admission should prevent
+    evicted_surplus   an insert put more than `uses_per_group * capacity` groups here: the oldest used one leaves
 
-so that at any time `inserted` = stored and all evicted. A group of offline samples has no age: it is never stale.
+so that at any time `inserted` = stored and all evicted. A group of offline samples has no age: it is never
+stale.
 """
 
 from __future__ import annotations
@@ -130,11 +131,11 @@ class Replay:
             self._evict(entry, "evicted_stale")
 
     def take(self, k: int, step: int) -> list[int]:
-        """Ids of the `k` groups of learner step `step`, no id twice; empty when fewer may be taken after evicting
-        stale ones.
+        """Ids of the `k` groups of learner step `step`, no id twice; empty when fewer may be taken after
+        evicting stale ones.
 
-        The choice depends on the seed, the step and what is stored; on nothing else. Groups taken for the last time
-        leave.
+        The choice depends on the seed, the step and what is stored; on nothing else. Groups taken for the
+        last time leave.
         """
         self.evict_stale(step)
         if len(self) < k:

@@ -42,8 +42,9 @@ class Shard:
     """Leases, groups and batches of one shard; it recovers what `directory` holds, and calls `on_change`
     after every change.
 
-    Times are seconds on any one monotonic clock, given by the caller. Raises ConfigError when the directory
-    belongs to another prompt stream, StoreError when its database cannot be used.
+    `buffer/server.py` adds the waits of its callers. Times are seconds on any one monotonic clock, given by
+    the caller. Raises ConfigError when the directory belongs to another prompt stream, StoreError when its
+    database cannot be used.
     """
 
     def __init__(

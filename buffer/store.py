@@ -66,8 +66,8 @@ class DiskFullError(StoreError):
 
 
 class BatchEntry(msgspec.Struct, frozen=True, array_like=True):
-    """A group in a recorded batch, its `uses` with this one, and whether its reference log-probs were known
-    then.
+    """A group in a recorded batch: its `uses` with this one, and whether its reference log-probs were known
+    then. See `RecordedBatch`.
     """
 
     group_id: int
@@ -76,7 +76,9 @@ class BatchEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RecordedBatch(msgspec.Struct, frozen=True, array_like=True):
-    """A batch, or one shard's part of a batch that has `total` groups."""
+    """A batch, or one shard's part of a batch that has `total` groups; `Store.put_batch` writes it,
+    `Store.load_batches` reads it.
+    """
 
     total: int
     entries: list[BatchEntry]

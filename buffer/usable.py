@@ -39,8 +39,12 @@ def usable_group(group: Group) -> tuple[Group, list[str]]:
 
 
 class HeldSamples:
-    """Holds the one usable sample of a group too small to be stored, by row, until another such group of its
-    row makes two of them.
+    """Holds the one usable sample of a group too small to be stored, until another such group of its prompt
+    makes two of them.
+
+        kept = held.join(usable, step)
+        if len(kept.samples) < MIN_SAMPLES:
+            held.hold(kept)
 
     `counts` has held_samples, joined_samples, and held_stale: samples that were dropped because they came to
     be older than `max_staleness`.

@@ -47,8 +47,8 @@ class Load(NamedTuple):
 
 @dataclass
 class Autoscaler:
-    """Applies the rule of this module within `min_actors` and `max_actors`: ask `judge` with a Load at every
-    look.
+    """Applies the rule of this module within `min_actors` and `max_actors`: it is shown a Load at every tick
+    of the supervisor.
     """
 
     min_actors: int

@@ -32,14 +32,16 @@ MOST_ACTORS = 1024
 
 
 class ScaleRequest(msgspec.Struct, frozen=True):
-    """Asks for so many rollout actors."""
+    """Asks for so many rollout actors; `launch.py scale` writes it to scale.json."""
 
     id: str
     actors: int
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """Says what became of a request: the actors added and retired, or why it was refused."""
+    """Says what became of a request: the actors added and retired, or why it was refused. `ask_for_actors`
+    waits for it.
+    """
 
     id: str
     actors: int
@@ -76,6 +78,12 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 class Control:
     """Takes requests and writes the status; `clock` gives seconds.
+
+        control = Control(run_dir, tell)
+        if request := control.take():
+            control.answer(Answer(request.id, request.actors))
+        if control.is_due():
+            control.write(status)
 
     A disk that takes no status is told of, and costs nothing else.
     """

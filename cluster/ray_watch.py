@@ -29,7 +29,13 @@ _NAMES = {"gcs_server": "Ray's control process (gcs_server)", "raylet": "this no
 
 
 class RayWatch:
-    """Watches Ray from a thread of its own; `cause` is '' while both processes live."""
+    """Watches Ray from a thread of its own; `cause` is '' while both processes live.
+
+    watch = RayWatch(abandon)
+    ...                       # at every look of the main thread:
+    if watch.cause:
+        watch.obeyed()        # it ends the run without waiting for Ray
+    """
 
     def __init__(self, abandon: Callable[[str], Any]) -> None:
         """Starts the watch.

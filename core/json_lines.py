@@ -50,6 +50,8 @@ def finite_tree(value: Any) -> Any:
 class Redactor:
     """Replaces the values of secret-looking environment variables (`*_KEY`, `*_TOKEN`, ...) in whatever is
     written down.
+
+    With `WANDB_API_KEY=abc...` in the environment, `Redactor(os.environ)(line)` has `[redacted]` in its place.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -69,6 +71,9 @@ class Redactor:
 
 class JsonLines:
     """An append-only JSON-lines file that keeps a line until it is wholly written.
+
+        lines = JsonLines(run_dir / "events.jsonl", Redactor(os.environ))
+        lines.append({"text": "actor-0 is gone"})
 
     A full disk does not stop the run: the line waits in memory and goes first at the next append.
     `write_errors` counts failed writes. A torn last line left by a killed process is closed off, so that it
@@ -118,6 +123,9 @@ class JsonLines:
 class StepLines(JsonLines):
     """JSON lines in the order of learner steps, which `key` holds: a step done again replaces what the first
     time left.
+
+        lines.rewind(row["step"])
+        lines.append(row)
 
     A learner that goes on from a checkpoint does the steps since then once more.
     """

@@ -11,6 +11,9 @@ ROOMS = ("actors", "buffer", "cluster", "learner", "rewards")
 class OwnWarnings(logging.Handler):
     """Collects warnings and errors of the rooms' loggers in this process, each text once, until `connect`
     says where to tell them.
+
+        warnings = OwnWarnings()                # at the start of the process
+        warnings.connect(monitor.event)         # once there is somebody to tell
     """
 
     def __init__(self) -> None:

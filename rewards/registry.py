@@ -20,7 +20,8 @@ BUILTINS = {"exact_match": "rewards.exact_match:exact_match", "math_verify": "re
 
 
 class WeightedReward(NamedTuple):
-    """A loaded function with the name it was asked for by and its weight in the sum.
+    """A loaded function with the name it was asked for by and its weight in the sum; `score_group` calls a
+    list of them.
 
     `messages` says that the function gets lists of messages instead of texts.
     """

@@ -27,6 +27,9 @@ class Scored(msgspec.Struct, frozen=True):
     """The reward of one completion: either a finite weighted sum in `reward`, or None and the reason in
     `error`.
 
+        Scored(reward=1.0, answer="72")
+        Scored(error="my_rewards:judge raised ValueError: no score (my_rewards.py:12 in judge)")
+
     `answer` is what the completion votes for, by the first function that can tell; None where none can, or
     where it failed.
     """

@@ -90,7 +90,8 @@ class Worker:
         self.reap()
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            # The child imports what its parent would (Ray and pytest extend sys.path), but not the main module.
+            # The child imports what its parent would (Ray and pytest extend sys.path), but not the main
+            # module.
             code = (
                 f"import sys; sys.path[:] = {sys.path!r}; "
                 f"from rewards.worker import serve; serve({theirs.fileno()}, {os.getpid()})"

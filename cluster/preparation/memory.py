@@ -57,7 +57,9 @@ _SIZE_IN_NAME = re.compile(r"(?<![A-Za-z\d.])(?:(\d+)x)?(\d+(?:\.\d+)?)([BbMm])(
 
 
 class Part(NamedTuple):
-    """One use of memory. `on_host` says that it lies in CPU memory also when the process has a GPU."""
+    """One use of memory, such as `Part("gradients", 4 * trained)`. `on_host` says that it lies in CPU memory
+    also when the process has a GPU.
+    """
 
     name: str
     num_bytes: float

@@ -30,7 +30,9 @@ BARE_PROCESS_GIB = 0.3
 
 @dataclass(frozen=True)
 class Bundle:
-    """`count` bundles of `resources` (Ray's names: CPU, GPU), each of which must lie on one node."""
+    """`count` bundles of `resources`, each of which must lie on one node: `Bundle(4, {"CPU": 4.0, "GPU":
+    1.0})`.
+    """
 
     role: str
     count: int

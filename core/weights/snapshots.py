@@ -26,7 +26,9 @@ ALIGNMENT_BYTES = 16  # Enough for a view of any dtype.
 
 
 class ParamEntry(msgspec.Struct, frozen=True):
-    """Says where one parameter lies: bytes [offset, offset + its size) of bucket number `bucket`."""
+    """Says where one parameter lies: bytes [offset, offset + its size) of bucket number `bucket`. A Manifest
+    lists them.
+    """
 
     name: str
     dtype: str
@@ -36,7 +38,9 @@ class ParamEntry(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """Lists the contents of the snapshot of one policy version."""
+    """Lists the contents of the snapshot of one policy version; `SnapshotWriter.finish` makes it,
+    `read_snapshot` follows it.
+    """
 
     version: int
     params: tuple[ParamEntry, ...]
@@ -53,7 +57,11 @@ class Buffers:
     """Host memory for buckets that the next snapshot uses again; page-locked where there is a GPU to copy
     from.
 
-    It holds at most one snapshot's worth: call `give_back` when all that was taken is stored.
+        writer = SnapshotWriter(bucket_bytes, store, take=buffers.take)
+        ...                                     # and when all that was taken is stored:
+        buffers.give_back()
+
+    It holds at most one snapshot's worth.
     """
 
     def __init__(self) -> None:
