@@ -3,7 +3,7 @@
     checkpoints/step-000050/
         rank-0.safetensors ...   that rank's part of every tensor; its random states in the metadata
         state.json               what is the same on all ranks: counts, config, code version, W&B run id
-        manifest.json            every tensor's dtype and shape, every file's size and sha256, its own sha256; written last
+        manifest.json            written last: dtype and shape of every tensor, size and sha256 of every file
 
 One format for any number of ranks: of a tensor of N elements, rank r of W holds the elements [r n, (r + 1) n)
 of the flattened tensor, n = ceil(N / W), which is how ZeRO-3 partitions, less its padding. A reader asks for
@@ -57,7 +57,7 @@ _STEP_NAME = re.compile(r"step-(\d{6,})")
 
 
 class TensorEntry(msgspec.Struct, frozen=True):
-    """A whole tensor: its key, torch's name of its dtype, its shape."""
+    """What is known of a whole tensor: its key, torch's name of its dtype, its shape."""
 
     key: str
     dtype: str
@@ -65,17 +65,17 @@ class TensorEntry(msgspec.Struct, frozen=True):
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """How many elements it has."""
         return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all elements."""
+        """How many bytes its elements take."""
         return self.numel * getattr(torch, self.dtype).itemsize
 
 
 class FileEntry(msgspec.Struct, frozen=True):
-    """A file of the checkpoint as it was written."""
+    """A file of the checkpoint as it was written: its name, size in bytes and sha256."""
 
     name: str
     size: int
@@ -83,7 +83,7 @@ class FileEntry(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """Contents of a checkpoint."""
+    """What a checkpoint contains: its step, the ranks that wrote it, every tensor and every file."""
 
     format: int
     step: int
@@ -93,7 +93,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class _SealedManifest(msgspec.Struct, frozen=True):
-    """The file: the manifest as it was written, and its sha256."""
+    """The manifest's file: the manifest as it was written, and its sha256."""
 
     sha256: str
     manifest: msgspec.Raw
@@ -101,8 +101,8 @@ class _SealedManifest(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Part:
-    """This rank's elements of a tensor: `values` [stop - start], flat, without padding; `shape` is the
-    whole tensor's.
+    """One rank's elements of a tensor: `values` [stop - start], flat, without padding; `shape` is the whole
+    tensor's.
     """
 
     key: str
@@ -111,13 +111,13 @@ class Part:
 
     @property
     def entry(self) -> TensorEntry:
-        """The whole tensor."""
+        """The whole tensor that it is a part of."""
         return TensorEntry(self.key, str(self.values.dtype).removeprefix("torch."), self.shape)
 
 
 def partition(numel: int, world_size: int, rank: int) -> tuple[int, int]:
-    """(start, stop): the elements of a flattened tensor that `rank` of `world_size` holds; start ==
-    stop for none.
+    """Returns (start, stop): the elements of a flattened tensor that `rank` of `world_size` holds; equal when
+    it holds none.
     """
     size = -(-numel // world_size)
     return min(rank * size, numel), min((rank + 1) * size, numel)
@@ -127,7 +127,10 @@ def partition(numel: int, world_size: int, rank: int) -> tuple[int, int]:
 
 
 class Checkpoint:
-    """A checkpoint to read from. `manifest`: as `verify` or `latest_checkpoint` returned it."""
+    """A checkpoint to read from: `Checkpoint(path, verify(path)).read("master/lm_head.weight", 0, 100)`.
+
+    `manifest` is what `verify` or `latest_checkpoint` returned.
+    """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
@@ -140,8 +143,8 @@ class Checkpoint:
         return json.loads((self.path / STATE_NAME).read_text(encoding="utf-8"))
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """[stop - start] elements of the flattened tensor `key`. Raises CheckpointError when there is
-        no such tensor.
+        """Returns the elements [start, stop) of the flattened tensor `key`. Raises CheckpointError when there
+        is no such tensor.
         """
         if key not in self.tensors:
             raise CheckpointError(
@@ -161,7 +164,9 @@ class Checkpoint:
         return values
 
     def rank_metadata(self, rank: int) -> dict[str, str]:
-        """What that rank's writer noted besides its tensors; empty for a rank that there was none of."""
+        """Returns what the writer of that rank noted besides its tensors; nothing for a rank that did not
+        exist.
+        """
         return self._file(rank).metadata() if rank < self.manifest.world_size else {}
 
     def _file(self, rank: int) -> Any:
@@ -175,7 +180,7 @@ class Checkpoint:
 def latest_checkpoint(
     run_dir: str | Path, on_problem: Callable[[str], None] = lambda text: None
 ) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that verifies, every byte of it; None when there is none.
+    """Returns the newest checkpoint that verifies, every byte of it, or None.
 
     `on_problem` gets a sentence for each newer one that does not verify: which file, and what is wrong with
     it.
@@ -189,8 +194,8 @@ def latest_checkpoint(
 
 
 def verify(path: Path, *, contents: bool = True) -> Manifest:
-    """The manifest of the checkpoint `path`, checked against its files; without `contents` against their
-    sizes only.
+    """Returns the manifest of the checkpoint `path`, checked against its files; without `contents` against
+    their sizes only.
 
     Raises CheckpointError that names the file and what is wrong with it.
     """
@@ -224,24 +229,24 @@ def verify(path: Path, *, contents: bool = True) -> Manifest:
 
 
 def checkpoint_dirs(run_dir: str | Path) -> list[tuple[int, Path]]:
-    """(step, directory), oldest first; whether they verify is not looked at."""
+    """Returns (step, directory) of each checkpoint of a run, oldest first, whether it verifies or not."""
     root = checkpoint_root(run_dir)
     names = [(match, path) for path in root.glob("step-*") if (match := _STEP_NAME.fullmatch(path.name))]
     return sorted((int(match[1]), path) for match, path in names)
 
 
 def checkpoint_root(run_dir: str | Path) -> Path:
-    """Where the checkpoints of a run lie."""
+    """Returns the directory in which the checkpoints of a run lie."""
     return Path(run_dir) / "checkpoints"
 
 
 def checkpoint_name(step: int) -> str:
-    """Name of a checkpoint's directory."""
+    """Returns the name of a checkpoint's directory."""
     return f"step-{step:06d}"
 
 
 def rank_file(rank: int) -> str:
-    """Name of a rank's file."""
+    """Returns the name of a rank's file."""
     return f"rank-{rank}.safetensors"
 
 
@@ -282,11 +287,11 @@ def _sha256(path: Path) -> str:
 def write_tensors(
     path: Path, entries: Sequence[TensorEntry], tensors: Iterable[Tensor], metadata: dict[str, str]
 ) -> FileEntry:
-    """Write a safetensors file, taking one tensor at a time (in the order of `entries`), durable when this
+    """Writes a safetensors file, one tensor at a time in the order of `entries`; it is durable when this
     returns.
 
-    The library writes whole dicts only. Wider dtypes must come first, since readers want tensors aligned.
-    Raises OSError.
+    The library writes whole dicts only. Wider dtypes must come first, since readers want tensors aligned
+    (ValueError). Raises OSError.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -315,7 +320,7 @@ def write_tensors(
 
 
 def write_file(path: Path, data: bytes) -> FileEntry:
-    """Write a small file, durable when this returns, whole or not at all to those who look. Raises
+    """Writes a small file, durable when this returns, whole or not at all to those who look. Raises
     OSError.
     """
     aside = path.with_name(path.name + ".tmp")
@@ -327,14 +332,14 @@ def write_file(path: Path, data: bytes) -> FileEntry:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write it, last of all files. Raises OSError."""
+    """Writes the manifest, which must be the last file of a checkpoint. Raises OSError."""
     body = msgspec.json.encode(manifest)
     sealed = _SealedManifest(hashlib.sha256(body).hexdigest(), msgspec.Raw(body))
     write_file(directory / MANIFEST_NAME, msgspec.json.encode(sealed))
 
 
 def replace_directory(aside: Path, target: Path) -> None:
-    """Rename the finished directory `aside` to `target`, durably; what was there before goes. Raises
+    """Renames the finished directory `aside` to `target`, durably; what was there before goes. Raises
     OSError.
     """
     sync_directory(aside)
@@ -348,14 +353,14 @@ def replace_directory(aside: Path, target: Path) -> None:
 
 
 def remove_directory(target: Path) -> None:
-    """Remove a directory; a kill on the way leaves nothing under its name. Raises OSError."""
+    """Removes a directory; a kill on the way leaves nothing under its name. Raises OSError."""
     old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
     target.rename(old)
     shutil.rmtree(old)
 
 
 def sync_directory(path: Path) -> None:
-    """Make the directory's entries durable."""
+    """Makes the directory's entries durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

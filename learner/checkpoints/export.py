@@ -47,12 +47,12 @@ INDEX_NAME = "model.safetensors.index.json"
 def export(
     run_dir: str | Path, step: int | None, out_dir: str | Path, shard_bytes: int = SHARD_BYTES
 ) -> Path:
-    """Write the policy of the run's checkpoint of `step` (None: the newest that verifies) as a Hugging Face
-    directory; its path.
+    """Writes the policy of the run's checkpoint of `step`, None for the newest that verifies, as a Hugging
+    Face directory; returns its path.
 
-    In the dtype of the run's config, tied weights once. Raises CheckpointError when there is no such
-    checkpoint, it does not verify, it holds adapters whose base is not at `model.path`, or `out_dir` is not
-    empty; OSError when the disk is full.
+    It is written in the dtype of the run's config, tied weights once. Raises CheckpointError when there is no
+    such checkpoint, it does not verify, it holds adapters whose base is not at `model.path`, or `out_dir` is
+    not empty; OSError when the disk is full.
     """
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
@@ -78,8 +78,8 @@ def write_model(
     tensors: Iterable[Tensor],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `tensors`, in the order of `entries`, with everything else of `model.path` that a policy needs.
-    Whole or not at all.
+    """Writes `tensors`, in the order of `entries`, with everything else of `model.path` that a policy needs:
+    whole or not at all.
 
     What was in `out_dir` goes. Raises OSError.
     """
@@ -113,8 +113,8 @@ def _open(run_dir: str | Path, step: int | None) -> Checkpoint:
 
 
 def _empty_module(checkpoint: Checkpoint, model: ModelConfig) -> Any:
-    """The model on torch's meta device, which knows what its tensors are called in the files that lie
-    at `model.path`.
+    """Returns the model on torch's meta device: it knows what its tensors are called in the files that lie at
+    `model.path`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -125,7 +125,7 @@ def _empty_module(checkpoint: Checkpoint, model: ModelConfig) -> Any:
             device_map="meta",
             trust_remote_code=model.trust_remote_code,
         )
-    except Exception as error:  # noqa: BLE001 -- files that may have changed since, read by transformers: whatever it raises
+    except Exception as error:  # noqa: BLE001 -- files that may have changed: whatever transformers raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{checkpoint.path}: its base, model.path = {model.path}, has no config or no safetensors files "
@@ -135,8 +135,9 @@ def _empty_module(checkpoint: Checkpoint, model: ModelConfig) -> Any:
 
 
 def _trained_weights(checkpoint: Checkpoint, units: Sequence[Unit]) -> Iterator[Tensor]:
-    """What the units' entries are by the checkpoint. Raises CheckpointError, at once, where it holds
-    other tensors than the model has.
+    """Returns the tensors of the units' entries as the checkpoint has them.
+
+    Raises CheckpointError, at once, where it holds other tensors than the model has.
     """
     keys = {weight.name: _key(weight) for unit in units for weight in unit.weights}
     held = {key for key in checkpoint.tensors if key.startswith((WEIGHTS, BUFFERS))}
@@ -158,7 +159,9 @@ def _key(weight: Weight) -> str:
 
 
 def _merged_weights(checkpoint: Checkpoint, config: Config, units: Sequence[Unit]) -> Iterator[Tensor]:
-    """The base's tensors, each with its adapter added: as the learner's, in its dtype and by its formula."""
+    """Returns the base's tensors, each with its adapter added as the learner adds it: in its dtype and by its
+    formula.
+    """
     base = _base_files(checkpoint, config.model.path)
     adapters = adapters_by_weight(
         [key.removeprefix(WEIGHTS) for key in checkpoint.tensors if key.startswith(WEIGHTS)]
@@ -198,8 +201,8 @@ def _merged_weights(checkpoint: Checkpoint, config: Config, units: Sequence[Unit
 
 
 def _base_files(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
-    """The open safetensors file of each tensor of the model at `path`, a directory or in the hub's
-    cache, in the order of their names.
+    """Maps each tensor of the model at `path`, a directory or in the hub's cache, to its open safetensors
+    file, in the order of names.
     """
     from safetensors import SafetensorError, safe_open
     from transformers.utils import cached_file
@@ -241,7 +244,7 @@ def _write_shards(
 
 
 def _shards(entries: Sequence[TensorEntry], shard_bytes: int) -> Iterator[list[TensorEntry]]:
-    """Consecutive entries of at most `shard_bytes` together, or one that is larger."""
+    """Yields consecutive entries of at most `shard_bytes` together, or one that is larger."""
     shard: list[TensorEntry] = []
     size = 0
     for entry in entries:

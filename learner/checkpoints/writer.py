@@ -1,7 +1,8 @@
 """Saving checkpoints while training goes on.
 
-    step thread:    save(step) -- copy this rank's parts into host buffers (checked for NaN) --> back to training
-    writer thread:  rank file --> report      on rank 0: wait for the reports --> manifest --> rename --> drop old ones
+    step thread:    save(step) -- copy this rank's parts into host buffers (no NaN) --> back to training
+    writer thread:  rank file --> report
+                    on rank 0: wait for the reports --> manifest --> rename --> drop old ones
 
 A checkpoint is written aside, in `checkpoints/.step-000050.<session>/`, and counts from the rename on. Ranks
 meet in that directory and nowhere else, so that a dead rank hangs nobody: a rank leaves `rank-<r>.json` when
@@ -62,12 +63,14 @@ write meanwhile.
 
 
 class CheckpointWriter:
-    """One rank's part in saving. Every rank has one, with the same `session`: a word drawn once for this
-    start of the learner.
+    """One rank's part in saving; every rank has one. `writer.save(step, parts, state)` on all of them makes a
+    checkpoint.
 
-    `on_event` (rank 0) gets a sentence when a checkpoint fails; `on_durable(step)` (rank 0, writer thread)
-    the oldest step that can be resumed from, after each checkpoint. `timeout_s` limits the wait for the other
-    ranks' files.
+    session     a word drawn once for this start of the learner, equal on all ranks
+    keep        so many checkpoints stay
+    timeout_s   limits the wait for the other ranks' files
+    on_event    gets a sentence when a checkpoint fails (rank 0)
+    on_durable  gets the oldest step that can be resumed from, after each checkpoint (rank 0, writer thread)
     """
 
     def __init__(
@@ -101,8 +104,8 @@ class CheckpointWriter:
             self._sweep(0)
 
     def save(self, step: int, parts: Iterable[Part], state: Mapping[str, Any]) -> None:
-        """Begin the checkpoint of `step`; returns when `parts` and `state` (JSON; rank 0's counts) may change
-        again.
+        """Begins the checkpoint of `step`; returns when `parts` and `state` (JSON; rank 0's counts) may
+        change again.
 
         Raises CheckpointError that names the tensor when a number is not finite: nothing is saved then.
         """
@@ -118,8 +121,8 @@ class CheckpointWriter:
         self._metrics["checkpoint/stall_s"] = time.perf_counter() - start_s
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises what the writer did not expect: an error of ours, or of
-        `on_durable`.
+        """Waits until nothing is being written. Raises what the writer did not expect: an error of ours, or
+        of `on_durable`.
 
         Raises PeerTimeout when the disk hangs: the writer's own waits end long before.
         """
@@ -135,13 +138,13 @@ class CheckpointWriter:
             raise self._unexpected
 
     def close(self) -> None:
-        """Wait, and leave nothing aside."""
+        """Waits until nothing is being written, and leaves nothing aside."""
         self.wait()
         if self._rank == 0:
             self._sweep(math.inf)
 
     def metrics(self) -> dict[str, float]:
-        """Counts so far, and the seconds that the newest one took."""
+        """Returns the counts so far, and the seconds that the newest checkpoint took."""
         return dict(self._metrics)
 
     # --- step thread ---
@@ -154,7 +157,10 @@ class CheckpointWriter:
                     part.values.shape, dtype=part.values.dtype, pin_memory=part.values.is_cuda
                 )
             if part.values.is_floating_point() and part.values.numel() and not _is_finite(part.values):
-                text = f"{part.key} is not finite at step {step}: nothing is saved. Go on from a checkpoint, with a lower learner.lr."
+                text = (
+                    f"{part.key} is not finite at step {step}: nothing is saved. Go on from a checkpoint, "
+                    "with a lower learner.lr."
+                )
                 self._leave_note(step, text)
                 raise CheckpointError(text)
             self._host[part.key].copy_(part.values)
@@ -171,7 +177,7 @@ class CheckpointWriter:
             self._metrics["checkpoint/write_s"] = time.perf_counter() - start_s
             if saved and self._rank == 0:
                 self._on_durable(self._drop_old())
-        except BaseException as error:  # noqa: BLE001 -- the edge of a thread: the step thread raises it at the next save
+        except BaseException as error:  # noqa: BLE001 -- the edge of a thread: the next save raises it
             self._unexpected = error
 
     def _write_or_give_up(
@@ -216,17 +222,17 @@ class CheckpointWriter:
             )
 
     def _collect_reports(self, aside: Path) -> list[FileEntry]:
-        """What the other ranks wrote, when all have. Raises OSError with a rank's reason, PeerTimeout
-        with the names of the late.
+        """Returns what the other ranks wrote, when all have.
+
+        Raises OSError with a rank's reason, PeerTimeout with the names of the late.
         """
         found: dict[int, FileEntry] = {}
         until_s = time.monotonic() + self._timeout_s
         while missing := [rank for rank in range(1, self._world_size) if rank not in found]:
             for rank in missing:
                 if (note := aside / f"rank-{rank}.failed").exists():
-                    raise OSError(
-                        f"rank {rank}: {note.read_text(encoding='utf-8') or 'the disk had no room for its reason'}"
-                    )
+                    reason = note.read_text(encoding="utf-8") or "the disk had no room for its reason"
+                    raise OSError(f"rank {rank}: {reason}")
                 if (report := aside / f"rank-{rank}.json").exists():
                     found[rank] = msgspec.json.decode(report.read_bytes(), type=FileEntry)
                     report.unlink()
@@ -241,7 +247,7 @@ class CheckpointWriter:
         return [found[rank] for rank in sorted(found)]
 
     def _drop_old(self) -> int:
-        """Keep the newest `keep` that have a good manifest and files of the right sizes; the step of
+        """Keeps the newest `keep` that have a good manifest and files of the right sizes; returns the step of
         the oldest of them.
         """
         kept: list[int] = []
@@ -269,7 +275,7 @@ class CheckpointWriter:
         self._on_event(f"the checkpoint of step {step} failed, training goes on: {reason}")
 
     def _leave_note(self, step: int, text: str) -> None:
-        """Tell rank 0, if the disk lets us; an empty note where it has no room for the text."""
+        """Tells rank 0, if the disk lets us; an empty note where it has no room for the text."""
         note = self._aside(step) / f"rank-{self._rank}.failed"
         try:
             note.parent.mkdir(parents=True, exist_ok=True)
@@ -282,8 +288,9 @@ class CheckpointWriter:
         return self._root / f".{checkpoint_name(step)}.{self._session}"
 
     def _sweep(self, step: float) -> None:
-        """Remove what was left aside by those who were killed or gave up. Another rank may be ahead of
-        us: from `step` on, ours stay.
+        """Removes what was left aside by those who were killed or gave up.
+
+        Another rank may be ahead of us: what this session wrote aside from `step` on stays.
         """
         for path in self._root.glob(".step-*"):
             number, _, session = path.name.removeprefix(".step-").partition(".")
@@ -292,7 +299,7 @@ class CheckpointWriter:
 
 
 def _is_finite(values: Tensor) -> bool:
-    """One pass without a temporary: NaN and infinities show in the extremes."""
+    """Looks once, without a temporary: NaN and infinities show in the extremes."""
     low, high = torch.aminmax(values)
     return math.isfinite(float(low)) and math.isfinite(float(high))
 
@@ -301,7 +308,7 @@ def _is_finite(values: Tensor) -> bool:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of torch's, numpy's and Python's generators, as JSON."""
+    """Returns the states of torch's, numpy's and Python's generators, as JSON."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     states = {
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
@@ -314,7 +321,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Take over what `random_states` returned; a GPU's only where there is one."""
+    """Takes over what `random_states` returned; a GPU's only where there is one."""
 
     def generator_state(text: str) -> Tensor:
         return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
@@ -329,8 +336,8 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def code_version() -> str:
-    """`git describe` of this code, else the installed package's version, else "unknown" (a copy without
-    either).
+    """Returns `git describe` of this code, else the installed package's version, else "unknown", for a copy
+    without either.
     """
     command = ["git", "describe", "--always", "--dirty", "--tags"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):

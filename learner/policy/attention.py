@@ -1,6 +1,7 @@
 """Attention within packed sequences, by PyTorch's own fused causal attention, without a mask.
 
-    packed [1, H, S, D] --gather--> buckets [n, H, longest, D] of sequences of like length --sdpa, causal--> --gather--> packed
+    packed [1, H, S, D] --unpack--> buckets [n, H, longest, D] of sequences of like length
+    buckets --sdpa, causal--> buckets --pack--> packed
 
 With a mask, as transformers packs for "sdpa", a forward pass costs the square of the packed length, however
 short the sequences in it. Here every sequence costs its own square, and a pass a call for each length, not
@@ -34,7 +35,10 @@ SHORT = 64
 class Packing:
     """Where the sequences of a packed row go in buckets of like length, and back.
 
-    to_places_P     int64 [P], of each place the token that goes there; padding repeats the sequence's last token
+        packing = Packing([5, 2, 9])          lengths of the sequences in the row
+        packing.pack([attend(bucket) for bucket in packing.unpack(row)])
+
+    to_places_P     int64 [P], the token of each place; padding repeats a sequence's last token
     to_tokens_S     int64 [S], of each token its place
     padding         int64, the places that are padding; their gradient is none
     shapes          (sequences, longest) of each bucket, in the order of the places
@@ -59,7 +63,7 @@ class Packing:
         self.padding = places_P[~is_token_P].to(device)
 
     def unpack(self, packed_SHD: Tensor) -> list[Tensor]:
-        """[S, H, D] -> for each bucket [n, H, longest, D]."""
+        """Takes tokens [S, H, D] to their places: a tensor [n, H, longest, D] for each bucket."""
         places_PHD: Tensor = _Gather.apply(packed_SHD, self.to_places_P, self.to_tokens_S, None)
         pieces = places_PHD.split([num * longest for num, longest in self.shapes])
         return [
@@ -68,14 +72,14 @@ class Packing:
         ]
 
     def pack(self, buckets: list[Tensor]) -> Tensor:
-        """For each bucket [n, longest, H, D] -> [S, H, D]."""
+        """Takes a tensor [n, longest, H, D] for each bucket back to the tokens: [S, H, D]."""
         places_PHD = torch.cat([bucket.flatten(0, 1) for bucket in buckets])
         packed: Tensor = _Gather.apply(places_PHD, self.to_tokens_S, self.to_places_P, self.padding)
         return packed
 
 
 def _buckets(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of sequences of like length, the longest first."""
+    """Groups the indices of sequences of like length, the longest first."""
     buckets: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[buckets[-1][0]] if buckets else 0
@@ -90,7 +94,7 @@ class _Gather(torch.autograd.Function):
     """rows[there]. Its gradient is a gather too, by the inverse `back`, zero at `padding`: much faster than
     adding by index.
 
-    It holds where rows taken more than once get no gradient from their repetitions.
+    It is right where rows taken more than once get no gradient from their repetitions.
     """
 
     @staticmethod
@@ -107,8 +111,8 @@ class _Gather(torch.autograd.Function):
 
 
 def install_packed_sdpa(module: Any) -> bool:
-    """Let a Hugging Face model attend by `packed_sdpa`, if it is written for exchangeable attentions; whether
-    it is.
+    """Lets a Hugging Face model attend by `packed_sdpa`, and says whether it is written for exchangeable
+    attentions.
 
     A model that is not keeps transformers' masks, as do those whose layers are more than full or sliding
     attention.
@@ -131,7 +135,7 @@ def packed_sdpa(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [1, H, S, D], key and value [1, H', S, D] -> [1, S, H, D].
+    """Attends as transformers asks for it: query [1, H, S, D], key and value [1, H', S, D] -> [1, S, H, D].
 
     Raises ConfigError for models that do not hand `packing` down to their attention, or that attend in
     another way.
@@ -168,7 +172,9 @@ def packed_sdpa(
 
 
 def _window_mask(query: Tensor, window: int) -> Tensor:
-    """Causal attention to the last `window` tokens, the own one included: bool [1, 1, longest, longest]."""
+    """Returns bool [1, 1, longest, longest]: causal attention to the last `window` tokens, the own one
+    included.
+    """
     position = torch.arange(query.shape[2], device=query.device)
     distance = position[:, None] - position
     return ((distance >= 0) & (distance < window))[None, None]

@@ -6,7 +6,7 @@ in a file three tensors an expert. Actors, snapshots and exports speak the files
 other tools understand. The way back is planned once, of shapes alone; then each `Unit` goes it by itself, so
 that nothing is ever whole but one unit:
 
-    module --weights_of--> Weights --file_units--> Units: some weights of the module -> the tensors in files that they are
+    module --weights_of--> Weights --file_units--> Units: some weights of the module -> their tensors in files
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from learner.policy.lora import Weight, weights_of
 
 
 class Unit(NamedTuple):
-    """Weights of a module that are converted together, and what they become. Most are one weight under
-    one name.
+    """Weights of a module that are converted together, and the tensors in files that they become. Most are
+    one weight under one name.
+
+    `convert` takes the tensors of `weights`, and gives those of `entries`, as views where that is enough.
     """
 
     weights: tuple[Weight, ...]
@@ -34,31 +36,30 @@ class Unit(NamedTuple):
 
     @property
     def parameters(self) -> list[Any]:
-        """All that must be gathered for `tensors`."""
+        """All parameters that must be gathered for `tensors`."""
         return [parameter for weight in self.weights for parameter in weight.parameters]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in files, tensor), valid as long as `parameters` are gathered."""
+        """Returns (name in files, tensor) of each entry, valid as long as `parameters` are gathered."""
         return self.named([weight.value() for weight in self.weights])
 
     def named(self, values: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """(name in files, tensor), made of the values that the weights have elsewhere, in a checkpoint
-        for example.
+        """Returns (name in files, tensor) of each entry, made of `values` that the weights have elsewhere,
+        for example in a checkpoint.
         """
         return zip((entry.key for entry in self.entries), self.convert(values), strict=True)
 
 
 def plain_units(weights: Iterable[Weight]) -> list[Unit]:
-    """A unit each, by the names that the weights have in the module."""
+    """Makes a unit of each weight, by the name that it has in the module."""
     return [Unit((weight,), (_entry(weight.name, weight),), _as_it_is) for weight in weights]
 
 
 def file_units(module: Any) -> list[Unit]:
-    """All weights of a module with or without adapters, tied ones once, in its order; also of one that lies
-    on the meta device.
+    """Plans how all weights of a module become tensors in files, in the module's order, tied weights once.
 
-    Names and shapes are those of the files that the module was loaded from (`from_pretrained`); of a module
-    without files, its own.
+    Names and shapes are those of the files that the module was loaded from (`from_pretrained`), or its own
+    where there were none. The module may have adapters, and may lie on the meta device.
     """
     weights = {weight.name: weight for weight in weights_of(module)}
     for name in getattr(module, "_keys_to_ignore_on_save", None) or ():
@@ -72,15 +73,19 @@ def file_units(module: Any) -> list[Unit]:
 
 
 def wider_first(units: Iterable[Unit]) -> list[Unit]:
-    """In the order in which files hold them (`learner.checkpoints.checkpoint.write_tensors`): wider dtypes first."""
+    """Sorts units as files hold them: wider dtypes first, which
+    `learner.checkpoints.checkpoint.write_tensors` asks for.
+    """
     return sorted(
         units, key=lambda unit: -max(getattr(torch, entry.dtype).itemsize for entry in unit.entries)
     )
 
 
 class _Group(NamedTuple):
-    """What the names of a group become: `target`, the first of them, by `converter` (None: the tensor
-    stays as it is).
+    """What the names of a group become: `target`, the first of them, by `converter`; None leaves the tensor
+    as it is.
+
+    `patterns` are what the converter knows each of the group's names by.
     """
 
     target: str
@@ -90,7 +95,7 @@ class _Group(NamedTuple):
 
 
 def _groups(module: Any, names: list[str]) -> Iterator[tuple[list[str], _Group]]:
-    """The names of the module's weights, those together that one conversion takes together."""
+    """Yields the names of the module's weights, in groups that one conversion takes together."""
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,

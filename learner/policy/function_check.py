@@ -34,11 +34,11 @@ def check_function(
     *,
     longest: int = 2**31,
 ) -> None:
-    """Computes the log-probs of a few tokens in several ways: they must be the same, or ConfigError says what
-    differs and what to set.
+    """Compares the log-probs of a few tokens, computed in several ways; ConfigError says what differs and
+    what to set.
 
-    `logprobs(inputs, training=...)` as `TokenLogprobs` gives them. `longest`: no sequence has more tokens;
-    wider windows do not matter. Collective under ZeRO-3.
+    `logprobs(inputs, training=...)` is `TokenLogprobs` in one of its modes. No sequence has more than
+    `longest` tokens: wider windows do not matter. Collective under ZeRO-3.
     """
     vocabulary = module.config.get_text_config().vocab_size
     tokens = [1 + 7 * position % (vocabulary - 1) for position in range(NUM_TOKENS)]
@@ -84,13 +84,13 @@ def check_function(
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """Mean size, nats a token."""
+    """Returns the mean size of the difference, nats a token."""
     return float((found - expected).abs().mean())
 
 
 @contextlib.contextmanager
 def _eager(module: Any) -> Iterator[None]:
-    """Within: the model attends by transformers' own plain code."""
+    """Lets the model attend by transformers' own plain code, for the time of the block."""
     before = module.config._attn_implementation
     module.set_attn_implementation("eager")
     try:
@@ -101,8 +101,8 @@ def _eager(module: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _short_windows(module: Any, longest: int) -> Iterator[None]:
-    """Within: sliding windows below `longest` are WINDOW tokens wide: in configs, where masks look, and
-    in attentions' copies.
+    """Makes sliding windows below `longest` WINDOW tokens wide, in configs, where masks look, and in
+    attentions' copies; for the block.
     """
     changed: list[tuple[Any, int]] = []
     try:
@@ -118,7 +118,7 @@ def _short_windows(module: Any, longest: int) -> Iterator[None]:
 
 
 def _configs(module: Any) -> list[Any]:
-    """All Hugging Face configs in use, each once."""
+    """Returns all Hugging Face configs in use, each once."""
     found = [module.config, module.config.get_text_config()]
     found += [
         part.config for part in module.modules() if hasattr(getattr(part, "config", None), "get_text_config")

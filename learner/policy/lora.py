@@ -1,7 +1,9 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685; by peft) instead of all weights: what is trained, and the
 weights that come of it.
 
-    y = W x + (alpha / rank) B A x        W [out, in] frozen; A [rank, in] random, B [out, rank] zero at first: version 0 is the base
+    y = W x + (alpha / rank) B A x        W [out, in] frozen; A [rank, in] random, B [out, rank] zero at first
+
+so that version 0 is the base.
 
 Every linear layer but the LM head gets an adapter. Outside the learner nobody knows of them: actors,
 snapshots and exports get merged weights, W + (alpha / rank) B A, under the names that the base model has;
@@ -34,10 +36,10 @@ _A, _B = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 
 def add_adapters(module: Any, learner: LearnerConfig, seed: int) -> None:
-    """Freeze the module and put trainable adapters into it, in its dtype; A is a function of `seed`. Not
+    """Freezes the module and puts trainable adapters into it, in its dtype; A is a function of `seed`. Not
     collective.
 
-    Works on parameters that ZeRO-3 has partitioned already: it needs none of their values.
+    It works on parameters that ZeRO-3 has partitioned already, since it needs none of their values.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -56,7 +58,7 @@ def add_adapters(module: Any, learner: LearnerConfig, seed: int) -> None:
 
 @contextlib.contextmanager
 def adapters_off(module: Any) -> Iterator[None]:
-    """Within: the module computes what its base computes."""
+    """Lets the module compute what its base computes, for the time of the block."""
     from peft.tuners.lora import LoraLayer
 
     layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
@@ -70,8 +72,11 @@ def adapters_off(module: Any) -> Iterator[None]:
 
 
 class Weight(NamedTuple):
-    """A weight as others see it: `parameter`, under its name in the base model, and what is to be added
-    to it. Or a persistent buffer.
+    """A weight as others see it: a parameter under its name in the base model, with the adapter that is to be
+    added to it.
+
+    A persistent buffer is one, too, without adapter. `adapter` holds the parameters A and B, `scale` is alpha
+    / rank.
     """
 
     name: str
@@ -82,20 +87,20 @@ class Weight(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Whole, also of a parameter that ZeRO-3 has partitioned."""
+        """The whole shape, also of a parameter that ZeRO-3 has partitioned."""
         return tuple(getattr(self.parameter, "ds_shape", self.parameter.shape))
 
     @property
     def parameters(self) -> tuple[Any, ...]:
-        """All that `value` takes and ZeRO-3 partitions, which leaves buffers as they are: to be
-        gathered for it.
+        """The parameters that must be gathered before `value`; none for a buffer, which ZeRO-3
+        leaves whole.
         """
         return (
             (self.parameter, *(self.adapter or ())) if isinstance(self.parameter, torch.nn.Parameter) else ()
         )
 
     def value(self) -> Tensor:
-        """The parameter's own tensor, or a new one where an adapter is added."""
+        """Returns the parameter's own tensor, or a new one where an adapter is added."""
         if self.adapter is None:
             return self.parameter.data
         a, b = self.adapter
@@ -103,15 +108,17 @@ class Weight(NamedTuple):
 
 
 def adapters_of(module: Any) -> Iterator[Weight]:
-    """The adapters alone, as weights by the names that peft's files have."""
+    """Yields the adapters alone, as weights by the names that peft's files have."""
     for name, parameter in module.named_parameters():
         if is_adapter(name):
             yield Weight(f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}", parameter)
 
 
 def weights_of(module: Any) -> Iterator[Weight]:
-    """All weights of a module with or without adapters, tied ones once, by the names of the base model:
-    parameters, then buffers.
+    """Yields all weights of a module by the names of the base model: parameters, tied ones once, then
+    buffers.
+
+    The module may have adapters: they are part of the weights that they belong to.
     """
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
@@ -129,8 +136,8 @@ def weights_of(module: Any) -> Iterator[Weight]:
 
 
 def persistent_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, buffer) of what belongs to the module's state without being trained: a router's correction
-    of its scores, for example.
+    """Yields (name, buffer) of what belongs to the module's state without being trained, such as a router's
+    correction of its scores.
     """
     for prefix, part in module.named_modules():
         for name, buffer in part.named_buffers(recurse=False):
@@ -139,18 +146,20 @@ def persistent_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """weight + scale b a, a new tensor: [out, in], [rank, in], [out, rank]. Taken in float32, rounded
-    to the weight's dtype.
+    """Returns a new tensor, weight [out, in] + scale b [out, rank] a [rank, in], taken in float32, rounded to
+    the weight's dtype.
     """
     return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name is part of an adapter."""
+    """Says whether a parameter of this name is part of an adapter."""
     return name.endswith((_A, _B))
 
 
 def adapters_by_weight(names: list[str]) -> dict[str, tuple[str, str]]:
-    """Of parameters' names: by the name of the base's weight, its adapter's A and B."""
+    """Maps the name of each adapted weight of the base to the names of its A and B, found among `names` of
+    parameters.
+    """
     layers = [name.removesuffix(_A) for name in names if name.endswith(_A)]
     return {f"{layer}.weight": (layer + _A, layer + _B) for layer in layers}

@@ -55,8 +55,8 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cut
 
 
 def check_model_files(model: ModelConfig) -> tuple[str, ...]:
-    """Write them into a directory that is gone afterwards, and read them again; sentences to be told, of what
-    was mended.
+    """Writes the files into a directory that is gone afterwards and reads them again; returns a sentence for
+    each setting left out.
 
     Raises ConfigError, in one line, for files that no policy could be written with.
     """
@@ -69,7 +69,7 @@ def check_model_files(model: ModelConfig) -> tuple[str, ...]:
             AutoTokenizer.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
         except ConfigError:
             raise
-        except Exception as error:  # noqa: BLE001 -- files of others, read by classes of others: whatever they raise
+        except Exception as error:  # noqa: BLE001 -- files and classes of others: whatever they raise
             reason = (str(error).strip().splitlines() or ["no reason given"])[0].replace(
                 directory, "a copy of it"
             )
@@ -82,8 +82,9 @@ def check_model_files(model: ModelConfig) -> tuple[str, ...]:
 
 
 def write_model_files(directory: Path, model: ModelConfig) -> tuple[str, ...]:
-    """Write them into `directory`; sentences of what was mended. Raises ConfigError for broken files,
-    OSError.
+    """Writes the files into `directory`; returns a sentence for each setting left out.
+
+    Raises ConfigError for broken files, OSError for a disk that refuses them.
     """
     base = _base_directory(model)
     for path in _copied(base, with_code=model.trust_remote_code):
@@ -109,7 +110,8 @@ def write_model_files(directory: Path, model: ModelConfig) -> tuple[str, ...]:
 
 
 def mended(settings: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, Any, str]]]:
-    """Generation settings that transformers takes and saves; and what was left out: (name, value, why).
+    """Returns generation settings that transformers takes and saves, and what was left out: (name, value,
+    why).
 
     Settings for sampling mean sampling, unless do_sample says otherwise. Of settings that do not go together
     the later ones go.
@@ -132,7 +134,7 @@ def mended(settings: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, An
 
 
 def _fault(settings: dict[str, Any]) -> str:
-    """Why transformers would not save these settings; empty when it would."""
+    """Returns why transformers would not save these settings, or nothing when it would."""
     from transformers import GenerationConfig
     from transformers.utils import logging
 
@@ -140,7 +142,7 @@ def _fault(settings: dict[str, Any]) -> str:
     logging.set_verbosity_error()
     try:
         GenerationConfig(**settings).validate(strict=True)
-    except Exception as error:  # noqa: BLE001 -- values of any type, looked at by transformers: whatever it raises
+    except Exception as error:  # noqa: BLE001 -- values of any type: whatever transformers raises
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return next(
             (line.removeprefix("- ") for line in lines if line.startswith("- ")),
@@ -158,7 +160,7 @@ def _as_list(token_ids: Any) -> list[Any]:
 
 
 def _base_directory(model: ModelConfig) -> Path:
-    """Where the base's files lie: `model.path`, or its snapshot in the hub's cache."""
+    """Returns where the base's files lie: `model.path`, or its snapshot in the hub's cache."""
     from transformers.utils import cached_file
 
     if Path(model.path).is_dir():
@@ -189,7 +191,9 @@ def _copied(base: Path, *, with_code: bool) -> Iterator[Path]:
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """The dtype of what lies beside the config, also where a part of the model has a config of its own."""
+    """Notes the dtype of what lies beside the config, also where a part of the model has a config of
+    its own.
+    """
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
     for part in config.values():

@@ -1,11 +1,14 @@
-"""The policy under DeepSpeed ZeRO-3: every call into deepspeed is in this file.
+"""The policy under DeepSpeed ZeRO-3. Every call into deepspeed is in this file; CPU (gloo) and GPU (NCCL) run
+the same code.
 
-CPU (gloo) and GPU (NCCL) run the same code. torch.distributed is initialised here, with the run's own
-timeout.
+ZeRO-3 cuts every weight, its gradient and Adam's state into one part a rank, and gathers a layer's weights
+when the layer is used. What surprises about it:
 
-Surprises: outside a gather a partitioned parameter has `numel() == 0`, so sizes come from `ds_numel`; every
-rank must call `forward`, `backward`, `step` and `named_weights` equally often and in one order, since each of
-them gathers; a gather with `modifier_rank` set would broadcast everything back, so it stays None for reading.
+- Outside a gather a parameter has `numel() == 0`; its size is `ds_numel`, its shape `ds_shape`, this rank's
+part `ds_tensor`. - Every rank must call `logprobs`, `backward`, `step` and `named_weights` equally often and
+in one order, since each of them gathers. - A gather with `modifier_rank` set broadcasts everything back; for
+reading it stays None. - Small parameters are kept whole after their first gather: `forget_gathered` before
+their parts are changed.
 """
 
 from __future__ import annotations
@@ -39,8 +42,10 @@ Read: TypeAlias = Callable[[str, int, int], torch.Tensor]
 def init_process_group(
     rank: int, world_size: int, address: str, port: int, *, use_gpu: bool, timeout_s: float
 ) -> torch.device:
-    """Join the ranks and return this one's device. Raises torch's DistStoreError when a rank is missing
-    after `timeout_s`.
+    """Joins the ranks and returns the device of this one.
+
+    The connections' own limit is a minute beyond `timeout_s`. Raises torch's DistStoreError when a rank is
+    missing by then.
     """
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port)
@@ -64,8 +69,8 @@ def init_process_group(
 
 
 def _import_deepspeed() -> Any:
-    """Without what torch.compile would import for an optimizer that we do not use, two seconds;
-    DeepSpeed itself would later on.
+    """Imports DeepSpeed without torch.compile, which it would load for an optimizer that we do not use: two
+    seconds.
     """
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -113,10 +118,10 @@ def _deepspeed_config(learner: LearnerConfig, dtype: str, *, training: bool) -> 
 def _load(
     model: ModelConfig, learner: LearnerConfig, *, training: bool, seed: int = 0
 ) -> tuple[Any, TokenLogprobs]:
-    """A Hugging Face causal LM, partitioned by ZeRO-3, as a DeepSpeed engine; and the way to log-probs
+    """Returns a Hugging Face causal LM as a DeepSpeed engine, partitioned by ZeRO-3, and the way to log-probs
     through it.
 
-    `seed`: of the adapters, where they are what is trained.
+    `seed` draws the adapters, where they are what is trained.
     """
     import deepspeed
 
@@ -138,8 +143,8 @@ def _load(
 
 
 def _still(module: Any) -> None:
-    """No dropout, no router jitter: pi and pi_ref are the same function of their weights, and both
-    passes of an update give one value.
+    """Turns dropout and router jitter off: pi and pi_ref are then the same function of their weights, and
+    both passes of an update give one value.
     """
     for layer in module.modules():
         noisy = [
@@ -152,11 +157,11 @@ def _still(module: Any) -> None:
 
 
 def _gather_by_layer(module: Any) -> None:
-    """Let ZeRO-3 gather and release whole layers: its hooks on every submodule cost a tiny model a third of
+    """Lets ZeRO-3 gather and release whole layers: its hooks on every submodule cost a tiny model a third of
     its time.
 
-    Not where part of a model is frozen: DeepSpeed takes the gradients of such a layer when its input has one,
-    and for zero if that is before they are there, as in a first layer whose input needs none.
+    Models that are frozen in part are left alone: DeepSpeed takes the gradients of such a layer when its
+    input has one, and for zero if that is before they are there, as in a first layer whose input needs none.
     """
     from deepspeed.utils import set_z3_leaf_modules
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -167,7 +172,7 @@ def _gather_by_layer(module: Any) -> None:
 
 
 def _from_pretrained(model: ModelConfig, config: dict[str, Any]) -> Any:
-    """The Hugging Face model; with several ranks each weight is partitioned as soon as it is made, so
+    """Loads the Hugging Face model. With several ranks each weight is partitioned as soon as it is made, so
     that no rank ever holds all.
     """
     from transformers import AutoModelForCausalLM
@@ -187,7 +192,11 @@ def _from_pretrained(model: ModelConfig, config: dict[str, Any]) -> Any:
 
 
 class ZeroFrozen:
-    """A policy that is not trained, partitioned like the policy: the reference, or the proximal policy."""
+    """A policy that is not trained, partitioned like the one that is: the reference, or the proximal policy.
+
+    reference = ZeroFrozen(config.model, config.learner)          the base model
+    reference.load(policy.own_weights(bucket_bytes))              now a copy of the policy
+    """
 
     def __init__(self, model: ModelConfig, learner: LearnerConfig) -> None:
         self._engine, self._token_logprobs = _load(model, learner, training=False)
@@ -195,11 +204,11 @@ class ZeroFrozen:
 
     @torch.no_grad()
     def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
-        """[T] log-probs of the completion tokens. Collective."""
+        """Returns [T] log-probs of the sampled tokens, nats. Collective."""
         return self._token_logprobs(self._engine, inputs, temperature)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take over these weights (`ZeroPolicy.own_weights`), all of them. Collective."""
+        """Takes over `weights`, all that `ZeroPolicy.own_weights` yields. Collective."""
         import deepspeed
 
         parameters = dict(self._engine.module.named_parameters())
@@ -212,24 +221,35 @@ class ZeroFrozen:
                 parameters[name].copy_(tensor)
 
     def parts(self, kind: str) -> Iterator[Part]:
-        """This rank's part of the weights, named `<kind>/<parameter>`; views: copy them. Not collective."""
+        """Yields this rank's part of each weight, named `<kind>/<parameter>`. They are views, to be copied.
+        Not collective.
+        """
         for name, parameter in self._engine.module.named_parameters():
             first, last = _held(parameter)
             yield Part(f"{kind}/{name}", tuple(parameter.ds_shape), parameter.ds_tensor.data[: last - first])
 
     @torch.no_grad()
     def restore(self, kind: str, read: Read) -> None:
-        """Take over weights saved by `parts(kind)`. `read` as `Checkpoint.read`."""
+        """Takes over weights saved by `parts(kind)`; `read` is `Checkpoint.read`. Not collective."""
         self._engine.empty_partition_cache()  # Small parameters are kept whole: they would stay as they were.
         for name, parameter in self._engine.module.named_parameters():
             parameter.ds_tensor.copy_(_padded(parameter, read, f"{kind}/{name}", parameter.ds_tensor.dtype))
 
 
 class ZeroPolicy:
-    """The trained policy: log-probs, gradients, optimizer steps, and its weights one bucket at a time."""
+    """The policy that is trained: its log-probs, gradients and optimizer steps, and its weights one bucket at
+    a time.
+
+    policy = ZeroPolicy(config.model, config.learner, seed) loss = -policy.logprobs(inputs,
+    temperature).mean() policy.backward(loss, last=True) grad_norm = policy.step(lr)
+    """
 
     def __init__(self, model: ModelConfig, learner: LearnerConfig, seed: int = 0) -> None:
-        """`seed`: of the adapters (`learner.lora_rank`); equal on all ranks."""
+        """`seed` draws the adapters (`learner.lora_rank`) and must be equal on all ranks.
+
+        Raises ConfigError when the model, as configured, computes something else than by its own definition
+        (function_check.py). Collective.
+        """
         self._model, self._learner = model, learner
         self._engine, self._token_logprobs = _load(model, learner, training=True, seed=seed)
         self.module: Any = self._engine.module
@@ -240,7 +260,9 @@ class ZeroPolicy:
             )
 
     def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
-        """[T] log-probs of the completion tokens, differentiable unless under `torch.no_grad`. Collective."""
+        """Returns [T] log-probs of the sampled tokens, nats, differentiable unless under `torch.no_grad`.
+        Collective.
+        """
         self._engine.train(torch.is_grad_enabled())
         return self._token_logprobs(self._engine, inputs, temperature)
 
@@ -249,7 +271,7 @@ class ZeroPolicy:
         return self._token_logprobs(self._engine, inputs, 1.0)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulate the gradient of this rank's share of the loss; `last` marks the step's last call.
+        """Accumulates the gradient of this rank's share of the loss; `last` marks the step's last call.
         Collective.
 
         The gradient is the SUM over ranks and calls: DeepSpeed averages over ranks, which the factor undoes.
@@ -258,10 +280,11 @@ class ZeroPolicy:
         self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        """One AdamW step at `lr` with clipping; returns the gradient norm before clipping. Collective.
+        """Takes one AdamW step at learning rate `lr` with clipping, and returns the gradient norm before
+        clipping. Collective.
 
-        inf on every rank when a gradient of any is not finite: DeepSpeed then drops the gradients, and
-        weights, moments and Adam's count stay as they were.
+        The norm is inf on every rank when a gradient of any is not finite: DeepSpeed then drops the
+        gradients, and weights, moments and Adam's count stay as they were.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
@@ -271,13 +294,12 @@ class ZeroPolicy:
     def named_weights(
         self, bucket_bytes: int, *, adapters_alone: bool = False
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole tensor) of all that the base's files have, by the names there; adapters merged into
-        the weights they belong to.
+        """Yields (name, whole tensor) of all that the base's files have, by the names there, adapters merged
+        into the weights they belong to.
 
-        Tied weights once; gathered in buckets of about `bucket_bytes`. `adapters_alone`: nothing but the
-        adapters.
-
-        Valid only until the next item is asked for. Collective: every rank must iterate to the end.
+        Tied weights come once; `adapters_alone` yields the adapters and nothing else. Weights are gathered in
+        buckets of about `bucket_bytes`, so that a tensor is valid only until the next is asked for.
+        Collective: every rank must iterate to the end.
         """
         return _gathered(
             plain_units(adapters_of(self.module)) if adapters_alone else self._units, bucket_bytes
@@ -288,14 +310,16 @@ class ZeroPolicy:
         return file_units(self.module)
 
     def own_weights(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """As `named_weights`, by the names and in the shapes that they have in the module: for another
-        one like it.
+        """Yields what `named_weights` yields, by the names and in the shapes of the module, for another
+        module like it. Collective.
         """
         return _gathered(plain_units(weights_of(self.module)), bucket_bytes)
 
     def save_pretrained(self, directory: str, bucket_bytes: int) -> None:
-        """Write a Hugging Face directory (safetensors, tokenizer, generation config) from rank 0, with
-        one bucket in memory. Collective.
+        """Writes a Hugging Face directory (safetensors, tokenizer, generation config) from rank 0, with one
+        bucket in memory. Collective.
+
+        Raises OSError and ConfigError on rank 0, for a full disk or a base whose files are gone.
         """
         units = wider_first(self._units)
         weights = _gathered(units, bucket_bytes)
@@ -309,19 +333,21 @@ class ZeroPolicy:
             dist.barrier()
 
     def forget_gathered(self) -> None:
-        """Before partitions are changed: small parameters are kept whole, and would stay as they were.
-        Not collective.
+        """Drops the small parameters that ZeRO-3 keeps whole, before parts are changed: they would stay as
+        they were. Not collective.
         """
         self._engine.empty_partition_cache()
 
     @property
     def adam_steps(self) -> int:
-        """Steps that Adam has counted."""
+        """How many steps Adam has counted."""
         return max((int(state["step"]) for state in self._engine.optimizer.state.values()), default=0)
 
     def parts(self) -> Iterator[Part]:
-        """This rank's part of the fp32 weights, of Adam's moments after its first step, of buffers;
-        views: copy them. Not collective.
+        """Yields this rank's part of the fp32 weights, of Adam's moments once it has taken a step, and of the
+        buffers.
+
+        They are views, to be copied. Not collective.
         """
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
@@ -342,8 +368,10 @@ class ZeroPolicy:
 
     @torch.no_grad()
     def restore(self, read: Read, adam_steps: int) -> None:
-        """Take over fp32 weights and Adam's state; the model's weights become their cast. `read` as
-        `Checkpoint.read`.
+        """Takes over fp32 weights and Adam's state after `adam_steps` steps; the model's weights become their
+        cast.
+
+        `read` is `Checkpoint.read`. Not collective.
         """
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
@@ -361,7 +389,7 @@ class ZeroPolicy:
             buffer.copy_(read(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
 
     def _make_moments(self, adam_steps: int) -> None:
-        """Adam's state as its first step would make it, and its count of steps."""
+        """Makes Adam's state as its first step would make it, and sets its count of steps."""
         optimizer = self._engine.optimizer
         # DeepSpeed's own for the CPU counts in an int.
         is_torch = isinstance(optimizer.optimizer, torch.optim.AdamW)
@@ -374,11 +402,11 @@ class ZeroPolicy:
 
 
 class ZeroAdapters:
-    """A frozen policy that costs next to nothing where adapters are trained: at first the base, which is the
-    policy with its adapters off.
+    """A frozen policy that costs next to nothing where adapters are trained: at first it is the policy with
+    its adapters off, the base.
 
-    After a `load` it is a copy of the adapters as they were then, which change places with the policy's while
-    it is asked. It is the reference and the proximal policy alike; as ZeroFrozen otherwise.
+    After a `load` it is a copy of the adapters as they were then; while it is asked for log-probs, they
+    change places with the policy's. It serves as reference and as proximal policy, in place of a ZeroFrozen.
     """
 
     def __init__(self, policy: ZeroPolicy) -> None:
@@ -387,28 +415,28 @@ class ZeroAdapters:
 
     @torch.no_grad()
     def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
-        """[T] log-probs of the completion tokens. Collective."""
+        """Returns [T] log-probs of the sampled tokens, nats. Collective."""
         with adapters_off(self._policy.module) if self._copy is None else self._exchanged(self._copy):
             return self._policy.logprobs(inputs, temperature)
 
     @torch.no_grad()
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take over the policy as it is; its merged `weights` are not looked at, and not even made. Not
-        collective.
+        """Copies the policy's adapters as they are. The merged `weights` are not looked at, so that nobody
+        makes them. Not collective.
         """
         del weights
         self._copy = [parameter.ds_tensor.clone() for _, parameter in _trained(self._policy.module)]
 
     def parts(self, kind: str) -> Iterator[Part]:
-        """This rank's part of the copied adapters, named `<kind>/<parameter>`; views: copy them. Not
-        collective.
+        """Yields this rank's part of the copied adapters, named `<kind>/<parameter>`. They are views, to be
+        copied. Not collective.
         """
         for (name, parameter), values in zip(_trained(self._policy.module), self._copy or (), strict=True):
             first, last = _held(parameter)
             yield Part(f"{kind}/{name}", tuple(parameter.ds_shape), values[: last - first])
 
     def restore(self, kind: str, read: Read) -> None:
-        """Take over adapters saved by `parts(kind)`. `read` as `Checkpoint.read`."""
+        """Takes over adapters saved by `parts(kind)`; `read` is `Checkpoint.read`. Not collective."""
         self._copy = [
             _padded(parameter, read, f"{kind}/{name}", parameter.ds_tensor.dtype).to(
                 parameter.ds_tensor.device
@@ -418,7 +446,7 @@ class ZeroAdapters:
 
     @contextlib.contextmanager
     def _exchanged(self, copy: list[torch.Tensor]) -> Iterator[None]:
-        """Within: the policy's adapters are `copy`, and the other way round."""
+        """Lets the policy's adapters and `copy` change places for the time of the block."""
         self._exchange(copy)
         try:
             yield
@@ -438,12 +466,12 @@ def _trained(module: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _held(parameter: Any) -> tuple[int, int]:
-    """This rank's elements of the flattened parameter."""
+    """Returns (start, stop): this rank's elements of the flattened parameter."""
     return partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
 
 
 def _padded(parameter: Any, read: Read, key: str, dtype: torch.dtype) -> torch.Tensor:
-    """This rank's partition as ZeRO-3 wants it: the elements it holds, then zeros."""
+    """Returns this rank's partition as ZeRO-3 wants it: the elements it holds, then zeros."""
     values = torch.zeros(parameter.ds_tensor.ds_numel, dtype=dtype)
     first, last = _held(parameter)
     values[: last - first] = read(key, first, last)

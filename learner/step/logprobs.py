@@ -1,12 +1,13 @@
 """Log-probabilities of given tokens: from logits, or from hidden states without ever holding the logits.
 
-    hidden [T, d]  --LM head, a chunk of tokens at a time-->  logits [chunk, V]  --log-softmax, one entry each-->  log-probs [T]
+    hidden [T, d] --LM head, a chunk of tokens at a time--> logits [chunk, V]
+                  --log-softmax, one entry each--> log-probs [T]
 
 The full logits of a batch are the largest tensor of a training step by far: 8,192 tokens of a 128k vocabulary
 are 4 GiB in float32, and their gradient as much again. `linear_logprobs` makes them piece by piece, in the
 backward pass once more, so that its memory is a constant besides [T, d] and the head itself. `LogprobHead`
-puts it where ZeRO-3 wants it: into the model. What is done with a piece is in learner/step/row_softmax.py, on a
-GPU by a fused kernel.
+puts it where ZeRO-3 wants it: into the model. What is done with a piece is in learner/step/row_softmax.py, on
+a GPU by a fused kernel.
 
 Tensor letters: T tokens, d hidden size, V vocabulary, R rows of logits.
 """
@@ -50,9 +51,9 @@ _log = logging.getLogger(__name__)
 
 
 def selective_log_softmax(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) at `targets`: [..., V], int64 [...] -> [...], nats.
+    """Returns log softmax(logits / temperature) at `targets`, nats: [..., V], int64 [...] -> [...].
 
-    Accumulates in float32 (float64 for float64 logits) and returns that dtype. Forward and backward upcast
+    It accumulates in float32 (float64 for float64 logits) and returns that dtype. Forward and backward upcast
     chunks of rows only; between them nothing of size V is kept but the logits themselves. Differentiable
     once, in `logits`.
 
@@ -80,8 +81,8 @@ def linear_logprobs(
     chunk_bytes: int = CHUNK_BYTES,
     kept_bytes: int = KEPT_BYTES,
 ) -> Tensor:
-    """log softmax((hidden @ weight.T + bias) / temperature) at `targets_T`: [T] nats, without logits [T, V]
-    in memory.
+    """Returns log softmax((hidden @ weight.T + bias) / temperature) at `targets_T`: [T] nats, without logits
+    [T, V] in memory.
 
     Softmax and the sum of the weight's gradient over chunks accumulate in float32 (float64 for float64
     weights), and float32 (float64) is returned; the products with the weight are in its dtype. Extra memory:
@@ -96,7 +97,8 @@ def linear_logprobs(
         or hidden_TD.shape[:1] != targets_T.shape
         or hidden_TD.shape[1:] != weight_VD.shape[1:]
     ):
-        shapes = f"hidden {tuple(hidden_TD.shape)}, weight {tuple(weight_VD.shape)}, targets {tuple(targets_T.shape)}"
+        given = {"hidden": hidden_TD, "weight": weight_VD, "targets": targets_T}
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
         raise ValueError(f"{shapes} do not fit; expected hidden [T, d], weight [V, d], targets [T]")
     chunks = _Chunks.plan(hidden_TD, weight_VD, chunk_bytes, kept_bytes if torch.is_grad_enabled() else 0)
     logprobs: Tensor = _LinearLogprobs.apply(hidden_TD, weight_VD, bias_V, targets_T, temperature, chunks)
@@ -106,6 +108,8 @@ def linear_logprobs(
 class LogprobHead(torch.nn.Module):
     """A model's LM head that returns, while it is `asked` to, the log-probs of given tokens in place of
     logits.
+
+    with head.asked(rows_T, columns_T, targets_T, temperature): logprobs_T = model(**kwargs).logits
 
     It owns the very parameters of the head it replaces, under the same names. Thus a model keeps the names of
     its weights, and ZeRO-3 gathers the head, tied or not, for its forward and again for its backward pass,
@@ -128,7 +132,9 @@ class LogprobHead(torch.nn.Module):
     def asked(
         self, rows_T: Tensor, columns_T: Tensor, targets_T: Tensor, temperature: float
     ) -> Iterator[None]:
-        """Within: `forward` answers for the tokens predicted by hidden[rows_T, columns_T]."""
+        """Lets `forward` answer for the tokens predicted by hidden[rows_T, columns_T], for the time of the
+        block.
+        """
         self._question = self._Question(rows_T, columns_T, targets_T, temperature)
         try:
             yield
@@ -136,7 +142,7 @@ class LogprobHead(torch.nn.Module):
             self._question = self._answer = None
 
     def forward(self, hidden_BKD: Tensor) -> Tensor:
-        """Logits [B, K, V]; when asked, log-probs [T]."""
+        """Returns logits [B, K, V]; when asked, log-probs [T]."""
         if self._question is None:
             return torch.nn.functional.linear(hidden_BKD, self.weight, self.bias)
         rows_T, columns_T, targets_T, temperature = self._question
@@ -147,22 +153,22 @@ class LogprobHead(torch.nn.Module):
         return answer
 
     def check_unchanged(self, returned: Tensor) -> None:
-        """Raises ConfigError when `returned`, the model's "logits" to a question, are not this head's
-        answer.
+        """Raises ConfigError when `returned`, the model's "logits" to a question, are not this
+        head's answer.
         """
         answer = self._answer
         if answer is None or (returned.data_ptr() != answer.data_ptr() and not torch.equal(returned, answer)):
             raise ConfigError(
                 "the model changes what its LM head returns, by a field that AGRO does not know: its "
                 "log-probs would be wrong. "
-                "Name that field in RESCALED_LOGITS of learner/step/logprobs.py; such models are trained with "
+                "Name it in RESCALED_LOGITS of learner/step/logprobs.py; such models are trained with "
                 "whole logits."
             )
 
 
 def install_logprob_head(module: Any) -> LogprobHead | None:
-    """Replace the LM head of a Hugging Face causal LM by a LogprobHead; None, logged, for models that need
-    whole logits.
+    """Replaces the LM head of a Hugging Face causal LM by a LogprobHead and returns it; None, logged, for
+    models that need whole logits.
 
     These are the models that rescale or cap their logits after the head, and those whose head is no plain
     linear layer.
@@ -187,7 +193,7 @@ def install_logprob_head(module: Any) -> LogprobHead | None:
 
 
 class _Chunks(NamedTuple):
-    """Rows of each chunk, and for how many of them, the first ones, logits are kept between forward and
+    """The rows of each chunk, and for how many of them, the first ones, logits are kept between forward and
     backward.
     """
 
@@ -317,14 +323,14 @@ def _logits(hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
 
 
 def _scaled(logits_RV: Tensor, dtype: torch.dtype, temperature: float, *, copy: bool = False) -> Tensor:
-    """logits / temperature in `dtype`; the logits themselves when that changes nothing, unless they may
-    not be overwritten (`copy`).
+    """Returns logits / temperature in `dtype`: the logits themselves when that changes nothing, unless they
+    may not be overwritten (`copy`).
     """
     return logits_RV.to(dtype, copy=copy) if temperature == 1 else logits_RV.to(dtype) / temperature
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in the dtype of `total`."""
+    """Adds left @ right to `total`, in the dtype of `total`."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:

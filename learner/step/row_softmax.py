@@ -34,10 +34,10 @@ _log = logging.getLogger(__name__)
 
 
 def row_logprobs(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax(logits) at `targets_R`, and the log of the softmax's sum: [R, V], int64 [R] -> [R], [R]
-    nats.
+    """Returns log softmax(logits) at `targets_R`, and the log of the softmax's sum: [R, V], int64 [R] -> [R],
+    [R] nats.
 
-    In the dtype of the logits, float32 or float64.
+    Both are in the dtype of the logits, float32 or float64.
     """
     kernel = kernel_for(logits_RV)
     if kernel is None:
@@ -47,8 +47,8 @@ def row_logprobs(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def into_gradient(logits_RV: Tensor, targets_R: Tensor, log_norm_R: Tensor, grad_R: Tensor) -> Tensor:
-    """The logits overwritten by grad (one_hot(target) - softmax), the gradient of `row_logprobs`, which
-    had given `log_norm_R`.
+    """Overwrites the logits by grad (one_hot(target) - softmax), the gradient of `row_logprobs`, which had
+    given `log_norm_R`.
     """
     kernel = kernel_for(logits_RV)
     if kernel is None:
@@ -58,7 +58,7 @@ def into_gradient(logits_RV: Tensor, targets_R: Tensor, log_norm_R: Tensor, grad
 
 
 def kernel_for(logits_RV: Tensor) -> Kernel | None:
-    """The fused kernel, where one works on such logits."""
+    """Returns the fused kernel, where one works on such logits."""
     is_at_home = logits_RV.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     # liger would make a copy of logits in another layout, and leave the gradient there.
     fits = logits_RV.dtype == torch.float32 and logits_RV.stride(-1) == 1 and len(logits_RV)
@@ -90,10 +90,10 @@ def _liger(logits_RV: Tensor, targets_R: Tensor, with_gradient: bool) -> Tensor:
 
 @functools.cache
 def _checked_kernel(device: torch.device) -> Kernel | None:
-    """liger's kernel, if it computes on this device what torch does."""
+    """Returns liger's kernel, if it computes on this device what torch does."""
     try:
         difference = compare(_liger, device)
-    except Exception as error:  # noqa: BLE001 -- import, compiler or driver: whatever Triton raises, torch can do the same
+    except Exception as error:  # noqa: BLE001 -- import, compiler or driver: torch can do the same
         _log.warning(
             "liger-kernel does not work on %s, torch computes the log-probs: %s: %s",
             device,
@@ -110,7 +110,7 @@ def _checked_kernel(device: torch.device) -> Kernel | None:
 
 
 def compare(kernel: Kernel, device: torch.device, vocabulary: int = 40_000) -> float:
-    """The largest difference between the kernel's and torch's log-probs and gradients, of rows sharp
+    """Returns the largest difference between the kernel's and torch's log-probs and gradients, of rows sharp
     and flat.
     """
     random = torch.Generator().manual_seed(0)
