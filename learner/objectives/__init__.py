@@ -1,5 +1,4 @@
-"""What an objective is: a loss over whole groups of samples, one file each in this folder, found by file
-name.
+"""An objective is a loss over whole groups of samples: one file each in this folder, found by its name.
 
     per-token log-probs, rewards, groups  --Objective.loss-->  scalar, a SUM over groups, and diagnostics
 
@@ -9,7 +8,7 @@ gradient gives the log-probs of the whole group, `token_gradients` gives c_t = d
 accumulates `(c_t * logprobs).sum()` piece by piece. By the chain rule that is the gradient of one pass over
 everything, for any objective.
 
-Tensor letters: T tokens of all completions, ordered by sequence; N sequences (samples).
+Tensor letters: N samples, T sampled tokens of all of them, ordered by sample.
 """
 
 from __future__ import annotations
@@ -29,22 +28,22 @@ from core.config import ObjectiveConfig
 class TokenBatch:
     """Whole groups, flat. Never a piece of a group: the centring needs all its members.
 
-    logprobs_T            float, log pi of each sampled token under the current policy, nats; the leaf of the gradient
+    logprobs_T            float, log pi of each sampled token by the current policy, nats; the gradient's leaf
     behaviour_logprobs_T  float, the same by whatever policy sampled the token
-    sequence_T            int64, sorted: the sequence, in [0, N), each token belongs to; a sequence may have no token
+    sequence_T            int64, sorted: the sample, in [0, N), of each token; a sample may have none
     rewards_N             float
-    ref_logprobs_N        float, log pi_ref of the completion, summed over its tokens
+    ref_logprobs_N        float, log pi_ref summed over the sampled tokens
     groups_N              int64, group ids
-    staleness_N           float, learner step minus the version of the oldest token; NaN for offline samples
-    num_groups            groups of the WHOLE optimizer step, over all ranks and micro-batches: the loss's divisor
+    staleness_N           float, of the oldest token, learner steps; NaN for offline samples
+    num_groups            groups of the WHOLE optimizer step, over all ranks and passes: the loss's divisor
 
-    Only where an objective names them in `needs`; otherwise those above may hold NaN and these be None:
+    The following are there only where an objective names them in `needs`; without, those above may hold NaN:
 
     ref_logprobs_T        float, log pi_ref of each token                                   "reference_tokens"
     proximal_logprobs_T   float, log pi of each token as of the newest proximal copy        "proximal"
     prompt_variance_N     float, the prompt's running residual variance, NaN when unseen    "prompt_variance"
     answers_N             int64, equal where samples of one group vote for one answer       "answers"
-    completions_N         int64, equal where completions of one group have the same tokens  "completions"
+    completions_N         int64, equal where samples of one group have the same tokens      "completions"
 
     Raises ValueError when shapes disagree.
     """
@@ -81,15 +80,17 @@ class TokenBatch:
             )
 
     def sequence_sums(self, values_T: Tensor) -> Tensor:
-        """[N] sums of per-token values over each sequence, in the dtype of `values_T`; differentiable."""
+        """Returns [N] sums of per-token values over each sample, in the dtype of `values_T`;
+        differentiable.
+        """
         return values_T.new_zeros(len(self.rewards_N)).index_add(0, self.sequence_T, values_T)
 
     def sequence_means(self, values_T: Tensor) -> Tensor:
-        """[N] means of per-token values over each sequence; 0 for a sequence without tokens."""
+        """Returns [N] means of per-token values over each sample; 0 for a sample without sampled tokens."""
         return self.sequence_sums(values_T) / self.sequence_sums(torch.ones_like(values_T)).clamp_min(1)
 
     def needed(self, name: str) -> Tensor:
-        """The optional field `name`; ValueError when it was not provided."""
+        """Returns the optional field `name`. Raises ValueError when it was not provided."""
         value = getattr(self, name)
         if value is None:
             raise ValueError(
@@ -115,17 +116,21 @@ NEEDS = frozenset(
 class Objective(Protocol):
     """A loss over whole groups. A module of this folder holds its knobs, `Config`, and offers it as
     `build(config: Config) -> Objective`.
+
+    objective = load_objective(config.objective) loss, diagnostics = objective.loss(batch) loss.backward()
     """
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the worker must provide, of NEEDS. A config that cannot provide it is refused at the start."""
+        """What the learner must provide, of NEEDS. A config that cannot provide it is refused at the
+        start.
+        """
         ...
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar loss, differentiable in `batch.logprobs_T`, and detached diagnostics, [N] each.
+        """Returns the scalar loss, differentiable in `batch.logprobs_T`, and detached diagnostics, [N] each.
 
-        The loss is a sum over groups, each divided by `num_groups`. Diagnostics have fixed names, for example
+        The loss is a sum over groups, each divided by `num_groups`. Diagnostics have fixed names:
         "advantage", "residual" (reward - beta * log_ratio), "log_ratio" (log pi - log pi_ref), "weight",
         "zero_std".
         """
@@ -133,7 +138,9 @@ class Objective(Protocol):
 
 
 def token_gradients(objective: Objective, batch: TokenBatch) -> Tensor:
-    """[T] dLoss/dlogprobs_T of the whole groups in `batch`, detached; works under `torch.no_grad` too."""
+    """Returns [T] dLoss/dlogprobs_T of the whole groups in `batch`, detached; it works under `torch.no_grad`,
+    too.
+    """
     with torch.enable_grad():
         leaf = batch.logprobs_T.detach().requires_grad_()
         loss, _ = objective.loss(dataclasses.replace(batch, logprobs_T=leaf))
@@ -141,5 +148,5 @@ def token_gradients(objective: Objective, batch: TokenBatch) -> Tensor:
 
 
 def load_objective(config: ObjectiveConfig) -> Objective:
-    """The objective with these knobs, of the file in this folder that they name."""
+    """Makes the objective that has these knobs, of the file in this folder that they name."""
     return importlib.import_module(f"{__name__}.{config.name}").build(config)

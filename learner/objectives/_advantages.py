@@ -25,7 +25,7 @@ def agro_advantages(
     on_policy_baseline: str = "loo",
     running_variances: Tensor | None = None,
 ) -> Tensor:
-    """Advantages A_i such that `-(1/num_groups) sum_g (1/n_g) sum_i A_i logp_i` has AGRO's gradient.
+    """Returns advantages A_i such that `-(1/num_groups) sum_g (1/n_g) sum_i A_i logp_i` has AGRO's gradient.
 
     With the residual R = reward - beta * log_ratio and n the size of sample i's group:
 
@@ -42,20 +42,16 @@ def agro_advantages(
     group's own mean of squares instead of b_i would bias it [D]. "loo" has no variance of the others in a
     group of two: b_i is 0 there, which stays unbiased, with more variance.
 
-    Args:
-        rewards: [N] float32 or float64. log_ratios: [N], same dtype; log pi(y|x) - log pi_ref(y|x) in nats,
-        the SUM over sampled tokens, current pi. groups: [N] int64 ids, any values, any order, mixed group
-        sizes. A group of one gets 0. beta: strength of the KL pull, >= 0; 0 is leave-one-out REINFORCE.
-        on_policy_coef: >= 0; 0 is the off-policy form, 1 the literal on-policy one. Needs beta > 0. on_policy_baseline: one
-        of ON_POLICY_BASELINES. running_variances: [N], for "running": equal within a group, NaN where the prompt was
-        never seen.
+    rewards             [N] float32 or float64
+    log_ratios          [N], same dtype: log pi(y|x) - log pi_ref(y|x), nats, SUMS over sampled tokens, current pi
+    groups              [N] int64 ids, any values, any order, mixed sizes; a group of one gets 0
+    beta                strength of the KL pull, >= 0; 0 is leave-one-out REINFORCE
+    on_policy_coef      >= 0; 0 is the off-policy form, 1 the literal on-policy one, which needs beta > 0
+    on_policy_baseline  one of ON_POLICY_BASELINES
+    running_variances   [N], for "running": equal within a group, NaN where the prompt was never seen
 
-    Returns:
-        [N], dtype of `rewards`, detached. Computed in float64: a common offset of the residuals costs no
-        accuracy.
-
-    Raises:
-        ValueError: naming the argument, for a wrong shape, dtype or value.
+    Returns [N], dtype of `rewards`, detached. It is computed in float64: a common offset of the residuals
+    costs no accuracy. Raises ValueError that names the argument, for a wrong shape, dtype or value.
     """
     _check_tensors(rewards, log_ratios, groups)
     _check_options(beta, on_policy_coef, on_policy_baseline)

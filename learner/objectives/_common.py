@@ -34,6 +34,9 @@ STD_EPSILON = 1e-6
 class Groups:
     """The groups of a batch and their statistics: [N] float64, each sample's value being that of its group.
 
+    groups = Groups(batch) loss = groups.total(-groups.leave_one_out(groups.rewards_N) *
+    batch.sequence_sums(batch.logprobs_T))
+
     size_N      samples of the group
     rewards_N   of the sample itself
     zero_std_N  bool, all rewards of the group are equal
@@ -48,34 +51,36 @@ class Groups:
         self.zero_std_N = self.maximum(self.rewards_N) == -self.maximum(-self.rewards_N)
 
     def mean(self, values_N: Tensor) -> Tensor:
-        """[N] group means."""
+        """Returns [N] group means."""
         return (
             values_N.new_zeros(self._num_groups).index_add(0, self._index_N, values_N)[self._index_N]
             / self.size_N
         )
 
     def maximum(self, values_N: Tensor) -> Tensor:
-        """[N] group maxima."""
+        """Returns [N] group maxima."""
         empty_P = values_N.new_zeros(self._num_groups)
         return empty_P.scatter_reduce(0, self._index_N, values_N, "amax", include_self=False)[self._index_N]
 
     def centred(self, values_N: Tensor) -> Tensor:
-        """[N] values minus the group mean."""
+        """Returns [N] values minus the group mean."""
         return values_N - self.mean(values_N)
 
     def leave_one_out(self, values_N: Tensor) -> Tensor:
-        """[N] values minus the mean of the others of the group; 0 in a group of one."""
+        """Returns [N] values minus the mean of the others of the group; 0 in a group of one."""
         return self.centred(values_N) * self.size_N / (self.size_N - 1).clamp_min(1)
 
     def standardised(self) -> Tensor:
-        """[N] (r - mean) / (std + 1e-6), the std with ddof 1; 0 where all rewards of the group are equal."""
+        """Returns [N] (r - mean) / (std + 1e-6), the std with ddof 1; 0 where all rewards of the group are
+        equal.
+        """
         centred_N = self.centred(self.rewards_N)
         variance_N = self.mean(centred_N.square()) * self.size_N / (self.size_N - 1).clamp_min(1)
         return (centred_N / (variance_N.sqrt() + STD_EPSILON)).masked_fill(self.zero_std_N, 0.0)
 
     def total(self, terms_N: Tensor) -> Tensor:
-        """The loss: the sum of the samples' terms over n and P, without groups of one, in the dtype of
-        the log-probs.
+        """Returns the loss: the sum of the samples' terms over n and P, without groups of one, in the dtype
+        of the log-probs.
         """
         scale_N = torch.where(self.size_N > 1, 1 / (self.size_N * self.batch.num_groups), 0.0)
         return (scale_N * terms_N).sum().to(self.batch.logprobs_T.dtype)
@@ -83,8 +88,8 @@ class Groups:
     def report(
         self, needs: frozenset[str], beta: float, advantage_N: Tensor, weight_N: Tensor
     ) -> dict[str, Tensor]:
-        """Diagnostics, [N] each, detached; "log_ratio" and "residual" are NaN where `needs` names no
-        reference.
+        """Returns the diagnostics, [N] each, detached; "log_ratio" and "residual" are NaN where `needs` names
+        no reference.
 
         A group of one is reported with advantage 0: `total` leaves it out.
         """
@@ -100,17 +105,17 @@ class Groups:
 
 
 def needs(**used: bool) -> frozenset[str]:
-    """The names of what is used."""
+    """Returns the names of what is used: `needs(reference=True, proximal=False)` is {"reference"}."""
     return frozenset(name for name, is_used in used.items() if is_used)
 
 
 def corrects(config: Weights) -> bool:
-    """Whether importance weights are on."""
+    """Says whether importance weights are on."""
     return config.importance_weight != "none"
 
 
 def known(batch: TokenBatch, name: str) -> Tensor:
-    """The named field in float64; ValueError when it is missing or not finite."""
+    """Returns the named field in float64. Raises ValueError when it is missing or not finite."""
     values = batch.needed(name)
     if not torch.isfinite(values).all():
         raise ValueError(
@@ -120,7 +125,7 @@ def known(batch: TokenBatch, name: str) -> Tensor:
 
 
 def log_ratios(batch: TokenBatch, needs: frozenset[str]) -> Tensor:
-    """[N] log pi - log pi_ref of the completions, detached; NaN where `needs` names no reference."""
+    """Returns [N] log pi - log pi_ref of the samples, detached; NaN where `needs` names no reference."""
     logprobs_N = batch.sequence_sums(batch.logprobs_T.detach().double())
     if "reference_tokens" in needs:
         return logprobs_N - batch.sequence_sums(known(batch, "ref_logprobs_T"))
@@ -132,20 +137,20 @@ def log_ratios(batch: TokenBatch, needs: frozenset[str]) -> Tensor:
 
 
 def old_logprobs(batch: TokenBatch, config: Weights) -> Tensor:
-    """[T] log-probs under the policy an objective's own ratio runs against: mu, or the proximal one
+    """Returns [T] log-probs by the policy that an objective's own ratio runs against: mu, or the proximal one
     where weights correct for mu.
     """
     return known(batch, "proximal_logprobs_T" if corrects(config) else "behaviour_logprobs_T")
 
 
 def ratio(log_ratio: Tensor) -> Tensor:
-    """exp, differentiable; `LOG_RATIO_LIMIT` bounds it from above."""
+    """Returns exp(log_ratio), differentiable; `LOG_RATIO_LIMIT` bounds it from above."""
     return log_ratio.clamp_max(LOG_RATIO_LIMIT).exp()
 
 
 def clipped_gain(ratio: Tensor, advantage: Tensor, config: ClipConfig) -> Tensor:
-    """min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), PPO's surrogate, differentiable in the
-    ratio.
+    """Returns min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), PPO's surrogate, differentiable in
+    the ratio.
     """
     return torch.minimum(
         ratio * advantage, ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantage
@@ -153,7 +158,7 @@ def clipped_gain(ratio: Tensor, advantage: Tensor, config: ClipConfig) -> Tensor
 
 
 def kl_loss(batch: TokenBatch, beta: float) -> Tensor:
-    """[T] beta (q - log q - 1), q = pi_ref/pi of the token (Schulman's k3 estimator), differentiable;
+    """Returns [T] beta (q - log q - 1), q = pi_ref/pi of the token (Schulman's k3 estimator), differentiable;
     zeros for beta = 0.
     """
     if beta == 0:
@@ -163,8 +168,8 @@ def kl_loss(batch: TokenBatch, beta: float) -> Tensor:
 
 
 def token_weights(batch: TokenBatch, config: Weights, numerator_T: Tensor | None = None) -> Tensor:
-    """[T] importance weights, detached; ones without correction. `numerator_T`: log-probs above mu's,
-    default those of pi.
+    """Returns [T] importance weights, detached; ones without correction. `numerator_T` are log-probs above
+    mu's, by default those of pi.
     """
     if not config.importance_weight.endswith("_token"):
         return sequence_weights(batch, config, numerator_T)[batch.sequence_T]
@@ -172,14 +177,16 @@ def token_weights(batch: TokenBatch, config: Weights, numerator_T: Tensor | None
 
 
 def sequence_weights(batch: TokenBatch, config: Weights, numerator_T: Tensor | None = None) -> Tensor:
-    """[N] importance weights of the sequences, detached; ones without correction. See `token_weights`."""
+    """Returns [N] importance weights of the samples, detached; ones without correction. `numerator_T` as in
+    `token_weights`.
+    """
     if not corrects(config):
         return torch.ones_like(batch.rewards_N, dtype=torch.float64)
     return _bounded_weights(batch.sequence_sums(_log_weights(batch, numerator_T)), config)
 
 
 def proximal_weights(batch: TokenBatch, config: Weights) -> Tensor:
-    """[T] weights pi_prox/mu for objectives with a ratio of their own; ones without correction."""
+    """Returns [T] weights pi_prox/mu for objectives with a ratio of their own; ones without correction."""
     return token_weights(batch, config, known(batch, "proximal_logprobs_T") if corrects(config) else None)
 
 

@@ -30,18 +30,17 @@ MAX_VOTE_SUBSETS = 20_000
 def k_sample_advantages(
     rewards: Tensor, groups: Tensor, *, target: str, k: int, answers: Tensor | None = None
 ) -> Tensor:
-    """[N] float64 advantages A_i of the module's formula; 0 in groups of fewer than max(2, k) samples.
+    """Returns [N] float64 advantages A_i of the module's formula; 0 in groups of fewer than max(2, k)
+    samples.
 
-    Args:
-        rewards: [N] float.
-        groups: [N] int64 group ids, any order.
-        target: "pass" or "majority".
-        k: at least 1.
-        answers: [N] int64, equal where samples of one group give one answer; needed for "majority".
+    rewards  [N] float
+    groups   [N] int64, group ids in any order
+    target   "pass" or "majority"
+    k        at least 1
+    answers  [N] int64, equal where samples of one group give one answer; needed for "majority"
 
-    Raises:
-        ValueError: for another target, k < 1, a missing `answers`, or more than MAX_VOTE_SUBSETS subsets of a
-        group to vote.
+    Raises ValueError for another target, k < 1, missing `answers`, or more than MAX_VOTE_SUBSETS subsets of a
+    group to vote.
     """
     if target not in ("pass", "majority") or k < 1:
         raise ValueError(f"target is {target!r} with k = {k}; expected 'pass' or 'majority' and k >= 1")
@@ -64,8 +63,9 @@ def k_sample_advantages(
 
 
 def best_of(values: Tensor, k: int) -> Tensor:
-    """[...] mean over all k-subsets of `values` [..., m] of their largest: sum_j v_(j) C(j, k-1) / C(m, k), j
-    from 0, ascending.
+    """Returns [...], the mean over all k-subsets of `values` [..., m] of their largest.
+
+        sum_j v_(j) C(j, k-1) / C(m, k)          j from 0, values ascending
 
     k = 0 gives 0, the value of no sample.
     """
@@ -77,14 +77,16 @@ def best_of(values: Tensor, k: int) -> Tensor:
 
 
 def vote_of(values: Tensor, answers: Tensor) -> Tensor:
-    """[S] reward of the most frequent answer in each row of `values` [S, k]; tied answers count alike."""
+    """Returns [S], the reward of the most frequent answer in each row of `values` [S, k]; tied answers count
+    alike.
+    """
     support = (answers[:, :, None] == answers[:, None, :]).sum(-1)
     wins = support == support.amax(-1, keepdim=True)
     return (values * wins).sum(-1) / wins.sum(-1)
 
 
 def _votes(values: Tensor, answers: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """U, and U_{-i} [n], of majority@k."""
+    """Returns U, and U_{-i} [n], of majority@k."""
     n = len(values)
     if math.comb(n, k) > MAX_VOTE_SUBSETS:
         raise ValueError(
@@ -107,6 +109,6 @@ def _subsets(n: int, k: int, device: torch.device) -> Tensor:
 
 
 def _leave_one_out(values: Tensor) -> Tensor:
-    """[n, n-1]: row i is `values` without its i-th."""
+    """Returns [n, n-1]: row i is `values` without its i-th."""
     n = len(values)
     return values.expand(n, n)[~torch.eye(n, dtype=torch.bool, device=values.device)].view(n, n - 1)

@@ -15,12 +15,12 @@ from core.config import ObjectiveConfig, Section
 
 
 def strength(default: float) -> Any:
-    """The field `beta` with another default than ObjectiveConfig's."""
+    """Returns the field `beta` with another default than ObjectiveConfig's."""
     return Field(default, ge=0, description=ObjectiveConfig.model_fields["beta"].description)
 
 
 class ReferenceConfig(ObjectiveConfig):
-    """The objective pulls towards a reference, which can move."""
+    """Knobs of an objective that pulls towards a reference, which can move."""
 
     ref_update_every: int = Field(
         0, ge=0, description="Learner steps between moves of the reference to the policy; 0: it never moves."
@@ -28,6 +28,7 @@ class ReferenceConfig(ObjectiveConfig):
 
     @property
     def reference_moves_every(self) -> int:
+        """Learner steps between moves of the reference; 0: it never moves."""
         return self.ref_update_every
 
     @pydantic.model_validator(mode="after")
@@ -40,7 +41,7 @@ class ReferenceConfig(ObjectiveConfig):
 
 
 class RegressionConfig(ObjectiveConfig):
-    """The objective divides by beta."""
+    """Knobs of an objective that divides by beta."""
 
     beta: float = strength(0.03)
 
@@ -55,7 +56,7 @@ class RegressionConfig(ObjectiveConfig):
 
 
 class ClipConfig(Section):
-    """The objective has PPO's clipped surrogate."""
+    """Knobs of an objective with PPO's clipped surrogate."""
 
     clip_low: float = Field(
         0.2, gt=0, lt=1, description="Ratios below 1 - clip_low are clipped (PPO's epsilon)."
@@ -64,7 +65,9 @@ class ClipConfig(Section):
 
 
 class WeightConfig(Section):
-    """The objective can have importance weights, of each token or of the sequence (_common.py)."""
+    """Knobs of an objective that can have importance weights, of each token or of the sequence
+    (_common.py).
+    """
 
     importance_weight: Literal["none", "tis_token", "tis_sequence", "mis_token", "mis_sequence"] = Field(
         "none",
@@ -74,7 +77,7 @@ class WeightConfig(Section):
 
 
 class SequenceWeightConfig(Section):
-    """The objective has one term per sequence: no token can have a weight of its own."""
+    """Knobs of an objective with one term per sequence: no token can have a weight of its own."""
 
     importance_weight: Literal["none", "tis_sequence", "mis_sequence"] = Field(
         "none",
@@ -87,7 +90,9 @@ Weights = WeightConfig | SequenceWeightConfig
 
 
 class ProximalConfig(ObjectiveConfig):
-    """The objective's ratio runs against a proximal policy, always or where it has importance weights."""
+    """Knobs of an objective whose ratio runs against a proximal policy, always or where it has importance
+    weights.
+    """
 
     proximal_every: int = Field(
         4,
@@ -97,8 +102,9 @@ class ProximalConfig(ObjectiveConfig):
 
     @property
     def proximal_moves_every(self) -> int:
+        """Learner steps between copies of the policy that serve as its proximal policy."""
         return self.proximal_every
 
 
 class RatioConfig(ReferenceConfig, ClipConfig, WeightConfig, ProximalConfig):
-    """The objective has PPO's clipped ratio of each token."""
+    """Knobs of an objective with PPO's clipped ratio of each token."""

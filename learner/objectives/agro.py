@@ -80,7 +80,7 @@ class Config(ReferenceConfig):
 
     @property
     def target_k(self) -> int:
-        """k of `pass@k` and `majority@k`; 1 for `mean`."""
+        """The k of `pass@k` and `majority@k`; 1 for `mean`."""
         return int(self.target.partition("@")[2] or 1)
 
     @property
@@ -140,14 +140,15 @@ class Config(ReferenceConfig):
 
 @dataclass(frozen=True)
 class Agro:
-    """The objective; see the module's formula. Coefficients are computed in float64 whatever the
-    log-probs' dtype.
+    """The objective of the module's formula: `Agro(Config()).loss(batch)`. Coefficients are float64 whatever
+    the log-probs' dtype.
     """
 
     config: Config
 
     @property
     def needs(self) -> frozenset[str]:
+        """What these knobs need, of NEEDS."""
         config = self.config
         needed = {
             "reference": config.beta > 0,
@@ -161,6 +162,7 @@ class Agro:
         return frozenset(name for name, is_needed in needed.items() if is_needed)
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
         logprobs_T = batch.logprobs_T.detach().double()
         rewards_N = batch.rewards_N.double()
         log_ratio_N = torch.zeros_like(rewards_N)
@@ -191,7 +193,7 @@ class Agro:
     def _advantages(
         self, rewards_N: Tensor, log_ratio_N: Tensor, logprobs_T: Tensor, batch: TokenBatch, kept_N: Tensor
     ) -> Tensor:
-        """Of the samples in `kept_N`, in their order."""
+        """Returns the advantages of the samples in `kept_N`, in their order."""
         config, groups = self.config, batch.groups_N[kept_N]
         rewards, log_ratios = rewards_N[kept_N], log_ratio_N[kept_N]
         if config.target != "mean":
@@ -220,7 +222,7 @@ class Agro:
         return off_policy + self._gate(logprobs_T, batch)[kept_N] * (on_policy - off_policy)
 
     def _gate(self, logprobs_T: Tensor, batch: TokenBatch) -> Tensor:
-        """[N] what the on-policy term is multiplied by, besides the weight that everything is
+        """Returns [N] what the on-policy term is multiplied by, besides the weight that everything is
         multiplied by.
         """
         if self.config.on_policy_gate == "fresh":
@@ -230,7 +232,7 @@ class Agro:
         return self._sequence_weight(logprobs_T, batch)
 
     def _weights(self, logprobs_T: Tensor, batch: TokenBatch) -> Tensor:
-        """[T] weights after centring."""
+        """Returns [T] the weights after centring."""
         kind = self.config.importance_weight
         if kind == "none":
             return torch.ones_like(logprobs_T)
@@ -245,11 +247,11 @@ class Agro:
         return self._capped(batch.sequence_sums(_log_weight(logprobs_T, batch)))
 
     def _capped(self, log_weight: Tensor) -> Tensor:
-        """min(cap, exp(log_weight)), clamped before the exponential so that it cannot overflow."""
+        """Returns min(cap, exp(log_weight)), clamped before the exponential so that it cannot overflow."""
         return log_weight.clamp_max(math.log(self.config.importance_cap)).exp()
 
     def _kept(self, batch: TokenBatch) -> Tensor:
-        """[N] bool: without the second and later equal completions of a group, where duplicates are
+        """Returns [N] bool: without the second and later equal completions of a group, where duplicates are
         dropped.
         """
         if self.config.duplicates == "keep":
@@ -262,7 +264,7 @@ class Agro:
 
 
 def _log_weight(logprobs_T: Tensor, batch: TokenBatch) -> Tensor:
-    """[T] log pi/mu."""
+    """Returns [T] log pi/mu."""
     log_weight_T = logprobs_T - batch.behaviour_logprobs_T.double()
     if not torch.isfinite(log_weight_T).all():
         raise ValueError(
@@ -273,7 +275,7 @@ def _log_weight(logprobs_T: Tensor, batch: TokenBatch) -> Tensor:
 
 
 def _zero_std(rewards_N: Tensor, group_of_N: Tensor) -> Tensor:
-    """[N] bool: all rewards of the sample's group are equal."""
+    """Returns [N] bool: whether all rewards of the sample's group are equal."""
     empty = rewards_N.new_zeros(int(group_of_N.max()) + 1)
     bounds = [
         empty.scatter_reduce(0, group_of_N, rewards_N, how, include_self=False) for how in ("amin", "amax")
@@ -282,5 +284,5 @@ def _zero_std(rewards_N: Tensor, group_of_N: Tensor) -> Tensor:
 
 
 def build(config: Config) -> Objective:
-    """AGRO as configured."""
+    """Makes AGRO with these knobs."""
     return Agro(config)

@@ -33,15 +33,17 @@ class Config(ReferenceConfig, WeightConfig):
 
 @dataclass(frozen=True)
 class AsymRe:
-    """The objective; see the module's formula."""
+    """The objective of the module's formula: `AsymRe(Config()).loss(batch)`."""
 
     config: Config
 
     @property
     def needs(self) -> frozenset[str]:
+        """What these knobs need, of NEEDS."""
         return needs(reference_tokens=self.config.beta > 0, behaviour_logprobs=corrects(self.config))
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
         groups, beta = Groups(batch), self.config.beta
         advantage_N = groups.centred(groups.rewards_N) + self.config.baseline_shift
         weight_T = token_weights(batch, self.config)
@@ -51,5 +53,5 @@ class AsymRe:
 
 
 def build(config: Config) -> Objective:
-    """Asymmetric REINFORCE as configured."""
+    """Makes asymmetric REINFORCE with these knobs."""
     return AsymRe(config)

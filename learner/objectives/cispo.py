@@ -33,17 +33,19 @@ class Config(ReferenceConfig, WeightConfig, ProximalConfig):
 
 @dataclass(frozen=True)
 class Cispo:
-    """The objective; see the module's formula."""
+    """The objective of the module's formula: `Cispo(Config()).loss(batch)`."""
 
     config: Config
 
     @property
     def needs(self) -> frozenset[str]:
+        """What these knobs need, of NEEDS."""
         return needs(
             behaviour_logprobs=True, proximal=corrects(self.config), reference_tokens=self.config.beta > 0
         )
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
         groups, beta = Groups(batch), self.config.beta
         advantage_N = groups.standardised()
         rho_T = ratio(batch.logprobs_T.detach().double() - old_logprobs(batch, self.config))
@@ -56,5 +58,5 @@ class Cispo:
 
 
 def build(config: Config) -> Objective:
-    """CISPO as configured."""
+    """Makes CISPO with these knobs."""
     return Cispo(config)

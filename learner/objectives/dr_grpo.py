@@ -27,5 +27,5 @@ class Config(RatioConfig):
 
 
 def build(config: Config) -> Objective:
-    """Dr. GRPO as configured."""
+    """Makes Dr. GRPO with these knobs."""
     return Grpo(config, normalised=False)

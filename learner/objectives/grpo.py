@@ -39,8 +39,8 @@ class Config(RatioConfig):
 
 @dataclass(frozen=True)
 class Grpo:
-    """The objective; see the module's formula. `normalised` off leaves out the std and 1/|y_i|:
-    dr_grpo.py.
+    """The objective of the module's formula: `Grpo(Config()).loss(batch)`. `normalised` off leaves out the
+    std and 1/|y_i| (dr_grpo.py).
     """
 
     config: RatioConfig
@@ -48,11 +48,13 @@ class Grpo:
 
     @property
     def needs(self) -> frozenset[str]:
+        """What these knobs need, of NEEDS."""
         return needs(
             behaviour_logprobs=True, proximal=corrects(self.config), reference_tokens=self.config.beta > 0
         )
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
         groups, beta = Groups(batch), self.config.beta
         advantage_N = groups.standardised() if self.normalised else groups.centred(groups.rewards_N)
         rho_T = ratio(batch.logprobs_T.double() - old_logprobs(batch, self.config))
@@ -67,5 +69,5 @@ class Grpo:
 
 
 def build(config: Config) -> Objective:
-    """GRPO as configured."""
+    """Makes GRPO with these knobs."""
     return Grpo(config)

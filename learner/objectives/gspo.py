@@ -43,17 +43,19 @@ class Config(ReferenceConfig, ClipConfig, SequenceWeightConfig, ProximalConfig):
 
 @dataclass(frozen=True)
 class Gspo:
-    """The objective; see the module's formula."""
+    """The objective of the module's formula: `Gspo(Config()).loss(batch)`."""
 
     config: Config
 
     @property
     def needs(self) -> frozenset[str]:
+        """What these knobs need, of NEEDS."""
         return needs(
             behaviour_logprobs=True, proximal=corrects(self.config), reference_tokens=self.config.beta > 0
         )
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
         groups, beta = Groups(batch), self.config.beta
         advantage_N = groups.standardised()
         s_N = ratio(batch.sequence_means(batch.logprobs_T.double() - old_logprobs(batch, self.config)))
@@ -67,5 +69,5 @@ class Gspo:
 
 
 def build(config: Config) -> Objective:
-    """GSPO as configured."""
+    """Makes GSPO with these knobs."""
     return Gspo(config)

@@ -29,15 +29,17 @@ class Config(ReferenceConfig, WeightConfig):
 
 @dataclass(frozen=True)
 class KlPg:
-    """The objective; see the module's formula."""
+    """The objective of the module's formula: `KlPg(Config()).loss(batch)`."""
 
     config: Config
 
     @property
     def needs(self) -> frozenset[str]:
+        """What these knobs need, of NEEDS."""
         return needs(reference=self.config.beta > 0, behaviour_logprobs=corrects(self.config))
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
         groups, beta = Groups(batch), self.config.beta
         advantage_N = groups.leave_one_out(groups.rewards_N)
         if beta > 0:
@@ -48,5 +50,5 @@ class KlPg:
 
 
 def build(config: Config) -> Objective:
-    """KL-regularised policy gradient as configured."""
+    """Makes the KL-regularised policy gradient with these knobs."""
     return KlPg(config)

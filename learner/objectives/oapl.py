@@ -30,15 +30,17 @@ class Config(RegressionConfig, SequenceWeightConfig):
 
 @dataclass(frozen=True)
 class Oapl:
-    """The objective; see the module's formula."""
+    """The objective of the module's formula: `Oapl(Config()).loss(batch)`."""
 
     config: Config
 
     @property
     def needs(self) -> frozenset[str]:
+        """What these knobs need, of NEEDS."""
         return needs(behaviour_logprobs=True)
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
         groups, beta = Groups(batch), self.config.beta
         best_N = groups.maximum(groups.rewards_N)
         value_N = best_N + beta * groups.mean(((groups.rewards_N - best_N) / beta).exp()).log()
@@ -51,5 +53,5 @@ class Oapl:
 
 
 def build(config: Config) -> Objective:
-    """OAPL as configured."""
+    """Makes OAPL with these knobs."""
     return Oapl(config)

@@ -41,15 +41,17 @@ class Config(RatioConfig):
 
 @dataclass(frozen=True)
 class PpoDecoupled:
-    """The objective; see the module's formula."""
+    """The objective of the module's formula: `PpoDecoupled(Config()).loss(batch)`."""
 
     config: Config
 
     @property
     def needs(self) -> frozenset[str]:
+        """What these knobs need, of NEEDS."""
         return needs(behaviour_logprobs=True, proximal=True, reference_tokens=self.config.beta > 0)
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
         groups, beta = Groups(batch), self.config.beta
         advantage_N = groups.standardised()
         proximal_T = known(batch, "proximal_logprobs_T")
@@ -65,5 +67,5 @@ class PpoDecoupled:
 
 
 def build(config: Config) -> Objective:
-    """Decoupled PPO as configured."""
+    """Makes decoupled PPO with these knobs."""
     return PpoDecoupled(config)

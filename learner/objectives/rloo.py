@@ -30,17 +30,19 @@ class Config(ReferenceConfig, WeightConfig):
 
 @dataclass(frozen=True)
 class Rloo:
-    """The objective; see the module's formula."""
+    """The objective of the module's formula: `Rloo(Config()).loss(batch)`."""
 
     config: Config
 
     @property
     def needs(self) -> frozenset[str]:
+        """What these knobs need, of NEEDS."""
         return needs(
             reference=self.config.beta > 0, behaviour_logprobs=self.config.beta > 0 or corrects(self.config)
         )
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
         groups, beta = Groups(batch), self.config.beta
         penalised_N = groups.rewards_N
         if beta > 0:
@@ -53,5 +55,5 @@ class Rloo:
 
 
 def build(config: Config) -> Objective:
-    """RLOO as configured."""
+    """Makes RLOO with these knobs."""
     return Rloo(config)

@@ -29,15 +29,17 @@ class Config(RegressionConfig, ReferenceConfig, SequenceWeightConfig):
 
 @dataclass(frozen=True)
 class Tba:
-    """The objective; see the module's formula."""
+    """The objective of the module's formula: `Tba(Config()).loss(batch)`."""
 
     config: Config
 
     @property
     def needs(self) -> frozenset[str]:
+        """What these knobs need, of NEEDS."""
         return needs(reference=True, behaviour_logprobs=corrects(self.config))
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
         groups, beta = Groups(batch), self.config.beta
         ell_N = batch.sequence_sums(batch.logprobs_T.double()) - known(batch, "ref_logprobs_N")
         residual_N = groups.rewards_N - beta * ell_N
@@ -49,5 +51,5 @@ class Tba:
 
 
 def build(config: Config) -> Objective:
-    """TBA as configured."""
+    """Makes TBA with these knobs."""
     return Tba(config)

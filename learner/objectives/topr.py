@@ -33,17 +33,19 @@ class Config(ReferenceConfig, SequenceWeightConfig, ProximalConfig):
 
 @dataclass(frozen=True)
 class Topr:
-    """The objective; see the module's formula."""
+    """The objective of the module's formula: `Topr(Config()).loss(batch)`."""
 
     config: Config
 
     @property
     def needs(self) -> frozenset[str]:
+        """What these knobs need, of NEEDS."""
         return needs(
             behaviour_logprobs=True, proximal=corrects(self.config), reference_tokens=self.config.beta > 0
         )
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
         groups, beta = Groups(batch), self.config.beta
         advantage_N = groups.centred(groups.rewards_N)
         log_rho_N = batch.sequence_sums(batch.logprobs_T.detach().double() - old_logprobs(batch, self.config))
@@ -55,5 +57,5 @@ class Topr:
 
 
 def build(config: Config) -> Objective:
-    """TOPR as configured."""
+    """Makes TOPR with these knobs."""
     return Topr(config)
