@@ -99,7 +99,7 @@ class Services:
     """`monitor`, `board`, and `buffers`, the handles that other processes get; `buffer` is these as one."""
 
     def __init__(self, inputs: Inputs) -> None:
-        config, run_dir, here = inputs.config, str(inputs.run_dir), on_this_node()
+        config, run_dir, here = inputs.config.without_knobs(), str(inputs.run_dir), on_this_node()
         self._timeout_s = config.run.timeout_s
         self._calls = Calls(self._timeout_s, self.event)
         self._owed: list[Call] = []
@@ -109,7 +109,7 @@ class Services:
         self.monitor = monitor = (
             remote(Monitor)
             .options(name=name, **here, **again)
-            .remote(config, run_dir, began_at_s=time.time())
+            .remote(config, run_dir, began_at_s=time.time(), shown=inputs.config.model_dump(mode="json"))
         )
         shard_class = remote(ReplayBuffer).options(max_concurrency=1000, **here, **again)
         self.buffers = [

@@ -510,6 +510,13 @@ class Config(Section):
         """Longest sequence: `max_prompt_tokens + max_new_tokens`."""
         return self.data.max_prompt_tokens + self.actors.max_new_tokens
 
+    def without_knobs(self) -> Config:
+        """Returns the same with no more of its objective than the name, for processes that do not train.
+
+        The class of an objective's knobs stands beside its loss, and would bring torch into them.
+        """
+        return self.model_copy(update={"objective": ObjectiveConfig(name=self.objective.name)})
+
     @pydantic.field_validator("objective", mode="wrap")
     @classmethod
     def _objective_has_its_own_knobs(cls, value: Any, validate: Any, info: pydantic.ValidationInfo) -> Any:

@@ -54,11 +54,13 @@ class Monitor:
         run_dir: str,
         clock: Callable[[], float] = time.monotonic,
         began_at_s: float | None = None,
+        shown: Mapping[str, Any] | None = None,
     ) -> None:
         """`run_dir` is made if missing; raises ConfigError as `wandb_mode` does. `clock` gives seconds.
 
         `began_at_s` (since 1970): when this start of the run began. A monitor that is started again within it
-        takes up its times, and the row that it held back.
+        takes up its times, and the row that it held back. `shown` is what W&B shows as the run's config; None:
+        all of `config`.
         """
         mode = wandb_mode(config)
         self._config, self._run_dir, self._clock = config, Path(run_dir), clock
@@ -86,7 +88,7 @@ class Monitor:
         self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=_VIEW_EVENTS)
         self._event_number = 0
         self._closed = False
-        public_config = json.loads(self._redact(json.dumps(config.model_dump(mode="json"))))
+        public_config = json.loads(self._redact(json.dumps(shown or config.model_dump(mode="json"))))
         self._wandb = WandbWriter(
             config.run.name,
             config.monitor.project,

@@ -8,7 +8,10 @@ The re-computation shares no code with the objectives. `live` holds the log-prob
 import dataclasses
 import itertools
 import math
+import pickle
 import re
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -651,6 +654,22 @@ def test_regressions_without_beta_are_refused(name):
 def test_knobs_only_agro_has_are_refused_instead_of_passed_over(name, knobs):
     (knob,) = knobs
     assert f"objective.{knob} is not a known key; {name} is without it, agro has it" in refused(name, **knobs)
+
+
+def test_a_process_that_does_not_train_gets_a_config_that_brings_no_torch():
+    config = parse_config(
+        {
+            "model": {"path": "m"},
+            "data": {"path": "d"},
+            "rewards": {"functions": [{"name": "exact_match"}]},
+            "objective": {"name": "gspo"},
+        }
+    )
+    unpickled = "import pickle, sys; pickle.load(sys.stdin.buffer); print('torch' in sys.modules)"
+    for sent, brings in ((config, b"True\n"), (config.without_knobs(), b"False\n")):
+        command = [sys.executable, "-c", unpickled]
+        assert subprocess.run(command, input=pickle.dumps(sent), stdout=-1, cwd=ROOT).stdout == brings
+    assert config.without_knobs().objective.name == "gspo"
 
 
 def test_every_objective_is_named_like_its_file_and_its_knobs_are_described():
