@@ -24,6 +24,7 @@ import ray
 from actors.engine import Engine, engine_arguments, set_engine_environment
 from actors.prompts import PromptSet, load_prompts
 from actors.rollout import RolloutActor
+from benchmarks.fake_engine import FakeEngine
 from benchmarks.results import save
 from buffer.server import ReplayBuffer
 from cluster.preparation.prepare import ensure_model
@@ -33,7 +34,6 @@ from core.tokenizer import load_tokenizer
 from core.weights.board import Board
 from core.weights.snapshots import SnapshotWriter
 from learner.catalogue import load_config
-from tests.support.fake_engine import FakeEngine
 
 ROUNDS = 3
 WINDOW_S = 15.0

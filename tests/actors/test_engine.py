@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from recipes.arithmetic import make_tokenizer
 from tests.support import ROOT
-from tests.support.engine_scenario import (
+from tests.support.scenarios.engine_scenario import (
     MANY_TOKENS,
     MAX_NEW_TOKENS,
     NUM_LOADS,
@@ -99,7 +99,7 @@ def observed(
             model_dir, tmp_path_factory.mktemp("model") / "two-ends"
         )
     out = tmp_path_factory.mktemp("scenario") / "report.json"
-    command = [sys.executable, "-m", "tests.support.engine_scenario", str(model_dir), str(out)]
+    command = [sys.executable, "-m", "tests.support.scenarios.engine_scenario", str(model_dir), str(out)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return Observed(model_dir, msgspec.json.decode(out.read_bytes(), type=Report))

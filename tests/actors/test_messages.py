@@ -17,7 +17,7 @@ from actors.prompts import PromptRow, load_prompts
 from actors.sources import Source
 from core.config import DataConfig
 from core.errors import DataError
-from tests.core.test_tokenizer import byte_tokenizer
+from tests.support.tokenizers_made import byte_tokenizer
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 # As Llama 3.1 asks: whether the key is there, not what it holds.

@@ -27,34 +27,19 @@ from core.errors import ConfigError, DataError, PeerTimeout
 from core.records import Batch, Group, Sample, VersionSpan, decode_batch
 from core.tokenizer import Detokenizer
 from core.weights.board import Board
-from learner.catalogue import parse_config
 from learner.objectives import load_objective
 from learner.step.batch_metrics import batch_metrics, shown_samples
 from recipes.arithmetic import make_tokenizer
 from rewards.scoring import Scored
-from tests.core.test_tokenizer import byte_tokenizer
-from tests.system.test_system import ROOT, environment, overrides, rows_of
+from tests.support.configs import offline_config
+from tests.support.runs import ROOT, environment, overrides, rows_of
+from tests.support.tokenizers_made import byte_tokenizer
 
 EOS = 1
 GOOD = [
     {"prompt": "1+1=", "completion": "2", "answer": "2"},
     {"prompt": "1+1=", "completion": "3", "answer": "2"},
 ]
-
-
-def make_config(offline: Path | str, **sections: Any) -> Config:
-    tree: dict[str, Any] = {
-        "model": {"path": "none"},
-        "data": {"offline": str(offline), "chat_template": False, "max_prompt_tokens": 8},
-        "rewards": {"functions": [{"name": "exact_match"}]},
-        "actors": {"count": 0, "group_size": 4, "max_new_tokens": 4},
-        "buffer": {"capacity": 8},
-        "learner": {"groups_per_step": 2},
-        "objective": {"importance_weight": "none"},
-    }
-    for name, values in sections.items():
-        tree[name] = {**tree.get(name, {}), **values}
-    return parse_config(tree)
 
 
 def write_rows(path: Path, *rows: dict[str, Any] | str) -> Path:
@@ -66,7 +51,7 @@ def write_rows(path: Path, *rows: dict[str, Any] | str) -> Path:
 def load(tmp_path: Path) -> Callable[..., tuple[PromptSet, list[str]]]:
     def load_rows(*rows: dict[str, Any] | str, **sections: Any) -> tuple[PromptSet, list[str]]:
         return load_offline(
-            make_config(write_rows(tmp_path / "log.jsonl", *rows), **sections), make_tokenizer()
+            offline_config(write_rows(tmp_path / "log.jsonl", *rows), **sections), make_tokenizer()
         )
 
     return load_rows
@@ -104,10 +89,10 @@ def test_prompts_are_rendered_like_training_prompts(tmp_path):
     log = write_rows(
         tmp_path / "log.jsonl", {"prompt": messages, "completion": "2"}, {"prompt": "1+1", "completion": "3"}
     )
-    prompts, _ = load_offline(make_config(log, data={"chat_template": True}), tokenizer)
+    prompts, _ = load_offline(offline_config(log, data={"chat_template": True}), tokenizer)
     training = write_rows(tmp_path / "train.jsonl", {"prompt": "1+1"})
     (expected,) = load_prompts(
-        make_config(log, data={"chat_template": True, "path": str(training)}).data, tokenizer
+        offline_config(log, data={"chat_template": True, "path": str(training)}).data, tokenizer
     ).rows
     assert [(row.text, row.token_ids, len(row.offline)) for row in prompts.rows] == [
         (expected.text, expected.token_ids, 2)
@@ -117,7 +102,7 @@ def test_prompts_are_rendered_like_training_prompts(tmp_path):
 def test_parquet_gives_the_same_and_groups_of_one_prompt_stay_apart(load, tmp_path):
     rows = [{**row, "group": group, "reward": 1.0} for group in ("a", "b") for row in GOOD]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "log.parquet")
-    from_parquet, _ = load_offline(make_config(tmp_path / "log.parquet"), make_tokenizer())
+    from_parquet, _ = load_offline(offline_config(tmp_path / "log.parquet"), make_tokenizer())
     assert from_parquet.rows == load(*rows)[0].rows
     assert [(row.row, [sample.text for sample in row.offline]) for row in from_parquet.rows] == [
         (0, ["2", "3"]),
@@ -198,7 +183,7 @@ def test_a_nan_in_a_parquet_file_is_a_bad_reward(tmp_path):
         tmp_path / "log.parquet",
     )
     with pytest.raises(DataError, match="row 1: 'reward' is nan, expected a finite number"):
-        load_offline(make_config(tmp_path / "log.parquet"), make_tokenizer())
+        load_offline(offline_config(tmp_path / "log.parquet"), make_tokenizer())
 
 
 def test_a_log_in_which_no_prompt_has_two_completions_says_what_is_there(load):
@@ -214,9 +199,9 @@ def test_a_tokenizer_without_eos_needs_truncated_rows(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="no EOS token"):
-        load_offline(make_config(write_rows(tmp_path / "log.jsonl", *GOOD)), tokenizer)
+        load_offline(offline_config(write_rows(tmp_path / "log.jsonl", *GOOD)), tokenizer)
     log = write_rows(tmp_path / "log.jsonl", *({**row, "truncated": True} for row in GOOD))
-    assert len(load_offline(make_config(log), tokenizer)[0]) == 1
+    assert len(load_offline(offline_config(log), tokenizer)[0]) == 1
 
 
 TURNS = "{% for m in messages %}<start>{{ m.content }}<turn>\n{% endfor %}{% if add_generation_prompt %}<start>{% endif %}"
@@ -239,7 +224,7 @@ def test_a_logged_completion_ends_once_as_the_policy_ends_it(tmp_path, completio
     tokenizer = byte_tokenizer("<eos>", "<start>", "<turn>", template=TURNS)
     other = {"prompt": "1+1?", "completion": "4"}
     log = write_rows(tmp_path / "log.jsonl", other, {"prompt": "1+1?", "completion": completion})
-    config = make_config(
+    config = offline_config(
         log, data={"chat_template": chat_template, "max_prompt_tokens": 16}, actors={"max_new_tokens": 8}
     )
     if isinstance(expected, str):
@@ -281,7 +266,7 @@ def test_the_text_of_a_logged_completion_is_that_of_a_sampled_one(tmp_path, skip
         *({"prompt": "1", "completion": f"{said}<eos>"} for said in ("<think>1</think>2", "3")),
     )
     rewards = {"functions": [{"name": "exact_match"}], "skip_special_tokens": skip}
-    sample = load_offline(make_config(log, rewards=rewards, actors={"max_new_tokens": 8}), tokenizer)[0][
+    sample = load_offline(offline_config(log, rewards=rewards, actors={"max_new_tokens": 8}), tokenizer)[0][
         0
     ].offline[0]
     assert (
@@ -295,7 +280,9 @@ def mixed_config(tmp_path: Path, *rows: dict[str, Any], **data: Any) -> Config:
         tmp_path / "train.jsonl", {"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}
     )
     log = write_rows(tmp_path / "log.jsonl", *rows)
-    return make_config(log, data={"path": str(training), "offline_share": 0.5, **data}, actors={"count": 1})
+    return offline_config(
+        log, data={"path": str(training), "offline_share": 0.5, **data}, actors={"count": 1}
+    )
 
 
 def test_mixing_gives_training_prompts_what_the_log_has_of_them(tmp_path):
@@ -327,15 +314,15 @@ def test_what_an_objective_needs_and_offline_or_lagged_data_lacks_is_refused():
     def needs_of(config: Config) -> frozenset[str]:
         return load_objective(config.objective).needs
 
-    check_needs(make_config("log"), needs_of(make_config("log")))
-    weighted = make_config("log", objective={"importance_weight": "truncated"})
+    check_needs(offline_config("log"), needs_of(offline_config("log")))
+    weighted = offline_config("log", objective={"importance_weight": "truncated"})
     with pytest.raises(
         ConfigError,
         match=r"needs behaviour log-probs.*data\.offline = log do not have\. Set "
         r"objective\.importance_weight=none",
     ):
         check_needs(weighted, needs_of(weighted))
-    mixed = make_config(
+    mixed = offline_config(
         "log",
         data={"path": "p", "offline_share": 0.5},
         actors={"count": 1},
@@ -343,7 +330,7 @@ def test_what_an_objective_needs_and_offline_or_lagged_data_lacks_is_refused():
     )
     with pytest.raises(ConfigError, match=r"objective\.importance_weight=none"):
         check_needs(mixed, needs_of(mixed))
-    on_policy = make_config("log", objective={"on_policy_coef": 0.01})
+    on_policy = offline_config("log", objective={"on_policy_coef": 0.01})
     with pytest.raises(
         ConfigError,
         match=r"all samples are offline: none is ever fresh\. Set "
@@ -351,14 +338,16 @@ def test_what_an_objective_needs_and_offline_or_lagged_data_lacks_is_refused():
     ):
         check_needs(on_policy, needs_of(on_policy))
     with pytest.raises(ConfigError, match=r"objective grpo needs behaviour log-probs"):
-        check_needs(make_config("log", objective={"name": "grpo"}), frozenset({"behaviour_logprobs"}))
+        check_needs(offline_config("log", objective={"name": "grpo"}), frozenset({"behaviour_logprobs"}))
 
 
 def test_why_nothing_is_evaluated_is_said():
-    assert "actors.count = 0" in no_evaluation(make_config("log"))
-    assert "data.eval_path" in no_evaluation(make_config("log", actors={"count": 1}))
-    assert no_evaluation(make_config("log", actors={"count": 1}, data={"eval_path": "held_out.jsonl"})) == ""
-    assert "data.eval_rows = 0" in no_evaluation(make_config("log", data={"eval_rows": 0}))
+    assert "actors.count = 0" in no_evaluation(offline_config("log"))
+    assert "data.eval_path" in no_evaluation(offline_config("log", actors={"count": 1}))
+    assert (
+        no_evaluation(offline_config("log", actors={"count": 1}, data={"eval_path": "held_out.jsonl"})) == ""
+    )
+    assert "data.eval_rows = 0" in no_evaluation(offline_config("log", data={"eval_rows": 0}))
 
 
 # Feeding
@@ -422,7 +411,7 @@ def test_the_feeder_fills_a_real_buffer_with_scored_groups_and_ends_when_retired
         ),
         {"prompt": "2+2=", "completion": "44", "answer": "4"},
     )
-    config = make_config(log)
+    config = offline_config(log)
     prompts, _ = load_offline(config, make_tokenizer())
 
     async def scenario() -> tuple[list[Any], dict[str, float], dict[str, float]]:
@@ -457,7 +446,7 @@ def test_the_feeder_fills_a_real_buffer_with_scored_groups_and_ends_when_retired
 
 
 def test_a_buffer_that_does_not_answer_the_feeder_is_named(tmp_path):
-    config = make_config(write_rows(tmp_path / "log.jsonl", *GOOD), run={"timeout_s": 0.2})
+    config = offline_config(write_rows(tmp_path / "log.jsonl", *GOOD), run={"timeout_s": 0.2})
 
     class Silent:
         async def lease(self, *arguments: Any) -> None:

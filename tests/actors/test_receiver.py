@@ -4,97 +4,15 @@ notes them.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import pytest
 
 from actors.receiver import Receiver
 from core.errors import PeerTimeout
 from tests.support.cpu_transfer import wait_until
-
-
-class Piecewise:
-    """An engine that takes weights in pieces, and notes what is asked of it."""
-
-    def __init__(self) -> None:
-        self.version = 4
-        self.asked: list[str] = []
-        self.fails_at = ""
-        self.all_are_there = threading.Event()
-        self.all_are_there.set()
-        self._has_arrived = False
-
-    def note(self, verb: str) -> None:
-        self.asked.append(verb)
-        if verb == self.fails_at:
-            raise RuntimeError(f"{verb} broke")
-
-    def connect_transfer(self, init_info: dict[str, Any]) -> int:
-        self.note("connect")
-        assert self.all_are_there.wait(20)
-        return int(init_info.get("group", 0))
-
-    def use_connection(self, connection: int) -> None:
-        self.note(f"use {connection}")
-
-    def drop_connection(self, connection: int) -> None:
-        self.note(f"drop {connection}")
-
-    def start_transfer(self) -> None:
-        self._has_arrived = False
-        self.note("start")
-
-    def update_transfer(self, update_info: dict[str, Any]) -> None:
-        self._has_arrived = True
-        self.note("update")
-
-    def finish_transfer(self, version: int, probes: Any) -> int:
-        self.note("finish")
-        self.version = version
-        return len(probes)
-
-    def undo_transfer(self) -> None:
-        self.asked.append("undo")
-        self.version = -1 if self._has_arrived else self.version
-
-    def abort_transfer(self) -> None:
-        self.asked.append("abort")
-
-
-class Loop:
-    """An actor's loop that only looks for orders; they come from other threads."""
-
-    def __init__(self, limit_s: float = 20.0) -> None:
-        self.engine, self.told, self.declines, self.beats, self.updated = Piecewise(), list[str](), "", 0, 0
-        self.receiver = Receiver(
-            self.engine,
-            limit_s,
-            may_start=lambda: self.declines,
-            on_updated=lambda start_s: setattr(self, "updated", self.updated + 1),
-            beat=lambda: setattr(self, "beats", self.beats + 1),
-            tell=self.told.append,
-        )
-        self._threads = ThreadPoolExecutor(4)
-        self._ended = threading.Event()
-        self._running = self._threads.submit(self._run)
-
-    def _run(self) -> None:
-        while not self._ended.wait(0.001):
-            self.receiver.look()
-
-    def start_order(self, verb: str, number: int = 1, *arguments: Any) -> Future[str]:
-        return self._threads.submit(self.receiver.order, verb, number, *arguments)
-
-    def order(self, verb: str, number: int = 1, *arguments: Any) -> str:
-        return self.start_order(verb, number, *arguments).result(20)
-
-    def close(self) -> None:
-        self._ended.set()
-        self._running.result(20)
+from tests.support.weights import Loop, Piecewise
 
 
 @pytest.fixture

@@ -20,14 +20,15 @@ import actors.rollout
 from actors.engine import Engine
 from actors.offline import OfflineActor
 from actors.prompts import OfflineSample
+from benchmarks.fake_engine import FakeEngine
 from buffer.ledger import audit_run
 from buffer.replay import EVICTIONS
 from buffer.store import DiskFullError
 from core.errors import PeerTimeout
 from core.weights.board import Board
-from tests.support.fake_engine import FakeEngine
+from tests.support.configs import LONG, actor_config
 from tests.support.in_process import Bench
-from tests.support.simulated import LONG, STEP_S, SimulatedActor, benches, ledger, make_config, rows, until
+from tests.support.simulated import STEP_S, SimulatedActor, benches, ledger, rows, until
 
 pytestmark = pytest.mark.timed
 
@@ -52,7 +53,7 @@ def test_the_simulated_engine_has_the_methods_of_the_real_one_and_their_argument
 def test_an_item_gives_the_same_group_whoever_generates_it(bench):
     groups: list[dict[int, Any]] = []
     for _ in range(2):
-        run = bench(make_config())
+        run = bench(actor_config())
         actor = SimulatedActor(run, num_tokens=(2, 9), step_s=0.001)
         run.publish(0)
         run.start(actor)
@@ -71,7 +72,7 @@ class TestUpdates:
     def start(
         self, bench: Callable[..., Bench], on_update: str, num_tokens: Any
     ) -> tuple[Bench, SimulatedActor]:
-        run = bench(make_config(actors={"on_update": on_update, "max_new_tokens": 400}))
+        run = bench(actor_config(actors={"on_update": on_update, "max_new_tokens": 400}))
         actor = SimulatedActor(run, num_tokens=num_tokens, step_s=STEP_S)
         run.publish(0)
         run.start(actor)
@@ -126,7 +127,7 @@ class TestUpdates:
         assert {len(found) for found in seeds.values()} == {1}
 
     def test_generation_goes_on_while_a_snapshot_is_fetched_and_the_pause_is_the_load_alone(self, bench):
-        run = bench(make_config(buffer={"capacity": 4096}))
+        run = bench(actor_config(buffer={"capacity": 4096}))
         actor = SimulatedActor(run, num_tokens=(8, 8), step_s=0.002, load_s=0.05)
         run.publish(0)
         run.start(actor)
@@ -154,7 +155,7 @@ class TestUpdates:
     def test_an_evaluation_is_of_its_version_whatever_is_published_meanwhile_and_never_enters_the_buffer(
         self, bench
     ):
-        run = bench(make_config(actors={"on_update": "abort", "max_new_tokens": 100}), eval_rows=rows(5))
+        run = bench(actor_config(actors={"on_update": "abort", "max_new_tokens": 100}), eval_rows=rows(5))
         run.publish(0, evaluate=True)
         actor = SimulatedActor(run, num_tokens=(60, 60), step_s=STEP_S)
         run.start(actor)
@@ -170,7 +171,7 @@ class TestUpdates:
 
 class TestFaults:
     def test_a_full_disk_loses_nothing_and_stops_leasing_until_it_has_room(self, bench):
-        run = bench(make_config())
+        run = bench(actor_config())
         actor = SimulatedActor(run, num_tokens=(3, 3), step_s=0.001)
         run.buffer.faults["insert"].extend(DiskFullError("no space left") for _ in range(30))
         run.publish(0)
@@ -194,7 +195,7 @@ class TestFaults:
         assert stats["duplicates"] == stats["reissued"] == 0
 
     def test_a_lease_that_a_full_disk_refuses_is_asked_for_again(self, bench):
-        run = bench(make_config())
+        run = bench(actor_config())
         run.buffer.faults["lease"].append(DiskFullError("no space left"))
         run.publish(0)
         actor = SimulatedActor(run, num_tokens=(3, 3))
@@ -205,7 +206,7 @@ class TestFaults:
     def test_a_board_that_was_started_again_is_followed_once_it_is_told_and_generation_goes_on_meanwhile(
         self, bench
     ):
-        run = bench(make_config())
+        run = bench(actor_config())
         run.publish(0)
         actor = SimulatedActor(run, num_tokens=(3, 3), step_s=0.001)
         run.start(actor)
@@ -217,7 +218,7 @@ class TestFaults:
         until(lambda: actor.engine.version == 2, 30.0)
 
     def test_a_sample_that_takes_longer_than_a_lease_stays_its_actors(self, bench):
-        run = bench(make_config(run={"timeout_s": 2.0}, actors={"max_new_tokens": LONG}))
+        run = bench(actor_config(run={"timeout_s": 2.0}, actors={"max_new_tokens": LONG}))
         run.publish(0)
         # 6 s, three times as long as a lease.
         run.start(SimulatedActor(run, num_tokens=lambda seed: 600, step_s=0.01))
@@ -227,7 +228,7 @@ class TestFaults:
         assert len(run.buffer.asked["renew"]) > 10
 
     def test_what_an_actor_holds_is_not_issued_again_and_what_it_does_not_know_of_is(self, bench):
-        run = bench(make_config())
+        run = bench(actor_config())
         run.publish(0)
         lost = run.buffer.get("lease", "actor-0", 2, 1.0, 0, [])  # An answer that never reached it.
         run.start(SimulatedActor(run, num_tokens=(2, 20), step_s=0.001))
@@ -236,7 +237,7 @@ class TestFaults:
         assert {0, 1} <= {group.group_id for group in groups}
 
     def test_a_prompt_the_engine_refuses_fails_with_the_reason_and_the_others_go_on(self, bench):
-        run = bench(make_config(), eval_rows=rows(5))
+        run = bench(actor_config(), eval_rows=rows(5))
         run.publish(0, evaluate=True)
         run.start(
             SimulatedActor(run, refuses=lambda ids: "too long" if ids[1] == REFUSED_ROW else "", step_s=0.001)
@@ -256,7 +257,7 @@ class TestFaults:
     def test_a_peer_that_does_not_answer_is_named(self, method, who, tmp_path, monkeypatch):
         for module in (actors.rollout, actors.follower):
             monkeypatch.setattr(module, "POLL_S", 0.1)
-        run = Bench(make_config(run={"timeout_s": 0.3}), tmp_path / "run", rows())
+        run = Bench(actor_config(run={"timeout_s": 0.3}), tmp_path / "run", rows())
         run.publish(0)
         actor = SimulatedActor(run, step_s=0.001)
         handle = run.buffer if method == "lease" else run.board
@@ -265,7 +266,7 @@ class TestFaults:
             actor.run()
 
     def test_ping_and_stacks_tell_a_loop_that_hangs_in_its_engine(self, bench):
-        run = bench(make_config())
+        run = bench(actor_config())
         actor = SimulatedActor(run, step_s=0.001)
         assert actor.ping() == 0
         run.publish(0)
@@ -281,7 +282,7 @@ class TestFaults:
 
 class TestRetirement:
     def test_drained_actor_finishes_what_it_began_and_hands_back_the_rest(self, bench):
-        run = bench(make_config(actors={"max_new_tokens": 200}))
+        run = bench(actor_config(actors={"max_new_tokens": 200}))
         first = SimulatedActor(run, "actor-0", num_tokens=(150, 150), step_s=STEP_S)
         run.publish(0)
         ended = run.start(first)
@@ -310,7 +311,7 @@ class TestRetirement:
         self, bench, monkeypatch
     ):
         monkeypatch.setattr(actors.rollout, "RETIRE_LIMIT_S", 0.5)
-        run = bench(make_config(actors={"max_new_tokens": LONG}), eval_rows=rows(3))
+        run = bench(actor_config(actors={"max_new_tokens": LONG}), eval_rows=rows(3))
         run.publish(0, evaluate=True)
         first = SimulatedActor(run, "actor-0", num_tokens=(LONG, LONG), step_s=STEP_S)
         ended = run.start(first)
@@ -323,7 +324,7 @@ class TestRetirement:
         assert run.evaluations[0][0].num_problems == 3
 
     def test_now_ends_at_once_also_in_the_middle_of_an_evaluation_and_of_draining(self, bench):
-        run = bench(make_config(actors={"max_new_tokens": LONG}), eval_rows=rows(3))
+        run = bench(actor_config(actors={"max_new_tokens": LONG}), eval_rows=rows(3))
         run.publish(0, evaluate=True)
         actor = SimulatedActor(run, num_tokens=(LONG, LONG), step_s=STEP_S)
         ended = run.start(actor)
@@ -342,7 +343,7 @@ class TestRetirement:
 @pytest.mark.parametrize("on_update", ["continue", "drain", "abort"])
 def test_nothing_is_lost_whatever_happens_in_between(bench, num_shards, on_update):
     limits = {"group_timeout_s": 0.2, "sample_timeout_s": 0.15, "max_new_tokens": 64}
-    config = make_config(
+    config = actor_config(
         actors={"on_update": on_update, **limits}, buffer={"num_shards": num_shards, "max_staleness": 8}
     )
     run = bench(config, eval_rows=rows(4))
@@ -389,7 +390,7 @@ class Feeder(OfflineActor):
 def test_the_feeder_keeps_its_groups_while_the_disk_is_full(bench):
     offline = tuple(OfflineSample((7, 8 + number), str(number), None, "length") for number in range(4))
     run = bench(
-        make_config(data={"offline": "none"}, objective={"importance_weight": "none"}),
+        actor_config(data={"offline": "none"}, objective={"importance_weight": "none"}),
         rows=rows(offline=offline),
     )
     run.buffer.faults["insert"].extend(DiskFullError("no space left") for _ in range(2))

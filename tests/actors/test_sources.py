@@ -20,7 +20,7 @@ from actors.sources import Bad, read_source
 from cluster.preparation.prepare import check_named
 from core.errors import ConfigError, DataError
 from core.text import printable, user_path
-from tests.actors.test_offline import make_config
+from tests.support.configs import offline_config
 
 
 def read(path: Path | str, split: str = "train") -> dict[int, Any]:
@@ -188,7 +188,7 @@ def test_a_home_of_nobody_is_named_with_its_field(field):
         user_path(field, "~nobody-here/x")
     if field.startswith("data."):
         data = {"path": "none", field.removeprefix("data."): "~nobody-here/x.jsonl", "offline_share": 0.5}
-        config = make_config("none", data=data, actors={"count": 1})
+        config = offline_config("none", data=data, actors={"count": 1})
         with pytest.raises(ConfigError, match=f"{field} = ~nobody-here"):
             check_named(config)
 

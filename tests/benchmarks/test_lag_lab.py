@@ -14,9 +14,9 @@ from benchmarks import staleness_study
 from benchmarks.lag_lab import LagRun, PlainPolicy, Task, arithmetic_task, sample
 from core.config import Config
 from core.errors import ConfigError
-from learner.catalogue import load_config
 from learner.step.packing import TokenSequence, collate
 from tests.support import ROOT
+from tests.support.configs import quickstart
 
 STEPS = 8
 
@@ -34,7 +34,7 @@ def config_for(model_dir: Path, lag: int, *more: str) -> Config:
         "eval.samples=1",
         *more,
     ]
-    return load_config(ROOT / "configs/quickstart.yaml", overrides)
+    return quickstart(*overrides)
 
 
 @pytest.fixture(scope="module")

@@ -5,141 +5,36 @@ virtual where they can be.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
-import math
-import selectors
 import time
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
 from buffer.admission import MAX_LOSSES, LeaseError, work_item
 from buffer.ledger import audit
-from buffer.replay import EVICTIONS
 from buffer.server import ReplayBuffer
 from buffer.shards import ShardedBuffer
-from core.config import Config
 from core.errors import DataError
-from core.records import Group, Sample, VersionSpan, WorkItem, decode_batch, encode
+from core.records import Group, WorkItem, decode_batch, encode
 from learner.catalogue import parse_config
-
-NUM_ROWS = 13
-LEDGER_NAME = "ledger.jsonl"
-
-
-def make_config(*, timeout_s: float = 60.0, groups_per_step: int = 2, **buffer: Any) -> Config:
-    tree = {
-        "run": {"timeout_s": timeout_s, "seed": 5},
-        "model": {"path": "none"},
-        "data": {"path": "none"},
-        "rewards": {"functions": [{"name": "exact_match"}]},
-        "learner": {"groups_per_step": groups_per_step},
-        "buffer": buffer,
-        "weights": {"publish_every": 1},
-    }
-    return parse_config(tree)
-
-
-def make_payload(
-    ordinal: int, version: int = 0, rewards: tuple[float | None, ...] = (1.0, 0.0), num_tokens: int = 4
-) -> bytes:
-    samples = tuple(
-        Sample(
-            token_ids=tuple(range(num_tokens)),
-            logprobs=(-0.5,) * num_tokens,
-            version_spans=(VersionSpan(version, 0, num_tokens),),
-            finish_reason="stop",
-            text="four",
-            reward=reward,
-            error="ValueError: boom" if reward is None else None,
-        )
-        for reward in rewards
-    )
-    return encode(Group(group_id=ordinal, row=0, prompt="p", prompt_ids=(1, 2), samples=samples, actor="a"))
-
-
-def make_offline_payload(ordinal: int, rewards: tuple[float, ...] = (1.0, 0.0)) -> bytes:
-    group = msgspec.msgpack.decode(make_payload(ordinal, rewards=rewards), type=Group)
-    samples = tuple(
-        msgspec.structs.replace(sample, logprobs=(), version_spans=()) for sample in group.samples
-    )
-    return encode(msgspec.structs.replace(group, samples=samples))
-
-
-class JumpingSelector(selectors.DefaultSelector):
-    """Jumps the clock to the next timer instead of waiting for it; a loop that waits for nothing at all
-    is deadlocked.
-    """
-
-    now_s = 0.0
-
-    def select(self, timeout: float | None = None) -> Any:
-        if timeout is None:
-            raise AssertionError("deadlock: every task waits and no timer is running")
-        self.now_s += max(0.0, timeout)
-        return super().select(0)
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self.jumping = JumpingSelector()
-        super().__init__(self.jumping)
-
-    def time(self) -> float:
-        return self.jumping.now_s
-
-    def call_at(self, when: float, *arguments: Any, **named: Any) -> asyncio.TimerHandle:
-        # A little late: a loop runs a timer up to 1e-9 s early, and what then still waits for that moment
-        # would spin, as no time passes.
-        return super().call_at(math.floor(when * 1e8 + 2) / 1e8, *arguments, **named)
-
-
-def run_virtually(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        return runner.run(coroutine)
-
-
-def ordinals_of(items: list[bytes]) -> list[int]:
-    return [msgspec.msgpack.decode(item, type=WorkItem).ordinal for item in items]
-
-
-def ids_of(batch: bytes | None) -> list[int]:
-    assert batch is not None, "no batch came"
-    return [group.group_id for group in decode_batch(batch).groups]
-
-
-async def check_sums(buffer: ReplayBuffer) -> dict[str, float]:
-    """The stats without their prefix, after checking that every generated group is accounted for."""
-    stats = {name.removeprefix("buffer/"): value for name, value in (await buffer.stats()).items()}
-    assert (
-        stats["frontier"]
-        == stats["inserted"] + stats["evicted_too_small"] + stats["failed"] + stats["leased"]
-    )
-    assert stats["inserted"] == stats["groups"] + sum(stats[name] for name in EVICTIONS)
-    return stats
-
-
-def scenario(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Runs an async test on virtual time with the run directory `tmp_path`; its other arguments are
-    fixtures and parameters.
-    """
-
-    def run(tmp_path: Any, **others: Any) -> None:
-        run_virtually(test(str(tmp_path), **others))
-
-    run.__name__, run.__doc__, run.pytestmark = test.__name__, test.__doc__, getattr(test, "pytestmark", [])  # type: ignore[attr-defined]
-    first, *others = inspect.signature(test).parameters.values()
-    run.__signature__ = inspect.Signature([first.replace(name="tmp_path"), *others])  # type: ignore[attr-defined]
-    return run
+from tests.support.buffers import (
+    LEDGER_NAME,
+    NUM_ROWS,
+    check_sums,
+    ids_of,
+    make_offline_payload,
+    make_payload,
+    ordinals_of,
+    scenario,
+)
+from tests.support.configs import buffer_config
 
 
 @scenario
 async def test_a_group_goes_from_lease_to_batch(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=4, uses_per_group=2, sampler="oldest"), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=4, uses_per_group=2, sampler="oldest"), run_dir, NUM_ROWS)
     items = [msgspec.msgpack.decode(item, type=WorkItem) for item in await buffer.lease("a", 3, 1.0)]
     assert items == [work_item(ordinal, seed=5, num_rows=NUM_ROWS) for ordinal in range(3)]
     assert await buffer.insert("a", [make_payload(1), make_payload(0)]) == [1, 0]
@@ -156,7 +51,7 @@ async def test_a_group_goes_from_lease_to_batch(run_dir):
 
 @scenario
 async def test_a_group_that_claims_to_be_used_arrives_unused(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=4, uses_per_group=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=4, uses_per_group=2), run_dir, NUM_ROWS)
     await buffer.lease("a", 1, 1.0)
     claims = msgspec.structs.replace(msgspec.msgpack.decode(make_payload(0), type=Group), uses=2)
     await buffer.insert("a", [encode(claims)])
@@ -166,7 +61,7 @@ async def test_a_group_that_claims_to_be_used_arrives_unused(run_dir):
 
 @scenario
 async def test_insertion_is_idempotent_also_after_the_group_has_left(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=4), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=4), run_dir, NUM_ROWS)
     await buffer.lease("a", 4, 1.0)
     assert await buffer.insert("a", [make_payload(0), make_payload(0, version=3)]) == [0, 0]
     assert await asyncio.gather(*(buffer.insert("a", [make_payload(1)]) for _ in range(4))) == [[1]] * 4
@@ -178,7 +73,7 @@ async def test_insertion_is_idempotent_also_after_the_group_has_left(run_dir):
 
 @scenario
 async def test_a_wrong_insert_changes_nothing(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=4), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=4), run_dir, NUM_ROWS)
     await buffer.lease("a", 2, 1.0)
     with pytest.raises(LeaseError, match="group 9 was never leased"):
         await buffer.insert("a", [make_payload(0), make_payload(9)])
@@ -192,7 +87,7 @@ async def test_a_wrong_insert_changes_nothing(run_dir):
 
 @scenario
 async def test_failed_samples_are_counted_and_too_small_groups_not_stored(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=4), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=4), run_dir, NUM_ROWS)
     await buffer.lease("a", 3, 1.0)
     payloads = [make_payload(0, rewards=(1.0, None, 0.5)), make_payload(1, rewards=(1.0, None, None))]
     assert await buffer.insert("a", payloads) == [0, 1], "both are acknowledged"
@@ -208,7 +103,7 @@ async def test_failed_samples_are_counted_and_too_small_groups_not_stored(run_di
 async def test_the_one_sample_left_of_a_group_waits_through_a_restart_for_the_next_such_group_of_its_row(
     run_dir,
 ):
-    config = make_config(capacity=8, max_staleness=3)
+    config = buffer_config(capacity=8, max_staleness=3)
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
     await buffer.lease("a", 6, 1.0)
     await buffer.set_step(4)
@@ -243,7 +138,7 @@ async def test_the_one_sample_left_of_a_group_waits_through_a_restart_for_the_ne
 async def test_an_actor_whose_weights_are_too_old_for_the_next_batch_is_told_so_at_once_and_nobody_else_waits(
     run_dir,
 ):
-    buffer = ReplayBuffer(make_config(capacity=2, max_staleness=0), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2, max_staleness=0), run_dir, NUM_ROWS)
     assert len(await buffer.lease("a", 2, 1.0, 0) or []) == 2
     waiting = asyncio.create_task(buffer.lease("a", 2, 100.0, 0))
     await buffer.insert("a", [make_payload(0), make_payload(1)])
@@ -260,7 +155,7 @@ async def test_an_actor_whose_weights_are_too_old_for_the_next_batch_is_told_so_
 @scenario
 async def test_weights_that_are_not_published_yet_are_not_asked_for(run_dir):
     config = parse_config(
-        {**make_config(capacity=8, max_staleness=1).model_dump(), "weights": {"publish_every": 3}}
+        {**buffer_config(capacity=8, max_staleness=1).model_dump(), "weights": {"publish_every": 3}}
     )
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
     for step in range(3):  # Version 3 is published after step 2; until then nothing newer than 0 can be had.
@@ -274,7 +169,7 @@ async def test_weights_that_are_not_published_yet_are_not_asked_for(run_dir):
 
 @scenario
 async def test_offline_groups_are_stored_without_a_version_through_a_restart_and_never_stale(run_dir):
-    config = make_config(capacity=4, max_staleness=1, uses_per_group=2)
+    config = buffer_config(capacity=4, max_staleness=1, uses_per_group=2)
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
     await buffer.lease("offline", 2, 1.0)
     assert await buffer.insert("offline", [make_offline_payload(0), make_offline_payload(1)]) == [0, 1]
@@ -291,7 +186,7 @@ async def test_offline_groups_are_stored_without_a_version_through_a_restart_and
 @scenario
 async def test_a_lease_waits_for_admission_and_an_insert_wakes_the_learner(run_dir):
     clock = asyncio.get_running_loop().time
-    buffer = ReplayBuffer(make_config(capacity=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2), run_dir, NUM_ROWS)
     assert ordinals_of(await buffer.lease("a", 5, 1.0)) == [0, 1]
     assert await buffer.lease("b", 1, 7.0) == []
     assert clock() == pytest.approx(7.0)
@@ -309,7 +204,7 @@ async def test_a_lease_waits_for_admission_and_an_insert_wakes_the_learner(run_d
 
 @scenario
 async def test_leases_of_a_dead_actor_go_to_the_living_not_to_a_call_of_it_that_still_waits(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=2, max_staleness=1), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2, max_staleness=1), run_dir, NUM_ROWS)
     ordinals = ordinals_of(await buffer.lease("a", 2, 1.0))
     of_the_dead = asyncio.create_task(buffer.lease("a", 2, 50.0))
     of_the_living = asyncio.create_task(buffer.lease("b", 2, 50.0))
@@ -322,7 +217,7 @@ async def test_leases_of_a_dead_actor_go_to_the_living_not_to_a_call_of_it_that_
 @scenario
 async def test_every_way_of_making_room_wakes_a_waiting_actor_at_once(run_dir):
     clock = asyncio.get_running_loop().time
-    buffer = ReplayBuffer(make_config(capacity=2, max_staleness=1), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2, max_staleness=1), run_dir, NUM_ROWS)
     ways_with_open_items = [
         lambda ordinals: buffer.fail("a", ordinals, "random"),
         lambda ordinals: buffer.give_back("a", ordinals),
@@ -350,14 +245,14 @@ async def test_every_way_of_making_room_wakes_a_waiting_actor_at_once(run_dir):
 
 @scenario
 async def test_a_batch_that_does_not_come_is_none(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2), run_dir, NUM_ROWS)
     assert await buffer.sample(0, 1, 30.0) is None
     assert asyncio.get_running_loop().time() == pytest.approx(30.0)
 
 
 @scenario
 async def test_a_lease_that_runs_out_wakes_who_waits_and_its_late_insert_counts_once(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=2, timeout_s=10.0), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2, timeout_s=10.0), run_dir, NUM_ROWS)
     await buffer.lease("dead", 2, 1.0)
     again = await buffer.lease("alive", 1, 100.0)
     assert asyncio.get_running_loop().time() == pytest.approx(10.0)
@@ -371,7 +266,7 @@ async def test_a_lease_that_runs_out_wakes_who_waits_and_its_late_insert_counts_
 
 @scenario
 async def test_items_handed_back_or_of_an_actor_gone_are_issued_again(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=4), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=4), run_dir, NUM_ROWS)
     await buffer.lease("a", 2, 1.0)
     await buffer.lease("b", 2, 1.0)
     waiting = asyncio.create_task(buffer.lease("c", 4, 50.0))
@@ -385,7 +280,7 @@ async def test_items_handed_back_or_of_an_actor_gone_are_issued_again(run_dir):
 
 @scenario
 async def test_the_learners_step_evicts_stale_groups_and_makes_room(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=2, max_staleness=3), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2, max_staleness=3), run_dir, NUM_ROWS)
     await buffer.lease("a", 2, 1.0)
     await buffer.insert("a", [make_payload(0, version=1), make_payload(1, version=2)])
     await buffer.set_step(4)
@@ -399,7 +294,7 @@ async def test_the_learners_step_evicts_stale_groups_and_makes_room(run_dir):
 
 @scenario
 async def test_reference_logprobs_are_cached_with_groups_still_stored(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=2, uses_per_group=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2, uses_per_group=2), run_dir, NUM_ROWS)
     await buffer.lease("a", 1, 1.0)
     await buffer.insert("a", [make_payload(0, rewards=(1.0, None, 0.0))])
     await buffer.sample(0, 1, 1.0)
@@ -413,7 +308,7 @@ async def test_reference_logprobs_are_cached_with_groups_still_stored(run_dir):
 
 @scenario
 async def test_the_batch_of_a_step_is_the_same_batch_until_the_watermark_has_passed_it(run_dir):
-    config = make_config(capacity=8, uses_per_group=2, groups_per_step=2)
+    config = buffer_config(capacity=8, uses_per_group=2, groups_per_step=2)
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
     await buffer.lease("a", 6, 1.0)
     await buffer.insert("a", [make_payload(ordinal) for ordinal in range(6)])
@@ -442,7 +337,7 @@ async def test_the_batch_of_a_step_is_the_same_batch_until_the_watermark_has_pas
 
 @scenario
 async def test_items_given_in_an_answer_that_was_lost_are_issued_again_when_their_actor_asks_next(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=4), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=4), run_dir, NUM_ROWS)
     await buffer.lease("a", 2, 1.0)
     assert ordinals_of(await buffer.lease("a", 1, 1.0, None, [0])) == [1], "it knows of 0 only"
     assert ordinals_of(await buffer.lease("a", 1, 1.0, None, [0, 1])) == [2]
@@ -453,7 +348,7 @@ async def test_items_given_in_an_answer_that_was_lost_are_issued_again_when_thei
 async def test_a_generation_longer_than_the_timeout_is_neither_issued_again_nor_failed_while_its_actor_works_on_it(
     run_dir, num_shards
 ):
-    config = make_config(capacity=8, timeout_s=10.0, num_shards=num_shards)
+    config = buffer_config(capacity=8, timeout_s=10.0, num_shards=num_shards)
     buffer = ShardedBuffer([ReplayBuffer(config, run_dir, NUM_ROWS, shard) for shard in range(num_shards)])
     held = ordinals_of(await buffer.lease("slow", 2, 1.0))
     (lost,) = ordinals_of(await buffer.lease("dead", 1, 1.0))
@@ -475,12 +370,12 @@ async def test_a_generation_longer_than_the_timeout_is_neither_issued_again_nor_
 
 @scenario
 async def test_an_item_that_every_actor_dies_of_fails_in_the_end(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2), run_dir, NUM_ROWS)
     for number in range(MAX_LOSSES):
         assert 0 in ordinals_of(await buffer.lease(f"actor-{number}", 2, 1.0))
         if number == 1:
             await buffer.close()
-            buffer = ReplayBuffer(make_config(capacity=2), run_dir, NUM_ROWS)
+            buffer = ReplayBuffer(buffer_config(capacity=2), run_dir, NUM_ROWS)
         await buffer.give_back(f"actor-{number}", [1])
         await buffer.release_actor(f"actor-{number}")
     stats = await check_sums(buffer)
@@ -491,7 +386,7 @@ async def test_an_item_that_every_actor_dies_of_fails_in_the_end(run_dir):
 
 @scenario
 async def test_the_band_of_samples_per_insert_holds_back_the_learner_and_the_actors(run_dir):
-    config = make_config(capacity=4, groups_per_step=2, uses_per_group=4, samples_per_insert=(1.0, 1.5))
+    config = buffer_config(capacity=4, groups_per_step=2, uses_per_group=4, samples_per_insert=(1.0, 1.5))
     buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
     await buffer.lease("a", 4, 1.0)
     await buffer.insert("a", [make_payload(ordinal) for ordinal in range(3)])
@@ -502,7 +397,7 @@ async def test_the_band_of_samples_per_insert_holds_back_the_learner_and_the_act
     assert await buffer.sample(2, 2, 10.0) is not None
     assert len(await buffer.lease("a", 9, 1.0)) >= 2
     tight = ReplayBuffer(
-        make_config(capacity=4, groups_per_step=2, uses_per_group=4, samples_per_insert=(2.0, 4.0)),
+        buffer_config(capacity=4, groups_per_step=2, uses_per_group=4, samples_per_insert=(2.0, 4.0)),
         f"{run_dir}/2",
         NUM_ROWS,
     )
@@ -518,7 +413,7 @@ async def test_the_band_of_samples_per_insert_holds_back_the_learner_and_the_act
 
 @scenario
 async def test_closing_ends_all_waits(run_dir):
-    buffer = ReplayBuffer(make_config(capacity=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2), run_dir, NUM_ROWS)
     await buffer.lease("a", 2, 1.0)
     waits = asyncio.gather(buffer.lease("b", 1, 1e6), buffer.sample(0, 1, 1e6))
     await asyncio.sleep(1.0)
@@ -532,7 +427,7 @@ def test_a_core_inserts_and_samples_300_groups_per_second(tmp_path):
     num_groups = 600
 
     async def pump() -> float:
-        buffer = ReplayBuffer(make_config(capacity=256, groups_per_step=32), str(tmp_path), NUM_ROWS)
+        buffer = ReplayBuffer(buffer_config(capacity=256, groups_per_step=32), str(tmp_path), NUM_ROWS)
         start_s = time.perf_counter()
         for step in range(num_groups // 30):
             for _ in range(30):

@@ -24,15 +24,8 @@ from buffer.replay import EVICTIONS
 from buffer.server import ReplayBuffer
 from buffer.shards import ShardedBuffer
 from core.records import decode_batch
-from tests.buffer.test_server import (
-    LEDGER_NAME,
-    NUM_ROWS,
-    check_sums,
-    make_config,
-    make_payload,
-    ordinals_of,
-    run_virtually,
-)
+from tests.support.buffers import LEDGER_NAME, NUM_ROWS, check_sums, make_payload, ordinals_of, run_virtually
+from tests.support.configs import buffer_config
 
 
 class MortalShard:
@@ -90,7 +83,7 @@ class Schedule:
         if num_shards == 1 and rng.random() < 0.3:
             high = rng.uniform(1.0, settings["uses_per_group"])
             settings["samples_per_insert"] = (rng.uniform(0.0, high), high)
-        self.config = make_config(timeout_s=5.0, num_shards=num_shards, **settings)
+        self.config = buffer_config(timeout_s=5.0, num_shards=num_shards, **settings)
         self.shards = [MortalShard(self.config, run_dir, NUM_ROWS, shard) for shard in range(num_shards)]
         self.buffer = ShardedBuffer(self.shards)
         self.step = self.num_kills = self.num_lives = 0
@@ -282,7 +275,7 @@ def _serve_until_killed(run_dir: str, seed: int, acks: int) -> None:
 
     async def work() -> None:
         rng = random.Random(seed)
-        config = make_config(capacity=8, uses_per_group=2, max_staleness=2)
+        config = buffer_config(capacity=8, uses_per_group=2, max_staleness=2)
         buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
         os.write(acks, struct.pack("<q", -1))
         step = buffer._shard._step
@@ -324,7 +317,7 @@ def test_invariant_2_an_acknowledged_group_survives_the_death_of_the_buffer(tmp_
 
     async def look() -> dict[str, float]:
         buffer = ReplayBuffer(
-            make_config(capacity=8, uses_per_group=2, max_staleness=2), str(tmp_path), NUM_ROWS
+            buffer_config(capacity=8, uses_per_group=2, max_staleness=2), str(tmp_path), NUM_ROWS
         )
         assert all(not buffer._shard.admission.is_open(ordinal) for ordinal in acknowledged), (
             "an acknowledged group would be made again"

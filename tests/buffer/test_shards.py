@@ -19,19 +19,12 @@ from buffer.server import ReplayBuffer
 from buffer.shards import ShardedBuffer, apportion
 from core.errors import ConfigError, DataError
 from core.records import decode_batch
-from tests.buffer.test_server import (
-    NUM_ROWS,
-    check_sums,
-    ids_of,
-    make_config,
-    make_payload,
-    ordinals_of,
-    run_virtually,
-)
+from tests.support.buffers import NUM_ROWS, check_sums, ids_of, make_payload, ordinals_of, run_virtually
+from tests.support.configs import buffer_config
 
 
 def open_buffer(run_dir: str, num_shards: int, **buffer: Any) -> ShardedBuffer:
-    config = make_config(num_shards=num_shards, **buffer)
+    config = buffer_config(num_shards=num_shards, **buffer)
     return ShardedBuffer([ReplayBuffer(config, run_dir, NUM_ROWS, shard) for shard in range(num_shards)])
 
 

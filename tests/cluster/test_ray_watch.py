@@ -31,7 +31,7 @@ from core.calls import Calls
 from core.errors import PeerTimeout, TrainingError
 from core.own_warnings import OwnWarnings
 from core.troubles import QUIET_S, Troubles
-from learner.catalogue import parse_config
+from tests.support.configs import make_config
 from tests.support.simulated import Late, until
 
 pytestmark = pytest.mark.timed
@@ -191,13 +191,10 @@ def test_a_run_in_which_ray_fails_ends_with_a_sentence(monkeypatch: Any, tmp_pat
 
 def inputs(run_dir: Path) -> Inputs:
     tree = {
-        "model": {"path": "m"},
-        "data": {"path": "d"},
-        "rewards": {"functions": [{"name": "exact_match"}]},
         "monitor": {"wandb": "off"},
     }
     prompts = PromptSet([PromptRow(row=0, text="1+1=", token_ids=(1, 2), columns={"answer": "2"})], 0, "test")
-    config = parse_config(tree)
+    config = make_config(tree)
     return Inputs(
         config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="off"
     )

@@ -31,19 +31,14 @@ from core.errors import DataError, PeerTimeout, RewardError, TrainingError
 from core.processes import answer, explained, memory_hint
 from core.records import WorkItem
 from core.weights.board import Board, Directive
-from learner.catalogue import parse_config
 from learner.worker import LearnerRank
+from tests.support.configs import make_config
 from tests.support.fleet_actors import SleepingActor, UnluckyRank
 from tests.support.simulated import until
 
 pytestmark = pytest.mark.timed
 
-BASE: dict[str, Any] = {
-    "model": {"path": "m"},
-    "data": {"path": "d"},
-    "rewards": {"functions": [{"name": "exact_match"}]},
-}
-CONFIG = parse_config({**BASE, "run": {"timeout_s": 30.0}})
+CONFIG = make_config({"run": {"timeout_s": 30.0}})
 
 
 # --- The watchdog: which stage ---
@@ -277,7 +272,7 @@ def test_what_ray_itself_raised_in_a_process_is_told_without_its_paragraph() -> 
 
 
 def inputs(run_dir: Path, **sections: dict[str, Any]) -> Inputs:
-    config = parse_config({**BASE, "run": {"timeout_s": 40.0}, "monitor": {"wandb": "off"}, **sections})
+    config = make_config({"run": {"timeout_s": 40.0}, "monitor": {"wandb": "off"}, **sections})
     rows = [
         PromptRow(row=number, text="1+1=", token_ids=(1, 2), columns={"answer": "2"}) for number in range(4)
     ]
@@ -302,7 +297,7 @@ def test_a_rank_that_dies_while_it_loads_or_hangs_is_named_and_can_be_started_ag
     monkeypatch.setattr("cluster.gang.LearnerRank", UnluckyRank)
     monkeypatch.setattr("cluster.gang.DEATH_LOOK_S", 3.0)
     gang = LearnerGang(
-        parse_config({**BASE, "run": {"name": name}, "learner": {"ranks": ranks, "num_cpus": 0.5}}), 0, ()
+        make_config({"run": {"name": name}, "learner": {"ranks": ranks, "num_cpus": 0.5}}), 0, ()
     )
 
     def look_on() -> None:
@@ -399,7 +394,7 @@ def test_a_killed_monitor_and_a_killed_board_come_back_are_told_of_and_the_board
 
 def test_the_learner_waits_as_long_as_tokens_come_and_names_who_generates_none(monkeypatch: Any) -> None:
     monkeypatch.setattr("learner.worker.BATCH_POLL_S", 0.05)
-    rank = LearnerRank(0, parse_config({**BASE, "run": {"timeout_s": 0.5}}), 0)
+    rank = LearnerRank(0, make_config({"run": {"timeout_s": 0.5}}), 0)
     start_s, until_s = time.monotonic(), 2.0
 
     class Peer:
@@ -548,7 +543,7 @@ def test_slow_rewards_are_judged_over_as_many_samples_as_it_takes() -> None:
 )
 def test_a_local_ray_has_room_for_scaling(actors: dict[str, Any], expected: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    assert logical_cpus(parse_config({**BASE, "actors": actors})) == expected
+    assert logical_cpus(make_config({"actors": actors})) == expected
 
 
 # --- The board's word to those who retire ---

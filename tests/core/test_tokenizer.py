@@ -12,8 +12,7 @@ from typing import Any
 
 import mistral_common
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken
 
 from actors.prompts import load_prompts
 from cluster.signals import Interrupted
@@ -28,22 +27,9 @@ from core.tokenizer import (
     vocabulary_size,
 )
 from recipes.arithmetic import make_tokenizer
+from tests.support.tokenizers_made import byte_tokenizer
 
 NOWHERE = ModelConfig(path="/nonexistent/model")
-
-
-def byte_tokenizer(
-    *special: str, eos: str | None = "<eos>", template: str | None = None
-) -> PreTrainedTokenizerFast:
-    """One token per byte, after `special` in this order."""
-    symbols = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(list(special))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos)
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def model_dir(directory: Path, **files: Any) -> ModelConfig:

@@ -15,9 +15,9 @@ import pytest
 from cluster.preparation.prepare import check_inputs
 from core.config import RewardFunction, RewardsConfig
 from core.errors import DataError, RewardError
-from learner.catalogue import load_config
 from rewards import check
 from tests.support import ROOT
+from tests.support.configs import quickstart
 
 SOLUTION = "tests.support.reward_functions:wants_solution"
 
@@ -78,7 +78,7 @@ def configured(tmp_path, model, rows, *overrides):
         f"model.path={model}",
         f"run.dir={tmp_path}/run",
     )
-    return load_config(ROOT / "configs" / "quickstart.yaml", [*settings, *overrides])
+    return quickstart(*settings, *overrides)
 
 
 ROWS = [

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
+
+PYTHON = ".venv/bin/python launch.py"
 
 
 def make_clone(folder: Path) -> Path:
@@ -44,3 +46,28 @@ def run(folder: Path, command: str) -> str:
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout
+
+
+BY_TEST = {
+    f"{PYTHON} status RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
+    f"{PYTHON} audit RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
+    f"{PYTHON} scale RUN_DIR --actors "
+    "4": "test_system.py::test_scaling_one_to_three_to_one_from_another_shell_and_sigterm_lose_nothing",
+    f"{PYTHON} chat RUN_DIR/policy "
+    '"12+7="': "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
+    f"{PYTHON} evaluate "
+    "RUN_DIR/policy": "test_system.py::TestFinishedRun::test_policy_is_evaluated_by_vllm_through_the_cli",
+    ".venv/bin/vllm serve RUN_DIR/policy": "test_readme.py::test_programs_of_the_environment_exist",
+    "launch.py export RUN_DIR --step 200 --out "
+    "DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
+    "launch.py inspect-batch FILE": "test_guards.py::test_inspect_batch_shows_what_a_reader_looks_for",
+    "launch.py doctor": "test_readme.py::test_doctor_runs_in_a_clone",
+    "export PATH=$PWD/.venv/bin:$PATH": "test_system.py::test_ray_job_submit_with_token_authentication",
+    "export RAY_AUTH_MODE=token": "test_system.py::test_ray_job_submit_with_token_authentication",
+    "ray start --head": "test_system.py::test_ray_job_submit_with_token_authentication",
+    "ray job submit --working-dir . -- python launch.py train configs/quickstart.yaml": "test_system.py::"
+    "test_ray_job_submit_with_token_authentication",
+    "ray job stop": "test_readme.py::test_programs_of_the_environment_exist",
+    "ray job submit": "test_readme.py::test_programs_of_the_environment_exist",
+    "wandb sync": "test_wandb_writer_continued.py::test_an_offline_run_that_was_killed_and_continued_is_one_curve_in_every_file",
+}

@@ -12,29 +12,11 @@ from typing import Any
 
 from actors.prompts import PromptRow
 from actors.rollout import RolloutActor
+from benchmarks.fake_engine import FakeEngine
 from core.config import Config
-from learner.catalogue import parse_config
-from tests.support.fake_engine import FakeEngine
 from tests.support.in_process import Bench
 
-LONG = 100_000
 STEP_S = 0.005
-
-
-def make_config(**sections: Any) -> Config:
-    tree: dict[str, Any] = {
-        "run": {"timeout_s": 30.0},
-        "model": {"path": "none"},
-        "data": {"path": "none", "chat_template": False, "max_prompt_tokens": 8},
-        "rewards": {"functions": [{"name": "exact_match"}]},
-        "actors": {"group_size": 4, "slots": 8, "max_new_tokens": 16},
-        "buffer": {"capacity": 32, "max_staleness": 100},
-        "learner": {"groups_per_step": 4, "micro_batch_tokens": 2 * LONG},
-        "eval": {"samples": 2},
-    }
-    for name, values in sections.items():
-        tree[name] = {**tree.get(name, {}), **values}
-    return parse_config(tree)
 
 
 def rows(count: int = 16, **more: Any) -> list[PromptRow]:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from buffer.ledger import audit_run
-from tests.system.test_system import processes_of, rows_of, start_train, wait_for_step
+from tests.support.runs import processes_of, rows_of, start_train, wait_for_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 STEPS = 70

@@ -22,15 +22,15 @@ import torch
 
 from cluster.preparation.model_checks import check_model
 from core.errors import ConfigError
-from learner.catalogue import parse_config
 from learner.checkpoints import export
 from learner.policy.function_check import check_function
 from learner.policy.lora import persistent_buffers
 from learner.policy.zero import _still
 from learner.step.packing import TokenLogprobs, TokenSequence, collate
-from tests.learner.checkpoints.test_export import save_checkpoint
 from tests.support import ROOT
-from tests.support.families_scenario import NEW_TOKENS
+from tests.support.configs import make_config
+from tests.support.saved import save_checkpoint
+from tests.support.scenarios.families_scenario import NEW_TOKENS
 from tests.support.tiny_families import FAMILIES, NOT_TRIED, VARIANTS, make_family, stir
 
 MAX_PROMPT_TOKENS = 8
@@ -88,11 +88,10 @@ def learner(base: Path, settings: dict[str, str]) -> Any:
     """
     attention, layout = settings.get("model.attention", "sdpa"), settings.get("learner.layout", "packed")
     check_model(
-        parse_config(
+        make_config(
             {
                 "model": {"path": str(base), "attention": attention},
-                "data": {"path": "unused", "max_prompt_tokens": MAX_PROMPT_TOKENS},
-                "rewards": {"functions": [{"name": "exact_match"}]},
+                "data": {"max_prompt_tokens": MAX_PROMPT_TOKENS},
                 "actors": {"max_new_tokens": NEW_TOKENS},
                 "learner": {"layout": layout},
             }
@@ -142,7 +141,7 @@ def serve(root: Path, names: Sequence[str]) -> dict[str, str]:
     left = list(names)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     while left:
-        command = [sys.executable, "tests/support/families_scenario.py", str(root), *left]
+        command = [sys.executable, "tests/support/scenarios/families_scenario.py", str(root), *left]
         ended = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
         )

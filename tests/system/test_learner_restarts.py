@@ -19,7 +19,7 @@ from cluster.learner import Learner
 from core.errors import TrainingError
 from learner.catalogue import load_config
 from tests.support import ROOT
-from tests.system.test_system import processes_of, rows_of, start_train, wait_for_step
+from tests.support.runs import processes_of, rows_of, start_train, wait_for_step
 
 
 class Gang:

@@ -14,38 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clone import ROOT, make_clone, run
+from tests.support import ROOT
+from tests.support.clone import BY_TEST, PYTHON, make_clone, run
 
-PYTHON = ".venv/bin/python launch.py"
 BY_DRY_RUN = [
     f"{PYTHON} train configs/quickstart.yaml",
     f"{PYTHON} train configs/smollm2_sums.yaml",
     "launch.py train",
 ]
 BY_MAKE = re.compile(r"make [a-z0-9-]+")
-BY_TEST = {
-    f"{PYTHON} status RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
-    f"{PYTHON} audit RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
-    f"{PYTHON} scale RUN_DIR --actors "
-    "4": "test_system.py::test_scaling_one_to_three_to_one_from_another_shell_and_sigterm_lose_nothing",
-    f"{PYTHON} chat RUN_DIR/policy "
-    '"12+7="': "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
-    f"{PYTHON} evaluate "
-    "RUN_DIR/policy": "test_system.py::TestFinishedRun::test_policy_is_evaluated_by_vllm_through_the_cli",
-    ".venv/bin/vllm serve RUN_DIR/policy": "test_readme.py::test_programs_of_the_environment_exist",
-    "launch.py export RUN_DIR --step 200 --out "
-    "DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
-    "launch.py inspect-batch FILE": "test_guards.py::test_inspect_batch_shows_what_a_reader_looks_for",
-    "launch.py doctor": "test_readme.py::test_doctor_runs_in_a_clone",
-    "export PATH=$PWD/.venv/bin:$PATH": "test_system.py::test_ray_job_submit_with_token_authentication",
-    "export RAY_AUTH_MODE=token": "test_system.py::test_ray_job_submit_with_token_authentication",
-    "ray start --head": "test_system.py::test_ray_job_submit_with_token_authentication",
-    "ray job submit --working-dir . -- python launch.py train configs/quickstart.yaml": "test_system.py::"
-    "test_ray_job_submit_with_token_authentication",
-    "ray job stop": "test_readme.py::test_programs_of_the_environment_exist",
-    "ray job submit": "test_readme.py::test_programs_of_the_environment_exist",
-    "wandb sync": "test_wandb_writer_continued.py::test_an_offline_run_that_was_killed_and_continued_is_one_curve_in_every_file",
-}
 PROGRAMS = (
     "make ",
     "launch.py ",

@@ -4,7 +4,6 @@ by signals, killed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -22,111 +21,21 @@ import pytest
 
 from buffer.ledger import audit, audit_run
 from core.metrics import METRICS
-from tests.support import ROOT
-from tests.support.clone import make_clone
+from tests.support.clone import BY_TEST, make_clone
 from tests.support.clone import run as run_in_clone
-from tests.system.test_readme import BY_TEST
+from tests.support.runs import (
+    ROOT,
+    STEPS,
+    described,
+    environment,
+    overrides,
+    processes_of,
+    rows_of,
+    start_train,
+    wait_for_step,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
-STEPS = 12
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """This environment with the venv's programs first, and without a cluster that happens to run."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return {
-        **env,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        **extra,
-    }
-
-
-def overrides(model: Path, run_dir: Path, steps: int = STEPS) -> list[str]:
-    """The quickstart, small: its own rows, a random model, few steps, an evaluation in between."""
-    return [
-        f"model.path={model}",
-        f"run.dir={run_dir}",
-        f"run.steps={steps}",
-        "run.timeout_s=180",
-        "eval.every=6",
-        "eval.samples=1",
-        "data.eval_rows=20",
-        "learner.groups_per_step=8",
-        "buffer.capacity=24",
-        "actors.count=1",  # A start of an engine costs ten seconds of two cores.
-        "monitor.samples_every=5",
-    ]
-
-
-def rows_of(run_dir: Path, name: str = "metrics") -> list[dict]:
-    path = run_dir / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-_started: list[subprocess.Popen[str]] = []
-
-
-@pytest.fixture(autouse=True)
-def no_run_goes_on() -> Iterator[None]:
-    """A run whose test has failed does not take the cores from the tests after it."""
-    yield
-    for process in _started:
-        if process.poll() is None:
-            process.kill()  # Its guardian ends the rest.
-    _started.clear()
-
-
-def start_train(model: Path, run_dir: Path, steps: int = STEPS, *more: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "launch.py",
-        "train",
-        "configs/quickstart.yaml",
-        *overrides(model, run_dir, steps),
-        *more,
-    ]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    _started.append(process)
-    return process
-
-
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int, limit_s: float = 240) -> None:
-    until_s = time.monotonic() + limit_s
-    while len(rows_of(run_dir)) < step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until_s, f"step {step} not reached in {limit_s} s"
-        time.sleep(0.2)
-
-
-def processes_of(run_dir: Path, parents: list[int]) -> list[psutil.Process]:
-    """Every process started below `parents`."""
-    found = []
-    for pid in parents:
-        if psutil.pid_exists(pid):
-            found += [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    return found
-
-
-def described(processes: list[psutil.Process]) -> list[str]:
-    """What the processes that still live are, for a failed test to say."""
-    found = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-                found.append(
-                    f"{process.pid} {process.status()} child of {process.ppid()}: "
-                    f"{' '.join(process.cmdline())[:300]}"
-                )
-    return found
 
 
 class TestFinishedRun:

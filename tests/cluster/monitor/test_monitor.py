@@ -28,7 +28,7 @@ from core.errors import ConfigError
 from core.json_lines import JsonLines, Redactor, StepLines, last_json_lines, read_json_lines
 from core.metrics import METRICS
 from core.records import Evaluation
-from learner.catalogue import parse_config
+from tests.support.configs import make_config
 
 CANARY_KEY = "c0ffee" * 6 + "abcd"
 CANARY_TOKEN = "hf_canary-value-of-a-secret"
@@ -50,16 +50,8 @@ def release() -> Iterator[threading.Event]:
     event.set()
 
 
-def make_config(steps: int = 10, wandb: str = "off", name: str = "unit") -> Config:
-    return parse_config(
-        {
-            "run": {"name": name, "steps": steps},
-            "model": {"path": "models/tiny"},
-            "data": {"path": "data"},
-            "rewards": {"functions": [{"name": "exact_match"}]},
-            "monitor": {"wandb": wandb},
-        }
-    )
+def monitored(steps: int = 10, wandb: str = "off", name: str = "unit") -> Config:
+    return make_config(run={"name": name, "steps": steps}, monitor={"wandb": wandb})
 
 
 def evaluation(version: int, solve_rate: float) -> Evaluation:
@@ -86,7 +78,7 @@ class Clock:
 
 
 def test_every_row_has_every_metric_name(tmp_path: Path) -> None:
-    monitor = Monitor(make_config(steps=3), str(tmp_path))
+    monitor = Monitor(monitored(steps=3), str(tmp_path))
     for step in (1, 2, 3):
         monitor.log_step({"progress/step": step, "reward/mean": 0.5})
     monitor.close({})
@@ -98,7 +90,7 @@ def test_every_row_has_every_metric_name(tmp_path: Path) -> None:
 
 
 def test_values_that_are_no_finite_number_become_null_and_are_counted(tmp_path: Path) -> None:
-    monitor = Monitor(make_config(), str(tmp_path))
+    monitor = Monitor(monitored(), str(tmp_path))
     monitor.log_buffer({"buffer/groups": math.inf})
     monitor.log_step({"progress/step": 1, "reward/mean": math.nan, "optim/lr": "high", "agro/kl_ref": None})  # type: ignore[dict-item]
     monitor.close({"final_solve_rate": math.nan})
@@ -109,7 +101,7 @@ def test_values_that_are_no_finite_number_become_null_and_are_counted(tmp_path: 
 
 
 def test_the_last_row_waits_for_the_final_evaluation(tmp_path: Path) -> None:
-    monitor = Monitor(make_config(steps=2), str(tmp_path))
+    monitor = Monitor(monitored(steps=2), str(tmp_path))
     monitor.log_evaluation(evaluation(0, 0.2), [])
     monitor.log_step({"progress/step": 1})
     monitor.log_step({"progress/step": 2})
@@ -127,7 +119,7 @@ def test_the_last_row_waits_for_the_final_evaluation(tmp_path: Path) -> None:
 
 def test_actor_rates_are_differences_of_cumulative_counters_over_seconds(tmp_path: Path) -> None:
     clock = Clock()
-    monitor = Monitor(make_config(steps=100), str(tmp_path), clock)
+    monitor = Monitor(monitored(steps=100), str(tmp_path), clock)
 
     def second(step: int, tokens: dict[str, float], busy_s: float) -> dict[str, Any]:
         clock.now_s += 1.0
@@ -154,12 +146,12 @@ def test_actor_rates_are_differences_of_cumulative_counters_over_seconds(tmp_pat
 
 
 def test_a_continued_run_appends_and_keeps_the_last_evaluation(tmp_path: Path) -> None:
-    first = Monitor(make_config(), str(tmp_path))
+    first = Monitor(monitored(), str(tmp_path))
     first.log_step({"progress/step": 1})
     first.log_evaluation(evaluation(1, 0.4), [])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"progress/step": 2, "rew')  # killed in mid-line
-    second = Monitor(make_config(), str(tmp_path))
+    second = Monitor(monitored(), str(tmp_path))
     second.log_step({"progress/step": 2})
     second.close({})
     rows, num_torn = read_json_lines(tmp_path / "metrics.jsonl")
@@ -174,7 +166,7 @@ def test_a_monitor_that_was_killed_goes_on_with_the_newest_row_the_time_and_the_
     began_at_s = time.time() - 100.0
 
     def start() -> Monitor:
-        return Monitor(make_config(steps=3), str(tmp_path), began_at_s=began_at_s)
+        return Monitor(monitored(steps=3), str(tmp_path), began_at_s=began_at_s)
 
     monitor = start()
     monitor.event("first")
@@ -196,7 +188,7 @@ def test_a_monitor_that_was_killed_goes_on_with_the_newest_row_the_time_and_the_
     rows = read_json_lines(tmp_path / "metrics.jsonl")[0]
     assert [(row["progress/step"], row["reward/mean"]) for row in rows] == [(1, 0.1), (2, 0.2), (3, 0.3)]
     assert rows[-1]["eval/solve_rate"] == 0.75
-    later = Monitor(make_config(steps=9), str(tmp_path), began_at_s=time.time())
+    later = Monitor(monitored(steps=9), str(tmp_path), began_at_s=time.time())
     assert later.view()["row"]["progress/step"] is None, "of an earlier start of the run"
     later.close({})
 
@@ -288,7 +280,7 @@ def test_a_real_offline_wandb_run_is_written_and_holds_no_secret(
     monkeypatch.setenv("HF_TOKEN", CANARY_TOKEN)
     monkeypatch.delenv("WANDB_DATA_DIR")
     monkeypatch.setattr("sys.argv", ["launch.py", "--password", CANARY_TOKEN])
-    config = make_config(steps=3, wandb="offline")
+    config = monitored(steps=3, wandb="offline")
     monitor = Monitor(
         config.model_copy(update={"model": config.model.model_copy(update={"path": f"hub/{CANARY_TOKEN}"})}),
         str(run_dir),
@@ -330,7 +322,7 @@ def test_online_that_fails_goes_on_offline_with_the_same_run_id(
         return real_init(**options)
 
     monkeypatch.setattr(wandb, "init", init)
-    monitor = Monitor(make_config(wandb="online"), str(tmp_path / "run"))
+    monitor = Monitor(monitored(wandb="online"), str(tmp_path / "run"))
     monitor.log_step({"progress/step": 1})
     monitor.close({})
     run_id = (tmp_path / "run" / "wandb_id").read_text().strip()
@@ -381,7 +373,7 @@ def test_wandb_outage_changes_nothing(
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setattr(monitor_module, "WANDB_FINISH_S", 0.5)
     began_s = time.monotonic()
-    monitor = Monitor(make_config(steps=1500, wandb="offline"), str(tmp_path))
+    monitor = Monitor(monitored(steps=1500, wandb="offline"), str(tmp_path))
     for step in range(1, 1501):  # more than the queue holds
         monitor.log_step({"progress/step": step})
     monitor.close({})
@@ -403,7 +395,7 @@ def test_wandb_gets_known_values_only_and_the_same_rows_as_the_file(
 ) -> None:
     run = FakeRun()
     monkeypatch.setattr(wandb, "init", lambda **options: run)
-    monitor = Monitor(make_config(steps=2, wandb="offline"), str(tmp_path))
+    monitor = Monitor(monitored(steps=2, wandb="offline"), str(tmp_path))
     monitor.log_step({"progress/step": 1, "reward/mean": 0.25})
     monitor.log_step({"progress/step": 2, "reward/mean": 0.5})
     monitor.close({"final_solve_rate": 0.5, "errors": {}})
@@ -414,20 +406,20 @@ def test_wandb_gets_known_values_only_and_the_same_rows_as_the_file(
 
 
 def test_wandb_mode_is_decided_by_config_and_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert wandb_mode(make_config(wandb="auto")) == "offline"
-    assert wandb_mode(make_config(wandb="off")) == "off"
+    assert wandb_mode(monitored(wandb="auto")) == "offline"
+    assert wandb_mode(monitored(wandb="off")) == "off"
     with pytest.raises(ConfigError, match="WANDB_API_KEY"):
-        wandb_mode(make_config(wandb="online"))
+        wandb_mode(monitored(wandb="online"))
     netrc = tmp_path / "netrc"
     netrc.write_text("machine wandb.example.org login user password " + CANARY_KEY)
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
-    assert wandb_mode(make_config(wandb="auto")) == "offline"
+    assert wandb_mode(monitored(wandb="auto")) == "offline"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert wandb_mode(make_config(wandb="auto")) == "online"
-    assert wandb_mode(make_config(wandb="offline")) == "offline"
+    assert wandb_mode(monitored(wandb="auto")) == "online"
+    assert wandb_mode(monitored(wandb="offline")) == "offline"
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_mode(make_config(wandb="auto")) == "offline"
+    assert wandb_mode(monitored(wandb="auto")) == "offline"
 
 
 def test_words_that_only_sound_secret_are_left_alone() -> None:
@@ -440,7 +432,7 @@ def test_words_that_only_sound_secret_are_left_alone() -> None:
 
 def run_for_terminal(tmp_path: Path, steps: int, stream: io.StringIO) -> tuple[Monitor, list[str]]:
     clock = Clock()
-    monitor = Monitor(make_config(steps=steps), str(tmp_path), clock)
+    monitor = Monitor(monitored(steps=steps), str(tmp_path), clock)
     with Terminal(stream, live=False, clock=clock) as terminal:
         monitor.event("actor rollout-0 started")
         for step in range(1, steps + 1):
@@ -494,7 +486,7 @@ def test_the_live_screen_shows_what_is_known_and_a_dash_for_the_rest(tmp_path: P
 
 
 def test_a_view_before_the_first_step_can_be_shown(tmp_path: Path) -> None:
-    view = Monitor(make_config(), str(tmp_path)).view()
+    view = Monitor(monitored(), str(tmp_path)).view()
     assert plain_line(view).startswith("step -/10  reward -  solve -")
     console = Console(file=io.StringIO(), width=100)
     console.print(screen(view))

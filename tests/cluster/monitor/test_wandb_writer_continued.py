@@ -15,8 +15,8 @@ import wandb
 from cluster.monitor import wandb_file
 from cluster.monitor.monitor import Monitor
 from core.json_lines import read_json_lines
-from learner.catalogue import parse_config
 from tests.support import ROOT
+from tests.support.configs import make_config
 
 DRIVER = """
 import sys, time, pathlib, tests.cluster.monitor.test_wandb_writer_continued as this
@@ -37,12 +37,9 @@ def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def make_monitor(run_dir: Path, mode: str) -> Monitor:
     tree = {
         "run": {"name": "unit", "steps": 100},
-        "model": {"path": "models/tiny"},
-        "data": {"path": "data"},
-        "rewards": {"functions": [{"name": "exact_match"}]},
         "monitor": {"wandb": mode, "samples_every": 4},
     }
-    return Monitor(parse_config(tree), str(run_dir))
+    return Monitor(make_config(tree), str(run_dir))
 
 
 def log_steps(run_dir: Path, first: int, last: int, offset: float = 0.0, mode: str = "offline") -> Monitor:

@@ -15,7 +15,7 @@ import transformers
 from cluster.preparation.model_checks import check_model
 from core.config import Config
 from core.errors import ConfigError
-from learner.catalogue import parse_config
+from tests.support.configs import make_config
 
 SMALL = {
     "vocab_size": 64,
@@ -41,13 +41,10 @@ def config_of(
 ) -> Config:
     """A run with sequences of up to `longest` tokens on a model of which there is nothing but the config."""
     getattr(transformers, f"{kind}Config")(**copy.deepcopy({**SMALL, **settings})).save_pretrained(directory)
-    return parse_config(
-        {
-            "model": {"path": str(directory), "attention": attention},
-            "data": {"path": "none", "max_prompt_tokens": 16},
-            "rewards": {"functions": [{"name": "exact_match"}]},
-            "actors": {"max_new_tokens": longest - 16},
-        }
+    return make_config(
+        model={"path": str(directory), "attention": attention},
+        data={"max_prompt_tokens": 16},
+        actors={"max_new_tokens": longest - 16},
     )
 
 

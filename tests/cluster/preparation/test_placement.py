@@ -13,23 +13,20 @@ import pytest
 from cluster.preparation.memory import GIB, estimate_memory, host_bytes
 from cluster.preparation.placement import ask_ray, bundles, check, dry_run, most_actors, render
 from core.errors import PlacementError
-from learner.catalogue import parse_config
+from tests.support.configs import make_config
 
 SMOLLM2_PARAMETERS = 134_515_008
 
 
 def config_of(**sections):
     """A config of an 8B-like run on GPUs; `sections` change fields of it."""
-    tree: dict[str, Any] = {
+    tree = {
         "model": {"path": "someone/Some-8B-Instruct", "dtype": "bfloat16"},
         "data": {"path": "rows.jsonl"},
-        "rewards": {"functions": [{"name": "exact_match"}]},
         "actors": {"count": 4, "num_cpus": 4, "num_gpus": 1},
         "learner": {"ranks": 4, "num_cpus": 4, "num_gpus": 1},
     }
-    for section, fields in sections.items():
-        tree[section] = {**tree.get(section, {}), **fields}
-    return parse_config(tree)
+    return make_config(tree, **sections)
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,9 @@ from cluster.preparation.model_weights import check_weights
 from cluster.preparation.prepare import check_start, ensure_model, locate_model, prepare
 from core.config import Config, ModelConfig
 from core.errors import AgroError, ConfigError, PlacementError
-from learner.catalogue import load_config, parse_text
+from learner.catalogue import parse_text
 from tests.support import ROOT
+from tests.support.configs import quickstart
 
 
 @pytest.fixture
@@ -64,10 +65,7 @@ def add_tokens(directory: str, **tokens: Any) -> None:
 
 
 def config_of(*changes: str) -> Config:
-    return load_config(
-        ROOT / "configs" / "quickstart.yaml",
-        ["model.path=./model", "data.path=./data", "monitor.wandb=off", *changes],
-    )
+    return quickstart("model.path=./model", "data.path=./data", "monitor.wandb=off", *changes)
 
 
 FAULTS = [

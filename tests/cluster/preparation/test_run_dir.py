@@ -17,12 +17,13 @@ from core.config import Config
 from core.errors import ConfigError, PlacementError
 from learner.catalogue import load_config
 from tests.support import ROOT
+from tests.support.configs import quickstart
 
 EXAMPLE = ROOT / "configs" / "quickstart.yaml"
 
 
-def make_config(path: Path, *overrides: str) -> Config:
-    return load_config(EXAMPLE, [f"run.dir={path}", *overrides])
+def config_at(path: Path, *overrides: str) -> Config:
+    return quickstart(f"run.dir={path}", *overrides)
 
 
 @pytest.fixture(autouse=True)
@@ -36,17 +37,17 @@ def reopened(path: Path, *overrides: str) -> run_dir.RunDir:
     """As a new process would: the lock of the first one is gone."""
     while run_dir._held_locks:
         os.close(run_dir._held_locks.pop())
-    return open_run_dir(make_config(path, *overrides))
+    return open_run_dir(config_at(path, *overrides))
 
 
 def test_a_new_directory_holds_the_resolved_config(tmp_path: Path) -> None:
-    opened = open_run_dir(make_config(tmp_path / "run"))
+    opened = open_run_dir(config_at(tmp_path / "run"))
     assert (opened.is_continued, opened.notes) == (False, ())
-    assert load_config(opened.path / "config.yaml") == make_config(tmp_path / "run")
+    assert load_config(opened.path / "config.yaml") == config_at(tmp_path / "run")
 
 
 def test_an_unfinished_run_is_continued_and_changes_are_told_and_kept(tmp_path: Path) -> None:
-    open_run_dir(make_config(tmp_path / "run"))
+    open_run_dir(config_at(tmp_path / "run"))
     opened = reopened(tmp_path / "run", "learner.lr=1e-3", "run.steps=900")
     assert opened.is_continued
     (note,) = opened.notes
@@ -57,7 +58,7 @@ def test_an_unfinished_run_is_continued_and_changes_are_told_and_kept(tmp_path: 
 
 
 def test_a_run_that_goes_on_with_another_objective_says_so(tmp_path: Path) -> None:
-    open_run_dir(make_config(tmp_path / "run"))
+    open_run_dir(config_at(tmp_path / "run"))
     (note,) = reopened(tmp_path / "run", "objective.name=grpo").notes
     assert "objective.name 'agro' -> 'grpo'" in note
     assert "objective.target 'mean' -> None" in note
@@ -69,7 +70,7 @@ def test_another_process_is_kept_out_until_the_holder_has_died(tmp_path: Path) -
     here, there = context.Pipe()
 
     def hold() -> None:
-        open_run_dir(make_config(tmp_path / "run"))
+        open_run_dir(config_at(tmp_path / "run"))
         there.send("open")
         there.recv()
 
@@ -77,10 +78,10 @@ def test_another_process_is_kept_out_until_the_holder_has_died(tmp_path: Path) -
     process.start()
     assert here.recv() == "open"
     with pytest.raises(ConfigError, match=f"is in use by process {process.pid} on"):
-        open_run_dir(make_config(tmp_path / "run"))
+        open_run_dir(config_at(tmp_path / "run"))
     process.kill()
     process.join()
-    assert open_run_dir(make_config(tmp_path / "run")).is_continued
+    assert open_run_dir(config_at(tmp_path / "run")).is_continued
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_another_process_is_kept_out_until_the_holder_has_died(tmp_path: Path) -
 def test_only_a_finished_run_is_not_continued(
     tmp_path: Path, summary: dict[str, Any], steps: int, refused: bool
 ) -> None:
-    open_run_dir(make_config(tmp_path / "run"))
+    open_run_dir(config_at(tmp_path / "run"))
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
     if refused:
         with pytest.raises(
@@ -118,7 +119,7 @@ def test_only_a_finished_run_is_not_continued(
     ],
 )
 def test_what_the_run_is_about_cannot_change(tmp_path: Path, override: str, message: str) -> None:
-    open_run_dir(make_config(tmp_path / "run"))
+    open_run_dir(config_at(tmp_path / "run"))
     before = (tmp_path / "run" / "config.yaml").read_text()
     with pytest.raises(ConfigError, match=message):
         reopened(tmp_path / "run", override)
@@ -126,7 +127,7 @@ def test_what_the_run_is_about_cannot_change(tmp_path: Path, override: str, mess
 
 
 def test_a_run_without_checkpoints_is_not_continued(tmp_path: Path) -> None:
-    open_run_dir(make_config(tmp_path / "run", "checkpoint.every=0"))
+    open_run_dir(config_at(tmp_path / "run", "checkpoint.every=0"))
     with pytest.raises(ConfigError, match="without checkpoints"):
         reopened(tmp_path / "run")
 
@@ -141,7 +142,7 @@ def checked_and_opened(config: Config) -> str:
 
 def open_fresh(root: Path) -> str:
     os.environ["AGRO_RUNS"] = str(root)
-    return checked_and_opened(load_config(EXAMPLE))
+    return checked_and_opened(quickstart())
 
 
 def test_runs_that_start_in_the_same_second_have_a_directory_each(
@@ -150,7 +151,7 @@ def test_runs_that_start_in_the_same_second_have_a_directory_each(
     monkeypatch.setenv("AGRO_RUNS", str(tmp_path / "of threads"))
     monkeypatch.setattr(run_dir.time, "strftime", lambda form: "20260101-000000")
     with ThreadPoolExecutor(8) as pool:
-        names = list(pool.map(checked_and_opened, [load_config(EXAMPLE)] * 8))
+        names = list(pool.map(checked_and_opened, [quickstart()] * 8))
     assert sorted(names) == [
         "quickstart-20260101-000000",
         *(f"quickstart-20260101-000000-{number}" for number in range(2, 9)),
@@ -213,7 +214,7 @@ def test_a_place_where_no_run_can_be_is_refused_by_a_start_and_by_a_dry_run(
     before = sorted(tmp_path.rglob("*"))
     for function in (open_run_dir, check_run_dir):
         with pytest.raises(ConfigError) as caught:
-            function(make_config(path if path.is_absolute() or "~" in str(path) else tmp_path / path))
+            function(config_at(path if path.is_absolute() or "~" in str(path) else tmp_path / path))
         assert all(word in str(caught.value) for word in words), caught.value
         assert sorted(tmp_path.rglob("*")) == before
 
@@ -225,27 +226,27 @@ def test_an_empty_directory_will_do_also_one_with_what_a_shell_wrote(
     (tmp_path / "run").mkdir()
     for name in names:
         (tmp_path / "run" / name).touch()
-    assert check_run_dir(make_config(tmp_path / "run")).endswith("no run is in it")
-    assert not open_run_dir(make_config(tmp_path / "run")).is_continued
+    assert check_run_dir(config_at(tmp_path / "run")).endswith("no run is in it")
+    assert not open_run_dir(config_at(tmp_path / "run")).is_continued
 
 
 def test_a_dry_run_says_what_a_start_would_do_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b"
-    assert check_run_dir(make_config(path)) == f"{path} would be made"
+    assert check_run_dir(config_at(path)) == f"{path} would be made"
     assert list(tmp_path.iterdir()) == []
-    open_run_dir(make_config(path))
+    open_run_dir(config_at(path))
     with pytest.raises(ConfigError, match="is in use by process"):
-        check_run_dir(make_config(path))
+        check_run_dir(config_at(path))
     while run_dir._held_locks:
         os.close(run_dir._held_locks.pop())
-    assert check_run_dir(make_config(path, "learner.lr=1e-3")) == f"the run in {path} would be continued"
+    assert check_run_dir(config_at(path, "learner.lr=1e-3")) == f"the run in {path} would be continued"
     assert sorted(found.name for found in path.iterdir()) == ["config.yaml", "run.lock"]
     with pytest.raises(ConfigError, match=r"run\.seed = 0, now 1"):
-        check_run_dir(make_config(path, "run.seed=1"))
+        check_run_dir(config_at(path, "run.seed=1"))
 
 
 def test_a_copy_of_a_run_without_its_lock_is_continued(tmp_path: Path) -> None:
-    opened = open_run_dir(make_config(tmp_path / "run"))
+    opened = open_run_dir(config_at(tmp_path / "run"))
     (opened.path / "metrics.jsonl").touch()
     (opened.path / "run.lock").unlink()
     assert reopened(tmp_path / "run").is_continued
@@ -258,7 +259,7 @@ def test_text_and_small_numbers_are_no_changes_of_a_run_that_goes_on(tmp_path: P
         "learner.lr=1e-5",
         "run.name=0600",
     ]
-    open_run_dir(make_config(tmp_path / "run", *changes))
+    open_run_dir(config_at(tmp_path / "run", *changes))
     assert reopened(tmp_path / "run", *changes).notes == (f"continuing the run in {tmp_path / 'run'}",)
 
 
@@ -266,7 +267,7 @@ def test_text_and_small_numbers_are_no_changes_of_a_run_that_goes_on(tmp_path: P
 
 
 def test_a_start_that_is_refused_leaves_no_directory(tmp_path: Path) -> None:
-    opened = open_run_dir(make_config(tmp_path / "run"))
+    opened = open_run_dir(config_at(tmp_path / "run"))
     with pytest.raises(PlacementError), kept_if_begun(opened.path, opened.is_continued):
         raise PlacementError("no GPU")
     assert not (tmp_path / "run").exists()
@@ -275,7 +276,7 @@ def test_a_start_that_is_refused_leaves_no_directory(tmp_path: Path) -> None:
 def test_a_start_that_fails_before_work_was_handed_out_leaves_its_logs_and_nothing_to_continue(
     tmp_path: Path,
 ) -> None:
-    opened = open_run_dir(make_config(tmp_path / "run"))
+    opened = open_run_dir(config_at(tmp_path / "run"))
     for name in ("events.jsonl", "buffer.sqlite", "buffer.sqlite-wal", "ledger.jsonl"):
         (opened.path / name).touch()
     with pytest.raises(KeyboardInterrupt), kept_if_begun(opened.path, opened.is_continued):
@@ -290,7 +291,7 @@ def test_a_start_that_fails_before_work_was_handed_out_leaves_its_logs_and_nothi
 
 @pytest.mark.parametrize("has_begun", [True, False])
 def test_a_run_that_had_begun_is_kept_whatever_ends_it(tmp_path: Path, has_begun: bool) -> None:
-    opened = open_run_dir(make_config(tmp_path / "run"))
+    opened = open_run_dir(config_at(tmp_path / "run"))
     (opened.path / "ledger.jsonl").write_text("{}\n" * has_begun)
     with pytest.raises(PlacementError), kept_if_begun(opened.path, is_continued=not has_begun):
         raise PlacementError("no GPU")
@@ -299,7 +300,7 @@ def test_a_run_that_had_begun_is_kept_whatever_ends_it(tmp_path: Path, has_begun
 
 def test_a_place_that_cannot_be_written_is_explained() -> None:
     with pytest.raises(ConfigError, match=r"run\.dir = /proc/nothing/run cannot be used"):
-        open_run_dir(make_config(Path("/proc/nothing/run")))
+        open_run_dir(config_at(Path("/proc/nothing/run")))
 
 
 def test_the_runs_of_a_user_lie_in_the_home_that_is_meant_and_under_a_path_that_sqlite_opens(
@@ -308,11 +309,11 @@ def test_the_runs_of_a_user_lie_in_the_home_that_is_meant_and_under_a_path_that_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("AGRO_RUNS", "~/runs")
-    assert check_run_dir(load_config(EXAMPLE)).startswith(str(tmp_path / "home" / "runs" / "quickstart-"))
-    assert open_run_dir(load_config(EXAMPLE)).path.parent == tmp_path / "home" / "runs"
+    assert check_run_dir(quickstart()).startswith(str(tmp_path / "home" / "runs" / "quickstart-"))
+    assert open_run_dir(quickstart()).path.parent == tmp_path / "home" / "runs"
     for root, part in (("~nobodyx/runs", "there is no user 'nobodyx'"), ("a/" * 200, "at most 400")):
         monkeypatch.setenv("AGRO_RUNS", root)
         for ask in (check_run_dir, open_run_dir):
             with pytest.raises(ConfigError, match=part):
-                ask(load_config(EXAMPLE))
+                ask(quickstart())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]

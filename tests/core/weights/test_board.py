@@ -11,11 +11,9 @@ import msgspec
 
 from core.records import EvalItem, EvalSample, Evaluation, VersionSpan
 from core.weights.board import KEEP, Board, Directive
-from learner.catalogue import parse_config
+from tests.support.configs import make_config
 
-CONFIG = parse_config(
-    {"model": {"path": "m"}, "data": {"path": "d"}, "rewards": {"functions": [{"name": "exact_match"}]}}
-)
+CONFIG = make_config()
 
 
 def result(item: EvalItem, reward: float | None, version: int | None = None) -> EvalSample:

@@ -22,19 +22,19 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.fake_engine import PushedWeights
 from core.calls import Calls
-from core.config import Config
 from core.weights.transports import Sender, Transport, ZeroSource, load_transport
-from tests.core.weights.test_transports import Plain
 from tests.support import ROOT
+from tests.support.configs import pushing
 from tests.support.cpu_transfer import Wires, on_cpu, wait_until
-from tests.support.fake_engine import PushedWeights
 from tests.support.in_process import Answer, Bench, Reference
-from tests.support.simulated import SimulatedActor, benches, make_config, rows
+from tests.support.simulated import SimulatedActor, benches, rows
+from tests.support.weights import Plain
 
 pytestmark = pytest.mark.slow
 
-SCENARIO = ROOT / "tests/support/transport_scenario.py"
+SCENARIO = ROOT / "tests/support/scenarios/transport_scenario.py"
 
 BUCKET_BYTES = 10_000
 ANSWER_S = 1.0
@@ -53,12 +53,6 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     monkeypatch.setattr("core.weights.transports.client.ANSWER_S", ANSWER_S)
     with benches(tmp_path) as make:
         yield make
-
-
-def pushing(transport: str, **sections: Any) -> Config:
-    """A config that its own validator would refuse on a machine without a GPU."""
-    config = make_config(**{"run": {"timeout_s": 8.0}, **sections})
-    return config.model_copy(update={"weights": config.weights.model_copy(update={"transport": transport})})
 
 
 def receiving_engine(transport: str) -> Any:

@@ -8,13 +8,12 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 
@@ -22,98 +21,23 @@ from actors.follower import Follower
 from core.calls import Calls
 from core.errors import ConfigError, PeerTimeout, SnapshotError
 from core.weights.board import Directive
-from core.weights.snapshots import Manifest, SnapshotWriter, read_snapshot
+from core.weights.snapshots import SnapshotWriter
 from core.weights.transports import Sender, ZeroSource, load_transport
 from core.weights.transports.base import Transport
-from learner.catalogue import parse_config
-from tests.actors.test_receiver import Loop
-from tests.support import source_scenario
+from tests.support.configs import make_config
 from tests.support.ranks import run_ranks
+from tests.support.scenarios import source_scenario
 from tests.support.simulated import Late, until
 from tests.support.tiny_families import make_family
+from tests.support.weights import Board, Loop, Method, Plain, Store
 
 MIB = 2**20
-TREE: dict[str, Any] = {
-    "run": {"timeout_s": 5.0},
-    "model": {"path": "none"},
-    "data": {"path": "none"},
-    "rewards": {"functions": [{"name": "exact_match"}]},
-}
-
-
-class Plain:
-    """A policy on one rank: what `named_weights` yields IS the parameter, as with ZeRO-3 on one rank."""
-
-    def __init__(self, size: int = 64) -> None:
-        self.module = torch.nn.Sequential(
-            torch.nn.Linear(size, size), torch.nn.LayerNorm(size), torch.nn.Linear(size, 3)
-        )
-
-    def named_weights(
-        self, bucket_bytes: int, *, adapters_alone: bool = False
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, parameter.data) for name, parameter in self.module.named_parameters())
-
-    def copy(self) -> dict[str, torch.Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.module.named_parameters()}
-
-
-class Method:
-    """`handle.method`: `remote` makes the call at once."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    async def remote(self, *arguments: Any, **named: Any) -> Any:
-        return self._function(*arguments, **named)
-
-
-class Board:
-    """A handle that keeps what is published. `actors`: by name, those that can be pushed weights."""
-
-    def __init__(self) -> None:
-        self.published: dict[int, dict[str, torch.Tensor]] = {}
-        self.evaluated: list[int] = []
-        self.actors: dict[str, Any] = {}
-        self.publish, self.members, self.announce = (
-            Method(self._publish),
-            Method(lambda: self.actors),
-            Method(lambda version: None),
-        )
-
-    def _publish(
-        self, manifest: bytes, buckets: list[np.ndarray], version: int, *, evaluate: bool
-    ) -> list[int]:
-        self.published[version] = dict(
-            read_snapshot(msgspec.msgpack.decode(manifest, type=Manifest), buckets)
-        )
-        self.evaluated += [version] * evaluate
-        return sorted({*self.evaluated, *sorted(self.published)[-2:]})
-
-
-class Store:
-    """An object store: `delay_s` for a bucket, `error` instead of taking one; `gate` closed: none is
-    taken.
-    """
-
-    def __init__(self, delay_s: float = 0.0) -> None:
-        self.delay_s, self.error, self.num_stored = delay_s, "", 0
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def __call__(self, bucket: np.ndarray) -> np.ndarray:
-        self.gate.wait(30)
-        if self.error:
-            raise OSError(self.error)
-        time.sleep(self.delay_s)
-        self.num_stored += 1
-        return bucket.copy()
 
 
 def snapshots(
     policy: Plain, store: Store, board: Board, *, bucket_mib: float = 2**-6, timeout_s: float = 5.0
 ) -> Transport:
-    config = parse_config({**TREE, "run": {"timeout_s": timeout_s}, "weights": {"bucket_mib": bucket_mib}})
+    config = make_config({"run": {"timeout_s": timeout_s}, "weights": {"bucket_mib": bucket_mib}})
     source = ZeroSource(policy, int(bucket_mib * MIB))
     return load_transport(Sender(0, config, source, board, Calls(timeout_s), store, lambda text: None))
 
@@ -131,7 +55,7 @@ def test_a_snapshot_that_cannot_be_had_again_and_again_is_told_once(monkeypatch)
         give_back=Method(lambda name: None),
     )
     monkeypatch.setattr("actors.follower.RETRY_S", 0.01)
-    follower = Follower("actor-0", parse_config(TREE), board, Calls(5.0), told.append)
+    follower = Follower("actor-0", make_config(), board, Calls(5.0), told.append)
 
     def has_failed_often() -> bool:
         follower.look(0, is_evaluating=False)
@@ -296,7 +220,7 @@ REFUSED = {
 def test_a_transport_that_the_machines_cannot_have_is_refused_with_a_remedy(case: str):
     sections, transport, remedy = REFUSED[case]
     with pytest.raises(ConfigError, match=remedy):
-        parse_config({**TREE, **sections, "weights": {"transport": transport}})
+        make_config({**sections, "weights": {"transport": transport}})
 
 
 @pytest.mark.parametrize(
@@ -309,7 +233,7 @@ def test_a_transport_that_the_machines_cannot_have_is_refused_with_a_remedy(case
 def test_a_transport_that_they_can_have_is_not(
     transport: str, learner: dict[str, Any], actors: dict[str, Any]
 ):
-    config = parse_config({**TREE, "learner": learner, "actors": actors, "weights": {"transport": transport}})
+    config = make_config({"learner": learner, "actors": actors, "weights": {"transport": transport}})
     assert config.weights.transport == transport
 
 
@@ -317,7 +241,7 @@ def test_an_actor_of_a_run_with_snapshots_takes_no_pushes():
     from actors.rollout import RolloutActor
 
     actor = RolloutActor.__new__(RolloutActor)
-    actor._receiver, actor._name, actor._config = None, "actor-0", parse_config(TREE)
+    actor._receiver, actor._name, actor._config = None, "actor-0", make_config()
     with pytest.raises(SnapshotError, match=r"weights\.transport = snapshot"):
         actor.receive("start", 1)
 

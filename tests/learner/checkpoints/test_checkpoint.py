@@ -1,5 +1,5 @@
 """Checkpoints on disk: no kill, damage or full disk leaves a run without one. (Resuming from them:
-tests/learner/checkpoints/test_resume.py.)
+tests/learner/checkpoints/test_checkpoint_resume.py.)
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from learner.checkpoints.checkpoint import (
 )
 from learner.checkpoints.writer import CheckpointWriter, random_states, set_random_states
 from tests.support import ROOT
-from tests.support.checkpoint_scenario import TENSORS, parts_of, value_of
+from tests.support.scenarios.checkpoint_scenario import TENSORS, parts_of, value_of
 
-SCENARIO = ROOT / "tests/support/checkpoint_scenario.py"
+SCENARIO = ROOT / "tests/support/scenarios/checkpoint_scenario.py"
 
 
 # --- ranks without a model: kills ---

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from learner.checkpoints import export
 from learner.policy.file_weights import Unit, file_units
 from learner.policy.lora import persistent_buffers
-from tests.learner.checkpoints.test_export import save_checkpoint
+from tests.support.saved import save_checkpoint
 from tests.support.tiny_families import make_family, stir
 
 

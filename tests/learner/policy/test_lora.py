@@ -28,20 +28,16 @@ from learner.policy.lora import ADAPTER, adapters_off, add_adapters, merged, wei
 from learner.step.frozen import frozen_names
 from learner.step.packing import ModelInputs, token_logprobs
 from learner.step.update import Updater
-from tests.learner.checkpoints.test_resume import Run
-from tests.learner.policy.test_zero import LR, config_for, random_batches
-from tests.support import lora_scenario
-from tests.support.lora_scenario import SEED, STEPS
+from tests.support.configs import ALPHA, LR, RANK, lora_config
 from tests.support.ranks import run_ranks
-from tests.system.test_system import rows_of, start_train
+from tests.support.resumed import Run
+from tests.support.runs import rows_of, start_train
+from tests.support.scenarios import lora_scenario
+from tests.support.scenarios.lora_scenario import SEED, STEPS
+from tests.support.updates import random_batches
 
-RANK, ALPHA = 4, 8.0
 # Moving: as in tests/learner/policy/test_zero.py, ratios pi/pi_prox enlarge the differences.
 TOLERANCE = {False: 1e-5, True: 4e-5}
-
-
-def lora_config(model_dir: Path, *, moving: bool = False, **learner: object) -> Config:
-    return config_for(str(model_dir), moving=moving, lora_rank=RANK, lora_alpha=ALPHA, **learner)
 
 
 def load(directory: Path) -> Any:

@@ -16,7 +16,7 @@ from core.config import ModelConfig
 from core.errors import ConfigError
 from learner.policy.model_files import check_model_files, mended, write_model_files
 from learner.worker import LearnerRank
-from tests.learner.policy.test_zero import config_for
+from tests.support.configs import update_config
 from tests.support.tiny_families import make_family
 
 
@@ -172,14 +172,14 @@ def test_a_part_of_a_model_is_not_trained_alone(base: Path) -> None:
         match=r"is a LlamaForConditionalGeneration, of which .* the language "
         r"model alone",
     ):
-        check_model(config_for(str(base)))
+        check_model(update_config(str(base)))
 
 
 def test_fused_experts_without_adapters_are_told(tmp_path: Path) -> None:
     base = make_family("mixtral", tmp_path / "base")
-    (note,) = lora_notes(config_for(str(base), lora_rank=2))
+    (note,) = lora_notes(update_config(str(base), lora_rank=2))
     assert re.search(r"the experts of MixtralForCausalLM, \d\d% of its parameters, get no adapters", note)
-    assert lora_notes(config_for(str(base))) == ()
+    assert lora_notes(update_config(str(base))) == ()
 
 
 def test_a_head_of_its_own_where_vllm_takes_the_embedding_is_refused(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_head_of_its_own_where_vllm_takes_the_embedding_is_refused(tmp_path: P
         match=r"\(cohere\) has an LM head of its own .*for which vLLM takes the "
         r"embedding",
     ):
-        check_model(config_for(str(base)))
+        check_model(update_config(str(base)))
 
 
 def test_a_base_whose_files_are_gone_at_the_end_costs_no_run_that_has_checkpoints(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_base_whose_files_are_gone_at_the_end_costs_no_run_that_has_checkpoint
     told: list[str] = []
     rank: Any = object.__new__(LearnerRank)
     rank._policy, rank._monitor = Policy(), SimpleNamespace(event=SimpleNamespace(remote=told.append))
-    rank._config = config_for("none")
+    rank._config = update_config("none")
     assert rank._config.checkpoint.every
     assert rank._write_policy("policy") is False
     assert re.search(

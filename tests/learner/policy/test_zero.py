@@ -6,88 +6,24 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.lag_lab import PlainPolicy
 from core.config import Config
-from core.records import Batch, Group, Sample, VersionSpan
+from core.records import Batch
 from learner.catalogue import parse_config
-from learner.objectives import Objective, TokenBatch, load_objective
+from learner.objectives import load_objective
 from learner.step.frozen import frozen_names
-from learner.step.update import Updater
-from tests.support import ranks, zero_scenario
+from tests.support import ranks
+from tests.support.configs import LR, update_config
+from tests.support.scenarios import zero_scenario
+from tests.support.updates import Spy, plain_updater, random_batches, spied
 
-STEPS = 10
-LR = 1e-3
 # fp32: sums over ranks and micro-batches are taken in another order; after AdamW's division small gradients
 # keep the difference.
 TOLERANCE = {"agro": 2e-5, "moving": 4e-5}  # Ratios pi/pi_prox enlarge them further.
-
-
-# What moves copies of the policy: the reference every 2 steps, the proximal policy every 3; and per-token
-# references.
-MOVING = {
-    "objective": {"name": "ppo_decoupled", "beta": 0.1, "ref_update_every": 2, "proximal_every": 3},
-}
-
-
-def config_for(model_dir: str, *, moving: bool = False, **learner: object) -> Config:
-    if moving:
-        return parse_config({**config_for(model_dir, **learner).model_dump(), **MOVING})
-    return parse_config(
-        {
-            "model": {"path": model_dir},
-            "data": {"path": "unused", "max_prompt_tokens": 12},
-            "rewards": {"functions": [{"name": "exact_match"}]},
-            "actors": {"max_new_tokens": 8},
-            "learner": {
-                "groups_per_step": 5,
-                "lr": LR,
-                "grad_clip": 0.5,
-                "micro_batch_tokens": 96,
-                **learner,
-            },
-            "objective": {"beta": 0.1},
-        }
-    )
-
-
-def random_batches(vocab_size: int) -> list[Batch]:
-    """Groups of mixed sizes, lengths and ages; some too large for one micro-batch of 96 tokens."""
-    rng = random.Random(0)
-    batches = []
-    for step in range(STEPS):
-        groups = []
-        for number in range(5):
-            samples = []
-            for _ in range(rng.choice([2, 3, 8])):
-                length = rng.randint(1, 8)
-                samples.append(
-                    Sample(
-                        token_ids=tuple(rng.randrange(vocab_size) for _ in range(length)),
-                        logprobs=tuple(-rng.uniform(1, 4) for _ in range(length)),
-                        version_spans=(VersionSpan(max(0, step - rng.randint(0, 3)), 0, length),),
-                        finish_reason="stop",
-                        text="",
-                        reward=float(rng.random() < 0.5),
-                    )
-                )
-            prompt_ids = tuple(rng.randrange(3, vocab_size) for _ in range(rng.randint(3, 12)))
-            groups.append(
-                Group(
-                    group_id=100 * step + number,
-                    row=number,
-                    prompt="",
-                    prompt_ids=prompt_ids,
-                    samples=tuple(samples),
-                )
-            )
-        batches.append(Batch(step, tuple(groups)))
-    return batches
 
 
 def run_plain(config: Config) -> dict:
@@ -100,12 +36,6 @@ def run_plain(config: Config) -> dict:
     return {"parameters": dict(policy.module.named_parameters()), "metrics": metrics}
 
 
-def plain_updater(config: Config, objective: Objective) -> tuple[PlainPolicy, Updater]:
-    policy = PlainPolicy(config, trained=True)
-    frozen = {name: PlainPolicy(config, trained=False) for name in frozen_names(objective)}
-    return policy, Updater(config, policy, objective, frozen, pad_id=0, device=torch.device("cpu"))
-
-
 @pytest.fixture(scope="module")
 def plain(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> dict:
     """The plain loop: padded, one micro-batch a step, whole logits; and with a moving reference and
@@ -113,13 +43,13 @@ def plain(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> dict:
     """
     moving = request.param == "moving"
     name = "untied" if moving else request.param
-    config = config_for(str(tiny_models[name]), moving=moving, micro_batch_tokens=4096, layout="padded")
+    config = update_config(str(tiny_models[name]), moving=moving, micro_batch_tokens=4096, layout="padded")
     return {"moving": moving, "model_dir": tiny_models[name], **run_plain(config)}
 
 
 def run_scenario(model_dir: Path, out_dir: Path, num_ranks: int, *, moving: bool, **learner: object) -> dict:
     """The scenario in `num_ranks` real processes over gloo."""
-    config = config_for(str(model_dir), moving=moving, ranks=num_ranks, **learner)
+    config = update_config(str(model_dir), moving=moving, ranks=num_ranks, **learner)
     (out_dir / "config.json").write_text(config.model_dump_json())
     ranks.run_ranks(zero_scenario.main, num_ranks, out_dir)
     return {"metrics": json.loads((out_dir / "metrics.json").read_text()), "dir": out_dir / "policy"}
@@ -178,7 +108,7 @@ def test_zero_ranks_give_the_parameters_of_a_plain_loop(
 def test_what_is_offloaded_from_a_gpu(offload: str, gpus: int, policy: str, reference: str) -> None:
     from learner.policy.zero import _deepspeed_config
 
-    learner = config_for("unused", offload=offload, num_gpus=gpus).learner
+    learner = update_config("unused", offload=offload, num_gpus=gpus).learner
     trained, frozen = (
         _deepspeed_config(learner, "bfloat16", training=training)["zero_optimization"]
         for training in (True, False)
@@ -192,7 +122,7 @@ def test_a_batch_with_a_non_finite_log_prob_is_refused_before_the_parameters_cha
 ) -> None:
     import msgspec
 
-    config = config_for(str(tiny_models["tied"]))
+    config = update_config(str(tiny_models["tied"]))
     policy, updater = plain_updater(config, load_objective(config.objective))
     batch = random_batches(policy.module.config.vocab_size)[0]
     bad = msgspec.structs.replace(
@@ -207,27 +137,6 @@ def test_a_batch_with_a_non_finite_log_prob_is_refused_before_the_parameters_cha
     assert skip is not None
     assert skip.reasons == {0: "behaviour log-probs"}
     assert all(torch.equal(before[name], parameter) for name, parameter in policy.module.named_parameters())
-
-
-class Spy:
-    """An objective that keeps the batches it sees."""
-
-    def __init__(self, objective: Objective, *more: str) -> None:
-        self._objective, self.needs, self.seen = objective, objective.needs | set(more), list[TokenBatch]()
-
-    def loss(self, batch: TokenBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        self.seen.append(batch)
-        return self._objective.loss(batch)
-
-
-def spied(model_dir: Path, steps: int, *, moving: bool = False) -> tuple[Spy, list[Batch], Updater]:
-    config = config_for(str(model_dir), moving=moving, micro_batch_tokens=4096)
-    spy = Spy(load_objective(config.objective), "prompt_variance")
-    policy, updater = plain_updater(config, spy)
-    batches = random_batches(policy.module.config.vocab_size)[:steps]
-    for batch in batches:
-        updater.update(batch, LR)
-    return spy, batches, updater
 
 
 def test_reference_and_proximal_policy_are_copies_of_the_policy_made_when_the_config_says_so(
@@ -246,7 +155,7 @@ def test_reference_and_proximal_policy_are_copies_of_the_policy_made_when_the_co
 
 
 def test_an_objective_that_needs_no_reference_gets_none(tiny_models: dict[str, Path]) -> None:
-    config = config_for(str(tiny_models["tied"]))
+    config = update_config(str(tiny_models["tied"]))
     config = parse_config({**config.model_dump(), "objective": {"name": "grpo", "beta": 0.0}})
     assert frozen_names(load_objective(config.objective)) == ()
     policy, updater = plain_updater(config, load_objective(config.objective))
@@ -272,7 +181,7 @@ def test_a_prompts_variance_is_that_of_its_earlier_visits(tiny_models: dict[str,
 def test_offline_samples_have_neither_age_nor_behaviour_and_still_train(tiny_models: dict[str, Path]) -> None:
     import msgspec
 
-    config = config_for(str(tiny_models["tied"]))
+    config = update_config(str(tiny_models["tied"]))
     config = parse_config({**config.model_dump(), "objective": {"beta": 0.1, "importance_weight": "none"}})
     spy = Spy(load_objective(config.objective))
     policy, updater = plain_updater(config, spy)
@@ -294,7 +203,7 @@ def test_offline_samples_have_neither_age_nor_behaviour_and_still_train(tiny_mod
 def test_equal_answers_and_equal_completions_have_equal_ids(tiny_models: dict[str, Path]) -> None:
     import msgspec
 
-    config = config_for(str(tiny_models["tied"]))
+    config = update_config(str(tiny_models["tied"]))
     spy = Spy(load_objective(config.objective), "answers", "completions")
     policy, updater = plain_updater(config, spy)
     batch = random_batches(policy.module.config.vocab_size)[0]

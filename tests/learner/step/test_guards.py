@@ -26,10 +26,11 @@ from learner.step import bad_batch
 from learner.step.bad_batch import BadBatch, Skip, read_bad_batch, render, write_bad_batch
 from learner.step.batch_metrics import batch_metrics
 from learner.step.guards import MIN_SEEN, QUIET_STEPS, WINDOW, Alarms, Guards
-from tests.learner.policy.test_zero import LR, config_for, plain_updater, random_batches
-from tests.support import guards_scenario
-from tests.support.guards_scenario import STEPS, Spoilt, SpoiltObjective, with_infinite_reward
+from tests.support.configs import LR, update_config
 from tests.support.ranks import run_ranks
+from tests.support.scenarios import guards_scenario
+from tests.support.scenarios.guards_scenario import STEPS, Spoilt, SpoiltObjective, with_infinite_reward
+from tests.support.updates import plain_updater, random_batches
 
 
 def sample_of(*versions: int, **changes: Any) -> Sample:
@@ -71,7 +72,7 @@ def test_what_is_not_finite_on_one_rank_skips_the_step_on_all_as_if_the_batch_ha
     """Weights, moments and step counts bit for bit; nothing is left of the gradient; three in a row end
     it with the batch kept.
     """
-    config = config_for(str(tiny_models["untied"]), ranks=num_ranks)
+    config = update_config(str(tiny_models["untied"]), ranks=num_ranks)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     run_ranks(guards_scenario.main, num_ranks, tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
@@ -143,7 +144,7 @@ def run_cli(*words: str) -> int:
 def test_a_plain_policy_is_not_moved_by_a_skipped_step_either(
     kind: str, tiny_models: dict[str, Path]
 ) -> None:
-    config = config_for(str(tiny_models["tied"]))
+    config = update_config(str(tiny_models["tied"]))
     objective = SpoiltObjective(load_objective(config.objective))
     policy, updater = plain_updater(config, objective)
     updater._policy = spoilt = Spoilt(policy, "policy", "gradient", "first pass")
@@ -181,7 +182,7 @@ def weights_of(policy: PlainPolicy) -> dict[str, torch.Tensor]:
 def test_a_batch_that_brings_a_bad_number_is_skipped_by_the_name_of_its_group(
     changes: dict[str, Any], reason: str, tiny_models: dict[str, Path]
 ) -> None:
-    config = config_for(str(tiny_models["tied"]))
+    config = update_config(str(tiny_models["tied"]))
     policy, updater = plain_updater(config, load_objective(config.objective))
     batch = batch_of(0, sample_of(0), sample_of(0, **changes))
     before = weights_of(policy)

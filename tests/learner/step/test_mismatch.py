@@ -29,8 +29,9 @@ from learner.step.mismatch import (
     likely_causes,
 )
 from learner.step.samples import arrays_of
-from tests.learner.policy.test_zero import LR, config_for, plain_updater, random_batches
-from tests.support.guards_scenario import drawn
+from tests.support.configs import LR, update_config
+from tests.support.scenarios.guards_scenario import drawn
+from tests.support.updates import plain_updater, random_batches
 
 LLAMA = transformers.LlamaConfig()
 
@@ -59,7 +60,7 @@ def sample_of(step: int, *versions: int, d: float | list[float] = 0.0, mu: float
 
 
 def check_of(**arguments: Any) -> MismatchCheck:
-    return MismatchCheck(arguments.pop("config", config_for("none")), LLAMA, **arguments)
+    return MismatchCheck(arguments.pop("config", update_config("none")), LLAMA, **arguments)
 
 
 # --- what is compared ---
@@ -129,7 +130,7 @@ def test_what_top_p_cuts_off_is_no_mismatch_and_what_it_does_not_explain_is(
     top_p: float, d: float, excess: float
 ) -> None:
     """A nucleus holds between top_p and all of the mass: its tokens' log-probs rise by 0 to -log top_p."""
-    check = check_of(config=changed(config_for("none"), actors={"top_p": top_p}))
+    check = check_of(config=changed(update_config("none"), actors={"top_p": top_p}))
     found = check.sums(*sample_of(0, 0, d=d), 0)
     assert found.excess == pytest.approx(excess, abs=1e-6)
     assert found.k1 == pytest.approx(-d, abs=1e-6)
@@ -168,7 +169,7 @@ def part(mean: float, num_tokens: int = 1000) -> Sums:
 def test_a_mean_clearly_above_the_bound_of_the_dtype_stops_the_run(
     dtype: str, times_bound: float, num_tokens: int, is_stopped: bool
 ) -> None:
-    config = changed(config_for("none"), model={"dtype": dtype})
+    config = changed(update_config("none"), model={"dtype": dtype})
     assert bound_nats(config) == {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}[dtype]
     given = part(times_bound * BOUNDS_NATS[dtype], num_tokens)
     if not is_stopped:
@@ -179,7 +180,7 @@ def test_a_mean_clearly_above_the_bound_of_the_dtype_stops_the_run(
 
 
 def test_merged_adapters_in_half_precision_are_rounded_once_more_than_their_weights() -> None:
-    config = config_for("none", lora_rank=4)
+    config = update_config("none", lora_rank=4)
     assert bound_nats(config) == BOUNDS_NATS["float32"]
     assert bound_nats(changed(config, model={"dtype": "bfloat16"})) == 2 * BOUNDS_NATS["bfloat16"]
     alone = changed(config, model={"dtype": "bfloat16"}, weights={"adapters": "alone"})
@@ -188,7 +189,7 @@ def test_merged_adapters_in_half_precision_are_rounded_once_more_than_their_weig
 
 def test_what_logits_differ_by_is_divided_by_the_temperature() -> None:
     bounds = [
-        bound_nats(changed(config_for("none"), actors={"temperature": temperature}))
+        bound_nats(changed(update_config("none"), actors={"temperature": temperature}))
         for temperature in (0.5, 1.0, 2.0)
     ]
     assert bounds == [2e-4, 1e-4, 1e-4]
@@ -211,7 +212,7 @@ def test_the_first_fresh_samples_count_whenever_they_come_and_later_ones_are_met
 def test_the_error_says_the_numbers_the_cause_and_what_to_set() -> None:
     moe = transformers.OlmoeConfig(architectures=["OlmoeForCausalLM"])
     with pytest.raises(TrainingError) as error:
-        MismatchCheck(config_for("none"), moe, start_step=3).judge(3, [part(3.71)])
+        MismatchCheck(update_config("none"), moe, start_step=3).judge(3, [part(3.71)])
     text = str(error.value)
     for words in (
         "1000 tokens of version 3",
@@ -227,7 +228,7 @@ def test_the_error_says_the_numbers_the_cause_and_what_to_set() -> None:
 
 
 def test_causes_are_those_that_the_model_and_the_run_can_have() -> None:
-    config = config_for("none")  # Sequences of up to 20 tokens.
+    config = update_config("none")  # Sequences of up to 20 tokens.
 
     def causes(model_config: Any, **sections: Any) -> str:
         return "; ".join(likely_causes(changed(config, **sections), model_config))
@@ -276,7 +277,7 @@ def part_metrics(mean: float) -> dict[str, float]:
 def test_an_update_is_not_done_where_the_actors_sampled_from_something_else(
     tiny_models: dict[str, Any],
 ) -> None:
-    config = config_for(str(tiny_models["untied"]))
+    config = update_config(str(tiny_models["untied"]))
     policy, updater = plain_updater(config, load_objective(config.objective))
     updater.mismatch = MismatchCheck(config, policy.module.config)
     batch = drawn(random_batches(policy.module.config.vocab_size)[0], policy, config.learner.layout)

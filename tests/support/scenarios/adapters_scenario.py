@@ -1,6 +1,6 @@
-"""What tests/learner/policy/test_adapters.py looks at: a real vLLM engine that gets adapters alone, in a process of its own.
+"""What tests/learner/policy/test_lora_adapters.py looks at: a real vLLM engine that gets adapters alone, in a process of its own.
 
-python -m tests.support.adapters_scenario MODEL_DIR OUT.json
+python -m tests.support.scenarios.adapters_scenario MODEL_DIR OUT.json
 """
 
 from __future__ import annotations

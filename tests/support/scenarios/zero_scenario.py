@@ -47,7 +47,8 @@ def main(out_dir: Path, rank: int) -> None:
     from learner.policy.zero import ZeroFrozen, ZeroPolicy, init_process_group
     from learner.step.frozen import frozen_names
     from learner.step.update import Updater
-    from tests.learner.policy.test_zero import LR, random_batches
+    from tests.support.configs import LR
+    from tests.support.updates import random_batches
 
     torch.set_num_threads(1)
     partition_everything()

@@ -20,8 +20,9 @@ def main(out_dir: Path, rank: int) -> None:
     from learner.policy.zero import ZeroAdapters, ZeroFrozen, ZeroPolicy, init_process_group
     from learner.step.frozen import frozen_names
     from learner.step.update import Updater
-    from tests.learner.policy.test_zero import LR, random_batches
-    from tests.support.zero_scenario import meet, partition_everything
+    from tests.support.configs import LR
+    from tests.support.scenarios.zero_scenario import meet, partition_everything
+    from tests.support.updates import random_batches
 
     torch.set_num_threads(1)
     config = parse_config(json.loads((out_dir / "config.json").read_text()))

@@ -1,10 +1,10 @@
-"""Processes of tests/learner/checkpoints/test_checkpoint.py and test_resume.py beside it, which work in DIR
+"""Processes of tests/learner/checkpoints/test_checkpoint.py and test_checkpoint_resume.py beside it, which work in DIR
 and write what they found there.
 
     checkpoint_scenario.py kills DIR COUNT   ranks that save without end, COUNT times killed (kills.json)
     checkpoint_scenario.py stopped DIR       one of two ranks is stopped, SIGSTOP, while it saves (stopped.json)
 
-`train` is a process of tests/learner/checkpoints/test_resume.py's own.
+`train` is a process of tests/learner/checkpoints/test_checkpoint_resume.py's own.
 """
 
 import itertools
@@ -184,7 +184,7 @@ def train(directory: Path, resume_from: str | None, rank: int) -> None:
 
     from learner.catalogue import parse_config
     from learner.worker import LearnerRank
-    from tests.support.zero_scenario import meet
+    from tests.support.scenarios.zero_scenario import meet
 
     ray.put = lambda value: value  # type: ignore[assignment, misc]  # No cluster is needed to train.
     config = parse_config(json.loads((directory / "config.json").read_text()))

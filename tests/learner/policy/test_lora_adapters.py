@@ -19,9 +19,9 @@ from core.errors import ConfigError
 from core.records import Sample
 from learner.catalogue import parse_config
 from learner.policy.lora import adapters_of, weights_of
-from tests.learner.policy.test_lora import lora_config
 from tests.support import ROOT
-from tests.support.adapters_scenario import PROMPT, SLOTS, Report, adapted_model
+from tests.support.configs import lora_config
+from tests.support.scenarios.adapters_scenario import PROMPT, SLOTS, Report, adapted_model
 
 TOLERANCE_NATS = 1e-4
 
@@ -47,7 +47,7 @@ class Observed:
 @pytest.fixture(scope="module")
 def observed(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Observed:
     model_dir, out = tiny_models["tied"], tmp_path_factory.mktemp("adapters") / "report.json"
-    command = [sys.executable, "-m", "tests.support.adapters_scenario", str(model_dir), str(out)]
+    command = [sys.executable, "-m", "tests.support.scenarios.adapters_scenario", str(model_dir), str(out)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return Observed(model_dir, msgspec.json.decode(out.read_bytes(), type=Report))

@@ -107,7 +107,7 @@ class Stage:
     def __init__(self, rig: Rig, model_dir: Path, road: str) -> None:
         from transformers import AutoModelForCausalLM
 
-        from tests.core.weights.test_transports import Board
+        from tests.support.weights import Board
 
         self.road, self.rig = road, rig
         self.module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
@@ -223,7 +223,7 @@ def main(model_dir: Path, out_dir: Path, road: str) -> None:
 def make_transport(policy: Any, board: Any, road: str) -> Any:
     from core.calls import Calls
     from core.weights.transports import Sender, ZeroSource, load_transport
-    from tests.core.weights.test_push import pushing
+    from tests.support.configs import pushing
 
     config = pushing(road, run={"timeout_s": 60.0}, buffer={"max_staleness": 100})
     return load_transport(

@@ -101,8 +101,9 @@ def main(out_dir: Path, rank: int) -> None:
     from learner.policy.zero import ZeroFrozen, ZeroPolicy, init_process_group
     from learner.step.guards import Guards
     from learner.step.update import Updater
-    from tests.learner.policy.test_zero import LR, random_batches
-    from tests.support.zero_scenario import meet
+    from tests.support.configs import LR
+    from tests.support.scenarios.zero_scenario import meet
+    from tests.support.updates import random_batches
 
     torch.set_num_threads(1)
     config = parse_config(json.loads((out_dir / "config.json").read_text()))
@@ -162,7 +163,7 @@ def mismatches(config: Any, policy: Any, updater: Any, batch: Batch) -> dict[str
     """
     from core.errors import TrainingError
     from learner.step.mismatch import MismatchCheck
-    from tests.learner.policy.test_zero import LR
+    from tests.support.configs import LR
 
     plain, told = updater._policy, []
     updater.mismatch = MismatchCheck(config, policy.module.config, tell=told.append)

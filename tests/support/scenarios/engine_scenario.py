@@ -1,6 +1,6 @@
 """What tests/actors/test_engine.py looks at: one engine, taken through updates, in a process of its own.
 
-    python -m tests.support.engine_scenario MODEL_DIR OUT.json     everything below, as a `Report`
+    python -m tests.support.scenarios.engine_scenario MODEL_DIR OUT.json     everything below, as a `Report`
 
 vLLM cannot be relied on to build two engines in one process, and an engine takes ten seconds to start: hence
 one run per model, with the sabotaged updates, which the tests must be able to tell from the sound ones, at
@@ -30,7 +30,7 @@ from core.config import ActorsConfig, ModelConfig
 from core.errors import SnapshotError
 from core.records import Sample, WorkItem
 from core.weights.snapshots import SnapshotWriter, read_snapshot
-from learner.catalogue import parse_config
+from tests.support.configs import make_config
 from tests.support.in_process import Bench
 
 MAX_NEW_TOKENS = 16
@@ -262,14 +262,13 @@ def updates_in_the_loop(scenario: Scenario, directory: Path) -> None:
     """
     tree: dict[str, Any] = {
         "model": {"path": str(scenario.model_dir)},
-        "data": {"path": "none", "max_prompt_tokens": len(LONG)},
-        "rewards": {"functions": [{"name": "exact_match"}]},
+        "data": {"max_prompt_tokens": len(LONG)},
         "actors": {"group_size": 4, "slots": SLOTS, "max_new_tokens": MAX_NEW_TOKENS},
         "buffer": {"capacity": 512, "max_staleness": 1000, "sampler": "fresh"},
         "learner": {"groups_per_step": 4},
     }
     bench = Bench(
-        parse_config(tree),
+        make_config(tree),
         directory,
         [PromptRow(row, "", prompt, {"answer": "7"}) for row, prompt in enumerate((SHORT, LONG))],
     )

@@ -24,8 +24,8 @@ def main(model_dir: Path, families_dir: Path, out_dir: Path, rank: int) -> None:
     from core.weights.transports import Sender, ZeroSource, load_transport
     from learner.catalogue import parse_config
     from learner.policy.zero import ZeroPolicy, init_process_group
-    from tests.core.weights.test_transports import Board
-    from tests.support.zero_scenario import meet
+    from tests.support.scenarios.zero_scenario import meet
+    from tests.support.weights import Board
 
     torch.set_num_threads(1)
     tree: dict[str, Any] = {

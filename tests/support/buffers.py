@@ -1,0 +1,114 @@
+"""What tests of the buffer share: payloads, an event loop whose time is virtual, and sums that must add up."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import selectors
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+
+from buffer.replay import EVICTIONS
+from buffer.server import ReplayBuffer
+from core.records import Group, Sample, VersionSpan, WorkItem, decode_batch, encode
+
+NUM_ROWS = 13
+
+
+LEDGER_NAME = "ledger.jsonl"
+
+
+def make_payload(
+    ordinal: int, version: int = 0, rewards: tuple[float | None, ...] = (1.0, 0.0), num_tokens: int = 4
+) -> bytes:
+    samples = tuple(
+        Sample(
+            token_ids=tuple(range(num_tokens)),
+            logprobs=(-0.5,) * num_tokens,
+            version_spans=(VersionSpan(version, 0, num_tokens),),
+            finish_reason="stop",
+            text="four",
+            reward=reward,
+            error="ValueError: boom" if reward is None else None,
+        )
+        for reward in rewards
+    )
+    return encode(Group(group_id=ordinal, row=0, prompt="p", prompt_ids=(1, 2), samples=samples, actor="a"))
+
+
+def make_offline_payload(ordinal: int, rewards: tuple[float, ...] = (1.0, 0.0)) -> bytes:
+    group = msgspec.msgpack.decode(make_payload(ordinal, rewards=rewards), type=Group)
+    samples = tuple(
+        msgspec.structs.replace(sample, logprobs=(), version_spans=()) for sample in group.samples
+    )
+    return encode(msgspec.structs.replace(group, samples=samples))
+
+
+class JumpingSelector(selectors.DefaultSelector):
+    """Jumps the clock to the next timer instead of waiting for it; a loop that waits for nothing at all
+    is deadlocked.
+    """
+
+    now_s = 0.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        if timeout is None:
+            raise AssertionError("deadlock: every task waits and no timer is running")
+        self.now_s += max(0.0, timeout)
+        return super().select(0)
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self.jumping = JumpingSelector()
+        super().__init__(self.jumping)
+
+    def time(self) -> float:
+        return self.jumping.now_s
+
+    def call_at(self, when: float, *arguments: Any, **named: Any) -> asyncio.TimerHandle:
+        # A little late: a loop runs a timer up to 1e-9 s early, and what then still waits for that moment
+        # would spin, as no time passes.
+        return super().call_at(math.floor(when * 1e8 + 2) / 1e8, *arguments, **named)
+
+
+def run_virtually(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(coroutine)
+
+
+def ordinals_of(items: list[bytes]) -> list[int]:
+    return [msgspec.msgpack.decode(item, type=WorkItem).ordinal for item in items]
+
+
+def ids_of(batch: bytes | None) -> list[int]:
+    assert batch is not None, "no batch came"
+    return [group.group_id for group in decode_batch(batch).groups]
+
+
+async def check_sums(buffer: ReplayBuffer) -> dict[str, float]:
+    """The stats without their prefix, after checking that every generated group is accounted for."""
+    stats = {name.removeprefix("buffer/"): value for name, value in (await buffer.stats()).items()}
+    assert (
+        stats["frontier"]
+        == stats["inserted"] + stats["evicted_too_small"] + stats["failed"] + stats["leased"]
+    )
+    assert stats["inserted"] == stats["groups"] + sum(stats[name] for name in EVICTIONS)
+    return stats
+
+
+def scenario(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Runs an async test on virtual time with the run directory `tmp_path`; its other arguments are
+    fixtures and parameters.
+    """
+
+    def run(tmp_path: Any, **others: Any) -> None:
+        run_virtually(test(str(tmp_path), **others))
+
+    run.__name__, run.__doc__, run.pytestmark = test.__name__, test.__doc__, getattr(test, "pytestmark", [])  # type: ignore[attr-defined]
+    first, *others = inspect.signature(test).parameters.values()
+    run.__signature__ = inspect.Signature([first.replace(name="tmp_path"), *others])  # type: ignore[attr-defined]
+    return run
