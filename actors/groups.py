@@ -15,15 +15,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from actors.engine import PromptRefused
+from actors.episode import Episode, Generation
 from actors.prompts import PromptRow
 from buffer.usable import MIN_SAMPLES
 from core.config import ActorsConfig
 from core.records import EvalItem, Sample, WorkItem
+from environments.one_turn import OneTurn
 
 
 class Generator(Protocol):
@@ -36,11 +38,11 @@ class Generator(Protocol):
     @property
     def num_tokens_under_way(self) -> int: ...
     def submit(
-        self, request_id: str, prompt_ids: tuple[int, ...], *, seed: int | None, temperature: float | None
+        self, request_id: str, tokens: Sequence[int], *, seed: int | None, temperature: float | None
     ) -> None: ...
-    def step(self) -> list[tuple[str, Sample]]: ...
+    def step(self) -> list[tuple[str, Generation]]: ...
     def overdue(self, limit_s: float) -> list[str]: ...
-    def truncate(self, request_ids: list[str]) -> list[tuple[str, Sample]]: ...
+    def truncate(self, request_ids: list[str]) -> list[tuple[str, Generation]]: ...
     def abort(self, request_ids: list[str]) -> None: ...
     def load_weights(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
 
@@ -56,7 +58,7 @@ class OpenGroup:
     """
 
     item: WorkItem | EvalItem
-    row: PromptRow
+    prompt: PromptRow
     samples: list[Sample | None]
     offline: Sequence[Sample] = ()
     temperature: float | None = None
@@ -72,7 +74,9 @@ class OpenGroup:
         """Names the group among those open; its requests are `key-number`."""
         item = self.item
         return (
-            f"train-{item.ordinal}" if isinstance(item, WorkItem) else f"eval-{item.evaluation_id}-{item.row}"
+            f"train-{item.ordinal}"
+            if isinstance(item, WorkItem)
+            else f"eval-{item.evaluation_id}-{item.prompt_index}"
         )
 
     @property
@@ -91,6 +95,12 @@ class OpenGroup:
         return self.is_training and len(self.members) < MIN_SAMPLES
 
 
+class _Request(NamedTuple):
+    group: OpenGroup
+    number: int
+    episode: Episode
+
+
 class Groups:
     """The groups in `engine`, and counters of what happened to them.
 
@@ -104,7 +114,7 @@ class Groups:
         self, engine: Generator, config: ActorsConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._engine, self._config, self._clock = engine, config, clock
-        self._requests: dict[str, tuple[OpenGroup, int]] = {}
+        self._requests: dict[str, _Request] = {}
         self._open: dict[str, OpenGroup] = {}  # In the order of their submission.
         counted = (
             "generated_tokens",
@@ -161,17 +171,18 @@ class Groups:
 
     def _submit(self, group: OpenGroup, number: int) -> None:
         request_id = f"{group.key}-{number}"
-        self._requests[request_id] = (group, number)
+        episode = Episode(OneTurn(), group.prompt.token_ids)
+        self._requests[request_id] = _Request(group, number, episode)
         seed = (group.item.seed + number) % 2**31
-        self._engine.submit(request_id, group.row.token_ids, seed=seed, temperature=group.temperature)
+        self._engine.submit(request_id, episode.tokens, seed=seed, temperature=group.temperature)
 
     def _restart(self) -> None:
         """Training samples under way begin again, by the new weights: nothing was generated since these
         were loaded.
         """
-        again = {request_id: entry for request_id, entry in self._requests.items() if entry[0].is_training}
+        again = {request_id: entry for request_id, entry in self._requests.items() if entry.group.is_training}
         self._engine.abort(list(again))
-        for group, number in again.values():
+        for group, number, _ in again.values():
             self._submit(group, number)
         self.counters["samples_restarted"] += len(again)
 
@@ -180,7 +191,7 @@ class Groups:
         truncated = dict(self._engine.truncate(list(late))) if late else {}
         ended = []
         for request_id, reason in late.items():
-            self._requests[request_id][0].reason = reason
+            self._requests[request_id].group.reason = reason
             self.counters["samples_truncated_late" if request_id in truncated else "samples_dropped"] += 1
             ended += self._settle(request_id, truncated.get(request_id))
         return ended
@@ -201,20 +212,26 @@ class Groups:
 
     def _refuse(self, refused: PromptRefused) -> list[OpenGroup]:
         """The whole group: its samples have one prompt."""
-        group, _ = self._requests[refused.request_id]
+        group = self._requests[refused.request_id].group
         group.reason = str(refused)
         request_ids = [f"{group.key}-{number}" for number in sorted(group.unfinished)]
         self._engine.abort(request_ids)
         return [ended for request_id in request_ids for ended in self._settle(request_id, None)]
 
-    def _settle(self, request_id: str, sample: Sample | None) -> list[OpenGroup]:
-        """A sample has ended, with what it is or with nothing; its group if that was the last one."""
-        group, number = self._requests.pop(request_id)
-        group.samples[number] = sample
+    def _settle(self, request_id: str, generation: Generation | None) -> list[OpenGroup]:
+        """A request has ended, with what it generated or with nothing; its group if that was the last one.
+
+        An environment that is not done would go on from here: its observation is given to the episode's `observe`, and
+        the episode's tokens to the engine, under the same id. `OneTurn` is always done.
+        """
+        group, number, episode = self._requests.pop(request_id)
         group.unfinished.discard(number)
-        if sample is not None and group.is_training:
-            self.counters["generated_tokens"] += len(sample.token_ids)
-            self.counters["generated_samples"] += 1
+        if generation is not None:
+            episode.act(generation)
+            sample = group.samples[number] = episode.sample()
+            if group.is_training:
+                self.counters["generated_tokens"] += sample.num_sampled
+                self.counters["generated_samples"] += 1
         if group.unfinished:
             return []
         del self._open[group.key]

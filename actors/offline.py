@@ -1,7 +1,7 @@
 """Offline data: completions that others generated, read and checked before anything starts, and the actor
 that feeds them.
 
-    data.offline --load_offline--> PromptRows with OfflineSamples --+--> OfflineActor --> buffer     all samples offline
+    data.offline --load_offline--> PromptRows with their Samples ---+--> OfflineActor --> buffer     all samples offline
                                                                     `--> RolloutActor --> buffer     some of each group
 
 A logged completion has no behaviour log-probs and no policy version: mu is whoever wrote it, which AGRO need
@@ -26,23 +26,22 @@ from actors.heartbeat import Heartbeat
 from actors.messages import text_problems
 from actors.prompts import (
     PROMPT_COLUMNS,
-    OfflineSample,
     PromptRow,
     PromptSet,
     is_unknown,
     render_rows,
     tokenise,
 )
+from actors.scored import group_of, with_scores
 from actors.sources import kind_of, read_source, report_bad_rows
 from buffer.store import DiskFullError
 from core.calls import Calls, answered, connect_buffer
 from core.config import Config
 from core.errors import DataError, PeerTimeout
-from core.records import Group, Sample, WorkItem, encode
+from core.records import Group, Int32s, Sample, WorkItem, encode
 from core.tokenizer import Detokenizer, closing_ids, end_token_ids, split_at_end
 from core.weights.board import Directive
 from rewards.pool import RewardPool
-from rewards.scoring import Scored
 
 OWN_COLUMNS = ("completion", "reward", "truncated", "group")
 MIN_COMPLETIONS = 2
@@ -75,7 +74,9 @@ def load_offline(
     _refuse_strangers(rows, samples, bad, training, source.unit)
     report_bad_rows(source, bad, num_usable=len(samples), on_bad_row=config.data.on_bad_row)
     notes = [f"data.offline: {len(bad)} bad rows of {source.name} skipped"] if bad else []
-    if unknown := [index for index, sample in samples.items() if tokenizer.unk_token_id in sample.token_ids]:
+    if unknown := [
+        index for index, sample in samples.items() if tokenizer.unk_token_id in sample.sampled_tokens
+    ]:
         first = f"{source.unit} {unknown[0] + 1}"
         notes.append(
             f"warning: data.offline: {len(unknown)} completions hold something that the tokenizer does not "
@@ -90,7 +91,7 @@ def load_offline(
 
 def _read_samples(
     rows: dict[int, PromptRow], bad: dict[int, str], config: Config, tokenizer: Any
-) -> dict[int, OfflineSample]:
+) -> dict[int, Sample]:
     """The samples of the rows that have a usable one; the others' reasons go to `bad`."""
     reasons = {index: next(_problems(row.columns), None) for index, row in rows.items()}
     bad.update((index, reason) for index, reason in reasons.items() if reason is not None)
@@ -135,8 +136,13 @@ def _read_samples(
             )
         else:
             finish_reason = "length" if is_cut else "stop"
-            samples[index] = OfflineSample(
-                ended, detokenizer.text(ended), None if reward is None else float(reward), finish_reason
+            samples[index] = Sample.one_turn(
+                rows[index].token_ids,
+                ended,
+                version_spans=(),
+                finish_reason=finish_reason,
+                text=detokenizer.text(ended),
+                reward=None if reward is None else float(reward),
             )
     return samples
 
@@ -163,7 +169,7 @@ def _problems(columns: dict[str, Any]) -> Iterator[str]:
 
 def _refuse_strangers(
     rows: dict[int, PromptRow],
-    samples: dict[int, OfflineSample],
+    samples: dict[int, Sample],
     bad: dict[int, str],
     training: PromptSet | None,
     unit: str,
@@ -184,7 +190,7 @@ def _refuse_strangers(
         elif training is None and row.columns.get("answer") != before.columns.get("answer"):
             answers = [str(found.columns.get("answer"))[:40] for found in (row, before)]
             bad[index] = (
-                f"its 'answer' is {answers[0]!r}, but {answers[1]!r} in {unit} {before.row + 1}, which has "
+                f"its 'answer' is {answers[0]!r}, but {answers[1]!r} in {unit} {before.source_row + 1}, which has "
                 "the same prompt"
             )
         else:
@@ -193,7 +199,7 @@ def _refuse_strangers(
 
 
 def _by_prompt(
-    rows: dict[int, PromptRow], samples: dict[int, OfflineSample], source: str, least: int, setting: str
+    rows: dict[int, PromptRow], samples: dict[int, Sample], source: str, least: int, setting: str
 ) -> tuple[list[PromptRow], list[str]]:
     """A PromptRow for each prompt and group with `least` different completions, and what to tell."""
     members: dict[tuple[str, Any], list[int]] = {}
@@ -207,7 +213,7 @@ def _by_prompt(
         differing |= {name for other in others for name in names if columns.get(name) != other.get(name)}
         if len(found) >= least:
             prompts.append(dataclasses.replace(rows[indices[0]], columns=columns, offline=found))
-    num_different = sum(len({samples[index].token_ids for index in indices}) for indices in members.values())
+    num_different = sum(len({samples[index].tokens for index in indices}) for indices in members.values())
     told = f"{len(samples)} samples of {len(members)} prompts, {len(samples) - num_different} of them exact duplicates"
     if not prompts:
         raise DataError(
@@ -231,10 +237,10 @@ def _by_prompt(
 
 
 def _mix(
-    training: PromptSet, rows: dict[int, PromptRow], samples: dict[int, OfflineSample], per_group: int
+    training: PromptSet, rows: dict[int, PromptRow], samples: dict[int, Sample], per_group: int
 ) -> tuple[list[PromptRow], list[str]]:
     """The training prompts with what is there of each, and what to tell."""
-    members: dict[str, list[OfflineSample]] = {}
+    members: dict[str, list[Sample]] = {}
     for index, sample in samples.items():
         members.setdefault(rows[index].text, []).append(sample)
     mixed = [dataclasses.replace(row, offline=_different(members.get(row.text, []))) for row in training.rows]
@@ -249,11 +255,11 @@ def _mix(
     ]
 
 
-def _different(samples: Sequence[OfflineSample]) -> tuple[OfflineSample, ...]:
+def _different(samples: Sequence[Sample]) -> tuple[Sample, ...]:
     """Without those whose tokens an earlier one has; the earlier one's reward stays."""
-    different: dict[tuple[int, ...], OfflineSample] = {}
+    different: dict[Int32s, Sample] = {}
     for sample in samples:
-        different.setdefault(sample.token_ids, sample)
+        different.setdefault(sample.tokens, sample)
     return tuple(different.values())
 
 
@@ -271,33 +277,7 @@ def choose_samples(row: PromptRow, count: int, seed: int) -> list[Sample]:
     They come without log-probs and versions, with the reward they were given or None.
     """
     keys = np.random.PCG64([seed, len(row.offline)]).random_raw(len(row.offline))
-    chosen = [row.offline[index] for index in np.argsort(keys, kind="stable")[:count]]
-    return [
-        Sample(
-            token_ids=sample.token_ids,
-            logprobs=(),
-            version_spans=(),
-            finish_reason=sample.finish_reason,
-            text=sample.text,
-            reward=sample.reward,
-        )
-        for sample in chosen
-    ]
-
-
-def with_scores(samples: Sequence[Sample], scores: Sequence[Scored]) -> list[Sample]:
-    """The samples with reward or error, and answer; a reward that came with a sample stands, whatever
-    the functions say.
-    """
-    return [
-        msgspec.structs.replace(
-            sample,
-            reward=score.reward if sample.reward is None else sample.reward,
-            error=score.error if sample.reward is None else None,
-            answer=score.answer,
-        )
-        for sample, score in zip(samples, scores, strict=True)
-    ]
+    return [row.offline[index] for index in np.argsort(keys, kind="stable")[:count]]
 
 
 class OfflineActor(Heartbeat):
@@ -377,7 +357,7 @@ class OfflineActor(Heartbeat):
         return False
 
     async def _group(self, item: WorkItem) -> Group:
-        row = self._prompts[item.row]
+        row = self._prompts[item.prompt_index]
         samples = choose_samples(row, self._config.actors.group_size, item.seed)
         to_score = [
             index for index, sample in enumerate(samples) if sample.reward is None or self._scores_all
@@ -390,14 +370,7 @@ class OfflineActor(Heartbeat):
             )
             for index, sample in zip(to_score, with_scores(unscored, scores), strict=True):
                 samples[index] = sample
-        return Group(
-            group_id=item.ordinal,
-            row=row.row,
-            prompt=row.text,
-            prompt_ids=row.token_ids,
-            samples=tuple(samples),
-            actor=self._name,
-        )
+        return group_of(item, row, samples, self._name)
 
     async def _is_retired(self) -> bool:
         """Asks the board; takes note of the newest version, for the monitor."""

@@ -16,6 +16,7 @@ from actors.messages import clean_messages, message_problems, render, text_probl
 from actors.sources import Bad, Rows, Source, kind_of, read_source, report_bad_rows
 from core.config import DataConfig
 from core.errors import DataError
+from core.records import Sample
 from core.text import user_path
 from core.tokenizer import has_chat_template, special_token_ids
 
@@ -30,33 +31,21 @@ _WRITTEN_MESSAGES = re.compile(
 
 
 @dataclass(frozen=True)
-class OfflineSample:
-    """A logged completion. `token_ids` end in an end token unless `finish_reason` is "length"; `reward`
-    None: not scored yet.
-    """
-
-    token_ids: tuple[int, ...]
-    text: str
-    reward: float | None
-    finish_reason: str
-
-
-@dataclass(frozen=True)
 class PromptRow:
     """One usable prompt.
 
-    row        index in the source, from 0 (for jsonl: the line)
-    text       what is tokenised: the rendered chat template, or the text as it is
-    token_ids  the tokens of `text`, special tokens once; the tokenizer's end token is not among those it puts there
-    columns    every column of the row, for the rewards; the answer is in `answer`, whatever its column is called
-    offline    what others generated for it (`data.offline`), no completion twice
+    source_row  index in the source, from 0 (for jsonl: the line)
+    text        what is tokenised: the rendered chat template, or the text as it is
+    token_ids   the tokens of `text`, special tokens once; the tokenizer's end token is not among those it puts there
+    columns     every column of the row, for the rewards; the answer is in `answer`, whatever its column is called
+    offline     what others generated for it (`data.offline`), no completion twice
     """
 
-    row: int
+    source_row: int
     text: str
     token_ids: tuple[int, ...]
     columns: dict[str, Any]
-    offline: tuple[OfflineSample, ...] = ()
+    offline: tuple[Sample, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,15 @@ from actors.exchange import BUFFER, RETRY_S, Ask, Outbox
 from actors.follower import POLL_S, Follower
 from actors.groups import Generator, Groups, OpenGroup
 from actors.heartbeat import Heartbeat
-from actors.offline import choose_samples, with_scores
+from actors.offline import choose_samples
 from actors.prompts import PromptSet
 from actors.receiver import Receiver, Receiving
+from actors.scored import group_of, with_scores
 from buffer.store import DiskFullError
 from core.calls import Calls, connect_buffer
 from core.config import Config
 from core.errors import SnapshotError
-from core.records import EvalItem, EvalSample, Group, Sample, WorkItem, encode
+from core.records import EvalItem, EvalSample, Sample, WorkItem, encode
 from rewards.pool import RewardPool
 from rewards.scoring import Scored
 
@@ -183,7 +184,10 @@ class RolloutActor(Heartbeat):
             samples: list[Sample | None] = [None] * self._config.eval.samples
             self._groups.start(
                 OpenGroup(
-                    item, self._eval_prompts[item.row], samples, temperature=self._config.eval.temperature
+                    item,
+                    self._eval_prompts[item.prompt_index],
+                    samples,
+                    temperature=self._config.eval.temperature,
                 )
             )
 
@@ -244,10 +248,10 @@ class RolloutActor(Heartbeat):
         is_draining = self._follower.update is not None
         while self._work and self._engine.num_unfinished < actors.slots and not is_draining:
             item = self._work.popleft()
-            row = self._prompts[item.row]
-            offline = choose_samples(row, self._config.offline_samples, item.seed)
+            prompt = self._prompts[item.prompt_index]
+            offline = choose_samples(prompt, self._config.offline_samples, item.seed)
             missing: list[Sample | None] = [None] * (actors.group_size - len(offline))
-            self._groups.start(OpenGroup(item, row, missing, offline, actors.temperature))
+            self._groups.start(OpenGroup(item, prompt, missing, offline, actors.temperature))
 
     def _may_lease(self) -> bool:
         if (
@@ -301,7 +305,7 @@ class RolloutActor(Heartbeat):
     def _score(self, group: OpenGroup) -> Future[list[Scored]]:
         texts = [sample.text for sample in group.members]
         if texts:
-            return self._rewards.submit(group.row.text, texts, group.row.columns)
+            return self._rewards.submit(group.prompt.text, texts, group.prompt.columns)
         nothing: Future[list[Scored]] = Future()
         nothing.set_result([])
         return nothing
@@ -322,7 +326,7 @@ class RolloutActor(Heartbeat):
             samples = with_scores(open_group.members, scores)
             self._counters["errors"] += sum(sample.error is not None for sample in samples)
             if isinstance(open_group.item, WorkItem):
-                groups.append(_group(open_group.item, open_group, samples, self._name))
+                groups.append(group_of(open_group.item, open_group.prompt, samples, self._name))
             else:
                 evaluated.append(_eval_sample(open_group.item, open_group, samples))
         if groups:
@@ -394,30 +398,16 @@ class RolloutActor(Heartbeat):
         self._monitor.event.remote(text)  # Not looked at: it is what failures are told by.
 
 
-def _group(item: WorkItem, group: OpenGroup, samples: Sequence[Sample], actor: str) -> Group:
-    row = group.row
-    return Group(
-        group_id=item.ordinal,
-        row=row.row,
-        prompt=row.text,
-        prompt_ids=row.token_ids,
-        samples=tuple(samples),
-        actor=actor,
-    )
-
-
 def _eval_sample(item: EvalItem, group: OpenGroup, scored: Sequence[Sample]) -> EvalSample:
     """The result of an evaluation item; a sample that was dropped has neither text nor reward, but an
     error.
     """
     left = iter(scored)
-    dropped = Sample(
-        token_ids=(), logprobs=(), version_spans=(), finish_reason="length", text="", error=group.reason
-    )
+    dropped = Sample.one_turn((), (), version_spans=(), finish_reason="length", error=group.reason)
     samples = [dropped if sample is None else next(left) for sample in group.samples]
     return EvalSample(
         item=item,
-        prompt=group.row.text,
+        prompt=group.prompt.text,
         texts=tuple(sample.text for sample in samples),
         rewards=tuple(sample.reward for sample in samples),
         errors=tuple(sample.error for sample in samples),

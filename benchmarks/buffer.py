@@ -54,9 +54,10 @@ def make_config(sampler: str = "uniform", fsync: str = "normal", capacity: int =
 def make_payload(ordinal: int, num_samples: int = 8, num_tokens: int = 100) -> bytes:
     """Returns a group of about 10 KiB: 8 samples of 100 tokens."""
     samples = tuple(
-        Sample(
-            token_ids=tuple(range(1000, 1000 + num_tokens)),
-            logprobs=(-0.5,) * num_tokens,
+        Sample.one_turn(
+            range(50),
+            range(1000, 1000 + num_tokens),
+            (-0.5,) * num_tokens,
             version_spans=(VersionSpan(ordinal % 50, 0, num_tokens),),
             finish_reason="stop",
             text="four" * 30,
@@ -65,9 +66,7 @@ def make_payload(ordinal: int, num_samples: int = 8, num_tokens: int = 100) -> b
         for number in range(num_samples)
     )
     return encode(
-        Group(
-            group_id=ordinal, row=0, prompt="p" * 100, prompt_ids=tuple(range(50)), samples=samples, actor="a"
-        )
+        Group(group_id=ordinal, prompt_index=0, source_row=0, prompt="p" * 100, samples=samples, actor="a")
     )
 
 

@@ -15,14 +15,15 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from actors.engine import PromptRefused
+from actors.episode import Generation
 from core.config import ActorsConfig
 from core.errors import SnapshotError
-from core.records import Sample, VersionSpan
+from core.records import Float32s, Int32s, VersionSpan
 from core.weights.snapshots import checksum
 
 EOS = 1
@@ -32,7 +33,7 @@ FIRST_DIGIT = 3
 @dataclass
 class _Request:
     request_id: str
-    prompt_ids: tuple[int, ...]
+    tokens: tuple[int, ...]
     seed: int
     length: int
     version_spans: list[VersionSpan] = field(default_factory=list)
@@ -48,15 +49,15 @@ class _Request:
             start = self.version_spans.pop().start
         self.version_spans.append(VersionSpan(version, start, count + 1))
 
-    def sample(self) -> Sample:
+    def generation(self) -> Generation:
         digits = random.Random(self.seed).choices(range(10), k=self.length)
         is_finished = self.num_tokens == self.length
         token_ids = [FIRST_DIGIT + digit for digit in digits[: self.num_tokens]]
         if is_finished:
             token_ids[-1] = EOS
-        return Sample(
-            token_ids=tuple(token_ids),
-            logprobs=(-2.3,) * len(token_ids),
+        return Generation(
+            tokens=Int32s.of(token_ids),
+            logprobs=Float32s.of([-2.3] * len(token_ids)),
             version_spans=tuple(self.version_spans),
             finish_reason="stop" if is_finished else "length",
             text="".join(map(str, digits[: self.num_tokens - is_finished])),
@@ -79,7 +80,7 @@ class FakeEngine:
         step_s: float = 0.0,
         num_tokens: tuple[int, int] | Callable[[int], int] = (4, 4),
         load_s: float = 0.0,
-        refuses: Callable[[tuple[int, ...]], str] = lambda prompt_ids: "",
+        refuses: Callable[[tuple[int, ...]], str] = lambda tokens: "",
         version: int = -1,
     ) -> None:
         self._config, self._step_s, self._load_s, self._refuses = config, step_s, load_s, refuses
@@ -105,7 +106,7 @@ class FakeEngine:
     def submit(
         self,
         request_id: str,
-        prompt_ids: tuple[int, ...],
+        tokens: Sequence[int],
         *,
         seed: int | None = None,
         temperature: float | None = None,
@@ -113,13 +114,13 @@ class FakeEngine:
         known = seed or 0
         self.submitted.append((request_id, known))
         self._waiting.append(
-            _Request(request_id, prompt_ids, known, min(self._length(known), self._config.max_new_tokens))
+            _Request(request_id, tuple(tokens), known, min(self._length(known), self._config.max_new_tokens))
         )
 
-    def step(self) -> list[tuple[str, Sample]]:
+    def step(self) -> list[tuple[str, Generation]]:
         while self._waiting and len(self._running) < self._config.slots:
             request = self._waiting.popleft()
-            if reason := self._refuses(request.prompt_ids):
+            if reason := self._refuses(request.tokens):
                 refused = PromptRefused(reason)
                 refused.request_id = request.request_id
                 raise refused
@@ -131,7 +132,7 @@ class FakeEngine:
         done = [request for request in self._running.values() if request.num_tokens == request.length]
         for request in done:
             del self._running[request.request_id]
-        return [(request.request_id, request.sample()) for request in done]
+        return [(request.request_id, request.generation()) for request in done]
 
     def overdue(self, limit_s: float) -> list[str]:
         until_s = time.monotonic() - limit_s
@@ -142,10 +143,10 @@ class FakeEngine:
             )
         ]
 
-    def truncate(self, request_ids: list[str]) -> list[tuple[str, Sample]]:
+    def truncate(self, request_ids: list[str]) -> list[tuple[str, Generation]]:
         ended = [self._running[request_id] for request_id in request_ids if request_id in self._running]
         self.abort(request_ids)
-        return [(request.request_id, request.sample()) for request in ended if request.num_tokens]
+        return [(request.request_id, request.generation()) for request in ended if request.num_tokens]
 
     def abort(self, request_ids: list[str]) -> None:
         dropped = set(request_ids)

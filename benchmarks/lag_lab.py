@@ -31,6 +31,7 @@ from core.records import Batch, Group, Sample, VersionSpan
 from learner.objectives import load_objective
 from learner.step.frozen import frozen_names
 from learner.step.packing import ModelInputs, token_logprobs
+from learner.step.share import Share
 from learner.step.update import Updater
 from learner.worker import learning_rate
 
@@ -180,7 +181,7 @@ class LagRun:
             # Before anything is old enough, more groups of the base policy: a batch a step from the first
             # step on.
             batch = self._batch(step)
-            metrics = self._updater.update(batch, learning_rate(step, config)).metrics()
+            metrics = self._updater.update(Share.of(batch), learning_rate(step, config)).metrics()
             if (step + 1) % eval_every == 0:
                 rows.append({"step": step + 1.0, "held_out": self.evaluate(), **metrics})
         return rows
@@ -211,19 +212,19 @@ class LagRun:
             return []
         seed, size = self._config.run.seed, self._config.actors.group_size
         items = [
-            work_item(self._frontier + number, seed=seed, num_rows=len(self._task.train))
+            work_item(self._frontier + number, seed=seed, num_prompts=len(self._task.train))
             for number in range(num_groups)
         ]
         self._frontier += num_groups
-        rows = [self._task.train[item.row] for item in items]
+        rows = [self._task.train[item.prompt_index] for item in items]
         made = iter(self._sample([row["ids"] for row in rows for _ in range(size)]))
         return [
             Group(
                 group_id=item.ordinal,
-                row=item.row,
+                prompt_index=item.prompt_index,
+                source_row=item.prompt_index,
                 prompt="",
-                prompt_ids=tuple(row["ids"]),
-                samples=tuple(self._sample_of(next(made), item.row, version) for _ in range(size)),
+                samples=tuple(self._sample_of(next(made), row, version) for _ in range(size)),
             )
             for item, row in zip(items, rows, strict=True)
         ]
@@ -241,19 +242,20 @@ class LagRun:
             self._generator,
         )
 
-    def _sample_of(self, made: tuple[list[int], list[float]], row: int, version: int) -> Sample:
+    def _sample_of(self, made: tuple[list[int], list[float]], row: dict[str, Any], version: int) -> Sample:
         tokens, logprobs = made
         if self._noise:  # As of an engine whose kernels differ from the learner's.
             logprobs = (
                 torch.tensor(logprobs) + self._noise * torch.randn(len(logprobs), generator=self._generator)
             ).tolist()
-        return Sample(
-            token_ids=tuple(tokens),
-            logprobs=tuple(logprobs),
+        return Sample.one_turn(
+            row["ids"],
+            tokens,
+            logprobs,
             version_spans=(VersionSpan(version, 0, len(tokens)),),
             finish_reason="stop",
             text="",
-            reward=self._task.score(tokens, self._task.train[row]),
+            reward=self._task.score(tokens, row),
         )
 
     def evaluate(self) -> float:

@@ -88,6 +88,7 @@ def measure_shape(shape: Shape, device: str, own_linear: Callable) -> dict[str, 
 
     from learner.objectives import load_objective
     from learner.policy.zero import ZeroPolicy
+    from learner.step.share import Share
     from learner.step.update import Updater
 
     with tempfile.TemporaryDirectory() as model_dir:
@@ -107,6 +108,7 @@ def measure_shape(shape: Shape, device: str, own_linear: Callable) -> dict[str, 
         loop = PlainLoop(config, device)
     # DeepSpeed replaces it for the whole process.
     batch, zero_linear = make_batch(shape), torch.nn.functional.linear
+    share = Share.of(batch)
 
     def plain(step: Callable[[], Any]) -> None:
         torch.nn.functional.linear = own_linear
@@ -114,8 +116,8 @@ def measure_shape(shape: Shape, device: str, own_linear: Callable) -> dict[str, 
         torch.nn.functional.linear = zero_linear
 
     calls: list[Callable[[], Any]] = [
-        lambda: zero.update(batch, config.learner.lr),
-        lambda: plain(lambda: bare.update(batch, config.learner.lr)),
+        lambda: zero.update(share, config.learner.lr),
+        lambda: plain(lambda: bare.update(share, config.learner.lr)),
         lambda: plain(lambda: loop.step(batch)),
     ]
     zero_s, bare_s, plain_s = alternate(calls, device, shape.rounds)
@@ -156,11 +158,12 @@ def measure_layouts(device: str) -> list[dict[str, Any]]:
     """Returns tokens/s of one pass over a batch at several budgets, and the share of positions that are
     padding.
     """
-    from learner.step.packing import TokenLogprobs, TokenSequence, collate, plan_micro_batches
+    from learner.step.packing import TokenLogprobs, collate, plan_micro_batches
+    from learner.step.samples import sequence_of
 
     shape, batch = LAYOUT_SHAPE, make_batch(LAYOUT_SHAPE)
     rows_of = [(group, sample) for group in batch.groups for sample in group.samples]
-    sequences = [TokenSequence.of_turn(group.prompt_ids, sample.token_ids) for group, sample in rows_of]
+    sequences = [sequence_of(sample) for _, sample in rows_of]
     lengths, groups = [s.num_tokens for s in sequences], [group.group_id for group, _ in rows_of]
     models = {}
     for name, layout, attention in (

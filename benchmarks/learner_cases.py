@@ -62,11 +62,12 @@ def make_batch(shape: Shape, seed: int = 0, lengths: list[tuple[int, int]] | Non
     def ids(count: int) -> tuple[int, ...]:
         return tuple(rng.randrange(3, shape.vocabulary) for _ in range(count))
 
-    def sample() -> Any:
+    def sample(prompt: tuple[int, ...]) -> Any:
         count = rng.choice(lengths)[1]
-        return Sample(
-            token_ids=ids(count),
-            logprobs=(-2.0,) * count,
+        return Sample.one_turn(
+            prompt,
+            ids(count),
+            (-2.0,) * count,
             version_spans=(VersionSpan(0, 0, count),),
             finish_reason="stop",
             text="",
@@ -74,16 +75,12 @@ def make_batch(shape: Shape, seed: int = 0, lengths: list[tuple[int, int]] | Non
             ref_logprob=-2.0 * count,
         )
 
-    groups = (
-        Group(
-            group_id=number,
-            row=number,
-            prompt="",
-            prompt_ids=ids(rng.choice(lengths)[0]),
-            samples=tuple(sample() for _ in range(GROUP_SIZE)),
-        )
-        for number in range(shape.groups)
-    )
+    def group(number: int) -> Any:
+        prompt = ids(rng.choice(lengths)[0])
+        samples = tuple(sample(prompt) for _ in range(GROUP_SIZE))
+        return Group(group_id=number, prompt_index=number, source_row=number, prompt="", samples=samples)
+
+    groups = (group(number) for number in range(shape.groups))
     return Batch(0, tuple(groups))
 
 

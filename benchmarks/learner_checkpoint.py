@@ -42,6 +42,7 @@ def measure_saves() -> dict[str, Any]:
     from learner.checkpoints.writer import CheckpointWriter
     from learner.objectives import load_objective
     from learner.policy.zero import ZeroPolicy, init_process_group
+    from learner.step.share import Share
     from learner.step.update import Updater
 
     shape = SHAPES[-1]
@@ -52,7 +53,7 @@ def measure_saves() -> dict[str, Any]:
         policy = ZeroPolicy(config.model, config.learner)
         objective = load_objective(config.objective)
         Updater(config, policy, objective, pad_id=0, device=torch.device("cpu")).update(
-            make_batch(shape), config.learner.lr
+            Share.of(make_batch(shape)), config.learner.lr
         )
         num_bytes = sum(part.values.nbytes for part in policy.parts())
         source, target = (torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(2))

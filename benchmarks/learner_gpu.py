@@ -132,6 +132,7 @@ def make_step(case: str, config: Any, device: str) -> tuple[Callable[[Any], Any]
     from benchmarks.plain_loop import PlainLoop
     from learner.objectives import load_objective
     from learner.step import row_softmax
+    from learner.step.share import Share
     from learner.step.update import Updater
 
     if case == "plain loop":
@@ -148,7 +149,7 @@ def make_step(case: str, config: Any, device: str) -> tuple[Callable[[Any], Any]
     policy = ZeroPolicy(config.model, config.learner)
     objective = load_objective(config.objective)
     updater = Updater(config, policy, objective, pad_id=0, device=torch.device(device))
-    return (lambda batch: updater.update(batch, config.learner.lr)), sum(
+    return (lambda batch: updater.update(Share.of(batch), config.learner.lr)), sum(
         parameter.ds_numel for parameter in policy.module.parameters()
     )
 

@@ -29,10 +29,11 @@ class PlainLoop:
         import torch
 
         from learner.objectives import TokenBatch
-        from learner.step.packing import TokenSequence, collate, plan_micro_batches
+        from learner.step.packing import collate, plan_micro_batches
+        from learner.step.samples import sequence_of
 
         rows = [(group, sample) for group in batch.groups for sample in group.samples]
-        sequences = [TokenSequence.of_turn(group.prompt_ids, sample.token_ids) for group, sample in rows]
+        sequences = [sequence_of(sample) for _, sample in rows]
         budget, layout = self._config.learner.micro_batch_tokens, self._config.learner.layout
         plan = plan_micro_batches(
             [s.num_tokens for s in sequences], [group.group_id for group, _ in rows], budget, layout

@@ -33,30 +33,32 @@ class LeaseError(AgroError, LookupError):
 
 
 @functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """Returns int64[num_rows], a permutation of the rows for one epoch.
+def _permutation(seed: int, epoch: int, num_prompts: int) -> np.ndarray:
+    """Returns int64[num_prompts], a permutation of the rows for one epoch.
 
     It sorts raw PCG64 draws: numpy promises that stream for ever, but not that of `Generator.permutation`.
     """
-    keys = np.random.PCG64([seed, epoch]).random_raw(num_rows)
+    keys = np.random.PCG64([seed, epoch]).random_raw(num_prompts)
     return np.argsort(keys, kind="stable")
 
 
-def work_item(ordinal: int, *, seed: int, num_rows: int) -> WorkItem:
+def work_item(ordinal: int, *, seed: int, num_prompts: int) -> WorkItem:
     """Returns the item at `ordinal` of the prompt stream: a pure function of its arguments, the same in every
     process.
 
-    Each epoch of `num_rows` ordinals visits every row once, in an order of its own. `WorkItem.seed` is in [0,
+    Each epoch of `num_prompts` ordinals visits every prompt once, in an order of its own. `WorkItem.seed` is in [0,
     2**31).
     """
-    if ordinal < 0 or num_rows < 1:
+    if ordinal < 0 or num_prompts < 1:
         raise LeaseError(
-            f"no work item {ordinal} over {num_rows} rows: ordinals start at 0 and there must "
-            "be at least one row."
+            f"no work item {ordinal} over {num_prompts} prompts: ordinals start at 0 and there must "
+            "be at least one prompt."
         )
-    epoch, position = divmod(ordinal, num_rows)
+    epoch, position = divmod(ordinal, num_prompts)
     item_seed = int(np.random.SeedSequence([seed, ordinal]).generate_state(1)[0]) >> 1
-    return WorkItem(ordinal=ordinal, row=int(_permutation(seed, epoch, num_rows)[position]), seed=item_seed)
+    return WorkItem(
+        ordinal=ordinal, prompt_index=int(_permutation(seed, epoch, num_prompts)[position]), seed=item_seed
+    )
 
 
 class Lease(msgspec.Struct):

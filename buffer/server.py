@@ -62,10 +62,10 @@ class ReplayBuffer:
     used.
     """
 
-    def __init__(self, config: Config, run_dir: str, num_rows: int, shard: int = 0) -> None:
+    def __init__(self, config: Config, run_dir: str, num_prompts: int, shard: int = 0) -> None:
         self._change = 0
         self._changed = asyncio.Condition()
-        self._shard = Shard(config, Path(run_dir), num_rows, shard, self._notice)
+        self._shard = Shard(config, Path(run_dir), num_prompts, shard, self._notice)
         self._gone: set[str] = set()
         self._is_closed = False
         self._admission_wait = WaitTimer()

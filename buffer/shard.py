@@ -32,7 +32,7 @@ from buffer.store import BatchEntry, DiskFullError, RecordedBatch, Store, StoreE
 from buffer.usable import MIN_SAMPLES, HeldSamples
 from core.config import Config
 from core.errors import ConfigError, DataError
-from core.records import Group, WorkItem, encode, encode_batch
+from core.records import Group, StoredGroup, WorkItem, encode, encode_batch, head_of
 from core.staleness import StalenessBound
 
 _NUM_ERROR_TEXTS = 5
@@ -48,11 +48,11 @@ class Shard:
     """
 
     def __init__(
-        self, config: Config, directory: Path, num_rows: int, shard: int, on_change: Callable[[], None]
+        self, config: Config, directory: Path, num_prompts: int, shard: int, on_change: Callable[[], None]
     ) -> None:
-        self._config, self._num_rows, self._shard, self._on_change = config, num_rows, shard, on_change
+        self._config, self._num_prompts, self._shard, self._on_change = config, num_prompts, shard, on_change
         self._num_shards = config.buffer.num_shards
-        self._stream = {"seed": config.run.seed, "num_rows": num_rows}
+        self._stream = {"seed": config.run.seed, "num_prompts": num_prompts}
         directory.mkdir(parents=True, exist_ok=True)
         check_num_shards(directory, self._num_shards)
         allowed, capacity = (
@@ -126,7 +126,7 @@ class Shard:
 
     def item(self, ordinal: int) -> WorkItem:
         """Returns the item at `ordinal` of this run's prompt stream."""
-        return work_item(ordinal, seed=self._config.run.seed, num_rows=self._num_rows)
+        return work_item(ordinal, seed=self._config.run.seed, num_prompts=self._num_prompts)
 
     def take_back(self, actor: str, again: Sequence[int], reason: str, ended: Sequence[int] = ()) -> None:
         """Records items that wait to be issued again, and those that were lost too often; a full disk may
@@ -177,7 +177,8 @@ class Shard:
             self._record("failed", group.group_id, actor=actor, reason=reason)
             return
         meta = meta_of(kept)
-        self.store.put_group(meta, len(kept.samples), payload if kept is group else encode(kept))
+        stored = StoredGroup(encode(head_of(kept)), payload if kept is group else encode(kept))
+        self.store.put_group(meta, len(kept.samples), stored)
         self._replay.insert(meta)
         self._record("inserted", group.group_id, actor=actor, version=meta.version)
 
@@ -242,7 +243,7 @@ class Shard:
         self._left += self._replay.pop_evicted()
         left = {group.group_id: group for group, _ in self._left}
         metas = [left[group_id] if group_id in left else self._replay[group_id] for group_id in chosen]
-        refs = [ref for _, ref in self.store.read_groups(chosen)]
+        refs = [stored.ref_logprobs for stored in self.store.read_groups(chosen)]
         for meta in metas:
             self._record("trained", meta.group_id, version=meta.version)
         entries = [
@@ -262,14 +263,13 @@ class Shard:
         entries = self._batches[step].entries
         stored = self.store.read_groups(entry.group_id for entry in entries)
         # Reference log-probs cached since are left out: a batch asked for again is the same to the last bit.
-        pairs = zip(entries, stored, strict=True)
-        return encode_batch(
-            step,
-            [
-                (entry.uses, ref if entry.has_ref_logprobs else None, payload)
-                for entry, (payload, ref) in pairs
-            ],
+        known = (
+            group._replace(
+                uses=entry.uses, ref_logprobs=group.ref_logprobs if entry.has_ref_logprobs else None
+            )
+            for entry, group in zip(entries, stored, strict=True)
         )
+        return encode_batch(step, known)
 
     def _drop_batches(self, before_step: int) -> None:
         self._watermark = max(self._watermark, before_step)
@@ -351,11 +351,11 @@ class Shard:
                 self.store.end_lease(ordinal)
             else:
                 self.store.put_lease(ordinal, lease.actor, lease.losses)
-        for row, sample in self._held.pop_changed():
+        for prompt_index, sample in self._held.pop_changed():
             if sample is None:
-                self.store.end_held(row)
+                self.store.end_held(prompt_index)
             else:
-                self.store.put_held(row, sample)
+                self.store.put_held(prompt_index, sample)
         for group, reason in (*self._left, *self._replay.pop_evicted()):
             self._record("evicted", group.group_id, version=group.version, reason=reason)
             self.store.leave(group)
@@ -414,9 +414,9 @@ class Shard:
             self.store.close()
             before, now = state["stream"], self._stream
             raise ConfigError(
-                f"{directory} was started with run.seed = {before['seed']} and {before['num_rows']} rows of "
-                "data, now run.seed = "
-                f"{now['seed']} and there are {now['num_rows']}: its group ids would mean other prompts. "
+                f"{directory} was started with run.seed = {before['seed']} and {before['num_prompts']} usable "
+                f"prompts, now run.seed = {now['seed']} and there are {now['num_prompts']}: its group ids would "
+                "mean other prompts. "
                 "Restore seed and data, or set another run.dir."
             )
         self._step, self.next_step, self._watermark = state["step"], state["next_step"], state["watermark"]

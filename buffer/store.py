@@ -1,10 +1,10 @@
 """Keeps groups on disk: sqlite with a write-ahead log. What `flush` has written survives the death of any
 process.
 
-    groups(position, group_id, ..., payload)   payload: a Group as msgpack; `has_left`: kept for a batch only
+    groups(position, group_id, ..., payload)   payload: a Group as msgpack, head: it without its tokens
     leases(ordinal, actor, losses)             the open items; actor '': waiting to be issued again
     batches(step, groups)                      what each batch held, from the watermark on
-    held(row, sample)                          samples of groups that were too small
+    held(prompt_index, sample)                 samples of groups that were too small
     ledger(place, lines)                       the last part of the ledger, until its file has it for certain
     meta(key, value)                           the buffer's counters as JSON
 
@@ -27,13 +27,13 @@ import msgspec
 
 from buffer.sampling import GroupMeta
 from core.errors import AgroError
-from core.records import Sample, encode
+from core.records import Sample, StoredGroup, decode_sample, encode
 
 LOCK_TIMEOUT_S = 10.0
 """How long opening waits for another process to let go of the database: one that was just killed needs
 a moment.
 """
-FORMAT = 4
+FORMAT = 5
 
 _SCHEMA = f"""
 BEGIN;
@@ -42,19 +42,19 @@ CREATE TABLE IF NOT EXISTS groups (
     num_tokens INTEGER NOT NULL,
     reward_std REAL NOT NULL, num_samples INTEGER NOT NULL, uses INTEGER NOT NULL DEFAULT 0,
     last_step INTEGER NOT NULL DEFAULT -1,
-    has_left INTEGER NOT NULL DEFAULT 0, ref_logprobs BLOB, payload BLOB NOT NULL);
+    has_left INTEGER NOT NULL DEFAULT 0, ref_logprobs BLOB, head BLOB NOT NULL, payload BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS groups_kept_for_a_batch ON groups(last_step) WHERE has_left = 1;
 CREATE TABLE IF NOT EXISTS leases (ordinal INTEGER PRIMARY KEY, actor TEXT NOT NULL, losses INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS batches (step INTEGER PRIMARY KEY, groups BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS held (row INTEGER PRIMARY KEY, sample BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS held (prompt_index INTEGER PRIMARY KEY, sample BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS ledger (place INTEGER PRIMARY KEY, lines BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL);
 PRAGMA user_version = {FORMAT};
 COMMIT;
 """
 _PUT_GROUP = """INSERT OR IGNORE INTO
-    groups(group_id, oldest_version, num_tokens, reward_std, num_samples, payload)
-    VALUES (?, ?, ?, ?, ?, ?)"""
+    groups(group_id, oldest_version, num_tokens, reward_std, num_samples, head, payload)
+    VALUES (?, ?, ?, ?, ?, ?, ?)"""
 
 
 class StoreError(AgroError, RuntimeError):
@@ -88,7 +88,7 @@ class Store:
     """One connection to the database at `path`, which is made if it is missing. Calls must come one after
     another.
 
-        store.put_group(meta, num_samples, payload)
+        store.put_group(meta, num_samples, StoredGroup.of(group))
         store.flush()                                  # durable from here on
     """
 
@@ -96,7 +96,7 @@ class Store:
         self.path = Path(path)
         self._pending: list[tuple[str, Sequence[Any]]] = []
         # Payloads that are not on the disk yet.
-        self._unwritten: dict[int, tuple[bytes, list[float] | None]] = {}
+        self._unwritten: dict[int, StoredGroup] = {}
         with self._explained():
             # Ray constructs an asyncio actor in one thread and runs its coroutines in another; never both at
             # once.
@@ -124,11 +124,11 @@ class Store:
 
     # Changes
 
-    def put_group(self, meta: GroupMeta, num_samples: int, payload: bytes) -> None:
+    def put_group(self, meta: GroupMeta, num_samples: int, stored: StoredGroup) -> None:
         """Stores a group, encoded. An id that is stored stays as it is."""
-        self._unwritten.setdefault(meta.group_id, (payload, None))
-        row = (meta.group_id, meta.oldest_version, meta.num_tokens, meta.reward_std, num_samples, payload)
-        self._pending.append((_PUT_GROUP, row))
+        self._unwritten.setdefault(meta.group_id, stored)
+        known = (meta.group_id, meta.oldest_version, meta.num_tokens, meta.reward_std, num_samples)
+        self._pending.append((_PUT_GROUP, (*known, stored.head, stored.payload)))
 
     def put_batch(self, step: int, batch: RecordedBatch) -> None:
         """Records the batch of learner step `step`, and its groups' uses with it."""
@@ -158,7 +158,7 @@ class Store:
     def put_ref_logprobs(self, group_id: int, values: Sequence[float]) -> None:
         """Caches the reference log-prob sums of a group's samples (nats)."""
         if group_id in self._unwritten:
-            self._unwritten[group_id] = (self._unwritten[group_id][0], list(values))
+            self._unwritten[group_id] = self._unwritten[group_id]._replace(ref_logprobs=list(values))
         self._pending.append(
             (
                 "UPDATE groups SET ref_logprobs = ? WHERE group_id = ?",
@@ -174,13 +174,13 @@ class Store:
         """Notes that the item has ended."""
         self._pending.append(("DELETE FROM leases WHERE ordinal = ?", (ordinal,)))
 
-    def put_held(self, row: int, sample: Sample) -> None:
-        """Notes the held sample of a row."""
-        self._pending.append(("INSERT OR REPLACE INTO held VALUES (?, ?)", (row, encode(sample))))
+    def put_held(self, prompt_index: int, sample: Sample) -> None:
+        """Notes the held sample of a prompt."""
+        self._pending.append(("INSERT OR REPLACE INTO held VALUES (?, ?)", (prompt_index, encode(sample))))
 
-    def end_held(self, row: int) -> None:
-        """Notes that the row's sample is held no more."""
-        self._pending.append(("DELETE FROM held WHERE row = ?", (row,)))
+    def end_held(self, prompt_index: int) -> None:
+        """Notes that the prompt's sample is held no more."""
+        self._pending.append(("DELETE FROM held WHERE prompt_index = ?", (prompt_index,)))
 
     def put_ledger(self, place: int, lines: bytes) -> None:
         """Notes lines of the ledger and where in the file they belong."""
@@ -222,7 +222,7 @@ class Store:
 
     # Reads
 
-    def read_groups(self, group_ids: Iterable[int]) -> list[tuple[bytes, list[float] | None]]:
+    def read_groups(self, group_ids: Iterable[int]) -> list[StoredGroup]:
         """Returns (payload, reference log-probs or None) in the order asked for, changes not yet written
         included.
 
@@ -266,10 +266,10 @@ class Store:
         return {step: msgspec.msgpack.decode(groups, type=RecordedBatch) for step, groups in rows}
 
     def load_held(self) -> dict[int, Sample]:
-        """Returns the held samples, by row."""
+        """Returns the held samples, by their prompts' indices."""
         with self._explained():
-            rows = self._db.execute("SELECT row, sample FROM held").fetchall()
-        return {row: msgspec.msgpack.decode(sample, type=Sample) for row, sample in rows}
+            rows = self._db.execute("SELECT prompt_index, sample FROM held").fetchall()
+        return {prompt_index: decode_sample(sample) for prompt_index, sample in rows}
 
     def load_ledger(self) -> list[tuple[int, bytes]]:
         """Returns (place, lines) of the last part of the ledger, in order."""
@@ -280,14 +280,17 @@ class Store:
         """Closes the connection and folds the log into the database file. Changes not written are lost."""
         self._db.close()
 
-    def _read_group(self, group_id: int) -> tuple[bytes, list[float] | None]:
+    def _read_group(self, group_id: int) -> StoredGroup:
         with self._explained():
             row = self._db.execute(
-                "SELECT payload, ref_logprobs FROM groups WHERE group_id = ?", (group_id,)
+                "SELECT head, payload, ref_logprobs FROM groups WHERE group_id = ?", (group_id,)
             ).fetchone()
         if row is None:
             raise StoreError(f"group {group_id} is not in {self.path}; was it deleted by another process?")
-        return row[0], None if row[1] is None else msgspec.msgpack.decode(row[1])
+        head, payload, ref_logprobs = row
+        return StoredGroup(
+            head, payload, ref_logprobs=None if ref_logprobs is None else msgspec.msgpack.decode(ref_logprobs)
+        )
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -32,8 +32,8 @@ def usable_group(group: Group) -> tuple[Group, list[str]]:
                 f"{index}. "
                 "Score a group before inserting it, or set the sample's `error`."
             )
-        if not sample.token_ids or (sample.is_offline and sample.logprobs):
-            what = "log-probs but no version" if sample.token_ids else "no tokens and no version"
+        if not sample.num_sampled or (sample.is_offline and sample.logprobs):
+            what = "log-probs but no version" if sample.num_sampled else "no sampled tokens"
             raise DataError(f"group {group.group_id} from actor {group.actor!r}: sample {index} has {what}.")
     return (msgspec.structs.replace(group, samples=kept) if errors else group), errors
 
@@ -53,19 +53,19 @@ class HeldSamples:
     def __init__(self, max_staleness: int) -> None:
         self._bound = StalenessBound(max_staleness)
         self.counts: Counter[str] = Counter()
-        self._by_row: dict[int, Sample] = {}
+        self._by_prompt: dict[int, Sample] = {}
         self._changed: dict[int, None] = {}
 
     def join(self, group: Group, step: int) -> Group:
-        """Returns a group too small by itself together with the sample held for its row, if one is held and
+        """Returns a group too small by itself together with the sample held for its prompt, if one is held and
         not stale at `step`.
 
         A group that is large enough stays as it is: the held sample would only make it older.
         """
-        if not 0 < len(group.samples) < MIN_SAMPLES or group.row not in self._by_row:
+        if not 0 < len(group.samples) < MIN_SAMPLES or group.prompt_index not in self._by_prompt:
             return group
-        sample = self._by_row.pop(group.row)
-        self._changed[group.row] = None
+        sample = self._by_prompt.pop(group.prompt_index)
+        self._changed[group.prompt_index] = None
         if self._bound.is_stale(sample.oldest_version, step):
             self.counts["held_stale"] += 1
             return group
@@ -74,27 +74,27 @@ class HeldSamples:
 
     def hold(self, group: Group) -> bool:
         """Keeps the group's only sample and returns True; False when it has none, or an offline one, which
-        its row will bring again.
+        its prompt will bring again.
         """
         if not group.samples or group.samples[0].is_offline:
             return False
-        (self._by_row[group.row],) = group.samples
-        self._changed[group.row] = None
+        (self._by_prompt[group.prompt_index],) = group.samples
+        self._changed[group.prompt_index] = None
         self.counts["held_samples"] += 1
         return True
 
     def pop_changed(self) -> list[tuple[int, Sample | None]]:
         """Returns the rows whose held sample changed since the last call, each with the sample or None."""
-        changed = [(row, self._by_row.get(row)) for row in self._changed]
+        changed = [(index, self._by_prompt.get(index)) for index in self._changed]
         self._changed.clear()
         return changed
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the samples by row, and the counts."""
-        return {"samples": dict(self._by_row), "counts": dict(self.counts)}
+        """Returns the samples by their prompts' indices, and the counts."""
+        return {"samples": dict(self._by_prompt), "counts": dict(self.counts)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes over what `get_state` returned."""
-        self._by_row = dict(state["samples"])
+        self._by_prompt = dict(state["samples"])
         self.counts = Counter(state["counts"])
         self._changed.clear()

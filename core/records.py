@@ -1,106 +1,290 @@
 """What travels between the rooms: frozen records, imported by all, importing nothing of ours.
 
-    WorkItem --> Group of Samples --> Batch
+    WorkItem --> Group of Samples --> Batch        on its way to the learner: a BatchIndex, and each Group as it was stored
 
-On the wire every record is msgpack (`encode` / `decode_group` ...): no pickle crosses a process boundary.
+A sample is one list of tokens of which some were sampled. There is no split into prompt and completion: whatever the policy
+was shown, at first or later on, stands in the list where it was seen, and `is_sampled` is 0 there.
+
+Every record is msgpack on the wire (`encode`, `decode_group` ...): no pickle crosses a process boundary. Arrays are raw
+bytes, in memory as on the wire: 4 for a token, an eighth for its bit in the mask and 4 for the log-prob of a sampled one.
+
+The prompt is sent with every sample of a group all the same. It costs 4.1 bytes a token where a sampled token costs 8.1, so
+that the mean is below 8.2 whatever the lengths are. Sharing it would make short answers to long prompts smaller still, but a
+sample would be read only together with its group, and its first observation otherwise than its later ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
+
+# Arrays ----------------------------------------------------------------------------------------------------------
+
+
+class _Bytes:
+    """An immutable value that is the bytes it is sent as; equal when class and bytes are."""
+
+    __slots__ = ("data",)
+    data: bytes
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and isinstance(other, _Bytes) and other.data == self.data
+
+    def __hash__(self) -> int:
+        return hash(self.data)
+
+
+class _Numbers(_Bytes):
+    """Numbers of one type, little-endian whatever the machine."""
+
+    __slots__ = ()
+    dtype: ClassVar[np.dtype[Any]]
+
+    def __init__(self, data: bytes = b"") -> None:
+        """An array over `data`. Raises ValueError for bytes that are no whole number of values."""
+        if len(data) % self.dtype.itemsize:
+            raise ValueError(
+                f"{len(data)} bytes are no whole number of {self.dtype.name} values: torn, or foreign"
+            )
+        self.data = data
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Self:
+        """The array of these values. Raises OverflowError for a whole number that the type does not hold."""
+        found = values if isinstance(values, np.ndarray) else np.array(list(values), dtype=cls.dtype)
+        kept = found.astype(cls.dtype, copy=False)
+        if kept.dtype.kind == "i" and (kept != found).any():
+            raise OverflowError(f"{found[kept != found][0]} is no {cls.dtype.name}")
+        return cls(kept.tobytes())
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """The values as a read-only array over the bytes: nothing is copied."""
+        return np.frombuffer(self.data, self.dtype)
+
+    def __len__(self) -> int:
+        return len(self.data) // self.dtype.itemsize
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}.of({self.numpy().tolist()})"
+
+
+class Int32s(_Numbers):
+    """Token ids. Example: `Int32s.of([5, 6]).numpy()`."""
+
+    __slots__ = ()
+    dtype = np.dtype("<i4")
+
+
+class Float32s(_Numbers):
+    """Log-probs, nats: what vLLM has is float32 too, so that nothing is lost. Example: `Float32s.of([-0.5]).numpy()`."""
+
+    __slots__ = ()
+    dtype = np.dtype("<f4")
+
+
+class Bits(_Bytes):
+    """Truth values, eight in a byte, the first in the highest bit. Example: `Bits.runs(3, 2)` is 0 0 0 1 1.
+
+    The bytes begin with one that counts the unused bits, all 0, at the end of the last.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, data: bytes = b"\0") -> None:
+        """The bits in `data`. Raises ValueError for bytes that are none."""
+        num_unused = data[0] if data else -1
+        is_whole = 0 <= num_unused <= (7 if len(data) > 1 else 0)
+        if not is_whole or data[-1] & ((1 << num_unused) - 1) * (len(data) > 1):
+            raise ValueError(
+                f"{len(data)} bytes that begin with {data[:2].hex() or 'nothing'} are no bits: torn, or foreign"
+            )
+        self.data = data
+
+    @classmethod
+    def of(cls, values: Iterable[bool]) -> Self:
+        """These truth values."""
+        found = np.asarray(values if isinstance(values, np.ndarray) else list(values), dtype=np.bool_)
+        return cls(bytes([-len(found) % 8]) + np.packbits(found).tobytes())
+
+    @classmethod
+    def runs(cls, *lengths: int) -> Self:
+        """So many 0s, then so many 1s, then so many 0s again, and so on: the mask of observations and actions in turn."""
+        return cls.of(np.repeat(np.arange(len(lengths)) % 2 == 1, lengths))
+
+    def numpy(self) -> npt.NDArray[np.bool_]:
+        """The truth values as a new array."""
+        return np.unpackbits(np.frombuffer(self.data, np.uint8, offset=1), count=len(self)).view(np.bool_)
+
+    def count(self) -> int:
+        """How many are 1."""
+        return int.from_bytes(self.data[1:]).bit_count()
+
+    def __len__(self) -> int:
+        return 8 * (len(self.data) - 1) - self.data[0]
+
+    def __repr__(self) -> str:
+        return f"Bits.of({self.numpy().astype(int).tolist()})"
+
+
+# Records ---------------------------------------------------------------------------------------------------------
 
 
 class WorkItem(msgspec.Struct, frozen=True):
     """One prompt to generate for.
 
-    `ordinal` is the position in the prompt stream; `row` and `seed` are pure functions of the run's seed, the
-    dataset's size and the ordinal (see `buffer.admission.work_item`), so an item issued again is the same
-    item.
+    `ordinal` is the position in the prompt stream. `prompt_index` is the prompt's place among the usable ones; it and `seed`
+    are pure functions of the run's seed, the number of prompts and the ordinal (see `buffer.admission.work_item`), so that an
+    item issued again is the same item.
     """
 
     ordinal: int
-    row: int
+    prompt_index: int
     seed: int
 
 
 class EvalItem(msgspec.Struct, frozen=True):
-    """One held-out prompt to evaluate at exactly one policy version. Never enters the buffer."""
+    """One held-out prompt, by its place among the usable ones, to evaluate at exactly one policy version. Never enters the buffer."""
 
     evaluation_id: int
     policy_version: int
-    row: int
+    prompt_index: int
     seed: int
 
 
 class VersionSpan(msgspec.Struct, frozen=True):
-    """Tokens [start, end) of a completion were sampled by weights of `version`."""
+    """The sampled tokens [start, end) of a sample, counted among the sampled ones alone, are by weights of `version`."""
 
     version: int
     start: int
     end: int
 
 
-class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """One generation.
+def _oldest_version(spans: Iterable[VersionSpan]) -> int | None:
+    return min((span.version for span in spans), default=None)
 
-    token_ids      completion tokens as sampled; EOS included iff it was sampled
-    logprobs       behaviour log-probability of each token, nats, at the sampling temperature; empty for an offline sample
-    version_spans  which policy version sampled which tokens; covers [0, len(token_ids)) without gaps; empty for an offline sample
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One trajectory: what the policy was shown and what it said, in the order in which it saw it.
+
+    tokens         all tokens, the prompt's first; those sampled as they were sampled, EOS included iff it was sampled
+    is_sampled     one bit per token; never set for the first, which nothing predicts
+    logprobs       behaviour log-probability of each sampled token, nats, at the sampling temperature; empty for an offline sample
+    version_spans  which policy version sampled which of the sampled tokens, without gaps; empty for an offline sample
+    turns          how often the policy spoke; one for a prompt and its answer
     finish_reason  "stop" (EOS or stop string) or "length" (cut at the token limit: a valid outcome)
-    reward         finite float, or None while unscored or when `error` is set
+    text           what it said, for the rewards. The tokens say the same: once scored, only the first sample of a group, which
+                   a human is shown, keeps it
+    reward         finite float, the sum over the turns, or None while unscored or when `error` is set
     error          why there is no reward; a failure is never reward 0
-    ref_logprob    sum over tokens of log pi_ref, filled by the learner's kernels; None until then
-    answer         what votes as one answer (`objective.target: majority@k`), as the reward reads it; None: the stripped text
+    ref_logprob    sum over sampled tokens of log pi_ref, filled by the learner's kernels; None until then
+    answer_id      equal where samples of a group vote for one answer (`objective.target: majority@k`); None while unscored
+
+    Raises ValueError where the lengths do not fit one another. Example, a prompt of two tokens and an answer of one:
+    `Sample(tokens=Int32s.of([5, 6, 7]), is_sampled=Bits.runs(2, 1), logprobs=Float32s.of([-0.1]),
+    version_spans=(VersionSpan(0, 0, 1),), finish_reason="stop")`.
     """
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    tokens: Int32s
+    is_sampled: Bits
+    logprobs: Float32s
     version_spans: tuple[VersionSpan, ...]
     finish_reason: str
-    text: str
+    turns: int = 1
+    text: str = ""
     reward: float | None = None
     error: str | None = None
     ref_logprob: float | None = None
-    answer: str | None = None
+    answer_id: int | None = None
+
+    def __post_init__(self) -> None:
+        num_sampled = self.num_sampled
+        if len(self.is_sampled) != len(self.tokens):
+            raise ValueError(
+                f"is_sampled has {len(self.is_sampled)} bits for {len(self.tokens)} tokens; expected one each"
+            )
+        if len(self.logprobs) not in (0, num_sampled):
+            raise ValueError(
+                f"{len(self.logprobs)} logprobs for {num_sampled} sampled tokens; expected one each, or none"
+            )
+        end = 0
+        for span in self.version_spans:
+            if span.start != end or span.end < end:
+                raise ValueError(
+                    f"version span [{span.start}, {span.end}) begins elsewhere than at {end}, where the one before ends"
+                )
+            end = span.end
+        if self.version_spans and end != num_sampled:
+            raise ValueError(
+                f"the version spans end at {end}; expected {num_sampled}, the number of sampled tokens"
+            )
+
+    @classmethod
+    def one_turn(
+        cls, prompt: Sequence[int], answer: Sequence[int], logprobs: Sequence[float] = (), **rest: Any
+    ) -> Self:
+        """The sample of a prompt and its answer, by their token ids; `rest`: the other fields."""
+        return cls(
+            tokens=Int32s.of([*prompt, *answer]),
+            is_sampled=Bits.runs(len(prompt), len(answer)),
+            logprobs=Float32s.of(logprobs),
+            **rest,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens, as the learner sees them."""
+        return len(self.tokens)
+
+    @property
+    def num_sampled(self) -> int:
+        """The tokens that the policy, or whoever it was, said."""
+        return self.is_sampled.count()
+
+    @property
+    def sampled_tokens(self) -> npt.NDArray[np.int32]:
+        """Those tokens, int32 [num_sampled]."""
+        found: npt.NDArray[np.int32] = self.tokens.numpy()[self.is_sampled.numpy()]
+        return found
 
     @property
     def is_offline(self) -> bool:
-        """Sampled by an unknown policy (`data.offline`): it has no behaviour log-probs and no age."""
+        """Whether an unknown policy sampled it (`data.offline`): it has no behaviour log-probs and no age."""
         return not self.version_spans
 
     @property
     def oldest_version(self) -> int | None:
-        """The version of the oldest token; None for an offline sample."""
-        return min((span.version for span in self.version_spans), default=None)
+        """The version of the oldest sampled token; None for an offline sample."""
+        return _oldest_version(self.version_spans)
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):
-    """The samples of one WorkItem. `group_id` is the item's ordinal: at most one group per id is ever
-    stored.
+    """The samples of one WorkItem. `group_id` is the item's ordinal: at most one group per id is ever stored.
+
+    `prompt_index` is the prompt's place among the usable ones, `source_row` its line or row in the file, from 0.
     """
 
     group_id: int
-    row: int
+    prompt_index: int
+    source_row: int
     prompt: str
-    prompt_ids: tuple[int, ...]
     samples: tuple[Sample, ...]
     actor: str = ""
     uses: int = 0
 
     @property
     def oldest_version(self) -> int | None:
-        """The version of the oldest token of the group: what `max_staleness` bounds; None when all its
-        samples are offline.
-        """
-        return min((span.version for sample in self.samples for span in sample.version_spans), default=None)
+        """The version of the group's oldest token: what `max_staleness` bounds; None when all its samples are offline."""
+        return _oldest_version(span for sample in self.samples for span in sample.version_spans)
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and completion tokens of all samples, as the learner sees them."""
-        return sum(len(self.prompt_ids) + len(sample.token_ids) for sample in self.samples)
+        """All tokens of all samples, as the learner sees them."""
+        return sum(sample.num_tokens for sample in self.samples)
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -111,7 +295,7 @@ class Batch(msgspec.Struct, frozen=True):
 
 
 class EvalSample(msgspec.Struct, frozen=True, kw_only=True):
-    """A held-out prompt with its completions and rewards, all by one policy version."""
+    """A held-out prompt with what was said to it and the rewards, all by one policy version."""
 
     item: EvalItem
     prompt: str
@@ -132,17 +316,115 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     num_errors: int
 
 
-Record: TypeAlias = WorkItem | EvalItem | Sample | Group | EvalSample | Evaluation
+# What is known of a batch without its tokens ---------------------------------------------------------------------
+
+
+class SampleHead(msgspec.Struct, frozen=True, array_like=True):
+    """All of a sample that a number can say: what is left when its tokens and texts are gone."""
+
+    num_tokens: int
+    num_sampled: int
+    version_spans: tuple[VersionSpan, ...]
+    finish_reason: str
+    reward: float | None
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether an unknown policy sampled it."""
+        return not self.version_spans
+
+    @property
+    def oldest_version(self) -> int | None:
+        """The version of the oldest sampled token; None for an offline sample."""
+        return _oldest_version(self.version_spans)
+
+
+class GroupHead(msgspec.Struct, frozen=True, array_like=True):
+    """What a group is, without its tokens: what a rank chooses its groups by, and metrics are taken from.
+
+    `uses` counts the batches that the group was in, this one included; `ref_logprobs` has the reference's log-prob sum of each
+    sample, nats, where they are known.
+    """
+
+    group_id: int
+    prompt_index: int
+    samples: tuple[SampleHead, ...]
+    uses: int = 0
+    ref_logprobs: tuple[float | None, ...] | None = None
+
+    @property
+    def oldest_version(self) -> int | None:
+        """The version of the group's oldest token; None when all its samples are offline."""
+        return _oldest_version(span for sample in self.samples for span in sample.version_spans)
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens of all samples, as the learner sees them."""
+        return sum(sample.num_tokens for sample in self.samples)
+
+
+class BatchIndex(msgspec.Struct, frozen=True, array_like=True):
+    """A Batch without its tokens: what every rank is told of all groups. About 50 bytes a sample."""
+
+    step: int
+    groups: tuple[GroupHead, ...]
+
+
+def head_of(group: Group) -> GroupHead:
+    """The group without its tokens."""
+    samples = tuple(
+        SampleHead(
+            num_tokens=sample.num_tokens,
+            num_sampled=sample.num_sampled,
+            version_spans=sample.version_spans,
+            finish_reason=sample.finish_reason,
+            reward=sample.reward,
+        )
+        for sample in group.samples
+    )
+    refs = tuple(sample.ref_logprob for sample in group.samples)
+    known = refs if any(value is not None for value in refs) else None
+    known = refs if any(value is not None for value in refs) else None
+    return GroupHead(group.group_id, group.prompt_index, samples, group.uses, known)
+
+
+def index_of(batch: Batch) -> BatchIndex:
+    """The batch without its tokens."""
+    return BatchIndex(batch.step, tuple(map(head_of, batch.groups)))
+
+
+# On the wire -----------------------------------------------------------------------------------------------------
+
+Record: TypeAlias = WorkItem | EvalItem | Sample | Group | EvalSample | Evaluation | GroupHead | BatchIndex
+
+
+class StoredGroup(NamedTuple):
+    """A group as a shard keeps it: its head and itself, encoded, and what the buffer has learnt of it since."""
+
+    head: bytes
+    payload: bytes
+    uses: int = 0
+    ref_logprobs: Sequence[float | None] | None = None
+
+    @classmethod
+    def of(cls, group: Group) -> Self:
+        """The group encoded."""
+        return cls(encode(head_of(group)), encode(group), group.uses)
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """A batch whose groups are still encoded. `payloads` are views into the batch's own bytes, in the order of the index."""
+
+    index: BatchIndex
+    payloads: tuple[memoryview, ...]
 
 
 class _WireGroup(msgspec.Struct, frozen=True, array_like=True):
-    """A stored group on its way to the learner: its payload as it was inserted, and what the buffer has
-    learnt of it since.
-    """
-
     uses: int
-    ref_logprobs: tuple[float, ...] | None
-    group: msgspec.Raw
+    ref_logprobs: tuple[float | None, ...] | None
+    head: msgspec.Raw
+    payload: msgspec.Raw
 
 
 class _WireBatch(msgspec.Struct, frozen=True, array_like=True):
@@ -150,8 +432,23 @@ class _WireBatch(msgspec.Struct, frozen=True, array_like=True):
     groups: tuple[_WireGroup, ...]
 
 
-_encoder = msgspec.msgpack.Encoder()
-_group_decoder = msgspec.msgpack.Decoder(Group)
+def _to_bytes(value: Any) -> bytes:
+    if isinstance(value, _Bytes):
+        return value.data
+    raise NotImplementedError(f"records hold no {type(value).__name__}")
+
+
+def _from_bytes(kind: type, value: Any) -> Any:
+    if not isinstance(value, bytes):
+        raise ValueError(f"expected the bytes of {kind.__name__}, found {type(value).__name__}")
+    return kind(value)
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_to_bytes)
+_sample_decoder = msgspec.msgpack.Decoder(Sample, dec_hook=_from_bytes)
+_group_decoder = msgspec.msgpack.Decoder(Group, dec_hook=_from_bytes)
+_head_decoder = msgspec.msgpack.Decoder(GroupHead)
+_index_decoder = msgspec.msgpack.Decoder(BatchIndex)
 _batch_decoder = msgspec.msgpack.Decoder(_WireBatch)
 
 
@@ -160,43 +457,78 @@ def encode(record: Record) -> bytes:
     return _encoder.encode(record)
 
 
-def decode_group(payload: bytes) -> Group:
-    """The Group in `payload`; raises msgspec.ValidationError when it is not one."""
+def decode_sample(payload: bytes) -> Sample:
+    """The Sample in `payload`; raises msgspec.MsgspecError when it is none, or torn."""
+    return _sample_decoder.decode(payload)
+
+
+def decode_group(payload: bytes | memoryview) -> Group:
+    """The Group in `payload`; raises msgspec.MsgspecError when it is none, or torn."""
     return _group_decoder.decode(payload)
 
 
-def encode_batch(step: int, groups: Iterable[tuple[int, Sequence[float] | None, bytes]]) -> bytes:
-    """A Batch from stored payloads, which are not decoded: (uses, reference log-prob of each sample or
-    None, payload).
-    """
-    return _encoder.encode(
-        _WireBatch(
-            step,
-            tuple(
-                _WireGroup(uses, None if ref is None else tuple(ref), msgspec.Raw(payload))
-                for uses, ref, payload in groups
-            ),
+def decode_index(payload: bytes) -> BatchIndex:
+    """The BatchIndex in `payload`; raises msgspec.MsgspecError when it is none, or torn."""
+    return _index_decoder.decode(payload)
+
+
+def encode_batch(step: int, groups: Iterable[StoredGroup]) -> bytes:
+    """A Batch from stored groups, none of which is decoded."""
+    wires = (
+        _WireGroup(
+            group.uses,
+            None if group.ref_logprobs is None else tuple(group.ref_logprobs),
+            msgspec.Raw(group.head),
+            msgspec.Raw(group.payload),
         )
+        for group in groups
     )
-
-
-def decode_batch(payload: bytes) -> Batch:
-    """The Batch in `payload`; raises msgspec.ValidationError when it is not one."""
-    wire = _batch_decoder.decode(payload)
-    return Batch(
-        wire.step, tuple(_completed(_group_decoder.decode(entry.group), entry) for entry in wire.groups)
-    )
+    return _encoder.encode(_WireBatch(step, tuple(wires)))
 
 
 def merge_batches(parts: Sequence[bytes]) -> bytes:
-    """One encoded Batch with the groups of all `parts`, encoded Batches of the same step."""
+    """One encoded Batch with the groups of all `parts`, encoded Batches of the same step; none of the groups is decoded."""
     wires = [_batch_decoder.decode(part) for part in parts]
     return _encoder.encode(_WireBatch(wires[0].step, tuple(entry for wire in wires for entry in wire.groups)))
 
 
-def _completed(group: Group, wire: _WireGroup) -> Group:
+def open_batch(payload: bytes) -> EncodedBatch:
+    """The index of an encoded Batch, and its groups as they are; raises msgspec.MsgspecError when it is none, or torn."""
+    wire = _batch_decoder.decode(payload)
+    heads = (
+        msgspec.structs.replace(
+            _head_decoder.decode(entry.head), uses=entry.uses, ref_logprobs=entry.ref_logprobs
+        )
+        for entry in wire.groups
+    )
+    return EncodedBatch(
+        BatchIndex(wire.step, tuple(heads)), tuple(memoryview(entry.payload) for entry in wire.groups)
+    )
+
+
+def decode_batch(payload: bytes) -> Batch:
+    """The whole Batch in `payload`; raises msgspec.MsgspecError when it is none, or torn."""
+    found = open_batch(payload)
+    return Batch(found.index.step, tuple(map(complete_group, found.index.groups, found.payloads)))
+
+
+def complete_group(head: GroupHead, payload: bytes | memoryview) -> Group:
+    """The group in `payload` with what its head knows besides: its uses, and the reference's log-probs.
+
+    Raises msgspec.MsgspecError when it is no group, ValidationError when it is another group than the head's.
+    """
+    group = decode_group(payload)
+    found = (group.group_id, group.num_tokens, len(group.samples), group.oldest_version)
+    if found != (head.group_id, head.num_tokens, len(head.samples), head.oldest_version):
+        raise msgspec.ValidationError(
+            f"the index names group {head.group_id} of {len(head.samples)} samples and {head.num_tokens} tokens, but its payload "
+            f"holds group {group.group_id} of {len(group.samples)} and {group.num_tokens}"
+        )
     samples = group.samples
-    if wire.ref_logprobs is not None:
-        pairs = zip(samples, wire.ref_logprobs, strict=True)
-        samples = tuple(msgspec.structs.replace(sample, ref_logprob=value) for sample, value in pairs)
-    return msgspec.structs.replace(group, uses=wire.uses, samples=samples)
+    if head.ref_logprobs is not None:
+        pairs = zip(samples, head.ref_logprobs, strict=True)
+        samples = tuple(
+            sample if value is None else msgspec.structs.replace(sample, ref_logprob=value)
+            for sample, value in pairs
+        )
+    return msgspec.structs.replace(group, uses=head.uses, samples=samples)

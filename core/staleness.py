@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core.errors import StalenessError
-from core.records import Batch, Group, Sample
+from core.records import Batch, BatchIndex, Group, GroupHead, Sample, SampleHead
 
 if TYPE_CHECKING:  # The configuration needs this file, and loads in a moment without numpy.
     import numpy as np
@@ -44,13 +44,13 @@ def staleness(step: int, version: int) -> int:
     return step - version
 
 
-def sample_staleness(sample: Sample, step: int) -> int | None:
+def sample_staleness(sample: Sample | SampleHead, step: int) -> int | None:
     """The staleness of a sample's oldest token at learner step `step`; None for an offline sample."""
     oldest = sample.oldest_version
     return None if oldest is None else staleness(step, oldest)
 
 
-def mean_staleness(sample: Sample, step: int) -> float | None:
+def mean_staleness(sample: Sample | SampleHead, step: int) -> float | None:
     """The token-weighted mean of the staleness of a sample's tokens; None for an offline sample."""
     if sample.is_offline:
         return None
@@ -59,12 +59,12 @@ def mean_staleness(sample: Sample, step: int) -> float | None:
     return total / sum(span.end - span.start for span in spans)
 
 
-def is_fresh(sample: Sample, step: int) -> bool:
+def is_fresh(sample: Sample | SampleHead, step: int) -> bool:
     """Says whether all tokens of the sample come from exactly the weights that learner step `step` begins with."""
     return {span.version for span in sample.version_spans} == {step}
 
 
-def counted_version(group: Group) -> int:
+def counted_version(group: Group | GroupHead) -> int:
     """The version of a group that counts: of its oldest token; AGELESS when all its samples are offline."""
     return AGELESS if group.oldest_version is None else group.oldest_version
 
@@ -87,7 +87,7 @@ def staleness_masks(staleness_N: npt.NDArray[np.float64]) -> dict[str, npt.NDArr
     }
 
 
-def staleness_metrics(batch: Batch) -> dict[str, float]:
+def staleness_metrics(batch: Batch | BatchIndex) -> dict[str, float]:
     """The metrics `staleness/*` of a batch, at its learner step. Ages are over the samples that have one; NaN when all are offline."""
     samples = [sample for group in batch.groups for sample in group.samples]
     means = [(sample, age) for sample in samples if (age := mean_staleness(sample, batch.step)) is not None]
@@ -133,7 +133,7 @@ class StalenessBound:
                 "with ledger.jsonl."
             )
 
-    def check_batch(self, batch: Batch) -> None:
+    def check_batch(self, batch: Batch | BatchIndex) -> None:
         """Raises StalenessError when a group of the batch is too old: here the samples themselves are looked at, not an index."""
         for group in batch.groups:
             self.check(group.group_id, counted_version(group), batch.step)

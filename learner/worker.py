@@ -33,7 +33,7 @@ from core.config import Config
 from core.config_file import dump_config
 from core.errors import ConfigError, PeerTimeout
 from core.own_warnings import OwnWarnings
-from core.records import Batch, decode_batch
+from core.records import BatchIndex, open_batch
 from core.staleness import StalenessBound
 from core.weights.transports import NoTransport, Sender, Transport, ZeroSource, load_transport
 from learner.checkpoints.checkpoint import Checkpoint, Part, verify
@@ -44,6 +44,7 @@ from learner.step.frozen import frozen_names
 from learner.step.guards import Guards
 from learner.step.mismatch import MismatchCheck, bound_nats
 from learner.step.result import StepResult
+from learner.step.share import Share, receive_share
 from learner.step.update import Updater
 
 BUFFER, MONITOR = "replay buffer", "monitor"
@@ -175,21 +176,22 @@ class LearnerRank:
         publish_s = self._publish(progress)
         while progress.step < config.run.steps:
             step_start_s = time.perf_counter()
-            payload = self._next_batch(progress.step)
-            if payload is None:
+            taken = self._next_batch(progress.step)
+            if taken is None:
                 break
+            share, payload = taken
             wait_s = time.perf_counter() - step_start_s
-            batch = decode_batch(payload)
-            StalenessBound(config.buffer.max_staleness).check_batch(batch)
-            result = self._updater.update(batch, learning_rate(progress.step, config))
+            StalenessBound(config.buffer.max_staleness).check_batch(share.index)
+            result = self._updater.update(share, learning_rate(progress.step, config))
             metrics = result.metrics()
-            self._guards.judge(batch.step, payload, metrics, result.skip)
+            self._guards.judge(share.index.step, payload, metrics, result.skip)
             progress.step += 1
             if progress.step % config.weights.publish_every == 0 or progress.step == config.run.steps:
                 publish_s = self._publish(progress)
             if self._rank == 0:
-                row = {**batch_metrics(batch), **metrics, "weights/publish_s": publish_s}
-                self._report(progress, batch, row, result, wait_s, time.perf_counter() - step_start_s)
+                row = {**batch_metrics(share.index), **metrics, "weights/publish_s": publish_s}
+                self._report(progress, share.index, row, result, wait_s, time.perf_counter() - step_start_s)
+                self._show(progress.step, payload, result)
             if config.checkpoint.every and progress.step % config.checkpoint.every == 0:
                 self._save(progress)
         if progress.published != progress.step:
@@ -264,17 +266,19 @@ class LearnerRank:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box
 
-    def _next_batch(self, step: int) -> bytes | None:
-        """The batch of this step, encoded, on every rank, or None to stop. Raises PeerTimeout when the
-        actors deliver nothing.
+    def _next_batch(self, step: int) -> tuple[Share, bytes] | None:
+        """This rank's share of the batch of this step, and on rank 0 all of it, encoded (b"" on the others);
+        None to stop. Raises PeerTimeout when the actors deliver nothing. Collective.
         """
-        answers = self._ask_for_batch(step) if self._rank == 0 else itertools.repeat(None)
-        for answer in answers:
+        answers = self._ask_for_batch(step) if self._rank == 0 else itertools.repeat((False, b""))
+        for is_over, payload in answers:
             # Every two seconds, come or not: the other ranks wait in a collective, which has a limit of its
             # own.
-            ((is_over, payload),) = self._broadcast(answer)
+            ((is_over, is_there),) = self._broadcast((is_over, payload is not None))
+            if is_over and not is_there:
+                return None
             if is_over:
-                return payload
+                return receive_share(open_batch(payload or b"") if self._rank == 0 else None), payload or b""
         raise AssertionError("unreachable: the last answer ends the wait")
 
     def _ask_for_batch(self, step: int) -> Iterator[tuple[bool, bytes | None]]:
@@ -330,7 +334,7 @@ class LearnerRank:
     def _report(
         self,
         progress: Progress,
-        batch: Batch,
+        batch: BatchIndex,
         row: dict[str, float],
         result: StepResult,
         wait_s: float,
@@ -338,10 +342,10 @@ class LearnerRank:
     ) -> None:
         step = progress.step
         # None of a skipped step.
-        advantages = result.by_group("advantage")
-        trained = [group for group in batch.groups if group.group_id in advantages]
+        are_trained = result.by_group("advantage").keys()
+        trained = [group for group in batch.groups if group.group_id in are_trained]
         progress.samples += sum(len(group.samples) for group in trained)
-        progress.tokens += sum(len(sample.token_ids) for group in trained for sample in group.samples)
+        progress.tokens += sum(sample.num_sampled for group in trained for sample in group.samples)
         progress.staleness_sum += row["staleness/mean"]
         progress.staleness_max = float(np.fmax(progress.staleness_max, row["staleness/oldest_token"]))
         row["progress/step"], row["progress/samples"], row["progress/tokens"] = (
@@ -354,18 +358,18 @@ class LearnerRank:
         row["perf/trained_tokens_per_s"] = sum(group.num_tokens for group in trained) / step_s
         whole = row | self._guards.metrics() | self._transport.metrics() | self._checkpoints.metrics()
         self._calls.post(self._monitor.log_step.remote(whole), MONITOR, "a step's metrics")
-        if self._config.monitor.shows_samples(step):
-            self._calls.post(
-                self._monitor.log_samples.remote(step, shown_samples(batch, advantages)),
-                MONITOR,
-                "samples to show",
-            )
         if self._config.buffer.uses_per_group > 1 and self._updater.keeps_reference:
             self._calls.post(
                 self._buffer.set_ref_logprobs(result.by_group("ref_logprob")),
                 BUFFER,
                 "the reference's log-probs, which are computed again",
             )
+
+    def _show(self, step: int, payload: bytes, result: StepResult) -> None:
+        """Tell the monitor of a few samples of the batch, if it is time."""
+        if self._config.monitor.shows_samples(step):
+            shown = shown_samples(open_batch(payload), result.by_group("advantage"))
+            self._calls.post(self._monitor.log_samples.remote(step, shown), MONITOR, "samples to show")
 
     def _write_policy(self, policy_dir: str) -> bool:
         """Whether it was written (rank 0). Collective.

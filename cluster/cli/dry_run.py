@@ -69,5 +69,5 @@ def _prompts(title: str, prompts: PromptSet) -> str:
     return (
         f"  {title:<14} {len(prompts)} of {prompts.source}{bad}; tokens: {shortest} to {longest}, median "
         f"{median}; "
-        f"the longest is row {by_length[-1].row + 1}"
+        f"the longest is row {by_length[-1].source_row + 1}"
     )

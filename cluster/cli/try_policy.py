@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from actors.engine import Engine
+from actors.episode import Generation
 from actors.prompts import load_prompts, render_rows
 from actors.sources import Source, report_bad_rows
 from core.config import MAX_TOKENS, Config, DataConfig, ModelConfig
 from core.errors import ConfigError
-from core.records import Sample
 from core.tokenizer import Detokenizer, end_token_ids, has_chat_template, load_tokenizer
 from learner.catalogue import load_config
 from rewards.pool import RewardPool
@@ -116,16 +116,18 @@ def _check_policy(directory: str) -> None:
         )
 
 
-def _generate(engine: Engine, config: Config, prompt_ids: list[tuple[int, ...]]) -> list[list[str]]:
+def _generate(engine: Engine, config: Config, prompts: list[tuple[int, ...]]) -> list[list[str]]:
     pending = [
-        (f"{row}-{index}", ids) for row, ids in enumerate(prompt_ids) for index in range(config.eval.samples)
+        (f"{prompt}-{index}", tokens)
+        for prompt, tokens in enumerate(prompts)
+        for index in range(config.eval.samples)
     ]
-    done: dict[str, Sample] = {}
-    for request_id, ids in pending:
-        engine.submit(request_id, ids, temperature=config.eval.temperature)
+    done: dict[str, Generation] = {}
+    for request_id, tokens in pending:
+        engine.submit(request_id, tokens, temperature=config.eval.temperature)
     while engine.num_unfinished:
         done.update(engine.step())
     return [
-        [done[f"{row}-{index}"].text for index in range(config.eval.samples)]
-        for row in range(len(prompt_ids))
+        [done[f"{prompt}-{index}"].text for index in range(config.eval.samples)]
+        for prompt in range(len(prompts))
     ]

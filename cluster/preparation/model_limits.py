@@ -7,7 +7,6 @@ the learner in an IndexError, on a GPU in an assertion that names nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from actors.prompts import PromptRow, PromptSet
@@ -86,7 +85,7 @@ def check_token_ids(
             row, number = beyond[0]
             raise DataError(
                 f"{source}: {len(beyond)} prompts hold tokens that the model does not know, the first in row "
-                f"{row.row + 1}: "
+                f"{row.source_row + 1}: "
                 f"{tokenizer.decode([number])!r} has the id {number}, but {has}. The tokenizer is not this "
                 "model's, or tokens were added "
                 "to it: enlarge the embedding (resize_token_embeddings), or remove them."
@@ -94,5 +93,4 @@ def check_token_ids(
 
 
 def _largest(row: PromptRow) -> int:
-    ids: Iterable[int] = row.token_ids
-    return max((max(ids, default=0), *(max(sample.token_ids, default=0) for sample in row.offline)))
+    return max((max(row.token_ids, default=0), *(int(sample.tokens.numpy().max()) for sample in row.offline)))

@@ -149,7 +149,7 @@ def load_training(config: Config, tokenizer: Any) -> tuple[PromptSet, list[str]]
 
 def _ended(prompts: PromptSet, end_ids: Sequence[int]) -> Iterator[str]:
     """Returns what to tell of prompts that the model may take for finished."""
-    if ended := [row.row + 1 for row in prompts.rows if row.token_ids[-1] in end_ids]:
+    if ended := [row.source_row + 1 for row in prompts.rows if row.token_ids[-1] in end_ids]:
         yield (
             f"warning: {len(ended)} of {len(prompts)} prompts end in an end token (the first: row "
             f"{ended[0]}), as if nothing were to "
@@ -170,12 +170,12 @@ def _scorable(config: Config, prompts: PromptSet) -> PromptSet:
         for row in prompts.rows
         if needs_all or not row.offline or any(sample.reward is None for sample in row.offline)
     ]
-    bad = bad_rows(config.rewards, prompts.source, {row.row: row.columns for row in scored})
+    bad = bad_rows(config.rewards, prompts.source, {row.source_row: row.columns for row in scored})
     if not bad:
         return prompts
-    rows = [row for row in prompts.rows if row.row not in bad]
+    rows = [row for row in prompts.rows if row.source_row not in bad]
     report_bad_rows(
-        Source(prompts.source, "row", {row.row: row.columns for row in prompts.rows}),
+        Source(prompts.source, "row", {row.source_row: row.columns for row in prompts.rows}),
         bad,
         len(rows),
         config.data.on_bad_row,

@@ -56,10 +56,10 @@ class Directive(msgspec.Struct, frozen=True):
 
 
 class _OpenEvaluation:
-    def __init__(self, evaluation_id: int, version: int, num_rows: int, seed: int) -> None:
-        self.version, self.num_rows = version, num_rows
+    def __init__(self, evaluation_id: int, version: int, num_prompts: int, seed: int) -> None:
+        self.version, self.num_prompts = version, num_prompts
         self.pending = deque(
-            EvalItem(evaluation_id, version, row, (seed + row) % 2**31) for row in range(num_rows)
+            EvalItem(evaluation_id, version, index, (seed + index) % 2**31) for index in range(num_prompts)
         )
         self.taken: dict[EvalItem, str] = {}
         self.done: dict[int, EvalSample] = {}
@@ -70,7 +70,11 @@ class _OpenEvaluation:
         return items
 
     def release(self, actor: str) -> None:
-        lost = [item for item, holder in self.taken.items() if holder == actor and item.row not in self.done]
+        lost = [
+            item
+            for item, holder in self.taken.items()
+            if holder == actor and item.prompt_index not in self.done
+        ]
         for item in lost:
             del self.taken[item]
         self.pending.extend(lost)
@@ -184,8 +188,8 @@ class Board:
             if any(span.version != evaluation.version for spans in sample.version_spans for span in spans):
                 evaluation.pending.append(sample.item)  # Not the policy it claims to measure: again.
                 continue
-            evaluation.done[sample.item.row] = sample
-            if len(evaluation.done) == evaluation.num_rows:
+            evaluation.done[sample.item.prompt_index] = sample
+            if len(evaluation.done) == evaluation.num_prompts:
                 self._complete(sample.item.evaluation_id, evaluation)
         await self._wake()
 
@@ -243,7 +247,7 @@ class Board:
 
     def _complete(self, evaluation_id: int, evaluation: _OpenEvaluation) -> None:
         del self._evaluations[evaluation_id]
-        samples = [evaluation.done[row] for row in sorted(evaluation.done)]
+        samples = [evaluation.done[index] for index in sorted(evaluation.done)]
         rewards = [reward for sample in samples for reward in sample.rewards if reward is not None]
         num_samples = sum(len(sample.rewards) for sample in samples)
         result = Evaluation(

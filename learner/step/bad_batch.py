@@ -19,7 +19,7 @@ from core.staleness import sample_staleness
 MAX_FILES = 5
 SHOWN_CHARS = 240
 SHOWN_GROUPS = 5
-FORMAT = "agro-bad-batch-1"
+FORMAT = "agro-bad-batch-2"
 
 
 class Skip(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,7 +99,7 @@ def render(path: Path, decode: Callable[[Sequence[int]], str] | None = None) -> 
     for group in batch.groups:
         reason = bad.skip.reasons.get(group.group_id)
         mark, why = ("!", f": {reason}") if reason else (" ", "")
-        lines += ["", f"{mark} group {group.group_id}, row {group.row}, {group.uses} uses{why}"]
+        lines += ["", f"{mark} group {group.group_id}, row {group.source_row}, {group.uses} uses{why}"]
         lines.append(f"    prompt      {_short(group.prompt)}")
         lines += _sample_lines(bad, batch, group, decode)
     return "\n".join(lines)
@@ -114,16 +114,24 @@ def _sample_lines(
             f"reward {'-' if sample.reward is None else _number(sample.reward)}",
             _age(sample, batch.step),
         ]
-        behaviour = statistics.fmean(sample.logprobs) if sample.logprobs else None
+        behaviour = statistics.fmean(sample.logprobs.numpy().tolist()) if sample.logprobs else None
         values.append(f"mean log-prob {'unknown' if behaviour is None else _number(behaviour)} when sampled")
         if policy_mean is not None:
             values.append(f"{_number(policy_mean)} by the policy")
         if sample.ref_logprob is not None:
             values.append(f"reference sum {_number(sample.ref_logprob)}")
-        values.append(f"{len(sample.token_ids)} tokens, {sample.finish_reason}")
+        values.append(f"{sample.num_sampled} tokens, {sample.finish_reason}")
         values += [f"error {_short(sample.error)}"] if sample.error is not None else []
         yield f"    sample {index:<4} {', '.join(values)}"
-        yield f"                {_short(sample.text if decode is None else decode(sample.token_ids))}"
+        yield f"                {_said(sample, decode)}"
+
+
+def _said(sample: Sample, decode: Callable[[Sequence[int]], str] | None) -> str:
+    if decode is not None:
+        return _short(decode(sample.sampled_tokens.tolist()))
+    if sample.text or not sample.num_sampled:
+        return _short(sample.text)
+    return f"no tokenizer to read its tokens with, which begin {sample.sampled_tokens[:8].tolist()}"
 
 
 def _age(sample: Sample, step: int) -> str:

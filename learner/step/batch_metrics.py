@@ -7,19 +7,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core.records import Batch
+from core.records import BatchIndex, EncodedBatch, decode_group
 from core.staleness import sample_staleness, staleness_metrics
 
 SHOWN_SAMPLES = 8
 
 
-def batch_metrics(batch: Batch) -> dict[str, float]:
+def batch_metrics(batch: BatchIndex) -> dict[str, float]:
     """Metrics of the batch by their names in metrics.jsonl, measured now, when it is consumed."""
     samples = [sample for group in batch.groups for sample in group.samples]
     rewards = [
         sample.reward for sample in samples if sample.reward is not None and math.isfinite(sample.reward)
     ]
-    lengths = [len(sample.token_ids) for sample in samples]
+    lengths = [sample.num_sampled for sample in samples]
     zero_std = [len({sample.reward for sample in group.samples}) <= 1 for group in batch.groups]
     return {
         "reward/mean": statistics.fmean(rewards) if rewards else math.nan,
@@ -33,15 +33,16 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     }
 
 
-def shown_samples(batch: Batch, advantages: Mapping[int, Sequence[float]]) -> list[dict[str, Any]]:
+def shown_samples(batch: EncodedBatch, advantages: Mapping[int, Sequence[float]]) -> list[dict[str, Any]]:
     """The first sample of the first trained groups with everything a reader wants to know of it.
 
-    `advantages`: of each trained group, in the order of its samples.
+    `advantages`: of each trained group, in the order of its samples. Only the groups shown are decoded.
     """
     shown: list[dict[str, Any]] = []
-    for group in batch.groups:
-        if group.group_id not in advantages or len(shown) == SHOWN_SAMPLES:
+    for head, payload in zip(batch.index.groups, batch.payloads, strict=True):
+        if head.group_id not in advantages or len(shown) == SHOWN_SAMPLES:
             continue
+        group = decode_group(payload)
         sample = group.samples[0]
         shown.append(
             {
@@ -51,7 +52,7 @@ def shown_samples(batch: Batch, advantages: Mapping[int, Sequence[float]]) -> li
                 "error": sample.error,
                 "advantage": advantages[group.group_id][0],
                 "version": sample.oldest_version,
-                "staleness": sample_staleness(sample, batch.step),
+                "staleness": sample_staleness(sample, batch.index.step),
             }
         )
     return shown

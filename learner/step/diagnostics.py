@@ -21,7 +21,7 @@ Column = npt.NDArray[np.float64]
 
 COLUMNS = (
     "group",
-    "row",
+    "prompt_index",
     "index",
     "reward",
     "advantage",
@@ -32,7 +32,7 @@ COLUMNS = (
     "loss",
     "ref_logprob",
 )
-"""Of one sample: its group's id, the prompt's row, its place in the group, then what the names say; NaN
+"""Of one sample: its group's id, the prompt's index, its place in the group, then what the names say; NaN
 where it is not known.
 """
 

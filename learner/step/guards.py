@@ -123,7 +123,7 @@ class Guards:
         self._skipped = self._in_a_row = 0
 
     def judge(self, step: int, payload: bytes, metrics: Mapping[str, float], skip: Skip | None) -> None:
-        """Of the update of learner step `step` with the encoded batch `payload`. Collective when it was
+        """Of the update of learner step `step` with the encoded batch `payload`, which rank 0 has. Collective when it was
         skipped.
 
         Raises TrainingError on every rank, with the batch kept, when it is the `MAX_SKIPS`th skipped in a

@@ -1,6 +1,6 @@
 """The plan of one optimizer step on one rank: which samples, in which forward passes. Collated once, for all passes of the step.
 
-    Batch --assign_groups--> this rank's groups --plan_micro_batches--> passes --collate--> ModelInputs
+    Share: this rank's groups of a batch --plan_micro_batches--> passes --collate--> ModelInputs
                                                        `--in the order of the passes--> SampleArrays
 
 Since the flat arrays are in the order of the passes, the samples of a pass are a slice of them, and so are their tokens.
@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from core.config import LearnerConfig
-from core.records import Batch
-from learner.step.packing import ModelInputs, TokenSequence, assign_groups, collate, plan_micro_batches
-from learner.step.ranks import Ranks
+from learner.step.packing import ModelInputs, TokenSequence, collate, plan_micro_batches
 from learner.step.samples import SampleArrays, arrays_of, sequence_of
+from learner.step.share import Share
 
 
 @dataclass(frozen=True)
@@ -91,23 +90,20 @@ class StepPlan:
 
 
 def plan_step(
-    batch: Batch,
+    share: Share,
     learner: LearnerConfig,
-    ranks: Ranks,
     *,
     needs: Collection[str],
     pad_id: int,
     device: torch.device,
 ) -> StepPlan:
-    """The plan of this rank; every rank makes its own from the same batch, and they share its groups out alike.
+    """The plan of this rank, which every rank makes of its own share of the batch.
 
     `needs` are those of the objective. Raises ConfigError for a sequence beyond `learner.micro_batch_tokens`, DataError for an empty
     prompt.
     """
-    shares = assign_groups([group.num_tokens for group in batch.groups], ranks.count)
-    groups = [batch.groups[index] for index in shares[ranks.number]]
-    members = [(group, place) for group in groups for place in range(len(group.samples))]
-    sequences = [sequence_of(member) for member in members]
+    members = [(group, place) for group in share.groups for place in range(len(group.samples))]
+    sequences = [sequence_of(group.samples[place]) for group, place in members]
     micro_batches = plan_micro_batches(
         [sequence.num_tokens for sequence in sequences],
         [group.group_id for group, _ in members],
@@ -126,9 +122,9 @@ def plan_step(
         passes.append(Pass(inputs, part, micro.whole))
         first_sample, first_token = part.samples.stop, part.tokens.stop
     return StepPlan(
-        step=batch.step,
-        num_groups=len(batch.groups),
-        samples=arrays_of([members[index] for index in order], batch.step, needs, device),
+        step=share.index.step,
+        num_groups=len(share.index.groups),
+        samples=arrays_of([members[index] for index in order], share.index.step, needs, device),
         passes=tuple(passes),
         idle=_idle(learner, pad_id, device),
     )

@@ -24,7 +24,7 @@ FOUND = ("advantage", "weight", "log_ratio", "log_importance", "loss", "ref_logp
 
 @dataclass(frozen=True)
 class StepResult:
-    """One learner step, done or skipped: `result = updater.update(batch, lr)`, then `result.metrics()`.
+    """One learner step, done or skipped: `result = updater.update(share, lr)`, then `result.metrics()`.
 
     step       optimizer steps done before it
     lr         learning rate
@@ -78,7 +78,7 @@ def gather_samples(ranks: Ranks, samples: SampleArrays, found_NK: Tensor) -> dic
     """The columns of learner/step/diagnostics.py over all ranks, ordered by group and place in it. Collective."""
     known = {
         "group": samples.groups_N,
-        "row": samples.prompts_N,
+        "prompt_index": samples.prompts_N,
         "index": samples.places_N,
         "reward": samples.rewards_N,
         "staleness": samples.staleness_N,

@@ -5,12 +5,14 @@ Tensor letters: N samples, T sampled tokens of all of them, ordered by sample, t
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ class SampleArrays:
 
     groups_N              int64, group ids
     places_N              int64, the sample's place in its group
-    prompts_N             int64, the row of the prompt
+    prompts_N             int64, the prompt's place among the usable ones
     rewards_N             float64, NaN for a sample without one
     staleness_N           float64, of the oldest token, learner steps; NaN for an offline sample
     is_fresh_N            bool, whether all tokens are of the weights that the step begins with
@@ -86,13 +88,13 @@ def arrays_of(
     def tensor(values: list[Any], dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
-    sizes_N = tensor([len(sample.token_ids) for sample in samples], torch.int64)
+    sizes_N = tensor([sample.num_sampled for sample in samples], torch.int64)
     ages = [sample_staleness(sample, step) for sample in samples]
     known = [sample.ref_logprob for sample in samples]
     return SampleArrays(
         groups_N=tensor([group.group_id for group, _ in members], torch.int64),
         places_N=tensor([place for _, place in members], torch.int64),
-        prompts_N=tensor([group.row for group, _ in members], torch.int64),
+        prompts_N=tensor([group.prompt_index for group, _ in members], torch.int64),
         rewards_N=tensor([math.nan if sample.reward is None else sample.reward for sample in samples]),
         staleness_N=tensor([math.nan if age is None else age for age in ages]),
         is_fresh_N=tensor([is_fresh(sample, step) for sample in samples], torch.bool),
@@ -100,22 +102,19 @@ def arrays_of(
         has_reference_N=tensor([value is not None for value in known], torch.bool),
         sizes_N=sizes_N,
         sequence_T=torch.arange(len(samples), device=device).repeat_interleave(sizes_N),
-        behaviour_logprobs_T=tensor(
-            [value for sample in samples for value in _behaviour(sample)], torch.float32
-        ),
-        answers_N=tensor([_answer_id(sample) for sample in samples], torch.int64)
+        behaviour_logprobs_T=_behaviour(samples).to(device),
+        answers_N=tensor([sample.answer_id or 0 for sample in samples], torch.int64)
         if "answers" in needs
         else None,
-        completions_N=tensor([hash(s.token_ids) for s in samples], torch.int64)
+        completions_N=tensor([_completion_id(sample) for sample in samples], torch.int64)
         if "completions" in needs
         else None,
     )
 
 
-def sequence_of(member: Member) -> TokenSequence:
-    """The tokens of a sample as a forward pass takes them."""
-    group, place = member
-    return TokenSequence.of_turn(group.prompt_ids, group.samples[place].token_ids)
+def sequence_of(sample: Sample) -> TokenSequence:
+    """The trajectory of a sample as a forward pass takes it."""
+    return TokenSequence(sample.tokens.numpy(), sample.is_sampled.numpy())
 
 
 def faults_of(named: Mapping[str, Tensor]) -> list[str | None]:
@@ -130,10 +129,18 @@ def faults_of(named: Mapping[str, Tensor]) -> list[str | None]:
     return found
 
 
-def _behaviour(sample: Sample) -> Sequence[float]:
-    return [math.nan] * len(sample.token_ids) if sample.is_offline else sample.logprobs
+def _behaviour(samples: Sequence[Sample]) -> Tensor:
+    """[T] float32 log-probs of the sampled tokens by whoever sampled them; NaN for an offline sample's."""
+    values: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)]
+    for sample in samples:
+        is_known = not sample.is_offline
+        values.append(
+            sample.logprobs.numpy() if is_known else np.full(sample.num_sampled, math.nan, np.float32)
+        )
+    return torch.from_numpy(np.concatenate(values))
 
 
-def _answer_id(sample: Sample) -> int:
-    answer = sample.text.strip() if sample.answer is None else sample.answer
-    return zlib.crc32(answer.encode())
+def _completion_id(sample: Sample) -> int:
+    """64 bits of a digest of the tokens and of which of them were sampled."""
+    digest = hashlib.blake2b(sample.tokens.data + sample.is_sampled.data, digest_size=8)
+    return int.from_bytes(digest.digest(), signed=True)

@@ -1,6 +1,6 @@
 """One optimizer step from a Batch, exact for any sharding over ranks and passes.
 
-    Batch --plan_step--> passes --frozen policies--> their log-probs --first pass--> gradients of split groups
+    Share --plan_step--> passes --frozen policies--> their log-probs --first pass--> gradients of split groups
                                   `--gradient passes: log-probs --> objective --> backward, summed over all--> step --> StepResult
 
 Groups stay whole on a rank. Where a group fits a micro-batch, one forward pass serves the objective and the gradient.
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from core.config import Config
-from core.records import Batch
 from learner.objectives import Objective, TokenBatch, token_gradients
 from learner.step.frozen import FrozenLogprobs, FrozenPolicies, joined, run_passes
 from learner.step.mismatch import MismatchCheck
@@ -33,6 +32,7 @@ from learner.step.policies import FrozenPolicy, Policy
 from learner.step.ranks import Ranks
 from learner.step.result import FOUND, StepResult, found_of, gather_samples, gather_skip
 from learner.step.samples import faults_of
+from learner.step.share import Share
 from learner.step.variances import PromptVariances
 
 
@@ -62,7 +62,7 @@ class Agreed(NamedTuple):
 
 
 class Updater:
-    """Turns Batches into optimizer steps on this rank: `updater.update(batch, lr)` on all ranks at once.
+    """Turns Batches into optimizer steps on this rank: `updater.update(share, lr)` on all ranks at once.
 
     mismatch  compares fresh samples with what the actors say of them, before the step; None compares nothing
     """
@@ -97,17 +97,16 @@ class Updater:
         """Which of "reference" and "proximal" are copies of the policy by now, no longer the base model."""
         return frozenset(self._frozen.moved)
 
-    def update(self, batch: Batch, lr: float) -> StepResult:
+    def update(self, share: Share, lr: float) -> StepResult:
         """One optimizer step at learning rate `lr`, or none: equal on every rank. Collective.
 
         Where a number is not finite the step is skipped: the policy and its optimizer are as before, and so is what the updater keeps.
         Raises TrainingError, on every rank and before the step, when the actors sampled from something else than the policy.
         """
-        self._frozen.move(self._policy, batch.step)
+        self._frozen.move(self._policy, share.index.step)
         plan = plan_step(
-            batch,
+            share,
             self._learner,
-            self._ranks,
             needs=self._objective.needs,
             pad_id=self._pad_id,
             device=self._device,

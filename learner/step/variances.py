@@ -29,8 +29,8 @@ class PromptVariances:
     def observe(self, samples: Mapping[str, Column], beta: float) -> None:
         """Let the residuals r - beta * ell of these samples (learner/step/diagnostics.py) count for their prompts' next visit."""
         residuals = samples["reward"] - beta * samples["log_ratio"]
-        for prompt in np.unique(samples["row"]):
-            values = residuals[samples["row"] == prompt]
+        for prompt in np.unique(samples["prompt_index"]):
+            values = residuals[samples["prompt_index"] == prompt]
             if len(values) > 1:
                 variance = float(np.var(values, ddof=1))
                 before = self._variances.get(int(prompt), variance)

@@ -13,18 +13,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actors.offline import OfflineActor, OfflineSample, choose_samples, load_offline, with_scores
+from actors.offline import OfflineActor, choose_samples, load_offline
 from actors.prompts import PromptRow, PromptSet, load_prompts
+from actors.scored import answer_id, group_of, with_scores
 from buffer.ledger import audit
 from buffer.server import ReplayBuffer
 from cluster.preparation.prepare import check_needs, load_training, no_evaluation
 from core.config import Config
 from core.errors import ConfigError, DataError, PeerTimeout
-from core.records import Batch, Group, Sample, VersionSpan, decode_batch
+from core.records import (
+    Batch,
+    Group,
+    Sample,
+    StoredGroup,
+    VersionSpan,
+    WorkItem,
+    decode_batch,
+    encode_batch,
+    index_of,
+    open_batch,
+)
 from core.tokenizer import Detokenizer
 from core.weights.board import Board
 from learner.objectives import load_objective
@@ -45,6 +58,13 @@ GOOD = [
 def write_rows(path: Path, *rows: dict[str, Any] | str) -> Path:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
+
+
+def logged(prompt: Any, answer: Any, text: str, reward: float | None, finish_reason: str) -> Sample:
+    """A sample as `data.offline` has it."""
+    return Sample.one_turn(
+        prompt, answer, version_spans=(), text=text, reward=reward, finish_reason=finish_reason
+    )
 
 
 @pytest.fixture
@@ -69,16 +89,16 @@ def test_rows_of_a_prompt_are_its_samples_with_eos_where_they_are_finished(load)
     (prompt,) = prompts.rows
     tokenizer = make_tokenizer()
     ids = {text: tuple(tokenizer(text)["input_ids"]) for text in ("1+1=", "2", "123", "4")}
-    assert (prompt.row, prompt.text, prompt.token_ids, prompt.columns) == (
+    assert (prompt.source_row, prompt.text, prompt.token_ids, prompt.columns) == (
         0,
         "1+1=",
         ids["1+1="],
         {"prompt": "1+1=", "answer": "2"},
     )
     assert prompt.offline == (
-        OfflineSample((*ids["2"], EOS), "2", 0.5, "stop"),
-        OfflineSample(ids["123"], "123", None, "length"),
-        OfflineSample((*ids["4"], EOS), "4", 1.0, "stop"),
+        logged(prompt.token_ids, (*ids["2"], EOS), "2", 0.5, "stop"),
+        logged(prompt.token_ids, ids["123"], "123", None, "length"),
+        logged(prompt.token_ids, (*ids["4"], EOS), "4", 1.0, "stop"),
     )
 
 
@@ -104,7 +124,7 @@ def test_parquet_gives_the_same_and_groups_of_one_prompt_stay_apart(load, tmp_pa
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "log.parquet")
     from_parquet, _ = load_offline(offline_config(tmp_path / "log.parquet"), make_tokenizer())
     assert from_parquet.rows == load(*rows)[0].rows
-    assert [(row.row, [sample.text for sample in row.offline]) for row in from_parquet.rows] == [
+    assert [(row.source_row, [sample.text for sample in row.offline]) for row in from_parquet.rows] == [
         (0, ["2", "3"]),
         (2, ["2", "3"]),
     ]
@@ -233,7 +253,10 @@ def test_a_logged_completion_ends_once_as_the_policy_ends_it(tmp_path, completio
         return
     sample = load_offline(config, tokenizer)[0][0].offline[1]
     plain = [*expected[:-1], "<eos>"] if completion == "2" and not chat_template else expected
-    assert (tokenizer.convert_ids_to_tokens(sample.token_ids), sample.finish_reason) == (plain, "stop")
+    assert (tokenizer.convert_ids_to_tokens(sample.sampled_tokens.tolist()), sample.finish_reason) == (
+        plain,
+        "stop",
+    )
     assert sample.text == ("" if completion == "<turn>" else "2")
 
 
@@ -270,9 +293,17 @@ def test_the_text_of_a_logged_completion_is_that_of_a_sampled_one(tmp_path, skip
         0
     ].offline[0]
     assert (
-        sample.text == text == Detokenizer(tokenizer, (0,), skip_special_tokens=skip).text(sample.token_ids)
+        sample.text
+        == text
+        == Detokenizer(tokenizer, (0,), skip_special_tokens=skip).text(sample.sampled_tokens.tolist())
     )
-    assert tokenizer.convert_ids_to_tokens(sample.token_ids) == ["<think>", "1", "</think>", "2", "<eos>"]
+    assert tokenizer.convert_ids_to_tokens(sample.sampled_tokens.tolist()) == [
+        "<think>",
+        "1",
+        "</think>",
+        "2",
+        "<eos>",
+    ]
 
 
 def mixed_config(tmp_path: Path, *rows: dict[str, Any], **data: Any) -> Config:
@@ -355,7 +386,7 @@ def test_why_nothing_is_evaluated_is_said():
 
 def test_the_choice_depends_on_the_seed_alone_and_takes_each_sample_once():
     row = PromptRow(
-        0, "p", (3,), {}, tuple(OfflineSample((number,), str(number), None, "stop") for number in range(10))
+        0, "p", (3,), {}, tuple(logged((3,), (number,), str(number), None, "stop") for number in range(10))
     )
     chosen = [tuple(sample.text for sample in choose_samples(row, 4, seed)) for seed in range(300)]
     assert chosen[7] == tuple(sample.text for sample in choose_samples(row, 4, 7))
@@ -363,18 +394,33 @@ def test_the_choice_depends_on_the_seed_alone_and_takes_each_sample_once():
     counts = [sum(str(number) in texts for texts in chosen) for number in range(10)]
     assert min(counts) > 80, "each of ten should be in about 120"
     assert sorted(sample.text for sample in choose_samples(row, 99, 1)) == sorted(map(str, range(10)))
-    assert all(sample.is_offline and sample.logprobs == () for sample in choose_samples(row, 99, 1))
+    assert all(sample.is_offline and len(sample.logprobs) == 0 for sample in choose_samples(row, 99, 1))
 
 
 def test_a_given_reward_stands_whatever_the_functions_say():
-    given = Sample(token_ids=(1,), logprobs=(), version_spans=(), finish_reason="stop", text="x", reward=0.25)
-    unscored = Sample(token_ids=(1,), logprobs=(), version_spans=(), finish_reason="stop", text="x")
+    given, unscored = logged((3,), (1,), " x ", 0.25, "stop"), logged((3,), (1,), " x ", None, "stop")
     scored = with_scores(
         [given, given, unscored, unscored], [Scored(1.0, answer="x"), Scored(error="no")] * 2
     )
-    assert [(sample.reward, sample.error, sample.answer) for sample in scored] == [
-        (0.25, None, "x"), (0.25, None, None), (1.0, None, "x"), (None, "no", None),
+    # What no function reads an answer from votes by its text, without the space around it.
+    assert {sample.answer_id for sample in scored} == {answer_id("x")}
+    assert [(sample.reward, sample.error) for sample in scored] == [
+        (0.25, None), (0.25, None), (1.0, None), (None, "no"),
     ]  # fmt: skip
+
+
+def test_a_group_keeps_the_text_of_the_first_sample_that_has_no_error():
+    said = [logged((3,), (number,), str(number), 1.0, "stop") for number in range(3)]
+    prompt = PromptRow(7, "p", (3,), {})
+    failed = msgspec.structs.replace(said[0], reward=None, error="no")
+    for samples, texts in (
+        (said, ["0", "", ""]),
+        ([failed, *said[1:]], ["", "1", ""]),
+        ([failed] * 2, ["0", ""]),
+    ):
+        group = group_of(WorkItem(5, 2, 0), prompt, samples, "a")
+        assert [sample.text for sample in group.samples] == texts
+        assert (group.group_id, group.prompt_index, group.source_row) == (5, 2, 7)
 
 
 class Handle:
@@ -435,11 +481,19 @@ def test_the_feeder_fills_a_real_buffer_with_scored_groups_and_ends_when_retired
     groups, counters, stats = asyncio.run(scenario())
     assert all(sample.is_offline and sample.error is None for group in groups for sample in group.samples)
     assert {group.prompt: len(group.samples) for group in groups} == {"1+1=": 4, "2+2=": 3}
-    rewards = {(group.prompt, sample.text): sample.reward for group in groups for sample in group.samples}
+    detokenizer = Detokenizer(make_tokenizer(), (EOS,))
+    said = [
+        (group.prompt, detokenizer.text(sample.sampled_tokens.tolist()), sample)
+        for group in groups
+        for sample in group.samples
+    ]
+    rewards = {(prompt, text): sample.reward for prompt, text, sample in said}
     expected = {("1+1=", str(number)): float(number == 2) for number in range(6)}
     assert rewards == {**expected, ("2+2=", "4"): 0.4, ("2+2=", "5"): 0.5, ("2+2=", "44"): 0.0}
-    answers = {(group.prompt, sample.text): sample.answer for group in groups for sample in group.samples}
-    assert (answers["1+1=", "2"], answers["2+2=", "4"]) == ("2", None), "what had a reward was not scored"
+    answers = {(prompt, text): sample.answer_id for prompt, text, sample in said}
+    assert (answers["1+1=", "2"], answers["2+2=", "4"]) == (answer_id("2"), None), (
+        "what had a reward was not scored"
+    )
     assert len({group.group_id for group in groups}) == 16
     assert counters["errors"] == stats["buffer/samples_error"] == stats["buffer/leased"] == 0
     assert audit(tmp_path / "run" / "ledger.jsonl")["violations"] == []
@@ -467,17 +521,23 @@ def test_metrics_of_a_batch_tell_offline_samples_and_mixed_versions():
     def sample(*versions: int) -> Sample:
         spans = tuple(VersionSpan(version, index, index + 1) for index, version in enumerate(versions))
         ids, logprobs = tuple(range(len(versions) or 3)), (-0.5,) * len(versions)
-        return Sample(
-            token_ids=ids, logprobs=logprobs, version_spans=spans, finish_reason="stop", text="x", reward=1.0
+        return Sample.one_turn(
+            (1,), ids, logprobs, version_spans=spans, finish_reason="stop", text="x", reward=1.0
         )
 
     def group(number: int, *samples: Sample) -> Group:
-        return Group(group_id=number, row=0, prompt="p", prompt_ids=(1,), samples=samples)
+        return Group(group_id=number, prompt_index=0, source_row=0, prompt="p", samples=samples)
 
     metrics = batch_metrics(
-        Batch(
-            9,
-            (group(0, sample(5, 7), sample()), group(1, sample(8), sample(8)), group(2, sample(), sample())),
+        index_of(
+            Batch(
+                9,
+                (
+                    group(0, sample(5, 7), sample()),
+                    group(1, sample(8), sample(8)),
+                    group(2, sample(), sample()),
+                ),
+            )
         )
     )
     assert metrics["staleness/mean"] == pytest.approx((4 + 2 + 1 + 1) / 4)
@@ -487,13 +547,14 @@ def test_metrics_of_a_batch_tell_offline_samples_and_mixed_versions():
         pytest.approx(1 / 3),
     )
     offline = Batch(9, (group(0, sample(), sample()),))
-    metrics = batch_metrics(offline)
+    payload = encode_batch(9, map(StoredGroup.of, offline.groups))
+    metrics = batch_metrics(index_of(offline))
     assert all(
         metrics[f"staleness/{name}"] != metrics[f"staleness/{name}"]
         for name in ("mean", "max", "oldest_token")
     ), "NaN"
     assert metrics["staleness/offline_fraction"] == 1
-    (shown,) = shown_samples(offline, {0: [{"advantage": 0.0}]})
+    (shown,) = shown_samples(open_batch(payload), {0: [0.0]})
     assert (shown["version"], shown["staleness"]) == (None, None)
 
 

@@ -224,7 +224,7 @@ def test_no_row_needs_an_answer_when_none_has_one(tokenizer, write):
 def test_rows_are_numbered_by_line_and_unicode_line_separators_do_not_split(tokenizer, write):
     path = write("\ufeff" + json.dumps(GOOD), "", '{"prompt": "a\u2028b", "answer": "c"}', "   ", GOOD)
     prompts = load_prompts(plain(path), tokenizer)
-    assert [row.row for row in prompts.rows] == [0, 2, 4]
+    assert [row.source_row for row in prompts.rows] == [0, 2, 4]
     assert prompts[1].text == "a\u2028b"
 
 
@@ -237,7 +237,7 @@ def test_parquet_files_shards_and_directories(tokenizer, tmp_path):
     file = load_prompts(plain(tmp_path / "test.parquet"), tokenizer)
     evaluation = load_prompts(plain(tmp_path, eval_rows=5), tokenizer, evaluation=True)
     assert [row.columns for row in shards.rows] == [row.columns for row in file.rows] == rows
-    assert [row.row for row in evaluation.rows] == [0, 1, 2, 3, 4]
+    assert [row.source_row for row in evaluation.rows] == [0, 1, 2, 3, 4]
 
 
 def test_evaluation_takes_the_first_rows_of_its_split_or_path(tokenizer, write, tmp_path):
@@ -335,7 +335,7 @@ def test_a_bad_row_stops_with_line_and_reason_or_is_skipped_and_counted(tokenize
     assert "data.on_bad_row=skip" in message
     assert len(message) < 600
     prompts = load_prompts(DataConfig(path=path, on_bad_row="skip"), tokenizer)
-    assert ([row.row for row in prompts.rows], prompts.num_bad_rows) == ([0, 2], 1)
+    assert ([row.source_row for row in prompts.rows], prompts.num_bad_rows) == ([0, 2], 1)
 
 
 def test_messages_need_the_chat_template_and_one_system_message(tokenizer, write):

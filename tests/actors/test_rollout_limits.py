@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.prompts import OfflineSample
+from core.records import Sample
 from tests.support.configs import LONG, actor_config
 from tests.support.in_process import Bench
 from tests.support.simulated import STEP_S, SimulatedActor, benches, ledger, rows, until
@@ -36,7 +36,7 @@ def test_a_group_goes_in_at_its_deadline_with_its_straggler_truncated(bench):
     run.start(actor)
     groups = [group for step in range(3) for group in run.train(step, 4)]
     for group in groups:
-        lengths = sorted(len(sample.token_ids) for sample in group.samples)
+        lengths = sorted(sample.num_sampled for sample in group.samples)
         assert lengths[:3] == [5, 5, 5]
         assert 5 < lengths[3] < 200
         assert sorted(sample.finish_reason for sample in group.samples) == ["length", "stop", "stop", "stop"]
@@ -67,7 +67,9 @@ def test_a_group_with_one_sample_fails_with_the_reason(bench):
 
 
 def test_offline_samples_count_as_members(bench):
-    offline = (OfflineSample((7, 8), "45", 1.0, "length"),)
+    offline = (
+        Sample.one_turn((5, 0), (7, 8), version_spans=(), text="45", reward=1.0, finish_reason="length"),
+    )
     data = {"offline": "none", "offline_share": 0.5}
     actors = {"group_timeout_s": 0.2, "max_new_tokens": LONG, "slots": 1, "group_size": 2}
     run = bench(

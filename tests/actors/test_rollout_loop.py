@@ -19,12 +19,12 @@ import actors.follower
 import actors.rollout
 from actors.engine import Engine
 from actors.offline import OfflineActor
-from actors.prompts import OfflineSample
 from benchmarks.fake_engine import FakeEngine
 from buffer.ledger import audit_run
 from buffer.replay import EVICTIONS
 from buffer.store import DiskFullError
 from core.errors import PeerTimeout
+from core.records import Sample
 from core.weights.board import Board
 from tests.support.configs import LONG, actor_config
 from tests.support.in_process import Bench
@@ -63,9 +63,7 @@ def test_an_item_gives_the_same_group_whoever_generates_it(bench):
     for group_id in same:
         first, second = groups[0][group_id], groups[1][group_id]
         assert len(first.samples) == 4
-        assert [sample.token_ids for sample in first.samples] == [
-            sample.token_ids for sample in second.samples
-        ]
+        assert [sample.tokens for sample in first.samples] == [sample.tokens for sample in second.samples]
 
 
 class TestUpdates:
@@ -91,7 +89,7 @@ class TestUpdates:
         crossing = [sample for sample in samples if len(sample.version_spans) == 2]
         assert crossing
         for sample in samples:
-            assert [span.end for span in sample.version_spans][-1] == len(sample.token_ids)
+            assert [span.end for span in sample.version_spans][-1] == sample.num_sampled
             assert len({span.version for span in sample.version_spans}) == len(sample.version_spans)
 
     def test_drain_finishes_first_and_starts_nothing(self, bench):
@@ -117,7 +115,7 @@ class TestUpdates:
         assert mixed
         for group in mixed:
             assert {
-                len(sample.token_ids) for sample in group.samples if sample.version_spans[0].version == 0
+                sample.num_sampled for sample in group.samples if sample.version_spans[0].version == 0
             } == {5}
         seeds: dict[str, set[int]] = {}
         for request_id, seed in actor.engine.submitted:
@@ -243,7 +241,7 @@ class TestFaults:
             SimulatedActor(run, refuses=lambda ids: "too long" if ids[1] == REFUSED_ROW else "", step_s=0.001)
         )
         groups = [group for step in range(12) for group in run.train(step, 4)]
-        assert {group.row for group in groups} == set(range(16)) - {REFUSED_ROW}
+        assert {group.prompt_index for group in groups} == set(range(16)) - {REFUSED_ROW}
         failed = [event for event in ledger(run) if event["event"] == "failed"]
         assert failed
         assert {event["reason"] for event in failed} == {"too long"}
@@ -388,7 +386,10 @@ class Feeder(OfflineActor):
 
 
 def test_the_feeder_keeps_its_groups_while_the_disk_is_full(bench):
-    offline = tuple(OfflineSample((7, 8 + number), str(number), None, "length") for number in range(4))
+    offline = tuple(
+        Sample.one_turn((5, 0), (7, 8 + number), version_spans=(), text=str(number), finish_reason="length")
+        for number in range(4)
+    )
     run = bench(
         actor_config(data={"offline": "none"}, objective={"importance_weight": "none"}),
         rows=rows(offline=offline),

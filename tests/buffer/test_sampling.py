@@ -159,9 +159,10 @@ def test_priority_draws_from_a_pool_where_there_are_more_groups(monkeypatch):
 @settings(deadline=None)
 def test_the_spread_of_a_group_is_the_population_standard_deviation_of_its_rewards(rewards):
     samples = tuple(
-        Sample(
-            token_ids=(1,),
-            logprobs=(-1.0,),
+        Sample.one_turn(
+            (1,),
+            (1,),
+            (-1.0,),
             version_spans=(VersionSpan(0, 0, 1),),
             finish_reason="stop",
             text="",
@@ -169,7 +170,7 @@ def test_the_spread_of_a_group_is_the_population_standard_deviation_of_its_rewar
         )
         for reward in rewards
     )
-    group = Group(group_id=0, row=0, prompt="", prompt_ids=(1,), samples=samples)
+    group = Group(group_id=0, prompt_index=0, source_row=0, prompt="", samples=samples)
     known = [reward for reward in rewards if reward is not None]
     largest = max(map(abs, known), default=0.0)
     assert meta_of(group).reward_std == pytest.approx(

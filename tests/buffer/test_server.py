@@ -17,11 +17,11 @@ from buffer.ledger import audit
 from buffer.server import ReplayBuffer
 from buffer.shards import ShardedBuffer
 from core.errors import DataError
-from core.records import Group, WorkItem, decode_batch, encode
+from core.records import WorkItem, decode_batch, decode_group, encode
 from learner.catalogue import parse_config
 from tests.support.buffers import (
     LEDGER_NAME,
-    NUM_ROWS,
+    NUM_PROMPTS,
     check_sums,
     ids_of,
     make_offline_payload,
@@ -34,9 +34,9 @@ from tests.support.configs import buffer_config
 
 @scenario
 async def test_a_group_goes_from_lease_to_batch(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=4, uses_per_group=2, sampler="oldest"), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=4, uses_per_group=2, sampler="oldest"), run_dir, NUM_PROMPTS)
     items = [msgspec.msgpack.decode(item, type=WorkItem) for item in await buffer.lease("a", 3, 1.0)]
-    assert items == [work_item(ordinal, seed=5, num_rows=NUM_ROWS) for ordinal in range(3)]
+    assert items == [work_item(ordinal, seed=5, num_prompts=NUM_PROMPTS) for ordinal in range(3)]
     assert await buffer.insert("a", [make_payload(1), make_payload(0)]) == [1, 0]
     for use in (1, 2):
         batch = decode_batch(await buffer.sample(use, 2, 1.0) or b"")
@@ -51,9 +51,9 @@ async def test_a_group_goes_from_lease_to_batch(run_dir):
 
 @scenario
 async def test_a_group_that_claims_to_be_used_arrives_unused(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=4, uses_per_group=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=4, uses_per_group=2), run_dir, NUM_PROMPTS)
     await buffer.lease("a", 1, 1.0)
-    claims = msgspec.structs.replace(msgspec.msgpack.decode(make_payload(0), type=Group), uses=2)
+    claims = msgspec.structs.replace(decode_group(make_payload(0)), uses=2)
     await buffer.insert("a", [encode(claims)])
     for use in (1, 2):
         assert [group.uses for group in decode_batch(await buffer.sample(use, 1, 1.0) or b"").groups] == [use]
@@ -61,7 +61,7 @@ async def test_a_group_that_claims_to_be_used_arrives_unused(run_dir):
 
 @scenario
 async def test_insertion_is_idempotent_also_after_the_group_has_left(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=4), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=4), run_dir, NUM_PROMPTS)
     await buffer.lease("a", 4, 1.0)
     assert await buffer.insert("a", [make_payload(0), make_payload(0, version=3)]) == [0, 0]
     assert await asyncio.gather(*(buffer.insert("a", [make_payload(1)]) for _ in range(4))) == [[1]] * 4
@@ -73,21 +73,21 @@ async def test_insertion_is_idempotent_also_after_the_group_has_left(run_dir):
 
 @scenario
 async def test_a_wrong_insert_changes_nothing(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=4), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=4), run_dir, NUM_PROMPTS)
     await buffer.lease("a", 2, 1.0)
     with pytest.raises(LeaseError, match="group 9 was never leased"):
         await buffer.insert("a", [make_payload(0), make_payload(9)])
     with pytest.raises(DataError, match="reward nan"):
         await buffer.insert("a", [make_payload(0), make_payload(1, rewards=(1.0, float("nan")))])
     with pytest.raises(msgspec.ValidationError):
-        await buffer.insert("a", [make_payload(0), encode(work_item(1, seed=0, num_rows=1))])
+        await buffer.insert("a", [make_payload(0), encode(work_item(1, seed=0, num_prompts=1))])
     stats = await check_sums(buffer)
     assert (stats["inserted"], stats["leased"]) == (0, 2)
 
 
 @scenario
 async def test_failed_samples_are_counted_and_too_small_groups_not_stored(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=4), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=4), run_dir, NUM_PROMPTS)
     await buffer.lease("a", 3, 1.0)
     payloads = [make_payload(0, rewards=(1.0, None, 0.5)), make_payload(1, rewards=(1.0, None, None))]
     assert await buffer.insert("a", payloads) == [0, 1], "both are acknowledged"
@@ -104,13 +104,13 @@ async def test_the_one_sample_left_of_a_group_waits_through_a_restart_for_the_ne
     run_dir,
 ):
     config = buffer_config(capacity=8, max_staleness=3)
-    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(config, run_dir, NUM_PROMPTS)
     await buffer.lease("a", 6, 1.0)
     await buffer.set_step(4)
     await buffer.insert("a", [make_payload(0, version=2, rewards=(0.25, None))])
     await buffer.close()
 
-    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(config, run_dir, NUM_PROMPTS)
     await buffer.insert(
         "a",
         [
@@ -138,7 +138,7 @@ async def test_the_one_sample_left_of_a_group_waits_through_a_restart_for_the_ne
 async def test_an_actor_whose_weights_are_too_old_for_the_next_batch_is_told_so_at_once_and_nobody_else_waits(
     run_dir,
 ):
-    buffer = ReplayBuffer(buffer_config(capacity=2, max_staleness=0), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2, max_staleness=0), run_dir, NUM_PROMPTS)
     assert len(await buffer.lease("a", 2, 1.0, 0) or []) == 2
     waiting = asyncio.create_task(buffer.lease("a", 2, 100.0, 0))
     await buffer.insert("a", [make_payload(0), make_payload(1)])
@@ -157,7 +157,7 @@ async def test_weights_that_are_not_published_yet_are_not_asked_for(run_dir):
     config = parse_config(
         {**buffer_config(capacity=8, max_staleness=1).model_dump(), "weights": {"publish_every": 3}}
     )
-    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(config, run_dir, NUM_PROMPTS)
     for step in range(3):  # Version 3 is published after step 2; until then nothing newer than 0 can be had.
         ordinals = ordinals_of(await buffer.lease("a", 2, 1.0, 0) or [])
         assert len(ordinals) == 2, step
@@ -170,12 +170,12 @@ async def test_weights_that_are_not_published_yet_are_not_asked_for(run_dir):
 @scenario
 async def test_offline_groups_are_stored_without_a_version_through_a_restart_and_never_stale(run_dir):
     config = buffer_config(capacity=4, max_staleness=1, uses_per_group=2)
-    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(config, run_dir, NUM_PROMPTS)
     await buffer.lease("offline", 2, 1.0)
     assert await buffer.insert("offline", [make_offline_payload(0), make_offline_payload(1)]) == [0, 1]
     assert len(ids_of(await buffer.sample(500, 2, 1.0))) == 2
     await buffer.close()
-    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(config, run_dir, NUM_PROMPTS)
     groups = decode_batch(await buffer.sample(900, 2, 1.0) or b"").groups
     assert [group.oldest_version for group in groups] == [None, None]
     assert (await check_sums(buffer))["evicted_used"] == 2
@@ -186,7 +186,7 @@ async def test_offline_groups_are_stored_without_a_version_through_a_restart_and
 @scenario
 async def test_a_lease_waits_for_admission_and_an_insert_wakes_the_learner(run_dir):
     clock = asyncio.get_running_loop().time
-    buffer = ReplayBuffer(buffer_config(capacity=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2), run_dir, NUM_PROMPTS)
     assert ordinals_of(await buffer.lease("a", 5, 1.0)) == [0, 1]
     assert await buffer.lease("b", 1, 7.0) == []
     assert clock() == pytest.approx(7.0)
@@ -204,7 +204,7 @@ async def test_a_lease_waits_for_admission_and_an_insert_wakes_the_learner(run_d
 
 @scenario
 async def test_leases_of_a_dead_actor_go_to_the_living_not_to_a_call_of_it_that_still_waits(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=2, max_staleness=1), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2, max_staleness=1), run_dir, NUM_PROMPTS)
     ordinals = ordinals_of(await buffer.lease("a", 2, 1.0))
     of_the_dead = asyncio.create_task(buffer.lease("a", 2, 50.0))
     of_the_living = asyncio.create_task(buffer.lease("b", 2, 50.0))
@@ -217,7 +217,7 @@ async def test_leases_of_a_dead_actor_go_to_the_living_not_to_a_call_of_it_that_
 @scenario
 async def test_every_way_of_making_room_wakes_a_waiting_actor_at_once(run_dir):
     clock = asyncio.get_running_loop().time
-    buffer = ReplayBuffer(buffer_config(capacity=2, max_staleness=1), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2, max_staleness=1), run_dir, NUM_PROMPTS)
     ways_with_open_items = [
         lambda ordinals: buffer.fail("a", ordinals, "random"),
         lambda ordinals: buffer.give_back("a", ordinals),
@@ -245,18 +245,18 @@ async def test_every_way_of_making_room_wakes_a_waiting_actor_at_once(run_dir):
 
 @scenario
 async def test_a_batch_that_does_not_come_is_none(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2), run_dir, NUM_PROMPTS)
     assert await buffer.sample(0, 1, 30.0) is None
     assert asyncio.get_running_loop().time() == pytest.approx(30.0)
 
 
 @scenario
 async def test_a_lease_that_runs_out_wakes_who_waits_and_its_late_insert_counts_once(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=2, timeout_s=10.0), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2, timeout_s=10.0), run_dir, NUM_PROMPTS)
     await buffer.lease("dead", 2, 1.0)
     again = await buffer.lease("alive", 1, 100.0)
     assert asyncio.get_running_loop().time() == pytest.approx(10.0)
-    assert again == [encode(work_item(0, seed=5, num_rows=NUM_ROWS))], "the same item"
+    assert again == [encode(work_item(0, seed=5, num_prompts=NUM_PROMPTS))], "the same item"
     assert await buffer.insert("dead", [make_payload(0)]) == [0]
     assert await buffer.insert("alive", [make_payload(0)]) == [0]
     stats = await check_sums(buffer)
@@ -266,7 +266,7 @@ async def test_a_lease_that_runs_out_wakes_who_waits_and_its_late_insert_counts_
 
 @scenario
 async def test_items_handed_back_or_of_an_actor_gone_are_issued_again(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=4), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=4), run_dir, NUM_PROMPTS)
     await buffer.lease("a", 2, 1.0)
     await buffer.lease("b", 2, 1.0)
     waiting = asyncio.create_task(buffer.lease("c", 4, 50.0))
@@ -280,7 +280,7 @@ async def test_items_handed_back_or_of_an_actor_gone_are_issued_again(run_dir):
 
 @scenario
 async def test_the_learners_step_evicts_stale_groups_and_makes_room(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=2, max_staleness=3), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2, max_staleness=3), run_dir, NUM_PROMPTS)
     await buffer.lease("a", 2, 1.0)
     await buffer.insert("a", [make_payload(0, version=1), make_payload(1, version=2)])
     await buffer.set_step(4)
@@ -294,7 +294,7 @@ async def test_the_learners_step_evicts_stale_groups_and_makes_room(run_dir):
 
 @scenario
 async def test_reference_logprobs_are_cached_with_groups_still_stored(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=2, uses_per_group=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2, uses_per_group=2), run_dir, NUM_PROMPTS)
     await buffer.lease("a", 1, 1.0)
     await buffer.insert("a", [make_payload(0, rewards=(1.0, None, 0.0))])
     await buffer.sample(0, 1, 1.0)
@@ -309,7 +309,7 @@ async def test_reference_logprobs_are_cached_with_groups_still_stored(run_dir):
 @scenario
 async def test_the_batch_of_a_step_is_the_same_batch_until_the_watermark_has_passed_it(run_dir):
     config = buffer_config(capacity=8, uses_per_group=2, groups_per_step=2)
-    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(config, run_dir, NUM_PROMPTS)
     await buffer.lease("a", 6, 1.0)
     await buffer.insert("a", [make_payload(ordinal) for ordinal in range(6)])
     batches = []
@@ -318,7 +318,7 @@ async def test_the_batch_of_a_step_is_the_same_batch_until_the_watermark_has_pas
         await buffer.set_ref_logprobs({group_id: [-1.0, -2.0] for group_id in ids_of(batches[-1])})
     before = await check_sums(buffer)
     await buffer.close()
-    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(config, run_dir, NUM_PROMPTS)
     assert [await buffer.sample(step, 2, 1.0) for step in range(4)] == batches, (
         "also what was used up meanwhile, to the last bit"
     )
@@ -337,7 +337,7 @@ async def test_the_batch_of_a_step_is_the_same_batch_until_the_watermark_has_pas
 
 @scenario
 async def test_items_given_in_an_answer_that_was_lost_are_issued_again_when_their_actor_asks_next(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=4), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=4), run_dir, NUM_PROMPTS)
     await buffer.lease("a", 2, 1.0)
     assert ordinals_of(await buffer.lease("a", 1, 1.0, None, [0])) == [1], "it knows of 0 only"
     assert ordinals_of(await buffer.lease("a", 1, 1.0, None, [0, 1])) == [2]
@@ -349,7 +349,7 @@ async def test_a_generation_longer_than_the_timeout_is_neither_issued_again_nor_
     run_dir, num_shards
 ):
     config = buffer_config(capacity=8, timeout_s=10.0, num_shards=num_shards)
-    buffer = ShardedBuffer([ReplayBuffer(config, run_dir, NUM_ROWS, shard) for shard in range(num_shards)])
+    buffer = ShardedBuffer([ReplayBuffer(config, run_dir, NUM_PROMPTS, shard) for shard in range(num_shards)])
     held = ordinals_of(await buffer.lease("slow", 2, 1.0))
     (lost,) = ordinals_of(await buffer.lease("dead", 1, 1.0))
     for number in range(40):
@@ -370,12 +370,12 @@ async def test_a_generation_longer_than_the_timeout_is_neither_issued_again_nor_
 
 @scenario
 async def test_an_item_that_every_actor_dies_of_fails_in_the_end(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2), run_dir, NUM_PROMPTS)
     for number in range(MAX_LOSSES):
         assert 0 in ordinals_of(await buffer.lease(f"actor-{number}", 2, 1.0))
         if number == 1:
             await buffer.close()
-            buffer = ReplayBuffer(buffer_config(capacity=2), run_dir, NUM_ROWS)
+            buffer = ReplayBuffer(buffer_config(capacity=2), run_dir, NUM_PROMPTS)
         await buffer.give_back(f"actor-{number}", [1])
         await buffer.release_actor(f"actor-{number}")
     stats = await check_sums(buffer)
@@ -387,7 +387,7 @@ async def test_an_item_that_every_actor_dies_of_fails_in_the_end(run_dir):
 @scenario
 async def test_the_band_of_samples_per_insert_holds_back_the_learner_and_the_actors(run_dir):
     config = buffer_config(capacity=4, groups_per_step=2, uses_per_group=4, samples_per_insert=(1.0, 1.5))
-    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(config, run_dir, NUM_PROMPTS)
     await buffer.lease("a", 4, 1.0)
     await buffer.insert("a", [make_payload(ordinal) for ordinal in range(3)])
     for step in range(2):
@@ -399,7 +399,7 @@ async def test_the_band_of_samples_per_insert_holds_back_the_learner_and_the_act
     tight = ReplayBuffer(
         buffer_config(capacity=4, groups_per_step=2, uses_per_group=4, samples_per_insert=(2.0, 4.0)),
         f"{run_dir}/2",
-        NUM_ROWS,
+        NUM_PROMPTS,
     )
     ordinals = ordinals_of(await tight.lease("a", 9, 1.0))
     await tight.insert("a", [make_payload(ordinal) for ordinal in ordinals])
@@ -413,7 +413,7 @@ async def test_the_band_of_samples_per_insert_holds_back_the_learner_and_the_act
 
 @scenario
 async def test_closing_ends_all_waits(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=2), run_dir, NUM_PROMPTS)
     await buffer.lease("a", 2, 1.0)
     waits = asyncio.gather(buffer.lease("b", 1, 1e6), buffer.sample(0, 1, 1e6))
     await asyncio.sleep(1.0)
@@ -427,7 +427,7 @@ def test_a_core_inserts_and_samples_300_groups_per_second(tmp_path):
     num_groups = 600
 
     async def pump() -> float:
-        buffer = ReplayBuffer(buffer_config(capacity=256, groups_per_step=32), str(tmp_path), NUM_ROWS)
+        buffer = ReplayBuffer(buffer_config(capacity=256, groups_per_step=32), str(tmp_path), NUM_PROMPTS)
         start_s = time.perf_counter()
         for step in range(num_groups // 30):
             for _ in range(30):

@@ -24,7 +24,14 @@ from buffer.replay import EVICTIONS
 from buffer.server import ReplayBuffer
 from buffer.shards import ShardedBuffer
 from core.records import decode_batch
-from tests.support.buffers import LEDGER_NAME, NUM_ROWS, check_sums, make_payload, ordinals_of, run_virtually
+from tests.support.buffers import (
+    LEDGER_NAME,
+    NUM_PROMPTS,
+    check_sums,
+    make_payload,
+    ordinals_of,
+    run_virtually,
+)
 from tests.support.configs import buffer_config
 
 
@@ -84,7 +91,7 @@ class Schedule:
             high = rng.uniform(1.0, settings["uses_per_group"])
             settings["samples_per_insert"] = (rng.uniform(0.0, high), high)
         self.config = buffer_config(timeout_s=5.0, num_shards=num_shards, **settings)
-        self.shards = [MortalShard(self.config, run_dir, NUM_ROWS, shard) for shard in range(num_shards)]
+        self.shards = [MortalShard(self.config, run_dir, NUM_PROMPTS, shard) for shard in range(num_shards)]
         self.buffer = ShardedBuffer(self.shards)
         self.step = self.num_kills = self.num_lives = 0
         self.dead: set[str] = set()
@@ -276,7 +283,7 @@ def _serve_until_killed(run_dir: str, seed: int, acks: int) -> None:
     async def work() -> None:
         rng = random.Random(seed)
         config = buffer_config(capacity=8, uses_per_group=2, max_staleness=2)
-        buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+        buffer = ReplayBuffer(config, run_dir, NUM_PROMPTS)
         os.write(acks, struct.pack("<q", -1))
         step = buffer._shard._step
         for life in itertools.count():
@@ -317,7 +324,7 @@ def test_invariant_2_an_acknowledged_group_survives_the_death_of_the_buffer(tmp_
 
     async def look() -> dict[str, float]:
         buffer = ReplayBuffer(
-            buffer_config(capacity=8, uses_per_group=2, max_staleness=2), str(tmp_path), NUM_ROWS
+            buffer_config(capacity=8, uses_per_group=2, max_staleness=2), str(tmp_path), NUM_PROMPTS
         )
         assert all(not buffer._shard.admission.is_open(ordinal) for ordinal in acknowledged), (
             "an acknowledged group would be made again"

@@ -21,34 +21,37 @@ from buffer.sampling import SAMPLERS, GroupMeta, View
 from buffer.usable import HeldSamples, usable_group
 from core.config import BufferConfig
 from core.errors import ConfigError, DataError, StalenessError
-from core.records import Group, Sample, VersionSpan
+from core.records import Bits, Float32s, Group, Sample, VersionSpan
 from core.staleness import AGELESS
 
 
 def make_sample(version: int = 0, reward: float | None = 1.0, error: str | None = None) -> Sample:
-    return Sample(
-        token_ids=(1, 2), logprobs=(-0.1, -0.2), version_spans=(VersionSpan(version, 0, 2),), finish_reason="stop", text="x",
+    return Sample.one_turn(
+        (1,), (1, 2), (-0.1, -0.2), version_spans=(VersionSpan(version, 0, 2),), finish_reason="stop", text="x",
         reward=reward, error=error,
     )  # fmt: skip
 
 
 def make_group(*samples: Sample) -> Group:
-    return Group(group_id=0, row=0, prompt="p", prompt_ids=(1,), samples=samples, actor="a0")
+    return Group(group_id=0, prompt_index=0, source_row=0, prompt="p", samples=samples, actor="a0")
 
 
 # The prompt stream
 
 
-def test_each_epoch_visits_every_row_once_in_its_own_order():
-    epochs = [[work_item(epoch * 50 + i, seed=3, num_rows=50).row for i in range(50)] for epoch in range(3)]
+def test_each_epoch_visits_every_prompt_once_in_its_own_order():
+    epochs = [
+        [work_item(epoch * 50 + i, seed=3, num_prompts=50).prompt_index for i in range(50)]
+        for epoch in range(3)
+    ]
     assert all(sorted(rows) == list(range(50)) for rows in epochs)
     assert len({tuple(rows) for rows in epochs}) == 3
 
 
 def test_the_prompt_stream_is_the_same_in_every_process_and_for_ever():
     script = (
-        "from buffer.admission import work_item; print([[w.row, w.seed] for w in (work_item(o, seed=7, "
-        "num_rows=10) for o in range(12))])"
+        "from buffer.admission import work_item; print([[w.prompt_index, w.seed] for w in (work_item(o, seed=7, "
+        "num_prompts=10) for o in range(12))])"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "123"}
     there = subprocess.run(
@@ -60,7 +63,8 @@ def test_the_prompt_stream_is_the_same_in_every_process_and_for_ever():
         timeout=60,
     )
     here = [
-        [item.row, item.seed] for item in (work_item(ordinal, seed=7, num_rows=10) for ordinal in range(12))
+        [item.prompt_index, item.seed]
+        for item in (work_item(ordinal, seed=7, num_prompts=10) for ordinal in range(12))
     ]
     assert json.loads(there.stdout) == here
     assert here[:3] == [[6, 1041839916], [3, 184785996], [4, 504589498]], (
@@ -69,11 +73,11 @@ def test_the_prompt_stream_is_the_same_in_every_process_and_for_ever():
 
 
 def test_seeds_of_items_have_31_bits_and_differ():
-    seeds = [work_item(ordinal, seed=1, num_rows=4).seed for ordinal in range(500)]
+    seeds = [work_item(ordinal, seed=1, num_prompts=4).seed for ordinal in range(500)]
     assert len(set(seeds)) == 500
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert max(seeds) > 2**30
-    assert seeds[0] != work_item(0, seed=2, num_rows=4).seed
+    assert seeds[0] != work_item(0, seed=2, num_prompts=4).seed
 
 
 # Admission
@@ -461,7 +465,7 @@ def test_samples_with_an_error_are_left_out_and_their_texts_told():
 
 
 def test_offline_samples_are_usable_and_those_without_tokens_or_with_half_a_past_are_not():
-    offline = msgspec.structs.replace(make_sample(), logprobs=(), version_spans=())
+    offline = msgspec.structs.replace(make_sample(), logprobs=Float32s(), version_spans=())
     group = make_group(offline, offline)
     assert usable_group(group) == (group, [])
     assert (group.oldest_version, meta_of(group).version, meta_of(group).oldest_version) == (
@@ -471,8 +475,10 @@ def test_offline_samples_are_usable_and_those_without_tokens_or_with_half_a_past
     )
     with pytest.raises(DataError, match="sample 1 has log-probs but no version"):
         usable_group(make_group(offline, msgspec.structs.replace(make_sample(), version_spans=())))
-    with pytest.raises(DataError, match="sample 0 has no tokens"):
-        usable_group(make_group(msgspec.structs.replace(offline, token_ids=())))
+    with pytest.raises(DataError, match="sample 0 has no sampled tokens"):
+        usable_group(
+            make_group(msgspec.structs.replace(offline, is_sampled=Bits.of([0] * len(offline.tokens))))
+        )
 
 
 # Groups of one
@@ -483,7 +489,9 @@ def test_a_held_sample_joins_the_next_group_of_one_of_its_row_unless_it_is_stale
     alone, other = make_group(make_sample(version=2)), make_group(make_sample(4))
     large = make_group(make_sample(4), make_sample(4))
     assert held.hold(alone)
-    assert held.join(msgspec.structs.replace(other, row=1), step=4).samples == other.samples, "another prompt"
+    assert held.join(msgspec.structs.replace(other, prompt_index=1), step=4).samples == other.samples, (
+        "another prompt"
+    )
     assert held.join(make_group(), step=4).samples == (), "a group of which nothing is left takes nothing in"
     assert held.join(large, step=4) == large, "a group that is large enough would only grow older"
     restored = HeldSamples(max_staleness=3)
@@ -500,7 +508,9 @@ def test_a_held_sample_joins_the_next_group_of_one_of_its_row_unless_it_is_stale
 def test_neither_nothing_nor_an_offline_sample_is_held():
     held = HeldSamples(max_staleness=3)
     assert not held.hold(make_group())
-    assert not held.hold(make_group(msgspec.structs.replace(make_sample(), logprobs=(), version_spans=())))
+    assert not held.hold(
+        make_group(msgspec.structs.replace(make_sample(), logprobs=Float32s(), version_spans=()))
+    )
     assert held.counts == {}
 
 

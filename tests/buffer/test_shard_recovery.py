@@ -23,7 +23,7 @@ from core.errors import ConfigError, DataError
 from core.records import decode_batch
 from tests.support.buffers import (
     LEDGER_NAME,
-    NUM_ROWS,
+    NUM_PROMPTS,
     check_sums,
     ids_of,
     make_payload,
@@ -37,7 +37,7 @@ from tests.support.configs import buffer_config
 @scenario
 async def test_a_restart_goes_on_where_the_last_process_stood(run_dir):
     config = buffer_config(capacity=6, uses_per_group=2, sampler="oldest")
-    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(config, run_dir, NUM_PROMPTS)
     await buffer.lease("a", 6, 1.0)
     await buffer.insert(
         "a", [make_payload(3), make_payload(1), make_payload(2, rewards=(None, None)), make_payload(4)]
@@ -46,7 +46,7 @@ async def test_a_restart_goes_on_where_the_last_process_stood(run_dir):
     before = await check_sums(buffer)
     await buffer.close()
 
-    buffer = ReplayBuffer(config, run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(config, run_dir, NUM_PROMPTS)
     after = await check_sums(buffer)
     other = {"wait_admission_s", "wait_batch_s", "starts"}
     assert {name: value for name, value in after.items() if name not in other} == {
@@ -70,10 +70,10 @@ async def test_a_restart_goes_on_where_the_last_process_stood(run_dir):
 
 @scenario
 async def test_another_prompt_stream_in_the_same_directory_is_refused(run_dir):
-    await ReplayBuffer(buffer_config(), run_dir, NUM_ROWS).close()
+    await ReplayBuffer(buffer_config(), run_dir, NUM_PROMPTS).close()
     with pytest.raises(ConfigError, match=r"13 rows of data, now run\.seed = 5 and there are 14"):
         ReplayBuffer(buffer_config(), run_dir, 14)
-    await ReplayBuffer(buffer_config(), run_dir, NUM_ROWS).close()
+    await ReplayBuffer(buffer_config(), run_dir, NUM_PROMPTS).close()
 
 
 @contextlib.contextmanager
@@ -88,7 +88,7 @@ def full_disk(buffer: ReplayBuffer) -> Iterator[None]:
 
 @scenario
 async def test_a_full_disk_refuses_insert_and_lease_and_training_goes_on_until_both_succeed(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=8, uses_per_group=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=8, uses_per_group=2), run_dir, NUM_PROMPTS)
     await buffer.lease("a", 6, 1.0)
     await buffer.insert("a", [make_payload(0), make_payload(1)])
     with full_disk(buffer):
@@ -111,7 +111,7 @@ async def test_a_full_disk_refuses_insert_and_lease_and_training_goes_on_until_b
     ]
     assert (await check_sums(buffer))["changes_unwritten"] == 0
     await buffer.close()
-    buffer = ReplayBuffer(buffer_config(capacity=8, uses_per_group=2), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=8, uses_per_group=2), run_dir, NUM_PROMPTS)
     after = await check_sums(buffer)
     assert (after["inserted"], after["taken"]) == (5, 6)
     assert audit(f"{run_dir}/{LEDGER_NAME}")["violations"] == []
@@ -122,7 +122,7 @@ def _train_on_a_full_disk(run_dir: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # No file may grow: every write is refused.
 
     async def train() -> None:
-        buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_ROWS)
+        buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_PROMPTS)
         assert len(ids_of(await buffer.sample(0, 2, 1.0))) == 2
         with pytest.raises(DiskFullError):
             await buffer.lease("a", 1, 0.0)
@@ -134,7 +134,7 @@ def _train_on_a_full_disk(run_dir: str) -> None:
 
 @scenario
 async def test_a_buffer_that_was_killed_starts_again_on_a_full_disk_and_training_goes_on(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_PROMPTS)
     await buffer.lease("a", 4, 1.0)
     await buffer.insert("a", [make_payload(0), make_payload(1), make_payload(2)])
     buffer._shard.store.close()
@@ -142,13 +142,13 @@ async def test_a_buffer_that_was_killed_starts_again_on_a_full_disk_and_training
     process.start()
     process.join(60)
     assert process.exitcode == 0
-    assert (await check_sums(ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_ROWS)))["groups"] == 3
+    assert (await check_sums(ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_PROMPTS)))["groups"] == 3
 
 
 @pytest.mark.parametrize("num_lines_left", range(0, 15, 2))
 def test_lines_that_the_ledger_lost_are_written_again_at_the_next_start(tmp_path, num_lines_left):
     async def scenario() -> None:
-        buffer = ReplayBuffer(buffer_config(capacity=8, sampler="oldest"), str(tmp_path), NUM_ROWS)
+        buffer = ReplayBuffer(buffer_config(capacity=8, sampler="oldest"), str(tmp_path), NUM_PROMPTS)
         await buffer.lease("a", 6, 1.0)
         await buffer.insert("a", [make_payload(ordinal) for ordinal in range(4)])
         await buffer.fail("a", [4], "too long")
@@ -158,7 +158,7 @@ def test_lines_that_the_ledger_lost_are_written_again_at_the_next_start(tmp_path
         lines = path.read_bytes().splitlines(keepends=True)
         assert len(lines) == 15
         path.write_bytes(b"".join(lines[:num_lines_left]))
-        buffer = ReplayBuffer(buffer_config(capacity=8, sampler="oldest"), str(tmp_path), NUM_ROWS)
+        buffer = ReplayBuffer(buffer_config(capacity=8, sampler="oldest"), str(tmp_path), NUM_PROMPTS)
         await buffer.insert("a", [make_payload(5)])
         await buffer.close()
 
@@ -170,13 +170,13 @@ def test_lines_that_the_ledger_lost_are_written_again_at_the_next_start(tmp_path
 
 @scenario
 async def test_what_a_full_disk_refused_and_a_kill_took_was_never_acknowledged(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_PROMPTS)
     await buffer.lease("a", 3, 1.0)
     await buffer.insert("a", [make_payload(0)])
     with full_disk(buffer), pytest.raises(DiskFullError):
         await buffer.insert("a", [make_payload(1, num_tokens=5000)])
     buffer._shard.store.close()  # As a kill: nothing is flushed.
-    buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_PROMPTS)
     stats = await check_sums(buffer)
     assert (stats["inserted"], stats["leased"]) == (1, 2), "the group is its actor's to send again"
     assert await buffer.insert("a", [make_payload(1), make_payload(2)]) == [1, 2]
@@ -185,7 +185,7 @@ async def test_what_a_full_disk_refused_and_a_kill_took_was_never_acknowledged(r
 
 @scenario
 async def test_reports_that_are_sent_again_and_again_to_a_full_disk_do_not_pile_up(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_PROMPTS)
     await buffer.lease("a", 3, 1.0)
     with full_disk(buffer):
         with pytest.raises(DiskFullError):
@@ -203,7 +203,7 @@ async def test_reports_that_are_sent_again_and_again_to_a_full_disk_do_not_pile_
 
 @scenario
 async def test_what_a_full_disk_refused_is_written_at_the_end_where_there_is_room_by_then(run_dir):
-    buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_PROMPTS)
     await buffer.lease("a", 3, 1.0)
     await buffer.insert("a", [make_payload(0)])
     with full_disk(buffer):
@@ -212,7 +212,7 @@ async def test_what_a_full_disk_refused_is_written_at_the_end_where_there_is_roo
         assert len(ids_of(await buffer.sample(0, 2, 1.0))) == 2
     await buffer.close()
     await buffer.close()
-    stats = await check_sums(buffer := ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_ROWS))
+    stats = await check_sums(buffer := ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_PROMPTS))
     assert (stats["inserted"], stats["taken"], await buffer.next_step()) == (2, 2, 1), (
         "no group is trained on as if it were for the first time"
     )
@@ -224,14 +224,14 @@ async def test_a_kill_between_the_databases_commit_and_the_ledgers_line_loses_no
     run_dir, monkeypatch
 ):
     monkeypatch.setattr("buffer.shard.read_statuses", lambda *_: pytest.fail("the whole ledger was read"))
-    buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_PROMPTS)
     await buffer.lease("a", 3, 1.0)
     monkeypatch.setattr(buffer._shard.ledger, "flush", lambda: None)  # The process is gone before it.
     await buffer.insert("a", [make_payload(0), make_payload(1)])
     await buffer.sample(0, 2, 1.0)
     buffer._shard.store.close()
     assert audit(f"{run_dir}/{LEDGER_NAME}")["status"] == {"leased": 3}
-    buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=8), run_dir, NUM_PROMPTS)
     found = audit_run(run_dir)
     assert (found["violations"], found["events"]["trained"]) == ([], 2)
     assert found["balance"] == "3 generated = 2 trained + 0 buffered + 0 evicted + 0 failed + 1 in flight"
@@ -240,7 +240,7 @@ async def test_a_kill_between_the_databases_commit_and_the_ledgers_line_loses_no
 @scenario
 async def test_what_the_ledger_has_for_certain_is_forgotten_by_the_database(run_dir, monkeypatch):
     monkeypatch.setattr("buffer.ledger.SYNC_BYTES", 1000)
-    buffer = ReplayBuffer(buffer_config(capacity=64), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=64), run_dir, NUM_PROMPTS)
     for _ in range(30):
         (ordinal,) = ordinals_of(await buffer.lease("a", 1, 1.0))
         await buffer.insert("a", [make_payload(ordinal)])
@@ -250,14 +250,14 @@ async def test_what_the_ledger_has_for_certain_is_forgotten_by_the_database(run_
     path = Path(run_dir, LEDGER_NAME)
     whole = path.read_bytes()
     path.write_bytes(whole[: 500 - kept])  # A power cut.
-    await ReplayBuffer(buffer_config(capacity=64), run_dir, NUM_ROWS).close()
+    await ReplayBuffer(buffer_config(capacity=64), run_dir, NUM_PROMPTS).close()
     assert path.read_bytes() == whole
 
 
 @scenario
 async def test_a_start_takes_no_longer_after_ten_million_items(run_dir, monkeypatch):
     monkeypatch.setattr("buffer.shard.read_statuses", lambda *_: pytest.fail("the whole ledger was read"))
-    buffer = ReplayBuffer(buffer_config(capacity=64), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=64), run_dir, NUM_PROMPTS)
     buffer._shard.admission.frontier, size = 10_000_000, 6 * 10**9
     await buffer.lease("a", 2, 1.0)
     await buffer.close()
@@ -268,7 +268,7 @@ async def test_a_start_takes_no_longer_after_ten_million_items(run_dir, monkeypa
     store.flush()
     store.close()
     start_s = time.perf_counter()
-    buffer = ReplayBuffer(buffer_config(capacity=64), run_dir, NUM_ROWS)
+    buffer = ReplayBuffer(buffer_config(capacity=64), run_dir, NUM_PROMPTS)
     assert ordinals_of(await buffer.lease("b", 1, 1.0)) == [10_000_002]
     assert time.perf_counter() - start_s < 1.0
     assert (await buffer.stats())["buffer/leased"] == 3
@@ -277,7 +277,7 @@ async def test_a_start_takes_no_longer_after_ten_million_items(run_dir, monkeypa
 def test_ledgers_that_lack_lines_or_are_missing_beside_their_databases_are_told(tmp_path):
     async def fill() -> None:
         shards = [
-            ReplayBuffer(buffer_config(capacity=8, num_shards=2), str(tmp_path), NUM_ROWS, shard)
+            ReplayBuffer(buffer_config(capacity=8, num_shards=2), str(tmp_path), NUM_PROMPTS, shard)
             for shard in range(2)
         ]
         for shard in shards:

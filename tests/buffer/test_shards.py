@@ -19,13 +19,13 @@ from buffer.server import ReplayBuffer
 from buffer.shards import ShardedBuffer, apportion
 from core.errors import ConfigError, DataError
 from core.records import decode_batch
-from tests.support.buffers import NUM_ROWS, check_sums, ids_of, make_payload, ordinals_of, run_virtually
+from tests.support.buffers import NUM_PROMPTS, check_sums, ids_of, make_payload, ordinals_of, run_virtually
 from tests.support.configs import buffer_config
 
 
 def open_buffer(run_dir: str, num_shards: int, **buffer: Any) -> ShardedBuffer:
     config = buffer_config(num_shards=num_shards, **buffer)
-    return ShardedBuffer([ReplayBuffer(config, run_dir, NUM_ROWS, shard) for shard in range(num_shards)])
+    return ShardedBuffer([ReplayBuffer(config, run_dir, NUM_PROMPTS, shard) for shard in range(num_shards)])
 
 
 def with_1_and_3_shards(test: Callable[..., Coroutine[Any, Any, None]]) -> Any:

@@ -17,31 +17,37 @@ from buffer.ledger import MOST_SENTENCES, Ledger, LedgerEvent, Statuses, audit, 
 from buffer.replay import meta_of
 from buffer.sampling import GroupMeta
 from buffer.store import BatchEntry, DiskFullError, RecordedBatch, Store, StoreError
-from core.records import Group, Sample, VersionSpan, decode_group, encode
+from core.records import Group, Sample, StoredGroup, VersionSpan, decode_group
 
 
 def make_group(group_id: int, version: int = 0, num_tokens: int = 4) -> Group:
-    sample = Sample(
-        token_ids=tuple(range(num_tokens)),
-        logprobs=(-0.5,) * num_tokens,
+    sample = Sample.one_turn(
+        (1, 2),
+        range(num_tokens),
+        (-0.5,) * num_tokens,
         version_spans=(VersionSpan(version, 0, num_tokens),),
         finish_reason="stop",
         text=f"answer {group_id}",
         reward=1.0,
     )
     return Group(
-        group_id=group_id, row=group_id, prompt="p", prompt_ids=(1, 2), samples=(sample, sample), actor="a0"
+        group_id=group_id,
+        prompt_index=group_id,
+        source_row=group_id,
+        prompt="p",
+        samples=(sample, sample),
+        actor="a0",
     )
 
 
 def put(store: Store, *groups: Group) -> None:
     for group in groups:
-        store.put_group(meta_of(group), len(group.samples), encode(group))
+        store.put_group(meta_of(group), len(group.samples), StoredGroup.of(group))
     store.flush()
 
 
 def read(store: Store, *group_ids: int) -> list[Group]:
-    return [decode_group(payload) for payload, _ in store.read_groups(group_ids)]
+    return [decode_group(stored.payload) for stored in store.read_groups(group_ids)]
 
 
 def ids(store: Store) -> list[int]:
@@ -73,7 +79,7 @@ def test_a_store_opened_again_holds_groups_uses_order_and_state(tmp_path):
         {5: make_group(1).samples[0]},
     )
     assert read(store, 3, 7)[1] == make_group(7)
-    assert [ref for _, ref in store.read_groups([3, 7])] == [[-1.0, -2.0], None]
+    assert [stored.ref_logprobs for stored in store.read_groups([3, 7])] == [[-1.0, -2.0], None]
 
 
 def test_putting_an_id_again_changes_nothing(tmp_path):
@@ -111,7 +117,7 @@ def test_fsync_is_what_was_asked_for(tmp_path, fsync, level):
 def test_a_database_of_another_format_is_refused(tmp_path):
     with sqlite3.connect(tmp_path / "b.sqlite") as db:
         db.execute("CREATE TABLE groups (group_id)")
-    with pytest.raises(StoreError, match="has format 1, this version writes 4"):
+    with pytest.raises(StoreError, match="has format 1, this version writes 5"):
         Store(tmp_path / "b.sqlite")
 
 

@@ -193,7 +193,9 @@ def inputs(run_dir: Path) -> Inputs:
     tree = {
         "monitor": {"wandb": "off"},
     }
-    prompts = PromptSet([PromptRow(row=0, text="1+1=", token_ids=(1, 2), columns={"answer": "2"})], 0, "test")
+    prompts = PromptSet(
+        [PromptRow(source_row=0, text="1+1=", token_ids=(1, 2), columns={"answer": "2"})], 0, "test"
+    )
     config = make_config(tree)
     return Inputs(
         config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="off"

@@ -274,7 +274,8 @@ def test_what_ray_itself_raised_in_a_process_is_told_without_its_paragraph() -> 
 def inputs(run_dir: Path, **sections: dict[str, Any]) -> Inputs:
     config = make_config({"run": {"timeout_s": 40.0}, "monitor": {"wandb": "off"}, **sections})
     rows = [
-        PromptRow(row=number, text="1+1=", token_ids=(1, 2), columns={"answer": "2"}) for number in range(4)
+        PromptRow(source_row=number, text="1+1=", token_ids=(1, 2), columns={"answer": "2"})
+        for number in range(4)
     ]
     prompts = PromptSet(rows=rows, num_bad_rows=0, source="test")
     return Inputs(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from core.errors import StalenessError
-from core.records import Batch, Group, Sample, VersionSpan
+from core.records import Batch, Group, Sample, VersionSpan, index_of
 from core.staleness import (
     AGELESS,
     STALENESS_BUCKETS,
@@ -27,19 +27,20 @@ def sample_of(*versions: int) -> Sample:
     """A sample with one token of each version; without any, an offline one of three tokens."""
     spans = tuple(VersionSpan(version, index, index + 1) for index, version in enumerate(versions))
     ids, logprobs = tuple(range(len(versions) or 3)), (-0.5,) * len(versions)
-    return Sample(
-        token_ids=ids, logprobs=logprobs, version_spans=spans, finish_reason="stop", text="x", reward=1.0
+    return Sample.one_turn(
+        (1,), ids, logprobs, version_spans=spans, finish_reason="stop", text="x", reward=1.0
     )
 
 
 def group_of(number: int, *samples: Sample) -> Group:
-    return Group(group_id=number, row=0, prompt="p", prompt_ids=(1,), samples=samples)
+    return Group(group_id=number, prompt_index=0, source_row=0, prompt="p", samples=samples)
 
 
 def test_a_sample_is_as_old_as_its_oldest_token_and_its_mean_weighs_tokens():
-    mixed = Sample(
-        token_ids=(1, 2, 3, 4),
-        logprobs=(-0.5,) * 4,
+    mixed = Sample.one_turn(
+        (1,),
+        (1, 2, 3, 4),
+        (-0.5,) * 4,
         version_spans=(VersionSpan(5, 0, 1), VersionSpan(9, 1, 4)),
         finish_reason="stop",
         text="x",
@@ -76,6 +77,7 @@ def test_metrics_of_a_batch_tell_offline_samples_and_mixed_versions():
         group_of(2, sample_of(), sample_of()),
     )
     metrics = staleness_metrics(Batch(9, groups))
+    assert metrics == staleness_metrics(index_of(Batch(9, groups)))
     assert metrics["staleness/mean"] == pytest.approx((4 + 2 + 1 + 1) / 4)
     assert (metrics["staleness/max"], metrics["staleness/oldest_token"]) == (3, 4)
     assert (metrics["staleness/offline_fraction"], metrics["staleness/fresh_fraction"]) == (0.5, 0.0)
@@ -113,7 +115,7 @@ def test_a_group_counts_as_of_its_oldest_token_and_is_stale_above_the_bound_only
 def test_a_sample_that_is_too_old_is_an_error_though_the_buffer_let_it_through(
     samples: list[Sample], max_staleness: int, is_refused: bool
 ) -> None:
-    batch = Batch(9, (group_of(7, *samples),))
+    batch = index_of(Batch(9, (group_of(7, *samples),)))
     if not is_refused:
         StalenessBound(max_staleness).check_batch(batch)
         return

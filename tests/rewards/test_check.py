@@ -96,7 +96,7 @@ def test_a_start_refuses_a_bad_gold_answer_by_row_or_leaves_it_out(tmp_path, tin
         "answer" in str(error.value)
     )
     checked = check_inputs(configured(tmp_path, tiny_models["tied"], ROWS, "data.on_bad_row=skip"))
-    assert [row.row for row in checked.prompts.rows] == [0, 2]
+    assert [row.source_row for row in checked.prompts.rows] == [0, 2]
     assert checked.prompts.num_bad_rows == 1
 
 

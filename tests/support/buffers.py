@@ -13,9 +13,9 @@ import msgspec
 
 from buffer.replay import EVICTIONS
 from buffer.server import ReplayBuffer
-from core.records import Group, Sample, VersionSpan, WorkItem, decode_batch, encode
+from core.records import Float32s, Group, Sample, VersionSpan, WorkItem, decode_batch, decode_group, encode
 
-NUM_ROWS = 13
+NUM_PROMPTS = 13
 
 
 LEDGER_NAME = "ledger.jsonl"
@@ -25,9 +25,10 @@ def make_payload(
     ordinal: int, version: int = 0, rewards: tuple[float | None, ...] = (1.0, 0.0), num_tokens: int = 4
 ) -> bytes:
     samples = tuple(
-        Sample(
-            token_ids=tuple(range(num_tokens)),
-            logprobs=(-0.5,) * num_tokens,
+        Sample.one_turn(
+            (1, 2),
+            range(num_tokens),
+            (-0.5,) * num_tokens,
             version_spans=(VersionSpan(version, 0, num_tokens),),
             finish_reason="stop",
             text="four",
@@ -36,13 +37,15 @@ def make_payload(
         )
         for reward in rewards
     )
-    return encode(Group(group_id=ordinal, row=0, prompt="p", prompt_ids=(1, 2), samples=samples, actor="a"))
+    return encode(
+        Group(group_id=ordinal, prompt_index=0, source_row=0, prompt="p", samples=samples, actor="a")
+    )
 
 
 def make_offline_payload(ordinal: int, rewards: tuple[float, ...] = (1.0, 0.0)) -> bytes:
-    group = msgspec.msgpack.decode(make_payload(ordinal, rewards=rewards), type=Group)
+    group = decode_group(make_payload(ordinal, rewards=rewards))
     samples = tuple(
-        msgspec.structs.replace(sample, logprobs=(), version_spans=()) for sample in group.samples
+        msgspec.structs.replace(sample, logprobs=Float32s(), version_spans=()) for sample in group.samples
     )
     return encode(msgspec.structs.replace(group, samples=samples))
 

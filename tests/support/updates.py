@@ -13,6 +13,7 @@ from core.config import Config
 from core.records import Batch, Group, Sample, VersionSpan
 from learner.objectives import Objective, TokenBatch, load_objective
 from learner.step.frozen import frozen_names
+from learner.step.share import Share
 from learner.step.update import Updater
 from tests.support.configs import LR, update_config
 
@@ -26,27 +27,27 @@ def random_batches(vocab_size: int) -> list[Batch]:
     for step in range(STEPS):
         groups = []
         for number in range(5):
-            samples = []
+            drawn = []
             for _ in range(rng.choice([2, 3, 8])):
                 length = rng.randint(1, 8)
-                samples.append(
-                    Sample(
-                        token_ids=tuple(rng.randrange(vocab_size) for _ in range(length)),
-                        logprobs=tuple(-rng.uniform(1, 4) for _ in range(length)),
-                        version_spans=(VersionSpan(max(0, step - rng.randint(0, 3)), 0, length),),
-                        finish_reason="stop",
-                        text="",
-                        reward=float(rng.random() < 0.5),
-                    )
+                answer = [rng.randrange(vocab_size) for _ in range(length)]
+                logprobs = [-rng.uniform(1, 4) for _ in range(length)]
+                spans = (VersionSpan(max(0, step - rng.randint(0, 3)), 0, length),)
+                drawn.append((answer, logprobs, spans, float(rng.random() < 0.5)))
+            prompt = [rng.randrange(3, vocab_size) for _ in range(rng.randint(3, 12))]
+            samples = tuple(
+                Sample.one_turn(
+                    prompt, answer, logprobs, version_spans=spans, finish_reason="stop", reward=reward
                 )
-            prompt_ids = tuple(rng.randrange(3, vocab_size) for _ in range(rng.randint(3, 12)))
+                for answer, logprobs, spans, reward in drawn
+            )
             groups.append(
                 Group(
                     group_id=100 * step + number,
-                    row=number,
+                    prompt_index=number,
+                    source_row=number,
                     prompt="",
-                    prompt_ids=prompt_ids,
-                    samples=tuple(samples),
+                    samples=samples,
                 )
             )
         batches.append(Batch(step, tuple(groups)))
@@ -76,5 +77,5 @@ def spied(model_dir: Path, steps: int, *, moving: bool = False) -> tuple[Spy, li
     policy, updater = plain_updater(config, spy)
     batches = random_batches(policy.module.config.vocab_size)[:steps]
     for batch in batches:
-        updater.update(batch, LR)
+        updater.update(Share.of(batch), LR)
     return spy, batches, updater

@@ -25,11 +25,11 @@ def result(item: EvalItem, reward: float | None, version: int | None = None) -> 
 
 
 class Bench:
-    """A board with `num_rows` held-out prompts and what it told about evaluations."""
+    """A board with `num_prompts` held-out prompts and what it told about evaluations."""
 
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self, num_prompts: int) -> None:
         self.told: list[Evaluation] = []
-        self.board = Board(CONFIG, num_rows, lambda evaluation, samples: self.told.append(evaluation))
+        self.board = Board(CONFIG, num_prompts, lambda evaluation, samples: self.told.append(evaluation))
 
     async def poll(self, actor: str, version: int, max_items: int = 10, timeout_s: float = 0.05) -> Directive:
         return msgspec.msgpack.decode(
@@ -82,7 +82,7 @@ def test_an_evaluation_is_shared_by_the_actors_and_counts_failures_apart() -> No
         bench = Bench(4)
         await bench.board.publish(b"m", [], 6, evaluate=True)
         first, second = await bench.poll("a", 6, max_items=2), await bench.poll("b", 6, max_items=2)
-        assert sorted(item.row for item in (*first.eval_items, *second.eval_items)) == [0, 1, 2, 3]
+        assert sorted(item.prompt_index for item in (*first.eval_items, *second.eval_items)) == [0, 1, 2, 3]
         await bench.finish(*(result(item, 1.0) for item in first.eval_items))
         assert bench.told == []
         await bench.finish(result(second.eval_items[0], 0.0), result(second.eval_items[1], None))
@@ -115,7 +115,7 @@ def test_items_of_an_actor_that_died_are_handed_out_again_once() -> None:
         await bench.board.release_actor("a")
         assert (await bench.poll("a", 0)).retire  # A call of it that comes late takes nothing with it.
         again = (await bench.poll("b", 0)).eval_items
-        assert sorted(item.row for item in again) == [1, 2]
+        assert sorted(item.prompt_index for item in again) == [1, 2]
         # The dead actor's answer came after all.
         await bench.finish(*(result(item, 0.0) for item in again), result(items[1], 1.0))
         assert len(bench.told) == 1

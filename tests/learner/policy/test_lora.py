@@ -27,6 +27,7 @@ from learner.objectives import load_objective
 from learner.policy.lora import ADAPTER, adapters_off, add_adapters, merged, weights_of
 from learner.step.frozen import frozen_names
 from learner.step.packing import ModelInputs, token_logprobs
+from learner.step.share import Share
 from learner.step.update import Updater
 from tests.support.configs import ALPHA, LR, RANK, lora_config
 from tests.support.ranks import run_ranks
@@ -91,7 +92,7 @@ def run_plain(config: Config) -> tuple[PlainLora, list[dict[str, float]]]:
         plain.module.to(policy.module.dtype)
     updater = Updater(config, policy, objective, frozen, pad_id=0, device=torch.device("cpu"))
     return policy, [
-        updater.update(batch, LR).metrics()
+        updater.update(Share.of(batch), LR).metrics()
         for batch in random_batches(load(Path(config.model.path)).config.vocab_size)[:STEPS]
     ]
 

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from actors.scored import with_scores
 from core.config import Config
-from core.records import Batch
+from core.records import Batch, Float32s
 from learner.catalogue import parse_config
 from learner.objectives import load_objective
 from learner.step.frozen import frozen_names
+from learner.step.share import Share
+from rewards.scoring import Scored
 from tests.support import ranks
 from tests.support.configs import LR, update_config
 from tests.support.scenarios import zero_scenario
@@ -31,7 +34,8 @@ def run_plain(config: Config) -> dict:
     objective = load_objective(config.objective)
     policy, updater = plain_updater(config, objective)
     metrics = [
-        updater.update(batch, LR).metrics() for batch in random_batches(policy.module.config.vocab_size)
+        updater.update(Share.of(batch), LR).metrics()
+        for batch in random_batches(policy.module.config.vocab_size)
     ]
     return {"parameters": dict(policy.module.named_parameters()), "metrics": metrics}
 
@@ -126,14 +130,15 @@ def test_a_batch_with_a_non_finite_log_prob_is_refused_before_the_parameters_cha
     policy, updater = plain_updater(config, load_objective(config.objective))
     batch = random_batches(policy.module.config.vocab_size)[0]
     bad = msgspec.structs.replace(
-        batch.groups[0].samples[0], logprobs=(float("nan"),) * len(batch.groups[0].samples[0].token_ids)
+        batch.groups[0].samples[0],
+        logprobs=Float32s.of([float("nan")] * batch.groups[0].samples[0].num_sampled),
     )
     groups = (
         msgspec.structs.replace(batch.groups[0], samples=(bad, *batch.groups[0].samples[1:])),
         *batch.groups[1:],
     )
     before = {name: parameter.clone() for name, parameter in policy.module.named_parameters()}
-    skip = updater.update(Batch(0, groups), LR).skip
+    skip = updater.update(Share.of(Batch(0, groups)), LR).skip
     assert skip is not None
     assert skip.reasons == {0: "behaviour log-probs"}
     assert all(torch.equal(before[name], parameter) for name, parameter in policy.module.named_parameters())
@@ -159,7 +164,7 @@ def test_an_objective_that_needs_no_reference_gets_none(tiny_models: dict[str, P
     config = parse_config({**config.model_dump(), "objective": {"name": "grpo", "beta": 0.0}})
     assert frozen_names(load_objective(config.objective)) == ()
     policy, updater = plain_updater(config, load_objective(config.objective))
-    result = updater.update(random_batches(policy.module.config.vocab_size)[0], LR)
+    result = updater.update(Share.of(random_batches(policy.module.config.vocab_size)[0]), LR)
     metrics = result.metrics()
     assert metrics["optim/grad_norm"] > 0
     assert metrics["agro/kl_ref"] != metrics["agro/kl_ref"]  # Unknown, not zero.
@@ -187,11 +192,11 @@ def test_offline_samples_have_neither_age_nor_behaviour_and_still_train(tiny_mod
     policy, updater = plain_updater(config, spy)
     batch = random_batches(policy.module.config.vocab_size)[0]
     offline = tuple(
-        msgspec.structs.replace(sample, logprobs=(), version_spans=()) for sample in batch.groups[0].samples
+        msgspec.structs.replace(sample, logprobs=Float32s(), version_spans=())
+        for sample in batch.groups[0].samples
     )
-    result = updater.update(
-        Batch(0, (msgspec.structs.replace(batch.groups[0], samples=offline), *batch.groups[1:])), LR
-    )
+    mixed = Batch(0, (msgspec.structs.replace(batch.groups[0], samples=offline), *batch.groups[1:]))
+    result = updater.update(Share.of(mixed), LR)
     assert result.metrics()["optim/grad_norm"] > 0
     assert all(math.isnan(staleness) for staleness in result.by_group("staleness")[0])
     seen = next(part for part in spy.seen if (part.groups_N == 0).any())
@@ -208,11 +213,11 @@ def test_equal_answers_and_equal_completions_have_equal_ids(tiny_models: dict[st
     policy, updater = plain_updater(config, spy)
     batch = random_batches(policy.module.config.vocab_size)[0]
     first = batch.groups[0].samples[0]
-    texts = [{"text": " 7"}, {"text": "7 "}, {"text": "8", "answer": "7"}, {"text": "8"}]
-    group = msgspec.structs.replace(
-        batch.groups[0], samples=tuple(msgspec.structs.replace(first, **text) for text in texts)
-    )
-    updater.update(Batch(0, (group,)), LR)
+    said = {" 7": None, "7 ": None, "8": "7", "8 ": None}
+    samples = [msgspec.structs.replace(first, text=text) for text in said]
+    scored = with_scores(samples, [Scored(1.0, answer=answer) for answer in said.values()])
+    group = msgspec.structs.replace(batch.groups[0], samples=tuple(scored))
+    updater.update(Share.of(Batch(0, (group,))), LR)
     answers, completions = spy.seen[0].needed("answers_N"), spy.seen[0].needed("completions_N")
     assert (answers[:3] == answers[0]).all()
     assert answers[3] != answers[0]

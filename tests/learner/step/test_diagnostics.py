@@ -10,7 +10,7 @@ from learner.step.diagnostics import COLUMNS, objective_metrics
 
 SAMPLES = {
     "group": [1, 1, 2, 2],
-    "row": [0, 0, 5, 5],
+    "prompt_index": [0, 0, 5, 5],
     "index": [0, 1, 0, 1],
     "reward": [1.0, 0.0, 1.0, 1.0],
     "advantage": [1.0, -1.0, 0.5, -0.25],

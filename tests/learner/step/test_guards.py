@@ -20,12 +20,13 @@ import launch
 from benchmarks.lag_lab import PlainPolicy
 from core.errors import DataError, TrainingError
 from core.metrics import METRICS
-from core.records import Batch, Group, Sample, VersionSpan, encode, encode_batch
+from core.records import Batch, Group, Sample, StoredGroup, VersionSpan, encode, encode_batch, index_of
 from learner.objectives import load_objective
 from learner.step import bad_batch
 from learner.step.bad_batch import BadBatch, Skip, read_bad_batch, render, write_bad_batch
 from learner.step.batch_metrics import batch_metrics
 from learner.step.guards import MIN_SEEN, QUIET_STEPS, WINDOW, Alarms, Guards
+from learner.step.share import Share
 from tests.support.configs import LR, update_config
 from tests.support.ranks import run_ranks
 from tests.support.scenarios import guards_scenario
@@ -37,7 +38,8 @@ def sample_of(*versions: int, **changes: Any) -> Sample:
     """One token of each version; offline without any."""
     length = max(1, len(versions))
     known = {
-        "token_ids": tuple(range(3, 3 + length)),
+        "prompt": (1, 2),
+        "answer": tuple(range(3, 3 + length)),
         "logprobs": (-0.5,) * len(versions),
         "version_spans": tuple(
             VersionSpan(version, place, place + 1) for place, version in enumerate(versions)
@@ -46,15 +48,17 @@ def sample_of(*versions: int, **changes: Any) -> Sample:
         "text": "12\n",
         "reward": 1.0,
     }
-    return Sample(**{**known, **changes})
+    return Sample.one_turn(**{**known, **changes})
 
 
 def batch_of(step: int, *samples: Sample) -> Batch:
-    return Batch(step, (Group(group_id=7, row=3, prompt="7+5=", prompt_ids=(1, 2), samples=samples, uses=1),))
+    return Batch(
+        step, (Group(group_id=7, prompt_index=2, source_row=3, prompt="7+5=", samples=samples, uses=1),)
+    )
 
 
 def payload_of(batch: Batch) -> bytes:
-    return encode_batch(batch.step, [(group.uses, None, encode(group)) for group in batch.groups])
+    return encode_batch(batch.step, map(StoredGroup.of, batch.groups))
 
 
 def alone(value: Any) -> list[Any]:
@@ -152,14 +156,14 @@ def test_a_plain_policy_is_not_moved_by_a_skipped_step_either(
     before = weights_of(policy)
     spoilt.start(kind)
     objective.now = kind
-    result = updater.update(with_infinite_reward(batch) if kind == "reward" else batch, LR)
+    result = updater.update(Share.of(with_infinite_reward(batch) if kind == "reward" else batch), LR)
     assert result.skip is not None
     assert result.by_group("advantage") == {}
     assert not math.isfinite(result.metrics()["optim/grad_norm"])
     assert all(torch.equal(before[name], weight) for name, weight in weights_of(policy).items())
     spoilt.start("good")
     objective.now = "good"
-    result = updater.update(batch, LR)
+    result = updater.update(Share.of(batch), LR)
     assert result.skip is None
     assert math.isfinite(result.metrics()["optim/grad_norm"])
     assert any(not torch.equal(before[name], weight) for name, weight in weights_of(policy).items())
@@ -186,12 +190,14 @@ def test_a_batch_that_brings_a_bad_number_is_skipped_by_the_name_of_its_group(
     policy, updater = plain_updater(config, load_objective(config.objective))
     batch = batch_of(0, sample_of(0), sample_of(0, **changes))
     before = weights_of(policy)
-    skip = updater.update(batch, LR).skip
+    skip = updater.update(Share.of(batch), LR).skip
     assert skip is not None
     assert skip.reasons == {7: reason}
     assert skip.describe() == f"not finite: {reason} of group 7"
     assert all(torch.equal(before[name], weight) for name, weight in weights_of(policy).items())
-    assert math.isfinite(batch_metrics(batch)["reward/mean"]), "what is told of the batch is not spoilt"
+    assert math.isfinite(batch_metrics(index_of(batch))["reward/mean"]), (
+        "what is told of the batch is not spoilt"
+    )
 
 
 # --- skipped steps ---
@@ -334,7 +340,7 @@ def a_bad_batch(directory: Path, step: int = 12) -> Path:
     samples = (
         sample_of(3, 9),
         sample_of(10, reward=math.inf, ref_logprob=-4.25),
-        sample_of(12, logprobs=(math.nan,), text="x" * 5000, finish_reason="length"),
+        sample_of(12, logprobs=[math.nan], text="x" * 5000, finish_reason="length"),
         sample_of(reward=None, error="timeout after 5 s"),
     )
     skip = Skip(reasons={7: "reward"}, mean_logprobs={7: (-0.75, math.nan, -1.0, None)})
@@ -392,7 +398,7 @@ def test_inspect_batch_says_in_one_line_that_a_file_is_no_such_batch(
     elif what == "something else":
         path.write_bytes(encode(sample_of(1)))
     else:
-        bad = BadBatch(step=1, skip=SKIP, batch=b"", format="agro-bad-batch-2")
+        bad = BadBatch(step=1, skip=SKIP, batch=b"", format="agro-bad-batch-1")
         path.write_bytes(msgspec.msgpack.encode(bad))
     with pytest.raises(DataError):
         render(path)

@@ -15,7 +15,7 @@ import transformers
 from core.config import Config
 from core.errors import TrainingError
 from core.metrics import METRICS
-from core.records import Batch, Group, Sample, VersionSpan
+from core.records import Batch, Float32s, Group, Sample, VersionSpan
 from learner.objectives import load_objective
 from learner.step.guards import QUIET_STEPS, Alarms
 from learner.step.mismatch import (
@@ -29,6 +29,7 @@ from learner.step.mismatch import (
     likely_causes,
 )
 from learner.step.samples import arrays_of
+from learner.step.share import Share
 from tests.support.configs import LR, update_config
 from tests.support.scenarios.guards_scenario import drawn
 from tests.support.updates import plain_updater, random_batches
@@ -47,15 +48,16 @@ def sample_of(step: int, *versions: int, d: float | list[float] = 0.0, mu: float
     spans = tuple(VersionSpan(version, place, place + 1) for place, version in enumerate(versions))
     count = max(1, len(versions))
     logprobs = (mu,) * len(versions)
-    sample = Sample(
-        token_ids=(5,) * count,
-        logprobs=logprobs,
+    sample = Sample.one_turn(
+        (1,),
+        (5,) * count,
+        logprobs,
         version_spans=spans,
         finish_reason="stop",
         text="",
         reward=1.0,
     )
-    group = Group(group_id=1, row=0, prompt="", prompt_ids=(1,), samples=(sample,))
+    group = Group(group_id=1, prompt_index=0, source_row=0, prompt="", samples=(sample,))
     return arrays_of([(group, 0)], step, frozenset(), "cpu"), torch.full((count,), mu) + torch.tensor(d)
 
 
@@ -287,22 +289,22 @@ def test_an_update_is_not_done_where_the_actors_sampled_from_something_else(
         for group in batch.groups
     ]
     with pytest.raises(TrainingError, match="Step 0 was not done"):
-        updater.update(Batch(0, tuple(wrong)), LR)
+        updater.update(Share.of(Batch(0, tuple(wrong))), LR)
     assert all(torch.equal(before[name], value) for name, value in policy.module.named_parameters())
     policy.module.zero_grad()
-    metrics = updater.update(batch, LR).metrics()
+    metrics = updater.update(Share.of(batch), LR).metrics()
     assert metrics["mismatch/tokens"] == sum(
-        len(sample.token_ids) for group in batch.groups for sample in group.samples
+        sample.num_sampled for group in batch.groups for sample in group.samples
     )
     assert 0 <= metrics["mismatch/mean"] < 1e-5
     assert metrics["mismatch/share_above_0.1"] == 0
     assert any(not torch.equal(before[name], value) for name, value in policy.module.named_parameters())
     stale = Batch(1, batch.groups)
-    assert not [name for name in updater.update(stale, LR).metrics() if name.startswith("mismatch/")], (
-        "absent, not zero"
-    )
+    assert not [
+        name for name in updater.update(Share.of(stale), LR).metrics() if name.startswith("mismatch/")
+    ], "absent, not zero"
 
 
 def colder(sample: Sample) -> Sample:
     """As if drawn at a lower temperature."""
-    return msgspec.structs.replace(sample, logprobs=tuple(value / 0.7 for value in sample.logprobs))
+    return msgspec.structs.replace(sample, logprobs=Float32s.of(sample.logprobs.numpy() / 0.7))

@@ -15,9 +15,9 @@ import torch
 from actors.engine import Adapters, Engine
 from core.config import ActorsConfig, LearnerConfig, ModelConfig
 from core.errors import SnapshotError
-from core.records import Sample
 from core.weights.snapshots import SnapshotWriter, read_snapshot
 from learner.policy.lora import adapters_of, add_adapters, is_adapter
+from tests.support.said import Said
 
 PROMPT = (4, 13, 5, 14, 7)
 SLOTS = 8
@@ -29,7 +29,7 @@ class Report(msgspec.Struct):
     some, by what is wrong with them.
     """
 
-    phases: dict[str, list[Sample]]
+    phases: dict[str, list[Said]]
     num_bytes: int
     refused: dict[str, str]
     version: int
@@ -73,8 +73,8 @@ def main(model_dir: Path, out: Path) -> None:
             engine.submit(f"{phase}-{number}", PROMPT)
 
     def step() -> None:
-        for request_id, sample in engine.step():
-            report.phases.setdefault(request_id.rpartition("-")[0], []).append(sample)
+        for request_id, generation in engine.step():
+            report.phases.setdefault(request_id.rpartition("-")[0], []).append(Said.of(generation))
 
     def finish() -> None:
         while engine.num_unfinished:

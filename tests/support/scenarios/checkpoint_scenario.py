@@ -24,7 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-from core.records import Group, Sample, VersionSpan, encode, encode_batch
+from core.records import Group, Sample, StoredGroup, VersionSpan, encode_batch
 from learner.checkpoints.checkpoint import Checkpoint, Part, latest_checkpoint, partition
 from learner.checkpoints.writer import CheckpointWriter
 
@@ -42,27 +42,27 @@ def groups_of(step: int) -> list[Group]:
     rng = random.Random(step)
     groups = []
     for number in range(5):
-        samples = []
+        drawn = []
         for _ in range(rng.choice([2, 3, 8])):
             length = rng.randint(1, 8)
-            samples.append(
-                Sample(
-                    token_ids=tuple(rng.randrange(VOCABULARY - 1) for _ in range(length)),
-                    logprobs=tuple(-rng.uniform(1, 4) for _ in range(length)),
-                    version_spans=(VersionSpan(step - rng.randint(1, 4), 0, length),),
-                    finish_reason="stop",
-                    text="",
-                    reward=float(rng.random() < 0.5),
-                )
+            answer = [rng.randrange(VOCABULARY - 1) for _ in range(length)]
+            logprobs = [-rng.uniform(1, 4) for _ in range(length)]
+            spans = (VersionSpan(step - rng.randint(1, 4), 0, length),)
+            drawn.append((answer, logprobs, spans, float(rng.random() < 0.5)))
+        prompt = [rng.randrange(3, VOCABULARY - 1) for _ in range(rng.randint(3, 12))]
+        samples = tuple(
+            Sample.one_turn(
+                prompt, answer, logprobs, version_spans=spans, finish_reason="stop", reward=reward
             )
-        prompt_ids = tuple(rng.randrange(3, VOCABULARY - 1) for _ in range(rng.randint(3, 12)))
+            for answer, logprobs, spans, reward in drawn
+        )
         groups.append(
             Group(
                 group_id=100 * step + number,
-                row=number,
+                prompt_index=number,
+                source_row=number,
                 prompt="",
-                prompt_ids=prompt_ids,
-                samples=tuple(samples),
+                samples=samples,
             )
         )
     return groups
@@ -115,7 +115,7 @@ class World:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES if first <= step <= last else hard, hard))
         self.note(sampled=step)
-        return encode_batch(step, [(1, None, encode(group)) for group in groups_of(step)])
+        return encode_batch(step, [StoredGroup.of(group)._replace(uses=1) for group in groups_of(step)])
 
     def stats(self) -> dict[str, float]:
         return dict.fromkeys(("buffer/inserted", "buffer/wait_admission_s", "buffer/wait_batch_s"), 0.0)

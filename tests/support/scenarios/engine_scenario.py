@@ -23,15 +23,17 @@ from safetensors.torch import load_file
 
 import actors.engine
 from actors.engine import VLLM_SYMBOLS, Engine, PromptRefused
+from actors.episode import Generation
 from actors.groups import Groups, OpenGroup
 from actors.prompts import PromptRow
 from actors.rollout import RolloutActor
 from core.config import ActorsConfig, ModelConfig
 from core.errors import SnapshotError
-from core.records import Sample, WorkItem
+from core.records import WorkItem
 from core.weights.snapshots import SnapshotWriter, read_snapshot
 from tests.support.configs import make_config
 from tests.support.in_process import Bench
+from tests.support.said import Said
 
 MAX_NEW_TOKENS = 16
 SLOTS = 8
@@ -52,7 +54,7 @@ class Generated(msgspec.Struct):
     prompt_ids: tuple[int, ...]
     temperature: float
     version: int
-    sample: Sample
+    sample: Said
     seed: int | None = None
 
 
@@ -116,14 +118,16 @@ class Scenario:
         """Requests for all slots, each with a seed of its own, the same in every phase."""
         return [self.submit(phase, prompt_ids, 1, seed=SEED + number)[0] for number in range(SLOTS)]
 
-    def keep(self, request_id: str, sample: Sample) -> None:
+    def keep(self, request_id: str, generation: Generation) -> None:
         phase, prompt_ids, temperature, version, seed = self._submitted[request_id]
-        self.phases.setdefault(phase, []).append(Generated(prompt_ids, temperature, version, sample, seed))
+        self.phases.setdefault(phase, []).append(
+            Generated(prompt_ids, temperature, version, Said.of(generation), seed)
+        )
 
     def step(self, count: int) -> None:
         for _ in range(count):
-            for request_id, sample in self.engine.step():
-                self.keep(request_id, sample)
+            for request_id, generation in self.engine.step():
+                self.keep(request_id, generation)
 
     def finish(self) -> None:
         while self.engine.num_unfinished:
@@ -237,7 +241,7 @@ def updates_by_kind(scenario: Scenario) -> None:
             for number, sample in enumerate(group.samples)
         ]
         scenario.phases[f"{kind} in flight"] = [
-            Generated(LONG, 1.0, -1, sample, seed) for seed, sample in entries if sample is not None
+            Generated(LONG, 1.0, -1, Said.of(sample), seed) for seed, sample in entries if sample is not None
         ]
         scenario.report.num_restarted[kind] = groups.counters["samples_restarted"]
         scenario.fresh(f"after {kind}")
@@ -282,9 +286,9 @@ def updates_in_the_loop(scenario: Scenario, directory: Path) -> None:
             time.sleep(0.001)
         scenario.report.pauses_s.append(actor._groups.counters["apply_s"])
         for group in bench.train(step, 4):
-            prompt_ids = group.prompt_ids
+            prompt_ids = bench.prompts[group.prompt_index].token_ids
             scenario.phases.setdefault("loop", []).extend(
-                Generated(prompt_ids, 1.0, -1, sample) for sample in group.samples
+                Generated(prompt_ids, 1.0, -1, Said.of(sample)) for sample in group.samples
             )
     assert bench.close()["violations"] == []
     scenario.engine.abort([f"train-{ordinal}-{number}" for ordinal in range(4096) for number in range(4)])

@@ -80,7 +80,7 @@ def sampled(engine: Any) -> list[Any]:
     while engine.num_unfinished:
         samples += engine.step()
     return [
-        [list(requests[request_id][0]), list(sample.token_ids), list(sample.logprobs)]
+        [list(requests[request_id][0]), sample.tokens.numpy().tolist(), sample.logprobs.numpy().tolist()]
         for request_id, sample in samples
     ]
 

@@ -14,8 +14,10 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from core.records import Batch, VersionSpan, encode, encode_batch
-from learner.step.packing import TokenSequence, collate
+from core.records import Batch, Float32s, StoredGroup, VersionSpan, encode_batch
+from learner.step.packing import collate
+from learner.step.samples import sequence_of
+from learner.step.share import Share
 
 STEPS = (
     "good",
@@ -129,11 +131,11 @@ def main(out_dir: Path, rank: int) -> None:
         for part in (reference, spoilt):
             part.start(kind if rank == ranks - 1 else "good")
         objective.now = kind if rank == ranks - 1 else "good"
-        result = updater.update(given, LR)
+        result = updater.update(Share.of(given), LR)
         objective.now = "good"
         reference.start("good")
         if kind == "good":
-            untouched.update(batch, LR)
+            untouched.update(Share.of(batch), LR)
         skip = result.skip
         same = digest(policy) == before, digest(policy) == digest(plain)
         found["steps"].append(
@@ -146,7 +148,7 @@ def main(out_dir: Path, rank: int) -> None:
                 "grad_norm": result.grad_norm,
             }
         )
-        payload = encode_batch(step, [(1, None, encode(group)) for group in given.groups])
+        payload = encode_batch(step, [StoredGroup.of(group)._replace(uses=1) for group in given.groups])
         try:
             guards.judge(step, payload, result.metrics(), skip)
         except TrainingError as error:
@@ -167,7 +169,7 @@ def mismatches(config: Any, policy: Any, updater: Any, batch: Batch) -> dict[str
 
     plain, told = updater._policy, []
     updater.mismatch = MismatchCheck(config, policy.module.config, tell=told.append)
-    metrics = updater.update(drawn(batch, plain, config.learner.layout), LR).metrics()
+    metrics = updater.update(Share.of(drawn(batch, plain, config.learner.layout)), LR).metrics()
     found: dict[str, Any] = {
         "told": told,
         "metrics": share_all({k: v for k, v in metrics.items() if k.startswith("mismatch/")}),
@@ -175,13 +177,15 @@ def mismatches(config: Any, policy: Any, updater: Any, batch: Batch) -> dict[str
 
     first, *others = drawn(batch, plain, config.learner.layout).groups
     wrong = [
-        msgspec.structs.replace(sample, logprobs=tuple(v / 0.7 for v in sample.logprobs))
+        msgspec.structs.replace(sample, logprobs=Float32s.of(sample.logprobs.numpy() / 0.7))
         for sample in first.samples
     ]
     before = digest(plain)
     updater.mismatch = MismatchCheck(config, policy.module.config)
     try:
-        updater.update(Batch(0, (msgspec.structs.replace(first, samples=tuple(wrong)), *others)), LR)
+        updater.update(
+            Share.of(Batch(0, (msgspec.structs.replace(first, samples=tuple(wrong)), *others))), LR
+        )
     except TrainingError as error:
         found["errors"] = share_all(str(error))
     return found | {"is_unchanged": share_all(digest(plain) == before)}
@@ -199,12 +203,12 @@ def drawn(batch: Batch, policy: Any, layout: Any) -> Batch:
     """The batch as if `policy` had drawn it just now: its log-probs, the batch's version."""
     groups = []
     for group in batch.groups:
-        sequences = [TokenSequence.of_turn(group.prompt_ids, sample.token_ids) for sample in group.samples]
+        sequences = [sequence_of(sample) for sample in group.samples]
         with torch.no_grad():
             values = [policy.logprobs(collate([sequence], layout, 0), 1.0).tolist() for sequence in sequences]
         samples = [
             msgspec.structs.replace(
-                sample, logprobs=tuple(found), version_spans=(VersionSpan(batch.step, 0, len(found)),)
+                sample, logprobs=Float32s.of(found), version_spans=(VersionSpan(batch.step, 0, len(found)),)
             )
             for sample, found in zip(group.samples, values, strict=True)
         ]

@@ -19,6 +19,7 @@ def main(out_dir: Path, rank: int) -> None:
     from learner.objectives import load_objective
     from learner.policy.zero import ZeroAdapters, ZeroFrozen, ZeroPolicy, init_process_group
     from learner.step.frozen import frozen_names
+    from learner.step.share import Share
     from learner.step.update import Updater
     from tests.support.configs import LR
     from tests.support.scenarios.zero_scenario import meet, partition_everything
@@ -42,7 +43,7 @@ def main(out_dir: Path, rank: int) -> None:
     frozen = {name: ZeroAdapters(policy) for name in frozen_names(objective)}
     updater = Updater(config, policy, objective, frozen, pad_id=0, device=device)
     batches = random_batches(policy.module.config.vocab_size)[:STEPS]
-    found["metrics"] = [updater.update(batch, LR).metrics() for batch in batches]
+    found["metrics"] = [updater.update(Share.of(batch), LR).metrics() for batch in batches]
     found["adapters"] = adapters_of(policy)
     found["published"] = whole(source)
     found["reference"] = of_frozen(ZeroAdapters(policy), batches, config.learner.layout)
@@ -75,12 +76,9 @@ def adapters_of(policy: Any) -> dict[str, torch.Tensor]:
 
 def of_frozen(frozen: Any, batches: list[Any], layout: Any) -> torch.Tensor:
     """Log-probs of the first batch's tokens."""
-    from learner.step.packing import TokenSequence, collate
+    from learner.step.packing import collate
+    from learner.step.samples import sequence_of
 
-    sequences = [
-        TokenSequence.of_turn(group.prompt_ids, sample.token_ids)
-        for group in batches[0].groups
-        for sample in group.samples
-    ]
+    sequences = [sequence_of(sample) for group in batches[0].groups for sample in group.samples]
     values: torch.Tensor = frozen.logprobs(collate(sequences, layout, 0, torch.device("cpu")), 1.0)
     return values

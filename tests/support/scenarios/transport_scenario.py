@@ -91,11 +91,11 @@ def worst_difference(model: Any, samples: list[Any]) -> dict[str, float]:
     """Of the samples' log-probs to transformers'."""
     worst = 0.0
     for sample in samples:
-        tokens = torch.tensor([PROMPT + sample.token_ids])
+        tokens = torch.tensor([[*PROMPT, *sample.tokens.numpy().tolist()]])
         with torch.no_grad():
             logprobs = torch.log_softmax(model(tokens).logits[0, len(PROMPT) - 1 : -1].float(), -1)
         expected = logprobs.gather(1, tokens[0, len(PROMPT) :, None])[:, 0]
-        worst = max(worst, float((expected - torch.tensor(sample.logprobs)).abs().max()))
+        worst = max(worst, float((expected - torch.tensor(sample.logprobs.numpy())).abs().max()))
     return {"samples": len(samples), "worst": worst}
 
 

@@ -46,6 +46,7 @@ def main(out_dir: Path, rank: int) -> None:
     from learner.objectives import load_objective
     from learner.policy.zero import ZeroFrozen, ZeroPolicy, init_process_group
     from learner.step.frozen import frozen_names
+    from learner.step.share import Share
     from learner.step.update import Updater
     from tests.support.configs import LR
     from tests.support.updates import random_batches
@@ -61,7 +62,8 @@ def main(out_dir: Path, rank: int) -> None:
     frozen = {name: ZeroFrozen(config.model, config.learner) for name in frozen_names(objective)}
     updater = Updater(config, policy, objective, frozen, pad_id=0, device=device)
     metrics = [
-        updater.update(batch, LR).metrics() for batch in random_batches(policy.module.config.vocab_size)
+        updater.update(Share.of(batch), LR).metrics()
+        for batch in random_batches(policy.module.config.vocab_size)
     ]
     assert not any(parameter.numel() for parameter in policy.module.parameters()), (
         "not everything is partitioned between the steps"

@@ -1,0 +1,51 @@
+"""From samples and what the reward functions say of them to the Group that is inserted."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import msgspec
+
+from actors.prompts import PromptRow
+from core.records import Group, Sample, WorkItem
+from rewards.scoring import Scored
+
+
+def with_scores(samples: Sequence[Sample], scores: Sequence[Scored]) -> list[Sample]:
+    """The samples with reward or error, and answer; a reward that came with a sample stands, whatever
+    the functions say.
+    """
+    return [
+        msgspec.structs.replace(
+            sample,
+            reward=score.reward if sample.reward is None else sample.reward,
+            error=score.error if sample.reward is None else None,
+            answer_id=answer_id(sample.text.strip() if score.answer is None else score.answer),
+        )
+        for sample, score in zip(samples, scores, strict=True)
+    ]
+
+
+def answer_id(answer: str) -> int:
+    """A number that is equal for equal answers."""
+    return zlib.crc32(answer.encode())
+
+
+def group_of(item: WorkItem, prompt: PromptRow, samples: Sequence[Sample], actor: str) -> Group:
+    """The group to insert. Of the texts it keeps one, that of the first sample without an error: it is what a
+    human is shown of a group, and four bytes a token, where the tokens say the same.
+    """
+    shown = next((place for place, sample in enumerate(samples) if sample.error is None), 0)
+    kept = (
+        sample if place == shown else msgspec.structs.replace(sample, text="")
+        for place, sample in enumerate(samples)
+    )
+    return Group(
+        group_id=item.ordinal,
+        prompt_index=item.prompt_index,
+        source_row=prompt.source_row,
+        prompt=prompt.text,
+        samples=tuple(kept),
+        actor=actor,
+    )

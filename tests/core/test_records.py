@@ -1,0 +1,231 @@
+"""The records on the wire: the same again after a round trip, an error with a name for what is torn or foreign, and few bytes."""
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.records import (
+    Batch,
+    Bits,
+    EvalItem,
+    Float32s,
+    Group,
+    Int32s,
+    Sample,
+    StoredGroup,
+    VersionSpan,
+    WorkItem,
+    decode_batch,
+    decode_group,
+    decode_index,
+    decode_sample,
+    encode,
+    encode_batch,
+    index_of,
+    merge_batches,
+    open_batch,
+)
+
+TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=40)
+NANS = st.floats(width=32)
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> Sample:
+    """Any trajectory: observations and actions in any order, of any length, by any versions, offline too."""
+    lengths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=5))
+    mask = Bits.runs(*lengths)
+    tokens = draw(st.lists(st.integers(0, 2**31 - 1), min_size=len(mask), max_size=len(mask)))
+    ends = sorted({*draw(st.lists(st.integers(1, max(1, mask.count())), max_size=3)), mask.count()} - {0})
+    ends = [end for end in ends if end <= mask.count()]
+    is_offline = draw(st.booleans())
+    spans = [
+        VersionSpan(number, start, end)
+        for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
+    ]
+    logprobs = draw(st.lists(NANS, min_size=mask.count(), max_size=mask.count()))
+    return Sample(
+        tokens=Int32s.of(tokens),
+        is_sampled=mask,
+        logprobs=Float32s() if is_offline else Float32s.of(logprobs),
+        version_spans=() if is_offline else tuple(spans),
+        turns=draw(st.integers(1, 3)),
+        finish_reason=draw(st.sampled_from(["stop", "length"])),
+        text=draw(st.text(max_size=10)),
+        reward=draw(st.none() | st.floats(allow_nan=False)),
+        error=draw(st.none() | st.text(max_size=5)),
+        answer_id=draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> Group:
+    """Any group of up to three samples."""
+    return Group(
+        group_id=draw(st.integers(0, 2**40)),
+        prompt_index=draw(st.integers(0, 2**31)),
+        source_row=draw(st.integers(0, 2**31)),
+        prompt=draw(st.text(max_size=10)),
+        samples=tuple(draw(st.lists(samples(), max_size=3))),
+        actor="a0",
+    )
+
+
+def a_group(group_id: int = 1, *, num_samples: int = 2) -> Group:
+    sample = Sample.one_turn(
+        [5, 6],
+        [7, 8, 9],
+        [-0.5, -1.0, -2.0],
+        version_spans=(VersionSpan(3, 0, 3),),
+        finish_reason="stop",
+        reward=1.0,
+    )
+    return Group(group_id=group_id, prompt_index=4, source_row=9, prompt="p", samples=(sample,) * num_samples)
+
+
+@given(TOKENS)
+def test_token_ids_come_back(values: list[int]) -> None:
+    found = Int32s.of(values)
+    assert found.numpy().tolist() == values
+    assert len(found) == len(values)
+    assert found == Int32s.of(np.array(values))
+    assert hash(found) == hash(Int32s(found.data))
+    assert not found.numpy().flags.writeable
+
+
+@given(st.lists(NANS))
+def test_log_probs_come_back_to_the_last_bit(values: list[float]) -> None:
+    np.testing.assert_array_equal(Float32s.of(values).numpy(), np.array(values, np.float32))
+    assert Float32s.of(values) == Float32s.of(values), "NaN too: equal are the bytes"
+
+
+@given(st.lists(st.booleans()))
+def test_bits_come_back(values: list[bool]) -> None:
+    found = Bits.of(values)
+    assert found.numpy().tolist() == values
+    assert found.numpy().dtype == np.bool_
+    assert (len(found), found.count()) == (len(values), sum(values))
+    assert Bits(found.data) == found
+    assert len(found.data) == 1 + -(-len(values) // 8)
+
+
+def test_runs_are_observations_and_actions_in_turn() -> None:
+    assert Bits.runs(2, 1, 0, 2, 3) == Bits.of([0, 0, 1, 1, 1, 0, 0, 0])
+    assert Bits.runs() == Bits.of([]) == Bits()
+
+
+def test_arrays_of_different_kinds_are_different() -> None:
+    assert Int32s.of([0]) != Float32s.of([0.0]), "though their bytes are the same"
+    assert Int32s.of([1]) != Int32s.of([2])
+    assert Int32s.of([1]) != [1]
+
+
+@pytest.mark.parametrize("values", [[2**31], [-(2**31) - 1], np.array([2**31])])
+def test_a_token_id_beyond_32_bits_is_an_error(values: list[int]) -> None:
+    with pytest.raises(OverflowError):
+        Int32s.of(values)
+
+
+@given(samples())
+def test_a_sample_comes_back(sample: Sample) -> None:
+    assert decode_sample(encode(sample)) == sample
+    assert sample.sampled_tokens.tolist() == [
+        token
+        for token, said in zip(sample.tokens.numpy().tolist(), sample.is_sampled.numpy(), strict=True)
+        if said
+    ]
+
+
+@given(st.lists(groups(), max_size=3))
+def test_a_batch_comes_back_and_its_index_is_that_of_its_groups(found: list[Group]) -> None:
+    payload = encode_batch(7, map(StoredGroup.of, found))
+    batch = Batch(7, tuple(found))
+    assert decode_batch(payload) == batch
+    index = open_batch(payload).index
+    assert encode(index) == encode(index_of(batch))
+    assert encode(decode_index(encode(index))) == encode(index)
+    assert [group.num_tokens for group in index.groups] == [group.num_tokens for group in found]
+    assert [group.oldest_version for group in index.groups] == [group.oldest_version for group in found]
+    assert merge_batches([payload]) == payload
+
+
+def test_what_the_buffer_learns_later_comes_with_the_batch() -> None:
+    stored = StoredGroup.of(a_group())._replace(uses=3, ref_logprobs=[-1.5, -2.5])
+    payload = merge_batches([encode_batch(7, [stored]), encode_batch(7, [StoredGroup.of(a_group(2))])])
+    first, second = decode_batch(payload).groups
+    assert (first.uses, [sample.ref_logprob for sample in first.samples]) == (3, [-1.5, -2.5])
+    assert (second.uses, [sample.ref_logprob for sample in second.samples]) == (0, [None, None])
+    assert [
+        (group.group_id, group.uses, group.ref_logprobs) for group in open_batch(payload).index.groups
+    ] == [
+        (1, 3, (-1.5, -2.5)),
+        (2, 0, None),
+    ]
+
+
+def test_a_torn_payload_is_an_error_wherever_it_ends() -> None:
+    group, batch = encode(a_group()), encode_batch(1, [StoredGroup.of(a_group())])
+    for whole, decode in (
+        (group, decode_group),
+        (batch, decode_batch),
+        (encode(a_group().samples[0]), decode_sample),
+    ):
+        for end in range(len(whole)):
+            with pytest.raises(msgspec.MsgspecError):
+                decode(whole[:end])
+
+
+@given(st.binary(max_size=200))
+def test_foreign_bytes_are_an_error(payload: bytes) -> None:
+    for decode in (decode_group, decode_batch, decode_sample, decode_index):
+        with pytest.raises(msgspec.MsgspecError):
+            decode(payload)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tokens": b"abcde"}, "no whole number of int32 values"),
+        ({"tokens": [1, 2]}, "expected the bytes of Int32s, found list"),
+        ({"is_sampled": b""}, "are no bits"),
+        ({"is_sampled": b"\x08\x00"}, "are no bits"),
+        ({"is_sampled": b"\x03\xff"}, "are no bits"),
+        ({"is_sampled": b"\x04\x30"}, "is_sampled has 4 bits for 5 tokens"),
+        ({"logprobs": b"abcd"}, "1 logprobs for 3 sampled tokens"),
+        ({"version_spans": [{"version": 1, "start": 1, "end": 3}]}, "begins elsewhere than at 0"),
+        ({"version_spans": [{"version": 1, "start": 0, "end": 2}]}, "the version spans end at 2; expected 3"),
+    ],
+)
+def test_a_sample_that_does_not_fit_together_is_refused(changes: dict[str, object], reason: str) -> None:
+    fields = msgspec.msgpack.decode(encode(a_group().samples[0]))
+    with pytest.raises(msgspec.ValidationError, match=reason):
+        decode_sample(msgspec.msgpack.encode(fields | changes))
+
+
+def test_a_payload_under_another_groups_head_is_refused() -> None:
+    mixed = StoredGroup.of(a_group(1))._replace(payload=encode(a_group(2)))
+    with pytest.raises(
+        msgspec.ValidationError,
+        match="the index names group 1 of 2 samples and 10 tokens, but its payload holds group 2",
+    ):
+        decode_batch(encode_batch(1, [mixed]))
+
+
+def test_a_token_costs_few_bytes() -> None:
+    """Four for its id, four for its log-prob where it was sampled, and an eighth for the mask; heads and names are a small rest."""
+    prompt, answer = list(range(1000)), list(range(3000))
+    spans = (VersionSpan(3, 0, 3000),)
+    sample = Sample.one_turn(
+        prompt, answer, [-0.5] * 3000, version_spans=spans, finish_reason="stop", reward=1.0
+    )
+    group = Group(group_id=1, prompt_index=1, source_row=1, prompt="", samples=(sample,) * 8)
+    payload = encode_batch(1, [StoredGroup.of(group)])
+    assert len(payload) / group.num_tokens < 7.2
+    assert len(encode(open_batch(payload).index)) < 8 * 60
+
+
+@pytest.mark.parametrize("record", [WorkItem(3, 4, 5), EvalItem(1, 2, 3, 4)])
+def test_items_come_back(record: WorkItem | EvalItem) -> None:
+    assert msgspec.msgpack.decode(encode(record), type=type(record)) == record
