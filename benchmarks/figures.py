@@ -174,7 +174,7 @@ def read_run(method: str, seed: int) -> dict[str, list[float]] | None:
     evaluations.sort(key=lambda row: row["policy_version"])
     # The row of step s + 1 was measured before its update, on version s; a mean over some batches, since one
     # is noisy.
-    kl = [row["agro/kl_policy"] for row in steps]
+    kl = [row["objective/kl_policy"] for row in steps]
     return {
         "step": [row["progress/step"] for row in steps],
         "train": [row["reward/mean"] for row in steps],

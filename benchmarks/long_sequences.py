@@ -132,7 +132,8 @@ def run_job(job: LongJob) -> dict[str, Any]:
     )
     held_out = [round(row["held_out"], 4) for row in rows]
     seen = {
-        name: round(rows[-1][name], 6) for name in ("agro/weight_mean", "agro/ess_fraction", "agro/kl_ref")
+        name: round(rows[-1][name], 6)
+        for name in ("objective/importance_weight_mean", "objective/ess_fraction", "objective/kl_ref")
     }
     return {
         **asdict(job),
@@ -165,7 +166,7 @@ def draw(records: list[dict[str, Any]], out_dir: Path) -> None:
             )
             mean_of = {
                 key: statistics.fmean(r[key] for r in found)
-                for key in ("score", "agro/weight_mean", "agro/ess_fraction")
+                for key in ("score", "objective/importance_weight_mean", "objective/ess_fraction")
             }
             rows.append(
                 {

@@ -155,7 +155,12 @@ def run_job(job: Job) -> dict[str, Any]:
     held_out = [round(row["held_out"], 4) for row in rows]
     kept = {
         name: round(rows[-1][name], 5)
-        for name in ("agro/kl_ref", "agro/ess_fraction", "agro/brake_share", "agro/weight_mean")
+        for name in (
+            "objective/kl_ref",
+            "objective/ess_fraction",
+            "objective/brake_share",
+            "objective/importance_weight_mean",
+        )
     }
     return {
         **asdict(job),

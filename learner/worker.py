@@ -348,14 +348,14 @@ class LearnerRank:
         progress.tokens += sum(sample.num_sampled for group in trained for sample in group.samples)
         progress.staleness_sum += row["staleness/mean"]
         progress.staleness_max = float(np.fmax(progress.staleness_max, row["staleness/oldest_token"]))
-        row["progress/step"], row["progress/samples"], row["progress/tokens"] = (
+        row["progress/step"], row["progress/samples"], row["progress/sampled_tokens"] = (
             step,
             progress.samples,
             progress.tokens,
         )
         row["weights/version"] = float(progress.published)
         row["time/learner_busy_fraction"] = 1.0 - wait_s / step_s
-        row["perf/trained_tokens_per_s"] = sum(group.num_tokens for group in trained) / step_s
+        row["perf/trained_all_tokens_per_s"] = sum(group.num_tokens for group in trained) / step_s
         whole = row | self._guards.metrics() | self._transport.metrics() | self._checkpoints.metrics()
         self._calls.post(self._monitor.log_step.remote(whole), MONITOR, "a step's metrics")
         if self._config.buffer.uses_per_group > 1 and self._updater.keeps_reference:

@@ -108,7 +108,7 @@ class Monitor:
         apply_s = [actor.counters["apply_s"] for actor in live if actor.counters.get("apply_s") is not None]
         derived = {
             "time/wall_s": now_s - self._start_s,
-            "perf/generated_tokens_per_s": sum(tokens_per_s for tokens_per_s, _ in rates) if rates else None,
+            "perf/sampled_tokens_per_s": sum(tokens_per_s for tokens_per_s, _ in rates) if rates else None,
             "time/actor_busy_fraction": sum(busy for _, busy in rates) / len(rates) if rates else None,
             "weights/apply_s": max(apply_s) if apply_s else None,
         }

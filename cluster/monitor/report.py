@@ -38,24 +38,27 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("Reward", "mean of the batch", (("smoothed", "reward/smoothed"), ("batch", "reward/mean"))),
     ("Solve rate", "held-out prompts, by policy version", (("solve rate", "evaluation"),)),
     ("Staleness", "learner steps", (("mean", "staleness/mean"), ("oldest token", "staleness/oldest_token"))),
-    ("KL to the reference", "nats per sequence", (("KL", "agro/kl_ref"),)),
+    ("KL to the reference", "nats per sequence", (("KL", "objective/kl_ref"),)),
     (
         "Residual",
         "reward minus beta times log-ratio",
-        (("mean", "agro/residual_mean"), ("std", "agro/residual_std")),
+        (("mean", "objective/residual_mean"), ("std", "objective/residual_std")),
     ),
     (
         "Spread within groups",
         "standard deviation",
-        (("reward", "agro/reward_std"), ("beta * log-ratio", "agro/kl_std")),
+        (("reward", "objective/reward_std"), ("beta * log-ratio", "objective/kl_std")),
     ),
-    ("Brake", "share of the reward's push that the KL takes back", (("share", "agro/brake_share"),)),
+    ("Brake", "share of the reward's push that the KL takes back", (("share", "objective/brake_share"),)),
     (
         "Importance",
         "share",
-        (("effective samples of pi/mu", "agro/ess_fraction"), ("mean weight", "agro/weight_mean")),
+        (
+            ("effective samples of pi/mu", "objective/ess_fraction"),
+            ("mean weight", "objective/importance_weight_mean"),
+        ),
     ),
-    ("Smallest log-ratio", "nats, of the batch", (("smallest", "agro/log_ratio_min"),)),
+    ("Smallest log-ratio", "nats, of the batch", (("smallest", "objective/log_ratio_min"),)),
     (
         "Advantage by staleness",
         "mean size",
@@ -85,7 +88,10 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "Throughput",
         "tokens per second",
-        (("generated", "perf/generated_tokens_per_s"), ("trained", "perf/trained_tokens_per_s")),
+        (
+            ("sampled", "perf/sampled_tokens_per_s"),
+            ("trained, prompts included", "perf/trained_all_tokens_per_s"),
+        ),
     ),
     (
         "Busy",
@@ -257,7 +263,7 @@ def _headline(
         "staleness_max": max(oldest) if oldest else None,
         "samples": samples,
         "samples_per_s": samples / wall_s if samples and wall_s else None,
-        "tokens": last.get("progress/tokens"),
+        "tokens": last.get("progress/sampled_tokens"),
     }
     known = {name: summary[name] for name in from_rows if summary.get(name) is not None}
     planned, bound = (

@@ -115,9 +115,9 @@ def plain_line(view: View) -> str:
         f"reward {figure(row.get('reward/mean'), 2)}",
         f"solve {solve}",
         f"stale {figure(row.get('staleness/mean'), 1)}/{figure(row.get('staleness/oldest_token'), 0)}",
-        f"{figure(row.get('perf/generated_tokens_per_s'), 0)} tok/s",
+        f"{figure(row.get('perf/sampled_tokens_per_s'), 0)} tok/s",
         f"buffer {figure(row.get('buffer/groups'), 0)}",
-        f"kl {figure(row.get('agro/kl_ref'), 2)}",
+        f"kl {figure(row.get('objective/kl_ref'), 2)}",
         f"grad {figure(row.get('optim/grad_norm'), 2)}",
         f"eta {duration(view['eta_s'])}",
     ]
@@ -191,10 +191,11 @@ def _figures(view: View) -> RenderableType:
     grid.add_row("solve rate", figure(row.get("eval/solve_rate"), 3), sparkline(solve_rates), at)
     age = f"mean {figure(row.get('staleness/mean'), 2)}  oldest {figure(row.get('staleness/oldest_token'), 0)} of {view['max_staleness']}"
     grid.add_row("staleness", _age(row.get("staleness/oldest_token"), view["max_staleness"]), age, "")
-    speed = f"{figure(row.get('perf/generated_tokens_per_s'), 0)} generated, {figure(row.get('perf/trained_tokens_per_s'), 0)} trained"
+    speed = f"{figure(row.get('perf/sampled_tokens_per_s'), 0)} sampled, {figure(row.get('perf/trained_all_tokens_per_s'), 0)} trained"
     busy = f"busy: actors {_percent(row.get('time/actor_busy_fraction'))}, learner {_percent(row.get('time/learner_busy_fraction'))}"
     grid.add_row("tokens/s", "", speed, busy)
-    training = f"kl {figure(row.get('agro/kl_ref'), 3)}  grad {figure(row.get('optim/grad_norm'), 2)}  lr {figure(row.get('optim/lr'), 7)}"
+    norm, rate = figure(row.get("optim/grad_norm"), 2), figure(row.get("optim/lr"), 7)
+    training = f"kl {figure(row.get('objective/kl_ref'), 3)}  grad {norm}  lr {rate}"
     grid.add_row("training", "", training, f"weights v{_count(row.get('weights/version'))}")
     return grid
 

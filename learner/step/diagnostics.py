@@ -49,17 +49,17 @@ def objective_metrics(samples: Mapping[str, Column], beta: float) -> dict[str, f
     reward_off, pull_off = reward - _group_mean(reward, group_of), pull - _group_mean(pull, group_of)
     freedom = max(1, len(reward) - len(np.unique(group_of)))
     metrics = {
-        "agro/residual_mean": _mean(reward - pull),
-        "agro/residual_std": math.sqrt(float(np.sum((reward_off - pull_off) ** 2)) / freedom),
-        "agro/reward_std": math.sqrt(float(np.sum(reward_off**2)) / freedom),
-        "agro/kl_std": math.sqrt(float(np.sum(pull_off**2)) / freedom),
-        "agro/brake_share": _ratio(np.abs(pull_off).sum(), np.abs(reward_off).sum()),
-        "agro/kl_ref": _mean(samples["log_ratio"]),
-        "agro/kl_policy": _weighted_mean(samples["log_ratio"], samples["log_importance"]),
-        "agro/log_ratio_min": float(np.min(samples["log_ratio"])) if len(reward) else math.nan,
-        "agro/weight_mean": _mean(samples["weight"]),
-        "agro/advantage_abs_mean": _mean(np.abs(samples["advantage"])),
-        "agro/ess_fraction": _effective_share(samples["log_importance"]),
+        "objective/residual_mean": _mean(reward - pull),
+        "objective/residual_std": math.sqrt(float(np.sum((reward_off - pull_off) ** 2)) / freedom),
+        "objective/reward_std": math.sqrt(float(np.sum(reward_off**2)) / freedom),
+        "objective/kl_std": math.sqrt(float(np.sum(pull_off**2)) / freedom),
+        "objective/brake_share": _ratio(np.abs(pull_off).sum(), np.abs(reward_off).sum()),
+        "objective/kl_ref": _mean(samples["log_ratio"]),
+        "objective/kl_policy": _weighted_mean(samples["log_ratio"], samples["log_importance"]),
+        "objective/log_ratio_min": float(np.min(samples["log_ratio"])) if len(reward) else math.nan,
+        "objective/importance_weight_mean": _mean(samples["weight"]),
+        "objective/advantage_abs_mean": _mean(np.abs(samples["advantage"])),
+        "objective/ess_fraction": _effective_share(samples["log_importance"]),
     }
     solve_rate = _group_mean(reward, group_of)
     for name, inside in staleness_masks(samples["staleness"]).items():

@@ -26,7 +26,7 @@ MIN_SPREAD = 0.02
 """Least spread, as a share of the median: where a series hardly moves, its MAD makes a spike of every
 small change.
 """
-WATCHED = {"loss spike": ("agro/residual_std", "optim/grad_norm"), "KL spike": ("agro/kl_ref",)}
+WATCHED = {"loss spike": ("objective/residual_std", "optim/grad_norm"), "KL spike": ("objective/kl_ref",)}
 """By alarm, the metric it looks at: the first that is known. AGRO's loss is half the square of the residual's
 spread; a gradient norm has heavy tails (in recorded healthy runs such an alarm every 200 steps), and serves
 where an objective has no reference.

@@ -92,7 +92,7 @@ def test_a_run_learns_from_its_batches_and_reports_the_systems_metrics(
     rows = run.run(eval_every=4)
     assert [row["step"] for row in rows] == [0, 4, 8]
     assert not torch.equal(before, run.policy.module.lm_head.weight)
-    assert 0 < rows[-1]["agro/ess_fraction"] <= 1
+    assert 0 < rows[-1]["objective/ess_fraction"] <= 1
 
 
 def test_an_objective_that_needs_fresh_samples_is_refused_where_none_is_ever_fresh(

@@ -55,13 +55,15 @@ class TestFinishedRun:
         assert all(METRICS.keys() <= row.keys() for row in rows)
         last = rows[-1]
         # Of the buckets, only those that have samples are known; the mismatch, where there are fresh ones.
-        may_lack = ("by_", "mismatch/", "agro/brake_share")
+        may_lack = ("by_", "mismatch/", "objective/brake_share")
         unknown = [name for name in METRICS if last[name] is None and not name.startswith(may_lack)]
         assert rows[0]["mismatch/mean"] < 1e-4
         # A share of nothing.
-        assert all((row["agro/brake_share"] is None) == (row["agro/reward_std"] == 0) for row in rows)
+        assert all(
+            (row["objective/brake_share"] is None) == (row["objective/reward_std"] == 0) for row in rows
+        )
         assert any(row["by_staleness/advantage_1-3"] is not None for row in rows)
-        assert set(unknown) in (set(), {"perf/generated_tokens_per_s", "time/actor_busy_fraction"}), unknown
+        assert set(unknown) in (set(), {"perf/sampled_tokens_per_s", "time/actor_busy_fraction"}), unknown
 
     def test_off_policy_within_the_bound(self, run: tuple[Path, str]) -> None:
         ages = [row["staleness/oldest_token"] for row in rows_of(run[0])]

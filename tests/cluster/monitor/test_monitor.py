@@ -85,14 +85,16 @@ def test_every_row_has_every_metric_name(tmp_path: Path) -> None:
     rows = rows_of(tmp_path)
     assert [row["progress/step"] for row in rows] == [1, 2, 3]
     assert all(set(METRICS) <= set(row) for row in rows)
-    assert rows[0]["agro/kl_ref"] is None
+    assert rows[0]["objective/kl_ref"] is None
     assert all(row["time/wall_s"] >= 0 for row in rows)
 
 
 def test_values_that_are_no_finite_number_become_null_and_are_counted(tmp_path: Path) -> None:
     monitor = Monitor(monitored(), str(tmp_path))
     monitor.log_buffer({"buffer/groups": math.inf})
-    monitor.log_step({"progress/step": 1, "reward/mean": math.nan, "optim/lr": "high", "agro/kl_ref": None})  # type: ignore[dict-item]
+    monitor.log_step(
+        {"progress/step": 1, "reward/mean": math.nan, "optim/lr": "high", "objective/kl_ref": None}
+    )  # type: ignore[dict-item]
     monitor.close({"final_solve_rate": math.nan})
     (row,) = rows_of(tmp_path)
     assert row["reward/mean"] is row["optim/lr"] is row["buffer/groups"] is None
@@ -130,19 +132,19 @@ def test_actor_rates_are_differences_of_cumulative_counters_over_seconds(tmp_pat
         monitor.log_step({"progress/step": step})
         return rows_of(tmp_path)[-1]
 
-    assert second(1, {"a": 1000, "b": 500}, 0.0)["perf/generated_tokens_per_s"] is None
-    assert second(2, {"a": 1100, "b": 550}, 0.5)["perf/generated_tokens_per_s"] is None
+    assert second(1, {"a": 1000, "b": 500}, 0.0)["perf/sampled_tokens_per_s"] is None
+    assert second(2, {"a": 1100, "b": 550}, 0.5)["perf/sampled_tokens_per_s"] is None
     row = second(3, {"a": 1200, "b": 600}, 1.0)
-    assert row["perf/generated_tokens_per_s"] == pytest.approx(150.0)
+    assert row["perf/sampled_tokens_per_s"] == pytest.approx(150.0)
     assert row["time/actor_busy_fraction"] == pytest.approx(0.5)
     assert row["weights/apply_s"] == pytest.approx(0.1)
     # a is started again and counts from 0: b alone has a rate, none is negative
     row = second(4, {"a": 0, "b": 650}, 1.5)
-    assert row["perf/generated_tokens_per_s"] == pytest.approx(50.0)
+    assert row["perf/sampled_tokens_per_s"] == pytest.approx(50.0)
     # all silent for long: nobody generates
     clock.now_s += 100
     monitor.log_step({"progress/step": 5})
-    assert rows_of(tmp_path)[-1]["perf/generated_tokens_per_s"] is None
+    assert rows_of(tmp_path)[-1]["perf/sampled_tokens_per_s"] is None
 
 
 def test_a_continued_run_appends_and_keeps_the_last_evaluation(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def run_dir(tmp_path: Path) -> Path:
             "reward/mean": step / 2000,
             "staleness/mean": 2.0,
             "staleness/oldest_token": 9 if step == 777 else 4,
-            "agro/kl_ref": None,
+            "objective/kl_ref": None,
         }
         for step in range(1, 2001)
     ]

@@ -245,8 +245,8 @@ def test_the_whole_system_trains_adapters_and_exports_merged_ones(
     assert process.returncode == 0, out + err
     rows, evaluations = rows_of(tmp_path / "run"), rows_of(tmp_path / "run", "evaluations")
     assert [row["progress/step"] for row in rows] == list(range(1, 7))
-    assert rows[0]["agro/kl_ref"] == 0  # The reference is the policy, which is the base.
-    assert rows[-1]["agro/kl_ref"] != 0
+    assert rows[0]["objective/kl_ref"] == 0  # The reference is the policy, which is the base.
+    assert rows[-1]["objective/kl_ref"] != 0
     assert [evaluation["policy_version"] for evaluation in evaluations] == [0, 6]
     policy, base = load(tmp_path / "run" / "policy"), load(tiny_models["tied"])
     changed = {

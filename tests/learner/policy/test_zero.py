@@ -167,7 +167,7 @@ def test_an_objective_that_needs_no_reference_gets_none(tiny_models: dict[str, P
     result = updater.update(Share.of(random_batches(policy.module.config.vocab_size)[0]), LR)
     metrics = result.metrics()
     assert metrics["optim/grad_norm"] > 0
-    assert metrics["agro/kl_ref"] != metrics["agro/kl_ref"]  # Unknown, not zero.
+    assert metrics["objective/kl_ref"] != metrics["objective/kl_ref"]  # Unknown, not zero.
     assert len(result.by_group("advantage")) == 5
 
 

@@ -36,16 +36,16 @@ def test_every_column_is_declared_and_every_metric_described():
 def test_spreads_are_within_groups_and_the_brake_is_their_ratio():
     found = objective_metrics(columns(), 0.5)
     # Residuals 0.9, 0.1 | 1, 2: deviations 0.4, 0.4, 0.5, 0.5 with two degrees of freedom.
-    assert found["agro/residual_mean"] == pytest.approx(1.0)
-    assert found["agro/residual_std"] == pytest.approx(math.sqrt((2 * 0.16 + 2 * 0.25) / 2))
-    assert found["agro/reward_std"] == pytest.approx(0.5)
-    assert found["agro/kl_std"] == pytest.approx(math.sqrt((2 * 0.01 + 2 * 0.25) / 2))
-    assert found["agro/brake_share"] == pytest.approx((0.1 + 0.1 + 0.5 + 0.5) / 1.0)
-    assert found["agro/kl_ref"] == pytest.approx(-0.5)
-    assert found["agro/kl_policy"] == pytest.approx((0.2 - 3 * 0.2 + 0.0 - 2.0) / 6)
-    assert found["agro/log_ratio_min"] == -2.0
-    assert found["agro/weight_mean"] == pytest.approx(0.875)
-    assert found["agro/ess_fraction"] == pytest.approx((1 + 3 + 1 + 1) ** 2 / (4 * (1 + 9 + 1 + 1)))
+    assert found["objective/residual_mean"] == pytest.approx(1.0)
+    assert found["objective/residual_std"] == pytest.approx(math.sqrt((2 * 0.16 + 2 * 0.25) / 2))
+    assert found["objective/reward_std"] == pytest.approx(0.5)
+    assert found["objective/kl_std"] == pytest.approx(math.sqrt((2 * 0.01 + 2 * 0.25) / 2))
+    assert found["objective/brake_share"] == pytest.approx((0.1 + 0.1 + 0.5 + 0.5) / 1.0)
+    assert found["objective/kl_ref"] == pytest.approx(-0.5)
+    assert found["objective/kl_policy"] == pytest.approx((0.2 - 3 * 0.2 + 0.0 - 2.0) / 6)
+    assert found["objective/log_ratio_min"] == -2.0
+    assert found["objective/importance_weight_mean"] == pytest.approx(0.875)
+    assert found["objective/ess_fraction"] == pytest.approx((1 + 3 + 1 + 1) ** 2 / (4 * (1 + 9 + 1 + 1)))
 
 
 def test_buckets_hold_the_samples_that_belong_there_and_empty_ones_are_unknown():
@@ -61,11 +61,11 @@ def test_buckets_hold_the_samples_that_belong_there_and_empty_ones_are_unknown()
 
 def test_without_rewards_that_differ_or_known_ratios_shares_are_unknown_not_zero():
     found = objective_metrics(columns(reward=[1.0] * 4, log_importance=[math.nan] * 4), 0.5)
-    assert math.isnan(found["agro/brake_share"])
-    assert math.isnan(found["agro/ess_fraction"])
+    assert math.isnan(found["objective/brake_share"])
+    assert math.isnan(found["objective/ess_fraction"])
 
 
 def test_huge_ratios_do_not_overflow():
     assert objective_metrics(columns(log_importance=[5000.0, 0.0, 0.0, 0.0]), 0.5)[
-        "agro/ess_fraction"
+        "objective/ess_fraction"
     ] == pytest.approx(0.25)

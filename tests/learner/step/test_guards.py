@@ -261,7 +261,7 @@ def test_a_full_disk_costs_the_kept_batch_and_not_the_run(
 
 # --- alarms ---
 
-LOSS, KL = "agro/residual_std", "agro/kl_ref"
+LOSS, KL = "objective/residual_std", "objective/kl_ref"
 
 
 def alarms_of(series: list[dict[str, float]]) -> list[tuple[int, str]]:
@@ -324,7 +324,7 @@ def test_an_alarm_says_what_and_how_much_and_goes_on_from_its_state() -> None:
     again.set_state(json.loads(json.dumps(first.get_state())))
     (event,) = again.observe(40, {LOSS: 9.0})
     assert event.startswith(
-        "loss spike at learner step 40: agro/residual_std = 9, above 2.2, which is the "
+        "loss spike at learner step 40: objective/residual_std = 9, above 2.2, which is the "
         "median of the last 40 steps"
     )
     assert first.observe(40, {LOSS: 9.0}) == [event]
