@@ -1,5 +1,5 @@
-"""Every command that README shows, from what a clone holds and nothing beside it: run here, or by the
-test that is named.
+"""Every command and example that README and its companions show, from what a clone holds and nothing beside
+it: run here, or by the test that is named.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from launch import parser
 from tests.support import ROOT
 from tests.support.clone import BY_TEST, PYTHON, make_clone, run
 
@@ -40,19 +44,50 @@ PROGRAMS = (
 )
 
 
+SHOWN_IN = ("README.md", "CONTRIBUTING.md", "docs/running.md", "docs/cluster.md", "docs/extending.md")
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def texts() -> list[str]:
+    """The pages that show commands."""
+    return [(ROOT / name).read_text(encoding="utf-8") for name in SHOWN_IN]
+
+
 def commands() -> list[str]:
-    """Those of README's blocks, without comments, and those within its sentences."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    # But the list of files.
-    lines = [line for block in blocks if not block.startswith("launch.py  ") for line in block.splitlines()]
-    shown = [re.split(r"\s+#", line)[0].strip() for line in lines if line.strip()]
-    within = re.findall(r"`([^`\n]+)`", re.sub(r"^```\w*\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
-    return list(dict.fromkeys([*shown, *(words for words in within if words.startswith(PROGRAMS))]))
+    """Those of the pages' `sh` blocks, without comments, and those within their sentences."""
+    found: list[str] = []
+    for text in texts():
+        lines = [line for kind, block in BLOCK.findall(text) if kind == "sh" for line in block.splitlines()]
+        found += [re.split(r"\s+#", line)[0].strip() for line in lines if line.strip()]
+        within = re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
+        found += [words for words in within if words.startswith(PROGRAMS)]
+    return list(dict.fromkeys(found))
+
+
+def examples() -> dict[str, str]:
+    """The pages' complete Python files: blocks that begin with a comment that names the file, by that name."""
+    blocks = [block for text in texts() for kind, block in BLOCK.findall(text) if kind == "python"]
+    named = {match[1]: block for block in blocks if (match := re.match(r"# ([\w/]+\.py)", block))}
+    assert len(named) >= 2
+    return named
+
+
+def namespace(name: str) -> dict[str, Any]:
+    """What the example file `name` defines."""
+    found: dict[str, Any] = {}
+    exec(compile(examples()[name], name, "exec"), found)
+    return found
 
 
 def dry_runs() -> list[str]:
     return [command for command in commands() if command.startswith(tuple(BY_DRY_RUN))]
+
+
+def subcommands() -> list[str]:
+    """The words that may follow launch.py; a sentence may name one without its arguments."""
+    (actions,) = (action for action in parser()._actions if isinstance(action.choices, dict))
+    assert actions.choices is not None
+    return list(actions.choices)
 
 
 def targets() -> list[str]:
@@ -61,8 +96,8 @@ def targets() -> list[str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What git knows of this tree, in a folder with nothing beside it, and an environment as `make
-    setup` leaves it.
+    """What git knows of this tree, in a folder with nothing beside it, and an environment as `make setup`
+    leaves it.
     """
     folder = tmp_path_factory.mktemp("empty") / "clone"
     make_clone(folder)
@@ -75,7 +110,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_no_command_is_unaccounted_for() -> None:
-    known = {*dry_runs(), *targets(), *BY_TEST}
+    known = {*dry_runs(), *targets(), *BY_TEST, *(f"launch.py {name}" for name in subcommands())}
     assert len(commands()) > 20
     assert [command for command in commands() if command not in known] == []
     assert [command for command in BY_TEST if command not in commands()] == []
@@ -95,14 +130,26 @@ def test_the_tests_that_run_the_others_exist() -> None:
             nodes = found.body
 
 
+@pytest.fixture
+def written(clone: Path) -> Iterator[Path]:
+    """The clone, with the files in it that the pages tell their reader to write."""
+    files = {clone / name: text for name, text in examples().items()}
+    for file, text in files.items():
+        assert not file.exists()
+        file.write_text(text)
+    yield clone
+    for file in files:
+        file.unlink()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", dry_runs())
-def test_a_start_finds_everything_it_needs_in_a_clone(clone: Path, command: str) -> None:
+def test_a_start_finds_everything_it_needs_in_a_clone(written: Path, command: str) -> None:
     if "smollm2" in command and importlib.util.find_spec("reasoning_gym") is None:
         pytest.skip("reasoning-gym is not installed: make setup")
-    out = run(clone, command.removesuffix(" --dry-run") + " --dry-run")
+    out = run(written, command.removesuffix(" --dry-run") + " --dry-run")
     assert "learner" in out
-    assert not (clone / "runs").exists()
+    assert not (written / "runs").exists()
 
 
 @pytest.mark.parametrize("command", targets())
@@ -115,6 +162,41 @@ def test_a_target_of_make_names_what_there_is(clone: Path, command: str) -> None
             assert (clone / f"{module.replace('.', '/')}.py").is_file()
         for config in re.findall(r"launch\.py train (\S+)", line):
             assert any(config in dry_run for dry_run in dry_runs())
+
+
+def test_the_reward_of_readme_scores() -> None:
+    closeness = namespace("closeness.py")["closeness"]
+    assert closeness(completions=["12", "10", "no"], answer=["12"] * 3, max_terms=[2] * 3) == [
+        1.0,
+        1 / 3,
+        0.0,
+    ]
+
+
+def test_the_objective_of_readme_raises_the_best_samples() -> None:
+    from learner.objectives import TokenBatch
+
+    objective = namespace("learner/objectives/best_of_n.py")["build"](None)
+    batch = TokenBatch(
+        logprobs_T=torch.full((4,), -1.0, dtype=torch.float64, requires_grad=True),
+        behaviour_logprobs_T=torch.zeros(4, dtype=torch.float64),
+        sequence_T=torch.tensor([0, 0, 1, 1]),
+        rewards_N=torch.tensor([1.0, 0.0], dtype=torch.float64),
+        ref_logprobs_N=torch.zeros(2, dtype=torch.float64),
+        groups_N=torch.tensor([7, 7]),
+        staleness_N=torch.zeros(2, dtype=torch.float64),
+        num_groups=1,
+    )
+    loss, diagnostics = objective.loss(batch)
+    loss.backward()
+    assert loss.item() == 1.0  # Two tokens of -1 nat, one of two samples.
+    assert batch.logprobs_T.grad is not None
+    assert batch.logprobs_T.grad.tolist() == [-0.5, -0.5, 0.0, 0.0]
+    assert diagnostics["advantage"].tolist() == [1.0, 0.0]
+
+
+def test_readme_fits_on_two_screens() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
 
 
 def test_programs_of_the_environment_exist() -> None:
