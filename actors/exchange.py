@@ -1,72 +1,48 @@
-"""An actor's outstanding calls to buffer and board, looked at between two engine steps and never waited for
-there.
+"""What an actor sends to buffer and board and must arrive: looked after between two engine steps, never
+waited for there.
 
-Ask      one call whose answer is looked for
-Outbox   what must arrive: kept, and with it the claim on its work items, until the receiver has acknowledged it
+    outbox.deliver(call, ordinals) --> the peer acknowledges --> poll() returns the ordinals
+                            ^                |
+                            `---a second-----'  a full disk refused it
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable
-from concurrent.futures import Future
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from buffer.store import DiskFullError
-from core.calls import Calls
-from core.errors import PeerTimeout
+from core.calls import Call, Calls, Pending
 
-T = TypeVar("T")
-
-BUFFER = "the replay buffer"
 RETRY_S = 1.0
-
-
-class Ask(Generic[T]):
-    """One call under way. `who` is named when it does not answer `name` within `limit_s`."""
-
-    def __init__(self, calls: Calls, call: Awaitable[T], *, who: str, name: str, limit_s: float) -> None:
-        self.future: Future[T] = calls.start(call, who)
-        self._who, self._name, self._limit_s = who, name, limit_s
-        self._until_s = time.monotonic() + limit_s
-
-    def is_done(self) -> bool:
-        """Whether `result` would not wait. Raises PeerTimeout when the answer is overdue."""
-        if self.future.done():
-            return True
-        if time.monotonic() > self._until_s:
-            self.future.cancel()
-            raise PeerTimeout(
-                f"{self._who} did not answer {self._name} within {self._limit_s:.0f} s (run.timeout_s)"
-            )
-        return False
-
-    def result(self) -> T:
-        """The answer, or what the call raised."""
-        return self.future.result(0)
+"""The pause before a peer is asked again for what it refused, or could not give."""
 
 
 @dataclass
 class _Parcel:
-    """A delivery; `ask` is None while it waits to be sent again."""
+    """A delivery; `pending` is None while it waits to be sent again."""
 
-    call: Callable[[], Awaitable[Any]]
-    who: str
+    call: Call[Any]
     ordinals: tuple[int, ...]
-    ask: Ask[Any] | None = None
+    pending: Pending[Any] | None = None
 
 
 class Outbox:
-    """Deliveries in any order. What a full disk refuses (DiskFullError) is kept and sent again every second,
-    and counted; the driver tells of the disk (cluster/health.py), once for all actors.
+    """Deliveries in any order, each kept with the claim on its work items until the receiver has acknowledged
+    it.
 
-    refused_by  receivers that refused what was last sent to them: what one of them takes says nothing of another
-    retries     deliveries sent again so far
+    What a full disk refuses (DiskFullError) is sent again every second, and counted; the driver tells of the
+    disk (cluster/health.py), once for all actors.
+
+    refused_by  names the receivers that refused what was last sent to them: what one of them takes says
+                nothing of another
+    retries     counts the deliveries that were sent again
     """
 
-    def __init__(self, calls: Calls, name: str, limit_s: float) -> None:
-        self._calls, self._name, self._limit_s = calls, name, limit_s
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
         self._parcels: list[_Parcel] = []
         self._retry_at_s = 0.0
         self.refused_by: set[str] = set()
@@ -76,19 +52,17 @@ class Outbox:
         return len(self._parcels)
 
     @property
-    def futures(self) -> list[Future[Any]]:
-        """Of the deliveries that are under way."""
-        return [parcel.ask.future for parcel in self._parcels if parcel.ask is not None]
+    def pendings(self) -> list[Pending[Any]]:
+        """The deliveries that are under way."""
+        return [parcel.pending for parcel in self._parcels if parcel.pending is not None]
 
-    def post(self, call: Callable[[], Awaitable[Any]], who: str, ordinals: Iterable[int] = ()) -> None:
-        """Sends; `call` makes the same idempotent call each time, `ordinals` are the work items it ends."""
-        parcel = _Parcel(call, who, tuple(ordinals))
-        self._send(parcel)
-        self._parcels.append(parcel)
+    def deliver(self, call: Call[Any], ordinals: Iterable[int] = ()) -> None:
+        """Sends, again if need be: the call must be idempotent. `ordinals` are the items that it ends."""
+        self._parcels.append(_Parcel(call, tuple(ordinals), self._calls.start(call)))
 
-    def look(self) -> Collection[int]:
-        """Takes note of what was answered, sends again what was refused; the ordinals of what has arrived
-        since.
+    def poll(self) -> Collection[int]:
+        """Takes the answers that came, and sends again what was refused. Returns the ordinals of what has
+        arrived since.
 
         Raises PeerTimeout, and what a receiver raised other than DiskFullError.
         """
@@ -102,24 +76,22 @@ class Outbox:
         self._parcels = kept
         if time.monotonic() >= self._retry_at_s:
             for parcel in kept:
-                if parcel.ask is None:
+                if parcel.pending is None:
                     self.retries += 1
-                    self._send(parcel)
+                    parcel.pending = self._calls.start(parcel.call)
         return arrived
 
-    def _send(self, parcel: _Parcel) -> None:
-        parcel.ask = Ask(self._calls, parcel.call(), who=parcel.who, name=self._name, limit_s=self._limit_s)
-
     def _is_delivered(self, parcel: _Parcel) -> bool:
-        if parcel.ask is None or not parcel.ask.is_done():
+        if parcel.pending is None or not parcel.pending.is_done():
             return False
+        who = parcel.call.who
         try:
-            parcel.ask.result()
+            parcel.pending.result()
         except DiskFullError:
-            parcel.ask = None
+            parcel.pending = None
             self._retry_at_s = time.monotonic() + RETRY_S
-            self.refused_by.add(parcel.who)
+            self.refused_by.add(who)
             return False
-        if not any(other.ask is None and other.who == parcel.who for other in self._parcels):
-            self.refused_by.discard(parcel.who)
+        if not any(other.pending is None and other.call.who == who for other in self._parcels):
+            self.refused_by.discard(who)
         return True

@@ -15,13 +15,13 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from actors.exchange import BUFFER, RETRY_S
+from actors.exchange import RETRY_S
 from actors.heartbeat import Heartbeat
 from actors.messages import text_problems
 from actors.prompts import (
@@ -34,13 +34,15 @@ from actors.prompts import (
 )
 from actors.scored import group_of, with_scores
 from actors.sources import kind_of, read_source, report_bad_rows
+from buffer.client import BufferClient
 from buffer.store import DiskFullError
-from core.calls import Calls, answered, connect_buffer
+from core.calls import Calls
 from core.config import Config
-from core.errors import DataError, PeerTimeout
+from core.errors import DataError
+from core.monitor_client import MonitorClient
 from core.records import Group, Int32s, Sample, WorkItem, encode
 from core.tokenizer import Detokenizer, closing_ids, end_token_ids, split_at_end
-from core.weights.board import Directive
+from core.weights.board import BoardClient, Directive
 from rewards.pool import RewardPool
 
 OWN_COLUMNS = ("completion", "reward", "truncated", "group")
@@ -283,20 +285,23 @@ def choose_samples(row: PromptRow, count: int, seed: int) -> list[Sample]:
 class OfflineActor(Heartbeat):
     """Leases prompts and inserts groups of their offline samples; `cluster.supervisor` makes it a Ray actor
     beside the rollout actors.
-
-    `buffers` are the handles of the buffer's shards; `board` and `monitor` handles too, whose
-    `method.remote(...)` can be awaited.
     """
 
     def __init__(
-        self, name: str, config: Config, prompts: PromptSet, buffers: Sequence[Any], board: Any, monitor: Any
+        self,
+        name: str,
+        config: Config,
+        prompts: PromptSet,
+        buffer: BufferClient,
+        board: BoardClient,
+        monitor: MonitorClient,
     ) -> None:
         self._name, self._config, self._prompts = name, config, prompts
-        self._buffer, self._board, self._monitor = connect_buffer(buffers), board, monitor
+        self._buffer, self._board, self._monitor = buffer, board, monitor
         self._rewards = RewardPool(config.rewards)
         self._scores_all = config.objective.compares_answers  # A vote needs the answers of all.
         self._version = -1
-        self._calls = Calls(config.run.timeout_s, self._tell)
+        self._calls = Calls(config.run.timeout_s, monitor.event, name=name)
         self._counters = dict.fromkeys(
             ("groups", "samples", "errors", "insert_retries", "leases_refused", "wait_admission_s"), 0.0
         )
@@ -307,12 +312,10 @@ class OfflineActor(Heartbeat):
             while not await self._is_retired():
                 self._beat()
                 await self._feed()
-                report = self._monitor.log_actor.remote(
-                    self._name, {**self._counters, "version": self._version}
-                )
-                self._calls.post(report, "the monitor", "an actor's counters")
+                report = self._monitor.log_actor(self._name, {**self._counters, "version": self._version})
+                self._calls.post(report, "an actor's counters")
             with contextlib.suppress(DiskFullError):  # Told before; the leases run out.
-                await self._ask(self._buffer.release_actor(self._name), BUFFER)
+                await self._calls.start(self._buffer.release_actor(self._name))
         return dict(self._counters)
 
     async def _feed(self) -> None:
@@ -321,15 +324,13 @@ class OfflineActor(Heartbeat):
         try:
             # Nothing is held from one turn to the next.
             lease = self._buffer.lease(self._name, self._config.learner.groups_per_step, LEASE_S, holding=[])
-            items = [
-                msgspec.msgpack.decode(payload, type=WorkItem)
-                for payload in await self._ask(lease, BUFFER) or ()
-            ]
+            payloads = await self._calls.start(lease) or ()
         except DiskFullError:  # The driver tells of it (cluster/health.py).
             self._counters["leases_refused"] += 1
             await asyncio.sleep(RETRY_S)
             return
         self._counters["wait_admission_s"] += time.perf_counter() - start_s
+        items = [msgspec.msgpack.decode(payload, type=WorkItem) for payload in payloads]
         groups = await asyncio.gather(*map(self._group, items))
         if not groups or not await self._insert(groups):
             return
@@ -346,8 +347,8 @@ class OfflineActor(Heartbeat):
         payloads = [encode(group) for group in groups]
         while True:
             with contextlib.suppress(DiskFullError):  # The driver tells of it (cluster/health.py).
-                await self._ask(self._buffer.renew(self._name, [group.group_id for group in groups]), BUFFER)
-                await self._ask(self._buffer.insert(self._name, payloads), BUFFER)
+                await self._calls.start(self._buffer.renew(self._name, [group.group_id for group in groups]))
+                await self._calls.start(self._buffer.insert(self._name, payloads))
                 return True
             await asyncio.sleep(RETRY_S)
             self._beat()
@@ -374,19 +375,7 @@ class OfflineActor(Heartbeat):
 
     async def _is_retired(self) -> bool:
         """Asks the board; takes note of the newest version, for the monitor."""
-        payload = await self._ask(self._board.poll.remote(self._name, self._version, 0, 0.0), "the board")
+        payload = await self._calls.start(self._board.poll(self._name, self._version, 0, 0.0))
         directive = msgspec.msgpack.decode(payload, type=Directive)
         self._version = directive.version
         return bool(directive.retire)
-
-    def _tell(self, text: str) -> None:
-        self._monitor.event.remote(text)  # Not looked at: it is what failures are told by.
-
-    async def _ask(self, call: Awaitable[Any], who: str) -> Any:
-        limit_s = self._config.run.timeout_s
-        try:
-            return await asyncio.wait_for(answered(call, who), limit_s)
-        except TimeoutError:
-            raise PeerTimeout(
-                f"{who} did not answer {self._name} within {limit_s:.0f} s (run.timeout_s)"
-            ) from None

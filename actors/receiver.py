@@ -22,7 +22,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from core.errors import PeerTimeout, SnapshotError
+from core.calls import Pending
+from core.errors import SnapshotError
 
 LOOK_S = 1.0
 BROKEN_OFF = "this transfer was broken off"
@@ -96,14 +97,8 @@ class Receiver:
             return ""
         self._orders.put(order)
         limit_s = 2 * self._limit_s  # The learner gives up first: it knows who else has not answered.
-        try:
-            return order.done.result(limit_s)
-        except TimeoutError:
-            if order.done.done():  # At the last moment, or it raised a TimeoutError itself.
-                return order.done.result(0)
-            order.done.cancel()
-            who = "the group did not meet" if verb == "init" else f"the actor's loop did not come to `{verb}`"
-            raise PeerTimeout(f"{who} within {limit_s:.0f} s") from None
+        late = "the group did not meet" if verb == "init" else f"the actor's loop did not come to `{verb}`"
+        return Pending(order.done, "the actor's loop", limit_s, late=f"{late} within {limit_s:.0f} s").wait()
 
     # --- the loop ---
 

@@ -21,14 +21,13 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from functools import partial
 from typing import Any, cast
 
 import msgspec
 import ray
 
 from actors.engine import Adapters, Engine
-from actors.exchange import BUFFER, RETRY_S, Ask, Outbox
+from actors.exchange import RETRY_S, Outbox
 from actors.follower import POLL_S, Follower
 from actors.groups import Generator, Groups, OpenGroup
 from actors.heartbeat import Heartbeat
@@ -36,11 +35,14 @@ from actors.offline import choose_samples
 from actors.prompts import PromptSet
 from actors.receiver import Receiver, Receiving
 from actors.scored import group_of, with_scores
+from buffer.client import BufferClient
 from buffer.store import DiskFullError
-from core.calls import Calls, connect_buffer
+from core.calls import Calls, Pending, settle
 from core.config import Config
 from core.errors import SnapshotError
+from core.monitor_client import MonitorClient
 from core.records import EvalItem, EvalSample, Sample, WorkItem, encode
+from core.weights.board import BoardClient, ReceiverClient
 from rewards.pool import RewardPool
 from rewards.scoring import Scored
 
@@ -54,9 +56,6 @@ HAND_BACK_LIMIT_S = 10.0
 class RolloutActor(Heartbeat):
     """One vLLM engine and its loop; `cluster/supervisor.py` makes it a Ray actor. `run` returns when the
     board retires it.
-
-    `buffers` are the handles of the buffer's shards; `board` and `monitor` handles too. What
-    `method.remote(...)` of a handle returns can be awaited.
     """
 
     def __init__(
@@ -65,27 +64,27 @@ class RolloutActor(Heartbeat):
         config: Config,
         prompts: PromptSet,
         eval_prompts: PromptSet,
-        buffers: Sequence[Any],
-        board: Any,
-        monitor: Any,
+        buffer: BufferClient,
+        board: BoardClient,
+        monitor: MonitorClient,
     ) -> None:
         self._name, self._config = name, config
         self._prompts, self._eval_prompts = prompts, eval_prompts
-        self._buffer, self._board, self._monitor = connect_buffer(buffers), board, monitor
+        self._buffer, self._board, self._monitor = buffer, board, monitor
         self._rewards = RewardPool(config.rewards)
         self._engine = self._make_engine()
         self._groups = Groups(self._engine, config.actors)
-        self._calls = Calls(config.run.timeout_s, self._tell)
-        self._follower = Follower(name, config, board, self._calls, self._tell)
+        self._calls = Calls(config.run.timeout_s, monitor.event, name=name)
+        self._follower = Follower(name, config, board, self._calls)
         self._receiver = self._make_receiver()
-        self._outbox = Outbox(self._calls, name, config.run.timeout_s)
+        self._outbox = Outbox(self._calls)
         self._work: deque[WorkItem] = deque()
         # Ordinals from their lease to the acknowledgement of what became of them.
         self._holding: set[int] = set()
         self._scoring: list[tuple[OpenGroup, Future[list[Scored]]]] = []
         self._evaluating = 0
         self._joined: str | None = None  # The board that pushes weights here.
-        self._lease: Ask[list[bytes] | None] | None = None
+        self._lease: Pending[list[bytes] | None] | None = None
         # What the newest lease was asked with; what the buffer refused.
         self._leasing_version = self._outdated_version = -1
         self._lease_at_s = self._reported_s = self._renewed_s = 0.0
@@ -151,7 +150,7 @@ class RolloutActor(Heartbeat):
             may_start=self._may_receive,
             on_updated=self._groups.updated,
             beat=self._beat,
-            tell=lambda text: self._tell(f"{self._name}: {text}"),
+            tell=lambda text: self._calls.tell(f"{self._name}: {text}"),
         )
 
     def _may_receive(self) -> str:
@@ -172,7 +171,7 @@ class RolloutActor(Heartbeat):
         if self._receiver is not None:
             self._join_board()
             self._receiver.look()
-        self._follower.look(self._engine.version, is_evaluating=self._evaluating > 0)
+        self._follower.poll(self._engine.version, is_evaluating=self._evaluating > 0)
         update = self._follower.update
         if update is None or (
             update.weights is not None and not self._groups.update(update.version, update.weights)
@@ -196,7 +195,7 @@ class RolloutActor(Heartbeat):
         if self._joined == self._follower.board:
             return
         self._joined = self._follower.board
-        self._calls.ask(self._board.join.remote(self._name, self._own_handle()), "the board")
+        self._calls.ask(self._board.join(self._name, ReceiverClient(self._own_handle(), self._name)))
 
     def _is_over(self) -> bool:
         """Whether to leave the loop: at once, or drained, or after RETIRE_LIMIT_S of draining."""
@@ -212,13 +211,13 @@ class RolloutActor(Heartbeat):
         """What was not finished goes to another actor, or to the next start of the run; what was is
         still waited for.
         """
-        concurrent.futures.wait(self._outbox.futures, HAND_BACK_LIMIT_S)
-        self._outbox.look()
-        self._calls.ask(self._board.give_back.remote(self._name), "the board")
+        settle(self._outbox.pendings, HAND_BACK_LIMIT_S)
+        self._outbox.poll()
+        self._calls.ask(self._board.give_back(self._name))
         try:
-            self._calls.ask(self._buffer.release_actor(self._name), BUFFER)
+            self._calls.ask(self._buffer.release_actor(self._name))
         except DiskFullError as error:
-            self._tell(
+            self._calls.tell(
                 f"{self._name} could not hand back {len(self._holding)} leases; they will run out: {error}"
             )
         self._rewards.close()
@@ -233,7 +232,7 @@ class RolloutActor(Heartbeat):
         self._receive_lease()
         if self._follower.retire:
             if unstarted := [self._work.popleft().ordinal for _ in range(len(self._work))]:
-                self._outbox.post(partial(self._buffer.give_back, self._name, unstarted), BUFFER, unstarted)
+                self._outbox.deliver(self._buffer.give_back(self._name, unstarted), unstarted)
             return
         reserve = max(1, actors.slots // (2 * actors.group_size))
         if self._may_lease() and len(self._work) < reserve:
@@ -242,9 +241,7 @@ class RolloutActor(Heartbeat):
             call = self._buffer.lease(
                 self._name, reserve, POLL_S, self._leasing_version, sorted(self._holding)
             )
-            self._lease = Ask(
-                self._calls, call, who=BUFFER, name=self._name, limit_s=POLL_S + self._config.run.timeout_s
-            )
+            self._lease = self._calls.start(call, POLL_S + self._config.run.timeout_s)
         is_draining = self._follower.update is not None
         while self._work and self._engine.num_unfinished < actors.slots and not is_draining:
             item = self._work.popleft()
@@ -256,7 +253,7 @@ class RolloutActor(Heartbeat):
     def _may_lease(self) -> bool:
         if (
             self._lease is not None
-            or BUFFER in self._outbox.refused_by
+            or self._buffer.who in self._outbox.refused_by
             or time.monotonic() < self._lease_at_s
             or self._config.is_offline
         ):
@@ -271,9 +268,7 @@ class RolloutActor(Heartbeat):
             return  # What a lease under way may bring is not known here yet: it would count as lost.
         if time.monotonic() - self._renewed_s > self._config.run.timeout_s / RENEWALS_PER_LEASE:
             self._renewed_s = time.monotonic()
-            self._calls.post(
-                self._buffer.renew(self._name, sorted(self._holding)), BUFFER, "renewals of leases"
-            )
+            self._calls.post(self._buffer.renew(self._name, sorted(self._holding)), "renewals of leases")
 
     def _receive_lease(self) -> None:
         if self._lease is None or not self._lease.is_done():
@@ -316,8 +311,8 @@ class RolloutActor(Heartbeat):
         ordinals = [group.item.ordinal]
         self._counters["groups_failed"] += 1
         if self._counters["groups_failed"] == 1:  # The ledger names them all.
-            self._tell(f"{self._name}: group {group.item.ordinal} failed: {group.reason}")
-        self._outbox.post(partial(self._buffer.fail, self._name, ordinals, group.reason), BUFFER, ordinals)
+            self._calls.tell(f"{self._name}: group {group.item.ordinal} failed: {group.reason}")
+        self._outbox.deliver(self._buffer.fail(self._name, ordinals, group.reason), ordinals)
 
     def _deliver(self) -> None:
         """Send off the groups whose rewards are there; take note of what has arrived."""
@@ -332,17 +327,12 @@ class RolloutActor(Heartbeat):
         if groups:
             self._counters["groups"] += len(groups)
             payloads = [encode(group) for group in groups]
-            self._outbox.post(
-                partial(self._buffer.insert, self._name, payloads),
-                BUFFER,
-                [group.group_id for group in groups],
-            )
+            group_ids = [group.group_id for group in groups]
+            self._outbox.deliver(self._buffer.insert(self._name, payloads), group_ids)
         if evaluated:
             self._evaluating -= len(evaluated)
-            self._outbox.post(
-                partial(self._board.finish.remote, msgspec.msgpack.encode(evaluated)), "the board"
-            )
-        self._holding.difference_update(self._outbox.look())
+            self._outbox.deliver(self._board.finish(msgspec.msgpack.encode(evaluated)))
+        self._holding.difference_update(self._outbox.poll())
 
     def _take_scored(self) -> list[tuple[OpenGroup, list[Scored]]]:
         """The groups whose rewards are there, no longer among those being scored."""
@@ -366,23 +356,24 @@ class RolloutActor(Heartbeat):
         else:
             time.sleep(IDLE_S)
         wait = "wait_evaluation_s" if self._config.is_offline else "wait_admission_s"
-        wait = "wait_disk_s" if BUFFER in self._outbox.refused_by or start_s < self._lease_at_s else wait
+        if self._buffer.who in self._outbox.refused_by or start_s < self._lease_at_s:
+            wait = "wait_disk_s"
         wait = "wait_weights_s" if self._engine.version in (-1, self._outdated_version) else wait
         self._counters[wait] += time.monotonic() - start_s
 
     def _awaited(self) -> Iterator[Future[Any]]:
-        yield from self._follower.futures
-        yield from self._outbox.futures
-        yield from (future for _, future in self._scoring)
+        pendings = [*self._follower.pendings, *self._outbox.pendings]
         if self._lease is not None:
-            yield self._lease.future
+            pendings.append(self._lease)
+        yield from (pending.future for pending in pendings)
+        yield from (future for _, future in self._scoring)
 
     def _report(self) -> None:
         if time.monotonic() - self._reported_s >= REPORT_EVERY_S:
             self._reported_s = time.monotonic()
             gauges = {"version": self._engine.version, "tokens_under_way": self._engine.num_tokens_under_way}
-            report = self._monitor.log_actor.remote(self._name, {**self._all_counters(), **gauges})
-            self._calls.post(report, "the monitor", "an actor's counters")
+            report = self._monitor.log_actor(self._name, {**self._all_counters(), **gauges})
+            self._calls.post(report, "an actor's counters")
 
     def _all_counters(self) -> dict[str, float]:
         counters = {**self._counters, **self._groups.counters, "fetch_s": self._follower.fetch_s}
@@ -393,9 +384,6 @@ class RolloutActor(Heartbeat):
             "insert_retries": float(self._outbox.retries),
             "snapshots_failed": float(self._follower.num_failed),
         }
-
-    def _tell(self, text: str) -> None:
-        self._monitor.event.remote(text)  # Not looked at: it is what failures are told by.
 
 
 def _eval_sample(item: EvalItem, group: OpenGroup, scored: Sequence[Sample]) -> EvalSample:

@@ -12,6 +12,7 @@ straggler  learner steps per second with one of four (simulated) actors five tim
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import time
@@ -26,12 +27,14 @@ from actors.prompts import PromptSet, load_prompts
 from actors.rollout import RolloutActor
 from benchmarks.fake_engine import FakeEngine
 from benchmarks.results import save
+from buffer.client import connect_buffer
 from buffer.server import ReplayBuffer
 from cluster.preparation.prepare import ensure_model
-from core.calls import Calls, connect_buffer
+from core.calls import Calls, Client, asks, settle
 from core.config import Config
+from core.monitor_client import MonitorClient
 from core.tokenizer import load_tokenizer
-from core.weights.board import Board
+from core.weights.board import BOARD, Board, BoardClient
 from core.weights.snapshots import SnapshotWriter
 from learner.catalogue import load_config
 
@@ -68,6 +71,20 @@ class Tally:
     def counters(self) -> dict[str, dict[str, float]]:
         """Returns the counters by actor."""
         return self._counters
+
+
+class TallyClient(Client):
+    """The tally, as the driver asks it."""
+
+    total = asks(Tally.total)
+    counters = asks(Tally.counters)
+
+
+class ActorClient(Client):
+    """One rollout actor."""
+
+    ping = asks(RolloutActor.ping)
+    run = asks(RolloutActor.run)
 
 
 class SimulatedActor(RolloutActor):
@@ -137,15 +154,13 @@ class Rig:
         kind: type,
     ) -> None:
         self.config = config
-        self._calls = Calls(600.0)
-        self._shard = (
-            _remote(ReplayBuffer)
-            .options(num_cpus=0, max_concurrency=1000)
-            .remote(config, run_dir, len(prompts), 0)
-        )
-        self.buffer = connect_buffer([self._shard])
-        self.board = _remote(Board).options(num_cpus=0, max_concurrency=1000).remote(config, 0, _ignore)
-        self.tally = _remote(Tally).options(num_cpus=0).remote()
+        self.calls = Calls(600.0)
+        shard_class = _remote(ReplayBuffer).options(num_cpus=0, max_concurrency=1000)
+        self.buffer = connect_buffer([shard_class.remote(config, run_dir, len(prompts), 0)])
+        board_class = _remote(Board).options(num_cpus=0, max_concurrency=1000)
+        self.board = BoardClient(board_class.remote(config, 0, _ignore), BOARD)
+        self.tally = TallyClient(_remote(Tally).options(num_cpus=0).remote(), "the tally")
+        monitor = MonitorClient(self.tally.handle, "the tally")
         self._weights, self.version, self.step = weights, -1, 0
         self.publish()
         environment = {
@@ -156,12 +171,14 @@ class Rig:
             }
         }
         actor_class = _remote(kind).options(num_cpus=0, max_concurrency=2, runtime_env=environment)
-        self.actors: list[Any] = [
-            actor_class.remote(name, config, prompts, prompts, [self._shard], self.board, self.tally)
-            for name in names
+        peers = self.buffer, self.board, monitor
+        self.actors = [
+            ActorClient(actor_class.remote(name, config, prompts, prompts, *peers), name) for name in names
         ]
-        ray.get([actor.ping.remote() for actor in self.actors], timeout=300)
-        self._names, self._runs = names, [actor.run.remote() for actor in self.actors]
+        for loaded in [self.calls.start(actor.ping(), 300) for actor in self.actors]:
+            loaded.wait()
+        self._names = names
+        self._runs = [self.calls.start(actor.run(), math.inf) for actor in self.actors]
 
     def publish(self) -> None:
         """Publishes the same weights as a new version."""
@@ -170,19 +187,15 @@ class Rig:
         for name, tensor in self._weights:
             writer.add(name, tensor)
         manifest, references = writer.finish(self.version)
-        ray.get(
-            self.board.publish.remote(
-                msgspec.msgpack.encode(manifest), references, self.version, evaluate=False
-            )
-        )
+        payload = msgspec.msgpack.encode(manifest)
+        self.calls.ask(self.board.publish(payload, references, self.version, evaluate=False))
 
     def consume(self, seconds: float, step_s: float = 0.0) -> int:
         """Takes batches for `seconds`, each followed by a learner's step of `step_s`; returns how many."""
         until_s, count = time.perf_counter() + seconds, 0
         while time.perf_counter() < until_s:
-            payload = self._calls.ask(
-                self.buffer.sample(self.step, self.config.learner.groups_per_step, 1.0), "buffer"
-            )
+            batch = self.buffer.sample(self.step, self.config.learner.groups_per_step, 1.0)
+            payload = self.calls.ask(batch)
             if payload is not None:
                 self.step, count = self.step + 1, count + 1
                 time.sleep(step_s)
@@ -190,9 +203,9 @@ class Rig:
 
     def rate(self, counter: str, seconds: float) -> float:
         """Returns the growth of a counter per second while batches are taken."""
-        before, start_s = ray.get(self.tally.total.remote(counter)), time.perf_counter()
+        before, start_s = self.calls.ask(self.tally.total(counter)), time.perf_counter()
         self.consume(seconds)
-        return (ray.get(self.tally.total.remote(counter)) - before) / (time.perf_counter() - start_s)
+        return (self.calls.ask(self.tally.total(counter)) - before) / (time.perf_counter() - start_s)
 
     def groups_per_s(self, seconds: float) -> float:
         """Returns the groups inserted per second while batches are taken."""
@@ -202,13 +215,13 @@ class Rig:
 
     def close(self) -> None:
         """Ends the actors and everything else."""
-        ray.get(self.board.retire.remote(self._names, "now"), timeout=60)
-        ray.wait(self._runs, num_returns=len(self._runs), timeout=60)
-        for handle in (*self.actors, self._shard, self.board, self.tally):
-            ray.kill(handle)
+        self.calls.ask(self.board.retire(self._names, "now"), 60)
+        settle(self._runs, 60)
+        for client in (*self.actors, *self.buffer.shards, self.board, self.tally):
+            ray.kill(client.handle)
 
     def _stats(self) -> dict[str, float]:
-        return self._calls.ask(self.buffer.stats(), "buffer")
+        return self.calls.ask(self.buffer.stats())
 
 
 def _ignore(evaluation: Any, samples: Any) -> None:
@@ -284,7 +297,7 @@ def pause(run_dir: Path) -> dict[str, float]:
     for _ in range(12):
         rig.publish()
         rig.consume(1.5)
-        pauses.append(ray.get(rig.tally.counters.remote())["actor-0"]["apply_s"])
+        pauses.append(rig.calls.ask(rig.tally.counters())["actor-0"]["apply_s"])
     rig.close()
     bare = ray.get(
         _remote(_bare_loads)

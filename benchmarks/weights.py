@@ -34,8 +34,10 @@ from typing import Any, cast
 import torch
 
 from benchmarks.results import save
+from core.calls import Local
 from core.config import Config
 from core.processes import remote
+from core.weights.board import BOARD, BoardClient, ReceiverClient
 from learner.catalogue import parse_config
 
 REPEATS = 7
@@ -46,24 +48,29 @@ MIB = 2**20
 
 
 class Board:
-    """Stands for the board's handle and keeps the newest snapshot. `actors` are those that weights are pushed
-    to, by name.
+    """Stands for the board and keeps the newest snapshot. `actors` are those that weights are pushed to, by
+    name.
     """
 
-    def __init__(self, actors: dict[str, Any] | None = None) -> None:
+    def __init__(self, actors: dict[str, ReceiverClient] | None = None) -> None:
         self.newest: tuple[bytes, list[Any]] = b"", []
-        self.publish, self.announce = self._method(self._publish), self._method(lambda version: None)
-        self.members = self._method(lambda: actors or {})
+        self._actors = actors or {}
 
-    def _publish(self, manifest: bytes, buckets: list[Any], version: int, *, evaluate: bool) -> None:
+    def publish(self, manifest: bytes, buckets: list[Any], version: int, *, evaluate: bool) -> None:
+        """Takes a snapshot."""
         self.newest = manifest, buckets
 
-    @staticmethod
-    def _method(function: Callable[..., Any]) -> Any:
-        async def remote(*arguments: Any, **named: Any) -> Any:
-            return function(*arguments, **named)
+    def announce(self, version: int) -> None:
+        """Takes note of nothing."""
 
-        return type("Method", (), {"remote": staticmethod(remote)})
+    def members(self) -> dict[str, ReceiverClient]:
+        """The actors."""
+        return self._actors
+
+
+def board_of(actors: dict[str, ReceiverClient] | None = None) -> BoardClient:
+    """Such a board, as a transport is given one."""
+    return BoardClient(Local(Board(actors)), BOARD)
 
 
 def make_config(model_dir: str, **sections: Any) -> Config:
@@ -101,7 +108,8 @@ def learn(rank: int, model_dir: str, port: int, out: str) -> None:
 
     from core.calls import Calls
     from core.weights.snapshots import SnapshotWriter
-    from core.weights.transports import Sender, ZeroSource, load_transport
+    from core.weights.transports import Sender, load_transport
+    from learner.policy.source import ZeroSource
     from learner.policy.zero import ZeroPolicy, init_process_group
 
     torch.set_num_threads(1)
@@ -118,7 +126,7 @@ def learn(rank: int, model_dir: str, port: int, out: str) -> None:
             log_to_driver=False,
             object_store_memory=2**30,
         )
-    transport = load_transport(Sender(rank, config, source, Board(), Calls(300), ray.put, print))
+    transport = load_transport(Sender(rank, config, source, board_of(), Calls(300), ray.put, print))
 
     def store_by_itself() -> None:
         writer = SnapshotWriter(bucket_bytes, ray.put)
@@ -325,11 +333,13 @@ class PushingLearner:
         import ray
 
         from core.calls import Calls
-        from core.weights.transports import Sender, ZeroSource, load_transport
+        from core.weights.transports import Sender, load_transport
+        from learner.policy.source import ZeroSource
 
         source = ZeroSource(self, int(self._config.weights.bucket_mib * MIB))
+        actors = {"actor-0": ReceiverClient(actor, "actor-0")}
         transport = load_transport(
-            Sender(0, self._config, source, Board({"actor-0": actor}), Calls(300), ray.put, print)
+            Sender(0, self._config, source, board_of(actors), Calls(300), ray.put, print)
         )
         stalls = [
             seconds(functools.partial(transport.publish, version, evaluate=False))

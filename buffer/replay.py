@@ -95,13 +95,11 @@ class Replay:
 
     @property
     def view(self) -> View:
-        """Returns what a sampler may choose from: all stored groups."""
+        """What a sampler may choose from: all stored groups."""
         return View(self._order, self._groups, self.config, self.counts)
 
     def num_takeable(self, step: int) -> int:
-        """Returns how many groups a batch of learner step `step` may choose from: those that are not stale.
-        Changes nothing.
-        """
+        """Groups that a batch of learner step `step` may choose from: those that are not stale. Changes nothing."""
         return len(self._order) - self._order.num_older(self._bound.oldest_allowed(step))
 
     def insert(self, group: GroupMeta) -> bool:

@@ -38,7 +38,7 @@ little.
 
 
 class GroupMeta(msgspec.Struct, frozen=True):
-    """The part of a stored group that is kept in memory.
+    """What is kept in memory of a stored group.
 
     `oldest_version` is the policy version of its oldest token, AGELESS when all samples are offline.
     `num_tokens` counts prompt and completion tokens of all samples, `uses` the batches it was in.

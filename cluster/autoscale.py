@@ -57,7 +57,7 @@ class Autoscaler:
     _changed_s: float = field(default=float("-inf"))
 
     def look(self, now: Load) -> tuple[int, str] | None:
-        """Returns the new number of actors and the reason at the end of a window that gives one, else None."""
+        """The new number of actors and the reason, at the end of a window that gives one; else None."""
         start = self._start
         if not now.is_settled or now.step < 1 or now.time_s - self._changed_s < PAUSE_S:
             self._start = None

@@ -14,12 +14,13 @@ from typing import Any
 
 from cluster.fleet import MAX_DEATHS, DeathCount, Fleet, crash_loop
 from cluster.learner import Learner
-from cluster.services import BUFFER, Services
+from cluster.services import Services
 from cluster.watchdog import Observation, Watchdog, dump_stacks
 from core.config import Config
 from core.errors import RewardError, TrainingError
 from core.troubles import QUIET_S
 
+BUFFER = "replay buffer"
 MIN_SCORED_SAMPLES = 64
 REWARDS_WINDOW_S = 300.0
 
@@ -138,7 +139,7 @@ class Health:
             self._clock(), stats["buffer/samples_error"], stats["buffer/samples_total"]
         )
         if samples >= MIN_SCORED_SAMPLES and errors / samples > self._config.rewards.max_error_fraction:
-            _, _, texts = self._services.ask(self._services.buffer.error_summary(), BUFFER)
+            _, _, texts = self._services.calls.ask(self._services.buffer.error_summary())
             shown = "\n  ".join(dict.fromkeys(texts))
             raise RewardError(
                 f"{errors:.0f} of the last {samples:.0f} samples got no reward, more than "

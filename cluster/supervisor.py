@@ -19,9 +19,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.exceptions import RayError
 
@@ -36,12 +35,15 @@ from cluster.monitor.report import read_evaluations, write_report
 from cluster.monitor.terminal import Terminal
 from cluster.preparation.prepare import Inputs
 from cluster.ray_watch import RayWatch
-from cluster.services import BOARD, BUFFER, MONITOR, Polled, Services
+from cluster.services import Services
 from cluster.signals import StopSignal
+from core.calls import Call, Polled
 from core.errors import AgroError, TrainingError
 from core.json_lines import finite_tree, note_event, replace_json
 from core.processes import remote, threads
 from core.records import Evaluation
+
+T = TypeVar("T")
 
 WATCH_S = 0.4
 TELL_LOADING_S = 8.0
@@ -62,9 +64,9 @@ class Supervisor:
         self._stopped: str | None = None
         self.policy_dir = str(inputs.run_dir / "policy")
         self._services = services = Services(inputs)
-        self._stats = Polled(services, services.buffer.stats, BUFFER)
-        self._view = Polled(services, services.monitor.view.remote, MONITOR)
-        self._evaluations = Polled(services, services.board.evaluations.remote, BOARD)
+        self._stats = Polled(services.calls, services.buffer.stats)
+        self._view = Polled(services.calls, services.monitor.view)
+        self._evaluations = Polled(services.calls, services.board.evaluations)
         self._health = Health(self._config, services, inputs.run_dir)
         self._control = Control(inputs.run_dir, services.event)
         actors = self._config.actors
@@ -95,7 +97,7 @@ class Supervisor:
             return
         if self._inputs.is_continued:
             # Actors of an earlier start had the same names.
-            self._services.ask(self._services.buffer.release_all(), BUFFER)
+            self._services.calls.ask(self._services.buffer.release_all())
         self._start_learner()
         # Before the actors, which take what is left.
         if not self._await(lambda: self._learner_is("loading", "training"), stop, terminal):
@@ -198,9 +200,11 @@ class Supervisor:
         """Take everything one step further; raises what ends the run."""
         self._refuse_if_ray_is_gone()
         self._mend_services()
-        for part in (self._services, self._fleet, self._learner, self._stats, self._view, self._evaluations):
+        for part in (self._services, self._fleet, self._learner):
             if part is not None:
                 part.look()
+        for answers in (self._stats, self._view, self._evaluations):
+            answers.poll()
         self._obey()
         stats, view = self._stats.value, self._view.value
         if stats is None or view is None or self._evaluations.value is None:
@@ -244,7 +248,7 @@ class Supervisor:
         """Monitor and board are started again by Ray; a board is told what it knew."""
         for who, words in self._services.restarted().items():
             self._health.service_restarted(who, words)
-            if who == BOARD:
+            if who == "board":
                 self._services.restore_board(list(self._results.values()))
                 if self._learner is not None:
                     self._learner.republish()
@@ -256,7 +260,7 @@ class Supervisor:
     def _await_evaluations(self, stop: StopSignal, terminal: Terminal) -> None:
         until_s, seen = time.monotonic() + self._config.run.timeout_s, None
         while not stop.name and self._note_evaluations(
-            *self._services.ask(self._services.board.evaluations.remote(), BOARD)
+            *self._services.calls.ask(self._services.board.evaluations())
         ):
             generated = (
                 [actor.get("tokens_under_way") for actor in self._view.value["actors"].values()]
@@ -364,9 +368,10 @@ class Supervisor:
         left out of it.
         """
         services = self._services
-        _, arrived = self._last_word(services.board.evaluations.remote, BOARD, ([], []))
+        _, arrived = self._last_word(services.board.evaluations(), ([], []))
         self._results |= {result.policy_version: result for result in arrived}
-        stats = defaultdict(float, self._last_word(services.buffer.stats, BUFFER, self._stats.value or {}))
+        last = self._last_word(services.buffer.stats(), self._stats.value or {})
+        stats = defaultdict(float, last)
         self._log_buffer(stats)
         if not self._ray.cause:
             self._retire_all()
@@ -376,18 +381,19 @@ class Supervisor:
         )
         summary = self._summary(totals[0] if totals else {}, results, stats, stopped)
         self._state, self._stopped = "over", stopped
-        view = self._last_word(services.monitor.view.remote, MONITOR, self._view.value)
-        self._control.write(self._status(stats, view or {"row": {}, "actors": {}}))
+        view = self._last_word(services.monitor.view(), self._view.value or {"row": {}, "actors": {}})
+        self._control.write(self._status(stats, view))
         self._write_summary(summary)
         if not Path(summary["report"]).is_file():  # A full disk may have refused it.
             summary["report"] = None
-        self._last_word(services.buffer.close, BUFFER, None)  # What it acknowledged is on disk.
+        self._last_word(services.buffer.close(), None)  # What it acknowledged is on disk.
         return summary
 
-    def _last_word(self, call: Callable[[], Any], who: str, otherwise: Any) -> Any:
+    def _last_word(self, call: Call[T], otherwise: T) -> T:
         """The call's answer; `otherwise` from who is gone, or does not answer in time."""
+        limit_s = RAY_GONE_TIMEOUT_S if self._ray.cause else CLOSE_TIMEOUT_S
         try:
-            return self._services.ask(call(), who, RAY_GONE_TIMEOUT_S if self._ray.cause else CLOSE_TIMEOUT_S)
+            return self._services.calls.ask(call, limit_s)
         except AgroError:
             return otherwise
 
@@ -398,7 +404,7 @@ class Supervisor:
         run_dir, path = self._inputs.run_dir, self._inputs.run_dir / "summary.json"
         with contextlib.suppress(OSError):  # Of a disk that went read-only; it is told below.
             path.unlink(missing_ok=True)
-        self._last_word(partial(self._services.monitor.close.remote, summary), MONITOR, None)
+        self._last_word(self._services.monitor.close(summary), None)
         try:
             if self._ray.cause or not path.exists():
                 note_event(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-ROOMS = ("actors", "buffer", "cluster", "learner", "rewards")
+ROOMS = ("actors", "buffer", "cluster", "core", "environments", "learner", "rewards")
 
 
 class OwnWarnings(logging.Handler):
@@ -32,6 +32,8 @@ class OwnWarnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Takes one more warning from the logging module."""
         text = record.getMessage()
+        if getattr(record, "is_event", False):  # An event that the monitor did not take (core/calls.py).
+            return
         if text not in self._told:
             self._told[text] = None
             if self._tell is not None:

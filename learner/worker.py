@@ -17,7 +17,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,21 @@ import ray
 import torch
 import torch.distributed as dist
 
-from core.calls import Calls, connect_buffer
+from buffer.client import BufferClient
+from core.calls import Calls
 from core.config import Config
 from core.config_file import dump_config
 from core.errors import ConfigError, PeerTimeout
+from core.monitor_client import MonitorClient
 from core.own_warnings import OwnWarnings
 from core.records import BatchIndex, open_batch
 from core.staleness import StalenessBound
-from core.weights.transports import NoTransport, Sender, Transport, ZeroSource, load_transport
+from core.weights.board import BoardClient
+from core.weights.transports import NoTransport, Sender, Transport, load_transport
 from learner.checkpoints.checkpoint import Checkpoint, Part, verify
 from learner.checkpoints.writer import CheckpointWriter, code_version, set_random_states
 from learner.objectives import load_objective
+from learner.policy.source import ZeroSource
 from learner.step.batch_metrics import batch_metrics, shown_samples
 from learner.step.frozen import frozen_names
 from learner.step.guards import Guards
@@ -47,7 +51,6 @@ from learner.step.result import StepResult
 from learner.step.share import Share, receive_share
 from learner.step.update import Updater
 
-BUFFER, MONITOR = "replay buffer", "monitor"
 BATCH_POLL_S = 2.0
 MIB = 2**20
 
@@ -157,20 +160,20 @@ class LearnerRank:
 
     def train(
         self,
-        buffers: Sequence[Any],
-        board: Any,
-        monitor: Any,
+        buffer: BufferClient,
+        board: BoardClient,
+        monitor: MonitorClient,
         policy_dir: str,
         resume_from: str | None = None,
     ) -> dict[str, float]:
         """All steps: batch, update, publication, checkpoint; then the trained policy in `policy_dir`. Totals
         of the run (rank 0).
 
-        `buffers`: the replay buffer's shards. Checkpoints lie beside `policy_dir`, in `checkpoints/`;
+        Checkpoints lie beside `policy_dir`, in `checkpoints/`;
         `resume_from` is one of them that verified (`latest_checkpoint`). Raises CheckpointError when it does
         not fit.
         """
-        self._connect(buffers, board, monitor, Path(policy_dir).parent)
+        self._connect(buffer, board, monitor, Path(policy_dir).parent)
         progress, config = self._restore(resume_from), self._config
         self._updater.mismatch = self._mismatch_check(progress.step)
         publish_s = self._publish(progress)
@@ -204,26 +207,25 @@ class LearnerRank:
 
     # --- verbs of the loop ---
 
-    def _connect(self, buffers: Sequence[Any], board: Any, monitor: Any, run_dir: Path) -> None:
-        self._calls, self._buffer = (
-            Calls(self._config.run.timeout_s, monitor.event.remote),
-            connect_buffer(buffers),
-        )
-        self._monitor = monitor
+    def _connect(
+        self, buffer: BufferClient, board: BoardClient, monitor: MonitorClient, run_dir: Path
+    ) -> None:
+        self._buffer, self._monitor = buffer, monitor
+        self._calls = Calls(self._config.run.timeout_s, monitor.event, name=f"learner rank {self._rank}")
         if self._rank == 0:  # All ranks warn of the same.
-            self._warnings.connect(monitor.event.remote)
+            self._warnings.connect(self._calls.tell)
         self._run_dir, self._saved = run_dir, -1
         self._code_version = code_version()  # Once: it asks git.
         source = ZeroSource(
             self._policy, self._bucket_bytes, adapters_alone=self._config.weights.adapters == "alone"
         )
         self._transport = load_transport(
-            Sender(self._rank, self._config, source, board, self._calls, ray.put, monitor.event.remote)
+            Sender(self._rank, self._config, source, board, self._calls, ray.put, self._calls.tell)
         )
         self._guards = Guards(
             run_dir / "bad-batches",
             self._rank,
-            tell=monitor.event.remote,
+            tell=self._calls.tell,
             share=self._broadcast,
             mismatch_bound_nats=bound_nats(self._config),
         )
@@ -235,7 +237,7 @@ class LearnerRank:
             session=session,
             keep=self._config.checkpoint.keep,
             timeout_s=self._config.run.timeout_s,
-            on_event=lambda text: monitor.event.remote(text),
+            on_event=self._calls.tell,
             on_durable=self._set_watermark,
         )
 
@@ -243,16 +245,13 @@ class LearnerRank:
         """For a learner that starts at that step. Collective."""
         is_first = self._rank == 0
         # The buffer may hold samples of versions up to this one, made by a learner that died since.
-        (known_until,) = self._broadcast(
-            self._calls.ask(self._buffer.next_step(), BUFFER) if is_first else None
-        )
-        tell = self._monitor.event.remote if is_first else lambda _: None
+        (known_until,) = self._broadcast(self._calls.ask(self._buffer.next_step()) if is_first else None)
         return MismatchCheck(
             self._config,
             self._policy.module.config,
             start_step=start_step,
             known_until=known_until,
-            tell=tell,
+            tell=self._calls.tell if is_first else lambda _: None,
         )
 
     @property
@@ -286,13 +285,11 @@ class LearnerRank:
         config = self._config
         until_s, seen = time.monotonic() + config.run.timeout_s, None
         while not self._stopping:
-            payload = self._calls.ask(
-                self._buffer.sample(step, config.learner.groups_per_step, BATCH_POLL_S), BUFFER
-            )
+            payload = self._calls.ask(self._buffer.sample(step, config.learner.groups_per_step, BATCH_POLL_S))
             if payload is not None:
                 yield True, payload
-            stats = self._calls.ask(self._buffer.stats(), BUFFER)
-            generation = self._calls.ask(self._monitor.generation.remote(), MONITOR)
+            stats = self._calls.ask(self._buffer.stats())
+            generation = self._calls.ask(self._monitor.generation())
             now = stats["buffer/inserted"], {name: tokens for name, (tokens, _) in generation.items()}
             # Slow, but coming: a first batch of long samples, or at an enforced lag, takes its time.
             if now != seen:
@@ -309,7 +306,7 @@ class LearnerRank:
         yield True, None
 
     def _why_no_group(self) -> str:
-        errors, samples, texts = self._calls.ask(self._buffer.error_summary(), BUFFER)
+        errors, samples, texts = self._calls.ask(self._buffer.error_summary())
         if not texts:
             return "See events.jsonl; raise run.timeout_s if generation is merely slow."
         shown = "\n  ".join(dict.fromkeys(texts))
@@ -357,19 +354,16 @@ class LearnerRank:
         row["time/learner_busy_fraction"] = 1.0 - wait_s / step_s
         row["perf/trained_all_tokens_per_s"] = sum(group.num_tokens for group in trained) / step_s
         whole = row | self._guards.metrics() | self._transport.metrics() | self._checkpoints.metrics()
-        self._calls.post(self._monitor.log_step.remote(whole), MONITOR, "a step's metrics")
+        self._calls.post(self._monitor.log_step(whole), "a step's metrics")
         if self._config.buffer.uses_per_group > 1 and self._updater.keeps_reference:
-            self._calls.post(
-                self._buffer.set_ref_logprobs(result.by_group("ref_logprob")),
-                BUFFER,
-                "the reference's log-probs, which are computed again",
-            )
+            cached = self._buffer.set_ref_logprobs(result.by_group("ref_logprob"))
+            self._calls.post(cached, "the reference's log-probs, which are computed again")
 
     def _show(self, step: int, payload: bytes, result: StepResult) -> None:
         """Tell the monitor of a few samples of the batch, if it is time."""
         if self._config.monitor.shows_samples(step):
             shown = shown_samples(open_batch(payload), result.by_group("advantage"))
-            self._calls.post(self._monitor.log_samples.remote(step, shown), MONITOR, "samples to show")
+            self._calls.post(self._monitor.log_samples(step, shown), "samples to show")
 
     def _write_policy(self, policy_dir: str) -> bool:
         """Whether it was written (rank 0). Collective.
@@ -382,7 +376,7 @@ class LearnerRank:
         except (OSError, ConfigError) as error:
             if not self._config.checkpoint.every:
                 raise
-            self._monitor.event.remote(
+            self._calls.tell(
                 f"the policy was not written to {policy_dir}: {error}; `launch.py "
                 "export` makes it of a checkpoint"
             )
@@ -441,4 +435,4 @@ class LearnerRank:
         """Batches since the OLDEST checkpoint are kept: it is what the run goes on from when the newer
         ones are damaged.
         """
-        self._calls.ask(self._buffer.set_watermark(oldest_step), BUFFER)
+        self._calls.ask(self._buffer.set_watermark(oldest_step))

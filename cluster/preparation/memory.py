@@ -68,8 +68,8 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The memory that one learner rank and one actor want. `source` says where the figures come from; without
-    a model the parts are empty.
+    """What one learner rank and one actor want. `source` says where the figures come from; without a model
+    the parts are empty.
 
     `notes` are sentences about what follows for the config.
     """
@@ -82,7 +82,7 @@ class MemoryEstimate:
 
 
 class _Shape(NamedTuple):
-    """The sizes that the formulas need of a model. All but the parameters are 0 when only these are known."""
+    """What the formulas need of a model. All but the parameters are 0 when only these are known."""
 
     num_params: int
     layers: int = 0

@@ -40,7 +40,7 @@ class Bundle:
 
 
 class Placement(NamedTuple):
-    """The request of a run: a gang of learner ranks, one placement group of `learner.count` bundles, and
+    """What a run asks for: the gang of learner ranks, one placement group of `learner.count` bundles, and
     `actor.count` groups of one.
     """
 

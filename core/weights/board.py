@@ -24,13 +24,15 @@ import itertools
 import secrets
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
+from core.calls import Client, asks
 from core.config import Config
 from core.records import EvalItem, EvalSample, Evaluation
 
+BOARD = "the board"
 KEEP = 3
 
 Snapshot: TypeAlias = tuple[bytes, list]
@@ -53,6 +55,20 @@ class Directive(msgspec.Struct, frozen=True):
     eval_items: tuple[EvalItem, ...] = ()
     retire: Retirement = ""
     board: str = ""
+
+
+class ReceivesWeights(Protocol):
+    """An actor that takes weights which the learner pushes."""
+
+    def receive(self, verb: str, number: int, *arguments: Any) -> str:
+        """Carries out an order of transfer `number`; '' or why it was declined. See actors/receiver.py."""
+        ...
+
+
+class ReceiverClient(Client):
+    """Such an actor, as the learner sees it."""
+
+    receive = asks(ReceivesWeights.receive)
 
 
 class _OpenEvaluation:
@@ -94,7 +110,7 @@ class Board:
         self._id = secrets.token_hex(4)
         self._snapshots: dict[int, Snapshot] = {}
         self._newest = self._pushed = -1
-        self._members: dict[str, Any] = {}
+        self._members: dict[str, ReceiverClient] = {}
         self._evaluations: dict[int, _OpenEvaluation] = {}
         self._evaluation_ids = itertools.count()
         self._results: list[Evaluation] = []
@@ -145,15 +161,15 @@ class Board:
         """
         self._pushed = version
 
-    async def members(self) -> dict[str, Any]:
-        """The handles of the actors that can be pushed weights: those that have joined and do not retire."""
-        return {name: handle for name, handle in self._members.items() if name not in self._retiring}
+    async def members(self) -> dict[str, ReceiverClient]:
+        """The actors that can be pushed weights: those that have joined and do not retire."""
+        return {name: member for name, member in self._members.items() if name not in self._retiring}
 
     # --- actors ---
 
-    async def join(self, actor: str, handle: Any) -> None:
-        """The actor takes weights that are pushed: `handle.receive` (actors/receiver.py)."""
-        self._members[actor] = handle
+    async def join(self, actor: str, member: ReceiverClient) -> None:
+        """The actor takes weights that are pushed."""
+        self._members[actor] = member
 
     async def poll(self, actor: str, version: int, max_items: int, timeout_s: float) -> bytes:
         """The actor's next Directive (msgpack), as soon as there is something new for it or after
@@ -272,6 +288,29 @@ class Board:
     async def _wake(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+
+class BoardClient(Client):
+    """The board, as learner, actors and driver see it."""
+
+    # The learner.
+    publish = asks(Board.publish)
+    announce = asks(Board.announce)
+    members = asks(Board.members)
+
+    # Actors.
+    join = asks(Board.join)
+    poll = asks(Board.poll)
+    snapshot = asks(Board.snapshot)
+    finish = asks(Board.finish)
+    give_back = asks(Board.give_back)
+
+    # The driver.
+    forget_snapshots = asks(Board.forget_snapshots)
+    release_actor = asks(Board.release_actor)
+    restore = asks(Board.restore)
+    retire = asks(Board.retire)
+    evaluations = asks(Board.evaluations)
 
 
 def _shown(sample: EvalSample) -> dict[str, Any]:

@@ -1,33 +1,21 @@
 """The policy's weights as vLLM's trainer API wants them (`WeightSource`), from a model partitioned by ZeRO-3.
 
 Nothing of vLLM is imported here: its trainer engines ask for `metadata()` and iterate, and that is all of the
-interface that a source which holds every parameter has to have. `core/weights/transports/passes.py` makes the
-formal `WeightSource` of it.
+interface that a source which holds every parameter has to have. The push transports make the formal
+`WeightSource` of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
+from core.weights.transports.base import Parameter
 from learner.policy.file_weights import file_units, plain_units
 from learner.policy.lora import adapters_of
-
-
-class Parameter(NamedTuple):
-    """Name as in the base's files, dtype on the wire and whole shape of one parameter, or of one buffer."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the whole parameter."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class Weights(Protocol):

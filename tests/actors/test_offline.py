@@ -21,11 +21,13 @@ import pytest
 from actors.offline import OfflineActor, choose_samples, load_offline
 from actors.prompts import PromptRow, PromptSet, load_prompts
 from actors.scored import answer_id, group_of, with_scores
+from buffer.client import BufferClient, connect_buffer
 from buffer.ledger import audit
 from buffer.server import ReplayBuffer
 from cluster.preparation.prepare import check_needs, load_training, no_evaluation
 from core.config import Config
 from core.errors import ConfigError, DataError, PeerTimeout
+from core.monitor_client import MONITOR, MonitorClient
 from core.records import (
     Batch,
     Group,
@@ -39,12 +41,13 @@ from core.records import (
     open_batch,
 )
 from core.tokenizer import Detokenizer
-from core.weights.board import Board
+from core.weights.board import BOARD, Board, BoardClient
 from learner.objectives import load_objective
 from learner.step.batch_metrics import batch_metrics, shown_samples
 from recipes.arithmetic import make_tokenizer
 from rewards.scoring import Scored
 from tests.support.configs import offline_config
+from tests.support.in_process import Handle
 from tests.support.runs import ROOT, environment, overrides, rows_of
 from tests.support.tokenizers_made import byte_tokenizer
 
@@ -423,21 +426,11 @@ def test_a_group_keeps_the_text_of_the_first_sample_that_has_no_error():
         assert (group.group_id, group.prompt_index, group.source_row) == (5, 2, 7)
 
 
-class Handle:
-    """Calls of a part of the run as a Ray handle has them: `handle.method.remote(...)`, to be awaited."""
-
-    def __init__(self, part: Any) -> None:
-        self._part = part
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._part, name)
-
-        class Method:
-            @staticmethod
-            def remote(*arguments: Any) -> Any:
-                return asyncio.ensure_future(method(*arguments))
-
-        return Method
+def peers_of(buffer: Any, board: Any, monitor: Any) -> tuple[BufferClient, BoardClient, MonitorClient]:
+    """Clients of parts that run on this event loop."""
+    loop = asyncio.get_running_loop()
+    clients = BoardClient(Handle(board, loop), BOARD), MonitorClient(Handle(monitor, loop), MONITOR)
+    return connect_buffer([Handle(buffer, loop)]), *clients
 
 
 class Told:
@@ -466,7 +459,7 @@ def test_the_feeder_fills_a_real_buffer_with_scored_groups_and_ends_when_retired
             Board(config, 0, print),
             Told(),
         )
-        feeder = OfflineActor("offline", config, prompts, [Handle(buffer)], Handle(board), Handle(told))
+        feeder = OfflineActor("offline", config, prompts, *peers_of(buffer, board, told))
         running = asyncio.create_task(feeder.run())
         # Prompts come again.
         batches = [decode_batch(await buffer.sample(step, 2, 30.0) or b"") for step in range(8)]
@@ -507,7 +500,7 @@ def test_a_buffer_that_does_not_answer_the_feeder_is_named(tmp_path):
             await asyncio.sleep(60)
 
     async def scenario() -> None:
-        peers = ([Handle(Silent())], Handle(Board(config, 0, print)), Handle(Told()))
+        peers = peers_of(Silent(), Board(config, 0, print), Told())
         await OfflineActor("offline", config, PromptSet([], 0, "none"), *peers).run()
 
     with pytest.raises(PeerTimeout, match="the replay buffer did not answer offline within"):

@@ -13,9 +13,10 @@ import msgspec
 import pytest
 
 from buffer.admission import MAX_LOSSES, LeaseError, work_item
+from buffer.client import connect_buffer
 from buffer.ledger import audit
 from buffer.server import ReplayBuffer
-from buffer.shards import ShardedBuffer
+from core.calls import Local
 from core.errors import DataError
 from core.records import WorkItem, decode_batch, decode_group, encode
 from learner.catalogue import parse_config
@@ -349,7 +350,8 @@ async def test_a_generation_longer_than_the_timeout_is_neither_issued_again_nor_
     run_dir, num_shards
 ):
     config = buffer_config(capacity=8, timeout_s=10.0, num_shards=num_shards)
-    buffer = ShardedBuffer([ReplayBuffer(config, run_dir, NUM_PROMPTS, shard) for shard in range(num_shards)])
+    parts = [ReplayBuffer(config, run_dir, NUM_PROMPTS, shard) for shard in range(num_shards)]
+    buffer = connect_buffer([Local(part) for part in parts])
     held = ordinals_of(await buffer.lease("slow", 2, 1.0))
     (lost,) = ordinals_of(await buffer.lease("dead", 1, 1.0))
     for number in range(40):

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from buffer.client import connect_buffer
 from buffer.ledger import audit, audit_run
 from buffer.replay import EVICTIONS
 from buffer.server import ReplayBuffer
-from buffer.shards import ShardedBuffer
+from core.calls import Local
 from core.records import decode_batch
 from tests.support.buffers import (
     LEDGER_NAME,
@@ -92,7 +93,7 @@ class Schedule:
             settings["samples_per_insert"] = (rng.uniform(0.0, high), high)
         self.config = buffer_config(timeout_s=5.0, num_shards=num_shards, **settings)
         self.shards = [MortalShard(self.config, run_dir, NUM_PROMPTS, shard) for shard in range(num_shards)]
-        self.buffer = ShardedBuffer(self.shards)
+        self.buffer = connect_buffer([Local(shard) for shard in self.shards])
         self.step = self.num_kills = self.num_lives = 0
         self.dead: set[str] = set()
         self.batches: dict[int, bytes] = {}  # Since the watermark.

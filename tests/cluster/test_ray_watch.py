@@ -4,7 +4,6 @@ that was started is lost.
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import contextlib
 import json
@@ -27,22 +26,15 @@ from cluster.preparation.prepare import Inputs
 from cluster.ray_watch import RayWatch
 from cluster.signals import StopSignal
 from cluster.supervisor import Supervisor
-from core.calls import Calls
-from core.errors import PeerTimeout, TrainingError
+from core.calls import Calls, Local
+from core.errors import TrainingError
+from core.monitor_client import MONITOR, MonitorClient
 from core.own_warnings import OwnWarnings
 from core.troubles import QUIET_S, Troubles
 from tests.support.configs import make_config
-from tests.support.simulated import Late, until
+from tests.support.simulated import until
 
 pytestmark = pytest.mark.timed
-
-
-async def fails(error: BaseException) -> None:
-    raise error
-
-
-async def succeeds() -> int:
-    return 7
 
 
 def test_what_fails_again_and_again_is_told_when_it_begins_and_when_it_has_been_well_for_a_while() -> None:
@@ -62,31 +54,12 @@ def test_what_fails_again_and_again_is_told_when_it_begins_and_when_it_has_been_
     assert told[2:] == ["the disk refuses: again"]
 
 
-def test_calls_that_nobody_waits_for_are_counted_and_told_once() -> None:
-    told: list[str] = []
-    calls = Calls(5.0, told.append)
-    for _ in range(3):
-        calls.post(fails(TrainingError("the buffer died: killed")), "the buffer", "the reference's log-probs")
-    calls.post(succeeds(), "the buffer", "a watermark")
-    until(lambda: calls.num_failed_posts == 3)
-    assert told == ["the buffer did not take the reference's log-probs: the buffer died: killed"]
-    assert calls.ask(succeeds(), "the buffer") == 7
-    with pytest.raises(PeerTimeout, match=r"the board did not answer within 0 s \(run.timeout_s\)"):
-        calls.ask(asyncio.sleep(30), "the board", 0.2)
-
-
-def test_an_answer_that_comes_at_the_last_moment_is_an_answer(monkeypatch: Any) -> None:
-    calls = Calls(5.0)
-    monkeypatch.setattr(calls, "start", lambda call, who: Late())
-    assert calls.ask(None, "the board") == 7  # type: ignore[func-returns-value, arg-type]
-
-
 def test_a_disk_that_takes_no_summary_is_an_event_not_a_traceback(tmp_path: Path) -> None:
     told: list[str] = []
     supervisor: Any = object.__new__(Supervisor)
     supervisor._inputs, supervisor._ray = SimpleNamespace(run_dir=tmp_path), SimpleNamespace(cause="")
-    monitor = SimpleNamespace(close=SimpleNamespace(remote=lambda summary: None))
-    supervisor._services = SimpleNamespace(monitor=monitor, ask=lambda *_: None, event=told.append)
+    monitor = MonitorClient(Local(SimpleNamespace(close=lambda summary: None)), MONITOR)
+    supervisor._services = SimpleNamespace(monitor=monitor, calls=Calls(5.0), event=told.append)
     (tmp_path / "summary.json").mkdir()  # Cannot be removed as a file, as on a disk that went read-only.
     (tmp_path / "report.html").mkdir()
     supervisor._write_summary({"stopped": None})

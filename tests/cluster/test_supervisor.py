@@ -18,20 +18,23 @@ import pytest
 import ray
 
 from actors.prompts import PromptRow, PromptSet
+from buffer.client import connect_buffer
 from buffer.store import DiskFullError, StoreError
 from cluster.fleet import MAX_DEATHS
 from cluster.gang import LearnerGang, RankDied
 from cluster.health import Health, Recent, _ordinal
 from cluster.preparation.prepare import Inputs
-from cluster.services import BUFFER, Services
+from cluster.services import Services
 from cluster.session import logical_cpus
 from cluster.watchdog import MIN_QUIET_S, RECENT_S, Observation, Watchdog, dump_stacks, stalled_stage
-from core.calls import Calls, RemoteShard
+from core.calls import Calls, Client, Local, asks
 from core.errors import DataError, PeerTimeout, RewardError, TrainingError
-from core.processes import answer, explained, memory_hint
+from core.monitor_client import MONITOR, MonitorClient
+from core.processes import answer, explained, memory_hint, whereabouts
 from core.records import WorkItem
 from core.weights.board import Board, Directive
 from learner.worker import LearnerRank
+from tests.support.clients import events_to
 from tests.support.configs import make_config
 from tests.support.fleet_actors import SleepingActor, UnluckyRank
 from tests.support.simulated import until
@@ -200,7 +203,7 @@ def test_a_failure_is_told_in_a_few_lines_with_its_cause(local_ray: None, tmp_pa
     with pytest.raises(
         TrainingError,
         match=r"the part failed: ValueError: broken\n  in fail "
-        r"\(.*test_supervision\.py:\d+\)$",
+        r"\(.*test_supervisor\.py:\d+\)$",
     ):
         answer(part.fail.remote(False), "the part", 20.0)
     pid = ray.get(part.pid.remote())
@@ -232,23 +235,28 @@ class Refusing:
         raise KeyError("x")
 
 
+class RefusingClient(Client):
+    insert = asks(Refusing.insert)
+    stumble = asks(Refusing.stumble)
+
+
 @pytest.mark.slow
 def test_an_error_that_crosses_ray_keeps_its_own_sentence(local_ray: None) -> None:
     told: list[str] = []
-    calls = Calls(30.0, told.append)
-    part: Any = RemoteShard(ray.remote(Refusing).options(num_cpus=0).remote())
+    calls = Calls(30.0, events_to(told))
+    part = RefusingClient(ray.remote(Refusing).options(num_cpus=0).remote(), "the part")
     with pytest.raises(DiskFullError) as caught:
-        calls.ask(part.insert(), "the part")
+        calls.ask(part.insert())
     assert str(caught.value) == NO_SPACE
     with pytest.raises(
         TrainingError,
         match=r"^the part failed: KeyError: 'x'\n  in stumble "
-        r"\(.*test_supervision.py:\d+\)$",
+        r"\(.*test_supervisor.py:\d+\)$",
     ):
-        calls.ask(part.stumble(), "the part")
+        calls.ask(part.stumble())
     for _ in range(3):
-        calls.post(part.insert(), "the part", "groups")
-    until(lambda: calls.num_failed_posts == 3)
+        calls.post(part.insert(), "groups")
+    until(lambda: calls.num_failed_posts == 3 and told)
     assert told == [f"the part did not take groups: {NO_SPACE}"]
 
 
@@ -323,13 +331,13 @@ def test_killed_shards_come_back_with_what_they_held_and_the_restart_is_an_event
     told: list[str] = []
     services.event = told.append  # type: ignore[method-assign]
     try:
-        leased = services.ask(services.buffer.lease("actor-0", 3, 5.0), BUFFER)
+        leased = services.calls.ask(services.buffer.lease("actor-0", 3, 5.0))
         held = [msgspec.msgpack.decode(item, type=WorkItem).ordinal for item in leased]
         assert len(held) == 3
-        health._judge_buffer(services.ask(services.buffer.stats(), BUFFER))
-        pids = ray.get([shard.__ray_call__.remote(lambda _: os.getpid()) for shard in services.buffers])
+        health._judge_buffer(services.calls.ask(services.buffer.stats()))
+        pids = [services.calls.ask(shard.inside(whereabouts))[1] for shard in services.buffer.shards]
         os.kill(pids[held[0] % 2], signal.SIGKILL)
-        stats = services.ask(services.buffer.stats(), BUFFER)  # The call waits for the new process.
+        stats = services.calls.ask(services.buffer.stats())  # The call waits for the new process.
         assert stats["buffer/leased"] == 3
         health._judge_buffer(stats)
         assert [text.splitlines()[0] for text in told] == [
@@ -341,7 +349,7 @@ def test_killed_shards_come_back_with_what_they_held_and_the_restart_is_an_event
             services.look()
             time.sleep(0.1)
         assert not services._owed
-        again = services.ask(services.buffer.lease("actor-1", 200, 5.0), BUFFER)
+        again = services.calls.ask(services.buffer.lease("actor-1", 200, 5.0))
         assert set(leased) < set(again)
     finally:
         services.kill()
@@ -367,18 +375,18 @@ def test_a_killed_monitor_and_a_killed_board_come_back_are_told_of_and_the_board
         health.service_restarted(who, found[who])
 
     try:
-        services.ask(services.monitor.log_step.remote({"progress/step": 5}), "monitor")
+        services.calls.ask(services.monitor.log_step({"progress/step": 5}))
         services.retire(["actor-3"], "now")
         killed("board", services.board)
         services.restore_board([])
         assert (
             msgspec.msgpack.decode(
-                services.ask(services.board.poll.remote("actor-3", 0, 0, 0.0), "board"), type=Directive
+                services.calls.ask(services.board.poll("actor-3", 0, 0, 0.0)), type=Directive
             ).retire
             == "now"
         )
         killed("monitor", services.monitor)
-        view = services.ask(services.monitor.view.remote(), "monitor")
+        view = services.calls.ask(services.monitor.view())
         assert view["row"]["progress/step"] == 5
         told = [json.loads(line)["text"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
         assert [text.partition(":")[0] for text in told] == [
@@ -405,19 +413,16 @@ def test_the_learner_waits_as_long_as_tokens_come_and_names_who_generates_none(m
             await asyncio.sleep(timeout_s)
 
         async def stats(self) -> dict[str, float]:
-            return {"buffer/inserted": 0.0}
+            return {f"buffer/{name}": 0.0 for name in ("inserted", "wait_admission_s", "wait_batch_s")}
 
         async def error_summary(self) -> tuple[int, int, list[str]]:
             return 0, 0, []
 
-        @property
-        def generation(self) -> Any:
-            return self
-
-        async def remote(self) -> dict[str, Any]:
+        async def generation(self) -> dict[str, Any]:
             return {"actor-0": ((0.0, min(until_s, time.monotonic() - start_s) * 100), 0.4)}
 
-    rank._calls, rank._buffer, rank._monitor = Calls(20.0), Peer(), Peer()  # type: ignore[assignment]
+    rank._calls, rank._buffer = Calls(20.0), connect_buffer([Local(Peer())])
+    rank._monitor = MonitorClient(Local(Peer()), MONITOR)
     with pytest.raises(
         PeerTimeout,
         match=r"no group came for 0 s .* at step 3 .* no token was generated: "
@@ -435,7 +440,7 @@ def test_a_buffer_that_cannot_be_opened_stops_the_run_with_its_own_error(
     services = Services(inputs(tmp_path))
     try:
         with pytest.raises(StoreError, match=r"buffer\.sqlite"):
-            services.ask(services.buffer.stats(), BUFFER)
+            services.calls.ask(services.buffer.stats())
     finally:
         services.kill()
 
@@ -448,7 +453,7 @@ class Notes:
 
     def __init__(self) -> None:
         self.told: list[str] = []
-        self.buffer = self
+        self.buffer, self.calls = connect_buffer([Local(self)]), Calls(5.0)
 
     def event(self, text: str) -> None:
         self.told.append(text)
@@ -458,9 +463,6 @@ class Notes:
 
     def error_summary(self) -> tuple[int, int, list[str]]:
         return 30, 64, ["ValueError: raises", "ValueError: raises"]
-
-    def ask(self, value: Any, who: str) -> Any:
-        return value
 
 
 class Roles:

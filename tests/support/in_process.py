@@ -11,11 +11,11 @@ import asyncio
 import inspect
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -24,13 +24,17 @@ import torch
 from actors.offline import OfflineActor
 from actors.prompts import PromptRow, PromptSet
 from actors.rollout import RolloutActor
+from buffer.client import BufferClient, connect_buffer
 from buffer.ledger import audit_run
 from buffer.server import ReplayBuffer
-from core.calls import connect_buffer
+from core.calls import Call, Calls
 from core.config import Config
+from core.monitor_client import MONITOR, MonitorClient
 from core.records import Group, decode_batch
-from core.weights.board import Board
+from core.weights.board import BOARD, Board, BoardClient
 from core.weights.snapshots import SnapshotWriter
+
+T = TypeVar("T")
 
 
 class Answer:
@@ -119,7 +123,7 @@ class Bench:
             self._serve(partial(ReplayBuffer, config, str(run_dir), len(rows), shard)) for shard in shards
         ]
         self.buffer = self.buffers[0]
-        self._facade = connect_buffer(self.buffers)
+        self._facade, self._calls = connect_buffer(self.buffers), Calls(40.0)
         self.board = self._serve(
             lambda: Board(config, len(self.eval_prompts), lambda *found: self.evaluations.append(found))
         )
@@ -127,8 +131,8 @@ class Bench:
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="actor")
         self._running: dict[str, Future[dict[str, float]]] = {}
 
-    def _ask(self, call: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(call, self.loop).result(40)
+    def _ask(self, call: Call[T]) -> T:
+        return self._calls.ask(call, 40)
 
     def _serve(self, make: Callable[[], Any]) -> Handle:
         async def made() -> Any:
@@ -136,9 +140,9 @@ class Bench:
 
         return Handle(asyncio.run_coroutine_threadsafe(made(), self.loop).result(30), self.loop)
 
-    def peers(self) -> tuple[list[Handle], Handle, Handle]:
+    def peers(self) -> tuple[BufferClient, BoardClient, MonitorClient]:
         """Buffers, board, monitor: the last arguments of an actor."""
-        return self.buffers, self.board, self.monitor
+        return self._facade, BoardClient(self.board, BOARD), MonitorClient(self.monitor, MONITOR)
 
     def start(self, actor: RolloutActor | OfflineActor) -> Future[dict[str, float]]:
         """The actor's `run` in a thread; its result."""

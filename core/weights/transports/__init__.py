@@ -1,8 +1,10 @@
 """Roads for the learner's weights to the actors, one file each in this folder, chosen by `weights.transport`.
 
     ZeroPolicy --ZeroSource--> Transport.publish -.-> snapshot.py  buckets in Ray's object store, pulled: the default, and the fallback
-                                                  |-> nccl.py      vLLM's packed broadcast to a group of GPU actors    } push.py, client.py,
-                                                  `-> ipc.py       vLLM's packed handles, learner and actor on one GPU } actors/receiver.py
+                                                  |-> nccl.py      vLLM's packed broadcast to a group of GPU
+                                                  actors    } push.py, client.py, `-> ipc.py       vLLM's
+                                                  packed handles, learner and actor on one GPU }
+                                                  actors/receiver.py
 
 A transport's file has `build(sender) -> Transport`. It is imported only when chosen: nccl.py and ipc.py
 import vLLM's `vllm.distributed.weight_transfer`, and with it most of vLLM, which takes ten seconds.
@@ -13,14 +15,12 @@ from __future__ import annotations
 import importlib
 
 from core.weights.transports.base import NoTransport, Sender, Transport
-from learner.policy.source import ZeroSource
 
-__all__ = ["NoTransport", "Sender", "Transport", "ZeroSource", "load_transport"]
+__all__ = ["NoTransport", "Sender", "Transport", "load_transport"]
 
 
 def load_transport(sender: Sender) -> Transport:
     """The transport that `weights.transport` names, on this learner rank."""
-    transport: Transport = importlib.import_module(f"{__name__}.{sender.config.weights.transport}").build(
-        sender
-    )
+    module = importlib.import_module(f"{__name__}.{sender.config.weights.transport}")
+    transport: Transport = module.build(sender)
     return transport

@@ -3,29 +3,64 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
+
+import torch
 
 from core.calls import Calls
 from core.config import Config
-from learner.policy.source import ZeroSource
+from core.weights.board import BoardClient
+
+
+class Parameter(NamedTuple):
+    """Name as in the base's files, dtype on the wire and whole shape of one parameter, or of one buffer."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the whole parameter in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Source(Protocol):
+    """A policy's weights, as a transport takes them (`learner.policy.source.ZeroSource`).
+
+    Iterating gives (name, whole tensor) of every parameter in the order of `metadata()`, a fresh pass each
+    time. A pass is collective: all ranks make it, in one order, to the end. A tensor is valid only until the
+    next is asked for.
+    """
+
+    def metadata(self) -> list[Parameter]:
+        """What a pass yields. Nothing is gathered for it, and it is not collective."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+    @property
+    def largest_bytes(self) -> int:
+        """What a buffer of one bucket must hold, in bytes."""
+        ...
 
 
 @dataclass(frozen=True)
 class Sender:
     """One learner rank, as a transport sees it.
 
-    source   the policy's weights; iterating is collective: all ranks, in one order, to the end
-    board    its handle; only rank 0 talks to it, and to actors
+    source   gives the policy's weights; iterating is collective
+    board    is asked by rank 0 alone, as actors are
     store    puts a bucket where actors can fetch it and returns a reference (`ray.put`)
-    tell     notes an event; never waits
+    tell     notes an event, and never waits
     """
 
     rank: int
     config: Config
-    source: ZeroSource
-    board: Any
+    source: Source
+    board: BoardClient
     calls: Calls
     store: Callable[[Any], Any]
     tell: Callable[[str], Any]
@@ -36,31 +71,31 @@ class Transport(ABC):
 
     @abstractmethod
     def publish(self, version: int, *, evaluate: bool) -> None:
-        """Bring the weights of now on their way as `version`; with `evaluate` they can also be fetched, and
+        """Brings the weights of now on their way as `version`; with `evaluate` they can also be fetched, and
         their evaluation begins.
 
-        Collective. What it does before it returns is the learner's stall; the parameters may change as soon
-        as it has. Raises PeerTimeout that names who did not answer; never for an actor, which is left behind
-        and told about instead.
+        This is collective. What it does before it returns is the learner's stall; the parameters may change
+        as soon as it has. Raises PeerTimeout that names who did not answer; never for an actor, which is left
+        behind and told about.
         """
 
     @abstractmethod
     def flush(self) -> None:
-        """Wait until what was published can be had by the actors. Raises what went wrong with it."""
+        """Waits until what was published can be had by the actors. Raises what went wrong with it."""
 
     @abstractmethod
     def republish(self) -> None:
-        """The board was started again: publish what it held once more (rank 0). From any thread;
-        returns at once.
+        """Publishes once more what the board held, which was started again (rank 0). Any thread may call it,
+        and it returns at once.
         """
 
     def metrics(self) -> dict[str, float]:
-        """For the rows of metrics.jsonl; empty on ranks other than 0."""
+        """Values for the rows of metrics.jsonl; none on ranks other than 0."""
         return {}
 
 
 class NoTransport(Transport):
-    """Before there is one: nothing was published."""
+    """Stands where there is no transport yet: nothing was published."""
 
     def publish(self, version: int, *, evaluate: bool) -> None:
         raise AssertionError("nothing is published before the learner trains")

@@ -10,14 +10,14 @@ everybody's or nobody's.
 
 from __future__ import annotations
 
-import concurrent.futures
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from core.calls import Calls
+from core.calls import Calls, settle
 from core.errors import AgroError, TrainingError
+from core.weights.board import ReceiverClient
 
 ANSWER_S = 20.0
 """An actor answers between two engine steps: the learner does not wait longer for one that has nothing
@@ -33,41 +33,44 @@ class ActorsClient:
     """See the module's docstring. Its four methods with vLLM's names are called by vLLM, not all from one
     thread.
 
-    members    by name, the handles of those that take part
-    failed     why, of those that did not answer or failed since `begin`; `declined` of those that said no
-    failure    set when the transfer was broken off
+    members    are those that take part, by name
+    failed     says why, of those that did not answer or failed since `begin`; `declined` of those that said
+               no
+    failure    is set when the transfer was broken off
     """
 
     def __init__(self, calls: Calls, limit_s: float, *, ranks_each: int, coupled: bool) -> None:
-        """`limit_s`: of every wait; `ranks_each`: workers of one actor; `coupled`: see the module's
-        docstring.
+        """`limit_s` ends every wait, `ranks_each` is how many workers an actor has, and `coupled` is told of
+        above.
         """
         self._calls, self._limit_s, self._ranks_each, self._coupled = calls, limit_s, ranks_each, coupled
-        self._asked: dict[str, Any] = {}
+        self._asked: dict[str, ReceiverClient] = {}
         self.number = time.time_ns()  # Above those of a learner that died: actors refuse what was broken off.
-        self.members: dict[str, Any] = {}
+        self.members: dict[str, ReceiverClient] = {}
         self.failed: dict[str, str] = {}
         self.declined: dict[str, str] = {}
         self.failure: Future[None] = Future()
         self.on_broken: Callable[[], None] = lambda: None
         self._version, self._probes = -1, dict[str, str]()
 
-    def begin(self, members: Mapping[str, Any], version: int, probes: dict[str, str]) -> None:
-        """A new transfer. `probes`: checksums of some parameters as sent, complete by the time of finish."""
+    def begin(self, members: Mapping[str, ReceiverClient], version: int, probes: dict[str, str]) -> None:
+        """Begins a new transfer. `probes` are checksums of some parameters as sent, complete by the time of
+        finish.
+        """
         self.number += 1
         self.members, self._asked = dict(members), dict(members)
         self.declined, self.failure = {}, Future()
         self._version, self._probes = version, probes
 
     def greet(self) -> None:
-        """Whether every loop answers. Raises GroupBroken."""
+        """Asks whether every loop answers. Raises GroupBroken."""
         self._ask("hello", min(ANSWER_S, self._limit_s))
         self._go_on_with_the_rest()
 
     # --- what vLLM calls ---
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Connect; each actor's workers come after those of the actors before it, and the learner is
+        """Has all connect; each actor's workers come after those of the actors before it, and the learner is
         rank 0.
         """
         offsets = {name: 1 + index * self._ranks_each for index, name in enumerate(self.members)}
@@ -82,25 +85,25 @@ class ActorsClient:
         self._go_on_with_the_rest()
 
     def start_weight_update(self) -> None:
-        """The actors stand still from here on, between two engine steps. Raises GroupBroken before
+        """Has the actors stand still from here on, between two engine steps. Raises GroupBroken before
         anything is sent.
         """
         self._ask("start", min(ANSWER_S, self._limit_s))
         self._go_on_with_the_rest()
 
     def update_weights(self, update_info: Any) -> None:
-        """Receive; with NCCL in step with the broadcast."""
+        """Has the actors receive; with NCCL in step with the broadcast."""
         self._ask("update", self._limit_s, lambda name: (update_info,))
         self._go_on_with_the_rest()
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """The new weights are in place once their probes are confirmed; who cannot is alone in that."""
+        """Has the new weights put in place, once their probes are confirmed; who cannot is alone in that."""
         self._ask("finish", self._limit_s, lambda name: (self._version, self._probes))
 
     # --------------------------------------------------------------------------------------------------------------
 
     def break_off(self, reason: str) -> None:
-        """Everybody that was asked gives up: with its old weights, or none where new ones have begun to
+        """Has everybody that was asked give up: with its old weights, or none where new ones have begun to
         arrive.
         """
         self._tell_to_abort(self._asked, reason)
@@ -111,30 +114,31 @@ class ActorsClient:
     def _ask(
         self, verb: str, limit_s: float, arguments: Callable[[str], tuple[Any, ...]] = lambda name: ()
     ) -> None:
-        """One order to all members; those that fail, decline or are late are no longer members."""
+        """Gives one order to all members; those that fail, decline or are late are no longer members."""
         asked = dict(self.members)
-        calls = {
-            name: self._calls.start(handle.receive.remote(verb, self.number, *arguments(name)), name)
-            for name, handle in asked.items()
+        answers = {
+            name: self._calls.start(actor.receive(verb, self.number, *arguments(name)), limit_s)
+            for name, actor in asked.items()
         }
         # With NCCL the others would wait without end for what the one that failed does no longer send or
         # take; until all has arrived.
         is_collective = self._coupled and verb != "finish"
-        until = concurrent.futures.FIRST_EXCEPTION if is_collective else concurrent.futures.ALL_COMPLETED
-        done, late = concurrent.futures.wait(calls.values(), limit_s, return_when=until)
-        is_cut_short = is_collective and any(call.exception() is not None for call in done)
-        for name, call in calls.items():
-            if call in late and not is_cut_short:
-                self.failed[name] = f"it did not answer `{verb}` within {limit_s:.0f} s"
-            elif call in done and (error := call.exception()) is not None:
-                self.failed[name] = f"`{verb}` failed: {_in_words(error)}"
-            elif call in done and call.result():
-                self.declined[name] = call.result()
-        lost = {
-            name: handle for name, handle in asked.items() if name in self.failed or name in self.declined
-        }
+        settle(answers.values(), limit_s, until="first failure" if is_collective else "all")
+        done = {name for name, answer in answers.items() if answer.future.done()}
+        errors = {name: error for name in done if (error := answers[name].error()) is not None}
+        is_cut_short = is_collective and bool(errors)
+        for name, answer in answers.items():
+            if name in errors:
+                self.failed[name] = f"`{verb}` failed: {_in_words(errors[name])}"
+            elif name in done and (reason := answer.result()):
+                self.declined[name] = reason
+            elif name not in done:
+                answer.give_up()
+                if not is_cut_short:
+                    self.failed[name] = f"it did not answer `{verb}` within {limit_s:.0f} s"
+        lost = {name: actor for name, actor in asked.items() if name in self.failed or name in self.declined}
         self._tell_to_abort(lost, "left out of this transfer")
-        self.members = {name: handle for name, handle in asked.items() if name not in lost}
+        self.members = {name: actor for name, actor in asked.items() if name not in lost}
 
     def _go_on_with_the_rest(self) -> None:
         """Raises GroupBroken where there is none, or where the others cannot do without those that were
@@ -146,14 +150,12 @@ class ActorsClient:
             self.break_off(reason)
             raise GroupBroken(reason)
 
-    def _tell_to_abort(self, actors: Mapping[str, Any], reason: str) -> None:
-        for name, handle in actors.items():
-            self._calls.post(
-                handle.receive.remote("abort", self.number, reason), name, "the end of a transfer of weights"
-            )
+    def _tell_to_abort(self, actors: Mapping[str, ReceiverClient], reason: str) -> None:
+        for actor in actors.values():
+            self._calls.post(actor.receive("abort", self.number, reason), "the end of a transfer of weights")
 
 
 def _in_words(error: BaseException) -> str:
-    return (
-        str(error).splitlines()[0] if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
-    )
+    if isinstance(error, TrainingError):
+        return str(error).splitlines()[0]
+    return f"{type(error).__name__}: {error}"

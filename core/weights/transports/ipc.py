@@ -5,14 +5,15 @@ The handles travel as arguments of Ray calls, not as pickles in HTTP requests:
 VLLM_ALLOW_INSECURE_SERIALIZATION stays unset. There is no group: an actor that fails is left out, and the
 chunks go on to the others.
 
-NEVER RUN ON A GPU: tests/core/weights/test_transports.py runs all of it, and vLLM's engines at both ends, with handles
-that are CPU tensors.
+NEVER RUN ON A GPU: tests/core/weights/test_transports.py runs all of it, and vLLM's engines at both ends,
+with handles that are CPU tensors.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm.distributed.weight_transfer.base import WeightSource
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
 
 from core.weights.transports.base import Sender, Transport
@@ -32,8 +33,14 @@ def build(sender: Sender) -> Transport:
     return IpcTransport(sender)
 
 
+class WeightPass(Pass, WeightSource):
+    """A pass as vLLM's trainer API defines a source."""
+
+
 class IpcTransport(PushTransport):
     """See the module's docstring."""
+
+    make_pass = WeightPass
 
     coupled = False
 

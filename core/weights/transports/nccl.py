@@ -4,8 +4,8 @@ The group is formed anew, on a new port, when the actors that take part are othe
 died, was late or is evaluating. Where a member fails in the middle of a broadcast, both sides abort their
 communicators (vLLM's `destroy`), and the actors that had begun to receive fall back to a snapshot.
 
-NEVER RUN ON A GPU: tests/core/weights/test_transports.py runs all of it, and vLLM's engines at both ends, with a
-communicator for the CPU.
+NEVER RUN ON A GPU: tests/core/weights/test_transports.py runs all of it, and vLLM's engines at both ends,
+with a communicator for the CPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import ray
+from vllm.distributed.weight_transfer.base import WeightSource
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
 from core.weights.transports.base import Sender, Transport
@@ -39,8 +40,14 @@ def build(sender: Sender) -> Transport:
     return NcclTransport(sender)
 
 
+class WeightPass(Pass, WeightSource):
+    """A pass as vLLM's trainer API defines a source."""
+
+
 class NcclTransport(PushTransport):
     """See the module's docstring."""
+
+    make_pass = WeightPass
 
     coupled = True
 
@@ -75,7 +82,7 @@ class NcclTransport(PushTransport):
                 forming.set_result(
                     NCCLTrainerWeightTransferEngine.trainer_init(info, client=self.client, source=weights)
                 )
-            except BaseException as error:  # noqa: BLE001 -- the boundary of a thread: whatever it is, `form`'s caller gets it
+            except BaseException as error:  # noqa: BLE001 -- the boundary of a thread: its caller gets it
                 forming.set_exception(error)
 
         # Where a member dies in the rendezvous, NCCL waits for it without end: in a thread, that can be left

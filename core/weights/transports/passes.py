@@ -1,7 +1,8 @@
-"""The learner's weights as a formal `WeightSource` of vLLM's trainer API: one pass at a time, which all ranks
-make together.
+"""The learner's weights as vLLM's trainer engines take them: one pass at a time, which all ranks make
+together.
 
-Importing this imports `vllm.distributed.weight_transfer`: only nccl and ipc do.
+Nothing of vLLM is imported here: nccl.py and ipc.py make the formal `WeightSource` of a Pass, which has all
+that one asks for.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import collections
 from collections.abc import Callable, Iterator
 
 import torch
-from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from core.errors import TrainingError
-from learner.policy.source import ZeroSource
+from core.weights.transports.base import Parameter, Source
 
 NUM_PROBES = 8
 VLLM_SYMBOLS: tuple[str, ...] = (
@@ -21,20 +21,24 @@ VLLM_SYMBOLS: tuple[str, ...] = (
     "vllm.distributed.weight_transfer.base:WeightSource.iter_groups",
     "vllm.distributed.weight_transfer.base:VLLMWeightSyncClient",
 )
+"""What a pass relies on: `Parameter` has the fields of a ParamMeta, `ActorsClient` the methods of a
+VLLMWeightSyncClient.
+"""
 
 
-class Pass(WeightSource):
+class Pass:
     """One pass over the source; `begin` is called before its first parameter, `look` with each."""
 
     def __init__(
-        self, source: ZeroSource, begin: Callable[[], None], look: Callable[[str, torch.Tensor], None]
+        self, source: Source, begin: Callable[[], None], look: Callable[[str, torch.Tensor], None]
     ) -> None:
         self._source, self._begin, self._look = source, begin, look
         self._weights = iter(source)
         self._num_passed = -1
 
-    def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(*parameter) for parameter in self._source.metadata()]
+    def metadata(self) -> list[Parameter]:
+        """What iteration yields, as vLLM reads it: name, dtype and shape of each."""
+        return self._source.metadata()
 
     @property
     def has_begun(self) -> bool:
@@ -51,7 +55,7 @@ class Pass(WeightSource):
             yield name, tensor
 
     def finish(self) -> None:
-        """Whatever is left of it. Raises TrainingError when a gather had failed."""
+        """Passes over whatever is left. Raises TrainingError when a gather had failed."""
         collections.deque(self, maxlen=0)
         if self._num_passed != (total := len(self._source.metadata())):
             raise TrainingError(
@@ -60,9 +64,9 @@ class Pass(WeightSource):
             )
 
 
-def probe_names(source: ZeroSource) -> frozenset[str]:
-    """Vectors from the first to the last, norms where there are any: what vLLM keeps as it is, under
-    its own name.
+def probe_names(source: Source) -> frozenset[str]:
+    """The names of a few vectors from the first to the last, norms where there are any: what vLLM keeps as it
+    is, under its own name.
     """
     vectors = [parameter.name for parameter in source.metadata() if len(parameter.shape) == 1]
     chosen = [name for name in vectors if "norm" in name] or vectors

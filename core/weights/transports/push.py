@@ -14,13 +14,15 @@ iterate, which is all that vLLM's engines do there.
 from __future__ import annotations
 
 import collections
+import math
 from abc import abstractmethod
-from concurrent.futures import Future
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
+from core.calls import Pending
 from core.staleness import StalenessBound
+from core.weights.board import ReceiverClient
 from core.weights.snapshots import SnapshotWriter, checksum
 from core.weights.transports.base import Sender, Transport
 from core.weights.transports.client import ActorsClient
@@ -32,6 +34,7 @@ class PushTransport(Transport):
     """Subclasses send a pass to `client.members`."""
 
     coupled: ClassVar[bool]
+    make_pass: ClassVar[type[Pass]]
 
     def __init__(self, sender: Sender) -> None:
         config = sender.config
@@ -42,14 +45,14 @@ class PushTransport(Transport):
         )
         self._probe_names = probe_names(sender.source)
         self._probes: dict[str, str] = {}
-        self._owing: dict[str, Future[Any]] = {}  # Stale actors, and the answer that each owes.
+        self._owing: dict[str, Pending[str]] = {}  # Stale actors, and the answer that each owes.
         self._writer: SnapshotWriter | None = None
         self._newest_snapshot: int | None = None
         self._announced: int | None = None
 
     @abstractmethod
     def send(self, weights: Pass) -> None:
-        """Everything in `weights` to all of `client.members`. Raises GroupBroken, or RuntimeError where
+        """Sends everything in `weights` to all of `client.members`. Raises GroupBroken, or RuntimeError where
         vLLM or NCCL does.
         """
 
@@ -61,14 +64,14 @@ class PushTransport(Transport):
         self.flush()
         sender, self._writer, self._probes = self._sender, None, {}
         self._announced = version
-        sender.calls.ask(sender.board.announce.remote(version), "board")
-        actors: dict[str, Any] = sender.calls.ask(sender.board.members.remote(), "board")
+        sender.calls.ask(sender.board.announce(version))
+        actors = sender.calls.ask(sender.board.members())
 
         def begin() -> None:
             if evaluate or self._is_snapshot_due(version) or actors.keys() - self.client.members.keys():
                 self._writer = self._snapshots.begin()
 
-        weights = Pass(sender.source, begin, self._look)
+        weights = self.make_pass(sender.source, begin, self._look)
         try:
             self._send_to_those_who_answer(weights, version, actors)
         finally:
@@ -84,14 +87,14 @@ class PushTransport(Transport):
         self._snapshots.republish(lambda: self._announced)
 
     def metrics(self) -> dict[str, float]:
-        return (
-            {**self._snapshots.metrics(), "weights/stale_actors": float(len(self._owing))}
-            if self._sender.rank == 0
-            else {}
-        )
+        if self._sender.rank != 0:
+            return {}
+        return {**self._snapshots.metrics(), "weights/stale_actors": float(len(self._owing))}
 
-    def _send_to_those_who_answer(self, weights: Pass, version: int, actors: dict[str, Any]) -> None:
-        """Again without those that were lost, as long as nothing was sent."""
+    def _send_to_those_who_answer(
+        self, weights: Pass, version: int, actors: dict[str, ReceiverClient]
+    ) -> None:
+        """Sends, and as long as nothing was sent, again without those that were lost."""
         members = self._answering(actors)
         self.client.failed = {}
         self.client.begin({}, version, self._probes)
@@ -114,27 +117,28 @@ class PushTransport(Transport):
                 f"{name} keeps its weights, and is left out until it answers again: version "
                 f"{version}, {reason}"
             )
-            self._owing[name] = self._ask_for_an_answer(name, actors[name])
+            self._owing[name] = self._ask_for_an_answer(actors[name])
 
-    def _answering(self, actors: dict[str, Any]) -> dict[str, Any]:
-        """All but the stale ones that have not answered since."""
-        self._owing = {name: answer for name, answer in self._owing.items() if name in actors}
+    def _answering(self, actors: dict[str, ReceiverClient]) -> dict[str, ReceiverClient]:
+        """All actors but the stale ones that have not answered since."""
+        for name in self._owing.keys() - actors.keys():
+            self._owing.pop(name).give_up()
         for name, answer in list(self._owing.items()):
-            if not answer.done():
+            if not answer.is_done():
                 continue
-            if answer.exception() is None:
+            if answer.error() is None:
                 del self._owing[name]
                 self._sender.tell(f"{name} answers again: weights are pushed to it")
             else:
-                self._owing[name] = self._ask_for_an_answer(name, actors[name])
-        return {name: handle for name, handle in actors.items() if name not in self._owing}
+                self._owing[name] = self._ask_for_an_answer(actors[name])
+        return {name: actor for name, actor in actors.items() if name not in self._owing}
 
-    def _ask_for_an_answer(self, name: str, handle: Any) -> Future[Any]:
-        return self._sender.calls.start(handle.receive.remote("hello", self.client.number + 1), name)
+    def _ask_for_an_answer(self, actor: ReceiverClient) -> Pending[str]:
+        return self._sender.calls.start(actor.receive("hello", self.client.number + 1), math.inf)
 
     def _is_snapshot_due(self, version: int) -> bool:
-        """An actor that joins before the next publication takes the newest snapshot, which must not be
-        too old to generate with.
+        """Whether the newest snapshot would be too old to generate with for an actor that joins before the
+        next publication, and takes it.
         """
         config = self._sender.config
         bound = StalenessBound(config.buffer.max_staleness)

@@ -1,7 +1,8 @@
 """Snapshots: buckets in Ray's object store that actors pull at their own pace. The default; works everywhere.
 
     the step's thread   gather bucket by bucket, copy to host memory | next step ...
-    rank 0's writer                                                  | checksum and store each bucket, tell the board
+    rank 0's writer                                                  | checksum and store each bucket, tell
+    the board
 
 The copy is made before the learner goes on, because with one rank a gathered tensor is the parameter itself.
 Rank 0 keeps host memory for one copy of the model and uses it again; a new publication waits for the one
@@ -11,7 +12,6 @@ before.
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +20,8 @@ from typing import Any
 
 import msgspec
 
-from core.errors import AgroError, PeerTimeout
+from core.calls import Pending
+from core.errors import AgroError
 from core.weights.snapshots import Buffers, SnapshotWriter
 from core.weights.transports.base import Sender, Transport
 
@@ -56,7 +57,7 @@ class SnapshotTransport(Transport):
         self.store(writer, version, evaluate=evaluate)
 
     def begin(self) -> SnapshotWriter:
-        """An empty snapshot, once the one before is stored (rank 0)."""
+        """Gives an empty snapshot, once the one before is stored (rank 0)."""
         self.flush()
         self._buffers.give_back()
         # Checksums and copies take cores and memory bandwidth, which the gather, for which everybody waits,
@@ -69,7 +70,7 @@ class SnapshotTransport(Transport):
         )
 
     def store(self, writer: SnapshotWriter, version: int, *, evaluate: bool) -> None:
-        """Everything has been added: the rest happens in the background (rank 0)."""
+        """Ends a snapshot to which everything has been added: the rest happens in the background (rank 0)."""
         writer.end()
         self._is_gathered.set()
         self._storing = (
@@ -80,21 +81,17 @@ class SnapshotTransport(Transport):
     def flush(self) -> None:
         if self._storing is None:
             return
-        (version, future), limit_s = self._storing, self._sender.config.run.timeout_s
-        try:
-            future.result(limit_s)
-        except concurrent.futures.TimeoutError:
-            if not future.done():
-                who = f"object store or board, for the snapshot of version {version},"
-                raise PeerTimeout(f"{who} did not answer within {limit_s:.0f} s (run.timeout_s)") from None
-            future.result(0)  # At the last moment, or it raised a TimeoutError itself.
+        version, future = self._storing
+        who = f"object store or board, for the snapshot of version {version},"
+        Pending(future, who, self._sender.config.run.timeout_s).wait()
         self._storing = None
 
     def republish(self, newest_announced: Callable[[], int | None] = lambda: None) -> None:
-        """`newest_announced()`: the version that the actors got by another road since, asked for when
-        the board has the snapshots.
+        """Publishes what the board held once more. `newest_announced()` gives the version that the actors got
+        by another road since; it is asked for when the board has the snapshots.
         """
-        self._thread.submit(self._tell_board_again, newest_announced)
+        told = self._thread.submit(self._tell_board_again, newest_announced)
+        self._sender.calls.watch(told, self._sender.board.who, "the newest snapshots again")
 
     def _tell_board_again(self, newest_announced: Callable[[], int | None]) -> None:
         try:
@@ -102,7 +99,7 @@ class SnapshotTransport(Transport):
                 self._tell_board(version)
             # Else the snapshot would take back those who have newer weights.
             if (announced := newest_announced()) is not None:
-                self._sender.calls.ask(self._sender.board.announce.remote(announced), "board")
+                self._sender.calls.ask(self._sender.board.announce(announced))
         except AgroError as error:
             self._sender.tell(
                 f"the board was not told of version {max(self._held, default=-1)} again: "
@@ -111,8 +108,8 @@ class SnapshotTransport(Transport):
 
     def _tell_board(self, version: int) -> None:
         manifest, references, evaluate = self._held[version]
-        published = self._sender.board.publish.remote(manifest, references, version, evaluate=evaluate)
-        versions = self._sender.calls.ask(published, "board") or [version]
+        published = self._sender.board.publish(manifest, references, version, evaluate=evaluate)
+        versions = self._sender.calls.ask(published) or [version]
         self._held = {held: entry for held, entry in self._held.items() if held in versions or held > version}
 
     def metrics(self) -> dict[str, float]:

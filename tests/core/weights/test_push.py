@@ -24,7 +24,9 @@ import torch
 
 from benchmarks.fake_engine import PushedWeights
 from core.calls import Calls
-from core.weights.transports import Sender, Transport, ZeroSource, load_transport
+from core.weights.board import BOARD, BoardClient
+from core.weights.transports import Sender, Transport, load_transport
+from learner.policy.source import ZeroSource
 from tests.support import ROOT
 from tests.support.configs import pushing
 from tests.support.cpu_transfer import Wires, on_cpu, wait_until
@@ -132,7 +134,7 @@ class Learner:
             return Reference(bucket.copy())
 
         self.transport: Transport = load_transport(
-            Sender(0, run.config, source, run.board, calls, store, self.events.append)
+            Sender(0, run.config, source, BoardClient(run.board, BOARD), calls, store, self.events.append)
         )
 
     def publish(self, version: int, *, evaluate: bool = False) -> None:
@@ -415,22 +417,25 @@ def test_ranks_that_do_not_send_make_the_whole_pass():
 
     policy = Counted()
     transport = load_transport(
-        Sender(1, pushing("nccl"), ZeroSource(policy, 1), None, Calls(1.0), list, print)
+        Sender(1, pushing("nccl"), ZeroSource(policy, 1), BoardClient(None, BOARD), Calls(1.0), list, print)
     )
     transport.publish(2, evaluate=True)
     assert seen == list(policy.copy())
     assert transport.metrics() == {}
 
 
-def test_the_pass_is_a_weight_source_as_vllm_defines_it():
+@pytest.mark.parametrize("transport", ["nccl", "ipc"])
+def test_the_pass_is_a_weight_source_as_vllm_defines_it(transport: str):
+    import importlib
+
     from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient, WeightSource
 
     from core.weights.transports.client import ActorsClient
-    from core.weights.transports.passes import Pass
 
+    module = importlib.import_module(f"core.weights.transports.{transport}")
     policy = Plain()
     begun: list[str] = []
-    source = Pass(
+    source = module.WeightPass(
         ZeroSource(policy, 100), lambda: begun.append("begun"), lambda name, tensor: begun.append(name)
     )
     assert isinstance(source, WeightSource)

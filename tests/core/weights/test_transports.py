@@ -20,10 +20,12 @@ import torch
 from actors.follower import Follower
 from core.calls import Calls
 from core.errors import ConfigError, PeerTimeout, SnapshotError
-from core.weights.board import Directive
+from core.weights.board import BOARD, BoardClient, Directive, ReceiverClient
 from core.weights.snapshots import SnapshotWriter
-from core.weights.transports import Sender, ZeroSource, load_transport
+from core.weights.transports import Sender, load_transport
 from core.weights.transports.base import Transport
+from learner.policy.source import ZeroSource
+from tests.support.clients import events_to
 from tests.support.configs import make_config
 from tests.support.ranks import run_ranks
 from tests.support.scenarios import source_scenario
@@ -39,7 +41,9 @@ def snapshots(
 ) -> Transport:
     config = make_config({"run": {"timeout_s": timeout_s}, "weights": {"bucket_mib": bucket_mib}})
     source = ZeroSource(policy, int(bucket_mib * MIB))
-    return load_transport(Sender(0, config, source, board, Calls(timeout_s), store, lambda text: None))
+    return load_transport(
+        Sender(0, config, source, BoardClient(board, BOARD), Calls(timeout_s), store, lambda text: None)
+    )
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -48,17 +52,18 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def test_a_snapshot_that_cannot_be_had_again_and_again_is_told_once(monkeypatch):
-    told, directive = [], msgspec.msgpack.encode(Directive(3, board="b"))
+    told, directive = list[str](), msgspec.msgpack.encode(Directive(3, board="b"))
     board = SimpleNamespace(
         poll=Method(lambda *_: directive),
         snapshot=Method(lambda version: None),
         give_back=Method(lambda name: None),
     )
     monkeypatch.setattr("actors.follower.RETRY_S", 0.01)
-    follower = Follower("actor-0", make_config(), board, Calls(5.0), told.append)
+    calls = Calls(5.0, events_to(told))
+    follower = Follower("actor-0", make_config(), BoardClient(board, BOARD), calls)
 
     def has_failed_often() -> bool:
-        follower.look(0, is_evaluating=False)
+        follower.poll(0, is_evaluating=False)
         return follower.num_failed >= 4
 
     until(has_failed_often)
@@ -325,7 +330,7 @@ def test_over_ray_a_killed_actor_is_named_at_once_and_costs_the_others_what_the_
     # As they join the board.
     handles = {name: ray.get(actor.me.remote(), timeout=60) for name, actor in actors.items()}
     client = ActorsClient(Calls(20.0), 20.0, ranks_each=2, coupled=coupled)
-    client.begin(handles, 8, {"norm": "x"})
+    client.begin({name: ReceiverClient(handle, name) for name, handle in handles.items()}, 8, {"norm": "x"})
     client.init_weight_transfer_engine({"rank_offset": 1})
     client.start_weight_update()
     start_s = time.monotonic()

@@ -200,7 +200,7 @@ def test_a_base_whose_files_are_gone_at_the_end_costs_no_run_that_has_checkpoint
     (base := tmp_path / "gone").mkdir()
     told: list[str] = []
     rank: Any = object.__new__(LearnerRank)
-    rank._policy, rank._monitor = Policy(), SimpleNamespace(event=SimpleNamespace(remote=told.append))
+    rank._policy, rank._calls = Policy(), SimpleNamespace(tell=told.append)
     rank._config = update_config("none")
     assert rank._config.checkpoint.every
     assert rank._write_policy("policy") is False

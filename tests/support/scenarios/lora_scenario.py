@@ -14,9 +14,9 @@ BUCKET_BYTES = 20_000
 
 
 def main(out_dir: Path, rank: int) -> None:
-    from core.weights.transports import ZeroSource
     from learner.catalogue import parse_config
     from learner.objectives import load_objective
+    from learner.policy.source import ZeroSource
     from learner.policy.zero import ZeroAdapters, ZeroFrozen, ZeroPolicy, init_process_group
     from learner.step.frozen import frozen_names
     from learner.step.share import Share

@@ -21,8 +21,10 @@ def main(model_dir: Path, families_dir: Path, out_dir: Path, rank: int) -> None:
     from safetensors.torch import load_file
 
     from core.calls import Calls
-    from core.weights.transports import Sender, ZeroSource, load_transport
+    from core.weights.board import BOARD, BoardClient
+    from core.weights.transports import Sender, load_transport
     from learner.catalogue import parse_config
+    from learner.policy.source import ZeroSource
     from learner.policy.zero import ZeroPolicy, init_process_group
     from tests.support.scenarios.zero_scenario import meet
     from tests.support.weights import Board
@@ -79,7 +81,8 @@ def main(model_dir: Path, families_dir: Path, out_dir: Path, rank: int) -> None:
         return bucket.copy()
 
     board = Board()
-    transport = load_transport(Sender(rank, config, weights, board, Calls(60), slow_store, print))
+    sender = Sender(rank, config, weights, BoardClient(board, BOARD), Calls(60), slow_store, print)
+    transport = load_transport(sender)
     start_s = time.perf_counter()
     transport.publish(1, evaluate=False)
     report["stall_s"] = time.perf_counter() - start_s
@@ -111,8 +114,8 @@ def mixture(model_dir: Path, **learner: Any) -> dict[str, list[str]]:
     from safetensors.torch import load_file
 
     from core.config import LearnerConfig, ModelConfig
-    from core.weights.transports import ZeroSource
     from learner.policy.lora import persistent_buffers
+    from learner.policy.source import ZeroSource
     from learner.policy.zero import ZeroPolicy
 
     policy = ZeroPolicy(ModelConfig(path=str(model_dir)), LearnerConfig(ranks=2, **learner))

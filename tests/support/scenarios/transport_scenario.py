@@ -222,12 +222,22 @@ def main(model_dir: Path, out_dir: Path, road: str) -> None:
 
 def make_transport(policy: Any, board: Any, road: str) -> Any:
     from core.calls import Calls
-    from core.weights.transports import Sender, ZeroSource, load_transport
+    from core.weights.board import BOARD, BoardClient
+    from core.weights.transports import Sender, load_transport
+    from learner.policy.source import ZeroSource
     from tests.support.configs import pushing
 
     config = pushing(road, run={"timeout_s": 60.0}, buffer={"max_staleness": 100})
     return load_transport(
-        Sender(0, config, ZeroSource(policy, 20_000), board, Calls(60.0), lambda bucket: bucket.copy(), print)
+        Sender(
+            0,
+            config,
+            ZeroSource(policy, 20_000),
+            BoardClient(board, BOARD),
+            Calls(60.0),
+            lambda bucket: bucket.copy(),
+            print,
+        )
     )
 
 

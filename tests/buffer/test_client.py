@@ -13,19 +13,21 @@ from typing import Any
 import pytest
 
 from buffer.admission import LeaseError
+from buffer.client import BufferClient, apportion, connect_buffer
 from buffer.layout import store_name
 from buffer.ledger import audit_run
 from buffer.server import ReplayBuffer
-from buffer.shards import ShardedBuffer, apportion
+from core.calls import Local
 from core.errors import ConfigError, DataError
 from core.records import decode_batch
 from tests.support.buffers import NUM_PROMPTS, check_sums, ids_of, make_payload, ordinals_of, run_virtually
 from tests.support.configs import buffer_config
 
 
-def open_buffer(run_dir: str, num_shards: int, **buffer: Any) -> ShardedBuffer:
+def open_buffer(run_dir: str, num_shards: int, **buffer: Any) -> BufferClient:
     config = buffer_config(num_shards=num_shards, **buffer)
-    return ShardedBuffer([ReplayBuffer(config, run_dir, NUM_PROMPTS, shard) for shard in range(num_shards)])
+    parts = range(num_shards)
+    return connect_buffer([Local(ReplayBuffer(config, run_dir, NUM_PROMPTS, shard)) for shard in parts])
 
 
 def with_1_and_3_shards(test: Callable[..., Coroutine[Any, Any, None]]) -> Any:
@@ -36,7 +38,7 @@ def with_1_and_3_shards(test: Callable[..., Coroutine[Any, Any, None]]) -> Any:
     return pytest.mark.parametrize("num_shards", [1, 3])(run)
 
 
-async def fill(buffer: ShardedBuffer, count: int, version: int = 0) -> list[int]:
+async def fill(buffer: BufferClient, count: int, version: int = 0) -> list[int]:
     """Leases until `count` items are had, and inserts their groups."""
     ordinals: list[int] = []
     while len(ordinals) < count:
@@ -73,8 +75,8 @@ async def test_admission_is_what_it_was_with_one_shard_and_room_wakes_who_waits(
         held += more
     assert sorted(held) == list(range(7)) if num_shards == 1 else len(held) == 7
     start_s = asyncio.get_running_loop().time()
-    waiting = asyncio.create_task(buffer.lease("b", 1, 100.0))
-    learner = asyncio.create_task(buffer.sample(0, 4, 100.0))
+    waiting = asyncio.ensure_future(buffer.lease("b", 1, 100.0))
+    learner = asyncio.ensure_future(buffer.sample(0, 4, 100.0))
     await asyncio.sleep(3.0)
     await buffer.insert("a", [make_payload(ordinal) for ordinal in held])
     assert len(ids_of(await learner)) == 4
@@ -189,7 +191,7 @@ def test_a_batch_half_taken_when_its_caller_died_is_completed_by_the_next_call(t
     async def scenario() -> None:
         buffer = open_buffer(str(tmp_path), 3, capacity=12, groups_per_step=6)
         await fill(buffer, 12)
-        part = decode_batch(await buffer._shards[1].sample(0, 2, 0.0, 6) or b"").groups
+        part = decode_batch(await buffer.shards[1].sample(0, 2, 0.0, 6) or b"").groups
         batch = await buffer.sample(0, 6, 1.0)
         assert len(set(ids_of(batch))) == 6
         assert {group.group_id for group in part} <= set(ids_of(batch))
