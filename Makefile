@@ -24,7 +24,7 @@ OPTIONS_cpu := --overrides requirements/overrides-cpu.txt $(if $(UV_FIND_LINKS),
 OPTIONS_gpu :=
 COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
 
-.PHONY: help setup quickstart demo-smollm2 doctor test test-fast test-families figures staleness-study bench bench-buffer bench-actors bench-learner \
+.PHONY: help setup quickstart demo-smollm2 doctor test test-fast test-families tree figures staleness-study bench bench-buffer bench-actors bench-learner \
   bench-weights check constraints clean
 
 help:  ## list the targets
@@ -72,6 +72,9 @@ test-fast: setup  ## tests without engines, ranks and clusters
 
 test-families: setup  ## every family of models that transformers and vLLM share, tiny; writes docs/models.md (half an hour)
 	.venv/bin/python -m tests.system.test_families
+
+tree: setup  ## print every file with what it is
+	@.venv/bin/python -m tests.support.house
 
 figures: setup  ## the paper's figures: tabular (a minute), then the language model's missing runs (an hour on two cores)
 	.venv/bin/python -m benchmarks.tabular_figures

@@ -4,12 +4,13 @@
     mean staleness   the same, weighted by tokens, over all versions that sampled it
     the rule         a batch of learner step s holds no group whose staleness at s is above `buffer.max_staleness`
 
-Version v names the weights after v optimizer steps, so both are learner steps. An offline sample, whose policy is unknown, has no version
-and no staleness, and never goes stale; where a number is needed, its version is AGELESS, newer than every other.
+Version v names the weights after v optimizer steps, so both are learner steps. An offline sample, whose
+policy is unknown, has no version and no staleness, and never goes stale; where a number is needed, its
+version is AGELESS, newer than every other.
 
-Who wants another rule changes `counted_version` and `StalenessBound`: the buffer's index keeps of each group what
-`counted_version` says, ordered by it, and evicts all that come before `oldest_allowed`; the learner looks again with
-`check_batch`.
+Who wants another rule changes `counted_version` and `StalenessBound`: the buffer's index keeps of each
+group what `counted_version` says, ordered by it, and evicts all that come before `oldest_allowed`; the
+learner looks again with `check_batch`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def mean_staleness(sample: Sample | SampleHead, step: int) -> float | None:
 
 
 def is_fresh(sample: Sample | SampleHead, step: int) -> bool:
-    """Says whether all tokens of the sample come from exactly the weights that learner step `step` begins with."""
+    """Says whether all tokens of the sample come from exactly the weights that learner step `step` begins
+    with.
+    """
     return {span.version for span in sample.version_spans} == {step}
 
 
@@ -75,12 +78,16 @@ def staleness_of(versions_N: npt.NDArray[np.int64], step: int) -> npt.NDArray[np
 
 
 def oldest_version_within(max_steps: int, step: int) -> int:
-    """The oldest version whose staleness at learner step `step` is at most `max_steps`; below 0 where all are."""
+    """The oldest version whose staleness at learner step `step` is at most `max_steps`; below 0 where all
+    are.
+    """
     return step - max_steps
 
 
 def staleness_masks(staleness_N: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.bool_]]:
-    """Which of N samples are in which of STALENESS_BUCKETS, bool[N] each; those without a staleness (NaN) are in none."""
+    """Which of N samples are in which of STALENESS_BUCKETS, bool[N] each; those without a staleness (NaN)
+    are in none.
+    """
     return {
         name: (staleness_N >= first) & (staleness_N <= last)
         for name, (first, last) in STALENESS_BUCKETS.items()
@@ -88,7 +95,9 @@ def staleness_masks(staleness_N: npt.NDArray[np.float64]) -> dict[str, npt.NDArr
 
 
 def staleness_metrics(batch: Batch | BatchIndex) -> dict[str, float]:
-    """The metrics `staleness/*` of a batch, at its learner step. Ages are over the samples that have one; NaN when all are offline."""
+    """The metrics `staleness/*` of a batch, at its learner step. Ages are over the samples that have one;
+    NaN when all are offline.
+    """
     samples = [sample for group in batch.groups for sample in group.samples]
     means = [(sample, age) for sample in samples if (age := mean_staleness(sample, batch.step)) is not None]
     weights = [sum(span.end - span.start for span in sample.version_spans) for sample, _ in means]
@@ -109,7 +118,9 @@ def staleness_metrics(batch: Batch | BatchIndex) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class StalenessBound:
-    """What `buffer.max_staleness` means, in every place that asks. All arguments and results are learner steps, versions or groups."""
+    """What `buffer.max_staleness` means, in every place that asks. All arguments and results are learner
+    steps, versions or groups.
+    """
 
     max_staleness: int
 
@@ -120,11 +131,15 @@ class StalenessBound:
         return oldest_version_within(self.max_staleness, step)
 
     def is_stale(self, version: int | None, step: int) -> bool:
-        """Says whether what counts as of `version` is too old for a batch of learner step `step`; None and AGELESS never are."""
+        """Says whether what counts as of `version` is too old for a batch of learner step `step`; None and
+        AGELESS never are.
+        """
         return version is not None and version < self.oldest_allowed(step)
 
     def check(self, group_id: int, version: int | None, step: int) -> None:
-        """Raises StalenessError when a group that counts as of `version` is too old for a batch of learner step `step`."""
+        """Raises StalenessError when a group that counts as of `version` is too old for a batch of learner
+        step `step`.
+        """
         if version is not None and self.is_stale(version, step):
             raise StalenessError(
                 f"group {group_id} has a token of version {version} at learner step {step}: staleness "
@@ -134,14 +149,18 @@ class StalenessBound:
             )
 
     def check_batch(self, batch: Batch | BatchIndex) -> None:
-        """Raises StalenessError when a group of the batch is too old: here the samples themselves are looked at, not an index."""
+        """Raises StalenessError when a group of the batch is too old: here the samples themselves are
+        looked at, not an index.
+        """
         for group in batch.groups:
             self.check(group.group_id, counted_version(group), batch.step)
 
     # What follows from it for those who plan ahead.
 
     def max_untrained(self, groups_per_step: int) -> int:
-        """Groups that may exist untrained: one started when this many are ahead of it is trained `max_staleness` steps later."""
+        """Groups that may exist untrained: one started when this many are ahead of it is trained
+        `max_staleness` steps later.
+        """
         return (self.max_staleness + 1) * groups_per_step
 
     def is_born_stale(self, version: int | None, step: int, publish_every: int) -> bool:
@@ -153,11 +172,15 @@ class StalenessBound:
         return version is not None and version < newest and self.is_stale(version, step)
 
     def is_snapshot_too_old(self, version: int | None, step: int) -> bool:
-        """Says whether an actor that took the snapshot `version` until learner step `step` would have used up half of the bound."""
+        """Says whether an actor that took the snapshot `version` until learner step `step` would have used
+        up half of the bound.
+        """
         return version is None or staleness(step, version) > self.max_staleness // 2
 
     def starving_step(self, publish_every: int, num_steps: int) -> int | None:
-        """The first learner step for which, between two snapshots, every group is too old; None when there is none."""
+        """The first learner step for which, between two snapshots, every group is too old; None when there
+        is none.
+        """
         step = self.max_staleness + 1
         return step if step < min(publish_every, num_steps) else None
 
@@ -166,5 +189,7 @@ class StalenessBound:
         return publish_every > 1 and self.max_staleness < publish_every
 
     def is_near(self, oldest: float) -> bool:
-        """Says whether a batch whose oldest token has the staleness `oldest` has come within a tenth of the bound."""
+        """Says whether a batch whose oldest token has the staleness `oldest` has come within a tenth of the
+        bound.
+        """
         return self.max_staleness > 0 and oldest >= 0.9 * self.max_staleness

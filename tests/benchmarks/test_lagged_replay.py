@@ -1,4 +1,6 @@
-"""The enforced lag: no batch is younger while something older can be had, none waits for ever, and what was too young is counted."""
+"""The enforced lag: no batch is younger while something older can be had, none waits for ever, and what was
+too young is counted.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_groups_wait_until_they_are_old_enough_and_the_pipeline_is_filled():
 @given(st.data())
 @settings(deadline=None)  # On a busy machine any draw may take long.
 def test_no_batch_is_younger_than_the_lag_and_one_always_comes(data):
-    """Groups of any version that may exist come between the takes, as many as admission lets; nothing goes stale."""
+    """Groups of any version that may exist come between the takes, as many as admission lets; nothing goes
+    stale.
+    """
     lag, k = data.draw(st.integers(1, 4), "lag"), data.draw(st.integers(1, 3), "k")
     capacity = data.draw(st.integers((lag + 1) * k, (lag + 3) * k), "capacity")
     sampler = data.draw(st.sampled_from(sorted(SAMPLERS)), "sampler")
@@ -84,7 +88,9 @@ def test_a_batch_waits_for_groups_that_are_old_enough_and_takes_young_ones_when_
 
 
 def finish(seed: int) -> tuple[int, LaggedReplay]:
-    """Eight learner steps, groups coming at random as young as can be; how many of those taken were too young, and the buffer."""
+    """Eight learner steps, groups coming at random as young as can be; how many of those taken were too
+    young, and the buffer.
+    """
     rng = random.Random(seed)
     lag, k, slack = 1 + seed % 4, rng.randint(1, 2), rng.choice([0, 1, 2, 1000])
     capacity = (lag + 1) * k + rng.randint(0, 3)

@@ -1,4 +1,6 @@
-"""What tests of the buffer share: payloads, an event loop whose time is virtual, and sums that must add up."""
+"""What tests of the buffer share: payloads, an event loop whose time is virtual, and sums that must add
+up.
+"""
 
 from __future__ import annotations
 

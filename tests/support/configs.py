@@ -1,4 +1,6 @@
-"""Configs for tests: `make_config` is the one maker, all others are it with what their tests have in common."""
+"""Configs for tests: `make_config` is the one maker, all others are it with what their tests have in
+common.
+"""
 
 from __future__ import annotations
 
@@ -76,8 +78,8 @@ def offline_config(offline: Path | str, **sections: Any) -> Config:
 def update_config(model_dir: Path | str, *, moving: bool = False, **learner: object) -> Config:
     """A run whose learner takes small steps in fp32.
 
-    `moving`: with copies of the policy that move: the reference every 2 steps, the proximal policy every 3; and
-    with per-token references.
+    `moving`: with copies of the policy that move: the reference every 2 steps, the proximal policy every 3;
+    and with per-token references.
     """
     tree: dict[str, Any] = {
         "model": {"path": str(model_dir)},

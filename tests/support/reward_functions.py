@@ -1,4 +1,5 @@
-"""Reward functions that misbehave, for the tests of the pool: `tests.support.reward_functions:hang` and so on.
+"""Reward functions that misbehave, for the tests of the pool: `tests.support.reward_functions:hang` and so
+on.
 
 Each misbehaves only where the completion says "bad", so that a test can send good groups through the same
 worker.

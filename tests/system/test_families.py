@@ -141,7 +141,7 @@ def serve(root: Path, names: Sequence[str]) -> dict[str, str]:
     left = list(names)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     while left:
-        command = [sys.executable, "tests/support/scenarios/families_scenario.py", str(root), *left]
+        command = [sys.executable, "-m", "tests.support.scenarios.families_scenario", str(root), *left]
         ended = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
         )
