@@ -1,12 +1,14 @@
-"""A sample that is being generated: its environment, what the policy has seen and said so far, and what the engine is asked next.
+"""A sample that is being generated: its environment, what the policy has seen and said so far, and what the
+engine is asked next.
 
-    environment --observation--> tokens, not sampled --+--> `tokens` --engine--> Generation: tokens, sampled --> `act` --> Sample
-         ^                                             `-- none that was sampled is ever tokenised again --------'|
-         `------------------------------------- text ------------------------------------------------------------'
+    environment --observation--> `observe`: tokens, not sampled --+--> `tokens` --engine--> Generation
+         ^                                                        |                             |
+         `--------------- text ----------------- `act`: tokens, sampled, never tokenised again <-'
 
-Tokens in, tokens out. Prompts are rendered and tokenised when they are loaded, which is an environment's `reset`. An
-environment that is not done after its first turn has its observation tokenised as the chat template renders it after the turns
-so far, given to `observe`, and the request submitted again: actors/groups.py names the place.
+Tokens in, tokens out. Prompts are rendered and tokenised when they are loaded, which is an environment's
+`reset`. An environment that is not done after its first turn has its observation tokenised as the chat
+template renders it after the turns so far, given to `observe`, and the request submitted again:
+actors/groups.py names the place.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from environments import Environment, Turn
 
 
 class Generation(NamedTuple):
-    """What an engine sampled for one request. `version_spans` count these tokens from 0; `text` is what they say."""
+    """The tokens that an engine sampled for one request. `version_spans` count them from 0; `text` is what
+    they say.
+    """
 
     tokens: Int32s
     logprobs: Float32s
@@ -33,10 +37,12 @@ class Generation(NamedTuple):
 
 
 class Episode:
-    """One open sample. Example, of one turn: `Episode(OneTurn(), prompt.token_ids)`, then `act(generation)`, then `sample`."""
+    """One open sample. Example, of one turn: `Episode(OneTurn(), prompt.token_ids)`, then `act(generation)`,
+    then `sample`.
+    """
 
     def __init__(self, environment: Environment, first: Sequence[int]) -> None:
-        """`first`: the tokens of what the policy sees first."""
+        """Begins with `first`, the tokens of what the policy sees first."""
         self._environment = environment
         self._pieces: list[npt.NDArray[np.int32]] = []
         self._lengths: list[int] = []  # Of what was not sampled and what was, in turn: the runs of the mask.
@@ -49,7 +55,7 @@ class Episode:
 
     @property
     def tokens(self) -> list[int]:
-        """All tokens so far: what the engine is to go on from."""
+        """Returns all tokens so far, from which the engine is to go on."""
         return [token for piece in self._pieces for token in piece.tolist()]
 
     def observe(self, tokens: Sequence[int]) -> None:
@@ -57,7 +63,9 @@ class Episode:
         self._append(Int32s.of(tokens).numpy(), is_sampled=False)
 
     def act(self, generation: Generation) -> Turn:
-        """Appends what the policy said, and lets the environment answer to it. Raises whatever the environment does."""
+        """Appends what the policy said, and lets the environment answer to it. Raises whatever the
+        environment does.
+        """
         start = self._num_sampled
         self._append(generation.tokens.numpy(), is_sampled=True)
         self._logprobs.append(generation.logprobs.numpy())
@@ -71,7 +79,7 @@ class Episode:
         return turn
 
     def sample(self) -> Sample:
-        """The trajectory as it is now; without a reward where no turn had one."""
+        """Returns the trajectory as it is now; without a reward where no turn had one."""
         return Sample(
             tokens=Int32s.of(np.concatenate(self._pieces)),
             is_sampled=Bits.runs(*self._lengths),

@@ -2,7 +2,7 @@
 refusal.
 
     start --> samples in the engine, refilled across groups --step--> groups without an unfinished sample
-                    |-- `actors.sample_timeout_s` of a sample, `actors.group_timeout_s` of a group: truncated, or dropped without a token
+                    |-- `sample_timeout_s`, `group_timeout_s`: truncated, or dropped without a token
                     |-- update: they go on, finish first, or start again (`actors.on_update`)
                     `-- the engine refuses the prompt: dropped
 
@@ -71,7 +71,7 @@ class OpenGroup:
 
     @property
     def key(self) -> str:
-        """Names the group among those open; its requests are `key-number`."""
+        """Returns the name of the group among those open; its requests are `key-number`."""
         item = self.item
         return (
             f"train-{item.ordinal}"
@@ -81,17 +81,17 @@ class OpenGroup:
 
     @property
     def is_training(self) -> bool:
-        """Of the prompt stream, not of an evaluation."""
+        """Returns whether the group is of the prompt stream, not of an evaluation."""
         return isinstance(self.item, WorkItem)
 
     @property
     def members(self) -> list[Sample]:
-        """The samples there are: those generated, in order, then the offline ones."""
+        """Returns the samples there are: those generated, in order, then the offline ones."""
         return [*(sample for sample in self.samples if sample is not None), *self.offline]
 
     @property
     def is_too_small(self) -> bool:
-        """A training group that carries no signal."""
+        """Returns whether this is a training group that carries no signal."""
         return self.is_training and len(self.members) < MIN_SAMPLES
 
 
@@ -107,7 +107,7 @@ class Groups:
     samples_truncated_late, samples_dropped   ended by a deadline, with tokens and without
     samples_restarted                         begun again at an update (`on_update: abort`)
     groups_partial                            training groups handed on with samples missing
-    updates, apply_s, pause_total_s           weights loaded; how long generation paused for that, last and in all
+    updates, apply_s, pause_total_s           weights loaded; seconds that generation paused, last and in all
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Groups:
             self._submit(group, number)
 
     def step(self) -> list[OpenGroup]:
-        """Applies the deadlines, then one forward pass; the groups that ended."""
+        """Applies the deadlines, makes one forward pass, and returns the groups that ended."""
         ended = self._end_late()
         if self._engine.num_unfinished:
             try:
@@ -150,8 +150,9 @@ class Groups:
         return ended
 
     def update(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> bool:
-        """Loads weights as `actors.on_update` says; False while unfinished samples come first (`drain`:
-        start no others).
+        """Loads weights as `actors.on_update` says.
+
+        Returns False while unfinished samples come first (`drain`: the caller starts no others).
         """
         if self._config.on_update == "drain" and self._engine.num_unfinished:
             return False
@@ -161,7 +162,9 @@ class Groups:
         return True
 
     def updated(self, start_s: float) -> None:
-        """New weights are in place; generation has stood still since `start_s` (`time.perf_counter`)."""
+        """Counts an update: new weights are in place, and generation has stood still since `start_s`
+        (`time.perf_counter`).
+        """
         if self._config.on_update == "abort":
             self._restart()
         pause_s = time.perf_counter() - start_s
@@ -177,8 +180,8 @@ class Groups:
         self._engine.submit(request_id, episode.tokens, seed=seed, temperature=group.temperature)
 
     def _restart(self) -> None:
-        """Training samples under way begin again, by the new weights: nothing was generated since these
-        were loaded.
+        """Starts training samples under way again, by the new weights: nothing was generated since these were
+        loaded.
         """
         again = {request_id: entry for request_id, entry in self._requests.items() if entry.group.is_training}
         self._engine.abort(list(again))
@@ -197,7 +200,7 @@ class Groups:
         return ended
 
     def _late(self) -> dict[str, str]:
-        """Requests past a deadline, and which."""
+        """Returns the requests past a deadline, and which deadline that is."""
         late: dict[str, str] = {}
         if self._config.sample_timeout_s is not None:
             late |= dict.fromkeys(self._engine.overdue(self._config.sample_timeout_s), "sample_timeout")
@@ -211,7 +214,7 @@ class Groups:
         return late
 
     def _refuse(self, refused: PromptRefused) -> list[OpenGroup]:
-        """The whole group: its samples have one prompt."""
+        """Ends the whole group of a refused request, since its samples have one prompt."""
         group = self._requests[refused.request_id].group
         group.reason = str(refused)
         request_ids = [f"{group.key}-{number}" for number in sorted(group.unfinished)]
@@ -219,10 +222,11 @@ class Groups:
         return [ended for request_id in request_ids for ended in self._settle(request_id, None)]
 
     def _settle(self, request_id: str, generation: Generation | None) -> list[OpenGroup]:
-        """A request has ended, with what it generated or with nothing; its group if that was the last one.
+        """Notes that a request has ended, with what it generated or with nothing; returns its group if that
+        was the last one.
 
-        An environment that is not done would go on from here: its observation is given to the episode's `observe`, and
-        the episode's tokens to the engine, under the same id. `OneTurn` is always done.
+        An environment that is not done would go on from here: its observation is given to the episode's
+        `observe`, and the episode's tokens to the engine, under the same id. `OneTurn` is always done.
         """
         group, number, episode = self._requests.pop(request_id)
         group.unfinished.discard(number)

@@ -1,5 +1,5 @@
-"""What may be asked of a running actor from outside its loop: whether that still turns, and what it is
-doing.
+"""Answers what may be asked of a running actor from outside its loop: whether that still turns, and what it
+is doing.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ import traceback
 
 
 class Heartbeat:
-    """Base of the actors. `ping` and `stacks` are safe from any thread while `run` runs in another."""
+    """The base of the actors. `ping` and `stacks` are safe from any thread while `run` runs in another."""
 
     _turned_s: float | None = None
 
     def ping(self) -> float:
-        """Seconds since the loop last turned, 0 before it runs. A hung engine lets it grow; a stopped
-        process does not answer.
+        """Returns the seconds since the loop last turned, 0 before it runs.
+
+        A hung engine lets it grow; a stopped process does not answer.
         """
         return 0.0 if self._turned_s is None else time.monotonic() - self._turned_s
 
     def stacks(self) -> str:
-        """Where every thread of this process is, by its name, most recent call last."""
+        """Returns where every thread of this process is, by its name, most recent call last."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         frames = sys._current_frames().items()
         return "\n".join(
@@ -30,5 +31,5 @@ class Heartbeat:
         )
 
     def _beat(self) -> None:
-        """The loop is alive: called once a turn."""
+        """Notes that the loop is alive; called once a turn."""
         self._turned_s = time.monotonic()

@@ -1,7 +1,7 @@
-"""From a dataset to prompts: every row read, checked and tokenised before anything starts.
+"""Makes prompts of a dataset: every row is read, checked and tokenised before anything starts.
 
 jsonl, parquet, hub id, reasoning-gym  --read-->  rows  --check-->  text  --tokenise-->  PromptSet
-actors/sources.py, procedural.py                        actors/messages.py               core/tokenizer.py
+actors/sources.py, procedural.py                        actors/messages.py              core/tokenizer.py
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class PromptRow:
 
     source_row  index in the source, from 0 (for jsonl: the line)
     text        what is tokenised: the rendered chat template, or the text as it is
-    token_ids   the tokens of `text`, special tokens once; the tokenizer's end token is not among those it puts there
-    columns     every column of the row, for the rewards; the answer is in `answer`, whatever its column is called
+    token_ids   the tokens of `text`, special tokens once; an end token that the tokenizer appends is left out
+    columns     every column of the row, for the rewards; the answer is in `answer`, whatever its column was
     offline     what others generated for it (`data.offline`), no completion twice
     """
 
@@ -67,11 +67,11 @@ class PromptSet:
 
 
 def load_prompts(data: DataConfig, tokenizer: Any, *, evaluation: bool = False) -> PromptSet:
-    """The training prompts of `data`, or with `evaluation` the first `eval_rows` held-out ones.
+    """Returns the training prompts of `data`, or with `evaluation` the first `eval_rows` held-out ones.
 
-    Raises DataError: nothing readable at the path (with what was tried and what is accepted); bad rows (the
-    first five with number and reason, unless they are skipped); no usable row; a tokenizer without chat
-    template when one is asked for.
+    Raises DataError for nothing readable at the path (with what was tried and what is accepted), for bad rows
+    (the first five with number and reason, unless they are skipped), for no usable row, and for a tokenizer
+    without chat template when one is asked for.
     """
     if evaluation and data.eval_rows == 0:
         return PromptSet([], 0, "no evaluation (data.eval_rows = 0)")
@@ -85,8 +85,9 @@ def load_prompts(data: DataConfig, tokenizer: Any, *, evaluation: bool = False) 
 def render_rows(
     source: Source, data: DataConfig, tokenizer: Any
 ) -> tuple[dict[int, PromptRow], dict[int, str]]:
-    """The usable prompts of `source` by row index, and why the other rows are bad. Raises DataError
-    without a chat template.
+    """Returns the usable prompts of `source` by row index, and why the other rows are bad.
+
+    Raises DataError when there is no chat template.
     """
     if data.chat_template and not has_chat_template(tokenizer):
         raise DataError(
@@ -119,14 +120,14 @@ def render_rows(
 
 
 def tokenise(tokenizer: Any, texts: dict[int, str]) -> tuple[dict[int, tuple[int, ...]], dict[int, str]]:
-    """Token ids by row, no special token added; and the rows that the tokenizer does not take, with its
-    reason.
+    """Returns token ids by row, no special token added, and the rows that the tokenizer does not take, with
+    its reason.
     """
     if not texts:
         return {}, {}
     try:
         return dict(zip(texts, map(tuple, _encode(tokenizer, list(texts.values()))), strict=True)), {}
-    except Exception:  # noqa: BLE001 -- tokenizers raises bare Exceptions (no token for a character, and none for unknown ones)
+    except Exception:  # noqa: BLE001 -- tokenizers raises bare Exceptions
         found, failed = {}, {}
         for index, text in texts.items():
             try:
@@ -137,7 +138,7 @@ def tokenise(tokenizer: Any, texts: dict[int, str]) -> tuple[dict[int, tuple[int
 
 
 def is_unknown(tokenizer: Any, text: str, token_ids: tuple[int, ...]) -> bool:
-    """Whether no token of `text` is one that the tokenizer knows."""
+    """Returns whether no token of `text` is one that the tokenizer knows."""
     unknown = tokenizer.unk_token_id
     return bool(token_ids) and set(token_ids) == {unknown} and str(tokenizer.unk_token) not in text
 
@@ -153,8 +154,9 @@ def _encode(tokenizer: Any, texts: list[str], *, add_special_tokens: bool = Fals
 
 
 def _prefix(tokenizer: Any, texts: dict[int, str], found: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
-    """The tokens that the tokenizer puts before every text. What it puts after one (EOS, SEP) is not
-    the beginning of an answer.
+    """Returns the tokens that the tokenizer puts before every text.
+
+    What it puts after one (EOS, SEP) is not the beginning of an answer.
     """
     index = next((index for index, token_ids in found.items() if token_ids), None)
     if index is None:
@@ -168,7 +170,7 @@ def _prefix(tokenizer: Any, texts: dict[int, str], found: dict[int, tuple[int, .
 
 
 def _with_prefix(tokenizer: Any, prefix: tuple[int, ...], token_ids: tuple[int, ...]) -> tuple[int, ...]:
-    """The tokens with `prefix`, once, also where the text or the template brings it along."""
+    """Returns the tokens with `prefix`, once, also where the text or the template brings it along."""
     shared = next(
         (length for length in range(len(prefix), 0, -1) if token_ids[:length] == prefix[-length:]), 0
     )
@@ -181,8 +183,8 @@ def _with_prefix(tokenizer: Any, prefix: tuple[int, ...], token_ids: tuple[int, 
 def _token_problem(
     said: str, token_ids: tuple[int, ...], num_added: int, data: DataConfig, tokenizer: Any
 ) -> str:
-    """What is wrong with a prompt as tokens; `said` is what its row says, without template; empty when
-    nothing is.
+    """Returns what is wrong with a prompt as tokens; empty when nothing is. `said` is what its row says,
+    without template.
     """
     if len(token_ids) <= num_added:
         return "the prompt has no tokens"
@@ -211,7 +213,10 @@ def _notes(source: Source, rows: dict[int, PromptRow], tokenizer: Any) -> Iterat
         )
     ended = sum(row.token_ids[-1] == tokenizer.eos_token_id for row in rows.values())
     if ended:
-        yield f"warning: {ended} of {len(rows)} prompts end in {tokenizer.eos_token}: the answer begins after what ends one"
+        yield (
+            f"warning: {ended} of {len(rows)} prompts end in {tokenizer.eos_token}: the answer begins "
+            "after what ends one"
+        )
     if _answer_column(source.rows) == ".".join(VERL_ANSWER):
         yield f"{source.name}: the answers are those in {'.'.join(VERL_ANSWER)}"
 
@@ -236,8 +241,9 @@ def _read_evaluation(data: DataConfig) -> Source:
 
 
 def _answer_column(rows: Rows) -> str | None:
-    """The first of ANSWER_COLUMNS that any row has, else verl's place for it; None when none has one (a
-    reward may not need it).
+    """Returns the first of ANSWER_COLUMNS that any row has, else verl's place for it.
+
+    Returns None when no row has one: a reward may not need it.
     """
     present = {
         column for row in rows.values() if isinstance(row, dict) for column in ANSWER_COLUMNS if column in row
@@ -252,7 +258,7 @@ def _answer_column(rows: Rows) -> str | None:
 
 
 def _answer(row: dict[str, Any], column: str) -> Any:
-    """The row's answer. Raises KeyError when it has none."""
+    """Returns the row's answer. Raises KeyError when it has none."""
     outer, _, inner = column.partition(".")
     if not inner:
         return row[column]
@@ -267,7 +273,7 @@ def _columns(row: dict[str, Any] | Bad, answer_column: str | None) -> dict[str, 
 
 
 def _said(row: dict[str, Any] | Bad) -> str:
-    """What the row itself says, without system prompt and template."""
+    """Returns what the row itself says, without system prompt and template."""
     assert isinstance(row, dict)
     prompt = _prompt(row)
     if isinstance(prompt, str):
@@ -278,8 +284,9 @@ def _said(row: dict[str, Any] | Bad) -> str:
 def _render(
     row: dict[str, Any], answer_column: str | None, data: DataConfig, tokenizer: Any
 ) -> tuple[str, tuple[int, ...] | None] | Bad:
-    """The text to tokenise, with its tokens where the tokenizer made them from messages; or the first
-    thing that is wrong with the row.
+    """Returns the text to tokenise, or the first thing that is wrong with the row.
+
+    Tokens come along where the tokenizer made them from messages.
     """
     reason = next(_problems(row, answer_column, data), None)
     if reason is not None:
@@ -301,7 +308,7 @@ def _prompt_column(row: dict[str, Any]) -> str:
 
 
 def _prompt(row: dict[str, Any]) -> Any:
-    """The value of the prompt's column; an array of messages (numpy) as a list."""
+    """Returns the value of the prompt's column; an array of messages (numpy) as a list."""
     prompt = row[_prompt_column(row)]
     return prompt.tolist() if hasattr(prompt, "tolist") else prompt
 

@@ -13,28 +13,30 @@ from rewards.scoring import Scored
 
 
 def with_scores(samples: Sequence[Sample], scores: Sequence[Scored]) -> list[Sample]:
-    """The samples with reward or error, and answer; a reward that came with a sample stands, whatever
+    """Returns the samples with reward or error, and answer; a reward that came with a sample stands, whatever
     the functions say.
     """
-    return [
-        msgspec.structs.replace(
-            sample,
-            reward=score.reward if sample.reward is None else sample.reward,
-            error=score.error if sample.reward is None else None,
-            answer_id=answer_id(sample.text.strip() if score.answer is None else score.answer),
-        )
-        for sample, score in zip(samples, scores, strict=True)
-    ]
+    return [_with_score(sample, score) for sample, score in zip(samples, scores, strict=True)]
+
+
+def _with_score(sample: Sample, score: Scored) -> Sample:
+    answer = sample.text.strip() if score.answer is None else score.answer
+    reward, error = score.reward, score.error
+    if sample.reward is not None:
+        reward, error = sample.reward, None
+    return msgspec.structs.replace(sample, reward=reward, error=error, answer_id=answer_id(answer))
 
 
 def answer_id(answer: str) -> int:
-    """A number that is equal for equal answers."""
+    """Returns a number that is equal for equal answers."""
     return zlib.crc32(answer.encode())
 
 
 def group_of(item: WorkItem, prompt: PromptRow, samples: Sequence[Sample], actor: str) -> Group:
-    """The group to insert. Of the texts it keeps one, that of the first sample without an error: it is what a
-    human is shown of a group, and four bytes a token, where the tokens say the same.
+    """Returns the group to insert.
+
+    Of the texts it keeps one, that of the first sample without an error: it is what a human is shown of a
+    group, and four bytes a token, where the tokens say the same.
     """
     shown = next((place for place, sample in enumerate(samples) if sample.error is None), 0)
     kept = (

@@ -1,16 +1,19 @@
-"""What travels between the rooms: frozen records, imported by all, importing nothing of ours.
+"""Records are what travels between the rooms: frozen, imported by all, importing no room.
 
-    WorkItem --> Group of Samples --> Batch        on its way to the learner: a BatchIndex, and each Group as it was stored
+    WorkItem --> Group of Samples --> Batch      to the learner: a BatchIndex, and each Group as it was stored
 
-A sample is one list of tokens of which some were sampled. There is no split into prompt and completion: whatever the policy
-was shown, at first or later on, stands in the list where it was seen, and `is_sampled` is 0 there.
+A sample is one list of tokens of which some were sampled. There is no split into prompt and completion:
+whatever the policy was shown, at first or later on, stands in the list where it was seen, and `is_sampled` is
+0 there.
 
-Every record is msgpack on the wire (`encode`, `decode_group` ...): no pickle crosses a process boundary. Arrays are raw
-bytes, in memory as on the wire: 4 for a token, an eighth for its bit in the mask and 4 for the log-prob of a sampled one.
+Every record is msgpack on the wire (`encode`, `decode_group` ...): no pickle crosses a process boundary.
+Arrays are raw bytes, in memory as on the wire: 4 for a token, an eighth for its bit in the mask and 4 for the
+log-prob of a sampled one.
 
-The prompt is sent with every sample of a group all the same. It costs 4.1 bytes a token where a sampled token costs 8.1, so
-that the mean is below 8.2 whatever the lengths are. Sharing it would make short answers to long prompts smaller still, but a
-sample would be read only together with its group, and its first observation otherwise than its later ones.
+The prompt is sent with every sample of a group all the same. It costs 4.1 bytes a token where a sampled token
+costs 8.1, so that the mean is below 8.2 whatever the lengths are. Sharing it would make short answers to long
+prompts smaller still, but a sample would be read only together with its group, and its first observation
+otherwise than its later ones.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-# Arrays ----------------------------------------------------------------------------------------------------------
+# Arrays
+# ----------------------------------------------------------------------------------------------------------
 
 
 class _Bytes:
-    """An immutable value that is the bytes it is sent as; equal when class and bytes are."""
+    """An immutable value that is the bytes it is sent as; two are equal when class and bytes are."""
 
     __slots__ = ("data",)
     data: bytes
@@ -40,13 +44,13 @@ class _Bytes:
 
 
 class _Numbers(_Bytes):
-    """Numbers of one type, little-endian whatever the machine."""
+    """Holds numbers of one type, little-endian whatever the machine."""
 
     __slots__ = ()
     dtype: ClassVar[np.dtype[Any]]
 
     def __init__(self, data: bytes = b"") -> None:
-        """An array over `data`. Raises ValueError for bytes that are no whole number of values."""
+        """Makes an array over `data`. Raises ValueError for bytes that are no whole number of values."""
         if len(data) % self.dtype.itemsize:
             raise ValueError(
                 f"{len(data)} bytes are no whole number of {self.dtype.name} values: torn, or foreign"
@@ -55,7 +59,9 @@ class _Numbers(_Bytes):
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Self:
-        """The array of these values. Raises OverflowError for a whole number that the type does not hold."""
+        """Returns the array of these values. Raises OverflowError for a whole number that the type does not
+        hold.
+        """
         found = values if isinstance(values, np.ndarray) else np.array(list(values), dtype=cls.dtype)
         kept = found.astype(cls.dtype, copy=False)
         if kept.dtype.kind == "i" and (kept != found).any():
@@ -63,7 +69,7 @@ class _Numbers(_Bytes):
         return cls(kept.tobytes())
 
     def numpy(self) -> npt.NDArray[Any]:
-        """The values as a read-only array over the bytes: nothing is copied."""
+        """Returns the values as a read-only array over the bytes: nothing is copied."""
         return np.frombuffer(self.data, self.dtype)
 
     def __len__(self) -> int:
@@ -81,7 +87,9 @@ class Int32s(_Numbers):
 
 
 class Float32s(_Numbers):
-    """Log-probs, nats: what vLLM has is float32 too, so that nothing is lost. Example: `Float32s.of([-0.5]).numpy()`."""
+    """Log-probs, nats: what vLLM has is float32 too, so that nothing is lost. Example:
+    `Float32s.of([-0.5]).numpy()`.
+    """
 
     __slots__ = ()
     dtype = np.dtype("<f4")
@@ -96,32 +104,35 @@ class Bits(_Bytes):
     __slots__ = ()
 
     def __init__(self, data: bytes = b"\0") -> None:
-        """The bits in `data`. Raises ValueError for bytes that are none."""
+        """Takes the bits in `data`. Raises ValueError for bytes that are none."""
         num_unused = data[0] if data else -1
         is_whole = 0 <= num_unused <= (7 if len(data) > 1 else 0)
         if not is_whole or data[-1] & ((1 << num_unused) - 1) * (len(data) > 1):
             raise ValueError(
-                f"{len(data)} bytes that begin with {data[:2].hex() or 'nothing'} are no bits: torn, or foreign"
+                f"{len(data)} bytes that begin with {data[:2].hex() or 'nothing'} are no bits: torn, "
+                "or foreign"
             )
         self.data = data
 
     @classmethod
     def of(cls, values: Iterable[bool]) -> Self:
-        """These truth values."""
+        """Returns these truth values as bits."""
         found = np.asarray(values if isinstance(values, np.ndarray) else list(values), dtype=np.bool_)
         return cls(bytes([-len(found) % 8]) + np.packbits(found).tobytes())
 
     @classmethod
     def runs(cls, *lengths: int) -> Self:
-        """So many 0s, then so many 1s, then so many 0s again, and so on: the mask of observations and actions in turn."""
+        """Returns so many 0s, then so many 1s, then so many 0s again, and so on: the mask of observations and
+        actions in turn.
+        """
         return cls.of(np.repeat(np.arange(len(lengths)) % 2 == 1, lengths))
 
     def numpy(self) -> npt.NDArray[np.bool_]:
-        """The truth values as a new array."""
+        """Returns the truth values as a new array, bool [len]."""
         return np.unpackbits(np.frombuffer(self.data, np.uint8, offset=1), count=len(self)).view(np.bool_)
 
     def count(self) -> int:
-        """How many are 1."""
+        """Returns how many of the bits are 1."""
         return int.from_bytes(self.data[1:]).bit_count()
 
     def __len__(self) -> int:
@@ -131,15 +142,16 @@ class Bits(_Bytes):
         return f"Bits.of({self.numpy().astype(int).tolist()})"
 
 
-# Records ---------------------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------------------
 
 
 class WorkItem(msgspec.Struct, frozen=True):
-    """One prompt to generate for.
+    """One prompt to generate for: `WorkItem(ordinal=7, prompt_index=12, seed=1234)`.
 
-    `ordinal` is the position in the prompt stream. `prompt_index` is the prompt's place among the usable ones; it and `seed`
-    are pure functions of the run's seed, the number of prompts and the ordinal (see `buffer.admission.work_item`), so that an
-    item issued again is the same item.
+    `ordinal` is the position in the prompt stream. `prompt_index` is the prompt's place among the usable
+    ones; it and `seed` are pure functions of the run's seed, the number of prompts and the ordinal (see
+    `buffer.admission.work_item`), so that an item issued again is the same item.
     """
 
     ordinal: int
@@ -148,7 +160,9 @@ class WorkItem(msgspec.Struct, frozen=True):
 
 
 class EvalItem(msgspec.Struct, frozen=True):
-    """One held-out prompt, by its place among the usable ones, to evaluate at exactly one policy version. Never enters the buffer."""
+    """One held-out prompt, by its place among the usable ones, to evaluate at exactly one policy version. It
+    never enters the buffer.
+    """
 
     evaluation_id: int
     policy_version: int
@@ -157,7 +171,9 @@ class EvalItem(msgspec.Struct, frozen=True):
 
 
 class VersionSpan(msgspec.Struct, frozen=True):
-    """The sampled tokens [start, end) of a sample, counted among the sampled ones alone, are by weights of `version`."""
+    """Says that the sampled tokens [start, end) of a sample, counted among the sampled ones alone, are by
+    weights of `version`.
+    """
 
     version: int
     start: int
@@ -171,21 +187,24 @@ def _oldest_version(spans: Iterable[VersionSpan]) -> int | None:
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """One trajectory: what the policy was shown and what it said, in the order in which it saw it.
 
-    tokens         all tokens, the prompt's first; those sampled as they were sampled, EOS included iff it was sampled
+    tokens         all tokens, the prompt's first; EOS included iff it was sampled
     is_sampled     one bit per token; never set for the first, which nothing predicts
-    logprobs       behaviour log-probability of each sampled token, nats, at the sampling temperature; empty for an offline sample
-    version_spans  which policy version sampled which of the sampled tokens, without gaps; empty for an offline sample
+    logprobs       behaviour log-probability of each sampled token, nats, at the sampling temperature; empty
+                   for an offline sample
+    version_spans  which policy version sampled which of the sampled tokens, without gaps; empty for an
+                   offline sample
     turns          how often the policy spoke; one for a prompt and its answer
     finish_reason  "stop" (EOS or stop string) or "length" (cut at the token limit: a valid outcome)
-    text           what it said, for the rewards. The tokens say the same: once scored, only the first sample of a group, which
-                   a human is shown, keeps it
+    text           what it said, for the rewards. The tokens say the same: once scored, only the first sample of
+                   a group, which a human is shown, keeps it
     reward         finite float, the sum over the turns, or None while unscored or when `error` is set
     error          why there is no reward; a failure is never reward 0
     ref_logprob    sum over sampled tokens of log pi_ref, filled by the learner's kernels; None until then
-    answer_id      equal where samples of a group vote for one answer (`objective.target: majority@k`); None while unscored
+    answer_id      equal where samples of a group vote for one answer (`objective.target: majority@k`); None
+                   while unscored
 
-    Raises ValueError where the lengths do not fit one another. Example, a prompt of two tokens and an answer of one:
-    `Sample(tokens=Int32s.of([5, 6, 7]), is_sampled=Bits.runs(2, 1), logprobs=Float32s.of([-0.1]),
+    Raises ValueError where the lengths do not fit one another. Example, a prompt of two tokens and an answer
+    of one: `Sample(tokens=Int32s.of([5, 6, 7]), is_sampled=Bits.runs(2, 1), logprobs=Float32s.of([-0.1]),
     version_spans=(VersionSpan(0, 0, 1),), finish_reason="stop")`.
     """
 
@@ -215,7 +234,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
         for span in self.version_spans:
             if span.start != end or span.end < end:
                 raise ValueError(
-                    f"version span [{span.start}, {span.end}) begins elsewhere than at {end}, where the one before ends"
+                    f"version span [{span.start}, {span.end}) begins elsewhere than at {end}, where the one "
+                    "before ends"
                 )
             end = span.end
         if self.version_spans and end != num_sampled:
@@ -227,7 +247,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     def one_turn(
         cls, prompt: Sequence[int], answer: Sequence[int], logprobs: Sequence[float] = (), **rest: Any
     ) -> Self:
-        """The sample of a prompt and its answer, by their token ids; `rest`: the other fields."""
+        """Returns the sample of a prompt and its answer, by their token ids; `rest` are its other fields."""
         return cls(
             tokens=Int32s.of([*prompt, *answer]),
             is_sampled=Bits.runs(len(prompt), len(answer)),
@@ -237,35 +257,38 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_tokens(self) -> int:
-        """All tokens, as the learner sees them."""
+        """Returns the number of all tokens, as the learner sees them."""
         return len(self.tokens)
 
     @property
     def num_sampled(self) -> int:
-        """The tokens that the policy, or whoever it was, said."""
+        """Returns the number of tokens that the policy, or whoever it was, said."""
         return self.is_sampled.count()
 
     @property
     def sampled_tokens(self) -> npt.NDArray[np.int32]:
-        """Those tokens, int32 [num_sampled]."""
+        """Returns the tokens that were sampled, int32 [num_sampled]."""
         found: npt.NDArray[np.int32] = self.tokens.numpy()[self.is_sampled.numpy()]
         return found
 
     @property
     def is_offline(self) -> bool:
-        """Whether an unknown policy sampled it (`data.offline`): it has no behaviour log-probs and no age."""
+        """Returns whether an unknown policy sampled it (`data.offline`): it has no behaviour log-probs and no
+        age.
+        """
         return not self.version_spans
 
     @property
     def oldest_version(self) -> int | None:
-        """The version of the oldest sampled token; None for an offline sample."""
+        """Returns the version of the oldest sampled token, or None for an offline sample."""
         return _oldest_version(self.version_spans)
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):
     """The samples of one WorkItem. `group_id` is the item's ordinal: at most one group per id is ever stored.
 
-    `prompt_index` is the prompt's place among the usable ones, `source_row` its line or row in the file, from 0.
+    `prompt_index` is the prompt's place among the usable ones, `source_row` its line or row in the file, from
+    0.
     """
 
     group_id: int
@@ -278,12 +301,14 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def oldest_version(self) -> int | None:
-        """The version of the group's oldest token: what `max_staleness` bounds; None when all its samples are offline."""
+        """Returns the version of the group's oldest token, which `max_staleness` bounds; None when all its
+        samples are offline.
+        """
         return _oldest_version(span for sample in self.samples for span in sample.version_spans)
 
     @property
     def num_tokens(self) -> int:
-        """All tokens of all samples, as the learner sees them."""
+        """Returns the number of all tokens of all samples, as the learner sees them."""
         return sum(sample.num_tokens for sample in self.samples)
 
 
@@ -316,11 +341,14 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     num_errors: int
 
 
-# What is known of a batch without its tokens ---------------------------------------------------------------------
+# What is known of a batch without its tokens
+# ---------------------------------------------------------------------
 
 
 class SampleHead(msgspec.Struct, frozen=True, array_like=True):
-    """All of a sample that a number can say: what is left when its tokens and texts are gone."""
+    """A sample without its tokens and texts: whatever a number can say of it. A GroupHead holds one for each
+    sample.
+    """
 
     num_tokens: int
     num_sampled: int
@@ -330,20 +358,21 @@ class SampleHead(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def is_offline(self) -> bool:
-        """Whether an unknown policy sampled it."""
+        """Returns whether an unknown policy sampled it."""
         return not self.version_spans
 
     @property
     def oldest_version(self) -> int | None:
-        """The version of the oldest sampled token; None for an offline sample."""
+        """Returns the version of the oldest sampled token, or None for an offline sample."""
         return _oldest_version(self.version_spans)
 
 
 class GroupHead(msgspec.Struct, frozen=True, array_like=True):
-    """What a group is, without its tokens: what a rank chooses its groups by, and metrics are taken from.
+    """A group without its tokens, by which a rank chooses its groups and metrics are computed;
+    `head_of(group)` makes it.
 
-    `uses` counts the batches that the group was in, this one included; `ref_logprobs` has the reference's log-prob sum of each
-    sample, nats, where they are known.
+    `uses` counts the batches that the group was in, this one included; `ref_logprobs` has the reference's
+    log-prob sum of each sample, nats, where they are known.
     """
 
     group_id: int
@@ -354,24 +383,26 @@ class GroupHead(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def oldest_version(self) -> int | None:
-        """The version of the group's oldest token; None when all its samples are offline."""
+        """Returns the version of the group's oldest token; None when all its samples are offline."""
         return _oldest_version(span for sample in self.samples for span in sample.version_spans)
 
     @property
     def num_tokens(self) -> int:
-        """All tokens of all samples, as the learner sees them."""
+        """Returns the number of all tokens of all samples, as the learner sees them."""
         return sum(sample.num_tokens for sample in self.samples)
 
 
 class BatchIndex(msgspec.Struct, frozen=True, array_like=True):
-    """A Batch without its tokens: what every rank is told of all groups. About 50 bytes a sample."""
+    """A Batch without its tokens, which every rank is told of all groups; about 50 bytes a sample.
+    `index_of(batch)` makes it.
+    """
 
     step: int
     groups: tuple[GroupHead, ...]
 
 
 def head_of(group: Group) -> GroupHead:
-    """The group without its tokens."""
+    """Returns the group without its tokens."""
     samples = tuple(
         SampleHead(
             num_tokens=sample.num_tokens,
@@ -389,17 +420,18 @@ def head_of(group: Group) -> GroupHead:
 
 
 def index_of(batch: Batch) -> BatchIndex:
-    """The batch without its tokens."""
+    """Returns the batch without its tokens."""
     return BatchIndex(batch.step, tuple(map(head_of, batch.groups)))
 
 
-# On the wire -----------------------------------------------------------------------------------------------------
+# On the wire
+# -----------------------------------------------------------------------------------------------------
 
 Record: TypeAlias = WorkItem | EvalItem | Sample | Group | EvalSample | Evaluation | GroupHead | BatchIndex
 
 
 class StoredGroup(NamedTuple):
-    """A group as a shard keeps it: its head and itself, encoded, and what the buffer has learnt of it since."""
+    """A group as a shard keeps it: its head and itself, encoded, and what the buffer learnt of it since."""
 
     head: bytes
     payload: bytes
@@ -408,13 +440,15 @@ class StoredGroup(NamedTuple):
 
     @classmethod
     def of(cls, group: Group) -> Self:
-        """The group encoded."""
+        """Returns the group encoded."""
         return cls(encode(head_of(group)), encode(group), group.uses)
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch whose groups are still encoded. `payloads` are views into the batch's own bytes, in the order of the index."""
+    """A batch whose groups are still encoded. `payloads` are views into the batch's own bytes, in the order
+    of the index.
+    """
 
     index: BatchIndex
     payloads: tuple[memoryview, ...]
@@ -453,27 +487,27 @@ _batch_decoder = msgspec.msgpack.Decoder(_WireBatch)
 
 
 def encode(record: Record) -> bytes:
-    """Msgpack bytes of a record."""
+    """Returns the msgpack bytes of a record."""
     return _encoder.encode(record)
 
 
 def decode_sample(payload: bytes) -> Sample:
-    """The Sample in `payload`; raises msgspec.MsgspecError when it is none, or torn."""
+    """Returns the Sample in `payload`. Raises msgspec.MsgspecError when it is none, or torn."""
     return _sample_decoder.decode(payload)
 
 
 def decode_group(payload: bytes | memoryview) -> Group:
-    """The Group in `payload`; raises msgspec.MsgspecError when it is none, or torn."""
+    """Returns the Group in `payload`. Raises msgspec.MsgspecError when it is none, or torn."""
     return _group_decoder.decode(payload)
 
 
 def decode_index(payload: bytes) -> BatchIndex:
-    """The BatchIndex in `payload`; raises msgspec.MsgspecError when it is none, or torn."""
+    """Returns the BatchIndex in `payload`. Raises msgspec.MsgspecError when it is none, or torn."""
     return _index_decoder.decode(payload)
 
 
 def encode_batch(step: int, groups: Iterable[StoredGroup]) -> bytes:
-    """A Batch from stored groups, none of which is decoded."""
+    """Returns an encoded Batch from stored groups, none of which is decoded."""
     wires = (
         _WireGroup(
             group.uses,
@@ -487,13 +521,17 @@ def encode_batch(step: int, groups: Iterable[StoredGroup]) -> bytes:
 
 
 def merge_batches(parts: Sequence[bytes]) -> bytes:
-    """One encoded Batch with the groups of all `parts`, encoded Batches of the same step; none of the groups is decoded."""
+    """Returns one encoded Batch with the groups of all `parts`, encoded Batches of the same step; none of the
+    groups is decoded.
+    """
     wires = [_batch_decoder.decode(part) for part in parts]
     return _encoder.encode(_WireBatch(wires[0].step, tuple(entry for wire in wires for entry in wire.groups)))
 
 
 def open_batch(payload: bytes) -> EncodedBatch:
-    """The index of an encoded Batch, and its groups as they are; raises msgspec.MsgspecError when it is none, or torn."""
+    """Returns the index of an encoded Batch, and its groups as they are. Raises msgspec.MsgspecError when it
+    is none, or torn.
+    """
     wire = _batch_decoder.decode(payload)
     heads = (
         msgspec.structs.replace(
@@ -507,13 +545,14 @@ def open_batch(payload: bytes) -> EncodedBatch:
 
 
 def decode_batch(payload: bytes) -> Batch:
-    """The whole Batch in `payload`; raises msgspec.MsgspecError when it is none, or torn."""
+    """Returns the whole Batch in `payload`. Raises msgspec.MsgspecError when it is none, or torn."""
     found = open_batch(payload)
     return Batch(found.index.step, tuple(map(complete_group, found.index.groups, found.payloads)))
 
 
 def complete_group(head: GroupHead, payload: bytes | memoryview) -> Group:
-    """The group in `payload` with what its head knows besides: its uses, and the reference's log-probs.
+    """Returns the group in `payload` with what its head knows besides: its uses, and the reference's
+    log-probs.
 
     Raises msgspec.MsgspecError when it is no group, ValidationError when it is another group than the head's.
     """
@@ -521,8 +560,9 @@ def complete_group(head: GroupHead, payload: bytes | memoryview) -> Group:
     found = (group.group_id, group.num_tokens, len(group.samples), group.oldest_version)
     if found != (head.group_id, head.num_tokens, len(head.samples), head.oldest_version):
         raise msgspec.ValidationError(
-            f"the index names group {head.group_id} of {len(head.samples)} samples and {head.num_tokens} tokens, but its payload "
-            f"holds group {group.group_id} of {len(group.samples)} and {group.num_tokens}"
+            f"the index names group {head.group_id} of {len(head.samples)} samples and {head.num_tokens} "
+            f"tokens, but its payload holds group {group.group_id} of {len(group.samples)} and "
+            f"{group.num_tokens}"
         )
     samples = group.samples
     if head.ref_logprobs is not None:

@@ -1,9 +1,10 @@
-"""What a policy acts in: an environment shows it something, takes what it says, and shows it more, until it is done.
+"""An environment shows a policy something, takes what it says, and shows it more, until it is done.
 
-    reset(row) --observation--> policy --action--> step(action) --Turn(observation, done, reward)--> policy ...
+    reset(row) --observation--> policy --action--> step(action) --Turn--> policy --action--> ...
 
-One environment is one file of this folder. It speaks text: tokens are the actors' concern (actors/episode.py), which append an
-observation's tokens to the trajectory as tokens that were not sampled. Neither Ray nor torch is imported here.
+One environment is one file of this folder. It speaks text: tokens are the concern of the actors
+(actors/episode.py), which append an observation's tokens to the trajectory as tokens that were not sampled.
+Neither Ray nor torch is imported here.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Turn(NamedTuple):
-    """What an environment answers to an action.
+    """An environment's answer to an action: `Turn("too high", done=False)`.
 
     observation  what the policy sees next; empty when nothing follows
     done         whether the episode is over
-    reward       what the turn was worth; None: the reward functions score the whole episode. Rewards of several turns add up
+    reward       what the turn was worth; rewards of several turns add up. None: the reward functions score
+                 the episode
     """
 
     observation: str
@@ -25,12 +27,14 @@ class Turn(NamedTuple):
 
 
 class Environment(Protocol):
-    """One episode at a time. What it raises makes the sample an error: a failure is never reward 0."""
+    """One episode at a time; docs/extending.md has an example. What it raises makes the sample an error,
+    never a reward of 0.
+    """
 
     def reset(self, **row: Any) -> str:
-        """What the policy sees first; `row` has the columns of the dataset's row."""
+        """Returns what the policy sees first; `row` has the columns of the dataset's row."""
         ...
 
     def step(self, action: str) -> Turn:
-        """What comes of it when the policy says `action`."""
+        """Returns what comes of it when the policy says `action`."""
         ...

@@ -1,4 +1,4 @@
-"""The environment of a prompt and its answer: what a dataset of questions is."""
+"""The environment of a prompt and its answer, which is what a dataset of questions is."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class OneTurn:
     """
 
     def reset(self, **row: Any) -> str:
-        """The prompt of the row."""
+        """Returns the prompt of the row."""
         return str(row["prompt"])
 
     def step(self, action: str) -> Turn:
-        """The end, whatever the answer is."""
+        """Ends the episode, whatever the answer is."""
         del action
         return Turn(observation="", done=True)
