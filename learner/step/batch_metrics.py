@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from core.records import BatchIndex, EncodedBatch, decode_group
 from core.staleness import sample_staleness, staleness_metrics
 
@@ -21,9 +23,10 @@ def batch_metrics(batch: BatchIndex) -> dict[str, float]:
     ]
     lengths = [sample.num_sampled for sample in samples]
     zero_std = [len({sample.reward for sample in group.samples}) <= 1 for group in batch.groups]
+    known = rewards or [math.nan]
     return {
-        "reward/mean": statistics.fmean(rewards) if rewards else math.nan,
-        "reward/std": statistics.pstdev(rewards) if rewards else math.nan,
+        "reward/mean": float(np.mean(known)),
+        "reward/std": float(np.std(known)),
         "reward/zero_std_fraction": statistics.fmean(zero_std),
         **staleness_metrics(batch),
         "completions/mean_length": statistics.fmean(lengths),

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from core.config import Config
 from learner.objectives import Objective
-from learner.step.plan import Part, Pass, StepPlan
+from learner.step.plan import Pass, StepPlan
 from learner.step.policies import FrozenPolicy, Policy, ScoringPolicy
+from learner.step.samples import Part
 
 REFERENCE, PROXIMAL = "reference", "proximal"
 MIB = 2**20
@@ -108,7 +109,7 @@ class FrozenPolicies:
             passes = self._passes(plan, REFERENCE)
             values = run_passes(self._policies[REFERENCE], plan, passes, counts[0], self._temperature)
             for each, values_T in zip(passes, values, strict=True):
-                reference_N[each.part.samples] = samples.sums(values_T, each.part.tokens)[each.part.samples]
+                reference_N[each.part.samples] = samples.sums(values_T, each.part)[each.part.samples]
             if "reference_tokens" in self._needs:
                 reference_T = joined(plan, values)
             must_be_finite["log-probs by the reference"] = reference_N

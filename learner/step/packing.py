@@ -16,6 +16,7 @@ K positions whose logits are computed, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,6 +93,13 @@ class ModelInputs:
     targets_T: Tensor
     sequence_T: Tensor
     packing: Packing | None = None
+
+    def to(self, device: torch.device | str) -> ModelInputs:
+        """Returns the same inputs on another device; `packing` stays where it is."""
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **moved)
 
     def model_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for a Hugging Face causal language model."""
@@ -204,11 +212,13 @@ def collate(
     sampled_T = is_sampled_S.nonzero()[:, 0]
     sequence_T = sequence_S[sampled_T]
     _check_predictable(lengths, sequence_T[position_S[sampled_T] == 0].tolist())
+    attention_mask, packing = None, None
     # A token is predicted by the logits at the place before its own.
     if layout == "packed":
-        input_ids, position_ids, attention_mask = tokens_S[None], position_S[None], None
+        input_ids, position_ids = tokens_S[None], position_S[None]
         keep_K = sampled_T - 1
         rows_T, columns_T = torch.zeros_like(sampled_T), torch.arange(len(sampled_T))
+        packing = Packing(lengths, device)
     else:
         input_ids = torch.full((len(sequences), max(lengths)), pad_id)
         input_ids[sequence_S, position_S] = tokens_S
@@ -219,16 +229,16 @@ def collate(
         keep_K = torch.arange(first, last + 1)
         rows_T, columns_T = sequence_T, predictor_T - first
     return ModelInputs(
-        input_ids=input_ids.to(device),
-        position_ids=position_ids.to(device),
-        attention_mask=None if attention_mask is None else attention_mask.to(device),
-        logits_to_keep_K=keep_K.to(device),
-        rows_T=rows_T.to(device),
-        columns_T=columns_T.to(device),
-        targets_T=tokens_S[sampled_T].to(device),
-        sequence_T=sequence_T.to(device),
-        packing=Packing(lengths, device) if layout == "packed" else None,
-    )
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        logits_to_keep_K=keep_K,
+        rows_T=rows_T,
+        columns_T=columns_T,
+        targets_T=tokens_S[sampled_T],
+        sequence_T=sequence_T,
+        packing=packing,
+    ).to(device)
 
 
 def _check_predictable(lengths: Sequence[int], begin_sampled: Sequence[int]) -> None:

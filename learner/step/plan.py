@@ -15,27 +15,8 @@ import torch
 
 from core.config import LearnerConfig
 from learner.step.packing import ModelInputs, TokenSequence, collate, plan_micro_batches
-from learner.step.samples import SampleArrays, arrays_of, sequence_of
+from learner.step.samples import Part, SampleArrays, arrays_of, sequence_of
 from learner.step.share import Share
-
-
-@dataclass(frozen=True)
-class Part:
-    """Consecutive samples of a plan: where they lie in its [N] arrays, and their tokens in its [T] arrays."""
-
-    samples: slice
-    tokens: slice
-
-    def __len__(self) -> int:
-        return int(self.samples.stop - self.samples.start)
-
-    def within(self, whole: Part) -> Part:
-        """Where it lies in arrays of `whole` alone."""
-        sample, token = whole.samples.start, whole.tokens.start
-        return Part(
-            slice(self.samples.start - sample, self.samples.stop - sample),
-            slice(self.tokens.start - token, self.tokens.stop - token),
-        )
 
 
 @dataclass(frozen=True)
@@ -70,14 +51,9 @@ class StepPlan:
         return tuple(each for each in self.passes if not each.is_whole)
 
     @property
-    def whole(self) -> Part:
-        """All samples."""
-        return Part(slice(0, len(self.samples)), slice(0, len(self.samples.sequence_T)))
-
-    @property
     def split_part(self) -> Part:
         """The samples of all split groups: the last ones."""
-        whole = self.whole
+        whole = self.samples.whole
         sample, token = whole.samples.stop, whole.tokens.stop
         if self.split_passes:
             first = self.split_passes[0].part

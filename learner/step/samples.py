@@ -5,11 +5,12 @@ Tensor letters: N samples, T sampled tokens of all of them, ordered by sample, t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,24 @@ from learner.step.packing import TokenSequence
 Member: TypeAlias = tuple[Group, int]
 """A group, and the place of one of its samples in it."""
 
-ALL = slice(None)
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive samples of many: `samples` is their slice of [N] arrays, `tokens` that of [T] arrays."""
+
+    samples: slice
+    tokens: slice
+
+    def __len__(self) -> int:
+        return int(self.samples.stop - self.samples.start)
+
+    def within(self, whole: Part) -> Part:
+        """Where these samples lie in arrays of the samples of `whole` alone."""
+        sample, token = whole.samples.start, whole.tokens.start
+        return Part(
+            slice(self.samples.start - sample, self.samples.stop - sample),
+            slice(self.tokens.start - token, self.tokens.stop - token),
+        )
 
 
 @dataclass(frozen=True)
@@ -62,13 +80,32 @@ class SampleArrays:
     def __len__(self) -> int:
         return len(self.groups_N)
 
-    def sums(self, values_T: Tensor, tokens: slice = ALL) -> Tensor:
-        """[N] float64 sums over each sample of `values_T`, the values of `tokens`; 0 for samples that have none of them."""
+    @property
+    def whole(self) -> Part:
+        """All samples."""
+        return Part(slice(0, len(self)), slice(0, len(self.sequence_T)))
+
+    def of(self, part: Part) -> SampleArrays:
+        """Returns the arrays of the samples of `part` alone."""
+        cut = {
+            name: value[part.tokens if name.endswith("_T") else part.samples]
+            for name, value in vars(self).items()
+            if value is not None
+        }
+        cut["sequence_T"] = cut["sequence_T"] - part.samples.start
+        return dataclasses.replace(self, **cut)
+
+    def sums(self, values_T: Tensor, part: Part | None = None) -> Tensor:
+        """Returns [N] float64 sums over each sample of `values_T`, which are the values of all tokens or those of `part`.
+
+        Samples out of `part` have the sum 0.
+        """
+        sequence_T = self.sequence_T if part is None else self.sequence_T[part.tokens]
         zeros_N = values_T.new_zeros(len(self), dtype=torch.float64)
-        return zeros_N.index_add(0, self.sequence_T[tokens], values_T.double())
+        return zeros_N.index_add(0, sequence_T, values_T.double())
 
     def faults(self) -> list[str | None]:
-        """What came with each sample and is not finite; None for a sound sample."""
+        """Returns what came with each sample and is not finite; None for a sound sample."""
         is_offline_T = self.staleness_N.isnan()[self.sequence_T]
         return faults_of(
             {
@@ -85,30 +122,36 @@ def arrays_of(
     """The arrays of `members` at learner step `step`, on `device`; `needs` are those of the objective."""
     samples = [group.samples[place] for group, place in members]
 
-    def tensor(values: list[Any], dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+    def integers(values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=device)
 
-    sizes_N = tensor([sample.num_sampled for sample in samples], torch.int64)
-    ages = [sample_staleness(sample, step) for sample in samples]
-    known = [sample.ref_logprob for sample in samples]
+    def numbers(values: Iterable[float | None]) -> Tensor:
+        known = [math.nan if value is None else value for value in values]
+        return torch.tensor(known, dtype=torch.float64, device=device)
+
+    def truths(values: Iterable[bool]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.bool, device=device)
+
+    sizes_N = integers(sample.num_sampled for sample in samples)
+    answers_N = completions_N = None
+    if "answers" in needs:
+        answers_N = integers(sample.answer_id or 0 for sample in samples)
+    if "completions" in needs:
+        completions_N = integers(_completion_id(sample) for sample in samples)
     return SampleArrays(
-        groups_N=tensor([group.group_id for group, _ in members], torch.int64),
-        places_N=tensor([place for _, place in members], torch.int64),
-        prompts_N=tensor([group.prompt_index for group, _ in members], torch.int64),
-        rewards_N=tensor([math.nan if sample.reward is None else sample.reward for sample in samples]),
-        staleness_N=tensor([math.nan if age is None else age for age in ages]),
-        is_fresh_N=tensor([is_fresh(sample, step) for sample in samples], torch.bool),
-        ref_logprobs_N=tensor([math.nan if value is None else value for value in known]),
-        has_reference_N=tensor([value is not None for value in known], torch.bool),
+        groups_N=integers(group.group_id for group, _ in members),
+        places_N=integers(place for _, place in members),
+        prompts_N=integers(group.prompt_index for group, _ in members),
+        rewards_N=numbers(sample.reward for sample in samples),
+        staleness_N=numbers(sample_staleness(sample, step) for sample in samples),
+        is_fresh_N=truths(is_fresh(sample, step) for sample in samples),
+        ref_logprobs_N=numbers(sample.ref_logprob for sample in samples),
+        has_reference_N=truths(sample.ref_logprob is not None for sample in samples),
         sizes_N=sizes_N,
         sequence_T=torch.arange(len(samples), device=device).repeat_interleave(sizes_N),
         behaviour_logprobs_T=_behaviour(samples).to(device),
-        answers_N=tensor([sample.answer_id or 0 for sample in samples], torch.int64)
-        if "answers" in needs
-        else None,
-        completions_N=tensor([_completion_id(sample) for sample in samples], torch.int64)
-        if "completions" in needs
-        else None,
+        answers_N=answers_N,
+        completions_N=completions_N,
     )
 
 

@@ -27,11 +27,11 @@ from core.config import Config
 from learner.objectives import Objective, TokenBatch, token_gradients
 from learner.step.frozen import FrozenLogprobs, FrozenPolicies, joined, run_passes
 from learner.step.mismatch import MismatchCheck
-from learner.step.plan import Part, Pass, StepPlan, plan_step
+from learner.step.plan import Pass, StepPlan, plan_step
 from learner.step.policies import FrozenPolicy, Policy
 from learner.step.ranks import Ranks
 from learner.step.result import FOUND, StepResult, found_of, gather_samples, gather_skip
-from learner.step.samples import faults_of
+from learner.step.samples import Part, faults_of
 from learner.step.share import Share
 from learner.step.variances import PromptVariances
 
@@ -176,7 +176,9 @@ class Updater:
             loss, found = self._loss(plan, each, logprobs_T, frozen, split)
             self._policy.backward(loss, last=number == len(passes) - 1)
             values.append(found)
-        return PassValues(plan.whole, *(torch.cat(column) for column in list(zip(*values, strict=True))[1:]))
+        return PassValues(
+            plan.samples.whole, *(torch.cat(column) for column in list(zip(*values, strict=True))[1:])
+        )
 
     def _loss(
         self, plan: StepPlan, each: Pass, logprobs_T: Tensor, frozen: FrozenLogprobs, split: PassValues
@@ -193,9 +195,8 @@ class Updater:
         if not each.is_whole:
             there = part.within(split.part)
             gradient_T = split.loss_T[there.tokens]
-            return (gradient_T * logprobs_T).sum(), PassValues(
-                part, values_T, gradient_T, split.found_NK[there.samples]
-            )
+            found = PassValues(part, values_T, gradient_T, split.found_NK[there.samples])
+            return (gradient_T * logprobs_T).sum(), found
         batch = self._token_batch(plan, part, logprobs_T, frozen)
         loss, diagnostics = self._objective.loss(batch)
         found = PassValues(part, values_T, loss.detach().expand_as(values_T), found_of(batch, diagnostics))
@@ -206,26 +207,25 @@ class Updater:
         self, plan: StepPlan, part: Part, logprobs_T: Tensor, frozen: FrozenLogprobs
     ) -> TokenBatch:
         """What the objective sees of `part`, whose log-probs by the policy are `logprobs_T`."""
-        samples, n, t = plan.samples, part.samples, part.tokens
-        policy_T = logprobs_T.detach()
-        theirs = frozen.of(part, policy_T, samples.sums(policy_T, t)[n])
+        mine, policy_T = plan.samples.of(part), logprobs_T.detach()
+        theirs = frozen.of(part, policy_T, mine.sums(policy_T))
         variances_N = None
         if "prompt_variance" in self._objective.needs:
-            variances_N = self._variances.of(samples.prompts_N[n])
+            variances_N = self._variances.of(mine.prompts_N)
         return TokenBatch(
             logprobs_T=logprobs_T,
-            behaviour_logprobs_T=samples.behaviour_logprobs_T[t],
-            sequence_T=samples.sequence_T[t] - n.start,
-            rewards_N=samples.rewards_N[n],
+            behaviour_logprobs_T=mine.behaviour_logprobs_T,
+            sequence_T=mine.sequence_T,
+            rewards_N=mine.rewards_N,
             ref_logprobs_N=theirs.reference_N,
-            groups_N=samples.groups_N[n],
-            staleness_N=samples.staleness_N[n],
+            groups_N=mine.groups_N,
+            staleness_N=mine.staleness_N,
             num_groups=plan.num_groups,
             ref_logprobs_T=theirs.reference_T,
             proximal_logprobs_T=theirs.proximal_T,
             prompt_variance_N=variances_N,
-            answers_N=None if samples.answers_N is None else samples.answers_N[n],
-            completions_N=None if samples.completions_N is None else samples.completions_N[n],
+            answers_N=mine.answers_N,
+            completions_N=mine.completions_N,
         )
 
     def _compare(
@@ -259,18 +259,17 @@ def _without_loss(part: Part, logprobs_T: Tensor) -> PassValues:
 
 def _faults(plan: StepPlan, frozen: FrozenLogprobs, values: PassValues) -> list[str | None]:
     """What of each sample is not finite after these passes; None for a sound sample."""
-    tokens = values.part.tokens
     return faults_of(
         {
             **frozen.must_be_finite,
-            "log-probs by the policy": plan.samples.sums(values.logprobs_T, tokens),
-            "loss": plan.samples.sums(values.loss_T, tokens),
+            "log-probs by the policy": plan.samples.sums(values.logprobs_T, values.part),
+            "loss": plan.samples.sums(values.loss_T, values.part),
         }
     )
 
 
 def _mean_logprobs(plan: StepPlan, values: PassValues) -> list[float | None]:
     """Mean log-prob of each sample's tokens by the policy, nats; None for samples of which `values` has none."""
-    means_N = plan.samples.sums(values.logprobs_T, values.part.tokens) / plan.samples.sizes_N
+    means_N = plan.samples.sums(values.logprobs_T, values.part) / plan.samples.sizes_N
     seen = range(len(plan.samples))[values.part.samples]
     return [mean if index in seen else None for index, mean in enumerate(means_N.tolist())]
