@@ -2,10 +2,10 @@
 
     learner/objectives/gspo.py: Config  <--OBJECTIVES["gspo"]--  ConfigFiles  <--  {name: gspo, clip_low: 0.2}
 
-An objective owns its knobs, and core, which reads the file of a run, imports no room: it takes the classes from
-a mapping that is filled here, by the names of the files in learner/objectives/. A new objective is one new file.
-An objective is imported when a file names it; torch comes with it, so that nothing here is for processes that do
-without. These hand their parts the sections that they use.
+An objective owns its knobs, and core, which reads the file of a run, imports no room: it takes the classes
+from a mapping that is filled here, by the names of the files in learner/objectives/. A new objective is one
+new file. An objective is imported when a file names it; torch comes with it, so that nothing here is for
+processes that do without. These hand their parts the sections that they use.
 """
 
 from __future__ import annotations

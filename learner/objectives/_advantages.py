@@ -43,7 +43,7 @@ def agro_advantages(
     group of two: b_i is 0 there, which stays unbiased, with more variance.
 
     rewards             [N] float32 or float64
-    log_ratios          [N], same dtype: log pi(y|x) - log pi_ref(y|x), nats, SUMS over sampled tokens, current pi
+    log_ratios          [N], same dtype: log pi(y|x) - log pi_ref(y|x), nats, summed over tokens, current pi
     groups              [N] int64 ids, any values, any order, mixed sizes; a group of one gets 0
     beta                strength of the KL pull, >= 0; 0 is leave-one-out REINFORCE
     on_policy_coef      >= 0; 0 is the off-policy form, 1 the literal on-policy one, which needs beta > 0
@@ -134,8 +134,8 @@ def _check_options(beta: float, on_policy_coef: float, on_policy_baseline: str) 
         raise ValueError(f"on_policy_coef is {on_policy_coef}; expected a finite number >= 0")
     if beta == 0 and on_policy_coef > 0:
         raise ValueError(
-            f"on_policy_coef is {on_policy_coef} with beta 0: the on-policy term is divided by beta; set beta "
-            "> 0 or on_policy_coef 0"
+            f"on_policy_coef is {on_policy_coef} with beta 0: the on-policy term is divided by beta; "
+            "set beta > 0 or on_policy_coef 0"
         )
     if on_policy_baseline not in ON_POLICY_BASELINES:
         raise ValueError(

@@ -1,7 +1,7 @@
 """What the rivals share: group statistics, ratios that cannot overflow, importance weights, the sum over
 groups, diagnostics.
 
-    loss = (1/P) sum_groups (1/n) sum_i term_i          P groups of the whole optimizer step, n samples of the group
+    loss = (1/P) sum_groups (1/n) sum_i term_i          P groups of the optimizer step, n samples of the group
 
 Everything is computed in float64 whatever the log-probs' dtype. A group of one has no term: it carries no
 signal.
@@ -11,9 +11,11 @@ not a KL loss. They are w = pi/mu where the objective has no ratio of its own. W
 runs against the proximal policy instead of mu, and w = pi_prox/mu. With w of the token or, as the product
 over its tokens, of the sequence:
 
-    tis   min(w, importance_cap)              truncated importance sampling (Yao et al., "Your Efficient RL Framework Secretly Brings You
-                                      Off-Policy RL Training"); the cap is Ionides' (2008)
+    tis   min(w, importance_cap)              truncated
     mis   w if w <= importance_cap else 0     masked; what is masked still counts in every divisor
+
+Source of tis: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; the cap
+is Ionides' (2008).
 """
 
 from __future__ import annotations

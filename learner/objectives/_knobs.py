@@ -1,7 +1,7 @@
 """Knobs that several objectives have, as bases of their `Config`. Imports core only.
 
-An objective takes what it has, and no more: a knob that it lacks is an unknown key of the run's file. It gives
-its own `name` and its own default of `beta`: 0 where the method has no KL term of its own.
+An objective takes what it has, and no more: a knob that it lacks is an unknown key of the run's file. It
+gives its own `name` and its own default of `beta`: 0 where the method has no KL term of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class ReferenceConfig(ObjectiveConfig):
     def _reference_is_there_to_move(self) -> Self:
         if self.ref_update_every and self.beta == 0:
             raise ValueError(
-                f"objective.ref_update_every = {self.ref_update_every} with objective.beta = 0: there is no reference to move."
+                f"objective.ref_update_every = {self.ref_update_every} with objective.beta = 0: there is no "
+                "reference to move."
             )
         return self
 
@@ -49,8 +50,8 @@ class RegressionConfig(ObjectiveConfig):
     def _beta_divides(self) -> Self:
         if self.beta == 0:
             raise ValueError(
-                f"objective.beta = 0: objective.name = {self.name} divides by beta. Set objective.beta above 0, "
-                "or another objective.name."
+                f"objective.beta = 0: objective.name = {self.name} divides by beta. Set objective.beta above "
+                "0, or another objective.name."
             )
         return self
 
@@ -71,7 +72,8 @@ class WeightConfig(Section):
 
     importance_weight: Literal["none", "tis_token", "tis_sequence", "mis_token", "mis_sequence"] = Field(
         "none",
-        description="Importance weights against stale data: truncated at `importance_cap` (tis) or masked above it (mis).",
+        description="Importance weights against stale data: truncated at `importance_cap` (tis) or masked "
+        "above it (mis).",
     )
     importance_cap: float = Field(2.0, gt=0, description="Cap of the importance weights.")
 
@@ -81,7 +83,8 @@ class SequenceWeightConfig(Section):
 
     importance_weight: Literal["none", "tis_sequence", "mis_sequence"] = Field(
         "none",
-        description="Importance weights against stale data: truncated at `importance_cap` (tis) or masked above it (mis).",
+        description="Importance weights against stale data: truncated at `importance_cap` (tis) or masked "
+        "above it (mis).",
     )
     importance_cap: float = Field(2.0, gt=0, description="Cap of the importance weights.")
 
@@ -97,7 +100,8 @@ class ProximalConfig(ObjectiveConfig):
     proximal_every: int = Field(
         4,
         ge=1,
-        description="Steps between copies of the policy that serve as its proximal policy, where there is one.",
+        description="Steps between copies of the policy that serve as its proximal policy, where there is "
+        "one.",
     )
 
     @property

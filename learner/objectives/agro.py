@@ -11,8 +11,8 @@ tests/learner/objectives/test_objectives.py), since every A_i is 0 there:
     token       w_it = min(cap, pi(y_it) / mu(y_it))
 
 `target` pass@k or majority@k replaces the reward's part of A_i (_k_sample.py). The on-policy term
-(on_policy_coef) is valid for samples of the current policy: it acts on those of staleness 0 (on_policy_gate fresh), or on
-all times min(cap, pi/mu) (weighted).
+(on_policy_coef) is valid for samples of the current policy: it acts on those of staleness 0 (on_policy_gate
+fresh), or on all times min(cap, pi/mu) (weighted).
 """
 
 from __future__ import annotations
@@ -95,12 +95,13 @@ class Config(ReferenceConfig):
     def _on_policy_term_can_be_computed(self) -> Self:
         if self.on_policy_coef > 0 and self.beta == 0:
             raise ValueError(
-                "objective.on_policy_coef > 0 needs objective.beta > 0: the on-policy term is divided by beta."
+                "objective.on_policy_coef > 0 needs objective.beta > 0: the on-policy term is divided by "
+                "beta."
             )
         if self.on_policy_coef > 0 and self.target != "mean":
             raise ValueError(
-                f"objective.target = {self.target} and objective.on_policy_coef = {self.on_policy_coef} do not "
-                "go together. Set objective.on_policy_coef=0."
+                f"objective.target = {self.target} and objective.on_policy_coef = {self.on_policy_coef} do "
+                "not go together. Set objective.on_policy_coef=0."
             )
         return self
 
@@ -120,15 +121,15 @@ class Config(ReferenceConfig):
         found, named = [], f"objective.on_policy_coef = {self.on_policy_coef}"
         if self.on_policy_coef > 2 * self.beta:
             found.append(
-                f"{named} > 2 * beta = {2 * self.beta}: for prompts solved less than half the time the on-policy "
-                "term pushes correct answers down (docs/objectives.md, hazard)."
+                f"{named} > 2 * beta = {2 * self.beta}: for prompts solved less than half the time the "
+                "on-policy term pushes correct answers down (docs/objectives.md, hazard)."
             )
         publish_every = config.weights.publish_every
         if self.on_policy_coef > 0 and self.on_policy_gate == "fresh" and publish_every > 1:
             found.append(
-                f"{named} with objective.on_policy_gate = fresh and weights.publish_every = {publish_every}: few "
-                "samples are ever of the current policy (staleness/fresh_fraction); on the others the on-policy "
-                "term does nothing."
+                f"{named} with objective.on_policy_gate = fresh and weights.publish_every = {publish_every}: "
+                "few samples are ever of the current policy (staleness/fresh_fraction); on the others the "
+                "on-policy term does nothing."
             )
         if self.target != "mean" and self.target_k == config.actors.group_size:
             found.append(

@@ -5,8 +5,8 @@
 
 Source: Arnal et al., "Asymmetric REINFORCE for off-Policy Reinforcement Learning: Balancing positive and
 negative rewards" (arXiv 2506.20520): a baseline under the behaviour's expected reward improves the policy
-off-policy, one above it collapses. The KL loss (k3 against pi_ref, per token) is ours: the method alone is beta = 0, the
-default. A group of one has no term here either. w_it: importance weights, see _common.py.
+off-policy, one above it collapses. The KL loss (k3 against pi_ref, per token) is ours: the method alone is
+beta = 0, the default. A group of one has no term here either. w_it: importance weights, see _common.py.
 """
 
 from __future__ import annotations

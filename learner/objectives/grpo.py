@@ -2,7 +2,8 @@
 
     loss = (1/P) sum_groups (1/n) sum_i (1/|y_i|) sum_t
                { -w_it min(rho_it A_i, clip(rho_it, 1 - clip_low, 1 + clip_high) A_i) + beta k3_it }
-    rho  = pi/mu of the token,     A_i = (r_i - mean_j r_j) / (std_j r_j + 1e-6),     k3 = q - log q - 1,  q = pi_ref/pi
+    rho  = pi/mu of the token,     A_i = (r_i - mean_j r_j) / (std_j r_j + 1e-6)
+    k3   = q - log q - 1,          q   = pi_ref/pi of the token
 
 The std is with ddof 1. Where all rewards of a group are equal A is 0, the KL loss stays. Source: Shao et al.,
 "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models" (arXiv 2402.03300). w_it:

@@ -1,13 +1,12 @@
 """GSPO: the clipped surrogate with one ratio per sequence, the geometric mean of its tokens' ratios.
 
-    loss = (1/P) sum_groups (1/n) sum_i { -w_i min(s_i A_i, clip(s_i, 1 - clip_low, 1 + clip_high) A_i) +
-    (beta/|y_i|) sum_t k3_it }
+    loss = (1/P) sum_groups (1/n) sum_i { -w_i min(s_i A_i, clip(s_i, 1 - clip_low, 1 + clip_high) A_i)
+                                          + (beta/|y_i|) sum_t k3_it }
     s_i  = (pi(y_i|x) / mu(y_i|x))^(1/|y_i|);     A_i and k3 as in grpo.py
 
-s_i stays much closer to 1 than a token's ratio: the paper clips at 3e-4 and 4e-4, and so do
-the defaults here. Source: Zheng et al., "Group Sequence Policy Optimization" (arXiv 2507.18071). It
-reports no KL loss: objective.beta=0. w_i: importance weights of the sequence, see _common.py; with them s_i runs
-against pi_prox.
+s_i stays much closer to 1 than a token's ratio: the paper clips at 3e-4 and 4e-4, and so do the defaults
+here. Source: Zheng et al., "Group Sequence Policy Optimization" (arXiv 2507.18071). It reports no KL loss:
+objective.beta=0. w_i: importance weights of the sequence, see _common.py; with them s_i runs against pi_prox.
 """
 
 from __future__ import annotations

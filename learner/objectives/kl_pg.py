@@ -1,7 +1,8 @@
 """KL-regularised policy gradient, the KL in the reward: the baseline AGRO is compared with.
 
     loss = -(1/P) sum_groups (1/n) sum_i stop_gradient[w_i A_i] log pi(y_i|x)
-    A_i  = r_i - mean_{j != i} r_j - beta * ell_i,     ell_i = log pi - log pi_ref of the sequence, at the CURRENT policy
+    A_i  = r_i - mean_{j != i} r_j - beta * ell_i
+    ell_i = log pi - log pi_ref of the sequence, at the CURRENT policy
 
 Only the reward is centred. On fresh data that changes nothing on average; off-policy E_mu[grad log pi] != 0
 and the fixed point is no longer pi*. Source: the KL-regularised policy gradient of Tang et al. (arXiv

@@ -5,11 +5,11 @@ sampled.
                { -v_it min(u_it A_i, clip(u_it, 1 - clip_low, 1 + clip_high) A_i) + beta k3_it }
     u    = pi/pi_prox of the token,     v = pi_prox/mu of the token, detached,     A_i and k3 as in grpo.py
 
-pi_prox is a copy of the policy made every `objective.proximal_every` steps. `objective.importance_weight` acts on v,
-which is there anyway: none leaves it as it is, tis caps it, mis masks it, at the level of the token or of the
-sequence (then v is the sequence's). Source: the decoupled objective of Hilton et al., "Batch size-invariance
-for policy optimization" (arXiv 2110.00641), as used by Fu et al., "AReaL" (arXiv 2505.24298). The mean over
-each completion's tokens and the KL loss are GRPO's, so that the two compare.
+pi_prox is a copy of the policy made every `objective.proximal_every` steps. `objective.importance_weight`
+acts on v, which is there anyway: none leaves it as it is, tis caps it, mis masks it, at the level of the
+token or of the sequence (then v is the sequence's). Source: the decoupled objective of Hilton et al., "Batch
+size-invariance for policy optimization" (arXiv 2110.00641), as used by Fu et al., "AReaL" (arXiv 2505.24298).
+The mean over each completion's tokens and the KL loss are GRPO's, so that the two compare.
 """
 
 from __future__ import annotations

@@ -54,8 +54,7 @@ def check_function(
     if (found := _difference(of(second, training=True), alone)) > tolerance:
         raise ConfigError(
             f"{name} computes other log-probs in training than in evaluation, by {found:.3g} nats a token: "
-            "something "
-            "in it draws random numbers (dropout that its config turns off?)."
+            "something in it draws random numbers (dropout that its config turns off?)."
         )
     start = of(TokenSequence.of_turn(tokens[11:15], tokens[15:-3]))
     if (found := _difference(alone[:-3], start)) > tolerance:

@@ -23,12 +23,11 @@ FORMAT = "agro-bad-batch-2"
 
 
 class Skip(msgspec.Struct, frozen=True, kw_only=True):
-    """Why an update was not done; equal on every rank.
+    """Why a step was not done; equal on every rank.
 
-    reasons        by group id: what of it was not finite; empty when only the gradient norm is known not to be
+    reasons        by group id: what of it was not finite; empty when only the gradient norm was not
     grad_norm      NaN when no gradient was taken
-    mean_logprobs  by group id: mean log-prob of each sample's tokens under the policy, nats; None where the policy did not see it; empty
-                   when what came with the batch was not finite
+    mean_logprobs  by group id: mean log-probs of its samples by the policy, nats; None where it saw none
     """
 
     reasons: dict[int, str]
@@ -36,7 +35,7 @@ class Skip(msgspec.Struct, frozen=True, kw_only=True):
     mean_logprobs: dict[int, tuple[float | None, ...]] = {}
 
     def describe(self) -> str:
-        """A clause that names the groups."""
+        """Returns a clause that names the groups."""
         if not self.reasons:
             return f"the gradient norm is {self.grad_norm}, with finite log-probs"
         groups = list(self.reasons.items())
@@ -46,7 +45,9 @@ class Skip(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BadBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """`batch`: as the learner got it, encoded (core.records)."""
+    """What the file holds: the step, why it was skipped, and its batch as the learner got it, encoded
+    (core/records.py).
+    """
 
     step: int
     skip: Skip
@@ -55,12 +56,12 @@ class BadBatch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def file_name(step: int) -> str:
-    """Of the batch of a learner step."""
+    """Returns the name of the file for the batch of a learner step."""
     return f"step-{step:06d}.msgpack"
 
 
 def write_bad_batch(path: Path, bad: BadBatch) -> None:
-    """Written whole or not at all; the newest `MAX_FILES` of the directory stay. Raises OSError."""
+    """Writes the file whole or not at all; the newest `MAX_FILES` of the directory stay. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     aside.write_bytes(msgspec.msgpack.encode(bad))
@@ -72,7 +73,10 @@ def write_bad_batch(path: Path, bad: BadBatch) -> None:
 
 
 def read_bad_batch(path: Path) -> tuple[BadBatch, Batch]:
-    """Raises DataError in one line for a file that is missing, torn, or something else."""
+    """Returns the file's content, and the batch decoded.
+
+    Raises DataError in one line for a file that is missing, torn, or something else.
+    """
     try:
         bad = msgspec.msgpack.decode(path.read_bytes(), type=BadBatch)
         if bad.format != FORMAT:
@@ -87,8 +91,10 @@ def read_bad_batch(path: Path) -> tuple[BadBatch, Batch]:
 
 
 def render(path: Path, decode: Callable[[Sequence[int]], str] | None = None) -> str:
-    """The file as text, with `!` before what is not finite. `decode`: token ids to text, special tokens
-    included; without it the sample's own text is shown. Raises DataError as `read_bad_batch`.
+    """Returns the file as text, with `!` before what is not finite.
+
+    `decode` turns token ids into text, special tokens included; without it the sample's own text is shown.
+    Raises DataError as `read_bad_batch` does.
     """
     bad, batch = read_bad_batch(path)
     num_samples = sum(len(group.samples) for group in batch.groups)
@@ -147,5 +153,5 @@ def _number(value: float) -> str:
 
 
 def _short(text: str) -> str:
-    """One line of it, in quotes, its line ends and control characters written out."""
+    """Returns the text in one line, in quotes, its line ends and control characters written out."""
     return repr(text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]} ...")

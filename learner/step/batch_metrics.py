@@ -16,7 +16,7 @@ SHOWN_SAMPLES = 8
 
 
 def batch_metrics(batch: BatchIndex) -> dict[str, float]:
-    """Metrics of the batch by their names in metrics.jsonl, measured now, when it is consumed."""
+    """Returns metrics of the batch by their names in metrics.jsonl, measured now, when it is consumed."""
     samples = [sample for group in batch.groups for sample in group.samples]
     rewards = [
         sample.reward for sample in samples if sample.reward is not None and math.isfinite(sample.reward)
@@ -37,9 +37,10 @@ def batch_metrics(batch: BatchIndex) -> dict[str, float]:
 
 
 def shown_samples(batch: EncodedBatch, advantages: Mapping[int, Sequence[float]]) -> list[dict[str, Any]]:
-    """The first sample of the first trained groups with everything a reader wants to know of it.
+    """Returns the first sample of the first trained groups, with everything a reader wants to know of it.
 
-    `advantages`: of each trained group, in the order of its samples. Only the groups shown are decoded.
+    `advantages` are those of each trained group, in the order of its samples. Only the groups shown are
+    decoded.
     """
     shown: list[dict[str, Any]] = []
     for head, payload in zip(batch.index.groups, batch.payloads, strict=True):

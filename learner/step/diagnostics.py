@@ -38,7 +38,7 @@ where it is not known.
 
 
 def objective_metrics(samples: Mapping[str, Column], beta: float) -> dict[str, float]:
-    """Metrics by their names in metrics.jsonl from the columns named in COLUMNS; NaN where nothing is
+    """Returns metrics by their names in metrics.jsonl from the columns named in COLUMNS; NaN where nothing is
     known.
     """
     _, group_of = np.unique(samples["group"], return_inverse=True)
@@ -96,7 +96,7 @@ def _ratio(above: float, below: float) -> float:
 
 
 def _weighted_mean(values: Column, log_importance: Column) -> float:
-    """Self-normalised: sum w v / sum w, w = exp(log_importance); over the samples whose w is known."""
+    """Returns sum w v / sum w, w = exp(log_importance), over the samples whose w is known."""
     known = np.isfinite(log_importance)
     if not known.any():
         return math.nan
@@ -105,7 +105,7 @@ def _weighted_mean(values: Column, log_importance: Column) -> float:
 
 
 def _effective_share(log_importance: Column) -> float:
-    """(sum w)^2 / (N sum w^2) of w = exp(log_importance), scaled so that it cannot overflow; offline
+    """Returns (sum w)^2 / (N sum w^2) of w = exp(log_importance), scaled so that it cannot overflow; offline
     samples have none.
     """
     known = log_importance[np.isfinite(log_importance)]

@@ -1,4 +1,5 @@
-"""The policies that a step does not train: the reference and the proximal policy. When they move, and their log-probs.
+"""The policies that a step does not train, the reference and the proximal policy: when they move, and their
+log-probs.
 
 Both begin as the base model. The reference becomes a copy of the policy every `objective.ref_update_every`
 steps, if that is set at all; the proximal policy every `objective.proximal_every` steps. An objective that
@@ -24,7 +25,7 @@ MIB = 2**20
 
 
 def frozen_names(objective: Objective) -> tuple[str, ...]:
-    """Which of "reference" and "proximal" the objective needs: no other is loaded."""
+    """Returns which of "reference" and "proximal" the objective needs: no other is loaded."""
     needed = {
         REFERENCE: bool({"reference", "reference_tokens"} & objective.needs),
         PROXIMAL: "proximal" in objective.needs,
@@ -39,7 +40,7 @@ class FrozenLogprobs:
     reference_N     float64, sums over the sampled tokens of each sample; NaN where nobody knows them
     reference_T     of each token; None unless the objective needs it
     proximal_T      of each token; None unless the objective needs it
-    are_policy      the names of those that still are the policy, as at step 0: its log-probs are theirs, they need no passes
+    are_policy      the names of those that still are the policy, as at step 0: they need no passes
     must_be_finite  sums [N] by what they are called in an error
     """
 
@@ -50,7 +51,9 @@ class FrozenLogprobs:
     must_be_finite: Mapping[str, Tensor] = field(default_factory=dict)
 
     def of(self, part: Part, policy_T: Tensor, policy_N: Tensor) -> FrozenLogprobs:
-        """The log-probs of the samples of `part`, for which the policy's are `policy_T`, in sums `policy_N`."""
+        """Returns the log-probs of the samples of `part`, of which the policy's are `policy_T`, in sums
+        `policy_N`.
+        """
         reference_T = None if self.reference_T is None else self.reference_T[part.tokens]
         proximal_T = None if self.proximal_T is None else self.proximal_T[part.tokens]
         reference_N = self.reference_N[part.samples]
@@ -62,10 +65,10 @@ class FrozenLogprobs:
 
 
 class FrozenPolicies:
-    """The frozen policies by name, each as often a copy of the policy as the config says.
+    """The frozen policies by name, which become copies of the policy as often as the config says.
 
     frozen = FrozenPolicies({"reference": ZeroFrozen(config.model, config.learner)}, config, objective.needs)
-    frozen.move(policy, step); frozen.logprobs(plan, counts)
+    frozen.move(policy, step) theirs = frozen.logprobs(plan, frozen.num_passes(plan))
     """
 
     def __init__(self, policies: Mapping[str, FrozenPolicy], config: Config, needs: Collection[str]) -> None:
@@ -82,11 +85,13 @@ class FrozenPolicies:
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether there is a reference that never moves: its log-probs stay true for later uses of a sample."""
+        """Whether there is a reference that never moves: its log-probs stay true for later uses of a
+        sample.
+        """
         return REFERENCE in self._policies and not self._every[REFERENCE]
 
     def move(self, policy: Policy, step: int) -> None:
-        """Copy the policy into those whose time has come before learner step `step`. Collective."""
+        """Copies the policy into those whose time has come before learner step `step`. Collective."""
         for name, frozen in self._policies.items():
             every = self._every[name]
             is_due = bool(every) and step % every == 0
@@ -95,11 +100,13 @@ class FrozenPolicies:
                 self.moved.add(name)
 
     def num_passes(self, plan: StepPlan) -> list[int]:
-        """How many passes this rank needs by the reference, and by the proximal policy."""
+        """Returns how many passes this rank needs by the reference, and by the proximal policy."""
         return [len(self._passes(plan, name)) for name in (REFERENCE, PROXIMAL)]
 
     def logprobs(self, plan: StepPlan, counts: Sequence[int]) -> FrozenLogprobs:
-        """Their log-probs, by the learner's own kernels. `counts`: the `num_passes` of the rank that has most. Collective."""
+        """Returns their log-probs, by the learner's own kernels. `counts` is `num_passes` of the rank that
+        needs most. Collective.
+        """
         samples = plan.samples
         if plan.step == 0:
             return FrozenLogprobs(samples.ref_logprobs_N, are_policy=frozenset(self._policies))
@@ -134,11 +141,13 @@ class FrozenPolicies:
 def run_passes(
     policy: ScoringPolicy, plan: StepPlan, passes: Sequence[Pass], count: int, temperature: float
 ) -> list[Tensor]:
-    """The log-probs of each of `passes`, without gradient; idle passes after them, `count` in all. Collective."""
+    """Returns the log-probs of each of `passes`, without gradient. Idle passes follow, so that it runs
+    `count` in all. Collective.
+    """
     values = [policy.logprobs(each.inputs, temperature) for each in plan.filled(passes, count)]
     return values[: len(passes)]
 
 
 def joined(plan: StepPlan, values: Sequence[Tensor]) -> Tensor:
-    """[T] the values of all passes one after another; empty on a rank without passes."""
+    """Returns [T] the values of all passes, one after another; empty on a rank without passes."""
     return torch.cat((plan.samples.behaviour_logprobs_T[:0], *values))

@@ -1,8 +1,9 @@
 """What keeps a bad batch or a bad moment from becoming a bad policy, and says so: the same on every rank,
 since all see the same.
 
-batch --StalenessBound.check_batch--> update --Guards.judge--> skipped: counted, told, its batch kept; the third in a row ends the run
-                                       `----------> done: alarms on the metrics, which are told and stop nothing
+    batch --check_batch--> update --Guards.judge--> skipped: counted, told, its batch kept;
+                                      |             the third in a row ends the run
+                                      `-----------> done: alarms on the metrics, which stop nothing
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ where an objective has no reference.
 
 
 class Alarms:
-    """Tells of values far above what they were lately: more than `NUM_MADS` median absolute deviations above
-    the running median.
+    """Tells of values far above what they were lately: `for sentence in alarms.observe(step, metrics)`.
 
-    Each series is judged against its last `WINDOW` values, once it has `MIN_SEEN`; after an alarm it is quiet
-    for `QUIET_STEPS`. So are log-probs of actors and learner that are further apart than
-    `mismatch_bound_nats`.
+    A value is far when it is more than `NUM_MADS` median absolute deviations above the running median. Each
+    series is judged against its last `WINDOW` values, once it has `MIN_SEEN`; after an alarm it is quiet for
+    `QUIET_STEPS`. Log-probs of actors and learner that are further apart than `mismatch_bound_nats` give an
+    alarm, too.
     """
 
     def __init__(self, mismatch_bound_nats: float = math.inf) -> None:
@@ -49,7 +50,9 @@ class Alarms:
         self._told: dict[str, int] = {}
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """The alarms of this learner step, a sentence each. What is missing or not finite is left out."""
+        """Returns the alarms of this learner step, a sentence each. What is missing or not finite is left
+        out.
+        """
         events = []
         for alarm, seen in self._seen.items():
             known = [name for name in WATCHED[alarm] if math.isfinite(metrics.get(name, math.nan))]
@@ -60,8 +63,7 @@ class Alarms:
                 self._told[alarm] = step
                 events.append(
                     f"{alarm} at learner step {step}: {known[0]} = {value:.4g}, above {limit:.4g}, which is "
-                    "the median of the last "
-                    f"{len(seen)} steps and {NUM_MADS:g} times their median deviation"
+                    f"the median of the last {len(seen)} steps and {NUM_MADS:g} times their median deviation"
                 )
             seen.append(value)
         events += self._mismatch(step, metrics)
@@ -76,14 +78,12 @@ class Alarms:
         self._told["mismatch"] = step
         return [
             f"mismatch at learner step {step}: log-probs by actors and learner of "
-            f"{metrics['mismatch/tokens']:.0f} fresh tokens "
-            f"differ by {mean:.3g} nats on average, above {bound:g}: the actors no longer sample from what "
-            "the "
-            "learner computes (mismatch/*)"
+            f"{metrics['mismatch/tokens']:.0f} fresh tokens differ by {mean:.3g} nats on average, above "
+            f"{bound:g}: the actors no longer sample from what the learner computes (mismatch/*)"
         ]
 
     def get_state(self) -> dict[str, Any]:
-        """The series, and when which alarm was last given, as JSON."""
+        """Returns the series, and when which alarm was last given, as JSON."""
         return {
             "count": self.count,
             "seen": {alarm: list(values) for alarm, values in self._seen.items()},
@@ -91,21 +91,25 @@ class Alarms:
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `get_state` returned."""
+        """Takes over what `get_state` returned."""
         self.count, self._told = int(state["count"]), dict(state["told"])
         self._seen = {alarm: deque(state["seen"][alarm], maxlen=WINDOW) for alarm in WATCHED}
 
 
 def alarm_limit(values: Collection[float]) -> float:
-    """Median + NUM_MADS * MAD of the values; the MAD is at least MIN_SPREAD of the median."""
+    """Returns median + NUM_MADS * MAD of the values; the MAD is at least MIN_SPREAD of the median."""
     median = statistics.median(values)
     spread = statistics.median(abs(value - median) for value in values)
     return median + NUM_MADS * max(spread, MIN_SPREAD * abs(median))
 
 
 class Guards:
-    """Judges every update; `tell` is given events, `share` brings rank 0's value to every rank (a list
-    of one). Rank 0 writes.
+    """Judges every step: `guards.judge(step, payload, result.metrics(), result.skip)` on all ranks at once.
+
+    directory            where the batches of skipped steps are kept, by rank 0
+    tell                 gets a sentence about each skipped step and each alarm, on rank 0
+    share                brings rank 0's value to every rank, in a list of one
+    mismatch_bound_nats  mean difference of log-probs above which actors and learner differ
     """
 
     def __init__(
@@ -117,13 +121,12 @@ class Guards:
         share: Callable[[Any], list[Any]],
         mismatch_bound_nats: float = math.inf,
     ) -> None:
-        """`directory`: where the batches of skipped steps are kept. `mismatch_bound_nats`: as of Alarms."""
         self._directory, self._rank, self._tell, self._share = directory, rank, tell, share
         self._alarms = Alarms(mismatch_bound_nats)
         self._skipped = self._in_a_row = 0
 
     def judge(self, step: int, payload: bytes, metrics: Mapping[str, float], skip: Skip | None) -> None:
-        """Of the update of learner step `step` with the encoded batch `payload`, which rank 0 has. Collective when it was
+        """Judges learner step `step`, whose encoded batch `payload` rank 0 has. Collective when the step was
         skipped.
 
         Raises TrainingError on every rank, with the batch kept, when it is the `MAX_SKIPS`th skipped in a
@@ -142,8 +145,7 @@ class Guards:
                     f"{self._in_a_row} learner steps in a row were skipped, the last is step {step}: "
                     f"{skip.describe()}\n{kept}\n"
                     "The parameters are as they were before. Lower learner.lr, look at the batch with "
-                    "launch.py inspect-batch, or check "
-                    "the model with transformers."
+                    "launch.py inspect-batch, or check the model with transformers."
                 )
             events = [f"learner step {step} skipped: {skip.describe()}; {kept}"]
         if self._rank == 0:
@@ -151,20 +153,22 @@ class Guards:
                 self._tell(event)
 
     def metrics(self) -> dict[str, float]:
-        """By their names in metrics.jsonl."""
+        """Returns the counts of skipped steps and alarms by their names in metrics.jsonl."""
         return {"guard/skipped_steps": float(self._skipped), "guard/alarms": float(self._alarms.count)}
 
     def get_state(self) -> dict[str, Any]:
-        """As JSON; equal on every rank."""
+        """Returns the counts and series as JSON; equal on every rank."""
         return {"skipped": self._skipped, "in_a_row": self._in_a_row, "alarms": self._alarms.get_state()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `get_state` returned."""
+        """Takes over what `get_state` returned."""
         self._skipped, self._in_a_row = int(state["skipped"]), int(state["in_a_row"])
         self._alarms.set_state(state["alarms"])
 
     def _keep(self, step: int, payload: bytes, skip: Skip) -> str:
-        """Where the batch is now, or why it is not kept: a full disk does not stop training."""
+        """Keeps the batch and says where it is now, or why it is not kept: a full disk does not stop
+        training.
+        """
         path = self._directory / file_name(step)
         try:
             write_bad_batch(path, BadBatch(step=step, skip=skip, batch=payload))

@@ -1,15 +1,15 @@
 """Whether the learner computes what the actors sampled from: both their log-probs of the same tokens under
 the same weights.
 
-    d = log pi - log mu        of a token; pi by the learner (transformers), mu by the actors (vLLM): 0 but for rounding
+    d = log pi - log mu        pi by the learner (transformers), mu by the actors (vLLM): 0 but for rounding
     k1 = mean(-d),  k3 = mean(exp(d) - 1 - d)        both estimate KL(mu, pi), since mu drew the tokens
 
 Compared are the samples of staleness 0, all of whose tokens were sampled by exactly the version that the
 learner has now; mixed, stale and offline samples say nothing. On the first of them a run stops, before its
 policy is updated, when the mean |d| is above the bound of its dtype; later that is an alarm
-(learner/step/guards.py). With `actors.top_p` below 1 mu is renormalised over what the cut leaves, at least top_p
-of the mass, which the learner does not repeat: -d may lie anywhere from 0 to -log top_p, and only what lies
-outside is a mismatch.
+(learner/step/guards.py). With `actors.top_p` below 1 mu is renormalised over what the cut leaves, at least
+top_p of the mass, which the learner does not repeat: -d may lie anywhere from 0 to -log top_p, and only what
+lies outside is a mismatch.
 
 A run that goes on from a checkpoint may meet samples of a version number that it has yet to reach: they are
 of the life before, which need not have had the same weights under it. They are not compared.
@@ -42,7 +42,9 @@ _MAX_EXPONENT = 80.0
 
 
 class Mismatch(NamedTuple):
-    """Of the fresh samples of one learner step, over all ranks; nats a token."""
+    """How far log-probs of actors and learner are apart on the fresh samples of one learner step, over all
+    ranks; nats a token.
+    """
 
     num_tokens: int
     mean: float
@@ -53,7 +55,7 @@ class Mismatch(NamedTuple):
     k3: float
 
     def metrics(self) -> dict[str, float]:
-        """By their names in metrics.jsonl."""
+        """Returns the numbers by their names in metrics.jsonl."""
         return {
             "mismatch/tokens": float(self.num_tokens),
             "mismatch/mean": self.mean,
@@ -66,8 +68,10 @@ class Mismatch(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What one rank contributes: tokens; of what is too much the sum, the sum of squares, the maximum, the
-    tokens beyond FAR_NATS; sums for k1 and k3.
+    """What one rank contributes to a Mismatch.
+
+    `excess`, `squares` and `max` are the sum, sum of squares and maximum of what |d| is too much, `num_far`
+    the tokens beyond FAR_NATS; `k1` and `k3` are sums for the two estimates.
     """
 
     num_tokens: int = 0
@@ -80,7 +84,7 @@ class Sums(NamedTuple):
 
 
 def bound_nats(config: Config) -> float:
-    """The mean |d| up to which a run goes on.
+    """Returns the mean |d| up to which a run goes on.
 
     Adapters merged in half precision round the weights once more: twice as much. A temperature below 1
     enlarges what logits differ by.
@@ -95,13 +99,15 @@ def bound_nats(config: Config) -> float:
 
 
 def is_above(mean: float, standard_error: float, bound: float) -> bool:
-    """Whether a mean is more than rounding; see NUM_ERRORS. What is not a number is."""
+    """Says whether a mean is more than rounding (NUM_ERRORS, FAR_FACTOR). What is not a number is."""
     return not (mean - NUM_ERRORS * standard_error <= bound and mean <= FAR_FACTOR * bound)
 
 
 class MismatchCheck:
-    """Compares the fresh samples of every step; stops the run at the first that differ. The same on
-    every rank.
+    """Compares the fresh samples of every step, and stops the run at the first that differ. The same on every
+    rank.
+
+    parts = ranks.gather(check.sums(samples, logprobs_T, step)) metrics = check.judge(step, parts)
     """
 
     def __init__(
@@ -113,26 +119,29 @@ class MismatchCheck:
         known_until: int = 0,
         tell: Callable[[str], Any] = lambda _: None,
     ) -> None:
-        """`model_config`: the Hugging Face config. `start_step`: where this learner starts; `known_until`:
-        the newest version that an earlier life of the run may have had. `tell` is given, once, how near they
-        are.
+        """`model_config` is the Hugging Face config, `start_step` where this learner starts.
+
+        `known_until` is the newest version that an earlier life of the run may have had. `tell` is given,
+        once, how near actors and learner are.
         """
         self._config, self._model_config, self._tell = config, model_config, tell
         self._start_step, self._known_until = start_step, known_until
         self._bound, self._is_passed = bound_nats(config), False
 
     def fresh(self, samples: SampleArrays, step: int) -> Tensor:
-        """[N] bool: whether all tokens of a sample are of the weights that the learner has at this step."""
+        """Returns [N] bool: whether all tokens of a sample are of the weights that the learner has at this
+        step.
+        """
         return samples.is_fresh_N & (step == self._start_step or step > self._known_until)
 
     def any_fresh(self, samples: SampleArrays, step: int) -> bool:
-        """Whether there is anything to compare."""
+        """Says whether there is anything to compare."""
         return bool((self.fresh(samples, step) & (samples.sizes_N > 0)).any())
 
     def sums(
         self, samples: SampleArrays, logprobs_T: Tensor, step: int, is_sound_N: Tensor | None = None
     ) -> Sums:
-        """What this rank contributes, once it has the policy's log-probs of its samples.
+        """Returns what this rank contributes, once it has the policy's log-probs of its samples.
 
         Samples that are not sound, having a number that is not finite, are left to the guard of those.
         """
@@ -155,7 +164,7 @@ class MismatchCheck:
         )
 
     def judge(self, step: int, parts: Iterable[Sums]) -> dict[str, float]:
-        """The metrics of a step from the `sums` of all ranks; none where nothing was fresh.
+        """Returns the metrics of a step from the `sums` of all ranks; none where nothing was fresh.
 
         Raises TrainingError with the numbers, the likely cause and what to set, unless fresh samples have
         agreed before.
@@ -190,7 +199,7 @@ class MismatchCheck:
 
 
 def combined(parts: Iterable[Sums]) -> Mismatch | None:
-    """Of all ranks; None where there is no token."""
+    """Combines what all ranks contribute; None where there is no token."""
     known = [part for part in parts if part.num_tokens]
     if not known:
         return None
@@ -209,8 +218,8 @@ def combined(parts: Iterable[Sums]) -> Mismatch | None:
 
 
 def likely_causes(config: Config, model_config: Any) -> list[str]:
-    """Why vLLM may compute another function of the weights than transformers, a clause each with what
-    to set; the likeliest first.
+    """Says why vLLM may compute another function of the weights than transformers: a clause each with what to
+    set, the likeliest first.
     """
     text = model_config.get_text_config()
     longest = config.max_sequence_tokens

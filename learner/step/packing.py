@@ -1,17 +1,19 @@
-"""Sequences to ranks, to micro-batches, to tensors, through a model, to one log-prob per sampled token.
+"""From sequences to one log-prob per sampled token: which rank, which forward pass, which tensors, and
+through the model.
 
-    groups --assign_groups--> ranks --plan_micro_batches--> indices --collate--> ModelInputs --TokenLogprobs--> log-probs
+groups --assign_groups--> ranks --plan_micro_batches--> passes --collate--> ModelInputs --TokenLogprobs-->
+log-probs
 
-Two layouts. `padded`: one row per sequence, padding on the right. `packed`: one row for all, without padding;
-positions restart at 0. Attention stays within sequences by learner/policy/attention.py. For other attentions than
-sdpa, transformers derives a block-diagonal causal mask from the positions, only when there is neither an
-attention mask nor a key-value cache: a model called without `use_cache=False` lets packed sequences see each
-other, silently. Call models with `ModelInputs.model_kwargs()`, which holds all of that. Models with recurrent
-layers know no such mask, nor do those that count positions by themselves: these are refused, and want
-`padded`.
+Two layouts. `padded` is one row per sequence, padding on the right. `packed` is one row for all, without
+padding; positions restart at 0, and attention stays within sequences by learner/policy/attention.py. For
+other attentions than sdpa, transformers derives a block-diagonal causal mask from the positions, only when
+there is neither an attention mask nor a key-value cache: a model called without `use_cache=False` lets packed
+sequences see each other, silently. Call models with `ModelInputs.model_kwargs()`, which holds all of that.
+Models with recurrent layers know no such mask, nor do those that count positions by themselves: these are
+refused, and want `padded`.
 
-Tensor letters: N sequences, S tokens of all of them, T those that were sampled, B rows, L row length,
-K positions whose logits are computed, V vocabulary.
+Tensor letters: N sequences, S tokens of all of them, T those that were sampled, B rows, L row length, K
+positions whose logits are computed, V vocabulary.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class TokenSequence(NamedTuple):
 
     @classmethod
     def of_turn(cls, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> TokenSequence:
-        """A prompt and the completion sampled for it. The completion may be empty, the prompt may not."""
+        """Makes the sequence of a prompt and the completion sampled for it. The completion may be empty, the
+        prompt may not.
+        """
         tokens = np.array([*prompt_ids, *completion_ids], dtype=np.int64)
         return cls(tokens, np.arange(len(tokens)) >= len(prompt_ids))
 
@@ -65,7 +69,9 @@ class TokenSequence(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass: `indices` of sequences, ascending. `whole`: every group in it is complete."""
+    """The sequences of one forward pass: their indices, ascending. `whole` says that every group among them
+    is complete.
+    """
 
     indices: tuple[int, ...]
     whole: bool
@@ -102,7 +108,7 @@ class ModelInputs:
         return dataclasses.replace(self, **moved)
 
     def model_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for a Hugging Face causal language model."""
+        """Returns the keyword arguments for a Hugging Face causal language model."""
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
@@ -113,10 +119,11 @@ class ModelInputs:
 
 
 def assign_groups(group_tokens: list[int], num_ranks: int) -> list[list[int]]:
-    """Indices of whole groups for each of `num_ranks` ranks, balanced by tokens: the largest first, to the
-    least loaded.
+    """Shares whole groups out to `num_ranks` ranks, balanced by tokens: the largest first, to the least
+    loaded.
 
-    Deterministic; ascending within a rank; a rank may get none.
+    Returns the indices of each rank's groups, ascending; a rank may get none. Deterministic. Raises
+    ValueError without ranks.
     """
     if num_ranks < 1:
         raise ValueError(f"num_ranks is {num_ranks}; expected at least 1")
@@ -132,7 +139,7 @@ def assign_groups(group_tokens: list[int], num_ranks: int) -> list[list[int]]:
 def plan_micro_batches(
     lengths: list[int], group_of: list[int], budget_tokens: int, layout: Layout
 ) -> list[MicroBatch]:
-    """Forward passes of at most `budget_tokens` that hold every sequence once; deterministic.
+    """Plans forward passes of at most `budget_tokens` that hold every sequence once; deterministic.
 
     `lengths` are tokens per sequence, `group_of` its group. A pass costs rows * longest (padded) or the sum
     (packed). Groups that fit stay whole. Those that do not are split, and their pieces share passes of their
@@ -178,8 +185,8 @@ def _cost(lengths: list[int], layout: Layout) -> int:
 def _fill(
     units: list[tuple[int, ...]], lengths: list[int], budget_tokens: int, layout: Layout
 ) -> list[tuple[int, ...]]:
-    """Units (indices that stay together) joined within the budget, the one with the longest sequence
-    first.
+    """Joins units, which are indices that stay together, within the budget; the one with the longest sequence
+    comes first.
     """
     batches: list[list[int]] = []
     for unit in sorted(units, key=lambda unit: (-max(lengths[i] for i in unit), unit)):
@@ -197,9 +204,10 @@ def _fill(
 def collate(
     sequences: Sequence[TokenSequence], layout: Layout, pad_id: int, device: torch.device | str = "cpu"
 ) -> ModelInputs:
-    """The tensors of `sequences` on `device`.
+    """Makes the tensors of one forward pass over `sequences`, on `device`.
 
-    Raises ValueError without sequences, DataError for a sequence whose first token was sampled, or that has no token.
+    Raises ValueError without sequences, DataError for a sequence whose first token was sampled, or that has
+    no token.
     """
     if not sequences:
         raise ValueError("sequences is empty; expected at least one per forward pass")
@@ -242,7 +250,9 @@ def collate(
 
 
 def _check_predictable(lengths: Sequence[int], begin_sampled: Sequence[int]) -> None:
-    """Raises DataError for sequences without tokens, and for `begin_sampled`, those whose first token was sampled."""
+    """Raises DataError for sequences without tokens, and for those in `begin_sampled`, whose first token was
+    sampled.
+    """
     refused = [*begin_sampled, *(index for index, length in enumerate(lengths) if not length)]
     if refused:
         raise DataError(
@@ -252,10 +262,11 @@ def _check_predictable(lengths: Sequence[int], begin_sampled: Sequence[int]) -> 
 
 
 def token_logprobs(logits: Tensor, inputs: ModelInputs, temperature: float) -> Tensor:
-    """[T] log-probs of the sampled tokens, by sequence, then position, from the model's logits [B, K, V].
+    """Returns [T] log-probs of the sampled tokens, by sequence, then position, from the model's logits [B, K,
+    V].
 
-    float32 (float64 for float64 logits). Works on the logits as they are: positions that predict nothing are
-    computed with a dummy target and left out, which is cheaper than a copy of those that do.
+    They are float32 (float64 for float64 logits). The logits are taken as they are: positions that predict
+    nothing are computed with a dummy target and left out, which is cheaper than a copy of those that do.
     """
     targets_BK = inputs.targets_T.new_zeros(logits.shape[:-1])
     targets_BK[inputs.rows_T, inputs.columns_T] = inputs.targets_T
@@ -271,7 +282,9 @@ def refuse_packing(module: Any, reason: str) -> None:
 
 
 def _check_packable(module: Any) -> None:
-    """What shows in the model's class and config; learner/policy/function_check.py looks at what it computes."""
+    """Refuses what the model's class and config show; learner/policy/function_check.py looks at what it
+    computes.
+    """
     kinds = {*(getattr(module.config.get_text_config(), "layer_types", None) or ())}
     # So transformers marks models that carry a state along the row.
     if getattr(module, "_is_stateful", False):
@@ -286,8 +299,13 @@ class TokenLogprobs:
     """The learner's way through a Hugging Face causal LM: attention within packed sequences, log-probs
     without the logits.
 
-    Made of the bare module, which it changes, before DeepSpeed wraps it; called with whatever then stands for
-    the model. Raises ConfigError for a model whose packed sequences would see each other.
+        token_logprobs = TokenLogprobs(module, "packed", "sdpa")
+        engine, *_ = deepspeed.initialize(model=module, ...)
+        logprobs_T = token_logprobs(engine, inputs, temperature)
+
+    It is made of the bare module, which it changes, before DeepSpeed wraps it.
+
+    Raises ConfigError for a model whose packed sequences would see each other.
     """
 
     def __init__(self, module: Any, layout: Layout, attention: str) -> None:
@@ -299,10 +317,11 @@ class TokenLogprobs:
             refuse_packing(module, "does not let its attention be exchanged (model.attention = sdpa)")
 
     def __call__(self, model: Any, inputs: ModelInputs, temperature: float) -> Tensor:
-        """[T] log-probs of the sampled tokens, by sequence, then position; float32 (float64 for a float64
-        model).
+        """Returns [T] log-probs of the sampled tokens, by sequence, then position; float32 (float64 for a
+        float64 model).
 
-        Raises ConfigError for models whose attention or head turns out to be of another kind than it looked.
+        `model` is whatever stands for the module by now. Raises ConfigError for models whose attention or
+        head turns out to be of another kind than it looked.
         """
         kwargs = inputs.model_kwargs() | ({"packing": inputs.packing} if self._packs else {})
         if self._head is None:

@@ -1,9 +1,11 @@
-"""The plan of one optimizer step on one rank: which samples, in which forward passes. Collated once, for all passes of the step.
+"""The plan of one optimizer step on one rank: which samples, in which forward passes. Collated once, for all
+passes of the step.
 
-    Share: this rank's groups of a batch --plan_micro_batches--> passes --collate--> ModelInputs
-                                                       `--in the order of the passes--> SampleArrays
+Share: this rank's groups of a batch --plan_micro_batches--> passes --collate--> ModelInputs `--in the order
+of the passes--> SampleArrays
 
-Since the flat arrays are in the order of the passes, the samples of a pass are a slice of them, and so are their tokens.
+Since the flat arrays are in the order of the passes, the samples of a pass are a slice of them, and so are
+their tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from learner.step.share import Share
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass over the samples of `part`; `is_whole` says that every group in it is complete."""
+    """One forward pass over the samples of `part`. `is_whole` says that every group in it is complete."""
 
     inputs: ModelInputs
     part: Part
@@ -52,7 +54,7 @@ class StepPlan:
 
     @property
     def split_part(self) -> Part:
-        """The samples of all split groups: the last ones."""
+        """The samples of all groups that no single pass can hold: the last ones."""
         whole = self.samples.whole
         sample, token = whole.samples.stop, whole.tokens.stop
         if self.split_passes:
@@ -61,7 +63,9 @@ class StepPlan:
         return Part(slice(sample, whole.samples.stop), slice(token, whole.tokens.stop))
 
     def filled(self, passes: Sequence[Pass], count: int) -> tuple[Pass, ...]:
-        """`passes` and idle ones, `count` in all: ZeRO-3 gathers in every pass, so all ranks must run equally many."""
+        """Returns `passes` and idle ones, `count` in all: ZeRO-3 gathers in every pass, so that all ranks
+        must run equally many.
+        """
         return (*passes, *[self.idle] * (count - len(passes)))
 
 
@@ -73,10 +77,10 @@ def plan_step(
     pad_id: int,
     device: torch.device,
 ) -> StepPlan:
-    """The plan of this rank, which every rank makes of its own share of the batch.
+    """Makes the plan of this rank from its share of the batch.
 
-    `needs` are those of the objective. Raises ConfigError for a sequence beyond `learner.micro_batch_tokens`, DataError for an empty
-    prompt.
+    `needs` are those of the objective. Raises ConfigError for a sequence beyond `learner.micro_batch_tokens`,
+    DataError for one whose first token was sampled.
     """
     members = [(group, place) for group in share.groups for place in range(len(group.samples))]
     sequences = [sequence_of(group.samples[place]) for group, place in members]

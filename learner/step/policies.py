@@ -1,4 +1,5 @@
-"""What a step asks of policies. learner/policy/zero.py has them under ZeRO-3, benchmarks/lag_lab.py as plain modules.
+"""What a step asks of policies. learner/policy/zero.py has them under ZeRO-3, benchmarks/lag_lab.py as plain
+modules.
 
 Every method is collective: all ranks call it equally often and in one order.
 """
@@ -17,7 +18,9 @@ class ScoringPolicy(Protocol):
     """A policy that says how likely given tokens are."""
 
     def logprobs(self, inputs: ModelInputs, temperature: float) -> Tensor:
-        """[T] log-probs of the sampled tokens, nats; a trained policy's are differentiable unless under `torch.no_grad`."""
+        """Returns [T] log-probs of the sampled tokens, nats; a trained policy's are differentiable unless
+        under `torch.no_grad`.
+        """
         ...
 
 
@@ -37,9 +40,12 @@ class Policy(ScoringPolicy, Protocol):
         ...
 
     def step(self, lr: float) -> float:
-        """The gradient's norm before clipping. Not finite: the step was not done, the gradients are gone, nothing has changed."""
+        """Takes an optimizer step and returns the gradient's norm before clipping.
+
+        Where the norm is not finite the step was not done: the gradients are gone, nothing has changed.
+        """
         ...
 
     def own_weights(self, bucket_bytes: int) -> Iterable[tuple[str, Tensor]]:
-        """(name, whole tensor) of each weight, gathered in buckets of about `bucket_bytes`."""
+        """Yields (name, whole tensor) of each weight, gathered in buckets of about `bucket_bytes`."""
         ...

@@ -12,7 +12,9 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """This rank among the others: `ranks.largest([3, 1])` is [5, 1] where another rank says [5, 0]. All methods are collective."""
+    """This rank among the others: `ranks.largest([3, 1])` is [5, 1] where another rank says [5, 0]. Its
+    methods are collective.
+    """
 
     def __init__(self) -> None:
         self.number, self.count = 0, 1
@@ -20,7 +22,7 @@ class Ranks:
             self.number, self.count = dist.get_rank(), dist.get_world_size()
 
     def largest(self, counts: Sequence[int]) -> list[int]:
-        """The largest value of any rank, for each of `counts`."""
+        """Returns the largest value of any rank, for each of `counts`."""
         if self.count == 1:
             return [int(count) for count in counts]
         values = torch.tensor([int(count) for count in counts])
@@ -29,7 +31,7 @@ class Ranks:
         return found
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank."""
+        """Returns every rank's value, by rank."""
         if self.count == 1:
             return [value]
         values = [value] * self.count

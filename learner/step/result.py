@@ -30,7 +30,7 @@ class StepResult:
     lr         learning rate
     grad_norm  norm of the gradient before clipping; not finite when the step was skipped
     beta       strength of the KL term, for the metrics
-    samples    the columns named in COLUMNS, a value for each sample, ordered by group and place; none when the step was skipped
+    samples    the columns COLUMNS, one value a sample, by group and place; none when the step was skipped
     mismatch   metrics of actors' against learner's log-probs; none where no sample was fresh
     skip       why the step was not done; None when it was
     """
@@ -44,14 +44,16 @@ class StepResult:
     skip: Skip | None = None
 
     def metrics(self) -> dict[str, float]:
-        """The step's metrics by their names in metrics.jsonl; only the optimizer's when it was skipped."""
+        """Returns the step's metrics by their names in metrics.jsonl; only the optimizer's when it was
+        skipped.
+        """
         optimizer = {"optim/grad_norm": self.grad_norm, "optim/lr": self.lr}
         if self.skip is not None:
             return optimizer
         return {**optimizer, **self.mismatch, **objective_metrics(self.samples, self.beta)}
 
     def by_group(self, column: str) -> dict[int, list[float]]:
-        """The values of a column for each group that was trained, in the order of its samples."""
+        """Returns the values of a column for each group that was trained, in the order of its samples."""
         if self.skip is not None:
             return {}
         groups, firsts = np.unique(self.samples["group"], return_index=True)
@@ -60,7 +62,9 @@ class StepResult:
 
 
 def found_of(batch: TokenBatch, diagnostics: Mapping[str, Tensor]) -> Tensor:
-    """[N, len(FOUND)] float64: what the objective says of the samples of `batch`, and what holds for any objective."""
+    """Returns [N, len(FOUND)] float64: what the objective says of the samples of `batch`, and what holds for
+    any objective.
+    """
     logprobs_T = batch.logprobs_T.detach().double()
     logprob_N = batch.sequence_sums(logprobs_T)
     columns = {
@@ -75,7 +79,7 @@ def found_of(batch: TokenBatch, diagnostics: Mapping[str, Tensor]) -> Tensor:
 
 
 def gather_samples(ranks: Ranks, samples: SampleArrays, found_NK: Tensor) -> dict[str, Column]:
-    """The columns of learner/step/diagnostics.py over all ranks, ordered by group and place in it. Collective."""
+    """Returns the columns COLUMNS of all ranks' samples, ordered by group and place in it. Collective."""
     known = {
         "group": samples.groups_N,
         "prompt_index": samples.prompts_N,
@@ -97,9 +101,10 @@ def gather_skip(
     mean_logprobs: Sequence[float | None],
     grad_norm: float = math.nan,
 ) -> Skip:
-    """Why the step is not done, as every rank then knows it. Collective.
+    """Returns why the step is not done, as every rank then knows it. Collective.
 
-    `faults` are what is not finite of each sample of this rank; `mean_logprobs` its mean by the policy, where the policy saw it.
+    `faults` are what is not finite of each sample of this rank; `mean_logprobs` its mean by the policy, where
+    the policy saw it.
     """
     mine = list(zip(samples.groups_N.tolist(), samples.places_N.tolist(), faults, mean_logprobs, strict=True))
     reasons: dict[int, str] = {}

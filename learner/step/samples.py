@@ -96,9 +96,9 @@ class SampleArrays:
         return dataclasses.replace(self, **cut)
 
     def sums(self, values_T: Tensor, part: Part | None = None) -> Tensor:
-        """Returns [N] float64 sums over each sample of `values_T`, which are the values of all tokens or those of `part`.
+        """Returns [N] float64 sums of `values_T` over each sample.
 
-        Samples out of `part` have the sum 0.
+        These are the values of all tokens, or of those of `part`; samples out of it then have the sum 0.
         """
         sequence_T = self.sequence_T if part is None else self.sequence_T[part.tokens]
         zeros_N = values_T.new_zeros(len(self), dtype=torch.float64)
@@ -119,7 +119,9 @@ class SampleArrays:
 def arrays_of(
     members: Sequence[Member], step: int, needs: Collection[str], device: torch.device | str
 ) -> SampleArrays:
-    """The arrays of `members` at learner step `step`, on `device`; `needs` are those of the objective."""
+    """Returns the arrays of `members` at learner step `step`, on `device`; `needs` are those of the
+    objective.
+    """
     samples = [group.samples[place] for group, place in members]
 
     def integers(values: Iterable[int]) -> Tensor:
@@ -156,12 +158,14 @@ def arrays_of(
 
 
 def sequence_of(sample: Sample) -> TokenSequence:
-    """The trajectory of a sample as a forward pass takes it."""
+    """Returns the trajectory of a sample as a forward pass takes it."""
     return TokenSequence(sample.tokens.numpy(), sample.is_sampled.numpy())
 
 
 def faults_of(named: Mapping[str, Tensor]) -> list[str | None]:
-    """For each of N samples the first name under which its value ([N] each) is not finite, or None."""
+    """Returns for each of N samples the first name under which its value, [N] each, is not finite,
+    or None.
+    """
     found: list[str | None] = []
     names = list(named)
     is_faulty_KN = ~torch.stack(list(named.values())).isfinite()
@@ -173,7 +177,9 @@ def faults_of(named: Mapping[str, Tensor]) -> list[str | None]:
 
 
 def _behaviour(samples: Sequence[Sample]) -> Tensor:
-    """[T] float32 log-probs of the sampled tokens by whoever sampled them; NaN for an offline sample's."""
+    """Returns [T] float32 log-probs of the sampled tokens by whoever sampled them; NaN for an offline
+    sample's.
+    """
     values: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)]
     for sample in samples:
         is_known = not sample.is_offline
@@ -184,6 +190,6 @@ def _behaviour(samples: Sequence[Sample]) -> Tensor:
 
 
 def _completion_id(sample: Sample) -> int:
-    """64 bits of a digest of the tokens and of which of them were sampled."""
+    """Returns 64 bits of a digest of the tokens and of which of them were sampled."""
     digest = hashlib.blake2b(sample.tokens.data + sample.is_sampled.data, digest_size=8)
     return int.from_bytes(digest.digest(), signed=True)

@@ -1,10 +1,11 @@
-"""A rank's share of a batch: the index of all of it, and the groups that this rank trains, decoded by it alone.
+"""A rank's share of a batch: the index of all of it, and the groups that this rank trains, decoded by it
+alone.
 
-    rank 0: encoded batch --open_batch--> index ------- broadcast -------> every rank: which groups are whose
-                                    `---> payloads -- to whom they belong -> that rank: decoded
+rank 0: encoded batch --open_batch--> index ------- broadcast -------> every rank: which groups are whose
+`---> payloads -- to whom they belong -> that rank: decoded
 
-The batch as a whole is nowhere decoded. What every rank must know alike, such as ages, rewards and whether the log-probs are
-finite, is in the index.
+The batch as a whole is nowhere decoded. What every rank must know alike, such as ages, rewards and whether
+the log-probs are finite, is in the index.
 """
 
 from __future__ import annotations
@@ -31,26 +32,29 @@ from learner.step.ranks import Ranks
 
 @dataclass(frozen=True)
 class Share:
-    """`groups` are those of `index` that this rank trains, whole, in the index's order."""
+    """A rank's part of a batch: `groups` are those of `index` that it trains, whole, in the index's order.
+
+    share = receive_share(open_batch(payload) if rank == 0 else None)
+    """
 
     index: BatchIndex
     groups: tuple[Group, ...]
 
     @classmethod
     def of(cls, batch: Batch) -> Share:
-        """This rank's share of a batch that every rank has whole."""
+        """Returns this rank's share of a batch that every rank has whole."""
         ranks, index = Ranks(), index_of(batch)
         mine = owned(index, ranks.count)[ranks.number]
         return cls(index, tuple(batch.groups[place] for place in mine))
 
 
 def owned(index: BatchIndex, num_ranks: int) -> list[list[int]]:
-    """For each rank the places in the index of its groups; the same on every rank that asks."""
+    """Returns for each rank the places in the index of its groups; the same on every rank that asks."""
     return assign_groups([group.num_tokens for group in index.groups], num_ranks)
 
 
 def receive_share(batch: EncodedBatch | None) -> Share:
-    """This rank's share of the batch that rank 0 has; the others give None. Collective, on the CPU.
+    """Returns this rank's share of the batch that rank 0 has; the others give None. Collective, on the CPU.
 
     Raises msgspec.MsgspecError when a payload is not the group that the index says.
     """

@@ -1,17 +1,19 @@
-"""One optimizer step from a Batch, exact for any sharding over ranks and passes.
+"""One optimizer step from a rank's share of a batch, exact for any sharding over ranks and passes.
 
-    Share --plan_step--> passes --frozen policies--> their log-probs --first pass--> gradients of split groups
-                                  `--gradient passes: log-probs --> objective --> backward, summed over all--> step --> StepResult
+Share --plan_step--> StepPlan --frozen policies--> FrozenLogprobs --first pass--> gradients of split groups
+`--gradient passes: log-probs --> objective --> backward--> optimizer step --> StepResult
 
-Groups stay whole on a rank. Where a group fits a micro-batch, one forward pass serves the objective and the gradient.
-Where it does not, a first pass without gradient gives the log-probs of all its samples, the objective's gradient with respect to
-each token's log-prob follows from them, and the gradient passes accumulate sum_t c_t log pi_t piece by piece: the same gradient.
+Groups stay whole on a rank. Where a group fits a micro-batch, one forward pass serves the objective and the
+gradient. Where it does not, a first pass without gradient gives the log-probs of all its samples, the
+objective's gradient with respect to each token's log-prob follows from them, and the gradient passes
+accumulate sum_t c_t log pi_t piece by piece: the same gradient.
 
-A number that is not finite skips the step on every rank, as if the batch had never been. What is found before the first gradient is
-agreed upon. A rank that finds one later goes on with a loss of NaN, since the others need its passes; then the gradient's norm is not
-finite either, which all of them see.
+A number that is not finite skips the step on every rank, as if the batch had never been. What is found before
+the first gradient is agreed upon. A rank that finds one later goes on with a loss of NaN, since the others
+need its passes; then the gradient's norm is not finite either, which all of them see.
 
-Tensor letters: N samples of this rank, T sampled tokens of all of them, both in the order of the passes; K columns of FOUND.
+Tensor letters: N samples of this rank, T sampled tokens of all of them, both in the order of the passes; K
+columns of FOUND.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class PassValues(NamedTuple):
 
 
 class Agreed(NamedTuple):
-    """What the ranks agree on before their first pass: the largest value of any."""
+    """What the ranks agree on before their first pass: the largest value of any rank."""
 
     reference_passes: int
     proximal_passes: int
@@ -62,9 +64,10 @@ class Agreed(NamedTuple):
 
 
 class Updater:
-    """Turns Batches into optimizer steps on this rank: `updater.update(share, lr)` on all ranks at once.
+    """Turns batches into optimizer steps on this rank: `updater.update(share, lr)` on all ranks at once.
 
-    mismatch  compares fresh samples with what the actors say of them, before the step; None compares nothing
+    `mismatch` compares fresh samples with what the actors say of them, before the step; None compares
+    nothing.
     """
 
     def __init__(
@@ -98,10 +101,12 @@ class Updater:
         return frozenset(self._frozen.moved)
 
     def update(self, share: Share, lr: float) -> StepResult:
-        """One optimizer step at learning rate `lr`, or none: equal on every rank. Collective.
+        """Takes one optimizer step at learning rate `lr`, or none; the result is equal on every rank.
+        Collective.
 
-        Where a number is not finite the step is skipped: the policy and its optimizer are as before, and so is what the updater keeps.
-        Raises TrainingError, on every rank and before the step, when the actors sampled from something else than the policy.
+        Where a number is not finite the step is skipped: the policy and its optimizer are as before, and so
+        is what the updater keeps. Raises TrainingError, on every rank and before the step, when the actors
+        sampled from something else than the policy.
         """
         self._frozen.move(self._policy, share.index.step)
         plan = plan_step(
@@ -131,11 +136,15 @@ class Updater:
         return StepResult(plan.step, lr, grad_norm, self._beta, samples, mismatch)
 
     def get_state(self) -> dict[str, Any]:
-        """What a step keeps for later ones besides the policies' weights, as JSON; equal on every rank."""
+        """Returns what a step keeps for later ones besides the policies' weights, as JSON; equal on every
+        rank.
+        """
         return {"variances": self._variances.get_state(), "moved": sorted(self._frozen.moved)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `get_state` returned; the weights of what has `moved` are to be restored besides."""
+        """Takes over what `get_state` returned; the weights of what has `moved` are to be restored
+        besides.
+        """
         self._variances.set_state(state["variances"])
         self._frozen.moved = set(state["moved"])
 
@@ -154,7 +163,9 @@ class Updater:
         return Agreed(*self._ranks.largest(mine))
 
     def _first_pass(self, plan: StepPlan, frozen: FrozenLogprobs, count: int) -> PassValues:
-        """The log-probs of all split groups, without gradient, and the loss's gradient with respect to each of them."""
+        """Returns the log-probs of all split groups, without gradient, and the loss's gradient with respect
+        to each of them. Collective.
+        """
         part = plan.split_part
         values = run_passes(self._policy, plan, plan.split_passes, count, self._temperature)
         logprobs_T = joined(plan, values)
@@ -169,7 +180,7 @@ class Updater:
     def _gradient_passes(
         self, plan: StepPlan, frozen: FrozenLogprobs, split: PassValues, count: int
     ) -> PassValues:
-        """Accumulates the gradient over all passes of the plan, and idle ones, `count` in all."""
+        """Accumulates the gradient over all passes of the plan, and idle ones, `count` in all. Collective."""
         passes, values = plan.filled(plan.passes, count), []
         for number, each in enumerate(passes):
             logprobs_T = self._policy.logprobs(each.inputs, self._temperature)
@@ -183,7 +194,7 @@ class Updater:
     def _loss(
         self, plan: StepPlan, each: Pass, logprobs_T: Tensor, frozen: FrozenLogprobs, split: PassValues
     ) -> tuple[Tensor, PassValues]:
-        """The loss of one pass, differentiable in `logprobs_T`, and what is to be kept of the pass.
+        """Returns the loss of one pass, differentiable in `logprobs_T`, and what is to be kept of the pass.
 
         The loss is NaN where something is not finite; the objective does not see log-probs that are not.
         """
@@ -206,7 +217,7 @@ class Updater:
     def _token_batch(
         self, plan: StepPlan, part: Part, logprobs_T: Tensor, frozen: FrozenLogprobs
     ) -> TokenBatch:
-        """What the objective sees of `part`, whose log-probs by the policy are `logprobs_T`."""
+        """Returns what the objective sees of `part`, whose log-probs by the policy are `logprobs_T`."""
         mine, policy_T = plan.samples.of(part), logprobs_T.detach()
         theirs = frozen.of(part, policy_T, mine.sums(policy_T))
         variances_N = None
@@ -231,7 +242,7 @@ class Updater:
     def _compare(
         self, plan: StepPlan, values: PassValues, faults: Sequence[str | None]
     ) -> Mapping[str, float]:
-        """Metrics of how far the fresh samples' log-probs are from the actors'. Collective."""
+        """Returns metrics of how far the fresh samples' log-probs are from the actors'. Collective."""
         assert self.mismatch is not None
         is_sound_N = torch.tensor([fault is None for fault in faults], device=self._device)
         mine = self.mismatch.sums(plan.samples, values.logprobs_T, plan.step, is_sound_N)
@@ -245,20 +256,22 @@ class Updater:
         values: PassValues | None = None,
         grad_norm: float = math.nan,
     ) -> StepResult:
-        """The result of a step that is not done. `values`: what the policy gave by then. Collective."""
+        """Returns the result of a step that is not done. `values` are what the policy gave by then.
+        Collective.
+        """
         means = [None] * len(plan.samples) if values is None else _mean_logprobs(plan, values)
         skip = gather_skip(self._ranks, plan.samples, faults, means, grad_norm)
         return StepResult(plan.step, lr, skip.grad_norm, self._beta, skip=skip)
 
 
 def _without_loss(part: Part, logprobs_T: Tensor) -> PassValues:
-    """The values of passes whose loss is not known."""
+    """Returns the values of passes whose loss is not known."""
     unknown_NK = logprobs_T.new_full((len(part), len(FOUND)), math.nan, dtype=torch.float64)
     return PassValues(part, logprobs_T, torch.zeros_like(logprobs_T), unknown_NK)
 
 
 def _faults(plan: StepPlan, frozen: FrozenLogprobs, values: PassValues) -> list[str | None]:
-    """What of each sample is not finite after these passes; None for a sound sample."""
+    """Returns what of each sample is not finite after these passes; None for a sound sample."""
     return faults_of(
         {
             **frozen.must_be_finite,
@@ -269,7 +282,9 @@ def _faults(plan: StepPlan, frozen: FrozenLogprobs, values: PassValues) -> list[
 
 
 def _mean_logprobs(plan: StepPlan, values: PassValues) -> list[float | None]:
-    """Mean log-prob of each sample's tokens by the policy, nats; None for samples of which `values` has none."""
+    """Returns the mean log-prob of each sample's tokens by the policy, nats; None for samples out of
+    `values`.
+    """
     means_N = plan.samples.sums(values.logprobs_T, values.part) / plan.samples.sizes_N
     seen = range(len(plan.samples))[values.part.samples]
     return [mean if index in seen else None for index, mean in enumerate(means_N.tolist())]

@@ -1,4 +1,4 @@
-"""How much the residual of a prompt's samples varied in its earlier visits: the baseline `running` of AGRO's on-policy term."""
+"""The running variance of each prompt's residual, the baseline `running` of AGRO's on-policy term."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from learner.step.diagnostics import Column
 
 MEMORY = 0.5
-"""How much of the running variance an earlier visit keeps; prompts come back an epoch later, to another policy."""
+"""How much an earlier visit still counts; prompts come back an epoch later, to another policy."""
 
 
 class PromptVariances:
@@ -22,12 +22,14 @@ class PromptVariances:
         self._variances: dict[int, float] = {}
 
     def of(self, prompts_N: Tensor) -> Tensor:
-        """[N] float64, the variance of each sample's prompt; NaN for one that was never visited."""
+        """Returns [N] float64, the variance of each sample's prompt; NaN for one that was never visited."""
         values = [self._variances.get(prompt, math.nan) for prompt in prompts_N.tolist()]
         return torch.tensor(values, dtype=torch.float64, device=prompts_N.device)
 
     def observe(self, samples: Mapping[str, Column], beta: float) -> None:
-        """Let the residuals r - beta * ell of these samples (learner/step/diagnostics.py) count for their prompts' next visit."""
+        """Lets the residuals r - beta * ell of these samples (learner/step/diagnostics.py) count for their
+        prompts' next visit.
+        """
         residuals = samples["reward"] - beta * samples["log_ratio"]
         for prompt in np.unique(samples["prompt_index"]):
             values = residuals[samples["prompt_index"] == prompt]
@@ -37,9 +39,9 @@ class PromptVariances:
                 self._variances[int(prompt)] = MEMORY * before + (1 - MEMORY) * variance
 
     def get_state(self) -> list[tuple[int, float]]:
-        """(prompt, variance) of all that were visited, as JSON."""
+        """Returns (prompt, variance) of all that were visited, as JSON."""
         return sorted(self._variances.items())
 
     def set_state(self, state: Iterable[tuple[int, float]]) -> None:
-        """Take over what `get_state` returned."""
+        """Takes over what `get_state` returned."""
         self._variances = {int(prompt): float(variance) for prompt, variance in state}
