@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 
+from environments import Turn
 from launch import parser
 from tests.support import ROOT
 from tests.support.clone import BY_TEST, PYTHON, make_clone, run
+from tests.support.pages import commands, examples
 
 BY_DRY_RUN = [
     f"{PYTHON} train configs/quickstart.yaml",
@@ -27,49 +29,6 @@ BY_DRY_RUN = [
     "launch.py train",
 ]
 BY_MAKE = re.compile(r"make [a-z0-9-]+")
-PROGRAMS = (
-    "make ",
-    "launch.py ",
-    ".venv/",
-    "python ",
-    "python3 ",
-    "ray ",
-    "wandb ",
-    "vllm ",
-    "pip ",
-    "uv ",
-    "export ",
-    "git ",
-    "docker ",
-)
-
-
-SHOWN_IN = ("README.md", "CONTRIBUTING.md", "docs/running.md", "docs/cluster.md", "docs/extending.md")
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-def texts() -> list[str]:
-    """The pages that show commands."""
-    return [(ROOT / name).read_text(encoding="utf-8") for name in SHOWN_IN]
-
-
-def commands() -> list[str]:
-    """Those of the pages' `sh` blocks, without comments, and those within their sentences."""
-    found: list[str] = []
-    for text in texts():
-        lines = [line for kind, block in BLOCK.findall(text) if kind == "sh" for line in block.splitlines()]
-        found += [re.split(r"\s+#", line)[0].strip() for line in lines if line.strip()]
-        within = re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
-        found += [words for words in within if words.startswith(PROGRAMS)]
-    return list(dict.fromkeys(found))
-
-
-def examples() -> dict[str, str]:
-    """The pages' complete Python files: blocks that begin with a comment that names the file, by that name."""
-    blocks = [block for text in texts() for kind, block in BLOCK.findall(text) if kind == "python"]
-    named = {match[1]: block for block in blocks if (match := re.match(r"# ([\w/]+\.py)", block))}
-    assert len(named) >= 2
-    return named
 
 
 def namespace(name: str) -> dict[str, Any]:
@@ -171,6 +130,15 @@ def test_the_reward_of_readme_scores() -> None:
         1 / 3,
         0.0,
     ]
+
+
+def test_the_environment_of_the_pages_plays_two_turns() -> None:
+    guess = namespace("environments/guess.py")["Guess"]()
+    assert guess.reset(prompt="A number below 10?", answer="7") == "A number below 10?"
+    assert guess.step("4") == Turn("higher", done=False)
+    assert guess.step("7") == Turn("", done=True, reward=1.0)
+    guess.reset(prompt="", answer="3")
+    assert [guess.step("x").reward, guess.step("9").reward] == [None, 0.0]
 
 
 def test_the_objective_of_readme_raises_the_best_samples() -> None:
