@@ -156,7 +156,6 @@ EXCEPTIONS: dict[str, set[str]] = {
         "README.md learner/objectives/best_of_n.py",
         "docs/extending.md environments/guess.py",
         "docs/objectives.md learner/objectives/best_of_n.py",
-        "tests/system/test_readme.py learner/objectives/best_of_n.py",
     },
 }
 """By rule, the places that break it: `path` or `path name`."""
