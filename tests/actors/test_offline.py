@@ -5,10 +5,7 @@ train on them.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,26 +26,18 @@ from core.config import Config
 from core.errors import ConfigError, DataError, PeerTimeout
 from core.monitor_client import MONITOR, MonitorClient
 from core.records import (
-    Batch,
-    Group,
     Sample,
-    StoredGroup,
-    VersionSpan,
     WorkItem,
     decode_batch,
-    encode_batch,
-    index_of,
-    open_batch,
 )
 from core.tokenizer import Detokenizer
 from core.weights.board import BOARD, Board, BoardClient
 from learner.objectives import load_objective
-from learner.step.batch_metrics import batch_metrics, shown_samples
 from recipes.arithmetic import make_tokenizer
 from rewards.scoring import Scored
 from tests.support.configs import offline_config
 from tests.support.in_process import Handle
-from tests.support.runs import ROOT, environment, overrides, rows_of
+from tests.support.scores import write_rows
 from tests.support.tokenizers_made import byte_tokenizer
 
 EOS = 1
@@ -56,11 +45,6 @@ GOOD = [
     {"prompt": "1+1=", "completion": "2", "answer": "2"},
     {"prompt": "1+1=", "completion": "3", "answer": "2"},
 ]
-
-
-def write_rows(path: Path, *rows: dict[str, Any] | str) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
 
 
 def logged(prompt: Any, answer: Any, text: str, reward: float | None, finish_reason: str) -> Sample:
@@ -510,125 +494,4 @@ def test_a_buffer_that_does_not_answer_the_feeder_is_named(tmp_path):
 # What the learner sees of them
 
 
-def test_metrics_of_a_batch_tell_offline_samples_and_mixed_versions():
-    def sample(*versions: int) -> Sample:
-        spans = tuple(VersionSpan(version, index, index + 1) for index, version in enumerate(versions))
-        ids, logprobs = tuple(range(len(versions) or 3)), (-0.5,) * len(versions)
-        return Sample.one_turn(
-            (1,), ids, logprobs, version_spans=spans, finish_reason="stop", text="x", reward=1.0
-        )
-
-    def group(number: int, *samples: Sample) -> Group:
-        return Group(group_id=number, prompt_index=0, source_row=0, prompt="p", samples=samples)
-
-    metrics = batch_metrics(
-        index_of(
-            Batch(
-                9,
-                (
-                    group(0, sample(5, 7), sample()),
-                    group(1, sample(8), sample(8)),
-                    group(2, sample(), sample()),
-                ),
-            )
-        )
-    )
-    assert metrics["staleness/mean"] == pytest.approx((4 + 2 + 1 + 1) / 4)
-    assert (metrics["staleness/max"], metrics["staleness/oldest_token"]) == (3, 4)
-    assert (metrics["staleness/offline_fraction"], metrics["staleness/mixed_version_fraction"]) == (
-        0.5,
-        pytest.approx(1 / 3),
-    )
-    offline = Batch(9, (group(0, sample(), sample()),))
-    payload = encode_batch(9, map(StoredGroup.of, offline.groups))
-    metrics = batch_metrics(index_of(offline))
-    assert all(
-        metrics[f"staleness/{name}"] != metrics[f"staleness/{name}"]
-        for name in ("mean", "max", "oldest_token")
-    ), "NaN"
-    assert metrics["staleness/offline_fraction"] == 1
-    (shown,) = shown_samples(open_batch(payload), {0: [0.0]})
-    assert (shown["version"], shown["staleness"]) == (None, None)
-
-
 # Whole runs
-
-TRAINING = [json.loads(line) for line in (ROOT / "configs/arithmetic/train.jsonl").read_text().splitlines()]
-
-
-def run_train(model: Path, run_dir: Path, *more: str) -> str:
-    command = [
-        sys.executable,
-        "launch.py",
-        "train",
-        "configs/quickstart.yaml",
-        *overrides(model, run_dir, 4),
-        "objective.importance_weight=none",
-        *more,
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=280, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_a_run_trains_on_a_log_alone_without_any_actor(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    rows = [
-        {**row, "completion": str(int(row["answer"]) + off)} for row in TRAINING[:24] for off in range(10)
-    ]
-    log = write_rows(tmp_path / "log.jsonl", *rows, rows[0])
-    run_dir = tmp_path / "run"
-    out = run_train(tiny_models["tied"], run_dir, "data.path=null", f"data.offline={log}", "actors.count=0")
-    metrics = rows_of(run_dir)
-    assert [row["staleness/offline_fraction"] for row in metrics] == [1.0] * 4
-    assert all(row["staleness/mean"] is None and row["optim/grad_norm"] > 0 for row in metrics)
-    assert [row["reward/mean"] for row in metrics] == [pytest.approx(0.1, abs=0.07)] * 4, (
-        "8 of 10 completions, of which 1 is right"
-    )
-    assert metrics[-1]["progress/samples"] == 4 * 8 * 8
-    assert {(sample["version"], sample["staleness"]) for sample in rows_of(run_dir, "samples")} == {
-        (None, None)
-    }
-    result = audit(run_dir / "ledger.jsonl")
-    assert (result["violations"], result["events"]["trained"], result["max_staleness"]) == ([], 32, 0)
-    events = " ".join(event["text"] for event in rows_of(run_dir, "events"))
-    assert "nothing is evaluated" in events
-    assert "241 samples of 24 prompts, 1 of them exact duplicates" in events
-    summary = json.loads((run_dir / "summary.json").read_text())
-    assert (summary["final_solve_rate"], summary["staleness_mean"], summary["steps"]) == (None, None, 4)
-    assert "solve rate - -> -" in " ".join(out.split())
-    assert (run_dir / "policy" / "model.safetensors").exists()
-
-
-@pytest.mark.slow
-def test_a_run_mixes_a_quarter_of_logged_samples_into_every_group(
-    tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
-    rows = [
-        {**row, "completion": str(int(row["answer"]) + off), "reward": 5.0}
-        for row in TRAINING[:-1]
-        for off in range(3)
-    ]
-    log = write_rows(tmp_path / "log.jsonl", *rows)
-    run_dir = tmp_path / "run"
-    run_train(
-        tiny_models["tied"],
-        run_dir,
-        f"data.offline={log}",
-        "data.offline_share=0.25",
-        "actors.count=1",
-        "data.eval_rows=0",
-    )
-    metrics = rows_of(run_dir)
-    assert [row["staleness/offline_fraction"] for row in metrics] == [
-        pytest.approx(0.25, abs=0.25 / 8 + 1e-9)
-    ] * 4
-    assert max(row["staleness/offline_fraction"] for row in metrics) == 0.25
-    assert all(row["reward/mean"] >= 0.25 * 7 / 8 * 5 for row in metrics), "logged rewards stand"
-    assert all(row["staleness/mean"] is not None for row in metrics)
-    assert metrics[-1]["progress/samples"] == 4 * 8 * 8
-    result = audit(run_dir / "ledger.jsonl")
-    assert (result["violations"], result["events"]["trained"]) == ([], 32)
-    events = " ".join(event["text"] for event in rows_of(run_dir, "events"))
-    assert "offline samples for 299 of 300 prompts (2 of each group)" in events

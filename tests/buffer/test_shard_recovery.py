@@ -71,7 +71,7 @@ async def test_a_restart_goes_on_where_the_last_process_stood(run_dir):
 @scenario
 async def test_another_prompt_stream_in_the_same_directory_is_refused(run_dir):
     await ReplayBuffer(buffer_config(), run_dir, NUM_PROMPTS).close()
-    with pytest.raises(ConfigError, match=r"13 rows of data, now run\.seed = 5 and there are 14"):
+    with pytest.raises(ConfigError, match=r"13 usable prompts, now run\.seed = 5 and there are 14"):
         ReplayBuffer(buffer_config(), run_dir, 14)
     await ReplayBuffer(buffer_config(), run_dir, NUM_PROMPTS).close()
 

@@ -15,7 +15,16 @@ import msgspec
 
 from buffer.replay import EVICTIONS
 from buffer.server import ReplayBuffer
-from core.records import Float32s, Group, Sample, VersionSpan, WorkItem, decode_batch, decode_group, encode
+from core.records import (
+    Float32s,
+    Group,
+    Sample,
+    VersionSpan,
+    WorkItem,
+    decode_batch,
+    decode_group,
+    encode,
+)
 
 NUM_PROMPTS = 13
 
@@ -117,3 +126,14 @@ def scenario(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., No
     first, *others = inspect.signature(test).parameters.values()
     run.__signature__ = inspect.Signature([first.replace(name="tmp_path"), *others])  # type: ignore[attr-defined]
     return run
+
+
+def make_sample(version: int = 0, reward: float | None = 1.0, error: str | None = None) -> Sample:
+    return Sample.one_turn(
+        (1,), (1, 2), (-0.1, -0.2), version_spans=(VersionSpan(version, 0, 2),), finish_reason="stop", text="x",
+        reward=reward, error=error,
+    )  # fmt: skip
+
+
+def make_group(*samples: Sample) -> Group:
+    return Group(group_id=0, prompt_index=0, source_row=0, prompt="p", samples=samples, actor="a0")

@@ -107,3 +107,20 @@ RANK, ALPHA = 4, 8.0
 def lora_config(model_dir: Path, *, moving: bool = False, **learner: object) -> Config:
     """`update_config` with adapters."""
     return update_config(model_dir, moving=moving, lora_rank=RANK, lora_alpha=ALPHA, **learner)
+
+
+EXAMPLE: dict[str, Any] = {
+    "run": {"name": "example", "steps": 10},
+    "model": {"path": ".cache/base"},
+    "data": {"path": "configs/arithmetic", "chat_template": False, "max_prompt_tokens": 8},
+    "rewards": {"functions": [{"name": "exact_match", "weight": 1.0}]},
+    "actors": {"count": 2, "num_cpus": 0.5, "max_new_tokens": 4},
+    "buffer": {"capacity": 96},
+    "learner": {"groups_per_step": 32, "lr": 3.0e-4},
+}
+
+
+SECTION_MODELS: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
+
+
+MAX_LINES = 12

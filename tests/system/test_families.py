@@ -29,9 +29,9 @@ from learner.policy.zero import _still
 from learner.step.packing import TokenLogprobs, TokenSequence, collate
 from tests.support import ROOT
 from tests.support.configs import make_config
-from tests.support.saved import save_checkpoint
+from tests.support.learning.saved import save_checkpoint
+from tests.support.learning.tiny_families import FAMILIES, NOT_TRIED, VARIANTS, make_family, stir
 from tests.support.scenarios.families_scenario import NEW_TOKENS
-from tests.support.tiny_families import FAMILIES, NOT_TRIED, VARIANTS, make_family, stir
 
 MAX_PROMPT_TOKENS = 8
 TOLERANCE = 1e-4

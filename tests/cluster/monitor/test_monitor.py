@@ -4,11 +4,8 @@ of it.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,18 +14,14 @@ from typing import Any
 
 import pytest
 import wandb
-from rich.console import Console
 
 from cluster.monitor import monitor as monitor_module
 from cluster.monitor.monitor import Monitor, wandb_mode
-from cluster.monitor.terminal import Terminal, duration, plain_line, screen, sparkline, summary_screen
 from core import json_lines
-from core.config import Config
 from core.errors import ConfigError
 from core.json_lines import JsonLines, Redactor, StepLines, last_json_lines, read_json_lines
 from core.metrics import METRICS
-from core.records import Evaluation
-from tests.support.configs import make_config
+from tests.support.monitored import Clock, evaluation, monitored, rows_of
 
 CANARY_KEY = "c0ffee" * 6 + "abcd"
 CANARY_TOKEN = "hf_canary-value-of-a-secret"
@@ -48,33 +41,6 @@ def release() -> Iterator[threading.Event]:
     event = threading.Event()
     yield event
     event.set()
-
-
-def monitored(steps: int = 10, wandb: str = "off", name: str = "unit") -> Config:
-    return make_config(run={"name": name, "steps": steps}, monitor={"wandb": wandb})
-
-
-def evaluation(version: int, solve_rate: float) -> Evaluation:
-    return Evaluation(
-        evaluation_id=version,
-        policy_version=version,
-        solve_rate=solve_rate,
-        num_problems=4,
-        num_samples=8,
-        num_errors=0,
-    )
-
-
-def rows_of(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def test_every_row_has_every_metric_name(tmp_path: Path) -> None:
@@ -430,100 +396,3 @@ def test_words_that_only_sound_secret_are_left_alone() -> None:
     )
     assert redact("parallelism true") == "parallelism true"
     assert redact(json.dumps({"x": 'a quo"ted-secret b'})) == '{"x": "a [redacted] b"}'
-
-
-def run_for_terminal(tmp_path: Path, steps: int, stream: io.StringIO) -> tuple[Monitor, list[str]]:
-    clock = Clock()
-    monitor = Monitor(monitored(steps=steps), str(tmp_path), clock)
-    with Terminal(stream, live=False, clock=clock) as terminal:
-        monitor.event("actor rollout-0 started")
-        for step in range(1, steps + 1):
-            clock.now_s += 0.1
-            monitor.log_buffer({"buffer/groups": 64})
-            monitor.log_step(
-                {
-                    "progress/step": step,
-                    "reward/mean": 0.52,
-                    "staleness/mean": 2.1,
-                    "staleness/oldest_token": 5,
-                }
-            )
-            terminal.update(monitor.view())
-            terminal.update(monitor.view())
-    return monitor, stream.getvalue().splitlines() if isinstance(stream, io.StringIO) else []
-
-
-def test_plain_lines_are_about_forty_a_run_and_events_come_once(tmp_path: Path) -> None:
-    _, lines = run_for_terminal(tmp_path, 600, io.StringIO())
-    assert lines[0] == "[0s] actor rollout-0 started"
-    assert sum("rollout-0 started" in line for line in lines) == 1
-    step_lines = [line for line in lines if line.startswith("step ")]
-    assert 38 <= len(step_lines) <= 43
-    assert step_lines[-1].startswith(
-        "step 600/600  reward 0.52  solve -  stale 2.1/5  - tok/s  buffer 64  kl -"
-    )
-    assert step_lines[1].endswith("eta 58s")
-
-
-def test_an_output_that_is_closed_does_not_end_the_run(tmp_path: Path) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    with os.fdopen(writing, "w", closefd=False) as stream:
-        run_for_terminal(tmp_path, 5, stream)  # type: ignore[arg-type]
-        with contextlib.suppress(BrokenPipeError):
-            stream.close()
-    assert len(rows_of(tmp_path)) == 4  # The last step's waits for the final evaluation.
-
-
-def test_the_live_screen_shows_what_is_known_and_a_dash_for_the_rest(tmp_path: Path) -> None:
-    monitor, _ = run_for_terminal(tmp_path, 20, io.StringIO())
-    monitor.log_actor("rollout-0 [x]", {"generated_tokens": 10, "version": 3, "errors": 1})
-    console = Console(file=io.StringIO(), width=110)
-    console.print(screen(monitor.view()))
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "step 20/20" in shown
-    assert "rollout-0 [x]" in shown
-    assert "64 of 256 groups" in shown
-    assert "actor rollout-0 started" in shown
-
-
-def test_a_view_before_the_first_step_can_be_shown(tmp_path: Path) -> None:
-    view = Monitor(monitored(), str(tmp_path)).view()
-    assert plain_line(view).startswith("step -/10  reward -  solve -")
-    console = Console(file=io.StringIO(), width=100)
-    console.print(screen(view))
-    stream = io.StringIO()
-    with Terminal(stream, live=True) as terminal:
-        terminal.update(view)
-    assert "step 0/10" in stream.getvalue()
-
-
-def test_the_summary_screen_shows_results_commands_and_dashes() -> None:
-    full = summary_screen(
-        {
-            "name": "quick",
-            "steps": 1200,
-            "wall_s": 130.0,
-            "base_solve_rate": 0.23,
-            "final_solve_rate": 0.75,
-            "final_policy_version": 1200,
-            "policy_dir": "runs/a b/policy",
-            "errors": {"reward": 3, "stale": 0},
-        }
-    )
-    assert "0.230 -> 0.750 at v1200" in full
-    assert "1200 in 2m10s" in full
-    assert "launch.py chat 'runs/a b/policy'" in full
-    assert "reward 3\n" in full
-    assert len(full.splitlines()) < 20
-    empty = summary_screen({"stopped": "no step for 600 s"})
-    assert "stopped: no step for 600 s" in empty
-    assert "- -> -" in empty
-    assert "chat" not in empty
-
-
-def test_sparkline_and_duration() -> None:
-    assert sparkline([0, 1, 0.5, 1]) in ("▁█▄█", "▁█▅█")
-    assert sparkline([2, 2]) == "▁▁"
-    assert sparkline([]) == ""
-    assert [duration(value) for value in (None, 8, 130, 7500)] == ["-", "8s", "2m10s", "2h05m"]

@@ -16,9 +16,9 @@ from learner.catalogue import parse_text
 from learner.checkpoints.checkpoint import checkpoint_dirs
 from learner.checkpoints.export import export
 from learner.worker import LearnerRank
-from tests.support.resumed import STEPS, Run, run_config
+from tests.support.learning.resumed import STEPS, Run, run_config
+from tests.support.learning.updates import spied
 from tests.support.scenarios.checkpoint_scenario import LIMIT_BYTES
-from tests.support.updates import spied
 
 TOLERANCE = 4e-5  # As in tests/learner/policy/test_zero.py: sums over other ranks are taken in another order.
 

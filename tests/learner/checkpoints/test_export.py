@@ -18,7 +18,7 @@ from core.errors import CheckpointError
 from learner.checkpoints import checkpoint, export
 from recipes.arithmetic import make_llama, make_tokenizer
 from tests.support import ROOT
-from tests.support.saved import load, save_checkpoint
+from tests.support.learning.saved import load, save_checkpoint
 
 
 @pytest.fixture(params=["tied", "untied"])

@@ -18,237 +18,35 @@ import numpy as np
 import pytest
 import torch
 
-from core.errors import ConfigError
 from learner.catalogue import OBJECTIVES, parse_config
-from learner.objectives import NEEDS, TokenBatch, load_objective, token_gradients
+from learner.objectives import NEEDS, load_objective, token_gradients
 from tests.support import ROOT
-
-RIVALS = (
-    "kl_pg",
-    "rloo",
-    "grpo",
-    "dr_grpo",
-    "ppo_decoupled",
-    "tba",
-    "oapl",
-    "topr",
-    "asymre",
-    "cispo",
-    "gspo",
+from tests.support.learning.plain_objectives import (
+    BETA,
+    CAP,
+    CLIP_HIGH,
+    CLIP_LOW,
+    FIELD_OF_NEED,
+    GROUPS,
+    LENGTHS,
+    NUM_GROUPS,
+    OF_SEQUENCES,
+    REGRESSIONS,
+    REWARDS,
+    RIVALS,
+    VALID,
+    WITH_BETA,
+    WITH_RATIO,
+    Scalars,
+    gradients,
+    make_batch,
+    make_objective,
+    refused,
+    scalar_loss,
+    sizes,
 )
-REGRESSIONS = ("tba", "oapl")
-OF_SEQUENCES = ("tba", "oapl", "topr", "gspo")  # one term per sequence: no token-level weights
-WITH_RATIO = ("grpo", "dr_grpo", "cispo", "gspo", "topr")
-IN_REWARD = ("kl_pg", "rloo", "tba")
-CORRECTIONS = ("none", "tis_token", "tis_sequence", "mis_token", "mis_sequence")
-VALID = [
-    (name, kind)
-    for name in RIVALS
-    for kind in CORRECTIONS
-    if not (name in OF_SEQUENCES and kind.endswith("_token"))
-]
-WITH_BETA = [(*pair, beta) for pair in VALID for beta in (0.0, 0.2) if beta or pair[0] not in REGRESSIONS]
-BETA, CLIP_LOW, CLIP_HIGH, CAP, SHIFT = 0.2, 0.15, 0.3, 1.3, 0.25
-
-LENGTHS = (3, 1, 4, 2, 2, 5, 1, 3, 2, 0)
-GROUPS = (4, 9, 4, 4, 9, 9, 2, 7, 7, 9)  # sizes 3, 4, 1, 2
-REWARDS = (1.0, 0.0, 0.0, 0.7, 0.0, 1.0, 1.0, 0.5, 0.5, 0.3)
-NUM_GROUPS = 6  # of the whole step: two are elsewhere
-FIELD_OF_NEED = {
-    "behaviour_logprobs": "behaviour_logprobs_T",
-    "reference": "ref_logprobs_N",
-    "reference_tokens": "ref_logprobs_T",
-    "proximal": "proximal_logprobs_T",
-}
-
-
-def make_batch(seed=0, spread=0.6, **changes):
-    """Four policies `spread` nats a token apart, of random ragged groups."""
-    random = np.random.default_rng(seed)
-    count = sum(LENGTHS)
-    base = -random.uniform(0.5, 2.5, count)
-    logprobs, behaviour, proximal, reference = (
-        torch.tensor(base + spread * random.normal(size=count)) for _ in range(4)
-    )
-    sequence_T = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
-    rewards_N = torch.tensor(REWARDS, dtype=torch.float64)
-    fields: dict[str, Any] = {
-        "logprobs_T": logprobs,
-        "behaviour_logprobs_T": behaviour,
-        "sequence_T": sequence_T,
-        "rewards_N": rewards_N,
-        "ref_logprobs_N": torch.zeros_like(rewards_N).index_add(0, sequence_T, reference),
-        "groups_N": torch.tensor(GROUPS),
-        "staleness_N": torch.full_like(rewards_N, math.nan),
-        "num_groups": NUM_GROUPS,
-        "ref_logprobs_T": reference,
-        "proximal_logprobs_T": proximal,
-    }
-    return TokenBatch(**(fields | changes))
-
-
-def make_objective(name, beta=BETA, **knobs):
-    kind = OBJECTIVES[name]
-    options: dict[str, Any] = {
-        "clip_low": CLIP_LOW,
-        "clip_high": CLIP_HIGH,
-        "importance_cap": CAP,
-        "baseline_shift": SHIFT,
-    }
-    common = {knob: value for knob, value in options.items() if knob in kind.model_fields}
-    return load_objective(kind(beta=beta, **common | knobs))
-
-
-def refused(name, **knobs):
-    """The message with which a file that asks for this is refused."""
-    with pytest.raises(ConfigError) as caught:
-        parse_config(
-            {
-                "model": {"path": "m"},
-                "data": {"path": "d"},
-                "rewards": {"functions": [{"name": "exact_match"}]},
-                "objective": {"name": name, **knobs},
-            }
-        )
-    return str(caught.value)
-
-
-def gradients(objective, batch):
-    """[N] the gradient summed over each sequence's tokens, and [T] itself."""
-    found = token_gradients(objective, batch)
-    return batch.sequence_sums(found), found
-
 
 # --- the re-computation ---
-
-
-class Scalars:
-    """The batch as lists of floats per sequence; methods read the formulas aloud for sample `i`."""
-
-    def __init__(self, batch, correction, beta):
-        self.correction, self.beta, self.num_groups = correction, beta, batch.num_groups
-        self.sequence = batch.sequence_T.tolist()
-        self.groups, self.rewards = batch.groups_N.tolist(), batch.rewards_N.tolist()
-        self.live = self.frozen = self.split(batch.logprobs_T.tolist())
-        self.mu, self.prox = (
-            self.split(batch.behaviour_logprobs_T.tolist()),
-            self.split(batch.proximal_logprobs_T.tolist()),
-        )
-        self.ref = self.split(batch.ref_logprobs_T.tolist())
-
-    def split(self, values):
-        rows: list[list[float]] = [[] for _ in self.groups]
-        for sequence, value in zip(self.sequence, values, strict=True):
-            rows[sequence].append(value)
-        return rows
-
-    def members(self, i):
-        return [j for j in range(len(self.groups)) if self.groups[j] == self.groups[i]]
-
-    def group_rewards(self, i):
-        return [self.rewards[j] for j in self.members(i)]
-
-    def others_mean(self, i, values):
-        return float(np.mean([values[j] for j in self.members(i) if j != i]))
-
-    def centred(self, i):
-        return self.rewards[i] - float(np.mean(self.group_rewards(i)))
-
-    def standardised(self, i):
-        std = float(np.std(self.group_rewards(i), ddof=1))
-        return 0.0 if std < 1e-12 else self.centred(i) / (std + 1e-6)
-
-    def limited(self, log_weight):
-        weight = math.exp(log_weight)
-        if self.correction.startswith("tis"):
-            return min(weight, CAP)
-        return weight if weight <= CAP else 0.0
-
-    def weights(self, i, above, uncorrected=None):
-        """One importance weight per token: `above` over mu, of the token or of the sequence."""
-        logs = [a - m for a, m in zip(above[i], self.mu[i], strict=True)]
-        if self.correction == "none":
-            return [1.0 if uncorrected is None else math.exp(value) for value in logs]
-        if self.correction.endswith("sequence"):
-            return [self.limited(sum(logs))] * len(logs)
-        return [self.limited(value) for value in logs]
-
-    def sequence_weight(self, i, above):
-        return 1.0 if self.correction == "none" else self.limited(sum(above[i]) - sum(self.mu[i]))
-
-    def old(self):
-        return self.mu if self.correction == "none" else self.prox
-
-    def k3(self, i):
-        return [
-            self.beta * (math.exp(r - p) - (r - p) - 1)
-            for r, p in zip(self.ref[i], self.live[i], strict=True)
-        ]
-
-
-def clipped(ratio, advantage):
-    return min(ratio * advantage, min(max(ratio, 1 - CLIP_LOW), 1 + CLIP_HIGH) * advantage)
-
-
-def term(name, s, i):
-    """What sample i adds to the loss, before the division by n and P."""
-    if name in REGRESSIONS:
-        return regression_term(name, s, i)
-    if name in ("grpo", "dr_grpo", "ppo_decoupled", "gspo"):
-        return surrogate_term(name, s, i)
-    own, live = s.frozen, s.live[i]
-    if name == "kl_pg":
-        advantage = s.rewards[i] - s.others_mean(i, s.rewards) - s.beta * (sum(own[i]) - sum(s.ref[i]))
-        return -sum(w * advantage * p for w, p in zip(s.weights(i, own), live, strict=True))
-    if name == "rloo":
-        penalised = [r - s.beta * (sum(m) - sum(q)) for r, m, q in zip(s.rewards, s.mu, s.ref, strict=True)]
-        advantage = penalised[i] - s.others_mean(i, penalised)
-        return -sum(w * advantage * p for w, p in zip(s.weights(i, own), live, strict=True))
-    if name == "asymre":
-        advantage = s.rewards[i] - (float(np.mean(s.group_rewards(i))) - SHIFT)
-        return sum(k - w * advantage * p for k, w, p in zip(s.k3(i), s.weights(i, own), live, strict=True))
-    if name == "topr":
-        advantage = s.centred(i)
-        taper = 1.0 if advantage >= 0 else min(1.0, math.exp(sum(own[i]) - sum(s.old()[i])))
-        return sum(
-            k - w * taper * advantage * p for k, w, p in zip(s.k3(i), s.weights(i, s.prox), live, strict=True)
-        )
-    assert name == "cispo"
-    rhos = [min(math.exp(p - o), 1 + CLIP_HIGH) for p, o in zip(own[i], s.old()[i], strict=True)]
-    advantage, num_tokens = s.standardised(i), sum(len(s.live[j]) for j in s.members(i))
-    terms = zip(s.k3(i), s.weights(i, s.prox), rhos, live, strict=True)
-    return len(s.members(i)) / num_tokens * sum(k - w * rho * advantage * p for k, w, rho, p in terms)
-
-
-def surrogate_term(name, s, i):
-    advantage = s.centred(i) if name == "dr_grpo" else s.standardised(i)
-    if name == "gspo":
-        length = max(len(s.live[i]), 1)
-        ratio = math.exp((sum(s.live[i]) - sum(s.old()[i])) / length)
-        return sum(s.k3(i)) / length - s.sequence_weight(i, s.prox) * clipped(ratio, advantage)
-    old = s.prox if name == "ppo_decoupled" else s.old()
-    weights = s.weights(i, s.prox, uncorrected="ratio" if name == "ppo_decoupled" else None)
-    ratios = [math.exp(p - o) for p, o in zip(s.live[i], old[i], strict=True)]
-    terms = [k - w * clipped(ratio, advantage) for k, w, ratio in zip(s.k3(i), weights, ratios, strict=True)]
-    return sum(terms) / (1 if name == "dr_grpo" else max(len(terms), 1))
-
-
-def regression_term(name, s, i):
-    weight = s.sequence_weight(i, s.frozen)
-    if name == "tba":
-        log_z = float(
-            np.mean([s.rewards[j] / s.beta - (sum(s.frozen[j]) - sum(s.ref[j])) for j in s.members(i)])
-        )
-        gap = log_z + sum(s.live[i]) - sum(s.ref[i]) - s.rewards[i] / s.beta
-        return weight * s.beta / 2 * gap**2
-    value = s.beta * math.log(np.mean([math.exp(r / s.beta) for r in s.group_rewards(i)]))
-    gap = s.beta * (sum(s.live[i]) - sum(s.mu[i])) - (s.rewards[i] - value)
-    return weight * gap**2 / (2 * s.beta)
-
-
-def scalar_loss(name, s):
-    counted = [i for i in range(len(s.groups)) if len(s.members(i)) > 1]
-    return sum(term(name, s, i) / len(s.members(i)) for i in counted) / s.num_groups
 
 
 @pytest.mark.parametrize(("name", "correction", "beta"), WITH_BETA)
@@ -287,133 +85,6 @@ def test_the_random_batches_clip_cap_and_mask_some_but_not_all():
 
 
 # --- identities ---
-
-
-def agro(beta=BETA):
-    return load_objective(OBJECTIVES["agro"](beta=beta, importance_weight="none"))
-
-
-def on_policy(batch):
-    return dataclasses.replace(
-        batch, behaviour_logprobs_T=batch.logprobs_T, proximal_logprobs_T=batch.logprobs_T
-    )
-
-
-def sizes(batch):
-    return torch.tensor([GROUPS.count(group) for group in batch.groups_N.tolist()], dtype=torch.float64)
-
-
-def test_rloo_on_fresh_data_is_agro_and_on_stale_data_is_not():
-    stale, fresh = make_batch(), on_policy(make_batch())
-    torch.testing.assert_close(
-        token_gradients(make_objective("rloo"), fresh), token_gradients(agro(), fresh), rtol=0, atol=1e-14
-    )
-    assert (
-        token_gradients(make_objective("rloo"), stale) - token_gradients(agro(), stale)
-    ).abs().max() > 1e-3
-
-
-def test_tba_is_agro_times_one_less_than_n_over_n():
-    batch = make_batch()
-    factor_N = (sizes(batch) - 1) / sizes(batch)
-    expected = token_gradients(agro(), batch) * factor_N[batch.sequence_T]
-    torch.testing.assert_close(token_gradients(make_objective("tba"), batch), expected, rtol=0, atol=1e-14)
-
-
-def test_on_fresh_data_and_without_kl_dr_grpo_is_group_mean_reinforce_and_rloo_up_to_n():
-    batch = on_policy(make_batch())
-    means = {
-        group: np.mean([r for r, g in zip(REWARDS, GROUPS, strict=True) if g == group]) for group in GROUPS
-    }
-    coefficient_N = torch.tensor(
-        [-(r - means[g]) / GROUPS.count(g) / NUM_GROUPS for r, g in zip(REWARDS, GROUPS, strict=True)]
-    )
-    found = token_gradients(make_objective("dr_grpo", beta=0.0), batch)
-    torch.testing.assert_close(found, coefficient_N[batch.sequence_T], rtol=0, atol=1e-14)
-    stretch_N = sizes(batch) / (sizes(batch) - 1).clamp_min(1)
-    rloo = token_gradients(make_objective("rloo", beta=0.0), batch)
-    torch.testing.assert_close(found * stretch_N[batch.sequence_T], rloo, rtol=0, atol=1e-14)
-
-
-def test_on_fresh_data_grpo_gspo_and_decoupled_ppo_are_one_and_cispo_differs_in_the_length_divisor_only():
-    batch = on_policy(make_batch())
-    grpo, gspo, ppo, cispo = (
-        gradients(make_objective(name, 0.0), batch)[0] for name in ("grpo", "gspo", "ppo_decoupled", "cispo")
-    )
-    torch.testing.assert_close(gspo, grpo, rtol=0, atol=1e-14)
-    torch.testing.assert_close(ppo, grpo, rtol=0, atol=1e-14)
-    lengths_N = torch.tensor(LENGTHS, dtype=torch.float64)
-    tokens_N = torch.tensor(
-        [sum(n for n, g in zip(LENGTHS, GROUPS, strict=True) if g == group) for group in GROUPS]
-    )
-    torch.testing.assert_close(cispo, grpo * lengths_N * sizes(batch) / tokens_N, rtol=0, atol=1e-14)
-    assert grpo.abs().max() > 0.05
-
-
-def test_without_shift_asymre_is_dr_grpo_on_fresh_data_and_the_shift_adds_likelihood():
-    batch = on_policy(make_batch())
-    plain, shifted = (
-        token_gradients(make_objective("asymre", 0.0, baseline_shift=shift), batch) for shift in (0.0, 0.5)
-    )
-    torch.testing.assert_close(
-        plain, token_gradients(make_objective("dr_grpo", 0.0), batch), rtol=0, atol=1e-14
-    )
-    push_N = torch.where(sizes(batch) > 1, -0.5 / sizes(batch) / NUM_GROUPS, 0.0)
-    torch.testing.assert_close(shifted - plain, push_N[batch.sequence_T], rtol=0, atol=1e-14)
-
-
-def test_with_the_proximal_policy_at_mu_decoupled_ppo_is_grpo():
-    batch = make_batch()
-    joined = dataclasses.replace(batch, proximal_logprobs_T=batch.behaviour_logprobs_T)
-    torch.testing.assert_close(
-        token_gradients(make_objective("ppo_decoupled"), joined),
-        token_gradients(make_objective("grpo"), joined),
-        rtol=0,
-        atol=1e-14,
-    )
-
-
-def test_topr_is_plain_for_good_samples_and_never_heavier_for_bad_ones():
-    batch = make_batch()
-    plain = gradients(make_objective("asymre", 0.0, baseline_shift=0.0), batch)[0]
-    tapered = gradients(make_objective("topr", 0.0), batch)[0]
-    good = plain <= 0
-    torch.testing.assert_close(tapered[good], plain[good], rtol=0, atol=1e-14)
-    assert (tapered[~good] <= plain[~good]).all()
-    assert (tapered[~good] < plain[~good]).any()
-
-
-def descend(objective, beta, steps=400):
-    """KL(pi, pi*) over KL(pi_ref, pi*) after exact descent on data of pi_ref, offline: six outcomes,
-    each as often as drawn.
-    """
-    random = torch.Generator().manual_seed(3)
-    counts = torch.tensor([1, 2, 3, 4, 5, 6])
-    reference, rewards = (counts.double() / counts.sum()).log(), torch.rand(6, generator=random).double()
-    outcome = torch.arange(6).repeat_interleave(counts)
-    optimum, theta, index = (
-        (reference + rewards / beta).log_softmax(0),
-        reference.clone().requires_grad_(),
-        torch.arange(len(outcome)),
-    )
-    for _ in range(steps):
-        logprobs, old = theta.log_softmax(0)[outcome], reference[outcome]
-        batch = TokenBatch(
-            logprobs, old, index, rewards[outcome], old, index * 0, index.double(), 1, old, logprobs.detach()
-        )
-        theta = (
-            (theta - 10 * torch.autograd.grad(objective.loss(batch)[0], theta)[0]).detach().requires_grad_()
-        )
-    kl = [(p.exp() * (p - optimum)).sum().item() for p in (theta.log_softmax(0), reference)]
-    return kl[0] / kl[1]
-
-
-def test_offline_the_regressions_reach_the_optimum_and_policy_gradients_do_not():
-    # oapl: mu = pi_ref here, and V is exact
-    for objective in (agro(), make_objective("tba"), make_objective("oapl")):
-        assert abs(descend(objective, BETA)) < 1e-12
-    for name in ("kl_pg", "grpo", "rloo"):
-        assert descend(make_objective(name), BETA) > 0.03
 
 
 # --- sums, needs, edges ---

@@ -11,7 +11,7 @@ import transformers
 from core.errors import ConfigError
 from learner.policy.attention import PACKED_SDPA, Packing, install_packed_sdpa
 from learner.step.packing import TokenLogprobs, TokenSequence, collate
-from tests.support.rollouts import (
+from tests.support.learning.rollouts import (
     TEMPERATURE,
     VOCABULARY,
     assert_same_gradient,

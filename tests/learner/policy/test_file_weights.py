@@ -14,8 +14,8 @@ from safetensors import safe_open
 from learner.checkpoints import export
 from learner.policy.file_weights import Unit, file_units
 from learner.policy.lora import persistent_buffers
-from tests.support.saved import save_checkpoint
-from tests.support.tiny_families import make_family, stir
+from tests.support.learning.saved import save_checkpoint
+from tests.support.learning.tiny_families import make_family, stir
 
 
 def load(directory: Path, **options: Any) -> Any:

@@ -15,7 +15,7 @@ import transformers
 from core.errors import ConfigError
 from learner.policy.function_check import WINDOW, check_function
 from learner.step.packing import TokenLogprobs, TokenSequence, collate
-from tests.support.rollouts import VOCABULARY, tiny_llama
+from tests.support.learning.rollouts import VOCABULARY, tiny_llama
 
 
 def as_learner(model: Any, layout: Any, attention: str) -> Callable[..., torch.Tensor]:

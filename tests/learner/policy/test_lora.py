@@ -30,12 +30,12 @@ from learner.step.packing import ModelInputs, token_logprobs
 from learner.step.share import Share
 from learner.step.update import Updater
 from tests.support.configs import ALPHA, LR, RANK, lora_config
-from tests.support.ranks import run_ranks
-from tests.support.resumed import Run
+from tests.support.learning.ranks import run_ranks
+from tests.support.learning.resumed import Run
+from tests.support.learning.updates import random_batches
 from tests.support.runs import rows_of, start_train
 from tests.support.scenarios import lora_scenario
 from tests.support.scenarios.lora_scenario import SEED, STEPS
-from tests.support.updates import random_batches
 
 # Moving: as in tests/learner/policy/test_zero.py, ratios pi/pi_prox enlarge the differences.
 TOLERANCE = {False: 1e-5, True: 4e-5}

@@ -17,7 +17,7 @@ from core.errors import ConfigError
 from learner.policy.model_files import check_model_files, mended, write_model_files
 from learner.worker import LearnerRank
 from tests.support.configs import update_config
-from tests.support.tiny_families import make_family
+from tests.support.learning.tiny_families import make_family
 
 
 @pytest.fixture

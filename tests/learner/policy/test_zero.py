@@ -19,10 +19,10 @@ from learner.objectives import load_objective
 from learner.step.frozen import frozen_names
 from learner.step.share import Share
 from rewards.scoring import Scored
-from tests.support import ranks
 from tests.support.configs import LR, update_config
+from tests.support.learning import ranks
+from tests.support.learning.updates import Spy, plain_updater, random_batches, spied
 from tests.support.scenarios import zero_scenario
-from tests.support.updates import Spy, plain_updater, random_batches, spied
 
 # fp32: sums over ranks and micro-batches are taken in another order; after AdamW's division small gradients
 # keep the difference.

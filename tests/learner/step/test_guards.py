@@ -28,10 +28,10 @@ from learner.step.batch_metrics import batch_metrics
 from learner.step.guards import MIN_SEEN, QUIET_STEPS, WINDOW, Alarms, Guards
 from learner.step.share import Share
 from tests.support.configs import LR, update_config
-from tests.support.ranks import run_ranks
+from tests.support.learning.ranks import run_ranks
+from tests.support.learning.updates import plain_updater, random_batches
 from tests.support.scenarios import guards_scenario
 from tests.support.scenarios.guards_scenario import STEPS, Spoilt, SpoiltObjective, with_infinite_reward
-from tests.support.updates import plain_updater, random_batches
 
 
 def sample_of(*versions: int, **changes: Any) -> Sample:

@@ -31,8 +31,8 @@ from learner.step.mismatch import (
 from learner.step.samples import arrays_of
 from learner.step.share import Share
 from tests.support.configs import LR, update_config
+from tests.support.learning.updates import plain_updater, random_batches
 from tests.support.scenarios.guards_scenario import drawn
-from tests.support.updates import plain_updater, random_batches
 
 LLAMA = transformers.LlamaConfig()
 

@@ -19,7 +19,7 @@ from learner.step.packing import (
     plan_micro_batches,
     token_logprobs,
 )
-from tests.support.rollouts import (
+from tests.support.learning.rollouts import (
     TEMPERATURE,
     VOCABULARY,
     assert_same_gradient,

@@ -104,8 +104,8 @@ def main(out_dir: Path, rank: int) -> None:
     from learner.step.guards import Guards
     from learner.step.update import Updater
     from tests.support.configs import LR
+    from tests.support.learning.updates import random_batches
     from tests.support.scenarios.zero_scenario import meet
-    from tests.support.updates import random_batches
 
     torch.set_num_threads(1)
     config = parse_config(json.loads((out_dir / "config.json").read_text()))

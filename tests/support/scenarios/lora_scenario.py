@@ -22,8 +22,8 @@ def main(out_dir: Path, rank: int) -> None:
     from learner.step.share import Share
     from learner.step.update import Updater
     from tests.support.configs import LR
+    from tests.support.learning.updates import random_batches
     from tests.support.scenarios.zero_scenario import meet, partition_everything
-    from tests.support.updates import random_batches
 
     torch.set_num_threads(1)
     config = parse_config(json.loads((out_dir / "config.json").read_text()))

@@ -49,7 +49,7 @@ def main(out_dir: Path, rank: int) -> None:
     from learner.step.share import Share
     from learner.step.update import Updater
     from tests.support.configs import LR
-    from tests.support.updates import random_batches
+    from tests.support.learning.updates import random_batches
 
     torch.set_num_threads(1)
     partition_everything()

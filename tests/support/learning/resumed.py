@@ -13,7 +13,7 @@ from core.config import Config
 from learner.catalogue import parse_config
 from learner.checkpoints.checkpoint import Checkpoint, latest_checkpoint, verify
 from tests.support.configs import update_config
-from tests.support.ranks import start_ranks
+from tests.support.learning.ranks import start_ranks
 from tests.support.scenarios.checkpoint_scenario import train
 
 STEPS = 12
