@@ -53,7 +53,7 @@ class Outbox:
 
     @property
     def pendings(self) -> list[Pending[Any]]:
-        """The deliveries that are under way."""
+        """Returns the deliveries that are under way."""
         return [parcel.pending for parcel in self._parcels if parcel.pending is not None]
 
     def deliver(self, call: Call[Any], ordinals: Iterable[int] = ()) -> None:

@@ -35,8 +35,8 @@ Weights: TypeAlias = list[tuple[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Update:
-    """What the actor does next: it loads `weights` (None: `version` is in place), then evaluates `eval_items`
-    with them.
+    """Says what the actor does next: it loads `weights` (None: `version` is in place), then evaluates
+    `eval_items` with them.
     """
 
     version: int
@@ -71,7 +71,7 @@ class Follower:
 
     @property
     def pendings(self) -> list[Pending[Any]]:
-        """The calls under way."""
+        """Returns the calls under way."""
         return [pending for pending in (self._asking, self._fetching) if pending is not None]
 
     def poll(self, version: int, *, is_evaluating: bool) -> None:
@@ -131,7 +131,7 @@ class Follower:
         self.update = self._directive = self._fetching = None
 
     def _is_fetched(self, fetching: Pending[Weights]) -> bool:
-        """Whether the fetch is over, in time or not."""
+        """Returns whether the fetch is over, in time or not."""
         try:
             return fetching.is_done()
         except PeerTimeout:
@@ -155,7 +155,7 @@ class Follower:
 
 
 async def _fetch_snapshot(board: BoardClient, version: int) -> Weights:
-    """The verified parameters of `version`. Raises SnapshotError when it is gone or torn."""
+    """Returns the verified parameters of `version`. Raises SnapshotError when it is gone or torn."""
     try:
         snapshot = await board.snapshot(version)
         if snapshot is None:
@@ -168,5 +168,5 @@ async def _fetch_snapshot(board: BoardClient, version: int) -> Weights:
 
 
 def _bucket(reference: Any) -> Call[Any]:
-    """The bucket that a reference into the object store stands for."""
+    """Returns the bucket that a reference into the object store stands for."""
     return Call("its bucket", "get", lambda: reference)

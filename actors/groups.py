@@ -29,22 +29,42 @@ from environments.one_turn import OneTurn
 
 
 class Generator(Protocol):
-    """An engine (actors/engine.py), or what stands in for one."""
+    """An engine, or what stands in for one; `actors.engine.Engine` says more of each method."""
 
     version: int
 
     @property
-    def num_unfinished(self) -> int: ...
+    def num_unfinished(self) -> int:
+        """Returns the number of requests that are submitted and not finished."""
+        ...
+
     @property
-    def num_tokens_under_way(self) -> int: ...
+    def num_tokens_under_way(self) -> int:
+        """Returns the tokens generated so far by these."""
+        ...
+
     def submit(
         self, request_id: str, tokens: Sequence[int], *, seed: int | None, temperature: float | None
-    ) -> None: ...
-    def step(self) -> list[tuple[str, Generation]]: ...
-    def overdue(self, limit_s: float) -> list[str]: ...
-    def truncate(self, request_ids: list[str]) -> list[tuple[str, Generation]]: ...
-    def abort(self, request_ids: list[str]) -> None: ...
-    def load_weights(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
+    ) -> None:
+        """Queues a request to go on from `tokens`."""
+
+    def step(self) -> list[tuple[str, Generation]]:
+        """Makes one forward pass and returns what finished with it."""
+        ...
+
+    def overdue(self, limit_s: float) -> list[str]:
+        """Returns the requests that have run for longer than `limit_s`."""
+        ...
+
+    def truncate(self, request_ids: list[str]) -> list[tuple[str, Generation]]:
+        """Ends requests and returns what they have."""
+        ...
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Drops requests."""
+
+    def load_weights(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Swaps in the weights of `version`."""
 
 
 @dataclass

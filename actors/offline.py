@@ -1,8 +1,8 @@
-"""Offline data: completions that others generated, read and checked before anything starts, and the actor
-that feeds them.
+"""Offline data is completions that others generated: read and checked before anything starts, then fed to the
+buffer.
 
-    data.offline --load_offline--> PromptRows with their Samples ---+--> OfflineActor --> buffer     all samples offline
-                                                                    `--> RolloutActor --> buffer     some of each group
+    data.offline --load_offline--> PromptRows with Samples --+--> OfflineActor --> buffer   all samples offline
+                                                             `--> RolloutActor --> buffer   some of each group
 
 A logged completion has no behaviour log-probs and no policy version: mu is whoever wrote it, which AGRO need
 not know. It is taken as finished, and ends as the policy's own do, unless its row says `truncated: true`.
@@ -56,7 +56,8 @@ LEASE_S = 1.0
 def load_offline(
     config: Config, tokenizer: Any, training: PromptSet | None = None
 ) -> tuple[PromptSet, list[str]]:
-    """The prompts of `data.offline` with their samples; and, in sentences, what was found and left out.
+    """Returns the prompts of `data.offline` with their samples, and, in sentences, what was found and left
+    out.
 
     A row has a prompt (rendered and tokenised as training prompts are), `completion` (text) and, optionally,
     `reward` (a finite number; true and false are 1 and 0; without one, or null, the reward functions score
@@ -67,8 +68,8 @@ def load_offline(
     With `training` (samples are mixed) these prompts come back, each with the samples of all rows that have
     its text; groups and other columns do not matter then.
 
-    Raises DataError: nothing readable; bad rows, with number, value and reason (`data.on_bad_row`); nothing
-    that can be used.
+    Raises DataError for nothing readable, for bad rows, with number, value and reason (`data.on_bad_row`),
+    and for nothing that can be used.
     """
     source = read_source("data.offline", config.data.offline, config.data.split)
     rows, bad = render_rows(source, config.data, tokenizer)
@@ -94,7 +95,7 @@ def load_offline(
 def _read_samples(
     rows: dict[int, PromptRow], bad: dict[int, str], config: Config, tokenizer: Any
 ) -> dict[int, Sample]:
-    """The samples of the rows that have a usable one; the others' reasons go to `bad`."""
+    """Returns the samples of the rows that have a usable one; the others' reasons go to `bad`."""
     reasons = {index: next(_problems(row.columns), None) for index, row in rows.items()}
     bad.update((index, reason) for index, reason in reasons.items() if reason is not None)
     usable = {index: row.columns for index, row in rows.items() if reasons[index] is None}
@@ -150,7 +151,7 @@ def _read_samples(
 
 
 def _problems(columns: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a row besides its prompt."""
+    """Yields what is wrong with a row besides its prompt."""
     if "completion" not in columns:
         yield f"no column 'completion'; it has {', '.join(map(repr, columns))}"
         return
@@ -160,7 +161,8 @@ def _problems(columns: dict[str, Any]) -> Iterator[str]:
     else:
         yield f"'completion' is {kind_of(completion)}, expected text"
     if not isinstance(reward, int | float | None):
-        yield f"'reward' is {kind_of(reward)} ({str(reward)[:40]!r}), expected a finite number, or null to have it computed"
+        found = f"{kind_of(reward)} ({str(reward)[:40]!r})"
+        yield f"'reward' is {found}, expected a finite number, or null to have it computed"
     elif reward is not None and not abs(reward) <= sys.float_info.max:  # As NaN is not.
         yield f"'reward' is {str(reward)[:40]}, expected a finite number, or null to have it computed"
     if not isinstance(truncated, bool | None):
@@ -176,7 +178,7 @@ def _refuse_strangers(
     training: PromptSet | None,
     unit: str,
 ) -> None:
-    """Move to `bad`: rows whose prompt is none of `training`; without it, rows with another answer than
+    """Moves to `bad` the rows whose prompt is none of `training`; without it, rows with another answer than
     the first of their prompt.
     """
     known = {row.text for row in training.rows} if training is not None else set()
@@ -192,7 +194,8 @@ def _refuse_strangers(
         elif training is None and row.columns.get("answer") != before.columns.get("answer"):
             answers = [str(found.columns.get("answer"))[:40] for found in (row, before)]
             bad[index] = (
-                f"its 'answer' is {answers[0]!r}, but {answers[1]!r} in {unit} {before.source_row + 1}, which has "
+                f"its 'answer' is {answers[0]!r}, but {answers[1]!r} in {unit} {before.source_row + 1}, "
+                "which has "
                 "the same prompt"
             )
         else:
@@ -203,7 +206,7 @@ def _refuse_strangers(
 def _by_prompt(
     rows: dict[int, PromptRow], samples: dict[int, Sample], source: str, least: int, setting: str
 ) -> tuple[list[PromptRow], list[str]]:
-    """A PromptRow for each prompt and group with `least` different completions, and what to tell."""
+    """Returns a PromptRow for each prompt and group with `least` different completions, and what to tell."""
     members: dict[tuple[str, Any], list[int]] = {}
     for index in samples:
         members.setdefault((rows[index].text, rows[index].columns.get("group")), []).append(index)
@@ -216,7 +219,8 @@ def _by_prompt(
         if len(found) >= least:
             prompts.append(dataclasses.replace(rows[indices[0]], columns=columns, offline=found))
     num_different = sum(len({samples[index].tokens for index in indices}) for indices in members.values())
-    told = f"{len(samples)} samples of {len(members)} prompts, {len(samples) - num_different} of them exact duplicates"
+    num_equal = len(samples) - num_different
+    told = f"{len(samples)} samples of {len(members)} prompts, {num_equal} of them exact duplicates"
     if not prompts:
         raise DataError(
             f"data.offline = {source}: no prompt has {least} different completions ({told}). AGRO compares "
@@ -241,7 +245,7 @@ def _by_prompt(
 def _mix(
     training: PromptSet, rows: dict[int, PromptRow], samples: dict[int, Sample], per_group: int
 ) -> tuple[list[PromptRow], list[str]]:
-    """The training prompts with what is there of each, and what to tell."""
+    """Returns the training prompts with what is there of each, and what to tell."""
     members: dict[str, list[Sample]] = {}
     for index, sample in samples.items():
         members.setdefault(rows[index].text, []).append(sample)
@@ -258,7 +262,7 @@ def _mix(
 
 
 def _different(samples: Sequence[Sample]) -> tuple[Sample, ...]:
-    """Without those whose tokens an earlier one has; the earlier one's reward stays."""
+    """Returns the samples without those whose tokens an earlier one has; the earlier one's reward stays."""
     different: dict[Int32s, Sample] = {}
     for sample in samples:
         different.setdefault(sample.tokens, sample)
@@ -273,8 +277,8 @@ def _reward_columns(row: PromptRow) -> dict[str, Any]:
 
 
 def choose_samples(row: PromptRow, count: int, seed: int) -> list[Sample]:
-    """`count` of the row's offline samples (all when there are fewer), in a random order that `seed` alone
-    decides.
+    """Returns `count` of the row's offline samples (all when there are fewer), in a random order that `seed`
+    alone decides.
 
     They come without log-probs and versions, with the reward they were given or None.
     """
@@ -307,7 +311,9 @@ class OfflineActor(Heartbeat):
         )
 
     async def run(self) -> dict[str, float]:
-        """Feed until retired; the final counters. Raises PeerTimeout when buffer or board does not answer."""
+        """Feeds until retired and returns the final counters. Raises PeerTimeout when buffer or board does
+        not answer.
+        """
         with self._rewards:
             while not await self._is_retired():
                 self._beat()
@@ -319,7 +325,7 @@ class OfflineActor(Heartbeat):
         return dict(self._counters)
 
     async def _feed(self) -> None:
-        """One lease of at most a batch, to its insertion; nothing when the buffer admits none."""
+        """Takes one lease of at most a batch to its insertion; does nothing when the buffer admits none."""
         start_s = time.perf_counter()
         try:
             # Nothing is held from one turn to the next.

@@ -1,9 +1,10 @@
 """The actor's end of weights that the learner pushes (core/weights/transports/push.py): orders, carried out
 between two engine steps.
 
-    Ray's threads  receive(verb, number, ...) --queue--> the loop: look() --> engine    hello, start, update ..., finish
-                                                         init --> a thread: engine.connect_transfer --queue--> the loop: it counts
-                   abort ------------------------------> the engine's communicator, at once
+    Ray's threads
+      receive(hello | start | update ... | finish) --queue--> the loop: poll() --> engine
+      receive(init)  --> a thread: engine.connect_transfer --queue--> the loop: the connection counts
+      receive(abort) --> the engine's communicator, at once
 
 A group is met in a thread of its own, while the loop goes on: one that dies on its way there keeps nobody
 else from generating. From start to finish of a transfer the loop does nothing else: the model is in pieces.
@@ -30,18 +31,34 @@ BROKEN_OFF = "this transfer was broken off"
 
 
 class Receiving(Protocol):
-    """An engine that takes weights in pieces (actors/engine.py)."""
+    """An engine that takes weights in pieces; `actors.engine.Engine` says more of each method."""
 
     version: int
 
-    def connect_transfer(self, init_info: dict[str, Any]) -> Any: ...
-    def use_connection(self, connection: Any) -> None: ...
-    def drop_connection(self, connection: Any) -> None: ...
-    def start_transfer(self) -> None: ...
-    def update_transfer(self, update_info: dict[str, Any]) -> None: ...
-    def finish_transfer(self, version: int, probes: Mapping[str, str]) -> int: ...
-    def undo_transfer(self) -> None: ...
-    def abort_transfer(self) -> None: ...
+    def connect_transfer(self, init_info: dict[str, Any]) -> Any:
+        """Meets the learner and the group's other actors; from any thread."""
+
+    def use_connection(self, connection: Any) -> None:
+        """Lets the next transfers arrive over this connection."""
+
+    def drop_connection(self, connection: Any) -> None:
+        """Leaves a group that will not be used."""
+
+    def start_transfer(self) -> None:
+        """Takes the model apart."""
+
+    def update_transfer(self, update_info: dict[str, Any]) -> None:
+        """Receives a part of the weights."""
+
+    def finish_transfer(self, version: int, probes: Mapping[str, str]) -> int:
+        """Puts the new weights in place; returns how many probes were confirmed."""
+        ...
+
+    def undo_transfer(self) -> None:
+        """Puts the model together again."""
+
+    def abort_transfer(self) -> None:
+        """Ends a broadcast that nobody sends any more; from any thread."""
 
 
 @dataclass
@@ -53,9 +70,10 @@ class _Order:
 
 
 class Receiver:
-    """`order` from any thread, `look` from the loop's.
+    """Carries out the learner's orders about weights: `order` may be called from any thread, `poll` only from
+    the loop's.
 
-    num_failed   transfers that were broken off, or whose weights were not confirmed
+    num_failed   counts transfers that were broken off, or whose weights were not confirmed
     """
 
     def __init__(
@@ -68,9 +86,11 @@ class Receiver:
         beat: Callable[[], None],
         tell: Callable[[str], None],
     ) -> None:
-        """`may_start` says why no transfer can begin now, '' if one can; `on_updated` gets the clock's value
+        """Serves `engine`, within `limit_s` seconds for every wait.
+
+        `may_start` says why no transfer can begin now, '' if one can; `on_updated` gets the clock's value
         when generation stopped for the weights now in place; `beat` is called while the loop waits for
-        orders. `limit_s`: of every wait.
+        orders.
         """
         self._engine, self._limit_s = engine, limit_s
         self._may_start, self._on_updated, self._beat, self._tell = may_start, on_updated, beat, tell
@@ -143,7 +163,7 @@ class Receiver:
             return
         try:
             order.done.set_result(self._obey(order))
-        except Exception as error:  # noqa: BLE001 -- what vLLM, NCCL or CUDA raise goes to the learner; the actor lives on without it
+        except Exception as error:  # noqa: BLE001 -- what vLLM, NCCL or CUDA raise goes to the learner
             if self._receiving is not None:
                 self._give_up(f"{type(error).__name__}: {error}")
             order.done.set_exception(error)
@@ -167,7 +187,9 @@ class Receiver:
         return ""
 
     def _connect(self, order: _Order) -> None:
-        """Answered when all have met, when that fails, or when the learner gives it up."""
+        """Meets a group; the order is answered when all have met, when that fails, or when the learner gives
+        it up.
+        """
         self._connecting = order
 
         def meet() -> None:
@@ -213,12 +235,14 @@ class Receiver:
             )
 
     def _refuse_if_aborted(self, order: _Order) -> None:
-        """After an abort the communicator is gone, and what was received is whatever lay in its buffers."""
+        """Refuses an order after an abort: the communicator is gone, and what was received is whatever lay in
+        its buffers.
+        """
         if order.number <= self._broken_off:
             raise SnapshotError("the transfer was broken off while weights arrived")
 
     def _break_off(self, reason: str) -> None:
-        """What is under way: the meeting of a group, or a transfer."""
+        """Ends what is under way: the meeting of a group, or a transfer."""
         if self._connecting is not None:
             self._connecting.done.set_result(BROKEN_OFF)
             self._connecting = None
@@ -226,7 +250,7 @@ class Receiver:
             self._give_up(reason)
 
     def _give_up(self, reason: str) -> None:
-        """Back to the old weights, or to none."""
+        """Goes back to the old weights, or to none."""
         self._receiving = None
         self.num_failed += 1
         self._engine.undo_transfer()

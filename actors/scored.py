@@ -1,4 +1,4 @@
-"""From samples and what the reward functions say of them to the Group that is inserted."""
+"""Makes of samples, and of what the reward functions say of them, the Group that is inserted."""
 
 from __future__ import annotations
 

@@ -97,10 +97,12 @@ class FakeEngine:
 
     @property
     def num_unfinished(self) -> int:
+        """Returns the number of requests that are submitted and not finished."""
         return len(self._waiting) + len(self._running)
 
     @property
     def num_tokens_under_way(self) -> int:
+        """Returns the tokens generated so far by these."""
         return sum(request.num_tokens for request in self._running.values())
 
     def submit(
@@ -111,6 +113,7 @@ class FakeEngine:
         seed: int | None = None,
         temperature: float | None = None,
     ) -> None:
+        """Queues a request, whose length its seed decides."""
         known = seed or 0
         self.submitted.append((request_id, known))
         self._waiting.append(
@@ -118,6 +121,7 @@ class FakeEngine:
         )
 
     def step(self) -> list[tuple[str, Generation]]:
+        """Gives every running request one token, and returns those that finished."""
         while self._waiting and len(self._running) < self._config.slots:
             request = self._waiting.popleft()
             if reason := self._refuses(request.tokens):
@@ -135,6 +139,7 @@ class FakeEngine:
         return [(request.request_id, request.generation()) for request in done]
 
     def overdue(self, limit_s: float) -> list[str]:
+        """Returns the requests that have run for longer than `limit_s`."""
         until_s = time.monotonic() - limit_s
         return [
             key
@@ -144,41 +149,50 @@ class FakeEngine:
         ]
 
     def truncate(self, request_ids: list[str]) -> list[tuple[str, Generation]]:
+        """Ends requests and returns what they have."""
         ended = [self._running[request_id] for request_id in request_ids if request_id in self._running]
         self.abort(request_ids)
         return [(request.request_id, request.generation()) for request in ended if request.num_tokens]
 
     def abort(self, request_ids: list[str]) -> None:
+        """Drops requests."""
         dropped = set(request_ids)
         self._waiting = deque(request for request in self._waiting if request.request_id not in dropped)
         self._running = {key: request for key, request in self._running.items() if key not in dropped}
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, Any]]) -> None:
+        """Notes the version; the weights themselves are read and forgotten."""
         list(weights)
         time.sleep(self._load_s)
         self.version = version
         self.loaded.append(version)
 
     def connect_transfer(self, init_info: dict[str, Any]) -> Any:
+        """Joins the group that `init_info` describes, and returns the connection."""
         connection = copy.copy(self.transfer)
         connection.init_transfer_engine(connection.parse_init_info(init_info))
         return connection
 
     def use_connection(self, connection: Any) -> None:
+        """Lets the next transfers arrive over this connection."""
         self.transfer.shutdown()
         self.transfer = connection
 
     def drop_connection(self, connection: Any) -> None:
+        """Leaves a group that will not be used."""
         connection.shutdown()
 
     def start_transfer(self) -> None:
+        """Begins a transfer."""
         self.is_receiving = False
 
     def update_transfer(self, update_info: dict[str, Any]) -> None:
+        """Receives a part of a transfer."""
         self.is_receiving = True
         self.transfer.update_weights(update_info)
 
     def finish_transfer(self, version: int, probes: Mapping[str, str]) -> int:
+        """Checks the probes, notes the version, and returns how many there were. Raises SnapshotError."""
         weights = self.transfer.model.weights
         if damaged := [name for name, value in probes.items() if checksum(weights[name]) != value]:
             raise SnapshotError(f"version {version} arrived damaged: {damaged[0]}")
@@ -187,10 +201,12 @@ class FakeEngine:
         return len(probes)
 
     def undo_transfer(self) -> None:
+        """Goes back to the weights before; to none where new ones had begun to arrive."""
         if self.is_receiving:
             self.version = -1
 
     def abort_transfer(self) -> None:
+        """Ends what is being received."""
         self.transfer.shutdown()
 
 
@@ -201,4 +217,5 @@ class PushedWeights:
         self.weights: dict[str, Any] = {}
 
     def load_weights(self, pairs: Iterable[tuple[str, Any]]) -> None:
+        """Keeps what vLLM would load."""
         self.weights |= {name: tensor.clone() for name, tensor in pairs}

@@ -59,14 +59,17 @@ class PlainPolicy:
             )
 
     def logprobs(self, inputs: ModelInputs, temperature: float) -> Tensor:
+        """Returns [T] the log-probs of the sampled tokens, nats."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and next(self.module.parameters()).requires_grad):
             return token_logprobs(self.module(**inputs.model_kwargs()).logits, inputs, temperature)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the loss's gradient."""
         del last
         loss.backward()
 
     def step(self, lr: float) -> float:
+        """Takes one optimizer step at learning rate `lr`; returns the gradient's norm."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._grad_clip))
@@ -76,11 +79,13 @@ class PlainPolicy:
         return norm
 
     def own_weights(self, bucket_bytes: int) -> Iterable[tuple[str, Tensor]]:
+        """Yields the weights as they are."""
         del bucket_bytes
         return ((name, parameter.data) for name, parameter in self.module.named_parameters())
 
     @torch.no_grad()
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes over weights."""
         parameters = dict(self.module.named_parameters())
         for name, tensor in weights:
             parameters[name].copy_(tensor)

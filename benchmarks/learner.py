@@ -5,8 +5,8 @@ chunked against whole logits.
 
 speed    Trained tokens/s of Updater and ZeroPolicy (one rank) against the shortest loop that trains the same:
          same model, batches, micro-batches, attention and objective; whole logits, AdamW, no DeepSpeed, no
-         metrics. Steps alternate. Beside it our Updater without DeepSpeed: what lies between them is ours, the
-         rest DeepSpeed's.
+         metrics. Steps alternate. Beside it our Updater without DeepSpeed: what lies between them is ours,
+         the rest DeepSpeed's.
 layouts  Forward and backward over the same sequences: padded, packed under transformers' block mask, packed
          by learner/policy/attention.py.
 memory   Growth of the peak by log-probs of T tokens and their gradient, one process each.

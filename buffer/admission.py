@@ -46,8 +46,8 @@ def work_item(ordinal: int, *, seed: int, num_prompts: int) -> WorkItem:
     """Returns the item at `ordinal` of the prompt stream: a pure function of its arguments, the same in every
     process.
 
-    Each epoch of `num_prompts` ordinals visits every prompt once, in an order of its own. `WorkItem.seed` is in [0,
-    2**31).
+    Each epoch of `num_prompts` ordinals visits every prompt once, in an order of its own. `WorkItem.seed` is
+    in [0, 2**31).
     """
     if ordinal < 0 or num_prompts < 1:
         raise LeaseError(

@@ -99,7 +99,9 @@ class Replay:
         return View(self._order, self._groups, self.config, self.counts)
 
     def num_takeable(self, step: int) -> int:
-        """Groups that a batch of learner step `step` may choose from: those that are not stale. Changes nothing."""
+        """Groups that a batch of learner step `step` may choose from: those that are not stale. Changes
+        nothing.
+        """
         return len(self._order) - self._order.num_older(self._bound.oldest_allowed(step))
 
     def insert(self, group: GroupMeta) -> bool:

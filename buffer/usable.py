@@ -57,8 +57,8 @@ class HeldSamples:
         self._changed: dict[int, None] = {}
 
     def join(self, group: Group, step: int) -> Group:
-        """Returns a group too small by itself together with the sample held for its prompt, if one is held and
-        not stale at `step`.
+        """Returns a group too small by itself together with the sample held for its prompt, if one is held
+        and not stale at `step`.
 
         A group that is large enough stays as it is: the held sample would only make it older.
         """

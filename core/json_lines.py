@@ -51,7 +51,8 @@ class Redactor:
     """Replaces the values of secret-looking environment variables (`*_KEY`, `*_TOKEN`, ...) in whatever is
     written down.
 
-    With `WANDB_API_KEY=abc...` in the environment, `Redactor(os.environ)(line)` has `[redacted]` in its place.
+    With `WANDB_API_KEY=abc...` in the environment, `Redactor(os.environ)(line)` has `[redacted]` in its
+    place.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""docs/config.md, generated from the configuration's models: `python launch.py config-reference >
+"""Generates docs/config.md from the configuration's models: `python launch.py config-reference >
 docs/config.md`.
 """
 

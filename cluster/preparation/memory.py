@@ -56,8 +56,9 @@ PROCESS_BYTES = 0.6 * GIB  # Resident with torch, Ray and the libraries imported
 _SIZE_IN_NAME = re.compile(r"(?<![A-Za-z\d.])(?:(\d+)x)?(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z\d])")
 
 
-class Part(NamedTuple):
-    """One use of memory, such as `Part("gradients", 4 * trained)`. `on_host` says that it lies in CPU memory
+class MemoryUse(NamedTuple):
+    """One use of memory, such as `MemoryUse("gradients", 4 * trained)`. `on_host` says that it lies in CPU
+    memory
     also when the process has a GPU.
     """
 
@@ -76,8 +77,8 @@ class MemoryEstimate:
 
     source: str
     num_params: int | None = None
-    learner: tuple[Part, ...] = ()
-    actor: tuple[Part, ...] = ()
+    learner: tuple[MemoryUse, ...] = ()
+    actor: tuple[MemoryUse, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -155,7 +156,7 @@ def _size_in_name(path: str) -> float | None:
     return int(experts or 1) * float(number) * (1000 if unit in "Bb" else 1)
 
 
-def _learner_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
+def _learner_parts(config: Config, shape: _Shape) -> tuple[MemoryUse, ...]:
     learner, b = config.learner, BYTES[config.model.dtype]
     share = shape.num_params / learner.ranks
     adapters = learner.lora_rank * shape.adapted / learner.ranks
@@ -174,20 +175,20 @@ def _learner_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
     bucket = REDUCE_BUCKET_PARAMETERS if on_gpu else 0
     saved = states * trained + moved if config.checkpoint.every else 0
     parts = [
-        Part("parameters", b * share, all_aside),
-        Part("adapters", b * adapters, all_aside),
-        Part("gradients", 4 * trained, all_aside),
-        Part("float32 master", master, all_aside),
-        Part("Adam moments", 8 * trained, all_aside),
-        Part("reference", reference, frozen_aside),
-        Part("proximal policy", proximal, frozen_aside),
-        Part("gathered parameters", b * gathered),
-        Part("gradient bucket", b * bucket),
-        Part("activations", _activation_bytes(config, shape)),
-        Part("log-probs", _logprob_bytes(config, shape)),
-        Part("optimizer step", max(0, step - forward), all_aside),
-        Part("checkpoint buffers", saved, on_host=True),
-        Part("process", PROCESS_BYTES, on_host=True),
+        MemoryUse("parameters", b * share, all_aside),
+        MemoryUse("adapters", b * adapters, all_aside),
+        MemoryUse("gradients", 4 * trained, all_aside),
+        MemoryUse("float32 master", master, all_aside),
+        MemoryUse("Adam moments", 8 * trained, all_aside),
+        MemoryUse("reference", reference, frozen_aside),
+        MemoryUse("proximal policy", proximal, frozen_aside),
+        MemoryUse("gathered parameters", b * gathered),
+        MemoryUse("gradient bucket", b * bucket),
+        MemoryUse("activations", _activation_bytes(config, shape)),
+        MemoryUse("log-probs", _logprob_bytes(config, shape)),
+        MemoryUse("optimizer step", max(0, step - forward), all_aside),
+        MemoryUse("checkpoint buffers", saved, on_host=True),
+        MemoryUse("process", PROCESS_BYTES, on_host=True),
     ]
     return tuple(part for part in parts if part.num_bytes)
 
@@ -230,22 +231,22 @@ def _logprob_bytes(config: Config, shape: _Shape) -> float:
     return 3 * min(4 * logits, CHUNK_BYTES) + min(b * logits, KEPT_BYTES) + head
 
 
-def _actor_parts(config: Config, shape: _Shape) -> tuple[Part, ...]:
+def _actor_parts(config: Config, shape: _Shape) -> tuple[MemoryUse, ...]:
     b = BYTES[config.model.dtype]
-    weights = Part("weights", b * shape.num_params)
-    adapters = Part(
+    weights = MemoryUse("weights", b * shape.num_params)
+    adapters = MemoryUse(
         "adapters",
         b * served_rank(config.learner.lora_rank) * shape.adapted
         if config.weights.adapters == "alone"
         else 0,
     )
     if config.actors.num_gpus == 0:
-        cache = Part("KV cache", config.actors.kv_cache_gib * GIB)
+        cache = MemoryUse("KV cache", config.actors.kv_cache_gib * GIB)
     else:
-        cache = Part("KV cache of all slots", _cache_bytes(config, shape) * config.actors.slots)
+        cache = MemoryUse("KV cache of all slots", _cache_bytes(config, shape) * config.actors.slots)
     return tuple(
         part
-        for part in (weights, adapters, cache, Part("process", PROCESS_BYTES, on_host=True))
+        for part in (weights, adapters, cache, MemoryUse("process", PROCESS_BYTES, on_host=True))
         if part.num_bytes
     )
 
@@ -301,7 +302,7 @@ def _notes(config: Config, shape: _Shape) -> list[str]:
 def host_bytes(config: Config, estimate: MemoryEstimate) -> float:
     """Returns the CPU memory of all ranks and actors together, in bytes."""
 
-    def on_host(parts: tuple[Part, ...], num_gpus: float) -> float:
+    def on_host(parts: tuple[MemoryUse, ...], num_gpus: float) -> float:
         return sum(part.num_bytes for part in parts if part.on_host or not num_gpus)
 
     learner, actors = config.learner, config.actors

@@ -323,7 +323,9 @@ def _steps_finished(path: Path) -> int | None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Returns (section.key, old, new) of the fields that differ; None where another objective is without the key."""
+    """Returns (section.key, old, new) of the fields that differ; None where another objective is without the
+    key.
+    """
     for section, values in now.items():
         for key in {**before[section], **values}:
             old, new = before[section].get(key), values.get(key)

@@ -40,10 +40,8 @@ def tokenizer():
 def write(tmp_path):
     def write_lines(*rows, name="train.jsonl"):
         path = tmp_path / name
-        lines = [
-            row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
-            for row in rows
-        ]
+        texts = [row if isinstance(row, bytes | str) else json.dumps(row) for row in rows]
+        lines = [text.encode() if isinstance(text, str) else text for text in texts]
         path.write_bytes(b"\n".join(lines) + b"\n")
         return str(path)
 

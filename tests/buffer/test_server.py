@@ -346,7 +346,7 @@ async def test_items_given_in_an_answer_that_was_lost_are_issued_again_when_thei
 
 @scenario
 @pytest.mark.parametrize("num_shards", [1, 2])
-async def test_a_generation_longer_than_the_timeout_is_neither_issued_again_nor_failed_while_its_actor_works_on_it(
+async def test_a_generation_longer_than_the_timeout_is_not_issued_again_while_its_actor_works_on_it(
     run_dir, num_shards
 ):
     config = buffer_config(capacity=8, timeout_s=10.0, num_shards=num_shards)

@@ -220,7 +220,7 @@ async def test_what_a_full_disk_refused_is_written_at_the_end_where_there_is_roo
 
 
 @scenario
-async def test_a_kill_between_the_databases_commit_and_the_ledgers_line_loses_no_line_and_nothing_is_read_for_it(
+async def test_a_kill_between_the_databases_commit_and_the_ledgers_line_loses_no_line_and_reads_nothing(
     run_dir, monkeypatch
 ):
     monkeypatch.setattr("buffer.shard.read_statuses", lambda *_: pytest.fail("the whole ledger was read"))

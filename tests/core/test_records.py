@@ -1,4 +1,6 @@
-"""The records on the wire: the same again after a round trip, an error with a name for what is torn or foreign, and few bytes."""
+"""The records on the wire: the same again after a round trip, an error with a name for what is torn or
+foreign, and few bytes.
+"""
 
 import msgspec
 import numpy as np
@@ -46,11 +48,13 @@ def samples(draw: st.DrawFn) -> Sample:
         for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
     ]
     logprobs = draw(st.lists(NANS, min_size=mask.count(), max_size=mask.count()))
+    if is_offline:
+        logprobs, spans = [], []
     return Sample(
         tokens=Int32s.of(tokens),
         is_sampled=mask,
-        logprobs=Float32s() if is_offline else Float32s.of(logprobs),
-        version_spans=() if is_offline else tuple(spans),
+        logprobs=Float32s.of(logprobs),
+        version_spans=tuple(spans),
         turns=draw(st.integers(1, 3)),
         finish_reason=draw(st.sampled_from(["stop", "length"])),
         text=draw(st.text(max_size=10)),
@@ -214,7 +218,9 @@ def test_a_payload_under_another_groups_head_is_refused() -> None:
 
 
 def test_a_token_costs_few_bytes() -> None:
-    """Four for its id, four for its log-prob where it was sampled, and an eighth for the mask; heads and names are a small rest."""
+    """Four for its id, four for its log-prob where it was sampled, and an eighth for the mask; heads and
+    names are a small rest.
+    """
     prompt, answer = list(range(1000)), list(range(3000))
     spans = (VersionSpan(3, 0, 3000),)
     sample = Sample.one_turn(

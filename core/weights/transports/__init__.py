@@ -1,10 +1,11 @@
 """Roads for the learner's weights to the actors, one file each in this folder, chosen by `weights.transport`.
 
-    ZeroPolicy --ZeroSource--> Transport.publish -.-> snapshot.py  buckets in Ray's object store, pulled: the default, and the fallback
-                                                  |-> nccl.py      vLLM's packed broadcast to a group of GPU
-                                                  actors    } push.py, client.py, `-> ipc.py       vLLM's
-                                                  packed handles, learner and actor on one GPU }
-                                                  actors/receiver.py
+    ZeroPolicy --ZeroSource--> Transport.publish -.-> snapshot.py  buckets in Ray's object store, pulled
+                                                  |-> nccl.py      vLLM's packed broadcast to GPU actors
+                                                  `-> ipc.py       vLLM's packed handles, on one GPU
+
+snapshot.py is the default, and what nccl.py and ipc.py fall back to. These two share push.py and client.py,
+and actors/receiver.py is their other end.
 
 A transport's file has `build(sender) -> Transport`. It is imported only when chosen: nccl.py and ipc.py
 import vLLM's `vllm.distributed.weight_transfer`, and with it most of vLLM, which takes ten seconds.

@@ -1,7 +1,7 @@
 """Rollout actors as the other end of vLLM's trainer engines: `VLLMWeightSyncClient`, which is structural,
 over Ray.
 
-    vLLM's trainer engine --init, start, update, finish--> ActorsClient --receive(verb, number, ...)--> actors/receiver.py
+    vLLM's trainer engine --init, start, update, finish--> ActorsClient --receive(verb, ...)--> actors/receiver.py
 
 Each call goes to all members at once and is waited for; whoever fails or does not answer is named, taken out
 and told to give up. What becomes of the others depends on the road: with NCCL (`coupled`) a transfer is
@@ -99,8 +99,6 @@ class ActorsClient:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Has the new weights put in place, once their probes are confirmed; who cannot is alone in that."""
         self._ask("finish", self._limit_s, lambda name: (self._version, self._probes))
-
-    # --------------------------------------------------------------------------------------------------------------
 
     def break_off(self, reason: str) -> None:
         """Has everybody that was asked give up: with its old weights, or none where new ones have begun to

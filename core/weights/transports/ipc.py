@@ -29,7 +29,7 @@ VLLM_SYMBOLS = (
 
 
 def build(sender: Sender) -> Transport:
-    """CUDA IPC, with snapshots for who does not take part."""
+    """Returns the transport by CUDA IPC, with snapshots for who does not take part."""
     return IpcTransport(sender)
 
 
@@ -38,7 +38,7 @@ class WeightPass(Pass, WeightSource):
 
 
 class IpcTransport(PushTransport):
-    """See the module's docstring."""
+    """Hands chunks of each pass to the actors on the same GPU; see the module's docstring."""
 
     make_pass = WeightPass
 
@@ -50,6 +50,7 @@ class IpcTransport(PushTransport):
         self._told: set[str] = set()  # That chunks are packed.
 
     def send(self, weights: Pass) -> None:
+        """Hands the pass over, chunk by chunk."""
         if not self.client.members.keys() <= self._told:
             info = IPCTrainerInitInfo(
                 rank=0, packed=True, packed_buffer_size_bytes=self._sender.source.largest_bytes

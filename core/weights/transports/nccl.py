@@ -36,7 +36,7 @@ VLLM_SYMBOLS = (
 
 
 def build(sender: Sender) -> Transport:
-    """NCCL, with snapshots for who is not in the group."""
+    """Returns the transport by NCCL, with snapshots for who is not in the group."""
     return NcclTransport(sender)
 
 
@@ -45,7 +45,7 @@ class WeightPass(Pass, WeightSource):
 
 
 class NcclTransport(PushTransport):
-    """See the module's docstring."""
+    """Broadcasts each pass to a group of actors; see the module's docstring."""
 
     make_pass = WeightPass
 
@@ -58,6 +58,7 @@ class NcclTransport(PushTransport):
         self.client.on_broken = self._leave
 
     def send(self, weights: Pass) -> None:
+        """Broadcasts the pass, in a group that is formed anew where the members are others than last time."""
         names = tuple(self.client.members)
         if self._engine is None or names != self._formed:
             self._form(names, weights)
@@ -65,7 +66,9 @@ class NcclTransport(PushTransport):
         self._engine.send_weights()
 
     def _form(self, names: tuple[str, ...], weights: Pass) -> None:
-        """A group of these actors and us. Raises GroupBroken, which names who kept it from being formed."""
+        """Forms a group of these actors and us. Raises GroupBroken, which names who kept it from being
+        formed.
+        """
         self._leave()
         self.client.greet()  # In the rendezvous nobody could tell any more who does not come.
         info = NCCLTrainerInitInfo(

@@ -37,12 +37,12 @@ class Pass:
         self._num_passed = -1
 
     def metadata(self) -> list[Parameter]:
-        """What iteration yields, as vLLM reads it: name, dtype and shape of each."""
+        """Returns what iteration yields, as vLLM reads it: name, dtype and shape of each parameter."""
         return self._source.metadata()
 
     @property
     def has_begun(self) -> bool:
-        """Whether a gather was made: the other ranks are in it with us."""
+        """Says whether a gather was made: the other ranks are in it with us."""
         return self._num_passed >= 0
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -65,8 +65,9 @@ class Pass:
 
 
 def probe_names(source: Source) -> frozenset[str]:
-    """The names of a few vectors from the first to the last, norms where there are any: what vLLM keeps as it
-    is, under its own name.
+    """Returns the names of a few vectors from the first to the last, norms where there are any.
+
+    They are what vLLM keeps as it is, under its own name.
     """
     vectors = [parameter.name for parameter in source.metadata() if len(parameter.shape) == 1]
     chosen = [name for name in vectors if "norm" in name] or vectors

@@ -1,9 +1,9 @@
-"""What nccl and ipc have in common: weights pushed to the actors there are, and a snapshot for everybody
-else.
+"""Pushes weights to the actors there are, and makes a snapshot for everybody else: what nccl and ipc have in
+common.
 
-    board --members--> those that answer --start--> one pass over the source --finish--> members at the new version
-                                                         |--> snapshot, in the background, when somebody needs one
-                                                         `--> checksums of a few parameters, which each actor confirms
+    board --members--> those that answer --start--> one pass over the source --finish--> new version in place
+                                                      |--> snapshot, in the background, where it is needed
+                                                      `--> checksums of a few parameters, to be confirmed
 
 An actor that fails or does not answer is stale: it keeps its version, its samples say so, and it is left out
 until its loop has answered again. One that evaluates, or has no weights yet, declines, and takes snapshots. A
@@ -31,7 +31,7 @@ from core.weights.transports.snapshot import SnapshotTransport
 
 
 class PushTransport(Transport):
-    """Subclasses send a pass to `client.members`."""
+    """The base of transports that push: a subclass implements `send`, which sends a pass to `client.members`."""
 
     coupled: ClassVar[bool]
     make_pass: ClassVar[type[Pass]]
@@ -57,6 +57,7 @@ class PushTransport(Transport):
         """
 
     def publish(self, version: int, *, evaluate: bool) -> None:
+        """Pushes `version` to the actors that answer; a snapshot is made beside it where somebody needs one."""
         if self._sender.rank != 0:
             collections.deque(self._sender.source, maxlen=0)
             return
@@ -81,12 +82,15 @@ class PushTransport(Transport):
             self._newest_snapshot = version
 
     def flush(self) -> None:
+        """Waits for the snapshot, if one is being stored."""
         self._snapshots.flush()
 
     def republish(self) -> None:
+        """Publishes the snapshots once more, and announces what was pushed since."""
         self._snapshots.republish(lambda: self._announced)
 
     def metrics(self) -> dict[str, float]:
+        """Returns what the snapshots say, and how many actors are stale."""
         if self._sender.rank != 0:
             return {}
         return {**self._snapshots.metrics(), "weights/stale_actors": float(len(self._owing))}
@@ -120,7 +124,7 @@ class PushTransport(Transport):
             self._owing[name] = self._ask_for_an_answer(actors[name])
 
     def _answering(self, actors: dict[str, ReceiverClient]) -> dict[str, ReceiverClient]:
-        """All actors but the stale ones that have not answered since."""
+        """Returns all actors but the stale ones that have not answered since."""
         for name in self._owing.keys() - actors.keys():
             self._owing.pop(name).give_up()
         for name, answer in list(self._owing.items()):
@@ -137,8 +141,8 @@ class PushTransport(Transport):
         return self._sender.calls.start(actor.receive("hello", self.client.number + 1), math.inf)
 
     def _is_snapshot_due(self, version: int) -> bool:
-        """Whether the newest snapshot would be too old to generate with for an actor that joins before the
-        next publication, and takes it.
+        """Returns whether the newest snapshot would be too old to generate with for an actor that joins
+        before the next publication, and takes it.
         """
         config = self._sender.config
         bound = StalenessBound(config.buffer.max_staleness)

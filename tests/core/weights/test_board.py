@@ -162,9 +162,7 @@ def test_a_board_that_was_started_again_evaluates_what_was_open_and_not_what_is_
     run(scenario)
 
 
-def test_a_version_published_before_a_board_that_was_started_again_is_told_of_it_once_more_is_evaluated_once() -> (
-    None
-):
+def test_a_version_that_a_board_started_again_is_told_of_once_more_is_evaluated_once() -> None:
     async def scenario() -> None:
         again = Bench(1)
         await again.board.publish(b"m", [], 4, evaluate=True)

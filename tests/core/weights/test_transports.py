@@ -71,7 +71,7 @@ def test_a_snapshot_that_cannot_be_had_again_and_again_is_told_once(monkeypatch)
 
 
 class TestSnapshotsInTheBackground:
-    def test_the_learner_goes_on_while_the_store_is_slow_and_what_it_does_to_the_weights_meanwhile_is_not_in_them(
+    def test_the_learner_goes_on_while_the_store_is_slow_and_its_changes_are_not_in_the_snapshot(
         self,
     ):
         policy, board = Plain(), Board()

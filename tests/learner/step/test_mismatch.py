@@ -44,7 +44,9 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
 
 
 def sample_of(step: int, *versions: int, d: float | list[float] = 0.0, mu: float = -1.0) -> Any:
-    """Its arrays, and its log-probs by the policy. One token of each version, drawn with log-prob `mu`; the policy says `mu + d`."""
+    """Its arrays, and its log-probs by the policy. One token of each version, drawn with log-prob `mu`; the
+    policy says `mu + d`.
+    """
     spans = tuple(VersionSpan(version, place, place + 1) for place, version in enumerate(versions))
     count = max(1, len(versions))
     logprobs = (mu,) * len(versions)

@@ -1,4 +1,5 @@
-"""What tests/learner/policy/test_lora_adapters.py looks at: a real vLLM engine that gets adapters alone, in a process of its own.
+"""What tests/learner/policy/test_lora_adapters.py looks at: a real vLLM engine that gets adapters alone, in a
+process of its own.
 
 python -m tests.support.scenarios.adapters_scenario MODEL_DIR OUT.json
 """

@@ -1,5 +1,5 @@
-"""Processes of tests/learner/checkpoints/test_checkpoint.py and test_checkpoint_resume.py beside it, which work in DIR
-and write what they found there.
+"""Processes of tests/learner/checkpoints/test_checkpoint.py and test_checkpoint_resume.py beside it, which
+work in DIR and write what they found there.
 
     checkpoint_scenario.py kills DIR COUNT   ranks that save without end, COUNT times killed (kills.json)
     checkpoint_scenario.py stopped DIR       one of two ranks is stopped, SIGSTOP, while it saves (stopped.json)

@@ -1,5 +1,5 @@
-"""The actors' side of tests/system/test_families.py, in a process of its own: `python -m tests.support.scenarios.families_scenario DIR
-NAME...`.
+"""The actors' side of tests/system/test_families.py, in a process of its own: `python -m
+tests.support.scenarios.families_scenario DIR NAME...`.
 
 Of each family, engines on DIR/NAME/base and on DIR/NAME/policy sample; the first also with policy's weights,
 as a snapshot brings them. DIR/NAME/served.json: {"base" | "updated" | "served": [[prompt, tokens, log-probs],

@@ -1,4 +1,5 @@
-"""One rank of tests/learner/step/test_guards.py: `main(DIR, RANK)`, with DIR/config.json; rank 0 writes DIR/found.json.
+"""One rank of tests/learner/step/test_guards.py: `main(DIR, RANK)`, with DIR/config.json; rank 0 writes
+DIR/found.json.
 
 Two policies train side by side, each its own ZeRO-3 engine with moments: one gets every batch, some spoilt,
 the other only the good ones.

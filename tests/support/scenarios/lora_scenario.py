@@ -1,5 +1,5 @@
-"""One rank of tests/learner/policy/test_lora.py, which trains adapters for some steps; rank 0 writes what it found to
-DIR/found.pt, and DIR/policy/.
+"""One rank of tests/learner/policy/test_lora.py, which trains adapters for some steps; rank 0 writes what it
+found to DIR/found.pt, and DIR/policy/.
 """
 
 import json

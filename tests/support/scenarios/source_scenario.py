@@ -1,5 +1,5 @@
-"""One of two ranks of tests/core/weights/test_transports.py: what a ZeRO-3 source yields, and a snapshot of it.
-Writes DIR/report-RANK.json.
+"""One of two ranks of tests/core/weights/test_transports.py: what a ZeRO-3 source yields, and a snapshot of
+it. Writes DIR/report-RANK.json.
 """
 
 import json

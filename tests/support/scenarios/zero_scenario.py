@@ -1,5 +1,5 @@
-"""One rank of tests/learner/policy/test_zero.py: `main(DIR, RANK)`, with DIR/config.json; rank 0 writes metrics.json
-and policy/.
+"""One rank of tests/learner/policy/test_zero.py: `main(DIR, RANK)`, with DIR/config.json; rank 0 writes
+metrics.json and policy/.
 """
 
 import json
