@@ -39,7 +39,7 @@ from core.records import BatchIndex, open_batch
 from core.staleness import StalenessBound
 from core.weights.board import BoardClient
 from core.weights.transports import NoTransport, Sender, Transport, load_transport
-from learner.checkpoints.checkpoint import Checkpoint, Part, verify
+from learner.checkpoints.checkpoint import Checkpoint, TensorPart, verify
 from learner.checkpoints.writer import CheckpointWriter, code_version, set_random_states
 from learner.objectives import load_objective
 from learner.policy.source import ZeroSource
@@ -395,7 +395,7 @@ class LearnerRank:
         self._transport.flush()  # What it calls published can be had.
         self._checkpoints.save(progress.step, self._parts(), self._state(progress))
 
-    def _parts(self) -> Iterator[Part]:
+    def _parts(self) -> Iterator[TensorPart]:
         return chain(
             self._policy.parts(), *(self._frozen[name].parts(name) for name in sorted(self._updater.moved))
         )

@@ -82,7 +82,7 @@ class FileEntry(msgspec.Struct, frozen=True):
     sha256: str
 
 
-class Manifest(msgspec.Struct, frozen=True):
+class CheckpointManifest(msgspec.Struct, frozen=True):
     """What a checkpoint contains: its step, the ranks that wrote it, every tensor and every file."""
 
     format: int
@@ -100,7 +100,7 @@ class _SealedManifest(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """One rank's elements of a tensor: `values` [stop - start], flat, without padding; `shape` is the whole
     tensor's.
     """
@@ -132,7 +132,7 @@ class Checkpoint:
     `manifest` is what `verify` or `latest_checkpoint` returned.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: CheckpointManifest) -> None:
         self.path, self.manifest = path, manifest
         self.tensors = {entry.key: entry for entry in manifest.tensors}
         self._files: dict[int, Any] = {}
@@ -179,7 +179,7 @@ class Checkpoint:
 
 def latest_checkpoint(
     run_dir: str | Path, on_problem: Callable[[str], None] = lambda text: None
-) -> tuple[Path, Manifest] | None:
+) -> tuple[Path, CheckpointManifest] | None:
     """Returns the newest checkpoint that verifies, every byte of it, or None.
 
     `on_problem` gets a sentence for each newer one that does not verify: which file, and what is wrong with
@@ -193,7 +193,7 @@ def latest_checkpoint(
     return None
 
 
-def verify(path: Path, *, contents: bool = True) -> Manifest:
+def verify(path: Path, *, contents: bool = True) -> CheckpointManifest:
     """Returns the manifest of the checkpoint `path`, checked against its files; without `contents` against
     their sizes only.
 
@@ -250,11 +250,11 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank}.safetensors"
 
 
-def _read_manifest(path: Path) -> Manifest:
+def _read_manifest(path: Path) -> CheckpointManifest:
     try:
         sealed = msgspec.json.decode((path / MANIFEST_NAME).read_bytes(), type=_SealedManifest)
         intact = hashlib.sha256(sealed.manifest).hexdigest() == sealed.sha256
-        manifest = msgspec.json.decode(sealed.manifest, type=Manifest)
+        manifest = msgspec.json.decode(sealed.manifest, type=CheckpointManifest)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path.name}: {MANIFEST_NAME} is missing") from None
     except OSError as error:
@@ -331,7 +331,7 @@ def write_file(path: Path, data: bytes) -> FileEntry:
     return FileEntry(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
+def write_manifest(directory: Path, manifest: CheckpointManifest) -> None:
     """Writes the manifest, which must be the last file of a checkpoint. Raises OSError."""
     body = msgspec.json.encode(manifest)
     sealed = _SealedManifest(hashlib.sha256(body).hexdigest(), msgspec.Raw(body))

@@ -39,10 +39,10 @@ from core.errors import CheckpointError, PeerTimeout
 from learner.checkpoints.checkpoint import (
     FORMAT,
     STATE_NAME,
+    CheckpointManifest,
     FileEntry,
-    Manifest,
-    Part,
     TensorEntry,
+    TensorPart,
     checkpoint_dirs,
     checkpoint_name,
     checkpoint_root,
@@ -103,7 +103,7 @@ class CheckpointWriter:
                 self._root.mkdir(parents=True, exist_ok=True)
             self._sweep(0)
 
-    def save(self, step: int, parts: Iterable[Part], state: Mapping[str, Any]) -> None:
+    def save(self, step: int, parts: Iterable[TensorPart], state: Mapping[str, Any]) -> None:
         """Begins the checkpoint of `step`; returns when `parts` and `state` (JSON; rank 0's counts) may
         change again.
 
@@ -149,7 +149,7 @@ class CheckpointWriter:
 
     # --- step thread ---
 
-    def _copy(self, step: int, parts: Iterable[Part]) -> list[TensorEntry]:
+    def _copy(self, step: int, parts: Iterable[TensorPart]) -> list[TensorEntry]:
         entries = []
         for part in parts:
             if part.key not in self._host:
@@ -207,7 +207,7 @@ class CheckpointWriter:
             return
         others = self._collect_reports(aside)
         files = (mine, *others, write_file(aside / STATE_NAME, state))
-        write_manifest(aside, Manifest(FORMAT, step, self._world_size, tuple(entries), files))
+        write_manifest(aside, CheckpointManifest(FORMAT, step, self._world_size, tuple(entries), files))
         replace_directory(aside, self._root / checkpoint_name(step))
 
     def _check_free_space(self, entries: list[TensorEntry]) -> None:

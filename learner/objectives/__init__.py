@@ -117,7 +117,9 @@ class Objective(Protocol):
     """A loss over whole groups. A module of this folder holds its knobs, `Config`, and offers it as
     `build(config: Config) -> Objective`.
 
-    objective = load_objective(config.objective) loss, diagnostics = objective.loss(batch) loss.backward()
+        objective = load_objective(config.objective)
+        loss, diagnostics = objective.loss(batch)
+        loss.backward()
     """
 
     @property

@@ -33,11 +33,11 @@ LOG_RATIO_LIMIT = 20.0  # nats; a ratio beyond exp(20) counts as exp(20) and pas
 STD_EPSILON = 1e-6
 
 
-class Groups:
+class GroupStatistics:
     """The groups of a batch and their statistics: [N] float64, each sample's value being that of its group.
 
-    groups = Groups(batch) loss = groups.total(-groups.leave_one_out(groups.rewards_N) *
-    batch.sequence_sums(batch.logprobs_T))
+        groups = GroupStatistics(batch)
+        loss = groups.total(-groups.leave_one_out(groups.rewards_N) * batch.sequence_sums(batch.logprobs_T))
 
     size_N      samples of the group
     rewards_N   of the sample itself

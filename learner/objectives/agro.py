@@ -85,10 +85,12 @@ class Config(ReferenceConfig):
 
     @property
     def fewest_samples(self) -> tuple[int, str]:
+        """How many samples a group must have, and which knob wants so many."""
         return max((2, ""), (self.target_k, f"objective.target = {self.target}"))
 
     @property
     def compares_answers(self) -> bool:
+        """True where samples vote for one answer (`target: majority@k`)."""
         return self.target.startswith("majority")
 
     @pydantic.model_validator(mode="after")
@@ -106,6 +108,7 @@ class Config(ReferenceConfig):
         return self
 
     def check(self, config: core_config.Config) -> None:
+        """Raises ValueError for a target that a group of `actors.group_size` samples cannot have."""
         n, named = config.actors.group_size, f"objective.target = {self.target}"
         if self.target_k > n:
             raise ValueError(
@@ -118,6 +121,7 @@ class Config(ReferenceConfig):
             )
 
     def warnings(self, config: core_config.Config) -> list[str]:
+        """Returns what may surprise in these knobs together with the rest of the run's, a sentence each."""
         found, named = [], f"objective.on_policy_coef = {self.on_policy_coef}"
         if self.on_policy_coef > 2 * self.beta:
             found.append(

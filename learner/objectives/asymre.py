@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import Groups, corrects, kl_loss, needs, token_weights
+from learner.objectives._common import GroupStatistics, corrects, kl_loss, needs, token_weights
 from learner.objectives._knobs import ReferenceConfig, WeightConfig
 
 
@@ -44,7 +44,7 @@ class AsymRe:
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
-        groups, beta = Groups(batch), self.config.beta
+        groups, beta = GroupStatistics(batch), self.config.beta
         advantage_N = groups.centred(groups.rewards_N) + self.config.baseline_shift
         weight_T = token_weights(batch, self.config)
         terms_T = kl_loss(batch, beta) - weight_T * advantage_N[batch.sequence_T] * batch.logprobs_T

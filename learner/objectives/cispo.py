@@ -20,7 +20,15 @@ from pydantic import Field
 from torch import Tensor
 
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import Groups, corrects, kl_loss, needs, old_logprobs, proximal_weights, ratio
+from learner.objectives._common import (
+    GroupStatistics,
+    corrects,
+    kl_loss,
+    needs,
+    old_logprobs,
+    proximal_weights,
+    ratio,
+)
 from learner.objectives._knobs import ProximalConfig, ReferenceConfig, WeightConfig
 
 
@@ -46,7 +54,7 @@ class Cispo:
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
-        groups, beta = Groups(batch), self.config.beta
+        groups, beta = GroupStatistics(batch), self.config.beta
         advantage_N = groups.standardised()
         rho_T = ratio(batch.logprobs_T.detach().double() - old_logprobs(batch, self.config))
         weight_T = proximal_weights(batch, self.config) * rho_T.clamp_max(1 + self.config.clip_high)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from learner.objectives import Objective, TokenBatch
 from learner.objectives._common import (
-    Groups,
+    GroupStatistics,
     clipped_gain,
     corrects,
     kl_loss,
@@ -56,7 +56,7 @@ class Grpo:
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
-        groups, beta = Groups(batch), self.config.beta
+        groups, beta = GroupStatistics(batch), self.config.beta
         advantage_N = groups.standardised() if self.normalised else groups.centred(groups.rewards_N)
         rho_T = ratio(batch.logprobs_T.double() - old_logprobs(batch, self.config))
         weight_T = proximal_weights(batch, self.config)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from learner.objectives import Objective, TokenBatch
 from learner.objectives._common import (
-    Groups,
+    GroupStatistics,
     clipped_gain,
     corrects,
     kl_loss,
@@ -55,7 +55,7 @@ class Gspo:
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
-        groups, beta = Groups(batch), self.config.beta
+        groups, beta = GroupStatistics(batch), self.config.beta
         advantage_N = groups.standardised()
         s_N = ratio(batch.sequence_means(batch.logprobs_T.double() - old_logprobs(batch, self.config)))
         weight_N = sequence_weights(

@@ -17,7 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import Groups, corrects, log_ratios, needs, token_weights
+from learner.objectives._common import GroupStatistics, corrects, log_ratios, needs, token_weights
 from learner.objectives._knobs import ReferenceConfig, WeightConfig, strength
 
 
@@ -41,7 +41,7 @@ class KlPg:
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
-        groups, beta = Groups(batch), self.config.beta
+        groups, beta = GroupStatistics(batch), self.config.beta
         advantage_N = groups.leave_one_out(groups.rewards_N)
         if beta > 0:
             advantage_N = advantage_N - beta * log_ratios(batch, self.needs)

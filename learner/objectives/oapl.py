@@ -18,7 +18,7 @@ from typing import Literal
 from torch import Tensor
 
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import Groups, known, needs, sequence_weights
+from learner.objectives._common import GroupStatistics, known, needs, sequence_weights
 from learner.objectives._knobs import RegressionConfig, SequenceWeightConfig
 
 
@@ -41,7 +41,7 @@ class Oapl:
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
-        groups, beta = Groups(batch), self.config.beta
+        groups, beta = GroupStatistics(batch), self.config.beta
         best_N = groups.maximum(groups.rewards_N)
         value_N = best_N + beta * groups.mean(((groups.rewards_N - best_N) / beta).exp()).log()
         log_ratio_N = batch.sequence_sums(batch.logprobs_T.double() - known(batch, "behaviour_logprobs_T"))

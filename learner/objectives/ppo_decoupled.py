@@ -21,7 +21,7 @@ from torch import Tensor
 
 from learner.objectives import Objective, TokenBatch
 from learner.objectives._common import (
-    Groups,
+    GroupStatistics,
     clipped_gain,
     corrects,
     kl_loss,
@@ -52,7 +52,7 @@ class PpoDecoupled:
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
-        groups, beta = Groups(batch), self.config.beta
+        groups, beta = GroupStatistics(batch), self.config.beta
         advantage_N = groups.standardised()
         proximal_T = known(batch, "proximal_logprobs_T")
         u_T = ratio(batch.logprobs_T.double() - proximal_T)

@@ -17,7 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import Groups, corrects, known, needs, token_weights
+from learner.objectives._common import GroupStatistics, corrects, known, needs, token_weights
 from learner.objectives._knobs import ReferenceConfig, WeightConfig, strength
 
 
@@ -43,7 +43,7 @@ class Rloo:
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
-        groups, beta = Groups(batch), self.config.beta
+        groups, beta = GroupStatistics(batch), self.config.beta
         penalised_N = groups.rewards_N
         if beta > 0:
             behaviour_N = batch.sequence_sums(known(batch, "behaviour_logprobs_T"))

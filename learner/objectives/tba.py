@@ -17,7 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import Groups, corrects, known, needs, sequence_weights
+from learner.objectives._common import GroupStatistics, corrects, known, needs, sequence_weights
 from learner.objectives._knobs import ReferenceConfig, RegressionConfig, SequenceWeightConfig
 
 
@@ -40,7 +40,7 @@ class Tba:
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
-        groups, beta = Groups(batch), self.config.beta
+        groups, beta = GroupStatistics(batch), self.config.beta
         ell_N = batch.sequence_sums(batch.logprobs_T.double()) - known(batch, "ref_logprobs_N")
         residual_N = groups.rewards_N - beta * ell_N
         gap_N = residual_N - groups.mean(residual_N.detach())

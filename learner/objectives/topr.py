@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from learner.objectives import Objective, TokenBatch
-from learner.objectives._common import Groups, corrects, kl_loss, needs, old_logprobs, proximal_weights
+from learner.objectives._common import (
+    GroupStatistics,
+    corrects,
+    kl_loss,
+    needs,
+    old_logprobs,
+    proximal_weights,
+)
 from learner.objectives._knobs import ProximalConfig, ReferenceConfig, SequenceWeightConfig
 
 
@@ -46,7 +53,7 @@ class Topr:
 
     def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of the module's formula, and diagnostics (Objective.loss)."""
-        groups, beta = Groups(batch), self.config.beta
+        groups, beta = GroupStatistics(batch), self.config.beta
         advantage_N = groups.centred(groups.rewards_N)
         log_rho_N = batch.sequence_sums(batch.logprobs_T.detach().double() - old_logprobs(batch, self.config))
         taper_N = torch.where(advantage_N >= 0, 1.0, log_rho_N.clamp_max(0).exp())

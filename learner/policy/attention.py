@@ -33,7 +33,7 @@ SHORT = 64
 
 
 class Packing:
-    """Where the sequences of a packed row go in buckets of like length, and back.
+    """The way of a packed row's sequences into buckets of like length, and back.
 
         packing = Packing([5, 2, 9])          lengths of the sequences in the row
         packing.pack([attend(bucket) for bucket in packing.unpack(row)])

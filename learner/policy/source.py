@@ -22,27 +22,34 @@ class Weights(Protocol):
     """A policy, as far as its weights go (`learner.policy.zero.ZeroPolicy`)."""
 
     @property
-    def module(self) -> torch.nn.Module: ...
+    def module(self) -> torch.nn.Module:
+        """The module whose weights they are."""
+        ...
+
     def named_weights(
         self, bucket_bytes: int, *, adapters_alone: bool = False
-    ) -> Iterator[tuple[str, torch.Tensor]]: ...
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields (name, whole tensor) of each weight (`learner.policy.zero.ZeroPolicy.named_weights`)."""
+        ...
 
 
 class ZeroSource:
-    """(name, whole tensor) of every parameter, tied ones once, in the order of `metadata()`; a fresh pass
-    each time.
+    """The weights as (name, whole tensor), tied ones once, in the order of `metadata()`: `for name, tensor in
+    source` is a fresh pass.
 
-    A pass is collective: every rank must make it, to its end. Gathered at any time: one bucket of
-    `bucket_bytes`, or one larger parameter. A tensor is valid only until the next is asked for; with one rank
-    it IS the parameter, which the next step changes.
+    A pass is collective: every rank must make it, to its end. One bucket of `bucket_bytes` is gathered at any
+    time, or one larger parameter. A tensor is valid only until the next is asked for; with one rank it IS the
+    parameter, which the next step changes.
     """
 
     def __init__(self, policy: Weights, bucket_bytes: int, *, adapters_alone: bool = False) -> None:
-        """`adapters_alone`: (name, tensor) of the adapters and nothing else."""
+        """`adapters_alone` yields the adapters and nothing else."""
         self._policy, self._bucket_bytes, self._adapters_alone = policy, bucket_bytes, adapters_alone
 
     def metadata(self) -> list[Parameter]:
-        """What a pass yields, from ZeRO-3's own records (`ds_shape`): nothing is gathered. Not collective."""
+        """Returns what a pass yields, from ZeRO-3's own records (`ds_shape`): nothing is gathered. Not
+        collective.
+        """
         return self._metadata
 
     @cached_property
@@ -60,5 +67,5 @@ class ZeroSource:
 
     @property
     def largest_bytes(self) -> int:
-        """Of the largest bucket or parameter: what a buffer of one bucket must hold."""
+        """The bytes that a buffer of one bucket must hold: a bucket, or the largest parameter."""
         return max(self._bucket_bytes, max((parameter.num_bytes for parameter in self.metadata()), default=0))

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from core.config import LearnerConfig, ModelConfig
-from learner.checkpoints.checkpoint import Part, partition
+from learner.checkpoints.checkpoint import TensorPart, partition
 from learner.checkpoints.export import write_model
 from learner.policy.file_weights import Unit, file_units, plain_units, wider_first
 from learner.policy.function_check import check_function
@@ -220,13 +220,15 @@ class ZeroFrozen:
             with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0), torch.no_grad():
                 parameters[name].copy_(tensor)
 
-    def parts(self, kind: str) -> Iterator[Part]:
+    def parts(self, kind: str) -> Iterator[TensorPart]:
         """Yields this rank's part of each weight, named `<kind>/<parameter>`. They are views, to be copied.
         Not collective.
         """
         for name, parameter in self._engine.module.named_parameters():
             first, last = _held(parameter)
-            yield Part(f"{kind}/{name}", tuple(parameter.ds_shape), parameter.ds_tensor.data[: last - first])
+            yield TensorPart(
+                f"{kind}/{name}", tuple(parameter.ds_shape), parameter.ds_tensor.data[: last - first]
+            )
 
     @torch.no_grad()
     def restore(self, kind: str, read: Read) -> None:
@@ -240,8 +242,10 @@ class ZeroPolicy:
     """The policy that is trained: its log-probs, gradients and optimizer steps, and its weights one bucket at
     a time.
 
-    policy = ZeroPolicy(config.model, config.learner, seed) loss = -policy.logprobs(inputs,
-    temperature).mean() policy.backward(loss, last=True) grad_norm = policy.step(lr)
+        policy = ZeroPolicy(config.model, config.learner, seed)
+        loss = -policy.logprobs(inputs, temperature).mean()
+        policy.backward(loss, last=True)
+        grad_norm = policy.step(lr)
     """
 
     def __init__(self, model: ModelConfig, learner: LearnerConfig, seed: int = 0) -> None:
@@ -343,7 +347,7 @@ class ZeroPolicy:
         """How many steps Adam has counted."""
         return max((int(state["step"]) for state in self._engine.optimizer.state.values()), default=0)
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[TensorPart]:
         """Yields this rank's part of the fp32 weights, of Adam's moments once it has taken a step, and of the
         buffers.
 
@@ -354,17 +358,17 @@ class ZeroPolicy:
         moments = ("exp_avg", "exp_avg_sq") if self.adam_steps else ()
         for name, parameter in _trained(self.module):
             first, last = _held(parameter)
-            yield Part(
+            yield TensorPart(
                 f"master/{name}",
                 tuple(parameter.ds_shape),
                 safe_get_local_fp32_param(parameter).detach()[: last - first],
             )
             for moment in moments:
                 values = safe_get_local_optimizer_state(parameter, moment)
-                yield Part(f"{moment}/{name}", tuple(parameter.ds_shape), values[: last - first])
+                yield TensorPart(f"{moment}/{name}", tuple(parameter.ds_shape), values[: last - first])
         for name, buffer in persistent_buffers(self.module):
             first, last = partition(buffer.numel(), dist.get_world_size(), dist.get_rank())
-            yield Part(f"buffer/{name}", tuple(buffer.shape), buffer.flatten()[first:last])
+            yield TensorPart(f"buffer/{name}", tuple(buffer.shape), buffer.flatten()[first:last])
 
     @torch.no_grad()
     def restore(self, read: Read, adam_steps: int) -> None:
@@ -427,13 +431,13 @@ class ZeroAdapters:
         del weights
         self._copy = [parameter.ds_tensor.clone() for _, parameter in _trained(self._policy.module)]
 
-    def parts(self, kind: str) -> Iterator[Part]:
+    def parts(self, kind: str) -> Iterator[TensorPart]:
         """Yields this rank's part of the copied adapters, named `<kind>/<parameter>`. They are views, to be
         copied. Not collective.
         """
         for (name, parameter), values in zip(_trained(self._policy.module), self._copy or (), strict=True):
             first, last = _held(parameter)
-            yield Part(f"{kind}/{name}", tuple(parameter.ds_shape), values[: last - first])
+            yield TensorPart(f"{kind}/{name}", tuple(parameter.ds_shape), values[: last - first])
 
     def restore(self, kind: str, read: Read) -> None:
         """Takes over adapters saved by `parts(kind)`; `read` is `Checkpoint.read`. Not collective."""

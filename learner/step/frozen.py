@@ -16,9 +16,9 @@ from torch import Tensor
 
 from core.config import Config
 from learner.objectives import Objective
-from learner.step.plan import Pass, StepPlan
-from learner.step.policies import FrozenPolicy, Policy, ScoringPolicy
-from learner.step.samples import Part
+from learner.step.plan import ForwardPass, StepPlan
+from learner.step.policies import FrozenPolicy, ScoringPolicy, TrainedPolicy
+from learner.step.samples import Stretch
 
 REFERENCE, PROXIMAL = "reference", "proximal"
 MIB = 2**20
@@ -35,7 +35,7 @@ def frozen_names(objective: Objective) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class FrozenLogprobs:
-    """Log-probs by the policies that are not trained, of the samples of a plan or of a part of it.
+    """Log-probs by the policies that are not trained, of the samples of a plan or of a stretch of it.
 
     reference_N     float64, sums over the sampled tokens of each sample; NaN where nobody knows them
     reference_T     of each token; None unless the objective needs it
@@ -50,13 +50,13 @@ class FrozenLogprobs:
     are_policy: frozenset[str] = frozenset()
     must_be_finite: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def of(self, part: Part, policy_T: Tensor, policy_N: Tensor) -> FrozenLogprobs:
-        """Returns the log-probs of the samples of `part`, of which the policy's are `policy_T`, in sums
+    def of(self, stretch: Stretch, policy_T: Tensor, policy_N: Tensor) -> FrozenLogprobs:
+        """Returns the log-probs of the samples of `stretch`, of which the policy's are `policy_T`, in sums
         `policy_N`.
         """
-        reference_T = None if self.reference_T is None else self.reference_T[part.tokens]
-        proximal_T = None if self.proximal_T is None else self.proximal_T[part.tokens]
-        reference_N = self.reference_N[part.samples]
+        reference_T = None if self.reference_T is None else self.reference_T[stretch.tokens]
+        proximal_T = None if self.proximal_T is None else self.proximal_T[stretch.tokens]
+        reference_N = self.reference_N[stretch.samples]
         if REFERENCE in self.are_policy:
             reference_N, reference_T = policy_N, policy_T
         if PROXIMAL in self.are_policy:
@@ -68,7 +68,8 @@ class FrozenPolicies:
     """The frozen policies by name, which become copies of the policy as often as the config says.
 
     frozen = FrozenPolicies({"reference": ZeroFrozen(config.model, config.learner)}, config, objective.needs)
-    frozen.move(policy, step) theirs = frozen.logprobs(plan, frozen.num_passes(plan))
+    frozen.move(policy, step)
+    theirs = frozen.logprobs(plan, frozen.num_passes(plan))
     """
 
     def __init__(self, policies: Mapping[str, FrozenPolicy], config: Config, needs: Collection[str]) -> None:
@@ -85,12 +86,10 @@ class FrozenPolicies:
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether there is a reference that never moves: its log-probs stay true for later uses of a
-        sample.
-        """
+        """True where a reference never moves: its log-probs stay true for later uses of a sample."""
         return REFERENCE in self._policies and not self._every[REFERENCE]
 
-    def move(self, policy: Policy, step: int) -> None:
+    def move(self, policy: TrainedPolicy, step: int) -> None:
         """Copies the policy into those whose time has come before learner step `step`. Collective."""
         for name, frozen in self._policies.items():
             every = self._every[name]
@@ -116,7 +115,7 @@ class FrozenPolicies:
             passes = self._passes(plan, REFERENCE)
             values = run_passes(self._policies[REFERENCE], plan, passes, counts[0], self._temperature)
             for each, values_T in zip(passes, values, strict=True):
-                reference_N[each.part.samples] = samples.sums(values_T, each.part)[each.part.samples]
+                reference_N[each.stretch.samples] = samples.sums(values_T, each.stretch)[each.stretch.samples]
             if "reference_tokens" in self._needs:
                 reference_T = joined(plan, values)
             must_be_finite["log-probs by the reference"] = reference_N
@@ -126,7 +125,7 @@ class FrozenPolicies:
             must_be_finite["log-probs by the proximal policy"] = samples.sums(proximal_T)
         return FrozenLogprobs(reference_N, reference_T, proximal_T, must_be_finite=must_be_finite)
 
-    def _passes(self, plan: StepPlan, name: str) -> tuple[Pass, ...]:
+    def _passes(self, plan: StepPlan, name: str) -> tuple[ForwardPass, ...]:
         if name not in self._policies or plan.step == 0:
             return ()
         is_stored = name == REFERENCE and self.keeps_reference and "reference_tokens" not in self._needs
@@ -134,12 +133,12 @@ class FrozenPolicies:
             return plan.passes
         # Sums by a reference that never moves come with the sample once they are known.
         has_reference_N = plan.samples.has_reference_N
-        return tuple(each for each in plan.passes if not bool(has_reference_N[each.part.samples].all()))
+        return tuple(each for each in plan.passes if not bool(has_reference_N[each.stretch.samples].all()))
 
 
 @torch.no_grad()
 def run_passes(
-    policy: ScoringPolicy, plan: StepPlan, passes: Sequence[Pass], count: int, temperature: float
+    policy: ScoringPolicy, plan: StepPlan, passes: Sequence[ForwardPass], count: int, temperature: float
 ) -> list[Tensor]:
     """Returns the log-probs of each of `passes`, without gradient. Idle passes follow, so that it runs
     `count` in all. Collective.

@@ -109,7 +109,8 @@ class LogprobHead(torch.nn.Module):
     """A model's LM head that returns, while it is `asked` to, the log-probs of given tokens in place of
     logits.
 
-    with head.asked(rows_T, columns_T, targets_T, temperature): logprobs_T = model(**kwargs).logits
+        with head.asked(rows_T, columns_T, targets_T, temperature):
+            logprobs_T = model(**kwargs).logits
 
     It owns the very parameters of the head it replaces, under the same names. Thus a model keeps the names of
     its weights, and ZeRO-3 gathers the head, tied or not, for its forward and again for its backward pass,

@@ -1,5 +1,5 @@
-"""Whether the learner computes what the actors sampled from: both their log-probs of the same tokens under
-the same weights.
+"""The test that the learner computes what the actors sampled from: both their log-probs of the same tokens
+under the same weights.
 
     d = log pi - log mu        pi by the learner (transformers), mu by the actors (vLLM): 0 but for rounding
     k1 = mean(-d),  k3 = mean(exp(d) - 1 - d)        both estimate KL(mu, pi), since mu drew the tokens
@@ -107,7 +107,8 @@ class MismatchCheck:
     """Compares the fresh samples of every step, and stops the run at the first that differ. The same on every
     rank.
 
-    parts = ranks.gather(check.sums(samples, logprobs_T, step)) metrics = check.judge(step, parts)
+        parts = ranks.gather(check.sums(samples, logprobs_T, step))
+        metrics = check.judge(step, parts)
     """
 
     def __init__(

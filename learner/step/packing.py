@@ -1,8 +1,7 @@
-"""From sequences to one log-prob per sampled token: which rank, which forward pass, which tensors, and
-through the model.
+"""The way from sequences to one log-prob per sampled token: rank, forward pass, tensors, model.
 
-groups --assign_groups--> ranks --plan_micro_batches--> passes --collate--> ModelInputs --TokenLogprobs-->
-log-probs
+    groups --assign_groups--> ranks --plan_micro_batches--> passes --collate--> ModelInputs
+    ModelInputs --TokenLogprobs--> log-probs
 
 Two layouts. `padded` is one row per sequence, padding on the right. `packed` is one row for all, without
 padding; positions restart at 0, and attention stays within sequences by learner/policy/attention.py. For

@@ -1,8 +1,8 @@
 """The plan of one optimizer step on one rank: which samples, in which forward passes. Collated once, for all
 passes of the step.
 
-Share: this rank's groups of a batch --plan_micro_batches--> passes --collate--> ModelInputs `--in the order
-of the passes--> SampleArrays
+    Share: this rank's groups of a batch --plan_micro_batches--> passes --collate--> ModelInputs
+                                                      `--in the order of the passes--> SampleArrays
 
 Since the flat arrays are in the order of the passes, the samples of a pass are a slice of them, and so are
 their tokens.
@@ -17,16 +17,16 @@ import torch
 
 from core.config import LearnerConfig
 from learner.step.packing import ModelInputs, TokenSequence, collate, plan_micro_batches
-from learner.step.samples import Part, SampleArrays, arrays_of, sequence_of
+from learner.step.samples import SampleArrays, Stretch, arrays_of, sequence_of
 from learner.step.share import Share
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One forward pass over the samples of `part`. `is_whole` says that every group in it is complete."""
+class ForwardPass:
+    """One forward pass over the samples of `stretch`. `is_whole` says that every group in it is complete."""
 
     inputs: ModelInputs
-    part: Part
+    stretch: Stretch
     is_whole: bool
 
 
@@ -44,25 +44,25 @@ class StepPlan:
     step: int
     num_groups: int
     samples: SampleArrays
-    passes: tuple[Pass, ...]
-    idle: Pass
+    passes: tuple[ForwardPass, ...]
+    idle: ForwardPass
 
     @property
-    def split_passes(self) -> tuple[Pass, ...]:
+    def split_passes(self) -> tuple[ForwardPass, ...]:
         """The passes over groups that no single pass can hold."""
         return tuple(each for each in self.passes if not each.is_whole)
 
     @property
-    def split_part(self) -> Part:
+    def split_stretch(self) -> Stretch:
         """The samples of all groups that no single pass can hold: the last ones."""
         whole = self.samples.whole
         sample, token = whole.samples.stop, whole.tokens.stop
         if self.split_passes:
-            first = self.split_passes[0].part
+            first = self.split_passes[0].stretch
             sample, token = first.samples.start, first.tokens.start
-        return Part(slice(sample, whole.samples.stop), slice(token, whole.tokens.stop))
+        return Stretch(slice(sample, whole.samples.stop), slice(token, whole.tokens.stop))
 
-    def filled(self, passes: Sequence[Pass], count: int) -> tuple[Pass, ...]:
+    def filled(self, passes: Sequence[ForwardPass], count: int) -> tuple[ForwardPass, ...]:
         """Returns `passes` and idle ones, `count` in all: ZeRO-3 gathers in every pass, so that all ranks
         must run equally many.
         """
@@ -91,16 +91,16 @@ def plan_step(
         learner.layout,
     )
     order = [index for micro in micro_batches for index in micro.indices]
-    passes: list[Pass] = []
+    passes: list[ForwardPass] = []
     first_sample = first_token = 0
     for micro in micro_batches:
         inputs = collate([sequences[index] for index in micro.indices], learner.layout, pad_id, device)
         num_samples, num_tokens = len(micro.indices), len(inputs.targets_T)
-        part = Part(
+        stretch = Stretch(
             slice(first_sample, first_sample + num_samples), slice(first_token, first_token + num_tokens)
         )
-        passes.append(Pass(inputs, part, micro.whole))
-        first_sample, first_token = part.samples.stop, part.tokens.stop
+        passes.append(ForwardPass(inputs, stretch, micro.whole))
+        first_sample, first_token = stretch.samples.stop, stretch.tokens.stop
     return StepPlan(
         step=share.index.step,
         num_groups=len(share.index.groups),
@@ -110,6 +110,6 @@ def plan_step(
     )
 
 
-def _idle(learner: LearnerConfig, pad_id: int, device: torch.device) -> Pass:
+def _idle(learner: LearnerConfig, pad_id: int, device: torch.device) -> ForwardPass:
     inputs = collate([TokenSequence.of_turn([pad_id], [pad_id])], learner.layout, pad_id, device)
-    return Pass(inputs, Part(slice(0, 0), slice(0, 0)), is_whole=True)
+    return ForwardPass(inputs, Stretch(slice(0, 0), slice(0, 0)), is_whole=True)

@@ -28,11 +28,11 @@ class FrozenPolicy(ScoringPolicy, Protocol):
     """A policy that is not trained, and now and then becomes a copy of the one that is."""
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes over these weights, which `Policy.own_weights` gave."""
+        """Takes over these weights, which `TrainedPolicy.own_weights` gave."""
         ...
 
 
-class Policy(ScoringPolicy, Protocol):
+class TrainedPolicy(ScoringPolicy, Protocol):
     """The policy that is trained."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

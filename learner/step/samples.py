@@ -26,7 +26,7 @@ Member: TypeAlias = tuple[Group, int]
 
 
 @dataclass(frozen=True)
-class Part:
+class Stretch:
     """Consecutive samples of many: `samples` is their slice of [N] arrays, `tokens` that of [T] arrays."""
 
     samples: slice
@@ -35,10 +35,10 @@ class Part:
     def __len__(self) -> int:
         return int(self.samples.stop - self.samples.start)
 
-    def within(self, whole: Part) -> Part:
-        """Where these samples lie in arrays of the samples of `whole` alone."""
+    def within(self, whole: Stretch) -> Stretch:
+        """Returns where these samples lie in arrays of the samples of `whole` alone."""
         sample, token = whole.samples.start, whole.tokens.start
-        return Part(
+        return Stretch(
             slice(self.samples.start - sample, self.samples.stop - sample),
             slice(self.tokens.start - token, self.tokens.stop - token),
         )
@@ -81,26 +81,26 @@ class SampleArrays:
         return len(self.groups_N)
 
     @property
-    def whole(self) -> Part:
+    def whole(self) -> Stretch:
         """All samples."""
-        return Part(slice(0, len(self)), slice(0, len(self.sequence_T)))
+        return Stretch(slice(0, len(self)), slice(0, len(self.sequence_T)))
 
-    def of(self, part: Part) -> SampleArrays:
-        """Returns the arrays of the samples of `part` alone."""
+    def of(self, stretch: Stretch) -> SampleArrays:
+        """Returns the arrays of the samples of `stretch` alone."""
         cut = {
-            name: value[part.tokens if name.endswith("_T") else part.samples]
+            name: value[stretch.tokens if name.endswith("_T") else stretch.samples]
             for name, value in vars(self).items()
             if value is not None
         }
-        cut["sequence_T"] = cut["sequence_T"] - part.samples.start
+        cut["sequence_T"] = cut["sequence_T"] - stretch.samples.start
         return dataclasses.replace(self, **cut)
 
-    def sums(self, values_T: Tensor, part: Part | None = None) -> Tensor:
+    def sums(self, values_T: Tensor, stretch: Stretch | None = None) -> Tensor:
         """Returns [N] float64 sums of `values_T` over each sample.
 
-        These are the values of all tokens, or of those of `part`; samples out of it then have the sum 0.
+        These are the values of all tokens, or of those of `stretch`; samples out of it then have the sum 0.
         """
-        sequence_T = self.sequence_T if part is None else self.sequence_T[part.tokens]
+        sequence_T = self.sequence_T if stretch is None else self.sequence_T[stretch.tokens]
         zeros_N = values_T.new_zeros(len(self), dtype=torch.float64)
         return zeros_N.index_add(0, sequence_T, values_T.double())
 

@@ -1,8 +1,8 @@
 """A rank's share of a batch: the index of all of it, and the groups that this rank trains, decoded by it
 alone.
 
-rank 0: encoded batch --open_batch--> index ------- broadcast -------> every rank: which groups are whose
-`---> payloads -- to whom they belong -> that rank: decoded
+    rank 0: encoded batch --open_batch--> index ------- broadcast -------> every rank: which groups are whose
+                                    `---> payloads -- to whom they belong -> that rank: decoded
 
 The batch as a whole is nowhere decoded. What every rank must know alike, such as ages, rewards and whether
 the log-probs are finite, is in the index.

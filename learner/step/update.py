@@ -1,7 +1,7 @@
 """One optimizer step from a rank's share of a batch, exact for any sharding over ranks and passes.
 
-Share --plan_step--> StepPlan --frozen policies--> FrozenLogprobs --first pass--> gradients of split groups
-`--gradient passes: log-probs --> objective --> backward--> optimizer step --> StepResult
+    Share --plan_step--> StepPlan --frozen policies--> FrozenLogprobs --first pass--> gradients of split groups
+                            `--gradient passes: log-probs --> objective --> backward--> step --> StepResult
 
 Groups stay whole on a rank. Where a group fits a micro-batch, one forward pass serves the objective and the
 gradient. Where it does not, a first pass without gradient gives the log-probs of all its samples, the
@@ -29,24 +29,24 @@ from core.config import Config
 from learner.objectives import Objective, TokenBatch, token_gradients
 from learner.step.frozen import FrozenLogprobs, FrozenPolicies, joined, run_passes
 from learner.step.mismatch import MismatchCheck
-from learner.step.plan import Pass, StepPlan, plan_step
-from learner.step.policies import FrozenPolicy, Policy
+from learner.step.plan import ForwardPass, StepPlan, plan_step
+from learner.step.policies import FrozenPolicy, TrainedPolicy
 from learner.step.ranks import Ranks
 from learner.step.result import FOUND, StepResult, found_of, gather_samples, gather_skip
-from learner.step.samples import Part, faults_of
+from learner.step.samples import Stretch, faults_of
 from learner.step.share import Share
 from learner.step.variances import PromptVariances
 
 
 class PassValues(NamedTuple):
-    """What passes by the policy gave for the samples of `part`.
+    """What passes by the policy gave for the samples of `stretch`.
 
     logprobs_T  log-probs by the policy, detached
     loss_T      what of the loss reaches each token: not finite where the loss is not
     found_NK    the columns FOUND; NaN where the loss could not be computed
     """
 
-    part: Part
+    stretch: Stretch
     logprobs_T: Tensor
     loss_T: Tensor
     found_NK: Tensor
@@ -73,7 +73,7 @@ class Updater:
     def __init__(
         self,
         config: Config,
-        policy: Policy,
+        policy: TrainedPolicy,
         objective: Objective,
         frozen: Mapping[str, FrozenPolicy] | None = None,
         *,
@@ -92,7 +92,7 @@ class Updater:
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether reference log-probs stay true for later uses of a sample."""
+        """True where a reference never moves: its log-probs stay true for later uses of a sample."""
         return self._frozen.keeps_reference
 
     @property
@@ -166,16 +166,16 @@ class Updater:
         """Returns the log-probs of all split groups, without gradient, and the loss's gradient with respect
         to each of them. Collective.
         """
-        part = plan.split_part
+        stretch = plan.split_stretch
         values = run_passes(self._policy, plan, plan.split_passes, count, self._temperature)
         logprobs_T = joined(plan, values)
-        without_loss = _without_loss(part, logprobs_T)
-        if not len(part) or any(_faults(plan, frozen, without_loss)):
+        without_loss = _without_loss(stretch, logprobs_T)
+        if not len(stretch) or any(_faults(plan, frozen, without_loss)):
             return without_loss
-        batch = self._token_batch(plan, part, logprobs_T, frozen)
+        batch = self._token_batch(plan, stretch, logprobs_T, frozen)
         gradient_T = token_gradients(self._objective, batch)
         _, diagnostics = self._objective.loss(batch)
-        return PassValues(part, logprobs_T, gradient_T, found_of(batch, diagnostics))
+        return PassValues(stretch, logprobs_T, gradient_T, found_of(batch, diagnostics))
 
     def _gradient_passes(
         self, plan: StepPlan, frozen: FrozenLogprobs, split: PassValues, count: int
@@ -192,34 +192,34 @@ class Updater:
         )
 
     def _loss(
-        self, plan: StepPlan, each: Pass, logprobs_T: Tensor, frozen: FrozenLogprobs, split: PassValues
+        self, plan: StepPlan, each: ForwardPass, logprobs_T: Tensor, frozen: FrozenLogprobs, split: PassValues
     ) -> tuple[Tensor, PassValues]:
         """Returns the loss of one pass, differentiable in `logprobs_T`, and what is to be kept of the pass.
 
         The loss is NaN where something is not finite; the objective does not see log-probs that are not.
         """
-        part, values_T = each.part, logprobs_T.detach()
+        stretch, values_T = each.stretch, logprobs_T.detach()
         if each is plan.idle:
-            return 0.0 * logprobs_T.sum(), _without_loss(part, values_T[:0])
+            return 0.0 * logprobs_T.sum(), _without_loss(stretch, values_T[:0])
         if not bool(values_T.isfinite().all()):
-            return math.nan * logprobs_T.sum(), _without_loss(part, values_T)
+            return math.nan * logprobs_T.sum(), _without_loss(stretch, values_T)
         if not each.is_whole:
-            there = part.within(split.part)
+            there = stretch.within(split.stretch)
             gradient_T = split.loss_T[there.tokens]
-            found = PassValues(part, values_T, gradient_T, split.found_NK[there.samples])
+            found = PassValues(stretch, values_T, gradient_T, split.found_NK[there.samples])
             return (gradient_T * logprobs_T).sum(), found
-        batch = self._token_batch(plan, part, logprobs_T, frozen)
+        batch = self._token_batch(plan, stretch, logprobs_T, frozen)
         loss, diagnostics = self._objective.loss(batch)
-        found = PassValues(part, values_T, loss.detach().expand_as(values_T), found_of(batch, diagnostics))
+        found = PassValues(stretch, values_T, loss.detach().expand_as(values_T), found_of(batch, diagnostics))
         is_sound = math.isfinite(float(loss.detach()))
         return (loss if is_sound else math.nan * logprobs_T.sum()), found
 
     def _token_batch(
-        self, plan: StepPlan, part: Part, logprobs_T: Tensor, frozen: FrozenLogprobs
+        self, plan: StepPlan, stretch: Stretch, logprobs_T: Tensor, frozen: FrozenLogprobs
     ) -> TokenBatch:
-        """Returns what the objective sees of `part`, whose log-probs by the policy are `logprobs_T`."""
-        mine, policy_T = plan.samples.of(part), logprobs_T.detach()
-        theirs = frozen.of(part, policy_T, mine.sums(policy_T))
+        """Returns what the objective sees of `stretch`, whose log-probs by the policy are `logprobs_T`."""
+        mine, policy_T = plan.samples.of(stretch), logprobs_T.detach()
+        theirs = frozen.of(stretch, policy_T, mine.sums(policy_T))
         variances_N = None
         if "prompt_variance" in self._objective.needs:
             variances_N = self._variances.of(mine.prompts_N)
@@ -264,10 +264,10 @@ class Updater:
         return StepResult(plan.step, lr, skip.grad_norm, self._beta, skip=skip)
 
 
-def _without_loss(part: Part, logprobs_T: Tensor) -> PassValues:
+def _without_loss(stretch: Stretch, logprobs_T: Tensor) -> PassValues:
     """Returns the values of passes whose loss is not known."""
-    unknown_NK = logprobs_T.new_full((len(part), len(FOUND)), math.nan, dtype=torch.float64)
-    return PassValues(part, logprobs_T, torch.zeros_like(logprobs_T), unknown_NK)
+    unknown_NK = logprobs_T.new_full((len(stretch), len(FOUND)), math.nan, dtype=torch.float64)
+    return PassValues(stretch, logprobs_T, torch.zeros_like(logprobs_T), unknown_NK)
 
 
 def _faults(plan: StepPlan, frozen: FrozenLogprobs, values: PassValues) -> list[str | None]:
@@ -275,8 +275,8 @@ def _faults(plan: StepPlan, frozen: FrozenLogprobs, values: PassValues) -> list[
     return faults_of(
         {
             **frozen.must_be_finite,
-            "log-probs by the policy": plan.samples.sums(values.logprobs_T, values.part),
-            "loss": plan.samples.sums(values.loss_T, values.part),
+            "log-probs by the policy": plan.samples.sums(values.logprobs_T, values.stretch),
+            "loss": plan.samples.sums(values.loss_T, values.stretch),
         }
     )
 
@@ -285,6 +285,6 @@ def _mean_logprobs(plan: StepPlan, values: PassValues) -> list[float | None]:
     """Returns the mean log-prob of each sample's tokens by the policy, nats; None for samples out of
     `values`.
     """
-    means_N = plan.samples.sums(values.logprobs_T, values.part) / plan.samples.sizes_N
-    seen = range(len(plan.samples))[values.part.samples]
+    means_N = plan.samples.sums(values.logprobs_T, values.stretch) / plan.samples.sizes_N
+    seen = range(len(plan.samples))[values.stretch.samples]
     return [mean if index in seen else None for index, mean in enumerate(means_N.tolist())]

@@ -25,7 +25,7 @@ from core.errors import CheckpointError
 from learner.checkpoints import writer as checkpoint_writer
 from learner.checkpoints.checkpoint import (
     Checkpoint,
-    Part,
+    TensorPart,
     checkpoint_dirs,
     latest_checkpoint,
     partition,
@@ -187,8 +187,8 @@ def test_the_newest_so_many_stay_and_the_watermark_is_the_oldest_of_them(tmp_pat
 def test_a_checkpoint_made_again_replaces_the_one_before(tmp_path: Path) -> None:
     save(tmp_path, 5)
 
-    def again(step: int, rank: int) -> Iterator[Part]:
-        return (Part(part.key, part.shape, part.values + 100) for part in parts_of(step, rank))
+    def again(step: int, rank: int) -> Iterator[TensorPart]:
+        return (TensorPart(part.key, part.shape, part.values + 100) for part in parts_of(step, rank))
 
     save(tmp_path, 5, parts=again)
     (_, path) = checkpoint_dirs(tmp_path)[0]
@@ -202,7 +202,7 @@ def test_a_non_finite_tensor_is_refused_and_named(bad: float, tmp_path: Path) ->
     events: list[str] = []
     writers = [CheckpointWriter(tmp_path, rank, 2, session="s", on_event=events.append) for rank in range(2)]
 
-    def poisoned(rank: int) -> list[Part]:
+    def poisoned(rank: int) -> list[TensorPart]:
         parts = list(parts_of(2, rank))
         if rank == 1:
             parts[2].values[-1] = bad
@@ -262,11 +262,11 @@ def test_saving_goes_on_beside_training_and_the_next_save_waits_for_it(
     )
     writer = CheckpointWriter(tmp_path, 0, 1, session="s")
     values = torch.ones(1000)
-    writer.save(1, [Part("master/x", (1000,), values)], {})
+    writer.save(1, [TensorPart("master/x", (1000,), values)], {})
     values.fill_(2.0)  # Training goes on while nothing is on disk yet.
     assert not checkpoint_dirs(tmp_path)
     threading.Timer(0.3, go.set).start()
-    writer.save(2, [Part("master/x", (1000,), values)], {})
+    writer.save(2, [TensorPart("master/x", (1000,), values)], {})
     writer.close()
     assert writer.metrics()["checkpoint/stall_s"] > 0.2
     read = [Checkpoint(path, verify(path)).read("master/x") for _, path in checkpoint_dirs(tmp_path)]
@@ -278,9 +278,9 @@ def test_an_error_of_ours_while_writing_is_raised_at_the_next_save(tmp_path: Pat
         raise KeyError("broken")
 
     writer = CheckpointWriter(tmp_path, 0, 1, session="s", on_durable=broken)
-    writer.save(1, [Part("master/x", (2,), torch.ones(2))], {})
+    writer.save(1, [TensorPart("master/x", (2,), torch.ones(2))], {})
     with pytest.raises(KeyError, match="broken"):
-        writer.save(2, [Part("master/x", (2,), torch.ones(2))], {})
+        writer.save(2, [TensorPart("master/x", (2,), torch.ones(2))], {})
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -292,11 +292,11 @@ def test_any_slice_reads_the_same_whatever_the_number_of_ranks(world_size: int, 
         "proximal/a": torch.randn(5, 13).bfloat16(),
     }
 
-    def parts(step: int, rank: int) -> list[Part]:
+    def parts(step: int, rank: int) -> list[TensorPart]:
         found = []
         for key, tensor in tensors.items():
             start, stop = partition(tensor.numel(), world_size, rank)
-            found.append(Part(key, tuple(tensor.shape), tensor.flatten()[start:stop]))
+            found.append(TensorPart(key, tuple(tensor.shape), tensor.flatten()[start:stop]))
         return found
 
     save(tmp_path, 1, world_size=world_size, parts=parts)

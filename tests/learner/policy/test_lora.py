@@ -20,7 +20,7 @@ from core.config_file import dump_config
 from core.errors import CheckpointError, ConfigError
 from core.model_shape import adapted_layers
 from learner.catalogue import parse_config
-from learner.checkpoints.checkpoint import Part, checkpoint_dirs
+from learner.checkpoints.checkpoint import TensorPart, checkpoint_dirs
 from learner.checkpoints.export import export
 from learner.checkpoints.writer import CheckpointWriter
 from learner.objectives import load_objective
@@ -327,7 +327,7 @@ def test_merging_rounds_once_to_the_weights_dtype() -> None:
 def save_adapters(run_dir: Path, model: Any, config: Config) -> None:
     with CheckpointWriterOf(run_dir) as writer:
         parts = (
-            Part(f"master/{name}", tuple(parameter.shape), parameter.detach().flatten().float())
+            TensorPart(f"master/{name}", tuple(parameter.shape), parameter.detach().flatten().float())
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from core.config_file import dump_config
 from learner.catalogue import parse_config
-from learner.checkpoints.checkpoint import Part, partition
+from learner.checkpoints.checkpoint import TensorPart, partition
 from learner.checkpoints.writer import CheckpointWriter
 from learner.policy.lora import persistent_buffers
 from tests.support.configs import update_config
@@ -36,12 +36,12 @@ def save_checkpoint(
         writer.close()
 
 
-def parts_of(model: Any, rank: int) -> Iterator[Part]:
+def parts_of(model: Any, rank: int) -> Iterator[TensorPart]:
     for name, parameter in model.named_parameters():
         start, stop = partition(parameter.numel(), NUM_RANKS, rank)
         values = parameter.detach().flatten()[start:stop].float()
-        yield Part(f"master/{name}", tuple(parameter.shape), values)
-        yield Part(f"exp_avg/{name}", tuple(parameter.shape), values * 2)
+        yield TensorPart(f"master/{name}", tuple(parameter.shape), values)
+        yield TensorPart(f"exp_avg/{name}", tuple(parameter.shape), values * 2)
     for name, buffer in persistent_buffers(model):
         start, stop = partition(buffer.numel(), NUM_RANKS, rank)
-        yield Part(f"buffer/{name}", tuple(buffer.shape), buffer.flatten()[start:stop])
+        yield TensorPart(f"buffer/{name}", tuple(buffer.shape), buffer.flatten()[start:stop])

@@ -25,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 from core.records import Group, Sample, StoredGroup, VersionSpan, encode_batch
-from learner.checkpoints.checkpoint import Checkpoint, Part, latest_checkpoint, partition
+from learner.checkpoints.checkpoint import Checkpoint, TensorPart, latest_checkpoint, partition
 from learner.checkpoints.writer import CheckpointWriter
 
 VOCABULARY = 16
@@ -206,10 +206,10 @@ def value_of(step: int, key: str) -> float:
     return step + float(key.rpartition("/")[2]) / 8
 
 
-def parts_of(step: int, rank: int) -> Iterator[Part]:
+def parts_of(step: int, rank: int) -> Iterator[TensorPart]:
     for key, shape in TENSORS.items():
         start, stop = partition(shape[0] * shape[1], WORLD_SIZE, rank)
-        yield Part(key, shape, torch.full((stop - start,), value_of(step, key)))
+        yield TensorPart(key, shape, torch.full((stop - start,), value_of(step, key)))
 
 
 def save_without_end(
