@@ -25,6 +25,7 @@ Where it returns None or fails, the completion votes for its own text.
     math          the built-in function that compares mathematics
     golds         says what a gold answer may be
     final_answer  finds the part of a text that is the answer
-    formulas      says what that part means
+    notation      rewrites it as LaTeX that means what a person meant
+    formulas      says what it means, and compares
     bounded       calls functions in a time that is bounded
 """

@@ -31,7 +31,7 @@ from core.weights.transports.snapshot import SnapshotTransport
 
 
 class PushTransport(Transport):
-    """The base of transports that push: a subclass implements `send`, which sends a pass to `client.members`."""
+    """The base of transports that push: a subclass implements `send`, to all of `client.members`."""
 
     coupled: ClassVar[bool]
     make_pass: ClassVar[type[Pass]]
@@ -57,7 +57,7 @@ class PushTransport(Transport):
         """
 
     def publish(self, version: int, *, evaluate: bool) -> None:
-        """Pushes `version` to the actors that answer; a snapshot is made beside it where somebody needs one."""
+        """Pushes `version` to the actors that answer; makes a snapshot where somebody needs one."""
         if self._sender.rank != 0:
             collections.deque(self._sender.source, maxlen=0)
             return
