@@ -53,7 +53,7 @@ class ReplayBuffer:
     """Leases, groups and batches of one shard; it recovers what `run_dir` holds. Times come from the event
     loop's clock.
 
-        buffer = ReplayBuffer(config, run_dir, num_rows=300)
+        buffer = ReplayBuffer(config, run_dir, num_prompts=300)
         items = await buffer.lease("actor-0", max_groups=4, timeout_s=1.0)
         await buffer.insert("actor-0", [encode(group)])
         payload = await buffer.sample(step=0, num_groups=32, timeout_s=1.0)
