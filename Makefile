@@ -25,7 +25,7 @@ OPTIONS_gpu :=
 COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
 
 .PHONY: help setup quickstart demo-smollm2 doctor test test-fast test-families tree figures staleness-study bench bench-buffer bench-actors bench-learner \
-  bench-weights check constraints clean
+  bench-weights bench-trajectory check constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -83,7 +83,7 @@ figures: setup  ## the paper's figures: tabular (a minute), then the language mo
 staleness-study: setup  ## held-out reward against an enforced lag, all methods: the missing runs (an hour on two cores)
 	.venv/bin/python -m benchmarks.staleness_study run
 
-bench: bench-buffer bench-actors bench-learner bench-weights  ## all benchmarks: ratios against the bare libraries (half an hour on two cores)
+bench: bench-buffer bench-actors bench-learner bench-weights bench-trajectory  ## all benchmarks: ratios against the bare libraries (half an hour on two cores)
 
 bench-buffer: setup  ## durable inserts and samples against bare sqlite, latency by size, recovery
 	.venv/bin/python -m benchmarks.buffer
@@ -96,6 +96,9 @@ bench-learner: setup  ## trained tokens against a plain PyTorch loop, packing, m
 
 bench-weights: setup  ## publish and apply against memcpy and gathers one by one
 	.venv/bin/python -m benchmarks.weights
+
+bench-trajectory: setup  ## bytes a token, memory and decoding of a batch of long samples
+	.venv/bin/python -m benchmarks.trajectory
 
 check: setup  ## lint, format, types
 	.venv/bin/ruff check .

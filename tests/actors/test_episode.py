@@ -1,4 +1,4 @@
-"""An open sample: what is said and what is shown, in turn, make one trajectory; nothing that was sampled is tokenised again."""
+"""What is said and what is shown, in turn, make one trajectory; nothing sampled is tokenised again."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""A step on trajectories: its gradient is that of the sampled tokens alone, however they were cut into turns."""
+"""The gradient of a step is that of the sampled tokens alone, however they were cut into turns."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def config_of(model_dir: Path, layout: str, micro_batch_tokens: int) -> Config:
 
 
 def trajectory(reward: float, *pieces: list[int]) -> Sample:
-    """What was shown and what was said in turn, by hand; every third sampled token was likelier when it was sampled."""
+    """What was shown and what was said in turn, by hand; log-probs differ from token to token."""
     mask = Bits.runs(*map(len, pieces))
     logprobs = [-1.5 - 0.5 * (place % 3) for place in range(mask.count())]
     return Sample(
@@ -71,7 +71,7 @@ def trajectory(reward: float, *pieces: list[int]) -> Sample:
 
 
 def two_turn_batch() -> Batch:
-    """Groups with trajectories of one turn, two and three; step 5, so that the reference is not the policy."""
+    """Trajectories of one turn, two and three; at step 5, since at step 0 the reference is the policy."""
     first, second = [3, 4, 5], [6, 7]
     groups = [
         [
@@ -161,7 +161,7 @@ def test_an_observation_that_counted_as_sampled_would_change_the_gradient(
 def test_invariant_7_the_gradient_does_not_depend_on_how_a_trajectory_is_cut_into_turns(
     tiny_models: dict[str, Path],
 ) -> None:
-    """The same tokens, said in one go or in several with nothing shown in between: the same to the last bit."""
+    """The same tokens, said at once or in pieces with nothing in between, give the same to the last bit."""
     config = config_of(tiny_models["untied"], "packed", 256)
     tokens, logprobs = [7, 8, 9, 10, 1], [-1.0, -0.5, -2.0, -1.25, -0.75]
 

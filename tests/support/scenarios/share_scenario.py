@@ -1,4 +1,6 @@
-"""One rank of tests/learner/step/test_share.py: `main(DIR, NUM_RANKS, RANK)`, with an encoded batch in DIR/batch; writes DIR/RANK.json."""
+"""One rank of tests/learner/step/test_share.py: `main(DIR, NUM_RANKS, RANK)`, with an encoded batch in
+DIR/batch; writes DIR/RANK.json.
+"""
 
 import json
 from pathlib import Path
