@@ -3,6 +3,7 @@
     python launch.py train CONFIG [section.key=value ...]     train; with --dry-run only say what would run
     python launch.py doctor                                   what is wrong with this machine, what to do
     python launch.py status RUN_DIR                           where a run is: step, actors, buffer, waits
+    python launch.py why RUN_DIR [NAME]                       who died in a run, of what, and how the run ended
     python launch.py scale RUN_DIR --actors N                 more or fewer rollout actors, while it goes on
     python launch.py audit RUN_DIR                            what became of every prompt that was handed out
     python launch.py inspect-batch FILE [--tokenizer DIR]     the batch of a skipped learner step, as text
@@ -47,6 +48,12 @@ def parser() -> argparse.ArgumentParser:
     status = of.add_parser("status", help="where a run is")
     status.add_argument("run_dir")
     status.set_defaults(run=commands.status)
+    why = of.add_parser("why", help="who died in a run, of what, and how the run ended")
+    why.add_argument("run_dir")
+    why.add_argument(
+        "name", nargs="?", default="", help="one process, as actor-0.1, or all of a role or a kind"
+    )
+    why.set_defaults(run=commands.why)
     scale = of.add_parser("scale", help="more or fewer rollout actors, while the run goes on")
     scale.add_argument("run_dir")
     scale.add_argument("--actors", type=int, required=True, metavar="N", help="how many there shall be")

@@ -371,7 +371,11 @@ class RolloutActor(Heartbeat):
     def _report(self) -> None:
         if time.monotonic() - self._reported_s >= REPORT_EVERY_S:
             self._reported_s = time.monotonic()
-            gauges = {"version": self._engine.version, "tokens_under_way": self._engine.num_tokens_under_way}
+            gauges = {
+                "version": self._engine.version,
+                "tokens_under_way": self._engine.num_tokens_under_way,
+                "leases": len(self._holding),
+            }
             report = self._monitor.log_actor(self._name, {**self._all_counters(), **gauges})
             self._calls.post(report, "an actor's counters")
 

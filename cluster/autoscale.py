@@ -56,8 +56,8 @@ class Autoscaler:
     _start: Load | None = field(default=None)
     _changed_s: float = field(default=float("-inf"))
 
-    def look(self, now: Load) -> tuple[int, str] | None:
-        """The new number of actors and the reason, at the end of a window that gives one; else None."""
+    def judge(self, now: Load) -> tuple[int, str] | None:
+        """Returns the new number of actors and the reason, at the end of a window that gives one, or None."""
         start = self._start
         if not now.is_settled or now.step < 1 or now.time_s - self._changed_s < PAUSE_S:
             self._start = None

@@ -4,25 +4,26 @@
               ^                  |           |            (drain: started groups are finished; now: handed back)
               '---- a successor, under a name of its own: its role's actor died or hung
 
-Nothing here waits: `look`, called at least every half second, takes every actor as far as it can go. An actor
-has a placement group of its own and is created once that is placed, so that one that cannot be placed blocks
-nobody.
+Nothing here waits. `poll` takes the answers that have come: a loaded actor's place, a ping's, the end of a
+`run`. `tick`, called at least every half second, does what is due by the clock: it places, pings, hurries,
+and gives up. An actor has a placement group of its own and is created once that is placed, so that one that
+cannot be placed blocks nobody.
 
-| what happens                                       | noticed by                  | what is done                            |
-|----------------------------------------------------|-----------------------------|-----------------------------------------|
-| killed, out of memory, node lost, exception in run | its call of `run` ends      | leases handed back, replaced            |
-| hung (SIGSTOP), or a loop that stands still        | pings unanswered, or so old | the same, and killed                    |
-| five deaths of a role within five minutes          | counted                     | TrainingError: cause, log, hint         |
-| an error of ours (AgroError) in run                | its call of `run` ends      | raised: it is the end of the run        |
-| the constructor raises before any actor ever ran   | its call of `run` ends      | raised: another one would do no better  |
-| a retiring actor dies, hangs or takes too long     | the same, and the clock     | leases handed back; not replaced        |
+| what happens                                       | noticed by                        | what is done                       |
+|----------------------------------------------------|-----------------------------------|------------------------------------|
+| killed, out of memory, node lost, exception in run | `poll`: its call of `run` ended   | leases handed back, replaced       |
+| hung (SIGSTOP), or a loop that stands still        | `tick`: pings unanswered, too old | the same, and killed               |
+| five deaths of a role within five minutes          | counted (deaths.py)               | TrainingError: cause, log, hint    |
+| an error of ours (AgroError) in run                | `poll`                            | raised: it is the end of the run   |
+| the constructor raises before any actor ever ran   | `poll`                            | raised: another one does no better |
+| a retiring actor dies, hangs or takes too long     | both                              | leases handed back; not replaced   |
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -31,16 +32,18 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from cluster.deaths import ACTOR, Deaths
 from cluster.pulse import STOPPED_LIMIT_S, Pulse, look_at, stopped_child
-from core.errors import AgroError, TrainingError
+from core.causes import Cause, hung
+from core.errors import AgroError
 from core.processes import (
+    Whereabouts,
     bundle_of,
+    cause_of,
     could_not_start,
-    death_cause,
     explained,
     is_placed,
     make_group,
-    memory_hint,
     on_bundle,
     shortage,
     whereabouts,
@@ -48,36 +51,11 @@ from core.processes import (
 
 State: TypeAlias = Literal["waiting for placement", "loading", "running", "retiring", "gone"]
 
-MAX_DEATHS = 5
-DEATHS_WINDOW_S = 300.0
 DRAIN_S = 60.0
 HAND_BACK_S = 20.0
 ASK_FREE_S, TELL_WAITING_S = 1.0, 5.0
 NUM_GONE_SHOWN = 8
 _RETIRING = {"drain": "finishes what it has begun", "now": "hands everything back"}
-
-
-class DeathCount:
-    """Deaths by role, of the last `window_s` seconds."""
-
-    def __init__(self, window_s: float = DEATHS_WINDOW_S) -> None:
-        self.total, self._window_s = 0, window_s
-        self._times_s: dict[str, deque[float]] = {}
-        self._by_role: Counter[str] = Counter()
-
-    def of(self, role: str) -> int:
-        """Deaths of the role so far."""
-        return self._by_role[role]
-
-    def note(self, role: str, now_s: float) -> int:
-        """One more; how many they are within the window."""
-        self.total += 1
-        self._by_role[role] += 1
-        times_s = self._times_s.setdefault(role, deque())
-        times_s.append(now_s)
-        while now_s - times_s[0] > self._window_s:
-            times_s.popleft()
-        return len(times_s)
 
 
 @dataclass(frozen=True)
@@ -108,8 +86,10 @@ class Actor:
     handle: Any = None
     run: Any = None
     calls: dict[str, Any] = field(default_factory=dict)  # "where" until it is known, then "ping".
+    where: Whereabouts | None = None  # None: not known yet.
     pid: int | None = None  # None: not known yet, or of another node.
     pulse: Pulse | None = None
+    stuck_s: float = 0.0  # How long its loop had not turned when it last answered.
     is_told: bool = False  # That it waits for placement, or that draining takes too long.
     how: Literal["", "drain", "now"] = ""  # It retires.
     note: str = ""
@@ -130,7 +110,9 @@ class Fleet:
         retire: Callable[[Sequence[str], Literal["drain", "now"]], Any],
         release: Callable[[str], Any],
         tell: Callable[[str], Any],
+        deaths: Deaths,
         timeout_s: float,
+        held_by: Callable[[str], str] = lambda name: "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`retire(names, how)` tells actors to end, `release(name)` hands the work of one that is gone out
@@ -141,7 +123,7 @@ class Fleet:
         self._timeout_s, self._clock = timeout_s, clock
         self._actors: dict[str, Actor] = {}
         self._gone: deque[Actor] = deque(maxlen=NUM_GONE_SHOWN)
-        self._deaths = DeathCount()
+        self._deaths, self._held_by = deaths, held_by
         self._successors: dict[str, int] = {}
         self._num_roles = 0
         self._ever_ran = False
@@ -152,7 +134,7 @@ class Fleet:
     @property
     def num_deaths(self) -> int:
         """Actors that died or hung so far."""
-        return self._deaths.total
+        return self._deaths.total(ACTOR)
 
     @property
     def target(self) -> int:
@@ -224,8 +206,10 @@ class Fleet:
         for actor in list(self._actors.values()):
             self._remove(actor, "killed")
 
-    def look(self) -> None:
-        """Take every actor as far as it can go; see the table above for what is raised."""
+    # --- what goes on ---
+
+    def poll(self) -> None:
+        """Take the answers that have come; see the table above for what is raised."""
         waited = [
             call
             for actor in self._actors.values()
@@ -236,12 +220,26 @@ class Fleet:
         for actor in list(self._actors.values()):
             if actor.run in ready:
                 self._ended(actor)
-            elif actor.state == "waiting for placement":
-                self._place(actor)
+                continue
+            for what in [what for what, call in actor.calls.items() if call in ready]:
+                with contextlib.suppress(RayError):  # Died since: the end of `run` says so at the next poll.
+                    self._answered(actor, what, ray.get(actor.calls.pop(what)))
+
+    def tick(self, now_s: float) -> None:
+        """Do what is due at `now_s` of the clock; see the table above for what is raised."""
+        for actor in list(self._actors.values()):
+            if actor.state == "waiting for placement":
+                self._place(actor, now_s)
             elif actor.state == "loading":
-                self._load(actor, ready)
-            else:
-                self._watch(actor, ready)
+                self._limit_loading(actor, now_s)
+            elif hung_because := self._feel_pulse(actor, now_s):
+                is_silent = actor.stuck_s <= STOPPED_LIMIT_S
+                noticed = (
+                    "its pings were not answered" if is_silent else "it answered, but its loop stood still"
+                )
+                self._died(actor, hung(hung_because), noticed)
+            elif actor.state == "retiring":
+                self._hurry(actor, now_s)
 
     # --- a life ---
 
@@ -253,8 +251,8 @@ class Fleet:
         if group is None:
             self._create(actor, {"num_cpus": 0})
 
-    def _place(self, actor: Actor) -> None:
-        group, now_s = actor.group, self._clock()
+    def _place(self, actor: Actor, now_s: float) -> None:
+        group = actor.group
         assert group is not None
         if is_placed(group):
             self._create(actor, on_bundle(group, 0, actor.kind.num_cpus, actor.kind.num_gpus))
@@ -271,44 +269,39 @@ class Fleet:
         actor.run = actor.handle.run.remote()
         actor.enter("loading", self._clock())
 
-    def _load(self, actor: Actor, ready: set[Any]) -> None:
+    def _answered(self, actor: Actor, what: str, answer: Any) -> None:
+        """The actor has loaded and says where it is, or has answered a ping with the seconds its loop has
+        stood.
+        """
         now_s = self._clock()
-        if actor.calls["where"] in ready:
-            with contextlib.suppress(RayError):  # Died since: the end of `run` says so at the next look.
-                node_id, pid = ray.get(actor.calls["where"])
-                del actor.calls["where"]
-                actor.pid = pid if node_id == self._node_id else None
-                actor.pulse = Pulse(now_s)
-                actor.enter("running", now_s)
-                self._ever_ran |= actor.kind is self._rollouts
-        elif now_s - actor.since_s > self._timeout_s:
-            self._died(actor, f"it did not finish loading within {self._timeout_s:.0f} s (run.timeout_s)")
+        if what == "where":
+            actor.where = answer
+            actor.pid = answer.pid if answer.node_id == self._node_id else None
+            actor.pulse = Pulse(now_s)
+            actor.enter("running", now_s)
+            self._ever_ran |= actor.kind is self._rollouts
+        elif actor.pulse is not None:
+            actor.stuck_s = answer
+            actor.pulse.answered(now_s)
 
-    def _watch(self, actor: Actor, ready: set[Any]) -> None:
-        """A running or retiring actor: its pulse, and how long it may take to retire."""
-        if cause := self._feel_pulse(actor, ready):
-            self._died(actor, cause)
-        elif actor.state == "retiring":
-            self._hurry(actor)
+    def _limit_loading(self, actor: Actor, now_s: float) -> None:
+        if now_s - actor.since_s > self._timeout_s:
+            cause = hung(f"it did not finish loading within {self._timeout_s:.0f} s (run.timeout_s)")
+            self._died(actor, cause, "it had not said where it is")
 
-    def _feel_pulse(self, actor: Actor, ready: set[Any]) -> str | None:
+    def _feel_pulse(self, actor: Actor, now_s: float) -> str | None:
         """Why the actor counts as hung, or None; keeps one ping outstanding."""
         if actor.pulse is None or not hasattr(actor.handle, "ping"):
             return None
-        now_s, ping = self._clock(), actor.calls.get("ping")
-        if ping is not None and ping not in ready:
+        if "ping" in actor.calls:
             return actor.pulse.missed(now_s, look_at(actor.pid))
-        actor.pulse.answered(now_s)
         actor.calls["ping"] = actor.handle.ping.remote()
-        stuck_s = 0.0
-        with contextlib.suppress(RayError):  # Died: the end of `run` says so.
-            stuck_s = 0.0 if ping is None else ray.get(ping)
-        if stuck_s > self._timeout_s:
-            return f"its loop has not turned for {stuck_s:.0f} s (run.timeout_s)"
-        return stopped_child(actor.pid) if stuck_s > STOPPED_LIMIT_S else None
+        if actor.stuck_s > self._timeout_s:
+            return f"its loop has not turned for {actor.stuck_s:.0f} s (run.timeout_s)"
+        return stopped_child(actor.pid) if actor.stuck_s > STOPPED_LIMIT_S else None
 
-    def _hurry(self, actor: Actor) -> None:
-        elapsed_s, drain_s = self._clock() - actor.since_s, DRAIN_S if actor.how == "drain" else 0.0
+    def _hurry(self, actor: Actor, now_s: float) -> None:
+        elapsed_s, drain_s = now_s - actor.since_s, DRAIN_S if actor.how == "drain" else 0.0
         if elapsed_s > drain_s + HAND_BACK_S:
             self._tell(
                 f"{actor.name} did not retire within {elapsed_s:.0f} s; killed, its leases are handed back"
@@ -331,7 +324,10 @@ class Fleet:
 
     def _ended(self, actor: Actor) -> None:
         """`run` returned or failed; raises what ends the run."""
-        cause = "its run() returned although nobody retired it"
+        cause, noticed = (
+            Cause("exit code", "its run() returned although nobody retired it", 0),
+            "its run() ended",
+        )
         try:
             ray.get(actor.run)
             if actor.state == "retiring":
@@ -339,31 +335,46 @@ class Fleet:
                 self._remove(actor, "retired")
                 return
         except RayError as error:
+            cause = cause_of(error)
             is_fatal = isinstance(error, RayTaskError) and isinstance(error.cause, AgroError)
             if actor.state != "retiring" and (is_fatal or (could_not_start(error) and not self._ever_ran)):
+                done = "the run ends: another actor would do no better"
+                self._note(actor, cause, noticed, done, counts=False)
                 raise explained(error, f"actor {actor.name}") from None
-            cause = death_cause(error)
-        self._died(actor, cause)
+        self._died(actor, cause, noticed)
 
-    def _died(self, actor: Actor, cause: str) -> None:
+    def _died(self, actor: Actor, cause: Cause, noticed: str) -> None:
         """Hand its work out again, and start another in its place unless it was retiring anyway."""
         was_retiring = actor.state == "retiring"
-        self._remove(actor, f"died: {cause.splitlines()[0]}")
+        self._remove(actor, f"died: {cause.sentence}")
         if was_retiring:
+            done = "its leases were handed back; it was retiring, so that nobody took its place"
+            cause = self._note(actor, cause, noticed, done, counts=False)
             self._tell(f"{actor.name} died while retiring, its leases are handed back: {cause}")
             return
-        count = self._deaths.note(actor.role, self._clock())
-        if count >= MAX_DEATHS:
-            raise TrainingError(f"{crash_loop(actor.role, count, cause)}\n{memory_hint(cause)}")
         number = self._successors[actor.role] = self._successors.get(actor.role, 0) + 1
         # A name of its own: what its predecessor still asks for is refused by name.
         successor = f"{actor.role}.{number}"
+        done = f"its leases were handed out again, with the same seeds; {successor} took its place"
+        cause = self._note(actor, cause, noticed, done)
         self._tell(
-            f"{actor.name} died, restarted as {successor} (the run stops at {MAX_DEATHS} within "
-            f"{DEATHS_WINDOW_S / 60:.0f} min): {cause}"
+            f"{actor.name} died, restarted as {successor} (the run stops at {ACTOR.max_deaths} within "
+            f"{ACTOR.window_s / 60:.0f} min): {cause}"
         )
         self._start(successor, actor.role, actor.kind)
         self._keep_order(successor)
+
+    def _note(self, actor: Actor, cause: Cause, noticed: str, done: str, *, counts: bool = True) -> Cause:
+        return self._deaths.note(
+            ACTOR,
+            actor.name,
+            cause,
+            where=actor.where,
+            noticed=noticed,
+            held=self._held_by(actor.name),
+            done=done,
+            counts=counts,
+        )
 
     def _keep_order(self, successor: str) -> None:
         """The successor takes its role's place, so that scaling down still retires the newest role first."""
@@ -380,11 +391,6 @@ class Fleet:
             remove_placement_group(actor.group)
         actor.enter("gone", self._clock(), note)
         self._gone.append(actor)
-
-
-def crash_loop(role: str, count: int, cause: str) -> str:
-    """The message of a run that stops because one part keeps dying."""
-    return f"{role} died {count} times within {DEATHS_WINDOW_S / 60:.0f} min; the last time: {cause}"
 
 
 def _role_number(role: str) -> int:

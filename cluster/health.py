@@ -1,26 +1,27 @@
-"""What the supervisor concludes from the gauges of buffer and monitor: rewards that fail, a buffer that
-keeps dying, no progress.
+"""What the supervisor concludes from the gauges of buffer and monitor: rewards that fail, a full disk, a
+learner that has no actors, no progress. Deaths are noticed by whoever holds the process: fleet.py,
+gang.py, services.py.
 """
 
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.fleet import MAX_DEATHS, DeathCount, Fleet, crash_loop
+from cluster.fleet import Fleet
 from cluster.learner import Learner
 from cluster.services import Services
 from cluster.watchdog import Observation, Watchdog, dump_stacks
+from core.calls import Pending, in_background
 from core.config import Config
-from core.errors import RewardError, TrainingError
+from core.errors import RewardError
 from core.troubles import QUIET_S
 
-BUFFER = "replay buffer"
 MIN_SCORED_SAMPLES = 64
 REWARDS_WINDOW_S = 300.0
 
@@ -60,8 +61,8 @@ class FullDisk:
         self._num_before = self._since_s = self._last_s = 0.0
         self.sentence = ""
 
-    def look(self, stats: Mapping[str, float]) -> None:
-        """One set of gauges more."""
+    def judge(self, stats: Mapping[str, float]) -> None:
+        """Judges one set of gauges more."""
         refused, now_s = stats.get("buffer/disk_errors", 0.0), self._clock()
         before, self._refused = self._refused, refused
         # The first look, or a shard that was killed before it could write its count.
@@ -105,19 +106,14 @@ class Health:
         self._config, self._services, self._run_dir, self._clock = config, services, run_dir, clock
         self._watchdog = Watchdog(config.run.timeout_s)
         self._rewards = Recent()
-        self._buffer_deaths, self._service_deaths = DeathCount(), DeathCount()
         self._disk = FullDisk(run_dir, services.event, clock)
-        self._starts: float | None = None
+        self._failed = ""
+        self._error_texts: Pending[Any] | None = None  # Asked for once too many rewards have failed.
         self._waited_s = 0.0
         # The step at which the learner had no actor left; None while it has.
         self._alone_since_step: int | None = None
 
-    @property
-    def num_buffer_deaths(self) -> int:
-        """Restarts of buffer shards so far."""
-        return self._buffer_deaths.total
-
-    def look(
+    def judge(
         self,
         stats: Mapping[str, float],
         view: Mapping[str, Any],
@@ -125,10 +121,9 @@ class Health:
         fleet: Fleet,
         learner: Learner,
     ) -> None:
-        """Judge. `stats` of the buffer, `view` of the monitor. Raises RewardError, TrainingError."""
+        """Judges `stats` of the buffer and `view` of the monitor. Raises RewardError."""
         self._judge_rewards(stats)
-        self._judge_buffer(stats)
-        self._disk.look(stats)
+        self._disk.judge(stats)
         if learner.state == "training":
             step = step_of(view)
             self._notice_lonely_learner(stats, step, fleet)
@@ -138,41 +133,19 @@ class Health:
         errors, samples = self._rewards.since_then(
             self._clock(), stats["buffer/samples_error"], stats["buffer/samples_total"]
         )
-        if samples >= MIN_SCORED_SAMPLES and errors / samples > self._config.rewards.max_error_fraction:
-            _, _, texts = self._services.calls.ask(self._services.buffer.error_summary())
+        is_failing = (
+            samples >= MIN_SCORED_SAMPLES and errors / samples > self._config.rewards.max_error_fraction
+        )
+        if is_failing and self._error_texts is None:
+            self._failed = f"{errors:.0f} of the last {samples:.0f} samples got no reward"
+            self._error_texts = self._services.calls.start(self._services.buffer.error_summary())
+        if self._error_texts is not None and self._error_texts.is_done():
+            _, _, texts = self._error_texts.result()
             shown = "\n  ".join(dict.fromkeys(texts))
             raise RewardError(
-                f"{errors:.0f} of the last {samples:.0f} samples got no reward, more than "
-                "rewards.max_error_fraction = "
-                f"{self._config.rewards.max_error_fraction}. The last errors:\n  {shown}"
+                f"{self._failed}, more than rewards.max_error_fraction = {self._config.rewards.max_error_fraction}. "
+                f"The last errors:\n  {shown}"
             )
-
-    def _judge_buffer(self, stats: Mapping[str, float]) -> None:
-        """A rising number of starts: a shard was started again by Ray."""
-        starts = stats["buffer/starts"]
-        if self._starts is None:
-            self._services.last_words_of_shards()  # Takes note of their processes.
-        elif starts > self._starts:
-            words = self._services.last_words_of_shards()
-            for _ in range(int(starts - self._starts)):
-                count = self._buffer_deaths.note(BUFFER, self._clock())
-                text = f"{BUFFER} restarted ({_ordinal(self.num_buffer_deaths)} time), {stats['buffer/groups']:.0f} groups recovered"
-                self._services.event(f"{text}\n{words}".strip())
-                if count >= MAX_DEATHS:
-                    raise TrainingError(crash_loop(BUFFER, count, f"the last lines of its log:\n{words}"))
-        self._starts = starts
-
-    def service_restarted(self, who: str, words: Sequence[str]) -> None:
-        """Monitor or board was started again by Ray; `words`: the last of its log. Raises TrainingError
-        for too many deaths.
-        """
-        count = self._service_deaths.note(who, self._clock())
-        cause = "its process was killed (kill -9, or the kernel for lack of memory) or crashed"
-        if count >= MAX_DEATHS:
-            raise TrainingError(crash_loop(who, count, "\n".join([cause, *words])))
-        self._services.event(
-            "\n".join([f"{who} restarted ({_ordinal(self._service_deaths.of(who))} time): {cause}", *words])
-        )
 
     def _notice_lonely_learner(self, stats: Mapping[str, float], step: int, fleet: Fleet) -> None:
         """The learner waits and nobody is there who could feed it: said once, and when it goes on."""
@@ -216,13 +189,11 @@ class Health:
         )
 
     def _watch_progress(self, seen: Observation, fleet: Fleet, learner: Learner) -> None:
-        stall = self._watchdog.look(seen)
+        stall = self._watchdog.judge(seen)
         if stall is not None:
             handles = {**fleet.handles(), **learner.handles()}
-            # Some may not answer for seconds: not in the way of the next look.
-            threading.Thread(
-                target=self._tell_stall, args=(stall, handles), name="stacks", daemon=True
-            ).start()
+            # Some may not answer for seconds: not in the way of the next turn.
+            in_background(partial(self._tell_stall, stall, handles), "stacks")
 
     def _tell_stall(self, stall: str, handles: Mapping[str, Any]) -> None:
         try:
@@ -237,9 +208,3 @@ class Health:
 def step_of(view: Mapping[str, Any]) -> int:
     """Optimizer steps done, as far as the monitor knows."""
     return int(view["row"].get("progress/step") or 0)
-
-
-def _ordinal(number: int) -> str:
-    """1st, 2nd, 3rd, 4th."""
-    suffix = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th") if number % 100 not in (11, 12, 13) else "th"
-    return f"{number}{suffix}"

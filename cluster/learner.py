@@ -1,27 +1,33 @@
 """The learner of a run: its gang of ranks, and another one from the newest checkpoint when a rank dies.
 
+    verifying a checkpoint (in a thread: every byte is hashed) --> a gang: waiting for placement --> ... --> done
+              ^                                                       |
+              '---- a rank died, and the board has forgotten what it had published
+
 Actors and buffer live on meanwhile. The batches since the checkpoint are asked for again by their steps, and
 are the same.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from cluster.fleet import MAX_DEATHS, DeathCount
-from cluster.gang import LearnerGang, RankDied, State
+from cluster.deaths import RANK, Deaths
+from cluster.gang import LearnerGang, RankDied
+from cluster.gang import State as GangState
+from core.calls import Pending, in_background
 from core.config import Config
-from core.errors import ConfigError, TrainingError
-from learner.checkpoints.checkpoint import latest_checkpoint
+from core.errors import ConfigError
+from core.process_log import ProcessLog
+from learner.checkpoints.checkpoint import Manifest, checkpoint_dirs, latest_checkpoint
 
-DEATHS_WINDOW_S = 1800.0
+State: TypeAlias = Literal["verifying a checkpoint"] | GangState
 
 
 class Learner:
-    """As a LearnerGang, but that dies of nothing less than `MAX_DEATHS` deaths within `DEATHS_WINDOW_S`."""
+    """Starts a gang, and another in its place for as long as the policy of deaths.py allows."""
 
     def __init__(
         self,
@@ -30,76 +36,115 @@ class Learner:
         peers: Sequence[Any],
         run_dir: Path,
         *,
+        log_of: Callable[[str], ProcessLog],
         tell: Callable[[str], None],
-        forget_snapshots: Callable[[], None],
-        clock: Callable[[], float] = time.monotonic,
+        forget_snapshots: Callable[[], Pending[list[int]]],
+        deaths: Deaths,
     ) -> None:
-        """`peers`: buffer shards, board, monitor. `forget_snapshots`: what a dead learner published
-        cannot be fetched any more.
+        """`peers` are buffer shards, board and monitor. `log_of` a rank is where it writes.
+        `forget_snapshots` begins to make the board forget what a dead learner published, which cannot be
+        fetched any more.
         """
         self._config, self._pad_id, self._peers, self._run_dir = config, pad_id, tuple(peers), run_dir
-        self._tell, self._forget_snapshots, self._clock = tell, forget_snapshots, clock
-        self._deaths = DeathCount(DEATHS_WINDOW_S)
+        self._log_of, self._tell, self._forget_snapshots = log_of, tell, forget_snapshots
+        self._deaths = deaths
         self._stopping = False
-        self._gang = self._make_gang()
+        self._gang: LearnerGang | None = None
+        self._forgetting: Pending[list[int]] | None = None
+        self._verifying = self._begin_verifying()
 
     @property
     def state(self) -> State:
-        """Of the gang that runs now."""
-        return self._gang.state
+        """How far the gang that runs now is, or is about to be."""
+        return "verifying a checkpoint" if self._gang is None else self._gang.state
 
     @property
     def totals(self) -> list[dict[str, float]]:
         """What each rank's `train` returned, once `state` is `done`."""
-        return self._gang.totals
+        return [] if self._gang is None else self._gang.totals
 
     @property
     def num_deaths(self) -> int:
         """Deaths of a gang so far."""
-        return self._deaths.total
+        return self._deaths.total(RANK)
 
     def handles(self) -> dict[str, Any]:
-        """The ranks that exist as processes, by name."""
-        return self._gang.handles()
+        """Returns the ranks that exist as processes, by name."""
+        return {} if self._gang is None else self._gang.handles()
 
-    def look(self) -> None:
-        """One step further. Raises AgroError for what another start would not mend, and for too many
-        deaths.
+    def poll(self) -> None:
+        """Takes the answers that have come. Raises AgroError for what another start would not mend, and for
+        too many deaths.
         """
+        if self._gang is not None:
+            self._mourn(self._gang.poll)
+        elif self._verifying.is_done() and (self._forgetting is None or self._forgetting.is_done()):
+            if self._forgetting is not None and (dropped := self._forgetting.result()):
+                self._tell(
+                    f"evaluations of versions {dropped} ended with the learner's death; the versions it publishes "
+                    "again are evaluated again"
+                )
+            self._gang = self._make_gang(self._verifying.result())
+
+    def tick(self, now_s: float) -> None:
+        """Does what is due at `now_s` of the clock. Raises as `poll` does."""
+        if self._gang is not None:
+            gang = self._gang
+            self._mourn(lambda: gang.tick(now_s))
+
+    def request_stop(self) -> None:
+        """Ends training in order after the step in progress."""
+        self._stopping = True
+        if self._gang is not None:
+            self._gang.request_stop()
+
+    def republish(self) -> None:
+        """Tells a board that was started again of the weights once more."""
+        if self._gang is not None:
+            self._gang.republish()
+
+    def kill(self) -> None:
+        """Ends the ranks at once and frees their place."""
+        if self._gang is not None:
+            self._gang.kill()
+
+    def _mourn(self, step: Callable[[], None]) -> None:
+        """Takes the step; begins another start when a rank turns out to have died."""
         try:
-            self._gang.look()
+            step()
         except RankDied as error:
             self._restart(error)
 
-    def request_stop(self) -> None:
-        """End training in order after the step in progress."""
-        self._stopping = True
-        self._gang.request_stop()
-
-    def republish(self) -> None:
-        """As `LearnerGang.republish`."""
-        self._gang.republish()
-
-    def kill(self) -> None:
-        """End the ranks at once and free their place."""
-        self._gang.kill()
-
     def _restart(self, error: RankDied) -> None:
-        count = self._deaths.note("learner", self._clock())
-        if self._stopping or not self._config.checkpoint.every:
-            raise error
-        if count >= MAX_DEATHS:
-            raise TrainingError(
-                f"learner ranks died {count} times within {DEATHS_WINDOW_S / 60:.0f} "
-                f"minutes, the last time: {error}"
+        assert self._gang is not None
+        is_over = self._stopping or not self._config.checkpoint.every
+        done = f"the run ends: {'it was stopping anyway' if self._stopping else 'it keeps no checkpoints'}"
+        saved = max((step for step, _ in checkpoint_dirs(self._run_dir)), default=0)
+        held = f"{max(0, self._deaths.step - saved)} steps since step {saved}, its newest checkpoint"
+        for place, rank in enumerate(
+            self._gang.dead
+        ):  # However many ranks die of one cause: it is one death.
+            self._deaths.note(
+                RANK,
+                rank.name,
+                rank.cause,
+                where=rank.where,
+                held=held,
+                done=done if is_over else "",
+                counts=not place,
             )
+        if is_over:
+            raise error
         self._tell(f"{error}; starting the learner again")
         self._gang.kill()
-        self._forget_snapshots()
-        self._gang = self._make_gang()
+        self._gang = None
+        self._forgetting = self._forget_snapshots()
+        self._verifying = self._begin_verifying()
 
-    def _make_gang(self) -> LearnerGang:
-        found = latest_checkpoint(self._run_dir, self._tell)
+    def _begin_verifying(self) -> Pending[tuple[Path, Manifest] | None]:
+        return in_background(lambda: latest_checkpoint(self._run_dir, self._tell), "verifying")
+
+    def _make_gang(self, found: tuple[Path, Manifest] | None) -> LearnerGang:
         if found is not None:
             if found[1].step > self._config.run.steps:
                 raise ConfigError(
@@ -109,4 +154,4 @@ class Learner:
                 )
             self._tell(f"going on from {found[0].name}")
         train_arguments = (*self._peers, str(self._run_dir / "policy"), str(found[0]) if found else None)
-        return LearnerGang(self._config, self._pad_id, train_arguments)
+        return LearnerGang(self._config, self._pad_id, train_arguments, self._log_of)

@@ -7,6 +7,7 @@ the monitor with what its files say, the board empty, to be told again (`restore
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -14,20 +15,26 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import psutil
 import ray
 
 from buffer.client import BufferClient, connect_buffer
 from buffer.server import ReplayBuffer
 from buffer.store import DiskFullError
+from cluster.deaths import BOARD as BOARD_KIND
+from cluster.deaths import MONITOR as MONITOR_KIND
+from cluster.deaths import SHARD, Deaths, ProcessKind
 from cluster.monitor.monitor import Monitor
 from cluster.preparation.prepare import Inputs
-from core.calls import Calls, Pending, Polled
+from core.calls import Calls, Client, Pending, Polled
 from core.config import Config
 from core.monitor_client import MONITOR, MonitorClient
-from core.processes import log_tail, on_this_node, remote, whereabouts
+from core.own_warnings import OwnWarnings
+from core.process_log import ProcessLog, make_log_folder, role_of
+from core.processes import Whereabouts, cause_of_pid, on_this_node, remote, whereabouts
 from core.records import Evaluation
 from core.weights.board import BOARD, Board, BoardClient, Retirement
+
+_log = logging.getLogger(__name__)
 
 
 class ReportingBoard(Board):
@@ -48,84 +55,120 @@ class ReportingBoard(Board):
 
 @dataclass
 class _Life:
-    """A service that is started again by itself, and the process it is now."""
+    """A service that Ray starts again by itself: where its process is, and was when that was last asked."""
 
-    where: Polled[tuple[str, int]]
-    pid: int | None = None
+    name: str
+    kind: ProcessKind
+    place: Polled[Whereabouts]
+    known: Whereabouts | None = None
 
 
 class Services:
-    """`buffer`, `board` and `monitor`, as clients that other processes get too."""
+    """`buffer`, `board` and `monitor`, as clients that other processes get too.
 
-    def __init__(self, inputs: Inputs) -> None:
-        config, run_dir, here = inputs.config.without_knobs(), str(inputs.run_dir), on_this_node()
+    stats, view   what the buffer and the monitor say of themselves, asked again and again
+    """
+
+    def __init__(self, inputs: Inputs, deaths: Deaths) -> None:
+        config, here = inputs.config.without_knobs(), on_this_node()
+        self._run_dir, self._deaths = str(inputs.run_dir), deaths
+        make_log_folder(inputs.run_dir)
         self._owed: list[Pending[Any]] = []
-        self._whereabouts: list[Pending[tuple[str, int]]] = []
+        self._retiring: dict[str, Retirement] = {}
+        self._warnings = OwnWarnings()  # Of the driver itself.
         again = {"max_restarts": -1, "max_task_retries": -1}
-        name = f"monitor-{secrets.token_hex(4)}"
+        name = self._monitor_name = f"monitor-{secrets.token_hex(4)}"
         shown = inputs.config.model_dump(mode="json")
-        monitor_class = remote(Monitor).options(name=name, **here, **again)
-        monitor = monitor_class.remote(config, run_dir, began_at_s=time.time(), shown=shown)
+        monitor_class = remote(Monitor, self.log_of("monitor")).options(name=name, **here, **again)
+        monitor = monitor_class.remote(config, self._run_dir, began_at_s=time.time(), shown=shown)
         self.monitor = MonitorClient(monitor, MONITOR)
         self.calls = Calls(config.run.timeout_s, self.monitor.event)
-        shard_class = remote(ReplayBuffer).options(max_concurrency=1000, **here, **again)
-        self.buffer = connect_buffer(
-            [
-                shard_class.remote(config, run_dir, len(inputs.prompts), shard)
-                for shard in range(config.buffer.num_shards)
-            ]
-        )
-        board_class = remote(ReportingBoard).options(num_cpus=0, max_concurrency=1000, **again)
+        shards = []
+        for shard in range(config.buffer.num_shards):
+            shard_class = remote(ReplayBuffer, self.log_of(f"buffer-{shard}"))
+            options = shard_class.options(max_concurrency=1000, **here, **again)
+            shards.append(options.remote(config, self._run_dir, len(inputs.prompts), shard))
+        self.buffer = connect_buffer(shards)
+        board_class = remote(ReportingBoard, self.log_of("board"))
+        board_class = board_class.options(num_cpus=0, max_concurrency=1000, **again)
         self.board = BoardClient(board_class.remote(config, len(inputs.eval_prompts), name), BOARD)
-        self._retiring: dict[str, Retirement] = {}
-        self._lives = {
-            part: _Life(Polled(self.calls, partial(client.inside, whereabouts)))
-            for part, client in (("monitor", self.monitor), ("board", self.board))
-        }
+        self.stats = Polled(self.calls, self.buffer.stats)
+        self.view = Polled(self.calls, self.monitor.view)
+        self._lives = [
+            *(
+                self._life(f"buffer-{shard}", SHARD, client)
+                for shard, client in enumerate(self.buffer.shards)
+            ),
+            self._life("board", BOARD_KIND, self.board),
+            self._life("monitor", MONITOR_KIND, self.monitor),
+        ]
+
+    def _life(self, name: str, kind: ProcessKind, client: Client) -> _Life:
+        return _Life(name, kind, Polled(self.calls, partial(client.inside, whereabouts)))
 
     @property
     def peers(self) -> tuple[BufferClient, BoardClient, MonitorClient]:
         """What actors and ranks get: buffer, board, monitor."""
         return self.buffer, self.board, self.monitor
 
-    def forget_snapshots(self) -> None:
-        """The learner died: what it published is gone with it."""
-        dropped = self.calls.ask(self.board.forget_snapshots())
-        if dropped:
-            self.event(
-                f"evaluations of versions {dropped} ended with the learner's death; the versions it "
-                "publishes again are evaluated again"
-            )
+    def log_of(self, name: str) -> ProcessLog:
+        """Where the process `name` writes; its warnings go to the monitor."""
+        return ProcessLog(self._run_dir, role_of(name), name, self._monitor_name)
+
+    def forget_snapshots(self) -> Pending[list[int]]:
+        """The learner died: what it published is gone with it. Not waited for; the answer are the versions
+        whose evaluation ended.
+        """
+        return self.calls.start(self.board.forget_snapshots())
 
     def event(self, text: str) -> None:
-        """Tells the monitor something that is worth telling."""
+        """Tells something worth telling: in the run's events, and in the driver's log."""
+        _log.info("%s", text)
         self.calls.tell(text)
 
     def log_buffer(self, gauges: Mapping[str, float]) -> None:
         """Gauges for the monitor's next rows."""
         self.calls.post(self.monitor.log_buffer(gauges), "the buffer's gauges")
 
-    def restarted(self) -> dict[str, list[str]]:
-        """Monitor and board, where they were started again since the last call: their names, and the
-        last words of the process before.
+    def poll(self) -> list[str]:
+        """Takes the answers that have come, and asks again; the names of the services that were started
+        again.
+
+        Raises AgroError: an order was not carried out, nobody answers, or a service has died too often.
         """
-        found = {}
-        for part, life in self._lives.items():
-            life.where.poll()
-            if life.where.value is None:
-                continue
-            pid = life.where.value[1]
-            if life.pid not in (None, pid):
-                found[part] = log_tail(life.pid)
-            life.pid = pid
-        return found
+        self._poll_orders()
+        self.stats.poll()
+        self.view.poll()
+        if counts := self._warnings.take():
+            self.calls.post(self.monitor.warn("driver", counts), "the driver's warnings")
+        return [life.name for life in self._lives if self._is_another(life)]
 
-    def restore_board(self, results: Sequence[Evaluation]) -> None:
-        """Tell a board that was started again what is done, and who ends."""
-        self.calls.ask(self.board.restore(list(results), self._retiring))
+    def _is_another(self, life: _Life) -> bool:
+        """Whether Ray has made another process in a service's place; its death is noted and told."""
+        life.place.poll()
+        before, life.known = life.known, life.place.value
+        if before is None or life.known is None or before.pid == life.known.pid:
+            return False
+        kind = life.kind
+        cause = self._deaths.note(kind, life.name, cause_of_pid(before.pid), where=before)
+        who = kind.together or kind.name
+        number = ordinal(self._deaths.total(kind))
+        stats = self.stats.value or {}
+        found = f", {stats.get('buffer/groups', 0):.0f} groups recovered" if kind is SHARD else ""
+        self.event(f"{who} restarted ({number} time){found}: {cause}")
+        return True
 
-    def look(self) -> None:
-        """Whether orders given earlier were carried out. Raises AgroError when one was not."""
+    def restore_board(self, results: Sequence[Evaluation]) -> Pending[None]:
+        """Tells a board that was started again what is done, and who ends; not waited for."""
+        return self.calls.start(self.board.restore(list(results), self._retiring))
+
+    def release_all(self) -> Pending[None]:
+        """Takes back what an earlier start of the run had leased, to actors of the same names; not waited
+        for.
+        """
+        return self.calls.start(self.buffer.release_all())
+
+    def _poll_orders(self) -> None:
         running = []
         for call in self._owed:
             if not call.is_done():
@@ -138,26 +181,25 @@ class Services:
         self._owed = running
 
     def retire(self, names: Sequence[str], how: Retirement) -> None:
-        """Tell actors to end; not waited for."""
+        """Tells actors to end; not waited for."""
         self._retiring |= {name: how for name in names if self._retiring.get(name) != "now"}
         self._owed.append(self.calls.start(self.board.retire(list(names), how)))
 
     def release(self, name: str) -> None:
-        """Hand the work of an actor that is gone out again; not waited for."""
+        """Hands the work of an actor that is gone out again; not waited for."""
         self._retiring[name] = "now"
         self._owed.append(self.calls.start(self.buffer.release_actor(name)))
         self._owed.append(self.calls.start(self.board.release_actor(name)))
-
-    def last_words_of_shards(self) -> str:
-        """What buffer shards that are gone since the last call wrote to their logs."""
-        known = [asked for asked in self._whereabouts if asked.future.done() and asked.error() is None]
-        pids = [asked.result()[1] for asked in known]
-        for asked in self._whereabouts:
-            asked.give_up()
-        self._whereabouts = [self.calls.start(shard.inside(whereabouts)) for shard in self.buffer.shards]
-        return "\n".join(line for pid in pids if not psutil.pid_exists(pid) for line in log_tail(pid))
+        self.calls.post(self.monitor.forget_actor(name), "that an actor is gone")
 
     def kill(self) -> None:
-        """End them all at once."""
+        """Ends them all at once."""
+        self._warnings.close()
         for client in (*self.buffer.shards, self.board, self.monitor):
             ray.kill(client.handle)
+
+
+def ordinal(number: int) -> str:
+    """Writes 1st, 2nd, 3rd, 4th."""
+    suffix = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th") if number % 100 not in (11, 12, 13) else "th"
+    return f"{number}{suffix}"

@@ -15,7 +15,8 @@ from cluster.session import ray_session
 from cluster.signals import StopSignal
 from cluster.supervisor import Supervisor
 from core.config import Config
-from core.errors import AgroError
+from core.errors import AgroError, ConfigError
+from core.process_log import begin_driver_log
 from core.progress import say
 
 
@@ -40,7 +41,7 @@ def _run(inputs: Inputs, stop: StopSignal) -> dict[str, Any]:
         say("starting the processes of the run")
         stop.raise_if_asked()
         warnings = [*config.warnings(), *placement.check(placement.bundles(config), placement.ask_ray())]
-        supervisor = Supervisor(inputs)
+        supervisor = _supervisor(inputs)
         try:
             with Terminal() as terminal:
                 supervisor.start(warnings, stop, terminal)
@@ -61,3 +62,18 @@ def _run(inputs: Inputs, stop: StopSignal) -> dict[str, Any]:
             raise error from None
         finally:
             supervisor.close()
+
+
+def _supervisor(inputs: Inputs) -> Supervisor:
+    """The driver's log begins, and its processes start. Raises ConfigError where the run directory cannot be
+    written.
+    """
+    try:
+        begin_driver_log(inputs.run_dir)
+        return Supervisor(inputs)
+    except OSError as error:
+        if isinstance(error, AgroError):
+            raise
+        raise ConfigError(
+            f"run.dir = {inputs.run_dir} cannot be written: {error.strerror}. Free space on its disk, or choose another."
+        ) from None

@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.heartbeat import Heartbeat
-from core.processes import death_cause
+from core.processes import cause_of
 
 MIN_QUIET_S = 60.0
 STEPS_QUIET = 10.0
@@ -67,7 +67,7 @@ class Watchdog:
         median_s = statistics.median(self._step_times_s) if self._step_times_s else 0.0
         return min(max(MIN_QUIET_S, STEPS_QUIET * median_s), self.timeout_s / 2)
 
-    def look(self, seen: Observation) -> str | None:
+    def judge(self, seen: Observation) -> str | None:
         """One observation more; the name of the stalled stage when a stall has just become one."""
         if seen.step != self._step:
             if self._step >= 0:
@@ -156,4 +156,4 @@ def _stack_of(call: Any) -> str:
     try:
         return str(ray.get(call))
     except RayError as error:
-        return f"none: {death_cause(error)}\n"
+        return f"none: {cause_of(error)}\n"

@@ -13,9 +13,9 @@
     calls.tell(text)            -> None               an event for the monitor; one that it does not take goes
                                                       to the log
 
-Every wait ends: `PeerTimeout` names who did not answer whom, and for how long. What a call raises is an error
-of ours, in a sentence of its own: Ray's paragraphs end here. A Pending that is dropped before anybody has
-looked at it becomes a post, so that no failure vanishes.
+Every wait ends: `PeerTimeout` names who did not answer whom, and for how long. What a call raises is an
+error of ours, in a sentence of its own: Ray's paragraphs end here. A Pending that is dropped before anybody
+has looked at it becomes a post, so that no failure vanishes.
 
 The calls run on an event loop in a thread of its own, in the order in which they were started.
 """
@@ -242,6 +242,23 @@ class Pending(Generic[T]):
             self._on_dropped()
 
 
+def in_background(work: Callable[[], T], name: str, timeout_s: float = math.inf) -> Pending[T]:
+    """Begins work that takes seconds and belongs to nobody's loop, such as hashing: in a daemon thread.
+
+    An executor's thread would be waited for at the end of the process, however long it still hashes.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result meets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return Pending(future, name, timeout_s)
+
+
 def settle(
     pendings: Iterable[Pending[Any]],
     timeout_s: float,
@@ -355,19 +372,32 @@ class Polled(Generic[T]):
         self._pending: Pending[T] | None = None
         self.value: T | None = None
 
-    def poll(self) -> None:
-        """Takes the answer if it came, and then asks again. Raises AgroError when none comes in time, or a
-        failure does.
+    def poll(self) -> bool:
+        """Takes the answer if it came, and then asks again; says whether one came. Raises AgroError when
+        none comes in time, or a failure does.
         """
-        if self._pending is not None and self._pending.is_done():
+        has_come = self._pending is not None and self._pending.is_done()
+        if self._pending is not None and has_come:
             pending, self._pending = self._pending, None
             self.value = pending.result()
         if self._pending is None:
             self._pending = self._calls.start(self._make())
+        return has_come
 
 
 async def _awaited(call: Awaitable[T]) -> T:
     return await call
 
 
-__all__ = ["Call", "Calls", "Client", "Local", "Pending", "Polled", "as_call", "asks", "settle"]
+__all__ = [
+    "Call",
+    "Calls",
+    "Client",
+    "Local",
+    "Pending",
+    "Polled",
+    "as_call",
+    "asks",
+    "in_background",
+    "settle",
+]

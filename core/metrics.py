@@ -124,5 +124,6 @@ METRICS: dict[str, str] = {
     "monitor/write_errors": "Failed writes to the run directory so far; the lines are kept and tried again.",
     "monitor/lines_lost": "Lines lost so far because the disk was full for too long: of each file the newest "
     "20,000 are kept.",
+    "monitor/warnings": "Warnings so far that processes of this run logged; each text is an event when it first comes.",
     "monitor/wandb_dropped": "W&B calls lost so far; metrics.jsonl has them all.",
 }

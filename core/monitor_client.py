@@ -22,6 +22,9 @@ class MonitorMethods(Protocol):
     def log_actor(self, name: str, counters: Mapping[str, Any]) -> None:
         """Takes an actor's counters and gauges."""
 
+    def forget_actor(self, name: str) -> None:
+        """Forgets an actor that is gone for good."""
+
     def log_buffer(self, gauges: Mapping[str, float]) -> None:
         """Takes the buffer's gauges."""
 
@@ -33,6 +36,9 @@ class MonitorMethods(Protocol):
 
     def event(self, text: str) -> None:
         """Takes something worth telling."""
+
+    def warn(self, name: str, counts: Mapping[str, int]) -> None:
+        """Takes how often a process has logged which warnings."""
 
     def generation(self) -> dict[str, tuple[tuple[float, float], float]]:
         """Tells who generated how much, and when each actor was last heard of."""
@@ -51,10 +57,12 @@ class MonitorClient(Client):
 
     log_step = asks(MonitorMethods.log_step)
     log_actor = asks(MonitorMethods.log_actor)
+    forget_actor = asks(MonitorMethods.forget_actor)
     log_buffer = asks(MonitorMethods.log_buffer)
     log_evaluation = asks(MonitorMethods.log_evaluation)
     log_samples = asks(MonitorMethods.log_samples)
     event = asks(MonitorMethods.event)
+    warn = asks(MonitorMethods.warn)
     generation = asks(MonitorMethods.generation)
     view = asks(MonitorMethods.view)
     close = asks(MonitorMethods.close)

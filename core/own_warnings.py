@@ -1,46 +1,63 @@
-"""What our own code logs as a warning becomes an event: nobody looks into Ray's session folder for it."""
+"""Warnings of this process, counted by their text: what the driver's monitor makes events of.
+
+Nobody looks into Ray's session folder for a warning. One that is logged a thousand times a second is sent
+once, with its count, and told as often as its count gains a digit (`Monitor.warn`).
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections import Counter
 
 ROOMS = ("actors", "buffer", "cluster", "core", "environments", "learner", "rewards")
+LIBRARIES = ("vllm", "DeepSpeed")
+"""Loggers that keep to themselves what they log, so that the root logger does not see it."""
+MAX_TEXTS = 100
+MAX_CHARS = 500
+OTHERS = "further warnings are in its log only"
 
 
 class OwnWarnings(logging.Handler):
-    """Collects warnings and errors of the rooms' loggers in this process, each text once, until `connect`
-    says where to tell them.
+    """Counts warnings of the rooms' loggers and errors of everybody's until they are taken. Safe from any
+    thread.
 
-        warnings = OwnWarnings()                # at the start of the process
-        warnings.connect(monitor.event)         # once there is somebody to tell
+    warnings = OwnWarnings()                # at the start of the process monitor.warn(name, warnings.take())
+    # now and again
     """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self._tell: Callable[[str], object] | None = None
-        self._told: dict[str, None] = {}
-        for room in ROOMS:
-            logging.getLogger(room).addHandler(self)
-
-    def connect(self, tell: Callable[[str], object]) -> None:
-        """Tells `tell` of each warning from now on, and of those that came before."""
-        self._tell = tell
-        for text in self._told:
-            tell(text)
+        self._lock_of_counts = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._known: set[str] = set()
+        for name in (*LIBRARIES, None):
+            logging.getLogger(name).addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Takes one more warning from the logging module."""
-        text = record.getMessage()
+        """One record more, which comes here twice where its logger passes it on to the root logger."""
         if getattr(record, "is_event", False):  # An event that the monitor did not take (core/calls.py).
             return
-        if text not in self._told:
-            self._told[text] = None
-            if self._tell is not None:
-                self._tell(text)
+        is_own = record.name.partition(".")[0] in ROOMS
+        counted_by = record.__dict__.setdefault("counted_by", set())
+        if id(self) in counted_by or not (is_own or record.levelno >= logging.ERROR):
+            return
+        counted_by.add(id(self))
+        text = record.getMessage()[:MAX_CHARS]
+        with self._lock_of_counts:
+            if text not in self._known and len(self._known) >= MAX_TEXTS:
+                text = OTHERS
+            self._known.add(text)
+            self._counts[text] += 1
+
+    def take(self) -> dict[str, int]:
+        """How often each text was logged since the last call."""
+        with self._lock_of_counts:
+            taken, self._counts = self._counts, Counter()
+        return dict(taken)
 
     def close(self) -> None:
-        """Stops listening."""
-        for room in ROOMS:
-            logging.getLogger(room).removeHandler(self)
+        """Listens no more."""
+        for name in (*LIBRARIES, None):
+            logging.getLogger(name).removeHandler(self)
         super().close()

@@ -1,31 +1,59 @@
-"""Processes of a run as Ray actors: where they are put, and what is said, in a few lines, when one fails."""
+"""Processes of a run as Ray actors: where they are put, where they write, and how one has ended."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import socket
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from core.causes import Cause, cause_from
 from core.errors import AgroError, PeerTimeout, TrainingError
+from core.process_log import ProcessLog, last_lines, tail, words_of_process
 
-_LOG_LINES = 4
-_SILENT_END = "connection error code 2. End of file"  # Ray follows it up with a paragraph of guesses.
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_NO_MEMORY = "low on memory"  # Of Ray's own memory monitor, which kills before the kernel has to.
+_NODE_LOST = re.compile(r"because its node has died|node was terminated|node is dead", re.IGNORECASE)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
-_RAY_MARKS = re.compile(r"^:(job_id|actor_name|task_name):.*$", re.MULTILINE)
-_MEMORY_WORDS = re.compile(r"out of memory|outofmemory|memoryerror|low on memory", re.IGNORECASE)
+_RAY_LOG_BYTES = 2**16
 
 
-def remote(part: type) -> Any:
-    """Returns the class as a Ray actor class; untyped, as its handles are."""
-    return ray.remote(part)
+def remote(part: type, log: ProcessLog | None = None) -> Any:
+    """The class as a Ray actor class, whose processes write into `log`; untyped, as its handles are."""
+    return ray.remote(part if log is None else _logged(part, log))
+
+
+def _logged(part: type, log: ProcessLog) -> type:
+    """The class, whose instances begin `log` in their process before their own constructor runs."""
+
+    def begin(self: Any, *arguments: Any, **options: Any) -> None:
+        log.begin(partial(_send_warnings, log.monitor))
+        part.__init__(self, *arguments, **options)  # type: ignore[misc]
+
+    return type(part.__name__, (part,), {"__init__": begin, "__doc__": part.__doc__})
+
+
+def _send_warnings(monitor: str, name: str, counts: Mapping[str, int]) -> bool:
+    """Tells the monitor, by the name that Ray knows it by; in its own process it has none at first."""
+    if not monitor:
+        return True
+    try:
+        ray.get_actor(monitor).warn.remote(name, dict(counts))
+    except (
+        ValueError,
+        RuntimeError,
+        RayError,
+    ):  # Not there yet, there again in a moment, or Ray is going down.
+        return False
+    return True
 
 
 # --- Places ---
@@ -85,12 +113,73 @@ def threads(num_cpus: float, *, engine: bool = False) -> dict[str, Any]:
     return {"env_vars": env}
 
 
-def whereabouts(_: object = None) -> tuple[str, int]:
-    """Returns node id and process id of the caller (called inside an actor)."""
-    return ray.get_runtime_context().get_node_id(), os.getpid()
+class Whereabouts(NamedTuple):
+    """A process's place: Ray's id of its node, its process id there, and the name of the machine."""
+
+    node_id: str
+    pid: int
+    host: str
+
+
+def whereabouts(_: object = None) -> Whereabouts:
+    """Says where the caller is (called inside an actor)."""
+    return Whereabouts(ray.get_runtime_context().get_node_id(), os.getpid(), socket.gethostname())
 
 
 # --- Ends ---
+
+
+def cause_of(error: RayError) -> Cause:
+    """Why the process behind a call is gone, or what the call raised there."""
+    if isinstance(error, RayTaskError):
+        lines = str(error.cause).strip().splitlines() or ["no message"]
+        words = tuple(last_lines(str(error)))
+        return Cause("exception", f"{type(error.cause).__name__}: {lines[-1][:300]}", last_words=words)
+    reason = str(error)
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    known = next((line for line in lines if "worker exit" in line.lower()), [*lines, type(error).__name__][0])
+    pid = re.search(r"\bpid[:=] ?(\d+)", reason)
+    if isinstance(error, OutOfMemoryError) or _NO_MEMORY in reason:
+        return Cause("out of memory", known[:300])
+    if _NODE_LOST.search(reason):
+        return Cause("node lost", known[:300])
+    if pid is None:
+        return cause_from(known, "", None)
+    return cause_from(known, words_of_worker(int(pid[1])), int(pid[1]))
+
+
+def cause_of_pid(pid: int) -> Cause:
+    """Why process `pid` is gone, whose place Ray has given to another."""
+    return cause_from(_exit_detail(pid), words_of_worker(pid), pid)
+
+
+def words_of_worker(pid: int) -> str:
+    """What a process wrote into its log; into Ray's, where it has none (yet). '' for another machine's."""
+    if words := words_of_process(pid):
+        return words
+    session = ray._private.worker._global_node  # Private, but there is no public way to a worker's log.
+    if session is None:
+        return ""
+    paths = (Path(session.get_session_dir_path()) / "logs").glob(f"worker-*-{pid}.err")
+    return "".join(tail(path, _RAY_LOG_BYTES).decode(errors="replace") for path in paths)
+
+
+def _exit_detail(pid: int) -> str:
+    """Ray's sentence on how a worker ended; '' where it has none. Private: the public way is the
+    dashboard's.
+    """
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import WorkerTableData
+
+    with contextlib.suppress(RayError, RuntimeError, AttributeError):
+        table = state._connect_and_get_accessor().get_worker_table()
+        ended = [
+            entry
+            for entry in map(WorkerTableData.FromString, table)
+            if entry.pid == pid and not entry.is_alive
+        ]
+        return str(ended[-1].exit_detail) if ended else ""
+    return ""
 
 
 def answer(calls: Any, who: str, timeout_s: float) -> Any:
@@ -106,19 +195,21 @@ def answer(calls: Any, who: str, timeout_s: float) -> Any:
 
 
 def explained(error: RayError, who: str) -> AgroError:
-    """Returns what failed as an error of ours: the one raised there when it is one of ours, else a
-    TrainingError of two lines.
+    """What failed, as an error of ours: the one raised there when it is one of ours, else a TrainingError of
+    two lines.
     """
     if isinstance(error, RayTaskError):
         if isinstance(error.cause, AgroError):
             return error.cause
-        # Ray adds paragraphs.
-        what = str(error.cause).partition("\n")[0] if isinstance(error.cause, RayError) else error.cause
+        what: Any = error.cause
+        if isinstance(error.cause, RayError):
+            what = str(error.cause).partition("\n")[0]  # Ray adds paragraphs.
         return TrainingError(f"{who} failed: {type(error.cause).__name__}: {what}{_where(str(error))}")
     if not could_not_start(error):
-        return TrainingError(f"{who} died: {death_cause(error)}")
+        return TrainingError(f"{who} died: {cause_of(error)}")
     # Ray gives the text only of what a constructor raised.
-    return _stated_error(str(error)) or TrainingError(f"{who} could not start:\n{last_lines(str(error), 3)}")
+    last = "\n".join(f"  {line}" for line in last_lines(str(error), 3))
+    return _stated_error(str(error)) or TrainingError(f"{who} could not start:\n{last}")
 
 
 def could_not_start(error: BaseException) -> bool:
@@ -126,56 +217,10 @@ def could_not_start(error: BaseException) -> bool:
     return isinstance(error, RayActorError) and "error raised in its creation task" in str(error)
 
 
-def death_cause(error: RayError) -> str:
-    """Says in a few lines what was raised, or what Ray knows, with the end of the process's log where it is
-    on this machine.
-    """
-    if isinstance(error, RayTaskError):
-        lines = str(error.cause).strip().splitlines() or ["no message"]
-        return "\n".join(
-            [f"{type(error.cause).__name__}: {lines[-1][:300]}", last_lines(str(error), _LOG_LINES)]
-        )
-    reason = str(error)
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    known = next(
-        (line for line in lines if "worker exit" in line.lower()), lines[0] if lines else type(error).__name__
-    )
-    if _SILENT_END in known:
-        known = "its process was killed (kill -9, or the kernel for lack of memory) or crashed"
-    if (pid := re.search(r"\bpid[:=] ?(\d+)", reason)) is None:
-        return known[:300]
-    return "\n".join([f"{known[:300]} (pid {pid[1]})", *log_tail(int(pid[1]))])
-
-
-def log_tail(pid: int) -> list[str]:
-    """Returns the last lines that a worker of this node wrote to its error log; none for a worker of another
-    node.
-    """
-    logs = Path(_ray_node().get_session_dir_path()) / "logs"
-    texts = [path.read_text(errors="replace") for path in logs.glob(f"worker-*-{pid}.err")]
-    tails = [last_lines(_RAY_MARKS.sub("", text), _LOG_LINES) for text in texts]
-    return [tail for tail in tails if tail]
-
-
-def memory_hint(cause: str) -> str:
-    """Says what to lower when `cause` may be a lack of memory."""
-    likely = "This looks like" if _MEMORY_WORDS.search(cause) else "If it is"
-    knobs = "actors.slots and actors.kv_cache_gib (on a GPU actors.gpu_memory_utilization)"
-    return f"{likely} a lack of memory: lower {knobs}, or run fewer actors."
-
-
 def _where(traceback_text: str) -> str:
     """Returns a line that says where that was raised; none where the text does not tell."""
     frames = _FRAME.findall(traceback_text)
     return f"\n  in {frames[-1][2]} ({frames[-1][0]}:{frames[-1][1]})" if frames else ""
-
-
-def last_lines(text: str, count: int) -> str:
-    """Returns the last `count` lines of `text` that are not empty, without colours, indented and cut."""
-    text = _COLOURS.sub("", text)
-    return "\n".join(
-        "  " + line[:200] for line in [line for line in text.splitlines() if line.strip()][-count:]
-    )
 
 
 def _stated_error(traceback_text: str) -> AgroError | None:
@@ -191,8 +236,3 @@ def _stated_error(traceback_text: str) -> AgroError | None:
 
 def _with_subclasses(kind: type[AgroError]) -> list[type[AgroError]]:
     return [kind, *(found for subclass in kind.__subclasses__() for found in _with_subclasses(subclass))]
-
-
-def _ray_node() -> Any:
-    """Returns Ray's record of this node; it is private, but there is no public way to a worker's log."""
-    return ray._private.worker._global_node

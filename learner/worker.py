@@ -34,7 +34,6 @@ from core.config import Config
 from core.config_file import dump_config
 from core.errors import ConfigError, PeerTimeout
 from core.monitor_client import MonitorClient
-from core.own_warnings import OwnWarnings
 from core.records import BatchIndex, open_batch
 from core.staleness import StalenessBound
 from core.weights.board import BoardClient
@@ -109,7 +108,6 @@ class LearnerRank:
     def __init__(self, rank: int, config: Config, pad_id: int) -> None:
         self._rank, self._config, self._pad_id = rank, config, pad_id
         self._stopping = False
-        self._warnings = OwnWarnings()
         self._transport: Transport = NoTransport()
 
     def address(self) -> tuple[str, int]:
@@ -212,8 +210,6 @@ class LearnerRank:
     ) -> None:
         self._buffer, self._monitor = buffer, monitor
         self._calls = Calls(self._config.run.timeout_s, monitor.event, name=f"learner rank {self._rank}")
-        if self._rank == 0:  # All ranks warn of the same.
-            self._warnings.connect(self._calls.tell)
         self._run_dir, self._saved = run_dir, -1
         self._code_version = code_version()  # Once: it asks git.
         source = ZeroSource(

@@ -166,6 +166,14 @@ def status(arguments: Namespace) -> int:
     return 0
 
 
+def why(arguments: Namespace) -> int:
+    """Prints who died in a run, of what, and how the run ended."""
+    from cluster.cli.why import why
+
+    print("\n".join(printable(line) for line in why(Path(arguments.run_dir), arguments.name)))
+    return 0
+
+
 def audit(arguments: Namespace) -> int:
     """Tells what became of every prompt handed out; exit code 1 when the ledger contradicts itself."""
     from buffer.ledger import audit_run

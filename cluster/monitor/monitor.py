@@ -33,6 +33,11 @@ __all__ = ["Monitor", "wandb_mode"]
 
 RATE_WINDOW_S = 5.0  # actors report in bursts of whole groups: over less than 2 s their rates are noise
 SILENT_S = 60.0  # an actor that has not reported for so long counts in no rate
+WAITS = ("admission", "weights", "evaluation", "disk")
+"""What actors wait for: `wait_admission_s` and so on among their counters."""
+NUM_GONE_KNOWN = 64
+MAX_WARNINGS = 1000
+"""Texts of warnings that are known at a time."""
 WANDB_FINISH_S = 15.0
 STATE_NAME = ".monitor.json"  # What a monitor that is started again goes on with; gone when the run is over.
 
@@ -77,12 +82,17 @@ class Monitor:
             self._note_evaluation(line)
         self._files["evaluations"] = JsonLines(self._run_dir / "evaluations.jsonl", self._redact)
         self._actors: dict[str, _ActorGauge] = {}
+        # Names of those that went last: a report of one may come after it.
+        self._gone: collections.deque[str] = collections.deque(maxlen=NUM_GONE_KNOWN)
+        self._waited_s = dict.fromkeys(WAITS, 0.0)  # Of those that are gone.
         self._buffer: dict[str, Any] = {}
         self._row: dict[str, Any] = dict.fromkeys(METRICS)
         # wall_s, step, reward
         self._rows_seen = collections.deque[tuple[float, float, Any]](maxlen=_HISTORY_ROWS)
         self._held: dict[str, Any] | None = None
         self._null_values = 0
+        self._warnings: dict[str, int] = {}  # By text, of all processes.
+        self._num_warnings = 0
         self._began_at_s = began_at_s
         self._take_up()
         self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=_VIEW_EVENTS)
@@ -132,7 +142,16 @@ class Monitor:
         clean = {
             key: value if isinstance(value, str) else self._number(value) for key, value in counters.items()
         }
-        self._actors.setdefault(name, _ActorGauge()).report(self._clock(), clean)
+        if name not in self._gone:
+            self._actors.setdefault(name, _ActorGauge()).report(self._clock(), clean)
+
+    def forget_actor(self, name: str) -> None:
+        """The actor is gone for good: only what it waited stays, in the sums of `view`."""
+        self._gone.append(name)
+        actor = self._actors.pop(name, None)
+        if actor is not None:
+            for wait in WAITS:
+                self._waited_s[wait] += actor.counters.get(f"wait_{wait}_s") or 0.0
 
     def generation(self) -> dict[str, tuple[tuple[float, float], float]]:
         """By actor: tokens of its finished and of its unfinished samples, and seconds since it was last
@@ -182,6 +201,22 @@ class Monitor:
         self._event_number = max(self._event_number + 1, time.time_ns() // 1000)
         self._events.append({**record, "number": self._event_number})
 
+    def warn(self, name: str, counts: Mapping[str, int]) -> None:
+        """The process `name` has logged these warnings so often since it last told.
+
+        A text is an event when it first comes, whichever process it is of, and whenever its count gains a digit.
+        """
+        for text, count in counts.items():
+            if text not in self._warnings and len(self._warnings) >= MAX_WARNINGS:
+                self._warnings.pop(next(iter(self._warnings)))
+            before = self._warnings.get(text, 0)
+            now = self._warnings[text] = before + count
+            self._num_warnings += count
+            if not before:
+                self.event(f"{name}: {text}")
+            elif len(str(now)) > len(str(before)):
+                self.event(f"{name}: {text} ({now:,} times by now, all processes together)")
+
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write the held row with the newest evaluation, write summary.json, finish W&B within
         `WANDB_FINISH_S`.
@@ -227,9 +262,15 @@ class Monitor:
             "actors": {
                 name: {**actor.counters, **actor.summary(now_s)} for name, actor in self._actors.items()
             },
+            "waits": {wait: self._waits_s(wait) for wait in WAITS},
             "buffer": dict(self._buffer),
             "events": list(self._events),
         }
+
+    def _waits_s(self, wait: str) -> float:
+        """Seconds that all actors so far have waited for it."""
+        counted = [actor.counters.get(f"wait_{wait}_s") or 0.0 for actor in self._actors.values()]
+        return self._waited_s[wait] + sum(counted)
 
     def _number(self, value: Any) -> float | int | None:
         number = finite(value) if value is not None else None
@@ -241,6 +282,7 @@ class Monitor:
             "monitor/null_values": self._null_values,
             "monitor/write_errors": sum(file.write_errors for file in self._files.values()),
             "monitor/lines_lost": sum(file.lines_lost for file in self._files.values()),
+            "monitor/warnings": self._num_warnings,
             "monitor/wandb_dropped": self._wandb.dropped,
         }
 

@@ -242,9 +242,10 @@ class Board:
                 self._retiring[actor] = how
         await self._wake()
 
-    async def evaluations(self) -> tuple[list[int], list[Evaluation]]:
-        """(versions whose evaluation is open, results so far)."""
-        return [evaluation.version for evaluation in self._evaluations.values()], list(self._results)
+    async def evaluations(self, num_known: int = 0) -> tuple[list[int], list[Evaluation]]:
+        """Returns the versions whose evaluation is open, and the results after the first `num_known`."""
+        open_versions = [evaluation.version for evaluation in self._evaluations.values()]
+        return open_versions, self._results[num_known:]
 
     # --- inside ---
 

@@ -41,8 +41,8 @@ def test_one_window_decides_by_who_waited(
     learner_s: float, actors_s: tuple[float, ...], count: int, expected: int | None
 ) -> None:
     rule = Autoscaler(1, 4)
-    assert rule.look(load(0, 100.0, tuple(7.0 for _ in actors_s), count=count)) is None
-    decision = rule.look(
+    assert rule.judge(load(0, 100.0, tuple(7.0 for _ in actors_s), count=count)) is None
+    decision = rule.judge(
         load(WINDOW_S, 100.0 + learner_s, tuple(7.0 + wait_s for wait_s in actors_s), count=count, step=6)
     )
     assert (decision[0] if decision else None) == expected
@@ -62,16 +62,16 @@ def test_one_window_decides_by_who_waited(
 )
 def test_a_window_in_which_something_was_under_way_does_not_count(middle: Load) -> None:
     rule = Autoscaler(1, 4)
-    assert rule.look(load(0, 5.0)) is None
-    assert rule.look(middle) is None
-    assert rule.look(load(16, 15.0)) is None
+    assert rule.judge(load(0, 5.0)) is None
+    assert rule.judge(middle) is None
+    assert rule.judge(load(16, 15.0)) is None
 
 
 def test_a_learner_in_a_long_step_or_hung_is_no_reason_to_shrink() -> None:
     rule = Autoscaler(1, 4)
-    decisions = [rule.look(load(time_s, 0.0, (float(time_s), float(time_s)))) for time_s in range(60)]
+    decisions = [rule.judge(load(time_s, 0.0, (float(time_s), float(time_s)))) for time_s in range(60)]
     assert decisions == [None] * 60
-    decision = rule.look(load(60, 0.0, (60.0, 60.0), step=6))
+    decision = rule.judge(load(60, 0.0, (60.0, 60.0), step=6))
     assert decision is not None
     assert decision[0] == 1
     assert "of the last 60 s" in decision[1]
@@ -79,14 +79,14 @@ def test_a_learner_in_a_long_step_or_hung_is_no_reason_to_shrink() -> None:
 
 def test_after_a_change_there_is_a_pause() -> None:
     rule = Autoscaler(1, 8)
-    decisions = [(time_s, rule.look(load(time_s, float(time_s)))) for time_s in range(200)]
+    decisions = [(time_s, rule.judge(load(time_s, float(time_s)))) for time_s in range(200)]
     times_s = [time_s for time_s, decision in decisions if decision]
     assert times_s[0] == WINDOW_S
     assert all(later - earlier >= PAUSE_S + WINDOW_S for earlier, later in itertools.pairwise(times_s))
     manual = Autoscaler(1, 8)
-    manual.look(load(0))
+    manual.judge(load(0))
     manual.changed(10.0)
-    assert manual.look(load(20, 20.0)) is None
+    assert manual.judge(load(20, 20.0)) is None
 
 
 @settings(max_examples=300, deadline=None)
@@ -111,7 +111,7 @@ def test_a_constant_load_settles_and_never_goes_back(
         learner_s += max(0.0, 1 - made / demand)
         waits_s = {number: wait_s + max(0.0, 1 - demand / made) for number, wait_s in waits_s.items()}
         names = {f"actor-{number}": wait_s for number, wait_s in waits_s.items()}
-        decision = rule.look(Load(time_s, learner_s, names, count, time_s >= ready_s, 1 + time_s))
+        decision = rule.judge(Load(time_s, learner_s, names, count, time_s >= ready_s, 1 + time_s))
         if time_s >= ready_s and len(waits_s) != count:
             waits_s = {number: waits_s.get(number, 0.0) for number in range(count)}
         if decision:

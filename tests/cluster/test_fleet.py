@@ -14,7 +14,8 @@ import pytest
 import ray
 
 import cluster.fleet
-from cluster.fleet import MAX_DEATHS, DeathCount, Fleet, Kind
+from cluster.deaths import ACTOR, DeathCount, Deaths
+from cluster.fleet import Fleet, Kind
 from cluster.pulse import BUSY_LIMIT_S, ELSEWHERE_LIMIT_S, LIMIT_S, MIN_LOOKS, Pulse, Sight, look_at
 from core.errors import DataError, TrainingError
 from tests.support.fleet_actors import SleepingActor
@@ -51,6 +52,7 @@ class Bench:
             retire=self._retire,
             release=self.released.append,
             tell=self.told.append,
+            deaths=Deaths(directory),
             timeout_s=timeout_s,
         )
 
@@ -69,7 +71,8 @@ class Bench:
         """Looks until it is so; the seconds that took."""
         start_s = time.monotonic()
         while not is_so():
-            self.fleet.look()
+            self.fleet.poll()
+            self.fleet.tick(time.monotonic())
             assert time.monotonic() - start_s < limit_s, (self.fleet.status(), self.told)
             time.sleep(LOOK_S)
         return time.monotonic() - start_s
@@ -193,10 +196,10 @@ def test_a_crash_loop_stops_with_role_cause_last_log_lines_and_a_hint(bench: Cal
     with pytest.raises(TrainingError) as caught:
         b.until(lambda: False, limit_s=60)
     text = str(caught.value)
-    assert text.startswith(f"actor-0 died {MAX_DEATHS} times within 5 min; the last time:")
+    assert text.startswith(f"actor-0 died {ACTOR.max_deaths} times within 5 min; the last time:")
     assert "last words of the engine" in text
     assert "lower actors.slots and actors.kv_cache_gib" in text
-    assert len(b.told) == MAX_DEATHS - 1
+    assert len(b.told) == ACTOR.max_deaths - 1
 
 
 @pytest.mark.slow
@@ -316,7 +319,6 @@ def test_this_process_is_seen_and_none_where_there_is_none() -> None:
 
 def test_deaths_are_counted_by_role_within_the_window() -> None:
     deaths = DeathCount()
-    assert [deaths.note("actor-0", t) for t in (0, 10, 20)] == [1, 2, 3]
-    assert deaths.note("actor-1", 20) == 1
-    assert deaths.note("actor-0", 305) == 3  # Those at 0 is forgotten.
-    assert deaths.total == 5
+    assert [deaths.note("actor-0", t, 300.0) for t in (0, 10, 20)] == [1, 2, 3]
+    assert deaths.note("actor-1", 20, 300.0) == 1
+    assert deaths.note("actor-0", 305, 300.0) == 3  # Those at 0 is forgotten.

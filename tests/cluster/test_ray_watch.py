@@ -7,7 +7,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -21,15 +20,16 @@ from ray.exceptions import RaySystemError
 
 from actors.prompts import PromptRow, PromptSet
 from cluster import ray_watch, train
+from cluster.deaths import Deaths
 from cluster.health import FullDisk
 from cluster.preparation.prepare import Inputs
 from cluster.ray_watch import RayWatch
 from cluster.signals import StopSignal
+from cluster.summary import run_summary
 from cluster.supervisor import Supervisor
 from core.calls import Calls, Local
 from core.errors import TrainingError
 from core.monitor_client import MONITOR, MonitorClient
-from core.own_warnings import OwnWarnings
 from core.troubles import QUIET_S, Troubles
 from tests.support.configs import make_config
 from tests.support.simulated import until
@@ -74,15 +74,14 @@ def test_a_policy_that_an_earlier_start_wrote_is_not_called_this_ones(
     first: dict[str, float], named: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "policy").mkdir()
-    supervisor: Any = object.__new__(Supervisor)
-    supervisor._inputs, supervisor._learner, supervisor._start_s = inputs(tmp_path), None, 0.0
-    supervisor._config, supervisor.policy_dir = supervisor._inputs.config, str(tmp_path / "policy")
-    supervisor._fleet, supervisor._health = (
-        SimpleNamespace(num_deaths=0),
-        SimpleNamespace(num_buffer_deaths=0),
-    )
-    summary = supervisor._summary(
-        {"samples": 8.0, **first} if first else {}, [], collections.defaultdict(float), None
+    summary = run_summary(
+        inputs(tmp_path),
+        1.0,
+        totals={"samples": 8.0, **first} if first else {},
+        evaluations=[],
+        stats=collections.defaultdict(float),
+        deaths=Deaths(tmp_path),
+        stopped=None,
     )
     assert summary["policy_dir"] == (str(tmp_path / "policy") if named else None)
 
@@ -90,39 +89,19 @@ def test_a_policy_that_an_earlier_start_wrote_is_not_called_this_ones(
 def test_a_full_disk_is_one_line_when_it_begins_and_one_with_the_count_when_it_ends(tmp_path: Path) -> None:
     now_s, told = 0.0, list[str]()
     disk = FullDisk(tmp_path, told.append, lambda: now_s)
-    disk.look({"buffer/disk_errors": 5.0, "buffer/changes_unwritten": 0.0})  # Of an earlier start.
+    disk.judge({"buffer/disk_errors": 5.0, "buffer/changes_unwritten": 0.0})  # Of an earlier start.
     assert disk.sentence == ""
     for second in range(1, 90):
         now_s += 1.0
-        disk.look({"buffer/disk_errors": 5.0 + 3 * second, "buffer/changes_unwritten": float(second % 3)})
+        disk.judge({"buffer/disk_errors": 5.0 + 3 * second, "buffer/changes_unwritten": float(second % 3)})
         assert str(tmp_path) in disk.sentence
     assert len(told) == 1
     assert "MB free" in told[0]
     for _ in range(10):
         now_s += 1.0
-        disk.look({"buffer/disk_errors": 272.0, "buffer/changes_unwritten": 0.0})
+        disk.judge({"buffer/disk_errors": 272.0, "buffer/changes_unwritten": 0.0})
     assert told[1:] == [f"the disk of {tmp_path} takes all again: 267 writes were refused in 88 s"]
     assert disk.sentence == ""
-
-
-def test_what_our_own_code_warns_of_is_told_once_whenever_it_came() -> None:
-    told: list[str] = []
-    warnings = OwnWarnings()
-    try:
-        for _ in range(2):
-            logging.getLogger("learner.step.logprobs").warning(
-                "%s: log-probs are taken from whole logits", "GraniteForCausalLM"
-            )
-        logging.getLogger("learner.step.logprobs").info("nothing")
-        logging.getLogger("transformers").warning("theirs")
-        warnings.connect(told.append)
-        logging.getLogger("learner.step.row_softmax").warning("liger-kernel does not work")
-        assert told == [
-            "GraniteForCausalLM: log-probs are taken from whole logits",
-            "liger-kernel does not work",
-        ]
-    finally:
-        warnings.close()
 
 
 def test_what_ray_raises_when_it_is_gone_is_told_by_who_watches_it(monkeypatch: Any) -> None:
@@ -152,6 +131,7 @@ def test_a_run_in_which_ray_fails_ends_with_a_sentence(monkeypatch: Any, tmp_pat
             pass
 
     monkeypatch.setattr(train, "Supervisor", Unlucky)
+    monkeypatch.setattr(train, "begin_driver_log", lambda run_dir: None)
     monkeypatch.setattr(train, "ray_session", lambda config: contextlib.nullcontext())
     monkeypatch.setattr(train.placement, "ask_ray", list)
     monkeypatch.setattr(train.placement, "check", lambda bundles, free: [])
@@ -191,8 +171,8 @@ def test_a_dead_ray_ends_the_run_in_time_with_one_sentence_a_summary_and_a_repor
     abandoned, codes = list[str](), list[int]()
     hanging = RayWatch(abandoned.append)
     supervisor = Supervisor(inputs(tmp_path))
-    while supervisor._stats.value is None or supervisor._view.value is None:
-        supervisor._look()
+    while supervisor._services.stats.value is None or supervisor._services.view.value is None:
+        supervisor.turn()
         time.sleep(0.1)
     assert supervisor._ray.cause == hanging.cause == ""
     node: Any = ray._private.worker._global_node
@@ -200,7 +180,7 @@ def test_a_dead_ray_ends_the_run_in_time_with_one_sentence_a_summary_and_a_repor
     start_s = time.monotonic()
     until(lambda: supervisor._ray.cause, 5.0)
     with pytest.raises(TrainingError, match=victim) as caught:
-        supervisor._look()
+        supervisor.turn()
     supervisor.finish([], str(caught.value))
     supervisor.close()
     assert time.monotonic() - start_s < 25.0

@@ -20,17 +20,19 @@ import ray
 from actors.prompts import PromptRow, PromptSet
 from buffer.client import connect_buffer
 from buffer.store import DiskFullError, StoreError
-from cluster.fleet import MAX_DEATHS
+from cluster.deaths import BOARD, SHARD, Deaths, read_deaths
 from cluster.gang import LearnerGang, RankDied
-from cluster.health import Health, Recent, _ordinal
+from cluster.health import Health, Recent
 from cluster.preparation.prepare import Inputs
-from cluster.services import Services
+from cluster.services import Services, ordinal
 from cluster.session import logical_cpus
 from cluster.watchdog import MIN_QUIET_S, RECENT_S, Observation, Watchdog, dump_stacks, stalled_stage
 from core.calls import Calls, Client, Local, asks
+from core.causes import Cause, memory_hint
 from core.errors import DataError, PeerTimeout, RewardError, TrainingError
 from core.monitor_client import MONITOR, MonitorClient
-from core.processes import answer, explained, memory_hint, whereabouts
+from core.process_log import ProcessLog
+from core.processes import answer, explained
 from core.records import WorkItem
 from core.weights.board import Board, Directive
 from learner.worker import LearnerRank
@@ -123,7 +125,7 @@ def test_the_stalled_stage_is_named(after: Observation, expected: str) -> None:
 
 
 def feed(dog: Watchdog, times_s: Iterator[int] | range, step: int) -> list[tuple[int, str]]:
-    told = [(time_s, dog.look(seen(time_s, step=step, waited=float(time_s)))) for time_s in times_s]
+    told = [(time_s, dog.judge(seen(time_s, step=step, waited=float(time_s)))) for time_s in times_s]
     return [(time_s, text) for time_s, text in told if text]
 
 
@@ -139,7 +141,7 @@ def test_a_stall_is_told_once_after_sixty_seconds_and_again_after_a_step() -> No
 def test_a_stall_is_ten_median_steps_at_most_half_of_the_timeout() -> None:
     dog = Watchdog(timeout_s=1000)
     for step in range(10):
-        dog.look(seen(step * 12, step=step))
+        dog.judge(seen(step * 12, step=step))
     assert dog.quiet_s == 120
     assert Watchdog(timeout_s=60).quiet_s == 30
     assert RECENT_S < MIN_QUIET_S
@@ -301,18 +303,23 @@ def inputs(run_dir: Path, **sections: dict[str, Any]) -> Inputs:
     ],
 )
 def test_a_rank_that_dies_while_it_loads_or_hangs_is_named_and_can_be_started_again(
-    local_ray: None, monkeypatch: Any, name: str, ranks: int, cause: str
+    local_ray: None, monkeypatch: Any, tmp_path: Path, name: str, ranks: int, cause: str
 ) -> None:
     monkeypatch.setattr("cluster.gang.LearnerRank", UnluckyRank)
     monkeypatch.setattr("cluster.gang.DEATH_LOOK_S", 3.0)
     gang = LearnerGang(
-        make_config({"run": {"name": name}, "learner": {"ranks": ranks, "num_cpus": 0.5}}), 0, ()
+        make_config({"run": {"name": name}, "learner": {"ranks": ranks, "num_cpus": 0.5}}),
+        0,
+        (),
+        lambda name: ProcessLog(str(tmp_path), name),
     )
+    (tmp_path / "logs").mkdir()
 
     def look_on() -> None:
         until_s = time.monotonic() + 60
         while time.monotonic() < until_s:
-            gang.look()
+            gang.poll()
+            gang.tick(time.monotonic())
             time.sleep(0.1)
 
     try:
@@ -322,31 +329,58 @@ def test_a_rank_that_dies_while_it_loads_or_hangs_is_named_and_can_be_started_ag
         gang.kill()
 
 
+def poll_until_known(services: Services, name: str) -> int:
+    """The process id of a service, once it has said it."""
+    (life,) = [life for life in services._lives if life.name == name]
+    until_s = time.monotonic() + 60
+    while life.known is None:
+        assert services.poll() == []
+        assert time.monotonic() < until_s
+        time.sleep(0.1)
+    return life.known.pid
+
+
+def poll_until_restarted(services: Services) -> list[str]:
+    """The services that were started again, as soon as there is one."""
+    until_s = time.monotonic() + 60
+    while not (found := services.poll()):
+        assert time.monotonic() < until_s
+        time.sleep(0.1)
+    return found
+
+
 @pytest.mark.slow
 def test_killed_shards_come_back_with_what_they_held_and_the_restart_is_an_event(
     local_ray: None, tmp_path: Path
 ) -> None:
-    services = Services(inputs(tmp_path, buffer={"num_shards": 2}))
-    health = Health(CONFIG, services, tmp_path)
+    services = Services(inputs(tmp_path, buffer={"num_shards": 2}), Deaths(tmp_path))
     told: list[str] = []
     services.event = told.append  # type: ignore[method-assign]
     try:
         leased = services.calls.ask(services.buffer.lease("actor-0", 3, 5.0))
         held = [msgspec.msgpack.decode(item, type=WorkItem).ordinal for item in leased]
         assert len(held) == 3
-        health._judge_buffer(services.calls.ask(services.buffer.stats()))
-        pids = [services.calls.ask(shard.inside(whereabouts))[1] for shard in services.buffer.shards]
-        os.kill(pids[held[0] % 2], signal.SIGKILL)
+        victim = f"buffer-{held[0] % 2}"
+        pid = poll_until_known(services, victim)
+        os.kill(pid, signal.SIGKILL)
         stats = services.calls.ask(services.buffer.stats())  # The call waits for the new process.
         assert stats["buffer/leased"] == 3
-        health._judge_buffer(stats)
-        assert [text.splitlines()[0] for text in told] == [
+        assert poll_until_restarted(services) == [victim]
+        assert [text.splitlines()[0].partition(":")[0] for text in told] == [
             "replay buffer restarted (1st time), 0 groups recovered"
         ]
+        (death,) = read_deaths(tmp_path)
+        assert (death.kind, death.name, death.pid, death.what, death.code) == (
+            "buffer shard",
+            victim,
+            pid,
+            "signal",
+            signal.SIGKILL,
+        )
         services.release("actor-0")
         until_s = time.monotonic() + 20
         while services._owed and time.monotonic() < until_s:
-            services.look()
+            services.poll()
             time.sleep(0.1)
         assert not services._owed
         again = services.calls.ask(services.buffer.lease("actor-1", 200, 5.0))
@@ -359,33 +393,26 @@ def test_killed_shards_come_back_with_what_they_held_and_the_restart_is_an_event
 def test_a_killed_monitor_and_a_killed_board_come_back_are_told_of_and_the_board_knows_who_ends(
     local_ray: None, tmp_path: Path
 ) -> None:
-    services = Services(inputs(tmp_path))
-    health = Health(CONFIG, services, tmp_path)
+    deaths = Deaths(tmp_path)
+    services = Services(inputs(tmp_path), deaths)
 
-    def killed(who: str, handle: Any) -> None:
-        until_s = time.monotonic() + 60
-        while services._lives[who].pid is None:
-            assert services.restarted() == {}
-            time.sleep(0.1)
-        os.kill(services._lives[who].pid, signal.SIGKILL)
-        while not (found := services.restarted()):
-            assert time.monotonic() < until_s
-            time.sleep(0.1)
-        assert list(found) == [who]
-        health.service_restarted(who, found[who])
+    def killed(who: str) -> None:
+        services.calls.ask(services.monitor.view())  # An event under way would be told twice.
+        os.kill(poll_until_known(services, who), signal.SIGKILL)
+        assert poll_until_restarted(services) == [who]
 
     try:
         services.calls.ask(services.monitor.log_step({"progress/step": 5}))
         services.retire(["actor-3"], "now")
-        killed("board", services.board)
-        services.restore_board([])
+        killed("board")
+        services.calls.ask(services.board.restore([], services._retiring))
         assert (
             msgspec.msgpack.decode(
                 services.calls.ask(services.board.poll("actor-3", 0, 0, 0.0)), type=Directive
             ).retire
             == "now"
         )
-        killed("monitor", services.monitor)
+        killed("monitor")
         view = services.calls.ask(services.monitor.view())
         assert view["row"]["progress/step"] == 5
         told = [json.loads(line)["text"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
@@ -393,10 +420,11 @@ def test_a_killed_monitor_and_a_killed_board_come_back_are_told_of_and_the_board
             "board restarted (1st time)",
             "monitor restarted (1st time)",
         ]
-        for _ in range(MAX_DEATHS - 2):
-            health.service_restarted("board", [])
+        for _ in range(BOARD.max_deaths - 2):
+            deaths.note(BOARD, "board", Cause("signal", "killed", 9))
         with pytest.raises(TrainingError, match="board died 5 times within 5 min"):
-            health.service_restarted("board", [])
+            deaths.note(BOARD, "board", Cause("signal", "killed", 9))
+        assert [death.name for death in read_deaths(tmp_path)] == ["board", "monitor", *["board"] * 4]
     finally:
         services.kill()
 
@@ -437,7 +465,7 @@ def test_a_buffer_that_cannot_be_opened_stops_the_run_with_its_own_error(
     local_ray: None, tmp_path: Path
 ) -> None:
     (tmp_path / "buffer.sqlite").write_bytes(b"this is no database" * 100)
-    services = Services(inputs(tmp_path))
+    services = Services(inputs(tmp_path), Deaths(tmp_path))
     try:
         with pytest.raises(StoreError, match=r"buffer\.sqlite"):
             services.calls.ask(services.buffer.stats())
@@ -457,9 +485,6 @@ class Notes:
 
     def event(self, text: str) -> None:
         self.told.append(text)
-
-    def last_words_of_shards(self) -> str:
-        return "  disk I/O error"
 
     def error_summary(self) -> tuple[int, int, list[str]]:
         return 30, 64, ["ValueError: raises", "ValueError: raises"]
@@ -482,15 +507,16 @@ def health() -> tuple[Health, Notes]:
     return Health(CONFIG, notes, Path()), notes  # type: ignore[arg-type]
 
 
-def test_a_buffer_that_dies_five_times_stops_the_run_with_its_last_words() -> None:
-    judge, notes = health()
-    for starts in range(1, 1 + MAX_DEATHS):
-        judge._judge_buffer({"buffer/starts": float(starts), "buffer/groups": 9.0})
+def test_a_buffer_that_dies_five_times_stops_the_run_with_its_last_words(tmp_path: Path) -> None:
+    deaths = Deaths(tmp_path)
+    cause = Cause("exit code", "its process ended with exit code 1", 1, ("disk I/O error",))
+    for number in range(1, SHARD.max_deaths):
+        deaths.note(SHARD, f"buffer-{number % 2}", cause)  # All shards count together.
     with pytest.raises(TrainingError, match=r"(?s)replay buffer died 5 times within 5 min; .*disk I/O error"):
-        judge._judge_buffer({"buffer/starts": 6.0, "buffer/groups": 9.0})
-    assert len(notes.told) == judge.num_buffer_deaths == MAX_DEATHS
-    assert notes.told[1].startswith("replay buffer restarted (2nd time), 9 groups recovered")
-    assert [_ordinal(number) for number in (3, 4, 11, 22)] == ["3rd", "4th", "11th", "22nd"]
+        deaths.note(SHARD, "buffer-0", cause)
+    assert len(read_deaths(tmp_path)) == deaths.total(SHARD) == SHARD.max_deaths
+    assert read_deaths(tmp_path)[-1].done.startswith("the run ends: ")
+    assert [ordinal(number) for number in (3, 4, 11, 22)] == ["3rd", "4th", "11th", "22nd"]
 
 
 def test_a_learner_left_alone_is_told_of_once_and_again_when_it_goes_on() -> None:
@@ -512,13 +538,21 @@ def test_a_learner_left_alone_is_told_of_once_and_again_when_it_goes_on() -> Non
     ]
 
 
+def judge_until_it_raises(judge: Health, stats: dict[str, float]) -> None:
+    """The texts of the errors are asked for, and nobody waits for them."""
+    until_s = time.monotonic() + 5.0
+    while time.monotonic() < until_s:
+        judge._judge_rewards(stats)
+        time.sleep(0.01)
+
+
 def test_rewards_that_fail_too_often_stop_the_run_with_their_texts_once_each() -> None:
     judge, _ = health()
     # Before this start: the reward is mended.
     judge._judge_rewards({"buffer/samples_error": 500.0, "buffer/samples_total": 500.0})
     judge._judge_rewards({"buffer/samples_error": 530.0, "buffer/samples_total": 560.0})  # Too few to tell.
     with pytest.raises(RewardError) as caught:
-        judge._judge_rewards({"buffer/samples_error": 530.0, "buffer/samples_total": 564.0})
+        judge_until_it_raises(judge, {"buffer/samples_error": 530.0, "buffer/samples_total": 564.0})
     assert str(caught.value).count("ValueError: raises") == 1
     assert "30 of the last 64 samples got no reward" in str(caught.value)
 
@@ -533,7 +567,7 @@ def test_rewards_that_break_late_in_a_long_run_stop_it_as_soon_as_early_ones() -
     judge._judge_rewards({"buffer/samples_error": 1000.0, "buffer/samples_total": 600_000.0})
     now_s += 60.0
     with pytest.raises(RewardError, match="2000 of the last 5000 samples"):
-        judge._judge_rewards({"buffer/samples_error": 2000.0, "buffer/samples_total": 601_000.0})
+        judge_until_it_raises(judge, {"buffer/samples_error": 2000.0, "buffer/samples_total": 601_000.0})
 
 
 def test_slow_rewards_are_judged_over_as_many_samples_as_it_takes() -> None:

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import psutil
@@ -14,9 +15,12 @@ import pytest
 
 from buffer.ledger import audit_run
 from cluster import learner as learner_module
-from cluster.gang import RankDied
+from cluster.deaths import Deaths
+from cluster.gang import DeadRank, RankDied
 from cluster.learner import Learner
+from core.causes import Cause
 from core.errors import TrainingError
+from core.process_log import ProcessLog
 from learner.catalogue import load_config
 from tests.support import ROOT
 from tests.support.runs import processes_of, rows_of, start_train, wait_for_step
@@ -28,14 +32,18 @@ class Gang:
     deaths: ClassVar[list[Exception | None]] = []
     made: ClassVar[list[Any]] = []
 
-    def __init__(self, config: Any, pad_id: int, arguments: Any) -> None:
-        self.state, self.totals, self.killed = "training", [], False
+    def __init__(self, config: Any, pad_id: int, arguments: Any, log_of: Any) -> None:
+        self.state, self.totals, self.killed, self.dead = "training", [], False, []
         Gang.made.append(self)
         self.arguments = arguments
 
-    def look(self) -> None:
+    def poll(self) -> None:
         if Gang.deaths and (error := Gang.deaths.pop(0)) is not None:
+            self.dead = [DeadRank(1, Cause("signal", str(error), 9), None)]
             raise error
+
+    def tick(self, now_s: float) -> None:
+        pass
 
     def kill(self) -> None:
         self.killed = True
@@ -52,6 +60,10 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     forgotten: list[bool] = []
     clock = [0.0]
 
+    def forget() -> Any:
+        forgotten.append(True)
+        return SimpleNamespace(is_done=lambda: True, result=list)
+
     def make(*changes: str) -> Learner:
         config = load_config(ROOT / "configs" / "quickstart.yaml", list(changes))
         return Learner(
@@ -59,21 +71,37 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             0,
             ("buffers", "board", "monitor"),
             tmp_path,
+            log_of=lambda name: ProcessLog(str(tmp_path), name),
             tell=told.append,
-            forget_snapshots=lambda: forgotten.append(True),
-            clock=lambda: clock[0],
+            forget_snapshots=forget,
+            deaths=Deaths(tmp_path, clock=lambda: clock[0]),
         )
 
     make.told, make.forgotten, make.clock = told, forgotten, clock  # type: ignore[attr-defined]
     return make
 
 
+def look(learner: Learner) -> None:
+    """One poll of the gang that there is, and another gang where it died."""
+    wait_for_gang(learner)
+    learner.poll()
+    wait_for_gang(learner)
+
+
+def wait_for_gang(learner: Learner) -> None:
+    until_s = time.monotonic() + 10
+    while learner.state == "verifying a checkpoint":
+        learner.poll()
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+
+
 def test_a_dead_rank_starts_the_whole_gang_again(planted: Any) -> None:
     learner = planted()
     Gang.deaths = [None, RankDied("learner rank 1 died: killed")]
-    learner.look()
+    look(learner)
     assert len(Gang.made) == 1
-    learner.look()
+    look(learner)
     assert [gang.killed for gang in Gang.made] == [True, False]
     assert planted.forgotten == [True]
     assert planted.told == ["learner rank 1 died: killed; starting the learner again"]
@@ -88,16 +116,16 @@ def test_five_deaths_within_half_an_hour_end_the_run_with_the_cause_and_five_in_
     for number in range(8):
         planted.clock[0] = number * 1000.0
         Gang.deaths = [RankDied("killed")]
-        learner.look()
+        look(learner)
     for _ in range(2):
         Gang.deaths = [RankDied("killed")]
-        learner.look()
+        look(learner)
     Gang.deaths = [RankDied("learner rank 0 died: out of memory")]
     with pytest.raises(
         TrainingError,
-        match="died 5 times within 30 minutes, the last time: learner rank 0 died: out of memory",
+        match="died 5 times within 30 min; the last time: learner rank 0 died: out of memory",
     ):
-        learner.look()
+        look(learner)
 
 
 @pytest.mark.parametrize("error", [TrainingError("the gradient norm is nan"), RuntimeError("a bug")])
@@ -105,7 +133,7 @@ def test_what_another_start_would_not_mend_ends_the_run(planted: Any, error: Exc
     learner = planted()
     Gang.deaths = [error]
     with pytest.raises(type(error), match=str(error)):
-        learner.look()
+        look(learner)
     assert len(Gang.made) == 1
 
 
@@ -113,7 +141,7 @@ def test_without_checkpoints_a_dead_rank_ends_the_run(planted: Any) -> None:
     learner = planted("checkpoint.every=0")
     Gang.deaths = [RankDied("learner rank 0 died: killed")]
     with pytest.raises(TrainingError, match="learner rank 0 died: killed"):
-        learner.look()
+        look(learner)
 
 
 @pytest.mark.slow

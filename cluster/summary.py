@@ -1,0 +1,69 @@
+"""What a run came to: summary.json, from its totals, its evaluations and its counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.deaths import ACTOR, BOARD, MONITOR, RANK, SHARD, Deaths
+from cluster.preparation.prepare import Inputs
+from core.records import Evaluation
+
+
+def run_summary(
+    inputs: Inputs,
+    wall_s: float,
+    *,
+    totals: Mapping[str, float],
+    evaluations: Sequence[Evaluation],
+    stats: Mapping[str, float],
+    deaths: Deaths,
+    stopped: str | None,
+) -> dict[str, Any]:
+    """Returns summary.json: of one start of the run, but for the evaluations.
+
+    `totals` are those of rank 0, empty when training did not end; `evaluations` are by policy version;
+    `stats` are the buffer's; `stopped` is the signal or the error that ended the run, None where it ended by
+    itself.
+    """
+    run_dir = inputs.run_dir
+    solve_rates = {evaluation.policy_version: evaluation.solve_rate for evaluation in evaluations}
+    final_version = max(solve_rates, default=None)
+    # Of a run in one piece only: the wall time of its earlier starts is not known here.
+    is_timed = bool(totals) and not inputs.is_continued
+    samples_per_s = totals["samples"] / wall_s if is_timed else None
+    # Without it, what lies there is of an earlier start.
+    policy_dir = str(run_dir / "policy") if totals.get("policy_written") else None
+    return {
+        "name": inputs.config.run.name,
+        "steps": totals.get("steps"),
+        "wall_s": wall_s,
+        "base_solve_rate": solve_rates.get(0),
+        "final_solve_rate": None if final_version is None else solve_rates[final_version],
+        "final_policy_version": final_version,
+        **{name: _known(totals.get(name)) for name in ("staleness_mean", "staleness_max")},
+        "samples": totals.get("samples"),
+        "tokens": totals.get("tokens"),
+        "samples_per_s": samples_per_s,
+        "policy_dir": policy_dir,
+        "report": str(run_dir / "report.html"),
+        "run_dir": str(run_dir),
+        "stopped": stopped,
+        "errors": {
+            "failed rewards": stats["buffer/samples_error"],
+            "bad rows skipped": inputs.prompts.num_bad_rows,
+            "groups evicted as stale": stats["buffer/evicted_stale"],
+            "actor restarts": deaths.total(ACTOR),
+            "learner restarts": deaths.total(RANK),
+            "buffer restarts": deaths.total(SHARD),
+            "board restarts": deaths.total(BOARD),
+            "monitor restarts": deaths.total(MONITOR),
+        },
+        "wandb_mode": inputs.wandb_mode,
+    }
+
+
+def _known(value: float | None) -> float | None:
+    """None for NaN: all samples were offline, and had no age."""
+    return None if value is None or math.isnan(value) else value

@@ -1,0 +1,182 @@
+"""Logs of processes: whole output of a real process, bounded, told apart by process; and what is concluded
+from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.causes import Cause, KernelKills, cause_from
+from core.own_warnings import MAX_TEXTS, OTHERS, OwnWarnings
+from core.process_log import ProcessLog, bound, forget_old_logs, last_lines, log_path, role_of, words_of
+from tests.support import ROOT
+
+PROGRAM = """
+import os, sys, ctypes, logging, subprocess, warnings
+from core.process_log import ProcessLog
+ProcessLog(sys.argv[1], "actor-0", sys.argv[2]).begin(lambda name, counts: True)
+print("printed")
+logging.getLogger("learner.x").info("logged")
+logging.getLogger("theirs").warning("warned")
+subprocess.run(["echo", "a child's"])
+{end}
+"""
+
+
+def run_process(run_dir: Path, name: str, end: str) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.replace("{end}", end), str(run_dir), name], cwd=ROOT
+    )
+    process.wait(30)
+    return process
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / "logs").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("end", "what", "code", "words"),
+    [
+        ("os._exit(7)", "exit code", 7, "actor-0.1 ends by os._exit(7)"),
+        ("ctypes.string_at(0)", "signal", signal.SIGSEGV, "Fatal Python error: Segmentation fault"),
+        ("os.abort()", "signal", signal.SIGABRT, "Fatal Python error: Aborted"),
+        ("os.kill(os.getpid(), 9)", "signal", signal.SIGKILL, "a child's"),
+    ],
+)
+def test_a_real_death_is_read_from_the_log_of_its_process(
+    run_dir: Path, end: str, what: str, code: int, words: str
+) -> None:
+    path = log_path(run_dir, "actor-0")
+    process = run_process(run_dir, "actor-0.1", end)
+    successor = run_process(run_dir, "actor-0.2", "print('the successor')")
+    said = words_of(path, process.pid)
+    for line in ("printed", "INFO learner.x: logged", "WARNING theirs: warned", "a child's"):
+        assert line in said
+    assert "the successor" not in said
+    assert words_of(path) == words_of(path, successor.pid)
+    assert words_of(path, 1) == ""
+    silent_end = (
+        "Worker unexpectedly exits with a connection error code 2. End of file. Some common causes ..."
+    )
+    cause = cause_from(silent_end, said, process.pid)
+    assert (cause.what, cause.code) == (what, code)
+    assert f"(pid {process.pid})" in cause.sentence
+    assert words in "\n".join(cause.last_words)
+    assert len(cause.last_words) <= 4
+
+
+def test_what_ray_knows_of_an_end_is_taken_where_it_says_more() -> None:
+    known = "Worker exits unexpectedly. Worker exits with an exit code 1. The process receives a SIGTERM."
+    assert (cause_from(known, "", 3).what, cause_from(known, "", 3).code) == ("signal", signal.SIGTERM)
+    known = "Worker exits unexpectedly. Worker exits with an exit code 4."
+    assert cause_from(known, "", 3) == Cause("exit code", "its process ended with exit code 4 (pid 3)", 4)
+    assert cause_from("something new", "", None) == Cause("unknown", "something new")
+
+
+def test_a_log_is_bounded_its_end_is_kept_and_whoever_appends_goes_on(run_dir: Path) -> None:
+    path = log_path(run_dir, "board")
+    with path.open("ab", buffering=0) as child:
+        for number in range(10):
+            child.write(b"%03d %s\n" % (number, b"x" * 100))
+            bound(path, "board", limit_bytes=500)
+        child.write(b"the last word\n")
+    assert path.stat().st_size < 700
+    assert path.with_name("board.log.old").stat().st_size <= 500
+    assert b"\0" not in path.read_bytes()
+    assert "the last word" in words_of(path, os.getpid())
+
+
+def test_a_flooding_process_bounds_its_log_by_itself(run_dir: Path) -> None:
+    end = "import core.process_log as p, time; [print('x' * 10**6) or time.sleep(0.2) for _ in range(20)]; time.sleep(1.5)"
+    run_process(run_dir, "actor-0", end)
+    sizes = {path.name: path.stat().st_size for path in (run_dir / "logs").iterdir()}
+    assert sum(sizes.values()) < 16e6
+    assert sizes["actor-0.log.old"] > 1e6
+
+
+def test_a_machine_that_does_not_see_the_run_directory_says_where_it_writes(tmp_path: Path) -> None:
+    warnings = OwnWarnings()
+    try:
+        ProcessLog(str(tmp_path / "elsewhere"), "actor-0")._open()
+        (text,) = warnings.take()
+    finally:
+        warnings.close()
+    assert "cannot write into" in text
+    assert "No such directory" in text
+    assert "what they write stays in Ray's session folder there" in text
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_only_the_newest_logs_stay(run_dir: Path) -> None:
+    for number in range(5):
+        path = log_path(run_dir, f"actor-{number}")
+        path.touch()
+        os.utime(path, (number, number))
+    forget_old_logs(run_dir, keep=2)
+    assert {path.name for path in (run_dir / "logs").iterdir()} == {"actor-3.log", "actor-4.log"}
+    assert [role_of(name) for name in ("actor-3.12", "actor-3", "learner-rank-0")] == [
+        "actor-3",
+        "actor-3",
+        "learner-rank-0",
+    ]
+
+
+def test_last_lines_are_without_colours_and_of_a_crash_the_first() -> None:
+    assert last_lines("a\n\n\x1b[33mb\x1b[0m\n:actor_name:X\nc\n", 2) == ["b", "c"]
+    assert last_lines("a\nFatal Python error: Aborted\nframe 1\nframe 2\nframe 3\n", 2) == [
+        "Fatal Python error: Aborted",
+        "frame 1",
+    ]
+
+
+def test_what_our_own_code_warns_of_is_counted_by_its_text_whenever_it_came() -> None:
+    warnings = OwnWarnings()
+    try:
+        for _ in range(2):
+            logging.getLogger("learner.step.logprobs").warning(
+                "%s: log-probs are taken from whole logits", "GraniteForCausalLM"
+            )
+        logging.getLogger("learner.step.logprobs").info("nothing")
+        logging.getLogger("transformers").warning("theirs")
+        logging.getLogger("transformers").error("their failure")
+        assert warnings.take() == {
+            "GraniteForCausalLM: log-probs are taken from whole logits": 2,
+            "their failure": 1,
+        }
+        logging.getLogger("learner.step.row_softmax").warning("liger-kernel does not work")
+        assert warnings.take() == {"liger-kernel does not work": 1}
+        assert warnings.take() == {}
+        for number in range(2 * MAX_TEXTS):
+            logging.getLogger("buffer.shard").warning("number %d", number)
+        found = warnings.take()
+        assert len(found) <= MAX_TEXTS + 1
+        assert found[OTHERS] > MAX_TEXTS - 10
+    finally:
+        warnings.close()
+
+
+def test_a_risen_count_of_the_kernel_explains_a_kill(tmp_path: Path) -> None:
+    counter = tmp_path / "vmstat"
+    counter.write_text("nr_free_pages 5\noom_kill 3\n")
+    kernel = KernelKills(counter)
+    killed = cause_from("connection error code 2. End of file", "", 7)
+    assert kernel.explain(killed) == killed
+    counter.write_text("nr_free_pages 5\noom_kill 4\n")
+    explained = kernel.explain(killed)
+    assert explained.what == "out of memory"
+    assert "the kernel killed it for lack of memory" in explained.sentence
+    assert kernel.explain(killed) == killed
+    assert KernelKills(tmp_path / "none").explain(killed) == killed
+    crash = Cause("signal", "its process crashed", int(signal.SIGSEGV))
+    counter.write_text("oom_kill 9\n")
+    assert kernel.explain(crash) == crash
