@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from buffer.order import Entry, Order
+from buffer.sampling import GroupMeta, View
 from environments import Turn
 from launch import parser
 from tests.support import ROOT
@@ -131,6 +134,13 @@ def test_the_reward_of_readme_scores() -> None:
         1 / 3,
         0.0,
     ]
+
+
+def test_the_sampler_of_the_pages_takes_the_least_used() -> None:
+    groups = {number: GroupMeta(number, 0, 10, uses=uses) for number, uses in enumerate([2, 0, 1, 0])}
+    order = Order(Entry(0, number, number) for number in groups)
+    view = View(order, groups, None, Counter())  # type: ignore[arg-type]
+    assert namespace("least_used.py")["least_used"](view, 3, 0, None) == [1, 3, 2]
 
 
 def test_the_environment_of_the_pages_plays_two_turns() -> None:
