@@ -68,30 +68,6 @@ def groups_of(step: int) -> list[Group]:
     return groups
 
 
-class Answer:
-    """What a remote call returned."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __await__(self) -> Iterator[None]:
-        yield from ()
-        return self.value
-
-
-class Handle:
-    """A part as if it were a Ray actor."""
-
-    def __init__(self, part: Any) -> None:
-        self._part = part
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._part, name)
-        return type(
-            "Method", (), {"remote": staticmethod(lambda *args, **kwargs: Answer(method(*args, **kwargs)))}
-        )
-
-
 class World:
     """Buffer, board and monitor of a rank: what is asked of them goes into a log.
 
@@ -182,6 +158,10 @@ def train(directory: Path, resume_from: str | None, rank: int) -> None:
         os.dup2(errors.fileno(), sys.stderr.fileno())
     import ray
 
+    from buffer.client import connect_buffer
+    from core.calls import Local
+    from core.monitor_client import MONITOR, MonitorClient
+    from core.weights.board import BOARD, BoardClient
     from learner.catalogue import parse_config
     from learner.worker import LearnerRank
     from tests.support.scenarios.zero_scenario import meet
@@ -193,8 +173,11 @@ def train(directory: Path, resume_from: str | None, rank: int) -> None:
     script = json.loads((directory / "script.json").read_text())
     if rank == 1 and "dies" in script:
         plant_death(learner._policy, script["dies"])
-    world = Handle(World(directory / f"log-{rank}.jsonl", script, learner.request_stop))
-    totals = learner.train([world], world, world, str(directory / "policy"), resume_from)
+    world = Local(World(directory / f"log-{rank}.jsonl", script, learner.request_stop))
+    buffer, board = connect_buffer([world]), BoardClient(world, BOARD)
+    totals = learner.train(
+        buffer, board, MonitorClient(world, MONITOR), str(directory / "policy"), resume_from
+    )
     if rank == 0:
         (directory / "totals.json").write_text(json.dumps(totals))
 
