@@ -21,7 +21,7 @@ from core.calls import Pending, in_background
 from core.config import Config
 from core.errors import ConfigError
 from core.process_log import ProcessLog
-from learner.checkpoints.checkpoint import Manifest, checkpoint_dirs, latest_checkpoint
+from learner.checkpoints.checkpoint import CheckpointManifest, checkpoint_dirs, latest_checkpoint
 
 State: TypeAlias = Literal["verifying a checkpoint"] | GangState
 
@@ -141,10 +141,10 @@ class Learner:
         self._forgetting = self._forget_snapshots()
         self._verifying = self._begin_verifying()
 
-    def _begin_verifying(self) -> Pending[tuple[Path, Manifest] | None]:
+    def _begin_verifying(self) -> Pending[tuple[Path, CheckpointManifest] | None]:
         return in_background(lambda: latest_checkpoint(self._run_dir, self._tell), "verifying")
 
-    def _make_gang(self, found: tuple[Path, Manifest] | None) -> LearnerGang:
+    def _make_gang(self, found: tuple[Path, CheckpointManifest] | None) -> LearnerGang:
         if found is not None:
             if found[1].step > self._config.run.steps:
                 raise ConfigError(
