@@ -14,7 +14,7 @@ in a session of start, updates and finish in which the model is in pieces: no st
 own checksums are not used to confirm them: they hash all of its fused parameters on the host, seconds for
 each GB, and the learner has nothing to compare them with.
 
-Where adapters come alone (`weights.adapters`), the model stays as it was loaded, and one LoRA request, whose
+Where adapters come alone (`weights.transport` adapters), the model stays as it was loaded, and one LoRA request, whose
 content is exchanged between two steps, serves everything, also what is under way. vLLM reads adapters from a
 directory: it gets one that lives for that moment.
 """
@@ -170,7 +170,7 @@ class Engine:
     ) -> None:
         """Builds the engine; it has its base's weights, which are called `version`.
 
-        With any other `transport` (`weights.transport`) than snapshot, weights can be pushed too. With
+        With any other `transport` (the carrier of `weights.transport`) than snapshot, weights can be pushed too. With
         `adapters`, what `load_weights` gets are adapters of that kind for the model's own weights.
         `skip_special_tokens` (`rewards.skip_special_tokens`) is about the texts.
         """

@@ -38,7 +38,7 @@ from actors.scored import group_of, with_scores
 from buffer.client import BufferClient
 from buffer.store import DiskFullError
 from core.calls import Calls, Pending, settle
-from core.config import Config
+from core.config import LORA_ALPHA, Config
 from core.errors import SnapshotError
 from core.monitor_client import MonitorClient
 from core.records import EvalItem, EvalSample, Sample, WorkItem, encode
@@ -126,8 +126,8 @@ class RolloutActor(Heartbeat):
             max_model_len=config.max_sequence_tokens,
             seed=seed,
             version=-1,
-            transport=weights.transport,
-            adapters=Adapters(learner.lora_rank, learner.lora_alpha) if weights.adapters == "alone" else None,
+            transport=weights.carrier,
+            adapters=Adapters(learner.lora_rank, LORA_ALPHA) if weights.transport == "adapters" else None,
             skip_special_tokens=config.rewards.skip_special_tokens,
         )
 
@@ -141,7 +141,7 @@ class RolloutActor(Heartbeat):
 
     def _make_receiver(self) -> Receiver | None:
         """None where nobody pushes weights."""
-        if self._config.weights.transport == "snapshot":
+        if self._config.weights.is_pulled:
             return None
         limit_s, engine = self._config.run.timeout_s, cast(Receiving, self._engine)
         return Receiver(

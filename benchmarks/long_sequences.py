@@ -113,7 +113,7 @@ def run_job(job: LongJob) -> dict[str, Any]:
         f"run.seed={job.seed}",
         f"model.path={MODEL}",
         f"learner.lr={LR:.1e}",
-        "learner.decay=constant",
+        "learner.schedule=[10,constant]",
         "learner.groups_per_step=8",
         "weights.publish_every=1",
         "learner.micro_batch_tokens=65536",

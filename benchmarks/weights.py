@@ -116,7 +116,7 @@ def learn(rank: int, model_dir: str, port: int, out: str) -> None:
     config = make_config(model_dir, learner={"ranks": 2})
     init_process_group(rank, 2, "127.0.0.1", port, use_gpu=False, timeout_s=300)
     policy = ZeroPolicy(config.model, config.learner)
-    bucket_bytes = int(config.weights.bucket_mib * MIB)
+    bucket_bytes = config.learner.bucket_bytes
     source, one_by_one = ZeroSource(policy, bucket_bytes), ZeroSource(policy, 1)
     if rank == 0:
         ray.init(
@@ -202,7 +202,7 @@ def apply(model_dir: str, out: str, rank: int) -> None:
     engine = Engine(
         config.model, actors, max_model_len=64, adapters=Adapters(rank, 2.0 * rank) if rank else None
     )
-    writer = SnapshotWriter(int(config.weights.bucket_mib * MIB))
+    writer = SnapshotWriter(config.learner.bucket_bytes)
     for name, tensor in weights.items():
         writer.add(name, tensor)
     manifest, buckets = writer.finish(1)
@@ -336,7 +336,7 @@ class PushingLearner:
         from core.weights.transports import Sender, load_transport
         from learner.policy.source import ZeroSource
 
-        source = ZeroSource(self, int(self._config.weights.bucket_mib * MIB))
+        source = ZeroSource(self, self._config.learner.bucket_bytes)
         actors = {"actor-0": ReceiverClient(actor, "actor-0")}
         transport = load_transport(
             Sender(0, self._config, source, board_of(actors), Calls(300), ray.put, print)

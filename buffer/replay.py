@@ -24,7 +24,7 @@ from sortedcontainers import SortedList
 
 from buffer.order import Entry, Order
 from buffer.sampling import SAMPLERS, GroupMeta, View
-from core.config import BufferConfig
+from core.config_buffer import BufferConfig
 from core.errors import ConfigError, DataError
 from core.records import Group
 from core.staleness import StalenessBound, counted_version
@@ -51,7 +51,7 @@ class Replay:
     def __init__(self, config: BufferConfig, seed: int) -> None:
         self.config = config
         self.seed = seed
-        self._sampler = SAMPLERS[config.sampler]
+        self._sampler = SAMPLERS[config.sampler_name]
         self._bound = StalenessBound(config.max_staleness)
         self._load((), {})
 

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from buffer.order import Order
-from core.config import BufferConfig
+from core.config_buffer import BufferConfig
 from core.staleness import AGELESS, oldest_version_within, staleness_of
 
 # The weight of a group for `priority` is the product of three factors; see there.
@@ -109,8 +109,8 @@ def oldest(view: View, k: int, step: int, rng: np.random.Generator) -> list[int]
 
 
 def stratified(view: View, k: int, step: int, rng: np.random.Generator) -> list[int]:
-    """Takes a share of the batch from each range of staleness in `buffer.mix`; within a range every set is
-    equally likely.
+    """Takes a share of the batch from each range of staleness in `buffer.sampler`; within a range every set
+    is equally likely.
 
     Shares become whole numbers by largest remainder (of equals the younger range), for each batch by itself:
     a share below 1 / k may get nothing, batch after batch. What a range does not hold comes from the nearest

@@ -1,5 +1,5 @@
 """Decides how many rollout actors there should be: enough to keep the learner busy, and no more. Pure; off
-unless `actors.max` is set.
+unless `actors.count` is a range.
 
     the learner waited for batches > 10 % of a window                     one actor more
     the actors waited at admission > 50 % of it, the learner never        one actor fewer, if it made a step

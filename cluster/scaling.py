@@ -15,7 +15,7 @@ from core.config import ActorsConfig
 
 
 class Scaling:
-    """Carries requests out on the fleet, and decides by itself where `actors.max` says so."""
+    """Carries requests out on the fleet, and decides by itself where `actors.count` is a range."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class Scaling:
     ) -> None:
         self._actors, self._fleet, self._control = actors, fleet, control
         self._tell, self._clock = tell, clock
-        self._autoscaler = None if actors.max is None else Autoscaler(actors.min, actors.max)
+        self._autoscaler = None if actors.most is None else Autoscaler(actors.fewest, actors.most)
 
     def obey(self, state: str) -> None:
         """Takes a request from another shell and answers it; `state` of the run: others than `training`
@@ -65,11 +65,11 @@ class Scaling:
 
     def _refusal(self, request: ScaleRequest, state: str) -> str:
         """Why the request cannot be obeyed; '' where it can."""
-        low, high = self._actors.min, self._actors.max
+        low, high = self._actors.fewest, self._actors.most
         if state != "training":
             return f"the run is {state}: ask again when it trains"
         if high is not None and not low <= request.actors <= high:
-            return f"actors.min = {low} to actors.max = {high}, between which this run scales by itself"
+            return f"actors.count = [{low}, {high}], between which this run scales by itself"
         return "" if request.actors >= 1 else "expected 1 or more"
 
     def _scale_to(self, count: int) -> tuple[list[str], list[str]]:

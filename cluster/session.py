@@ -27,7 +27,7 @@ def logical_cpus(config: Config) -> int:
     A machine with fewer cores than asked for still runs it, only slower, and has room for scaling.
     """
     learner, actors = config.learner, config.actors
-    most_actors = max(actors.count, actors.max or ROOM_FOR_ACTORS)
+    most_actors = max(actors.fewest, actors.most or ROOM_FOR_ACTORS)
     asked = learner.ranks * learner.num_cpus + most_actors * actors.num_cpus
     return max(os.cpu_count() or 1, int(asked + 0.999))
 

@@ -111,12 +111,12 @@ class Supervisor:
             return
         if self._config.is_offline:
             self._fleet.add_feeder(Kind(self._spawn_feeder, is_placed=False))
-        self._fleet.scale_to(self._config.actors.count)
+        self._fleet.scale_to(self._config.actors.fewest)
         if not self._await(lambda: self._learner_is("training"), stop, terminal):
             return
         self._state = "training"
         self._services.event(
-            f"learner ready: {self._config.learner.ranks} ZeRO-3 rank(s); {self._config.actors.count} "
+            f"learner ready: {self._config.learner.ranks} ZeRO-3 rank(s); {self._config.actors.fewest} "
             "rollout actors loading"
         )
 
@@ -181,7 +181,7 @@ class Supervisor:
         inputs, num_cpus = self._inputs, self._config.actors.num_cpus
         # One thread generates, another answers whether it still does; where weights are pushed, an order and
         # its abortion wait in two more.
-        num_threads = 2 if self._config.weights.transport == "snapshot" else 4
+        num_threads = 2 if self._config.weights.is_pulled else 4
         actor_class = remote(RolloutActor, self._services.log_of(name)).options(
             max_concurrency=num_threads, runtime_env=threads(num_cpus, engine=True), **options
         )

@@ -7,52 +7,23 @@ formula. `docs/config.md` is generated from the descriptions here (`launch.py co
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
-from pydantic_core import PydanticCustomError
+from pydantic import Field, SerializeAsAny
 
-from core import config_checks, config_text
+from core import config_checks
+from core.config_buffer import BufferConfig
+from core.section import MAX_NUMBER, MAX_PROCESSES, MAX_TIMEOUT_S, MAX_TOKENS, Section, shown
 from core.staleness import StalenessBound
 
-PROSE = frozenset({"system_prompt"})
-"""Fields of free text: they may hold line breaks, and a ` #` in a file is taken for text before it is
-taken for a comment.
-"""
 DEFAULT_OBJECTIVE = "agro"
 """What a file that names no objective trains with."""
-MAX_NUMBER = 1 << 32
-"""Of every setting, unless its field says less: what is above is a slip of the hand, and some library
-takes 32 bits.
-"""
-MAX_TOKENS = 2**27
-"""Of a sequence, or a forward pass: ten times the longest context of any model."""
-MAX_PROCESSES = 10_000
-"""Of one kind: more than any cluster runs of one job."""
-MAX_TIMEOUT_S = 2e6
-"""23 days: what sockets and event loops take, whose limit is 2^31 ms."""
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys forbidden, numbers not guessed from strings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    @pydantic.field_validator("*", mode="after")
-    @classmethod
-    def _value_is_usual(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        """Text without characters that nobody sees, numbers within reason."""
-        found = ""
-        if isinstance(value, str):
-            found = config_text.strange_character(value, is_prose=info.field_name in PROSE)
-        elif isinstance(value, int | float) and not abs(value) < MAX_NUMBER:
-            found = f"expected a number below {MAX_NUMBER:,}"
-        if found:
-            raise PydanticCustomError("unusual", "{found}", {"found": found})
-        return value
+CPU_BUCKET_BYTES, GPU_BUCKET_BYTES = 64 * 2**20, 512 * 2**20
+"""Weights are gathered and published in pieces that bound the memory it takes; from a GPU small ones cost time."""
+LORA_ALPHA = 32
+"""The scale of adapters is this by their rank, so that the same learning rate fits any rank; another scale is another learner.lr."""
 
 
 class RunConfig(Section):
@@ -200,19 +171,10 @@ class RewardsConfig(Section):
 class ActorsConfig(Section):
     """Rollout actors: one vLLM engine each."""
 
-    count: int = Field(
+    count: int | tuple[int, int] = Field(
         1,
-        ge=0,
-        le=MAX_PROCESSES,
-        description="Rollout actors at the start; 0 only where all samples are offline (nothing is evaluated "
-        "then).",
-    )
-    min: int = Field(1, ge=1, le=MAX_PROCESSES, description="Autoscaling keeps at least so many.")
-    max: int | None = Field(
-        None,
-        ge=1,
-        le=MAX_PROCESSES,
-        description="Autoscaling adds actors up to so many while the learner waits; None: no autoscaling.",
+        description="Rollout actors, or a range `[1, 8]`: the run starts with the fewest, adds some while the learner "
+        "waits, and lets them go while they do. 0 only where all samples are offline (nothing is evaluated then).",
     )
     num_cpus: float = Field(
         1.0, ge=0, le=MAX_PROCESSES, description="CPUs of one actor (Ray's logical CPUs, fractions allowed)."
@@ -252,74 +214,27 @@ class ActorsConfig(Section):
         "has.",
     )
 
-
-class BufferConfig(Section):
-    """The shared replay buffer."""
-
-    sampler: Literal["uniform", "fresh", "oldest", "stratified", "priority"] = Field(
-        "uniform", description="Which stored groups a batch takes (buffer/sampling.py)."
-    )
-    mix: dict[str, float] = Field(
-        {"0-1": 0.5, "2-7": 0.3, "8+": 0.2},
-        description="Share of a batch by staleness in learner steps, for sampler `stratified`.",
-    )
-    samples_per_insert: tuple[float, float] | None = Field(
-        None,
-        description="Band of batch entries per inserted group: above it the learner waits, below it "
-        "the actors; None: no band.",
-    )
-    uses_per_group: int = Field(1, ge=1, description="How often a group is trained on before it leaves.")
-    max_staleness: int = Field(
-        16, ge=0, description="Learner steps; groups with an older token are evicted and counted."
-    )
-    capacity: int = Field(
-        256,
-        ge=1,
-        description="Groups not yet trained on that may exist, stored or being generated: "
-        "backpressure on actors.",
-    )
-    fsync: Literal["normal", "full"] = Field(
-        "normal",
-        description="`normal`: what was acknowledged survives any process; `full`: a power cut "
-        "too, at a third of the speed.",
-    )
-    num_shards: int = Field(
-        1,
-        ge=1,
-        le=64,
-        description="Buffer processes; more than one where one cannot take in what the actors make.",
-    )
+    @property
+    def fewest(self) -> int:
+        """Actors at the start, below which autoscaling does not go."""
+        return self.count if isinstance(self.count, int) else self.count[0]
 
     @property
-    def mix_ranges(self) -> tuple[tuple[int, int | None, float], ...]:
-        """`mix` as (first, last, share), learner steps, youngest first; last None: without end."""
-        ranges = []
-        for name, share in self.mix.items():
-            first, _, last = name.rstrip("+").partition("-")
-            ranges.append((int(first), None if name.endswith("+") else int(last or first), share))
-        return tuple(sorted(ranges, key=lambda entry: entry[0]))
+    def most(self) -> int | None:
+        """Actors that autoscaling may have; None: there is no autoscaling."""
+        return None if isinstance(self.count, int) else self.count[1]
 
-    @pydantic.model_validator(mode="after")
-    def _mix_is_a_partition(self) -> BufferConfig:
-        if bad := [name for name in self.mix if not re.fullmatch(r"\d{1,9}(-\d{1,9}|\+)?", name)]:
-            raise ValueError(
-                f"buffer.mix: {bad[0][:40]!r} is no range of staleness; write for example "
-                f"{{0-1: 0.5, 2-7: 0.3, 8+: 0.2}}."
-            )
-        total, ranges = sum(self.mix.values()), self.mix_ranges
-        if any(share <= 0 for share in self.mix.values()) or abs(total - 1) > 1e-6:
-            raise ValueError(
-                f"buffer.mix: the shares are {list(self.mix.values())}; expected positive "
-                "numbers whose sum is 1."
-            )
-        for (first, last, _), after in zip(ranges, [*ranges[1:], None], strict=True):
-            if (last is not None and last < first) or (
-                after is not None and (last is None or last >= after[0])
-            ):
-                raise ValueError(
-                    f"buffer.mix: {list(self.mix)}: the range from {first} is empty or overlaps another one."
-                )
-        return self
+    @pydantic.field_validator("count", mode="before")
+    @classmethod
+    def _count_is_a_number_or_a_range(cls, value: Any) -> Any:
+        fewest, most = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
+        lowest = 0 if value is fewest else 1
+        if type(fewest) is int and type(most) is int and lowest <= fewest <= most <= MAX_PROCESSES:
+            return value
+        raise ValueError(
+            f"actors.count = {shown(value)}: expected a whole number from 0 to {MAX_PROCESSES}, or the fewest and the most "
+            "for autoscaling, for example [1, 8]"
+        )
 
 
 class LearnerConfig(Section):
@@ -337,11 +252,11 @@ class LearnerConfig(Section):
         le=65_536,
         description="Train low-rank adapters of this rank (peft) instead of all weights; 0: all weights.",
     )
-    lora_alpha: float = Field(32.0, gt=0, description="Scale of the adapters: alpha / rank.")
     lr: float = Field(1e-6, gt=0, description="Peak learning rate (AdamW).")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
-    decay: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="After the warm-up: constant, or down to 10 % of the peak at the last step."
+    schedule: tuple[int, Literal["constant", "linear", "cosine"]] = Field(
+        (0, "constant"),
+        description="Steps of linear warm-up, then the course of the learning rate: constant, or down to 10 % of the peak at "
+        "the last step, linear or cosine. For example `[10, cosine]`.",
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     grad_clip: float = Field(1.0, gt=0, description="Gradient norm limit.")
@@ -362,6 +277,27 @@ class LearnerConfig(Section):
         "proximal policy), or all.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of one gathered bucket of weights: `CPU_BUCKET_BYTES`, on ranks with a GPU `GPU_BUCKET_BYTES`."""
+        return GPU_BUCKET_BYTES if self.num_gpus else CPU_BUCKET_BYTES
+
+    @property
+    def lora_scale(self) -> float:
+        """Scale of the adapters' product: `LORA_ALPHA / lora_rank`."""
+        return LORA_ALPHA / self.lora_rank
+
+    @pydantic.field_validator("schedule", mode="before")
+    @classmethod
+    def _schedule_is_warm_up_and_course(cls, value: Any) -> Any:
+        steps, course = value if isinstance(value, tuple) and len(value) == 2 else (None, None)
+        if type(steps) is int and 0 <= steps < MAX_NUMBER and course in ("constant", "linear", "cosine"):
+            return value
+        raise ValueError(
+            f"learner.schedule = {shown(value)}: expected steps of warm-up and constant, linear or cosine, for example "
+            "[10, cosine]"
+        )
 
 
 class ObjectiveConfig(Section):
@@ -407,22 +343,21 @@ class WeightsConfig(Section):
     """Weight snapshots from the learner to the actors."""
 
     publish_every: int = Field(2, ge=1, description="Learner steps between snapshots.")
-    transport: Literal["snapshot", "nccl", "ipc"] = Field(
+    transport: Literal["snapshot", "adapters", "nccl", "ipc"] = Field(
         "snapshot",
-        description="`snapshot`: pulled through host memory; `nccl`: broadcast to a fixed set of GPU actors; "
-        "`ipc`: within one GPU.",
+        description="`snapshot`: pulled through host memory; `adapters`: the same of learner.lora_rank's adapters alone, which "
+        "vLLM applies; `nccl`: broadcast to a fixed set of GPU actors; `ipc`: within one GPU.",
     )
-    adapters: Literal["merged", "alone"] = Field(
-        "merged",
-        description="What actors get with learner.lora_rank: weights with the adapters `merged`, or these "
-        "`alone`, for vLLM to apply.",
-    )
-    bucket_mib: float = Field(
-        64.0,
-        gt=0,
-        le=65_536,
-        description="Size of one gathered bucket, MiB: bounds the memory of a publication.",
-    )
+
+    @property
+    def is_pulled(self) -> bool:
+        """Whether actors fetch weights from host memory, rather than being pushed to."""
+        return self.carrier == "snapshot"
+
+    @property
+    def carrier(self) -> str:
+        """The file of core/weights/transports/ that carries the weights, or the adapters alone."""
+        return "snapshot" if self.transport == "adapters" else self.transport
 
 
 class CheckpointConfig(Section):
@@ -455,9 +390,6 @@ class MonitorConfig(Section):
 
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "auto", description="`auto`: online if an API key is present, else offline."
-    )
-    project: str = Field(
-        "agro", pattern=r"^[^/\\#?%:]+$", max_length=128, description="W&B project; without `/ \\ # ? % :`."
     )
     samples_every: int = Field(
         20, ge=1, description="Steps between sample tables (samples.jsonl, W&B, report)."
@@ -547,7 +479,6 @@ def objective_class(
         return objectives[name]
     near = difflib.get_close_matches(str(name), objectives, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    shown = repr(name) if len(repr(name)) <= 80 else repr(name)[:77] + "..."
     raise ValueError(
-        f"objective.name = {shown} is no file under learner/objectives/; {hint}valid here: {', '.join(objectives)}"
+        f"objective.name = {shown(name)} is no file under learner/objectives/; {hint}valid here: {', '.join(objectives)}"
     )

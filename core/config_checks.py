@@ -30,7 +30,6 @@ def check(config: Config) -> None:
     _temperatures_are_vllms(config)
     config.objective.check(config)
     _samples_come_from_somewhere(config)
-    _actors_can_scale(config)
     _band_can_be_held(config)
     _devices_fit(config)
     _weights_can_travel(config)
@@ -92,7 +91,7 @@ def _samples_come_from_somewhere(config: Config) -> None:
             f"data.offline_share = {data.offline_share}: the other samples are generated, from "
             "prompts: set data.path."
         )
-    if not config.is_offline and config.actors.count == 0:
+    if not config.is_offline and config.actors.fewest == 0:
         raise ValueError(
             "actors.count = 0: nothing would generate. Set it to 1 or more, or train on data.offline alone."
         )
@@ -111,16 +110,6 @@ def _samples_come_from_somewhere(config: Config) -> None:
         raise ValueError(
             f"data.offline_share = {data.offline_share} without data.offline: there is nothing "
             "to take a share of."
-        )
-
-
-def _actors_can_scale(config: Config) -> None:
-    actors = config.actors
-    if actors.max is not None and not actors.min <= actors.count <= actors.max:
-        raise ValueError(
-            f"actors.count = {actors.count} is not within actors.min = {actors.min} and actors.max = "
-            f"{actors.max}. "
-            "Autoscaling starts with actors.count."
         )
 
 
@@ -176,19 +165,13 @@ def _devices_fit(config: Config) -> None:
 def _weights_can_travel(config: Config) -> None:
     actors, learner, transport = config.actors, config.learner, config.weights.transport
     name = f"weights.transport = {transport}"
-    if config.weights.adapters == "alone" and not 0 < learner.lora_rank <= SERVED_RANKS[-1]:
+    if transport == "adapters" and not 0 < learner.lora_rank <= SERVED_RANKS[-1]:
         raise ValueError(
-            f"weights.adapters = alone needs learner.lora_rank from 1 to {SERVED_RANKS[-1]}, which is what "
-            "vLLM applies; it is "
-            f"{learner.lora_rank}. Set it, or weights.adapters=merged."
+            f"{name} needs learner.lora_rank from 1 to {SERVED_RANKS[-1]}, which is what vLLM applies; it is "
+            f"{learner.lora_rank}. Set it, or weights.transport=snapshot."
         )
-    if transport == "snapshot":
+    if config.weights.is_pulled:
         return
-    if config.weights.adapters == "alone":
-        raise ValueError(
-            f"{name} pushes whole models, but weights.adapters = alone. Set weights.transport=snapshot or "
-            "weights.adapters=merged."
-        )
     if actors.num_gpus == 0 or learner.num_gpus == 0:
         raise ValueError(
             f"{name} goes from GPU to GPU, but actors.num_gpus = {actors.num_gpus:g} and learner.num_gpus = "
@@ -201,11 +184,11 @@ def _weights_can_travel(config: Config) -> None:
             "actor. "
             "Set actors.on_update=continue or abort, or weights.transport=snapshot."
         )
-    gpus = learner.num_gpus + (actors.max or actors.count) * actors.num_gpus
+    gpus = learner.num_gpus + (actors.most or actors.fewest) * actors.num_gpus
     if transport == "ipc" and (learner.ranks > 1 or gpus > 1):
         raise ValueError(
             f"{name} stays within one GPU, but {learner.ranks} learner ranks and "
-            f"{actors.max or actors.count} actors ask for {gpus:g}. "
+            f"{actors.most or actors.fewest} actors ask for {gpus:g}. "
             "Set learner.ranks=1 and fractions that add up to 1, such as learner.num_gpus=0.5 "
             "actors.num_gpus=0.5, "
             "or weights.transport=nccl."
@@ -245,10 +228,11 @@ def warnings(config: Config) -> list[str]:
             "be told that are none. "
             "Raise run.timeout_s."
         )
-    if config.learner.warmup_steps >= config.run.steps:
+    warmup_steps, _ = config.learner.schedule
+    if warmup_steps >= config.run.steps:
         found.append(
-            f"learner.warmup_steps = {config.learner.warmup_steps} >= run.steps = {config.run.steps}: the "
-            "peak learning rate is not passed."
+            f"learner.schedule warms up for {warmup_steps} steps >= run.steps = {config.run.steps}: the peak learning rate is "
+            "not passed."
         )
     if config.learner.offload == "all" and config.learner.num_gpus == 0:
         found.append("learner.offload = all with learner.num_gpus = 0: everything is in CPU memory anyway.")

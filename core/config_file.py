@@ -19,8 +19,9 @@ import pydantic
 from pydantic.fields import FieldInfo
 
 from core import config_text
-from core.config import DEFAULT_OBJECTIVE, PROSE, Config, ObjectiveConfig, RewardFunction
+from core.config import DEFAULT_OBJECTIVE, Config, ObjectiveConfig, RewardFunction
 from core.errors import ConfigError
+from core.section import PROSE, shown
 
 MAX_FILE_BYTES = 1 << 18
 _EXPECTED = {  # By pydantic's type of problem; its own message where none is here.
@@ -71,10 +72,10 @@ class ConfigFiles:
                 for problem in error.errors()
                 if problem["type"] != "too_short" or not problem["input"]
             ]
-            shown = "\n".join(f"  - {line}" for line in problems[:10])
+            told = "\n".join(f"  - {line}" for line in problems[:10])
             more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
             raise ConfigError(
-                f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{shown}{more}"
+                f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{told}{more}"
             ) from None
 
     def parse_text(self, text: str, source: str) -> Config:
@@ -90,19 +91,19 @@ class ConfigFiles:
         names = key.split(".")
         if not equals or len(names) != 2 or not all(names):
             raise ConfigError(
-                f"override {_short(override)} is not section.key=value, for example learner.lr=1e-5"
+                f"override {shown(override)} is not section.key=value, for example learner.lr=1e-5"
             )
         section, name = names
         try:
             value = self._typed_value(tree, section, name, text)
         except config_text.TextError as error:
-            raise ConfigError(f"override {_short(override)}: {error}.") from None
+            raise ConfigError(f"override {shown(override)}: {error}.") from None
         if tree.get(section) is None:
             tree[section] = {}
         if not isinstance(tree[section], dict):
-            found = f"the file holds {_short(tree[section])} there"
+            found = f"the file holds {shown(tree[section])} there"
             raise ConfigError(
-                f"override {_short(override)}: {section!r} is no section; {found}. Write its keys "
+                f"override {shown(override)}: {section!r} is no section; {found}. Write its keys "
                 f"below `{section}:`."
             )
         tree[section][name] = value
@@ -114,7 +115,8 @@ class ConfigFiles:
         """
         field = self._fields(section, tree).get(name)
         kinds = _kinds(field.annotation) if field is not None else set()
-        if str not in kinds:
+        takes_mapping = any(typing.get_origin(kind) is dict for kind in kinds)
+        if str not in kinds or (takes_mapping and text.startswith("{")):
             return config_text.read(text, comments=False)
         return None if text == "null" and type(None) in kinds else text
 
@@ -122,7 +124,7 @@ class ConfigFiles:
         """One line for one pydantic problem: field, value, what to do."""
         kind, location = problem["type"], problem["loc"]
         names = [str(part) for part in location]
-        where = ".".join(name if name.isprintable() and len(name) <= 40 else _short(name) for name in names)
+        where = ".".join(name if name.isprintable() and len(name) <= 40 else shown(name) for name in names)
         if kind in ("extra_forbidden", "invalid_key"):
             return f"{where} is not a known key{self._nearest(location, tree)}"
         if kind == "missing":
@@ -135,7 +137,7 @@ class ConfigFiles:
         expected = _EXPECTED.get(kind, problem["msg"][0].lower() + problem["msg"][1:])
         if kind == "string_pattern_mismatch":
             expected += f"; {self._fields(names[0], tree)[names[1]].description}"
-        return f"{where} = {_short(problem['input'])}: {expected}"
+        return f"{where} = {shown(problem['input'])}: {expected}"
 
     def _nearest(self, location: tuple[Any, ...], tree: Mapping[str, Any]) -> str:
         """What may be meant by a key that is not known: one of this name in another objective, one spelt alike
@@ -204,7 +206,7 @@ def _file_text(path: Path) -> str:
         if not path.is_file():
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
             hint = f"; did you mean {path.parent / near[0]}?" if near else "; see configs/ for examples."
-            raise ConfigError(f"no config file {_short(str(path))[1:-1]}{hint}")
+            raise ConfigError(f"no config file {shown(str(path))[1:-1]}{hint}")
         if (size := path.stat().st_size) > MAX_FILE_BYTES:
             raise ConfigError(f"{path} is no config: it has {size:,} bytes.")
         content = path.read_bytes()
@@ -212,7 +214,7 @@ def _file_text(path: Path) -> str:
         if isinstance(error, ConfigError):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{_short(str(path))[1:-1]} cannot be read: {reason}.") from None
+        raise ConfigError(f"{shown(str(path))[1:-1]} cannot be read: {reason}.") from None
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ConfigError(f"{path} is UTF-16; save it as UTF-8.")
     try:
@@ -237,12 +239,6 @@ def _lists_as_tuples(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_lists_as_tuples(item) for item in value)
     return value
-
-
-def _short(value: Any) -> str:
-    """`repr` of at most 80 characters, on one line."""
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def dump_config(config: Config) -> str:

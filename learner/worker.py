@@ -51,21 +51,20 @@ from learner.step.share import Share, receive_share
 from learner.step.update import Updater
 
 BATCH_POLL_S = 2.0
-MIB = 2**20
 
 
 def learning_rate(step: int, config: Config) -> float:
     """Learning rate of step number `step` (from 0): linear warm-up, then constant or down to 10 % at
     the last step.
     """
-    learner, steps = config.learner, config.run.steps
-    if step < learner.warmup_steps:
-        return learner.lr * (step + 1) / learner.warmup_steps
-    progress = (step - learner.warmup_steps) / max(1, steps - 1 - learner.warmup_steps)
-    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[
-        learner.decay
-    ]
-    return learner.lr * (shape if learner.decay == "constant" else 0.1 + 0.9 * shape)
+    (warmup_steps, course), peak = config.learner.schedule, config.learner.lr
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if course == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, config.run.steps - 1 - warmup_steps)
+    shape = 1.0 - progress if course == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak * (0.1 + 0.9 * shape)
 
 
 class Progress(msgspec.Struct):
@@ -213,7 +212,7 @@ class LearnerRank:
         self._run_dir, self._saved = run_dir, -1
         self._code_version = code_version()  # Once: it asks git.
         source = ZeroSource(
-            self._policy, self._bucket_bytes, adapters_alone=self._config.weights.adapters == "alone"
+            self._policy, self._bucket_bytes, adapters_alone=self._config.weights.transport == "adapters"
         )
         self._transport = load_transport(
             Sender(self._rank, self._config, source, board, self._calls, ray.put, self._calls.tell)
@@ -252,7 +251,7 @@ class LearnerRank:
 
     @property
     def _bucket_bytes(self) -> int:
-        return int(self._config.weights.bucket_mib * MIB)
+        return self._config.learner.bucket_bytes
 
     def _broadcast(self, value: Any) -> list[Any]:
         """Rank 0's value on every rank, as a list of one. Collective."""

@@ -338,10 +338,10 @@ def check_hub() -> Check:
 def check_wandb() -> Check:
     """Tells what W&B will do with `monitor.wandb: auto`. The key itself is not shown."""
     from cluster.monitor.wandb_writer import wandb_mode
-    from core.config import Config, MonitorConfig
+    from core.config import MonitorConfig
 
     # The mode depends on this section alone; there is no config to read yet.
-    mode = wandb_mode(Config.model_construct(monitor=MonitorConfig()))  # type: ignore[call-arg]
+    mode = wandb_mode(MonitorConfig())
     hint = (
         ""
         if mode == "online"

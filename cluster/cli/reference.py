@@ -110,8 +110,10 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(_type_name(argument) for argument in arguments)
     if origin is dict:
         return f"mapping of {_type_name(arguments[0])} to {_type_name(arguments[1])}"
-    if origin is tuple:
+    if origin is tuple and arguments[-1] is ...:
         return f"list of {_type_name(arguments[0])}"
+    if origin is tuple:
+        return f"[{', '.join(map(_type_name, arguments))}]"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "{" + ", ".join(annotation.model_fields) + "}"
     return {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}[

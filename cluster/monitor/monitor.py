@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from cluster.monitor.wandb_writer import WandbWriter, wandb_mode
+from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbWriter, wandb_mode, wandb_project
 from core.config import Config
 from core.json_lines import JsonLines, Redactor, StepLines, finite, finite_tree, last_json_lines, replace_json
 from core.metrics import METRICS
@@ -67,7 +67,7 @@ class Monitor:
         takes up its times, and the row that it held back. `shown` is what W&B shows as the run's config; None:
         all of `config`.
         """
-        mode = wandb_mode(config)
+        mode = wandb_mode(config.monitor)
         self._config, self._run_dir, self._clock = config, Path(run_dir), clock
         self._start_s = clock() - (0.0 if began_at_s is None else max(0.0, time.time() - began_at_s))
         self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class Monitor:
         public_config = json.loads(self._redact(json.dumps(shown or config.model_dump(mode="json"))))
         self._wandb = WandbWriter(
             config.run.name,
-            config.monitor.project,
+            DEFAULT_PROJECT if mode == "off" else wandb_project(),
             public_config,
             self._run_dir,
             mode,

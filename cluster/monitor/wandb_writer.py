@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.monitor import wandb_file
-from core.config import Config
+from core.config import MonitorConfig
 from core.errors import ConfigError
 from core.json_lines import read_json_lines
 
@@ -47,19 +47,22 @@ SAMPLE_COLUMNS = (
     "answer",
 )
 _INIT_TIMEOUT_S = 60.0
+DEFAULT_PROJECT = "agro"
+MAX_PROJECT_CHARS = 128
+BAD_IN_PROJECT = "/\\#?%:"
 _DEFAULT_HOST = "https://api.wandb.ai"
 # How long a row may be in W&B's memory only: that much of it is lost when the driver is killed.
 _FLUSH_S = 1.0
 
 
-def wandb_mode(config: Config) -> WandbMode:
+def wandb_mode(config: MonitorConfig) -> WandbMode:
     """What W&B will do in this run: call it before anything is started.
 
     `auto` is online if there is an API key (WANDB_API_KEY, or netrc for the host of WANDB_BASE_URL), else
     offline; a WANDB_MODE of `offline` or `disabled` in the environment is obeyed. Raises ConfigError if
     `online` is demanded without a key.
     """
-    wanted = config.monitor.wandb
+    wanted = config.wandb
     if wanted in ("offline", "off"):
         return wanted
     if wanted == "auto" and os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
@@ -72,6 +75,20 @@ def wandb_mode(config: Config) -> WandbMode:
             "or take monitor.wandb=auto (offline without a key)."
         )
     return "offline"
+
+
+def wandb_project() -> str:
+    """Returns the W&B project of WANDB_PROJECT, as wandb itself has it; `agro` where it is not set.
+
+    Raises ConfigError for a name that W&B would refuse, in its service and long after the start.
+    """
+    project = os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
+    if len(project) > MAX_PROJECT_CHARS or set(project) & set(BAD_IN_PROJECT):
+        raise ConfigError(
+            f"WANDB_PROJECT = {project[:80]!r}: a W&B project has at most {MAX_PROJECT_CHARS} characters, and none of "
+            f"{' '.join(BAD_IN_PROJECT)}. Choose another name."
+        )
+    return project
 
 
 def _has_api_key() -> bool:

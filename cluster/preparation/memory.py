@@ -237,7 +237,7 @@ def _actor_parts(config: Config, shape: _Shape) -> tuple[MemoryUse, ...]:
     adapters = MemoryUse(
         "adapters",
         b * served_rank(config.learner.lora_rank) * shape.adapted
-        if config.weights.adapters == "alone"
+        if config.weights.transport == "adapters"
         else 0,
     )
     if config.actors.num_gpus == 0:
@@ -261,7 +261,7 @@ def _notes(config: Config, shape: _Shape) -> list[str]:
     notes, actors = [], config.actors
     one = _cache_bytes(config, shape)
     whole = BYTES[config.model.dtype] * shape.num_params / GIB
-    if whole >= 1 and config.weights.adapters == "merged":
+    if whole >= 1 and config.weights.transport != "adapters":
         notes.append(
             f"a snapshot of the weights takes {whole:.1f} GiB of host memory beside learner rank 0, and as "
             "much of Ray's object store "
@@ -306,7 +306,7 @@ def host_bytes(config: Config, estimate: MemoryEstimate) -> float:
         return sum(part.num_bytes for part in parts if part.on_host or not num_gpus)
 
     learner, actors = config.learner, config.actors
-    return learner.ranks * on_host(estimate.learner, learner.num_gpus) + actors.count * on_host(
+    return learner.ranks * on_host(estimate.learner, learner.num_gpus) + actors.fewest * on_host(
         estimate.actor, actors.num_gpus
     )
 
@@ -316,7 +316,7 @@ def render_memory(config: Config, estimate: MemoryEstimate) -> list[str]:
     lines = [f"  {estimate.source}"]
     for role, parts, num_gpus in (
         (f"learner, each of {config.learner.ranks}", estimate.learner, config.learner.num_gpus),
-        (f"actor, each of {config.actors.count}", estimate.actor, config.actors.num_gpus),
+        (f"actor, each of {config.actors.fewest}", estimate.actor, config.actors.num_gpus),
     ):
         for where, here in (
             ("GPU", [p for p in parts if num_gpus and not p.on_host]),

@@ -57,7 +57,7 @@ def bundles(config: Config) -> Placement:
     learner, actors = config.learner, config.actors
     return Placement(
         Bundle("learner", learner.ranks, {"CPU": learner.num_cpus, "GPU": learner.num_gpus}),
-        Bundle("actor", actors.count, {"CPU": actors.num_cpus, "GPU": actors.num_gpus}),
+        Bundle("actor", actors.fewest, {"CPU": actors.num_cpus, "GPU": actors.num_gpus}),
     )
 
 
@@ -184,12 +184,12 @@ def check_machine(config: Config) -> None:
         return  # On a cluster `check` asks the other machines.
     actors, learner = config.actors, config.learner
     cache = 0.0 if actors.num_gpus else actors.kv_cache_gib
-    asked = (learner.ranks + actors.count) * BARE_PROCESS_GIB + actors.count * cache
+    asked = (learner.ranks + actors.fewest) * BARE_PROCESS_GIB + actors.fewest * cache
     has = psutil.virtual_memory().total / GIB
     if asked > has:
         raise PlacementError(
             f"this machine has {has:.1f} GiB of memory; learner.ranks = {learner.ranks} and actors.count = "
-            f"{actors.count} take "
+            f"{actors.fewest} take "
             f"{asked:,.1f} GiB before any model is loaded ({BARE_PROCESS_GIB} a process, actors.kv_cache_gib "
             f"= {cache:g} an actor). "
             "Lower learner.ranks, actors.count or actors.kv_cache_gib, or run on a cluster (RAY_ADDRESS)."

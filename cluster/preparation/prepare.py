@@ -24,7 +24,7 @@ from typing import Any
 from actors.offline import load_offline
 from actors.prompts import PromptSet, load_prompts
 from actors.sources import Source, report_bad_rows
-from cluster.monitor.monitor import wandb_mode
+from cluster.monitor.wandb_writer import wandb_mode, wandb_project
 from cluster.preparation.model_checks import check_model, lora_notes
 from cluster.preparation.model_limits import check_length, check_token_ids
 from cluster.preparation.model_weights import check_weights
@@ -100,7 +100,9 @@ def check_inputs(config: Config) -> Checked:
     A start and `--dry-run` both go through here: what is checked here, both find. Raises an AgroError with a
     remedy.
     """
-    mode = wandb_mode(config)
+    mode = wandb_mode(config.monitor)
+    if mode != "off":
+        wandb_project()
     tokenizer = load_tokenizer(config.model)
     check_model(config)
     check_weights(config.model)
@@ -187,7 +189,7 @@ def no_evaluation(config: Config) -> str:
     """Returns why there is no evaluation, to be told; empty when there is one."""
     if not config.data.eval_rows:
         return "nothing is evaluated: data.eval_rows = 0"
-    if config.actors.count == 0:
+    if config.actors.fewest == 0:
         afterwards = "afterwards, use `launch.py evaluate`"
         return f"warning: actors.count = 0: nothing is evaluated during the run; {afterwards}"
     if config.data.path is None and config.data.eval_path is None:

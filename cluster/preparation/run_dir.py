@@ -40,7 +40,6 @@ _FIXED = (
     "buffer.num_shards",
     "buffer.samples_per_insert",
     "learner.lora_rank",
-    "learner.lora_alpha",
 )
 _OF_A_SHELL = (".log", ".out", ".err")
 """What may lie in a new run's directory: `> DIR/train.log` is there before the run is."""

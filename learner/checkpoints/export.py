@@ -182,7 +182,7 @@ def _merged_weights(checkpoint: Checkpoint, config: Config, units: Sequence[Unit
         raise CheckpointError(
             f"{config.model.path} has no {missing[0]}. Take the run's policy/ directory, which is whole."
         )
-    scale = config.learner.lora_alpha / config.learner.lora_rank
+    scale = config.learner.lora_scale
 
     def tensors() -> Iterator[Tensor]:
         for unit in units:

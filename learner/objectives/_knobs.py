@@ -11,7 +11,8 @@ from typing import Any, Literal, Self
 import pydantic
 from pydantic import Field
 
-from core.config import ObjectiveConfig, Section
+from core.config import ObjectiveConfig
+from core.section import Section
 
 
 def strength(default: float) -> Any:

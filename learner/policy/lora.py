@@ -7,8 +7,8 @@ so that version 0 is the base.
 
 Every linear layer but the LM head gets an adapter. Outside the learner nobody knows of them: actors,
 snapshots and exports get merged weights, W + (alpha / rank) B A, under the names that the base model has;
-only with `weights.adapters` = alone the actors get A and B, by peft's names, and vLLM adds (alpha / rank) B A
-x as the learner does. The reference is the policy with its adapters off.
+only with `weights.transport` = adapters the actors get A and B, by peft's names, and vLLM adds
+(alpha / rank) B A x as the learner does. The reference is the policy with its adapters off.
 
 Off means scaled by 0, not skipped: ZeRO-3 learns the order in which submodules run, and would start anew each
 time it changes.
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core.config import LearnerConfig
+from core.config import LORA_ALPHA, LearnerConfig
 from core.model_shape import adapted_layers
 
 ADAPTER = "default"
@@ -44,9 +44,7 @@ def add_adapters(module: Any, learner: LearnerConfig, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = list(adapted_layers(module))
-    config = LoraConfig(
-        r=learner.lora_rank, lora_alpha=learner.lora_alpha, lora_dropout=0.0, target_modules=targets
-    )
+    config = LoraConfig(r=learner.lora_rank, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules=targets)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         inject_adapter_in_model(config, module, ADAPTER)

@@ -44,7 +44,7 @@ class ZeroSource:
 
     def __init__(self, policy: Weights, bucket_bytes: int, *, adapters_alone: bool = False) -> None:
         """`adapters_alone` yields the adapters and nothing else."""
-        self._policy, self._bucket_bytes, self._adapters_alone = policy, bucket_bytes, adapters_alone
+        self._policy, self.bucket_bytes, self._adapters_alone = policy, bucket_bytes, adapters_alone
 
     def metadata(self) -> list[Parameter]:
         """Returns what a pass yields, from ZeRO-3's own records (`ds_shape`): nothing is gathered. Not
@@ -63,9 +63,9 @@ class ZeroSource:
         ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(self._policy.named_weights(self._bucket_bytes, adapters_alone=self._adapters_alone))
+        return iter(self._policy.named_weights(self.bucket_bytes, adapters_alone=self._adapters_alone))
 
     @property
     def largest_bytes(self) -> int:
         """The bytes that a buffer of one bucket must hold: a bucket, or the largest parameter."""
-        return max(self._bucket_bytes, max((parameter.num_bytes for parameter in self.metadata()), default=0))
+        return max(self.bucket_bytes, max((parameter.num_bytes for parameter in self.metadata()), default=0))

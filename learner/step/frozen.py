@@ -21,7 +21,6 @@ from learner.step.policies import FrozenPolicy, ScoringPolicy, TrainedPolicy
 from learner.step.samples import Stretch
 
 REFERENCE, PROXIMAL = "reference", "proximal"
-MIB = 2**20
 
 
 def frozen_names(objective: Objective) -> tuple[str, ...]:
@@ -79,7 +78,7 @@ class FrozenPolicies:
             REFERENCE: objective.reference_moves_every,
             PROXIMAL: objective.proximal_moves_every,
         }
-        self._bucket_bytes = int(config.weights.bucket_mib * MIB)
+        self._bucket_bytes = config.learner.bucket_bytes
         self._temperature = config.actors.temperature
         self.moved: set[str] = set()
         """The names of those that are copies of the policy by now, no longer the base model."""

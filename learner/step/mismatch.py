@@ -91,7 +91,7 @@ def bound_nats(config: Config) -> float:
     """
     is_rounded = (
         config.learner.lora_rank > 0
-        and config.weights.adapters == "merged"
+        and config.weights.transport != "adapters"
         and config.model.dtype != "float32"
     )
     factor = 2.0 if is_rounded else 1.0
@@ -240,8 +240,8 @@ def likely_causes(config: Config, model_config: Any) -> list[str]:
         f"its attention's window of {window} tokens: keep data.max_prompt_tokens + actors.max_new_tokens = "
         f"{longest} within it": window and longest > window,
         f"its rotary embedding ({', '.join(sorted(ropes))}): use a model with rope_type default": bool(ropes),
-        "adapters that vLLM applies otherwise: set weights.adapters=merged": config.weights.adapters
-        == "alone",
+        "adapters that vLLM applies otherwise: set weights.transport=snapshot": config.weights.transport
+        == "adapters",
         f"rounding in {config.model.dtype}: set model.dtype=float32 to see": config.model.dtype != "float32",
     }
     found = [cause for cause, applies in causes.items() if applies]

@@ -26,7 +26,7 @@ def config_for(model_dir: Path, lag: int, *more: str) -> Config:
         f"run.steps={STEPS}",
         f"model.path={model_dir}",
         "learner.groups_per_step=3",
-        "learner.decay=constant",
+        "learner.schedule=[10,constant]",
         "actors.group_size=4",
         "weights.publish_every=1",
         f"buffer.max_staleness={lag}",

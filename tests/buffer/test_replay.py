@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 
 from buffer.replay import Replay
 from buffer.sampling import SAMPLERS, GroupMeta
-from core.config import BufferConfig
+from core.config_buffer import BufferConfig
 from core.errors import DataError
 from core.staleness import AGELESS
 
@@ -29,7 +29,7 @@ MIXES = [
     ({"0-1": 0.5, "2-3": 0.25, "4+": 0.25}, [(0, 1, 0.5), (2, 3, 0.25), (4, math.inf, 0.25)]),
     ({"1": 0.25, "3-4": 0.75}, [(0, 0, 0.0), (1, 1, 0.25), (2, 2, 0.0), (3, 4, 0.75), (5, math.inf, 0.0)]),
 ]
-"""`buffer.mix`, and all ranges of staleness there are then, with shares that are exact as floats."""
+"""Shares of `stratified`, and all ranges of staleness there are then, with shares exact as floats."""
 
 
 class ReplayModel:
@@ -82,7 +82,7 @@ class ReplayModel:
                 self.evict(used, "evicted_used")
 
     def check_sampled(self, k: int, step: int, got: list[int]) -> None:
-        match self.config.sampler:
+        match self.config.sampler_name:
             case "fresh":
                 newest = sorted(self.rows, key=lambda row: row.oldest_version)[::-1]
                 assert got == [row.group_id for row in newest[:k]]
@@ -127,12 +127,12 @@ class ReplayMachine(RuleBasedStateMachine):
     )
     def start(self, mix, max_staleness, uses_per_group, capacity):
         fields = {
-            "mix": mix[0],
             "max_staleness": max_staleness,
             "uses_per_group": uses_per_group,
             "capacity": capacity,
         }
-        self.config = BufferConfig.model_validate({"sampler": self.sampler, **fields})
+        sampler = {"stratified": mix[0]} if self.sampler == "stratified" else self.sampler
+        self.config = BufferConfig.model_validate({"sampler": sampler, **fields})
         self.replay, self.model = Replay(self.config, 5), ReplayModel(self.config, mix[1])
         self.step, self.left = 6, 0
 

@@ -576,7 +576,7 @@ def test_slow_rewards_are_judged_over_as_many_samples_as_it_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("actors", "expected"), [({"count": 2}, 9), ({"count": 12}, 13), ({"count": 2, "max": 20}, 21)]
+    ("actors", "expected"), [({"count": 2}, 9), ({"count": 12}, 13), ({"count": [2, 20]}, 21)]
 )
 def test_a_local_ray_has_room_for_scaling(actors: dict[str, Any], expected: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)

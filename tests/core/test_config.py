@@ -103,21 +103,17 @@ BAD_OVERRIDES = [
     ("run.name=my/run", ["run.name = 'my/run'", "A-Za-z0-9"]),
     ("run.name=my\n", ["run.name = 'my\\n'"]),
     ("run.name=" + "x" * 101, ["run.name", "at most 100 characters"]),
-    ("monitor.project=my/project", ["monitor.project = 'my/project'", "without `/"]),
-    ("monitor.project=50%", ["monitor.project = '50%'", "without `/"]),
-    ("monitor.project=" + "x" * 129, ["monitor.project", "at most 128 characters"]),
     # What some library, or no cluster, takes
     ("run.seed=4294967296", ["run.seed = 4294967296", "below 4,294,967,296"]),
     ("run.timeout_s=1e9", ["run.timeout_s = 1000000000.0", "less than or equal to 2000000"]),
     ("rewards.timeout_s=1e300", ["rewards.timeout_s = 1e+300", "less than or equal to 2000000"]),
     ("run.timeout_s=.inf", ["run.timeout_s = inf", "finite"]),
     ("actors.sample_timeout_s=1e7", ["actors.sample_timeout_s = 10000000.0", "less than or equal to"]),
-    ("actors.count=1000000000", ["actors.count = 1000000000", "less than or equal to 10000"]),
+    ("actors.count=1000000000", ["actors.count = 1000000000", "from 0 to 10000"]),
     ("learner.ranks=1000000", ["learner.ranks = 1000000", "less than or equal to 10000"]),
     ("actors.num_cpus=1e9", ["actors.num_cpus", "less than or equal to 10000"]),
     ("actors.slots=10000000", ["actors.slots = 10000000", "less than or equal to 65536"]),
     ("actors.max_new_tokens=1000000000", ["actors.max_new_tokens", "less than or equal to"]),
-    ("weights.bucket_mib=1e12", ["weights.bucket_mib", "less than or equal to 65536"]),
     ("run.steps=100000000000", ["run.steps = 100000000000", "below 4,294,967,296"]),
     ("checkpoint.every=1" + "0" * 30, ["checkpoint.every", "below 4,294,967,296"]),
     ("learner.lr=1e300", ["learner.lr = 1e+300", "below 4,294,967,296"]),
@@ -139,17 +135,31 @@ BAD_OVERRIDES = [
     ("eval.temperature=0.005", ["eval.temperature = 0.005", "greedily at 0", "or to 0.01 or more"]),
     ("eval.temperature=-0.5", ["eval.temperature = -0.5", "greedily at 0"]),
     ("actors.gpu_memory_utilization=90", ["actors.gpu_memory_utilization = 90", "less than or equal to 1"]),
-    ("buffer.mix={0-1: 0.5, 1-2: 0.5}", ["buffer.mix", "from 0 is empty or overlaps"]),
-    ("buffer.mix={young: 1.0}", ["buffer.mix: 'young' is no range of staleness"]),
-    ("buffer.mix={0-1: 0.5, 2: 0.4}", ["the shares are [0.5, 0.4]", "sum is 1"]),
+    ("buffer.sampler={stratified: {0-1: 0.5, 1-2: 0.5}}", ["buffer.sampler", "from 0 is empty or overlaps"]),
+    (
+        "buffer.sampler={stratified: {young: 1.0}}",
+        ["buffer.sampler: stratified: 'young' is no range of staleness"],
+    ),
+    ("buffer.sampler={stratified: {0-1: 0.5, 2: 0.4}}", ["the shares are [0.5, 0.4]", "sum is 1"]),
     (
         "buffer.samples_per_insert=[1.0, 2.0]",
         ["buffer.samples_per_insert = [1, 2]", "buffer.uses_per_group = 1"],
     ),
-    ("actors.max=1", ["actors.count = 2 is not within actors.min = 1 and actors.max = 1"]),
+    ("actors.count=[3, 2]", ["actors.count = (3, 2)", "the fewest and the most", "[1, 8]"]),
+    ("actors.count=[0, 2]", ["actors.count = (0, 2)", "the fewest and the most"]),
+    ("actors.count=true", ["actors.count = True", "whole number from 0"]),
+    ("learner.schedule=cosine", ["learner.schedule = 'cosine'", "steps of warm-up", "[10, cosine]"]),
+    ("learner.schedule=[-1, cosine]", ["learner.schedule = (-1, 'cosine')"]),
+    ("learner.schedule=[10, exponential]", ["constant, linear or cosine"]),
+    ("buffer.sampler={oldest: {0-1: 1.0}}", ["buffer.sampler = {'oldest'", "expected 'uniform'"]),
+    ("buffer.sampler={stratified: 3}", ["stratified = 3", "shares by staleness"]),
     (
         "buffer.sampler=newest",
-        ["buffer.sampler = 'newest'", "'uniform', 'fresh', 'oldest', 'stratified' or 'priority'"],
+        [
+            "buffer.sampler = 'newest'",
+            "'uniform', 'fresh', 'oldest', 'stratified' or 'priority'",
+            "{stratified: {0-1: 0.5",
+        ],
     ),
     ("objective.beta=-0.1", ["objective.beta = -0.1", "greater than or equal to 0"]),
     ("rewards.max_error_fraction=2", ["rewards.max_error_fraction = 2", "less than or equal to 1"]),
@@ -214,7 +224,7 @@ BAD_OVERRIDES = [
     ("actors.count=*a", ["*a is an alias"]),
     ("actors.count=2 # or 3", ["'actors.count=2 # or 3'", "`# or 3` would be a comment"]),
     ("rewards.functions=[{name: a, name: b}]", ["'name' is there twice"]),
-    ("buffer.mix=" + "[" * 5000, ["nested too deeply"]),
+    ("rewards.functions=" + "[" * 5000, ["nested too deeply"]),
 ]
 
 
@@ -350,7 +360,7 @@ WARNINGS = [
     ("objective.on_policy_coef=0.01", "few samples are ever of the current policy"),
     ("objective.target=pass@8", "nothing is left to centre with"),
     ("buffer.max_staleness=1", "evicted as stale"),
-    ("learner.warmup_steps=10", "peak learning rate"),
+    ("learner.schedule=[10,constant]", "peak learning rate"),
     ("learner.offload=all", "in CPU memory anyway"),
     ("run.timeout_s=0.1", "tokens per second, longer than run.timeout_s = 0.1"),
     ("rewards.functions=[{name: exact_match, weight: 0.0}]", "nothing is rewarded"),
@@ -395,8 +405,8 @@ def test_a_config_cannot_be_changed(example):
         load_config(example).run.steps = 5  # type: ignore[misc]
 
 
-def test_there_are_at_most_80_fields_beside_those_of_the_objectives():
-    assert num_fields() <= 80
+def test_there_are_at_most_71_fields_beside_those_of_the_objectives():
+    assert num_fields() <= 71
     assert max(len(knobs.model_fields) for knobs in OBJECTIVES.values()) <= 11
 
 

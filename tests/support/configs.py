@@ -100,13 +100,13 @@ def pushing(transport: str, **sections: Any) -> Config:
     return config.model_copy(update={"weights": config.weights.model_copy(update={"transport": transport})})
 
 
-RANK, ALPHA = 4, 8.0
+RANK = 4
 """Of the adapters of `lora_config`."""
 
 
 def lora_config(model_dir: Path, *, moving: bool = False, **learner: object) -> Config:
     """`update_config` with adapters."""
-    return update_config(model_dir, moving=moving, lora_rank=RANK, lora_alpha=ALPHA, **learner)
+    return update_config(model_dir, moving=moving, lora_rank=RANK, **learner)
 
 
 EXAMPLE: dict[str, Any] = {

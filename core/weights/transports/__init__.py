@@ -22,6 +22,6 @@ __all__ = ["NoTransport", "Sender", "Transport", "load_transport"]
 
 def load_transport(sender: Sender) -> Transport:
     """The transport that `weights.transport` names, on this learner rank."""
-    module = importlib.import_module(f"{__name__}.{sender.config.weights.transport}")
+    module = importlib.import_module(f"{__name__}.{sender.config.weights.carrier}")
     transport: Transport = module.build(sender)
     return transport

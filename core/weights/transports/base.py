@@ -35,6 +35,11 @@ class Source(Protocol):
     next is asked for.
     """
 
+    @property
+    def bucket_bytes(self) -> int:
+        """The size of one bucket of gathered weights, in bytes; a larger parameter is one by itself."""
+        ...
+
     def metadata(self) -> list[Parameter]:
         """What a pass yields. Nothing is gathered for it, and it is not collective."""
         ...

@@ -25,8 +25,6 @@ from core.errors import AgroError
 from core.weights.snapshots import Buffers, SnapshotWriter
 from core.weights.transports.base import Sender, Transport
 
-MIB = 2**20
-
 
 def build(sender: Sender) -> Transport:
     """Snapshots through `sender.store`."""
@@ -64,9 +62,11 @@ class SnapshotTransport(Transport):
         # has use for.
         self._is_gathered = threading.Event()
         self._thread.submit(self._is_gathered.wait, self._sender.config.run.timeout_s)
-        bucket_bytes = int(self._sender.config.weights.bucket_mib * MIB)
         return SnapshotWriter(
-            bucket_bytes, self._sender.store, executor=self._thread, take=self._buffers.take
+            self._sender.source.bucket_bytes,
+            self._sender.store,
+            executor=self._thread,
+            take=self._buffers.take,
         )
 
     def store(self, writer: SnapshotWriter, version: int, *, evaluate: bool) -> None:

@@ -16,8 +16,10 @@ import pytest
 import wandb
 
 from cluster.monitor import monitor as monitor_module
-from cluster.monitor.monitor import Monitor, wandb_mode
+from cluster.monitor.monitor import Monitor
+from cluster.monitor.wandb_writer import wandb_mode, wandb_project
 from core import json_lines
+from core.config import MonitorConfig
 from core.errors import ConfigError
 from core.json_lines import JsonLines, Redactor, StepLines, last_json_lines, read_json_lines
 from core.metrics import METRICS
@@ -373,21 +375,32 @@ def test_wandb_gets_known_values_only_and_the_same_rows_as_the_file(
     assert run.summary == {"final_solve_rate": 0.5}
 
 
+@pytest.mark.parametrize("name", ["my/project", "50%", "x" * 129])
+def test_a_project_that_wandb_would_refuse_is_refused_at_the_start(monkeypatch, name):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    assert wandb_project() == "agro"
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    assert wandb_project() == "mine"
+    monkeypatch.setenv("WANDB_PROJECT", name)
+    with pytest.raises(ConfigError, match="WANDB_PROJECT = "):
+        wandb_project()
+
+
 def test_wandb_mode_is_decided_by_config_and_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert wandb_mode(monitored(wandb="auto")) == "offline"
-    assert wandb_mode(monitored(wandb="off")) == "off"
+    assert wandb_mode(MonitorConfig(wandb="auto")) == "offline"
+    assert wandb_mode(MonitorConfig(wandb="off")) == "off"
     with pytest.raises(ConfigError, match="WANDB_API_KEY"):
-        wandb_mode(monitored(wandb="online"))
+        wandb_mode(MonitorConfig(wandb="online"))
     netrc = tmp_path / "netrc"
     netrc.write_text("machine wandb.example.org login user password " + CANARY_KEY)
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
-    assert wandb_mode(monitored(wandb="auto")) == "offline"
+    assert wandb_mode(MonitorConfig(wandb="auto")) == "offline"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert wandb_mode(monitored(wandb="auto")) == "online"
-    assert wandb_mode(monitored(wandb="offline")) == "offline"
+    assert wandb_mode(MonitorConfig(wandb="auto")) == "online"
+    assert wandb_mode(MonitorConfig(wandb="offline")) == "offline"
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_mode(monitored(wandb="auto")) == "offline"
+    assert wandb_mode(MonitorConfig(wandb="auto")) == "offline"
 
 
 def test_words_that_only_sound_secret_are_left_alone() -> None:

@@ -39,7 +39,7 @@ MIB = 2**20
 def snapshots(
     policy: Plain, store: Store, board: Board, *, bucket_mib: float = 2**-6, timeout_s: float = 5.0
 ) -> Transport:
-    config = make_config({"run": {"timeout_s": timeout_s}, "weights": {"bucket_mib": bucket_mib}})
+    config = make_config({"run": {"timeout_s": timeout_s}})
     source = ZeroSource(policy, int(bucket_mib * MIB))
     return load_transport(
         Sender(0, config, source, BoardClient(board, BOARD), Calls(timeout_s), store, lambda text: None)
@@ -204,7 +204,7 @@ REFUSED = {
         "learner.num_gpus=0.5 actors.num_gpus=0.5",
     ),
     "ipc that may grow": (
-        {"learner": {"num_gpus": 0.5}, "actors": {"num_gpus": 0.5, "max": 2}},
+        {"learner": {"num_gpus": 0.5}, "actors": {"num_gpus": 0.5, "count": [1, 2]}},
         "ipc",
         "2 actors ask for 1.5",
     ),
@@ -231,7 +231,7 @@ def test_a_transport_that_the_machines_cannot_have_is_refused_with_a_remedy(case
 @pytest.mark.parametrize(
     ("transport", "learner", "actors"),
     [
-        ("nccl", {"num_gpus": 1, "ranks": 4}, {"num_gpus": 1, "count": 3, "max": 6}),
+        ("nccl", {"num_gpus": 1, "ranks": 4}, {"num_gpus": 1, "count": [3, 6]}),
         ("ipc", {"num_gpus": 0.5}, {"num_gpus": 0.25, "count": 2}),
     ],
 )

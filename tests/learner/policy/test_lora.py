@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lag_lab import PlainPolicy
-from core.config import Config
+from core.config import LORA_ALPHA, Config
 from core.config_file import dump_config
 from core.errors import CheckpointError, ConfigError
 from core.model_shape import adapted_layers
@@ -29,7 +29,7 @@ from learner.step.frozen import frozen_names
 from learner.step.packing import ModelInputs, token_logprobs
 from learner.step.share import Share
 from learner.step.update import Updater
-from tests.support.configs import ALPHA, LR, RANK, lora_config
+from tests.support.configs import LR, RANK, lora_config
 from tests.support.learning.ranks import run_ranks
 from tests.support.learning.resumed import Run
 from tests.support.learning.updates import random_batches
@@ -52,7 +52,7 @@ def with_peft(model: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(SEED)
-    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules="all-linear"))
+    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear"))
 
 
 class PlainLora(PlainPolicy):
@@ -191,7 +191,7 @@ def test_the_reference_with_adapters_off_is_the_base(trained: tuple[Config, Path
 def test_a_killed_and_resumed_run_is_exact_its_checkpoints_are_small_and_its_export_is_the_merged_policy(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    tree = lora_config(tiny_models["untied"], moving=True, ranks=2, warmup_steps=2).model_dump()
+    tree = lora_config(tiny_models["untied"], moving=True, ranks=2, schedule=(2, "constant")).model_dump()
     tree["run"] = {"steps": 6, "deterministic": True, "timeout_s": 120.0, "seed": SEED}
     tree["checkpoint"] = {"every": 3, "keep": 10}
     straight, killed = (Run(tmp_path / name, parse_config(tree)) for name in ("straight", "killed"))
@@ -223,9 +223,9 @@ def test_a_killed_and_resumed_run_is_exact_its_checkpoints_are_small_and_its_exp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapters", ["merged", "alone"])
+@pytest.mark.parametrize("transport", ["snapshot", "adapters"])
 def test_the_whole_system_trains_adapters_and_exports_merged_ones(
-    adapters: str, tiny_models: dict[str, Path], tmp_path: Path
+    transport: str, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     """vLLM evaluates merged weights or applies the adapters; the policy and the checkpoint's export are
     the same whole model.
@@ -237,7 +237,7 @@ def test_the_whole_system_trains_adapters_and_exports_merged_ones(
         "learner.lr=0.01",
         "checkpoint.every=6",
         "actors.count=1",
-        f"weights.adapters={adapters}",
+        f"weights.transport={transport}",
         reward,
     )
     process = start_train(tiny_models["tied"], tmp_path / "run", 6, *more)

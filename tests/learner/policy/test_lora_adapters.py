@@ -131,18 +131,17 @@ def test_a_snapshot_holds_nothing_else(observed: Observed) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"learner": {"lora_rank": 0}}, "weights.adapters = alone needs learner.lora_rank from 1 to 512"),
-        ({"learner": {"lora_rank": 1000}}, "weights.adapters = alone needs learner.lora_rank from 1 to 512"),
+        ({"learner": {"lora_rank": 0}}, "weights.transport = adapters needs learner.lora_rank from 1 to 512"),
         (
-            {"weights": {"transport": "nccl"}},
-            "weights.transport = nccl pushes whole models, but weights.adapters = alone",
+            {"learner": {"lora_rank": 1000}},
+            "weights.transport = adapters needs learner.lora_rank from 1 to 512",
         ),
     ],
 )
 def test_what_cannot_be_sent_alone_is_refused(change: dict[str, Any], said: str) -> None:
     tree = lora_config(Path("unused")).model_dump()
-    tree["weights"]["adapters"] = "alone"
-    assert parse_config(tree).weights.adapters == "alone"
+    tree["weights"]["transport"] = "adapters"
+    assert parse_config(tree).weights.carrier == "snapshot"
     for section, values in change.items():
         tree[section] |= values
     with pytest.raises(ConfigError, match=said):

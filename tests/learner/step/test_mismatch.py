@@ -187,7 +187,7 @@ def test_merged_adapters_in_half_precision_are_rounded_once_more_than_their_weig
     config = update_config("none", lora_rank=4)
     assert bound_nats(config) == BOUNDS_NATS["float32"]
     assert bound_nats(changed(config, model={"dtype": "bfloat16"})) == 2 * BOUNDS_NATS["bfloat16"]
-    alone = changed(config, model={"dtype": "bfloat16"}, weights={"adapters": "alone"})
+    alone = changed(config, model={"dtype": "bfloat16"}, weights={"transport": "adapters"})
     assert bound_nats(alone) == BOUNDS_NATS["bfloat16"]
 
 
@@ -244,7 +244,7 @@ def test_causes_are_those_that_the_model_and_the_run_can_have() -> None:
     assert "window" not in causes(transformers.MistralConfig(sliding_window=20))
     assert "set model.attention=eager" in causes(transformers.Gemma2Config())
     assert "model.dtype=float32" in causes(LLAMA, model={"dtype": "bfloat16"})
-    assert "weights.adapters=merged" in causes(LLAMA, weights={"adapters": "alone"})
+    assert "weights.transport=snapshot" in causes(LLAMA, weights={"transport": "adapters"})
     yarn = transformers.LlamaConfig(
         rope_scaling={"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
     )

@@ -22,7 +22,7 @@ STEPS = 12
 def run_config(model_dir: Path, *, dtype: str = "float32", ranks: int = 2, steps: int = STEPS) -> Config:
     """In fp32 with a moving reference and proximal policy. Saves every 3 steps and keeps all."""
     tree = update_config(
-        str(model_dir), moving=dtype == "float32", ranks=ranks, warmup_steps=3, decay="cosine"
+        str(model_dir), moving=dtype == "float32", ranks=ranks, schedule=(3, "cosine")
     ).model_dump()
     tree["model"]["dtype"] = dtype
     tree["run"] = {"steps": steps, "deterministic": True, "timeout_s": 120.0}

@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from actors.engine import Adapters, Engine
-from core.config import ActorsConfig, LearnerConfig, ModelConfig
+from core.config import LORA_ALPHA, ActorsConfig, LearnerConfig, ModelConfig
 from core.errors import SnapshotError
 from core.weights.snapshots import SnapshotWriter, read_snapshot
 from learner.policy.lora import adapters_of, add_adapters, is_adapter
@@ -22,7 +22,7 @@ from tests.support.said import Said
 
 PROMPT = (4, 13, 5, 14, 7)
 SLOTS = 8
-ADAPTERS = Adapters(rank=3, alpha=8.0)
+ADAPTERS = Adapters(rank=3, alpha=LORA_ALPHA)
 
 
 class Report(msgspec.Struct):
@@ -43,7 +43,7 @@ def adapted_model(model_dir: Path, version: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    add_adapters(model, LearnerConfig(lora_rank=ADAPTERS.rank, lora_alpha=ADAPTERS.alpha), 0)
+    add_adapters(model, LearnerConfig(lora_rank=ADAPTERS.rank), 0)
     generator = torch.Generator().manual_seed(version)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -39,7 +39,6 @@ def main(model_dir: Path, families_dir: Path, out_dir: Path, rank: int) -> None:
         tree
         | {
             "rewards": {"functions": [{"name": "exact_match"}]},
-            "weights": {"bucket_mib": BUCKET_BYTES / 2**20},
         }
     )
     init_process_group(rank, 2, "127.0.0.1", meet(out_dir, rank), use_gpu=False, timeout_s=60)
