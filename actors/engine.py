@@ -14,10 +14,9 @@ in a session of start, updates and finish in which the model is in pieces: no st
 own checksums are not used to confirm them: they hash all of its fused parameters on the host, seconds for
 each GB, and the learner has nothing to compare them with.
 
-Where adapters come alone (`weights.transport` adapters), the model stays as it was loaded, and one LoRA request, whose
-content is exchanged between two steps, serves everything, also what is under way. vLLM reads adapters from a
-directory: it gets one that lives for that moment.
-"""
+Where adapters come alone (`weights.transport` adapters), the model stays as it was loaded, and one LoRA
+request, whose content is exchanged between two steps, serves everything, also what is under way. vLLM reads
+adapters from a directory: it gets one that lives for that moment."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ import torch
 
 from actors.episode import Generation
 from core.config import ActorsConfig, ModelConfig
-from core.config_checks import served_rank
+from core.config.checks import served_rank
 from core.errors import AgroError, SnapshotError
 from core.model_shape import adapted_layers, carries_state, empty_model, load_model_config
 from core.records import Float32s, Int32s, VersionSpan
@@ -170,8 +169,8 @@ class Engine:
     ) -> None:
         """Builds the engine; it has its base's weights, which are called `version`.
 
-        With any other `transport` (the carrier of `weights.transport`) than snapshot, weights can be pushed too. With
-        `adapters`, what `load_weights` gets are adapters of that kind for the model's own weights.
+        With any other `transport` (the carrier of `weights.transport`) than snapshot, weights can be pushed
+        too. With `adapters`, what `load_weights` gets are adapters of that kind for the model's own weights.
         `skip_special_tokens` (`rewards.skip_special_tokens`) is about the texts.
         """
         set_engine_environment(config)

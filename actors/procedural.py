@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from core import config_text
+from core.config import text as config_text
 from core.errors import DataError
 
 PREFIX = "reasoning_gym:"

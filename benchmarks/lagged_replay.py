@@ -17,7 +17,7 @@ from collections import Counter
 
 from buffer.replay import Replay
 from buffer.sampling import GroupMeta
-from core.config_buffer import BufferConfig
+from core.config.buffer import BufferConfig
 from core.staleness import AGELESS, oldest_version_within
 
 

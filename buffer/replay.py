@@ -24,7 +24,7 @@ from sortedcontainers import SortedList
 
 from buffer.order import Entry, Order
 from buffer.sampling import SAMPLERS, GroupMeta, View
-from core.config_buffer import BufferConfig
+from core.config.buffer import BufferConfig
 from core.errors import ConfigError, DataError
 from core.records import Group
 from core.staleness import StalenessBound, counted_version

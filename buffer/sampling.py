@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from buffer.order import Order
-from core.config_buffer import BufferConfig
+from core.config.buffer import BufferConfig
 from core.staleness import AGELESS, oldest_version_within, staleness_of
 
 # The weight of a group for `priority` is the product of three factors; see there.

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from core.config import ObjectiveConfig
-from core.config_file import ConfigFiles
+from core.config.files import ConfigFiles
 
 _FOLDER = Path(__file__).with_name("objectives")
 

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from buffer.client import BufferClient
 from core.calls import Calls
 from core.config import Config
-from core.config_file import dump_config
+from core.config.files import dump_config
 from core.errors import ConfigError, PeerTimeout
 from core.monitor_client import MonitorClient
 from core.records import BatchIndex, open_batch

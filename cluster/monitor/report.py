@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from core import config_text
+from core.config import text as config_text
 from core.json_lines import finite_tree, read_json_lines
 from core.metrics import METRICS, SOLVE_RATE_BUCKETS
 from core.records import Evaluation

@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from core.config import Config
-from core.config_checks import served_rank
+from core.config.checks import served_rank
 from core.model_shape import adapted_layers, empty_model
 from learner.objectives import load_objective
 from learner.step.frozen import PROXIMAL, REFERENCE, frozen_names

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias
 from cluster.preparation.memory import GIB, MemoryEstimate, estimate_memory, host_bytes, render_memory
 from cluster.preparation.surroundings import cluster_address
 from core.config import Config
-from core.config_file import dump_config
+from core.config.files import dump_config
 from core.errors import PlacementError
 
 Resources: TypeAlias = Mapping[str, float]

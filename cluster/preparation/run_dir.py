@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import Config
-from core.config_file import dump_config, read_tree
+from core.config.files import dump_config, read_tree
 from core.errors import AgroError, ConfigError
 from core.text import user_path
 from learner.catalogue import parse_config

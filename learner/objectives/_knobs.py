@@ -12,7 +12,7 @@ import pydantic
 from pydantic import Field
 
 from core.config import ObjectiveConfig
-from core.section import Section
+from core.config.section import Section
 
 
 def strength(default: float) -> Any:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from benchmarks.lagged_replay import LaggedReplay
 from buffer.replay import EVICTIONS
 from buffer.sampling import SAMPLERS, GroupMeta
-from core.config_buffer import BufferConfig
+from core.config.buffer import BufferConfig
 from core.staleness import AGELESS
 
 

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 
 from buffer.replay import Replay
 from buffer.sampling import SAMPLERS, GroupMeta
-from core.config_buffer import BufferConfig
+from core.config.buffer import BufferConfig
 from core.errors import DataError
 from core.staleness import AGELESS
 

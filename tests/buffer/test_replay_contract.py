@@ -12,7 +12,7 @@ import pytest
 
 from buffer.replay import Replay
 from buffer.sampling import SAMPLERS, GroupMeta, View
-from core.config_buffer import BufferConfig
+from core.config.buffer import BufferConfig
 from core.errors import ConfigError, DataError, StalenessError
 from core.staleness import AGELESS
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from buffer import sampling
 from buffer.replay import Replay, meta_of
 from buffer.sampling import SAMPLERS, GroupMeta, View, priority, stratified, uniform
-from core.config_buffer import BufferConfig
+from core.config.buffer import BufferConfig
 from core.records import Group, Sample, VersionSpan
 from core.staleness import AGELESS
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from cluster.cli.reference import config_reference, num_fields
-from core.config_file import dump_config
+from core.config.files import dump_config
 from core.errors import AgroError, ConfigError
 from learner.catalogue import OBJECTIVES, load_config, parse_config
 from tests.support import ROOT

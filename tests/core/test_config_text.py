@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.config import Config
-from core.config_file import dump_config
-from core.config_text import TextError, read, write
+from core.config.files import dump_config
+from core.config.text import TextError, read, write
 from core.errors import ConfigError
 from learner.catalogue import load_config, parse_config, parse_text
 from tests.support import ROOT

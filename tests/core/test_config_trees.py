@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.config import Config
-from core.config_file import dump_config
+from core.config.files import dump_config
 from core.errors import ConfigError
 from learner.catalogue import load_config, parse_config, parse_text
 from tests.support import ROOT

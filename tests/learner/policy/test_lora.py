@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.lag_lab import PlainPolicy
 from core.config import LORA_ALPHA, Config
-from core.config_file import dump_config
+from core.config.files import dump_config
 from core.errors import CheckpointError, ConfigError
 from core.model_shape import adapted_layers
 from learner.catalogue import parse_config

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import torch
 
-from core.config_checks import SERVED_RANKS, served_rank
+from core.config.checks import SERVED_RANKS, served_rank
 from core.errors import ConfigError
 from core.records import Sample
 from learner.catalogue import parse_config

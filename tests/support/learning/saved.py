@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from core.config_file import dump_config
+from core.config.files import dump_config
 from learner.catalogue import parse_config
 from learner.checkpoints.checkpoint import TensorPart, partition
 from learner.checkpoints.writer import CheckpointWriter

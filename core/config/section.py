@@ -8,7 +8,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
 
-from core import config_text
+from core.config import text as config_text
 
 PROSE = frozenset({"system_prompt"})
 """Fields of free text: they may hold line breaks, and a ` #` in a file is taken for text before it is

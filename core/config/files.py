@@ -18,10 +18,10 @@ from typing import Any
 import pydantic
 from pydantic.fields import FieldInfo
 
-from core import config_text
 from core.config import DEFAULT_OBJECTIVE, Config, ObjectiveConfig, RewardFunction
+from core.config import text as config_text
+from core.config.section import PROSE, shown
 from core.errors import ConfigError
-from core.section import PROSE, shown
 
 MAX_FILE_BYTES = 1 << 18
 _EXPECTED = {  # By pydantic's type of problem; its own message where none is here.

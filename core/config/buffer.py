@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field
 
-from core.section import Section, shown
+from core.config.section import Section, shown
 
 SAMPLERS = ("uniform", "fresh", "oldest", "stratified", "priority")
 """The names of buffer/sampling.py."""

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field, SerializeAsAny
 
-from core import config_checks
-from core.config_buffer import BufferConfig
-from core.section import MAX_NUMBER, MAX_PROCESSES, MAX_TIMEOUT_S, MAX_TOKENS, Section, shown
+from core.config import checks as config_checks
+from core.config.buffer import BufferConfig
+from core.config.section import MAX_NUMBER, MAX_PROCESSES, MAX_TIMEOUT_S, MAX_TOKENS, Section, shown
 from core.staleness import StalenessBound
 
 DEFAULT_OBJECTIVE = "agro"
@@ -304,7 +304,7 @@ class ObjectiveConfig(Section):
     """Base of the knobs of an objective: each file under learner/objectives/ has its own, with its own defaults.
 
     The file of a run says `objective: {name: gspo, beta: 0.0, clip_low: 0.2}`. Which class that is says the
-    mapping from names to classes that files are read with (core/config_file.py, learner/catalogue.py): core
+    mapping from names to classes that files are read with (core/config/files.py, learner/catalogue.py): core
     knows no objective.
     """
 
