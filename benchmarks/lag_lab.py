@@ -29,11 +29,11 @@ from core.config import Config
 from core.errors import ConfigError
 from core.records import Batch, Group, Sample, VersionSpan
 from learner.objectives import load_objective
+from learner.progress import learning_rate
 from learner.step.frozen import frozen_names
 from learner.step.packing import ModelInputs, token_logprobs
 from learner.step.share import Share
 from learner.step.update import Updater
-from learner.worker import learning_rate
 
 Score = Callable[[Sequence[int], dict[str, Any]], float]
 

@@ -1,7 +1,7 @@
 """One learner rank as a Ray actor: the training loop.
 
-    buffer --Batch--> rank 0 --broadcast--> all ranks --update--> step --every k steps--> snapshot --> board
-       ^                                                         |  `--metrics, samples--> monitor
+    buffer --Batch--> rank 0 --shares--> all ranks --update--> step --every k steps--> snapshot --> board
+       ^                                                        |  `--metrics, samples--> monitor
        `--watermark-- checkpoint, written while training goes on <'
 
 A run that goes on from a checkpoint publishes its weights first, and asks the buffer for the batches since
@@ -10,9 +10,7 @@ then by their steps: they are the same batches again.
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import random
 import secrets
 import socket
@@ -26,82 +24,39 @@ import msgspec
 import numpy as np
 import ray
 import torch
-import torch.distributed as dist
 
 from buffer.client import BufferClient
 from core.calls import Calls
 from core.config import Config
 from core.config.files import dump_config
-from core.errors import ConfigError, PeerTimeout
+from core.errors import ConfigError
 from core.monitor_client import MonitorClient
-from core.records import BatchIndex, open_batch
+from core.records import GroupHead, open_batch
 from core.staleness import StalenessBound
 from core.weights.board import BoardClient
 from core.weights.transports import NoTransport, Sender, Transport, load_transport
+from learner.batches import BatchSource, Taken
 from learner.checkpoints.checkpoint import Checkpoint, TensorPart, verify
 from learner.checkpoints.writer import CheckpointWriter, code_version, set_random_states
 from learner.objectives import load_objective
 from learner.policy.source import ZeroSource
+from learner.progress import Progress, learning_rate
 from learner.step.batch_metrics import batch_metrics, shown_samples
 from learner.step.frozen import frozen_names
 from learner.step.guards import Guards
 from learner.step.mismatch import MismatchCheck, bound_nats
+from learner.step.ranks import Ranks
 from learner.step.result import StepResult
-from learner.step.share import Share, receive_share
 from learner.step.update import Updater
-
-BATCH_POLL_S = 2.0
-
-
-def learning_rate(step: int, config: Config) -> float:
-    """Learning rate of step number `step` (from 0): linear warm-up, then constant or down to 10 % at
-    the last step.
-    """
-    (warmup_steps, course), peak = config.learner.schedule, config.learner.lr
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    if course == "constant":
-        return peak
-    progress = (step - warmup_steps) / max(1, config.run.steps - 1 - warmup_steps)
-    shape = 1.0 - progress if course == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return peak * (0.1 + 0.9 * shape)
-
-
-class Progress(msgspec.Struct):
-    """How far the run is: what the loop counts, and a checkpoint carries on. Staleness in learner
-    steps; NaN: of offline samples only.
-    """
-
-    step: int = 0
-    published: int = -1
-    samples: int = 0
-    tokens: int = 0
-    staleness_sum: float = 0.0
-    staleness_max: float = math.nan
-
-    def totals(self) -> dict[str, float]:
-        """Totals of the run, for its summary."""
-        return {
-            "steps": self.step,
-            "samples": self.samples,
-            "tokens": self.tokens,
-            "staleness_mean": self.staleness_sum / max(1, self.step),
-            "staleness_max": self.staleness_max,
-        }
-
-
-def _in_words(generation: Mapping[str, tuple[tuple[float, float], float]]) -> str:
-    """Who generated how much: of `Monitor.generation`."""
-    said = [
-        f"{name} {sum(tokens):.0f} tokens so far, last heard of {silent_s:.0f} s ago"
-        for name, (tokens, silent_s) in generation.items()
-    ]
-    return "; ".join(said) or "no actor was ever heard of"
 
 
 class LearnerRank:
-    """One ZeRO-3 rank. `start` on all ranks at once, then `train` on all ranks at once; the other
-    methods at any time.
+    """One ZeRO-3 rank: `start` on all ranks at once, then `train` on all ranks at once; the other methods at
+    any time.
+
+        rank = remote(LearnerRank).remote(0, config, pad_id)
+        rank.start.remote(address)
+        totals = rank.train.remote(buffer, board, monitor, policy_dir)
     """
 
     def __init__(self, rank: int, config: Config, pad_id: int) -> None:
@@ -110,14 +65,14 @@ class LearnerRank:
         self._transport: Transport = NoTransport()
 
     def address(self) -> tuple[str, int]:
-        """Host and a free port, for the ranks to meet at (asked of rank 0)."""
+        """Returns this host and a free port, for the ranks to meet at (asked of rank 0)."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def start(self, address: tuple[str, int]) -> None:
-        """Join the other ranks and build the policy, and reference and proximal policy where the
-        objective needs them.
+        """Joins the other ranks and builds the policy, and reference and proximal policy where the objective
+        needs them.
         """
         from learner.policy.zero import ZeroAdapters, ZeroFrozen, ZeroPolicy, init_process_group
 
@@ -139,20 +94,21 @@ class LearnerRank:
             else ZeroFrozen(config.model, config.learner)
             for name in frozen_names(objective)
         }
+        self._ranks = Ranks()
         self._updater = Updater(
             config, self._policy, objective, self._frozen, pad_id=self._pad_id, device=device
         )
 
     def ping(self) -> int:
-        """This rank's number: its process answers."""
+        """Returns this rank's number: its process answers."""
         return self._rank
 
     def request_stop(self) -> None:
-        """End `train` in order after the step in progress, with a checkpoint."""
+        """Ends `train` in order after the step in progress, with a checkpoint."""
         self._stopping = True
 
     def republish(self) -> None:
-        """The board was started again: tell it of the published weights once more, if there are any."""
+        """Tells a board that was started again of the published weights, if there are any."""
         self._transport.republish()
 
     def train(
@@ -163,44 +119,27 @@ class LearnerRank:
         policy_dir: str,
         resume_from: str | None = None,
     ) -> dict[str, float]:
-        """All steps: batch, update, publication, checkpoint; then the trained policy in `policy_dir`. Totals
-        of the run (rank 0).
+        """Takes all steps, then writes the trained policy to `policy_dir`; returns totals of the run.
 
-        Checkpoints lie beside `policy_dir`, in `checkpoints/`;
-        `resume_from` is one of them that verified (`latest_checkpoint`). Raises CheckpointError when it does
-        not fit.
+        Checkpoints lie beside `policy_dir`, in `checkpoints/`; `resume_from` is one of them that verified
+        (`latest_checkpoint`). Raises CheckpointError when it does not fit.
         """
         self._connect(buffer, board, monitor, Path(policy_dir).parent)
-        progress, config = self._restore(resume_from), self._config
+        progress = self._restore(resume_from)
         self._updater.mismatch = self._mismatch_check(progress.step)
-        publish_s = self._publish(progress)
-        while progress.step < config.run.steps:
-            step_start_s = time.perf_counter()
-            taken = self._next_batch(progress.step)
+        self._publish(progress)
+        while progress.step < self._config.run.steps:
+            taken = self._batches.next(progress.step)
             if taken is None:
                 break
-            share, payload = taken
-            wait_s = time.perf_counter() - step_start_s
-            StalenessBound(config.buffer.max_staleness).check_batch(share.index)
-            result = self._updater.update(share, learning_rate(progress.step, config))
-            metrics = result.metrics()
-            self._guards.judge(share.index.step, payload, metrics, result.skip)
-            progress.step += 1
-            if progress.step % config.weights.publish_every == 0 or progress.step == config.run.steps:
-                publish_s = self._publish(progress)
-            if self._rank == 0:
-                row = {**batch_metrics(share.index), **metrics, "weights/publish_s": publish_s}
-                self._report(progress, share.index, row, result, wait_s, time.perf_counter() - step_start_s)
-                self._show(progress.step, payload, result)
-            if config.checkpoint.every and progress.step % config.checkpoint.every == 0:
+            result = self._update(taken, progress)
+            row = self._judge(taken, result, progress)
+            if self._is_published(progress.step):
+                self._publish(progress)
+            self._report(taken, result, row, progress)
+            if self._is_saved(progress.step):
                 self._save(progress)
-        if progress.published != progress.step:
-            self._publish(progress, evaluate=False)
-        self._transport.flush()
-        if config.checkpoint.every:
-            self._save(progress)
-        self._checkpoints.close()  # Durable before the policy is written, which a full disk may prevent.
-        return {**progress.totals(), "policy_written": float(self._write_policy(policy_dir))}
+        return self._finish(progress, policy_dir)
 
     # --- verbs of the loop ---
 
@@ -209,7 +148,15 @@ class LearnerRank:
     ) -> None:
         self._buffer, self._monitor = buffer, monitor
         self._calls = Calls(self._config.run.timeout_s, monitor.event, name=f"learner rank {self._rank}")
-        self._run_dir, self._saved = run_dir, -1
+        self._batches = BatchSource(
+            self._calls,
+            buffer,
+            monitor,
+            groups_per_step=self._config.learner.groups_per_step,
+            timeout_s=self._config.run.timeout_s,
+            is_stopping=lambda: self._stopping,
+        )
+        self._run_dir, self._saved, self._publish_s = run_dir, -1, 0.0
         self._code_version = code_version()  # Once: it asks git.
         source = ZeroSource(
             self._policy, self._bucket_bytes, adapters_alone=self._config.weights.transport == "adapters"
@@ -221,14 +168,14 @@ class LearnerRank:
             run_dir / "bad-batches",
             self._rank,
             tell=self._calls.tell,
-            share=self._broadcast,
+            share=self._ranks.first,
             mismatch_bound_nats=bound_nats(self._config),
         )
-        (session,) = self._broadcast(secrets.token_hex(4))
+        session = self._ranks.first(secrets.token_hex(4))
         self._checkpoints = CheckpointWriter(
             run_dir,
             self._rank,
-            dist.get_world_size(),
+            self._ranks.count,
             session=session,
             keep=self._config.checkpoint.keep,
             timeout_s=self._config.run.timeout_s,
@@ -237,10 +184,10 @@ class LearnerRank:
         )
 
     def _mismatch_check(self, start_step: int) -> MismatchCheck:
-        """For a learner that starts at that step. Collective."""
+        """Makes the check for a learner that starts at `start_step`. Collective."""
         is_first = self._rank == 0
         # The buffer may hold samples of versions up to this one, made by a learner that died since.
-        (known_until,) = self._broadcast(self._calls.ask(self._buffer.next_step()) if is_first else None)
+        known_until = self._ranks.first(self._calls.ask(self._buffer.next_step()) if is_first else 0)
         return MismatchCheck(
             self._config,
             self._policy.module.config,
@@ -253,115 +200,79 @@ class LearnerRank:
     def _bucket_bytes(self) -> int:
         return self._config.learner.bucket_bytes
 
-    def _broadcast(self, value: Any) -> list[Any]:
-        """Rank 0's value on every rank, as a list of one. Collective."""
-        box = [value]
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return box
+    def _update(self, taken: Taken, progress: Progress) -> StepResult:
+        """Takes one optimizer step. Raises StalenessError for a batch that is too old."""
+        StalenessBound(self._config.buffer.max_staleness).check_batch(taken.share.index)
+        return self._updater.update(taken.share, learning_rate(progress.step, self._config))
 
-    def _next_batch(self, step: int) -> tuple[Share, bytes] | None:
-        """This rank's share of the batch of this step, and on rank 0 all of it, encoded (b"" on the others);
-        None to stop. Raises PeerTimeout when the actors deliver nothing. Collective.
-        """
-        answers = self._ask_for_batch(step) if self._rank == 0 else itertools.repeat((False, b""))
-        for is_over, payload in answers:
-            # Every two seconds, come or not: the other ranks wait in a collective, which has a limit of its
-            # own.
-            ((is_over, is_there),) = self._broadcast((is_over, payload is not None))
-            if is_over and not is_there:
-                return None
-            if is_over:
-                return receive_share(open_batch(payload or b"") if self._rank == 0 else None), payload or b""
-        raise AssertionError("unreachable: the last answer ends the wait")
+    def _judge(self, taken: Taken, result: StepResult, progress: Progress) -> dict[str, float]:
+        """Lets the step count; returns the metrics of batch and step. Raises TrainingError as Guards do."""
+        row = {**batch_metrics(taken.share.index), **result.metrics()}
+        self._guards.judge(progress.step, taken.payload, row, result.skip)
+        progress.observe(_trained(taken, result), row)
+        return row
 
-    def _ask_for_batch(self, step: int) -> Iterator[tuple[bool, bytes | None]]:
-        """(False, None) as long as there is none, then (True, the batch, or None to stop)."""
-        config = self._config
-        until_s, seen = time.monotonic() + config.run.timeout_s, None
-        while not self._stopping:
-            payload = self._calls.ask(self._buffer.sample(step, config.learner.groups_per_step, BATCH_POLL_S))
-            if payload is not None:
-                yield True, payload
-            stats = self._calls.ask(self._buffer.stats())
-            generation = self._calls.ask(self._monitor.generation())
-            now = stats["buffer/inserted"], {name: tokens for name, (tokens, _) in generation.items()}
-            # Slow, but coming: a first batch of long samples, or at an enforced lag, takes its time.
-            if now != seen:
-                until_s, seen = time.monotonic() + config.run.timeout_s, now
-            if time.monotonic() > until_s:
-                raise PeerTimeout(
-                    f"no group came for {config.run.timeout_s:.0f} s (run.timeout_s) while the learner "
-                    f"waited at step {step} "
-                    f"for {config.learner.groups_per_step} groups, and no token was generated: "
-                    f"{_in_words(generation)}. "
-                    f"{self._why_no_group()}"
-                )
-            yield False, None
-        yield True, None
+    def _is_published(self, step: int) -> bool:
+        return step % self._config.weights.publish_every == 0 or step == self._config.run.steps
 
-    def _why_no_group(self) -> str:
-        errors, samples, texts = self._calls.ask(self._buffer.error_summary())
-        if not texts:
-            return "See events.jsonl; raise run.timeout_s if generation is merely slow."
-        shown = "\n  ".join(dict.fromkeys(texts))
-        return f"{errors} of {samples} samples got no reward so far, the last because of:\n  {shown}"
+    def _is_saved(self, step: int) -> bool:
+        every = self._config.checkpoint.every
+        return every > 0 and step % every == 0
 
-    def _publish(self, progress: Progress, evaluate: bool | None = None) -> float:
-        """Bring the weights on their way to the actors as version `progress.step`; seconds that the
-        learner stood still. Collective.
+    def _publish(self, progress: Progress, evaluate: bool | None = None) -> None:
+        """Brings the weights on their way to the actors as version `progress.step`. Collective.
+
+        `evaluate` says whether the version is to be evaluated; None: when its time has come.
         """
         start_s = time.perf_counter()
         version = progress.published = progress.step
-        self._transport.publish(
-            version, evaluate=self._is_evaluated(version) if evaluate is None else evaluate
-        )
-        return time.perf_counter() - start_s
+        is_evaluated = self._is_evaluated(version) if evaluate is None else evaluate
+        self._transport.publish(version, evaluate=is_evaluated)
+        self._publish_s = time.perf_counter() - start_s
 
     def _is_evaluated(self, version: int) -> bool:
-        """The base, the last version, and the first publication at or after each multiple of `eval.every`."""
+        """The base is, the last version, and the first publication at or after each multiple of
+        `eval.every`.
+        """
         every, publish_every = self._config.eval.every, self._config.weights.publish_every
         return version in (0, self._config.run.steps) or version // every > (version - publish_every) // every
 
-    def _report(
-        self,
-        progress: Progress,
-        batch: BatchIndex,
-        row: dict[str, float],
-        result: StepResult,
-        wait_s: float,
-        step_s: float,
-    ) -> None:
-        step = progress.step
-        # None of a skipped step.
-        are_trained = result.by_group("advantage").keys()
-        trained = [group for group in batch.groups if group.group_id in are_trained]
-        progress.samples += sum(len(group.samples) for group in trained)
-        progress.tokens += sum(sample.num_sampled for group in trained for sample in group.samples)
-        progress.staleness_sum += row["staleness/mean"]
-        progress.staleness_max = float(np.fmax(progress.staleness_max, row["staleness/oldest_token"]))
-        row["progress/step"], row["progress/samples"], row["progress/sampled_tokens"] = (
-            step,
-            progress.samples,
-            progress.tokens,
-        )
-        row["weights/version"] = float(progress.published)
-        row["time/learner_busy_fraction"] = 1.0 - wait_s / step_s
-        row["perf/trained_all_tokens_per_s"] = sum(group.num_tokens for group in trained) / step_s
-        whole = row | self._guards.metrics() | self._transport.metrics() | self._checkpoints.metrics()
+    def _report(self, taken: Taken, result: StepResult, row: Mapping[str, float], progress: Progress) -> None:
+        """Tells monitor and buffer, from rank 0, what came of a step; `row` is what `_judge` returned."""
+        if self._rank:
+            return
+        step_s = time.perf_counter() - taken.asked_s
+        trained_tokens = sum(group.num_tokens for group in _trained(taken, result))
+        whole = {
+            **row,
+            **progress.metrics(),
+            "weights/publish_s": self._publish_s,
+            "time/learner_busy_fraction": 1.0 - taken.wait_s / step_s,
+            "perf/trained_all_tokens_per_s": trained_tokens / step_s,
+            **self._guards.metrics(),
+            **self._transport.metrics(),
+            **self._checkpoints.metrics(),
+        }
         self._calls.post(self._monitor.log_step(whole), "a step's metrics")
         if self._config.buffer.uses_per_group > 1 and self._updater.keeps_reference:
             cached = self._buffer.set_ref_logprobs(result.by_group("ref_logprob"))
             self._calls.post(cached, "the reference's log-probs, which are computed again")
+        if self._config.monitor.shows_samples(progress.step):
+            shown = shown_samples(open_batch(taken.payload), result.by_group("advantage"))
+            self._calls.post(self._monitor.log_samples(progress.step, shown), "samples to show")
 
-    def _show(self, step: int, payload: bytes, result: StepResult) -> None:
-        """Tell the monitor of a few samples of the batch, if it is time."""
-        if self._config.monitor.shows_samples(step):
-            shown = shown_samples(open_batch(payload), result.by_group("advantage"))
-            self._calls.post(self._monitor.log_samples(step, shown), "samples to show")
+    def _finish(self, progress: Progress, policy_dir: str) -> dict[str, float]:
+        """Publishes and saves what is not yet, and writes the policy; returns totals. Collective."""
+        if progress.published != progress.step:
+            self._publish(progress, evaluate=False)
+        self._transport.flush()
+        if self._config.checkpoint.every:
+            self._save(progress)
+        self._checkpoints.close()  # Durable before the policy is written, which a full disk may prevent.
+        return {**progress.totals(), "policy_written": float(self._write_policy(policy_dir))}
 
     def _write_policy(self, policy_dir: str) -> bool:
-        """Whether it was written (rank 0). Collective.
+        """Writes the policy, and says whether it could (rank 0). Collective.
 
         A disk that refuses it, or a base whose files are gone, costs nothing else where there are
         checkpoints: the newest holds the same.
@@ -381,8 +292,8 @@ class LearnerRank:
     # --- checkpoints ---
 
     def _save(self, progress: Progress) -> None:
-        """Begin the checkpoint of this step, unless it is what the run has already. Raises
-        CheckpointError for a NaN.
+        """Begins the checkpoint of this step, unless it is what the run has already. Raises CheckpointError
+        for a NaN.
         """
         if progress.step == max(0, self._saved):
             return
@@ -408,8 +319,8 @@ class LearnerRank:
         }
 
     def _restore(self, path: str | None) -> Progress:
-        """The state saved in `path` on this rank; how far it was. A rank that the checkpoint has not
-        keeps its own random state.
+        """Takes over the state saved in `path`, and returns how far it was. A rank that the checkpoint has
+        not keeps its random state.
         """
         if path is None:
             return Progress()
@@ -427,7 +338,12 @@ class LearnerRank:
         return progress
 
     def _set_watermark(self, oldest_step: int) -> None:
-        """Batches since the OLDEST checkpoint are kept: it is what the run goes on from when the newer
-        ones are damaged.
+        """Keeps the batches since the OLDEST checkpoint: the run goes on from it when the newer ones are
+        damaged.
         """
         self._calls.ask(self._buffer.set_watermark(oldest_step))
+
+
+def _trained(taken: Taken, result: StepResult) -> list[GroupHead]:
+    """Returns the groups that the step trained: all of its batch, or none where it was skipped."""
+    return [] if result.skip else list(taken.share.index.groups)

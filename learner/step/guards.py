@@ -108,7 +108,7 @@ class Guards:
 
     directory            where the batches of skipped steps are kept, by rank 0
     tell                 gets a sentence about each skipped step and each alarm, on rank 0
-    share                brings rank 0's value to every rank, in a list of one
+    share                brings rank 0's sentence to every rank
     mismatch_bound_nats  mean difference of log-probs above which actors and learner differ
     """
 
@@ -118,7 +118,7 @@ class Guards:
         rank: int,
         *,
         tell: Callable[[str], Any],
-        share: Callable[[Any], list[Any]],
+        share: Callable[[str], str],
         mismatch_bound_nats: float = math.inf,
     ) -> None:
         self._directory, self._rank, self._tell, self._share = directory, rank, tell, share
@@ -139,7 +139,7 @@ class Guards:
             self._skipped += 1
             self._in_a_row += 1
             # Rank 0 has written before any rank raises: the others' end may be the end of its process.
-            (kept,) = self._share(self._keep(step, payload, skip) if self._rank == 0 else None)
+            kept = self._share(self._keep(step, payload, skip) if self._rank == 0 else "")
             if self._in_a_row >= MAX_SKIPS:
                 raise TrainingError(
                     f"{self._in_a_row} learner steps in a row were skipped, the last is step {step}: "

@@ -37,3 +37,11 @@ class Ranks:
         values = [value] * self.count
         dist.all_gather_object(values, value)
         return values
+
+    def first(self, value: T) -> T:
+        """Returns rank 0's value; what the others give is not looked at. On the CPU."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]

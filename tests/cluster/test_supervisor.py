@@ -30,12 +30,10 @@ from cluster.watchdog import MIN_QUIET_S, RECENT_S, Observation, Watchdog, dump_
 from core.calls import Calls, Client, Local, asks
 from core.causes import Cause, memory_hint
 from core.errors import DataError, PeerTimeout, RewardError, TrainingError
-from core.monitor_client import MONITOR, MonitorClient
 from core.process_log import ProcessLog
 from core.processes import answer, explained
 from core.records import WorkItem
 from core.weights.board import Board, Directive
-from learner.worker import LearnerRank
 from tests.support.clients import events_to
 from tests.support.configs import make_config
 from tests.support.fleet_actors import SleepingActor, UnluckyRank
@@ -427,37 +425,6 @@ def test_a_killed_monitor_and_a_killed_board_come_back_are_told_of_and_the_board
         assert [death.name for death in read_deaths(tmp_path)] == ["board", "monitor", *["board"] * 4]
     finally:
         services.kill()
-
-
-def test_the_learner_waits_as_long_as_tokens_come_and_names_who_generates_none(monkeypatch: Any) -> None:
-    monkeypatch.setattr("learner.worker.BATCH_POLL_S", 0.05)
-    rank = LearnerRank(0, make_config({"run": {"timeout_s": 0.5}}), 0)
-    start_s, until_s = time.monotonic(), 2.0
-
-    class Peer:
-        """Buffer and monitor: no group ever; tokens for two seconds."""
-
-        async def sample(self, step: int, num_groups: int, timeout_s: float) -> None:
-            await asyncio.sleep(timeout_s)
-
-        async def stats(self) -> dict[str, float]:
-            return {f"buffer/{name}": 0.0 for name in ("inserted", "wait_admission_s", "wait_batch_s")}
-
-        async def error_summary(self) -> tuple[int, int, list[str]]:
-            return 0, 0, []
-
-        async def generation(self) -> dict[str, Any]:
-            return {"actor-0": ((0.0, min(until_s, time.monotonic() - start_s) * 100), 0.4)}
-
-    rank._calls, rank._buffer = Calls(20.0), connect_buffer([Local(Peer())])
-    rank._monitor = MonitorClient(Local(Peer()), MONITOR)
-    with pytest.raises(
-        PeerTimeout,
-        match=r"no group came for 0 s .* at step 3 .* no token was generated: "
-        r"actor-0 200 tokens so far",
-    ):
-        list(rank._ask_for_batch(3))
-    assert 2.3 < time.monotonic() - start_s < 10
 
 
 @pytest.mark.slow

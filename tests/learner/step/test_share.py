@@ -9,9 +9,9 @@ import pytest
 
 from core.records import Batch, StoredGroup, encode_batch, index_of, open_batch
 from learner.step.share import Share, owned, receive_share
-from tests.support.ranks import run_ranks
+from tests.support.learning.ranks import run_ranks
+from tests.support.learning.updates import random_batches
 from tests.support.scenarios import share_scenario
-from tests.support.updates import random_batches
 
 
 def encoded(batch: Batch) -> bytes:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from core.records import Batch, Float32s, StoredGroup, VersionSpan, encode_batch
 from learner.step.packing import collate
+from learner.step.ranks import Ranks
 from learner.step.samples import sequence_of
 from learner.step.share import Share
 
@@ -84,13 +85,6 @@ def digest(policy: Any) -> str:
     return found.hexdigest()
 
 
-def share(value: Any) -> list[Any]:
-    box = [value]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box
-
-
 def with_infinite_reward(batch: Batch) -> Batch:
     first, *others = batch.groups
     sample = msgspec.structs.replace(first.samples[0], reward=math.inf)
@@ -122,7 +116,7 @@ def main(out_dir: Path, rank: int) -> None:
     )
 
     events: list[str] = []
-    guards = Guards(out_dir / "bad-batches", rank, tell=events.append, share=share)
+    guards = Guards(out_dir / "bad-batches", rank, tell=events.append, share=Ranks().first)
     batches = random_batches(policy.module.config.vocab_size)
     found: dict[str, Any] = {"events": events, "steps": []}
     for step, kind in enumerate(STEPS):
