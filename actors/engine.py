@@ -266,13 +266,13 @@ class Engine:
             del self._started_s[request_id]
         return finished
 
-    def overdue(self, limit_s: float) -> list[str]:
-        """Returns the requests that have had a slot for longer than `limit_s` seconds."""
-        until_s = time.monotonic() - limit_s
+    def overdue(self, timeout_s: float) -> list[str]:
+        """Returns the requests that have had a slot for longer than `timeout_s` seconds."""
+        deadline_s = time.monotonic() - timeout_s
         return [
             request_id
             for request_id, _ in itertools.takewhile(
-                lambda started: started[1] < until_s, self._started_s.items()
+                lambda started: started[1] < deadline_s, self._started_s.items()
             )
         ]
 

@@ -57,7 +57,7 @@ class Follower:
     def __init__(self, name: str, config: Config, board: BoardClient, calls: Calls) -> None:
         self._name, self._board, self._calls = name, board, calls
         self._troubles = Troubles(calls.tell)
-        self._limit_s = config.run.timeout_s
+        self._timeout_s = config.run.timeout_s
         self._max_items = max(1, config.actors.slots // config.eval.samples)
         self._asking: Pending[bytes] | None = None
         self._fetching: Pending[Weights] | None = None
@@ -109,7 +109,7 @@ class Follower:
         max_items, wait_s = (0, 0.0) if is_busy else (self._max_items, POLL_S)
         self._ask_at_s = time.monotonic() + RETRY_S
         call = self._board.poll(self._name, version, max_items, wait_s)
-        self._asking = self._calls.start(call, wait_s + self._limit_s)
+        self._asking = self._calls.start(call, wait_s + self._timeout_s)
 
     def _obey(self, directive: Directive, version: int) -> None:
         self.retire = directive.retire or self.retire
@@ -142,7 +142,7 @@ class Follower:
         assert directive is not None
         try:
             if fetching.future.cancelled():
-                late = f"did not arrive within {self._limit_s:.0f} s (run.timeout_s)"
+                late = f"did not arrive within {self._timeout_s:.0f} s (run.timeout_s)"
                 raise SnapshotError(f"snapshot {directive.version} {late}")
             self.update = Update(directive.version, fetching.result(), directive.eval_items)
             self._troubles.well(f"{self._name} keeps its weights")

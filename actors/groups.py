@@ -52,8 +52,8 @@ class Generator(Protocol):
         """Makes one forward pass and returns what finished with it."""
         ...
 
-    def overdue(self, limit_s: float) -> list[str]:
-        """Returns the requests that have run for longer than `limit_s`."""
+    def overdue(self, timeout_s: float) -> list[str]:
+        """Returns the requests that have run for longer than `timeout_s`."""
         ...
 
     def truncate(self, request_ids: list[str]) -> list[tuple[str, Generation]]:
@@ -225,9 +225,9 @@ class Groups:
         if self._config.sample_timeout_s is not None:
             late |= dict.fromkeys(self._engine.overdue(self._config.sample_timeout_s), "sample_timeout")
         if self._config.group_timeout_s is not None:
-            until_s = self._clock() - self._config.group_timeout_s
+            deadline_s = self._clock() - self._config.group_timeout_s
             for group in self._open.values():
-                if group.submitted_s >= until_s:
+                if group.submitted_s >= deadline_s:
                     break  # So are all that follow.
                 if group.is_training:
                     late |= {f"{group.key}-{number}": "group_timeout" for number in sorted(group.unfinished)}

@@ -79,20 +79,20 @@ class Receiver:
     def __init__(
         self,
         engine: Receiving,
-        limit_s: float,
+        timeout_s: float,
         *,
         may_start: Callable[[], str],
         on_updated: Callable[[float], None],
         beat: Callable[[], None],
         tell: Callable[[str], None],
     ) -> None:
-        """Serves `engine`, within `limit_s` seconds for every wait.
+        """Serves `engine`, within `timeout_s` seconds for every wait.
 
         `may_start` says why no transfer can begin now, '' if one can; `on_updated` gets the clock's value
         when generation stopped for the weights now in place; `beat` is called while the loop waits for
         orders.
         """
-        self._engine, self._limit_s = engine, limit_s
+        self._engine, self._timeout_s = engine, timeout_s
         self._may_start, self._on_updated, self._beat, self._tell = may_start, on_updated, beat, tell
         self._orders: queue.Queue[_Order] = queue.Queue()
         self._connecting: _Order | None = None
@@ -116,13 +116,15 @@ class Receiver:
             self._orders.put(order)  # Wakes the loop, if it waits for the next order.
             return ""
         self._orders.put(order)
-        limit_s = 2 * self._limit_s  # The learner gives up first: it knows who else has not answered.
+        timeout_s = 2 * self._timeout_s  # The learner gives up first: it knows who else has not answered.
         late = "the group did not meet" if verb == "init" else f"the actor's loop did not come to `{verb}`"
-        return Pending(order.done, "the actor's loop", limit_s, late=f"{late} within {limit_s:.0f} s").wait()
+        return Pending(
+            order.done, "the actor's loop", timeout_s, late=f"{late} within {timeout_s:.0f} s"
+        ).wait()
 
     # --- the loop ---
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Carries out what was ordered; with a transfer under way, until that is over."""
         silent_since_s = time.monotonic()
         while True:
@@ -136,8 +138,8 @@ class Receiver:
                 if self._receiving is None:
                     return
                 self._beat()
-                if time.monotonic() - silent_since_s > self._limit_s / 2:
-                    self._give_up(f"the learner has sent nothing for {self._limit_s / 2:.0f} s")
+                if time.monotonic() - silent_since_s > self._timeout_s / 2:
+                    self._give_up(f"the learner has sent nothing for {self._timeout_s / 2:.0f} s")
                 continue
             self._carry_out(order)
             silent_since_s = time.monotonic()

@@ -17,6 +17,7 @@ there is nothing to).
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -88,7 +89,7 @@ class RolloutActor(Heartbeat):
         # What the newest lease was asked with; what the buffer refused.
         self._leasing_version = self._outdated_version = -1
         self._lease_at_s = self._reported_s = self._renewed_s = 0.0
-        self._retire_until_s: float | None = None
+        self._retire_deadline_s = math.inf  # Until it is told to drain.
         waits = ("wait_admission_s", "wait_disk_s", "wait_evaluation_s", "wait_weights_s")
         self._counters: dict[str, float] = dict.fromkeys(
             ("groups", "groups_failed", "leases_refused", "busy_s", *waits, "errors"), 0.0
@@ -143,10 +144,10 @@ class RolloutActor(Heartbeat):
         """None where nobody pushes weights."""
         if self._config.weights.is_pulled:
             return None
-        limit_s, engine = self._config.run.timeout_s, cast(Receiving, self._engine)
+        timeout_s, engine = self._config.run.timeout_s, cast(Receiving, self._engine)
         return Receiver(
             engine,
-            limit_s,
+            timeout_s,
             may_start=self._may_receive,
             on_updated=self._groups.updated,
             beat=self._beat,
@@ -170,8 +171,10 @@ class RolloutActor(Heartbeat):
         """Carries out what the learner pushes, and what the board wants as soon as all for it is here."""
         if self._receiver is not None:
             self._join_board()
-            self._receiver.look()
+            self._receiver.poll()
         self._follower.poll(self._engine.version, is_evaluating=self._evaluating > 0)
+        if self._follower.retire == "drain" and self._retire_deadline_s == math.inf:
+            self._retire_deadline_s = time.monotonic() + RETIRE_LIMIT_S
         update = self._follower.update
         if update is None or (
             update.weights is not None and not self._groups.update(update.version, update.weights)
@@ -201,11 +204,8 @@ class RolloutActor(Heartbeat):
         """Whether to leave the loop: at once, or drained, or after RETIRE_LIMIT_S of draining."""
         if self._follower.retire != "drain":
             return self._follower.retire == "now"
-        if self._retire_until_s is None:
-            self._retire_until_s = time.monotonic() + RETIRE_LIMIT_S
-        return time.monotonic() > self._retire_until_s or not (
-            len(self._groups) or self._scoring or len(self._outbox)
-        )
+        is_drained = not (len(self._groups) or self._scoring or len(self._outbox))
+        return is_drained or time.monotonic() > self._retire_deadline_s
 
     def _hand_back(self) -> None:
         """What was not finished goes to another actor, or to the next start of the run; what was is

@@ -192,8 +192,8 @@ class Rig:
 
     def consume(self, seconds: float, step_s: float = 0.0) -> int:
         """Takes batches for `seconds`, each followed by a learner's step of `step_s`; returns how many."""
-        until_s, count = time.perf_counter() + seconds, 0
-        while time.perf_counter() < until_s:
+        deadline_s, count = time.perf_counter() + seconds, 0
+        while time.perf_counter() < deadline_s:
             batch = self.buffer.sample(self.step, self.config.learner.groups_per_step, 1.0)
             payload = self.calls.ask(batch)
             if payload is not None:

@@ -31,7 +31,7 @@ FIRST_DIGIT = 3
 
 
 @dataclass
-class _Request:
+class _Asked:
     request_id: str
     tokens: tuple[int, ...]
     seed: int
@@ -87,8 +87,8 @@ class FakeEngine:
         self._length = (
             num_tokens if callable(num_tokens) else lambda seed: random.Random(seed).randint(*num_tokens)
         )
-        self._waiting: deque[_Request] = deque()
-        self._running: dict[str, _Request] = {}
+        self._waiting: deque[_Asked] = deque()
+        self._running: dict[str, _Asked] = {}
         self.version = version
         self.submitted: list[tuple[str, int]] = []
         self.loaded: list[int] = []
@@ -117,7 +117,7 @@ class FakeEngine:
         known = seed or 0
         self.submitted.append((request_id, known))
         self._waiting.append(
-            _Request(request_id, tuple(tokens), known, min(self._length(known), self._config.max_new_tokens))
+            _Asked(request_id, tuple(tokens), known, min(self._length(known), self._config.max_new_tokens))
         )
 
     def step(self) -> list[tuple[str, Generation]]:
@@ -138,13 +138,13 @@ class FakeEngine:
             del self._running[request.request_id]
         return [(request.request_id, request.generation()) for request in done]
 
-    def overdue(self, limit_s: float) -> list[str]:
-        """Returns the requests that have run for longer than `limit_s`."""
-        until_s = time.monotonic() - limit_s
+    def overdue(self, timeout_s: float) -> list[str]:
+        """Returns the requests that have run for longer than `timeout_s`."""
+        deadline_s = time.monotonic() - timeout_s
         return [
             key
             for key, _ in itertools.takewhile(
-                lambda entry: entry[1].started_s < until_s, self._running.items()
+                lambda entry: entry[1].started_s < deadline_s, self._running.items()
             )
         ]
 

@@ -296,7 +296,7 @@ class PushedActor:
 
     def _turn(self) -> None:
         while True:
-            self._receiver.look()
+            self._receiver.poll()
             time.sleep(0.0005)
 
     def receive(self, verb: str, number: int, *arguments: Any) -> str:

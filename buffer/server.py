@@ -279,10 +279,10 @@ class ReplayBuffer:
             self._shard.stop()
         self._shard.close()
 
-    async def _wait_for_change(self, until_s: float) -> None:
-        """Returns when something changed, or when the loop's clock shows `until_s`."""
+    async def _wait_for_change(self, deadline_s: float) -> None:
+        """Returns when something changed, or when the loop's clock shows `deadline_s`."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(until_s):
+            async with asyncio.timeout_at(deadline_s):
                 await self._changed.wait()
 
     def _notice(self) -> None:

@@ -184,9 +184,9 @@ def ask_for_actors(
         raise ConfigError(f"{run_dir}: {dead}; there is nothing to scale")
     request = ScaleRequest(uuid.uuid4().hex, count)
     replace_json(run_dir / REQUEST_NAME, msgspec.to_builtins(request))
-    until_s = time.monotonic() + timeout_s
+    deadline_s = time.monotonic() + timeout_s
     while status.answer is None or status.answer.id != request.id:
-        if time.monotonic() > until_s:
+        if time.monotonic() > deadline_s:
             raise PeerTimeout(
                 f"the driver of {run_dir} (process {status.pid} on {status.host}) did not answer within "
                 f"{timeout_s:.0f} s; "

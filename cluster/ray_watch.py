@@ -61,8 +61,8 @@ class RayWatch:
 
         When Ray is gone, the main thread may meet that before this watch has looked: it is waited for.
         """
-        until_s = time.monotonic() + 2 * LOOK_S
-        while not self.cause and time.monotonic() < until_s:
+        deadline_s = time.monotonic() + 2 * LOOK_S
+        while not self.cause and time.monotonic() < deadline_s:
             time.sleep(LOOK_S / 10)
         if not self.cause:
             return explained(error, "Ray")

@@ -308,7 +308,7 @@ class Supervisor:
     def _await_evaluations(self, stop: StopSignal, terminal: Terminal) -> None:
         """Turns until no evaluation is open, as the board says from now on, or none comes any further."""
         timeout_s, seen = self._config.run.timeout_s, None
-        until_s = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + timeout_s
         last_word = self._services.calls.start(self._services.board.evaluations(0))
         while not stop.name:
             if last_word.is_done():
@@ -318,8 +318,8 @@ class Supervisor:
             view = self._services.view.value
             generated = view and [actor.get("tokens_under_way") for actor in view["actors"].values()]
             if generated != seen:  # As long as tokens come, it is only slow.
-                until_s, seen = time.monotonic() + timeout_s, generated
-            if time.monotonic() > until_s:
+                deadline_s, seen = time.monotonic() + timeout_s, generated
+            if time.monotonic() > deadline_s:
                 self._services.event(
                     f"the final evaluation stood still for {timeout_s:.0f} s (run.timeout_s); going on without it"
                 )
@@ -373,8 +373,8 @@ class Supervisor:
     def _last_word(self, call: Call[T], otherwise: T) -> T:
         """The call's answer; `otherwise` from who is gone, or does not answer in time."""
         try:
-            limit_s = RAY_GONE_TIMEOUT_S if self._ray.cause else CLOSE_TIMEOUT_S
-            return self._services.calls.ask(call, limit_s)
+            timeout_s = RAY_GONE_TIMEOUT_S if self._ray.cause else CLOSE_TIMEOUT_S
+            return self._services.calls.ask(call, timeout_s)
         except AgroError:
             return otherwise
 
@@ -441,8 +441,8 @@ class Supervisor:
         """Ends every actor: it hands back what it has not finished."""
         self._state = "ending"
         self._fleet.end()
-        until_s = time.monotonic() + CLOSE_TIMEOUT_S
-        while self._fleet.names() and time.monotonic() < until_s:
+        deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
+        while self._fleet.names() and time.monotonic() < deadline_s:
             self._services.poll()
             self._fleet.poll()
             self._fleet.tick(time.monotonic())

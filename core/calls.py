@@ -293,13 +293,13 @@ class Calls:
         """Begins the call, and returns at once. `timeout_s` is its limit in place of `run.timeout_s`;
         `math.inf` is none.
         """
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        within_s = self._timeout_s if timeout_s is None else timeout_s
         future = asyncio.run_coroutine_threadsafe(_awaited(call), self._loop)
         return Pending(
             future,
             call.who,
-            limit_s,
-            late=f"{call.who} did not answer{self._within(limit_s)}",
+            within_s,
+            late=f"{call.who} did not answer{self._within(within_s)}",
             on_dropped=functools.partial(self.watch, future, call.who, f"`{call.method}`"),
         )
 
@@ -340,9 +340,9 @@ class Calls:
                 raise
             raise PeerTimeout(f"{call.who} did not answer{self._within(self._timeout_s)}") from None
 
-    def _within(self, limit_s: float) -> str:
+    def _within(self, timeout_s: float) -> str:
         whom = f" {self._name}" if self._name else ""
-        return f"{whom} within {limit_s:.0f} s (run.timeout_s)"
+        return f"{whom} within {timeout_s:.0f} s (run.timeout_s)"
 
     def watch(self, future: Future[Any], who: str, what: str) -> None:
         """Counts and tells the failure of what was begun elsewhere, and nobody waits for."""

@@ -78,7 +78,7 @@ class BatchSource:
 
     def _answers(self, step: int) -> Iterator[tuple[bool, bytes | None]]:
         """Yields (False, None) while there is no batch, then (True, the batch), or (True, None) to stop."""
-        until_s, seen = time.monotonic() + self._timeout_s, None
+        deadline_s, seen = time.monotonic() + self._timeout_s, None
         while not self._is_stopping():
             payload = self._calls.ask(self._buffer.sample(step, self._groups_per_step, POLL_S))
             if payload is not None:
@@ -88,8 +88,8 @@ class BatchSource:
             now = stats["buffer/inserted"], {name: tokens for name, (tokens, _) in generation.items()}
             # Slow, but coming: a first batch of long samples takes its time.
             if now != seen:
-                until_s, seen = time.monotonic() + self._timeout_s, now
-            if time.monotonic() > until_s:
+                deadline_s, seen = time.monotonic() + self._timeout_s, now
+            if time.monotonic() > deadline_s:
                 raise PeerTimeout(
                     f"no group came for {self._timeout_s:.0f} s (run.timeout_s) while the learner waited at "
                     f"step {step} for {self._groups_per_step} groups, and no token was generated: "

@@ -178,10 +178,10 @@ class Board:
         `version`: what it has loaded. `max_items`: how many evaluation prompts it can take now.
         """
         loop = asyncio.get_running_loop()
-        until_s = loop.time() + timeout_s
+        deadline_s = loop.time() + timeout_s
         async with self._changed:
             while (directive := self._directive(actor, version, max_items)) is None:
-                left_s = until_s - loop.time()
+                left_s = deadline_s - loop.time()
                 if left_s <= 0:
                     directive = Directive(version, retire=self._retiring.get(actor, ""))
                     break

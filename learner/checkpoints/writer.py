@@ -227,7 +227,7 @@ class CheckpointWriter:
         Raises OSError with a rank's reason, PeerTimeout with the names of the late.
         """
         found: dict[int, FileEntry] = {}
-        until_s = time.monotonic() + self._timeout_s
+        deadline_s = time.monotonic() + self._timeout_s
         while missing := [rank for rank in range(1, self._world_size) if rank not in found]:
             for rank in missing:
                 if (note := aside / f"rank-{rank}.failed").exists():
@@ -237,7 +237,7 @@ class CheckpointWriter:
                     found[rank] = msgspec.json.decode(report.read_bytes(), type=FileEntry)
                     report.unlink()
             if len(found) < self._world_size - 1:
-                if time.monotonic() > until_s:
+                if time.monotonic() > deadline_s:
                     late = ", ".join(str(rank) for rank in missing if rank not in found)
                     raise PeerTimeout(
                         f"learner rank {late} did not write its part within "

@@ -138,10 +138,10 @@ class TestReceiver:
 
     def test_a_learner_that_falls_silent_does_not_keep_the_actor(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("actors.receiver.LOOK_S", 0.05)
-        loop = Loop(limit_s=0.6)
+        loop = Loop(timeout_s=0.6)
         loop.order("start")
-        until_s = time.monotonic() + 10
-        while not loop.told and time.monotonic() < until_s:
+        deadline_s = time.monotonic() + 10
+        while not loop.told and time.monotonic() < deadline_s:
             time.sleep(0.01)
         assert "sent nothing for 0 s" in loop.told[0]
         assert loop.beats >= 3  # Nobody takes it for dead meanwhile.
@@ -152,5 +152,5 @@ class TestReceiver:
         receiver = Receiver(engine, 0.1, may_start=lambda: "", on_updated=nothing, beat=nothing, tell=nothing)
         with pytest.raises(PeerTimeout, match="did not come to `start` within 0 s"):
             receiver.order("start", 1)
-        receiver.look()
+        receiver.poll()
         assert engine.asked == []

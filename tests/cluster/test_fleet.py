@@ -67,13 +67,13 @@ class Bench:
             self.orders.append((name, how))
             (self.directory / f"{name}.retire").touch()
 
-    def until(self, is_so: Callable[[], bool], limit_s: float = 20.0) -> float:
+    def until(self, is_so: Callable[[], bool], timeout_s: float = 20.0) -> float:
         """Looks until it is so; the seconds that took."""
         start_s = time.monotonic()
         while not is_so():
             self.fleet.poll()
             self.fleet.tick(time.monotonic())
-            assert time.monotonic() - start_s < limit_s, (self.fleet.status(), self.told)
+            assert time.monotonic() - start_s < timeout_s, (self.fleet.status(), self.told)
             time.sleep(LOOK_S)
         return time.monotonic() - start_s
 
@@ -170,7 +170,7 @@ def test_a_stopped_process_is_found_by_its_pulse_killed_and_replaced(bench: Call
 def test_a_loop_that_stands_still_while_its_process_answers_is_replaced(bench: Callable[..., Bench]) -> None:
     b = bench(behaviour={"actor-0": "stuck"}, timeout_s=8.0)
     b.fleet.scale_to(1)
-    b.until(lambda: b.fleet.names("running") == ["actor-0.1"], limit_s=40)
+    b.until(lambda: b.fleet.names("running") == ["actor-0.1"], timeout_s=40)
     assert "its loop has not turned for 8 s (run.timeout_s)" in b.told[0]
 
 
@@ -194,7 +194,7 @@ def test_a_crash_loop_stops_with_role_cause_last_log_lines_and_a_hint(bench: Cal
     b = bench(behaviour={"*": "exit"})
     b.fleet.scale_to(1)
     with pytest.raises(TrainingError) as caught:
-        b.until(lambda: False, limit_s=60)
+        b.until(lambda: False, timeout_s=60)
     text = str(caught.value)
     assert text.startswith(f"actor-0 died {ACTOR.max_deaths} times within 5 min; the last time:")
     assert "last words of the engine" in text

@@ -314,8 +314,8 @@ def test_a_rank_that_dies_while_it_loads_or_hangs_is_named_and_can_be_started_ag
     (tmp_path / "logs").mkdir()
 
     def look_on() -> None:
-        until_s = time.monotonic() + 60
-        while time.monotonic() < until_s:
+        deadline_s = time.monotonic() + 60
+        while time.monotonic() < deadline_s:
             gang.poll()
             gang.tick(time.monotonic())
             time.sleep(0.1)
@@ -330,19 +330,19 @@ def test_a_rank_that_dies_while_it_loads_or_hangs_is_named_and_can_be_started_ag
 def poll_until_known(services: Services, name: str) -> int:
     """The process id of a service, once it has said it."""
     (life,) = [life for life in services._lives if life.name == name]
-    until_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 60
     while life.known is None:
         assert services.poll() == []
-        assert time.monotonic() < until_s
+        assert time.monotonic() < deadline_s
         time.sleep(0.1)
     return life.known.pid
 
 
 def poll_until_restarted(services: Services) -> list[str]:
     """The services that were started again, as soon as there is one."""
-    until_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 60
     while not (found := services.poll()):
-        assert time.monotonic() < until_s
+        assert time.monotonic() < deadline_s
         time.sleep(0.1)
     return found
 
@@ -376,8 +376,8 @@ def test_killed_shards_come_back_with_what_they_held_and_the_restart_is_an_event
             signal.SIGKILL,
         )
         services.release("actor-0")
-        until_s = time.monotonic() + 20
-        while services._owed and time.monotonic() < until_s:
+        deadline_s = time.monotonic() + 20
+        while services._owed and time.monotonic() < deadline_s:
             services.poll()
             time.sleep(0.1)
         assert not services._owed
@@ -507,8 +507,8 @@ def test_a_learner_left_alone_is_told_of_once_and_again_when_it_goes_on() -> Non
 
 def judge_until_it_raises(judge: Health, stats: dict[str, float]) -> None:
     """The texts of the errors are asked for, and nobody waits for them."""
-    until_s = time.monotonic() + 5.0
-    while time.monotonic() < until_s:
+    deadline_s = time.monotonic() + 5.0
+    while time.monotonic() < deadline_s:
         judge._judge_rewards(stats)
         time.sleep(0.01)
 

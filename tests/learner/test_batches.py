@@ -17,7 +17,7 @@ from learner.batches import BatchSource
 
 def test_the_learner_waits_as_long_as_tokens_come_and_names_who_generates_none(monkeypatch: Any) -> None:
     monkeypatch.setattr("learner.batches.POLL_S", 0.05)
-    start_s, until_s = time.monotonic(), 2.0
+    start_s, deadline_s = time.monotonic(), 2.0
 
     class Peer:
         """Buffer and monitor: no group ever; tokens for two seconds."""
@@ -32,7 +32,7 @@ def test_the_learner_waits_as_long_as_tokens_come_and_names_who_generates_none(m
             return 0, 0, []
 
         async def generation(self) -> dict[str, Any]:
-            return {"actor-0": ((0.0, min(until_s, time.monotonic() - start_s) * 100), 0.4)}
+            return {"actor-0": ((0.0, min(deadline_s, time.monotonic() - start_s) * 100), 0.4)}
 
     batches = BatchSource(
         Calls(20.0),

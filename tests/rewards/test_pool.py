@@ -49,8 +49,8 @@ def score(pool, *completions, **columns):
     return pool.submit("q", completions, columns).result(RESULT_LIMIT_S)
 
 
-def wait_until(condition, limit_s=10.0):
-    deadline_s = time.monotonic() + limit_s
+def wait_until(condition, timeout_s=10.0):
+    deadline_s = time.monotonic() + timeout_s
     while not condition() and time.monotonic() < deadline_s:
         time.sleep(0.02)
     return condition()
@@ -320,7 +320,7 @@ def test_no_worker_survives_the_parents_kill_9(function):
         assert len(workers) == 2
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        assert wait_until(lambda: not any(is_running(worker.pid) for worker in workers), limit_s=2.0)
+        assert wait_until(lambda: not any(is_running(worker.pid) for worker in workers), timeout_s=2.0)
     finally:
         parent.kill()
         parent.stdout.close()

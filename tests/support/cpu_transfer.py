@@ -160,9 +160,9 @@ def on_cpu() -> Iterator[Wires]:
         yield wires
 
 
-def wait_until(condition: Any, what: str, limit_s: float = 20.0) -> None:
+def wait_until(condition: Any, what: str, timeout_s: float = 20.0) -> None:
     """Fails by name when it does not come true."""
-    until_s = time.monotonic() + limit_s
+    deadline_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < until_s, f"in {limit_s:g} s never: {what}"
+        assert time.monotonic() < deadline_s, f"in {timeout_s:g} s never: {what}"
         time.sleep(0.005)

@@ -75,11 +75,11 @@ def start_train(model: Path, run_dir: Path, steps: int = STEPS, *more: str) -> s
     return process
 
 
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int, limit_s: float = 240) -> None:
-    until_s = time.monotonic() + limit_s
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int, timeout_s: float = 240) -> None:
+    deadline_s = time.monotonic() + timeout_s
     while len(rows_of(run_dir)) < step:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until_s, f"step {step} not reached in {limit_s} s"
+        assert time.monotonic() < deadline_s, f"step {step} not reached in {timeout_s} s"
         time.sleep(0.2)
 
 

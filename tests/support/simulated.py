@@ -67,10 +67,10 @@ class Late(concurrent.futures.Future):  # type: ignore[type-arg]
         return super().result(timeout)
 
 
-def until(condition: Callable[[], Any], limit_s: float = 20.0) -> None:
-    until_s = time.monotonic() + limit_s
+def until(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < until_s, f"not within {limit_s} s"
+        assert time.monotonic() < deadline_s, f"not within {timeout_s} s"
         time.sleep(0.01)
 
 

@@ -136,11 +136,11 @@ class Piecewise:
 class Loop:
     """An actor's loop that only looks for orders; they come from other threads."""
 
-    def __init__(self, limit_s: float = 20.0) -> None:
+    def __init__(self, timeout_s: float = 20.0) -> None:
         self.engine, self.told, self.declines, self.beats, self.updated = Piecewise(), list[str](), "", 0, 0
         self.receiver = Receiver(
             self.engine,
-            limit_s,
+            timeout_s,
             may_start=lambda: self.declines,
             on_updated=lambda start_s: setattr(self, "updated", self.updated + 1),
             beat=lambda: setattr(self, "beats", self.beats + 1),
@@ -152,7 +152,7 @@ class Loop:
 
     def _run(self) -> None:
         while not self._ended.wait(0.001):
-            self.receiver.look()
+            self.receiver.poll()
 
     def start_order(self, verb: str, number: int = 1, *arguments: Any) -> Future[str]:
         return self._threads.submit(self.receiver.order, verb, number, *arguments)

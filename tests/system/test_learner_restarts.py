@@ -89,10 +89,10 @@ def look(learner: Learner) -> None:
 
 
 def wait_for_gang(learner: Learner) -> None:
-    until_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 10
     while learner.state == "verifying a checkpoint":
         learner.poll()
-        assert time.monotonic() < until_s
+        assert time.monotonic() < deadline_s
         time.sleep(0.01)
 
 
@@ -166,10 +166,10 @@ def test_killed_ranks_and_a_killed_driver_cost_no_step_no_prompt_and_no_group(
     assert len(ranks) == 2
     killed = ranks[1]  # Not always of rank 1: Ray starts them in an order of its own.
     killed.kill()
-    until_s = time.monotonic() + 200
+    deadline_s = time.monotonic() + 200
     while max(row["progress/step"] for row in rows_of(run_dir)) < 12:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until_s
+        assert time.monotonic() < deadline_s
         time.sleep(0.2)
     events = [event["text"] for event in rows_of(run_dir, "events")]
     deaths = [text for text in events if re.match(r"learner rank [01] died: its process was killed", text)]

@@ -224,20 +224,22 @@ def running_actors(run_dir: Path) -> dict[str, int]:
     return {actor["name"]: actor["pid"] for actor in actors if actor["state"] == "running"}
 
 
-def wait_for_actors(process: subprocess.Popen[str], run_dir: Path, *names: str, limit_s: float = 150) -> None:
+def wait_for_actors(
+    process: subprocess.Popen[str], run_dir: Path, *names: str, timeout_s: float = 150
+) -> None:
     """Until these run, and no other."""
-    until_s = time.monotonic() + limit_s
+    deadline_s = time.monotonic() + timeout_s
     while running_actors(run_dir).keys() != set(names):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until_s, launch("status", str(run_dir)).stdout
+        assert time.monotonic() < deadline_s, launch("status", str(run_dir)).stdout
         time.sleep(0.2)
 
 
-def wait_for_status(run_dir: Path, pattern: str, limit_s: float = 30) -> None:
+def wait_for_status(run_dir: Path, pattern: str, timeout_s: float = 30) -> None:
     """Until a line of `launch.py status` is so: a run writes its status once a second."""
-    until_s = time.monotonic() + limit_s
+    deadline_s = time.monotonic() + timeout_s
     while not re.search(pattern, shown := launch("status", str(run_dir)).stdout, re.MULTILINE):
-        assert time.monotonic() < until_s, shown
+        assert time.monotonic() < deadline_s, shown
 
 
 def check_nothing_is_lost(run_dir: Path) -> None:
@@ -380,10 +382,10 @@ def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={temp_dir}"]
     log = (tmp_path / "head.log").open("w")
     head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-    until_s = time.monotonic() + 90
+    deadline_s = time.monotonic() + 90
     while "Ray runtime started" not in (tmp_path / "head.log").read_text():
         assert head.poll() is None, (tmp_path / "head.log").read_text()
-        assert time.monotonic() < until_s
+        assert time.monotonic() < deadline_s
         time.sleep(0.5)
     yield {**env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}"}
     family = psutil.Process(head.pid).children(recursive=True)
@@ -413,10 +415,10 @@ def test_ray_job_submit_with_token_authentication(
         text=True,
     )
     assert refused.returncode != 0
-    until_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 60
     while True:
         done = subprocess.run(command, cwd=ROOT, env=ray_head, timeout=280, capture_output=True, text=True)
-        if "No available agent to submit job" not in done.stderr or time.monotonic() > until_s:
+        if "No available agent to submit job" not in done.stderr or time.monotonic() > deadline_s:
             break  # A head that has just started has no agent for jobs yet, and says "try again later".
         time.sleep(2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -39,11 +39,11 @@ class ActorsClient:
     failure    is set when the transfer was broken off
     """
 
-    def __init__(self, calls: Calls, limit_s: float, *, ranks_each: int, coupled: bool) -> None:
-        """`limit_s` ends every wait, `ranks_each` is how many workers an actor has, and `coupled` is told of
+    def __init__(self, calls: Calls, timeout_s: float, *, ranks_each: int, coupled: bool) -> None:
+        """`timeout_s` ends every wait, `ranks_each` is how many workers an actor has, and `coupled` is told of
         above.
         """
-        self._calls, self._limit_s, self._ranks_each, self._coupled = calls, limit_s, ranks_each, coupled
+        self._calls, self._timeout_s, self._ranks_each, self._coupled = calls, timeout_s, ranks_each, coupled
         self._asked: dict[str, ReceiverClient] = {}
         self.number = time.time_ns()  # Above those of a learner that died: actors refuse what was broken off.
         self.members: dict[str, ReceiverClient] = {}
@@ -64,7 +64,7 @@ class ActorsClient:
 
     def greet(self) -> None:
         """Asks whether every loop answers. Raises GroupBroken."""
-        self._ask("hello", min(ANSWER_S, self._limit_s))
+        self._ask("hello", min(ANSWER_S, self._timeout_s))
         self._go_on_with_the_rest()
 
     # --- what vLLM calls ---
@@ -76,10 +76,10 @@ class ActorsClient:
         offsets = {name: 1 + index * self._ranks_each for index, name in enumerate(self.members)}
         known = "rank_offset" in init_info
         # Only a group has to meet.
-        limit_s = self._limit_s if self._coupled else min(ANSWER_S, self._limit_s)
+        timeout_s = self._timeout_s if self._coupled else min(ANSWER_S, self._timeout_s)
         self._ask(
             "init",
-            limit_s,
+            timeout_s,
             lambda name: ({**init_info, "rank_offset": offsets[name]} if known else init_info,),
         )
         self._go_on_with_the_rest()
@@ -88,17 +88,17 @@ class ActorsClient:
         """Has the actors stand still from here on, between two engine steps. Raises GroupBroken before
         anything is sent.
         """
-        self._ask("start", min(ANSWER_S, self._limit_s))
+        self._ask("start", min(ANSWER_S, self._timeout_s))
         self._go_on_with_the_rest()
 
     def update_weights(self, update_info: Any) -> None:
         """Has the actors receive; with NCCL in step with the broadcast."""
-        self._ask("update", self._limit_s, lambda name: (update_info,))
+        self._ask("update", self._timeout_s, lambda name: (update_info,))
         self._go_on_with_the_rest()
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Has the new weights put in place, once their probes are confirmed; who cannot is alone in that."""
-        self._ask("finish", self._limit_s, lambda name: (self._version, self._probes))
+        self._ask("finish", self._timeout_s, lambda name: (self._version, self._probes))
 
     def break_off(self, reason: str) -> None:
         """Has everybody that was asked give up: with its old weights, or none where new ones have begun to
@@ -110,18 +110,18 @@ class ActorsClient:
         self.on_broken()
 
     def _ask(
-        self, verb: str, limit_s: float, arguments: Callable[[str], tuple[Any, ...]] = lambda name: ()
+        self, verb: str, timeout_s: float, arguments: Callable[[str], tuple[Any, ...]] = lambda name: ()
     ) -> None:
         """Gives one order to all members; those that fail, decline or are late are no longer members."""
         asked = dict(self.members)
         answers = {
-            name: self._calls.start(actor.receive(verb, self.number, *arguments(name)), limit_s)
+            name: self._calls.start(actor.receive(verb, self.number, *arguments(name)), timeout_s)
             for name, actor in asked.items()
         }
         # With NCCL the others would wait without end for what the one that failed does no longer send or
         # take; until all has arrived.
         is_collective = self._coupled and verb != "finish"
-        settle(answers.values(), limit_s, until="first failure" if is_collective else "all")
+        settle(answers.values(), timeout_s, until="first failure" if is_collective else "all")
         done = {name for name, answer in answers.items() if answer.future.done()}
         errors = {name: error for name in done if (error := answers[name].error()) is not None}
         is_cut_short = is_collective and bool(errors)
@@ -133,7 +133,7 @@ class ActorsClient:
             elif name not in done:
                 answer.give_up()
                 if not is_cut_short:
-                    self.failed[name] = f"it did not answer `{verb}` within {limit_s:.0f} s"
+                    self.failed[name] = f"it did not answer `{verb}` within {timeout_s:.0f} s"
         lost = {name: actor for name, actor in asked.items() if name in self.failed or name in self.declined}
         self._tell_to_abort(lost, "left out of this transfer")
         self.members = {name: actor for name, actor in asked.items() if name not in lost}

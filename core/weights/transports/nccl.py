@@ -91,13 +91,13 @@ class NcclTransport(PushTransport):
         # Where a member dies in the rendezvous, NCCL waits for it without end: in a thread, that can be left
         # behind.
         threading.Thread(target=form, name="nccl rendezvous", daemon=True).start()
-        limit_s = self._sender.config.run.timeout_s
+        timeout_s = self._sender.config.run.timeout_s
         done, _ = concurrent.futures.wait(
-            [forming, self.client.failure], limit_s, return_when=concurrent.futures.FIRST_COMPLETED
+            [forming, self.client.failure], timeout_s, return_when=concurrent.futures.FIRST_COMPLETED
         )
         if not done:
             raise GroupBroken(
-                f"an NCCL group of {', '.join(names)} was not formed within {limit_s:.0f} s (run.timeout_s)"
+                f"an NCCL group of {', '.join(names)} was not formed within {timeout_s:.0f} s (run.timeout_s)"
             )
         self._engine, self._formed = done.pop().result(), names
 

@@ -266,7 +266,7 @@ def test_two_zero_ranks_yield_the_whole_weights_in_the_declared_order_a_bucket_a
     make_llama(16, tied=False, hidden=384, layers=2).save_pretrained(tmp_path / "model")
     for family in ("deepseek_v3", "mixtral"):
         make_family(family, tmp_path / family)
-    run_ranks(source_scenario.main, 2, tmp_path / "model", tmp_path, tmp_path, limit_s=120.0)
+    run_ranks(source_scenario.main, 2, tmp_path / "model", tmp_path, tmp_path, timeout_s=120.0)
     for rank in (0, 1):
         report = json.loads((tmp_path / f"report-{rank}.json").read_text())
         assert report["declared"] == report["yielded"] == report["of the model"]
@@ -343,10 +343,10 @@ def test_over_ray_a_killed_actor_is_named_at_once_and_costs_the_others_what_the_
     assert time.monotonic() - start_s < 10
     assert list(client.failed) == ["actor-1"]
     for name in ("actor-0", "actor-2"):
-        until_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 10
         while (seen := ray.get(actors[name].seen.remote(), timeout=20))[
             0
-        ] == 4 and time.monotonic() < until_s:
+        ] == 4 and time.monotonic() < deadline_s:
             time.sleep(0.02)
         assert seen[0] == (-1 if coupled else 8)
         assert seen[1][:4] == ["connect", "use 0", "start", "update"]

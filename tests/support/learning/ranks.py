@@ -30,9 +30,9 @@ def start_ranks(target: Callable[..., None], num_ranks: int, *arguments: Any) ->
     return ranks
 
 
-def run_ranks(target: Callable[..., None], num_ranks: int, *arguments: Any, limit_s: float = 240.0) -> None:
+def run_ranks(target: Callable[..., None], num_ranks: int, *arguments: Any, timeout_s: float = 240.0) -> None:
     """As `start_ranks`, to their end, which must be a good one."""
     ranks = start_ranks(target, num_ranks, *arguments)
     for rank in ranks:
-        rank.join(limit_s)
+        rank.join(timeout_s)
     assert [rank.exitcode for rank in ranks] == [0] * num_ranks

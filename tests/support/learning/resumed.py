@@ -55,12 +55,12 @@ class Run:
         assert self.ended() == [0] * len(self.ranks), (self.dir / "stderr-0.txt").read_text()[-3000:]
 
     def kill_when(self, is_time: Callable[[], bool]) -> None:
-        until_s = time.monotonic() + 240
+        deadline_s = time.monotonic() + 240
         while not is_time():
             assert all(rank.is_alive() for rank in self.ranks), (self.dir / "stderr-0.txt").read_text()[
                 -3000:
             ]
-            assert time.monotonic() < until_s
+            assert time.monotonic() < deadline_s
             time.sleep(0.001)
         for rank in self.ranks:
             rank.kill()

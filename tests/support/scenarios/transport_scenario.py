@@ -67,7 +67,7 @@ class Rig:
 
     def generate(self, ids: list[str]) -> list[Any]:
         while not all(request_id in self.finished for request_id in ids):
-            self.receiver.look()
+            self.receiver.poll()
             self.finished |= dict(self.engine.step())
         return [self.finished[request_id] for request_id in ids]
 
@@ -77,10 +77,10 @@ class Rig:
 
         working = ThreadPoolExecutor(1).submit(work)
         while not working.done():
-            self.receiver.look()
+            self.receiver.poll()
             if self.engine.num_unfinished:
                 self.finished |= dict(self.engine.step())
-        self.receiver.look()
+        self.receiver.poll()
         return working.result()
 
 
