@@ -71,3 +71,34 @@ class UnluckyRank:
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(1)
         raise RuntimeError("[gloo] Timed out waiting 90000ms for recv operation to complete")
+
+
+class IdleActor(Heartbeat):
+    """In place of a RolloutActor in a whole supervisor: it never works, and lives until it is killed."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def run(self) -> None:
+        while True:
+            self._beat()
+            time.sleep(0.05)
+
+
+class IdleRank:
+    """In place of a LearnerRank in a whole supervisor: it trains until it is killed."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def address(self) -> tuple[str, int]:
+        return "127.0.0.1", 1
+
+    def ping(self) -> int:
+        return 0
+
+    def start(self, address: tuple[str, int]) -> None:
+        pass
+
+    def train(self, *arguments: Any) -> None:
+        time.sleep(600)
