@@ -69,7 +69,7 @@ class Outbox:
         arrived: list[int] = []
         kept = []
         for parcel in self._parcels:
-            if self._is_delivered(parcel):
+            if self._settle_parcel(parcel):
                 arrived += parcel.ordinals
             else:
                 kept.append(parcel)
@@ -81,7 +81,8 @@ class Outbox:
                     parcel.pending = self._calls.start(parcel.call)
         return arrived
 
-    def _is_delivered(self, parcel: _Parcel) -> bool:
+    def _settle_parcel(self, parcel: _Parcel) -> bool:
+        """Takes the answer if it came; True when the parcel was taken."""
         if parcel.pending is None or not parcel.pending.is_done():
             return False
         who = parcel.call.who

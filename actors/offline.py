@@ -315,7 +315,7 @@ class OfflineActor(Heartbeat):
         not answer.
         """
         with self._rewards:
-            while not await self._is_retired():
+            while not await self._poll_board():
                 self._beat()
                 await self._feed()
                 report = self._monitor.log_actor(self._name, {**self._counters, "version": self._version})
@@ -358,7 +358,7 @@ class OfflineActor(Heartbeat):
                 return True
             await asyncio.sleep(RETRY_S)
             self._beat()
-            if await self._is_retired():
+            if await self._poll_board():
                 break
             self._counters["insert_retries"] += 1
         return False
@@ -379,8 +379,8 @@ class OfflineActor(Heartbeat):
                 samples[index] = sample
         return group_of(item, row, samples, self._name)
 
-    async def _is_retired(self) -> bool:
-        """Asks the board; takes note of the newest version, for the monitor."""
+    async def _poll_board(self) -> bool:
+        """Asks the board whether to end, and takes note of the newest version for the monitor."""
         payload = await self._calls.start(self._board.poll(self._name, self._version, 0, 0.0))
         directive = msgspec.msgpack.decode(payload, type=Directive)
         self._version = directive.version

@@ -47,7 +47,7 @@ NO_GPU = "not measured (no GPU)"
 MIB = 2**20
 
 
-class Board:
+class Shelf:
     """Stands for the board and keeps the newest snapshot. `actors` are those that weights are pushed to, by
     name.
     """
@@ -70,7 +70,7 @@ class Board:
 
 def board_of(actors: dict[str, ReceiverClient] | None = None) -> BoardClient:
     """Such a board, as a transport is given one."""
-    return BoardClient(Local(Board(actors)), BOARD)
+    return BoardClient(Local(Shelf(actors)), BOARD)
 
 
 def make_config(model_dir: str, **sections: Any) -> Config:

@@ -181,7 +181,7 @@ class Pending(Generic[T]):
         self._on_dropped = on_dropped
 
     def is_done(self) -> bool:
-        """Whether `result` has something to give. Raises PeerTimeout, and gives the call up, when that is
+        """Says whether `result` has an answer. Raises PeerTimeout, and gives the call up, when that is
         overdue.
         """
         if self.future.done():

@@ -12,7 +12,6 @@ EXCEPTIONS: dict[str, set[str]] = {
         "cluster/monitor/monitor.py",
         "core/config/__init__.py",
         "core/config/files.py",
-        "core/weights/transports/client.py",
     },
     "functions_are_short": {
         "tests/support/scenarios/guards_scenario.py main",
@@ -30,21 +29,11 @@ EXCEPTIONS: dict[str, set[str]] = {
         "cluster/pulse.py",
         "cluster/services.py",
         "cluster/watchdog.py",
-        "core/calls.py",
         "core/config/__init__.py",
         "core/config/checks.py",
-        "core/weights/transports/base.py",
-        "core/weights/transports/snapshot.py",
     },
     "one_class_has_one_name": {
-        "core/weights/board.py Board",
-        "core/weights/transports/base.py Source",
-        "core/weights/transports/nccl.py WeightPass",
         "learner/worker.py LearnerRank",
-    },
-    "names_hide_no_effect": {
-        "actors/exchange.py _is_delivered",
-        "actors/offline.py _is_retired",
     },
 }
 """By rule, the places that break it: `path` or `path name`."""

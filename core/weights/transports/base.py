@@ -27,7 +27,7 @@ class Parameter(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-class Source(Protocol):
+class ParameterSource(Protocol):
     """A policy's weights, as a transport takes them (`learner.policy.source.ZeroSource`).
 
     Iterating gives (name, whole tensor) of every parameter in the order of `metadata()`, a fresh pass each
@@ -64,7 +64,7 @@ class Sender:
 
     rank: int
     config: Config
-    source: Source
+    source: ParameterSource
     board: BoardClient
     calls: Calls
     store: Callable[[Any], Any]
@@ -103,10 +103,11 @@ class NoTransport(Transport):
     """Stands where there is no transport yet: nothing was published."""
 
     def publish(self, version: int, *, evaluate: bool) -> None:
+        """Nobody calls it."""
         raise AssertionError("nothing is published before the learner trains")
 
     def flush(self) -> None:
-        pass
+        """Has nothing to wait for."""
 
     def republish(self) -> None:
-        pass
+        """Has nothing to publish again."""

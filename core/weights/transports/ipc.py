@@ -33,14 +33,14 @@ def build(sender: Sender) -> Transport:
     return IpcTransport(sender)
 
 
-class WeightPass(Pass, WeightSource):
+class IpcPass(Pass, WeightSource):
     """A pass as vLLM's trainer API defines a source."""
 
 
 class IpcTransport(PushTransport):
     """Hands chunks of each pass to the actors on the same GPU; see the module's docstring."""
 
-    make_pass = WeightPass
+    make_pass = IpcPass
 
     coupled = False
 

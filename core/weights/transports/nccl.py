@@ -40,14 +40,14 @@ def build(sender: Sender) -> Transport:
     return NcclTransport(sender)
 
 
-class WeightPass(Pass, WeightSource):
+class NcclPass(Pass, WeightSource):
     """A pass as vLLM's trainer API defines a source."""
 
 
 class NcclTransport(PushTransport):
     """Broadcasts each pass to a group of actors; see the module's docstring."""
 
-    make_pass = WeightPass
+    make_pass = NcclPass
 
     coupled = True
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from core.errors import TrainingError
-from core.weights.transports.base import Parameter, Source
+from core.weights.transports.base import Parameter, ParameterSource
 
 NUM_PROBES = 8
 VLLM_SYMBOLS: tuple[str, ...] = (
@@ -30,7 +30,7 @@ class Pass:
     """One pass over the source; `begin` is called before its first parameter, `look` with each."""
 
     def __init__(
-        self, source: Source, begin: Callable[[], None], look: Callable[[str, torch.Tensor], None]
+        self, source: ParameterSource, begin: Callable[[], None], look: Callable[[str, torch.Tensor], None]
     ) -> None:
         self._source, self._begin, self._look = source, begin, look
         self._weights = iter(source)
@@ -64,7 +64,7 @@ class Pass:
             )
 
 
-def probe_names(source: Source) -> frozenset[str]:
+def probe_names(source: ParameterSource) -> frozenset[str]:
     """Returns the names of a few vectors from the first to the last, norms where there are any.
 
     They are what vLLM keeps as it is, under its own name.

@@ -46,6 +46,7 @@ class SnapshotTransport(Transport):
         self._held: dict[int, tuple[bytes, list[Any], bool]] = {}
 
     def publish(self, version: int, *, evaluate: bool) -> None:
+        """Copies the weights into a snapshot; storing it goes on in the background."""
         if self._sender.rank != 0:
             collections.deque(self._sender.source, maxlen=0)
             return
@@ -79,6 +80,7 @@ class SnapshotTransport(Transport):
         )
 
     def flush(self) -> None:
+        """Waits until the newest snapshot is stored and the board knows of it."""
         if self._storing is None:
             return
         version, future = self._storing
@@ -113,6 +115,7 @@ class SnapshotTransport(Transport):
         self._held = {held: entry for held, entry in self._held.items() if held in versions or held > version}
 
     def metrics(self) -> dict[str, float]:
+        """How long the newest snapshot took to be stored, in seconds."""
         return {} if self._store_s is None else {"weights/store_s": self._store_s}
 
     def _finish(self, writer: SnapshotWriter, version: int, evaluate: bool, start_s: float) -> None:

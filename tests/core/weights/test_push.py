@@ -240,7 +240,7 @@ def test_a_laggard_is_named_and_left_out_and_back_once_it_answers(bench, wires: 
     assert cast.learner.snapshots == [0, 2, 4]
     laggard.gate.set()
     cast.reach(laggard, 4)  # By the snapshot.
-    wait_until(lambda: cast.learner.transport._owing["actor-1"].done(), "an answer")
+    wait_until(lambda: cast.learner.transport._owing["actor-1"].is_done(), "an answer")
     cast.learner.publish(6)
     assert cast.versions == [6, 6]
     assert "actor-1 answers again" in cast.learner.events[-1]
@@ -306,8 +306,8 @@ def test_with_nccl_one_that_never_answers_while_weights_arrive_is_named_after_th
     assert "did not answer `update` within 3 s" in told
     cast.actors[1].engine.update_transfer = update
     silent.set()
+    wait_until(lambda: all(answer.is_done() for answer in cast.learner.transport._owing.values()), "answers")
     wait_until(lambda: all(version >= 0 for version in cast.versions), "weights again")
-    wait_until(lambda: all(answer.done() for answer in cast.learner.transport._owing.values()), "answers")
     cast.learner.publish(4)
     assert cast.versions == [4, 4]
 
@@ -432,7 +432,7 @@ def test_the_pass_is_a_weight_source_as_vllm_defines_it(transport: str):
     module = importlib.import_module(f"core.weights.transports.{transport}")
     policy = Plain()
     begun: list[str] = []
-    source = module.WeightPass(
+    source = getattr(module, f"{transport.capitalize()}Pass")(
         ZeroSource(policy, 100), lambda: begun.append("begun"), lambda name, tensor: begun.append(name)
     )
     assert isinstance(source, WeightSource)

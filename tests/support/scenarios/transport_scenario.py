@@ -107,13 +107,14 @@ class Stage:
     def __init__(self, rig: Rig, model_dir: Path, road: str) -> None:
         from transformers import AutoModelForCausalLM
 
+        from core.weights.board import ReceiverClient
         from tests.support.weights import Board
 
         self.road, self.rig = road, rig
         self.module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         self.report: dict[str, Any] = {"versions": {}}
         board = Board()
-        board.actors["actor-0"] = self.rig
+        board.actors["actor-0"] = ReceiverClient(self.rig, "actor-0")
         self.transport = make_transport(self, board, road)
 
     def named_weights(self, bucket_bytes: int, *, adapters_alone: bool = False) -> Any:
