@@ -51,6 +51,9 @@ def run(folder: Path, command: str) -> str:
 BY_TEST = {
     f"{PYTHON} status RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
     f"{PYTHON} audit RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
+    f"{PYTHON} why RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
+    f"{PYTHON} why RUN_DIR actor-0": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
+    "launch.py why RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
     f"{PYTHON} scale RUN_DIR --actors "
     "4": "test_system.py::test_scaling_one_to_three_to_one_from_another_shell_and_sigterm_lose_nothing",
     f"{PYTHON} chat RUN_DIR/policy "

@@ -9,7 +9,10 @@ from tests.support import ROOT
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 """A block of a page, its language and its text. What is typed in a shell is in blocks of `sh`."""
-WITH_COMMANDS = ("README.md", "CONTRIBUTING.md", "docs/running.md", "docs/cluster.md", "docs/extending.md")
+WITH_COMMANDS = (
+    *("README.md", "CONTRIBUTING.md"),
+    *("docs/running.md", "docs/cluster.md", "docs/deaths.md", "docs/extending.md"),
+)
 PROGRAMS = (
     *("make ", "launch.py ", ".venv/", "python ", "python3 ", "ray ", "wandb ", "vllm "),
     *("pip ", "uv ", "export ", "git ", "docker "),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.deaths import KINDS, as_markdown
 from tests.support import ROOT
 from tests.support.pages import PAGES, examples
 
@@ -47,6 +48,17 @@ def test_every_function_that_a_page_names_exists(page: Path) -> None:
         if not (ROOT / file).is_file() or name not in names_in(ROOT / file)
     ]
     assert missing == []
+
+
+def test_the_tables_of_deaths_are_those_that_the_run_goes_by() -> None:
+    assert as_markdown() in (ROOT / "docs" / "deaths.md").read_text(encoding="utf-8")
+
+
+def test_readme_tells_of_every_kind_of_process_that_dies() -> None:
+    table = (
+        (ROOT / "README.md").read_text(encoding="utf-8").partition("| what dies |")[2].partition("\n\n")[0]
+    )
+    assert [kind.name for kind in KINDS if kind.name not in table] == []
 
 
 def test_the_walk_names_a_function_at_every_step() -> None:

@@ -125,7 +125,7 @@ class TestFinishedRun:
         for command in shown:
             typed = command.replace("RUN_DIR", str(run[0])).replace("--step 200", f"--step {STEPS}")
             run_in_clone(clone, typed if typed.startswith(".venv/") else f".venv/bin/python {typed}")
-        assert len(shown) == 4
+        assert len(shown) == 7
         assert (clone / "DIR" / "model.safetensors").is_file()
 
     def test_policy_is_evaluated_by_vllm_through_the_cli(self, run: tuple[Path, str]) -> None:
