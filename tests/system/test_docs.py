@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster.deaths import KINDS, as_markdown
+from core.config import Config
+from learner.catalogue import OBJECTIVES
 from tests.support import ROOT
 from tests.support.pages import PAGES, examples
 
@@ -70,6 +72,24 @@ def test_every_file_that_a_page_names_exists(page: Path) -> None:
     named = [name for name in FILE.findall(prose(page)) if not name.startswith(OF_A_RUN)]
     missing = [name for name in named if not (ROOT / name).exists() and name not in examples()]
     assert missing == []
+
+
+def fields() -> set[str]:
+    """Every `section.key` of a config, those of all objectives among them."""
+    found = {
+        f"{section}.{key}"
+        for section, field in Config.model_fields.items()
+        for key in getattr(field.annotation, "model_fields", {})
+    }
+    return found | {f"objective.{key}" for knobs in OBJECTIVES.values() for key in knobs.model_fields}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_config_field_that_a_page_names_exists(page: Path) -> None:
+    sections = "|".join(Config.model_fields)
+    named = re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_]+)(?=[=`: ,;)]|$)", prose(page), re.MULTILINE)
+    files = {"run.lock"}
+    assert sorted({name for name in named if name not in fields()} - files) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
