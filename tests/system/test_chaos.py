@@ -13,6 +13,8 @@ import psutil
 import pytest
 
 from buffer.ledger import audit_run
+from cluster.cli.why import why
+from cluster.deaths import read_deaths
 from tests.support.runs import processes_of, rows_of, start_train, wait_for_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
@@ -51,6 +53,42 @@ def kill_one(process: subprocess.Popen[str], run_dir: Path, part: str, how: sign
         victim.send_signal(how)
         return True
     return False
+
+
+KINDS = {
+    "RolloutActor": "rollout actor",
+    "ReplayBuffer": "buffer shard",
+    "Board": "board",
+    "Monitor": "monitor",
+}
+
+
+def check_record(run_dir: Path, killed: Counter[tuple[str, str]]) -> None:
+    """Every death is recorded with its cause, every process has a log, and `launch.py why` tells them all."""
+    died = Counter((death.kind, death.what) for death in read_deaths(run_dir))
+    assert died == Counter(
+        {
+            (KINDS[part], "hang" if how == "SIGSTOP" else "signal"): count
+            for (part, how), count in killed.items()
+            if count
+        }
+    )
+    told = "\n".join(why(run_dir))
+    for death in read_deaths(run_dir):
+        assert death.pid is not None
+        assert f"{death.name}" in told
+        assert death.done in told
+        assert f": process {death.pid} on " in (run_dir / death.log).read_text(errors="replace")
+    assert "The run finished in order" in told
+    logs = {path.name for path in (run_dir / "logs").iterdir()}
+    assert {
+        "driver.log",
+        "learner-rank-0.log",
+        "monitor.log",
+        "board.log",
+        "buffer-0.log",
+        "actor-0.log",
+    } <= logs
 
 
 @pytest.mark.timeout(600)
@@ -97,4 +135,5 @@ def test_training_ends_at_its_step_count_with_a_clean_audit_though_something_die
     events = "\n".join(event["text"] for event in rows_of(run_dir, "events"))
     for part, name in (("ReplayBuffer", "replay buffer"), ("Board", "board"), ("Monitor", "monitor")):
         assert events.count(f"{name} restarted (") == deaths[part, "SIGKILL"] > 0
+    check_record(run_dir, deaths)
     assert "Traceback" not in out + err
