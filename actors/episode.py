@@ -17,9 +17,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from core.records import Bits, Float32s, Int32s, Sample, VersionSpan
 from environments import Environment, Turn
 
@@ -44,9 +41,9 @@ class Episode:
     def __init__(self, environment: Environment, first: Sequence[int]) -> None:
         """Begins with `first`, the tokens of what the policy sees first."""
         self._environment = environment
-        self._pieces: list[npt.NDArray[np.int32]] = []
+        self._pieces: list[Int32s] = []
         self._lengths: list[int] = []  # Of what was not sampled and what was, in turn: the runs of the mask.
-        self._logprobs: list[npt.NDArray[np.float32]] = []
+        self._logprobs: list[Float32s] = []
         self._spans: list[VersionSpan] = []
         self._texts: list[str] = []
         self._rewards: list[float] = []
@@ -56,19 +53,19 @@ class Episode:
     @property
     def tokens(self) -> list[int]:
         """Returns all tokens so far, from which the engine is to go on."""
-        return [token for piece in self._pieces for token in piece.tolist()]
+        return [token for piece in self._pieces for token in piece.numpy().tolist()]
 
     def observe(self, tokens: Sequence[int]) -> None:
         """Appends the tokens of what the policy is shown; they are not sampled."""
-        self._append(Int32s.of(tokens).numpy(), is_sampled=False)
+        self._append(Int32s.of(tokens), is_sampled=False)
 
     def act(self, generation: Generation) -> Turn:
         """Appends what the policy said, and lets the environment answer to it. Raises whatever the
         environment does.
         """
         start = self._num_sampled
-        self._append(generation.tokens.numpy(), is_sampled=True)
-        self._logprobs.append(generation.logprobs.numpy())
+        self._append(generation.tokens, is_sampled=True)
+        self._logprobs.append(generation.logprobs)
         for span in generation.version_spans:
             self._spans.append(VersionSpan(span.version, start + span.start, start + span.end))
         self._texts.append(generation.text)
@@ -81,9 +78,9 @@ class Episode:
     def sample(self) -> Sample:
         """Returns the trajectory as it is now; without a reward where no turn had one."""
         return Sample(
-            tokens=Int32s.of(np.concatenate(self._pieces)),
+            tokens=Int32s.joined(self._pieces),
             is_sampled=Bits.runs(*self._lengths),
-            logprobs=Float32s.of(np.concatenate(self._logprobs)),
+            logprobs=Float32s.joined(self._logprobs),
             version_spans=tuple(self._spans),
             turns=len(self._texts),
             finish_reason=self._finish_reason,
@@ -95,7 +92,7 @@ class Episode:
     def _num_sampled(self) -> int:
         return sum(self._lengths[1::2])
 
-    def _append(self, tokens: npt.NDArray[np.int32], *, is_sampled: bool) -> None:
+    def _append(self, tokens: Int32s, *, is_sampled: bool) -> None:
         self._pieces.append(tokens)
         if len(self._lengths) % 2 == is_sampled:  # The next run is one of this kind.
             self._lengths.append(len(tokens))

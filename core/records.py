@@ -64,9 +64,14 @@ class _Numbers(_Bytes):
         """
         found = values if isinstance(values, np.ndarray) else np.array(list(values), dtype=cls.dtype)
         kept = found.astype(cls.dtype, copy=False)
-        if kept.dtype.kind == "i" and (kept != found).any():
+        if kept.dtype != found.dtype and kept.dtype.kind == "i" and (kept != found).any():
             raise OverflowError(f"{found[kept != found][0]} is no {cls.dtype.name}")
         return cls(kept.tobytes())
+
+    @classmethod
+    def joined(cls, parts: Iterable[Self]) -> Self:
+        """Returns the values of all `parts`, one after another."""
+        return cls(b"".join(part.data for part in parts))
 
     def numpy(self) -> npt.NDArray[Any]:
         """Returns the values as a read-only array over the bytes: nothing is copied."""
@@ -125,7 +130,12 @@ class Bits(_Bytes):
         """Returns so many 0s, then so many 1s, then so many 0s again, and so on: the mask of observations and
         actions in turn.
         """
-        return cls.of(np.repeat(np.arange(len(lengths)) % 2 == 1, lengths))
+        value = 0  # All bits as one number: the fastest there is for few runs, as there are in a sample.
+        for place, length in enumerate(lengths):
+            value = (value << length) | ((1 << length) - 1 if place % 2 else 0)
+        count = sum(lengths)
+        num_unused = -count % 8
+        return cls(bytes([num_unused]) + (value << num_unused).to_bytes((count + num_unused) // 8))
 
     def numpy(self) -> npt.NDArray[np.bool_]:
         """Returns the truth values as a new array, bool [len]."""
