@@ -92,6 +92,7 @@ def with_infinite_reward(batch: Batch) -> Batch:
 
 
 def main(out_dir: Path, rank: int) -> None:
+    """STEPS on a policy whose parts are spoilt in turn, beside one that only sees the good ones."""
     from core.errors import TrainingError
     from learner.catalogue import parse_config
     from learner.objectives import load_objective
@@ -133,16 +134,7 @@ def main(out_dir: Path, rank: int) -> None:
             untouched.update(Share.of(batch), LR)
         skip = result.skip
         same = digest(policy) == before, digest(policy) == digest(plain)
-        found["steps"].append(
-            {
-                "kind": kind,
-                "is_unchanged": all(share_all(same[0])),
-                "is_as_untouched": all(share_all(same[1])),
-                "skips": share_all(skip and (skip.reasons, len(skip.mean_logprobs), skip.grad_norm)),
-                "groups": len(result.by_group("advantage")),
-                "grad_norm": result.grad_norm,
-            }
-        )
+        found["steps"].append(told_of(kind, result, same))
         payload = encode_batch(step, [StoredGroup.of(group)._replace(uses=1) for group in given.groups])
         try:
             guards.judge(step, payload, result.metrics(), skip)
@@ -152,6 +144,19 @@ def main(out_dir: Path, rank: int) -> None:
     found["mismatch"] = mismatches(config, policy, untouched, batches[0])
     if rank == 0:
         (out_dir / "found.json").write_text(json.dumps(found))
+
+
+def told_of(kind: str, result: Any, same: tuple[bool, bool]) -> dict[str, Any]:
+    """What all ranks say of a step. `same`: whether the policy is unchanged, and as the untouched one."""
+    skip = result.skip
+    return {
+        "kind": kind,
+        "is_unchanged": all(share_all(same[0])),
+        "is_as_untouched": all(share_all(same[1])),
+        "skips": share_all(skip and (skip.reasons, len(skip.mean_logprobs), skip.grad_norm)),
+        "groups": len(result.by_group("advantage")),
+        "grad_norm": result.grad_norm,
+    }
 
 
 def mismatches(config: Any, policy: Any, updater: Any, batch: Batch) -> dict[str, Any]:

@@ -17,34 +17,31 @@ def main(model_dir: Path, families_dir: Path, out_dir: Path, rank: int) -> None:
     """What the source declares, yields, and holds at a time; against the model's files. Then the same
     of mixtures of experts.
     """
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from safetensors.torch import load_file
 
-    from core.calls import Calls
-    from core.weights.board import BOARD, BoardClient
-    from core.weights.transports import Sender, load_transport
-    from learner.catalogue import parse_config
     from learner.policy.source import ZeroSource
     from learner.policy.zero import ZeroPolicy, init_process_group
+    from tests.support.configs import make_config
     from tests.support.scenarios.zero_scenario import meet
-    from tests.support.weights import Board
 
     torch.set_num_threads(1)
-    tree: dict[str, Any] = {
-        "model": {"path": str(model_dir)},
-        "data": {"path": "none"},
-        "learner": {"ranks": 2},
-    }
-    config = parse_config(
-        tree
-        | {
-            "rewards": {"functions": [{"name": "exact_match"}]},
-        }
-    )
+    config = make_config(model={"path": str(model_dir)}, learner={"ranks": 2})
     init_process_group(rank, 2, "127.0.0.1", meet(out_dir, rank), use_gpu=False, timeout_s=60)
     policy = ZeroPolicy(config.model, config.learner)
     weights = ZeroSource(policy, BUCKET_BYTES)
     expected = load_file(model_dir / "model.safetensors")
+    report = yields(policy, weights, expected) | snapshot(config, policy, weights, expected, rank)
+    report["mixtures"] = {
+        "deepseek_v3": mixture(families_dir / "deepseek_v3"),
+        "mixtral": mixture(families_dir / "mixtral", lora_rank=2),
+    }
+    (out_dir / f"report-{rank}.json").write_text(json.dumps(report))
+
+
+def yields(policy: Any, weights: Any, expected: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What the source declares and yields, and how much of the model is gathered meanwhile."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
     parameters = dict(policy.module.named_parameters())
 
     def gathered() -> int:
@@ -54,9 +51,8 @@ def main(model_dir: Path, families_dir: Path, out_dir: Path, rank: int) -> None:
         ]
         return sum(p.ds_numel * p.element_size() for p in held)
 
-    declared = [(name, str(dtype), list(shape)) for name, dtype, shape in weights.metadata()]
     report: dict[str, Any] = {
-        "declared": declared,
+        "declared": [(name, str(dtype), list(shape)) for name, dtype, shape in weights.metadata()],
         "gathered for metadata": gathered(),
         "wrong": [],
         "yielded": [],
@@ -70,24 +66,34 @@ def main(model_dir: Path, families_dir: Path, out_dir: Path, rank: int) -> None:
     report["of the model"] = [
         (name, str(expected[name].dtype), list(expected[name].shape)) for name in parameters
     ]
-    report["bound bytes"], report["model bytes"] = (
-        weights.largest_bytes,
-        sum(tensor.nbytes for tensor in expected.values()),
-    )
+    report["bound bytes"] = weights.largest_bytes
+    report["model bytes"] = sum(tensor.nbytes for tensor in expected.values())
+    return report
+
+
+def snapshot(
+    config: Any, policy: Any, weights: Any, expected: dict[str, torch.Tensor], rank: int
+) -> dict[str, Any]:
+    """A snapshot in the background, while the policy changes as a step changes it."""
+    from core.calls import Calls
+    from core.weights.board import BOARD, BoardClient
+    from core.weights.transports import Sender, load_transport
+    from tests.support.weights import Board
 
     def slow_store(bucket: Any) -> Any:
         time.sleep(STORE_S)
         return bucket.copy()
 
-    board = Board()
+    board, report = Board(), {}
     sender = Sender(rank, config, weights, BoardClient(board, BOARD), Calls(60), slow_store, print)
     transport = load_transport(sender)
     start_s = time.perf_counter()
     transport.publish(1, evaluate=False)
     report["stall_s"] = time.perf_counter() - start_s
-    for parameter in parameters.values():
+    parameters = list(policy.module.parameters())
+    for parameter in parameters:
         parameter.ds_tensor.zero_()  # As a step changes them: in place.
-    for parameter in parameters.values():
+    for parameter in parameters:
         if parameter.ds_persist:
             parameter.partition()
     report["changed since"] = all(bool((tensor == 0).all()) for _, tensor in weights)
@@ -98,11 +104,7 @@ def main(model_dir: Path, families_dir: Path, out_dir: Path, rank: int) -> None:
         report["snapshot wrong"] = [
             name for name in expected if not torch.equal(published[name], expected[name])
         ]
-    report["mixtures"] = {
-        "deepseek_v3": mixture(families_dir / "deepseek_v3"),
-        "mixtral": mixture(families_dir / "mixtral", lora_rank=2),
-    }
-    (out_dir / f"report-{rank}.json").write_text(json.dumps(report))
+    return report
 
 
 def mixture(model_dir: Path, **learner: Any) -> dict[str, list[str]]:
