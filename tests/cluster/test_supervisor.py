@@ -4,7 +4,6 @@ buffer dies too often.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -18,22 +17,20 @@ import pytest
 import ray
 
 from actors.prompts import PromptRow, PromptSet
-from buffer.client import connect_buffer
 from buffer.store import DiskFullError, StoreError
-from cluster.deaths import BOARD, SHARD, Deaths, read_deaths
+from cluster.deaths import BOARD, Deaths, read_deaths
 from cluster.gang import LearnerGang, RankDied
-from cluster.health import Health, Recent
 from cluster.preparation.prepare import Inputs
-from cluster.services import Services, ordinal
+from cluster.services import Services
 from cluster.session import logical_cpus
-from cluster.watchdog import MIN_QUIET_S, RECENT_S, Observation, Watchdog, dump_stacks, stalled_stage
-from core.calls import Calls, Client, Local, asks
+from cluster.watchdog import dump_stacks
+from core.calls import Calls, Client, asks
 from core.causes import Cause, memory_hint
-from core.errors import DataError, PeerTimeout, RewardError, TrainingError
+from core.errors import DataError, PeerTimeout, TrainingError
 from core.process_log import ProcessLog
 from core.processes import answer, explained
 from core.records import WorkItem
-from core.weights.board import Board, Directive
+from core.weights.board import Directive
 from tests.support.clients import events_to
 from tests.support.configs import make_config
 from tests.support.fleet_actors import SleepingActor, UnluckyRank
@@ -42,107 +39,6 @@ from tests.support.simulated import until
 pytestmark = pytest.mark.timed
 
 CONFIG = make_config({"run": {"timeout_s": 30.0}})
-
-
-# --- The watchdog: which stage ---
-
-
-def seen(
-    time_s: float,
-    *,
-    step: int = 3,
-    actors: dict[str, dict[str, Any]] | None = None,
-    absent: tuple[str, ...] = (),
-    waited: float = 0.0,
-    evaluations: int = 0,
-    full_disk: str = "",
-    **stats: float,
-) -> Observation:
-    return Observation(
-        time_s=time_s,
-        step=step,
-        actors={} if actors is None else actors,
-        absent=absent,
-        stats={"buffer/wait_batch_s": waited, **{f"buffer/{name}": value for name, value in stats.items()}},
-        num_evaluations=evaluations,
-        group_size=4,
-        admitted_groups=24,
-        full_disk=full_disk,
-    )
-
-
-def actor(**counters: float) -> dict[str, float]:
-    return {
-        "version": 6.0,
-        "generated_samples": 80.0,
-        "groups": 20.0,
-        "busy_s": 50.0,
-        "wait_admission_s": 5.0,
-        **counters,
-    }
-
-
-@pytest.mark.parametrize(
-    ("after", "expected"),
-    [
-        (seen(10, actors={"a": actor()}, waited=0.0, groups=40), "the learner is in its step"),
-        (
-            seen(10, waited=10, absent=("actor-0 loading for 40 s",)),
-            "no actor is running; actor-0 loading for 40 s",
-        ),
-        (
-            seen(10, actors={"a": actor(wait_weights_s=9.0)}, waited=10),
-            "the actors wait for weights (versions 6)",
-        ),
-        (
-            seen(10, actors={"a": actor(wait_disk_s=9.0)}, waited=10),
-            "the buffer takes nothing: its disk is full",
-        ),
-        (
-            seen(10, actors={"a": actor(busy_s=60.0)}, waited=10, full_disk="the disk of /run refuses"),
-            "the disk of /run refuses",
-        ),
-        (seen(10, actors={"a": actor(busy_s=59.0)}, waited=10, evaluations=1), "evaluation: 1 of them open"),
-        (seen(10, actors={"a": actor(generated_samples=88.0)}, waited=10), "rewards are pending: 2 groups"),
-        (
-            seen(10, actors={"a": actor(wait_admission_s=15.0)}, waited=10, leased=4, unconsumed=20),
-            "admission is closed: 24 of 24 groups",
-        ),
-        (
-            seen(10, actors={"a": actor(busy_s=60.0)}, waited=10, leased=16),
-            "the actors generate, but no group is finished (16 leased)",
-        ),
-        (
-            seen(10, actors={"a": actor(busy_s=60.0, groups=25.0, generated_samples=100.0)}, waited=10),
-            "groups come, but slowly: 0.50 a second",
-        ),
-    ],
-)
-def test_the_stalled_stage_is_named(after: Observation, expected: str) -> None:
-    assert expected in stalled_stage(seen(0, actors={"a": actor()}), after)
-
-
-def feed(dog: Watchdog, times_s: Iterator[int] | range, step: int) -> list[tuple[int, str]]:
-    told = [(time_s, dog.judge(seen(time_s, step=step, waited=float(time_s)))) for time_s in times_s]
-    return [(time_s, text) for time_s, text in told if text]
-
-
-def test_a_stall_is_told_once_after_sixty_seconds_and_again_after_a_step() -> None:
-    dog = Watchdog(timeout_s=600)
-    found = feed(dog, range(200), step=1)
-    assert [time_s for time_s, _ in found] == [MIN_QUIET_S]
-    assert "no optimizer step for 60 s after step 1: no actor is running" in found[0][1]
-    # The step took 200 s; half of the timeout.
-    assert [time_s for time_s, _ in feed(dog, range(200, 2500), step=2)] == [200 + 300]
-
-
-def test_a_stall_is_ten_median_steps_at_most_half_of_the_timeout() -> None:
-    dog = Watchdog(timeout_s=1000)
-    for step in range(10):
-        dog.judge(seen(step * 12, step=step))
-    assert dog.quiet_s == 120
-    assert Watchdog(timeout_s=60).quiet_s == 30
-    assert RECENT_S < MIN_QUIET_S
 
 
 # --- Stacks and causes, with real processes ---
@@ -440,138 +336,9 @@ def test_a_buffer_that_cannot_be_opened_stops_the_run_with_its_own_error(
         services.kill()
 
 
-# --- Health, with services that only note ---
-
-
-class Notes:
-    """In place of Services."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-        self.buffer, self.calls = connect_buffer([Local(self)]), Calls(5.0)
-
-    def event(self, text: str) -> None:
-        self.told.append(text)
-
-    def error_summary(self) -> tuple[int, int, list[str]]:
-        return 30, 64, ["ValueError: raises", "ValueError: raises"]
-
-
-class Roles:
-    """In place of the fleet: who runs, and how many died."""
-
-    def __init__(self, running: list[str], num_deaths: int = 0) -> None:
-        self.running, self.num_deaths = running, num_deaths
-
-    def names(self, *states: str) -> list[str]:
-        return self.running
-
-    rollout_names = names
-
-
-def health() -> tuple[Health, Notes]:
-    notes = Notes()
-    return Health(CONFIG, notes, Path()), notes  # type: ignore[arg-type]
-
-
-def test_a_buffer_that_dies_five_times_stops_the_run_with_its_last_words(tmp_path: Path) -> None:
-    deaths = Deaths(tmp_path)
-    cause = Cause("exit code", "its process ended with exit code 1", 1, ("disk I/O error",))
-    for number in range(1, SHARD.max_deaths):
-        deaths.note(SHARD, f"buffer-{number % 2}", cause)  # All shards count together.
-    with pytest.raises(TrainingError, match=r"(?s)replay buffer died 5 times within 5 min; .*disk I/O error"):
-        deaths.note(SHARD, "buffer-0", cause)
-    assert len(read_deaths(tmp_path)) == deaths.total(SHARD) == SHARD.max_deaths
-    assert read_deaths(tmp_path)[-1].done.startswith("the run ends: ")
-    assert [ordinal(number) for number in (3, 4, 11, 22)] == ["3rd", "4th", "11th", "22nd"]
-
-
-def test_a_learner_left_alone_is_told_of_once_and_again_when_it_goes_on() -> None:
-    judge, notes = health()
-    history = [
-        (10.0, 4, Roles([])),  # Still loading: nobody died.
-        (11.0, 4, Roles(["actor-0"], 0)),
-        (12.0, 5, Roles([], 1)),
-        (13.0, 5, Roles([], 1)),
-        (14.0, 5, Roles(["actor-0.1"], 1)),
-        (14.0, 6, Roles(["actor-0.1"], 1)),
-        (14.0, 7, Roles([], 2)),  # It has batches left.
-    ]
-    for waited_s, step, fleet in history:
-        judge._notice_lonely_learner({"buffer/wait_batch_s": waited_s}, step, fleet)  # type: ignore[arg-type]
-    assert notes.told == [
-        "all actors are dead; the learner waits at step 5 and goes on by itself when one is back",
-        "the learner goes on: step 6",
-    ]
-
-
-def judge_until_it_raises(judge: Health, stats: dict[str, float]) -> None:
-    """The texts of the errors are asked for, and nobody waits for them."""
-    deadline_s = time.monotonic() + 5.0
-    while time.monotonic() < deadline_s:
-        judge._judge_rewards(stats)
-        time.sleep(0.01)
-
-
-def test_rewards_that_fail_too_often_stop_the_run_with_their_texts_once_each() -> None:
-    judge, _ = health()
-    # Before this start: the reward is mended.
-    judge._judge_rewards({"buffer/samples_error": 500.0, "buffer/samples_total": 500.0})
-    judge._judge_rewards({"buffer/samples_error": 530.0, "buffer/samples_total": 560.0})  # Too few to tell.
-    with pytest.raises(RewardError) as caught:
-        judge_until_it_raises(judge, {"buffer/samples_error": 530.0, "buffer/samples_total": 564.0})
-    assert str(caught.value).count("ValueError: raises") == 1
-    assert "30 of the last 64 samples got no reward" in str(caught.value)
-
-
-def test_rewards_that_break_late_in_a_long_run_stop_it_as_soon_as_early_ones() -> None:
-    now_s = 0.0
-    judge = Health(CONFIG, Notes(), Path(), clock=lambda: now_s)  # type: ignore[arg-type]
-    for minute in range(600):
-        now_s = 60.0 * minute
-        judge._judge_rewards({"buffer/samples_error": 0.0, "buffer/samples_total": 1000.0 * minute})
-    now_s += 60.0
-    judge._judge_rewards({"buffer/samples_error": 1000.0, "buffer/samples_total": 600_000.0})
-    now_s += 60.0
-    with pytest.raises(RewardError, match="2000 of the last 5000 samples"):
-        judge_until_it_raises(judge, {"buffer/samples_error": 2000.0, "buffer/samples_total": 601_000.0})
-
-
-def test_slow_rewards_are_judged_over_as_many_samples_as_it_takes() -> None:
-    recent = Recent()
-    assert [recent.since_then(1000.0 * look, 0.0, 8.0 * look) for look in range(20)][-1] == (0.0, 64.0)
-
-
 @pytest.mark.parametrize(
     ("actors", "expected"), [({"count": 2}, 9), ({"count": 12}, 13), ({"count": [2, 20]}, 21)]
 )
 def test_a_local_ray_has_room_for_scaling(actors: dict[str, Any], expected: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert logical_cpus(make_config({"actors": actors})) == expected
-
-
-# --- The board's word to those who retire ---
-
-
-def test_a_drain_is_told_once_then_at_every_timeout_and_now_hurries_it() -> None:
-    async def scenario() -> None:
-        board = Board(CONFIG, 0, lambda result, samples: None)
-        await board.publish(b"m", [], 3, evaluate=False)
-
-        async def poll(timeout_s: float = 0.0) -> Directive:
-            return msgspec.msgpack.decode(await board.poll("actor-1", 1, 4, timeout_s), type=Directive)
-
-        assert (await poll()).retire == ""
-        waiting = asyncio.create_task(poll(5.0))
-        await board.retire(["actor-1"], "drain")
-        assert (await asyncio.wait_for(waiting, 2)).retire == "drain"
-        start_s = time.monotonic()
-        again = await poll(0.2)
-        assert (again.retire, again.version) == ("drain", 1)  # No newer weights for one that goes.
-        assert time.monotonic() - start_s >= 0.2  # An actor that drains does not spin.
-        await board.retire(["actor-1"], "now")
-        assert (await asyncio.wait_for(poll(5.0), 2)).retire == "now"
-        await board.retire(["actor-1"], "drain")
-        assert (await poll()).retire == "now"
-
-    asyncio.run(scenario())

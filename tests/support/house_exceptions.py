@@ -5,7 +5,6 @@ EXCEPTIONS: dict[str, set[str]] = {
         "actors/engine.py",
         "core/records.py",
         "learner/policy/zero.py",
-        "tests/cluster/test_supervisor.py",
         "tests/support/math_answers.py",
     },
     "lines_are_short": {
