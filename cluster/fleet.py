@@ -60,8 +60,8 @@ _RETIRING = {"drain": "finishes what it has begun", "now": "hands everything bac
 
 @dataclass(frozen=True)
 class Kind:
-    """How the actors of a role are made: `spawn(name, options)` gives the Ray handle. Without `is_placed`
-    they reserve nothing.
+    """The way in which the actors of a role are made: `spawn(name, options)` gives the Ray handle. Without
+    `is_placed` they reserve nothing.
 
     The class has `run()`, which returns once the board retires the actor, and, where it is to be found hung,
     `ping()`, answered by a second thread.
@@ -96,12 +96,19 @@ class Actor:
     asked_s: float = 0.0  # When it was last asked what is free.
 
     def enter(self, state: State, now_s: float, note: str = "") -> None:
-        """Into the next state."""
+        """Moves the actor into the next state."""
         self.state, self.since_s, self.note, self.is_told = state, now_s, note, False
 
 
 class Fleet:
-    """See the module's docstring. Raises AgroError from `look`."""
+    """Keeps the rollout actors alive and as many as wanted; `poll` and `tick` raise what ends the run.
+
+    fleet = Fleet(Kind(spawn, num_cpus=1.0), retire=..., release=..., tell=print, deaths=deaths, ...)
+    fleet.scale_to(2)
+    while training:
+        fleet.poll()
+        fleet.tick(time.monotonic())
+    """
 
     def __init__(
         self,
@@ -133,28 +140,28 @@ class Fleet:
 
     @property
     def num_deaths(self) -> int:
-        """Actors that died or hung so far."""
+        """The number of actors that died or hung so far."""
         return self._deaths.total(ACTOR)
 
     @property
     def target(self) -> int:
-        """Rollout actors meant to be there: those that are not retiring."""
+        """The number of rollout actors meant to be there: of those that are not retiring."""
         return len(self._serving())
 
     def names(self, *states: State) -> list[str]:
-        """Of all actors, or of those in one of these states, the feeder included."""
+        """Names all actors, or those in one of these states, the feeder included."""
         return [name for name, actor in self._actors.items() if not states or actor.state in states]
 
     def rollout_names(self, *states: State) -> list[str]:
-        """The same without the feeder."""
+        """Names the same without the feeder."""
         return [name for name in self.names(*states) if self._actors[name].kind is self._rollouts]
 
     def handles(self) -> dict[str, Any]:
-        """The actors that exist as processes."""
+        """Returns the actors that exist as processes, by name."""
         return {name: actor.handle for name, actor in self._actors.items() if actor.handle is not None}
 
     def status(self) -> list[dict[str, Any]]:
-        """One entry an actor, those that went last at the end: name, state, seconds in it, and what is
+        """Returns an entry an actor, those that went last at the end: name, state, seconds in it, and what is
         missing or was the cause.
         """
         now_s = self._clock()
@@ -180,11 +187,13 @@ class Fleet:
     # --- orders ---
 
     def add_feeder(self, kind: Kind) -> None:
-        """The one actor that makes groups without an engine; replaced like the others, never scaled."""
+        """Starts the one actor that makes groups without an engine; it is replaced like the others, never
+        scaled.
+        """
         self._start("offline", "offline", kind)
 
     def scale_to(self, count: int) -> tuple[list[str], list[str]]:
-        """So many rollout actors: names of those added, and of those retired, the newest first."""
+        """Makes the rollout actors so many; names those added, and those retired, the newest first."""
         serving = self._serving()
         surplus = list(reversed(serving))[: max(0, len(serving) - count)]
         added = []
@@ -197,19 +206,21 @@ class Fleet:
         return added, [actor.name for actor in surplus]
 
     def end(self) -> None:
-        """The run is over: nobody finishes what it has started, and nobody is replaced."""
+        """Retires everybody, since the run is over: nobody finishes what it has started, and nobody is
+        replaced.
+        """
         for actor in list(self._actors.values()):
             self._begin_retiring(actor, "now")
 
     def kill(self) -> None:
-        """Whatever is left, at once."""
+        """Kills whatever is left, at once."""
         for actor in list(self._actors.values()):
             self._remove(actor, "killed")
 
     # --- what goes on ---
 
     def poll(self) -> None:
-        """Take the answers that have come; see the table above for what is raised."""
+        """Takes the answers that have come; see the table above for what is raised."""
         waited = [
             call
             for actor in self._actors.values()
@@ -226,7 +237,7 @@ class Fleet:
                     self._answered(actor, what, ray.get(actor.calls.pop(what)))
 
     def tick(self, now_s: float) -> None:
-        """Do what is due at `now_s` of the clock; see the table above for what is raised."""
+        """Does what is due at `now_s` of the clock; see the table above for what is raised."""
         for actor in list(self._actors.values()):
             if actor.state == "waiting for placement":
                 self._place(actor, now_s)
@@ -344,7 +355,7 @@ class Fleet:
         self._died(actor, cause, noticed)
 
     def _died(self, actor: Actor, cause: Cause, noticed: str) -> None:
-        """Hand its work out again, and start another in its place unless it was retiring anyway."""
+        """Hands its work out again, and starts another in its place unless it was retiring anyway."""
         was_retiring = actor.state == "retiring"
         self._remove(actor, f"died: {cause.sentence}")
         if was_retiring:
@@ -382,7 +393,7 @@ class Fleet:
         self._actors = {actor.name: actor for actor in order}
 
     def _remove(self, actor: Actor, note: str) -> None:
-        """End its process, hand its leases back, free its place."""
+        """Ends its process, hands its leases back, frees its place."""
         del self._actors[actor.name]
         if actor.handle is not None:
             ray.kill(actor.handle)

@@ -35,7 +35,7 @@ class Recent:
         self._marks: deque[tuple[float, float, float]] = deque()
 
     def since_then(self, now_s: float, errors: float, samples: float) -> tuple[float, float]:
-        """One look more at the cumulative counts; (errors, samples) of the window. What was before the
+        """Takes one look more at the cumulative counts; (errors, samples) of the window. What was before the
         first look does not count.
         """
         self._marks.append((now_s, errors, samples))

@@ -1,4 +1,4 @@
-"""Whether a process that owes an answer hangs: judged by looks at it, not by the clock alone.
+"""The pulse of a process that owes an answer: it is judged by looks at it, not by the clock alone.
 
     look ... look ... look ...     every one finds the ping answered, or not yet
               |     `-- 6 of them and 3 s without an answer: hung, unless the process is seen working (30 s then)
@@ -70,7 +70,9 @@ class Pulse:
         self.answered_s, self.looks, self._first = now_s, 0, None
 
     def missed(self, now_s: float, sight: Sight | None) -> str | None:
-        """One more look without an answer; why the process counts as hung, None while it does not."""
+        """Notes one more look without an answer; says why the process counts as hung, None while it does
+        not.
+        """
         self.looks += 1
         silent_s = now_s - self.answered_s
         if self._first is None:

@@ -1,4 +1,5 @@
-"""Monitor, replay buffer and board of a run: Ray actors that reserve no CPU. What everybody else talks to.
+"""Monitor, replay buffer and board of a run: Ray actors that reserve no CPU, and that everybody else talks
+to.
 
 Monitor and buffer write into the run directory and stay on the driver's node. Each of them that is killed
 comes back by itself, and Ray repeats the calls that were under way: a buffer shard with all it acknowledged,
@@ -112,7 +113,7 @@ class Services:
         return self.buffer, self.board, self.monitor
 
     def log_of(self, name: str) -> ProcessLog:
-        """Where the process `name` writes; its warnings go to the monitor."""
+        """Says where the process `name` writes; its warnings go to the monitor."""
         return ProcessLog(self._run_dir, role_of(name), name, self._monitor_name)
 
     def forget_snapshots(self) -> Pending[list[int]]:
@@ -127,7 +128,7 @@ class Services:
         self.calls.tell(text)
 
     def log_buffer(self, gauges: Mapping[str, float]) -> None:
-        """Gauges for the monitor's next rows."""
+        """Gives the monitor gauges for its next rows."""
         self.calls.post(self.monitor.log_buffer(gauges), "the buffer's gauges")
 
     def poll(self) -> list[str]:

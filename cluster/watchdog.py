@@ -1,9 +1,9 @@
-"""When no optimizer step comes: which stage stalls, from the counters of actors and buffer, and everybody's
-stacks in a file.
+"""The watchdog notices that no optimizer step comes: which stage stalls, and what everybody is doing.
 
-learner in its step <-- batches <-- buffer <-- groups <-- rewards <-- generation <-- admission, weights,
-actors at all
-                                                 the first of these that explains the wait is named
+    learner in its step <-- batches <-- buffer <-- groups <-- rewards <-- generation <-- admission, weights
+                                                     the first of these that explains the wait is named
+
+It judges by the counters of actors and buffer; the stacks of every process go into a file.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ _MOST = 0.5  # Share of the time from which a wait counts as what somebody does.
 
 @dataclass(frozen=True)
 class Observation:
-    """What is known at one moment. `actors`: counters by name of the running ones (Monitor.view); `absent`:
-    sentences on the others; `stats`: ReplayBuffer.stats; `groups_per_step`, `admitted_groups`: of the config;
-    `full_disk`: which one refuses writes.
+    """What is known at one moment.
+
+    actors       counters of the running ones, by name (Monitor.view); `absent` are sentences on the others
+    stats        of the buffer (ReplayBuffer.stats)
+    full_disk    which disk refuses writes, '' where none does
     """
 
     time_s: float
@@ -63,12 +65,12 @@ class Watchdog:
 
     @property
     def quiet_s(self) -> float:
-        """How long without a step is a stall."""
+        """The time without a step that is a stall."""
         median_s = statistics.median(self._step_times_s) if self._step_times_s else 0.0
         return min(max(MIN_QUIET_S, STEPS_QUIET * median_s), self.timeout_s / 2)
 
     def judge(self, seen: Observation) -> str | None:
-        """One observation more; the name of the stalled stage when a stall has just become one."""
+        """Judges one observation more; names the stalled stage when a stall has just become one."""
         if seen.step != self._step:
             if self._step >= 0:
                 self._step_times_s.append((seen.time_s - self._stepped_s) / max(1, seen.step - self._step))

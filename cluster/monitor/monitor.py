@@ -63,9 +63,9 @@ class Monitor:
     ) -> None:
         """`run_dir` is made if missing; raises ConfigError as `wandb_mode` does. `clock` gives seconds.
 
-        `began_at_s` (since 1970): when this start of the run began. A monitor that is started again within it
-        takes up its times, and the row that it held back. `shown` is what W&B shows as the run's config; None:
-        all of `config`.
+        `began_at_s` (since 1970) is when this start of the run began: a monitor that is started again within
+        it takes up its times, and the row that it held back. `shown` is what W&B shows as the run's config,
+        None for all of `config`.
         """
         mode = wandb_mode(config.monitor)
         self._config, self._run_dir, self._clock = config, Path(run_dir), clock
@@ -109,7 +109,7 @@ class Monitor:
         )
 
     def log_step(self, row: Mapping[str, float | None]) -> None:
-        """One row of the learner; the newest gauges, rates and evaluation join it. The last step's row
+        """Takes a row of the learner; the newest gauges, rates and evaluation join it. The last step's row
         waits for `close`.
         """
         now_s = self._clock()
@@ -118,10 +118,11 @@ class Monitor:
         apply_s = [actor.counters["apply_s"] for actor in live if actor.counters.get("apply_s") is not None]
         derived = {
             "time/wall_s": now_s - self._start_s,
-            "perf/sampled_tokens_per_s": sum(tokens_per_s for tokens_per_s, _ in rates) if rates else None,
-            "time/actor_busy_fraction": sum(busy for _, busy in rates) / len(rates) if rates else None,
-            "weights/apply_s": max(apply_s) if apply_s else None,
+            "weights/apply_s": max(apply_s, default=None),
         }
+        if rates:
+            derived["perf/sampled_tokens_per_s"] = sum(tokens_per_s for tokens_per_s, _ in rates)
+            derived["time/actor_busy_fraction"] = sum(busy for _, busy in rates) / len(rates)
         own = {name: value for name, value in derived.items() if value is not None}
         reported = {**dict.fromkeys(METRICS), **self._buffer, **row, **own}
         merged = {name: self._number(value) for name, value in reported.items()}
@@ -136,7 +137,7 @@ class Monitor:
         self._report_wandb_failures()
 
     def log_actor(self, name: str, counters: Mapping[str, Any]) -> None:
-        """Cumulative counters of one rollout actor (`generated_tokens`, `busy_s`, ...) and gauges
+        """Takes the cumulative counters of one rollout actor (`generated_tokens`, `busy_s`, ...) and gauges
         (`version`, `apply_s`, ...).
         """
         clean = {
@@ -146,7 +147,7 @@ class Monitor:
             self._actors.setdefault(name, _ActorGauge()).report(self._clock(), clean)
 
     def forget_actor(self, name: str) -> None:
-        """The actor is gone for good: only what it waited stays, in the sums of `view`."""
+        """Forgets an actor that is gone for good: only what it waited stays, in the sums of `view`."""
         self._gone.append(name)
         actor = self._actors.pop(name, None)
         if actor is not None:
@@ -154,8 +155,8 @@ class Monitor:
                 self._waited_s[wait] += actor.counters.get(f"wait_{wait}_s") or 0.0
 
     def generation(self) -> dict[str, tuple[tuple[float, float], float]]:
-        """By actor: tokens of its finished and of its unfinished samples, and seconds since it was last
-        heard of.
+        """Returns, by actor, the tokens of its finished and of its unfinished samples, and the seconds since
+        it was last heard of.
         """
         now_s, names = self._clock(), ("generated_tokens", "tokens_under_way")
         return {
@@ -167,11 +168,13 @@ class Monitor:
         }
 
     def log_buffer(self, gauges: Mapping[str, float]) -> None:
-        """Gauges of the buffer by full metric name; they are in the next rows as they are."""
+        """Takes gauges of the buffer by full metric name; they are in the next rows as they are."""
         self._buffer.update({name: self._number(value) for name, value in gauges.items()})
 
     def log_evaluation(self, evaluation: Evaluation, samples: list[dict[str, Any]]) -> None:
-        """A finished evaluation; the next rows carry the newest one. `samples`: the keys of `log_samples`."""
+        """Takes a finished evaluation; the next rows carry the newest one. `samples`: the keys of
+        `log_samples`.
+        """
         line = {
             **msgspec.structs.asdict(evaluation),
             "wall_s": self._clock() - self._start_s,
@@ -181,7 +184,7 @@ class Monitor:
         self._note_evaluation(finite_tree(line))
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Samples of one batch: dicts of step, version, staleness, prompt, completion, reward, error,
+        """Takes samples of one batch: dicts of step, version, staleness, prompt, completion, reward, error,
         advantage, answer (optional).
         """
         self._samples.rewind(step)
@@ -194,7 +197,7 @@ class Monitor:
         self._wandb.log_samples(step, public)
 
     def event(self, text: str) -> None:
-        """Something worth telling: an actor replaced, a warning, a publication that failed."""
+        """Notes something worth telling: an actor replaced, a warning, a publication that failed."""
         record = {"time": time.time(), "wall_s": self._clock() - self._start_s, "text": self._redact(text)}
         self._files["events"].append(record)
         # Rises also over a restart of this process.
@@ -202,9 +205,10 @@ class Monitor:
         self._events.append({**record, "number": self._event_number})
 
     def warn(self, name: str, counts: Mapping[str, int]) -> None:
-        """The process `name` has logged these warnings so often since it last told.
+        """Counts how often the process `name` has logged which warnings since it last told.
 
-        A text is an event when it first comes, whichever process it is of, and whenever its count gains a digit.
+        A text is an event when it first comes, whichever process it is of, and whenever its count gains a
+        digit.
         """
         for text, count in counts.items():
             if text not in self._warnings and len(self._warnings) >= MAX_WARNINGS:
@@ -218,7 +222,7 @@ class Monitor:
                 self.event(f"{name}: {text} ({now:,} times by now, all processes together)")
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        """Write the held row with the newest evaluation, write summary.json, finish W&B within
+        """Writes the held row with the newest evaluation, writes summary.json, finishes W&B within
         `WANDB_FINISH_S`.
 
         A second call does nothing.
@@ -244,7 +248,7 @@ class Monitor:
             (self._run_dir / STATE_NAME).unlink()
 
     def view(self) -> dict[str, Any]:
-        """A snapshot for `terminal.Terminal`: plain dicts and lists, some kilobytes."""
+        """Returns a snapshot for `terminal.Terminal`: plain dicts and lists, some kilobytes."""
         self._report_wandb_failures()
         now_s = self._clock()
         return {
@@ -301,8 +305,8 @@ class Monitor:
             self._note_held()
 
     def _take_up(self) -> None:
-        """What a monitor of this start of the run, that was killed, had: the newest row, and the row it
-        held back.
+        """Takes up what a monitor of this start of the run had that was killed: the newest row, and the row
+        it held back.
         """
         if self._began_at_s is None:
             return
@@ -316,7 +320,7 @@ class Monitor:
         self._note_held()
 
     def _note_held(self) -> None:
-        """For `_take_up`. A disk that does not take it costs nothing but that."""
+        """Keeps the held row for `_take_up`. A disk that does not take it costs nothing but that."""
         if self._began_at_s is not None:
             with contextlib.suppress(OSError):
                 replace_json(self._run_dir / STATE_NAME, {"began_at_s": self._began_at_s, "held": self._held})
@@ -359,8 +363,8 @@ class _ActorGauge:
         self._reports: collections.deque[tuple[float, float, float]] = collections.deque()
 
     def report(self, now_s: float, counters: dict[str, Any]) -> None:
-        """Newest counters; a counter that fell means that the actor was started again, and the window
-        with it.
+        """Takes the newest counters; a counter that fell means that the actor was started again, and the
+        window with it.
         """
         self.counters, self.seen_s = counters, now_s
         tokens, busy_s = counters.get("generated_tokens") or 0.0, counters.get("busy_s") or 0.0
@@ -382,6 +386,6 @@ class _ActorGauge:
         return (last_tokens - first_tokens) / elapsed_s, min(1.0, (last_busy_s - first_busy_s) / elapsed_s)
 
     def summary(self, now_s: float) -> dict[str, float | None]:
-        """What the terminal shows next to the counters."""
+        """Returns what the terminal shows next to the counters."""
         tokens_per_s, busy_fraction = self.rates() or (None, None)
         return {"tokens_per_s": tokens_per_s, "busy_fraction": busy_fraction, "silent_s": now_s - self.seen_s}

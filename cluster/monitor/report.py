@@ -1,4 +1,4 @@
-"""report.html: a run in one self-contained file, and the curves as a picture.
+"""A report, `report.html`, is a run in one self-contained file, and the curves as a picture.
 
     metrics.jsonl, evaluations.jsonl, samples.jsonl, events.jsonl, summary.json, config.yaml --> report.html
 
@@ -254,13 +254,13 @@ def _headline(
     oldest = [row["staleness/oldest_token"] for row in rows if row.get("staleness/oldest_token") is not None]
     samples, wall_s = last.get("progress/samples"), last.get("time/wall_s")
     from_rows = {
-        "base_solve_rate": solve_rates[0] if solve_rates else None,
-        "final_solve_rate": solve_rates[-1] if len(solve_rates) > 1 else None,
+        "base_solve_rate": next(iter(solve_rates), None),
+        "final_solve_rate": next(iter(solve_rates[:0:-1]), None),
         "final_policy_version": last.get("eval/policy_version"),
         "steps": last.get("progress/step"),
         "wall_s": wall_s,
-        "staleness_mean": sum(ages) / len(ages) if ages else None,
-        "staleness_max": max(oldest) if oldest else None,
+        "staleness_mean": _mean(ages),
+        "staleness_max": max(oldest, default=None),
         "samples": samples,
         "samples_per_s": samples / wall_s if samples and wall_s else None,
         "tokens": last.get("progress/sampled_tokens"),
@@ -315,6 +315,10 @@ def _smoothed(values: Sequence[float | None]) -> list[float | None]:
     return out
 
 
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
 def _downsampled(
     x: Sequence[float], y: Sequence[float | None], worst: bool
 ) -> tuple[list[float], list[float | None]]:
@@ -325,7 +329,7 @@ def _downsampled(
     out_x, out_y = [], []
     for start in range(0, len(x), size):
         known = [value for value in y[start : start + size] if value is not None]
-        value = (max(known) if worst else sum(known) / len(known)) if known else None
+        value = max(known, default=None) if worst else _mean(known)
         out_x.append(x[min(start + size, len(x)) - 1])
         out_y.append(None if value is None else float(f"{value:.5g}"))
     return out_x, out_y

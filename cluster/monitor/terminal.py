@@ -44,9 +44,8 @@ class Terminal:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         stream = stream or sys.stdout
-        self._shower: _Live | _Plain = (
-            _Live(stream) if (stream.isatty() if live is None else live) else _Plain(stream, clock)
-        )
+        is_live = stream.isatty() if live is None else live
+        self._shower: _Live | _Plain = _Live(stream) if is_live else _Plain(stream, clock)
 
     def __enter__(self) -> Terminal:
         self._shower.start()
@@ -58,7 +57,7 @@ class Terminal:
         self._shower.stop()
 
     def update(self, view: View) -> None:
-        """Show the newest view. Call it as often as you like: a few times a second is enough."""
+        """Shows the newest view. Call it as often as you like: a few times a second is enough."""
         self._shower.update(view)
 
 

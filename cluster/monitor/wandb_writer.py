@@ -136,17 +136,17 @@ class WandbWriter:
             self._thread.start()
 
     def log(self, row: Mapping[str, float | None]) -> None:
-        """Log the known values of a row. The x axis is the row's `progress/step`, not W&B's step, which
+        """Logs the known values of a row. The x axis is the row's `progress/step`, not W&B's step, which
         asynchronous code breaks.
         """
         self._put(lambda run: self._log_row(run, row))
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Log the last `TABLE_ROWS` samples as a new table: a W&B table cannot be appended to."""
+        """Logs the last `TABLE_ROWS` samples as a new table: a W&B table cannot be appended to."""
         self._put(lambda run: self._log_table(run, step, samples))
 
     def failures(self) -> list[str]:
-        """What went wrong since the last call, one sentence each."""
+        """Returns what went wrong since the last call, one sentence each."""
         found = []
         with contextlib.suppress(queue.Empty):
             while True:
@@ -154,7 +154,7 @@ class WandbWriter:
         return found
 
     def finish(self, summary: Mapping[str, Any], timeout_s: float) -> bool:
-        """Finish the run; False if W&B was not done within `timeout_s` (what waited is counted as
+        """Finishes the run; False if W&B was not done within `timeout_s` (what waited is counted as
         dropped).
         """
         if self.mode == "off":
@@ -222,7 +222,7 @@ class WandbWriter:
             self._log_part(run, step, {"progress/step": step, "samples": table}, self._newest_row < step)
 
     def _log_part(self, run: Any, step: float, part: Mapping[str, Any], waits: bool) -> None:
-        """One row a step: the figures of a step and its samples wait for each other."""
+        """Makes one row a step: the figures of a step and its samples wait for each other."""
         if step != self._open.get("progress/step"):
             self._log_open(run)
         self._open.update(part)
@@ -240,7 +240,7 @@ class WandbWriter:
         run.summary.update(dict(summary))
 
     def _catch_up(self, run: Any, before_step: float) -> None:
-        """Once, before anything else is logged: what earlier starts of the run did, up to `before_step`."""
+        """Logs once, before anything else, what earlier starts of the run did, up to `before_step`."""
         if self._superseded is None:
             return
         superseded, self._superseded = self._superseded, None
@@ -256,7 +256,7 @@ class WandbWriter:
             shutil.rmtree(directory, ignore_errors=True)
 
     def _earlier_rows(self, directories: list[Path]) -> dict[float, dict[str, Any]]:
-        """By step: rows of metrics.jsonl, and those that only W&B's own files have."""
+        """Returns by step the rows of metrics.jsonl, and those that only W&B's own files have."""
         rows: dict[float, dict[str, Any]] = {}
         for file in (file for directory in directories for file in directory.glob("run-*.wandb")):
             with contextlib.suppress(OSError):

@@ -8,23 +8,11 @@ EXCEPTIONS: dict[str, set[str]] = {
         "tests/support/math_answers.py",
     },
     "lines_are_short": {
-        "cluster/monitor/monitor.py",
         "core/config/__init__.py",
         "core/config/files.py",
         "core/weights/transports/client.py",
     },
-    "statements_choose_once": {
-        "cluster/monitor/monitor.py",
-        "cluster/monitor/report.py",
-        "cluster/monitor/terminal.py",
-    },
     "docstrings_are_sentences": {
-        "cluster/fleet.py",
-        "cluster/monitor/monitor.py",
-        "cluster/monitor/report.py",
-        "cluster/pulse.py",
-        "cluster/services.py",
-        "cluster/watchdog.py",
         "core/config/__init__.py",
         "core/config/checks.py",
     },
