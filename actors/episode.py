@@ -17,7 +17,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from core.records import Bits, Float32s, Int32s, Sample, VersionSpan
+from core.arrays import Bits, Float32s, Int32s
+from core.records import Sample, VersionSpan
 from environments import Environment, Turn
 
 

@@ -36,11 +36,12 @@ from actors.scored import group_of, with_scores
 from actors.sources import kind_of, read_source, report_bad_rows
 from buffer.client import BufferClient
 from buffer.store import DiskFullError
+from core.arrays import Int32s
 from core.calls import Calls
 from core.config import Config
 from core.errors import DataError
 from core.monitor_client import MonitorClient
-from core.records import Group, Int32s, Sample, WorkItem, encode
+from core.records import Group, Sample, WorkItem, encode
 from core.tokenizer import Detokenizer, closing_ids, end_token_ids, split_at_end
 from core.weights.board import BoardClient, Directive
 from rewards.pool import RewardPool

@@ -27,7 +27,8 @@ from typing import Any, cast
 import msgspec
 import ray
 
-from actors.engine import Adapters, Engine
+from actors.engine import Engine
+from actors.engine_settings import Adapters
 from actors.exchange import RETRY_S, Outbox
 from actors.follower import POLL_S, Follower
 from actors.groups import Generator, Groups, OpenGroup

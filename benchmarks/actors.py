@@ -22,7 +22,8 @@ from typing import Any, TypeAlias
 import msgspec
 import ray
 
-from actors.engine import Engine, engine_arguments, set_engine_environment
+from actors.engine import Engine
+from actors.engine_settings import engine_arguments, set_engine_environment
 from actors.prompts import PromptSet, load_prompts
 from actors.rollout import RolloutActor
 from benchmarks.fake_engine import FakeEngine

@@ -21,9 +21,10 @@ from typing import Any
 
 from actors.engine import PromptRefused
 from actors.episode import Generation
+from core.arrays import Float32s, Int32s
 from core.config import ActorsConfig
 from core.errors import SnapshotError
-from core.records import Float32s, Int32s, VersionSpan
+from core.records import VersionSpan
 from core.weights.snapshots import checksum
 
 EOS = 1

@@ -193,7 +193,8 @@ def learner_side(model_dir: str, directory: Path) -> dict[str, float]:
 
 def apply(model_dir: str, out: str, rank: int) -> None:
     """Lets a real engine load snapshots of its own weights; with a `rank`, of adapters alone."""
-    from actors.engine import Adapters, Engine
+    from actors.engine import Engine
+    from actors.engine_settings import Adapters
     from core.weights.snapshots import SnapshotWriter, read_snapshot
 
     weights = whole_weights(model_dir) if not rank else adapters_alone(model_dir, rank)

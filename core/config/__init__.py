@@ -21,9 +21,13 @@ from core.staleness import StalenessBound
 DEFAULT_OBJECTIVE = "agro"
 """What a file that names no objective trains with."""
 CPU_BUCKET_BYTES, GPU_BUCKET_BYTES = 64 * 2**20, 512 * 2**20
-"""Weights are gathered and published in pieces that bound the memory it takes; from a GPU small ones cost time."""
+"""Weights are gathered and published in pieces that bound the memory it takes; from a GPU small ones cost
+time.
+"""
 LORA_ALPHA = 32
-"""The scale of adapters is this by their rank, so that the same learning rate fits any rank; another scale is another learner.lr."""
+"""The scale of adapters is this by their rank, so that the same learning rate fits any rank; another scale is
+another learner.lr.
+"""
 
 
 class RunConfig(Section):
@@ -301,7 +305,8 @@ class LearnerConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """Base of the knobs of an objective: each file under learner/objectives/ has its own, with its own defaults.
+    """Base of the knobs of an objective: each file under learner/objectives/ has its own, with its own
+    defaults.
 
     The file of a run says `objective: {name: gspo, beta: 0.0, clip_low: 0.2}`. Which class that is says the
     mapping from names to classes that files are read with (core/config/files.py, learner/catalogue.py): core

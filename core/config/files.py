@@ -140,8 +140,8 @@ class ConfigFiles:
         return f"{where} = {shown(problem['input'])}: {expected}"
 
     def _nearest(self, location: tuple[Any, ...], tree: Mapping[str, Any]) -> str:
-        """What may be meant by a key that is not known: one of this name in another objective, one spelt alike
-        here, or one of this name in another section.
+        """What may be meant by a key that is not known: one of this name in another objective, one spelt
+        alike here, or one of this name in another section.
         """
         key, section = str(location[-1]), str(location[0])
         valid = [*Config.model_fields]
@@ -161,7 +161,9 @@ class ConfigFiles:
         return f"; valid here: {_listed(valid)}"
 
     def _fields(self, section: str, tree: Mapping[str, Any]) -> Mapping[str, FieldInfo]:
-        """The fields of the section: of `objective` those of the one that `tree` names; none where there is no such."""
+        """The fields of the section: of `objective` those of the one that `tree` names; none where there is
+        no such.
+        """
         if section == "objective":
             chosen = self._objectives.get(_named(tree), ObjectiveConfig)
             return chosen.model_fields

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.episode import Episode, Generation
-from core.records import Bits, Float32s, Int32s, VersionSpan
+from core.arrays import Bits, Float32s, Int32s
+from core.records import VersionSpan
 from environments import Turn
 from environments.one_turn import OneTurn
 

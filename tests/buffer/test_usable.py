@@ -7,8 +7,8 @@ import pytest
 
 from buffer.replay import meta_of
 from buffer.usable import HeldSamples, usable_group
+from core.arrays import Bits, Float32s
 from core.errors import DataError
-from core.records import Bits, Float32s
 from core.staleness import AGELESS
 from tests.support.buffers import make_group, make_sample
 

@@ -8,13 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.arrays import Bits, Float32s, Int32s
 from core.records import (
     Batch,
-    Bits,
     EvalItem,
-    Float32s,
     Group,
-    Int32s,
     Sample,
     StoredGroup,
     VersionSpan,

@@ -15,16 +15,8 @@ import msgspec
 
 from buffer.replay import EVICTIONS
 from buffer.server import ReplayBuffer
-from core.records import (
-    Float32s,
-    Group,
-    Sample,
-    VersionSpan,
-    WorkItem,
-    decode_batch,
-    decode_group,
-    encode,
-)
+from core.arrays import Float32s
+from core.records import Group, Sample, VersionSpan, WorkItem, decode_batch, decode_group, encode
 
 NUM_PROMPTS = 13
 

@@ -40,8 +40,8 @@ class ActorsClient:
     """
 
     def __init__(self, calls: Calls, timeout_s: float, *, ranks_each: int, coupled: bool) -> None:
-        """`timeout_s` ends every wait, `ranks_each` is how many workers an actor has, and `coupled` is told of
-        above.
+        """`timeout_s` ends every wait, `ranks_each` is how many workers an actor has, and `coupled` is told
+        of above.
         """
         self._calls, self._timeout_s, self._ranks_each, self._coupled = calls, timeout_s, ranks_each, coupled
         self._asked: dict[str, ReceiverClient] = {}

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from actors.scored import with_scores
+from core.arrays import Float32s
 from core.config import Config
-from core.records import Batch, Float32s
+from core.records import Batch
 from learner.catalogue import parse_config
 from learner.objectives import load_objective
 from learner.step.frozen import frozen_names

@@ -12,10 +12,11 @@ import pytest
 import torch
 import transformers
 
+from core.arrays import Float32s
 from core.config import Config
 from core.errors import TrainingError
 from core.metrics import METRICS
-from core.records import Batch, Float32s, Group, Sample, VersionSpan
+from core.records import Batch, Group, Sample, VersionSpan
 from learner.objectives import load_objective
 from learner.step.guards import QUIET_STEPS, Alarms
 from learner.step.mismatch import (

@@ -12,8 +12,9 @@ import torch
 
 from actors.episode import Episode, Generation
 from benchmarks.lag_lab import PlainPolicy
+from core.arrays import Bits, Float32s, Int32s
 from core.config import Config
-from core.records import Batch, Bits, Float32s, Group, Int32s, Sample, VersionSpan
+from core.records import Batch, Group, Sample, VersionSpan
 from environments.one_turn import OneTurn
 from learner.objectives import load_objective
 from learner.step.share import Share

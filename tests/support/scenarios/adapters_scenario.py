@@ -13,7 +13,8 @@ from typing import Any, get_args
 import msgspec
 import torch
 
-from actors.engine import Adapters, Engine
+from actors.engine import Engine
+from actors.engine_settings import Adapters
 from core.config import LORA_ALPHA, ActorsConfig, LearnerConfig, ModelConfig
 from core.errors import SnapshotError
 from core.weights.snapshots import SnapshotWriter, read_snapshot

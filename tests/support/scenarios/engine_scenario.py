@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file
 
 import actors.engine
-from actors.engine import VLLM_SYMBOLS, Engine, PromptRefused
+from actors.engine import Engine, PromptRefused
+from actors.engine_settings import VLLM_SYMBOLS
 from actors.episode import Generation
 from actors.groups import Groups, OpenGroup
 from actors.prompts import PromptRow

@@ -20,7 +20,7 @@ NEW_TOKENS = 12
 
 
 def main(root: Path, names: list[str]) -> None:
-    from actors.engine import set_engine_environment
+    from actors.engine_settings import set_engine_environment
 
     actors = actors_config()
     set_engine_environment(actors)

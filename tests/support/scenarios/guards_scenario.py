@@ -15,7 +15,8 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from core.records import Batch, Float32s, StoredGroup, VersionSpan, encode_batch
+from core.arrays import Float32s
+from core.records import Batch, StoredGroup, VersionSpan, encode_batch
 from learner.step.packing import collate
 from learner.step.ranks import Ranks
 from learner.step.samples import sequence_of

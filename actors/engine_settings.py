@@ -1,0 +1,134 @@
+"""What a vLLM engine is started with: its environment, its arguments, and what we use of it.
+
+Nothing of vLLM is imported here. The surprises of a CPU engine, of states and of adapters stand where they
+are answered.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+
+from core.config import ActorsConfig, ModelConfig
+from core.config.checks import served_rank
+from core.model_shape import adapted_layers, carries_state, empty_model, load_model_config
+
+VLLM_SYMBOLS = (
+    "vllm:EngineArgs",
+    "vllm:LLMEngine.from_engine_args",
+    "vllm:LLMEngine.abort_request",
+    "vllm:LLMEngine.add_lora",
+    "vllm:LLMEngine.add_request",
+    "vllm:LLMEngine.apply_model",
+    "vllm:LLMEngine.collective_rpc",
+    "vllm:LLMEngine.get_num_unfinished_requests",
+    "vllm:LLMEngine.set_weight_version",
+    "vllm:LLMEngine.step",
+    "vllm:SamplingParams",
+    "vllm.exceptions:VLLMValidationError",
+    "vllm.inputs.engine:tokens_input",
+    "vllm.sampling_params:RequestOutputKind.FINAL_ONLY",
+    "vllm.v1.engine:FinishReason.LENGTH",
+    "vllm.v1.engine.detokenizer:IncrementalDetokenizer.num_output_tokens",
+    "vllm.v1.engine.output_processor:RequestState.make_request_output",
+    "vllm.model_executor.layers.fused_moe.router.cpu_router:CPURouter",
+    "vllm.model_executor.model_loader.reload:initialize_layerwise_reload",
+    "vllm.model_executor.model_loader.reload:finalize_layerwise_reload",
+    "vllm.model_executor.model_loader.reload.layerwise:get_layerwise_info",
+    "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+    "vllm.config.lora:MaxLoRARanks",
+    "vllm.lora.model_manager:LoRAModelManager.get_adapter",
+    "vllm.config.weight_transfer:WeightTransferConfig",
+    "vllm.lora.request:LoRARequest",
+    "vllm.v1.worker.gpu_worker:Worker.shutdown_weight_transfer_engine",
+    "vllm.v1.worker.gpu_worker:Worker.start_weight_update",
+    "vllm.v1.worker.gpu_worker:Worker.update_weights",
+    "vllm.v1.worker.gpu_worker:Worker.finish_weight_update",
+    "vllm.distributed.weight_transfer.base:WeightTransferEngine.init_transfer_engine",
+    "vllm.distributed.weight_transfer.base:WeightTransferEngine.parse_init_info",
+    "vllm.distributed.weight_transfer.base:WeightTransferEngine.shutdown",
+)
+"""What actors/engine.py uses of vLLM 0.32, checked by a contract test that names what is missing."""
+
+
+class Adapters(NamedTuple):
+    """The kind of LoRA adapters that are published without the weights they belong to: y = W x + (alpha /
+    rank) B A x.
+    """
+
+    rank: int
+    alpha: float
+
+
+def set_engine_environment(config: ActorsConfig) -> None:
+    """Sets the environment that vLLM reads when an engine is built, before vllm is imported: torch reads its
+    part at the import.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if config.num_gpus == 0:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # Latent attention (DeepSeek) as any other: vLLM's own kernel for it wants bfloat16 where the CPU has
+        # AMX.
+        os.environ.setdefault("VLLM_MLA_DISABLE", "1")
+        # One small sampler function of vLLM would be compiled by a C++ compiler, for 2-6 s, at the first
+        # token.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def engine_arguments(
+    model: ModelConfig, config: ActorsConfig, *, max_model_len: int, seed: int
+) -> dict[str, Any]:
+    """Returns the arguments of vLLM's engine, by the names of its EngineArgs."""
+    return {
+        "model": model.path,
+        "dtype": model.dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": config.slots,
+        "seed": seed,
+        "logprobs_mode": "processed_logprobs",
+        # On a CPU vLLM keeps states for a prefix only where prompts come in pieces: see _device_arguments.
+        "enable_prefix_caching": config.num_gpus > 0 or not carries_state(load_model_config(model)),
+        "disable_log_stats": True,
+        "trust_remote_code": model.trust_remote_code,
+        "generation_config": "vllm",
+        # Not Mistral's own config and weights where they lie beside Hugging Face's, which are what the
+        # learner has.
+        "config_format": "hf",
+        "load_format": "hf",
+        **_device_arguments(config),
+    }
+
+
+def lora_arguments(model: ModelConfig, adapters: Adapters) -> dict[str, Any]:
+    """Returns the arguments of an engine that serves adapters alone, besides `engine_arguments`."""
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_cpu_loras": 1,
+        "max_lora_rank": served_rank(adapters.rank),
+        # Else vLLM makes room for adapters of the embedding and the LM head too, and refuses vocabularies
+        # above 258,048.
+        "lora_target_modules": sorted(
+            {name.rpartition(".")[2] for name in adapted_layers(empty_model(model))}
+        ),
+    }
+
+
+def _device_arguments(config: ActorsConfig) -> dict[str, Any]:
+    if config.num_gpus:
+        return {"gpu_memory_utilization": config.gpu_memory_utilization}
+    # More OpenMP threads than cores, with a learner beside it, made no progress at all on two cores.
+    torch.set_num_threads(max(1, int(config.num_cpus)))
+    return {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+        # Not vLLM's 128 for a CPU: only whole blocks of a prompt are shared by its group.
+        "block_size": 32,
+        # A prompt in pieces ends a CPU engine where requests have seeds: its generators have no offset to set
+        # back.
+        "enable_chunked_prefill": False,
+    }
