@@ -28,6 +28,7 @@ from buffer.shard import Shard
 from buffer.usable import usable_group
 from buffer.waits import WaitTimer
 from core.config import Config
+from core.newest import MAX_GONE, Newest
 from core.records import decode_group, encode
 
 
@@ -66,7 +67,7 @@ class ReplayBuffer:
         self._change = 0
         self._changed = asyncio.Condition()
         self._shard = Shard(config, Path(run_dir), num_prompts, shard, self._notice)
-        self._gone: set[str] = set()
+        self._gone: Newest[None] = Newest(MAX_GONE)
         self._is_closed = False
         self._admission_wait = WaitTimer()
         self._batch_wait = WaitTimer()
@@ -156,7 +157,7 @@ class ReplayBuffer:
         later, get none.
         """
         async with self._changed:
-            self._gone.add(actor)
+            self._gone[actor] = None
             again, ended = self._shard.admission.lose_actor(actor)
             self._shard.take_back(actor, again, "actor gone", ended)
 

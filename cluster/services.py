@@ -29,6 +29,7 @@ from cluster.preparation.prepare import Inputs
 from core.calls import Calls, Client, Pending, Polled
 from core.config import Config
 from core.monitor_client import MONITOR, MonitorClient
+from core.newest import MAX_GONE, Newest
 from core.own_warnings import OwnWarnings
 from core.process_log import ProcessLog, make_log_folder, role_of
 from core.processes import Whereabouts, cause_of_pid, on_this_node, remote, whereabouts
@@ -75,7 +76,7 @@ class Services:
         self._run_dir, self._deaths = str(inputs.run_dir), deaths
         make_log_folder(inputs.run_dir)
         self._owed: list[Pending[Any]] = []
-        self._retiring: dict[str, Retirement] = {}
+        self._retiring: Newest[Retirement] = Newest(MAX_GONE)
         self._warnings = OwnWarnings()  # Of the driver itself.
         again = {"max_restarts": -1, "max_task_retries": -1}
         name = self._monitor_name = f"monitor-{secrets.token_hex(4)}"
@@ -161,7 +162,7 @@ class Services:
 
     def restore_board(self, results: Sequence[Evaluation]) -> Pending[None]:
         """Tells a board that was started again what is done, and who ends; not waited for."""
-        return self.calls.start(self.board.restore(list(results), self._retiring))
+        return self.calls.start(self.board.restore(list(results), dict(self._retiring)))
 
     def release_all(self) -> Pending[None]:
         """Takes back what an earlier start of the run had leased, to actors of the same names; not waited
@@ -183,7 +184,9 @@ class Services:
 
     def retire(self, names: Sequence[str], how: Retirement) -> None:
         """Tells actors to end; not waited for."""
-        self._retiring |= {name: how for name in names if self._retiring.get(name) != "now"}
+        for name in names:
+            if self._retiring.get(name) != "now":
+                self._retiring[name] = how
         self._owed.append(self.calls.start(self.board.retire(list(names), how)))
 
     def release(self, name: str) -> None:

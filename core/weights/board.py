@@ -30,6 +30,7 @@ import msgspec
 
 from core.calls import Client, asks
 from core.config import Config
+from core.newest import MAX_GONE, Newest
 from core.records import EvalItem, EvalSample, Evaluation
 
 BOARD = "the board"
@@ -114,8 +115,8 @@ class Board:
         self._evaluations: dict[int, _OpenEvaluation] = {}
         self._evaluation_ids = itertools.count()
         self._results: list[Evaluation] = []
-        self._retiring: dict[str, Retirement] = {}
-        self._told: dict[str, Retirement] = {}
+        self._retiring: Newest[Retirement] = Newest(MAX_GONE)
+        self._told: Newest[Retirement] = Newest(MAX_GONE)
         self._changed = asyncio.Condition()
 
     # --- learner ---
@@ -230,7 +231,8 @@ class Board:
         have ended.
         """
         self._results = [*results, *self._results]
-        self._retiring = {**retiring, **self._retiring}
+        for name, how in {**retiring, **self._retiring}.items():
+            self._retiring[name] = how
         await self._wake()
 
     async def retire(self, actors: list[str], how: Retirement = "now") -> None:

@@ -299,7 +299,7 @@ def test_a_killed_monitor_and_a_killed_board_come_back_are_told_of_and_the_board
         services.calls.ask(services.monitor.log_step({"progress/step": 5}))
         services.retire(["actor-3"], "now")
         killed("board")
-        services.calls.ask(services.board.restore([], services._retiring))
+        services.calls.ask(services.board.restore([], dict(services._retiring)))
         assert (
             msgspec.msgpack.decode(
                 services.calls.ask(services.board.poll("actor-3", 0, 0, 0.0)), type=Directive

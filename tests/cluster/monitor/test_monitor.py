@@ -115,6 +115,36 @@ def test_actor_rates_are_differences_of_cumulative_counters_over_seconds(tmp_pat
     assert rows_of(tmp_path)[-1]["perf/sampled_tokens_per_s"] is None
 
 
+def test_an_actor_that_is_gone_leaves_the_view_but_for_what_it_waited(tmp_path: Path) -> None:
+    monitor = Monitor(monitored(), str(tmp_path))
+    for name in ("actor-0", "actor-1"):
+        monitor.log_actor(name, {"generated_tokens": 5.0, "wait_disk_s": 2.0})
+    monitor.forget_actor("actor-0")
+    monitor.log_actor("actor-0", {"wait_disk_s": 9.0})  # It was on its way.
+    assert monitor.view()["actors"].keys() == monitor.generation().keys() == {"actor-1"}
+    assert monitor.view()["waits"] == {"admission": 0.0, "weights": 0.0, "evaluation": 0.0, "disk": 4.0}
+    for number in range(1000):
+        monitor.log_actor(f"actor-{number}.1", {})
+        monitor.forget_actor(f"actor-{number}.1")
+    assert len(monitor.view()["actors"]) == 1
+    assert len(monitor._gone) <= 64
+
+
+def test_a_warning_is_an_event_when_it_comes_and_whenever_its_count_gains_a_digit(tmp_path: Path) -> None:
+    monitor = Monitor(monitored(), str(tmp_path))
+    monitor.warn("actor-0", {"whole logits": 1})
+    monitor.warn("actor-1", {"whole logits": 7, "other": 1})
+    monitor.warn("actor-0", {"whole logits": 2})
+    monitor.warn("actor-0", {"whole logits": 80})
+    assert [event["text"] for event in monitor.view()["events"]] == [
+        "actor-0: whole logits",
+        "actor-1: other",
+        "actor-0: whole logits (10 times by now, all processes together)",
+    ]
+    monitor.log_step({"progress/step": 1})
+    assert rows_of(tmp_path)[-1]["monitor/warnings"] == 91
+
+
 def test_a_continued_run_appends_and_keeps_the_last_evaluation(tmp_path: Path) -> None:
     first = Monitor(monitored(), str(tmp_path))
     first.log_step({"progress/step": 1})

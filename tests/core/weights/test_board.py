@@ -162,6 +162,25 @@ def test_a_board_that_was_started_again_evaluates_what_was_open_and_not_what_is_
     run(scenario)
 
 
+def test_only_results_that_are_new_are_sent_also_by_a_board_that_was_started_again() -> None:
+    async def scenario() -> None:
+        bench = Bench(1)
+        for version in (0, 1):
+            await bench.board.publish(b"m", [], version, evaluate=True)
+            await bench.finish(result((await bench.poll("a", version)).eval_items[0], 1.0))
+        first, second = (await bench.board.evaluations())[1]
+        assert await bench.board.evaluations(1) == ([], [second])
+        assert await bench.board.evaluations(2) == ([], [])
+        again = Bench(1)
+        await again.board.publish(b"m", [], 2, evaluate=True)
+        await again.finish(result((await again.poll("a", 2)).eval_items[0], 1.0))
+        assert (await again.board.evaluations(2))[1] == []  # It does not know yet what was done.
+        await again.board.restore([first, second], {})
+        assert [each.policy_version for each in (await again.board.evaluations(2))[1]] == [2]
+
+    run(scenario)
+
+
 def test_a_version_that_a_board_started_again_is_told_of_once_more_is_evaluated_once() -> None:
     async def scenario() -> None:
         again = Bench(1)
