@@ -159,7 +159,7 @@ class Rig:
         shard_class = _remote(ReplayBuffer).options(num_cpus=0, max_concurrency=1000)
         self.buffer = connect_buffer([shard_class.remote(config, run_dir, len(prompts), 0)])
         board_class = _remote(Board).options(num_cpus=0, max_concurrency=1000)
-        self.board = BoardClient(board_class.remote(config, 0, _ignore), BOARD)
+        self.board = BoardClient(board_class.remote(config.run, 0, _ignore), BOARD)
         self.tally = TallyClient(_remote(Tally).options(num_cpus=0).remote(), "the tally")
         monitor = MonitorClient(self.tally.handle, "the tally")
         self._weights, self.version, self.step = weights, -1, 0

@@ -186,7 +186,9 @@ class LagRun:
             # Before anything is old enough, more groups of the base policy: a batch a step from the first
             # step on.
             batch = self._batch(step)
-            metrics = self._updater.update(Share.of(batch), learning_rate(step, config)).metrics()
+            metrics = self._updater.update(
+                Share.of(batch), learning_rate(step, config.learner, config.run.steps)
+            ).metrics()
             if (step + 1) % eval_every == 0:
                 rows.append({"step": step + 1.0, "held_out": self.evaluate(), **metrics})
         return rows

@@ -27,7 +27,7 @@ from cluster.deaths import SHARD, Deaths, ProcessKind
 from cluster.monitor.monitor import Monitor
 from cluster.preparation.prepare import Inputs
 from core.calls import Calls, Client, Pending, Polled
-from core.config import Config
+from core.config import RunConfig
 from core.monitor_client import MONITOR, MonitorClient
 from core.newest import MAX_GONE, Newest
 from core.own_warnings import OwnWarnings
@@ -46,10 +46,10 @@ class ReportingBoard(Board):
     restart may not find it.
     """
 
-    def __init__(self, config: Config, num_eval_rows: int, monitor_name: str) -> None:
-        super().__init__(config, num_eval_rows, self._report)
+    def __init__(self, run: RunConfig, num_eval_rows: int, monitor_name: str) -> None:
+        super().__init__(run, num_eval_rows, self._report)
         self._monitor = MonitorClient(ray.get_actor(monitor_name), MONITOR)
-        self._calls = Calls(config.run.timeout_s, self._monitor.event, name="the board")
+        self._calls = Calls(run.timeout_s, self._monitor.event, name="the board")
 
     def _report(self, evaluation: Evaluation, samples: list[dict[str, Any]]) -> None:
         self._calls.post(self._monitor.log_evaluation(evaluation, samples), "an evaluation")
@@ -93,7 +93,7 @@ class Services:
         self.buffer = connect_buffer(shards)
         board_class = remote(ReportingBoard, self.log_of("board"))
         board_class = board_class.options(num_cpus=0, max_concurrency=1000, **again)
-        self.board = BoardClient(board_class.remote(config, len(inputs.eval_prompts), name), BOARD)
+        self.board = BoardClient(board_class.remote(config.run, len(inputs.eval_prompts), name), BOARD)
         self.stats = Polled(self.calls, self.buffer.stats)
         self.view = Polled(self.calls, self.monitor.view)
         self._lives = [

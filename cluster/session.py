@@ -15,25 +15,24 @@ from ray.exceptions import RayError
 from cluster.guardian import guard
 from cluster.preparation.prepare import repository_root
 from cluster.preparation.surroundings import cluster_address
-from core.config import Config
+from core.config import ActorsConfig, LearnerConfig
 from core.errors import PlacementError
 
 ROOM_FOR_ACTORS = 8
 
 
-def logical_cpus(config: Config) -> int:
+def logical_cpus(actors: ActorsConfig, learner: LearnerConfig) -> int:
     """Returns the CPUs that a local Ray is told it has.
 
     A machine with fewer cores than asked for still runs it, only slower, and has room for scaling.
     """
-    learner, actors = config.learner, config.actors
     most_actors = max(actors.fewest, actors.most or ROOM_FOR_ACTORS)
     asked = learner.ranks * learner.num_cpus + most_actors * actors.num_cpus
     return max(os.cpu_count() or 1, int(asked + 0.999))
 
 
 @contextlib.contextmanager
-def ray_session(config: Config) -> Iterator[None]:
+def ray_session(actors: ActorsConfig, learner: LearnerConfig) -> Iterator[None]:
     """Keeps a connection to the cluster that RAY_ADDRESS names, else to a local Ray of our own that ends with
     the run.
 
@@ -56,7 +55,7 @@ def ray_session(config: Config) -> Iterator[None]:
                         [str(repository_root()), *filter(None, [os.environ.get("PYTHONPATH")])]
                     )
                 }
-                cpus = logical_cpus(config)
+                cpus = logical_cpus(actors, learner)
                 ray.init(
                     address="local",
                     num_cpus=cpus,

@@ -37,10 +37,13 @@ def _run(inputs: Inputs, stop: StopSignal) -> dict[str, Any]:
     say(f"run directory {inputs.run_dir}")
     stop.end_in_order(f"the same command with run.dir={inputs.run_dir}")
     say("starting Ray" if cluster_address() is None else f"joining the cluster at {cluster_address()}")
-    with ray_session(config):
+    with ray_session(config.actors, config.learner):
         say("starting the processes of the run")
         stop.raise_if_asked()
-        warnings = [*config.warnings(), *placement.check(placement.bundles(config), placement.ask_ray())]
+        warnings = [
+            *config.warnings(),
+            *placement.check(placement.bundles(config.actors, config.learner), placement.ask_ray()),
+        ]
         supervisor = _supervisor(inputs)
         try:
             with Terminal() as terminal:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 import numpy as np
 
-from core.config import Config
+from core.config import LearnerConfig
 from core.records import GroupHead
 
 
@@ -60,15 +60,15 @@ class Progress(msgspec.Struct):
         }
 
 
-def learning_rate(step: int, config: Config) -> float:
+def learning_rate(step: int, learner: LearnerConfig, num_steps: int) -> float:
     """Returns the learning rate of step number `step`, from 0: a linear warm-up, then constant or down to 10
     % at the last step.
     """
-    (warmup_steps, course), peak = config.learner.schedule, config.learner.lr
+    (warmup_steps, course), peak = learner.schedule, learner.lr
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if course == "constant":
         return peak
-    progress = (step - warmup_steps) / max(1, config.run.steps - 1 - warmup_steps)
+    progress = (step - warmup_steps) / max(1, num_steps - 1 - warmup_steps)
     shape = 1.0 - progress if course == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return peak * (0.1 + 0.9 * shape)

@@ -203,7 +203,9 @@ class LearnerRank:
     def _update(self, taken: Taken, progress: Progress) -> StepResult:
         """Takes one optimizer step. Raises StalenessError for a batch that is too old."""
         StalenessBound(self._config.buffer.max_staleness).check_batch(taken.share.index)
-        return self._updater.update(taken.share, learning_rate(progress.step, self._config))
+        return self._updater.update(
+            taken.share, learning_rate(progress.step, self._config.learner, self._config.run.steps)
+        )
 
     def _judge(self, taken: Taken, result: StepResult, progress: Progress) -> dict[str, float]:
         """Lets the step count; returns the metrics of batch and step. Raises TrainingError as Guards do."""

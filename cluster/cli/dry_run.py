@@ -29,12 +29,12 @@ def dry_run(config: Config) -> Iterator[str]:
     """
     sys.dont_write_bytecode = True  # Reward functions and recipes are imported.
     quiet_libraries()
-    place = placement.available(config)
+    place = placement.available(config.actors, config.learner)
     yield placement.dry_run(config, place)
     yield "checks"
     config = locate_model(config)
     yield f"  run            {check_start(config)}"
-    if path := model_to_make(config):
+    if path := model_to_make(config.model):
         yield f"  model          {config.model.make} would make {path}"
         for key, name in (("data.path", config.data.path), ("data.offline", config.data.offline)):
             if name is not None:
@@ -48,7 +48,9 @@ def dry_run(config: Config) -> Iterator[str]:
     else:
         yield from _told(check_inputs(config))
         what = "this"
-    placement.check(placement.bundles(config), place[1])  # Its warnings are told above.
+    placement.check(
+        placement.bundles(config.actors, config.learner), place[1]
+    )  # Its warnings are told above.
     yield f"a start would find nothing wrong with {what} before its engines load"
 
 

@@ -12,7 +12,7 @@ from actors.engine import Engine
 from actors.episode import Generation
 from actors.prompts import load_prompts, render_rows
 from actors.sources import Source, report_bad_rows
-from core.config import MAX_TOKENS, Config, DataConfig, ModelConfig
+from core.config import MAX_TOKENS, DataConfig, EvalConfig, ModelConfig
 from core.errors import ConfigError
 from core.tokenizer import Detokenizer, end_token_ids, has_chat_template, load_tokenizer
 from learner.catalogue import load_config
@@ -90,7 +90,7 @@ def evaluate(directory: str, overrides: list[str]) -> dict[str, Any]:
             seed=config.run.seed,
             skip_special_tokens=config.rewards.skip_special_tokens,
         )
-        completions = _generate(engine, config, [row.token_ids for row in prompts.rows])
+        completions = _generate(engine, config.eval, [row.token_ids for row in prompts.rows])
         futures = [
             pool.submit(row.text, texts, row.columns)
             for row, texts in zip(prompts.rows, completions, strict=True)
@@ -116,18 +116,18 @@ def _check_policy(directory: str) -> None:
         )
 
 
-def _generate(engine: Engine, config: Config, prompts: list[tuple[int, ...]]) -> list[list[str]]:
+def _generate(engine: Engine, evaluation: EvalConfig, prompts: list[tuple[int, ...]]) -> list[list[str]]:
     pending = [
         (f"{prompt}-{index}", tokens)
         for prompt, tokens in enumerate(prompts)
-        for index in range(config.eval.samples)
+        for index in range(evaluation.samples)
     ]
     done: dict[str, Generation] = {}
     for request_id, tokens in pending:
-        engine.submit(request_id, tokens, temperature=config.eval.temperature)
+        engine.submit(request_id, tokens, temperature=evaluation.temperature)
     while engine.num_unfinished:
         done.update(engine.step())
     return [
-        [done[f"{prompt}-{index}"].text for index in range(config.eval.samples)]
+        [done[f"{prompt}-{index}"].text for index in range(evaluation.samples)]
         for prompt in range(len(prompts))
     ]

@@ -40,7 +40,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from core.config import Config
+from core.config import ActorsConfig, Config, LearnerConfig, ModelConfig
 from core.config.checks import served_rank
 from core.model_shape import adapted_layers, empty_model
 from learner.objectives import load_objective
@@ -102,7 +102,7 @@ def estimate_memory(config: Config) -> MemoryEstimate:
     """
     path = config.model.path
     try:
-        shape = _shape_of(config)
+        shape = _shape_of(config.model, config.learner)
     # not there, broken, or no transformer
     except (OSError, ValueError, ImportError, AttributeError) as error:
         millions = _size_in_name(path)
@@ -118,14 +118,14 @@ def estimate_memory(config: Config) -> MemoryEstimate:
     return MemoryEstimate(source, shape.num_params, learner, actor, tuple(_notes(config, shape)))
 
 
-def _shape_of(config: Config) -> _Shape:
+def _shape_of(model_config: ModelConfig, learner: LearnerConfig) -> _Shape:
     """Returns the model's shape by its Hugging Face config, built on the meta device. Raises OSError when
     there is no config at hand.
     """
-    model = empty_model(config.model, local_files_only=True)
+    model = empty_model(model_config, local_files_only=True)
     text = model.config.get_text_config()
     heads = text.num_attention_heads
-    layers = adapted_layers(model).values() if config.learner.lora_rank else ()
+    layers = adapted_layers(model).values() if learner.lora_rank else ()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return _Shape(
         num_params=sum(parameter.numel() for parameter in model.parameters()),
@@ -165,7 +165,7 @@ def _learner_parts(config: Config, shape: _Shape) -> tuple[MemoryUse, ...]:
     reference, proximal = _frozen_bytes(config, share, adapters)
     moved = (reference if config.objective.reference_moves_every else 0) + proximal
     on_gpu = learner.num_gpus > 0
-    forward = _activation_bytes(config, shape) + _logprob_bytes(config, shape)
+    forward = _activation_bytes(config.model, learner, shape) + _logprob_bytes(config.model, learner, shape)
     all_aside = learner.offload == "all"
     frozen_aside = all_aside or (learner.offload == "reference" and on_gpu)
     step = (8 if on_gpu and not all_aside else 4) * min(trained, SUB_GROUP_PARAMETERS)
@@ -184,8 +184,8 @@ def _learner_parts(config: Config, shape: _Shape) -> tuple[MemoryUse, ...]:
         MemoryUse("proximal policy", proximal, frozen_aside),
         MemoryUse("gathered parameters", b * gathered),
         MemoryUse("gradient bucket", b * bucket),
-        MemoryUse("activations", _activation_bytes(config, shape)),
-        MemoryUse("log-probs", _logprob_bytes(config, shape)),
+        MemoryUse("activations", _activation_bytes(config.model, learner, shape)),
+        MemoryUse("log-probs", _logprob_bytes(config.model, learner, shape)),
         MemoryUse("optimizer step", max(0, step - forward), all_aside),
         MemoryUse("checkpoint buffers", saved, on_host=True),
         MemoryUse("process", PROCESS_BYTES, on_host=True),
@@ -207,8 +207,7 @@ def _frozen_bytes(config: Config, share: float, adapters: float) -> tuple[float,
     return b * share * has_reference, b * share * has_proximal
 
 
-def _activation_bytes(config: Config, shape: _Shape) -> float:
-    learner = config.learner
+def _activation_bytes(model: ModelConfig, learner: LearnerConfig, shape: _Shape) -> float:
     if not shape.layers:
         return 0.0
     one_layer = 8 * shape.hidden + 2 * shape.kv_width + 4 * shape.mlp
@@ -217,16 +216,16 @@ def _activation_bytes(config: Config, shape: _Shape) -> float:
     layers = shape.layers * one_layer
     if learner.gradient_checkpointing:
         layers = shape.layers * shape.hidden + one_layer
-    return BYTES[config.model.dtype] * learner.micro_batch_tokens * (layers + 2 * shape.hidden)
+    return BYTES[model.dtype] * learner.micro_batch_tokens * (layers + 2 * shape.hidden)
 
 
-def _logprob_bytes(config: Config, shape: _Shape) -> float:
+def _logprob_bytes(model: ModelConfig, learner: LearnerConfig, shape: _Shape) -> float:
     """Returns the bytes of the LM head's log-probs and their gradient."""
-    b, logits = BYTES[config.model.dtype], config.learner.micro_batch_tokens * shape.vocabulary
+    b, logits = BYTES[model.dtype], learner.micro_batch_tokens * shape.vocabulary
     if shape.has_whole_logits:
         return 2 * b * logits + CHUNK_BYTES
     head = shape.vocabulary * shape.hidden * (b if 4 * logits <= CHUNK_BYTES else b + 4)
-    if config.learner.lora_rank:
+    if learner.lora_rank:
         head = 0
     return 3 * min(4 * logits, CHUNK_BYTES) + min(b * logits, KEPT_BYTES) + head
 
@@ -243,7 +242,10 @@ def _actor_parts(config: Config, shape: _Shape) -> tuple[MemoryUse, ...]:
     if config.actors.num_gpus == 0:
         cache = MemoryUse("KV cache", config.actors.kv_cache_gib * GIB)
     else:
-        cache = MemoryUse("KV cache of all slots", _cache_bytes(config, shape) * config.actors.slots)
+        cache = MemoryUse(
+            "KV cache of all slots",
+            _cache_bytes(config.model, config.max_sequence_tokens, shape) * config.actors.slots,
+        )
     return tuple(
         part
         for part in (weights, adapters, cache, MemoryUse("process", PROCESS_BYTES, on_host=True))
@@ -251,15 +253,15 @@ def _actor_parts(config: Config, shape: _Shape) -> tuple[MemoryUse, ...]:
     )
 
 
-def _cache_bytes(config: Config, shape: _Shape) -> float:
-    """Returns the KV cache of one sequence of full length, in bytes: 2 L k b max_sequence_tokens."""
-    per_token = 2 * shape.layers * shape.kv_width * BYTES[config.model.dtype]
-    return per_token * config.max_sequence_tokens
+def _cache_bytes(model: ModelConfig, num_tokens: int, shape: _Shape) -> float:
+    """Returns the KV cache of one sequence, in bytes: 2 L k b num_tokens."""
+    per_token = 2 * shape.layers * shape.kv_width * BYTES[model.dtype]
+    return per_token * num_tokens
 
 
 def _notes(config: Config, shape: _Shape) -> list[str]:
     notes, actors = [], config.actors
-    one = _cache_bytes(config, shape)
+    one = _cache_bytes(config.model, config.max_sequence_tokens, shape)
     whole = BYTES[config.model.dtype] * shape.num_params / GIB
     if whole >= 1 and config.weights.transport != "adapters":
         notes.append(
@@ -299,24 +301,23 @@ def _notes(config: Config, shape: _Shape) -> list[str]:
     return notes
 
 
-def host_bytes(config: Config, estimate: MemoryEstimate) -> float:
+def host_bytes(actors: ActorsConfig, learner: LearnerConfig, estimate: MemoryEstimate) -> float:
     """Returns the CPU memory of all ranks and actors together, in bytes."""
 
     def on_host(parts: tuple[MemoryUse, ...], num_gpus: float) -> float:
         return sum(part.num_bytes for part in parts if part.on_host or not num_gpus)
 
-    learner, actors = config.learner, config.actors
     return learner.ranks * on_host(estimate.learner, learner.num_gpus) + actors.fewest * on_host(
         estimate.actor, actors.num_gpus
     )
 
 
-def render_memory(config: Config, estimate: MemoryEstimate) -> list[str]:
+def render_memory(actors: ActorsConfig, learner: LearnerConfig, estimate: MemoryEstimate) -> list[str]:
     """Returns lines: the source, then the parts of one rank and one actor in GiB."""
     lines = [f"  {estimate.source}"]
     for role, parts, num_gpus in (
-        (f"learner, each of {config.learner.ranks}", estimate.learner, config.learner.num_gpus),
-        (f"actor, each of {config.actors.fewest}", estimate.actor, config.actors.num_gpus),
+        (f"learner, each of {learner.ranks}", estimate.learner, learner.num_gpus),
+        (f"actor, each of {actors.fewest}", estimate.actor, actors.num_gpus),
     ):
         for where, here in (
             ("GPU", [p for p in parts if num_gpus and not p.on_host]),

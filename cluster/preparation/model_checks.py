@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from core.config import Config
+from core.config import Config, LearnerConfig, ModelConfig
 from core.errors import ConfigError
 from core.model_shape import (
     carries_state,
@@ -40,13 +40,13 @@ def check_model(config: Config) -> None:
         check(config, found)
 
 
-def lora_notes(config: Config) -> tuple[str, ...]:
+def lora_notes(model: ModelConfig, learner: LearnerConfig) -> tuple[str, ...]:
     """Returns what learner.lora_rank leaves as it is in this model, to be told; nothing where all matrices
     are adapted.
     """
-    if not config.learner.lora_rank:
+    if not learner.lora_rank:
         return ()
-    module = empty_model(config.model)
+    module = empty_model(model)
     fused, total = num_fused(module), sum(parameter.numel() for parameter in module.parameters())
     if not fused:
         return ()
@@ -64,7 +64,7 @@ def _check_whole(config: Config, found: Any) -> None:
     kind, stated = model_class(found), [*(getattr(found, "architectures", None) or ())]
     if kind is None and not config.model.trust_remote_code:
         raise ConfigError(
-            f"{_name(config, found)} is no causal language model of transformers'. Give one "
+            f"{_name(config.model, found)} is no causal language model of transformers'. Give one "
             "that continues a text."
         )
     if (
@@ -74,7 +74,7 @@ def _check_whole(config: Config, found: Any) -> None:
         and stated[0].endswith("ForConditionalGeneration")
     ):
         raise ConfigError(
-            f"{_name(config, found)} is a {stated[0]}, of which transformers would train the language model "
+            f"{_name(config.model, found)} is a {stated[0]}, of which transformers would train the language model "
             f"alone ({kind.__name__}), and "
             "vLLM serve the whole. Save the language model by itself, and give that."
         )
@@ -88,7 +88,7 @@ def _check_tied(config: Config, found: Any) -> None:
         and not text.tie_word_embeddings
     ):
         raise ConfigError(
-            f"{_name(config, found)} has an LM head of its own (tie_word_embeddings = false), for which vLLM "
+            f"{_name(config.model, found)} has an LM head of its own (tie_word_embeddings = false), for which vLLM "
             "takes the embedding in this "
             "family. Give a model whose LM head is its embedding."
         )
@@ -110,15 +110,17 @@ def _check_precision(config: Config, found: Any) -> None:
         "hrm_text": "vLLM computes other log-probs than transformers for this family",
     }
     if text.model_type in vllm_differs:
-        raise ConfigError(f"{_name(config, found)}: {vllm_differs[text.model_type]}. Give another model.")
+        raise ConfigError(
+            f"{_name(config.model, found)}: {vllm_differs[text.model_type]}. Give another model."
+        )
     if text.model_type == "apertus" and dtype == "float32":
         raise ConfigError(
-            f"{_name(config, found)}: vLLM keeps the parameters of this family's activation in bfloat16. Set "
+            f"{_name(config.model, found)}: vLLM keeps the parameters of this family's activation in bfloat16. Set "
             "model.dtype=bfloat16."
         )
     if config.actors.num_gpus == 0 and "indexed_attention" in (getattr(text, "layer_types", None) or ()):
         raise ConfigError(
-            f"{_name(config, found)} attends to tokens that it chooses (indexed_attention), which vLLM does "
+            f"{_name(config.model, found)} attends to tokens that it chooses (indexed_attention), which vLLM does "
             "on a GPU only. "
             "Set actors.num_gpus, or give another model."
         )
@@ -126,20 +128,20 @@ def _check_precision(config: Config, found: Any) -> None:
         return
     if not text.model_type.startswith(("qwen3_next", "qwen3_5")):
         raise ConfigError(
-            f"{_name(config, found)} has layers that carry a state, which vLLM computes on a GPU only in "
+            f"{_name(config.model, found)} has layers that carry a state, which vLLM computes on a GPU only in "
             "this family. "
             "Set actors.num_gpus, or give a model that attends."
         )
     if dtype != "bfloat16":
         raise ConfigError(
-            f"{_name(config, found)} has layers of linear attention, which vLLM computes in bfloat16 alone "
+            f"{_name(config.model, found)} has layers of linear attention, which vLLM computes in bfloat16 alone "
             "on a CPU. "
             "Set model.dtype=bfloat16, or actors.num_gpus."
         )
 
 
-def _name(config: Config, found: Any) -> str:
-    return f"model.path = {config.model.path} ({found.model_type})"
+def _name(model: ModelConfig, found: Any) -> str:
+    return f"model.path = {model.path} ({found.model_type})"
 
 
 def _check_quantized(config: Config, found: Any) -> None:
@@ -154,7 +156,7 @@ def _check_quantized(config: Config, found: Any) -> None:
         else getattr(quantization, "quant_method", None)
     )
     raise ConfigError(
-        f"{_name(config, found)} is quantized ({method or 'quantization_config'}): the learner trains "
+        f"{_name(config.model, found)} is quantized ({method or 'quantization_config'}): the learner trains "
         "weights of model.dtype, the actors "
         "would round them. Give the model in float32, bfloat16 or float16, such as the one it was made of."
     )
@@ -168,7 +170,7 @@ def _check_attention(config: Config, found: Any) -> None:
     cap = getattr(found.get_text_config(), "attn_logit_softcapping", None)
     if cap and attention == "sdpa":
         raise ConfigError(
-            f"{_name(config, found)} caps its attention (attn_logit_softcapping = {cap:g}), which "
+            f"{_name(config.model, found)} caps its attention (attn_logit_softcapping = {cap:g}), which "
             "model.attention = sdpa leaves out. "
             "Set model.attention=eager."
         )
@@ -177,7 +179,7 @@ def _check_attention(config: Config, found: Any) -> None:
         kind, {"sdpa": "_supports_sdpa"}.get(attention, "_supports_flash_attn"), True
     ):
         raise ConfigError(
-            f"{_name(config, found)}: {kind.__name__} of transformers cannot attend by model.attention = "
+            f"{_name(config.model, found)}: {kind.__name__} of transformers cannot attend by model.attention = "
             f"{attention}. "
             "Set model.attention=eager; if the learner then says that packed sequences see each other, "
             "learner.layout=padded too."
@@ -193,7 +195,7 @@ def _check_windows(config: Config, found: Any) -> None:
         return
     if text.model_type in ("qwen2", "qwen3") and len({*layers}) > 1 and text.max_window_layers != len(layers):
         raise ConfigError(
-            f"{_name(config, found)} has a sliding window of {window} tokens in some of its layers "
+            f"{_name(config.model, found)} has a sliding window of {window} tokens in some of its layers "
             "(max_window_layers = "
             f"{text.max_window_layers} of {len(layers)}), which vLLM refuses for this family. Set "
             "use_sliding_window to false in its "
@@ -206,7 +208,7 @@ def _check_windows(config: Config, found: Any) -> None:
     }
     if longest > window and text.model_type in vllm_differs:
         raise ConfigError(
-            f"{_name(config, found)}: {vllm_differs[text.model_type]} (sliding_window = {window}), and "
+            f"{_name(config.model, found)}: {vllm_differs[text.model_type]} (sliding_window = {window}), and "
             "data.max_prompt_tokens + "
             f"actors.max_new_tokens = {longest}. Keep the sum at {window} or below."
         )
@@ -225,7 +227,7 @@ def _check_rope(config: Config, found: Any) -> None:
         limit = rope.get(field) or getattr(found.get_text_config(), field, None)
         if limit and longest > limit:
             raise ConfigError(
-                f"{_name(config, found)} has rope_type = {kind}: beyond {field} = {limit} tokens its "
+                f"{_name(config.model, found)} has rope_type = {kind}: beyond {field} = {limit} tokens its "
                 "frequencies depend on what else is in "
                 f"a micro-batch, and data.max_prompt_tokens + actors.max_new_tokens = {longest}. Keep the "
                 f"sum at {limit} or below."

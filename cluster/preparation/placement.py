@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 
 from cluster.preparation.memory import GIB, MemoryEstimate, estimate_memory, host_bytes, render_memory
 from cluster.preparation.surroundings import cluster_address
-from core.config import Config
+from core.config import ActorsConfig, Config, LearnerConfig
 from core.config.files import dump_config
 from core.errors import PlacementError
 
@@ -52,9 +52,8 @@ class Placement(NamedTuple):
         return {key: sum(bundle.count * bundle.resources[key] for bundle in self) for key in ("CPU", "GPU")}
 
 
-def bundles(config: Config) -> Placement:
-    """Returns what `config` asks for."""
-    learner, actors = config.learner, config.actors
+def bundles(actors: ActorsConfig, learner: LearnerConfig) -> Placement:
+    """Returns what actors and learner ask for."""
     return Placement(
         Bundle("learner", learner.ranks, {"CPU": learner.num_cpus, "GPU": learner.num_gpus}),
         Bundle("actor", actors.fewest, {"CPU": actors.num_cpus, "GPU": actors.num_gpus}),
@@ -174,7 +173,7 @@ def this_machine(placement: Placement) -> dict[str, float]:
     }
 
 
-def check_machine(config: Config) -> None:
+def check_machine(actors: ActorsConfig, learner: LearnerConfig) -> None:
     """Raises PlacementError when a local Ray's processes could not even be loaded here: CPUs may be
     shared, memory may not.
     """
@@ -182,7 +181,6 @@ def check_machine(config: Config) -> None:
 
     if cluster_address() is not None:
         return  # On a cluster `check` asks the other machines.
-    actors, learner = config.actors, config.learner
     cache = 0.0 if actors.num_gpus else actors.kv_cache_gib
     asked = (learner.ranks + actors.fewest) * BARE_PROCESS_GIB + actors.fewest * cache
     has = psutil.virtual_memory().total / GIB
@@ -225,12 +223,12 @@ def render(
         except PlacementError as error:
             warnings.append(str(error))
         warnings += _memory_warnings(config, memory, nodes)
-    lines += ["memory, estimated", *render_memory(config, memory)]
+    lines += ["memory, estimated", *render_memory(config.actors, config.learner, memory)]
     return "\n".join(lines + [f"warning: {warning}" for warning in warnings])
 
 
 def _memory_warnings(config: Config, memory: MemoryEstimate, nodes: Sequence[Resources]) -> list[str]:
-    asked, has = host_bytes(config, memory), _sum(nodes)["memory"]
+    asked, has = host_bytes(config.actors, config.learner, memory), _sum(nodes)["memory"]
     if has and asked > has:
         return [
             f"learner and actors want about {asked / GIB:.1f} GiB of host memory, there are "
@@ -239,7 +237,7 @@ def _memory_warnings(config: Config, memory: MemoryEstimate, nodes: Sequence[Res
     return []
 
 
-def available(config: Config) -> tuple[str, list[Resources]]:
+def available(actors: ActorsConfig, learner: LearnerConfig) -> tuple[str, list[Resources]]:
     """Returns where the run would go and what each node there has: the cluster at RAY_ADDRESS, else this
     machine. Starts nothing.
 
@@ -248,10 +246,10 @@ def available(config: Config) -> tuple[str, list[Resources]]:
     if (address := cluster_address()) is not None:
         from cluster.session import ray_session
 
-        with ray_session(config):
+        with ray_session(actors, learner):
             return f"cluster at {address}", [*ask_ray()]
     return "this machine (RAY_ADDRESS names no cluster; logical CPUs as asked)", [
-        this_machine(bundles(config))
+        this_machine(bundles(actors, learner))
     ]
 
 
@@ -259,5 +257,5 @@ def dry_run(config: Config, place: tuple[str, Sequence[Resources]] | None = None
     """Returns the resolved config, as a file that can be given back, and everything `render` says. `place` is
     what `available` found.
     """
-    where, nodes = place or available(config)
-    return f"{dump_config(config)}\n{render(config, bundles(config), nodes, estimate_memory(config), where)}"
+    where, nodes = place or available(config.actors, config.learner)
+    return f"{dump_config(config)}\n{render(config, bundles(config.actors, config.learner), nodes, estimate_memory(config), where)}"

@@ -30,7 +30,7 @@ from cluster.preparation.model_limits import check_length, check_token_ids
 from cluster.preparation.model_weights import check_weights
 from cluster.preparation.placement import check_machine
 from cluster.preparation.run_dir import check_run_dir, open_run_dir
-from core.config import Config
+from core.config import ActorsConfig, Config, DataConfig, ModelConfig
 from core.errors import AgroError, ConfigError, DataError
 from core.model_shape import load_model_config
 from core.staleness import StalenessBound
@@ -87,7 +87,7 @@ def check_start(config: Config) -> str:
     Returns, in words, which run directory it is.
     """
     check_named(config)
-    check_machine(config)
+    check_machine(config.actors, config.learner)
     if not Path(config.model.path).is_absolute():
         check_hub_id(config.model.path)
     return check_run_dir(config)
@@ -106,7 +106,7 @@ def check_inputs(config: Config) -> Checked:
     tokenizer = load_tokenizer(config.model)
     check_model(config)
     check_weights(config.model)
-    about_model = (*check_model_files(config.model), *lora_notes(config))
+    about_model = (*check_model_files(config.model), *lora_notes(config.model, config.learner))
     prompts, notes = load_training(config, tokenizer)
     end_ids = end_token_ids(config.model, tokenizer)
     notes = [
@@ -114,7 +114,7 @@ def check_inputs(config: Config) -> Checked:
         *end_token_notes(tokenizer, end_ids, vocabulary_size(config.model)),
         *_ended(prompts, end_ids),
     ]
-    if reason := no_evaluation(config):
+    if reason := no_evaluation(config.data, config.actors):
         eval_prompts = PromptSet(rows=[], num_bad_rows=0, source="none")
         notes = [*notes, reason]
     else:
@@ -185,14 +185,14 @@ def _scorable(config: Config, prompts: PromptSet) -> PromptSet:
     return dataclasses.replace(prompts, rows=rows, num_bad_rows=prompts.num_bad_rows + len(bad))
 
 
-def no_evaluation(config: Config) -> str:
+def no_evaluation(data: DataConfig, actors: ActorsConfig) -> str:
     """Returns why there is no evaluation, to be told; empty when there is one."""
-    if not config.data.eval_rows:
+    if not data.eval_rows:
         return "nothing is evaluated: data.eval_rows = 0"
-    if config.actors.fewest == 0:
+    if actors.fewest == 0:
         afterwards = "afterwards, use `launch.py evaluate`"
         return f"warning: actors.count = 0: nothing is evaluated during the run; {afterwards}"
-    if config.data.path is None and config.data.eval_path is None:
+    if data.path is None and data.eval_path is None:
         return (
             "warning: nothing is evaluated: there is neither data.eval_path nor data.path. "
             "Set data.eval_path, or actors.count=0"
@@ -338,16 +338,16 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {path.parent / near[0]}?" if near else "."
 
 
-def model_to_make(config: Config) -> Path | None:
+def model_to_make(model: ModelConfig) -> Path | None:
     """Returns where `model.make` would make the model; None when it is there, or comes from the hub."""
-    path = Path(config.model.path)
-    return path if config.model.make and not path.exists() else None
+    path = Path(model.path)
+    return path if model.make and not path.exists() else None
 
 
 def ensure_model(config: Config) -> Config:
     """Returns what `locate_model` returns; a model that does not exist yet is made by `model.make`."""
     config = locate_model(config)
-    if path := model_to_make(config):
+    if path := model_to_make(config.model):
         _make_model(str(config.model.make), path)
     return config
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.config import Config
+from core.config import Config, RunConfig
 from core.config.files import dump_config, read_tree
 from core.errors import AgroError, ConfigError
 from core.text import user_path
@@ -67,8 +67,8 @@ def open_run_dir(config: Config) -> RunDir:
     Raises ConfigError when it holds other things, is in use, finished, has no checkpoints, or when the config
     contradicts the run in it; what was made for it is gone then.
     """
-    with _explained(config):
-        path = _path(config)
+    with _explained(config.run):
+        path = _path(config.run)
         is_made = path is None or not path.exists()
         path = _make_fresh(config) if path is None else path
         path.mkdir(parents=True, exist_ok=True)
@@ -89,10 +89,10 @@ def open_run_dir(config: Config) -> RunDir:
 
 def check_run_dir(config: Config) -> str:
     """Says what `open_run_dir` would do; raises what it would raise, and leaves everything as it is."""
-    with _explained(config):
-        path = _path(config)
+    with _explained(config.run):
+        path = _path(config.run)
         if path is None:
-            path = _of_fair_length((runs_root() / _fresh_name(config)).resolve())
+            path = _of_fair_length((runs_root() / _fresh_name(config.run)).resolve())
             _try_to_make(path)
             return f"{path} would be made"
         if (before := _run_in(path)) is None:
@@ -131,11 +131,9 @@ def _take_back(run_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(config: Config) -> Iterator[None]:
+def _explained(run: RunConfig) -> Iterator[None]:
     name = (
-        f"run.dir = {config.run.dir}"
-        if config.run.dir
-        else f"a run directory in {os.environ.get('AGRO_RUNS') or 'runs'}"
+        f"run.dir = {run.dir}" if run.dir else f"a run directory in {os.environ.get('AGRO_RUNS') or 'runs'}"
     )
     try:
         yield
@@ -147,14 +145,14 @@ def _explained(config: Config) -> Iterator[None]:
         raise ConfigError(f"{name} cannot be used: {error}. Choose another run.dir.") from None
 
 
-def _path(config: Config) -> Path | None:
+def _path(run: RunConfig) -> Path | None:
     """Returns the directory that is asked for; None for a fresh one.
 
     Raises ConfigError where no run can be, and OSError or RuntimeError as paths do.
     """
-    if config.run.dir is None:
+    if run.dir is None:
         return None
-    given = user_path("run.dir", config.run.dir)
+    given = user_path("run.dir", run.dir)
     if given.is_symlink() and not given.exists():
         raise ConfigError(
             f"run.dir = {given} is a link that leads nowhere (to {os.readlink(given)}). Choose "
@@ -202,13 +200,13 @@ def _run_in(path: Path) -> Config | None:
     return None
 
 
-def _fresh_name(config: Config) -> str:
-    return f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+def _fresh_name(run: RunConfig) -> str:
+    return f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _make_fresh(config: Config) -> Path:
     """Makes a directory that nobody else has, however many runs start in this second."""
-    root, name = runs_root().resolve(), _fresh_name(config)
+    root, name = runs_root().resolve(), _fresh_name(config.run)
     _of_fair_length(root / name)
     root.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):

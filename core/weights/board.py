@@ -29,7 +29,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import msgspec
 
 from core.calls import Client, asks
-from core.config import Config
+from core.config import RunConfig
 from core.newest import MAX_GONE, Newest
 from core.records import EvalItem, EvalSample, Evaluation
 
@@ -102,12 +102,12 @@ class Board:
 
     def __init__(
         self,
-        config: Config,
+        run: RunConfig,
         num_eval_rows: int,
         on_evaluation: Callable[[Evaluation, list[dict[str, Any]]], Any],
     ) -> None:
         """`on_evaluation(result, samples)` is called when an evaluation is complete."""
-        self._config, self._num_eval_rows, self._on_evaluation = config, num_eval_rows, on_evaluation
+        self._run, self._num_eval_rows, self._on_evaluation = run, num_eval_rows, on_evaluation
         self._id = secrets.token_hex(4)
         self._snapshots: dict[int, Snapshot] = {}
         self._newest = self._pushed = -1
@@ -149,9 +149,7 @@ class Board:
         }
         if evaluate and self._num_eval_rows and version not in known:
             number = next(self._evaluation_ids)
-            self._evaluations[number] = _OpenEvaluation(
-                number, version, self._num_eval_rows, self._config.run.seed
-            )
+            self._evaluations[number] = _OpenEvaluation(number, version, self._num_eval_rows, self._run.seed)
         self._drop_old_snapshots()
         await self._wake()
         return sorted(self._snapshots)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.config import Config, ModelConfig
+from core.config import LearnerConfig, ModelConfig
 from core.errors import CheckpointError
 from learner.catalogue import parse_text
 from learner.checkpoints.checkpoint import (
@@ -62,7 +62,7 @@ def export(
     module = _empty_module(checkpoint, config.model)
     units = wider_first(file_units(module))
     tensors = (
-        _merged_weights(checkpoint, config, units)
+        _merged_weights(checkpoint, config.model, config.learner, units)
         if config.learner.lora_rank
         else _trained_weights(checkpoint, units)
     )
@@ -158,11 +158,13 @@ def _key(weight: Weight) -> str:
     return (WEIGHTS if isinstance(weight.parameter, torch.nn.Parameter) else BUFFERS) + weight.name
 
 
-def _merged_weights(checkpoint: Checkpoint, config: Config, units: Sequence[Unit]) -> Iterator[Tensor]:
+def _merged_weights(
+    checkpoint: Checkpoint, model: ModelConfig, learner: LearnerConfig, units: Sequence[Unit]
+) -> Iterator[Tensor]:
     """Returns the base's tensors, each with its adapter added as the learner adds it: in its dtype and by its
     formula.
     """
-    base = _base_files(checkpoint, config.model.path)
+    base = _base_files(checkpoint, model.path)
     adapters = adapters_by_weight(
         [key.removeprefix(WEIGHTS) for key in checkpoint.tensors if key.startswith(WEIGHTS)]
     )
@@ -173,16 +175,16 @@ def _merged_weights(checkpoint: Checkpoint, config: Config, units: Sequence[Unit
     }
     if missing := [name for name in adapters if name not in known]:
         raise CheckpointError(
-            f"{config.model.path} has no {missing[0]}, to which {checkpoint.path} holds an adapter: its "
+            f"{model.path} has no {missing[0]}, to which {checkpoint.path} holds an adapter: its "
             "files are of another model, or "
             "name their tensors otherwise. Take the run's policy/ directory, which is whole, or set "
             "model.path right."
         )
     if missing := [entry.key for unit in units for entry in unit.entries if entry.key not in base]:
         raise CheckpointError(
-            f"{config.model.path} has no {missing[0]}. Take the run's policy/ directory, which is whole."
+            f"{model.path} has no {missing[0]}. Take the run's policy/ directory, which is whole."
         )
-    scale = config.learner.lora_scale
+    scale = learner.lora_scale
 
     def tensors() -> Iterator[Tensor]:
         for unit in units:

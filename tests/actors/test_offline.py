@@ -359,13 +359,15 @@ def test_what_an_objective_needs_and_offline_or_lagged_data_lacks_is_refused():
         check_needs(offline_config("log", objective={"name": "grpo"}), frozenset({"behaviour_logprobs"}))
 
 
+def why_not(config: Config) -> str:
+    return no_evaluation(config.data, config.actors)
+
+
 def test_why_nothing_is_evaluated_is_said():
-    assert "actors.count = 0" in no_evaluation(offline_config("log"))
-    assert "data.eval_path" in no_evaluation(offline_config("log", actors={"count": 1}))
-    assert (
-        no_evaluation(offline_config("log", actors={"count": 1}, data={"eval_path": "held_out.jsonl"})) == ""
-    )
-    assert "data.eval_rows = 0" in no_evaluation(offline_config("log", data={"eval_rows": 0}))
+    assert "actors.count = 0" in why_not(offline_config("log"))
+    assert "data.eval_path" in why_not(offline_config("log", actors={"count": 1}))
+    assert why_not(offline_config("log", actors={"count": 1}, data={"eval_path": "held_out.jsonl"})) == ""
+    assert "data.eval_rows = 0" in why_not(offline_config("log", data={"eval_rows": 0}))
 
 
 # Feeding
@@ -440,7 +442,7 @@ def test_the_feeder_fills_a_real_buffer_with_scored_groups_and_ends_when_retired
     async def scenario() -> tuple[list[Any], dict[str, float], dict[str, float]]:
         buffer, board, told = (
             ReplayBuffer(config, str(tmp_path / "run"), len(prompts)),
-            Board(config, 0, print),
+            Board(config.run, 0, print),
             Told(),
         )
         feeder = OfflineActor("offline", config, prompts, *peers_of(buffer, board, told))
@@ -484,7 +486,7 @@ def test_a_buffer_that_does_not_answer_the_feeder_is_named(tmp_path):
             await asyncio.sleep(60)
 
     async def scenario() -> None:
-        peers = peers_of(Silent(), Board(config, 0, print), Told())
+        peers = peers_of(Silent(), Board(config.run, 0, print), Told())
         await OfflineActor("offline", config, PromptSet([], 0, "none"), *peers).run()
 
     with pytest.raises(PeerTimeout, match="the replay buffer did not answer offline within"):

@@ -143,7 +143,8 @@ def test_rays_own_handler_does_not_abort_what_ends_in_order() -> None:
         from learner.catalogue import load_config
         from cluster.session import ray_session
         stop.end_in_order("the same command with run.dir=runs/x")
-        with ray_session(load_config("configs/quickstart.yaml")):
+        config = load_config("configs/quickstart.yaml")
+        with ray_session(config.actors, config.learner):
             print("connected", flush=True)
             while stop.name is None: time.sleep(0.01)
             sys.exit(EXIT_CODES[stop.name] if signal.alarm(0) == 0 else "an alarm is set")

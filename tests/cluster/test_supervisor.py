@@ -341,4 +341,5 @@ def test_a_buffer_that_cannot_be_opened_stops_the_run_with_its_own_error(
 )
 def test_a_local_ray_has_room_for_scaling(actors: dict[str, Any], expected: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    assert logical_cpus(make_config({"actors": actors})) == expected
+    config = make_config({"actors": actors})
+    assert logical_cpus(config.actors, config.learner) == expected

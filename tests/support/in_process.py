@@ -125,7 +125,7 @@ class Bench:
         self.buffer = self.buffers[0]
         self._facade, self._calls = connect_buffer(self.buffers), Calls(40.0)
         self.board = self._serve(
-            lambda: Board(config, len(self.eval_prompts), lambda *found: self.evaluations.append(found))
+            lambda: Board(config.run, len(self.eval_prompts), lambda *found: self.evaluations.append(found))
         )
         self.monitor = self._serve(lambda: self.told)
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="actor")

@@ -48,6 +48,11 @@ def llama_dir(tmp_path_factory):
     return str(directory)
 
 
+def asked(config):
+    """What actors and learner of the config ask for."""
+    return bundles(config.actors, config.learner)
+
+
 def parts_of(parts):
     return {part.name: part.num_bytes for part in parts}
 
@@ -56,7 +61,7 @@ def parts_of(parts):
 
 
 def test_bundles_are_one_gang_of_ranks_and_a_bundle_per_actor():
-    placement = bundles(config_of(actors={"count": 3, "num_cpus": 0.5, "num_gpus": 0.5}))
+    placement = asked(config_of(actors={"count": 3, "num_cpus": 0.5, "num_gpus": 0.5}))
     assert (placement.learner.role, placement.learner.count, placement.learner.resources) == (
         "learner",
         4,
@@ -71,12 +76,12 @@ def test_bundles_are_one_gang_of_ranks_and_a_bundle_per_actor():
 
 
 def test_a_run_that_fits_exactly_is_no_warning():
-    assert check(bundles(config_of()), {"CPU": 32, "GPU": 8}) == []
-    assert check(bundles(config_of()), [{"CPU": 16, "GPU": 4}] * 2) == []
+    assert check(asked(config_of()), {"CPU": 32, "GPU": 8}) == []
+    assert check(asked(config_of()), [{"CPU": 16, "GPU": 4}] * 2) == []
 
 
 def test_actors_beyond_what_fits_are_a_warning_that_says_asked_and_has():
-    (warning,) = check(bundles(config_of()), {"CPU": 32, "GPU": 6})
+    (warning,) = check(asked(config_of()), {"CPU": 32, "GPU": 6})
     assert "2 of actors.count = 4 actors fit" in warning
     assert "4 CPU, 1 GPU" in warning
     assert "32 CPU, 6 GPU" in warning
@@ -97,7 +102,7 @@ def test_actors_beyond_what_fits_are_a_warning_that_says_asked_and_has():
 )
 def test_a_cluster_that_can_never_hold_learner_and_one_actor_is_an_error(nodes, words):
     with pytest.raises(PlacementError) as caught:
-        check(bundles(config_of()), nodes)
+        check(asked(config_of()), nodes)
     message = str(caught.value)
     for word in ["4 x (4 CPU, 1 GPU)", "at least one actor", "learner.ranks", *words]:
         assert word in message, message
@@ -105,14 +110,14 @@ def test_a_cluster_that_can_never_hold_learner_and_one_actor_is_an_error(nodes, 
 
 
 def test_an_actor_of_eight_cores_needs_them_on_one_node():
-    placement = bundles(config_of(actors={"count": 1, "num_cpus": 8}, learner={"ranks": 1}))
+    placement = asked(config_of(actors={"count": 1, "num_cpus": 8}, learner={"ranks": 1}))
     assert check(placement, [{"CPU": 4, "GPU": 1}, {"CPU": 8, "GPU": 1}]) == []
     with pytest.raises(PlacementError, match="no arrangement"):
         check(placement, [{"CPU": 6, "GPU": 1}] * 4)
 
 
 def test_fractions_of_a_cpu_add_up():
-    placement = bundles(
+    placement = asked(
         config_of(
             actors={"count": 7, "num_cpus": 0.1, "num_gpus": 0},
             learner={"ranks": 3, "num_cpus": 0.1, "num_gpus": 0},
@@ -122,7 +127,7 @@ def test_fractions_of_a_cpu_add_up():
 
 
 def test_parts_that_ask_for_nothing_always_fit():
-    placement = bundles(
+    placement = asked(
         config_of(actors={"count": 5, "num_cpus": 0, "num_gpus": 0}, learner={"num_cpus": 0, "num_gpus": 0})
     )
     assert check(placement, {"CPU": 1}) == []
@@ -147,7 +152,7 @@ def test_most_actors_is_what_trying_every_arrangement_finds():
 
     sizes = [{"CPU": 4, "GPU": 1}, {"CPU": 6, "GPU": 2}, {"CPU": 9, "GPU": 4}]
     for actor_gpus, actor_cpus, ranks, rank_cpus in itertools.product((0.5, 1), (1, 3), (1, 2, 3), (2, 4)):
-        placement = bundles(
+        placement = asked(
             config_of(
                 actors={"num_gpus": actor_gpus, "num_cpus": actor_cpus},
                 learner={"ranks": ranks, "num_cpus": rank_cpus},
@@ -158,7 +163,7 @@ def test_most_actors_is_what_trying_every_arrangement_finds():
 
 
 def test_a_cluster_of_many_nodes_is_checked_at_once():
-    placement = bundles(config_of(actors={"count": 500}, learner={"ranks": 64}))
+    placement = asked(config_of(actors={"count": 500}, learner={"ranks": 64}))
     started = time.perf_counter()
     assert most_actors([{"CPU": 64, "GPU": 8}] * 64, placement) == 448
     assert time.perf_counter() - started < 2
@@ -176,7 +181,7 @@ def test_rays_answer_is_what_check_takes():
     assert [(node["CPU"], node["GPU"]) for node in nodes] == [(3, 1)]
     assert nodes[0]["memory"] > 0
     with pytest.raises(PlacementError, match="3 CPU, 1 GPU on 1 node"):
-        check(bundles(config_of()), nodes)
+        check(asked(config_of()), nodes)
 
 
 # --- Memory ---
@@ -355,9 +360,9 @@ def test_offloaded_states_are_host_memory(llama_dir):
     }
     wide = config_of(model={"path": llama_dir}, learner={"offload": "all"})
     estimate = estimate_memory(wide)
-    assert host_bytes(wide, estimate) > host_bytes(
-        config_of(model={"path": llama_dir}), estimate_memory(config_of(model={"path": llama_dir}))
-    )
+    plain = config_of(model={"path": llama_dir})
+    bytes_of_plain = host_bytes(plain.actors, plain.learner, estimate_memory(plain))
+    assert host_bytes(wide.actors, wide.learner, estimate) > bytes_of_plain
 
 
 @pytest.mark.parametrize(
@@ -401,7 +406,10 @@ def test_a_broken_model_directory_is_said_not_raised(tmp_path):
 def test_render_shows_bundles_resources_memory_and_every_warning(llama_dir):
     config = config_of(model={"path": llama_dir}, actors={"top_p": 0.9})
     text = render(
-        config, bundles(config), [{"CPU": 32, "GPU": 6, "memory": 64 * GIB}], estimate_memory(config)
+        config,
+        bundles(config.actors, config.learner),
+        [{"CPU": 32, "GPU": 6, "memory": 64 * GIB}],
+        estimate_memory(config),
     )
     for words in (
         "4 CPU, 1 GPU",
@@ -412,12 +420,16 @@ def test_render_shows_bundles_resources_memory_and_every_warning(llama_dir):
         "2 of actors.count = 4",
     ):
         assert words in text, text
-    assert "not asked" in render(config, bundles(config), None, estimate_memory(config))
+    assert "not asked" in render(
+        config, bundles(config.actors, config.learner), None, estimate_memory(config)
+    )
 
 
 def test_render_shows_a_run_that_cannot_be_placed_instead_of_raising(llama_dir):
     config = config_of(model={"path": llama_dir})
-    text = render(config, bundles(config), {"CPU": 2, "memory": 1 * GIB}, estimate_memory(config))
+    text = render(
+        config, bundles(config.actors, config.learner), {"CPU": 2, "memory": 1 * GIB}, estimate_memory(config)
+    )
     assert "warning: this run cannot be placed" in text
     assert "GiB of host memory" in text
 

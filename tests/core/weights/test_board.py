@@ -29,7 +29,7 @@ class Bench:
 
     def __init__(self, num_prompts: int) -> None:
         self.told: list[Evaluation] = []
-        self.board = Board(CONFIG, num_prompts, lambda evaluation, samples: self.told.append(evaluation))
+        self.board = Board(CONFIG.run, num_prompts, lambda evaluation, samples: self.told.append(evaluation))
 
     async def poll(self, actor: str, version: int, max_items: int = 10, timeout_s: float = 0.05) -> Directive:
         return msgspec.msgpack.decode(

@@ -18,7 +18,7 @@ CONFIG = make_config({"run": {"timeout_s": 30.0}})
 
 def test_a_drain_is_told_once_then_at_every_timeout_and_now_hurries_it() -> None:
     async def scenario() -> None:
-        board = Board(CONFIG, 0, lambda result, samples: None)
+        board = Board(CONFIG.run, 0, lambda result, samples: None)
         await board.publish(b"m", [], 3, evaluate=False)
 
         async def poll(timeout_s: float = 0.0) -> Directive:

@@ -177,9 +177,11 @@ def test_a_part_of_a_model_is_not_trained_alone(base: Path) -> None:
 
 def test_fused_experts_without_adapters_are_told(tmp_path: Path) -> None:
     base = make_family("mixtral", tmp_path / "base")
-    (note,) = lora_notes(update_config(str(base), lora_rank=2))
+    config = update_config(str(base), lora_rank=2)
+    (note,) = lora_notes(config.model, config.learner)
     assert re.search(r"the experts of MixtralForCausalLM, \d\d% of its parameters, get no adapters", note)
-    assert lora_notes(update_config(str(base))) == ()
+    config = update_config(str(base))
+    assert lora_notes(config.model, config.learner) == ()
 
 
 def test_a_head_of_its_own_where_vllm_takes_the_embedding_is_refused(tmp_path: Path) -> None:
