@@ -30,7 +30,7 @@ from core.text import printable
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     root = argparse.ArgumentParser(
         prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -90,12 +90,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _parse_dry_run() -> argparse.Namespace:
-    """`--dry-run` anywhere on the line, also before the overrides, which argparse would not take."""
+    """Parses a line with `--dry-run` anywhere on it, also before the overrides, which argparse would not
+    take.
+    """
     return parser().parse_args([*(word for word in sys.argv[1:] if word != "--dry-run"), "--dry-run"])
 
 
 def main() -> int:
-    """Exit code of the command; errors in a few lines, without a traceback."""
+    """Runs the command and returns its exit code; errors are told in a few lines, without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A completion may hold characters that this terminal's encoding lacks.

@@ -1,7 +1,7 @@
 """The rollout actor: leases prompts, generates with whatever weights it has, has them scored, inserts whole
 groups.
 
-    buffer --lease--> WorkItems --engine--> Samples --reward pool--> Group --insert--> buffer       groups.py, exchange.py
+    buffer --lease--> WorkItems --engine--> Samples --reward pool--> Group --insert--> buffer    groups.py, exchange.py
     board  --poll---> newer snapshot: fetched while generation goes on, applied between two steps   follower.py
                       evaluation items: exactly their version is loaded, and kept until they are done
                       retire: 'drain' finishes what was begun, 'now' hands everything back
@@ -97,8 +97,8 @@ class RolloutActor(Heartbeat):
         )
 
     def run(self) -> dict[str, float]:
-        """Generate until retired; the final counters. Raises PeerTimeout when buffer or board does not
-        answer.
+        """Generates until it is retired and returns the final counters. Raises PeerTimeout when buffer or
+        board does not answer.
         """
         while not self._is_over():
             self._beat()
@@ -116,8 +116,8 @@ class RolloutActor(Heartbeat):
         return self._all_counters()
 
     def _make_engine(self) -> Generator:
-        """The engine, without weights that count. Benchmarks and tests of the loop put a simulated one
-        in its place.
+        """Returns the engine, without weights that count. Benchmarks and tests of the loop put a simulated
+        one in its place.
         """
         seed = (self._config.run.seed * 1_000_003 + sum(self._name.encode()) * 7919) % 2**31
         config = self._config
@@ -134,7 +134,9 @@ class RolloutActor(Heartbeat):
         )
 
     def receive(self, verb: str, number: int, *arguments: Any) -> str:
-        """An order of the learner about weights that it pushes, from any thread: see actors/receiver.py."""
+        """Carries out an order of the learner about weights that it pushes, from any thread: see
+        actors/receiver.py.
+        """
         if self._receiver is None:
             raise SnapshotError(
                 f"{self._name} takes snapshots only: weights.transport = {self._config.weights.transport}"
@@ -142,7 +144,7 @@ class RolloutActor(Heartbeat):
         return self._receiver.order(verb, number, *arguments)
 
     def _make_receiver(self) -> Receiver | None:
-        """None where nobody pushes weights."""
+        """Returns the receiver of pushed weights, or None where nobody pushes any."""
         if self._config.weights.is_pulled:
             return None
         timeout_s, engine = self._config.run.timeout_s, cast(Receiving, self._engine)
@@ -156,7 +158,7 @@ class RolloutActor(Heartbeat):
         )
 
     def _may_receive(self) -> str:
-        """Why weights cannot be pushed now."""
+        """Returns why weights cannot be pushed now; empty when they can."""
         if self._engine.version < 0:
             return "it has no weights yet: its first are a snapshot's, which is checked to be complete"
         if self._follower.retire:
@@ -195,21 +197,21 @@ class RolloutActor(Heartbeat):
             )
 
     def _join_board(self) -> None:
-        """Ask for weights to be pushed: at the start, and of every board that takes the place of another."""
+        """Asks for weights to be pushed: at the start, and of every board that takes the place of another."""
         if self._joined == self._follower.board:
             return
         self._joined = self._follower.board
         self._calls.ask(self._board.join(self._name, ReceiverClient(self._own_handle(), self._name)))
 
     def _is_over(self) -> bool:
-        """Whether to leave the loop: at once, or drained, or after RETIRE_LIMIT_S of draining."""
+        """Returns whether to leave the loop: at once, or drained, or after RETIRE_LIMIT_S of draining."""
         if self._follower.retire != "drain":
             return self._follower.retire == "now"
         is_drained = not (len(self._groups) or self._scoring or len(self._outbox))
         return is_drained or time.monotonic() > self._retire_deadline_s
 
     def _hand_back(self) -> None:
-        """What was not finished goes to another actor, or to the next start of the run; what was is
+        """Hands what was not finished to another actor, or to the next start of the run; what was finished is
         still waited for.
         """
         settle(self._outbox.pendings, HAND_BACK_LIMIT_S)
@@ -226,8 +228,8 @@ class RolloutActor(Heartbeat):
     # --- work ---
 
     def _take_work(self) -> None:
-        """Keep the engine's slots full, and a few leases at hand to refill them; a retired actor hands
-        those back.
+        """Keeps the engine's slots full, and a few leases at hand to refill them; a retired actor hands those
+        back.
         """
         actors = self._config.actors
         self._receive_lease()
@@ -262,8 +264,8 @@ class RolloutActor(Heartbeat):
         return self._engine.version >= 0 and self._engine.version != self._outdated_version
 
     def _renew(self) -> None:
-        """Tell the buffer what is still worked on here, also when nothing is leased for long: a sample
-        may take longer than a lease.
+        """Tells the buffer what is still worked on here, also when nothing is leased for long: a sample may
+        take longer than a lease.
         """
         if self._lease is not None or not self._holding:
             return  # What a lease under way may bring is not known here yet: it would count as lost.
@@ -289,7 +291,7 @@ class RolloutActor(Heartbeat):
         self._holding.update(item.ordinal for item in items)
 
     def _generate(self) -> None:
-        """One step of the engine; the groups that ended with it are scored, or fail."""
+        """Makes one step of the engine; the groups that ended with it are scored, or fail."""
         start_s = time.perf_counter()
         for group in self._groups.step():
             if group.is_too_small:
@@ -307,7 +309,7 @@ class RolloutActor(Heartbeat):
         return nothing
 
     def _fail(self, group: OpenGroup) -> None:
-        """The item ends without a group: never with rewards of 0."""
+        """Ends the item without a group, never with rewards of 0."""
         assert isinstance(group.item, WorkItem)
         ordinals = [group.item.ordinal]
         self._counters["groups_failed"] += 1
@@ -316,7 +318,7 @@ class RolloutActor(Heartbeat):
         self._outbox.deliver(self._buffer.fail(self._name, ordinals, group.reason), ordinals)
 
     def _deliver(self) -> None:
-        """Send off the groups whose rewards are there; take note of what has arrived."""
+        """Sends off the groups whose rewards are there, and takes note of what has arrived."""
         groups, evaluated = [], []
         for open_group, scores in self._take_scored():
             samples = with_scores(open_group.members, scores)
@@ -336,7 +338,7 @@ class RolloutActor(Heartbeat):
         self._holding.difference_update(self._outbox.poll())
 
     def _take_scored(self) -> list[tuple[OpenGroup, list[Scored]]]:
-        """The groups whose rewards are there, no longer among those being scored."""
+        """Returns the groups whose rewards are there, no longer among those being scored."""
         scored, waiting = [], []
         # Each asked once: a future may be done a moment after it was not.
         for group, future in self._scoring:
@@ -350,7 +352,7 @@ class RolloutActor(Heartbeat):
     # --- waiting and telling ---
 
     def _idle(self) -> None:
-        """Nothing to generate: wait for any answer, and count what for."""
+        """Waits for any answer when there is nothing to generate, and counts what for."""
         start_s = time.monotonic()
         if waiting := list(self._awaited()):
             concurrent.futures.wait(waiting, IDLE_S, concurrent.futures.FIRST_COMPLETED)
@@ -392,7 +394,7 @@ class RolloutActor(Heartbeat):
 
 
 def _eval_sample(item: EvalItem, group: OpenGroup, scored: Sequence[Sample]) -> EvalSample:
-    """The result of an evaluation item; a sample that was dropped has neither text nor reward, but an
+    """Returns the result of an evaluation item; a sample that was dropped has neither text nor reward, but an
     error.
     """
     left = iter(scored)

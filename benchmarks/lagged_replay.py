@@ -46,7 +46,7 @@ class LaggedReplay:
 
     @property
     def counts(self) -> Counter[str]:
-        """The counts of the replay, and `taken_young`."""
+        """Returns the counts of the replay, and `taken_young`."""
         return self._replay.counts + Counter(taken_young=self.taken_young)
 
     def insert(self, group: GroupMeta) -> None:

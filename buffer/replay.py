@@ -95,12 +95,12 @@ class Replay:
 
     @property
     def view(self) -> View:
-        """What a sampler may choose from: all stored groups."""
+        """Returns what a sampler may choose from: all stored groups."""
         return View(self._order, self._groups, self.config, self.counts)
 
     def num_takeable(self, step: int) -> int:
-        """Groups that a batch of learner step `step` may choose from: those that are not stale. Changes
-        nothing.
+        """Returns how many groups a batch of learner step `step` may choose from: those that are not stale.
+        Changes nothing.
         """
         return len(self._order) - self._order.num_older(self._bound.oldest_allowed(step))
 

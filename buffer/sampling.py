@@ -38,10 +38,10 @@ little.
 
 
 class GroupMeta(msgspec.Struct, frozen=True):
-    """What is kept in memory of a stored group.
+    """The part of a stored group that is kept in memory.
 
     `oldest_version` is the policy version of its oldest token, AGELESS when all samples are offline.
-    `num_tokens` counts all tokens of all samples, `uses` the batches it was in.
+    `num_tokens` counts prompt and completion tokens of all samples, `uses` the batches it was in.
     `reward_std` is the population standard deviation of its samples' rewards.
     """
 

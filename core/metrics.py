@@ -23,7 +23,7 @@ SOLVE_RATE_BUCKETS: dict[str, tuple[float, float]] = {
 
 
 def bucket_metrics() -> dict[str, str]:
-    """Name and description of the metrics per bucket."""
+    """Returns name and description of the metrics per bucket."""
     described = {}
     for what, buckets, unit in (
         ("staleness", STALENESS_BUCKETS, "learner steps"),

@@ -69,8 +69,8 @@ class MemoryUse(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What one learner rank and one actor want. `source` says where the figures come from; without a model
-    the parts are empty.
+    """The memory that one learner rank and one actor want. `source` says where the figures come from; without
+    a model the parts are empty.
 
     `notes` are sentences about what follows for the config.
     """
@@ -83,7 +83,7 @@ class MemoryEstimate:
 
 
 class _Shape(NamedTuple):
-    """What the formulas need of a model. All but the parameters are 0 when only these are known."""
+    """The sizes that the formulas need of a model. All but the parameters are 0 when only these are known."""
 
     num_params: int
     layers: int = 0

@@ -40,7 +40,7 @@ class Bundle:
 
 
 class Placement(NamedTuple):
-    """What a run asks for: the gang of learner ranks, one placement group of `learner.count` bundles, and
+    """The request of a run: a gang of learner ranks, one placement group of `learner.count` bundles, and
     `actor.count` groups of one.
     """
 

@@ -47,7 +47,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What the checks of a start have read. `config` has an absolute model path; `notes` are to be told at
+    """The outcome of the checks of a start. `config` has an absolute model path; `notes` are to be told at
     the start.
     """
 
@@ -61,7 +61,7 @@ class Checked:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs(Checked):
-    """What a run is made of: checked, and with its directory open."""
+    """The inputs of a run: checked, and with its directory open."""
 
     run_dir: Path
     is_continued: bool = False

@@ -284,7 +284,7 @@ class LearnerConfig(Section):
 
     @property
     def bucket_bytes(self) -> int:
-        """Size of one gathered bucket of weights: `CPU_BUCKET_BYTES`, on ranks with a GPU `GPU_BUCKET_BYTES`."""
+        """The size of one gathered bucket of weights: on ranks with a GPU `GPU_BUCKET_BYTES`."""
         return GPU_BUCKET_BYTES if self.num_gpus else CPU_BUCKET_BYTES
 
     @property
@@ -328,12 +328,12 @@ class ObjectiveConfig(Section):
 
     @property
     def fewest_samples(self) -> tuple[int, str]:
-        """How many samples of a prompt it takes to learn from them, and the setting that says so ("": none)."""
+        """The fewest samples of a prompt to learn from, and the setting that says so ("": none)."""
         return 2, ""
 
     @property
     def compares_answers(self) -> bool:
-        """Whether the samples of a prompt vote, so that the answer of each must be known."""
+        """Says whether the samples of a prompt vote, so that the answer of each must be known."""
         return False
 
     def check(self, config: Config) -> None:
@@ -356,7 +356,7 @@ class WeightsConfig(Section):
 
     @property
     def is_pulled(self) -> bool:
-        """Whether actors fetch weights from host memory, rather than being pushed to."""
+        """Says whether actors fetch weights from host memory, rather than being pushed to."""
         return self.carrier == "snapshot"
 
     @property
@@ -391,7 +391,7 @@ class EvalConfig(Section):
 
 
 class MonitorConfig(Section):
-    """metrics.jsonl always; W&B when it can; the terminal."""
+    """What is told of a run: metrics.jsonl always, W&B when it can, the terminal."""
 
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "auto", description="`auto`: online if an API key is present, else offline."
@@ -401,7 +401,7 @@ class MonitorConfig(Section):
     )
 
     def shows_samples(self, step: int) -> bool:
-        """Whether samples of this learner step's batch are shown."""
+        """Says whether samples of this learner step's batch are shown."""
         return step == 1 or step % self.samples_every == 0
 
 
@@ -434,7 +434,7 @@ class Config(Section):
 
     @property
     def is_offline(self) -> bool:
-        """Whether every sample comes from `data.offline`: the rollout actors, if any, only evaluate."""
+        """Says whether every sample comes from `data.offline`: the rollout actors, if any, only evaluate."""
         return self.data.offline is not None and self.data.offline_share == 1
 
     @property
@@ -457,7 +457,7 @@ class Config(Section):
     @pydantic.field_validator("objective", mode="wrap")
     @classmethod
     def _objective_has_its_own_knobs(cls, value: Any, validate: Any, info: pydantic.ValidationInfo) -> Any:
-        """A mapping as the class of the objective that it names, of those in the context of the validation."""
+        """Makes of a mapping the class of the objective that it names, of those in the context."""
         if isinstance(value, dict) and info.context is not None:
             return objective_class(value, info.context).model_validate(value)
         return validate(value)

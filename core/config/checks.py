@@ -20,7 +20,7 @@ SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def served_rank(rank: int) -> int:
-    """Of vLLM's buffers for adapters of this rank: the smallest that is not below it."""
+    """The rank of vLLM's buffers for adapters of this rank: the smallest that is not below it."""
     return min(served for served in SERVED_RANKS if served >= rank)
 
 

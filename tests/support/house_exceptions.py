@@ -5,14 +5,5 @@ EXCEPTIONS: dict[str, set[str]] = {
         "learner/policy/zero.py",
         "tests/support/math_answers.py",
     },
-    "lines_are_short": {
-        "core/config/__init__.py",
-        "core/config/files.py",
-        "core/weights/transports/client.py",
-    },
-    "docstrings_are_sentences": {
-        "core/config/__init__.py",
-        "core/config/checks.py",
-    },
 }
 """By rule, the places that break it: `path` or `path name`."""
