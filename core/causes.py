@@ -27,15 +27,16 @@ KILLED = "its process was killed (kill -9, or the kernel for lack of memory) or 
 _SILENT_END = "connection error code 2. End of file"  # Ray follows it up with a paragraph of guesses.
 _EXIT_CODE = re.compile(r"exit code (\d+)")
 _OWN_EXIT = re.compile(r" ends by os\._exit\((\d+)\)$", re.MULTILINE)
-_FATAL = re.compile(r"^Fatal Python error: (.+)$", re.MULTILINE)
+_FATAL = re.compile(r"^(?:Fatal Python error: (?=.)|!+ (?=Segfault enc))(.+?)(?: !+)?$", re.MULTILINE)
 _FATAL_SIGNALS = {
     "Segmentation fault": signal.SIGSEGV,
+    "Segfault encountered": signal.SIGSEGV,
     "Aborted": signal.SIGABRT,
     "Bus error": signal.SIGBUS,
     "Floating point exception": signal.SIGFPE,
     "Illegal instruction": signal.SIGILL,
 }
-"""faulthandler's words for them."""
+"""The words of faulthandler, and of a library of vLLM's that takes this one signal from it."""
 _MEMORY_WORDS = re.compile(
     r"out of memory|outofmemory|memoryerror|low on memory|lack of memory\b.*counter", re.I
 )

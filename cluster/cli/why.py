@@ -8,8 +8,9 @@ asked, so that it works on a run that goes on, is over, was killed, or was copie
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cluster.control import STATUS_NAME, RunStatus, death_of_driver, read_status
 from cluster.deaths import FILE_NAME, KINDS, MOST_READ, Death, read_deaths
@@ -66,7 +67,7 @@ def _of_one(run_dir: Path, name: str, deaths: Sequence[Death], status: RunStatus
     lines = [line for number, death in enumerate(found, 1) for line in (*_story(number, death), "")]
     if found and name not in _names(status):
         return lines[:-1]
-    states = [f"It is {actor['state']} for {actor['since_s']:.0f} s." for actor in _entries(status, name)]
+    states = [_state(actor) for actor in _entries(status, name)]
     words = last_lines(words_of(log_path(run_dir, role_of(name))), NUM_LINES)
     if not (found or states or words):
         known = sorted({death.name for death in deaths} | set(_names(status)))
@@ -78,6 +79,12 @@ def _of_one(run_dir: Path, name: str, deaths: Sequence[Death], status: RunStatus
     return lines + _quoted(f"The end of logs/{role_of(name)}.log:", words)
 
 
+def _state(actor: Mapping[str, Any]) -> str:
+    if actor["state"] == "gone":
+        return f"It is gone: {actor.get('note') or 'it ended in order'}."
+    return f"It is {actor['state']} for {actor['since_s']:.0f} s."
+
+
 def _names(status: RunStatus | None) -> list[str]:
     """Actors that are there."""
     return (
@@ -85,7 +92,7 @@ def _names(status: RunStatus | None) -> list[str]:
     )
 
 
-def _entries(status: RunStatus | None, name: str) -> list[dict]:
+def _entries(status: RunStatus | None, name: str) -> list[dict[str, Any]]:
     return [] if status is None else [actor for actor in status.actors if actor["name"] == name]
 
 

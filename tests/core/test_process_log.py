@@ -131,6 +131,16 @@ def test_only_the_newest_logs_stay(run_dir: Path) -> None:
     ]
 
 
+def test_a_crash_that_vllm_tells_in_place_of_faulthandler_is_one() -> None:
+    words = 'loading\n!!!!!!! Segfault encountered !!!!!!!\n  File "<unknown>", line 0, in 0xff\n'
+    cause = cause_from("connection error code 2. End of file", words, 7)
+    assert (cause.what, cause.code) == ("signal", signal.SIGSEGV)
+    assert cause.sentence == "its process crashed: Segfault encountered, SIGSEGV (pid 7)"
+    assert cause.last_words[0] == "!!!!!!! Segfault encountered !!!!!!!"
+    cause = cause_from("connection error code 2. End of file", "Hello!\n!!! beware\n", 7)
+    assert (cause.what, cause.code) == ("signal", signal.SIGKILL)
+
+
 def test_last_lines_are_without_colours_and_of_a_crash_the_first() -> None:
     assert last_lines("a\n\n\x1b[33mb\x1b[0m\n:actor_name:X\nc\n", 2) == ["b", "c"]
     assert last_lines("a\nFatal Python error: Aborted\nframe 1\nframe 2\nframe 3\n", 2) == [
