@@ -33,7 +33,7 @@ from actors.prompts import (
     tokenise,
 )
 from actors.scored import group_of, with_scores
-from actors.sources import kind_of, read_source, report_bad_rows
+from actors.sources import TRAIN_SPLIT, kind_of, read_source, report_bad_rows
 from buffer.client import BufferClient
 from buffer.store import DiskFullError
 from core.arrays import Int32s
@@ -72,7 +72,7 @@ def load_offline(
     Raises DataError for nothing readable, for bad rows, with number, value and reason (`data.on_bad_row`),
     and for nothing that can be used.
     """
-    source = read_source("data.offline", config.data.offline, config.data.split)
+    source = read_source("data.offline", config.data.offline, TRAIN_SPLIT)
     rows, bad = render_rows(source, config.data, tokenizer)
     samples = _read_samples(rows, bad, config, tokenizer)
     _refuse_strangers(rows, samples, bad, training, source.unit)

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.messages import clean_messages, message_problems, render, text_problems
-from actors.sources import Bad, Rows, Source, kind_of, read_source, report_bad_rows
+from actors.sources import (
+    EVAL_SPLIT,
+    TRAIN_SPLIT,
+    Bad,
+    Rows,
+    Source,
+    kind_of,
+    read_source,
+    report_bad_rows,
+    split_of,
+)
 from core.config import DataConfig
 from core.errors import DataError
 from core.records import Sample
@@ -75,7 +85,7 @@ def load_prompts(data: DataConfig, tokenizer: Any, *, evaluation: bool = False) 
     """
     if evaluation and data.eval_rows == 0:
         return PromptSet([], 0, "no evaluation (data.eval_rows = 0)")
-    source = _read_evaluation(data) if evaluation else read_source("data.path", data.path, data.split)
+    source = _read_evaluation(data) if evaluation else read_source("data.path", data.path, TRAIN_SPLIT)
     rows, bad = render_rows(source, data, tokenizer)
     report_bad_rows(source, bad, num_usable=len(rows), on_bad_row=data.on_bad_row)
     notes = () if evaluation else tuple(_notes(source, rows, tokenizer))
@@ -226,18 +236,19 @@ def _notes(source: Source, rows: dict[int, PromptRow], tokenizer: Any) -> Iterat
 
 def _read_evaluation(data: DataConfig) -> Source:
     if data.eval_path is not None:
-        return read_source("data.eval_path", data.eval_path, data.eval_split, limit=data.eval_rows)
+        return read_source("data.eval_path", data.eval_path, EVAL_SPLIT, limit=data.eval_rows)
     if data.path is None:
         raise DataError(
             "there are no held-out prompts: set data.eval_path, or data.eval_rows=0 to switch evaluation off."
         )
-    if user_path("data.path", data.path).is_file():
+    path, _ = split_of(data.path, TRAIN_SPLIT)
+    if user_path("data.path", path).is_file():
         raise DataError(
-            f"data.path = {data.path} is one file: it has no split {data.eval_split!r} to evaluate on, and "
+            f"data.path = {data.path} is one file: it has no split {EVAL_SPLIT!r} to evaluate on, and "
             "its rows are trained on. "
             "Set data.eval_path, or data.eval_rows=0 to switch evaluation off."
         )
-    return read_source("data.path", data.path, data.eval_split, limit=data.eval_rows)
+    return read_source("data.path", path, EVAL_SPLIT, limit=data.eval_rows)
 
 
 def _answer_column(rows: Rows) -> str | None:

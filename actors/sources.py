@@ -31,6 +31,8 @@ ACCEPTED = (
 )
 SHOWN_BAD_ROWS = 5
 MAX_DEPTH = 100
+TRAIN_SPLIT, EVAL_SPLIT = procedural.TRAIN_SPLIT, "test"
+_SPLIT = re.compile(r"(.*?)[?&]split=([^?&]*)", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _DISGUISES = {
     b"version https://git-lfs": "a pointer of git-lfs, not the data: fetch the file with `git lfs pull`",
@@ -69,14 +71,23 @@ class Source:
     rows: Rows
 
 
+def split_of(name: str, otherwise: str) -> tuple[str, str]:
+    """Returns the name of a dataset without `?split=...`, and that split; `otherwise` where it says none."""
+    found = _SPLIT.fullmatch(name)
+    return (found[1], found[2]) if found else (name, otherwise)
+
+
 def read_source(key: str, name: str | None, split: str, limit: int | None = None) -> Source:
     """Returns the first `limit` rows (None: all) of what `name` means; `key` is the config key it came from.
+
+    `split` is read of a directory or a hub id, unless the name ends in `?split=...`.
 
     Raises DataError when there is nothing readable, with what was tried and what is accepted; ConfigError for
     a `~name` that is nobody.
     """
     if name is None:
         raise DataError(f"{key} is not set. Accepted: {ACCEPTED}.")
+    name, split = split_of(name, split)
     if name.startswith(procedural.PREFIX):
         return Source(f"{name} ({split})", "row", dict(procedural.read_rows(key, name, split, limit)))
     path = user_path(key, name)
@@ -138,7 +149,7 @@ def kind_of(value: Any) -> str:
 def _split_files(key: str, folder: Path, split: str) -> list[Path]:
     if not split or split.startswith(("/", "~")) or ".." in PurePath(split).parts or "\0" in split:
         raise DataError(
-            f"{split!r} is no name of a split (data.split, data.eval_split) of {key} = {folder}: it stands "
+            f"{split!r} is no name of a split (?split=...) of {key} = {folder}: it stands "
             f"for {folder}/<split>.jsonl "
             f"or .parquet. To read one file, give its path in {key}."
         )

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 
 from actors.prompts import PromptSet
-from actors.sources import read_source
+from actors.sources import TRAIN_SPLIT, read_source
 from cluster.preparation import placement
 from cluster.preparation.prepare import (
     Checked,
@@ -38,7 +38,7 @@ def dry_run(config: Config) -> Iterator[str]:
         yield f"  model          {config.model.make} would make {path}"
         for key, name in (("data.path", config.data.path), ("data.offline", config.data.offline)):
             if name is not None:
-                source = read_source(key, name, config.data.split)
+                source = read_source(key, name, TRAIN_SPLIT)
                 yield f"  {key:<14} {len(source.rows)} {source.unit}s of {source.name}"
         yield (
             "  not checked    what needs the model: tokenizer, prompts, vocabulary, positions. "

@@ -23,7 +23,7 @@ from typing import Any
 
 from actors.offline import load_offline
 from actors.prompts import PromptSet, load_prompts
-from actors.sources import Source, report_bad_rows
+from actors.sources import TRAIN_SPLIT, Source, report_bad_rows, split_of
 from cluster.monitor.wandb_writer import wandb_mode, wandb_project
 from cluster.preparation.model_checks import check_model, lora_notes
 from cluster.preparation.model_limits import check_length, check_token_ids
@@ -214,7 +214,8 @@ def check_named(config: Config) -> None:
         ("data.eval_path", data.eval_path),
         ("data.offline", data.offline),
     ):
-        if path and path.startswith(("/", ".", "~")) and not os.path.exists(user_path(field, path)):
+        place, _ = split_of(path or "", TRAIN_SPLIT)
+        if place.startswith(("/", ".", "~")) and not os.path.exists(user_path(field, place)):
             raise DataError(
                 f"{field} = {path}: no such file or directory (seen from {Path.cwd()}). Give "
                 "another path, or a hub id."

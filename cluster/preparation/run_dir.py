@@ -29,7 +29,6 @@ _FIXED = (
     "model.dtype",
     "model.trust_remote_code",
     "data.path",
-    "data.split",
     "data.offline",
     "data.offline_share",
     "data.chat_template",

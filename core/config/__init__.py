@@ -91,15 +91,14 @@ class DataConfig(Section):
         min_length=1,
         description="Training prompts: a jsonl/parquet file, a directory with `<split>.jsonl`/`.parquet`, a "
         "hub id (`id:subset`), or "
-        "`reasoning_gym:FAMILY?size=1000` (generated on the spot). Needed unless all samples come from "
-        "`offline`.",
+        "`reasoning_gym:FAMILY?size=1000` (generated on the spot). `PATH?split=validation` takes another split than "
+        "`train`. Needed unless all samples come from `offline`.",
     )
-    split: str = Field("train", min_length=1, description="Split to train on (directories and hub ids).")
     eval_path: str | None = Field(
-        None, min_length=1, description="Held-out prompts; None: the same `path`, at `eval_split`."
-    )
-    eval_split: str = Field(
-        "test", min_length=1, description="Split to evaluate on (directories and hub ids)."
+        None,
+        min_length=1,
+        description="Held-out prompts, like `path`, of which the split is `test` unless `?split=` says otherwise; None: those "
+        "of the same `path`.",
     )
     eval_rows: int = Field(
         128, ge=0, description="Held-out rows evaluated, the first so many; 0 switches evaluation off."

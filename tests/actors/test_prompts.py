@@ -397,7 +397,7 @@ def test_paths_that_hold_nothing_say_what_was_tried_and_what_is_accepted(tokeniz
         match=r"no split 'dev': neither dev\.jsonl .* but broken\.parquet, "
         r"notes\.txt, train\.jsonl",
     ):
-        load_prompts(plain(tmp_path, split="dev"), tokenizer)
+        load_prompts(plain(f"{tmp_path}?split=dev"), tokenizer)
     pq.write_table(pa.Table.from_pylist([GOOD]), tmp_path / "train.parquet")
     with pytest.raises(DataError, match=r"more than once \(train\.jsonl, train\.parquet\)"):
         load_prompts(plain(tmp_path), tokenizer)

@@ -152,7 +152,7 @@ def test_a_split_is_a_name_and_no_path(tmp_path, split):
     (tmp_path / "train.jsonl").write_bytes(ROW)
     with pytest.raises(
         DataError,
-        match=r"is no name of a split \(data\.split, data\.eval_split\) of "
+        match=r"is no name of a split \(\?split=\.\.\.\) of "
         r"data\.path = .*To read one file",
     ):
         read(tmp_path, split)

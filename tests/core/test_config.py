@@ -405,8 +405,8 @@ def test_a_config_cannot_be_changed(example):
         load_config(example).run.steps = 5  # type: ignore[misc]
 
 
-def test_there_are_at_most_71_fields_beside_those_of_the_objectives():
-    assert num_fields() <= 71
+def test_there_are_at_most_69_fields_beside_those_of_the_objectives():
+    assert num_fields() <= 69
     assert max(len(knobs.model_fields) for knobs in OBJECTIVES.values()) <= 11
 
 

@@ -72,7 +72,7 @@ FAULTS = [
     (["rewards.functions=[{name: exact_math}]"], ["'exact_math' is not known", "'exact_match'"]),
     (["rewards.functions=[{name: user_rewards:zer}]"], ["user_rewards has no 'zer'", "'zero'"]),
     (["data.path=./dat"], ["data.path = ./dat", "no such file"]),
-    (["data.split=dev"], ["no split 'dev'"]),
+    (["data.path=./data?split=dev"], ["no split 'dev'"]),
     (["data.max_prompt_tokens=5"], ["rows are bad", "data.max_prompt_tokens is 5"]),
     (
         ["data.max_prompt_tokens=500", "actors.max_new_tokens=13"],
@@ -159,7 +159,7 @@ def test_a_dry_run_makes_no_model_and_says_what_it_did_not_check(here: Path) -> 
     assert "not checked    what needs the model" in text
     assert not Path("made").exists()
     assert "300 lines of data/train.jsonl" in text
-    changes = ["model.path=./made", "model.make=recipes.arithmetic:make_base", "data.split=dev"]
+    changes = ["model.path=./made", "model.make=recipes.arithmetic:make_base", "data.path=./data?split=dev"]
     assert "no split 'dev'" in message_of(lambda config: list(dry_run(config)), config_of(*changes))
 
 
