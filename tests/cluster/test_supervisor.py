@@ -5,6 +5,7 @@ buffer dies too often.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import time
@@ -28,7 +29,7 @@ from core.calls import Calls, Client, asks
 from core.causes import Cause, memory_hint
 from core.errors import DataError, PeerTimeout, TrainingError
 from core.process_log import ProcessLog
-from core.processes import answer, explained
+from core.processes import answer, explained, remote
 from core.records import WorkItem
 from core.weights.board import Directive
 from tests.support.clients import events_to
@@ -332,6 +333,46 @@ def test_a_buffer_that_cannot_be_opened_stops_the_run_with_its_own_error(
     try:
         with pytest.raises(StoreError, match=r"buffer\.sqlite"):
             services.calls.ask(services.buffer.stats())
+    finally:
+        services.kill()
+
+
+class Talkative:
+    """An actor's place is enough for it: it warns, and writes."""
+
+    def speak(self, count: int) -> None:
+        for _ in range(count):
+            logging.getLogger("actors.part").warning("%d of 3 things is missing", 1)
+            logging.getLogger("theirs").warning("not ours")
+        print("said aloud")
+        os.system("echo a child says")
+
+
+@pytest.mark.slow
+def test_what_any_process_warns_of_is_an_event_once_and_what_it_writes_is_in_its_log(
+    local_ray: None, tmp_path: Path
+) -> None:
+    services = Services(inputs(tmp_path), Deaths(tmp_path))
+    try:
+        part = remote(Talkative, services.log_of("actor-7.2")).options(num_cpus=0).remote()
+        ray.get([part.speak.remote(3), part.speak.remote(2)])
+        services.calls.ask(
+            services.monitor.inside(lambda _: logging.getLogger("cluster.monitor").error("of its own"))
+        )
+
+        def told() -> list[str]:
+            return [event["text"] for event in services.calls.ask(services.monitor.view())["events"]]
+
+        until(lambda: len(told()) == 2, 20.0)
+        assert sorted(told()) == ["actor-7.2: 1 of 3 things is missing", "monitor: of its own"]
+        log = (tmp_path / "logs" / "actor-7.log").read_text()
+        assert log.startswith("===== actor-7.2: process ")
+        assert (
+            log.count("WARNING actors.part: 1 of 3 things is missing") == log.count("theirs: not ours") == 5
+        )
+        assert log.count("said aloud") == log.count("a child says") == 2
+        services.calls.ask(services.monitor.log_step({"progress/step": 1}))
+        assert json.loads((tmp_path / "metrics.jsonl").read_text())["monitor/warnings"] == 6
     finally:
         services.kill()
 
