@@ -74,7 +74,8 @@ class LearnerRank:
         """Joins the other ranks and builds the policy, and reference and proximal policy where the objective
         needs them.
         """
-        from learner.policy.zero import ZeroAdapters, ZeroFrozen, ZeroPolicy, init_process_group
+        from learner.policy.zero import ZeroFrozen, ZeroPolicy, init_process_group
+        from learner.policy.zero_adapters import ZeroAdapters
 
         config = self._config
         use_gpu = config.learner.num_gpus > 0

@@ -5,24 +5,24 @@ ZeRO-3 cuts every weight, its gradient and Adam's state into one part a rank, an
 when the layer is used. What surprises about it:
 
 - Outside a gather a parameter has `numel() == 0`; its size is `ds_numel`, its shape `ds_shape`, this rank's
-part `ds_tensor`. - Every rank must call `logprobs`, `backward`, `step` and `named_weights` equally often and
-in one order, since each of them gathers. - A gather with `modifier_rank` set broadcasts everything back; for
-reading it stays None. - Small parameters are kept whole after their first gather: `forget_gathered` before
-their parts are changed.
+  part `ds_tensor`.
+- Every rank must call `logprobs`, `backward`, `step` and `named_weights` equally often and in one order, since
+  each of them gathers.
+- A gather with `modifier_rank` set broadcasts everything back; for reading it stays None.
+- Small parameters are kept whole after their first gather: `forget_gathered` before their parts are changed.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import datetime
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,11 +32,9 @@ from learner.checkpoints.checkpoint import TensorPart, partition
 from learner.checkpoints.export import write_model
 from learner.policy.file_weights import Unit, file_units, plain_units, wider_first
 from learner.policy.function_check import check_function
-from learner.policy.lora import adapters_of, adapters_off, add_adapters, persistent_buffers, weights_of
+from learner.policy.lora import adapters_of, add_adapters, persistent_buffers, weights_of
+from learner.policy.partitions import Read, held, padded, trained
 from learner.step.packing import ModelInputs, TokenLogprobs
-
-Read: TypeAlias = Callable[[str, int, int], torch.Tensor]
-"""(key, start, stop) -> these elements of a flattened tensor."""
 
 
 def init_process_group(
@@ -225,7 +223,7 @@ class ZeroFrozen:
         Not collective.
         """
         for name, parameter in self._engine.module.named_parameters():
-            first, last = _held(parameter)
+            first, last = held(parameter)
             yield TensorPart(
                 f"{kind}/{name}", tuple(parameter.ds_shape), parameter.ds_tensor.data[: last - first]
             )
@@ -235,7 +233,7 @@ class ZeroFrozen:
         """Takes over weights saved by `parts(kind)`; `read` is `Checkpoint.read`. Not collective."""
         self._engine.empty_partition_cache()  # Small parameters are kept whole: they would stay as they were.
         for name, parameter in self._engine.module.named_parameters():
-            parameter.ds_tensor.copy_(_padded(parameter, read, f"{kind}/{name}", parameter.ds_tensor.dtype))
+            parameter.ds_tensor.copy_(padded(parameter, read, f"{kind}/{name}", parameter.ds_tensor.dtype))
 
 
 class ZeroPolicy:
@@ -356,8 +354,8 @@ class ZeroPolicy:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         moments = ("exp_avg", "exp_avg_sq") if self.adam_steps else ()
-        for name, parameter in _trained(self.module):
-            first, last = _held(parameter)
+        for name, parameter in trained(self.module):
+            first, last = held(parameter)
             yield TensorPart(
                 f"master/{name}",
                 tuple(parameter.ds_shape),
@@ -381,13 +379,13 @@ class ZeroPolicy:
 
         self.forget_gathered()
         self._make_moments(adam_steps)
-        for name, parameter in _trained(self.module):
-            master = _padded(parameter, read, f"master/{name}", torch.float32)
+        for name, parameter in trained(self.module):
+            master = padded(parameter, read, f"master/{name}", torch.float32)
             safe_set_local_fp32_param(parameter, master)
             parameter.ds_tensor.copy_(master)
             for moment in ("exp_avg", "exp_avg_sq") if adam_steps else ():
                 safe_set_local_optimizer_state(
-                    parameter, _padded(parameter, read, f"{moment}/{name}", torch.float32), moment
+                    parameter, padded(parameter, read, f"{moment}/{name}", torch.float32), moment
                 )
         for name, buffer in persistent_buffers(self.module):
             buffer.copy_(read(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
@@ -403,83 +401,6 @@ class ZeroPolicy:
                 name: torch.zeros_like(flat, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")
             }
             optimizer.state[flat] = {"step": count, **moments}
-
-
-class ZeroAdapters:
-    """A frozen policy that costs next to nothing where adapters are trained: at first it is the policy with
-    its adapters off, the base.
-
-    After a `load` it is a copy of the adapters as they were then; while it is asked for log-probs, they
-    change places with the policy's. It serves as reference and as proximal policy, in place of a ZeroFrozen.
-    """
-
-    def __init__(self, policy: ZeroPolicy) -> None:
-        self._policy = policy
-        self._copy: list[torch.Tensor] | None = None  # This rank's partition of each adapter.
-
-    @torch.no_grad()
-    def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
-        """Returns [T] log-probs of the sampled tokens, nats. Collective."""
-        with adapters_off(self._policy.module) if self._copy is None else self._exchanged(self._copy):
-            return self._policy.logprobs(inputs, temperature)
-
-    @torch.no_grad()
-    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copies the policy's adapters as they are. The merged `weights` are not looked at, so that nobody
-        makes them. Not collective.
-        """
-        del weights
-        self._copy = [parameter.ds_tensor.clone() for _, parameter in _trained(self._policy.module)]
-
-    def parts(self, kind: str) -> Iterator[TensorPart]:
-        """Yields this rank's part of the copied adapters, named `<kind>/<parameter>`. They are views, to be
-        copied. Not collective.
-        """
-        for (name, parameter), values in zip(_trained(self._policy.module), self._copy or (), strict=True):
-            first, last = _held(parameter)
-            yield TensorPart(f"{kind}/{name}", tuple(parameter.ds_shape), values[: last - first])
-
-    def restore(self, kind: str, read: Read) -> None:
-        """Takes over adapters saved by `parts(kind)`; `read` is `Checkpoint.read`. Not collective."""
-        self._copy = [
-            _padded(parameter, read, f"{kind}/{name}", parameter.ds_tensor.dtype).to(
-                parameter.ds_tensor.device
-            )
-            for name, parameter in _trained(self._policy.module)
-        ]
-
-    @contextlib.contextmanager
-    def _exchanged(self, copy: list[torch.Tensor]) -> Iterator[None]:
-        """Lets the policy's adapters and `copy` change places for the time of the block."""
-        self._exchange(copy)
-        try:
-            yield
-        finally:
-            self._exchange(copy)
-
-    def _exchange(self, copy: list[torch.Tensor]) -> None:
-        self._policy.forget_gathered()
-        for (_, parameter), values in zip(_trained(self._policy.module), copy, strict=True):
-            mine = parameter.ds_tensor.clone()
-            parameter.ds_tensor.copy_(values)
-            values.copy_(mine)
-
-
-def _trained(module: Any) -> Iterator[tuple[str, Any]]:
-    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
-
-
-def _held(parameter: Any) -> tuple[int, int]:
-    """Returns (start, stop): this rank's elements of the flattened parameter."""
-    return partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
-
-
-def _padded(parameter: Any, read: Read, key: str, dtype: torch.dtype) -> torch.Tensor:
-    """Returns this rank's partition as ZeRO-3 wants it: the elements it holds, then zeros."""
-    values = torch.zeros(parameter.ds_tensor.ds_numel, dtype=dtype)
-    first, last = _held(parameter)
-    values[: last - first] = read(key, first, last)
-    return values
 
 
 def _gathered(units: Iterable[Unit], bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,7 +17,8 @@ def main(out_dir: Path, rank: int) -> None:
     from learner.catalogue import parse_config
     from learner.objectives import load_objective
     from learner.policy.source import ZeroSource
-    from learner.policy.zero import ZeroAdapters, ZeroFrozen, ZeroPolicy, init_process_group
+    from learner.policy.zero import ZeroFrozen, ZeroPolicy, init_process_group
+    from learner.policy.zero_adapters import ZeroAdapters
     from learner.step.frozen import frozen_names
     from learner.step.share import Share
     from learner.step.update import Updater
