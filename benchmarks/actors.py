@@ -30,6 +30,7 @@ from benchmarks.fake_engine import FakeEngine
 from benchmarks.results import save
 from buffer.client import connect_buffer
 from buffer.server import ReplayBuffer
+from cluster.fleet import ActorClient
 from cluster.preparation.prepare import ensure_model
 from core.calls import Calls, Client, asks, settle
 from core.config import Config
@@ -79,13 +80,6 @@ class TallyClient(Client):
 
     total = asks(Tally.total)
     counters = asks(Tally.counters)
-
-
-class ActorClient(Client):
-    """One rollout actor."""
-
-    ping = asks(RolloutActor.ping)
-    run = asks(RolloutActor.run)
 
 
 class SimulatedActor(RolloutActor):

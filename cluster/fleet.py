@@ -21,19 +21,21 @@ cannot be placed blocks nobody.
 
 from __future__ import annotations
 
-import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from actors.heartbeat import Heartbeat
 from cluster.deaths import ACTOR, Deaths
 from cluster.pulse import STOPPED_LIMIT_S, Pulse, look_at, stopped_child
+from core.calls import Calls, Client, Pending, asks
 from core.causes import Cause, hung
 from core.errors import AgroError
 from core.processes import (
@@ -41,7 +43,6 @@ from core.processes import (
     bundle_of,
     cause_of,
     could_not_start,
-    explained,
     is_placed,
     make_group,
     on_bundle,
@@ -73,6 +74,21 @@ class Kind:
     is_placed: bool = True
 
 
+class RunsUntilRetired(Protocol):
+    """What every actor does."""
+
+    def run(self) -> dict[str, float]:
+        """Works until the board retires it; its final counters."""
+        ...
+
+
+class ActorClient(Client):
+    """An actor's process, as the driver sees it."""
+
+    run = asks(RunsUntilRetired.run)
+    ping = asks(Heartbeat.ping)
+
+
 @dataclass
 class Actor:
     """One actor, from the request for its place to its end."""
@@ -83,9 +99,10 @@ class Actor:
     since_s: float
     state: State = "waiting for placement"
     group: PlacementGroup | None = None
-    handle: Any = None
-    run: Any = None
-    calls: dict[str, Any] = field(default_factory=dict)  # "where" until it is known, then "ping".
+    client: ActorClient | None = None
+    run: Pending[dict[str, float]] | None = None
+    locating: Pending[Whereabouts] | None = None
+    ping: Pending[float] | None = None
     where: Whereabouts | None = None  # None: not known yet.
     pid: int | None = None  # None: not known yet, or of another node.
     pulse: Pulse | None = None
@@ -113,6 +130,7 @@ class Fleet:
     def __init__(
         self,
         rollouts: Kind,
+        calls: Calls,
         *,
         retire: Callable[[Sequence[str], Literal["drain", "now"]], Any],
         release: Callable[[str], Any],
@@ -126,6 +144,7 @@ class Fleet:
         again, `tell` notes an event: none of them may wait. `timeout_s` limits loading, and one turn of an
         actor's loop.
         """
+        self._calls = calls
         self._rollouts, self._retire, self._release, self._tell = rollouts, retire, release, tell
         self._timeout_s, self._clock = timeout_s, clock
         self._actors: dict[str, Actor] = {}
@@ -156,9 +175,9 @@ class Fleet:
         """Names the same without the feeder."""
         return [name for name in self.names(*states) if self._actors[name].kind is self._rollouts]
 
-    def handles(self) -> dict[str, Any]:
+    def clients(self) -> dict[str, Client]:
         """Returns the actors that exist as processes, by name."""
-        return {name: actor.handle for name, actor in self._actors.items() if actor.handle is not None}
+        return {name: actor.client for name, actor in self._actors.items() if actor.client is not None}
 
     def status(self) -> list[dict[str, Any]]:
         """Returns an entry an actor, those that went last at the end: name, state, seconds in it, and what is
@@ -221,20 +240,20 @@ class Fleet:
 
     def poll(self) -> None:
         """Takes the answers that have come; see the table above for what is raised."""
-        waited = [
-            call
-            for actor in self._actors.values()
-            for call in (actor.run, *actor.calls.values())
-            if call is not None
-        ]
-        ready = set(ray.wait(waited, num_returns=len(waited), timeout=0)[0]) if waited else set()
         for actor in list(self._actors.values()):
-            if actor.run in ready:
-                self._ended(actor)
+            if actor.run is not None and actor.run.is_done():
+                self._ended(actor, actor.run)
                 continue
-            for what in [what for what, call in actor.calls.items() if call in ready]:
-                with contextlib.suppress(RayError):  # Died since: the end of `run` says so at the next poll.
-                    self._answered(actor, what, ray.get(actor.calls.pop(what)))
+            # An error says that it died since: the end of `run` says so too, at the next poll.
+            if actor.locating is not None and actor.locating.is_done():
+                locating, actor.locating = actor.locating, None
+                if locating.error() is None:
+                    self._note_loaded(actor, locating.result())
+            if actor.ping is not None and actor.ping.is_done():
+                ping, actor.ping = actor.ping, None
+                if ping.error() is None and actor.pulse is not None:
+                    actor.stuck_s = ping.result()
+                    actor.pulse.answered(self._clock())
 
     def tick(self, now_s: float) -> None:
         """Does what is due at `now_s` of the clock; see the table above for what is raised."""
@@ -274,26 +293,20 @@ class Fleet:
                 self._tell(f"{actor.name} waits for placement: {actor.note}")
 
     def _create(self, actor: Actor, options: dict[str, Any]) -> None:
-        actor.handle = actor.kind.spawn(actor.name, options)
-        # Before `run`: it is answered when loading is over.
-        actor.calls["where"] = actor.handle.__ray_call__.remote(whereabouts)
-        actor.run = actor.handle.run.remote()
+        actor.client = client = ActorClient(actor.kind.spawn(actor.name, options), f"actor {actor.name}")
+        # The fleet limits loading, pings and retiring itself. The first is answered when loading is over.
+        actor.locating = self._calls.start(client.inside(whereabouts), math.inf)
+        actor.run = self._calls.start(client.run(), math.inf)
         actor.enter("loading", self._clock())
 
-    def _answered(self, actor: Actor, what: str, answer: Any) -> None:
-        """The actor has loaded and says where it is, or has answered a ping with the seconds its loop has
-        stood.
-        """
+    def _note_loaded(self, actor: Actor, where: Whereabouts) -> None:
+        """Takes note that the actor has loaded, and where it is."""
         now_s = self._clock()
-        if what == "where":
-            actor.where = answer
-            actor.pid = answer.pid if answer.node_id == self._node_id else None
-            actor.pulse = Pulse(now_s)
-            actor.enter("running", now_s)
-            self._ever_ran |= actor.kind is self._rollouts
-        elif actor.pulse is not None:
-            actor.stuck_s = answer
-            actor.pulse.answered(now_s)
+        actor.where = where
+        actor.pid = where.pid if where.node_id == self._node_id else None
+        actor.pulse = Pulse(now_s)
+        actor.enter("running", now_s)
+        self._ever_ran |= actor.kind is self._rollouts
 
     def _limit_loading(self, actor: Actor, now_s: float) -> None:
         if now_s - actor.since_s > self._timeout_s:
@@ -302,11 +315,11 @@ class Fleet:
 
     def _feel_pulse(self, actor: Actor, now_s: float) -> str | None:
         """Why the actor counts as hung, or None; keeps one ping outstanding."""
-        if actor.pulse is None or not hasattr(actor.handle, "ping"):
+        if actor.pulse is None or actor.client is None or not hasattr(actor.client.handle, "ping"):
             return None
-        if "ping" in actor.calls:
+        if actor.ping is not None:
             return actor.pulse.missed(now_s, look_at(actor.pid))
-        actor.calls["ping"] = actor.handle.ping.remote()
+        actor.ping = self._calls.start(actor.client.ping(), math.inf)
         if actor.stuck_s > self._timeout_s:
             return f"its loop has not turned for {actor.stuck_s:.0f} s (run.timeout_s)"
         return stopped_child(actor.pid) if actor.stuck_s > STOPPED_LIMIT_S else None
@@ -333,25 +346,27 @@ class Fleet:
 
     # --- an end ---
 
-    def _ended(self, actor: Actor) -> None:
+    def _ended(self, actor: Actor, run: Pending[dict[str, float]]) -> None:
         """`run` returned or failed; raises what ends the run."""
         cause, noticed = (
             Cause("exit code", "its run() returned although nobody retired it", 0),
             "its run() ended",
         )
-        try:
-            ray.get(actor.run)
-            if actor.state == "retiring":
-                self._tell(f"{actor.name} retired after {self._clock() - actor.since_s:.0f} s")
-                self._remove(actor, "retired")
-                return
-        except RayError as error:
-            cause = cause_of(error)
-            is_fatal = isinstance(error, RayTaskError) and isinstance(error.cause, AgroError)
-            if actor.state != "retiring" and (is_fatal or (could_not_start(error) and not self._ever_ran)):
+        error = run.error()
+        if error is None and actor.state == "retiring":
+            self._tell(f"{actor.name} retired after {self._clock() - actor.since_s:.0f} s")
+            self._remove(actor, "retired")
+            return
+        if error is not None:
+            raised = error.__cause__  # What Ray said, where `error` is ours.
+            if not isinstance(raised, RayError):
+                raise error
+            cause = cause_of(raised)
+            is_fatal = isinstance(raised, RayTaskError) and isinstance(raised.cause, AgroError)
+            if actor.state != "retiring" and (is_fatal or (could_not_start(raised) and not self._ever_ran)):
                 done = "the run ends: another actor would do no better"
                 self._note(actor, cause, noticed, done, counts=False)
-                raise explained(error, f"actor {actor.name}") from None
+                raise error
         self._died(actor, cause, noticed)
 
     def _died(self, actor: Actor, cause: Cause, noticed: str) -> None:
@@ -395,8 +410,11 @@ class Fleet:
     def _remove(self, actor: Actor, note: str) -> None:
         """Ends its process, hands its leases back, frees its place."""
         del self._actors[actor.name]
-        if actor.handle is not None:
-            ray.kill(actor.handle)
+        for pending in (actor.run, actor.locating, actor.ping):
+            if pending is not None:
+                pending.give_up()
+        if actor.client is not None:
+            ray.kill(actor.client.handle)
             self._release(actor.name)
         if actor.group is not None:
             remove_placement_group(actor.group)

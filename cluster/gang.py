@@ -10,22 +10,23 @@ A gang that failed is not started again; learner.py makes another one.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError
 from ray.util.placement_group import remove_placement_group
 
+from core.calls import Calls, Client, Pending, asks
 from core.causes import Cause, hung
 from core.config import Config
 from core.errors import PeerTimeout, PlacementError, TrainingError
 from core.process_log import ProcessLog
 from core.processes import (
     Whereabouts,
-    answer,
     bundle_of,
     cause_of,
     could_not_start,
@@ -77,6 +78,17 @@ def rank_name(number: int) -> str:
     return f"learner-rank-{number}"
 
 
+class RankClient(Client):
+    """A rank's process, as the driver sees it."""
+
+    address = asks(LearnerRank.address)
+    start = asks(LearnerRank.start)
+    train = asks(LearnerRank.train)
+    ping = asks(LearnerRank.ping)
+    request_stop = asks(LearnerRank.request_stop)
+    republish = asks(LearnerRank.republish)
+
+
 class LearnerGang:
     """One start of all ranks.
 
@@ -91,6 +103,7 @@ class LearnerGang:
         pad_id: int,
         train_arguments: Sequence[Any],
         log_of: Callable[[str], ProcessLog],
+        calls: Calls,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`train_arguments` are those of `LearnerRank.train`; `log_of("learner-rank-0")` is where that rank
@@ -98,29 +111,31 @@ class LearnerGang:
         """
         learner = config.learner
         self._config, self._pad_id, self._train_arguments = config, pad_id, tuple(train_arguments)
-        self._log_of, self._clock = log_of, clock
+        self._log_of, self._calls, self._clock = log_of, calls, clock
         self._timeout_s = config.run.timeout_s
         self._group = make_group([bundle_of(learner.num_cpus, learner.num_gpus)] * learner.ranks)
-        self._ranks: list[Any] = []
-        self._where: dict[int, Any] = {}  # By rank: a call, and then its answer.
-        self._address: Any = None
+        self._ranks: list[RankClient] = []
+        self._where: list[Pending[Whereabouts]] = []
+        self._address: Pending[tuple[str, int]] | None = None
+        self._starting: list[Pending[None]] = []
+        self._training: list[Pending[dict[str, float]]] = []
         self._failure: TrainingError | None = None
-        self._pings: list[Any] = []
+        self._pings: list[Pending[int]] = []
         self._asked_s = 0.0
-        self._enter("waiting for placement", [])
+        self._enter("waiting for placement")
         self.totals: list[dict[str, float]] = []
         self.dead: list[DeadRank] = []
 
-    def handles(self) -> dict[str, Any]:
+    def clients(self) -> dict[str, Client]:
         """Returns the ranks that exist as processes, by name."""
         return {rank_name(number): rank for number, rank in enumerate(self._ranks)}
 
     def poll(self) -> None:
         """Takes the answers that have come. Raises RankDied, or what a rank raised."""
         if self._pings:
-            if not ray.wait(self._pings, num_returns=len(self._pings), timeout=0)[1]:
+            if all(ping.is_done() for ping in self._pings):
                 self._conclude()
-        elif self._calls:
+        elif self._ranks and self.state != "done":
             self._take_answers()
 
     def tick(self, now_s: float) -> None:
@@ -138,25 +153,28 @@ class LearnerGang:
     def request_stop(self) -> None:
         """Ends training in order after the step in progress."""
         for rank in self._ranks:
-            rank.request_stop.remote()
+            self._calls.post(rank.request_stop(), "the order to stop")
 
     def republish(self) -> None:
         """Tells a board that was started again of the weights once more. Ranks that have not begun to train
         will publish anyway.
         """
         if self._ranks:
-            self._ranks[0].republish.remote()
+            self._calls.post(self._ranks[0].republish(), "the board's restart")
 
     def kill(self) -> None:
         """Ends the ranks at once and frees their place."""
+        under_way: list[Pending[Any]] = [*self._starting, *self._training, *self._pings, *self._where]
+        for pending in [*under_way, *([] if self._address is None else [self._address])]:
+            pending.give_up()
         for rank in self._ranks:
-            ray.kill(rank)
+            ray.kill(rank.handle)
         remove_placement_group(self._group)
 
     # --- a start ---
 
-    def _enter(self, state: State, calls: list[Any]) -> None:
-        self.state, self._calls, self._since_s = state, calls, self._clock()
+    def _enter(self, state: State) -> None:
+        self.state, self._since_s = state, self._clock()
 
     def _place(self, now_s: float) -> None:
         if is_placed(self._group):
@@ -173,30 +191,35 @@ class LearnerGang:
             rank_class = remote(LearnerRank, self._log_of(rank_name(number)))
             # Two threads: one trains, the other is told to stop, or asked what the first is doing.
             options = rank_class.options(max_concurrency=2, runtime_env=threads(learner.num_cpus), **placed)
-            rank = options.remote(number, self._config, self._pad_id)
+            rank = RankClient(options.remote(number, self._config, self._pad_id), f"learner rank {number}")
             self._ranks.append(rank)
-            self._where[number] = rank.__ray_call__.remote(whereabouts)
-        self._address = self._ranks[0].address.remote()
-        self._enter("loading", [self._address])
+            self._where.append(self._calls.start(rank.inside(whereabouts), math.inf))
+        self._address = self._calls.start(self._ranks[0].address(), math.inf)  # `tick` limits loading.
+        self._enter("loading")
 
     def _take_answers(self) -> None:
         """Begins what comes next once all calls are answered; looks into a failure at once."""
-        done, running = ray.wait(self._calls, num_returns=len(self._calls), timeout=0)
-        try:
-            answers = answer(list(done), WHO, self._timeout_s)
-        except TrainingError as error:
+        assert self._address is not None
+        under_way: list[Pending[Any]] = [self._address, *self._starting, *self._training]
+        done = [call for call in under_way if call.is_done()]
+        for error in [error for call in done if (error := call.error()) is not None]:
+            if not isinstance(error, TrainingError):
+                raise error
             self._failure, self._asked_s = error, self._clock()
-            self._pings = [rank.ping.remote() for rank in self._ranks]
+            self._pings = [self._calls.start(rank.ping(), math.inf) for rank in self._ranks]
             return
-        if running:
+        if len(done) < len(under_way):
             return
-        if self._calls == [self._address]:
-            self._calls = [rank.start.remote(answers[0]) for rank in self._ranks]
-        elif self.state == "loading":
-            self._enter("training", [rank.train.remote(*self._train_arguments) for rank in self._ranks])
+        if not self._starting:
+            address = self._address.result()
+            self._starting = [self._calls.start(rank.start(address), math.inf) for rank in self._ranks]
+        elif not self._training:
+            trained = [rank.train(*self._train_arguments) for rank in self._ranks]
+            self._training = [self._calls.start(call, math.inf) for call in trained]
+            self._enter("training")
         else:
-            self.totals = [answer(call, WHO, self._timeout_s) for call in self._calls]  # By rank.
-            self._enter("done", [])
+            self.totals = [call.result() for call in self._training]  # By rank.
+            self._enter("done")
 
     # --- an end ---
 
@@ -206,32 +229,30 @@ class LearnerGang:
         The others only lost their connection to it.
         """
         assert self._failure is not None
-        answered, silent = ray.wait(self._pings, num_returns=len(self._pings), timeout=0)
         self.dead = [
             DeadRank(number, cause, self._whereabouts_of(number))
             for number, ping in enumerate(self._pings)
-            if ping in answered and (cause := _cause_of_death(ping))
+            if ping.future.done() and (cause := _cause_of_death(ping))
         ]
+        silent = [number for number, ping in enumerate(self._pings) if not ping.future.done()]
         if silent and not self.dead:
-            number = self._pings.index(silent[0])
             cause = hung(f"it did not answer for {DEATH_LOOK_S:.0f} s")
-            self.dead = [DeadRank(number, cause, self._whereabouts_of(number))]
+            self.dead = [DeadRank(silent[0], cause, self._whereabouts_of(silent[0]))]
+        for ping in self._pings:
+            ping.give_up()
         self._pings = []
         if self.dead:
             raise RankDied("\n".join(map(str, self.dead)))
         raise self._failure
 
     def _whereabouts_of(self, number: int) -> Whereabouts | None:
-        try:
-            return ray.get(self._where[number], timeout=0)
-        except RayError:  # It died, or hung, before it had said so.
-            return None
+        """Where the rank runs; None where it died, or hung, before it had said so."""
+        where = self._where[number]
+        return where.result() if where.future.done() and where.error() is None else None
 
 
-def _cause_of_death(ping: Any) -> Cause | None:
+def _cause_of_death(ping: Pending[int]) -> Cause | None:
     """Why the process behind an answered ping is gone; None for one that lives, or could not start."""
-    try:
-        ray.get(ping)
-    except RayActorError as error:
-        return None if could_not_start(error) else cause_of(error)
-    return None
+    error = ping.error()
+    died = None if error is None else error.__cause__  # What Ray said.
+    return cause_of(died) if isinstance(died, RayActorError) and not could_not_start(died) else None

@@ -17,7 +17,7 @@ from cluster.fleet import Fleet
 from cluster.learner import Learner
 from cluster.services import Services
 from cluster.watchdog import Observation, Watchdog, dump_stacks
-from core.calls import Pending, in_background
+from core.calls import Client, Pending
 from core.config import Config
 from core.errors import RewardError
 from core.troubles import QUIET_S
@@ -191,13 +191,13 @@ class Health:
     def _watch_progress(self, seen: Observation, fleet: Fleet, learner: Learner) -> None:
         stall = self._watchdog.judge(seen)
         if stall is not None:
-            handles = {**fleet.handles(), **learner.handles()}
+            clients = {**fleet.clients(), **learner.clients()}
             # Some may not answer for seconds: not in the way of the next turn.
-            in_background(partial(self._tell_stall, stall, handles), "stacks")
+            self._services.calls.in_background(partial(self._tell_stall, stall, clients), "stacks")
 
-    def _tell_stall(self, stall: str, handles: Mapping[str, Any]) -> None:
+    def _tell_stall(self, stall: str, clients: Mapping[str, Client]) -> None:
         try:
-            path, silent = dump_stacks(handles, self._run_dir)
+            path, silent = dump_stacks(self._services.calls, clients, self._run_dir)
         except OSError as error:
             self._services.event(f"{stall}. Its stacks cannot be written: {error}")
             return

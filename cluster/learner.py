@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 from cluster.deaths import RANK, Deaths
 from cluster.gang import LearnerGang, RankDied
 from cluster.gang import State as GangState
-from core.calls import Pending, in_background
+from core.calls import Calls, Client, Pending
 from core.config import Config
 from core.errors import ConfigError
 from core.process_log import ProcessLog
@@ -40,6 +40,7 @@ class Learner:
         tell: Callable[[str], None],
         forget_snapshots: Callable[[], Pending[list[int]]],
         deaths: Deaths,
+        calls: Calls,
     ) -> None:
         """`peers` are buffer shards, board and monitor. `log_of` a rank is where it writes.
         `forget_snapshots` begins to make the board forget what a dead learner published, which cannot be
@@ -47,7 +48,7 @@ class Learner:
         """
         self._config, self._pad_id, self._peers, self._run_dir = config, pad_id, tuple(peers), run_dir
         self._log_of, self._tell, self._forget_snapshots = log_of, tell, forget_snapshots
-        self._deaths = deaths
+        self._deaths, self._calls = deaths, calls
         self._stopping = False
         self._gang: LearnerGang | None = None
         self._forgetting: Pending[list[int]] | None = None
@@ -68,9 +69,9 @@ class Learner:
         """Deaths of a gang so far."""
         return self._deaths.total(RANK)
 
-    def handles(self) -> dict[str, Any]:
+    def clients(self) -> dict[str, Client]:
         """Returns the ranks that exist as processes, by name."""
-        return {} if self._gang is None else self._gang.handles()
+        return {} if self._gang is None else self._gang.clients()
 
     def poll(self) -> None:
         """Takes the answers that have come. Raises AgroError for what another start would not mend, and for
@@ -142,7 +143,7 @@ class Learner:
         self._verifying = self._begin_verifying()
 
     def _begin_verifying(self) -> Pending[tuple[Path, CheckpointManifest] | None]:
-        return in_background(lambda: latest_checkpoint(self._run_dir, self._tell), "verifying")
+        return self._calls.in_background(lambda: latest_checkpoint(self._run_dir, self._tell), "verifying")
 
     def _make_gang(self, found: tuple[Path, CheckpointManifest] | None) -> LearnerGang:
         if found is not None:
@@ -154,4 +155,4 @@ class Learner:
                 )
             self._tell(f"going on from {found[0].name}")
         train_arguments = (*self._peers, str(self._run_dir / "policy"), str(found[0]) if found else None)
-        return LearnerGang(self._config, self._pad_id, train_arguments, self._log_of)
+        return LearnerGang(self._config, self._pad_id, train_arguments, self._log_of, self._calls)

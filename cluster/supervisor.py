@@ -77,6 +77,7 @@ class Supervisor:
         self._control = Control(run_dir, services.event)
         self._fleet = Fleet(
             Kind(self._spawn_rollout, actors.num_cpus, actors.num_gpus),
+            services.calls,
             retire=services.retire,
             release=services.release,
             tell=services.event,
@@ -131,6 +132,7 @@ class Supervisor:
             tell=services.event,
             forget_snapshots=services.forget_snapshots,
             deaths=self._deaths,
+            calls=services.calls,
         )
 
     def _learner_is(self, *states: str) -> bool:

@@ -16,11 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.exceptions import RayError
-
 from actors.heartbeat import Heartbeat
-from core.processes import cause_of
+from core.calls import Calls, Client, Pending, settle
 
 MIN_QUIET_S = 60.0
 STEPS_QUIET = 10.0
@@ -137,25 +134,24 @@ def _versions(now: Observation) -> str:
 # --- Stacks ---
 
 
-def dump_stacks(handles: Mapping[str, Any], run_dir: Path) -> tuple[Path, list[str]]:
-    """Everybody's stacks in `run_dir/stacks-<time>.txt`, and the names of those who did not answer
-    within 5 s.
+def dump_stacks(calls: Calls, clients: Mapping[str, Client], run_dir: Path) -> tuple[Path, list[str]]:
+    """Writes everybody's stacks to `run_dir/stacks-<time>.txt`; returns that path, and the names of those who
+    did not answer within 5 s.
     """
-    calls = {name: handle.__ray_call__.remote(Heartbeat.stacks) for name, handle in handles.items()}
-    ready = (
-        set(ray.wait(list(calls.values()), num_returns=len(calls), timeout=STACKS_TIMEOUT_S)[0])
-        if calls
-        else set()
-    )
-    silent = [name for name, call in calls.items() if call not in ready]
-    texts = {name: _stack_of(call) if call in ready else "no answer\n" for name, call in calls.items()}
+    asked = {
+        name: calls.start(client.inside(Heartbeat.stacks), STACKS_TIMEOUT_S)
+        for name, client in clients.items()
+    }
+    settle(asked.values(), STACKS_TIMEOUT_S)
+    silent = [name for name, stacks in asked.items() if not stacks.future.done()]
+    texts = {name: "no answer\n" if name in silent else _text_of(stacks) for name, stacks in asked.items()}
+    for name in silent:
+        asked[name].give_up()
     path = run_dir / f"stacks-{time.strftime('%Y%m%d-%H%M%S')}.txt"
     path.write_text("\n".join(f"===== {name}\n{text}" for name, text in texts.items()), encoding="utf-8")
     return path, silent
 
 
-def _stack_of(call: Any) -> str:
-    try:
-        return str(ray.get(call))
-    except RayError as error:
-        return f"none: {cause_of(error)}\n"
+def _text_of(stacks: Pending[str]) -> str:
+    error = stacks.error()
+    return stacks.result() if error is None else f"none: {error}\n"

@@ -80,7 +80,7 @@ class Call(Generic[T_co]):
         try:
             return await self.make()
         except RayError as error:
-            raise explained(error, self.who) from None
+            raise explained(error, self.who) from error  # The cause says more to whoever watches processes.
 
 
 @dataclass(frozen=True)
@@ -242,23 +242,6 @@ class Pending(Generic[T]):
             self._on_dropped()
 
 
-def in_background(work: Callable[[], T], name: str, timeout_s: float = math.inf) -> Pending[T]:
-    """Begins work that takes seconds and belongs to nobody's loop, such as hashing: in a daemon thread.
-
-    An executor's thread would be waited for at the end of the process, however long it still hashes.
-    """
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - whoever asks for the result meets it
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return Pending(future, name, timeout_s)
-
-
 def settle(
     pendings: Iterable[Pending[Any]],
     timeout_s: float,
@@ -344,6 +327,24 @@ class Calls:
         whom = f" {self._name}" if self._name else ""
         return f"{whom} within {timeout_s:.0f} s (run.timeout_s)"
 
+    def in_background(self, work: Callable[[], T], who: str, timeout_s: float = math.inf) -> Pending[T]:
+        """Begins work of this process that takes seconds and belongs to nobody's loop, such as hashing.
+
+        It runs in a daemon thread: an executor's would be waited for at the end of the process.
+        """
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001 -- whoever asks for the result meets it, or `watch` tells
+                future.set_exception(error)
+
+        threading.Thread(target=run, name=who, daemon=True).start()
+        return Pending(
+            future, who, timeout_s, on_dropped=functools.partial(self.watch, future, who, "its work")
+        )
+
     def watch(self, future: Future[Any], who: str, what: str) -> None:
         """Counts and tells the failure of what was begun elsewhere, and nobody waits for."""
         said = f"{who} did not take {what}"
@@ -398,6 +399,5 @@ __all__ = [
     "Polled",
     "as_call",
     "asks",
-    "in_background",
     "settle",
 ]

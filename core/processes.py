@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from core.causes import Cause, cause_from
-from core.errors import AgroError, PeerTimeout, TrainingError
+from core.errors import AgroError, TrainingError
 from core.process_log import ProcessLog, last_lines, tail, words_of_process
 
 _NO_MEMORY = "low on memory"  # Of Ray's own memory monitor, which kills before the kernel has to.
@@ -180,18 +180,6 @@ def _exit_detail(pid: int) -> str:
         ]
         return str(ended[-1].exit_detail) if ended else ""
     return ""
-
-
-def answer(calls: Any, who: str, timeout_s: float) -> Any:
-    """Returns what `ray.get` returns; its error names who did not answer, or why it failed or died. Raises
-    AgroError.
-    """
-    try:
-        return ray.get(calls, timeout=timeout_s)
-    except GetTimeoutError:
-        raise PeerTimeout(f"{who} did not answer within {timeout_s:.0f} s (run.timeout_s)") from None
-    except RayError as error:
-        raise explained(error, who) from None
 
 
 def explained(error: RayError, who: str) -> AgroError:

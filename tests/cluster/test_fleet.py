@@ -17,6 +17,7 @@ import cluster.fleet
 from cluster.deaths import ACTOR, DeathCount, Deaths
 from cluster.fleet import Fleet, Kind
 from cluster.pulse import BUSY_LIMIT_S, ELSEWHERE_LIMIT_S, LIMIT_S, MIN_LOOKS, Pulse, Sight, look_at
+from core.calls import Calls
 from core.errors import DataError, TrainingError
 from tests.support.fleet_actors import SleepingActor
 
@@ -49,6 +50,7 @@ class Bench:
         kind = Kind(self._spawn, num_cpus=num_cpus)
         self.fleet = Fleet(
             kind,
+            Calls(60.0),
             retire=self._retire,
             release=self.released.append,
             tell=self.told.append,

@@ -20,6 +20,7 @@ import ray
 from actors.prompts import PromptRow, PromptSet
 from buffer.store import DiskFullError, StoreError
 from cluster.deaths import BOARD, Deaths, read_deaths
+from cluster.fleet import ActorClient
 from cluster.gang import LearnerGang, RankDied
 from cluster.preparation.prepare import Inputs
 from cluster.services import Services
@@ -29,7 +30,7 @@ from core.calls import Calls, Client, asks
 from core.causes import Cause, memory_hint
 from core.errors import DataError, PeerTimeout, TrainingError
 from core.process_log import ProcessLog
-from core.processes import answer, explained, remote
+from core.processes import explained, remote
 from core.records import WorkItem
 from core.weights.board import Directive
 from tests.support.clients import events_to
@@ -58,21 +59,22 @@ def test_stacks_of_all_are_written_and_who_does_not_answer_is_named(
 ) -> None:
     monkeypatch.setattr("cluster.watchdog.STACKS_TIMEOUT_S", 3.0)
     sleeping = ray.remote(SleepingActor).options(num_cpus=0, max_concurrency=2)
-    handles = {name: sleeping.remote(name, str(tmp_path)) for name in ("actor-0", "actor-1")}
-    calls = [handle.run.remote() for handle in handles.values()]
-    pid = ray.get(handles["actor-1"].__ray_call__.remote(lambda _: os.getpid()))
-    ray.get(handles["actor-0"].ping.remote())
+    calls, names = Calls(20.0), ("actor-0", "actor-1")
+    clients = {name: ActorClient(sleeping.remote(name, str(tmp_path)), name) for name in names}
+    runs = [calls.start(client.run()) for client in clients.values()]
+    pid = calls.ask(clients["actor-1"].inside(lambda _: os.getpid()))
+    calls.ask(clients["actor-0"].ping())
     os.kill(pid, signal.SIGSTOP)
-    path, silent = dump_stacks(handles, tmp_path)
+    path, silent = dump_stacks(calls, clients, tmp_path)
     assert silent == ["actor-1"]
     assert path.name.startswith("stacks-")
     text = path.read_text()
     assert "===== actor-0\n" in text
     assert "in run\n" in text
     assert "===== actor-1\nno answer" in text
-    for handle in handles.values():
-        ray.kill(handle)
-    del calls
+    for client, run in zip(clients.values(), runs, strict=True):
+        run.give_up()
+        ray.kill(client.handle)
 
 
 @pytest.mark.slow
@@ -93,32 +95,35 @@ def test_a_failure_is_told_in_a_few_lines_with_its_cause(local_ray: None, tmp_pa
         def sleep(self) -> None:
             time.sleep(60)
 
-    remote_part = ray.remote(Part).options(num_cpus=0)
-    part = remote_part.remote()
+    class PartClient(Client):
+        fail, pid, sleep = asks(Part.fail), asks(Part.pid), asks(Part.sleep)
+
+    remote_part, calls = ray.remote(Part).options(num_cpus=0), Calls(20.0)
+    part = PartClient(remote_part.remote(), "the part")
     with pytest.raises(DataError, match="row 4 is empty"):
-        answer(part.fail.remote(True), "the part", 20.0)
+        calls.ask(part.fail(True))
     with pytest.raises(
         TrainingError,
         match=r"the part failed: ValueError: broken\n  in fail "
         r"\(.*test_supervisor\.py:\d+\)$",
     ):
-        answer(part.fail.remote(False), "the part", 20.0)
-    pid = ray.get(part.pid.remote())
-    call = part.sleep.remote()
+        calls.ask(part.fail(False))
+    pid = calls.ask(part.pid())
+    call = calls.start(part.sleep())
     with pytest.raises(PeerTimeout, match=r"the part did not answer within 0 s \(run.timeout_s\)"):
-        answer(call, "the part", 0.2)
+        calls.ask(part.sleep(), 0.2)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(
         TrainingError,
         match=r"the part died: its process was killed \(.*\) or crashed \(pid "
         rf"{pid}\)",
     ):
-        answer(call, "the part", 20.0)
+        call.wait()
     with pytest.raises(DataError) as caught:
-        answer(remote_part.remote("data").pid.remote(), "the part", 20.0)
+        calls.ask(PartClient(remote_part.remote("data"), "the part").pid())
     assert str(caught.value) == "row 3 is empty.\nRemove: row 3"
     with pytest.raises(TrainingError, match=r"the part could not start:\n(.*\n)*.*KeyError"):
-        answer(remote_part.remote("other").pid.remote(), "the part", 20.0)
+        calls.ask(PartClient(remote_part.remote("other"), "the part").pid())
 
 
 NO_SPACE = "buffer database /run/buffer.sqlite: database or disk is full. Free space on that disk."
@@ -207,6 +212,7 @@ def test_a_rank_that_dies_while_it_loads_or_hangs_is_named_and_can_be_started_ag
         0,
         (),
         lambda name: ProcessLog(str(tmp_path), name),
+        Calls(20.0),
     )
     (tmp_path / "logs").mkdir()
 

@@ -103,7 +103,7 @@ def test_a_learner_whose_checkpoint_is_verified_keeps_neither_status_nor_actors_
         zeros.update(bytes(2**20))
     write_checkpoint(tmp_path, 5, zeros.hexdigest())
     write_checkpoint(tmp_path, 7, "0" * 64)  # As long, and damaged: only its bytes tell.
-    (place,) = ray.get(list(learner._gang._where.values()))  # type: ignore[union-attr]
+    (place,) = [asked.wait() for asked in learner._gang._where]  # type: ignore[union-attr]
     os.kill(place.pid, signal.SIGKILL)
     turn_until(supervisor, lambda: learner.state == "verifying a checkpoint")
     start_s = time.monotonic()

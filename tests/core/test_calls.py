@@ -203,15 +203,14 @@ class TestNothingVanishes:
         calls = Calls(5.0, lambda text: client.refuse("it is gone"))
         warnings = OwnWarnings()
         try:
-            warnings.connect(calls.tell)
             calls.tell("the third actor was replaced")
             until(lambda: calls.num_failed_posts == 1 and caplog.records)
-            time.sleep(0.2)
             assert [record.getMessage() for record in caplog.records] == [
                 "the monitor did not take an event (it is gone): the third actor was replaced"
             ]
+            assert warnings.take() == {}
             logging.getLogger("core.text").warning("another")
-            until(lambda: calls.num_failed_posts == 2)
+            assert warnings.take() == {"another": 1}
         finally:
             warnings.close()
 

@@ -18,6 +18,7 @@ from cluster import learner as learner_module
 from cluster.deaths import Deaths
 from cluster.gang import DeadRank, RankDied
 from cluster.learner import Learner
+from core.calls import Calls
 from core.causes import Cause
 from core.errors import TrainingError
 from core.process_log import ProcessLog
@@ -75,6 +76,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             tell=told.append,
             forget_snapshots=forget,
             deaths=Deaths(tmp_path, clock=lambda: clock[0]),
+            calls=Calls(60.0),
         )
 
     make.told, make.forgotten, make.clock = told, forgotten, clock  # type: ignore[attr-defined]
