@@ -5,6 +5,8 @@ A record holds them as raw bytes, in memory as on the wire; `numpy()` gives the 
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
@@ -44,10 +46,14 @@ class _Numbers(ArrayBytes):
         """Returns the array of these values. Raises OverflowError for a whole number that the type does not
         hold.
         """
-        found = values if isinstance(values, np.ndarray) else np.array(list(values), dtype=cls.dtype)
-        kept = found.astype(cls.dtype, copy=False)
-        if kept.dtype != found.dtype and kept.dtype.kind == "i" and (kept != found).any():
-            raise OverflowError(f"{found[kept != found][0]} is no {cls.dtype.name}")
+        if not isinstance(values, np.ndarray):
+            found = array(cls.dtype.char, values)  # Several times as fast as numpy from a list.
+            if sys.byteorder == "big":
+                found.byteswap()
+            return cls(found.tobytes())
+        kept = values.astype(cls.dtype, copy=False)
+        if kept.dtype != values.dtype and kept.dtype.kind == "i" and (kept != values).any():
+            raise OverflowError(f"{values[kept != values][0]} is no {cls.dtype.name}")
         return cls(kept.tobytes())
 
     @classmethod
