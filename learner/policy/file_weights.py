@@ -81,6 +81,24 @@ def wider_first(units: Iterable[Unit]) -> list[Unit]:
     )
 
 
+def buckets(units: Iterable[Unit], bucket_bytes: int) -> Iterator[list[Unit]]:
+    """Yields units whose parameters, gathered, take at most `bucket_bytes`; a larger unit is one by itself.
+
+    Sizes are those of ZeRO-3 (`ds_numel`), since `numel()` of a partitioned parameter is 0.
+    """
+    bucket: list[Unit] = []
+    size = 0
+    for unit in units:
+        num_bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in unit.parameters)
+        if bucket and size + num_bytes > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(unit)
+        size += num_bytes
+    if bucket:
+        yield bucket
+
+
 class _Group(NamedTuple):
     """What the names of a group become: `target`, the first of them, by `converter`; None leaves the tensor
     as it is.

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from core.config import LearnerConfig, ModelConfig
 from learner.checkpoints.checkpoint import TensorPart, partition
 from learner.checkpoints.export import write_model
-from learner.policy.file_weights import Unit, file_units, plain_units, wider_first
+from learner.policy.file_weights import Unit, buckets, file_units, plain_units, wider_first
 from learner.policy.function_check import check_function
 from learner.policy.lora import adapters_of, add_adapters, persistent_buffers, weights_of
 from learner.policy.partitions import Read, held, padded, trained
@@ -406,23 +406,9 @@ class ZeroPolicy:
 def _gathered(units: Iterable[Unit], bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
     import deepspeed
 
-    for bucket in _buckets(units, bucket_bytes):
+    for bucket in buckets(units, bucket_bytes):
         with deepspeed.zero.GatheredParameters(
             [parameter for unit in bucket for parameter in unit.parameters]
         ):
             for unit in bucket:
                 yield from unit.tensors()
-
-
-def _buckets(units: Iterable[Unit], bucket_bytes: int) -> Iterator[list[Unit]]:
-    bucket: list[Unit] = []
-    size = 0
-    for unit in units:
-        num_bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in unit.parameters)
-        if bucket and size + num_bytes > bucket_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(unit)
-        size += num_bytes
-    if bucket:
-        yield bucket
