@@ -300,11 +300,14 @@ class OfflineActor(Heartbeat):
         buffer: BufferClient,
         board: BoardClient,
         monitor: MonitorClient,
+        *,
+        scores_all: bool = False,
     ) -> None:
+        """`scores_all`: the reward functions score what has a reward too, since a vote needs the answers of all."""
         self._name, self._config, self._prompts = name, config, prompts
         self._buffer, self._board, self._monitor = buffer, board, monitor
         self._rewards = RewardPool(config.rewards)
-        self._scores_all = config.objective.compares_answers  # A vote needs the answers of all.
+        self._scores_all = scores_all
         self._version = -1
         self._calls = Calls(config.run.timeout_s, monitor.event, name=name)
         self._counters = dict.fromkeys(

@@ -195,7 +195,9 @@ class Supervisor:
         actor_class = remote(OfflineActor, self._services.log_of(name)).options(
             runtime_env=threads(1), **options
         )
-        return actor_class.remote(name, self._config, self._inputs.prompts, *self._services.peers)
+        config, scores_all = self._config.without_knobs(), self._config.objective.compares_answers
+        prompts, peers = self._inputs.prompts, self._services.peers
+        return actor_class.remote(name, config, prompts, *peers, scores_all=scores_all)
 
     # --- turns ---
 
