@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import socket
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,18 +28,36 @@ _RAY_LOG_BYTES = 2**16
 
 
 def remote(part: type, log: ProcessLog | None = None) -> Any:
-    """The class as a Ray actor class, whose processes write into `log`; untyped, as its handles are."""
-    return ray.remote(part if log is None else _logged(part, log))
+    """Makes a Ray actor class of the class, whose processes write into `log`; untyped, as its handles are."""
+    return ray.remote(part) if log is None else _Logged(_logged(part), log)
 
 
-def _logged(part: type, log: ProcessLog) -> type:
-    """The class, whose instances begin `log` in their process before their own constructor runs."""
+@dataclass(frozen=True)
+class _Logged:
+    """An actor class and the log of the one process that will be made of it."""
 
-    def begin(self: Any, *arguments: Any, **options: Any) -> None:
-        log.begin(partial(_send_warnings, log.monitor))
-        part.__init__(self, *arguments, **options)  # type: ignore[misc]
+    actor_class: Any
+    log: ProcessLog
 
-    return type(part.__name__, (part,), {"__init__": begin, "__doc__": part.__doc__})
+    def options(self, **options: Any) -> _Logged:
+        return _Logged(self.actor_class.options(**options), self.log)
+
+    def remote(self, *arguments: Any, **named: Any) -> Any:
+        return self.actor_class.remote(self.log, *arguments, **named)
+
+
+@functools.cache
+def _logged(part: type) -> Any:
+    """The actor class whose instances begin a log in their process before their own constructor runs.
+
+    There is one for each part, however often it is started again: Ray keeps every class it was ever given.
+    """
+
+    def begin(self: Any, log: ProcessLog, *arguments: Any, **named: Any) -> None:
+        log.begin(functools.partial(_send_warnings, log.monitor))
+        part.__init__(self, *arguments, **named)  # type: ignore[misc]
+
+    return ray.remote(type(part.__name__, (part,), {"__init__": begin, "__doc__": part.__doc__}))
 
 
 def _send_warnings(monitor: str, name: str, counts: Mapping[str, int]) -> bool:
