@@ -60,15 +60,18 @@ doctor: setup  ## check this machine
 # come last, one at a time.
 TWO_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: setup  ## all tests, the slow ones too
+test: setup  ## all tests, the slow ones too (25 minutes on two cores)
 	@status=0; set -x; \
 	.venv/bin/python -m pytest -q --durations=15 -m "not timed and not alone" $(TWO_AT_A_TIME) $(ARGS) || status=1; \
 	.venv/bin/python -m pytest -q --durations=15 -m timed $(TWO_AT_A_TIME) $(ARGS) || status=1; \
 	.venv/bin/python -m pytest -q --durations=15 -m alone $(ARGS) || status=1; \
 	exit $$status
 
-test-fast: setup  ## tests without engines, ranks and clusters
-	.venv/bin/python -m pytest -q -m "not slow" $(ARGS)
+test-fast: setup  ## tests without engines, ranks and clusters (two minutes on two cores)
+	@status=0; set -x; \
+	.venv/bin/python -m pytest -q -m "not slow and not timed" $(TWO_AT_A_TIME) $(ARGS) || status=1; \
+	.venv/bin/python -m pytest -q -m "not slow and timed" $(TWO_AT_A_TIME) $(ARGS) || status=1; \
+	exit $$status
 
 test-families: setup  ## every family of models that transformers and vLLM share, tiny; writes docs/models.md (half an hour)
 	.venv/bin/python -m tests.system.test_families

@@ -6,8 +6,8 @@ when the layer is used. What surprises about it:
 
 - Outside a gather a parameter has `numel() == 0`; its size is `ds_numel`, its shape `ds_shape`, this rank's
   part `ds_tensor`.
-- Every rank must call `logprobs`, `backward`, `step` and `named_weights` equally often and in one order, since
-  each of them gathers.
+- Every rank must call `logprobs`, `backward`, `step` and `named_weights` equally often and in one order,
+  since each of them gathers.
 - A gather with `modifier_rank` set broadcasts everything back; for reading it stays None.
 - Small parameters are kept whole after their first gather: `forget_gathered` before their parts are changed.
 """

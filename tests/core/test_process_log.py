@@ -157,8 +157,8 @@ def test_what_our_own_code_warns_of_is_counted_by_its_text_whenever_it_came() ->
                 "%s: log-probs are taken from whole logits", "GraniteForCausalLM"
             )
         logging.getLogger("learner.step.logprobs").info("nothing")
-        logging.getLogger("transformers").warning("theirs")
-        logging.getLogger("transformers").error("their failure")
+        logging.getLogger("someones_library").warning("theirs")
+        logging.getLogger("someones_library").error("their failure")
         assert warnings.take() == {
             "GraniteForCausalLM: log-probs are taken from whole logits": 2,
             "their failure": 1,

@@ -21,11 +21,12 @@ Definition = Function | ast.ClassDef
 
 @dataclass(frozen=True)
 class Source:
-    """A Python file: its path below the root with `/`, its text and its syntax tree."""
+    """A Python file: its path below the root with `/`, its text, its syntax tree and all nodes of that."""
 
     path: str
     text: str
     tree: ast.Module
+    nodes: tuple[ast.AST, ...]
 
     @property
     def room(self) -> str:
@@ -58,7 +59,7 @@ class Source:
 
         `from a.b import c` yields both `a.b` and `a.b.c`, as `c` may be a module.
         """
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 yield from ((alias.name, node.lineno) for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -67,7 +68,7 @@ class Source:
 
     def functions(self) -> Iterator[Function]:
         """Yields every function and method, nested ones too."""
-        yield from (node for node in ast.walk(self.tree) if isinstance(node, Function))
+        yield from (node for node in self.nodes if isinstance(node, Function))
 
     def public(self) -> Iterator[tuple[str, Definition]]:
         """Yields the public functions and classes with their dotted names, and the public methods of public
@@ -98,7 +99,8 @@ def sources() -> tuple[Source, ...]:
     listed = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True, text=True).stdout
     paths = sorted(path for path in listed.split("\0") if path and (ROOT / path).is_file())
     texts = ((path, (ROOT / path).read_text(encoding="utf-8")) for path in paths)
-    return tuple(Source(path, text, ast.parse(text)) for path, text in texts)
+    parsed = ((path, text, ast.parse(text)) for path, text in texts)
+    return tuple(Source(path, text, tree, tuple(ast.walk(tree))) for path, text, tree in parsed)
 
 
 def production() -> list[Source]:
