@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,21 +103,34 @@ def export(arguments: Namespace) -> int:
 
 
 def inspect_batch(arguments: Namespace) -> int:
-    """Shows the batch that a skipped step left, as text."""
+    """Shows the batch that a skipped step left, as text, with the given tokenizer or that of its run."""
+    from core.config import ModelConfig
+    from core.tokenizer import load_tokenizer
     from learner.step.bad_batch import render
 
-    decode: Callable[[Sequence[int]], str] | None = None
+    path = Path(arguments.file)
+    tokenizer: Any = None
     if arguments.tokenizer:
-        from core.config import ModelConfig
-        from core.tokenizer import load_tokenizer
-
         tokenizer = load_tokenizer(ModelConfig(path=arguments.tokenizer))
+    elif path.is_file():
+        tokenizer = _tokenizer_of_run(path.resolve().parent.parent)
 
-        def decode(token_ids: Sequence[int]) -> str:
-            return str(tokenizer.decode(list(token_ids)))
+    def decode(token_ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(token_ids)))
 
-    print(render(Path(arguments.file), decode))
+    print(render(path, None if tokenizer is None else decode))
     return 0
+
+
+def _tokenizer_of_run(run_dir: Path) -> Any:
+    """Returns the tokenizer of a run's model; None where there is no run, or its model is gone."""
+    from core.tokenizer import load_tokenizer
+    from learner.catalogue import load_config
+
+    try:
+        return load_tokenizer(load_config(str(run_dir / "config.yaml"), []).model)
+    except ConfigError:
+        return None
 
 
 def config_reference(arguments: Namespace) -> int:

@@ -137,7 +137,7 @@ def _said(sample: Sample, decode: Callable[[Sequence[int]], str] | None) -> str:
         return _short(decode(sample.sampled_tokens.tolist()))
     if sample.text or not sample.num_sampled:
         return _short(sample.text)
-    return f"no tokenizer to read its tokens with, which begin {sample.sampled_tokens[:8].tolist()}"
+    return f"tokens that begin {sample.sampled_tokens[:8].tolist()}; --tokenizer DIR reads them"
 
 
 def _age(sample: Sample, step: int) -> str:

@@ -18,6 +18,7 @@ import torch
 
 import launch
 from benchmarks.lag_lab import PlainPolicy
+from core.config.files import dump_config
 from core.errors import DataError, TrainingError
 from core.metrics import METRICS
 from core.records import Batch, Group, Sample, StoredGroup, VersionSpan, encode, encode_batch, index_of
@@ -382,6 +383,10 @@ def test_inspect_batch_decodes_with_a_tokenizer(
     path = a_bad_batch(tmp_path)
     assert run_cli("inspect-batch", str(path), "--tokenizer", str(tiny_models["tied"])) == 0
     assert r"'12\n'" not in capsys.readouterr().out
+    (tmp_path / "config.yaml").write_text(dump_config(update_config(tiny_models["tied"])))
+    assert run_cli("inspect-batch", str(a_bad_batch(tmp_path / "bad-batches"))) == 0
+    assert "tokens that begin" not in (said := capsys.readouterr().out), "the tokenizer of its run reads them"
+    assert r"'12\n'" not in said
     assert run_cli("inspect-batch", str(path), "--tokenizer", str(tmp_path)) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
