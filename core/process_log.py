@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TextIO, TypeAlias, cast
 
 from core.own_warnings import ROOMS, OwnWarnings
 
@@ -89,6 +89,10 @@ class ProcessLog:
                 stream.flush()
                 if isinstance(stream, io.TextIOWrapper):
                     stream.reconfigure(line_buffering=True)
+            sys.stdout, sys.stderr = (
+                cast(TextIO, _Forgiving(sys.stdout)),
+                cast(TextIO, _Forgiving(sys.stderr)),
+            )
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             os.close(descriptor)
@@ -122,14 +126,31 @@ class ProcessLog:
         while True:
             time.sleep(LOOK_S)
             if has_file:
-                with contextlib.suppress(
-                    OSError
-                ):  # A full disk: what was written stays, and is bounded later.
+                with contextlib.suppress(OSError):  # A full disk: it is bounded later.
                     bound(self.path, self.name or self.role)
             for text, count in warnings.take().items():
                 owed[text] = owed.get(text, 0) + count
             if owed and send(self.name or self.role, owed):
                 owed = {}
+
+
+class _Forgiving:
+    """A stream to a disk that may be full: what that refuses is lost, and costs the process nothing."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def log_path(run_dir: Path, role: str) -> Path:

@@ -66,11 +66,7 @@ def _send_warnings(monitor: str, name: str, counts: Mapping[str, int]) -> bool:
         return True
     try:
         ray.get_actor(monitor).warn.remote(name, dict(counts))
-    except (
-        ValueError,
-        RuntimeError,
-        RayError,
-    ):  # Not there yet, there again in a moment, or Ray is going down.
+    except (ValueError, RuntimeError, RayError):  # It is not there yet, or Ray is going down.
         return False
     return True
 

@@ -104,6 +104,18 @@ def test_a_flooding_process_bounds_its_log_by_itself(run_dir: Path) -> None:
     assert sizes["actor-0.log.old"] > 1e6
 
 
+def test_a_full_disk_costs_a_process_that_prints_nothing_but_its_words(run_dir: Path) -> None:
+    end = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))\n"
+        "for _ in range(20): print('x' * 5000); sys.stderr.write('y' * 5000); logging.getLogger('core').error('z')\n"
+        "sys.stdout.flush(); os.mkdir(sys.argv[1] + '/survived')"
+    )
+    process = run_process(run_dir, "actor-0", end)
+    assert process.returncode == 0
+    assert (run_dir / "survived").is_dir()
+    assert log_path(run_dir, "actor-0").stat().st_size <= 1000
+
+
 def test_a_machine_that_does_not_see_the_run_directory_says_where_it_writes(tmp_path: Path) -> None:
     warnings = OwnWarnings()
     try:
