@@ -179,9 +179,8 @@ def begin_driver_log(run_dir: Path) -> None:
     path = log_path(run_dir, "driver")
     descriptor = open_log(path, "driver")
     faulthandler.enable(descriptor)
-    begin_logging(
-        logging.StreamHandler(os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace"))
-    )
+    stream = os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")
+    begin_logging(logging.StreamHandler(cast(TextIO, _Forgiving(stream))))
 
     def keep() -> None:
         while True:
