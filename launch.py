@@ -3,7 +3,7 @@
     python launch.py train CONFIG [section.key=value ...]     train; with --dry-run only say what would run
     python launch.py doctor                                   what is wrong with this machine, what to do
     python launch.py status RUN_DIR                           where a run is: step, actors, buffer, waits
-    python launch.py why RUN_DIR [NAME]                       who died in a run, of what, and how the run ended
+    python launch.py why RUN_DIR [NAME]                       who died in a run, of what, and how it ended
     python launch.py scale RUN_DIR --actors N                 more or fewer rollout actors, while it goes on
     python launch.py audit RUN_DIR                            what became of every prompt that was handed out
     python launch.py inspect-batch FILE [--tokenizer DIR]     the batch of a skipped learner step, as text

@@ -1,8 +1,8 @@
 """The rollout actor: leases prompts, generates with whatever weights it has, has them scored, inserts whole
 groups.
 
-    buffer --lease--> WorkItems --engine--> Samples --reward pool--> Group --insert--> buffer    groups.py, exchange.py
-    board  --poll---> newer snapshot: fetched while generation goes on, applied between two steps   follower.py
+    buffer --lease--> WorkItems --engine--> Samples --reward pool--> Group --insert--> buffer  groups.py, exchange.py
+    board  --poll---> newer snapshot: fetched beside generation, applied between two steps    follower.py
                       evaluation items: exactly their version is loaded, and kept until they are done
                       retire: 'drain' finishes what was begun, 'now' hands everything back
 

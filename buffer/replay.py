@@ -4,8 +4,8 @@ A group leaves for exactly one counted reason:
 
     evicted_used      it was in `uses_per_group` batches: its regular end
     evicted_stale     at `take` or `evict_stale`, it is too old for that learner step (core/staleness.py)
-    evicted_capacity  an insert put more than `capacity` unconsumed groups here, which admission should prevent
-    evicted_surplus   an insert put more than `uses_per_group * capacity` groups here: the oldest used one leaves
+    evicted_capacity  an insert put more than `capacity` unconsumed groups here; admission should prevent it
+    evicted_surplus   an insert put more than `uses_per_group * capacity` groups: the oldest used one leaves
 
 so that at any time `inserted` = stored and all evicted. A group of offline samples has no age: it is never
 stale.

@@ -1,18 +1,21 @@
-"""One shard of the replay buffer as an asyncio class: its waits. A run wraps it as a Ray actor, tests run it
-as it is.
+"""One shard of the replay buffer as an asyncio class, with the waits of its callers.
 
-    actor    lease --> WorkItems ... renew ... insert(Groups) --> ids acknowledged after the commit, or fail, or give_back
+A run wraps it as a Ray actor, tests run it as it is.
+
+    actor    lease --> WorkItems ... renew ... insert(Groups) --> ids, acknowledged once committed; fail
     learner  sample(step) --> Batch ... set_ref_logprobs ... set_watermark(step of a checkpoint)
 
-| wait   | of      | until                                             | ended by                                      |
-|--------|---------|---------------------------------------------------|-----------------------------------------------|
-| lease  | actors  | open + stored-unconsumed < admitted, or a re-issue | sample, eviction, fail, a lease that runs out |
-| lease  | actor   | its weights are new enough for the next batch      | a publication; it is told at once, and asks again |
-| sample | learner | `num_groups` stored groups, old enough             | insert                                        |
+| wait   | of      | until                                    | ended by                                   |
+|--------|---------|------------------------------------------|--------------------------------------------|
+| lease  | actors  | open + stored-unconsumed < admitted,     | sample, eviction, fail, a lease that runs  |
+|        |         | or an item is to be issued again         | out                                        |
+| lease  | actor   | its weights are new enough for the next  | a publication: it is told at once, and     |
+|        |         | batch                                    | asks again                                 |
+| sample | learner | `num_groups` groups are stored           | insert                                     |
 
 Neither waits for the other for ever: a learner waits only while fewer than `groups_per_step <= admitted`
-groups are here, and then an actor may lease. For the band
-`samples_per_insert`, it waits only while some may still come.
+groups are here, and then an actor may lease. For the band `samples_per_insert` it waits only while some
+groups may still come.
 
 All changes happen in shard.py, each in one synchronous section under the condition's lock.
 """

@@ -1,7 +1,7 @@
 """Calls to other processes: the one way in which the parts of a run talk to each other.
 
-    class BoardClient(Client):            what may be asked of a peer, a line a method: mypy takes arguments and
-        poll = asks(Board.poll)           answers from the method itself, and a reader gets there with one click
+    class BoardClient(Client):          what may be asked of a peer, a line a method: mypy takes arguments and
+        poll = asks(Board.poll)         answers from the method itself, and a reader gets there with one click
 
     call = board.poll("actor-0", 3, 8, 5.0)     a Call[bytes]: nothing has happened yet; it may be made again
 
@@ -337,7 +337,7 @@ class Calls:
         def run() -> None:
             try:
                 future.set_result(work())
-            except BaseException as error:  # noqa: BLE001 -- whoever asks for the result meets it, or `watch` tells
+            except BaseException as error:  # noqa: BLE001 -- whoever asks for the result meets it
                 future.set_exception(error)
 
         threading.Thread(target=run, name=who, daemon=True).start()

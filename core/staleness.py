@@ -2,7 +2,7 @@
 
     staleness        learner step at which a sample is used, minus the version of its oldest token
     mean staleness   the same, weighted by tokens, over all versions that sampled it
-    the rule         a batch of learner step s holds no group whose staleness at s is above `buffer.max_staleness`
+    the rule         a batch of learner step s holds no group that is staler at s than `buffer.max_staleness`
 
 Version v names the weights after v optimizer steps, so both are learner steps. An offline sample, whose
 policy is unknown, has no version and no staleness, and never goes stale; where a number is needed, its

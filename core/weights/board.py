@@ -1,7 +1,7 @@
 """The board: the one place rollout actors look at between engine steps. An asyncio class; a run wraps it as a
 Ray actor.
 
-    learner  --publish(version)-->  board  <--poll(actor, version)--  actors     newest snapshot, evaluation items, or retire
+    learner  --publish(version)-->  board  <--poll(actor, version)--  actors: newest snapshot, items, or retire
                                       |   <--finish(evaluated)------
                                       `--Evaluation--> monitor
 

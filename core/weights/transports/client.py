@@ -1,7 +1,7 @@
 """Rollout actors as the other end of vLLM's trainer engines: `VLLMWeightSyncClient`, which is structural,
 over Ray.
 
-    vLLM's trainer engine --init, start, update, finish--> ActorsClient --receive(verb, ...)--> actors/receiver.py
+    vLLM's trainer engine --init, start, update, finish--> ActorsClient --receive(verb)--> actors/receiver.py
 
 Each call goes to all members at once and is waited for; whoever fails or does not answer is named, taken out
 and told to give up. What becomes of the others depends on the road: with NCCL (`coupled`) a transfer is
