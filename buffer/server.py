@@ -28,11 +28,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from buffer.shard import Shard
-from buffer.usable import usable_group
 from buffer.waits import WaitTimer
 from core.config import Config
 from core.newest import MAX_GONE, Newest
-from core.records import decode_group, encode
+from core.records import encode
 
 
 class Offer(NamedTuple):
@@ -130,16 +129,8 @@ class ReplayBuffer:
         are counted as duplicates. Raises msgspec.ValidationError, DataError (unscored) or LeaseError (never
         leased), with nothing stored; DiskFullError: send them again later.
         """
-        groups = [decode_group(payload) for payload in payloads]
-        # All checks come before any change.
-        checked = [
-            (group, payload, *usable_group(group)) for group, payload in zip(groups, payloads, strict=True)
-        ]
-        for group in groups:
-            self._shard.admission.is_open(group.group_id)
         async with self._changed:
-            self._shard.insert(actor, checked)
-        return [group.group_id for group in groups]
+            return self._shard.insert(actor, payloads)
 
     async def fail(self, actor: str, ordinals: list[int], reason: str) -> None:
         """Ends items that cannot be generated. Ignored, and counted, for those that ended or are

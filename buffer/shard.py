@@ -29,10 +29,10 @@ from buffer.ledger import Ledger, missing_events, read_statuses
 from buffer.replay import EVICTIONS, Replay, meta_of
 from buffer.sampling import GroupMeta
 from buffer.store import BatchEntry, DiskFullError, RecordedBatch, Store, StoreError
-from buffer.usable import MIN_SAMPLES, HeldSamples
+from buffer.usable import MIN_SAMPLES, HeldSamples, usable_group
 from core.config import Config
 from core.errors import ConfigError, DataError
-from core.records import Group, StoredGroup, WorkItem, encode, encode_batch, head_of
+from core.records import Group, StoredGroup, WorkItem, decode_group, encode, encode_batch, head_of
 from core.staleness import StalenessBound
 
 _NUM_ERROR_TEXTS = 5
@@ -151,14 +151,20 @@ class Shard:
 
     # Groups
 
-    def insert(self, actor: str, checked: Sequence[tuple[Group, bytes, Group, list[str]]]) -> None:
-        """Ends the groups' items and stores what is usable. An entry is (group, its payload, what is usable
-        of it, errors of the rest).
+    def insert(self, actor: str, payloads: Sequence[bytes]) -> list[int]:
+        """Ends the items of encoded Groups and stores what is usable of them; returns all their ids once that
+        is durable. See `ReplayBuffer.insert`.
         """
+        groups = [decode_group(payload) for payload in payloads]
+        # All checks come before any change.
+        usable = [usable_group(group) for group in groups]
+        for group in groups:
+            self.admission.is_open(group.group_id)
         self._flush()
-        for entry in checked:
-            self._end_item(actor, *entry)
+        for group, payload, (kept, errors) in zip(groups, payloads, usable, strict=True):
+            self._end_item(actor, group, payload, kept, errors)
         self._write()
+        return [group.group_id for group in groups]
 
     def _end_item(self, actor: str, group: Group, payload: bytes, usable: Group, errors: list[str]) -> None:
         """Ends the group's item and stores what is usable of it, unless the item ended before or too
