@@ -136,7 +136,8 @@ class Learner:
             )
         if is_over:
             raise error
-        self._tell(f"{error}; starting the learner again")
+        died, _, words = str(error).partition("\n")
+        self._tell(f"{died}; starting the learner again\n{words}".strip())
         self._gang.kill()
         self._gang = None
         self._forgetting = self._forget_snapshots()

@@ -44,6 +44,8 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _RAY_MARKS = re.compile(r"^:(job_id|actor_name|task_name):.*$", re.MULTILINE)
 _FATAL = re.compile(r"Fatal Python error: |!+ Segfault encountered !+")
 """A crash, as faulthandler tells it, or a library of vLLM's that takes the signal from it."""
+_PROGRESS = re.compile(r"\d+%(\||\s+Completed)")
+"""A progress bar, of tqdm's or of vLLM's: the last that is written for long, and no news."""
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _log = logging.getLogger(__name__)
 
@@ -256,7 +258,8 @@ def words_of_process(pid: int) -> str:
 
 def last_lines(text: str, count: int = NUM_LAST_LINES) -> list[str]:
     """The last `count` lines that say something, without colours and cut; of a crash the first."""
-    lines = [line for line in _RAY_MARKS.sub("", _COLOURS.sub("", text)).splitlines() if line.strip()]
+    plain = _RAY_MARKS.sub("", _COLOURS.sub("", text)).splitlines()
+    lines = [line for line in plain if line.strip() and not _PROGRESS.search(line)]
     fatal = [number for number, line in enumerate(lines) if _FATAL.match(line)]
     start = fatal[-1] if fatal else max(0, len(lines) - count)
     return [line[:200] for line in lines[start : start + count]]

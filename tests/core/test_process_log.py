@@ -155,6 +155,8 @@ def test_a_crash_that_vllm_tells_in_place_of_faulthandler_is_one() -> None:
 
 def test_last_lines_are_without_colours_and_of_a_crash_the_first() -> None:
     assert last_lines("a\n\n\x1b[33mb\x1b[0m\n:actor_name:X\nc\n", 2) == ["b", "c"]
+    bars = "b\nLoading weights:   0%|          | 0/20\rLoading weights: 100%|##| 20/20\nShards: 100% Completed | 1/1\n"
+    assert last_lines("a\n" + bars, 2) == ["a", "b"]
     assert last_lines("a\nFatal Python error: Aborted\nframe 1\nframe 2\nframe 3\n", 2) == [
         "Fatal Python error: Aborted",
         "frame 1",

@@ -33,7 +33,7 @@ class Gang:
     deaths: ClassVar[list[Exception | None]] = []
     made: ClassVar[list[Any]] = []
 
-    def __init__(self, config: Any, pad_id: int, arguments: Any, log_of: Any) -> None:
+    def __init__(self, config: Any, pad_id: int, arguments: Any, log_of: Any, calls: Any) -> None:
         self.state, self.totals, self.killed, self.dead = "training", [], False, []
         Gang.made.append(self)
         self.arguments = arguments
