@@ -24,6 +24,9 @@ _NO_NUMBER = re.compile(r"([-+]?\.(?:inf|Inf|INF))|\.nan|\.NaN|\.NAN")
 _MAX_DIGITS = 400
 """A float has at most 309 before the point; Python refuses to read integers of thousands."""
 
+MAX_DEPTH = 100
+"""Lists in lists and mappings in mappings: a config has three, and a stack has an end."""
+
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _COMMENT = re.compile(r"[ \t]+(#.*)|[ \t]*\n([ \t]*)(#.*)")
 _COMMAND_OF_TEX = re.compile(
@@ -177,6 +180,8 @@ class _Reader:
 class _Composer(yaml.SafeLoader):
     """The parts of a text, without anchors, aliases and tags."""
 
+    _depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         found = ""
@@ -189,7 +194,12 @@ class _Composer(yaml.SafeLoader):
         if found:
             hint = "a text that begins like this wants quotes; a value that is used twice is written twice"
             raise TextError(f"{_where(event.start_mark)}: {found[:80]}, which a config does without: {hint}")
-        return super().compose_node(parent, index)
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 def _scalars(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
