@@ -10,7 +10,7 @@ import msgspec
 
 from core.errors import DataError
 from core.records import Group, Sample
-from core.staleness import StalenessBound
+from core.staleness import StalenessBound, counted_version
 
 MIN_SAMPLES = 2
 """A group with fewer samples carries no signal: its leave-one-out mean does not exist."""
@@ -66,7 +66,7 @@ class HeldSamples:
             return group
         sample = self._by_prompt.pop(group.prompt_index)
         self._changed[group.prompt_index] = None
-        if self._bound.is_stale(sample.oldest_version, step):
+        if self._bound.is_stale(counted_version(sample), step):
             self.counts["held_stale"] += 1
             return group
         self.counts["joined_samples"] += 1

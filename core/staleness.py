@@ -67,9 +67,11 @@ def is_fresh(sample: Sample | SampleHead, step: int) -> bool:
     return {span.version for span in sample.version_spans} == {step}
 
 
-def counted_version(group: Group | GroupHead) -> int:
-    """The version of a group that counts: of its oldest token; AGELESS when all its samples are offline."""
-    return AGELESS if group.oldest_version is None else group.oldest_version
+def counted_version(of: Group | GroupHead | Sample | SampleHead) -> int:
+    """The version of a group or a sample that counts: of its oldest token; AGELESS for what is wholly
+    offline.
+    """
+    return AGELESS if of.oldest_version is None else of.oldest_version
 
 
 def staleness_of(versions_N: npt.NDArray[np.int64], step: int) -> npt.NDArray[np.int64]:
