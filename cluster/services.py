@@ -25,34 +25,18 @@ from cluster.deaths import BOARD as BOARD_KIND
 from cluster.deaths import MONITOR as MONITOR_KIND
 from cluster.deaths import SHARD, Deaths, ProcessKind
 from cluster.monitor.monitor import Monitor
+from cluster.monitor.reporting_board import ReportingBoard
 from cluster.preparation.prepare import Inputs
 from core.calls import Calls, Client, Pending, Polled
-from core.config import RunConfig
 from core.monitor_client import MONITOR, MonitorClient
 from core.newest import MAX_GONE, Newest
 from core.own_warnings import OwnWarnings
 from core.process_log import ProcessLog, make_log_folder, role_of
 from core.processes import Whereabouts, cause_of_pid, on_this_node, remote, whereabouts
 from core.records import Evaluation
-from core.weights.board import BOARD, Board, BoardClient, Retirement
+from core.weights.board import BOARD, BoardClient, Retirement
 
 _log = logging.getLogger(__name__)
-
-
-class ReportingBoard(Board):
-    """A board that tells the monitor of its evaluations.
-
-    It is given the monitor's name: a handle among its arguments would lie in Ray's object store, where a
-    restart may not find it.
-    """
-
-    def __init__(self, run: RunConfig, num_eval_rows: int, monitor_name: str) -> None:
-        super().__init__(run, num_eval_rows, self._report)
-        self._monitor = MonitorClient(ray.get_actor(monitor_name), MONITOR)
-        self._calls = Calls(run.timeout_s, self._monitor.event, name="the board")
-
-    def _report(self, evaluation: Evaluation, samples: list[dict[str, Any]]) -> None:
-        self._calls.post(self._monitor.log_evaluation(evaluation, samples), "an evaluation")
 
 
 @dataclass
