@@ -21,6 +21,7 @@ from core.causes import Cause, cause_from
 from core.errors import AgroError, TrainingError
 from core.process_log import ProcessLog, last_lines, tail, words_of_process
 
+WARN_TIMEOUT_S = 10.0
 _NO_MEMORY = "low on memory"  # Of Ray's own memory monitor, which kills before the kernel has to.
 _NODE_LOST = re.compile(r"because its node has died|node was terminated|node is dead", re.IGNORECASE)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
@@ -61,12 +62,14 @@ def _logged(part: type) -> Any:
 
 
 def _send_warnings(monitor: str, name: str, counts: Mapping[str, int]) -> bool:
-    """Tells the monitor, by the name that Ray knows it by; in its own process it has none at first."""
+    """Tells the monitor, by the name that Ray knows it by; in its own process it has none at first. Returns
+    whether it took them.
+    """
     if not monitor:
         return True
     try:
-        ray.get_actor(monitor).warn.remote(name, dict(counts))
-    except (ValueError, RuntimeError, RayError):  # It is not there yet, or Ray is going down.
+        ray.get(ray.get_actor(monitor).warn.remote(name, dict(counts)), timeout=WARN_TIMEOUT_S)
+    except (ValueError, RuntimeError, RayError):  # It is not there yet, or dies, or Ray is going down.
         return False
     return True
 

@@ -300,7 +300,6 @@ def head_of(group: Group) -> GroupHead:
     )
     refs = tuple(sample.ref_logprob for sample in group.samples)
     known = refs if any(value is not None for value in refs) else None
-    known = refs if any(value is not None for value in refs) else None
     return GroupHead(group.group_id, group.prompt_index, samples, group.uses, known)
 
 
