@@ -47,7 +47,6 @@ from core.weights.board import BoardClient, Directive
 from rewards.pool import RewardPool
 
 OWN_COLUMNS = ("completion", "reward", "truncated", "group")
-MIN_COMPLETIONS = 2
 LEASE_S = 1.0
 
 

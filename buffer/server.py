@@ -144,7 +144,7 @@ class ReplayBuffer:
         actor's are ignored, counted.
         """
         async with self._changed:
-            self._shard.take_back(actor, self._shard.admission.give_back(actor, ordinals), "given back")
+            self._shard.give_back(actor, ordinals)
 
     async def release_actor(self, actor: str) -> None:
         """Takes back all leases of an actor that is gone for good; calls of it that still wait, or come
@@ -152,14 +152,13 @@ class ReplayBuffer:
         """
         async with self._changed:
             self._gone[actor] = None
-            again, ended = self._shard.admission.lose_actor(actor)
-            self._shard.take_back(actor, again, "actor gone", ended)
+            self._shard.release_actor(actor)
 
     async def release_all(self) -> None:
         """Takes back the leases of all actors: they were those of an earlier start of the run."""
         async with self._changed:
             self._gone.clear()
-            self._shard.take_back("", self._shard.admission.release_all(), "run started again")
+            self._shard.release_all()
 
     # Learner
 

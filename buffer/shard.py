@@ -96,7 +96,7 @@ class Shard:
         if self.admission.next_expiry_s <= now_s:
             again, ended = self.admission.expire(now_s)
             if again or ended:
-                self.take_back("", again, f"no answer within {self._config.run.timeout_s:g} s", ended)
+                self._take_back("", again, f"no answer within {self._config.run.timeout_s:g} s", ended)
 
     def renew(self, actor: str, holding: Sequence[int], now_s: float) -> None:
         """Restarts the leases in `holding`; other items that the actor was given, and does not know of, are
@@ -105,7 +105,7 @@ class Shard:
         self.admission.renew(actor, holding, now_s)
         known = set(holding)
         if unknown := [ordinal for ordinal in self.admission.held_by(actor) if ordinal not in known]:
-            self.take_back(actor, self.admission.give_back(actor, unknown), "not known to its actor")
+            self._take_back(actor, self.admission.give_back(actor, unknown), "not known to its actor")
 
     def lease(self, actor: str, max_groups: int, now_s: float) -> list[int]:
         """Leases items to `actor` and returns their ordinals, none where none is admitted. Raises
@@ -120,7 +120,7 @@ class Shard:
         try:
             self._write()
         except DiskFullError:
-            self.take_back(actor, self.admission.give_back(actor, ordinals), "the disk is full")
+            self._take_back(actor, self.admission.give_back(actor, ordinals), "the disk is full")
             raise
         return ordinals
 
@@ -128,7 +128,20 @@ class Shard:
         """Returns the item at `ordinal` of this run's prompt stream."""
         return work_item(ordinal, seed=self._config.run.seed, num_prompts=self._num_prompts)
 
-    def take_back(self, actor: str, again: Sequence[int], reason: str, ended: Sequence[int] = ()) -> None:
+    def give_back(self, actor: str, ordinals: Sequence[int]) -> None:
+        """Takes leases of `actor` back, unfinished; the items are issued again, first of all."""
+        self._take_back(actor, self.admission.give_back(actor, ordinals), "given back")
+
+    def release_actor(self, actor: str) -> None:
+        """Takes back all leases of an actor that is gone; items that were lost too often end here."""
+        again, ended = self.admission.lose_actor(actor)
+        self._take_back(actor, again, "actor gone", ended)
+
+    def release_all(self) -> None:
+        """Takes back the leases of all actors: they were those of an earlier start of the run."""
+        self._take_back("", self.admission.release_all(), "run started again")
+
+    def _take_back(self, actor: str, again: Sequence[int], reason: str, ended: Sequence[int] = ()) -> None:
         """Records items that wait to be issued again, and those that were lost too often; a full disk may
         learn of it later.
         """

@@ -223,8 +223,7 @@ class Store:
     # Reads
 
     def read_groups(self, group_ids: Iterable[int]) -> list[StoredGroup]:
-        """Returns (payload, reference log-probs or None) in the order asked for, changes not yet written
-        included.
+        """Returns the stored groups in the order asked for, changes not yet written included.
 
         Raises StoreError for an id that is not there.
         """

@@ -172,26 +172,29 @@ class DeathCount:
     """Deaths by role within the window of its kind."""
 
     def __init__(self) -> None:
-        self._times_s: dict[str, deque[float]] = {}
+        self._times_s: dict[str, tuple[float, deque[float]]] = {}  # By role: its window, and when it died.
 
     def note(self, role: str, now_s: float, window_s: float) -> int:
-        """One more; how many they are within the window. Roles whose deaths are all forgotten are forgotten
-        too.
+        """Notes a death of `role`; returns how many it had within the last `window_s` seconds, with this one.
+
+        A role without a death within its window is forgotten.
         """
-        times_s = self._times_s.setdefault(role, deque())
-        times_s.append(now_s)
-        while now_s - times_s[0] > window_s:
-            times_s.popleft()
-        return len(times_s)
+        self._times_s.setdefault(role, (window_s, deque()))[1].append(now_s)
+        for name, (longest_s, times_s) in list(self._times_s.items()):
+            while times_s and now_s - times_s[0] > longest_s:
+                times_s.popleft()
+            if not times_s:
+                del self._times_s[name]
+        return len(self._times_s[role][1])
 
 
 class Deaths:
-    """The deaths of this start of a run: counted, and written down in the run directory before anything else
-    is done.
+    """The deaths of this start of a run: counted, and written down in the run directory as soon as they are
+    noticed. Example: `Deaths(run_dir).note(ACTOR, "actor-0", cause)`.
     """
 
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        """`step` is kept up to date by who knows it."""
+        """Opens RUN_DIR/deaths.jsonl. The supervisor sets `step`, optimizer steps done, at every turn."""
         self._run_dir, self._clock = run_dir, clock
         self._file = JsonLines(run_dir / FILE_NAME, Redactor(os.environ))
         self._kernel = KernelKills()

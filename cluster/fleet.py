@@ -388,7 +388,7 @@ class Fleet:
             f"{ACTOR.window_s / 60:.0f} min): {cause}"
         )
         self._start(successor, actor.role, actor.kind)
-        self._keep_order(successor)
+        self._keep_order()
 
     def _note(self, actor: Actor, cause: Cause, noticed: str, done: str, *, counts: bool = True) -> Cause:
         return self._deaths.note(
@@ -402,7 +402,7 @@ class Fleet:
             counts=counts,
         )
 
-    def _keep_order(self, successor: str) -> None:
+    def _keep_order(self) -> None:
         """The successor takes its role's place, so that scaling down still retires the newest role first."""
         order = sorted(self._actors.values(), key=lambda actor: _role_number(actor.role))
         self._actors = {actor.name: actor for actor in order}

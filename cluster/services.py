@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -155,16 +156,20 @@ class Services:
         return self.calls.start(self.buffer.release_all())
 
     def _poll_orders(self) -> None:
-        running = []
-        for call in self._owed:
-            if not call.is_done():
-                running.append(call)
-                continue
-            try:
-                call.result()
-            except DiskFullError as error:
-                self.event(f"{call.who} could not take leases back; they will run out: {error}")
-        self._owed = running
+        """Looks at the orders that are under way. One that failed is raised once, the others are kept."""
+        looked_at, self._owed = deque(self._owed), []
+        try:
+            while looked_at:
+                call = looked_at.popleft()
+                if not call.is_done():
+                    self._owed.append(call)
+                    continue
+                try:
+                    call.result()
+                except DiskFullError as error:
+                    self.event(f"{call.who} could not take leases back; they will run out: {error}")
+        finally:
+            self._owed += looked_at
 
     def retire(self, names: Sequence[str], how: Retirement) -> None:
         """Tells actors to end; not waited for."""

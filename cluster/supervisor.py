@@ -314,11 +314,13 @@ class Supervisor:
         timeout_s, seen = self._config.run.timeout_s, None
         deadline_s = time.monotonic() + timeout_s
         last_word = self._services.calls.start(self._services.board.evaluations(0))
+        is_told = False
         while not stop.name:
-            if last_word.is_done():
+            if not is_told and last_word.is_done():
                 self._evaluations.take(*last_word.result())
-                if not self._evaluations.open_versions:
-                    return
+                is_told = True
+            if is_told and not self._evaluations.open_versions:
+                return
             view = self._services.view.value
             generated = view and [actor.get("tokens_under_way") for actor in view["actors"].values()]
             if generated != seen:  # As long as tokens come, it is only slow.
@@ -447,7 +449,10 @@ class Supervisor:
         self._fleet.end()
         deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
         while self._fleet.names() and time.monotonic() < deadline_s:
-            self._services.poll()
+            try:
+                self._services.poll()
+            except AgroError as error:  # The run is ending anyway, and is to have its summary.
+                self._services.event(f"while the actors end: {error}")
             self._fleet.poll()
             self._fleet.tick(time.monotonic())
             time.sleep(RETIRE_TURN_S)

@@ -179,11 +179,14 @@ class Pending(Generic[T]):
         self.future, self.who, self.deadline_s = future, who, time.monotonic() + timeout_s
         self._late = late or f"{who} did not answer within {timeout_s:.0f} s (run.timeout_s)"
         self._on_dropped = on_dropped
+        self._is_late = False
 
     def is_done(self) -> bool:
         """Says whether `result` has an answer. Raises PeerTimeout, and gives the call up, when that is
         overdue.
         """
+        if self._is_late:
+            raise PeerTimeout(self._late)
         if self.future.done():
             return True
         if time.monotonic() > self.deadline_s:
@@ -191,8 +194,10 @@ class Pending(Generic[T]):
         return False
 
     def result(self) -> T:
-        """The answer of a call that is done, or what it raised."""
+        """The answer of a call that is done, or what it raised. Raises PeerTimeout where it came too late."""
         self._on_dropped = None
+        if self._is_late:
+            raise PeerTimeout(self._late)
         return self.future.result(0)
 
     def error(self) -> BaseException | None:
@@ -234,6 +239,7 @@ class Pending(Generic[T]):
         return None if math.isinf(self.deadline_s) else max(0.0, self.deadline_s - time.monotonic())
 
     def _given_up(self) -> PeerTimeout:
+        self._is_late = True
         self.give_up()
         return PeerTimeout(self._late)
 
@@ -282,7 +288,7 @@ class Calls:
             future,
             call.who,
             within_s,
-            late=f"{call.who} did not answer{self._within(within_s)}",
+            late=f"{call.who} did not answer{self._within(within_s, '' if timeout_s else ' (run.timeout_s)')}",
             on_dropped=functools.partial(self.watch, future, call.who, f"`{call.method}`"),
         )
 
@@ -321,11 +327,12 @@ class Calls:
         except TimeoutError:
             if not limit.expired():  # The call itself raised it.
                 raise
-            raise PeerTimeout(f"{call.who} did not answer{self._within(self._timeout_s)}") from None
+            late = self._within(self._timeout_s, " (run.timeout_s)")
+            raise PeerTimeout(f"{call.who} did not answer{late}") from None
 
-    def _within(self, timeout_s: float) -> str:
+    def _within(self, timeout_s: float, source: str) -> str:
         whom = f" {self._name}" if self._name else ""
-        return f"{whom} within {timeout_s:.0f} s (run.timeout_s)"
+        return f"{whom} within {timeout_s:.0f} s{source}"
 
     def in_background(self, work: Callable[[], T], who: str, timeout_s: float = math.inf) -> Pending[T]:
         """Begins work of this process that takes seconds and belongs to nobody's loop, such as hashing.
@@ -335,6 +342,8 @@ class Calls:
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(work())
             except BaseException as error:  # noqa: BLE001 -- whoever asks for the result meets it
@@ -374,15 +383,18 @@ class Polled(Generic[T]):
         self.value: T | None = None
 
     def poll(self) -> bool:
-        """Takes the answer if it came, and then asks again; says whether one came. Raises AgroError when
-        none comes in time, or a failure does.
+        """Takes the answer if it came, and then asks again; says whether one came.
+
+        Raises AgroError when no answer comes in time, or when the call failed; the next poll asks anew.
         """
-        has_come = self._pending is not None and self._pending.is_done()
-        if self._pending is not None and has_come:
-            pending, self._pending = self._pending, None
+        pending, self._pending = self._pending, None
+        has_come = pending is not None and pending.is_done()
+        if pending is not None and not has_come:
+            self._pending = pending
+            return False
+        if pending is not None:
             self.value = pending.result()
-        if self._pending is None:
-            self._pending = self._calls.start(self._make())
+        self._pending = self._calls.start(self._make())
         return has_come
 
 

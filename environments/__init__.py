@@ -27,8 +27,8 @@ class Turn(NamedTuple):
 
 
 class Environment(Protocol):
-    """One episode at a time; docs/extending.md has an example. What it raises makes the sample an error,
-    never a reward of 0.
+    """One episode at a time. Runs act in `environments.one_turn.OneTurn`; docs/extending.md has an example of
+    several turns, and says what is missing for one.
     """
 
     def reset(self, **row: Any) -> str:

@@ -161,6 +161,26 @@ class TestNothingVanishes:
         assert told == [f"the peer did not take its counters: {late}"]
         assert calls.num_failed_posts == 1
 
+    def test_a_late_answer_is_late_however_often_it_is_looked_for(self, client: PeerClient) -> None:
+        pending = Calls(5.0).start(client.sleep(30), 0.05)
+        time.sleep(0.1)
+        for look in (pending.is_done, pending.is_done, pending.result):
+            with pytest.raises(PeerTimeout, match=r"^the peer did not answer within 0 s$"):
+                look()
+
+    def test_what_is_polled_is_asked_anew_after_a_timeout(self, client: PeerClient) -> None:
+        made = [client.sleep(30), client.take("four")]
+        polled = Polled(Calls(0.1), lambda: made.pop(0))
+        assert not polled.poll()
+        time.sleep(0.15)
+        with pytest.raises(PeerTimeout):
+            polled.poll()
+        assert not polled.poll()
+        time.sleep(0.05)
+        made.append(client.take("x"))
+        assert polled.poll()
+        assert polled.value == 4
+
     def test_a_call_that_was_started_and_dropped_is_told_as_a_post_is(self, client: PeerClient) -> None:
         told: list[str] = []
         calls = Calls(5.0, events_to(told))
