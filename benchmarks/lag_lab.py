@@ -148,7 +148,7 @@ def sample(
 
 
 class LagRun:
-    """One run of `config` (its learner and agro sections are the method) on `task`, at a lag of `lag` learner
+    """One run of `config` (its learner and objective sections are the method) on `task`, at a lag of `lag` learner
     steps.
 
     `engine_noise`: standard deviation, nats a token, of noise on the behaviour log-probs. `fresh_groups`: so

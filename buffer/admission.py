@@ -34,7 +34,7 @@ class LeaseError(AgroError, LookupError):
 
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, num_prompts: int) -> np.ndarray:
-    """Returns int64[num_prompts], a permutation of the rows for one epoch.
+    """Returns int64[num_prompts], a permutation of the prompts for one epoch.
 
     It sorts raw PCG64 draws: numpy promises that stream for ever, but not that of `Generator.permutation`.
     """

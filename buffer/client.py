@@ -7,8 +7,8 @@ prompt stream and is durable by itself; nothing is kept here, so that every proc
 BufferClient.
 
 With several shards a batch is taken in proportion to what each could give, and is complete once all have
-recorded their parts: a caller that dies in between, or a shard that does, leaves parts that the next call for
-the step finds and completes. Waiting is apart from taking (`offer`, `changed_since`), so that a wait that is
+recorded their parts. A caller or a shard that dies in between leaves parts behind; the next call for the step
+finds and completes them. Waiting is apart from taking (`offer`, `changed_since`), so that a wait that is
 given up takes nothing with it.
 """
 
@@ -82,7 +82,7 @@ class BufferClient:
             return await self.shards[0].lease(actor, max_groups, timeout_s, version, holding)
         clock = asyncio.get_running_loop().time
         deadline_s, waited_s = clock() + timeout_s, 0.0
-        if holding is not None:  # Of all shards, whether they have something to lease or not.
+        if holding is not None:  # With all shards, also those that have nothing to lease.
             await self.renew(actor, holding)
         while True:
             offers = await _gather(shard.offer(None, waited_s) for shard in self.shards)

@@ -84,7 +84,7 @@ class HeldSamples:
         return True
 
     def pop_changed(self) -> list[tuple[int, Sample | None]]:
-        """Returns the rows whose held sample changed since the last call, each with the sample or None."""
+        """Returns the prompts whose held sample changed since the last call, each with the sample or None."""
         changed = [(index, self._by_prompt.get(index)) for index in self._changed]
         self._changed.clear()
         return changed

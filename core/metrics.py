@@ -2,8 +2,8 @@
 
 `METRICS` is the one list: the monitor puts every name into every row (null while unknown), report and docs
 read the descriptions. Rows may hold more. Fractions are in [0, 1], times in seconds, KL in nats, staleness in
-learner steps. What holds for any objective is `objective/*`; a metric of one alone is named after it,
-`agro/*`.
+learner steps. What holds for any objective is `objective/*`; a metric of one alone would be named after it,
+as `agro/*`.
 """
 
 from __future__ import annotations

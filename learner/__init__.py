@@ -1,3 +1,3 @@
-"""The learner: pure mathematics (agro, objectives, logprobs, packing), and around it the ZeRO-3 ranks
+"""The learner: pure mathematics (objectives, log-probs, packing), and around it the ZeRO-3 ranks
 that train.
 """

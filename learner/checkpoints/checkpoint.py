@@ -149,7 +149,7 @@ class Checkpoint:
         if key not in self.tensors:
             raise CheckpointError(
                 f"{self.path} holds no tensor {key}: it is of another model, or of other "
-                "settings (agro, rivals)."
+                "settings (objective)."
             )
         entry, world_size = self.tensors[key], self.manifest.world_size
         stop = entry.numel if stop is None else stop

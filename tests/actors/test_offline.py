@@ -491,9 +491,3 @@ def test_a_buffer_that_does_not_answer_the_feeder_is_named(tmp_path):
 
     with pytest.raises(PeerTimeout, match="the replay buffer did not answer offline within"):
         asyncio.run(scenario())
-
-
-# What the learner sees of them
-
-
-# Whole runs

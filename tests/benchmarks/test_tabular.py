@@ -1,5 +1,5 @@
-"""What AGRO and its rivals converge to where everything can be enumerated: the table of agro.md section 8,
-and a token tree.
+"""What AGRO and its rivals converge to where everything can be enumerated: a table of
+prompts and generations, and a token tree.
 
 The charts of benchmarks.tabular_figures are what is held to the thresholds, so that the figures show what is
 tested.

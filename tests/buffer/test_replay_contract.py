@@ -16,12 +16,6 @@ from core.config.buffer import BufferConfig
 from core.errors import ConfigError, DataError, StalenessError
 from core.staleness import AGELESS
 
-# The prompt stream
-
-
-# Admission
-
-
 # Samplers
 
 
@@ -233,9 +227,3 @@ def test_a_state_that_contradicts_itself_is_refused():
     replay = Replay(BufferConfig(), 0)
     with pytest.raises(DataError, match="2 groups inserted, but 1 stored and 0 evicted"):
         replay.set_state({"groups": [GroupMeta(1, 0, 1)], "counts": {"inserted": 2}})
-
-
-# What is stored of a group
-
-
-# Groups of one

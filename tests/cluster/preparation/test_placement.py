@@ -15,8 +15,6 @@ from cluster.preparation.placement import ask_ray, bundles, check, dry_run, most
 from core.errors import PlacementError
 from tests.support.configs import make_config
 
-SMOLLM2_PARAMETERS = 134_515_008
-
 
 def config_of(**sections):
     """A config of an 8B-like run on GPUs; `sections` change fields of it."""

@@ -1,6 +1,4 @@
-"""The AGRO advantage against exhaustive enumeration, autograd and finite differences (agro.md sections
-1-3 and 10).
-"""
+"""The AGRO advantage against exhaustive enumeration, autograd and finite differences (docs/objectives.md)."""
 
 import itertools
 import math

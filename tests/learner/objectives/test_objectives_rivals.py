@@ -84,9 +84,6 @@ def test_the_random_batches_clip_cap_and_mask_some_but_not_all():
         assert 0 < (ratio_N > CAP).sum() < len(ratio_N)
 
 
-# --- identities ---
-
-
 # --- sums, needs, edges ---
 
 

@@ -38,9 +38,6 @@ OF_SEQUENCES = ("tba", "oapl", "topr", "gspo")  # one term per sequence: no toke
 WITH_RATIO = ("grpo", "dr_grpo", "cispo", "gspo", "topr")
 
 
-IN_REWARD = ("kl_pg", "rloo", "tba")
-
-
 CORRECTIONS = ("none", "tis_token", "tis_sequence", "mis_token", "mis_sequence")
 
 
