@@ -120,7 +120,7 @@ def lora_arguments(model: ModelConfig, adapters: Adapters) -> dict[str, Any]:
 
 def _device_arguments(config: ActorsConfig) -> dict[str, Any]:
     if config.num_gpus:
-        return {"gpu_memory_utilization": config.gpu_memory_utilization}
+        return {"gpu_memory_utilization": config.gpu_memory_share}
     # More OpenMP threads than cores, with a learner beside it, made no progress at all on two cores.
     torch.set_num_threads(max(1, int(config.num_cpus)))
     return {

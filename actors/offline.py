@@ -71,7 +71,7 @@ def load_offline(
     Raises DataError for nothing readable, for bad rows, with number, value and reason (`data.on_bad_row`),
     and for nothing that can be used.
     """
-    source = read_source("data.offline", config.data.offline, TRAIN_SPLIT)
+    source = read_source("data.offline", config.data.offline_source, TRAIN_SPLIT)
     rows, bad = render_rows(source, config.data, tokenizer)
     samples = _read_samples(rows, bad, config, tokenizer)
     _refuse_strangers(rows, samples, bad, training, source.unit)

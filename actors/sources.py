@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from actors import procedural
 from core.errors import DataError
-from core.text import user_path
+from core.text import option_of, user_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,7 +32,6 @@ ACCEPTED = (
 SHOWN_BAD_ROWS = 5
 MAX_DEPTH = 100
 TRAIN_SPLIT, EVAL_SPLIT = procedural.TRAIN_SPLIT, "test"
-_SPLIT = re.compile(r"(.*?)[?&]split=([^?&]*)", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _DISGUISES = {
     b"version https://git-lfs": "a pointer of git-lfs, not the data: fetch the file with `git lfs pull`",
@@ -73,8 +72,8 @@ class Source:
 
 def split_of(name: str, otherwise: str) -> tuple[str, str]:
     """Returns the name of a dataset without `?split=...`, and that split; `otherwise` where it says none."""
-    found = _SPLIT.fullmatch(name)
-    return (found[1], found[2]) if found else (name, otherwise)
+    place, split = option_of(name, "split")
+    return place, otherwise if split is None else split
 
 
 def read_source(key: str, name: str | None, split: str, limit: int | None = None) -> Source:

@@ -37,7 +37,7 @@ def make_config(sampler: str = "uniform", fsync: str = "normal", capacity: int =
     tree = {
         "model": {"path": "none"},
         "data": {"path": "none"},
-        "rewards": {"functions": [{"name": "exact_match"}]},
+        "rewards": {"functions": {"exact_match": 1.0}},
         "learner": {"groups_per_step": BATCH_GROUPS},
         "buffer": {
             "sampler": sampler,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -35,8 +36,6 @@ COMMON = (
     "learner.lr=4e-4",
     "learner.groups_per_step=16",
     "eval.every=20",
-    "monitor.wandb=off",
-    "monitor.samples_every=100",
 )
 ON_POLICY = (
     "run.steps=120",
@@ -153,6 +152,7 @@ def run_missing(methods: Iterable[str]) -> None:
                 [sys.executable, "launch.py", "train", "configs/quickstart.yaml", *merged.values()],
                 check=True,
                 stdout=subprocess.DEVNULL,
+                env={**os.environ, "WANDB_MODE": "disabled"},
             )
 
 

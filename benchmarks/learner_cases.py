@@ -110,7 +110,7 @@ def config_of(shape: Shape, model_dir: str, device: str) -> Any:
         {
             "model": {"path": model_dir},
             "data": {"path": "unused", "max_prompt_tokens": 300},
-            "rewards": {"functions": [{"name": "exact_match"}]},
+            "rewards": {"functions": {"exact_match": 1.0}},
             "actors": {"max_new_tokens": 500, "temperature": TEMPERATURE},
             "learner": {
                 "groups_per_step": shape.groups,

@@ -181,7 +181,7 @@ def make_config(model: Model, model_dir: str, budget_tokens: int, *, on_gpu: boo
         {
             "model": {"path": model_dir, "dtype": model.dtype},
             "data": {"path": "unused", "max_prompt_tokens": 100},
-            "rewards": {"functions": [{"name": "exact_match"}]},
+            "rewards": {"functions": {"exact_match": 1.0}},
             "actors": {"max_new_tokens": 150, "temperature": 1.0},
             "learner": {
                 "groups_per_step": model.groups,

@@ -123,7 +123,7 @@ def run_job(job: LongJob) -> dict[str, Any]:
         "objective.beta=0.001",
         f"objective.importance_weight={job.weight.partition(',')[0]}",
         f"objective.importance_cap={job.weight.partition('cap ')[2] or 1}.0",
-        "eval.samples=1",
+        "eval.sampling=[1,1.0]",
     ]
     task = Task(prompts[20:], prompts[:20], share_of_right_steps, None)
     rows, seconds = timed(

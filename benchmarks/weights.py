@@ -78,7 +78,7 @@ def make_config(model_dir: str, **sections: Any) -> Config:
     tree: dict[str, Any] = {
         "model": {"path": model_dir},
         "data": {"path": "none"},
-        "rewards": {"functions": [{"name": "exact_match"}]},
+        "rewards": {"functions": {"exact_match": 1.0}},
     }
     return parse_config(tree | sections)
 
@@ -199,7 +199,7 @@ def apply(model_dir: str, out: str, rank: int) -> None:
 
     weights = whole_weights(model_dir) if not rank else adapters_alone(model_dir, rank)
     config = make_config(model_dir)
-    actors = config.actors.model_copy(update={"slots": 8, "max_new_tokens": 32, "kv_cache_gib": 1 / 16})
+    actors = config.actors.model_copy(update={"slots": 8, "max_new_tokens": 32, "engine_memory": 1 / 16})
     engine = Engine(
         config.model, actors, max_model_len=64, adapters=Adapters(rank, 2.0 * rank) if rank else None
     )
@@ -362,7 +362,7 @@ def push(model_dir: str, road: str) -> str | dict[str, float]:
         "learner": {"num_gpus": share},
         "buffer": {"max_staleness": 1000},
     }
-    config = make_config(model_dir, actors={"num_gpus": share, "gpu_memory_utilization": 0.3}, **sections)
+    config = make_config(model_dir, actors={"num_gpus": share, "engine_memory": 0.3}, **sections)
     ray.init(address="local", include_dashboard=False)
     actor = remote(PushedActor).options(num_gpus=share, max_concurrency=4).remote(config)
     learner = remote(PushingLearner).options(num_gpus=share).remote(config)

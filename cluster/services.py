@@ -67,7 +67,9 @@ class Services:
         name = self._monitor_name = f"monitor-{secrets.token_hex(4)}"
         shown = inputs.config.model_dump(mode="json")
         monitor_class = remote(Monitor, self.log_of("monitor")).options(name=name, **here, **again)
-        monitor = monitor_class.remote(config, self._run_dir, began_at_s=time.time(), shown=shown)
+        monitor = monitor_class.remote(
+            config, self._run_dir, began_at_s=time.time(), shown=shown, wandb=inputs.wandb_mode
+        )
         self.monitor = MonitorClient(monitor, MONITOR)
         self.calls = Calls(config.run.timeout_s, self.monitor.event)
         shards = []

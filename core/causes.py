@@ -121,5 +121,5 @@ class KernelKills:
 def memory_hint(cause: str) -> str:
     """What to lower when `cause` may be a lack of memory."""
     likely = "This looks like" if _MEMORY_WORDS.search(cause) else "If it is"
-    knobs = "actors.slots and actors.kv_cache_gib (on a GPU actors.gpu_memory_utilization)"
+    knobs = "actors.slots and actors.engine_memory"
     return f"{likely} a lack of memory: lower {knobs}, or run fewer actors."

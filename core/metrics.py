@@ -21,6 +21,16 @@ SOLVE_RATE_BUCKETS: dict[str, tuple[float, float]] = {
 }
 """Open below, closed above; "most" ends before 1."""
 
+SAMPLES_EVERY_STEPS = 20
+"""Steps between tables of samples (samples.jsonl, W&B, report): a run of thousands of steps has hundreds of
+them, which a file and a page hold, and a short one still shows how its answers change.
+"""
+
+
+def shows_samples(step: int) -> bool:
+    """Says whether samples of this learner step's batch are shown: of the first, and every so many."""
+    return step == 1 or step % SAMPLES_EVERY_STEPS == 0
+
 
 def bucket_metrics() -> dict[str, str]:
     """Returns name and description of the metrics per bucket."""

@@ -33,6 +33,18 @@ def user_path(field: str, text: str) -> Path:
         ) from None
 
 
+def option_of(name: str, option: str) -> tuple[str, str | None]:
+    """Returns a name without `?option=value` (or `&option=value`), and that value; None where it says none.
+
+    "log.jsonl?share=0.5" has the share "0.5"; so has "x?split=dev&share=0.5", which is "x?split=dev" without.
+    """
+    found = re.fullmatch(rf"(.*?)([?&]){option}=([^?&]*)(?:&(.*))?", name, re.DOTALL)
+    if found is None:
+        return name, None
+    before, sign, value, after = found.groups()
+    return (before if after is None else f"{before}{sign}{after}"), value
+
+
 def printable(text: str) -> str:
     """Returns the text with its control characters written out, except line ends and tabs: a completion moves
     no cursor.

@@ -30,6 +30,7 @@ from core.calls import Calls
 from core.config import Config
 from core.config.files import dump_config
 from core.errors import ConfigError
+from core.metrics import shows_samples
 from core.monitor_client import MonitorClient
 from core.records import GroupHead, open_batch
 from core.staleness import StalenessBound
@@ -178,7 +179,6 @@ class LearnerRank:
             self._rank,
             self._ranks.count,
             session=session,
-            keep=self._config.checkpoint.keep,
             timeout_s=self._config.run.timeout_s,
             on_event=self._calls.tell,
             on_durable=self._set_watermark,
@@ -260,7 +260,7 @@ class LearnerRank:
         if self._config.buffer.uses_per_group > 1 and self._updater.keeps_reference:
             cached = self._buffer.set_ref_logprobs(result.by_group("ref_logprob"))
             self._calls.post(cached, "the reference's log-probs, which are computed again")
-        if self._config.monitor.shows_samples(progress.step):
+        if shows_samples(progress.step):
             shown = shown_samples(open_batch(taken.payload), result.by_group("advantage"))
             self._calls.post(self._monitor.log_samples(progress.step, shown), "samples to show")
 

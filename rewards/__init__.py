@@ -8,7 +8,7 @@ A reward function scores the completions of one prompt. It takes by name what it
 
 Each argument is a list with one entry per completion. An argument that is neither `prompts` nor `completions`
 is a column of the dataset, the row's value repeated, for example `answer=["72", "72"]`; a column that is
-missing is found before anything starts. With `messages: true` beside its name in the config, or annotated
+missing is found before anything starts. With `?messages` behind its name in the config, or annotated
 `completions: list[list[dict]]`, the function gets prompts and completions as lists of messages. None for a
 completion means "could not be scored", which is an error and never reward 0.
 

@@ -9,26 +9,28 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from core.config import RewardsConfig
 from core.errors import RewardError
 from rewards.pool import RewardPool
 from rewards.registry import BUILTINS, load_reward
-
-if TYPE_CHECKING:
-    from core.config import RewardsConfig
 
 # Reading an answer as mathematics takes hundredths of a second. Of later rows only its kind is checked.
 READ_GOLDS = 50
 
 
-@functools.lru_cache(maxsize=8)  # Importing a user's module may take long.
 def check_functions(config: RewardsConfig) -> Mapping[str, tuple[str, ...]]:
     """Returns, by name of the function, the columns of the dataset without which it cannot be called.
 
     Raises RewardError, in one line, when a function cannot be loaded or called.
     """
-    with RewardPool(config) as pool:
+    return _columns(config.model_dump_json())
+
+
+@functools.lru_cache(maxsize=8)  # Importing a user's module may take long.
+def _columns(config: str) -> Mapping[str, tuple[str, ...]]:
+    with RewardPool(RewardsConfig.model_validate_json(config)) as pool:
         return pool.columns
 
 
@@ -72,7 +74,7 @@ def _unreadable(config: RewardsConfig, rows: Mapping[int, Mapping[str, Any]]) ->
     """Returns why math_verify cannot read a gold answer, for the first READ_GOLDS rows whose answer is more
     than a number.
     """
-    functions = tuple(function for function in config.functions if function.name == "math_verify")
+    functions = {name: weight for name, weight in config.functions.items() if name == "math_verify"}
     formulas = [
         number for number, row in rows.items() if functions and not str(row["answer"]).strip().isdigit()
     ][:READ_GOLDS]

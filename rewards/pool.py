@@ -52,22 +52,19 @@ class RewardPool:
     num_crashes                counts groups whose worker died, did not start, or used more memory than it may
     columns                    holds, by function name, the dataset's columns that it cannot be called without
 
-    `config` gives the functions (name, weight, messages or texts), `timeout_s` and `memory_gib`. The
+    `config` gives the functions (weights by name), `timeout_s` and `memory_gib`. The
     constructor returns when every worker has loaded the functions; it raises RewardError, in one line, when
     one cannot be loaded.
     """
 
     def __init__(self, config: RewardsConfig, workers: int = 1) -> None:
-        self._names = ", ".join(function.name for function in config.functions)
+        self._names = ", ".join(config.functions)
         self._timeout_s = config.timeout_s
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
         self.num_scored = self.num_errors = self.num_timeouts = self.num_crashes = 0
-        specs = [
-            FunctionSpec(function.name, function.weight, getattr(function, "messages", False))
-            for function in config.functions
-        ]
+        specs = [FunctionSpec(name, weight) for name, weight in config.functions.items()]
         memory_bytes = round(getattr(config, "memory_gib", MEMORY_GIB) * 2**30)
         self._workers = [
             Worker(msgspec.msgpack.encode(specs), config.timeout_s, memory_bytes) for _ in range(workers)

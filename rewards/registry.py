@@ -16,6 +16,8 @@ from rewards.signature import read_signature
 RewardCallable: TypeAlias = Callable[..., list[float | None]]
 
 MAX_REASON_CHARS = 300
+MESSAGES = "?messages"
+"""Behind its name, says that a function takes lists of messages."""
 BUILTINS = {"exact_match": "rewards.exact_match:exact_match", "math_verify": "rewards.math:math_verify"}
 
 
@@ -40,13 +42,14 @@ class WeightedReward(NamedTuple):
 
 def load_reward(name: str) -> RewardCallable:
     """Returns the function that `name` means: a built-in name, or `module:function` on the path or in the
-    working directory.
+    working directory, with `?messages` behind it or not.
 
     Raises RewardError for an unknown name (it tells the nearest built-in), for a module that does not import
     (with its error), and for a function that is missing, cannot be called, is asynchronous, or takes no
     completions.
     """
-    module_name, colon, function_name = BUILTINS.get(name, name).partition(":")
+    plain = name.removesuffix(MESSAGES)
+    module_name, colon, function_name = BUILTINS.get(plain, plain).partition(":")
     if not colon or not module_name or not function_name:
         near = difflib.get_close_matches(name, BUILTINS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"built in: {', '.join(BUILTINS)}."

@@ -155,7 +155,7 @@ def _describe(reward: WeightedReward, error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
     wants_messages = not reward.messages and "string indices must be integers" in message
-    hint = ". It may want messages: set messages: true beside its name" if wants_messages else ""
+    hint = ". It may want messages: write ?messages behind its name" if wants_messages else ""
     return f"{reward.name} raised {message[: MAX_ERROR_CHARS - 200]}{where}{hint}"
 
 

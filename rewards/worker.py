@@ -28,7 +28,7 @@ import msgspec
 
 from core.errors import RewardError
 from rewards.memory import family, used_bytes
-from rewards.registry import BUILTINS, WeightedReward, load_reward, needed_columns
+from rewards.registry import BUILTINS, MESSAGES, WeightedReward, load_reward, needed_columns
 from rewards.scoring import Scored, score_group
 from rewards.signature import takes_messages
 
@@ -43,7 +43,6 @@ class FunctionSpec(msgspec.Struct, frozen=True):
 
     name: str
     weight: float = 1.0
-    messages: bool = False
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -238,7 +237,8 @@ def _load(spec: FunctionSpec) -> WeightedReward:
     function = load_reward(spec.name)
     if spec.name in BUILTINS:
         getattr(function, "prepare", lambda: None)()
-    return WeightedReward(spec.name, spec.weight, function, spec.messages or takes_messages(function))
+    messages = spec.name.endswith(MESSAGES) or takes_messages(function)
+    return WeightedReward(spec.name, spec.weight, function, messages)
 
 
 def _answer_requests(connection: Connection) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from cluster.preparation.surroundings import Check, cluster_address, running_head, surroundings
+from core.errors import ConfigError
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
 GIB = 2**30
@@ -210,7 +211,7 @@ def check_machine() -> Iterator[Check]:
         f"{memory:.1f} GiB",
         f">= {MIN_MEMORY_GIB} GiB",
         memory >= MIN_MEMORY_GIB,
-        "Lower actors.count and actors.kv_cache_gib.",
+        "Lower actors.count and actors.engine_memory.",
     )
     shm = Path("/dev/shm")
     free = shutil.disk_usage(shm).free / GIB if shm.is_dir() else 0.0
@@ -336,12 +337,13 @@ def check_hub() -> Check:
 
 
 def check_wandb() -> Check:
-    """Tells what W&B will do with `monitor.wandb: auto`. The key itself is not shown."""
+    """Tells what W&B will do in a run that is started here. The key itself is not shown."""
     from cluster.monitor.wandb_writer import wandb_mode
-    from core.config import MonitorConfig
 
-    # The mode depends on this section alone; there is no config to read yet.
-    mode = wandb_mode(MonitorConfig())
+    try:
+        mode = wandb_mode()
+    except ConfigError as error:
+        return Check("W&B", os.environ["WANDB_MODE"][:40], "a WANDB_MODE that can be", False, str(error))
     hint = (
         ""
         if mode == "online"

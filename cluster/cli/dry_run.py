@@ -36,7 +36,7 @@ def dry_run(config: Config) -> Iterator[str]:
     yield f"  run            {check_start(config)}"
     if path := model_to_make(config.model):
         yield f"  model          {config.model.make} would make {path}"
-        for key, name in (("data.path", config.data.path), ("data.offline", config.data.offline)):
+        for key, name in (("data.path", config.data.path), ("data.offline", config.data.offline_source)):
             if name is not None:
                 source = read_source(key, name, TRAIN_SPLIT)
                 yield f"  {key:<14} {len(source.rows)} {source.unit}s of {source.name}"

@@ -23,13 +23,11 @@ from typing import Any
 
 import msgspec
 
-from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbWriter, wandb_mode, wandb_project
+from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, WandbWriter, wandb_project
 from core.config import Config
 from core.json_lines import JsonLines, Redactor, StepLines, finite, finite_tree, last_json_lines, replace_json
-from core.metrics import METRICS
+from core.metrics import METRICS, shows_samples
 from core.records import Evaluation
-
-__all__ = ["Monitor", "wandb_mode"]
 
 RATE_WINDOW_S = 5.0  # actors report in bursts of whole groups: over less than 2 s their rates are noise
 SILENT_S = 60.0  # an actor that has not reported for so long counts in no rate
@@ -60,14 +58,15 @@ class Monitor:
         clock: Callable[[], float] = time.monotonic,
         began_at_s: float | None = None,
         shown: Mapping[str, Any] | None = None,
+        wandb: WandbMode = "disabled",
     ) -> None:
-        """`run_dir` is made if missing; raises ConfigError as `wandb_mode` does. `clock` gives seconds.
+        """`run_dir` is made if missing. `clock` gives seconds. `wandb` is what the driver's environment says
+        (`wandb_mode`): the one here may say something else.
 
         `began_at_s` (since 1970) is when this start of the run began: a monitor that is started again within
         it takes up its times, and the row that it held back. `shown` is what W&B shows as the run's config,
         None for all of `config`.
         """
-        mode = wandb_mode(config.monitor)
         self._config, self._run_dir, self._clock = config, Path(run_dir), clock
         self._start_s = clock() - (0.0 if began_at_s is None else max(0.0, time.time() - began_at_s))
         self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -101,11 +100,11 @@ class Monitor:
         public_config = json.loads(self._redact(json.dumps(shown or config.model_dump(mode="json"))))
         self._wandb = WandbWriter(
             config.run.name,
-            DEFAULT_PROJECT if mode == "off" else wandb_project(),
+            DEFAULT_PROJECT if wandb == "disabled" else wandb_project(),
             public_config,
             self._run_dir,
-            mode,
-            config.monitor.shows_samples,
+            wandb,
+            shows_samples,
         )
 
     def log_step(self, row: Mapping[str, float | None]) -> None:

@@ -28,11 +28,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.monitor import wandb_file
-from core.config import MonitorConfig
 from core.errors import ConfigError
 from core.json_lines import read_json_lines
 
-WandbMode = Literal["online", "offline", "off"]
+WandbMode = Literal["online", "offline", "disabled"]
 
 TABLE_ROWS = 16
 SAMPLE_COLUMNS = (
@@ -50,31 +49,42 @@ _INIT_TIMEOUT_S = 60.0
 DEFAULT_PROJECT = "agro"
 MAX_PROJECT_CHARS = 128
 BAD_IN_PROJECT = "/\\#?%:"
+_MODES: dict[str, WandbMode | None] = {
+    "": None,
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+"""What W&B does by the words of WANDB_MODE; None: what the API key says."""
 _DEFAULT_HOST = "https://api.wandb.ai"
 # How long a row may be in W&B's memory only: that much of it is lost when the driver is killed.
 _FLUSH_S = 1.0
 
 
-def wandb_mode(config: MonitorConfig) -> WandbMode:
-    """What W&B will do in this run: call it before anything is started.
+def wandb_mode() -> WandbMode:
+    """What W&B will do in this run, by WANDB_MODE: the driver asks before anything is started.
 
-    `auto` is online if there is an API key (WANDB_API_KEY, or netrc for the host of WANDB_BASE_URL), else
-    offline; a WANDB_MODE of `offline` or `disabled` in the environment is obeyed. Raises ConfigError if
-    `online` is demanded without a key.
+    Unset it is online if there is an API key (WANDB_API_KEY, or netrc for the host of WANDB_BASE_URL), else
+    offline. Raises ConfigError for another word than W&B's online, offline (in its older words run, dryrun)
+    and disabled, and if `online` is demanded without a key.
     """
-    wanted = config.wandb
-    if wanted in ("offline", "off"):
-        return wanted
-    if wanted == "auto" and os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
-        return "off" if os.environ["WANDB_MODE"] == "disabled" else "offline"
-    if _has_api_key():
-        return "online"
-    if wanted == "online":
+    wanted = os.environ.get("WANDB_MODE", "")
+    if wanted not in _MODES:
         raise ConfigError(
-            "monitor.wandb = online, but there is no W&B API key: set WANDB_API_KEY, run `wandb login`, "
-            "or take monitor.wandb=auto (offline without a key)."
+            f"WANDB_MODE = {wanted[:40]!r}: expected online, offline or disabled; unset (unset WANDB_MODE), W&B is online if "
+            "there is an API key, else offline."
         )
-    return "offline"
+    mode = _MODES[wanted]
+    if mode == "online" and not _has_api_key():
+        raise ConfigError(
+            "WANDB_MODE = online, but there is no W&B API key: set WANDB_API_KEY, run `wandb login`, or unset "
+            "WANDB_MODE (offline without a key)."
+        )
+    if mode is not None:
+        return mode
+    return "online" if _has_api_key() else "offline"
 
 
 def wandb_project() -> str:
@@ -132,7 +142,7 @@ class WandbWriter:
         self._open: dict[str, Any] = {}
         self._superseded: list[Path] | None = None
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        if mode != "off":
+        if mode != "disabled":
             self._thread.start()
 
     def log(self, row: Mapping[str, float | None]) -> None:
@@ -157,7 +167,7 @@ class WandbWriter:
         """Finishes the run; False if W&B was not done within `timeout_s` (what waited is counted as
         dropped).
         """
-        if self.mode == "off":
+        if self.mode == "disabled":
             return True
         deadline = time.monotonic() + timeout_s
         self._put(lambda run: self._log_summary(run, summary))
@@ -169,7 +179,7 @@ class WandbWriter:
         return not self._thread.is_alive()
 
     def _put(self, job: Callable[[Any], object]) -> None:
-        if self.mode == "off":
+        if self.mode == "disabled":
             return
         try:
             self._jobs.put_nowait(job)

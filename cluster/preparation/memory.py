@@ -277,11 +277,11 @@ def _notes(config: Config, shape: _Shape) -> list[str]:
     if not one:
         return notes
     length = f"full length ({config.max_sequence_tokens} tokens)"
-    cache = f"actors.kv_cache_gib = {actors.kv_cache_gib}"
+    cache = f"actors.engine_memory = {actors.kv_cache_gib}"
     if actors.num_gpus > 0:
         gpu = (
             sum(part.num_bytes for part in _actor_parts(config, shape) if not part.on_host)
-            / actors.gpu_memory_utilization
+            / actors.gpu_memory_share
         )
         notes.append(
             f"an actor's GPU of {gpu / GIB:.1f} GiB holds all {actors.slots} slots at {length}; on a smaller "

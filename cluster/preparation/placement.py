@@ -188,9 +188,9 @@ def check_machine(actors: ActorsConfig, learner: LearnerConfig) -> None:
         raise PlacementError(
             f"this machine has {has:.1f} GiB of memory; learner.ranks = {learner.ranks} and actors.count = "
             f"{actors.fewest} take "
-            f"{asked:,.1f} GiB before any model is loaded ({BARE_PROCESS_GIB} a process, actors.kv_cache_gib "
+            f"{asked:,.1f} GiB before any model is loaded ({BARE_PROCESS_GIB} a process, actors.engine_memory "
             f"= {cache:g} an actor). "
-            "Lower learner.ranks, actors.count or actors.kv_cache_gib, or run on a cluster (RAY_ADDRESS)."
+            "Lower learner.ranks, actors.count or actors.engine_memory, or run on a cluster (RAY_ADDRESS)."
         )
 
 

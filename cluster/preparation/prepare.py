@@ -24,7 +24,7 @@ from typing import Any
 from actors.offline import load_offline
 from actors.prompts import PromptSet, load_prompts
 from actors.sources import TRAIN_SPLIT, Source, report_bad_rows, split_of
-from cluster.monitor.wandb_writer import wandb_mode, wandb_project
+from cluster.monitor.wandb_writer import WandbMode, wandb_mode, wandb_project
 from cluster.preparation.model_checks import check_model, lora_notes
 from cluster.preparation.model_limits import check_length, check_token_ids
 from cluster.preparation.model_weights import check_weights
@@ -55,7 +55,7 @@ class Checked:
     prompts: PromptSet
     eval_prompts: PromptSet
     pad_id: int
-    wandb_mode: str
+    wandb_mode: WandbMode
     notes: tuple[str, ...] = ()
 
 
@@ -86,6 +86,8 @@ def check_start(config: Config) -> str:
 
     Returns, in words, which run directory it is.
     """
+    if wandb_mode() != "disabled":
+        wandb_project()
     check_named(config)
     check_machine(config.actors, config.learner)
     if not Path(config.model.path).is_absolute():
@@ -100,9 +102,6 @@ def check_inputs(config: Config) -> Checked:
     A start and `--dry-run` both go through here: what is checked here, both find. Raises an AgroError with a
     remedy.
     """
-    mode = wandb_mode(config.monitor)
-    if mode != "off":
-        wandb_project()
     tokenizer = load_tokenizer(config.model)
     check_model(config)
     check_weights(config.model)
@@ -131,7 +130,7 @@ def check_inputs(config: Config) -> Checked:
         prompts=prompts,
         eval_prompts=eval_prompts,
         pad_id=pad_id,
-        wandb_mode=mode,
+        wandb_mode=wandb_mode(),
         notes=tuple(notes),
     )
 
@@ -212,7 +211,7 @@ def check_named(config: Config) -> None:
     for field, path in (
         ("data.path", data.path),
         ("data.eval_path", data.eval_path),
-        ("data.offline", data.offline),
+        ("data.offline", data.offline_source),
     ):
         place, _ = split_of(path or "", TRAIN_SPLIT)
         if place.startswith(("/", ".", "~")) and not os.path.exists(user_path(field, place)):

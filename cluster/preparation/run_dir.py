@@ -30,7 +30,6 @@ _FIXED = (
     "model.trust_remote_code",
     "data.path",
     "data.offline",
-    "data.offline_share",
     "data.chat_template",
     "data.system_prompt",
     "data.max_prompt_tokens",

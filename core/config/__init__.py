@@ -14,9 +14,11 @@ import pydantic
 from pydantic import Field, SerializeAsAny
 
 from core.config import checks as config_checks
+from core.config.actors import ActorsConfig
 from core.config.buffer import BufferConfig
 from core.config.section import MAX_NUMBER, MAX_PROCESSES, MAX_TIMEOUT_S, MAX_TOKENS, Section, shown
 from core.staleness import StalenessBound
+from core.text import option_of
 
 DEFAULT_OBJECTIVE = "agro"
 """What a file that names no objective trains with."""
@@ -24,6 +26,8 @@ CPU_BUCKET_BYTES, GPU_BUCKET_BYTES = 64 * 2**20, 512 * 2**20
 """Weights are gathered and published in pieces that bound the memory it takes; from a GPU small ones cost
 time.
 """
+MAX_SAMPLES = 65_536
+"""Of one prompt."""
 LORA_ALPHA = 32
 """The scale of adapters is this by their rank, so that the same learning rate fits any rank; another scale is
 another learner.lr.
@@ -119,34 +123,45 @@ class DataConfig(Section):
         None,
         min_length=1,
         description="Generations of anybody to train on: jsonl/parquet with prompt, completion and, if "
-        "given, reward and group.",
-    )
-    offline_share: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Share of each group that comes from `offline`; 1: no sample is generated.",
+        "given, reward and group. `PATH?share=0.25` takes that share of each group from it and generates the rest; without "
+        "it no sample is generated.",
     )
 
+    @property
+    def offline_share(self) -> float:
+        """Share of each group that comes from `offline`, above 0; 1: no sample is generated."""
+        _, share = option_of(self.offline or "", "share")
+        return 1.0 if share is None else float(share)
 
-class RewardFunction(Section):
-    """One reward function and its weight in the sum."""
+    @property
+    def offline_source(self) -> str | None:
+        """The log that `offline` names, without `?share=...`; None: there is none."""
+        return None if self.offline is None else option_of(self.offline, "share")[0]
 
-    name: str = Field(..., description="Built-in name (`exact_match`, `math_verify`) or `module:function`.")
-    weight: float = Field(1.0, description="Weight in the sum of all functions.")
-    messages: bool = Field(
-        False,
-        description="Prompts and completions come as lists of messages, as TRL gives them for conversations; "
-        "off: as text, "
-        "but where the function's annotation of `completions` says messages.",
-    )
+    @pydantic.field_validator("offline", mode="after")
+    @classmethod
+    def _share_is_one(cls, value: str | None) -> str | None:
+        source, share = option_of(value or "", "share")
+        try:
+            is_share = share is None or (source != "" and 0 < float(share) <= 1)
+        except ValueError:
+            is_share = False
+        if not is_share:
+            raise ValueError(
+                f"data.offline = {shown(value)}: expected a log and a share above 0 and at most 1, for example log.jsonl?share=0.25"
+            )
+        return value
 
 
 class RewardsConfig(Section):
     """Reward functions, run in killable worker processes."""
 
-    functions: tuple[RewardFunction, ...] = Field(
-        ..., min_length=1, description="The functions; the reward is their weighted sum."
+    functions: dict[str, float] = Field(
+        ...,
+        min_length=1,
+        description="Functions and their weights; the reward is the weighted sum. A name is built in (`exact_match`, "
+        "`math_verify`) or `module:function`; `'module:function?messages'` gets prompts and completions as lists of messages, "
+        "as one does whose annotation of `completions` says so, and not as text.",
     )
     timeout_s: float = Field(
         10.0,
@@ -169,75 +184,6 @@ class RewardsConfig(Section):
         description="Leave special tokens, such as `<think>` in some models, out of the text; the end "
         "token always is.",
     )
-
-
-class ActorsConfig(Section):
-    """Rollout actors: one vLLM engine each."""
-
-    count: int | tuple[int, int] = Field(
-        1,
-        description="Rollout actors, or a range `[1, 8]`: the run starts with the fewest, adds some while the learner "
-        "waits, and lets them go while they do. 0 only where all samples are offline (nothing is evaluated then).",
-    )
-    num_cpus: float = Field(
-        1.0, ge=0, le=MAX_PROCESSES, description="CPUs of one actor (Ray's logical CPUs, fractions allowed)."
-    )
-    num_gpus: float = Field(
-        0.0, ge=0, description="GPUs of one actor: 0 generates on the CPU, 1 on a GPU, a fraction shares one."
-    )
-    group_size: int = Field(8, ge=2, le=65_536, description="Samples per prompt (n; AGRO needs at least 2).")
-    slots: int = Field(
-        128, ge=1, le=65_536, description="Sequences an engine generates at once (vLLM max_num_seqs)."
-    )
-    max_new_tokens: int = Field(
-        256, ge=1, le=MAX_TOKENS, description="Completion limit; a completion cut here is kept as truncated."
-    )
-    temperature: float = Field(
-        1.0,
-        description="Sampling temperature, also of the learner's log-probs; 0.01 or more, as vLLM has it.",
-    )
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; below 1 breaks coverage (a warning says so).")
-    kv_cache_gib: float = Field(1.0, gt=0, le=65_536, description="KV cache of a CPU engine, GiB.")
-    gpu_memory_utilization: float = Field(
-        0.85, gt=0, le=1, description="Share of GPU memory a GPU engine may take."
-    )
-    on_update: Literal["continue", "drain", "abort"] = Field(
-        "continue",
-        description="Unfinished generations at new weights: go on with them, finish on the old "
-        "ones first, or start again.",
-    )
-    sample_timeout_s: float | None = Field(
-        None, gt=0, le=MAX_TIMEOUT_S, description="A sample generated for longer than this ends as truncated."
-    )
-    group_timeout_s: float | None = Field(
-        None,
-        gt=0,
-        le=MAX_TIMEOUT_S,
-        description="A group does not wait longer than this for its last samples: it goes in with those it "
-        "has.",
-    )
-
-    @property
-    def fewest(self) -> int:
-        """Actors at the start, below which autoscaling does not go."""
-        return self.count if isinstance(self.count, int) else self.count[0]
-
-    @property
-    def most(self) -> int | None:
-        """Actors that autoscaling may have; None: there is no autoscaling."""
-        return None if isinstance(self.count, int) else self.count[1]
-
-    @pydantic.field_validator("count", mode="before")
-    @classmethod
-    def _count_is_a_number_or_a_range(cls, value: Any) -> Any:
-        fewest, most = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
-        lowest = 0 if value is fewest else 1
-        if type(fewest) is int and type(most) is int and lowest <= fewest <= most <= MAX_PROCESSES:
-            return value
-        raise ValueError(
-            f"actors.count = {shown(value)}: expected a whole number from 0 to {MAX_PROCESSES}, or the fewest and the most "
-            "for autoscaling, for example [1, 8]"
-        )
 
 
 class LearnerConfig(Section):
@@ -370,11 +316,10 @@ class CheckpointConfig(Section):
     every: int = Field(
         50, ge=0, description="Learner steps between checkpoints; 0: none, and a run that dies starts again."
     )
-    keep: int = Field(
-        2,
-        ge=1,
-        description="Newest checkpoints kept; the older of them is used when the newest does not verify.",
-    )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < MAX_NUMBER
 
 
 class EvalConfig(Section):
@@ -383,25 +328,32 @@ class EvalConfig(Section):
     every: int = Field(
         50, ge=1, description="Learner steps between evaluations (rounded up to the next publication)."
     )
-    samples: int = Field(4, ge=1, le=65_536, description="Completions per held-out prompt.")
-    temperature: float = Field(
-        1.0, description="Sampling temperature of evaluations; 0: greedy, else 0.01 or more."
+    sampling: tuple[int, float] = Field(
+        (4, 1.0),
+        description="`[completions, temperature]`: completions per held-out prompt, and the temperature they are sampled at; 0: "
+        "greedy, else 0.01 or more. For example `[1, 0]`.",
     )
 
+    @property
+    def samples(self) -> int:
+        """Completions per held-out prompt."""
+        return self.sampling[0]
 
-class MonitorConfig(Section):
-    """What is told of a run: metrics.jsonl always, W&B when it can, the terminal."""
+    @property
+    def temperature(self) -> float:
+        """Sampling temperature of evaluations; 0: greedy."""
+        return self.sampling[1]
 
-    wandb: Literal["auto", "online", "offline", "off"] = Field(
-        "auto", description="`auto`: online if an API key is present, else offline."
-    )
-    samples_every: int = Field(
-        20, ge=1, description="Steps between sample tables (samples.jsonl, W&B, report)."
-    )
-
-    def shows_samples(self, step: int) -> bool:
-        """Says whether samples of this learner step's batch are shown."""
-        return step == 1 or step % self.samples_every == 0
+    @pydantic.field_validator("sampling", mode="before")
+    @classmethod
+    def _sampling_is_number_and_temperature(cls, value: Any) -> Any:
+        samples, temperature = value if isinstance(value, tuple) and len(value) == 2 else (None, None)
+        if type(samples) is int and 1 <= samples <= MAX_SAMPLES and _is_number(temperature):
+            return value
+        raise ValueError(
+            f"eval.sampling = {shown(value)}: expected completions per prompt, from 1 to {MAX_SAMPLES}, and their temperature, "
+            "for example [4, 1.0]"
+        )
 
 
 class Config(Section):
@@ -418,7 +370,6 @@ class Config(Section):
     weights: WeightsConfig = WeightsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
-    monitor: MonitorConfig = MonitorConfig()
 
     @property
     def admitted_groups(self) -> int:
@@ -438,7 +389,7 @@ class Config(Section):
 
     @property
     def offline_samples(self) -> int:
-        """Offline samples of each group: `round(offline_share * group_size)`; 0 without `data.offline`."""
+        """Offline samples of each group: `round(share * group_size)`; 0 without `data.offline`."""
         return round(self.data.offline_share * self.actors.group_size) if self.data.offline is not None else 0
 
     @property

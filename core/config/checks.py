@@ -74,8 +74,8 @@ def _temperatures_are_vllms(config: Config) -> None:
         )
     if evaluating < MIN_TEMPERATURE and evaluating != 0:
         raise ValueError(
-            f"eval.temperature = {evaluating:g}: vLLM samples at {MIN_TEMPERATURE:g} or above, or greedily "
-            "at 0. Set it to 0, or to "
+            f"eval.sampling = [{config.eval.samples}, {evaluating:g}]: vLLM samples at {MIN_TEMPERATURE:g} or above, or greedily "
+            "at a temperature of 0. Set it to 0, or to "
             f"{MIN_TEMPERATURE:g} or more."
         )
 
@@ -88,8 +88,7 @@ def _samples_come_from_somewhere(config: Config) -> None:
         )
     if not config.is_offline and data.path is None:
         raise ValueError(
-            f"data.offline_share = {data.offline_share}: the other samples are generated, from "
-            "prompts: set data.path."
+            f"data.offline = {data.offline}: the other samples are generated, from prompts: set data.path."
         )
     if not config.is_offline and config.actors.fewest == 0:
         raise ValueError(
@@ -101,15 +100,9 @@ def _samples_come_from_somewhere(config: Config) -> None:
         and not 0 < config.offline_samples < config.actors.group_size
     ):
         raise ValueError(
-            f"data.offline_share = {data.offline_share} of actors.group_size = {config.actors.group_size} "
-            "rounds to "
+            f"data.offline = {data.offline}: {data.offline_share} of actors.group_size = {config.actors.group_size} rounds to "
             f"{config.offline_samples} samples. Choose a share that leaves at least one offline and one "
             "fresh sample."
-        )
-    if data.offline is None and data.offline_share < 1:
-        raise ValueError(
-            f"data.offline_share = {data.offline_share} without data.offline: there is nothing "
-            "to take a share of."
         )
 
 
@@ -146,6 +139,11 @@ def _devices_fit(config: Config) -> None:
             f"actors.num_gpus = {actors.num_gpus:g}: an engine over several GPUs is not supported. Set "
             "actors.num_gpus=1 and raise "
             "actors.count instead."
+        )
+    if actors.num_gpus > 0 and actors.engine_memory is not None and actors.engine_memory > 1:
+        raise ValueError(
+            f"actors.engine_memory = {actors.engine_memory:g} with actors.num_gpus = {actors.num_gpus:g}: on a GPU it is a share "
+            "of the card's memory, not GiB. Set it to at most 1, for example 0.85."
         )
     if learner.num_gpus > 1:
         raise ValueError(
@@ -236,6 +234,6 @@ def warnings(config: Config) -> list[str]:
         )
     if config.learner.offload == "all" and config.learner.num_gpus == 0:
         found.append("learner.offload = all with learner.num_gpus = 0: everything is in CPU memory anyway.")
-    if not any(function.weight for function in config.rewards.functions):
+    if not any(config.rewards.functions.values()):
         found.append("rewards.functions: every weight is 0, so that nothing is rewarded.")
     return found

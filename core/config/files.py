@@ -18,7 +18,7 @@ from typing import Any
 import pydantic
 from pydantic.fields import FieldInfo
 
-from core.config import DEFAULT_OBJECTIVE, Config, ObjectiveConfig, RewardFunction
+from core.config import DEFAULT_OBJECTIVE, Config, ObjectiveConfig
 from core.config import text as config_text
 from core.config.section import PROSE, shown
 from core.errors import ConfigError
@@ -26,8 +26,9 @@ from core.errors import ConfigError
 MAX_FILE_BYTES = 1 << 18
 _EXPECTED = {  # By pydantic's type of problem; its own message where none is here.
     "model_type": "expected a mapping of keys, one a line below it; remove the line to take the defaults",
-    "tuple_type": "expected a list, for example [{name: exact_match}]",
-    "too_short": "expected a list of at least one entry, for example [{name: exact_match}]",
+    "dict_type": "expected names and their weights, for example {exact_match: 1.0}",
+    "tuple_type": "expected a list of numbers, for example [0.5, 1.0]",
+    "too_short": "expected at least one entry, for example {exact_match: 1.0}",
     "string_type": "expected text; if it is meant as text, put it in quotes in the file",
     "string_too_short": "expected text that is not empty",
     "bool_type": "expected true or false",
@@ -146,7 +147,7 @@ class ConfigFiles:
         key, section = str(location[-1]), str(location[0])
         valid = [*Config.model_fields]
         if len(location) > 1:
-            valid = [*(RewardFunction.model_fields if len(location) > 2 else self._fields(section, tree))]
+            valid = [*self._fields(section, tree)]
         having = [name for name in self._objectives if key in self._objectives[name].model_fields]
         if section == "objective" and having:
             has = "has" if len(having) == 1 else "have"

@@ -89,6 +89,8 @@ def _in_words(error: yaml.MarkedYAMLError) -> str:
         problem += "; a text that holds `: ` wants quotes"
     elif "alphabetic or numeric" in problem:
         problem += "; a text that begins with & or * wants quotes"
+    elif "but got '?'" in problem:
+        problem += "; a text with a question mark wants quotes between braces and brackets"
     elif "cannot start any token" in problem:
         problem += "; indent with spaces, and put a text that begins with such a character in quotes"
     mark = error.problem_mark or error.context_mark

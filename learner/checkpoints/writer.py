@@ -55,6 +55,8 @@ from learner.checkpoints.checkpoint import (
     write_tensors,
 )
 
+KEPT_CHECKPOINTS = 2
+"""So many of the newest stay: the older is used when the newest does not verify."""
 POLL_S = 0.02
 SPARE_BYTES = 16 * 2**20
 """Free space beyond the tensors that a checkpoint asks for: headers, state, and what the run's logs
@@ -67,7 +69,7 @@ class CheckpointWriter:
     checkpoint.
 
     session     a word drawn once for this start of the learner, equal on all ranks
-    keep        so many checkpoints stay
+    keep        so many checkpoints stay; None: `KEPT_CHECKPOINTS`
     timeout_s   limits the wait for the other ranks' files
     on_event    gets a sentence when a checkpoint fails (rank 0)
     on_durable  gets the oldest step that can be resumed from, after each checkpoint (rank 0, writer thread)
@@ -80,14 +82,14 @@ class CheckpointWriter:
         world_size: int,
         *,
         session: str,
-        keep: int = 2,
+        keep: int | None = None,
         timeout_s: float = 600.0,
         on_event: Callable[[str], None] = lambda text: None,
         on_durable: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._run_dir, self._root = Path(run_dir), checkpoint_root(run_dir)
         self._rank, self._world_size, self._session = rank, world_size, session
-        self._keep, self._timeout_s = keep, timeout_s
+        self._keep, self._timeout_s = KEPT_CHECKPOINTS if keep is None else keep, timeout_s
         self._on_event, self._on_durable = on_event, on_durable
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -218,7 +220,7 @@ class CheckpointWriter:
         if free < needed:
             raise OSError(
                 f"{needed / 2**20:.0f} MiB are needed in {self._root}, {free / 2**20:.0f} are "
-                "free. Lower checkpoint.keep."
+                f"free: {self._keep} checkpoints are kept beside the one that is written. Make room there."
             )
 
     def _collect_reports(self, aside: Path) -> list[FileEntry]:

@@ -275,7 +275,7 @@ def test_the_text_of_a_logged_completion_is_that_of_a_sampled_one(tmp_path, skip
         tmp_path / "log.jsonl",
         *({"prompt": "1", "completion": f"{said}<eos>"} for said in ("<think>1</think>2", "3")),
     )
-    rewards = {"functions": [{"name": "exact_match"}], "skip_special_tokens": skip}
+    rewards = {"functions": {"exact_match": 1.0}, "skip_special_tokens": skip}
     sample = load_offline(offline_config(log, rewards=rewards, actors={"max_new_tokens": 8}), tokenizer)[0][
         0
     ].offline[0]
@@ -298,9 +298,7 @@ def mixed_config(tmp_path: Path, *rows: dict[str, Any], **data: Any) -> Config:
         tmp_path / "train.jsonl", {"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}
     )
     log = write_rows(tmp_path / "log.jsonl", *rows)
-    return offline_config(
-        log, data={"path": str(training), "offline_share": 0.5, **data}, actors={"count": 1}
-    )
+    return offline_config(f"{log}?share=0.5", data={"path": str(training), **data}, actors={"count": 1})
 
 
 def test_mixing_gives_training_prompts_what_the_log_has_of_them(tmp_path):
@@ -341,8 +339,8 @@ def test_what_an_objective_needs_and_offline_or_lagged_data_lacks_is_refused():
     ):
         check_needs(weighted, needs_of(weighted))
     mixed = offline_config(
-        "log",
-        data={"path": "p", "offline_share": 0.5},
+        "log?share=0.5",
+        data={"path": "p"},
         actors={"count": 1},
         objective={"importance_weight": "token"},
     )

@@ -340,7 +340,7 @@ class TestRetirement:
 @pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize("on_update", ["continue", "drain", "abort"])
 def test_nothing_is_lost_whatever_happens_in_between(bench, num_shards, on_update):
-    limits = {"group_timeout_s": 0.2, "sample_timeout_s": 0.15, "max_new_tokens": 64}
+    limits = {"straggler_timeouts_s": (0.15, 0.2), "max_new_tokens": 64}
     config = actor_config(
         actors={"on_update": on_update, **limits}, buffer={"num_shards": num_shards, "max_staleness": 8}
     )

@@ -187,7 +187,11 @@ def test_a_home_of_nobody_is_named_with_its_field(field):
     ):
         user_path(field, "~nobody-here/x")
     if field.startswith("data."):
-        data = {"path": "none", field.removeprefix("data."): "~nobody-here/x.jsonl", "offline_share": 0.5}
+        data = {
+            "path": "none",
+            "offline": "none?share=0.5",
+            field.removeprefix("data."): "~nobody-here/x.jsonl?share=0.5",
+        }
         config = offline_config("none", data=data, actors={"count": 1})
         with pytest.raises(ConfigError, match=f"{field} = ~nobody-here"):
             check_named(config)

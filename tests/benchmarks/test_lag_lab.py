@@ -31,7 +31,7 @@ def config_for(model_dir: Path, lag: int, *more: str) -> Config:
         "weights.publish_every=1",
         f"buffer.max_staleness={lag}",
         f"buffer.capacity={3 * (lag + 2)}",
-        "eval.samples=1",
+        "eval.sampling=[1,1.0]",
         *more,
     ]
     return quickstart(*overrides)

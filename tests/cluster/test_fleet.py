@@ -200,7 +200,7 @@ def test_a_crash_loop_stops_with_role_cause_last_log_lines_and_a_hint(bench: Cal
     text = str(caught.value)
     assert text.startswith(f"actor-0 died {ACTOR.max_deaths} times within 5 min; the last time:")
     assert "last words of the engine" in text
-    assert "lower actors.slots and actors.kv_cache_gib" in text
+    assert "lower actors.slots and actors.engine_memory" in text
     assert len(b.told) == ACTOR.max_deaths - 1
 
 

@@ -143,15 +143,13 @@ def test_a_run_in_which_ray_fails_ends_with_a_sentence(monkeypatch: Any, tmp_pat
 
 
 def inputs(run_dir: Path) -> Inputs:
-    tree = {
-        "monitor": {"wandb": "off"},
-    }
+    tree = {}
     prompts = PromptSet(
         [PromptRow(source_row=0, text="1+1=", token_ids=(1, 2), columns={"answer": "2"})], 0, "test"
     )
     config = make_config(tree)
     return Inputs(
-        config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="off"
+        config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="disabled"
     )
 
 

@@ -167,7 +167,7 @@ def test_a_lack_of_memory_is_hinted_at_with_the_knobs_to_lower() -> None:
         "This looks like a lack of memory: lower"
     )
     assert memory_hint("ValueError: broken").startswith(
-        "If it is a lack of memory: lower actors.slots and actors.kv_cache_gib"
+        "If it is a lack of memory: lower actors.slots and actors.engine_memory"
     )
     assert isinstance(explained(ray.exceptions.RayActorError(), "x"), TrainingError)
 
@@ -182,14 +182,14 @@ def test_what_ray_itself_raised_in_a_process_is_told_without_its_paragraph() -> 
 
 
 def inputs(run_dir: Path, **sections: dict[str, Any]) -> Inputs:
-    config = make_config({"run": {"timeout_s": 40.0}, "monitor": {"wandb": "off"}, **sections})
+    config = make_config({"run": {"timeout_s": 40.0}, **sections})
     rows = [
         PromptRow(source_row=number, text="1+1=", token_ids=(1, 2), columns={"answer": "2"})
         for number in range(4)
     ]
     prompts = PromptSet(rows=rows, num_bad_rows=0, source="test")
     return Inputs(
-        config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="off"
+        config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="disabled"
     )
 
 

@@ -46,7 +46,7 @@ class Silent:
 
 def inputs_of(config: Config, prompts: PromptSet, run_dir: Path) -> Inputs:
     return Inputs(
-        config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="off"
+        config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="disabled"
     )
 
 
@@ -61,7 +61,7 @@ def local_ray() -> Iterator[None]:
 def supervisor(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
     monkeypatch.setattr("cluster.supervisor.RolloutActor", IdleActor)
     monkeypatch.setattr("cluster.gang.LearnerRank", IdleRank)
-    config = make_config(run={"timeout_s": 60.0, "steps": 100}, monitor={"wandb": "off"}, actors={"count": 1})
+    config = make_config(run={"timeout_s": 60.0, "steps": 100}, actors={"count": 1})
     prompts = PromptSet([PromptRow(0, "1+1=", (1, 2), {"answer": "2"})], 0, "test")
     made = Supervisor(inputs_of(config, prompts, tmp_path))
     yield made

@@ -309,7 +309,7 @@ def test_insert_and_its_client_have_one_signature_however_many_shards(tmp_path: 
         {
             "model": {"path": "none"},
             "data": {"path": "none"},
-            "rewards": {"functions": [{"name": "exact_match"}]},
+            "rewards": {"functions": {"exact_match": 1.0}},
         }
     )
 

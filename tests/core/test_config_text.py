@@ -264,11 +264,11 @@ def test_what_is_written_reads_the_same(tree: dict[str, dict[str, Any]]) -> None
 @settings(max_examples=100, deadline=None)
 @given(TEXTS, st.floats(1e-12, 1e3), st.integers(0, 2**32 - 1), TEXTS, st.sampled_from(["auto", "off"]))
 def test_a_config_that_is_printed_and_given_back_is_the_same(
-    prompt: str, lr: float, seed: int, path: str, wandb: str
+    prompt: str, lr: float, seed: int, path: str, name: str
 ) -> None:
     tree = copy.deepcopy(load_config(QUICKSTART).model_dump())
     tree["data"] |= {"system_prompt": prompt, "chat_template": True, "path": path}
-    tree["learner"]["lr"], tree["run"]["seed"], tree["monitor"]["wandb"] = lr, seed, wandb
+    tree["learner"]["lr"], tree["run"]["seed"], tree["run"]["name"] = lr, seed, name
     found = config_or_message(tree)
     if isinstance(found, str):
         assert "(U+" in found or "not empty" in found

@@ -78,7 +78,7 @@ def test_a_mutated_tree_is_a_config_or_a_short_config_error(mutations):
 @settings(max_examples=100, deadline=None)
 @given(
     st.text(st.characters(codec="utf-8"), max_size=30),
-    st.sampled_from(["", "learner.lr=", "run.name=", "rewards.functions=[", "model."]),
+    st.sampled_from(["", "learner.lr=", "run.name=", "rewards.functions={", "model."]),
 )
 def test_any_text_as_an_override_is_a_config_or_a_config_error(text, before):
     path = ROOT / "configs" / "llama3_8b_math.yaml"

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from cluster.preparation.prepare import check_inputs
-from core.config import RewardFunction, RewardsConfig
+from core.config import RewardsConfig
 from core.errors import DataError, RewardError
 from rewards import check
 from tests.support import ROOT
@@ -23,7 +23,7 @@ SOLUTION = "tests.support.reward_functions:wants_solution"
 
 
 def bad_rows(names, rows):
-    config = RewardsConfig(functions=tuple(RewardFunction(name=name) for name in names))
+    config = RewardsConfig(functions=dict.fromkeys(names, 1.0))
     return check.bad_rows(config, "train.jsonl", dict(enumerate(rows)))
 
 
@@ -136,7 +136,7 @@ def test_a_dry_run_from_a_folder_with_the_reward_in_it_loads_it_and_leaves_nothi
         "data.path=train.jsonl",
         "data.eval_rows=0",
         f"model.path={tiny_models['tied']}",
-        "rewards.functions=[{name: 'reward_of_mine:f'}]",
+        "rewards.functions={reward_of_mine:f: 1}",
     ]
     before = sorted(os.listdir(tmp_path))
     run = subprocess.run([*command, *settings], cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -23,7 +23,7 @@ import msgspec
 import psutil
 import pytest
 
-from core.config import RewardFunction, RewardsConfig
+from core.config import RewardsConfig
 from core.errors import RewardError
 from rewards import worker
 from rewards.pool import RewardPool
@@ -37,7 +37,7 @@ RESULT_LIMIT_S = 60.0
 
 
 def pool_of(*names, timeout_s=TIMEOUT_S, workers=1, memory_gib=4.0):
-    functions = tuple(RewardFunction(name=name) for name in names)
+    functions = dict.fromkeys(names, 1.0)
     return RewardPool(RewardsConfig(functions=functions, timeout_s=timeout_s, memory_gib=memory_gib), workers)
 
 
@@ -184,6 +184,13 @@ def test_the_answer_that_votes_comes_with_the_reward():
         assert score(pool, " 4 ", "five", answer="4") == [Scored(4.0, answer="4"), Scored(4.0, answer="five")]
 
 
+def test_a_name_says_that_its_function_takes_messages():
+    with attack_pool("says_yes?messages") as pool:
+        assert score(pool, "yes", "no") == [Scored(1.0), Scored(0.0)]
+    with attack_pool("says_yes") as pool:
+        assert "write ?messages behind its name" in score(pool, "yes")[0].error
+
+
 def test_an_exception_in_the_reward_costs_its_group_and_no_worker():
     with pool_of("tests.support.reward_functions:raises", "exact_match") as pool:
         scored = score(pool, "a", answer="a")
@@ -292,9 +299,9 @@ def test_close_kills_the_workers_within_two_seconds_and_answers_what_was_waiting
 
 PARENT = textwrap.dedent("""
     import time
-    from core.config import RewardFunction, RewardsConfig
+    from core.config import RewardsConfig
     from rewards.pool import RewardPool
-    functions = (RewardFunction(name="tests.support.reward_functions:FUNCTION"),)
+    functions = {"tests.support.reward_functions:FUNCTION": 1.0}
     pool = RewardPool(RewardsConfig(functions=functions, timeout_s=100.0), workers=2)
     pool.submit("q", ["a"], {}).result()
     futures = [pool.submit("q", ["bad"], {}) for _ in range(2)]
@@ -367,9 +374,9 @@ def test_a_ray_actor_can_run_a_pool_and_leaves_no_worker_when_killed():
         @ray.remote
         class Actor:
             def __init__(self):
-                from core.config import RewardFunction, RewardsConfig
+                from core.config import RewardsConfig
                 from rewards.pool import RewardPool
-                functions = (RewardFunction(name="tests.support.reward_functions:num_heavy_modules"),)
+                functions = {"tests.support.reward_functions:num_heavy_modules": 1.0}
                 self.pool = RewardPool(RewardsConfig(functions=functions))
             def score(self):
                 return self.pool.submit("q", ["a"], {}).result()[0].reward

@@ -139,7 +139,7 @@ def test_prompts_and_completions_come_as_messages_where_that_is_asked_for():
     assert score_group(rewards, "<rendered>", ["a", "b"], columns) == [Scored(1.0), Scored(0.0)]
     assert score_group(rewards, "<rendered>", ["a", "b"], {"question": "q"}) == [Scored(1.0), Scored(0.0)]
     refused = score_group([WeightedReward("f", 1.0, format_reward)], "q", ["a"], {})[0].error
-    assert "It may want messages: set messages: true beside its name" in refused
+    assert "It may want messages: write ?messages behind its name" in refused
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ LR = 1e-3
 MINIMAL: dict[str, Any] = {
     "model": {"path": "none"},
     "data": {"path": "none"},
-    "rewards": {"functions": [{"name": "exact_match"}]},
+    "rewards": {"functions": {"exact_match": 1.0}},
 }
 """What a config must name; nothing of it is there."""
 
@@ -48,7 +48,7 @@ def actor_config(**sections: Any) -> Config:
         "actors": {"group_size": 4, "slots": 8, "max_new_tokens": 16},
         "buffer": {"capacity": 32, "max_staleness": 100},
         "learner": {"groups_per_step": 4, "micro_batch_tokens": 2 * LONG},
-        "eval": {"samples": 2},
+        "eval": {"sampling": (2, 1.0)},
     }
     return make_config(tree, **sections)
 
@@ -113,7 +113,7 @@ EXAMPLE: dict[str, Any] = {
     "run": {"name": "example", "steps": 10},
     "model": {"path": ".cache/base"},
     "data": {"path": "configs/arithmetic", "chat_template": False, "max_prompt_tokens": 8},
-    "rewards": {"functions": [{"name": "exact_match", "weight": 1.0}]},
+    "rewards": {"functions": {"exact_match": 1.0}},
     "actors": {"count": 2, "num_cpus": 0.5, "max_new_tokens": 4},
     "buffer": {"capacity": 96},
     "learner": {"groups_per_step": 32, "lr": 3.0e-4},

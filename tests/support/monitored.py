@@ -11,8 +11,8 @@ from core.records import Evaluation
 from tests.support.configs import make_config
 
 
-def monitored(steps: int = 10, wandb: str = "off", name: str = "unit") -> Config:
-    return make_config(run={"name": name, "steps": steps}, monitor={"wandb": wandb})
+def monitored(steps: int = 10, name: str = "unit") -> Config:
+    return make_config(run={"name": name, "steps": steps})
 
 
 def evaluation(version: int, solve_rate: float) -> Evaluation:

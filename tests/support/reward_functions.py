@@ -129,6 +129,11 @@ def process_id(prompts, completions, **columns):
     return [float(os.getpid())] * len(completions)
 
 
+def says_yes(prompts, completions):
+    """Reads messages, which nothing but its name in a config says."""
+    return [float(completion[0]["content"] == "yes") for completion in completions]
+
+
 def num_heavy_modules(prompts, completions, **columns):
     return [float(sum(name in sys.modules for name in HEAVY_MODULES))] * len(completions)
 

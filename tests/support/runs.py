@@ -36,12 +36,11 @@ def overrides(model: Path, run_dir: Path, steps: int = STEPS) -> list[str]:
         f"run.steps={steps}",
         "run.timeout_s=180",
         "eval.every=6",
-        "eval.samples=1",
+        "eval.sampling=[1,1.0]",
         "data.eval_rows=20",
         "learner.groups_per_step=8",
         "buffer.capacity=24",
         "actors.count=1",  # A start of an engine costs ten seconds of two cores.
-        "monitor.samples_every=5",
     ]
 
 

@@ -22,7 +22,7 @@ STEPS = 70
 MAX_KILLS = 7
 EVERY_S = 7.0
 # 280 groups from two actors: 35 s at least.
-PACE = "rewards.functions=[{name: tests.support.reward_functions:in_a_quarter_second}]"
+PACE = "rewards.functions={tests.support.reward_functions:in_a_quarter_second: 1}"
 # What dies, and how: an engine lives in its actor's process, so that a stopped process is a hung engine.
 DEATHS = (
     ("RolloutActor", signal.SIGKILL),

@@ -75,8 +75,7 @@ def test_a_run_mixes_a_quarter_of_logged_samples_into_every_group(
     run_train(
         tiny_models["tied"],
         run_dir,
-        f"data.offline={log}",
-        "data.offline_share=0.25",
+        f"data.offline={log}?share=0.25",
         "actors.count=1",
         "data.eval_rows=0",
     )

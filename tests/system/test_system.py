@@ -322,7 +322,7 @@ def test_failing_rewards_stop_the_run_with_the_reason(tiny_models: dict[str, Pat
         tiny_models["tied"],
         tmp_path / "run",
         50,
-        "rewards.functions=[{name: 'tests.support.reward_functions:raises'}]",
+        "rewards.functions={tests.support.reward_functions:raises: 1}",
     )
     _, err = process.communicate(timeout=200)
     assert process.returncode == 2

@@ -221,6 +221,9 @@ def test_hub_and_wandb_say_what_will_happen(monkeypatch, tmp_path):
     assert doctor.check_wandb().found.startswith("offline")
     monkeypatch.setenv("WANDB_API_KEY", CANARY)
     assert doctor.check_wandb().found.startswith("online")
+    monkeypatch.setenv("WANDB_MODE", "off")
+    assert (doctor.check_wandb().ok, doctor.check_wandb().found) == (False, "off")
+    assert "expected online, offline or disabled" in doctor.check_wandb().remedy
 
 
 # --- The whole ---

@@ -19,7 +19,6 @@ from cluster.monitor import monitor as monitor_module
 from cluster.monitor.monitor import Monitor
 from cluster.monitor.wandb_writer import wandb_mode, wandb_project
 from core import json_lines
-from core.config import MonitorConfig
 from core.errors import ConfigError
 from core.json_lines import JsonLines, Redactor, StepLines, last_json_lines, read_json_lines
 from core.metrics import METRICS
@@ -280,10 +279,11 @@ def test_a_real_offline_wandb_run_is_written_and_holds_no_secret(
     monkeypatch.setenv("HF_TOKEN", CANARY_TOKEN)
     monkeypatch.delenv("WANDB_DATA_DIR")
     monkeypatch.setattr("sys.argv", ["launch.py", "--password", CANARY_TOKEN])
-    config = monitored(steps=3, wandb="offline")
+    config = monitored(steps=3)
     monitor = Monitor(
         config.model_copy(update={"model": config.model.model_copy(update={"path": f"hub/{CANARY_TOKEN}"})}),
         str(run_dir),
+        wandb="offline",
     )
     monitor.event(f"401 for token {CANARY_TOKEN}")
     for step in (1, 2, 3):
@@ -322,7 +322,7 @@ def test_online_that_fails_goes_on_offline_with_the_same_run_id(
         return real_init(**options)
 
     monkeypatch.setattr(wandb, "init", init)
-    monitor = Monitor(monitored(wandb="online"), str(tmp_path / "run"))
+    monitor = Monitor(monitored(), str(tmp_path / "run"), wandb="online")
     monitor.log_step({"progress/step": 1})
     monitor.close({})
     run_id = (tmp_path / "run" / "wandb_id").read_text().strip()
@@ -373,7 +373,7 @@ def test_wandb_outage_changes_nothing(
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setattr(monitor_module, "WANDB_FINISH_S", 0.5)
     began_s = time.monotonic()
-    monitor = Monitor(monitored(steps=1500, wandb="offline"), str(tmp_path))
+    monitor = Monitor(monitored(steps=1500), str(tmp_path), wandb="offline")
     for step in range(1, 1501):  # more than the queue holds
         monitor.log_step({"progress/step": step})
     monitor.close({})
@@ -395,7 +395,7 @@ def test_wandb_gets_known_values_only_and_the_same_rows_as_the_file(
 ) -> None:
     run = FakeRun()
     monkeypatch.setattr(wandb, "init", lambda **options: run)
-    monitor = Monitor(monitored(steps=2, wandb="offline"), str(tmp_path))
+    monitor = Monitor(monitored(steps=2), str(tmp_path), wandb="offline")
     monitor.log_step({"progress/step": 1, "reward/mean": 0.25})
     monitor.log_step({"progress/step": 2, "reward/mean": 0.5})
     monitor.close({"final_solve_rate": 0.5, "errors": {}})
@@ -416,21 +416,43 @@ def test_a_project_that_wandb_would_refuse_is_refused_at_the_start(monkeypatch, 
         wandb_project()
 
 
-def test_wandb_mode_is_decided_by_config_and_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert wandb_mode(MonitorConfig(wandb="auto")) == "offline"
-    assert wandb_mode(MonitorConfig(wandb="off")) == "off"
+@pytest.mark.parametrize(
+    ("word", "mode"),
+    [("", "offline"), ("disabled", "disabled"), ("offline", "offline"), ("dryrun", "offline")],
+)
+def test_what_wandb_does_without_a_key_is_what_its_own_variable_says(monkeypatch, word, mode):
+    monkeypatch.setenv("WANDB_MODE", word)
+    assert wandb_mode() == mode
+
+
+@pytest.mark.parametrize("word", ["off", "on", "Online", "auto"])
+def test_another_word_than_those_of_wandb_is_refused_with_what_to_type(monkeypatch, word):
+    monkeypatch.setenv("WANDB_MODE", word)
+    with pytest.raises(
+        ConfigError, match=f"WANDB_MODE = '{word}': expected online, offline or disabled; unset"
+    ):
+        wandb_mode()
+
+
+def test_wandb_mode_is_decided_by_environment_and_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert wandb_mode() == "offline"
+    monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(ConfigError, match="WANDB_API_KEY"):
-        wandb_mode(MonitorConfig(wandb="online"))
+        wandb_mode()
+    monkeypatch.delenv("WANDB_MODE")
     netrc = tmp_path / "netrc"
     netrc.write_text("machine wandb.example.org login user password " + CANARY_KEY)
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
-    assert wandb_mode(MonitorConfig(wandb="auto")) == "offline"
+    assert wandb_mode() == "offline"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert wandb_mode(MonitorConfig(wandb="auto")) == "online"
-    assert wandb_mode(MonitorConfig(wandb="offline")) == "offline"
+    assert wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert wandb_mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_mode(MonitorConfig(wandb="auto")) == "offline"
+    assert wandb_mode() == "offline"
 
 
 def test_words_that_only_sound_secret_are_left_alone() -> None:

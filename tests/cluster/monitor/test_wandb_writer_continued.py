@@ -14,6 +14,8 @@ import wandb
 
 from cluster.monitor import wandb_file
 from cluster.monitor.monitor import Monitor
+from cluster.monitor.wandb_writer import WandbMode
+from core import metrics
 from core.json_lines import read_json_lines
 from tests.support import ROOT
 from tests.support.configs import make_config
@@ -28,21 +30,21 @@ time.sleep(60)
 
 @pytest.fixture(autouse=True)
 def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(metrics, "SAMPLES_EVERY_STEPS", metrics.SAMPLES_EVERY_STEPS)  # Is set back.
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "run" / "wandb" / "data"))
 
 
-def make_monitor(run_dir: Path, mode: str) -> Monitor:
-    tree = {
-        "run": {"name": "unit", "steps": 100},
-        "monitor": {"wandb": mode, "samples_every": 4},
-    }
-    return Monitor(make_config(tree), str(run_dir))
+def make_monitor(run_dir: Path, mode: WandbMode) -> Monitor:
+    metrics.SAMPLES_EVERY_STEPS = 4  # Also in the process that a test starts.
+    return Monitor(make_config(run={"name": "unit", "steps": 100}), str(run_dir), wandb=mode)
 
 
-def log_steps(run_dir: Path, first: int, last: int, offset: float = 0.0, mode: str = "offline") -> Monitor:
+def log_steps(
+    run_dir: Path, first: int, last: int, offset: float = 0.0, mode: WandbMode = "offline"
+) -> Monitor:
     """A monitor that was told of these steps, and of samples at the first and every fourth."""
     monitor = make_monitor(run_dir, mode)
     for step in range(first, last + 1):
@@ -132,7 +134,7 @@ class FakeRun:
 def test_an_online_run_that_is_continued_gets_what_it_lacks_and_no_step_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log_steps(tmp_path, 1, 4, mode="off").close({})
+    log_steps(tmp_path, 1, 4, mode="disabled").close({})
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     run, seen = FakeRun(newest_step=3), {}
     monkeypatch.setattr(wandb, "init", lambda **options: seen.update(options) or run)
@@ -144,7 +146,7 @@ def test_an_online_run_that_is_continued_gets_what_it_lacks_and_no_step_twice(
 def test_what_the_server_lacks_of_earlier_starts_is_sent_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log_steps(tmp_path, 1, 4, mode="off").close({})
+    log_steps(tmp_path, 1, 4, mode="disabled").close({})
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     run = FakeRun(newest_step=2)
     monkeypatch.setattr(wandb, "init", lambda **options: run)

@@ -334,10 +334,10 @@ def test_a_kv_cache_that_is_too_small_is_said(llama_dir):
             estimate_memory(config_of(model={"path": llama_dir}, actors={"num_gpus": 0, **actors})).notes
         )
 
-    assert notes(kv_cache_gib=1.0, slots=16) == ""
-    assert "sequences of full length" in notes(kv_cache_gib=0.01, slots=128)
-    assert "fewer than actors.slots = 128" in notes(kv_cache_gib=0.01, slots=128)
-    assert "vLLM will refuse to start" in notes(kv_cache_gib=0.0001)
+    assert notes(engine_memory=1.0, slots=16) == ""
+    assert "sequences of full length" in notes(engine_memory=0.01, slots=128)
+    assert "fewer than actors.slots = 128" in notes(engine_memory=0.01, slots=128)
+    assert "vLLM will refuse to start" in notes(engine_memory=0.0001)
 
 
 def test_offloaded_states_are_host_memory(llama_dir):

@@ -65,12 +65,12 @@ def add_tokens(directory: str, **tokens: Any) -> None:
 
 
 def config_of(*changes: str) -> Config:
-    return quickstart("model.path=./model", "data.path=./data", "monitor.wandb=off", *changes)
+    return quickstart("model.path=./model", "data.path=./data", *changes)
 
 
 FAULTS = [
-    (["rewards.functions=[{name: exact_math}]"], ["'exact_math' is not known", "'exact_match'"]),
-    (["rewards.functions=[{name: user_rewards:zer}]"], ["user_rewards has no 'zer'", "'zero'"]),
+    (["rewards.functions={exact_math: 1}"], ["'exact_math' is not known", "'exact_match'"]),
+    (["rewards.functions={user_rewards:zer: 1}"], ["user_rewards has no 'zer'", "'zero'"]),
     (["data.path=./dat"], ["data.path = ./dat", "no such file"]),
     (["data.path=./data?split=dev"], ["no split 'dev'"]),
     (["data.max_prompt_tokens=5"], ["rows are bad", "data.max_prompt_tokens is 5"]),
@@ -108,7 +108,7 @@ FAULTS = [
     (["run.dir=."], ["holds other things than a run"]),
     (["actors.count=2000"], ["this machine has", "actors.count = 2000", "GiB before any model is loaded"]),
     (["learner.ranks=9000"], ["learner.ranks = 9000"]),
-    (["actors.kv_cache_gib=5000"], ["actors.kv_cache_gib = 5000"]),
+    (["actors.engine_memory=5000"], ["actors.engine_memory = 5000"]),
     (
         ["buffer.max_staleness=0", "weights.publish_every=3"],
         ["at step 1 every group is too old", "at step 3 only"],
@@ -121,6 +121,19 @@ def message_of(function: Any, config: Config) -> str:
         function(config)
     assert len(str(caught.value).splitlines()) <= 8
     return str(caught.value)
+
+
+def test_what_wandb_would_not_understand_is_refused_before_a_model_is_made(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of("model.path=./made", "model.make=recipes.arithmetic:make_base")
+    for name, word in (("WANDB_MODE", "off"), ("WANDB_PROJECT", "my/project")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, word)
+            message = message_of(prepare, config)
+            assert f"{name} = {word!r}" in message
+            assert message_of(lambda config: list(dry_run(config)), config) == message
+    assert not (here / "made").exists()
 
 
 def test_a_start_and_a_dry_run_find_the_same_and_leave_nothing(here: Path) -> None:
@@ -136,7 +149,7 @@ def test_a_start_and_a_dry_run_find_the_same_and_leave_nothing(here: Path) -> No
 
 def test_a_dry_run_tells_what_it_read_and_prints_a_config_that_can_be_given_back(here: Path) -> None:
     before = sorted(here.rglob("*"))
-    config = config_of("rewards.functions=[{name: user_rewards:zero}]", "learner.lr=1e-5", "run.name=0600")
+    config = config_of("rewards.functions={user_rewards:zero: 1}", "learner.lr=1e-5", "run.name=0600")
     printed, *checks = list(dry_run(config))
     assert parse_text(printed.partition("\nplacement\n")[0], "what was printed") == config
     text = "\n".join(checks)

@@ -226,7 +226,7 @@ def test_free_space_is_looked_at_before_anything_is_written(
     events: list[str] = []
     writers = save(tmp_path, 1, world_size=1, on_event=events.append)
     assert "8 are free" in events[0]
-    assert "Lower checkpoint.keep" in events[0]
+    assert "2 checkpoints are kept beside the one that is written. Make room there." in events[0]
     assert writers[0].metrics()["checkpoint/failed"] == 1
     assert not list((tmp_path / "checkpoints").iterdir())
 

@@ -75,7 +75,9 @@ def test_a_run_killed_in_every_part_of_a_step_equals_the_uninterrupted_one_bit_f
 def test_a_run_publishes_first_and_keeps_the_batches_since_its_oldest_checkpoint(straight: Run) -> None:
     published, watermarks = straight.notes("published"), straight.notes("watermark")
     assert published == [0, 2, 4, 6, 8, 10, 12]
-    assert watermarks == [3] * 4  # keep = 10: step 3 is what it would go on from if all others were damaged.
+    assert (
+        watermarks == [3] * 4
+    )  # 10 are kept: step 3 is what it would go on from if all others were damaged.
     state = straight.checkpoint(6).state
     assert state["progress"]["step"] == 6
     assert state["adam_steps"] == 6

@@ -329,7 +329,7 @@ def test_a_process_that_does_not_train_gets_a_config_that_brings_no_torch():
         {
             "model": {"path": "m"},
             "data": {"path": "d"},
-            "rewards": {"functions": [{"name": "exact_match"}]},
+            "rewards": {"functions": {"exact_match": 1.0}},
             "objective": {"name": "gspo"},
         }
     )

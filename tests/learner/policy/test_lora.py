@@ -193,7 +193,7 @@ def test_a_killed_and_resumed_run_is_exact_its_checkpoints_are_small_and_its_exp
 ) -> None:
     tree = lora_config(tiny_models["untied"], moving=True, ranks=2, schedule=(2, "constant")).model_dump()
     tree["run"] = {"steps": 6, "deterministic": True, "timeout_s": 120.0, "seed": SEED}
-    tree["checkpoint"] = {"every": 3, "keep": 10}
+    tree["checkpoint"] = {"every": 3}
     straight, killed = (Run(tmp_path / name, parse_config(tree)) for name in ("straight", "killed"))
     straight.start()
     straight.finish()
@@ -231,7 +231,7 @@ def test_the_whole_system_trains_adapters_and_exports_merged_ones(
     the same whole model.
     """
     # Of the right answer a random model has no signal.
-    reward = "rewards.functions=[{name: tests.support.reward_functions:length}]"
+    reward = "rewards.functions={tests.support.reward_functions:length: 1}"
     more = (
         "learner.lora_rank=4",
         "learner.lr=0.01",

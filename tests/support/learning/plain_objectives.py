@@ -116,7 +116,7 @@ def refused(name, **knobs):
             {
                 "model": {"path": "m"},
                 "data": {"path": "d"},
-                "rewards": {"functions": [{"name": "exact_match"}]},
+                "rewards": {"functions": {"exact_match": 1.0}},
                 "objective": {"name": name, **knobs},
             }
         )

@@ -26,7 +26,7 @@ def run_config(model_dir: Path, *, dtype: str = "float32", ranks: int = 2, steps
     ).model_dump()
     tree["model"]["dtype"] = dtype
     tree["run"] = {"steps": steps, "deterministic": True, "timeout_s": 120.0}
-    tree["checkpoint"] = {"every": 3, "keep": 10}
+    tree["checkpoint"] = {"every": 3}
     return parse_config(tree)
 
 

@@ -65,7 +65,7 @@ def snapshot(model_dir: Path, version: int) -> tuple[list[tuple[str, torch.Tenso
 def main(model_dir: Path, out: Path) -> None:
     from vllm.config.lora import MaxLoRARanks
 
-    config = ActorsConfig(slots=SLOTS, max_new_tokens=16, kv_cache_gib=1 / 64)
+    config = ActorsConfig(slots=SLOTS, max_new_tokens=16, engine_memory=1 / 64)
     engine = Engine(ModelConfig(path=str(model_dir)), config, max_model_len=48, version=-1, adapters=ADAPTERS)
     (layers,) = engine._engine.apply_model(lambda model: set(model.lora_manager.modules))
     report = Report({}, 0, {}, -1, get_args(MaxLoRARanks), layers)

@@ -163,9 +163,11 @@ def train(directory: Path, resume_from: str | None, rank: int) -> None:
     from core.monitor_client import MONITOR, MonitorClient
     from core.weights.board import BOARD, BoardClient
     from learner.catalogue import parse_config
+    from learner.checkpoints import writer
     from learner.worker import LearnerRank
     from tests.support.scenarios.zero_scenario import meet
 
+    writer.KEPT_CHECKPOINTS = 10  # Those of a whole run are there to be looked at.
     ray.put = lambda value: value  # type: ignore[assignment, misc]  # No cluster is needed to train.
     config = parse_config(json.loads((directory / "config.json").read_text()))
     learner = LearnerRank(rank, config, pad_id=0)

@@ -91,7 +91,7 @@ class Scenario:
     """Submits to one engine and keeps what comes back, by phase."""
 
     def __init__(self, model_dir: Path) -> None:
-        self.config = ActorsConfig(slots=SLOTS, max_new_tokens=MAX_NEW_TOKENS, kv_cache_gib=1 / 64)
+        self.config = ActorsConfig(slots=SLOTS, max_new_tokens=MAX_NEW_TOKENS, engine_memory=1 / 64)
         self.model_dir = model_dir
         self.engine = Engine(
             ModelConfig(path=str(model_dir)), self.config, max_model_len=MANY_TOKENS + MAX_NEW_TOKENS

@@ -57,7 +57,7 @@ def main(root: Path, names: list[str]) -> None:
 def actors_config() -> Any:
     from core.config import ActorsConfig
 
-    return ActorsConfig(slots=8, max_new_tokens=NEW_TOKENS, kv_cache_gib=1 / 16, num_cpus=1)
+    return ActorsConfig(slots=8, max_new_tokens=NEW_TOKENS, engine_memory=1 / 16, num_cpus=1)
 
 
 def engine_on(path: Path) -> Any:

@@ -29,7 +29,7 @@ class Rig:
         from tests.support.in_process import Answer
 
         self.model_dir = model_dir
-        config = ActorsConfig(slots=8, max_new_tokens=12, kv_cache_gib=1 / 64)
+        config = ActorsConfig(slots=8, max_new_tokens=12, engine_memory=1 / 64)
         self.engine = Engine(ModelConfig(path=str(model_dir)), config, max_model_len=64, transport=road)
         self.told: list[str] = []
         self.confirmed: list[int] = []
