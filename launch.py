@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     of = root.add_subparsers(dest="command", required=True, metavar="command")
     train = of.add_parser("train", help="train a policy")
     train.add_argument("config")
-    train.add_argument("overrides", nargs="*", metavar="section.key=value")
+    train.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     train.add_argument(
         "--dry-run",
         action="store_true",
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=commands.chat)
     evaluate = of.add_parser("evaluate", help="solve rate of a trained policy")
     evaluate.add_argument("dir")
-    evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
+    evaluate.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     evaluate.set_defaults(run=commands.evaluate)
     report = of.add_parser("report", help="write report.html again")
     report.add_argument("run_dir")

@@ -148,8 +148,8 @@ def sample(
 
 
 class LagRun:
-    """One run of `config` (its learner and objective sections are the method) on `task`, at a lag of `lag` learner
-    steps.
+    """One run of `config` (its learner and objective sections are the method) on `task`, at a lag of `lag`
+    learner steps.
 
     `engine_noise`: standard deviation, nats a token, of noise on the behaviour log-probs. `fresh_groups`: so
     many groups of each batch are of the current policy, whatever the lag of the others. Raises ConfigError

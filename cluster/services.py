@@ -68,7 +68,12 @@ class Services:
         shown = inputs.config.model_dump(mode="json")
         monitor_class = remote(Monitor, self.log_of("monitor")).options(name=name, **here, **again)
         monitor = monitor_class.remote(
-            config, self._run_dir, began_at_s=time.time(), shown=shown, wandb=inputs.wandb_mode
+            config,
+            self._run_dir,
+            began_at_s=time.time(),
+            shown=shown,
+            wandb=inputs.wandb_mode,
+            project=inputs.wandb_project,
         )
         self.monitor = MonitorClient(monitor, MONITOR)
         self.calls = Calls(config.run.timeout_s, self.monitor.event)

@@ -20,8 +20,8 @@ OTHERS = "further warnings are in its log only"
 
 class OwnWarnings(logging.Handler):
     """Counts warnings of the rooms' loggers and errors of everybody's until they are taken. Safe from any
-    thread. `warnings = OwnWarnings()` at the start of a process, `monitor.warn(name, warnings.take())` now and
-    again.
+    thread. `warnings = OwnWarnings()` at the start of a process, `monitor.warn(name, warnings.take())` now
+    and again.
     """
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, WandbWriter, wandb_project
+from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, WandbWriter
 from core.config import Config
 from core.json_lines import JsonLines, Redactor, StepLines, finite, finite_tree, last_json_lines, replace_json
 from core.metrics import METRICS, shows_samples
@@ -59,9 +59,10 @@ class Monitor:
         began_at_s: float | None = None,
         shown: Mapping[str, Any] | None = None,
         wandb: WandbMode = "disabled",
+        project: str = DEFAULT_PROJECT,
     ) -> None:
-        """`run_dir` is made if missing. `clock` gives seconds. `wandb` is what the driver's environment says
-        (`wandb_mode`): the one here may say something else.
+        """`run_dir` is made if missing. `clock` gives seconds. `wandb` and `project` are what the driver's
+        environment says (`wandb_mode`, `project_of`): the one here may say something else.
 
         `began_at_s` (since 1970) is when this start of the run began: a monitor that is started again within
         it takes up its times, and the row that it held back. `shown` is what W&B shows as the run's config,
@@ -100,7 +101,7 @@ class Monitor:
         public_config = json.loads(self._redact(json.dumps(shown or config.model_dump(mode="json"))))
         self._wandb = WandbWriter(
             config.run.name,
-            DEFAULT_PROJECT if wandb == "disabled" else wandb_project(),
+            project,
             public_config,
             self._run_dir,
             wandb,

@@ -46,6 +46,7 @@ SAMPLE_COLUMNS = (
     "answer",
 )
 _INIT_TIMEOUT_S = 60.0
+PROJECT_FILE = "wandb_project"
 DEFAULT_PROJECT = "agro"
 MAX_PROJECT_CHARS = 128
 BAD_IN_PROJECT = "/\\#?%:"
@@ -99,6 +100,17 @@ def wandb_project() -> str:
             f"{' '.join(BAD_IN_PROJECT)}. Choose another name."
         )
     return project
+
+
+def project_of(run_dir: Path) -> str:
+    """Returns the W&B project of a run: that in which it began, else the one of the environment.
+
+    A run id is of one project: a continued run that named another would be a second run. Raises ConfigError
+    as `wandb_project` does.
+    """
+    path = run_dir / PROJECT_FILE
+    stored = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    return stored or wandb_project()
 
 
 def _has_api_key() -> bool:
@@ -342,6 +354,7 @@ class WandbWriter:
             return stored
         run_id = secrets.token_hex(4)
         path.write_text(run_id + "\n", encoding="utf-8")
+        (self._run_dir / PROJECT_FILE).write_text(self._project + "\n", encoding="utf-8")
         return run_id
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from actors.offline import load_offline
 from actors.prompts import PromptSet, load_prompts
 from actors.sources import TRAIN_SPLIT, Source, report_bad_rows, split_of
-from cluster.monitor.wandb_writer import WandbMode, wandb_mode, wandb_project
+from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, project_of, wandb_mode, wandb_project
 from cluster.preparation.model_checks import check_model, lora_notes
 from cluster.preparation.model_limits import check_length, check_token_ids
 from cluster.preparation.model_weights import check_weights
@@ -65,6 +65,7 @@ class Inputs(Checked):
 
     run_dir: Path
     is_continued: bool = False
+    wandb_project: str = DEFAULT_PROJECT
 
 
 def prepare(config: Config) -> Inputs:
@@ -77,7 +78,10 @@ def prepare(config: Config) -> Inputs:
     checked = check_inputs(ensure_model(config))
     run_dir = open_run_dir(checked.config)
     known = {**vars(checked), "notes": (*checked.notes, *run_dir.notes)}
-    return Inputs(**known, run_dir=run_dir.path, is_continued=run_dir.is_continued)
+    project = DEFAULT_PROJECT
+    if checked.wandb_mode != "disabled":
+        project = project_of(run_dir.path)
+    return Inputs(**known, run_dir=run_dir.path, is_continued=run_dir.is_continued, wandb_project=project)
 
 
 def check_start(config: Config) -> str:

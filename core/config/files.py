@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from core.config import DEFAULT_OBJECTIVE, Config, ObjectiveConfig
 from core.config import text as config_text
+from core.config.other_names import INSTEAD
 from core.config.section import PROSE, shown
 from core.errors import ConfigError
 
@@ -33,6 +34,7 @@ _EXPECTED = {  # By pydantic's type of problem; its own message where none is he
     "string_too_short": "expected text that is not empty",
     "bool_type": "expected true or false",
     "int_type": "expected a whole number",
+    "float_type": "expected a number",
 }
 
 
@@ -141,9 +143,11 @@ class ConfigFiles:
         return f"{where} = {shown(problem['input'])}: {expected}"
 
     def _nearest(self, location: tuple[Any, ...], tree: Mapping[str, Any]) -> str:
-        """What may be meant by a key that is not known: one of this name in another objective, one spelt
-        alike here, or one of this name in another section.
+        """What may be meant by a key that is not known: one that has another name here, one of this name in
+        another objective, one spelt alike here, or one of this name in another section.
         """
+        if instead := INSTEAD.get(".".join(map(str, location))):
+            return f"; {instead}"
         key, section = str(location[-1]), str(location[0])
         valid = [*Config.model_fields]
         if len(location) > 1:
@@ -194,7 +198,7 @@ def read_tree(path: Path) -> dict[str, Any]:
     except config_text.TextError as error:
         raise ConfigError(f"{path}: {error}.") from None
     if not isinstance(tree, dict):
-        found = "nothing" if tree is None else f"a {type(tree).__name__}"
+        found = {type(None): "nothing", str: "text", list: "a list"}.get(type(tree), "one value")
         raise ConfigError(
             f"{path} holds {found}, expected sections such as `model:` and `data:`; see "
             "configs/quickstart.yaml."

@@ -12,8 +12,8 @@ J,
 
 because E U s_i = (k/n) E f s_1 for each of n samples, while U_{-i} does not depend on y_i: a baseline. k = 1
 is the reward minus the leave-one-out mean. For n > k the A_i have mean zero under ANY behaviour policy, which
-is what off-policy centring needs (docs/objectives.md). For n = k nothing of size k is left without i; U_{-i} is then
-f of the k - 1 others: still unbiased on samples of pi, not centred elsewhere.
+is what off-policy centring needs (docs/objectives.md). For n = k nothing of size k is left without i; U_{-i}
+is then f of the k - 1 others: still unbiased on samples of pi, not centred elsewhere.
 """
 
 from __future__ import annotations

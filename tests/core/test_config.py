@@ -210,7 +210,10 @@ BAD_OVERRIDES = [
     ),
     ("data.path=null", ["data.path is missing", "data.offline"]),
     ("actors.count=0", ["actors.count = 0", "data.offline alone"]),
-    ("data.offline_share=0.5", ["data.offline_share is not a known key", "did you mean 'offline'"]),
+    (
+        "data.offline_share=0.5",
+        ["data.offline_share is not a known key", "write data.offline: LOG?share=0.5"],
+    ),
     (
         "data.offline=x.jsonl?share=0.5 data.path=null",
         ["data.offline = x.jsonl?share=0.5", "set data.path"],
@@ -265,7 +268,7 @@ BAD_FILES = [
     ("", ["nothing", "expected sections", "quickstart.yaml"]),
     ("# only a comment\n", ["nothing", "expected sections"]),
     ("- a\n- b\n", ["a list", "expected sections"]),
-    ("hello", ["a str", "expected sections"]),
+    ("hello", ["holds text", "expected sections"]),
     ("model: {path: x", ["not YAML"]),
     ("model:\n\tpath: x\n", ["not YAML"]),
     ("model: !!timestamp noon\n", ["line 1, column 8", "is a tag"]),

@@ -17,7 +17,7 @@ import wandb
 
 from cluster.monitor import monitor as monitor_module
 from cluster.monitor.monitor import Monitor
-from cluster.monitor.wandb_writer import wandb_mode, wandb_project
+from cluster.monitor.wandb_writer import WandbWriter, project_of, wandb_mode, wandb_project
 from core import json_lines
 from core.errors import ConfigError
 from core.json_lines import JsonLines, Redactor, StepLines, last_json_lines, read_json_lines
@@ -403,6 +403,15 @@ def test_wandb_gets_known_values_only_and_the_same_rows_as_the_file(
         {name: value for name, value in row.items() if value is not None} for row in rows_of(tmp_path)
     ]
     assert run.summary == {"final_solve_rate": 0.5}
+
+
+def test_a_continued_run_goes_on_in_the_project_in_which_it_began(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_PROJECT", "first")
+    assert project_of(tmp_path) == "first"
+    writer = WandbWriter("name", "first", {}, tmp_path, "offline")
+    run_id = writer._run_id()
+    monkeypatch.setenv("WANDB_PROJECT", "second")
+    assert (writer._run_id(), project_of(tmp_path)) == (run_id, "first")
 
 
 @pytest.mark.parametrize("name", ["my/project", "50%", "x" * 129])
