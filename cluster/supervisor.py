@@ -228,6 +228,8 @@ class Supervisor:
         self._refuse_if_ray_is_gone()
         self._poll()
         self._tick(time.monotonic())
+        self._scaling.obey(self._state)
+        self._write_status()  # An answer to another shell is told with what it changed, before that is over.
         self._judge()
         if terminal is not None:
             self._show(terminal)
@@ -245,20 +247,22 @@ class Supervisor:
             self._deaths.step = step_of(self._services.view.value)
 
     def _tick(self, now_s: float) -> None:
-        """Does what is due by the clock: placing, pings, time limits, the status, old logs."""
+        """Does what is due by the clock: placing, pings, time limits, old logs."""
         self._fleet.tick(now_s)
         if self._learner is not None:
             self._learner.tick(now_s)
-        gauges = self._gauges()
-        if gauges is not None and self._control.is_due():
-            self._control.write(self._status(*gauges))
         if now_s > self._forget_logs_s:
             self._forget_logs_s = now_s + FORGET_LOGS_S
             forget_old_logs(self._inputs.run_dir)
 
+    def _write_status(self) -> None:
+        """Writes status.json when that is due, once there is something to write."""
+        gauges = self._gauges()
+        if gauges is not None and self._control.is_due():
+            self._control.write(self._status(*gauges))
+
     def _judge(self) -> None:
-        """Obeys other shells, and decides on what is known; raises what ends the run."""
-        self._scaling.obey(self._state)
+        """Decides on what is known; raises what ends the run."""
         gauges = self._gauges()
         if gauges is None:
             return
