@@ -408,7 +408,7 @@ def test_wandb_gets_known_values_only_and_the_same_rows_as_the_file(
 def test_a_continued_run_goes_on_in_the_project_in_which_it_began(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_PROJECT", "first")
     assert project_of(tmp_path) == "first"
-    writer = WandbWriter("name", "first", {}, tmp_path, "offline")
+    writer = WandbWriter("name", "first", {}, tmp_path, "disabled")
     run_id = writer._run_id()
     monkeypatch.setenv("WANDB_PROJECT", "second")
     assert (writer._run_id(), project_of(tmp_path)) == (run_id, "first")
