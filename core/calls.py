@@ -288,7 +288,7 @@ class Calls:
             future,
             call.who,
             within_s,
-            late=f"{call.who} did not answer{self._within(within_s, '' if timeout_s else ' (run.timeout_s)')}",
+            late=f"{call.who} did not answer{self._within(within_s)}",
             on_dropped=functools.partial(self.watch, future, call.who, f"`{call.method}`"),
         )
 
@@ -327,12 +327,11 @@ class Calls:
         except TimeoutError:
             if not limit.expired():  # The call itself raised it.
                 raise
-            late = self._within(self._timeout_s, " (run.timeout_s)")
-            raise PeerTimeout(f"{call.who} did not answer{late}") from None
+            raise PeerTimeout(f"{call.who} did not answer{self._within(self._timeout_s)}") from None
 
-    def _within(self, timeout_s: float, source: str) -> str:
+    def _within(self, timeout_s: float) -> str:
         whom = f" {self._name}" if self._name else ""
-        return f"{whom} within {timeout_s:.0f} s{source}"
+        return f"{whom} within {timeout_s:.0f} s (run.timeout_s)"
 
     def in_background(self, work: Callable[[], T], who: str, timeout_s: float = math.inf) -> Pending[T]:
         """Begins work of this process that takes seconds and belongs to nobody's loop, such as hashing.
