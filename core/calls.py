@@ -218,7 +218,7 @@ class Pending(Generic[T]):
             raise self._given_up() from None
 
     def __await__(self) -> Generator[Any, None, T]:
-        """As `wait`, on the event loop of whoever awaits it."""
+        """Waits as `wait` does, on the event loop of whoever awaits it."""
         return self._awaited().__await__()
 
     def give_up(self) -> None:

@@ -123,7 +123,7 @@ def _quoted(title: str, lines: Sequence[str], indent: str = "") -> list[str]:
 
 
 def _sentence(text: str) -> str:
-    """With its full stop; only the first line, since last words are shown below it."""
+    """Returns the first line with its full stop; last words are shown below it."""
     first = text.strip().partition("\n")[0]
     return first if first.endswith((".", "?", "!")) else f"{first}."
 

@@ -322,8 +322,8 @@ def _mean(values: Sequence[float]) -> float | None:
 def _downsampled(
     x: Sequence[float], y: Sequence[float | None], worst: bool
 ) -> tuple[list[float], list[float | None]]:
-    """At most MAX_POINTS buckets: the mean of each, or its maximum where the `worst` is what counts; x
-    is the bucket's last.
+    """Returns at most MAX_POINTS points, one a bucket: its last x, and its mean, or its maximum where the
+    `worst` is what counts.
     """
     size = max(1, math.ceil(len(x) / MAX_POINTS))
     out_x, out_y = [], []

@@ -214,7 +214,7 @@ def _scalars(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
 
 
 def _scalar(node: yaml.ScalarNode) -> Any:
-    """By YAML 1.2's core schema; what stands in quotes or in a block is text."""
+    """Returns the value by YAML 1.2's core schema; what stands in quotes or in a block is text."""
     text = str(node.value)
     if node.style is not None:
         return text

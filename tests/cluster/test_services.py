@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from buffer.store import DiskFullError
+from cluster.deaths import SHARD
 from cluster.services import Services
 from core.calls import Pending
 from core.errors import TrainingError
@@ -40,3 +43,20 @@ def test_leases_that_a_full_disk_kept_are_told(monkeypatch: pytest.MonkeyPatch) 
     services._poll_orders()
     assert services._owed == []
     assert told == ["the buffer could not take leases back; they will run out: no space"]
+
+
+def test_a_shard_that_came_back_again_is_told_with_its_number_and_what_it_recovered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(Services, "event", lambda self, text: told.append(text))
+    services = object.__new__(Services)
+    services.stats = SimpleNamespace(value={"buffer/groups": 9.0})  # type: ignore[assignment]
+    services._deaths = SimpleNamespace(note=lambda *_, **__: "killed", total=lambda kind: 2)  # type: ignore[assignment]
+    place = SimpleNamespace(poll=lambda: True, value=SimpleNamespace(pid=2, host="here"))
+    life: Any = SimpleNamespace(
+        name="buffer-0", kind=SHARD, place=place, known=SimpleNamespace(pid=1, host="here")
+    )
+    assert services._is_another(life)
+    assert told == ["replay buffer restarted (2nd time), 9 groups recovered: killed"]
+    assert not services._is_another(life)
