@@ -302,7 +302,7 @@ class OfflineActor(Heartbeat):
         *,
         scores_all: bool = False,
     ) -> None:
-        """Takes its peers; `scores_all` scores what has a reward too, since a vote needs the answers of all."""
+        """Takes its peers; `scores_all` scores what has a reward too: a vote needs the answers of all."""
         self._name, self._config, self._prompts = name, config, prompts
         self._buffer, self._board, self._monitor = buffer, board, monitor
         self._rewards = RewardPool(config.rewards)
