@@ -20,7 +20,7 @@ Where it returns None or fails, the completion votes for its own text.
     signature     decides how a function is called
     check         asks, before anything starts, whether the functions can score the data
     scoring       scores one group and checks every value (pure)
-    pool          scores groups in processes that can be killed (worker, memory)
+    pool          scores groups in processes that can be killed (worker)
     exact_match   the built-in function that compares texts
     math          the built-in function that compares mathematics
     golds         says what a gold answer may be

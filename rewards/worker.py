@@ -12,22 +12,19 @@ Worker                                                          serve
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import pickle
-import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 from multiprocessing.connection import Connection
 
 import msgspec
 
+from core import children
 from core.errors import RewardError
-from rewards.memory import family, used_bytes
 from rewards.registry import BUILTINS, MESSAGES, WeightedReward, load_reward, needed_columns
 from rewards.scoring import Scored, score_group
 from rewards.signature import takes_messages
@@ -35,7 +32,6 @@ from rewards.signature import takes_messages
 STARTUP_LIMIT_S = 60.0
 LOOK_EVERY_S = 0.1
 FAMILY_EVERY_S = 0.5  # Finding descendants reads all of /proc.
-_PR_SET_PDEATHSIG = 1
 
 
 class FunctionSpec(msgspec.Struct, frozen=True):
@@ -87,24 +83,11 @@ class Worker:
             if self._process is not None and self._process.poll() is None:
                 return
         self.reap()
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            # The child imports what its parent would (Ray and pytest extend sys.path), but not the main
-            # module.
-            code = (
-                f"import sys; sys.path[:] = {sys.path!r}; "
-                f"from rewards.worker import serve; serve({theirs.fileno()}, {os.getpid()})"
-            )
-            with self._lock:
-                if self._closed:
-                    raise EOFError
-                options = ["-B"] if sys.dont_write_bytecode else []
-                self._process = subprocess.Popen(
-                    [sys.executable, *options, "-c", code],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
+        with self._lock:
+            if self._closed:
+                raise EOFError
+            self._process, ours = children.start("rewards.worker:serve")
+        with ours:
             # A process stopped in the middle of a message must not block us either. (0, 0) would mean no
             # limit.
             seconds, microseconds = divmod(max(1, round(self._timeout_s * 1e6)), 1_000_000)
@@ -164,11 +147,11 @@ class Worker:
             if now_s >= deadline_s:
                 return False
             if now_s - found_s >= FAMILY_EVERY_S:
-                pids, found_s = family(self._process.pid), now_s
-            used = used_bytes(pids, self._memory_bytes)
+                pids, found_s = children.family(self._process.pid), now_s
+            used = children.used_bytes(pids, self._memory_bytes)
             if used > self._memory_bytes:
                 raise MemoryExceeded(
-                    f"the worker used {used / 2**30:.2g} GiB of memory with its children, more than "
+                    f"the worker used {children.shown_gib(used)} GiB of memory with its children, more than "
                     f"rewards.memory_gib = {self._memory_bytes / 2**30:g}"
                 )
         return True
@@ -183,9 +166,9 @@ class Worker:
         if self._process is None:
             return None
         process, self._process = self._process, None
-        _kill(process)
+        children.kill(process)
         try:
-            return _describe_exit(process.wait(timeout=1.0))
+            return children.describe_exit(process.wait(timeout=1.0))
         except subprocess.TimeoutExpired:  # stuck in the kernel; it dies when it comes back
             return f"process {process.pid} does not react to SIGKILL"
 
@@ -196,25 +179,7 @@ class Worker:
         with self._lock:
             self._closed = True
             if self._process is not None:
-                _kill(self._process)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Sends SIGKILL to the process and all it started. SIGTERM would wait for the next bytecode, which
-    `9**9**9**9` never reaches.
-    """
-    if process.returncode is None:  # not reaped yet, so the group id is still its own
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def _describe_exit(returncode: int) -> str:
-    if returncode >= 0:
-        return f"it exited with code {returncode}"
-    with contextlib.suppress(ValueError):
-        name = signal.Signals(-returncode).name
-        return f"{name} (out of memory?)" if name == "SIGKILL" else name
-    return f"signal {-returncode}"
+                children.kill(self._process)
 
 
 # --- The process ---
@@ -224,9 +189,7 @@ def serve(fd: int, parent_pid: int) -> None:
     """Lives the worker process: loads the functions named on socket `fd`, then scores groups until the socket
     closes.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before prctl took effect
-        return
+    children.die_with(parent_pid)
     os.set_inheritable(fd, False)
     # The socket ends when the actor is gone, perhaps in the middle of a message.
     with contextlib.suppress(EOFError, OSError):

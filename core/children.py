@@ -1,0 +1,123 @@
+"""Child processes that run users' code: started fresh, watched, and killed with all they started.
+
+    start(code) --> Child: a new interpreter in a session of its own, and a socket to it
+    family, used_bytes     its descendants, and the memory that they use together
+    kill, describe_exit    the end of it, and how it came
+
+Children are fresh interpreters, never forks (the parent runs vLLM's threads), and do not import the parent's
+main module, which in an actor would be Ray. They end with the thread that started them. A child is a process
+with limits, not a sandbox.
+
+Memory is what was touched and is theirs, not what they have reserved: a reservation costs nothing and is
+large (node, WebAssembly, CUDA and a mapped file take tens of GiB of address space). Pages of mapped files are
+not counted either, since the kernel takes them back when it needs them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+_OWN_PAGES = re.compile(r"^(?:RssAnon|RssShmem):\s+(\d+) kB", re.MULTILINE)
+_SHARED_OUT = re.compile(r"^(?:Pss_Anon|Pss_Shmem):\s+(\d+) kB", re.MULTILINE)
+
+
+class Child(NamedTuple):
+    """A process that was started, and the parent's end of the socket to it."""
+
+    process: subprocess.Popen[bytes]
+    socket: socket.socket
+
+
+def start(function: str) -> Child:
+    """Starts a new interpreter that calls `function`, "module:name", with the number of its socket and the
+    parent's process id; the first thing that does is `die_with(parent_pid)`.
+
+    Raises OSError when there is no process to be had.
+    """
+    ours, theirs = socket.socketpair()
+    module, _, name = function.partition(":")
+    with theirs:
+        # The child imports what its parent would (Ray and pytest extend sys.path), but not the main module.
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            f"from {module} import {name}; {name}({theirs.fileno()}, {os.getpid()})"
+        )
+        options = ["-B"] if sys.dont_write_bytecode else []
+        try:
+            process = subprocess.Popen(
+                [sys.executable, *options, "-c", code],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except BaseException:
+            ours.close()
+            raise
+    return Child(process, ours)
+
+
+def die_with(parent_pid: int) -> None:
+    """Lets the kernel end this process with the thread that started it; leaves at once where that is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # It died before prctl took effect.
+        os._exit(0)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Sends SIGKILL to the process and all of its session. SIGTERM would wait for the next bytecode, which
+    `9**9**9**9` never reaches.
+    """
+    if process.returncode is None:  # Not reaped yet, so the group id is still its own.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def describe_exit(returncode: int) -> str:
+    """Returns how a process ended, in words: "SIGKILL (out of memory?)", "it exited with code 3"."""
+    if returncode >= 0:
+        return f"it exited with code {returncode}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-returncode).name
+        return f"{name} (out of memory?)" if name == "SIGKILL" else name
+    return f"signal {-returncode}"
+
+
+def family(pid: int) -> list[int]:
+    """Returns the ids of the process and of its descendants; none when the process is gone."""
+    with contextlib.suppress(psutil.Error):
+        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    return []
+
+
+def used_bytes(pids: Iterable[int], limit_bytes: int) -> int:
+    """Returns the bytes that the processes use. Memory that several share counts once where the plain sum
+    exceeds `limit_bytes`.
+    """
+    pids = list(pids)
+    used = sum(_bytes_in(f"/proc/{pid}/status", _OWN_PAGES) for pid in pids)
+    if used <= limit_bytes or len(pids) < 2:
+        return used
+    return sum(_bytes_in(f"/proc/{pid}/smaps_rollup", _SHARED_OUT) for pid in pids)  # Exact, and slow.
+
+
+def shown_gib(num_bytes: int) -> str:
+    """Returns GiB with three places, rounded up: what is more than a limit never looks like it."""
+    return f"{-(-num_bytes * 1000 // 2**30) / 1000:.3f}"
+
+
+def _bytes_in(path: str, pattern: re.Pattern[str]) -> int:
+    with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
+        return 1024 * sum(int(kilobytes) for kilobytes in pattern.findall(file.read()))
+    return 0
