@@ -16,9 +16,11 @@ from pydantic import Field, SerializeAsAny
 from core.config import checks as config_checks
 from core.config.actors import ActorsConfig
 from core.config.buffer import BufferConfig
+from core.config.data import DataConfig as DataConfig
+from core.config.evaluation import EvalConfig as EvalConfig
+from core.config.rewards import RewardsConfig as RewardsConfig
 from core.config.section import MAX_NUMBER, MAX_PROCESSES, MAX_TIMEOUT_S, MAX_TOKENS, Section, shown
 from core.staleness import StalenessBound
-from core.text import option_of
 
 DEFAULT_OBJECTIVE = "agro"
 """What a file that names no objective trains with."""
@@ -26,8 +28,6 @@ CPU_BUCKET_BYTES, GPU_BUCKET_BYTES = 64 * 2**20, 512 * 2**20
 """Weights are gathered and published in pieces that bound the memory it takes; from a GPU small ones cost
 time.
 """
-MAX_SAMPLES = 65_536
-"""Of one prompt."""
 LORA_ALPHA = 32
 """The scale of adapters is this by their rank, so that the same learning rate fits any rank; another scale is
 another learner.lr.
@@ -84,105 +84,6 @@ class ModelConfig(Section):
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Off unless you read it."
-    )
-
-
-class DataConfig(Section):
-    """Prompts: local jsonl or parquet (file or directory) or a hub id, read by `datasets`."""
-
-    path: str | None = Field(
-        None,
-        min_length=1,
-        description="Training prompts: a jsonl/parquet file, a directory with `<split>.jsonl`/`.parquet`, a "
-        "hub id (`id:subset`), or "
-        "`reasoning_gym:FAMILY?size=1000` (generated on the spot). `PATH?split=validation` takes another split than "
-        "`train`. Needed unless all samples come from `offline`.",
-    )
-    eval_path: str | None = Field(
-        None,
-        min_length=1,
-        description="Held-out prompts, like `path`, of which the split is `test` unless `?split=` says otherwise; None: those "
-        "of the same `path`.",
-    )
-    eval_rows: int = Field(
-        128, ge=0, description="Held-out rows evaluated, the first so many; 0 switches evaluation off."
-    )
-    chat_template: bool = Field(
-        True, description="Render prompts with the tokenizer's chat template; off: the text as it is."
-    )
-    system_prompt: str | None = Field(
-        None, description="System message put before every prompt (chat template only)."
-    )
-    max_prompt_tokens: int = Field(
-        512, ge=1, le=MAX_TOKENS, description="Longer prompts are bad rows: reported, never cut."
-    )
-    on_bad_row: Literal["stop", "skip"] = Field(
-        "stop", description="`skip` leaves bad rows out and counts them."
-    )
-    offline: str | None = Field(
-        None,
-        min_length=1,
-        description="Generations of anybody to train on: jsonl/parquet with prompt, completion and, if "
-        "given, reward and group. `PATH?share=0.25` takes that share of each group from it and generates the rest; without "
-        "it no sample is generated.",
-    )
-
-    @property
-    def offline_share(self) -> float:
-        """Share of each group that comes from `offline`, above 0; 1: no sample is generated."""
-        _, share = option_of(self.offline or "", "share")
-        return 1.0 if share is None else float(share)
-
-    @property
-    def offline_source(self) -> str | None:
-        """The log that `offline` names, without `?share=...`; None: there is none."""
-        return None if self.offline is None else option_of(self.offline, "share")[0]
-
-    @pydantic.field_validator("offline", mode="after")
-    @classmethod
-    def _share_is_one(cls, value: str | None) -> str | None:
-        source, share = option_of(value or "", "share")
-        try:
-            is_share = share is None or (source != "" and 0 < float(share) <= 1)
-        except ValueError:
-            is_share = False
-        if not is_share:
-            raise ValueError(
-                f"data.offline = {shown(value)}: expected a log and a share above 0 and at most 1, for example log.jsonl?share=0.25"
-            )
-        return value
-
-
-class RewardsConfig(Section):
-    """Reward functions, run in killable worker processes."""
-
-    functions: dict[str, float] = Field(
-        ...,
-        min_length=1,
-        description="Functions and their weights; the reward is the weighted sum. A name is built in (`exact_match`, "
-        "`math_verify`) or `module:function`; `'module:function?messages'` gets prompts and completions as lists of messages, "
-        "as one does whose annotation of `completions` says so, and not as text.",
-    )
-    timeout_s: float = Field(
-        10.0,
-        gt=0,
-        le=MAX_TIMEOUT_S,
-        description="A group not scored within this is killed and marked `error`.",
-    )
-    memory_gib: float = Field(
-        4.0,
-        gt=0,
-        le=65_536,
-        description="Memory that a worker and its children may use, not reserve, GiB; "
-        "beyond it they are killed.",
-    )
-    max_error_fraction: float = Field(
-        0.2, ge=0, le=1, description="The run stops when more than this share of samples fails."
-    )
-    skip_special_tokens: bool = Field(
-        False,
-        description="Leave special tokens, such as `<think>` in some models, out of the text; the end "
-        "token always is.",
     )
 
 
@@ -316,44 +217,6 @@ class CheckpointConfig(Section):
     every: int = Field(
         50, ge=0, description="Learner steps between checkpoints; 0: none, and a run that dies starts again."
     )
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < MAX_NUMBER
-
-
-class EvalConfig(Section):
-    """Held-out evaluation, by the actors, at a named policy version."""
-
-    every: int = Field(
-        50, ge=1, description="Learner steps between evaluations (rounded up to the next publication)."
-    )
-    sampling: tuple[int, float] = Field(
-        (4, 1.0),
-        description="`[completions, temperature]`: completions per held-out prompt, and the temperature they are sampled at; 0: "
-        "greedy, else 0.01 or more. For example `[1, 0]`.",
-    )
-
-    @property
-    def samples(self) -> int:
-        """Completions per held-out prompt."""
-        return self.sampling[0]
-
-    @property
-    def temperature(self) -> float:
-        """Sampling temperature of evaluations; 0: greedy."""
-        return self.sampling[1]
-
-    @pydantic.field_validator("sampling", mode="before")
-    @classmethod
-    def _sampling_is_number_and_temperature(cls, value: Any) -> Any:
-        samples, temperature = value if isinstance(value, tuple) and len(value) == 2 else (None, None)
-        if type(samples) is int and 1 <= samples <= MAX_SAMPLES and _is_number(temperature):
-            return value
-        raise ValueError(
-            f"eval.sampling = {shown(value)}: expected completions per prompt, from 1 to {MAX_SAMPLES}, and their temperature, "
-            "for example [4, 1.0]"
-        )
 
 
 class Config(Section):
