@@ -20,7 +20,7 @@ import concurrent.futures
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ import ray
 
 from actors.engine import Engine
 from actors.engine_settings import Adapters
+from actors.evaluating import Evaluating, eval_sample
 from actors.exchange import RETRY_S, Outbox
 from actors.follower import POLL_S, Follower
 from actors.groups import Generator, Groups, OpenGroup
@@ -43,7 +44,7 @@ from core.calls import Calls, Pending, settle
 from core.config import LORA_ALPHA, Config
 from core.errors import SnapshotError
 from core.monitor_client import MonitorClient
-from core.records import EvalItem, EvalSample, Sample, WorkItem, encode
+from core.records import Sample, WorkItem, encode
 from core.weights.board import BoardClient, ReceiverClient
 from rewards.pool import RewardPool
 from rewards.scoring import Scored
@@ -71,7 +72,7 @@ class RolloutActor(Heartbeat):
         monitor: MonitorClient,
     ) -> None:
         self._name, self._config = name, config
-        self._prompts, self._eval_prompts = prompts, eval_prompts
+        self._prompts = prompts
         self._buffer, self._board, self._monitor = buffer, board, monitor
         self._rewards = RewardPool(config.rewards)
         self._engine = self._make_engine()
@@ -80,11 +81,11 @@ class RolloutActor(Heartbeat):
         self._follower = Follower(name, config, board, self._calls)
         self._receiver = self._make_receiver()
         self._outbox = Outbox(self._calls)
+        self._evaluating = Evaluating(config.eval, eval_prompts, self._groups, board, self._outbox)
         self._work: deque[WorkItem] = deque()
         # Ordinals from their lease to the acknowledgement of what became of them.
         self._holding: set[int] = set()
         self._scoring: list[tuple[OpenGroup, Future[list[Scored]]]] = []
-        self._evaluating = 0
         self._joined: str | None = None  # The board that pushes weights here.
         self._lease: Pending[list[bytes] | None] | None = None
         # What the newest lease was asked with; what the buffer refused.
@@ -163,7 +164,7 @@ class RolloutActor(Heartbeat):
             return "it has no weights yet: its first are a snapshot's, which is checked to be complete"
         if self._follower.retire:
             return "it retires"
-        return "it evaluates" if self._evaluating or not self._follower.give_way() else ""
+        return "it evaluates" if len(self._evaluating) or not self._follower.give_way() else ""
 
     def _own_handle(self) -> Any:
         return ray.get_runtime_context().current_actor
@@ -175,7 +176,7 @@ class RolloutActor(Heartbeat):
         if self._receiver is not None:
             self._join_board()
             self._receiver.poll()
-        self._follower.poll(self._engine.version, is_evaluating=self._evaluating > 0)
+        self._follower.poll(self._engine.version, is_evaluating=len(self._evaluating) > 0)
         if self._follower.retire == "drain" and self._retire_deadline_s == math.inf:
             self._retire_deadline_s = time.monotonic() + RETIRE_LIMIT_S
         update = self._follower.update
@@ -184,17 +185,7 @@ class RolloutActor(Heartbeat):
         ):
             return
         self._follower.update = None
-        for item in update.eval_items:
-            self._evaluating += 1
-            samples: list[Sample | None] = [None] * self._config.eval.samples
-            self._groups.start(
-                OpenGroup(
-                    item,
-                    self._eval_prompts[item.prompt_index],
-                    samples,
-                    temperature=self._config.eval.temperature,
-                )
-            )
+        self._evaluating.start(update.eval_items)
 
     def _join_board(self) -> None:
         """Asks for weights to be pushed: at the start, and of every board that takes the place of another."""
@@ -326,15 +317,13 @@ class RolloutActor(Heartbeat):
             if isinstance(open_group.item, WorkItem):
                 groups.append(group_of(open_group.item, open_group.prompt, samples, self._name))
             else:
-                evaluated.append(_eval_sample(open_group.item, open_group, samples))
+                evaluated.append(eval_sample(open_group.item, open_group, samples))
         if groups:
             self._counters["groups"] += len(groups)
             payloads = [encode(group) for group in groups]
             group_ids = [group.group_id for group in groups]
             self._outbox.deliver(self._buffer.insert(self._name, payloads), group_ids)
-        if evaluated:
-            self._evaluating -= len(evaluated)
-            self._outbox.deliver(self._board.finish(msgspec.msgpack.encode(evaluated)))
+        self._evaluating.deliver(evaluated)
         self._holding.difference_update(self._outbox.poll())
 
     def _take_scored(self) -> list[tuple[OpenGroup, list[Scored]]]:
@@ -391,20 +380,3 @@ class RolloutActor(Heartbeat):
             "insert_retries": float(self._outbox.retries),
             "snapshots_failed": float(self._follower.num_failed),
         }
-
-
-def _eval_sample(item: EvalItem, group: OpenGroup, scored: Sequence[Sample]) -> EvalSample:
-    """Returns the result of an evaluation item; a sample that was dropped has neither text nor reward, but an
-    error.
-    """
-    left = iter(scored)
-    dropped = Sample.one_turn((), (), version_spans=(), finish_reason="length", error=group.reason)
-    samples = [dropped if sample is None else next(left) for sample in group.samples]
-    return EvalSample(
-        item=item,
-        prompt=group.prompt.text,
-        texts=tuple(sample.text for sample in samples),
-        rewards=tuple(sample.reward for sample in samples),
-        errors=tuple(sample.error for sample in samples),
-        version_spans=tuple(sample.version_spans for sample in samples),
-    )
