@@ -99,27 +99,30 @@ def _text(content: Any) -> str:
     return content or ""
 
 
-def render(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, tuple[int, ...] | None] | Bad:
+def render(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+) -> tuple[str, tuple[int, ...] | None] | Bad:
     """Returns the text of clean messages, up to where the answer begins, or what is wrong with them.
 
-    Tokens come along where the tokenizer makes them itself, else None.
+    `tools` are JSON schemas that the template shows as well. Tokens come along where the tokenizer makes them
+    itself, else None.
     """
-    first = _render_checked(tokenizer, messages)
+    first = _render_checked(tokenizer, messages, tools)
     if not isinstance(first, Bad):
         return first
     parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-    second = _render_checked(tokenizer, parts)
+    second = _render_checked(tokenizer, parts, tools)
     return first if isinstance(second, Bad) else second
 
 
 def _render_checked(
-    tokenizer: Any, messages: list[dict[str, Any]]
+    tokenizer: Any, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]
 ) -> tuple[str, tuple[int, ...] | None] | Bad:
     """Renders the messages; returns Bad where the template raises, or renders the same whatever a message
     says.
     """
     try:
-        rendered = render_messages(tokenizer, messages)
+        rendered = render_messages(tokenizer, messages, tools)
         for number, message in enumerate(messages):
             content = (
                 message["content"] if isinstance(message["content"], str) else message["content"][0]["text"]
@@ -128,7 +131,7 @@ def _render_checked(
                 continue
             other = _OTHER if isinstance(message["content"], str) else [{"type": "text", "text": _OTHER}]
             changed = [*messages[:number], {**message, "content": other}, *messages[number + 1 :]]
-            if render_messages(tokenizer, changed) == rendered:
+            if render_messages(tokenizer, changed, tools) == rendered:
                 return Bad(
                     f"the chat template leaves out what message {number + 1} of {len(messages)} "
                     f"({message['role']}) says"

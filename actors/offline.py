@@ -24,14 +24,8 @@ import numpy as np
 from actors.exchange import RETRY_S
 from actors.heartbeat import Heartbeat
 from actors.messages import text_problems
-from actors.prompts import (
-    PROMPT_COLUMNS,
-    PromptRow,
-    PromptSet,
-    is_unknown,
-    render_rows,
-    tokenise,
-)
+from actors.prompts import PromptRow, PromptSet, is_unknown, render_rows, tokenise
+from actors.rows import PROMPT_COLUMNS
 from actors.scored import group_of, with_scores
 from actors.sources import TRAIN_SPLIT, kind_of, read_source, report_bad_rows
 from buffer.client import BufferClient
@@ -72,11 +66,13 @@ def load_offline(
     and for nothing that can be used.
     """
     source = read_source("data.offline", config.data.offline_source, TRAIN_SPLIT)
-    rows, bad = render_rows(source, config.data, tokenizer)
+    rows, bad, read = render_rows(source, config.data, tokenizer)
     samples = _read_samples(rows, bad, config, tokenizer)
     _refuse_strangers(rows, samples, bad, training, source.unit)
     report_bad_rows(source, bad, num_usable=len(samples), on_bad_row=config.data.on_bad_row)
-    notes = [f"data.offline: {len(bad)} bad rows of {source.name} skipped"] if bad else []
+    notes = list(read)
+    if bad:
+        notes.append(f"data.offline: {len(bad)} bad rows of {source.name} skipped")
     if unknown := [
         index for index, sample in samples.items() if tokenizer.unk_token_id in sample.sampled_tokens
     ]:

@@ -1,54 +1,44 @@
 """Makes prompts of a dataset: every row is read, checked and tokenised before anything starts.
 
 jsonl, parquet, hub id, reasoning-gym  --read-->  rows  --check-->  text  --tokenise-->  PromptSet
-actors/sources.py, procedural.py                        actors/messages.py              core/tokenizer.py
+actors/sources.py, procedural.py       actors/rows.py, messages.py              core/tokenizer.py
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
 
-from actors.messages import clean_messages, message_problems, render, text_problems
-from actors.sources import (
-    EVAL_SPLIT,
-    TRAIN_SPLIT,
-    Bad,
-    Rows,
-    Source,
-    kind_of,
-    read_source,
-    report_bad_rows,
-    split_of,
-)
+from actors.messages import render, text_problems
+from actors.rows import Asked, RowReader
+from actors.sources import EVAL_SPLIT, TRAIN_SPLIT, Bad, Source, read_source, report_bad_rows, split_of
 from core.config import DataConfig
 from core.errors import DataError
 from core.records import Sample
 from core.text import user_path
 from core.tokenizer import has_chat_template, special_token_ids
 
-PROMPT_COLUMNS = ("prompt", "question")
-ANSWER_COLUMNS = ("answer", "solution", "label")
-VERL_ANSWER = ("reward_model", "ground_truth")
-RESERVED_COLUMNS = ("prompts", "completions")
-_WRITTEN_MESSAGES = re.compile(
-    r"""\s*\[\s*\{\s*["'](role|content)["']\s*:.*["'](role|content)["']\s*:.*\}\s*\]\s*\Z""", re.DOTALL
-)
-"""What a table makes of messages that were stored as a string, as JSON or as Python shows them."""
+Tools: TypeAlias = Mapping[str, Sequence[dict[str, Any]]]
+"""The environments of a run by name, and the JSON schemas of the tools that each shows to the policy."""
+NO_ENVIRONMENTS: Tools = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class PromptRow:
     """One usable prompt.
 
-    source_row  index in the source, from 0 (for jsonl: the line)
-    text        what is tokenised: the rendered chat template, or the text as it is
-    token_ids   the tokens of `text`, special tokens once; an end token that the tokenizer appends is left out
-    columns     every column of the row, for the rewards; the answer is in `answer`, whatever its column was
-    offline     what others generated for it (`data.offline`), no completion twice
+    source_row   index in the source, from 0 (for jsonl: the line)
+    text         what is tokenised: the rendered chat template, or the text as it is; empty where an
+                 environment's `reset` shows the first thing
+    token_ids    the tokens of `text`, special tokens once; an end token that the tokenizer appends is left out
+    columns      every column of the row, for the rewards; the answer is in `answer`, whatever its column was
+    offline      what others generated for it (`data.offline`), no completion twice
+    messages     with environments, what the policy is told before what `reset` shows: clean messages, the
+                 system prompt first; None where there is neither prompt nor system prompt, and without
+                 environments
+    environment  the name of its environment; None without environments
     """
 
     source_row: int
@@ -56,6 +46,8 @@ class PromptRow:
     token_ids: tuple[int, ...]
     columns: dict[str, Any]
     offline: tuple[Sample, ...] = ()
+    messages: tuple[dict[str, Any], ...] | None = None
+    environment: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +68,23 @@ class PromptSet:
         return self.rows[index]
 
 
-def load_prompts(data: DataConfig, tokenizer: Any, *, evaluation: bool = False) -> PromptSet:
+class Rendered(NamedTuple):
+    """The rows of a source as prompts: the usable ones by row index, why the others are bad, and what to tell
+    of how they were read.
+    """
+
+    rows: dict[int, PromptRow]
+    bad: dict[int, str]
+    notes: tuple[str, ...]
+
+
+def load_prompts(
+    data: DataConfig, tokenizer: Any, *, evaluation: bool = False, environments: Tools = NO_ENVIRONMENTS
+) -> PromptSet:
     """Returns the training prompts of `data`, or with `evaluation` the first `eval_rows` held-out ones.
+
+    With `environments` a row needs no prompt, and prompts are rendered with the tools of their environment:
+    their length counts these.
 
     Raises DataError for nothing readable at the path (with what was tried and what is accepted), for bad rows
     (the first five with number and reason, unless they are skipped), for no usable row, and for a tokenizer
@@ -86,47 +93,92 @@ def load_prompts(data: DataConfig, tokenizer: Any, *, evaluation: bool = False) 
     if evaluation and data.eval_rows == 0:
         return PromptSet([], 0, "no evaluation (data.eval_rows = 0)")
     source = _read_evaluation(data) if evaluation else read_source("data.path", data.path, TRAIN_SPLIT)
-    rows, bad = render_rows(source, data, tokenizer)
+    rows, bad, notes = render_rows(source, data, tokenizer, environments)
     report_bad_rows(source, bad, num_usable=len(rows), on_bad_row=data.on_bad_row)
-    notes = () if evaluation else tuple(_notes(source, rows, tokenizer))
+    notes = () if evaluation else (*_notes(source, rows, tokenizer), *notes)
     return PromptSet(list(rows.values()), len(bad), source.name, notes)
 
 
 def render_rows(
-    source: Source, data: DataConfig, tokenizer: Any
-) -> tuple[dict[int, PromptRow], dict[int, str]]:
-    """Returns the usable prompts of `source` by row index, and why the other rows are bad.
-
-    Raises DataError when there is no chat template.
-    """
+    source: Source, data: DataConfig, tokenizer: Any, environments: Tools = NO_ENVIRONMENTS
+) -> Rendered:
+    """Returns the usable prompts of `source`. Raises DataError when there is no chat template."""
     if data.chat_template and not has_chat_template(tokenizer):
         raise DataError(
             "the tokenizer has no chat template. Set data.chat_template=false to use prompts as they are, "
             "or use an instruction-tuned model."
         )
-    answer_column = _answer_column(source.rows)
+    reader = RowReader(source.rows, data, environments)
+    asked: dict[int, Asked] = {}
     bad: dict[int, str] = {}
     texts: dict[int, str] = {}
     made: dict[int, tuple[int, ...]] = {}
     for index, row in source.rows.items():
-        outcome = row if isinstance(row, Bad) else _render(row, answer_column, data, tokenizer)
-        if isinstance(outcome, Bad):
-            bad[index] = outcome.reason
+        found = row if isinstance(row, Bad) else reader.read(row)
+        if isinstance(found, Bad):
+            bad[index] = found.reason
             continue
-        texts[index], token_ids = outcome
+        rendered = _render(found, data, tokenizer, environments)
+        if isinstance(rendered, Bad):
+            bad[index] = rendered.reason
+            continue
+        asked[index] = found
+        texts[index], token_ids = rendered
         if token_ids is not None:
             made[index] = token_ids
-    found, failed = tokenise(tokenizer, {index: text for index, text in texts.items() if index not in made})
+    found_ids, failed = tokenise(
+        tokenizer, {index: text for index, text in texts.items() if index not in made}
+    )
     bad |= failed
-    prefix = () if data.chat_template else _prefix(tokenizer, texts, found)
+    prefix = () if data.chat_template else _prefix(tokenizer, texts, found_ids)
     rows = {}
-    for index, token_ids in sorted({**made, **found}.items()):
-        row, token_ids = source.rows[index], _with_prefix(tokenizer, prefix, token_ids)
-        if reason := _token_problem(_said(row), token_ids, len(prefix), data, tokenizer):
-            bad[index] = reason
-        else:
-            rows[index] = PromptRow(index, texts[index], token_ids, _columns(row, answer_column))
-    return rows, bad
+    for index, token_ids in sorted({**made, **found_ids}.items()):
+        one = asked[index]
+        if one.prompt is not None:
+            token_ids = _with_prefix(tokenizer, prefix, token_ids)
+            if reason := _token_problem(one.said, token_ids, len(prefix), data, tokenizer):
+                bad[index] = reason
+                continue
+        messages = _messages(one, data) if environments else []
+        rows[index] = PromptRow(
+            source_row=index,
+            text=texts[index],
+            token_ids=token_ids,
+            columns=one.columns,
+            messages=tuple(messages) or None,
+            environment=one.environment,
+        )
+    return Rendered(rows, bad, tuple(reader.notes(source.name)))
+
+
+def _render(
+    asked: Asked, data: DataConfig, tokenizer: Any, environments: Tools
+) -> tuple[str, tuple[int, ...] | None] | Bad:
+    """Returns the text to tokenise, or what is wrong with it as the chat template renders it.
+
+    Tokens come along where the tokenizer made them from messages. Without a prompt there is no text yet.
+    """
+    if asked.prompt is None:
+        return "", ()
+    if not data.chat_template:
+        assert isinstance(asked.prompt, str)
+        return asked.prompt, None
+    tools = environments[asked.environment] if asked.environment is not None else ()
+    rendered = render(tokenizer, _messages(asked, data), tools)
+    if isinstance(rendered, Bad):
+        return rendered
+    reason = next(text_problems("what the chat template renders", rendered[0]), None)
+    return rendered if reason is None else Bad(reason)
+
+
+def _messages(asked: Asked, data: DataConfig) -> list[dict[str, Any]]:
+    """Returns what the policy is told as messages: the system prompt, then the row's prompt."""
+    found: list[dict[str, Any]] = []
+    if data.system_prompt is not None:
+        found.append({"role": "system", "content": data.system_prompt})
+    if isinstance(asked.prompt, str):
+        found.append({"role": "user", "content": asked.prompt})
+    return [*found, *asked.prompt] if isinstance(asked.prompt, list) else found
 
 
 def tokenise(tokenizer: Any, texts: dict[int, str]) -> tuple[dict[int, tuple[int, ...]], dict[int, str]]:
@@ -221,17 +273,15 @@ def _notes(source: Source, rows: dict[int, PromptRow], tokenizer: Any) -> Iterat
             "and the policy sees as "
             f"{tokenizer.unk_token} (the first: {source.unit} {unknown[0] + 1})"
         )
-    ended = sum(row.token_ids[-1] == tokenizer.eos_token_id for row in rows.values())
+    ended = sum(row.token_ids[-1:] == (tokenizer.eos_token_id,) for row in rows.values())
     if ended:
         yield (
             f"warning: {ended} of {len(rows)} prompts end in {tokenizer.eos_token}: the answer begins "
             "after what ends one"
         )
-    if _answer_column(source.rows) == ".".join(VERL_ANSWER):
-        yield f"{source.name}: the answers are those in {'.'.join(VERL_ANSWER)}"
 
 
-# --- Checking ---
+# --- Held-out prompts ---
 
 
 def _read_evaluation(data: DataConfig) -> Source:
@@ -249,113 +299,3 @@ def _read_evaluation(data: DataConfig) -> Source:
             "Set data.eval_path, or data.eval_rows=0 to switch evaluation off."
         )
     return read_source("data.path", path, EVAL_SPLIT, limit=data.eval_rows)
-
-
-def _answer_column(rows: Rows) -> str | None:
-    """Returns the first of ANSWER_COLUMNS that any row has, else verl's place for it.
-
-    Returns None when no row has one: a reward may not need it.
-    """
-    present = {
-        column for row in rows.values() if isinstance(row, dict) for column in ANSWER_COLUMNS if column in row
-    }
-    outer, inner = VERL_ANSWER
-    if not present and any(
-        isinstance(row, dict) and isinstance(row.get(outer), dict) and inner in row[outer]
-        for row in rows.values()
-    ):
-        return f"{outer}.{inner}"
-    return next((column for column in ANSWER_COLUMNS if column in present), None)
-
-
-def _answer(row: dict[str, Any], column: str) -> Any:
-    """Returns the row's answer. Raises KeyError when it has none."""
-    outer, _, inner = column.partition(".")
-    if not inner:
-        return row[column]
-    if not isinstance(row[outer], dict):
-        raise KeyError(inner)
-    return row[outer][inner]
-
-
-def _columns(row: dict[str, Any] | Bad, answer_column: str | None) -> dict[str, Any]:
-    assert isinstance(row, dict)
-    return row if answer_column is None else {**row, "answer": _answer(row, answer_column)}
-
-
-def _said(row: dict[str, Any] | Bad) -> str:
-    """Returns what the row itself says, without system prompt and template."""
-    assert isinstance(row, dict)
-    prompt = _prompt(row)
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(message["content"] for message in clean_messages(prompt) if message["role"] != "system")
-
-
-def _render(
-    row: dict[str, Any], answer_column: str | None, data: DataConfig, tokenizer: Any
-) -> tuple[str, tuple[int, ...] | None] | Bad:
-    """Returns the text to tokenise, or the first thing that is wrong with the row.
-
-    Tokens come along where the tokenizer made them from messages.
-    """
-    reason = next(_problems(row, answer_column, data), None)
-    if reason is not None:
-        return Bad(reason)
-    prompt = _prompt(row)
-    if not data.chat_template:
-        return prompt, None
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else clean_messages(prompt)
-    if data.system_prompt is not None:
-        messages = [{"role": "system", "content": data.system_prompt}, *messages]
-    rendered = render(tokenizer, messages)
-    if not isinstance(rendered, Bad):
-        reason = next(text_problems("what the chat template renders", rendered[0]), None)
-    return rendered if reason is None else Bad(reason)
-
-
-def _prompt_column(row: dict[str, Any]) -> str:
-    return next((column for column in PROMPT_COLUMNS if column in row), "")
-
-
-def _prompt(row: dict[str, Any]) -> Any:
-    """Returns the value of the prompt's column; an array of messages (numpy) as a list."""
-    prompt = row[_prompt_column(row)]
-    return prompt.tolist() if hasattr(prompt, "tolist") else prompt
-
-
-def _problems(row: dict[str, Any], answer_column: str | None, data: DataConfig) -> Iterator[str]:
-    column = _prompt_column(row)
-    if not column:
-        yield f"no column 'prompt' or 'question'; it has {', '.join(map(repr, row)) or 'none'}"
-        return
-    prompt = _prompt(row)
-    if isinstance(prompt, list):
-        if not data.chat_template:
-            yield f"{column!r} is a list of messages, which needs data.chat_template=true"
-        yield from message_problems(column, prompt, data.system_prompt)
-    elif isinstance(prompt, str):
-        yield from text_problems(repr(column), prompt)
-        if _WRITTEN_MESSAGES.match(prompt):
-            yield f"{column!r} is messages written out as text: {prompt[:40]!r}. Store the list itself"
-    else:
-        yield f"{column!r} is {kind_of(prompt)}, expected text or a list of messages"
-    if answer_column is not None:
-        yield from _answer_problems(row, answer_column)
-    for reserved in RESERVED_COLUMNS:
-        if reserved in row:
-            yield f"the column name {reserved!r} is taken by the reward protocol; rename it"
-
-
-def _answer_problems(row: dict[str, Any], column: str) -> Iterator[str]:
-    try:
-        answer = _answer(row, column)
-    except KeyError:
-        yield f"no {column!r}, which other rows have"
-        return
-    if answer is None or (isinstance(answer, float) and math.isnan(answer)):
-        yield f"{column!r} is null"
-    elif isinstance(answer, float) and math.isinf(answer):
-        yield f"{column!r} is {answer}, which is beyond all numbers"
-    elif (isinstance(answer, str) and not answer.strip()) or answer in ([], {}):
-        yield f"{column!r} is empty"

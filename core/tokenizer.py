@@ -159,16 +159,19 @@ def has_chat_template(tokenizer: Any) -> bool:
     return bool(template) or is_mistral(tokenizer)
 
 
-def render_messages(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[str, tuple[int, ...] | None]:
+def render_messages(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+) -> tuple[str, tuple[int, ...] | None]:
     """Returns the prompt's text, up to where the answer begins, and its tokens where the tokenizer makes them
     itself.
 
-    Raises whatever a template may raise.
+    `tools` are the JSON schemas of what the policy may call. Raises whatever a template may raise.
     """
+    given: dict[str, Any] = {"tools": list(tools)} if tools else {}
     if is_mistral(tokenizer):
-        token_ids = tuple(tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False))
-        return tokenizer.decode(list(token_ids)), token_ids
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        made = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **given)
+        return tokenizer.decode(list(made)), tuple(made)
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **given)
     return str(text), None
 
 

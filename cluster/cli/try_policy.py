@@ -61,7 +61,7 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> tuple[int, ...]:
     """Returns the prompt's tokens, rendered and tokenised as the prompts of a run are."""
     data = DataConfig(chat_template=has_chat_template(tokenizer), max_prompt_tokens=MAX_TOKENS)
     source = Source("the command line", "prompt", {0: {"prompt": prompt}})
-    rows, bad = render_rows(source, data, tokenizer)
+    rows, bad, _ = render_rows(source, data, tokenizer)
     report_bad_rows(source, bad, len(rows), "stop")
     return rows[0].token_ids
 

@@ -154,7 +154,9 @@ def load_training(config: Config, tokenizer: Any) -> tuple[PromptSet, list[str]]
 
 def _ended(prompts: PromptSet, end_ids: Sequence[int]) -> Iterator[str]:
     """Returns what to tell of prompts that the model may take for finished."""
-    if ended := [row.source_row + 1 for row in prompts.rows if row.token_ids[-1] in end_ids]:
+    if ended := [
+        row.source_row + 1 for row in prompts.rows if row.token_ids and row.token_ids[-1] in end_ids
+    ]:
         yield (
             f"warning: {len(ended)} of {len(prompts)} prompts end in an end token (the first: row "
             f"{ended[0]}), as if nothing were to "
