@@ -17,6 +17,7 @@ from core.config import checks as config_checks
 from core.config.actors import ActorsConfig
 from core.config.buffer import BufferConfig
 from core.config.data import DataConfig as DataConfig
+from core.config.environments import EnvironmentsField
 from core.config.evaluation import EvalConfig as EvalConfig
 from core.config.rewards import RewardsConfig as RewardsConfig
 from core.config.section import MAX_NUMBER, MAX_PROCESSES, MAX_TIMEOUT_S, MAX_TOKENS, Section, shown
@@ -219,7 +220,7 @@ class CheckpointConfig(Section):
     )
 
 
-class Config(Section):
+class Config(EnvironmentsField):
     """Everything a run needs."""
 
     run: RunConfig = RunConfig()

@@ -92,6 +92,9 @@ class ConfigFiles:
         """Put the value into the tree; the key's name."""
         key, equals, text = override.partition("=")
         names = key.split(".")
+        if equals and key in Config.model_fields and not self._fields(key, tree):
+            tree[key] = self._typed_value(tree, "", key, text)  # It is no section.
+            return key
         if not equals or len(names) != 2 or not all(names):
             raise ConfigError(
                 f"override {shown(override)} is not section.key=value, for example learner.lr=1e-5"
@@ -116,7 +119,7 @@ class ConfigFiles:
         """What was typed on the command line: itself where the field takes text (`null` where it may be
         none), else YAML.
         """
-        field = self._fields(section, tree).get(name)
+        field = self._fields(section, tree).get(name) if section else Config.model_fields[name]
         kinds = _kinds(field.annotation) if field is not None else set()
         takes_mapping = any(typing.get_origin(kind) is dict for kind in kinds)
         if str not in kinds or (takes_mapping and text.startswith("{")):

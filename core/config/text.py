@@ -263,12 +263,15 @@ def strange_character(text: str, *, is_prose: bool) -> str:
 # --- Writing ---
 
 
-def write(tree: dict[str, dict[str, Any]]) -> str:
+def write(tree: dict[str, Any]) -> str:
     """Sections of keys and values as YAML that `read` turns into the same: a line a key, every text so
     that its ends are seen.
     """
     lines = []
     for section, values in tree.items():
+        if not isinstance(values, dict):
+            lines.append(f"{section}: {_written(values)}")
+            continue
         lines += [f"{section}:", *(f"  {key}: {_written(value)}" for key, value in values.items())]
     return "\n".join([*lines, ""])
 

@@ -120,7 +120,11 @@ EXAMPLE: dict[str, Any] = {
 }
 
 
-SECTION_MODELS: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
+SECTION_MODELS: dict[str, Any] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if hasattr(field.annotation, "model_fields")
+}
 
 
 MAX_LINES = 12

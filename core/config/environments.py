@@ -1,0 +1,57 @@
+"""The field `environments` of a config: what the policy acts in, one environment or several by name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeAlias
+
+import pydantic
+from pydantic import Field
+
+from core.config.section import Section, shown
+
+Environments: TypeAlias = str | dict[str, str] | None
+ONLY = "environment"
+"""The name of the environment of a config that names one alone."""
+_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(\?.*)?", re.DOTALL)
+_NAME = re.compile(r"[A-Za-z_][\w-]*")
+
+
+class EnvironmentsField(Section):
+    """A base of `Config` that adds `environments`, which is no section: a path, or paths by name."""
+
+    environments: Environments = Field(
+        None,
+        description="What the policy acts in: `module:Class`, or several by name, of which each row's column `environment` "
+        "chooses one: `{game: mine:Game, agent: mine:agent}`. A class has `reset(**row)`, and public typed methods as tools or "
+        "`step(text)`; a function is a harness, which calls the OpenAI API. `?name=value` behind the path is given to the "
+        "constructor, or to the harness. Null: a prompt and its answer.",
+    )
+
+    @property
+    def environment_paths(self) -> dict[str, str]:
+        """The environments by name; one without a name is `environment`, and with null there is none."""
+        if isinstance(self.environments, str):
+            return {ONLY: self.environments}
+        return dict(self.environments or {})
+
+    @pydantic.field_validator("environments", mode="before")
+    @classmethod
+    def _environments_are_paths(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        expected = "expected module:Class, or names and such paths, for example {game: mine:Game}"
+        if not isinstance(value, str | dict) or not value:
+            raise ValueError(f"environments = {shown(value)}: {expected}")
+        named = {"environments": value}
+        if isinstance(value, dict):
+            named = {f"environments.{name}": path for name, path in value.items()}
+        for key, path in named.items():
+            if not isinstance(path, str) or not _PATH.fullmatch(path):
+                raise ValueError(f"{key} = {shown(path)}: {expected}")
+        for name in value if isinstance(value, dict) else ():
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"environments: {shown(name)} is no name of one; expected letters, digits, _ and -"
+                )
+        return value
