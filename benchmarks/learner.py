@@ -159,11 +159,11 @@ def measure_layouts(device: str) -> list[dict[str, Any]]:
     padding.
     """
     from learner.step.packing import TokenLogprobs, collate, plan_micro_batches
-    from learner.step.samples import sequence_of
+    from learner.step.samples import sequences_of
 
     shape, batch = LAYOUT_SHAPE, make_batch(LAYOUT_SHAPE)
     rows_of = [(group, sample) for group in batch.groups for sample in group.samples]
-    sequences = [sequence_of(sample) for _, sample in rows_of]
+    sequences = [sequences_of(sample)[0] for _, sample in rows_of]  # One segment each.
     lengths, groups = [s.num_tokens for s in sequences], [group.group_id for group, _ in rows_of]
     models = {}
     for name, layout, attention in (

@@ -30,10 +30,10 @@ class PlainLoop:
 
         from learner.objectives import TokenBatch
         from learner.step.packing import collate, plan_micro_batches
-        from learner.step.samples import sequence_of
+        from learner.step.samples import sequences_of
 
         rows = [(group, sample) for group in batch.groups for sample in group.samples]
-        sequences = [sequence_of(sample) for _, sample in rows]
+        sequences = [sequences_of(sample)[0] for _, sample in rows]  # One segment each.
         budget, layout = self._config.learner.micro_batch_tokens, self._config.learner.layout
         plan = plan_micro_batches(
             [s.num_tokens for s in sequences], [group.group_id for group, _ in rows], budget, layout

@@ -10,6 +10,10 @@ Every record is msgpack on the wire (`encode`, `decode_group` ...): no pickle cr
 Arrays are raw bytes, in memory as on the wire: 4 for a token, an eighth for its bit in the mask and 4 for the
 log-prob of a sampled one.
 
+A sample may have several segments: what was said in a context of its own, such as a call of a model that does
+not continue the conversation before it. Each segment is a sequence of its own to the model, whose attention
+and positions begin anew; all of them together are one sample, with one reward, to everything else.
+
 The prompt is sent with every sample of a group all the same. It costs 4.1 bytes a token where a sampled token
 costs 8.1, so that the mean is below 8.2 whatever the lengths are. Sharing it would make short answers to long
 prompts smaller still, but a sample would be read only together with its group, and its first observation
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import msgspec
@@ -69,7 +74,7 @@ def _oldest_version(spans: Iterable[VersionSpan]) -> int | None:
     return min((span.version for span in spans), default=None)
 
 
-class Sample(msgspec.Struct, frozen=True, kw_only=True):
+class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One trajectory: what the policy was shown and what it said, in the order in which it saw it.
 
     tokens         all tokens, the prompt's first; EOS included iff it was sampled
@@ -79,6 +84,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     version_spans  which policy version sampled which of the sampled tokens, without gaps; empty for an
                    offline sample
     turns          how often the policy spoke; one for a prompt and its answer
+    segments       where in `tokens` a further segment begins, ascending; its first token is not sampled either.
+                   Empty for a sample that is one conversation
     finish_reason  "stop" (EOS or stop string) or "length" (cut at the token limit: a valid outcome)
     text           what it said, for the rewards. The tokens say the same: once scored, only the first sample of
                    a group, which a human is shown, keeps it
@@ -99,6 +106,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     version_spans: tuple[VersionSpan, ...]
     finish_reason: str
     turns: int = 1
+    segments: tuple[int, ...] = ()
     text: str = ""
     reward: float | None = None
     error: str | None = None
@@ -127,6 +135,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(
                 f"the version spans end at {end}; expected {num_sampled}, the number of sampled tokens"
             )
+        if self.segments:
+            _check_segments(self)
 
     @classmethod
     def one_turn(
@@ -167,6 +177,23 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     def oldest_version(self) -> int | None:
         """Returns the version of the oldest sampled token, or None for an offline sample."""
         return _oldest_version(self.version_spans)
+
+
+def _check_segments(sample: Sample) -> None:
+    """Raises ValueError for segments that do not cut the tokens into pieces, each with a first token that was
+    shown.
+    """
+    bounds = (0, *sample.segments, len(sample.tokens))
+    if any(first >= last for first, last in pairwise(bounds)):
+        raise ValueError(
+            f"segments begin at {list(sample.segments)} of {len(sample.tokens)} tokens; expected ascending "
+            "places from 1 on, each before the last token's end"
+        )
+    is_sampled = sample.is_sampled.numpy()
+    if sampled := [first for first in sample.segments if is_sampled[first]]:
+        raise ValueError(
+            f"the segment that begins at token {sampled[0]} begins with a sampled one, which nothing predicts"
+        )
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):

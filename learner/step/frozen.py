@@ -113,8 +113,10 @@ class FrozenPolicies:
         if REFERENCE in self._policies:
             passes = self._passes(plan, REFERENCE)
             values = run_passes(self._policies[REFERENCE], plan, passes, counts[0], self._temperature)
+            for each in passes:
+                reference_N[each.stretch.samples] = 0.0
             for each, values_T in zip(passes, values, strict=True):
-                reference_N[each.stretch.samples] = samples.sums(values_T, each.stretch)[each.stretch.samples]
+                reference_N += samples.sums(values_T, each.stretch)  # A sample may be in several passes.
             if "reference_tokens" in self._needs:
                 reference_T = joined(plan, values)
             must_be_finite["log-probs by the reference"] = reference_N

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -36,7 +36,8 @@ Layout: TypeAlias = Literal["padded", "packed"]
 
 
 class TokenSequence(NamedTuple):
-    """The tokens of a trajectory in order, and which of them the policy sampled: those have log-probs.
+    """The tokens of one segment of a trajectory in order, and which of them the policy sampled: those have
+    log-probs.
 
     `TokenSequence.of_turn([5, 6], [7])` is one turn: a prompt, and what was sampled for it.
 
@@ -69,7 +70,7 @@ class TokenSequence(NamedTuple):
 @dataclass(frozen=True)
 class MicroBatch:
     """The sequences of one forward pass: their indices, ascending. `whole` says that every group among them
-    is complete.
+    is complete. Where it is not, the pass holds whole samples, or part of a single one.
     """
 
     indices: tuple[int, ...]
@@ -136,14 +137,19 @@ def assign_groups(group_tokens: list[int], num_ranks: int) -> list[list[int]]:
 
 
 def plan_micro_batches(
-    lengths: list[int], group_of: list[int], budget_tokens: int, layout: Layout
+    lengths: list[int],
+    group_of: list[int],
+    budget_tokens: int,
+    layout: Layout,
+    sample_of: list[int] | None = None,
 ) -> list[MicroBatch]:
     """Plans forward passes of at most `budget_tokens` that hold every sequence once; deterministic.
 
-    `lengths` are tokens per sequence, `group_of` its group. A pass costs rows * longest (padded) or the sum
-    (packed). Groups that fit stay whole. Those that do not are split, and their pieces share passes of their
-    own (`whole` False). Longest first, so that rows of like length meet and a pass too large for the memory
-    fails at once.
+    `lengths` are tokens per sequence, `group_of` its group, `sample_of` its sample, ascending, where samples
+    have several sequences (None: each is a sample). A pass costs rows * longest (padded) or the sum (packed).
+    Groups that fit stay whole. Those that do not are split into samples, which share passes of their own
+    (`whole` False). A sample that no pass can hold comes last, alone, in passes one after another. Longest
+    first otherwise, so that rows of like length meet and a pass too large for the memory fails at once.
 
     Raises ConfigError that names the lengths when a sequence alone exceeds the budget, ValueError for lists
     of unlike length.
@@ -159,22 +165,44 @@ def plan_micro_batches(
             f"{budget_tokens}; "
             f"the longest have {shown} tokens. Raise it to at least {too_long[-1]}."
         )
-    groups: dict[int, tuple[int, ...]] = {}
-    for index, group in enumerate(group_of):
-        groups[group] = (*groups.get(group, ()), index)
-    fits = {
-        group: _cost([lengths[i] for i in members], layout) <= budget_tokens
-        for group, members in groups.items()
-    }
-    whole = [members for group, members in groups.items() if fits[group]]
-    pieces: list[tuple[int, ...]] = [
-        (index,) for group, members in groups.items() if not fits[group] for index in members
+
+    def fits(unit: tuple[int, ...]) -> bool:
+        return _cost([lengths[index] for index in unit], layout) <= budget_tokens
+
+    groups = _units(range(len(lengths)), group_of)
+    whole = [members for members in groups if fits(members)]
+    samples = [
+        unit
+        for members in groups
+        if not fits(members)
+        for unit in _units(members, range(len(lengths)) if sample_of is None else sample_of)
     ]
+    pieces = [unit for unit in samples if fits(unit)]
+    parts = [part for unit in samples if not fits(unit) for part in _cut(unit, fits)]
     return [
-        MicroBatch(indices, is_whole)
-        for units, is_whole in ((whole, True), (pieces, False))
-        for indices in _fill(units, lengths, budget_tokens, layout)
+        *(MicroBatch(indices, True) for indices in _fill(whole, lengths, budget_tokens, layout)),
+        *(MicroBatch(indices, False) for indices in _fill(pieces, lengths, budget_tokens, layout)),
+        *(MicroBatch(indices, False) for indices in parts),
     ]
+
+
+def _units(indices: Iterable[int], unit_of: Sequence[int]) -> list[tuple[int, ...]]:
+    """Returns the indices that stay together, those of each unit, by the unit's first."""
+    units: dict[int, list[int]] = {}
+    for index in indices:
+        units.setdefault(unit_of[index], []).append(index)
+    return [tuple(members) for members in units.values()]
+
+
+def _cut(unit: tuple[int, ...], fits: Callable[[tuple[int, ...]], bool]) -> list[tuple[int, ...]]:
+    """Returns the sequences of one sample in passes of consecutive ones, as many in each as fit."""
+    parts: list[tuple[int, ...]] = []
+    for index in unit:
+        if parts and fits((*parts[-1], index)):
+            parts[-1] += (index,)
+        else:
+            parts.append((index,))
+    return parts
 
 
 def _cost(lengths: list[int], layout: Layout) -> int:

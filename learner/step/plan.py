@@ -5,25 +5,29 @@ passes of the step.
                                                       `--in the order of the passes--> SampleArrays
 
 Since the flat arrays are in the order of the passes, the samples of a pass are a slice of them, and so are
-their tokens.
+their tokens. A sample that no pass can hold lies in several passes, one after another, each with some of its
+segments: these passes have the same sample, and the tokens that follow one another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
 from core.config import LearnerConfig
 from learner.step.packing import ModelInputs, TokenSequence, collate, plan_micro_batches
-from learner.step.samples import SampleArrays, Stretch, arrays_of, sequence_of
+from learner.step.samples import SampleArrays, Stretch, arrays_of, sequences_of
 from learner.step.share import Share
 
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """One forward pass over the samples of `stretch`. `is_whole` says that every group in it is complete."""
+    """One forward pass over the samples of `stretch`, or over the tokens there of its one sample. `is_whole`
+    says that every group in it is complete.
+    """
 
     inputs: ModelInputs
     stretch: Stretch
@@ -83,28 +87,32 @@ def plan_step(
     DataError for one whose first token was sampled.
     """
     members = [(group, place) for group in share.groups for place in range(len(group.samples))]
-    sequences = [sequence_of(group.samples[place]) for group, place in members]
+    segments = [sequences_of(group.samples[place]) for group, place in members]
+    sequences = list(chain.from_iterable(segments))
+    sample_of = [sample for sample, mine in enumerate(segments) for _ in mine]
     micro_batches = plan_micro_batches(
         [sequence.num_tokens for sequence in sequences],
-        [group.group_id for group, _ in members],
+        [members[sample][0].group_id for sample in sample_of],
         learner.micro_batch_tokens,
         learner.layout,
+        sample_of,
     )
-    order = [index for micro in micro_batches for index in micro.indices]
+    order: dict[int, None] = {}  # The samples, each where its first pass is.
     passes: list[ForwardPass] = []
-    first_sample = first_token = 0
+    first_token = 0
     for micro in micro_batches:
         inputs = collate([sequences[index] for index in micro.indices], learner.layout, pad_id, device)
-        num_samples, num_tokens = len(micro.indices), len(inputs.targets_T)
+        mine = dict.fromkeys(sample_of[index] for index in micro.indices)
+        order |= mine
         stretch = Stretch(
-            slice(first_sample, first_sample + num_samples), slice(first_token, first_token + num_tokens)
+            slice(len(order) - len(mine), len(order)), slice(first_token, first_token + len(inputs.targets_T))
         )
         passes.append(ForwardPass(inputs, stretch, micro.whole))
-        first_sample, first_token = stretch.samples.stop, stretch.tokens.stop
+        first_token = stretch.tokens.stop
     return StepPlan(
         step=share.index.step,
         num_groups=len(share.index.groups),
-        samples=arrays_of([members[index] for index in order], share.index.step, needs, device),
+        samples=arrays_of([members[sample] for sample in order], share.index.step, needs, device),
         passes=tuple(passes),
         idle=_idle(learner, pad_id, device),
     )

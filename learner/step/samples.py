@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from core.arrays import Int32s
 from core.records import Group, Sample
 from core.staleness import is_fresh, sample_staleness
 from learner.step.packing import TokenSequence
@@ -157,9 +159,13 @@ def arrays_of(
     )
 
 
-def sequence_of(sample: Sample) -> TokenSequence:
-    """Returns the trajectory of a sample as a forward pass takes it."""
-    return TokenSequence(sample.tokens.numpy(), sample.is_sampled.numpy())
+def sequences_of(sample: Sample) -> list[TokenSequence]:
+    """Returns the trajectory of a sample as a forward pass takes it: a sequence for each segment."""
+    tokens, is_sampled = sample.tokens.numpy(), sample.is_sampled.numpy()
+    if not sample.segments:
+        return [TokenSequence(tokens, is_sampled)]
+    bounds = pairwise((0, *sample.segments, len(tokens)))
+    return [TokenSequence(tokens[first:last], is_sampled[first:last]) for first, last in bounds]
 
 
 def faults_of(named: Mapping[str, Tensor]) -> list[str | None]:
@@ -190,6 +196,7 @@ def _behaviour(samples: Sequence[Sample]) -> Tensor:
 
 
 def _completion_id(sample: Sample) -> int:
-    """Returns 64 bits of a digest of the tokens and of which of them were sampled."""
-    digest = hashlib.blake2b(sample.tokens.data + sample.is_sampled.data, digest_size=8)
+    """Returns 64 bits of a digest of the tokens, of which of them were sampled, and of the segments."""
+    bounds = Int32s.of(sample.segments).data
+    digest = hashlib.blake2b(sample.tokens.data + sample.is_sampled.data + bounds, digest_size=8)
     return int.from_bytes(digest.digest(), signed=True)

@@ -3,7 +3,8 @@
     Share --plan_step--> StepPlan --frozen policies--> FrozenLogprobs --first pass--> gradients of split groups
                             `--gradient passes: log-probs --> objective --> backward--> step --> StepResult
 
-Groups stay whole on a rank. Where a group fits a micro-batch, one forward pass serves the objective and the
+Groups stay whole on a rank. A sample's segments are sequences of their own in the passes, and one sample to
+the objective. Where a group fits a micro-batch, one forward pass serves the objective and the
 gradient. Where it does not, a first pass without gradient gives the log-probs of all its samples, the
 objective's gradient with respect to each token's log-prob follows from them, and the gradient passes
 accumulate sum_t c_t log pi_t piece by piece: the same gradient.
@@ -187,8 +188,13 @@ class Updater:
             loss, found = self._loss(plan, each, logprobs_T, frozen, split)
             self._policy.backward(loss, last=number == len(passes) - 1)
             values.append(found)
+        # A sample of a split group may be in several passes, and is in `split` once.
+        whole = [found for each, found in zip(passes, values, strict=True) if each.is_whole]
         return PassValues(
-            plan.samples.whole, *(torch.cat(column) for column in list(zip(*values, strict=True))[1:])
+            plan.samples.whole,
+            torch.cat([found.logprobs_T for found in values]),
+            torch.cat([found.loss_T for found in values]),
+            torch.cat([found.found_NK for found in (*whole, split)]),
         )
 
     def _loss(
@@ -204,9 +210,8 @@ class Updater:
         if not bool(values_T.isfinite().all()):
             return math.nan * logprobs_T.sum(), _without_loss(stretch, values_T)
         if not each.is_whole:
-            there = stretch.within(split.stretch)
-            gradient_T = split.loss_T[there.tokens]
-            found = PassValues(stretch, values_T, gradient_T, split.found_NK[there.samples])
+            gradient_T = split.loss_T[stretch.within(split.stretch).tokens]
+            found = PassValues(stretch, values_T, gradient_T, split.found_NK[:0])
             return (gradient_T * logprobs_T).sum(), found
         batch = self._token_batch(plan, stretch, logprobs_T, frozen)
         loss, diagnostics = self._objective.loss(batch)

@@ -30,6 +30,11 @@ from core.records import (
 NANS = st.floats(width=32)
 
 
+def shown(mask: Bits, place: int) -> bool:
+    """Whether a segment may begin here."""
+    return place < len(mask) and not mask.numpy()[place]
+
+
 @st.composite
 def samples(draw: st.DrawFn) -> Sample:
     """Any trajectory: observations and actions in any order, of any length, by any versions, offline too."""
@@ -38,7 +43,7 @@ def samples(draw: st.DrawFn) -> Sample:
     tokens = draw(st.lists(st.integers(0, 2**31 - 1), min_size=len(mask), max_size=len(mask)))
     ends = sorted({*draw(st.lists(st.integers(1, max(1, mask.count())), max_size=3)), mask.count()} - {0})
     ends = [end for end in ends if end <= mask.count()]
-    is_offline = draw(st.booleans())
+    is_offline, starts = draw(st.booleans()), draw(st.sets(st.integers(1, 40), max_size=3))
     spans = [
         VersionSpan(number, start, end)
         for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
@@ -52,6 +57,7 @@ def samples(draw: st.DrawFn) -> Sample:
         logprobs=Float32s.of(logprobs),
         version_spans=tuple(spans),
         turns=draw(st.integers(1, 3)),
+        segments=tuple(sorted(place for place in starts if shown(mask, place))),
         finish_reason=draw(st.sampled_from(["stop", "length"])),
         text=draw(st.text(max_size=10)),
         reward=draw(st.none() | st.floats(allow_nan=False)),
@@ -153,6 +159,11 @@ def test_foreign_bytes_are_an_error(payload: bytes) -> None:
         ({"logprobs": b"abcd"}, "1 logprobs for 3 sampled tokens"),
         ({"version_spans": [{"version": 1, "start": 1, "end": 3}]}, "begins elsewhere than at 0"),
         ({"version_spans": [{"version": 1, "start": 0, "end": 2}]}, "the version spans end at 2; expected 3"),
+        ({"segments": [1, 1]}, r"segments begin at \[1, 1\] of 5 tokens; expected ascending"),
+        ({"segments": [0]}, "segments begin at .*expected ascending places from 1 on"),
+        ({"segments": [-1]}, "segments begin at"),
+        ({"segments": [5]}, "segments begin at .* of 5 tokens"),
+        ({"segments": [1, 3]}, "the segment that begins at token 3 begins with a sampled one"),
     ],
 )
 def test_a_sample_that_does_not_fit_together_is_refused(changes: dict[str, object], reason: str) -> None:

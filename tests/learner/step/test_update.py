@@ -11,39 +11,14 @@ import pytest
 import torch
 
 from actors.episode import Episode, Generation
-from benchmarks.lag_lab import PlainPolicy
 from core.arrays import Bits, Float32s, Int32s
 from core.config import Config
 from core.records import Batch, Group, Sample, VersionSpan
 from environments.one_turn import OneTurn
-from learner.objectives import load_objective
-from learner.step.share import Share
-from learner.step.update import Updater
 from tests.support.configs import make_config
+from tests.support.learning.exact import Fp64Policy, flat, step_gradient
 
 BETA, CAP, TEMPERATURE = 0.3, 1.5, 0.7
-
-
-class Fp64Policy(PlainPolicy):
-    """A policy in fp64 that keeps the gradient and does not step."""
-
-    def __init__(self, config: Config, *, seed: int | None = None, trained: bool = True) -> None:
-        super().__init__(config, trained=trained)
-        self.module.double()
-        if seed is not None:
-            generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                for parameter in self.module.parameters():
-                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-
-    def step(self, lr: float) -> float:
-        self.gradient = flat([parameter.grad for parameter in self.module.parameters()])
-        self.module.zero_grad()
-        return float(self.gradient.norm())
-
-
-def flat(gradients: Any) -> torch.Tensor:
-    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def config_of(model_dir: Path, layout: str, micro_batch_tokens: int) -> Config:
@@ -120,18 +95,6 @@ def plain_gradient(policy: Fp64Policy, reference: Fp64Policy, batch: Batch) -> t
                 weight = min(CAP, math.exp(float(value.detach()) - behaviour))
                 loss = loss - weight * advantage * value / len(group.samples) / len(batch.groups)
     return flat(torch.autograd.grad(loss, list(policy.module.parameters())))
-
-
-def step_gradient(config: Config, batch: Batch) -> tuple[torch.Tensor, Fp64Policy, Fp64Policy]:
-    """The gradient of a learner step on the batch, by the policy, and the reference."""
-    policy, reference = Fp64Policy(config, seed=1), Fp64Policy(config, trained=False)
-    objective = load_objective(config.objective)
-    updater = Updater(
-        config, policy, objective, {"reference": reference}, pad_id=0, device=torch.device("cpu")
-    )
-    result = updater.update(Share.of(batch), 0.0)
-    assert result.skip is None
-    return policy.gradient, policy, reference
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])

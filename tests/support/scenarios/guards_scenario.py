@@ -19,7 +19,7 @@ from core.arrays import Float32s
 from core.records import Batch, StoredGroup, VersionSpan, encode_batch
 from learner.step.packing import collate
 from learner.step.ranks import Ranks
-from learner.step.samples import sequence_of
+from learner.step.samples import sequences_of
 from learner.step.share import Share
 
 STEPS = (
@@ -204,9 +204,9 @@ def drawn(batch: Batch, policy: Any, layout: Any) -> Batch:
     """The batch as if `policy` had drawn it just now: its log-probs, the batch's version."""
     groups = []
     for group in batch.groups:
-        sequences = [sequence_of(sample) for sample in group.samples]
+        samples = [sequences_of(sample) for sample in group.samples]
         with torch.no_grad():
-            values = [policy.logprobs(collate([sequence], layout, 0), 1.0).tolist() for sequence in sequences]
+            values = [policy.logprobs(collate(segments, layout, 0), 1.0).tolist() for segments in samples]
         samples = [
             msgspec.structs.replace(
                 sample, logprobs=Float32s.of(found), version_spans=(VersionSpan(batch.step, 0, len(found)),)

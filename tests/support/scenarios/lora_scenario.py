@@ -78,8 +78,9 @@ def adapters_of(policy: Any) -> dict[str, torch.Tensor]:
 def of_frozen(frozen: Any, batches: list[Any], layout: Any) -> torch.Tensor:
     """Log-probs of the first batch's tokens."""
     from learner.step.packing import collate
-    from learner.step.samples import sequence_of
+    from learner.step.samples import sequences_of
 
-    sequences = [sequence_of(sample) for group in batches[0].groups for sample in group.samples]
+    samples = [sample for group in batches[0].groups for sample in group.samples]
+    sequences = [segment for sample in samples for segment in sequences_of(sample)]
     values: torch.Tensor = frozen.logprobs(collate(sequences, layout, 0, torch.device("cpu")), 1.0)
     return values
