@@ -78,8 +78,8 @@ class EnvironmentFailure(AgroError, RuntimeError):
 
 
 class Environment(Protocol):
-    """One episode at a time, of turns in text. Runs act in `environments.one_turn.OneTurn` unless their config
-    names others; docs/environments.md says what else a class may have.
+    """One episode at a time, of turns in text. Runs act in `environments.one_turn.OneTurn` unless their
+    config names others; docs/environments.md says what else a class may have.
     """
 
     def reset(self, **row: Any) -> str:

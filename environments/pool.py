@@ -36,8 +36,8 @@ class Place:
         raise NotImplementedError
 
     def finish(self) -> Future[Turn]:
-        """Ends an episode that a limit cut: a Turn that is done, with the reward that the environment gives it
-        as it stands, and its attributes.
+        """Ends an episode that a limit cut: a Turn that is done, with the reward that the environment gives
+        it as it stands, and its attributes.
         """
         raise NotImplementedError
 
