@@ -156,7 +156,7 @@ class Death(msgspec.Struct, frozen=True, kw_only=True):
     number: int = 1
 
 
-class Place(Protocol):
+class HasPlace(Protocol):
     """A process's place: `core.processes.Whereabouts`, which knows Ray; this module is read without it."""
 
     @property
@@ -212,7 +212,7 @@ class Deaths:
         name: str,
         cause: Cause,
         *,
-        where: Place | None = None,
+        where: HasPlace | None = None,
         noticed: str = "",
         held: str = "",
         done: str = "",

@@ -16,8 +16,8 @@ from environments.spec import EnvironmentSpec
 
 
 class Place:
-    """Where one episode lives, from `EnvironmentPool.open` to `close`. One question at a time: the next may
-    be asked when the future of the last is done.
+    """The place where one episode lives, from `EnvironmentPool.open` to `close`. One question at a time: the
+    next may be asked when the future of the last is done.
 
     The exception of a future is always an EnvironmentFailure, after which only `close` is of use. Futures are
     completed by the pool's own thread: whoever adds callbacks must not wait in them.
