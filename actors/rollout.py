@@ -37,7 +37,8 @@ from actors.heartbeat import Heartbeat
 from actors.offline import choose_samples
 from actors.prompts import PromptSet
 from actors.receiver import Receiver, Receiving
-from actors.scored import group_of, with_scores
+from actors.scored import group_of
+from actors.scoring import Scorer, Scoring
 from buffer.client import BufferClient
 from buffer.store import DiskFullError
 from core.calls import Calls, Pending, settle
@@ -46,8 +47,6 @@ from core.errors import SnapshotError
 from core.monitor_client import MonitorClient
 from core.records import Sample, WorkItem, encode
 from core.weights.board import BoardClient, ReceiverClient
-from rewards.pool import RewardPool
-from rewards.scoring import Scored
 
 REPORT_EVERY_S = 1.0
 RENEWALS_PER_LEASE = 10.0
@@ -74,7 +73,7 @@ class RolloutActor(Heartbeat):
         self._name, self._config = name, config
         self._prompts = prompts
         self._buffer, self._board, self._monitor = buffer, board, monitor
-        self._rewards = RewardPool(config.rewards)
+        self._scoring = Scoring(Scorer(config.rewards))
         self._engine = self._make_engine()
         self._groups = Groups(self._engine, config.actors)
         self._calls = Calls(config.run.timeout_s, monitor.event, name=name)
@@ -85,7 +84,6 @@ class RolloutActor(Heartbeat):
         self._work: deque[WorkItem] = deque()
         # Ordinals from their lease to the acknowledgement of what became of them.
         self._holding: set[int] = set()
-        self._scoring: list[tuple[OpenGroup, Future[list[Scored]]]] = []
         self._joined: str | None = None  # The board that pushes weights here.
         self._lease: Pending[list[bytes] | None] | None = None
         # What the newest lease was asked with; what the buffer refused.
@@ -198,7 +196,7 @@ class RolloutActor(Heartbeat):
         """Returns whether to leave the loop: at once, or drained, or after RETIRE_LIMIT_S of draining."""
         if self._follower.retire != "drain":
             return self._follower.retire == "now"
-        is_drained = not (len(self._groups) or self._scoring or len(self._outbox))
+        is_drained = not (len(self._groups) or len(self._scoring) or len(self._outbox))
         return is_drained or time.monotonic() > self._retire_deadline_s
 
     def _hand_back(self) -> None:
@@ -214,7 +212,7 @@ class RolloutActor(Heartbeat):
             self._calls.tell(
                 f"{self._name} could not hand back {len(self._holding)} leases; they will run out: {error}"
             )
-        self._rewards.close()
+        self._scoring.close()
 
     # --- work ---
 
@@ -288,16 +286,8 @@ class RolloutActor(Heartbeat):
             if group.is_too_small:
                 self._fail(group)
             else:
-                self._scoring.append((group, self._score(group)))
+                self._scoring.submit(group)
         self._counters["busy_s"] += time.perf_counter() - start_s
-
-    def _score(self, group: OpenGroup) -> Future[list[Scored]]:
-        texts = [sample.text for sample in group.members]
-        if texts:
-            return self._rewards.submit(group.prompt.text, texts, group.prompt.columns)
-        nothing: Future[list[Scored]] = Future()
-        nothing.set_result([])
-        return nothing
 
     def _fail(self, group: OpenGroup) -> None:
         """Ends the item without a group, never with rewards of 0."""
@@ -311,8 +301,7 @@ class RolloutActor(Heartbeat):
     def _deliver(self) -> None:
         """Sends off the groups whose rewards are there, and takes note of what has arrived."""
         groups, evaluated = [], []
-        for open_group, scores in self._take_scored():
-            samples = with_scores(open_group.members, scores)
+        for open_group, samples in self._scoring.take():
             self._counters["errors"] += sum(sample.error is not None for sample in samples)
             if isinstance(open_group.item, WorkItem):
                 groups.append(group_of(open_group.item, open_group.prompt, samples, self._name))
@@ -325,18 +314,6 @@ class RolloutActor(Heartbeat):
             self._outbox.deliver(self._buffer.insert(self._name, payloads), group_ids)
         self._evaluating.deliver(evaluated)
         self._holding.difference_update(self._outbox.poll())
-
-    def _take_scored(self) -> list[tuple[OpenGroup, list[Scored]]]:
-        """Returns the groups whose rewards are there, no longer among those being scored."""
-        scored, waiting = [], []
-        # Each asked once: a future may be done a moment after it was not.
-        for group, future in self._scoring:
-            if future.done():
-                scored.append((group, future.result()))
-            else:
-                waiting.append((group, future))
-        self._scoring = waiting
-        return scored
 
     # --- waiting and telling ---
 
@@ -358,7 +335,7 @@ class RolloutActor(Heartbeat):
         if self._lease is not None:
             pendings.append(self._lease)
         yield from (pending.future for pending in pendings)
-        yield from (future for _, future in self._scoring)
+        yield from self._scoring.futures
 
     def _report(self) -> None:
         if time.monotonic() - self._reported_s >= REPORT_EVERY_S:

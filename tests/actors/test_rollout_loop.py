@@ -262,7 +262,7 @@ class TestFaults:
         monkeypatch.setattr(handle._part, method, lambda *arguments: asyncio.sleep(60))
         with pytest.raises(PeerTimeout, match=f"{who} did not answer actor-0 within"):
             actor.run()
-        actor._rewards.close()  # Here its workers do not end with its process.
+        actor._scoring.close()  # Here its workers do not end with its process.
 
     def test_ping_and_stacks_tell_a_loop_that_hangs_in_its_engine(self, bench):
         run = bench(actor_config())
