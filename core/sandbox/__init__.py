@@ -42,7 +42,7 @@ from core import children
 START_LIMIT_S = 30.0
 END_LIMIT_S = 3.0
 _LOOK_EVERY_S = 0.02
-_LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
+_LAUNCHER = Path(__file__).with_name("launcher.py")
 _REPORT_BYTES = 2**20
 _TOKEN = "AGRO_SANDBOX"
 
@@ -219,9 +219,9 @@ class _Running:
             # What is there is read before it is said that no more comes.
             is_over = self._process.poll() is not None
             self._read(0)
-            limit_s = self._limits.clock_s if self._status else START_LIMIT_S
+            timeout_s = self._limits.clock_s if self._status else START_LIMIT_S
             how = self._exceeded() or ("exit" if is_over else "")
-            if not how and time.monotonic() - started_s > limit_s:
+            if not how and time.monotonic() - started_s > timeout_s:
                 how = "wall time"
         self._end()
         return self._ended(how, time.monotonic() - (started_s if self._status else began_s))
