@@ -133,25 +133,33 @@ class Engine:
         *,
         seed: int | None = None,
         temperature: float | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
     ) -> None:
         """Queues one request to go on from `tokens`.
 
         With `temperature` None the configured one counts; 0 is greedy. With `seed` None the engine's own
-        generator draws.
+        generator draws. At most `max_tokens` are sampled; None: `actors.max_new_tokens`. A request also ends
+        with the first of the texts `stop` that it has said, which is part of what it said.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         config = self._config
+        limit = config.max_new_tokens if max_tokens is None else max_tokens
         params = SamplingParams(
             temperature=config.temperature if temperature is None else temperature,
             top_p=config.top_p,
-            max_tokens=config.max_new_tokens,
+            max_tokens=limit,
             seed=seed,
+            stop=list(stop),
             logprobs=0,
             ignore_eos=True,  # vLLM would add what it takes for end tokens itself.
             stop_token_ids=self._stop_ids,
-            detokenize=False,  # `Detokenizer` does, at the end: the same text as everywhere.
+            # `Detokenizer` does, at the end: the same text as everywhere. vLLM's own finds stop texts alone.
+            detokenize=bool(stop),
+            skip_special_tokens=False,
+            include_stop_str_in_output=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
             # Made for this request alone; a deep copy of it is a tenth of a short generation's time.
             skip_clone=True,

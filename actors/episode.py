@@ -85,7 +85,7 @@ class Episode:
             version_spans=tuple(self._spans),
             turns=len(self._texts),
             finish_reason=self._finish_reason,
-            text="\n".join(self._texts),
+            text=next(reversed(self._texts), ""),
             reward=math.fsum(self._rewards) if self._rewards else None,
         )
 

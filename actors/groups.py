@@ -44,7 +44,14 @@ class Generator(Protocol):
         ...
 
     def submit(
-        self, request_id: str, tokens: Sequence[int], *, seed: int | None, temperature: float | None
+        self,
+        request_id: str,
+        tokens: Sequence[int],
+        *,
+        seed: int | None,
+        temperature: float | None,
+        max_tokens: int | None,
+        stop: Sequence[str] = (),
     ) -> None:
         """Queues a request to go on from `tokens`."""
 
@@ -197,7 +204,9 @@ class Groups:
         episode = Episode(OneTurn(), group.prompt.token_ids)
         self._requests[request_id] = _Request(group, number, episode)
         seed = (group.item.seed + number) % 2**31
-        self._engine.submit(request_id, episode.tokens, seed=seed, temperature=group.temperature)
+        self._engine.submit(
+            request_id, episode.tokens, seed=seed, temperature=group.temperature, max_tokens=None
+        )
 
     def _restart(self) -> None:
         """Starts training samples under way again, by the new weights: nothing was generated since these were

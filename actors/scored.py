@@ -35,12 +35,12 @@ def answer_id(answer: str) -> int:
 def group_of(item: WorkItem, prompt: PromptRow, samples: Sequence[Sample], actor: str) -> Group:
     """Returns the group to insert.
 
-    Of the texts it keeps one, that of the first sample without an error: it is what a human is shown of a
-    group, and four bytes a token, where the tokens say the same.
+    Of the texts and transcripts it keeps one, that of the first sample without an error: it is what a human
+    is shown of a group, and four bytes a token, where the tokens say the same.
     """
     shown = next((place for place, sample in enumerate(samples) if sample.error is None), 0)
     kept = (
-        sample if place == shown else msgspec.structs.replace(sample, text="")
+        sample if place == shown else msgspec.structs.replace(sample, text="", transcript=())
         for place, sample in enumerate(samples)
     )
     return Group(

@@ -31,14 +31,28 @@ EOS = 1
 FIRST_DIGIT = 3
 
 
+def _digits(seed: int, count: int) -> list[int]:
+    return random.Random(seed).choices(range(10), k=count)
+
+
 @dataclass
 class _Asked:
     request_id: str
     tokens: tuple[int, ...]
     seed: int
     length: int
+    ends_with: str  # What the last token is: "EOS", the end of a "stop" text, or one that a limit "cut".
     version_spans: list[VersionSpan] = field(default_factory=list)
     started_s: float = 0.0
+
+    @classmethod
+    def of(
+        cls, request_id: str, tokens: Sequence[int], seed: int, wanted: int, limit: int, stop: Sequence[str]
+    ) -> _Asked:
+        said = "".join(map(str, _digits(seed, wanted - 1))) if stop else ""
+        stops = [said.index(text) + len(text) for text in stop if text in said]
+        length, ends_with = min([(wanted, "EOS"), (limit, "cut"), *((end, "stop") for end in stops)])
+        return cls(request_id, tuple(tokens), seed, length, ends_with)
 
     @property
     def num_tokens(self) -> int:
@@ -51,17 +65,17 @@ class _Asked:
         self.version_spans.append(VersionSpan(version, start, count + 1))
 
     def generation(self) -> Generation:
-        digits = random.Random(self.seed).choices(range(10), k=self.length)
-        is_finished = self.num_tokens == self.length
-        token_ids = [FIRST_DIGIT + digit for digit in digits[: self.num_tokens]]
-        if is_finished:
+        digits = _digits(self.seed, self.num_tokens)
+        is_finished = self.num_tokens == self.length and self.ends_with != "cut"
+        token_ids = [FIRST_DIGIT + digit for digit in digits]
+        if is_ended := is_finished and self.ends_with == "EOS":
             token_ids[-1] = EOS
         return Generation(
             tokens=Int32s.of(token_ids),
             logprobs=Float32s.of([-2.3] * len(token_ids)),
             version_spans=tuple(self.version_spans),
             finish_reason="stop" if is_finished else "length",
-            text="".join(map(str, digits[: self.num_tokens - is_finished])),
+            text="".join(map(str, digits[: self.num_tokens - is_ended])),
         )
 
 
@@ -113,13 +127,15 @@ class FakeEngine:
         *,
         seed: int | None = None,
         temperature: float | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
     ) -> None:
-        """Queues a request, whose length its seed decides."""
+        """Queues a request, whose length its seed decides, unless it says one of `stop` or is cut before."""
+        del temperature
         known = seed or 0
         self.submitted.append((request_id, known))
-        self._waiting.append(
-            _Asked(request_id, tuple(tokens), known, min(self._length(known), self._config.max_new_tokens))
-        )
+        limit = self._config.max_new_tokens if max_tokens is None else max_tokens
+        self._waiting.append(_Asked.of(request_id, tokens, known, self._length(known), limit, stop))
 
     def step(self) -> list[tuple[str, Generation]]:
         """Gives every running request one token, and returns those that finished."""

@@ -86,9 +86,12 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     turns          how often the policy spoke; one for a prompt and its answer
     segments       where in `tokens` a further segment begins, ascending; its first token is not sampled either.
                    Empty for a sample that is one conversation
-    finish_reason  "stop" (EOS or stop string) or "length" (cut at the token limit: a valid outcome)
-    text           what it said, for the rewards. The tokens say the same: once scored, only the first sample of
-                   a group, which a human is shown, keeps it
+    num_tool_calls how often it called a tool, also one there is not
+    finish_reason  "stop" (EOS or stop string, or its environment ended it) or "length" (cut at a limit of tokens
+                   or turns: a valid outcome)
+    text           what it said last, for the rewards. The tokens say the same: once scored, only the first sample
+                   of a group, which a human is shown, keeps it
+    transcript     the conversation after the prompt, as (role, text); kept as `text` is
     reward         finite float, the sum over the turns, or None while unscored or when `error` is set
     error          why there is no reward; a failure is never reward 0
     ref_logprob    sum over sampled tokens of log pi_ref, filled by the learner's kernels; None until then
@@ -107,7 +110,9 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     finish_reason: str
     turns: int = 1
     segments: tuple[int, ...] = ()
+    num_tool_calls: int = 0
     text: str = ""
+    transcript: tuple[tuple[str, str], ...] = ()
     reward: float | None = None
     error: str | None = None
     ref_logprob: float | None = None
@@ -267,6 +272,8 @@ class SampleHead(msgspec.Struct, frozen=True, array_like=True):
     version_spans: tuple[VersionSpan, ...]
     finish_reason: str
     reward: float | None
+    turns: int = 1
+    num_tool_calls: int = 0
 
     @property
     def is_offline(self) -> bool:
@@ -322,6 +329,8 @@ def head_of(group: Group) -> GroupHead:
             version_spans=sample.version_spans,
             finish_reason=sample.finish_reason,
             reward=sample.reward,
+            turns=sample.turns,
+            num_tool_calls=sample.num_tool_calls,
         )
         for sample in group.samples
     )

@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from core.config import ActorsConfig, Config, LearnerConfig, ModelConfig
-from core.config.checks import served_rank
+from core.config.checks import longest_sequence, served_rank
 from core.model_shape import adapted_layers, empty_model
 from learner.objectives import load_objective
 from learner.step.frozen import PROXIMAL, REFERENCE, frozen_names
@@ -290,7 +290,7 @@ def _notes(config: Config, shape: _Shape) -> list[str]:
     elif actors.kv_cache_gib * GIB < one:
         notes.append(
             f"{cache} is below one sequence of {length}, {one / GIB:.2f} GiB: vLLM will refuse to start. "
-            "Raise it, or lower actors.max_new_tokens."
+            f"Raise it, or lower {longest_sequence(config)}."
         )
     elif actors.kv_cache_gib * GIB < one * actors.slots:
         notes.append(

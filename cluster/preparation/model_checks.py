@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from core.config import Config, LearnerConfig, ModelConfig
+from core.config.checks import longest_sequence
 from core.errors import ConfigError
 from core.model_shape import (
     carries_state,
@@ -209,8 +210,7 @@ def _check_windows(config: Config, found: Any) -> None:
     if longest > window and text.model_type in vllm_differs:
         raise ConfigError(
             f"{_name(config.model, found)}: {vllm_differs[text.model_type]} (sliding_window = {window}), and "
-            "data.max_prompt_tokens + "
-            f"actors.max_new_tokens = {longest}. Keep the sum at {window} or below."
+            f"{longest_sequence(config)} = {longest}. Keep it at {window} or below."
         )
 
 
@@ -229,6 +229,6 @@ def _check_rope(config: Config, found: Any) -> None:
             raise ConfigError(
                 f"{_name(config.model, found)} has rope_type = {kind}: beyond {field} = {limit} tokens its "
                 "frequencies depend on what else is in "
-                f"a micro-batch, and data.max_prompt_tokens + actors.max_new_tokens = {longest}. Keep the "
-                f"sum at {limit} or below."
+                f"a micro-batch, and {longest_sequence(config)} = {longest}. Keep "
+                f"it at {limit} or below."
             )

@@ -12,6 +12,7 @@ from typing import Any
 from actors.prompts import PromptRow, PromptSet
 from cluster.preparation.model_checks import rope_parameters
 from core.config import Config
+from core.config.checks import longest_sequence
 from core.errors import ConfigError, DataError
 
 # Names of the same thing in transformers' configs, as vLLM reads them: the smallest counts.
@@ -57,10 +58,8 @@ def check_length(config: Config, found: Any, prompts: PromptSet) -> None:
         return
     longest = max((len(row.token_ids) for row in prompts.rows), default=0)
     raise ConfigError(
-        f"data.max_prompt_tokens = {config.data.max_prompt_tokens} + actors.max_new_tokens = "
-        f"{config.actors.max_new_tokens} are {asked} "
-        f"tokens, but {config.model.path} has positions for {limit[0]} ({limit[1]}). Lower one of them; "
-        f"the longest prompt has {longest} tokens."
+        f"{longest_sequence(config)} are {asked} tokens, but {config.model.path} has positions for {limit[0]} ({limit[1]}). Lower it; the "
+        f"longest prompt has {longest} tokens."
     )
 
 

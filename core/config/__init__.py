@@ -258,8 +258,14 @@ class Config(EnvironmentsField):
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Longest sequence: `max_prompt_tokens + max_new_tokens`."""
-        return self.data.max_prompt_tokens + self.actors.max_new_tokens
+        """Longest sequence: `actors.max_sequence_tokens`, or `max_prompt_tokens + max_new_tokens`, the second
+        `max_turns` times where there are environments.
+        """
+        actors = self.actors
+        if actors.max_sequence_tokens is not None:
+            return actors.max_sequence_tokens
+        turns = 1 if self.environments is None else actors.max_turns
+        return self.data.max_prompt_tokens + turns * actors.max_new_tokens
 
     def without_knobs(self) -> Config:
         """Returns the same with no more of its objective than the name, for processes that do not train.

@@ -32,7 +32,29 @@ class ActorsConfig(Section):
         128, ge=1, le=65_536, description="Sequences an engine generates at once (vLLM max_num_seqs)."
     )
     max_new_tokens: int = Field(
-        256, ge=1, le=MAX_TOKENS, description="Completion limit; a completion cut here is kept as truncated."
+        256,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Completion limit; a completion cut here is kept as truncated. With environments: of one turn.",
+    )
+    max_turns: int = Field(
+        8,
+        ge=1,
+        le=65_536,
+        description="With environments: how often the policy may speak in an episode; what is cut here is kept as truncated.",
+    )
+    max_sequence_tokens: int | None = Field(
+        None,
+        ge=2,
+        le=MAX_TOKENS,
+        description="Longest sequence, prompt and observations included; what is cut here is kept as truncated. None: "
+        "`max_prompt_tokens + max_new_tokens`, with environments `max_prompt_tokens + max_turns * max_new_tokens`.",
+    )
+    turn_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="With environments: one that has not answered within this is ended, and its sample marked `error`.",
     )
     temperature: float = Field(
         1.0,

@@ -35,6 +35,15 @@ def check(config: Config) -> None:
     _weights_can_travel(config)
 
 
+def longest_sequence(config: Config) -> str:
+    """Returns the settings that `config.max_sequence_tokens` comes from, as an error names them."""
+    if config.actors.max_sequence_tokens is not None:
+        return "actors.max_sequence_tokens"
+    if config.environments is not None:
+        return "data.max_prompt_tokens + actors.max_turns * actors.max_new_tokens"
+    return "data.max_prompt_tokens + actors.max_new_tokens"
+
+
 def _rooms_fit_together(config: Config) -> None:
     if config.buffer.capacity < config.learner.groups_per_step:
         raise ValueError(
@@ -52,9 +61,13 @@ def _rooms_fit_together(config: Config) -> None:
     if config.learner.micro_batch_tokens < config.max_sequence_tokens:
         raise ValueError(
             f"learner.micro_batch_tokens = {config.learner.micro_batch_tokens} is below the longest "
-            "sequence, "
-            f"data.max_prompt_tokens + actors.max_new_tokens = {config.max_sequence_tokens}. Raise it to at "
-            "least that."
+            f"sequence, {longest_sequence(config)} = {config.max_sequence_tokens}. Raise it to at least that."
+        )
+    if config.max_sequence_tokens <= config.data.max_prompt_tokens:
+        raise ValueError(
+            f"actors.max_sequence_tokens = {config.max_sequence_tokens} leaves no token for what the policy says after a "
+            f"prompt of data.max_prompt_tokens = {config.data.max_prompt_tokens}. Raise it, or lower "
+            "data.max_prompt_tokens."
         )
     if config.data.system_prompt is not None and not config.data.chat_template:
         raise ValueError(

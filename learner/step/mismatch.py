@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from core.config import Config
+from core.config.checks import longest_sequence
 from core.errors import TrainingError
 from core.model_shape import rope_parameters
 from learner.step.samples import SampleArrays
@@ -237,7 +238,7 @@ def likely_causes(config: Config, model_config: Any) -> list[str]:
         "transformers": config.model.trust_remote_code,
         "its attention's caps or sinks: set model.attention=eager": config.model.attention != "eager"
         and any(getattr(text, name, None) for name in ("attn_logit_softcapping", "logits_soft_cap", "sinks")),
-        f"its attention's window of {window} tokens: keep data.max_prompt_tokens + actors.max_new_tokens = "
+        f"its attention's window of {window} tokens: keep {longest_sequence(config)} = "
         f"{longest} within it": window and longest > window,
         f"its rotary embedding ({', '.join(sorted(ropes))}): use a model with rope_type default": bool(ropes),
         "adapters that vLLM applies otherwise: set weights.transport=snapshot": config.weights.transport

@@ -26,6 +26,7 @@ from tests.support.scenarios.engine_scenario import (
     NUM_LOADS,
     ON_UPDATE,
     SLOTS,
+    STOP_TEXTS,
     TOP_P,
     Generated,
     Report,
@@ -216,6 +217,29 @@ def test_a_nucleus_raises_log_probs_by_no_more_than_what_the_learner_takes_for_i
 def test_temperature_0_takes_the_likeliest_token(observed: Observed):
     for generated in observed.phase("greedy"):
         assert observed.reference(generated, 0).argmax(-1).tolist() == list(generated.sample.token_ids)
+
+
+def test_a_request_has_its_own_limit(observed: Observed):
+    limited = [generated.sample for generated in observed.phase("limited")]
+    cut = [sample for sample in limited if sample.finish_reason == "length"]
+    assert cut
+    assert {len(sample.token_ids) for sample in cut} == {3}
+    assert max(len(sample.token_ids) for sample in limited) == 3
+
+
+def test_a_stop_text_ends_a_request_and_is_part_of_what_was_said(observed: Observed):
+    digits = {3 + digit: str(digit) for digit in range(10)}
+    stopped = []
+    for generated in observed.phase("stopped"):
+        sample = generated.sample
+        said = "".join(digits.get(token, " ") for token in sample.token_ids)
+        assert not any(text in said[:-1] for text in STOP_TEXTS), "it ends with the first"
+        assert len(sample.logprobs) == len(sample.token_ids) == sample.version_spans[-1].end
+        if said.endswith(STOP_TEXTS):
+            stopped.append(said)
+            assert sample.finish_reason == "stop"
+    assert stopped
+    assert observed.worst_nats("stopped", 0) < TOLERANCE_NATS
 
 
 def test_aborted_requests_are_gone_started_or_not(observed: Observed):

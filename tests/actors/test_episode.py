@@ -61,7 +61,7 @@ def test_turns_follow_each_other_and_their_rewards_add_up() -> None:
     assert sample.sampled_tokens.tolist() == [2, 3, 6, 7]
     assert sample.logprobs == Float32s.of([-1.0, -1.5, -3.0, -3.5])
     assert sample.version_spans == (VersionSpan(4, 0, 2), VersionSpan(4, 2, 3), VersionSpan(5, 3, 4))
-    assert (sample.turns, sample.text, sample.reward) == (3, "a\nb\nc", 0.75)
+    assert (sample.turns, sample.text, sample.reward) == (3, "c", 0.75)
     assert environment.said == ["a", "b", "c"]
 
 

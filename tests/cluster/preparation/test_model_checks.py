@@ -67,7 +67,7 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("Qwen2", {**SLIDING, "max_window_layers": 1}, ("max_window_layers = 1 of 2", "vLLM refuses")),
     ("Qwen3", {**SLIDING, "max_window_layers": 1}, ("max_window_layers = 1 of 2", "vLLM refuses")),
     ("Qwen2Moe", {**SLIDING, "max_window_layers": 2}, ("vLLM gives this family no window", SUM)),
-    ("Cohere2", {"sliding_window": 32}, ("sliding_window = 32", SUM, "Keep the sum at 32 or below.")),
+    ("Cohere2", {"sliding_window": 32}, ("sliding_window = 32", SUM, "Keep it at 32 or below.")),
     ("Phi3", LONGROPE, ("rope_type = longrope", "= 24 tokens", SUM)),
     (
         "Llama",

@@ -93,7 +93,7 @@ FAULTS = [
     (["model.path=./no-config"], ["model.path"]),
     (
         ["model.path=./rope-that-grows"],
-        ["rope_type = dynamic", "max_position_embeddings = 8", "Keep the sum at 8 or below"],
+        ["rope_type = dynamic", "max_position_embeddings = 8", "Keep it at 8 or below"],
     ),
     (
         ["model.path=./pad-beyond"],

@@ -46,6 +46,8 @@ MANY_TOKENS = 280
 ON_UPDATE = {"continue": 11, "drain": 12, "abort": 13}
 """The ways to update, and the version that each of them loads in its phase."""
 SEED = 1000
+STOP_TEXTS = ("7", "8", "12")
+"""Of one phase: a digit that is a special token of one of the models, and texts of several tokens."""
 NUM_LOADS = 7
 
 
@@ -107,12 +109,13 @@ class Scenario:
         count: int,
         temperature: float = 1.0,
         seed: int | None = None,
+        **limits: Any,
     ) -> list[str]:
         """The ids of `count` requests that differ in nothing."""
         request_ids = [f"{phase}-{len(self._submitted) + number}" for number in range(count)]
         for request_id in request_ids:
             self._submitted[request_id] = (phase, prompt_ids, temperature, self.engine.version, seed)
-            self.engine.submit(request_id, prompt_ids, seed=seed, temperature=temperature)
+            self.engine.submit(request_id, prompt_ids, seed=seed, temperature=temperature, **limits)
         return request_ids
 
     def submit_seeded(self, phase: str, prompt_ids: tuple[int, ...]) -> list[str]:
@@ -308,6 +311,8 @@ def run(model_dir: Path) -> Report:
     scenario.fresh("version 0")
     scenario.submit("seeded", SHORT, 4, seed=7)
     scenario.submit("greedy", SHORT, 2, temperature=0.0)
+    scenario.submit("limited", SHORT, SLOTS, max_tokens=3)
+    scenario.submit("stopped", SHORT, 4 * SLOTS, stop=STOP_TEXTS)
     scenario.finish()
     scenario.submit("aborted", SHORT, 2 * SLOTS)
     scenario.step(1)
