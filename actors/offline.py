@@ -27,6 +27,7 @@ from actors.messages import text_problems
 from actors.prompts import PromptRow, PromptSet, is_unknown, render_rows, tokenise
 from actors.rows import PROMPT_COLUMNS
 from actors.scored import group_of, with_scores
+from actors.scoring import Scorer
 from actors.sources import TRAIN_SPLIT, kind_of, read_source, report_bad_rows
 from buffer.client import BufferClient
 from buffer.store import DiskFullError
@@ -38,7 +39,6 @@ from core.monitor_client import MonitorClient
 from core.records import Group, Sample, WorkItem, encode
 from core.tokenizer import Detokenizer, closing_ids, end_token_ids, split_at_end
 from core.weights.board import BoardClient, Directive
-from rewards.pool import RewardPool
 
 OWN_COLUMNS = ("completion", "reward", "truncated", "group")
 LEASE_S = 1.0
@@ -301,7 +301,7 @@ class OfflineActor(Heartbeat):
         """Takes its peers; `scores_all` scores what has a reward too: a vote needs the answers of all."""
         self._name, self._config, self._prompts = name, config, prompts
         self._buffer, self._board, self._monitor = buffer, board, monitor
-        self._rewards = RewardPool(config.rewards)
+        self._scorer = Scorer(config.rewards)
         self._scores_all = scores_all
         self._version = -1
         self._calls = Calls(config.run.timeout_s, monitor.event, name=name)
@@ -313,7 +313,7 @@ class OfflineActor(Heartbeat):
         """Feeds until retired and returns the final counters. Raises PeerTimeout when buffer or board does
         not answer.
         """
-        with self._rewards:
+        with contextlib.closing(self._scorer):
             while not await self._poll_board():
                 self._beat()
                 await self._feed()
@@ -371,9 +371,7 @@ class OfflineActor(Heartbeat):
         if to_score:
             unscored = [samples[index] for index in to_score]
             # The pool answers within its own limit, whatever a reward function does.
-            scores = await asyncio.wrap_future(
-                self._rewards.submit(row.text, [sample.text for sample in unscored], row.columns)
-            )
+            scores = await asyncio.wrap_future(self._scorer.score(row, unscored))
             for index, sample in zip(to_score, with_scores(unscored, scores), strict=True):
                 samples[index] = sample
         return group_of(item, row, samples, self._name)

@@ -32,7 +32,9 @@ class Scorer:
     def score(self, prompt: PromptRow, samples: Sequence[Sample]) -> Future[list[Scored]]:
         """Returns a future of one Scored per sample, in order; its result is never an exception."""
         if samples:
-            return self._pool.submit(prompt.text, [sample.text for sample in samples], prompt.columns)
+            texts = [sample.text for sample in samples]
+            own = {"num_tokens": [sample.num_sampled for sample in samples]}
+            return self._pool.submit(prompt.text, texts, prompt.columns, own)
         nothing: Future[list[Scored]] = Future()
         nothing.set_result([])
         return nothing

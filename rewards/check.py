@@ -14,7 +14,7 @@ from typing import Any
 from core.config import RewardsConfig
 from core.errors import RewardError
 from rewards.pool import RewardPool
-from rewards.registry import BUILTINS, load_reward
+from rewards.registry import load_reward, read_name
 
 # Reading an answer as mathematics takes hundredths of a second. Of later rows only its kind is checked.
 READ_GOLDS = 50
@@ -65,8 +65,9 @@ def _problem(needed: Mapping[str, tuple[str, ...]], row: Mapping[str, Any]) -> s
         for column in columns:
             if column not in row:
                 return f"no {column!r}, which reward function {name!r} needs"
-    functions = [load_reward(name) for name in needed if name in BUILTINS]
-    problems = (function.gold_problem(row["answer"]) for function in functions)  # type: ignore[attr-defined]
+    functions = [load_reward(name) for name in needed if read_name(name).is_builtin]
+    checks = (getattr(function, "gold_problem", None) for function in functions)
+    problems = (check(row["answer"]) for check in checks if check is not None)
     return next((f"its answer {reason}" for reason in problems if reason is not None), None)
 
 

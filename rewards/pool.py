@@ -86,17 +86,22 @@ class RewardPool:
             raise
 
     def submit(
-        self, prompt: str, completions: Sequence[str], columns: Mapping[str, Any]
+        self,
+        prompt: str,
+        completions: Sequence[str],
+        columns: Mapping[str, Any],
+        own: Mapping[str, Sequence[Any]] | None = None,
     ) -> Future[list[Scored]]:
         """Hands in one group; the future's result is one Scored per completion, in order, and never an
         exception.
 
         The result is there at most `timeout_s` after a worker took the group up, plus at most STARTUP_LIMIT_S
-        where a new worker had to start. `columns` is the dataset row, anything that pickles.
+        where a new worker had to start. `columns` is the dataset row, `own` has by name what belongs to each
+        completion (signature.OWN); anything that pickles.
         """
         future: Future[list[Scored]] = Future()
         try:
-            request = pickle.dumps((prompt, list(completions), dict(columns)))
+            request = pickle.dumps((prompt, list(completions), dict(columns), own))
         except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
             self._finish(_Task(b"", len(completions), future), f"the row cannot be sent to a worker: {error}")
             return future

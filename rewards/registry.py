@@ -6,9 +6,12 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Callable
+import urllib.parse
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
+
+import msgspec
 
 from core.errors import RewardError
 from rewards.signature import read_signature
@@ -16,9 +19,53 @@ from rewards.signature import read_signature
 RewardCallable: TypeAlias = Callable[..., list[float | None]]
 
 MAX_REASON_CHARS = 300
-MESSAGES = "?messages"
-"""Behind its name, says that a function takes lists of messages."""
-BUILTINS = {"exact_match": "rewards.exact_match:exact_match", "math_verify": "rewards.math:math_verify"}
+MESSAGES = "messages"
+"""Behind the `?` of a name, says that a function takes lists of messages."""
+BUILTINS = {
+    "exact_match": "rewards.exact_match:exact_match",
+    "math_verify": "rewards.math:math_verify",
+    "overlong": "rewards.overlong:Overlong",
+}
+"""What the built-in names mean: a function, or a msgspec Struct whose fields are the parameters behind `?` and
+whose objects are called as functions are.
+"""
+ELSEWHERE = ("environment", "reward_model")
+"""What gives rewards and is no function in a worker: the environment's own reward, and hosted models
+(`reward_model:PATH`). Their values join the sum in actors/scoring.py.
+"""
+
+
+class RewardName(NamedTuple):
+    """A name of `rewards.functions`, read: `overlong?from=192&to=256` is `overlong` with two parameters."""
+
+    plain: str
+    parameters: Mapping[str, str] = {}
+    messages: bool = False
+
+    @property
+    def is_builtin(self) -> bool:
+        """Returns whether the function is one of BUILTINS."""
+        return self.plain in BUILTINS
+
+    @property
+    def is_local(self) -> bool:
+        """Returns whether a worker process loads and calls it."""
+        return self.plain.partition(":")[0] not in ELSEWHERE
+
+
+def read_name(name: str) -> RewardName:
+    """Returns what a name in a config says. Raises RewardError where what follows the `?` cannot be read."""
+    plain, _, query = name.partition("?")
+    parameters = {}
+    for part in query.split("&") if query else ():
+        key, equals, value = part.partition("=")
+        if key in parameters or not key or (not equals and key != MESSAGES):
+            raise RewardError(
+                f"reward function {name!r}: {part!r} behind the ? is no parameter; expected NAME=VALUE, each "
+                f"name once and joined by &, or {MESSAGES}"
+            )
+        parameters[key] = urllib.parse.unquote(value)
+    return RewardName(plain, parameters, parameters.pop(MESSAGES, None) is not None)
 
 
 class WeightedReward(NamedTuple):
@@ -41,17 +88,17 @@ class WeightedReward(NamedTuple):
 
 
 def load_reward(name: str) -> RewardCallable:
-    """Returns the function that `name` means: a built-in name, or `module:function` on the path or in the
-    working directory, with `?messages` behind it or not.
+    """Returns the function that `name` means: a built-in name with its parameters, or `module:function` on
+    the path or in the working directory, with `?messages` behind it or not.
 
-    Raises RewardError for an unknown name (it tells the nearest built-in), for a module that does not import
-    (with its error), and for a function that is missing, cannot be called, is asynchronous, or takes no
-    completions.
+    Raises RewardError for an unknown name (it tells the nearest built-in), for parameters that a function does
+    not take, for a module that does not import (with its error), and for a function that is missing, cannot
+    be called, or takes no completions.
     """
-    plain = name.removesuffix(MESSAGES)
-    module_name, colon, function_name = BUILTINS.get(plain, plain).partition(":")
+    read = read_name(name)
+    module_name, colon, function_name = BUILTINS.get(read.plain, read.plain).partition(":")
     if not colon or not module_name or not function_name:
-        near = difflib.get_close_matches(name, BUILTINS, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(read.plain, BUILTINS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"built in: {', '.join(BUILTINS)}."
         raise RewardError(
             f"reward function {name!r} is not known; {hint} Your own function is written module:function."
@@ -75,7 +122,33 @@ def load_reward(name: str) -> RewardCallable:
             f"reward function {name!r}: module {module_name} has no "
             f"{function_name!r}{hint}{_namesake(module)}"
         )
+    if read.is_builtin:
+        function = _with_parameters(name, function, read.parameters)
+    elif read.parameters:
+        raise RewardError(
+            f"reward function {name!r}: parameters behind the ? go to built-in functions only; give yours in its "
+            f"module, mine = functools.partial({function_name}, {next(iter(read.parameters))}=...), and name mine"
+        )
     read_signature(name, function)
+    return function
+
+
+def _with_parameters(name: str, function: Any, parameters: Mapping[str, str]) -> Any:
+    """Returns a built-in function, made with its parameters where it takes any."""
+    if isinstance(function, type) and issubclass(function, msgspec.Struct):
+        try:
+            return msgspec.convert(parameters, function, strict=False)
+        except msgspec.ValidationError as error:
+            known = "&".join(
+                f"{field.encode_name}=" + ("..." if field.required else str(field.default))
+                for field in msgspec.structs.fields(function)
+            )
+            plain = name.partition("?")[0]
+            raise RewardError(f"reward function {name!r}: {error}; expected {plain}?{known}") from None
+    if parameters:
+        raise RewardError(
+            f"reward function {name!r}: {name.partition('?')[0]} takes no parameter {next(iter(parameters))!r}, nor any other"
+        )
     return function
 
 

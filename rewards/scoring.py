@@ -40,14 +40,20 @@ class Scored(msgspec.Struct, frozen=True):
 
 
 def score_group(
-    functions: Sequence[WeightedReward], prompt: str, completions: Sequence[str], columns: Mapping[str, Any]
+    functions: Sequence[WeightedReward],
+    prompt: str,
+    completions: Sequence[str],
+    columns: Mapping[str, Any],
+    own: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Scored]:
     """Returns one Scored per completion of `prompt`: the sum over functions of weight times value.
 
-    `columns` is the dataset row; each value is repeated per completion. Never raises for what a function
-    does.
+    `columns` is the dataset row; each value is repeated per completion. `own` has by name what belongs to
+    each completion (signature.OWN). Never raises for what a function does.
     """
-    values_per_function = [_call(reward, prompt, list(completions), columns) for reward in functions]
+    values_per_function = [
+        _call(reward, prompt, list(completions), columns, own or {}) for reward in functions
+    ]
     read_answer = next(
         (reward.answer for reward in functions if reward.answer is not None), lambda completion: None
     )
@@ -72,7 +78,11 @@ def shorten(text: str) -> str:
 
 
 def _call(
-    reward: WeightedReward, prompt: str, completions: list[str], columns: Mapping[str, Any]
+    reward: WeightedReward,
+    prompt: str,
+    completions: list[str],
+    columns: Mapping[str, Any],
+    own: Mapping[str, Sequence[Any]],
 ) -> list[float | str]:
     """Returns one entry per completion: its value, or the reason why it has none."""
     num = len(completions)
@@ -82,6 +92,7 @@ def _call(
             f"{reward.name} needs {_quoted(missing)}, which the row does not have (it has {_quoted(columns)})"
         ] * num
     given = {name: [value] * num for name, value in columns.items()}
+    given |= {name: list(values) for name, values in own.items()}
     given |= {"prompts": [prompt] * num, "completions": list(completions)}
     if reward.messages:
         given |= _as_messages(prompt, completions, columns)

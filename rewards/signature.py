@@ -25,6 +25,8 @@ from core.errors import RewardError
 
 BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 TEXTS = ("prompts", "completions")
+OWN = ("num_tokens",)
+"""What a function gets of the completions themselves, by name: sampled tokens."""
 REMEDY = (
     "A reward function takes by name what it needs of prompts, completions and the dataset's columns: "
     "(completions, answer, **columns)."
@@ -99,7 +101,7 @@ def read_signature(name: str, function: Any) -> Signature:
         positional = TEXTS
     is_needed = {parameter.name: parameter.default is Parameter.empty for parameter in parameters}
     names = (*positional, *(parameter.name for parameter in rest))
-    columns = tuple(column for column in names if column not in TEXTS and is_needed[column])
+    columns = tuple(column for column in names if column not in (*TEXTS, *OWN) and is_needed[column])
     bound = frozenset(function.keywords) if isinstance(function, functools.partial) else frozenset[str]()
     return Signature(positional, tuple(parameter.name for parameter in rest), columns, takes_all, bound)
 

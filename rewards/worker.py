@@ -25,7 +25,7 @@ import msgspec
 
 from core import children
 from core.errors import RewardError
-from rewards.registry import BUILTINS, MESSAGES, WeightedReward, load_reward, needed_columns
+from rewards.registry import WeightedReward, load_reward, needed_columns, read_name
 from rewards.scoring import Scored, score_group
 from rewards.signature import takes_messages
 
@@ -198,9 +198,9 @@ def serve(fd: int, parent_pid: int) -> None:
 
 def _load(spec: FunctionSpec) -> WeightedReward:
     function = load_reward(spec.name)
-    if spec.name in BUILTINS:
+    if read_name(spec.name).is_builtin:
         getattr(function, "prepare", lambda: None)()
-    messages = spec.name.endswith(MESSAGES) or takes_messages(function)
+    messages = read_name(spec.name).messages or takes_messages(function)
     return WeightedReward(spec.name, spec.weight, function, messages)
 
 
@@ -214,5 +214,5 @@ def _answer_requests(connection: Connection) -> None:
     loaded = Loaded([needed_columns(reward.name, reward.function) for reward in functions])
     connection.send_bytes(msgspec.msgpack.encode(loaded))
     while True:
-        prompt, completions, columns = pickle.loads(connection.recv_bytes())
-        connection.send_bytes(msgspec.msgpack.encode(score_group(functions, prompt, completions, columns)))
+        scored = score_group(functions, *pickle.loads(connection.recv_bytes()))
+        connection.send_bytes(msgspec.msgpack.encode(scored))

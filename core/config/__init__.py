@@ -19,6 +19,7 @@ from core.config.buffer import BufferConfig
 from core.config.data import DataConfig as DataConfig
 from core.config.environments import EnvironmentsField
 from core.config.evaluation import EvalConfig as EvalConfig
+from core.config.rewards import ENVIRONMENT
 from core.config.rewards import RewardsConfig as RewardsConfig
 from core.config.section import MAX_NUMBER, MAX_PROCESSES, MAX_TIMEOUT_S, MAX_TOKENS, Section, shown
 from core.staleness import StalenessBound
@@ -273,6 +274,15 @@ class Config(EnvironmentsField):
         The class of an objective's knobs stands beside its loss, and would bring torch into them.
         """
         return self.model_copy(update={"objective": ObjectiveConfig(name=self.objective.name)})
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _environments_give_rewards(cls, tree: Any) -> Any:
+        """Lets the environment's own reward be the reward where no function is named."""
+        rewards = tree.get("rewards") or {} if isinstance(tree, dict) and tree.get("environments") else None
+        if isinstance(rewards, dict) and not rewards.get("functions"):
+            return {**tree, "rewards": {**rewards, "functions": {ENVIRONMENT: 1.0}}}
+        return tree
 
     @pydantic.field_validator("objective", mode="wrap")
     @classmethod

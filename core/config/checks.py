@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from core.config.rewards import ENVIRONMENT
 from core.staleness import StalenessBound
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def served_rank(rank: int) -> int:
 def check(config: Config) -> None:
     """Raises ValueError that names the settings, their values, and what to do."""
     _rooms_fit_together(config)
+    _something_is_rewarded(config)
     _temperatures_are_vllms(config)
     config.objective.check(config)
     _samples_come_from_somewhere(config)
@@ -74,6 +76,20 @@ def _rooms_fit_together(config: Config) -> None:
             "data.system_prompt is set but data.chat_template = false: nothing would put it before the "
             "prompts. "
             "Set data.chat_template=true or remove data.system_prompt."
+        )
+
+
+def _something_is_rewarded(config: Config) -> None:
+    functions = config.rewards.functions
+    if not functions:
+        raise ValueError(
+            "rewards.functions is empty: give at least one function and its weight, for example "
+            "{exact_match: 1.0}, or environments that reward."
+        )
+    if ENVIRONMENT in functions and not config.environments:
+        raise ValueError(
+            f"rewards.functions.{ENVIRONMENT} = {functions[ENVIRONMENT]:g} is the environment's own reward, and there is "
+            "none: set environments, or name another function."
         )
 
 

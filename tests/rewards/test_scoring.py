@@ -18,16 +18,31 @@ from hypothesis import strategies as st
 
 from core.errors import RewardError
 from rewards.exact_match import exact_match
-from rewards.registry import BUILTINS, WeightedReward, load_reward
+from rewards.registry import BUILTINS, RewardName, WeightedReward, load_reward, read_name
 from rewards.scoring import MAX_ERROR_CHARS, Scored, score_group
 from tests.support.scores import constant, score
 
+PARAMETERS = {"overlong": "?from=3&to=5"}
+
 
 def test_builtin_names_load():
-    assert {name: load_reward(name).__name__ for name in BUILTINS} == {
-        "exact_match": "exact_match",
-        "math_verify": "math_verify",
-    }
+    for name in BUILTINS:
+        assert callable(load_reward(name + PARAMETERS.get(name, ""))), name
+
+
+def test_parameters_behind_a_name_are_those_of_the_function():
+    overlong = load_reward("overlong?from=192&to=256")
+    assert overlong([""] * 5, num_tokens=[0, 192, 224, 256, 300]) == [0.0, 0.0, -0.5, -1.0, -1.0]
+    assert read_name("mine:f?messages") == RewardName("mine:f", {}, True)
+    assert read_name("mine:f") == RewardName("mine:f", {}, False)
+    assert read_name("python_tests?path=a%26b&messages") == RewardName("python_tests", {"path": "a&b"}, True)
+    assert [
+        read_name(name).is_local for name in ("mine:f", "environment", "reward_model:a/b?num_gpus=1")
+    ] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_module_and_function_load():
@@ -41,6 +56,14 @@ def test_module_and_function_load():
         ("mathverify", "did you mean 'math_verify'"),
         ("zzz", "built in: exact_match, math_verify"),
         ("", "built in:"),
+        ("overlng?from=1", "did you mean 'overlong'"),
+        ("overlong", "missing required field `from`; expected overlong\\?from=...&to=..."),
+        ("overlong?from=a&to=5", "Expected `int`, got `str` - at `\\$.from`"),
+        ("overlong?from=5&to=3", "from=5 and to=3: expected 0 <= from < to"),
+        ("overlong?from=5&too=3", "unknown field `too`"),
+        ("overlong?from", "'from' behind the \\? is no parameter; expected NAME=VALUE"),
+        ("exact_match?strict=1", "exact_match takes no parameter 'strict', nor any other"),
+        ("tests.support.reward_functions:length?to=3", "mine = functools.partial\\(length, to=...\\)"),
         (":f", "module:function"),
         ("tests.support.reward_functions:", "module:function"),
         ("tests.no_such_module:f", "no module named 'tests.no_such_module'"),
