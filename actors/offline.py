@@ -24,7 +24,7 @@ import numpy as np
 from actors.exchange import RETRY_S
 from actors.heartbeat import Heartbeat
 from actors.messages import text_problems
-from actors.prompts import PromptRow, PromptSet, is_unknown, render_rows, tokenise
+from actors.prompts import PromptRow, PromptSet, render_rows
 from actors.rows import PROMPT_COLUMNS
 from actors.scored import group_of, with_scores
 from actors.scoring import Scorer
@@ -37,7 +37,14 @@ from core.config import Config
 from core.errors import DataError
 from core.monitor_client import MonitorClient
 from core.records import Group, Sample, WorkItem, encode
-from core.tokenizer import Detokenizer, closing_ids, end_token_ids, split_at_end
+from core.tokenizer import (
+    Detokenizer,
+    closing_ids,
+    end_token_ids,
+    is_unknown,
+    split_at_end,
+    tokenise,
+)
 from core.weights.board import BoardClient, Directive
 
 OWN_COLUMNS = ("completion", "reward", "truncated", "group")

@@ -18,7 +18,7 @@ from core.config import DataConfig
 from core.errors import DataError
 from core.records import Sample
 from core.text import user_path
-from core.tokenizer import has_chat_template, special_token_ids
+from core.tokenizer import has_chat_template, is_unknown, text_prefix, tokenise, with_prefix
 
 Tools: TypeAlias = Mapping[str, Sequence[dict[str, Any]]]
 """The environments of a run by name, and the JSON schemas of the tools that each shows to the policy."""
@@ -130,12 +130,12 @@ def render_rows(
         tokenizer, {index: text for index, text in texts.items() if index not in made}
     )
     bad |= failed
-    prefix = () if data.chat_template else _prefix(tokenizer, texts, found_ids)
+    prefix = () if data.chat_template else text_prefix(tokenizer, texts, found_ids)
     rows = {}
     for index, token_ids in sorted({**made, **found_ids}.items()):
         one = asked[index]
         if one.prompt is not None:
-            token_ids = _with_prefix(tokenizer, prefix, token_ids)
+            token_ids = with_prefix(tokenizer, prefix, token_ids)
             if reason := _token_problem(one.said, token_ids, len(prefix), data, tokenizer):
                 bad[index] = reason
                 continue
@@ -179,67 +179,6 @@ def _messages(asked: Asked, data: DataConfig) -> list[dict[str, Any]]:
     if isinstance(asked.prompt, str):
         found.append({"role": "user", "content": asked.prompt})
     return [*found, *asked.prompt] if isinstance(asked.prompt, list) else found
-
-
-def tokenise(tokenizer: Any, texts: dict[int, str]) -> tuple[dict[int, tuple[int, ...]], dict[int, str]]:
-    """Returns token ids by row, no special token added, and the rows that the tokenizer does not take, with
-    its reason.
-    """
-    if not texts:
-        return {}, {}
-    try:
-        return dict(zip(texts, map(tuple, _encode(tokenizer, list(texts.values()))), strict=True)), {}
-    except Exception:  # noqa: BLE001 -- tokenizers raises bare Exceptions
-        found, failed = {}, {}
-        for index, text in texts.items():
-            try:
-                found[index] = tuple(_encode(tokenizer, [text])[0])
-            except Exception as error:  # noqa: BLE001 -- this one
-                failed[index] = f"the tokenizer does not take {text[:40]!r}: {str(error).splitlines()[0]}"
-        return found, failed
-
-
-def is_unknown(tokenizer: Any, text: str, token_ids: tuple[int, ...]) -> bool:
-    """Returns whether no token of `text` is one that the tokenizer knows."""
-    unknown = tokenizer.unk_token_id
-    return bool(token_ids) and set(token_ids) == {unknown} and str(tokenizer.unk_token) not in text
-
-
-def _encode(tokenizer: Any, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
-    encoded = tokenizer(
-        texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
-    )
-    return list(encoded["input_ids"])
-
-
-# --- Special tokens ---
-
-
-def _prefix(tokenizer: Any, texts: dict[int, str], found: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
-    """Returns the tokens that the tokenizer puts before every text.
-
-    What it puts after one (EOS, SEP) is not the beginning of an answer.
-    """
-    index = next((index for index, token_ids in found.items() if token_ids), None)
-    if index is None:
-        return ()
-    bare, full = found[index], tuple(_encode(tokenizer, [texts[index]], add_special_tokens=True)[0])
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return full[:start]
-    special = special_token_ids(tokenizer)  # The first word is another one behind a special token.
-    return full[: next((place for place, token_id in enumerate(full) if token_id not in special), 0)]
-
-
-def _with_prefix(tokenizer: Any, prefix: tuple[int, ...], token_ids: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the tokens with `prefix`, once, also where the text or the template brings it along."""
-    shared = next(
-        (length for length in range(len(prefix), 0, -1) if token_ids[:length] == prefix[-length:]), 0
-    )
-    token_ids = (*prefix, *token_ids[shared:])
-    while tokenizer.bos_token_id is not None and token_ids[:2] == (tokenizer.bos_token_id,) * 2:
-        token_ids = token_ids[1:]
-    return token_ids
 
 
 def _token_problem(

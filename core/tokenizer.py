@@ -1,6 +1,7 @@
 """The tokenizer: loaded, checked, and asked where a completion ends and what its text is.
 
     model.path --load_tokenizer--> tokenizer
+        --tokenise-------> the tokens of texts, special tokens once
         --end_token_ids--> the tokens that end a completion
         --closing_ids----> what the policy writes after an answer's last word
         --Detokenizer----> what rewards, samples.jsonl and `chat` show
@@ -131,6 +132,67 @@ def _too_new(path: Path) -> str:
         why = str(error).splitlines()[0]
         return f"tokenizer.json is not understood by tokenizers {tokenizers.__version__}: {why}"
     return ""
+
+
+# --- Tokens of texts ---
+
+
+def tokenise(tokenizer: Any, texts: dict[int, str]) -> tuple[dict[int, tuple[int, ...]], dict[int, str]]:
+    """Returns token ids by row, no special token added, and the rows that the tokenizer does not take, with
+    its reason.
+    """
+    if not texts:
+        return {}, {}
+    try:
+        return dict(zip(texts, map(tuple, _encode(tokenizer, list(texts.values()))), strict=True)), {}
+    except Exception:  # noqa: BLE001 -- tokenizers raises bare Exceptions
+        found, failed = {}, {}
+        for index, text in texts.items():
+            try:
+                found[index] = tuple(_encode(tokenizer, [text])[0])
+            except Exception as error:  # noqa: BLE001 -- this one
+                failed[index] = f"the tokenizer does not take {text[:40]!r}: {str(error).splitlines()[0]}"
+        return found, failed
+
+
+def is_unknown(tokenizer: Any, text: str, token_ids: tuple[int, ...]) -> bool:
+    """Returns whether no token of `text` is one that the tokenizer knows."""
+    unknown = tokenizer.unk_token_id
+    return bool(token_ids) and set(token_ids) == {unknown} and str(tokenizer.unk_token) not in text
+
+
+def _encode(tokenizer: Any, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+    encoded = tokenizer(
+        texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
+    )
+    return list(encoded["input_ids"])
+
+
+def text_prefix(tokenizer: Any, texts: dict[int, str], found: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
+    """Returns the tokens that the tokenizer puts before every text; `found` are tokens without it.
+
+    What it puts after one (EOS, SEP) is not the beginning of an answer.
+    """
+    index = next((index for index, token_ids in found.items() if token_ids), None)
+    if index is None:
+        return ()
+    bare, full = found[index], tuple(_encode(tokenizer, [texts[index]], add_special_tokens=True)[0])
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start]
+    special = special_token_ids(tokenizer)  # The first word is another one behind a special token.
+    return full[: next((place for place, token_id in enumerate(full) if token_id not in special), 0)]
+
+
+def with_prefix(tokenizer: Any, prefix: tuple[int, ...], token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the tokens with `prefix`, once, also where the text or the template brings it along."""
+    shared = next(
+        (length for length in range(len(prefix), 0, -1) if token_ids[:length] == prefix[-length:]), 0
+    )
+    token_ids = (*prefix, *token_ids[shared:])
+    while tokenizer.bos_token_id is not None and token_ids[:2] == (tokenizer.bos_token_id,) * 2:
+        token_ids = token_ids[1:]
+    return token_ids
 
 
 # --- Chat templates ---
