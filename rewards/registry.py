@@ -26,8 +26,8 @@ BUILTINS = {
     "math_verify": "rewards.math:math_verify",
     "overlong": "rewards.overlong:Overlong",
 }
-"""What the built-in names mean: a function, or a msgspec Struct whose fields are the parameters behind `?` and
-whose objects are called as functions are.
+"""What the built-in names mean: a function, or a msgspec Struct whose fields are the parameters behind `?`
+and whose objects are called as functions are.
 """
 ELSEWHERE = ("environment", "reward_model")
 """What gives rewards and is no function in a worker: the environment's own reward, and hosted models
@@ -91,8 +91,8 @@ def load_reward(name: str) -> RewardCallable:
     """Returns the function that `name` means: a built-in name with its parameters, or `module:function` on
     the path or in the working directory, with `?messages` behind it or not.
 
-    Raises RewardError for an unknown name (it tells the nearest built-in), for parameters that a function does
-    not take, for a module that does not import (with its error), and for a function that is missing, cannot
+    Raises RewardError for an unknown name (it tells the nearest built-in), for parameters that a function
+    does not take, for a module that does not import (with its error), and for a function that is missing, cannot
     be called, or takes no completions.
     """
     read = read_name(name)

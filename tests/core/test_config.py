@@ -496,19 +496,3 @@ def test_a_mapping_with_a_wrong_entry_is_not_called_too_short():
     with pytest.raises(ConfigError, match=r"rewards\.functions\.math_verify = 'x'") as refused:
         load_config("configs/quickstart.yaml", ["rewards.functions={exact_match: 1, math_verify: x}"])
     assert "at least one entry" not in str(refused.value)
-
-
-def test_the_environments_own_reward_is_the_reward_where_no_function_is_named(example):
-    def functions(*overrides):
-        return load_config(example, ["environments=games:Guess", *overrides]).rewards.functions
-
-    assert functions("rewards.functions={}") == {"environment": 1.0}
-    assert functions("rewards.functions={environment: 2, exact_match: 1}") == {
-        "environment": 2,
-        "exact_match": 1,
-    }
-    assert functions("rewards.functions={exact_match: 1}") == {"exact_match": 1}
-    with pytest.raises(
-        ConfigError, match=r"rewards\.functions\.environment = 1 is the environment's own reward, and"
-    ):
-        load_config(example, ["rewards.functions={environment: 1}"])
