@@ -90,7 +90,8 @@ def load_offline(
         )
     if training is not None:
         mixed, found = _mix(training, rows, samples, config.offline_samples)
-        return PromptSet(mixed, training.num_bad_rows + len(bad), training.source), [*notes, *found]
+        num_bad = training.num_bad_rows + len(bad)
+        return dataclasses.replace(training, rows=mixed, num_bad_rows=num_bad, notes=()), [*notes, *found]
     prompts, found = _by_prompt(rows, samples, source.name, *config.objective.fewest_samples)
     return PromptSet(prompts, len(bad), source.name), [*notes, *found]
 

@@ -6,6 +6,8 @@ actors/sources.py, procedural.py       actors/rows.py, messages.py              
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 from actors.messages import render, text_problems
 from actors.rows import Asked, RowReader
 from actors.sources import EVAL_SPLIT, TRAIN_SPLIT, Bad, Source, read_source, report_bad_rows, split_of
+from buffer.sources import Part, locate
 from core.config import DataConfig
 from core.errors import DataError
 from core.records import Sample
@@ -54,18 +57,66 @@ class PromptRow:
 class PromptSet:
     """The usable prompts of a dataset, in its order; `num_bad_rows` were left out
     (`data.on_bad_row=skip`); `notes` are to be told.
+
+    Those of several sources (`data.path: {PATH: share}`) lie one after the other: `members` says which is
+    which.
     """
 
     rows: list[PromptRow]
     num_bad_rows: int
     source: str
     notes: tuple[str, ...] = ()
+    members: tuple[Member, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> PromptRow:
         return self.rows[index]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Returns what the prompt stream must know of several sources; empty where there is one."""
+        return tuple(Part(member.num_prompts, member.share) for member in self.members)
+
+    def split(self) -> list[PromptSet]:
+        """Returns the prompts of each source by themselves."""
+        if not self.members:
+            return [self]
+        ends = itertools.accumulate(member.num_prompts for member in self.members)
+        return [
+            PromptSet(self.rows[end - member.num_prompts : end], member.num_bad_rows, member.name)
+            for member, end in zip(self.members, ends, strict=True)
+        ]
+
+
+class Member(NamedTuple):
+    """One of the sources of a PromptSet: its name, how many prompts are its own, and its share of them all, a
+    whole number.
+    """
+
+    name: str
+    num_prompts: int
+    num_bad_rows: int
+    share: int
+
+
+def joined(sets: Sequence[PromptSet], shares: Sequence[int]) -> PromptSet:
+    """Returns the prompts of several sources as one set, one source after the other; a single one as it
+    is.
+    """
+    if len(sets) == 1:
+        return sets[0]
+    return PromptSet(
+        rows=[row for prompts in sets for row in prompts.rows],
+        num_bad_rows=sum(prompts.num_bad_rows for prompts in sets),
+        source=" and ".join(prompts.source for prompts in sets),
+        notes=tuple(dict.fromkeys(note for prompts in sets for note in prompts.notes)),
+        members=tuple(
+            Member(prompts.source, len(prompts), prompts.num_bad_rows, share)
+            for prompts, share in zip(sets, shares, strict=True)
+        ),
+    )
 
 
 class Rendered(NamedTuple):
@@ -92,11 +143,14 @@ def load_prompts(
     """
     if evaluation and data.eval_rows == 0:
         return PromptSet([], 0, "no evaluation (data.eval_rows = 0)")
-    source = _read_evaluation(data) if evaluation else read_source("data.path", data.path, TRAIN_SPLIT)
-    rows, bad, notes = render_rows(source, data, tokenizer, environments)
-    report_bad_rows(source, bad, num_usable=len(rows), on_bad_row=data.on_bad_row)
-    notes = () if evaluation else (*_notes(source, rows, tokenizer), *notes)
-    return PromptSet(list(rows.values()), len(bad), source.name, notes)
+    sources, shares = _held_out(data) if evaluation else _training(data)
+    sets = []
+    for source in sources:
+        rows, bad, notes = render_rows(source, data, tokenizer, environments)
+        report_bad_rows(source, bad, num_usable=len(rows), on_bad_row=data.on_bad_row)
+        notes = () if evaluation else (*_notes(source, rows, tokenizer), *notes)
+        sets.append(PromptSet(list(rows.values()), len(bad), source.name, notes))
+    return joined(sets, shares)
 
 
 def render_rows(
@@ -220,21 +274,39 @@ def _notes(source: Source, rows: dict[int, PromptRow], tokenizer: Any) -> Iterat
         )
 
 
-# --- Held-out prompts ---
+# --- Sources ---
 
 
-def _read_evaluation(data: DataConfig) -> Source:
+def _training(data: DataConfig) -> tuple[list[Source], list[int]]:
+    """Returns the rows to train on, source by source, and the sources' shares."""
+    if data.path is None:
+        return [read_source("data.path", None, TRAIN_SPLIT)], [1]
+    return [read_source("data.path", name, TRAIN_SPLIT) for name in data.sources], [*data.sources.values()]
+
+
+def _held_out(data: DataConfig) -> tuple[list[Source], list[int]]:
+    """Returns the held-out rows, of several sources each one's share of them, and the shares."""
     if data.eval_path is not None:
-        return read_source("data.eval_path", data.eval_path, EVAL_SPLIT, limit=data.eval_rows)
+        return [read_source("data.eval_path", data.eval_path, EVAL_SPLIT, limit=data.eval_rows)], [1]
     if data.path is None:
         raise DataError(
             "there are no held-out prompts: set data.eval_path, or data.eval_rows=0 to switch evaluation off."
         )
-    path, _ = split_of(data.path, TRAIN_SPLIT)
-    if user_path("data.path", path).is_file():
-        raise DataError(
-            f"data.path = {data.path} is one file: it has no split {EVAL_SPLIT!r} to evaluate on, and "
-            "its rows are trained on. "
-            "Set data.eval_path, or data.eval_rows=0 to switch evaluation off."
-        )
-    return read_source("data.path", path, EVAL_SPLIT, limit=data.eval_rows)
+    shares = tuple(data.sources.values())
+    counts = Counter(locate(number, shares)[0] for number in range(data.eval_rows))
+    found = []
+    for number, name in enumerate(data.sources):
+        place, _ = split_of(name, TRAIN_SPLIT)
+        if user_path("data.path", place).is_file():
+            raise DataError(
+                f"data.path = {name} is one file: it has no split {EVAL_SPLIT!r} to evaluate on, and "
+                "its rows are trained on. "
+                "Set data.eval_path, or data.eval_rows=0 to switch evaluation off."
+            )
+        if not counts[number]:
+            raise DataError(
+                f"data.path: {name} has {shares[number]} of {sum(shares)} shares, which is none of "
+                f"data.eval_rows = {data.eval_rows} held-out rows. Raise data.eval_rows, or set data.eval_path."
+            )
+        found.append(read_source("data.path", place, EVAL_SPLIT, limit=counts[number]))
+    return found, [*shares]

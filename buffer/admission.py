@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from buffer.sources import Part, locate
 from core.errors import AgroError
 from core.records import WorkItem
 
@@ -32,33 +33,39 @@ class LeaseError(AgroError, LookupError):
     """Somebody reported on an item that was never leased."""
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, num_prompts: int) -> np.ndarray:
+@functools.lru_cache(maxsize=16)
+def _permutation(num_prompts: int, *seeds: int) -> np.ndarray:
     """Returns int64[num_prompts], a permutation of the prompts for one epoch.
 
     It sorts raw PCG64 draws: numpy promises that stream for ever, but not that of `Generator.permutation`.
     """
-    keys = np.random.PCG64([seed, epoch]).random_raw(num_prompts)
+    keys = np.random.PCG64(list(seeds)).random_raw(num_prompts)
     return np.argsort(keys, kind="stable")
 
 
-def work_item(ordinal: int, *, seed: int, num_prompts: int) -> WorkItem:
+def work_item(ordinal: int, *, seed: int, num_prompts: int, parts: tuple[Part, ...] = ()) -> WorkItem:
     """Returns the item at `ordinal` of the prompt stream: a pure function of its arguments, the same in every
     process.
 
-    Each epoch of `num_prompts` ordinals visits every prompt once, in an order of its own. `WorkItem.seed` is
-    in [0, 2**31).
+    Each epoch of `num_prompts` ordinals visits every prompt once, in an order of its own. Where the prompts
+    are those of several sources, one after the other, `parts` says so: they take turns by their shares, and
+    each has epochs of its own. `WorkItem.seed` is in [0, 2**31).
     """
     if ordinal < 0 or num_prompts < 1:
         raise LeaseError(
             f"no work item {ordinal} over {num_prompts} prompts: ordinals start at 0 and there must "
             "be at least one prompt."
         )
-    epoch, position = divmod(ordinal, num_prompts)
     item_seed = int(np.random.SeedSequence([seed, ordinal]).generate_state(1)[0]) >> 1
-    return WorkItem(
-        ordinal=ordinal, prompt_index=int(_permutation(seed, epoch, num_prompts)[position]), seed=item_seed
-    )
+    if not parts:
+        epoch, position = divmod(ordinal, num_prompts)
+        index = int(_permutation(num_prompts, seed, epoch)[position])
+        return WorkItem(ordinal=ordinal, prompt_index=index, seed=item_seed)
+    source, turn = locate(ordinal, tuple(part.share for part in parts))
+    first, size = sum(part.num_prompts for part in parts[:source]), parts[source].num_prompts
+    epoch, position = divmod(turn, size)
+    index = first + int(_permutation(size, seed, epoch, source)[position])
+    return WorkItem(ordinal=ordinal, prompt_index=index, seed=item_seed)
 
 
 class Lease(msgspec.Struct):

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from buffer.shard import Shard
+from buffer.sources import Part
 from buffer.waits import WaitTimer
 from core.config import Config
 from core.newest import MAX_GONE, Newest
@@ -65,10 +66,12 @@ class ReplayBuffer:
     used.
     """
 
-    def __init__(self, config: Config, run_dir: str, num_prompts: int, shard: int = 0) -> None:
+    def __init__(
+        self, config: Config, run_dir: str, num_prompts: int, shard: int = 0, parts: tuple[Part, ...] = ()
+    ) -> None:
         self._change = 0
         self._changed = asyncio.Condition()
-        self._shard = Shard(config, Path(run_dir), num_prompts, shard, self._notice)
+        self._shard = Shard(config, Path(run_dir), num_prompts, shard, self._notice, parts)
         self._gone: Newest[None] = Newest(MAX_GONE)
         self._is_closed = False
         self._admission_wait = WaitTimer()

@@ -28,6 +28,7 @@ from buffer.layout import check_num_shards, ledger_name, share_of, store_name
 from buffer.ledger import Ledger, missing_events, read_statuses
 from buffer.replay import EVICTIONS, Replay, meta_of
 from buffer.sampling import GroupMeta
+from buffer.sources import Part, in_parts, stream_state
 from buffer.store import BatchEntry, DiskFullError, RecordedBatch, Store, StoreError
 from buffer.usable import MIN_SAMPLES, HeldSamples, usable_group
 from core.config import Config
@@ -48,11 +49,18 @@ class Shard:
     """
 
     def __init__(
-        self, config: Config, directory: Path, num_prompts: int, shard: int, on_change: Callable[[], None]
+        self,
+        config: Config,
+        directory: Path,
+        num_prompts: int,
+        shard: int,
+        on_change: Callable[[], None],
+        parts: tuple[Part, ...] = (),
     ) -> None:
         self._config, self._num_prompts, self._shard, self._on_change = config, num_prompts, shard, on_change
+        self._parts = parts
         self._num_shards = config.buffer.num_shards
-        self._stream = {"seed": config.run.seed, "num_prompts": num_prompts}
+        self._stream = stream_state(config.run.seed, num_prompts, parts)
         directory.mkdir(parents=True, exist_ok=True)
         check_num_shards(directory, self._num_shards)
         allowed, capacity = (
@@ -126,7 +134,8 @@ class Shard:
 
     def item(self, ordinal: int) -> WorkItem:
         """Returns the item at `ordinal` of this run's prompt stream."""
-        return work_item(ordinal, seed=self._config.run.seed, num_prompts=self._num_prompts)
+        seed = self._config.run.seed
+        return work_item(ordinal, seed=seed, num_prompts=self._num_prompts, parts=self._parts)
 
     def give_back(self, actor: str, ordinals: Sequence[int]) -> None:
         """Takes leases of `actor` back, unfinished; the items are issued again, first of all."""
@@ -434,8 +443,8 @@ class Shard:
             before, now = state["stream"], self._stream
             raise ConfigError(
                 f"{directory} was started with run.seed = {before['seed']} and {before['num_prompts']} usable "
-                f"prompts, now run.seed = {now['seed']} and there are {now['num_prompts']}: its group ids would "
-                "mean other prompts. "
+                f"prompts{in_parts(before)}, now run.seed = {now['seed']} and there are {now['num_prompts']}"
+                f"{in_parts(now)}: its group ids would mean other prompts. "
                 "Restore seed and data, or set another run.dir."
             )
         self._step, self.next_step, self._watermark = state["step"], state["next_step"], state["watermark"]

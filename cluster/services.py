@@ -81,7 +81,9 @@ class Services:
         for shard in range(config.buffer.num_shards):
             shard_class = remote(ReplayBuffer, self.log_of(f"buffer-{shard}"))
             options = shard_class.options(max_concurrency=1000, **here, **again)
-            shards.append(options.remote(config, self._run_dir, len(inputs.prompts), shard))
+            shards.append(
+                options.remote(config, self._run_dir, len(inputs.prompts), shard, inputs.prompts.parts)
+            )
         self.buffer = connect_buffer(shards)
         board_class = remote(ReportingBoard, self.log_of("board"))
         board_class = board_class.options(num_cpus=0, max_concurrency=1000, **again)

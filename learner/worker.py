@@ -42,7 +42,7 @@ from learner.checkpoints.writer import CheckpointWriter, code_version, set_rando
 from learner.objectives import load_objective
 from learner.policy.source import ZeroSource
 from learner.progress import Progress, learning_rate
-from learner.step.batch_metrics import batch_metrics, shown_samples
+from learner.step.batch_metrics import batch_metrics, shown_samples, source_metrics
 from learner.step.frozen import frozen_names
 from learner.step.guards import Guards
 from learner.step.mismatch import MismatchCheck, bound_nats
@@ -210,7 +210,8 @@ class LearnerRank:
 
     def _judge(self, taken: Taken, result: StepResult, progress: Progress) -> dict[str, float]:
         """Lets the step count; returns the metrics of batch and step. Raises TrainingError as Guards do."""
-        row = {**batch_metrics(taken.share.index), **result.metrics()}
+        index = taken.share.index
+        row = {**batch_metrics(index), **source_metrics(index, self._config.data), **result.metrics()}
         self._guards.judge(progress.step, taken.payload, row, result.skip)
         progress.observe(_trained(taken, result), row)
         return row

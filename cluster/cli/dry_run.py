@@ -36,10 +36,12 @@ def dry_run(config: Config) -> Iterator[str]:
     yield f"  run            {check_start(config)}"
     if path := model_to_make(config.model):
         yield f"  model          {config.model.make} would make {path}"
-        for key, name in (("data.path", config.data.path), ("data.offline", config.data.offline_source)):
-            if name is not None:
-                source = read_source(key, name, TRAIN_SPLIT)
-                yield f"  {key:<14} {len(source.rows)} {source.unit}s of {source.name}"
+        named = [("data.path", name) for name in config.data.sources]
+        if config.data.offline_source is not None:
+            named.append(("data.offline", config.data.offline_source))
+        for key, name in named:
+            source = read_source(key, name, TRAIN_SPLIT)
+            yield f"  {key:<14} {len(source.rows)} {source.unit}s of {source.name}"
         yield (
             "  not checked    what needs the model: tokenizer, prompts, vocabulary, positions. "
             "Make it by a start, then ask again"
@@ -56,8 +58,8 @@ def dry_run(config: Config) -> Iterator[str]:
 
 def _told(checked: Checked) -> Iterator[str]:
     """Yields what was read, in lines."""
-    yield _prompts("prompts", checked.prompts)
-    yield _prompts("held out", checked.eval_prompts)
+    yield from (_prompts("prompts", part) for part in checked.prompts.split())
+    yield from (_prompts("held out", part) for part in checked.eval_prompts.split())
     yield f"  W&B            {checked.wandb_mode}"
     yield from (f"  {note}" for note in checked.notes)
 

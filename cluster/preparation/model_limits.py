@@ -78,12 +78,12 @@ def check_token_ids(
             "another pad_token in "
             "tokenizer_config.json, or enlarge the model's embedding (resize_token_embeddings) and save it."
         )
-    for source, rows in ((prompts.source, prompts.rows), (held_out.source, held_out.rows)):
-        beyond = [(row, number) for row in rows if (number := _largest(row)) >= size]
+    for part in (*prompts.split(), *held_out.split()):
+        beyond = [(row, number) for row in part.rows if (number := _largest(row)) >= size]
         if beyond:
             row, number = beyond[0]
             raise DataError(
-                f"{source}: {len(beyond)} prompts hold tokens that the model does not know, the first in row "
+                f"{part.source}: {len(beyond)} prompts hold tokens that the model does not know, the first in row "
                 f"{row.source_row + 1}: "
                 f"{tokenizer.decode([number])!r} has the id {number}, but {has}. The tokenizer is not this "
                 "model's, or tokens were added "

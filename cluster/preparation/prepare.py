@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.offline import load_offline
-from actors.prompts import PromptSet, load_prompts
+from actors.prompts import PromptSet, joined, load_prompts
 from actors.sources import TRAIN_SPLIT, Source, report_bad_rows, split_of
 from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, project_of, wandb_mode, wandb_project
 from cluster.preparation.model_checks import check_model, lora_notes
@@ -125,7 +125,7 @@ def check_inputs(config: Config) -> Checked:
     found = load_model_config(config.model)
     check_length(config, found, prompts)
     check_token_ids(config, found, tokenizer, prompts, eval_prompts)
-    prompts, eval_prompts = _scorable(config, prompts), _scorable(config, eval_prompts)
+    prompts, eval_prompts = _scorable_of_each(config, prompts), _scorable_of_each(config, eval_prompts)
     # Any token will do, since padding is masked.
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     notes = [*notes, *about_model]
@@ -163,6 +163,13 @@ def _ended(prompts: PromptSet, end_ids: Sequence[int]) -> Iterator[str]:
             "follow. Have the chat template open the answer (add_generation_prompt), or take it off the "
             "prompts"
         )
+
+
+def _scorable_of_each(config: Config, prompts: PromptSet) -> PromptSet:
+    """Returns the prompts that can be scored, source by source; see `_scorable`."""
+    found = [_scorable(config, part) for part in prompts.split()]
+    whole = joined(found, [member.share for member in prompts.members])
+    return dataclasses.replace(whole, source=prompts.source, notes=prompts.notes)
 
 
 def _scorable(config: Config, prompts: PromptSet) -> PromptSet:
@@ -215,7 +222,7 @@ def check_named(config: Config) -> None:
     check_progress(config)
     data = config.data
     for field, path in (
-        ("data.path", data.path),
+        *(("data.path", name) for name in data.sources),
         ("data.eval_path", data.eval_path),
         ("data.offline", data.offline_source),
     ):

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+import re
+from collections import Counter
+from fractions import Fraction
+from typing import Any, Literal
 
 import pydantic
 from pydantic import Field
 
 from core.config.section import MAX_TOKENS, Section, shown
+from core.config.text import strange_character
 from core.text import option_of
+
+MAX_PERIOD = 10_000
+"""Of the pattern in which sources take turns: prompts after which each has had its share exactly."""
 
 
 class DataConfig(Section):
     """Prompts: local jsonl or parquet (file or directory) or a hub id, read by `datasets`."""
 
-    path: str | None = Field(
+    path: str | dict[str, float] | None = Field(
         None,
-        min_length=1,
         description="Training prompts: a jsonl/parquet file, a directory with `<split>.jsonl`/`.parquet`, a "
         "hub id (`id:subset`), or "
         "`reasoning_gym:FAMILY?size=1000` (generated on the spot). `PATH?split=validation` takes another split than "
-        "`train`. Needed unless all samples come from `offline`.",
+        "`train`. Several with their shares: `{PATH: 0.7, OTHER: 0.3}`. Needed unless all samples come from `offline`.",
     )
     eval_path: str | None = Field(
         None,
@@ -52,6 +59,30 @@ class DataConfig(Section):
     )
 
     @property
+    def sources(self) -> dict[str, int]:
+        """The sources of `path` and their shares in whole numbers, by name: how a file orders them means
+        nothing.
+        """
+        if not isinstance(self.path, dict):
+            return {} if self.path is None else {self.path: 1}
+        shares = {name: Fraction(repr(share)) for name, share in sorted(self.path.items())}
+        scale = math.lcm(*(share.denominator for share in shares.values()))
+        whole = {name: int(share * scale) for name, share in shares.items()}
+        return {name: share // math.gcd(*whole.values()) for name, share in whole.items()}
+
+    @property
+    def source_labels(self) -> tuple[str, ...]:
+        """A short name of each of `sources`, for metrics: `chain_sum`, `train`, `train-2`."""
+        seen: Counter[str] = Counter()
+        labels = []
+        for name in self.sources:
+            last = re.split(r"[/:]", name.partition("?")[0].rstrip("/"))[-1]
+            label = re.sub(r"\.(jsonl|parquet)$", "", last)
+            seen[label] += 1
+            labels.append(label if seen[label] == 1 else f"{label}-{seen[label]}")
+        return tuple(labels)
+
+    @property
     def offline_share(self) -> float:
         """Share of each group that comes from `offline`, above 0; 1: no sample is generated."""
         _, share = option_of(self.offline or "", "share")
@@ -61,6 +92,18 @@ class DataConfig(Section):
     def offline_source(self) -> str | None:
         """The log that `offline` names, without `?share=...`; None: there is none."""
         return None if self.offline is None else option_of(self.offline, "share")[0]
+
+    @pydantic.field_validator("path", mode="before")
+    @classmethod
+    def _path_is_there(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            _check_shares(value)
+        elif value == "" or not isinstance(value, str | None):
+            raise ValueError(
+                f"data.path = {shown(value)}: expected a path or a hub id that is not empty, or several of them with their shares, "
+                "for example {train.jsonl: 0.7, 'reasoning_gym:chain_sum': 0.3}"
+            )
+        return value
 
     @pydantic.field_validator("offline", mode="after")
     @classmethod
@@ -75,3 +118,27 @@ class DataConfig(Section):
                 f"data.offline = {shown(value)}: expected a log and a share above 0 and at most 1, for example log.jsonl?share=0.25"
             )
         return value
+
+
+def _check_shares(value: dict[Any, Any]) -> None:
+    """Raises ValueError unless every source has a name and a share above 0, and the shares are round ones."""
+    example = "for example {train.jsonl: 0.7, 'reasoning_gym:chain_sum': 0.3}"
+    if not value:
+        raise ValueError(f"data.path = {{}}: expected paths and their shares, {example}")
+    for name, share in value.items():
+        if not isinstance(name, str) or not name or (strange := strange_character(name, is_prose=False)):
+            raise ValueError(
+                f"data.path: {shown(name)} is no path{f': {strange}' if name else ''}; {example}"
+            )
+        if type(share) not in (int, float) or not 0 < share <= MAX_PERIOD:
+            raise ValueError(
+                f"data.path: the share of {name} is {shown(share)}, expected a number above 0, {example}"
+            )
+    shares = [Fraction(repr(share)) for share in value.values()]
+    scale = math.lcm(*(share.denominator for share in shares))
+    whole = [int(share * scale) for share in shares]
+    if (period := sum(whole) // math.gcd(*whole)) > MAX_PERIOD:
+        raise ValueError(
+            f"data.path: the shares {', '.join(map(str, value.values()))} come out exactly only after {period:,} "
+            f"prompts; round them, so that it is at most {MAX_PERIOD:,}"
+        )

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from buffer.sources import locate
+from core.config import DataConfig
 from core.records import BatchIndex, EncodedBatch, decode_group
 from core.staleness import sample_staleness, staleness_metrics
 
@@ -33,6 +35,22 @@ def batch_metrics(batch: BatchIndex) -> dict[str, float]:
         "completions/truncated_fraction": statistics.fmean(
             sample.finish_reason == "length" for sample in samples
         ),
+    }
+
+
+def source_metrics(batch: BatchIndex, data: DataConfig) -> dict[str, float]:
+    """Returns the mean reward of the batch's samples of each source, where `data.path` names several."""
+    shares = tuple(data.sources.values())
+    if len(shares) < 2:
+        return {}
+    rewards: list[list[float]] = [[] for _ in shares]
+    for group in batch.groups:
+        source, _ = locate(group.group_id, shares)  # Group ids are the ordinals of the prompt stream.
+        rewards[source] += [sample.reward for sample in group.samples if sample.reward is not None]
+    return {
+        f"by_source/reward_{label}": float(np.mean(found))
+        for label, found in zip(data.source_labels, rewards, strict=True)
+        if found
     }
 
 

@@ -52,6 +52,10 @@ def plain(path, **settings):
     return DataConfig(path=str(path), chat_template=False, **settings)
 
 
+def plain_of(path, **settings):
+    return DataConfig(path=path, chat_template=False, **settings)
+
+
 def test_plain_text_is_tokenised_as_it_is_with_special_tokens(tokenizer, write):
     prompts = load_prompts(plain(write(GOOD)), tokenizer)
     assert len(prompts) == 1
@@ -248,6 +252,34 @@ def test_evaluation_takes_the_first_rows_of_its_split_or_path(tokenizer, write, 
     ] == ["0", "1", "2"]
     assert load_prompts(plain(tmp_path, eval_path=other), tokenizer, evaluation=True)[0].text == "other"
     assert len(load_prompts(plain(tmp_path, eval_rows=0), tokenizer, evaluation=True)) == 0
+
+
+def test_several_sources_lie_one_after_the_other_by_name_each_with_its_share(tokenizer, write, tmp_path):
+    for name, count in (("b", 3), ("a", 2)):
+        (tmp_path / name).mkdir()
+        rows = [{"prompt": f"{name}{number}", "answer": "x"} for number in range(count)]
+        for split in ("train", "test"):
+            write(*rows, name=f"{name}/{split}.jsonl")
+    path = {str(tmp_path / "b"): 0.75, str(tmp_path / "a"): 0.25}
+    prompts = load_prompts(plain_of(path), tokenizer)
+    assert [row.text for row in prompts.rows] == ["a0", "a1", "b0", "b1", "b2"]
+    assert [tuple(part) for part in prompts.parts] == [(2, 1), (3, 3)]
+    assert [(part.source, len(part)) for part in prompts.split()] == [
+        (f"{tmp_path}/a/train.jsonl", 2),
+        (f"{tmp_path}/b/train.jsonl", 3),
+    ]
+    held_out = load_prompts(plain_of(path, eval_rows=4), tokenizer, evaluation=True)
+    assert [row.text for row in held_out.rows] == ["a0", "b0", "b1", "b2"]
+    with pytest.raises(DataError, match=r"/a has 1 of 4 shares, which is none of data\.eval_rows = 1"):
+        load_prompts(plain_of(path, eval_rows=1), tokenizer, evaluation=True)
+
+
+def test_a_bad_row_of_one_source_names_that_source(tokenizer, write):
+    good, bad = write(GOOD, name="good.jsonl"), write(GOOD, {"prompt": ""}, name="bad.jsonl")
+    with pytest.raises(DataError, match=r"bad\.jsonl: 1 of 2 rows are bad\n  - line 2: 'prompt' is empty"):
+        load_prompts(plain_of({good: 1, bad: 1}), tokenizer)
+    prompts = load_prompts(plain_of({good: 1, bad: 1}, on_bad_row="skip"), tokenizer)
+    assert (prompts.num_bad_rows, [part.num_bad_rows for part in prompts.split()]) == (1, [1, 0])
 
 
 def test_evaluation_never_takes_the_training_file_silently(tokenizer, write):
