@@ -16,6 +16,7 @@ from typing import Any
 from actors.messages import clean_messages, message_problems, text_problems
 from actors.sources import Bad, Rows, kind_of
 from core.config import DataConfig
+from core.config.environments import ONLY
 
 PROMPT_COLUMNS = ("prompt", "question")
 ANSWER_COLUMNS = ("answer", "solution", "label")
@@ -53,7 +54,8 @@ class RowReader:
     """Reads the rows of one dataset.
 
     `environments` are the names of those configured: none, and every row needs a prompt; one, and all rows
-    are played in it; several, and the column `environment` of each row chooses.
+    are played in it; several, and the column `environment` of each row chooses. Where the one has no name, the
+    column is the user's own.
 
         reader = RowReader(source.rows, data, ())
         reader.read({"prompt": "1+1=", "answer": "2"})       # Asked("1+1=", {"prompt": "1+1=", "answer": "2"})
@@ -101,7 +103,9 @@ class RowReader:
     def _environment_problems(self, row: dict[str, Any]) -> Iterator[str]:
         """Yields what is wrong with the column that chooses one of the environments."""
         known = ", ".join(map(repr, self._environments))
-        if not self._environments or (len(self._environments) == 1 and ENVIRONMENT_COLUMN not in row):
+        if self._environments in ((), (ONLY,)):
+            return
+        if len(self._environments) == 1 and ENVIRONMENT_COLUMN not in row:
             return
         if ENVIRONMENT_COLUMN not in row:
             yield f"no column {ENVIRONMENT_COLUMN!r}, which says which of the environments it is for: {known}"

@@ -318,10 +318,14 @@ def _steps_finished(path: Path) -> int | None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Returns (section.key, old, new) of the fields that differ; None where another objective is without the
-    key.
+    """Returns (section.key, old, new) of the fields that differ, and (environments, old, new); None where
+    another objective is without the key.
     """
     for section, values in now.items():
+        if section == "environments":
+            if before[section] != values:
+                yield section, before[section], values
+            continue
         for key in {**before[section], **values}:
             old, new = before[section].get(key), values.get(key)
             if old != new:

@@ -9,6 +9,7 @@ import pytest
 
 from actors.prompts import PromptSet, load_prompts
 from core.config import DataConfig
+from core.config.environments import ONLY
 from core.errors import DataError
 from tests.support.tokenizers_made import byte_tokenizer
 
@@ -89,3 +90,5 @@ def test_one_environment_needs_no_column_and_takes_no_other_name(load):
         DataError, match="'environment' is 'maths', which is none of the environments: 'game'"
     ):
         load({"prompt": "1", "environment": "maths"}, environments={"game": ()})
+    (row,) = load({"prompt": "1", "environment": "a kitchen"}, environments={ONLY: ()})
+    assert (row.environment, row.columns["environment"]) == (ONLY, "a kitchen")
