@@ -36,7 +36,7 @@ def run_plain(config: Config) -> dict:
     policy, updater = plain_updater(config, objective)
     metrics = [
         updater.update(Share.of(batch), LR).metrics()
-        for batch in random_batches(policy.module.config.vocab_size)
+        for batch in random_batches(policy.module.config.vocab_size, segments=True)
     ]
     return {"parameters": dict(policy.module.named_parameters()), "metrics": metrics}
 

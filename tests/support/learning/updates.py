@@ -3,12 +3,15 @@ what it is asked."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
+import msgspec
 import torch
 
 from benchmarks.lag_lab import PlainPolicy
+from core.arrays import Bits, Float32s, Int32s
 from core.config import Config
 from core.records import Batch, Group, Sample, VersionSpan
 from learner.objectives import Objective, TokenBatch, load_objective
@@ -20,9 +23,11 @@ from tests.support.configs import LR, update_config
 STEPS = 10
 
 
-def random_batches(vocab_size: int) -> list[Batch]:
-    """Groups of mixed sizes, lengths and ages; some too large for one micro-batch of 96 tokens."""
-    rng = random.Random(0)
+def random_batches(vocab_size: int, *, segments: bool = False) -> list[Batch]:
+    """Groups of mixed sizes, lengths and ages; some too large for one micro-batch of 96 tokens. With
+    `segments` some samples have several, and some of these are too large by themselves.
+    """
+    rng, more = random.Random(0), random.Random(1)
     batches = []
     for step in range(STEPS):
         groups = []
@@ -36,8 +41,11 @@ def random_batches(vocab_size: int) -> list[Batch]:
                 drawn.append((answer, logprobs, spans, float(rng.random() < 0.5)))
             prompt = [rng.randrange(3, vocab_size) for _ in range(rng.randint(3, 12))]
             samples = tuple(
-                Sample.one_turn(
-                    prompt, answer, logprobs, version_spans=spans, finish_reason="stop", reward=reward
+                with_segments(
+                    Sample.one_turn(
+                        prompt, answer, logprobs, version_spans=spans, finish_reason="stop", reward=reward
+                    ),
+                    max(0, more.randint(-6, 6)) if segments else 0,
                 )
                 for answer, logprobs, spans, reward in drawn
             )
@@ -52,6 +60,26 @@ def random_batches(vocab_size: int) -> list[Batch]:
             )
         batches.append(Batch(step, tuple(groups)))
     return batches
+
+
+def with_segments(sample: Sample, count: int) -> Sample:
+    """The sample with `count` further segments, in which the same is said again in a shorter context."""
+    bits, length = sample.is_sampled.numpy(), sample.num_tokens
+    first = int(bits.argmax()) - 1
+    tokens, again = sample.tokens.numpy().tolist(), sample.tokens.numpy()[first:].tolist()
+    spans = [(span.version, span.end - span.start) for span in sample.version_spans] * (count + 1)
+    ends = list(itertools.accumulate(size for _, size in spans))
+    return msgspec.structs.replace(
+        sample,
+        tokens=Int32s.of(tokens + again * count),
+        is_sampled=Bits.of([*bits, *list(bits[first:]) * count]),
+        logprobs=Float32s.joined([sample.logprobs] * (count + 1)),
+        version_spans=tuple(
+            VersionSpan(version, end - size, end) for (version, size), end in zip(spans, ends, strict=True)
+        ),
+        turns=1 + count,
+        segments=tuple(length + len(again) * number for number in range(count)),
+    )
 
 
 def plain_updater(config: Config, objective: Objective) -> tuple[PlainPolicy, Updater]:

@@ -63,7 +63,7 @@ def main(out_dir: Path, rank: int) -> None:
     updater = Updater(config, policy, objective, frozen, pad_id=0, device=device)
     metrics = [
         updater.update(Share.of(batch), LR).metrics()
-        for batch in random_batches(policy.module.config.vocab_size)
+        for batch in random_batches(policy.module.config.vocab_size, segments=True)
     ]
     assert not any(parameter.numel() for parameter in policy.module.parameters()), (
         "not everything is partitioned between the steps"
