@@ -10,11 +10,7 @@ training prompts too are left out.
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
 import itertools
-import sys
-import types
 import urllib.parse
 import zlib
 from collections.abc import Iterator
@@ -23,35 +19,17 @@ from typing import Any
 
 from core.config import text as config_text
 from core.errors import DataError
+from rewards.reasoning_gym import library, procedural_row
 
 PREFIX = "reasoning_gym:"
 TRAIN_SPLIT = "train"
 TRAIN_ROWS, HELD_OUT_ROWS = 1000, 200
 TRIES_PER_ROW, MAX_REPEATS = 20, 10_000
-FAMILIES_OF = {
-    "bfi": "bf",
-    "cellpylib": "game_of_life, game_of_life_halting",
-    "pycosat": "zebra_puzzles",
-    "zss": "codeio",
-}
-"""What reasoning-gym imports but is no wheel, and the families that need it: installed by hand, or done
-without.
-"""
-
-
-class _Absent(types.ModuleType):
-    """Stands for a package that is not installed, until it is used."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise ModuleNotFoundError(
-            f"it needs the package {self.__name__}: pip install {self.__name__}", name=self.__name__
-        )
 
 
 def read_rows(key: str, path: str, split: str, limit: int | None) -> dict[int, dict[str, Any]]:
-    """Returns rows with `question` and `answer` by index; `key` is the config key that `path` came from.
+    """Returns rows with `question`, `answer` where there is one only, and what the reward `reasoning_gym`
+    scores by (rewards/reasoning_gym.py), by index; `key` is the config key that `path` came from.
 
     Raises DataError when reasoning-gym is not installed, for an unknown family or parameter, and for a family
     that gives too few different prompts.
@@ -93,7 +71,7 @@ def _distinct(
         if entry["question"] not in seen:
             num_repeats = 0
             seen.add(entry["question"])
-            rows.append({"question": entry["question"], "answer": entry["answer"]})
+            rows.append(procedural_row(entry, family, parameters))
         if len(rows) == count or num_repeats == MAX_REPEATS:
             break
     if not rows:
@@ -107,7 +85,12 @@ def _distinct(
 def _entries(
     key: str, path: str, family: str, parameters: dict[str, Any], seed: int
 ) -> Iterator[dict[str, Any]]:
-    datasets = _library(key, path).factory.DATASETS
+    try:
+        datasets = library().factory.DATASETS
+    except ImportError as error:
+        raise DataError(
+            f"{key} = {path}: reasoning-gym is not installed ({error}). `make setup` installs it."
+        ) from None
     if family not in datasets:
         near = difflib.get_close_matches(family, datasets, 3) or sorted(datasets)[:5]
         raise DataError(
@@ -141,20 +124,3 @@ def _parameters(key: str, path: str, query: str) -> dict[str, Any]:
     if len(parameters) < len(pairs):
         raise DataError(f"{key} = {path}: a parameter is there twice.")
     return parameters
-
-
-def _library(key: str, path: str) -> Any:
-    """Returns reasoning-gym, which imports every family at once, those too whose packages are missing."""
-    absent = [
-        name for name in FAMILIES_OF if name not in sys.modules and importlib.util.find_spec(name) is None
-    ]
-    sys.modules.update({name: _Absent(name) for name in absent})
-    try:
-        return importlib.import_module("reasoning_gym")
-    except ImportError as error:
-        raise DataError(
-            f"{key} = {path}: reasoning-gym is not installed ({error}). `make setup` installs it."
-        ) from None
-    finally:
-        for name in absent:
-            del sys.modules[name]

@@ -2,6 +2,7 @@
 
 config --check_functions--> the functions are loaded in a worker, as in a run, or RewardError says why not
        --bad_rows---------> each row has the columns that are needed, and a gold answer that can be read
+       --start_notes------> what the functions want to be told at the start
 """
 
 from __future__ import annotations
@@ -49,6 +50,13 @@ def bad_rows(config: RewardsConfig, source: str, rows: Mapping[int, Mapping[str,
     return bad | _unreadable(config, {number: row for number, row in rows.items() if number not in bad})
 
 
+def start_notes(config: RewardsConfig) -> tuple[str, ...]:
+    """Returns what the built-in functions want to be told at the start."""
+    builtin = [load_reward(name) for name in config.functions if read_name(name).is_builtin]
+    notes = (getattr(function, "start_note", None) for function in builtin)
+    return tuple(note() for note in notes if note is not None)
+
+
 def _missing(name: str, missing: list[str], source: str, present: set[str]) -> str:
     near = difflib.get_close_matches(missing[0], [*present, "prompts", "completions"], n=1, cutoff=0.75)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -68,7 +76,11 @@ def _problem(needed: Mapping[str, tuple[str, ...]], row: Mapping[str, Any]) -> s
     functions = [load_reward(name) for name in needed if read_name(name).is_builtin]
     checks = (getattr(function, "gold_problem", None) for function in functions)
     problems = (check(row["answer"]) for check in checks if check is not None)
-    return next((f"its answer {reason}" for reason in problems if reason is not None), None)
+    if reason := next((f"its answer {reason}" for reason in problems if reason is not None), None):
+        return reason
+    row_checks = (getattr(function, "row_problem", None) for function in functions)
+    found = (check(row) for check in row_checks if check is not None)
+    return next((str(reason) for reason in found if reason is not None), None)
 
 
 def _unreadable(config: RewardsConfig, rows: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:

@@ -137,6 +137,17 @@ def final_answer(text: str, *, is_gold: bool = False) -> str | None:
     return lines[0] if found is None and len(lines) == 1 and len(lines[0].split()) <= 3 else found
 
 
+def marked_answer(text: str) -> str:
+    """Returns what a completion marks as its answer, of whatever form it is: the last <answer>, else the last
+    box, else all that is said outside of thinking. Empty where nothing is.
+    """
+    text = _outside_thinking(text)
+    if tags := _ANSWER_TAG.findall(text):
+        return str(tags[-1]).strip()
+    boxes, _ = _boxes(text)
+    return (boxes[-1] if boxes else text).strip()
+
+
 def bare(text: str) -> str:
     """Returns `text` without the Markdown, delimiters, quotes and punctuation around it."""
     text, before = text.strip(), None

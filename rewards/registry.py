@@ -25,6 +25,8 @@ BUILTINS = {
     "exact_match": "rewards.exact_match:exact_match",
     "math_verify": "rewards.math:math_verify",
     "overlong": "rewards.overlong:Overlong",
+    "python_tests": "rewards.python_tests:PythonTests",
+    "reasoning_gym": "rewards.reasoning_gym:reasoning_gym",
 }
 """What the built-in names mean: a function, or a msgspec Struct whose fields are the parameters behind `?`
 and whose objects are called as functions are.

@@ -38,7 +38,7 @@ from core.text import user_path
 from core.tokenizer import end_token_ids, end_token_notes, load_tokenizer, vocabulary_size
 from learner.objectives import load_objective
 from learner.policy.model_files import check_model_files
-from rewards.check import bad_rows, check_functions
+from rewards.check import bad_rows, check_functions, start_notes
 from rewards.registry import look_in_working_directory
 
 HUB_TIMEOUT_S = 20.0
@@ -128,7 +128,7 @@ def check_inputs(config: Config) -> Checked:
     prompts, eval_prompts = _scorable_of_each(config, prompts), _scorable_of_each(config, eval_prompts)
     # Any token will do, since padding is masked.
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    notes = [*notes, *about_model]
+    notes = [*notes, *about_model, *start_notes(config.rewards)]
     return Checked(
         config=config,
         prompts=prompts,

@@ -16,7 +16,8 @@ class RewardsConfig(Section):
     functions: dict[str, float] = Field(
         {},
         description="Functions and their weights; the reward is the weighted sum. A name is built in "
-        "(`exact_match`, `math_verify`, ...; some take parameters, `'overlong?from=192&to=256'`), or "
+        "(`exact_match`, `math_verify`, `reasoning_gym`, `overlong`, `python_tests`, ...; some take "
+        "parameters, `'python_tests?timeout_s=5'`), or "
         "`module:function`, or `environment`, the environment's own reward (alone where none is named and "
         "there are `environments`). `'module:function?messages'` gets prompts and completions as lists of "
         "messages, as one does whose annotation of `completions` says so, and not as text.",

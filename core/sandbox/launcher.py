@@ -1,5 +1,5 @@
-"""The launcher of a sandboxed program: `core/sandbox/__init__.py` starts this file as a script of its own, and
-it starts the program.
+"""The launcher of a sandboxed program: `core/sandbox/__init__.py` starts this file as a script, and it starts
+the program.
 
     launcher                 unshares what the kernel lets it, and is the reaper of all that the program leaves
       init                   the first process of the process namespace, with which all others end

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from actors import procedural
 from actors.procedural import read_rows
 from actors.prompts import load_prompts
 from core.config import DataConfig
 from core.errors import DataError
+from rewards import reasoning_gym
 
 is_installed = importlib.util.find_spec("reasoning_gym") is not None
 with_library = pytest.mark.skipif(not is_installed, reason="reasoning-gym is not installed: make setup")
@@ -85,7 +85,7 @@ def test_without_the_library_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(DataError, match=r"reasoning-gym is not installed.*make setup"):
         read_rows("data.path", SUMS, "train", None)
-    assert not any(isinstance(module, procedural._Absent) for module in sys.modules.values())
+    assert not any(isinstance(module, reasoning_gym._Absent) for module in sys.modules.values())
 
 
 def test_parameters_are_read_as_a_config_is():
