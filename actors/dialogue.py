@@ -125,6 +125,14 @@ class Dialogue:
             return Said(text)
         return self._said(self._detokenizer.text(tokens) if len(tokens) else text)
 
+    def is_ended(self, tokens: Sequence[int]) -> bool:
+        """Returns whether an answer ends in an end token."""
+        return bool(tokens) and tokens[-1] in self._ends
+
+    def spell(self, tokens: Sequence[int]) -> list[str]:
+        """Returns each token as text."""
+        return [str(self._tokenizer.decode([token])) for token in tokens]
+
     def check(self) -> tuple[str, ...]:
         """Returns what is to be told at the start; raises DataError where the template is no continuation,
         with the reason.
