@@ -22,7 +22,7 @@ from actors.exchange import RETRY_S
 from core.calls import Call, Calls, Pending
 from core.config import Config
 from core.errors import PeerTimeout, SnapshotError, TrainingError
-from core.records import EvalItem
+from core.evaluation.records import EvalItem
 from core.troubles import Troubles
 from core.weights.board import BoardClient, Directive
 from core.weights.snapshots import Manifest, read_snapshot
@@ -58,7 +58,6 @@ class Follower:
         self._name, self._board, self._calls = name, board, calls
         self._troubles = Troubles(calls.tell)
         self._timeout_s = config.run.timeout_s
-        self._max_items = max(1, config.actors.slots // config.eval.samples)
         self._asking: Pending[bytes] | None = None
         self._fetching: Pending[Weights] | None = None
         self._directive: Directive | None = None  # What is being fetched for.
@@ -74,9 +73,9 @@ class Follower:
         """Returns the calls under way."""
         return [pending for pending in (self._asking, self._fetching) if pending is not None]
 
-    def poll(self, version: int, *, is_evaluating: bool) -> None:
+    def poll(self, version: int, *, is_evaluating: bool, room: int) -> None:
         """Takes what board and object store have answered, and asks the board again. The engine has `version`
-        loaded.
+        loaded, and room for so many samples of evaluations.
 
         Raises PeerTimeout when the board does not answer.
         """
@@ -88,9 +87,10 @@ class Follower:
             self.board = directive.board
             self._obey(directive, version)
         # Who has something to do still has to hear that it is retired, but takes nothing else.
-        is_busy = is_evaluating or self._directive is not None or self.update is not None or bool(self.retire)
+        has_work = self._directive is not None or self.update is not None or bool(self.retire)
+        is_busy = has_work or is_evaluating
         if self._asking is None and time.monotonic() >= (self._ask_at_s if is_busy else self._work_at_s):
-            self._ask(version, is_busy=is_busy)
+            self._ask(version, 0 if has_work else room, is_busy=is_busy)
 
     def give_way(self) -> bool:
         """Forgets a snapshot that is being fetched: newer weights are about to be pushed.
@@ -103,12 +103,14 @@ class Follower:
         self._drop_work()
         return True
 
-    def _ask(self, version: int, *, is_busy: bool) -> None:
-        """Asks for work, or, of an actor that is busy, only whether it is to retire."""
-        self._is_asking_for_work, self._asked_version = not is_busy, version
-        max_items, wait_s = (0, 0.0) if is_busy else (self._max_items, POLL_S)
+    def _ask(self, version: int, room: int, *, is_busy: bool) -> None:
+        """Asks for work; of an actor that is busy, whether it is to retire, and for more to evaluate where it
+        has room.
+        """
+        self._is_asking_for_work, self._asked_version = room > 0 or not is_busy, version
+        wait_s = 0.0 if is_busy else POLL_S
         self._ask_at_s = time.monotonic() + RETRY_S
-        call = self._board.poll(self._name, version, max_items, wait_s)
+        call = self._board.poll(self._name, version, room, wait_s, is_busy)
         self._asking = self._calls.start(call, wait_s + self._timeout_s)
 
     def _obey(self, directive: Directive, version: int) -> None:

@@ -24,7 +24,8 @@ from actors.episode import Episode, Generation
 from actors.prompts import PromptRow
 from buffer.usable import MIN_SAMPLES
 from core.config import ActorsConfig
-from core.records import EvalItem, Sample, WorkItem
+from core.evaluation.records import EvalItem
+from core.records import Sample, WorkItem
 from environments.one_turn import OneTurn
 
 
@@ -103,7 +104,7 @@ class OpenGroup:
         return (
             f"train-{item.ordinal}"
             if isinstance(item, WorkItem)
-            else f"eval-{item.evaluation_id}-{item.prompt_index}"
+            else f"eval-{item.suite}-{item.policy_version}-{item.prompt_index}"
         )
 
     @property

@@ -18,6 +18,7 @@ from actors.rows import Asked, RowReader
 from actors.sources import EVAL_SPLIT, TRAIN_SPLIT, Bad, Source, read_source, report_bad_rows, split_of
 from buffer.sources import Part, locate
 from core.config import DataConfig
+from core.config.evaluation import HELD_OUT, Suite
 from core.errors import DataError
 from core.records import Sample
 from core.text import user_path
@@ -151,6 +152,18 @@ def load_prompts(
         notes = () if evaluation else (*_notes(source, rows, tokenizer), *notes)
         sets.append(PromptSet(list(rows.values()), len(bad), source.name, notes))
     return joined(sets, shares)
+
+
+def load_suite(
+    suite: Suite, data: DataConfig, tokenizer: Any, environments: Tools = NO_ENVIRONMENTS
+) -> PromptSet:
+    """Returns the prompts of a suite; `data` says how rows become prompts. Raises as `load_prompts`."""
+    if suite.name == HELD_OUT:
+        return load_prompts(data, tokenizer, evaluation=True, environments=environments)
+    source = read_source(suite.key("path"), suite.path, EVAL_SPLIT, limit=suite.rows)
+    rows, bad, _ = render_rows(source, data, tokenizer, environments)
+    report_bad_rows(source, bad, num_usable=len(rows), on_bad_row=data.on_bad_row)
+    return PromptSet(list(rows.values()), len(bad), source.name)
 
 
 def render_rows(

@@ -20,7 +20,7 @@ import concurrent.futures
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, cast
 
@@ -65,7 +65,7 @@ class RolloutActor(Heartbeat):
         name: str,
         config: Config,
         prompts: PromptSet,
-        eval_prompts: PromptSet,
+        eval_prompts: Mapping[str, PromptSet],
         buffer: BufferClient,
         board: BoardClient,
         monitor: MonitorClient,
@@ -73,14 +73,15 @@ class RolloutActor(Heartbeat):
         self._name, self._config = name, config
         self._prompts = prompts
         self._buffer, self._board, self._monitor = buffer, board, monitor
-        self._scoring = Scoring(Scorer(config.rewards))
+        scorer = Scorer(config.rewards)
+        self._scoring = Scoring(scorer)
         self._engine = self._make_engine()
         self._groups = Groups(self._engine, config.actors)
         self._calls = Calls(config.run.timeout_s, monitor.event, name=name)
         self._follower = Follower(name, config, board, self._calls)
         self._receiver = self._make_receiver()
         self._outbox = Outbox(self._calls)
-        self._evaluating = Evaluating(config.eval, eval_prompts, self._groups, board, self._outbox)
+        self._evaluating = Evaluating(config, eval_prompts, self._groups, board, self._outbox, scorer)
         self._work: deque[WorkItem] = deque()
         # Ordinals from their lease to the acknowledgement of what became of them.
         self._holding: set[int] = set()
@@ -174,7 +175,8 @@ class RolloutActor(Heartbeat):
         if self._receiver is not None:
             self._join_board()
             self._receiver.poll()
-        self._follower.poll(self._engine.version, is_evaluating=len(self._evaluating) > 0)
+        evaluating = self._evaluating
+        self._follower.poll(self._engine.version, is_evaluating=len(evaluating) > 0, room=evaluating.room)
         if self._follower.retire == "drain" and self._retire_deadline_s == math.inf:
             self._retire_deadline_s = time.monotonic() + RETIRE_LIMIT_S
         update = self._follower.update
@@ -213,6 +215,7 @@ class RolloutActor(Heartbeat):
                 f"{self._name} could not hand back {len(self._holding)} leases; they will run out: {error}"
             )
         self._scoring.close()
+        self._evaluating.close()
 
     # --- work ---
 
@@ -286,7 +289,7 @@ class RolloutActor(Heartbeat):
             if group.is_too_small:
                 self._fail(group)
             else:
-                self._scoring.submit(group)
+                self._scoring.submit(group, self._evaluating.scorer(group))
         self._counters["busy_s"] += time.perf_counter() - start_s
 
     def _fail(self, group: OpenGroup) -> None:

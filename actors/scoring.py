@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import Protocol
 
 from actors.groups import OpenGroup
 from actors.prompts import PromptRow
@@ -18,6 +19,14 @@ from core.config import RewardsConfig
 from core.records import Sample
 from rewards.pool import RewardPool
 from rewards.scoring import Scored
+
+
+class Scores(Protocol):
+    """Whoever says what samples are worth: a `Scorer`, also one that is not there yet."""
+
+    def score(self, prompt: PromptRow, samples: Sequence[Sample]) -> Future[list[Scored]]:
+        """Returns a future of one Scored per sample, in order; its result is never an exception."""
+        ...
 
 
 class Scorer:
@@ -59,9 +68,12 @@ class Scoring:
         """Returns what is awaited, for a caller that waits for any of it."""
         return [future for _, future in self._pending]
 
-    def submit(self, group: OpenGroup) -> None:
-        """Asks for the rewards of a group that has no unfinished sample."""
-        self._pending.append((group, self._scorer.score(group.prompt, group.members)))
+    def submit(self, group: OpenGroup, by: Scores | None = None) -> None:
+        """Asks for the rewards of a group that has no unfinished sample: `by` another scorer than the run's,
+        where one is given.
+        """
+        scorer = by or self._scorer
+        self._pending.append((group, scorer.score(group.prompt, group.members)))
 
     def take(self) -> list[tuple[OpenGroup, list[Sample]]]:
         """Returns the groups whose rewards are there, no longer pending, with their scored samples."""

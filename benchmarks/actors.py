@@ -183,7 +183,7 @@ class Rig:
             writer.add(name, tensor)
         manifest, references = writer.finish(self.version)
         payload = msgspec.msgpack.encode(manifest)
-        self.calls.ask(self.board.publish(payload, references, self.version, evaluate=False))
+        self.calls.ask(self.board.publish(payload, references, self.version, evaluate=()))
 
     def consume(self, seconds: float, step_s: float = 0.0) -> int:
         """Takes batches for `seconds`, each followed by a learner's step of `step_s`; returns how many."""

@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,7 +56,7 @@ class Shelf:
         self.newest: tuple[bytes, list[Any]] = b"", []
         self._actors = actors or {}
 
-    def publish(self, manifest: bytes, buckets: list[Any], version: int, *, evaluate: bool) -> None:
+    def publish(self, manifest: bytes, buckets: list[Any], version: int, *, evaluate: Sequence[str]) -> None:
         """Takes a snapshot."""
         self.newest = manifest, buckets
 
@@ -143,7 +143,7 @@ def learn(rank: int, model_dir: str, port: int, out: str) -> None:
             "gather": seconds(lambda: deque(source, maxlen=0)),
             "one_by_one": seconds(lambda: deque(one_by_one, maxlen=0)),
             "by_itself": seconds(store_by_itself),
-            "stall": seconds(functools.partial(transport.publish, number, evaluate=False)),
+            "stall": seconds(functools.partial(transport.publish, number, evaluate=())),
         }
         transport.flush()
         row["store"] = transport.metrics().get("weights/store_s", 0.0)
@@ -343,7 +343,7 @@ class PushingLearner:
             Sender(0, self._config, source, board_of(actors), Calls(300), ray.put, print)
         )
         stalls = [
-            seconds(functools.partial(transport.publish, version, evaluate=False))
+            seconds(functools.partial(transport.publish, version, evaluate=()))
             for version in range(REPEATS + 1)
         ]
         return stalls[1:]

@@ -1,31 +1,41 @@
-"""The evaluations of a run, as its driver knows them: what is open, what came out, what a new board hears."""
+"""The evaluations of a run, as its driver knows them: what is open, what came out, what a new board hears.
+
+The results of earlier starts of the run are told to its board too, so that nothing is evaluated twice: not
+what was done before a kill in the middle of several suites, either.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from cluster.monitor.report import read_evaluations
 from cluster.services import Services
-from core.calls import Call, Pending, Polled
-from core.records import Evaluation
+from core.calls import Call, Polled
+from core.evaluation.records import Evaluation
+
+Key: TypeAlias = tuple[str, int]
+"""Suite and version."""
 
 
 class Evaluations:
     """Asks the board again and again; it sends only the results that are new.
 
-    results   those of this start of the run, by policy version
+    results   all that are known, by suite and version: of earlier starts, then as they came
     """
 
-    def __init__(self, services: Services, run_dir: Path, last_version: int) -> None:
-        """`last_version` is the one after the last step: its evaluation is waited for at the end."""
-        self._services, self._last_version = services, last_version
-        self._earlier = read_evaluations(run_dir)  # Of earlier starts of the run.
+    def __init__(self, services: Services, run_dir: Path, suites: Collection[str], last_version: int) -> None:
+        """`last_version` is the one after the last step: its evaluation on all `suites` is waited for at the
+        end.
+        """
+        self._services = services
+        self._last = [(suite, last_version) for suite in suites]
         self._polled = Polled(services.calls, self._ask)
-        self._open: Sequence[int] = ()
+        self._open: Sequence[Key] = ()
         self._is_last_begun = False
-        self._restoring: Pending[None] | None = None
-        self.results: dict[int, Evaluation] = {}
+        self.results = _by_key(read_evaluations(run_dir))
+        self._restoring = services.restore_board(list(self.results.values())) if self.results else None
 
     @property
     def is_known(self) -> bool:
@@ -33,14 +43,15 @@ class Evaluations:
         return self._polled.value is not None
 
     @property
-    def open_versions(self) -> set[int]:
-        """The versions under evaluation: the last one also while a board that died is told of it again."""
-        last = self._last_version
-        is_last_open = self._is_last_begun and last not in self.results
-        return {*self._open, last} if is_last_open else set(self._open)
+    def open(self) -> set[Key]:
+        """The evaluations under way: those of the last version also while a board that died is told of it
+        again.
+        """
+        last = [key for key in self._last if key not in self.results]
+        return {*self._open, *last} if self._is_last_begun else set(self._open)
 
     def poll(self) -> bool:
-        """Takes the board's answers; True once a board that was started again knows what the old one knew.
+        """Takes the board's answers; True once a board knows what was known before it.
 
         Raises AgroError where the board does not answer.
         """
@@ -52,20 +63,25 @@ class Evaluations:
         self._restoring = None
         return True
 
-    def take(self, open_versions: Sequence[int], results: Sequence[Evaluation]) -> None:
+    def take(self, is_open: Sequence[Key], results: Sequence[Evaluation]) -> None:
         """Takes note of what the board says."""
-        self._open = open_versions
-        self.results |= {result.policy_version: result for result in results}
-        self._is_last_begun |= self._last_version in open_versions
+        self._open = is_open
+        self.results |= _by_key(results)
+        self._is_last_begun |= any(key in is_open for key in self._last)
 
-    def restore(self) -> None:
-        """Begins to tell a board that was started again what is done; `poll` says when it knows."""
-        self._restoring = self._services.restore_board(list(self.results.values()))
+    def restore(self, held: Sequence[int] = ()) -> None:
+        """Begins to tell a board that was started again what is done, and which snapshots to hold; `poll`
+        says when it knows.
+        """
+        self._restoring = self._services.restore_board(list(self.results.values()), held)
 
-    def of_all_starts(self) -> list[Evaluation]:
+    def by_version(self) -> list[Evaluation]:
         """Returns the evaluations of the whole run, by policy version."""
-        found = [*self._earlier, *self.results.values()]
-        return sorted(found, key=lambda evaluation: evaluation.policy_version)
+        return sorted(self.results.values(), key=lambda evaluation: evaluation.policy_version)
 
-    def _ask(self) -> Call[tuple[list[int], list[Evaluation]]]:
+    def _ask(self) -> Call[tuple[list[Key], list[Evaluation]]]:
         return self._services.board.evaluations(len(self.results))
+
+
+def _by_key(results: Iterable[Evaluation]) -> dict[Key, Evaluation]:
+    return {(result.suite, result.policy_version): result for result in results}

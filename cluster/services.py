@@ -29,12 +29,13 @@ from cluster.monitor.monitor import Monitor
 from cluster.monitor.reporting_board import ReportingBoard
 from cluster.preparation.prepare import Inputs
 from core.calls import Calls, Client, Pending, Polled
+from core.evaluation.open_evaluation import SuiteSize
+from core.evaluation.records import Evaluation
 from core.monitor_client import MONITOR, MonitorClient
 from core.newest import MAX_GONE, Newest
 from core.own_warnings import OwnWarnings
 from core.process_log import ProcessLog, make_log_folder, role_of
 from core.processes import Whereabouts, cause_of_pid, on_this_node, remote, whereabouts
-from core.records import Evaluation
 from core.weights.board import BOARD, BoardClient, Retirement
 
 _log = logging.getLogger(__name__)
@@ -87,7 +88,12 @@ class Services:
         self.buffer = connect_buffer(shards)
         board_class = remote(ReportingBoard, self.log_of("board"))
         board_class = board_class.options(num_cpus=0, max_concurrency=1000, **again)
-        self.board = BoardClient(board_class.remote(config.run, len(inputs.eval_prompts), name), BOARD)
+        samples = {suite.name: suite.samples for suite in config.suites}
+        sizes = {
+            suite: SuiteSize(len(prompts), samples[suite]) for suite, prompts in inputs.eval_prompts.items()
+        }
+        kept_suite = (config.eval.keep_best or "").partition("/")[0]
+        self.board = BoardClient(board_class.remote(config.run, sizes, name, kept_suite), BOARD)
         self.stats = Polled(self.calls, self.buffer.stats)
         self.view = Polled(self.calls, self.monitor.view)
         self._lives = [
@@ -154,9 +160,11 @@ class Services:
         self.event(f"{who} restarted ({number} time){found}: {cause}")
         return True
 
-    def restore_board(self, results: Sequence[Evaluation]) -> Pending[None]:
-        """Tells a board that was started again what is done, and who ends; not waited for."""
-        return self.calls.start(self.board.restore(list(results), dict(self._retiring)))
+    def restore_board(self, results: Sequence[Evaluation], held: Sequence[int] = ()) -> Pending[None]:
+        """Tells a board that was started again what is done, who ends, and which snapshots to hold; not
+        waited for.
+        """
+        return self.calls.start(self.board.restore(list(results), dict(self._retiring), list(held)))
 
     def release_all(self) -> Pending[None]:
         """Takes back what an earlier start of the run had leased, to actors of the same names; not waited

@@ -8,7 +8,8 @@ from typing import Any
 
 from cluster.deaths import ACTOR, BOARD, MONITOR, RANK, SHARD, Deaths
 from cluster.preparation.prepare import Inputs
-from core.records import Evaluation
+from core.config.evaluation import HELD_OUT
+from core.evaluation.records import Evaluation
 
 
 def run_summary(
@@ -28,8 +29,8 @@ def run_summary(
     itself.
     """
     run_dir = inputs.run_dir
-    solve_rates = {evaluation.policy_version: evaluation.solve_rate for evaluation in evaluations}
-    final_version = max(solve_rates, default=None)
+    by_suite = {name: _course(evaluations, name) for name in {each.suite for each in evaluations}}
+    held_out = by_suite.get(HELD_OUT) or {}
     # Of a run in one piece only: the wall time of its earlier starts is not known here.
     is_timed = bool(totals) and not inputs.is_continued
     samples_per_s = totals["samples"] / wall_s if is_timed else None
@@ -39,9 +40,10 @@ def run_summary(
         "name": inputs.config.run.name,
         "steps": totals.get("steps"),
         "wall_s": wall_s,
-        "base_solve_rate": solve_rates.get(0),
-        "final_solve_rate": None if final_version is None else solve_rates[final_version],
-        "final_policy_version": final_version,
+        "base_solve_rate": held_out.get("base"),
+        "final_solve_rate": held_out.get("final"),
+        "final_policy_version": held_out.get("final_policy_version"),
+        "suites": {name: by_suite[name] for name in sorted(by_suite)},
         **{name: _known(totals.get(name)) for name in ("staleness_mean", "staleness_max")},
         "samples": totals.get("samples"),
         "tokens": totals.get("tokens"),
@@ -61,6 +63,19 @@ def run_summary(
             "monitor restarts": deaths.total(MONITOR),
         },
         "wandb_mode": inputs.wandb_mode,
+    }
+
+
+def _course(evaluations: Sequence[Evaluation], suite: str) -> dict[str, Any]:
+    """Returns the first and the last solve rate of a suite, and every metric of its last version."""
+    of_suite = {each.policy_version: each for each in evaluations if each.suite == suite}
+    last = of_suite[max(of_suite)]
+    return {
+        "base": of_suite[0].solve_rate if 0 in of_suite else None,
+        "final": last.solve_rate,
+        "final_policy_version": last.policy_version,
+        "problems": last.num_problems,
+        "metrics": last.metrics,
     }
 
 

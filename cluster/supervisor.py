@@ -72,7 +72,7 @@ class Supervisor:
         run_dir, timeout_s, actors = inputs.run_dir, self._config.run.timeout_s, self._config.actors
         self._deaths = Deaths(run_dir)
         self._services = services = Services(inputs, self._deaths)
-        self._evaluations = Evaluations(services, run_dir, self._config.run.steps)
+        self._evaluations = Evaluations(services, run_dir, inputs.eval_prompts, self._config.run.steps)
         self._health = Health(self._config, services, run_dir)
         self._control = Control(run_dir, services.event)
         self._fleet = Fleet(
@@ -269,7 +269,7 @@ class Supervisor:
         stats, view = gauges
         self._log_buffer(stats)
         if self._learner is not None:
-            num_open = len(self._evaluations.open_versions)
+            num_open = len(self._evaluations.open)
             self._health.judge(stats, view, num_open, self._fleet, self._learner)
         if self._state == "training":
             self._scaling.judge(stats, view, step_of(view))
@@ -323,7 +323,7 @@ class Supervisor:
             if not is_told and last_word.is_done():
                 self._evaluations.take(*last_word.result())
                 is_told = True
-            if is_told and not self._evaluations.open_versions:
+            if is_told and not self._evaluations.open:
                 return
             view = self._services.view.value
             generated = view and [actor.get("tokens_under_way") for actor in view["actors"].values()]
@@ -395,7 +395,7 @@ class Supervisor:
             self._inputs,
             time.monotonic() - self._start_s,
             totals=totals,
-            evaluations=self._evaluations.of_all_starts(),
+            evaluations=self._evaluations.by_version(),
             stats=stats,
             deaths=self._deaths,
             stopped=stopped,

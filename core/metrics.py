@@ -62,7 +62,8 @@ METRICS: dict[str, str] = {
     "reward/error_fraction": "Share of the samples whose reward function failed; they are not reward 0.",
     "reward/zero_std_fraction": "Share of the groups whose rewards are all equal: no reward signal, only the "
     "KL pull.",
-    "eval/solve_rate": "Mean reward on held-out prompts at the newest evaluation.",
+    "eval/solve_rate": "Mean reward on held-out prompts at the newest evaluation of the suite `held_out`. Of any suite "
+    "rows hold `eval/SUITE/...` besides: avg@n, pass@k, majority@k, each with its standard error.",
     "eval/policy_version": "Policy version which that evaluation measured.",
     "staleness/mean": "Token-weighted mean age of the batch: learner step minus policy version.",
     "staleness/offline_fraction": "Share of the samples that are offline: they have no age.",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from core.calls import Client, asks
-from core.records import Evaluation
+from core.evaluation.records import Evaluation
 
 MONITOR = "the monitor"
 

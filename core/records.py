@@ -49,17 +49,6 @@ class WorkItem(msgspec.Struct, frozen=True):
     seed: int
 
 
-class EvalItem(msgspec.Struct, frozen=True):
-    """One held-out prompt, by its place among the usable ones, to evaluate at exactly one policy version. It
-    never enters the buffer.
-    """
-
-    evaluation_id: int
-    policy_version: int
-    prompt_index: int
-    seed: int
-
-
 class VersionSpan(msgspec.Struct, frozen=True):
     """Says that the sampled tokens [start, end) of a sample, counted among the sampled ones alone, are by
     weights of `version`.
@@ -236,28 +225,6 @@ class Batch(msgspec.Struct, frozen=True):
     groups: tuple[Group, ...]
 
 
-class EvalSample(msgspec.Struct, frozen=True, kw_only=True):
-    """A held-out prompt with what was said to it and the rewards, all by one policy version."""
-
-    item: EvalItem
-    prompt: str
-    texts: tuple[str, ...]
-    rewards: tuple[float | None, ...]
-    errors: tuple[str | None, ...]
-    version_spans: tuple[tuple[VersionSpan, ...], ...]
-
-
-class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of one evaluation: the mean reward over the samples that have one."""
-
-    evaluation_id: int
-    policy_version: int
-    solve_rate: float
-    num_problems: int
-    num_samples: int
-    num_errors: int
-
-
 # What is known of a batch without its tokens
 # ---------------------------------------------------------------------
 
@@ -347,7 +314,7 @@ def index_of(batch: Batch) -> BatchIndex:
 # On the wire
 # -----------------------------------------------------------------------------------------------------
 
-Record: TypeAlias = WorkItem | EvalItem | Sample | Group | EvalSample | Evaluation | GroupHead | BatchIndex
+Record: TypeAlias = WorkItem | Sample | Group | GroupHead | BatchIndex
 
 
 class StoredGroup(NamedTuple):

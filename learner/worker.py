@@ -15,7 +15,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -223,23 +223,28 @@ class LearnerRank:
         every = self._config.checkpoint.every
         return every > 0 and step % every == 0
 
-    def _publish(self, progress: Progress, evaluate: bool | None = None) -> None:
+    def _publish(self, progress: Progress, evaluate: Sequence[str] | None = None) -> None:
         """Brings the weights on their way to the actors as version `progress.step`. Collective.
 
-        `evaluate` says whether the version is to be evaluated; None: when its time has come.
+        `evaluate` names the suites to evaluate it on; None: those whose time has come.
         """
         start_s = time.perf_counter()
         version = progress.published = progress.step
-        is_evaluated = self._is_evaluated(version) if evaluate is None else evaluate
-        self._transport.publish(version, evaluate=is_evaluated)
+        due = self._suites_due(version) if evaluate is None else evaluate
+        self._transport.publish(version, evaluate=due)
         self._publish_s = time.perf_counter() - start_s
 
-    def _is_evaluated(self, version: int) -> bool:
-        """The base is, the last version, and the first publication at or after each multiple of
-        `eval.every`.
+    def _suites_due(self, version: int) -> tuple[str, ...]:
+        """Returns the suites to evaluate `version` on: all of them for the base and the last version, else
+        those for which it is the first publication at or after a multiple of their interval.
         """
-        every, publish_every = self._config.eval.every, self._config.weights.publish_every
-        return version in (0, self._config.run.steps) or version // every > (version - publish_every) // every
+        is_end = version in (0, self._config.run.steps)
+        before = version - self._config.weights.publish_every
+        return tuple(
+            suite.name
+            for suite in self._config.suites
+            if is_end or version // suite.every > before // suite.every
+        )
 
     def _report(self, taken: Taken, result: StepResult, row: Mapping[str, float], progress: Progress) -> None:
         """Tells monitor and buffer, from rank 0, what came of a step; `row` is what `_judge` returned."""
@@ -268,7 +273,7 @@ class LearnerRank:
     def _finish(self, progress: Progress, policy_dir: str) -> dict[str, float]:
         """Publishes and saves what is not yet, and writes the policy; returns totals. Collective."""
         if progress.published != progress.step:
-            self._publish(progress, evaluate=False)
+            self._publish(progress, evaluate=())
         self._transport.flush()
         if self._config.checkpoint.every:
             self._save(progress)

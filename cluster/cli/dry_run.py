@@ -21,6 +21,9 @@ from cluster.preparation.prepare import (
     quiet_libraries,
 )
 from core.config import Config
+from core.config.evaluation import HELD_OUT
+
+NO_PROMPTS = PromptSet(rows=[], num_bad_rows=0, source="none")
 
 
 def dry_run(config: Config) -> Iterator[str]:
@@ -59,7 +62,9 @@ def dry_run(config: Config) -> Iterator[str]:
 def _told(checked: Checked) -> Iterator[str]:
     """Yields what was read, in lines."""
     yield from (_prompts("prompts", part) for part in checked.prompts.split())
-    yield from (_prompts("held out", part) for part in checked.eval_prompts.split())
+    for suite, prompts in checked.eval_prompts.items() or [(HELD_OUT, NO_PROMPTS)]:
+        title = "held out" if suite == HELD_OUT else f"suite {suite}"
+        yield from (_prompts(title, part) for part in prompts.split())
     yield f"  W&B            {checked.wandb_mode}"
     yield from (f"  {note}" for note in checked.notes)
 

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from core.config import Config, ObjectiveConfig
+from core.config.evaluation import SuiteConfig
 from learner.catalogue import OBJECTIVES
 
 INTRODUCTION = """\
@@ -53,6 +54,8 @@ def config_reference() -> str:
         parts.append(_table(name, model, _ABOUT.get(name)))
         if name == "objective":
             parts += [_knobs(objective, knobs) for objective, knobs in OBJECTIVES.items()]
+        if name == "eval":
+            parts.append(_suite())
     return "\n".join([*parts, _derived()])
 
 
@@ -85,6 +88,12 @@ def _knobs(name: str, knobs: type[ObjectiveConfig]) -> str:
     return "\n".join(
         [f"### objective: {{name: {name}}}", "", inspect.getdoc(knobs) or "", "", *_rows(fields)]
     )
+
+
+def _suite() -> str:
+    about = "What `eval.suites` says of one set. Overrides reach it too: `eval.suites.math.rows=10`. A setting that it leaves out "
+    about += "is that of the run, named behind it."
+    return "\n".join(["### eval.suites: {NAME: ...}", "", about, "", *_rows(SuiteConfig.model_fields)])
 
 
 def _rows(fields: Mapping[str, FieldInfo]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from actors.engine import Engine
 from actors.episode import Generation
-from actors.prompts import load_prompts, render_rows
+from actors.prompts import load_suite, render_rows
 from actors.sources import Source, report_bad_rows
 from core.config import MAX_TOKENS, DataConfig, EvalConfig, ModelConfig
 from core.errors import ConfigError
@@ -78,7 +78,8 @@ def evaluate(directory: str, overrides: list[str]) -> dict[str, Any]:
             "which says what to evaluate on"
         )
     config = load_config(config_path, [*overrides, f"model.path={Path(directory).resolve()}"])
-    prompts = load_prompts(config.data, load_tokenizer(config.model), evaluation=True)
+    (suite, *_) = config.suites
+    prompts = load_suite(suite, config.data, load_tokenizer(config.model))
     rewards: list[float] = []
     errors: Counter[str] = Counter()
     # The rewards come before the engine: a function that cannot be loaded says so at once.

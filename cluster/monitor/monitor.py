@@ -25,9 +25,10 @@ import msgspec
 
 from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, WandbWriter
 from core.config import Config
+from core.config.evaluation import HELD_OUT
+from core.evaluation.records import Evaluation
 from core.json_lines import JsonLines, Redactor, StepLines, finite, finite_tree, last_json_lines, replace_json
 from core.metrics import METRICS, shows_samples
-from core.records import Evaluation
 
 RATE_WINDOW_S = 5.0  # actors report in bursts of whole groups: over less than 2 s their rates are noise
 SILENT_S = 60.0  # an actor that has not reported for so long counts in no rate
@@ -75,10 +76,12 @@ class Monitor:
         self._metrics = StepLines(self._run_dir / "metrics.jsonl", self._redact, "progress/step")
         self._samples = StepLines(self._run_dir / "samples.jsonl", self._redact, "step")
         self._files: dict[str, JsonLines] = {"metrics": self._metrics, "samples": self._samples}
+        num_suites = len(config.suites)
         self._files["events"] = JsonLines(self._run_dir / "events.jsonl", self._redact)
         self._evaluation: dict[str, Any] = {"eval/solve_rate": None, "eval/policy_version": None}
-        self._evaluations: collections.deque[tuple[int, float]] = collections.deque(maxlen=_HISTORY_ROWS)
-        for line in last_json_lines(self._run_dir / "evaluations.jsonl", _HISTORY_ROWS):
+        # By suite: version and solve rate of its evaluations.
+        self._evaluations: dict[str, collections.deque[tuple[int, float]]] = {}
+        for line in last_json_lines(self._run_dir / "evaluations.jsonl", _HISTORY_ROWS * max(1, num_suites)):
             self._note_evaluation(line)
         self._files["evaluations"] = JsonLines(self._run_dir / "evaluations.jsonl", self._redact)
         self._actors: dict[str, _ActorGauge] = {}
@@ -262,7 +265,7 @@ class Monitor:
             "eta_s": self._eta_s(),
             "row": dict(self._row),
             "rewards": [reward for _, _, reward in self._rows_seen if reward is not None],
-            "evaluations": list(self._evaluations),
+            "evaluations": {suite: list(known) for suite, known in self._evaluations.items()},
             "actors": {
                 name: {**actor.counters, **actor.summary(now_s)} for name, actor in self._actors.items()
             },
@@ -291,12 +294,18 @@ class Monitor:
         }
 
     def _note_evaluation(self, line: Mapping[str, Any]) -> None:
-        version, solve_rate = line.get("policy_version"), line.get("solve_rate")
-        if version is None:
+        """Takes the newest evaluation of a suite: `eval/SUITE/...`, and of `held_out` `eval/solve_rate`."""
+        suite, version, solve_rate = (line.get(key) for key in ("suite", "policy_version", "solve_rate"))
+        if suite is None or version is None:
             return
-        self._evaluation = {"eval/solve_rate": solve_rate, "eval/policy_version": version}
+        metrics = {"policy_version": version, **(line.get("metrics") or {})}
+        known = {name: None for name in self._evaluation if name.startswith(f"eval/{suite}/")}
+        self._evaluation |= {**known, **{f"eval/{suite}/{name}": value for name, value in metrics.items()}}
+        if suite == HELD_OUT:
+            self._evaluation |= {"eval/solve_rate": solve_rate, "eval/policy_version": version}
         if solve_rate is not None:
-            self._evaluations.append((version, solve_rate))
+            history = self._evaluations.setdefault(suite, collections.deque(maxlen=_HISTORY_ROWS))
+            history.append((version, solve_rate))
 
     def _release_held(self) -> None:
         if self._held is not None:

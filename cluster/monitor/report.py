@@ -14,16 +14,18 @@ import html
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from core.config import text as config_text
+from core.config.evaluation import HELD_OUT
+from core.evaluation.estimates import STANDARD_ERROR
+from core.evaluation.records import Evaluation
 from core.json_lines import finite_tree, read_json_lines
 from core.metrics import METRICS, SOLVE_RATE_BUCKETS
-from core.records import Evaluation
 from core.staleness import STALENESS_BUCKETS
 
 MAX_POINTS = 800
@@ -130,11 +132,11 @@ def report_data(run_dir: Path) -> dict[str, Any]:
     for name in _FILES:
         records[name], num_torn[name] = read_json_lines(run_dir / f"{name}.jsonl")
     rows = _last_of_each(records["metrics"], "progress/step")
-    evaluations = _last_of_each(records["evaluations"], "policy_version")
+    evaluations = _last_of_each(records["evaluations"], "policy_version", "suite")
     summary, config_text = _read_summary(run_dir), _read_text(run_dir / "config.yaml")
     samples = [_viewer_sample(sample, "training") for sample in records["samples"]]
     for evaluation in evaluations:
-        of_version = {"version": evaluation["policy_version"], "step": evaluation["policy_version"]}
+        of_version = dict.fromkeys(("version", "step"), evaluation["policy_version"])
         samples += [
             _viewer_sample({**of_version, **sample}, "evaluation")
             for sample in evaluation.get("samples") or []
@@ -177,7 +179,7 @@ def curves_png(run_dir: str | Path, path: str | Path) -> None:
 
     run_dir = Path(run_dir)
     rows = _last_of_each(read_json_lines(run_dir / "metrics.jsonl")[0], "progress/step")
-    charts = _charts(rows, _last_of_each(read_json_lines(run_dir / "evaluations.jsonl")[0], "policy_version"))
+    charts = _charts(rows, _evaluation_lines(run_dir))
     shown = [chart for chart in charts if chart["title"] in PICTURE_CHARTS]
     colors = ("#2a78d6", "#eb6834")
     figure, panels = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
@@ -210,12 +212,15 @@ def curves_png(run_dir: str | Path, path: str | Path) -> None:
 
 
 def read_evaluations(run_dir: Path) -> list[Evaluation]:
-    """The evaluations that the run directory holds, by policy version, the last written of each."""
-    lines = _last_of_each(read_json_lines(run_dir / "evaluations.jsonl")[0], "policy_version")
+    """The evaluations that the run directory holds, by policy version, the last written of each suite."""
     return [
         msgspec.convert({"solve_rate": math.nan, **finite_values}, Evaluation)
-        for finite_values in map(_known_values, lines)
+        for finite_values in map(_known_values, _evaluation_lines(run_dir))
     ]
+
+
+def _evaluation_lines(run_dir: Path) -> list[dict[str, Any]]:
+    return _last_of_each(read_json_lines(run_dir / "evaluations.jsonl")[0], "policy_version", "suite")
 
 
 def _known_values(line: dict[str, Any]) -> dict[str, Any]:
@@ -234,11 +239,15 @@ def _page(data: dict[str, Any]) -> str:
     return page.replace("{{DATA}}", text).encode("utf-8", errors="replace").decode("utf-8")
 
 
-def _last_of_each(records: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """Records in the order of `key`, the last written of each: a run continued from a checkpoint
-    repeats some steps.
+def _last_of_each(records: list[dict[str, Any]], key: str, name: str = "") -> list[dict[str, Any]]:
+    """Records in the order of `key`, the last written of each, and of each `name`: a run continued from a
+    checkpoint repeats some steps.
     """
-    by_key = {record[key]: record for record in records if isinstance(record.get(key), int | float)}
+    by_key = {
+        (record[key], str(record.get(name, ""))): record
+        for record in records
+        if isinstance(record.get(key), int | float)
+    }
     return [by_key[value] for value in sorted(by_key)]
 
 
@@ -248,7 +257,9 @@ def _headline(
     """The figures on top: from the summary, else (a run that has none yet) from the rows. None: not known."""
     last = rows[-1] if rows else {}
     solve_rates = [
-        evaluation["solve_rate"] for evaluation in evaluations if evaluation.get("solve_rate") is not None
+        evaluation["solve_rate"]
+        for evaluation in evaluations
+        if evaluation.get("suite") == HELD_OUT and evaluation.get("solve_rate") is not None
     ]
     ages = [row["staleness/mean"] for row in rows if row.get("staleness/mean") is not None]
     oldest = [row["staleness/oldest_token"] for row in rows if row.get("staleness/oldest_token") is not None]
@@ -285,19 +296,52 @@ def _charts(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> li
     """
     steps = [row["progress/step"] for row in rows]
     smoothed = _smoothed([row.get("reward/mean") for row in rows])
+    suites: dict[str, list[dict[str, Any]]] = {}
+    for evaluation in evaluations:
+        suites.setdefault(str(evaluation.get("suite")), []).append(evaluation)
+    suites = dict(sorted(suites.items(), key=lambda known: (known[0] != HELD_OUT, known[0]))) or {
+        HELD_OUT: []
+    }
     charts = []
     for title, unit, lines in CHARTS:
         drawn = []
         for label, column in lines:
             if column == "evaluation":
-                x = [evaluation["policy_version"] for evaluation in evaluations]
-                y = [evaluation.get("solve_rate") for evaluation in evaluations]
-            else:
-                x, y = steps, smoothed if column == "reward/smoothed" else [row.get(column) for row in rows]
-            x, y = _downsampled(x, y, worst=column == "staleness/oldest_token")
-            drawn.append({"label": label, "column": column, "x": x, "y": y})
+                drawn += [_suite_line(suite, "solve_rate", lines) for suite, lines in suites.items()]
+                continue
+            y = smoothed if column == "reward/smoothed" else [row.get(column) for row in rows]
+            drawn.append(_line(label, column, steps, y))
         charts.append({"title": title, "unit": unit, "lines": drawn})
+        if title == "Solve rate":
+            charts += [chart for suite, lines in suites.items() if (chart := _suite_chart(suite, lines))]
     return charts
+
+
+def _line(label: str, column: str, x: Sequence[float], y: Sequence[float | None]) -> dict[str, Any]:
+    x, y = _downsampled(x, y, worst=column == "staleness/oldest_token")
+    return {"label": label, "column": column, "x": x, "y": y}
+
+
+def _suite_line(suite: str, metric: str, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A metric of a suite over the versions that were evaluated, called by the suite where it is the solve
+    rate.
+    """
+    label = metric
+    if metric == "solve_rate":
+        label = "solve rate" if suite == HELD_OUT else suite
+    x = [evaluation["policy_version"] for evaluation in evaluations]
+    y = [{**(evaluation.get("metrics") or {}), **evaluation}.get(metric) for evaluation in evaluations]
+    return _line(label, "evaluation", x, y)
+
+
+def _suite_chart(suite: str, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What a suite's samples achieve alone and together; None where each prompt has one sample."""
+    metrics = (evaluations[-1].get("metrics") or {}) if evaluations else {}
+    names = [name for name in metrics if "@" in name and not name.endswith(STANDARD_ERROR)]
+    if len(names) < 3:  # avg@1 and pass@1 are the solve rate.
+        return None
+    lines = [_suite_line(suite, name, evaluations) for name in names if name != "pass@1"]
+    return {"title": f"Suite {suite}", "unit": "held-out prompts, by policy version", "lines": lines}
 
 
 def _smoothed(values: Sequence[float | None]) -> list[float | None]:

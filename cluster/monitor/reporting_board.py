@@ -4,14 +4,16 @@ imports no torch, as cluster/services.py does with what a run is prepared by.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 
 from core.calls import Calls
 from core.config import RunConfig
+from core.evaluation.open_evaluation import SuiteSize
+from core.evaluation.records import Evaluation
 from core.monitor_client import MONITOR, MonitorClient
-from core.records import Evaluation
 from core.weights.board import Board
 
 
@@ -22,8 +24,10 @@ class ReportingBoard(Board):
     restart may not find it.
     """
 
-    def __init__(self, run: RunConfig, num_eval_rows: int, monitor_name: str) -> None:
-        super().__init__(run, num_eval_rows, self._report)
+    def __init__(
+        self, run: RunConfig, suites: Mapping[str, SuiteSize], monitor_name: str, kept_suite: str
+    ) -> None:
+        super().__init__(run, suites, self._report, kept_suite=kept_suite)
         self._monitor = MonitorClient(ray.get_actor(monitor_name), MONITOR)
         self._calls = Calls(run.timeout_s, self._monitor.event, name="the board")
 

@@ -21,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from core.config.evaluation import HELD_OUT
 from core.staleness import StalenessBound
 from core.text import printable
 
@@ -106,13 +107,13 @@ class _Plain:
 def plain_line(view: View) -> str:
     """One line on where the run is: `step 120/600  reward 0.52  solve 0.48@v118  stale 2.1/5  ...`."""
     row = view["row"]
-    solve = figure(row.get("eval/solve_rate"), 2)
-    if row.get("eval/policy_version") is not None:
-        solve += f"@v{row['eval/policy_version']:.0f}"
+    solve = {suite: f"{known[-1][1]:.2f}@v{known[-1][0]:.0f}" for suite, known in view["evaluations"].items()}
+    named = {name: value for name, value in solve.items() if name != HELD_OUT}
     parts = [
         f"step {_count(row.get('progress/step'))}/{view['steps']}",
         f"reward {figure(row.get('reward/mean'), 2)}",
-        f"solve {solve}",
+        *([f"solve {solve.get(HELD_OUT, '-')}"] if HELD_OUT in solve or not solve else []),
+        *(f"{suite} {value}" for suite, value in named.items()),
         f"stale {figure(row.get('staleness/mean'), 1)}/{figure(row.get('staleness/oldest_token'), 0)}",
         f"{figure(row.get('perf/sampled_tokens_per_s'), 0)} tok/s",
         f"buffer {figure(row.get('buffer/groups'), 0)}",
@@ -173,7 +174,6 @@ def _header(view: View) -> RenderableType:
 
 def _figures(view: View) -> RenderableType:
     row = view["row"]
-    version = row.get("eval/policy_version")
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", min_width=10)
     grid.add_column(min_width=8)
@@ -185,9 +185,11 @@ def _figures(view: View) -> RenderableType:
         sparkline(view["rewards"]),
         f"error {_percent(row.get('reward/error_fraction'))}",
     )
-    solve_rates = [rate for _, rate in view["evaluations"]]
-    at = "" if version is None else f"at v{version:.0f}"
-    grid.add_row("solve rate", figure(row.get("eval/solve_rate"), 3), sparkline(solve_rates), at)
+    for suite, known in view["evaluations"].items() or [(HELD_OUT, [])]:
+        label = "solve rate" if suite == HELD_OUT else Text(suite)
+        newest = known[-1] if known else (None, None)
+        at = "" if newest[0] is None else f"at v{newest[0]:.0f}"
+        grid.add_row(label, figure(newest[1], 3), sparkline([rate for _, rate in known]), at)
     age = f"mean {figure(row.get('staleness/mean'), 2)}  oldest {figure(row.get('staleness/oldest_token'), 0)} of {view['max_staleness']}"
     grid.add_row("staleness", _age(row.get("staleness/oldest_token"), view["max_staleness"]), age, "")
     speed = f"{figure(row.get('perf/sampled_tokens_per_s'), 0)} sampled, {figure(row.get('perf/trained_all_tokens_per_s'), 0)} trained"
@@ -270,8 +272,11 @@ def summary_screen(summary: Mapping[str, Any]) -> str:
         else ""
     )
     errors = {name: count for name, count in (summary.get("errors") or {}).items() if count}
+    suites = {name: course for name, course in (summary.get("suites") or {}).items() if name != HELD_OUT}
+    solve_rate = f"{number('base_solve_rate', 3)} -> {number('final_solve_rate', 3)}{version}"
     rows = [
-        ("solve rate", f"{number('base_solve_rate', 3)} -> {number('final_solve_rate', 3)}{version}"),
+        *([] if suites and summary.get("final_solve_rate") is None else [("solve rate", solve_rate)]),
+        *((name, _course(course)) for name, course in suites.items()),
         ("staleness", f"mean {number('staleness_mean', 2)}, max {number('staleness_max', 0)} learner steps"),
         ("steps", f"{_count(summary.get('steps'))} in {duration(summary.get('wall_s'))}"),
         (
@@ -291,6 +296,20 @@ def summary_screen(summary: Mapping[str, Any]) -> str:
     outcome = f"stopped: {stopped}" if stopped else "finished"
     lines = [f"{summary.get('name') or '-'} {outcome}", *(f"  {label:<11}{value}" for label, value in rows)]
     return "\n".join(lines)
+
+
+def _course(course: Mapping[str, Any]) -> str:
+    """A suite's solve rate from base to end, with the standard error and the best of its samples."""
+    metrics = course["metrics"]
+    best = [name for name in metrics if name.startswith("pass@") and name[5:].isdigit()]
+    error = next(
+        (value for name, value in metrics.items() if name.startswith("avg@") and name.endswith("error")), None
+    )
+    parts = [f"{figure(course['base'], 3)} -> {figure(course['final'], 3)}"]
+    parts += [] if error is None else [f"± {figure(error, 3)}"]
+    parts += [f"at v{_count(course['final_policy_version'])}"]
+    parts += [f"({best[-1]} {figure(metrics[best[-1]], 3)})"] if best else []
+    return " ".join(parts)
 
 
 def _python() -> str:

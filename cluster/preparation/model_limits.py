@@ -63,9 +63,7 @@ def check_length(config: Config, found: Any, prompts: PromptSet) -> None:
     )
 
 
-def check_token_ids(
-    config: Config, found: Any, tokenizer: Any, prompts: PromptSet, held_out: PromptSet
-) -> None:
+def check_token_ids(config: Config, found: Any, tokenizer: Any, *prompt_sets: PromptSet) -> None:
     """Raises ConfigError or DataError for a padding, a prompt or an offline completion with a token
     that the embedding does not have.
     """
@@ -78,7 +76,7 @@ def check_token_ids(
             "another pad_token in "
             "tokenizer_config.json, or enlarge the model's embedding (resize_token_embeddings) and save it."
         )
-    for part in (*prompts.split(), *held_out.split()):
+    for part in (part for prompts in prompt_sets for part in prompts.split()):
         beyond = [(row, number) for row in part.rows if (number := _largest(row)) >= size]
         if beyond:
             row, number = beyond[0]

@@ -10,27 +10,27 @@ What can be known without an engine is checked in one of the two, so that `train
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import importlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.offline import load_offline
-from actors.prompts import PromptSet, joined, load_prompts
-from actors.sources import TRAIN_SPLIT, Source, report_bad_rows, split_of
+from actors.prompts import PromptSet, load_prompts
+from actors.sources import TRAIN_SPLIT, split_of
 from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, project_of, wandb_mode, wandb_project
 from cluster.preparation.model_checks import check_model, lora_notes
 from cluster.preparation.model_limits import check_length, check_token_ids
 from cluster.preparation.model_weights import check_weights
 from cluster.preparation.placement import check_machine
 from cluster.preparation.run_dir import check_run_dir, open_run_dir
-from core.config import ActorsConfig, Config, DataConfig, ModelConfig
+from cluster.preparation.suites import check_suites, load_suites, scorable, scorable_suites, suite_notes
+from core.config import Config, ModelConfig
 from core.errors import AgroError, ConfigError, DataError
 from core.model_shape import load_model_config
 from core.staleness import StalenessBound
@@ -38,7 +38,7 @@ from core.text import user_path
 from core.tokenizer import end_token_ids, end_token_notes, load_tokenizer, vocabulary_size
 from learner.objectives import load_objective
 from learner.policy.model_files import check_model_files
-from rewards.check import bad_rows, check_functions, start_notes
+from rewards.check import check_functions, start_notes
 from rewards.registry import look_in_working_directory
 
 HUB_TIMEOUT_S = 20.0
@@ -47,13 +47,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """The outcome of the checks of a start. `config` has an absolute model path; `notes` are to be told at
-    the start.
+    """The outcome of the checks of a start. `config` has an absolute model path; `eval_prompts` are those of
+    each suite that is evaluated, by its name; `notes` are to be told at the start.
     """
 
     config: Config
     prompts: PromptSet
-    eval_prompts: PromptSet
+    eval_prompts: Mapping[str, PromptSet]
     pad_id: int
     wandb_mode: WandbMode
     notes: tuple[str, ...] = ()
@@ -117,15 +117,12 @@ def check_inputs(config: Config) -> Checked:
         *end_token_notes(tokenizer, end_ids, vocabulary_size(config.model)),
         *_ended(prompts, end_ids),
     ]
-    if reason := no_evaluation(config.data, config.actors):
-        eval_prompts = PromptSet(rows=[], num_bad_rows=0, source="none")
-        notes = [*notes, reason]
-    else:
-        eval_prompts = load_prompts(config.data, tokenizer, evaluation=True)
+    eval_prompts = load_suites(config, tokenizer)
+    notes = [*notes, *suite_notes(config)]
     found = load_model_config(config.model)
     check_length(config, found, prompts)
-    check_token_ids(config, found, tokenizer, prompts, eval_prompts)
-    prompts, eval_prompts = _scorable_of_each(config, prompts), _scorable_of_each(config, eval_prompts)
+    check_token_ids(config, found, tokenizer, prompts, *eval_prompts.values())
+    prompts, eval_prompts = scorable(config, prompts), scorable_suites(config, eval_prompts)
     # Any token will do, since padding is masked.
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     notes = [*notes, *about_model, *start_notes(config.rewards)]
@@ -165,59 +162,13 @@ def _ended(prompts: PromptSet, end_ids: Sequence[int]) -> Iterator[str]:
         )
 
 
-def _scorable_of_each(config: Config, prompts: PromptSet) -> PromptSet:
-    """Returns the prompts that can be scored, source by source; see `_scorable`."""
-    found = [_scorable(config, part) for part in prompts.split()]
-    whole = joined(found, [member.share for member in prompts.members])
-    return dataclasses.replace(whole, source=prompts.source, notes=prompts.notes)
-
-
-def _scorable(config: Config, prompts: PromptSet) -> PromptSet:
-    """Returns the prompts whose rows the reward functions can score.
-
-    Raises DataError where others may not be skipped, and RewardError.
-    """
-    # A log that came with all its rewards asks no function, unless votes need the answers.
-    needs_all = not config.is_offline or config.objective.compares_answers
-    scored = [
-        row
-        for row in prompts.rows
-        if needs_all or not row.offline or any(sample.reward is None for sample in row.offline)
-    ]
-    bad = bad_rows(config.rewards, prompts.source, {row.source_row: row.columns for row in scored})
-    if not bad:
-        return prompts
-    rows = [row for row in prompts.rows if row.source_row not in bad]
-    report_bad_rows(
-        Source(prompts.source, "row", {row.source_row: row.columns for row in prompts.rows}),
-        bad,
-        len(rows),
-        config.data.on_bad_row,
-    )
-    return dataclasses.replace(prompts, rows=rows, num_bad_rows=prompts.num_bad_rows + len(bad))
-
-
-def no_evaluation(data: DataConfig, actors: ActorsConfig) -> str:
-    """Returns why there is no evaluation, to be told; empty when there is one."""
-    if not data.eval_rows:
-        return "nothing is evaluated: data.eval_rows = 0"
-    if actors.fewest == 0:
-        afterwards = "afterwards, use `launch.py evaluate`"
-        return f"warning: actors.count = 0: nothing is evaluated during the run; {afterwards}"
-    if data.path is None and data.eval_path is None:
-        return (
-            "warning: nothing is evaluated: there is neither data.eval_path nor data.path. "
-            "Set data.eval_path, or actors.count=0"
-        )
-    return ""
-
-
 def check_named(config: Config) -> None:
     """Checks that what the config names exists: rewards, objective, local data.
 
     Raises RewardError, ConfigError or DataError.
     """
     check_functions(config.rewards)
+    check_suites(config)
     check_needs(config, load_objective(config.objective).needs)
     check_progress(config)
     data = config.data
@@ -225,6 +176,7 @@ def check_named(config: Config) -> None:
         *(("data.path", name) for name in data.sources),
         ("data.eval_path", data.eval_path),
         ("data.offline", data.offline_source),
+        *((f"eval.suites.{name}.path", suite.path) for name, suite in config.eval.suites.items()),
     ):
         place, _ = split_of(path or "", TRAIN_SPLIT)
         if place.startswith(("/", ".", "~")) and not os.path.exists(user_path(field, place)):

@@ -18,6 +18,7 @@ from core.config.actors import ActorsConfig
 from core.config.buffer import BufferConfig
 from core.config.data import DataConfig as DataConfig
 from core.config.environments import EnvironmentsField
+from core.config.evaluation import HELD_OUT, NO_ENVIRONMENT, Suite, SuiteConfig
 from core.config.evaluation import EvalConfig as EvalConfig
 from core.config.rewards import ENVIRONMENT
 from core.config.rewards import RewardsConfig as RewardsConfig
@@ -267,6 +268,33 @@ class Config(EnvironmentsField):
             return actors.max_sequence_tokens
         turns = 1 if self.environments is None else actors.max_turns
         return self.data.max_prompt_tokens + turns * actors.max_new_tokens
+
+    @property
+    def suites(self) -> tuple[Suite, ...]:
+        """What is evaluated: `held_out` (data.eval_path, data.eval_rows, eval.sampling), then `eval.suites`.
+
+        `held_out` is left out with `data.eval_rows` = 0, and, where there are suites, without
+        `data.eval_path`.
+        """
+        data = self.data
+        has_held_out = data.eval_rows > 0 and (data.eval_path is not None or not self.eval.suites)
+        held_out = [self._suite(HELD_OUT, SuiteConfig(path=data.eval_path or "."), data.eval_path)]
+        named = [self._suite(name, suite, suite.path) for name, suite in self.eval.suites.items()]
+        return (*(held_out if has_held_out else ()), *named)
+
+    def _suite(self, name: str, own: SuiteConfig, path: str | None) -> Suite:
+        settings: dict[str, Any] = {
+            "rows": self.data.eval_rows,
+            "samples": self.eval.samples,
+            "temperature": self.eval.temperature,
+            "functions": self.rewards.functions,
+            "environments": self.environments,
+            "every": self.eval.every,
+        }
+        settings |= {key: value for key, value in own if key in settings and value is not None}
+        if settings["environments"] == NO_ENVIRONMENT:
+            settings["environments"] = None
+        return Suite(name=name, path=path, has_own_functions=own.functions is not None, **settings)
 
     def without_knobs(self) -> Config:
         """Returns the same with no more of its objective than the name, for processes that do not train.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING
 
 from core.config.rewards import ENVIRONMENT
+from core.config.section import shown
 from core.staleness import StalenessBound
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ def check(config: Config) -> None:
     _rooms_fit_together(config)
     _something_is_rewarded(config)
     _temperatures_are_vllms(config)
+    _suites_are_whole(config)
+    _best_is_of_a_suite(config)
     config.objective.check(config)
     _samples_come_from_somewhere(config)
     _band_can_be_held(config)
@@ -101,11 +105,42 @@ def _temperatures_are_vllms(config: Config) -> None:
             "instead: not what the learner "
             f"computes. Set it to {MIN_TEMPERATURE:g} or more."
         )
-    if evaluating < MIN_TEMPERATURE and evaluating != 0:
+    told = {f"eval.sampling = [{config.eval.samples}, {evaluating:g}]": evaluating}
+    for name, suite in config.eval.suites.items():
+        if suite.temperature is not None:
+            told[f"eval.suites.{name}.temperature = {suite.temperature:g}"] = suite.temperature
+    for setting, temperature in told.items():
+        if temperature < MIN_TEMPERATURE and temperature != 0:
+            raise ValueError(
+                f"{setting}: vLLM samples at {MIN_TEMPERATURE:g} or above, or greedily at a temperature of 0. Set it to 0, "
+                f"or to {MIN_TEMPERATURE:g} or more."
+            )
+
+
+def _suites_are_whole(config: Config) -> None:
+    for suite in config.suites:
+        if suite.rows < 1:
+            raise ValueError(
+                f"eval.suites.{suite.name}.rows is missing, and data.eval_rows = {suite.rows} is none. Set "
+                f"eval.suites.{suite.name}.rows to the number of rows to evaluate, or remove the suite."
+            )
+
+
+def _best_is_of_a_suite(config: Config) -> None:
+    """Raises ValueError where `eval.keep_best` is no metric of a suite."""
+    wanted = config.eval.keep_best
+    if wanted is None:
+        return
+    valid = {f"{suite.name}/{metric}": suite for suite in config.suites for metric in suite.metric_names}
+    if not valid:
         raise ValueError(
-            f"eval.sampling = [{config.eval.samples}, {evaluating:g}]: vLLM samples at {MIN_TEMPERATURE:g} or above, or greedily "
-            "at a temperature of 0. Set it to 0, or to "
-            f"{MIN_TEMPERATURE:g} or more."
+            f"eval.keep_best = {wanted}: nothing is evaluated (data.eval_rows = 0, no eval.suites). Remove it, or set either."
+        )
+    if wanted not in valid:
+        near = difflib.get_close_matches(wanted, valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f"eval.keep_best = {shown(wanted)} is no SUITE/METRIC of this run; {hint}valid here: {', '.join(valid)}"
         )
 
 

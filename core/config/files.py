@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from core.config import DEFAULT_OBJECTIVE, Config, ObjectiveConfig
 from core.config import text as config_text
+from core.config.evaluation import SuiteConfig
 from core.config.other_names import INSTEAD
 from core.config.section import PROSE, shown
 from core.errors import ConfigError
@@ -89,42 +90,35 @@ class ConfigFiles:
             raise ConfigError(f"{source} cannot be read: {error}.") from None
 
     def _apply_override(self, tree: dict[str, Any], override: str) -> str:
-        """Put the value into the tree; the key's name."""
+        """Put the value into the tree; the key's name. A suite's setting is `eval.suites.NAME.key=value`."""
         key, equals, text = override.partition("=")
-        names = key.split(".")
-        if equals and key in Config.model_fields and not self._fields(key, tree):
-            tree[key] = self._typed_value(tree, "", key, text)  # It is no section.
-            return key
-        if not equals or len(names) != 2 or not all(names):
+        *sections, name = key.split(".")
+        is_of_suite = len(sections) > 2 and sections[:2] == ["eval", "suites"]
+        if is_of_suite:
+            sections = [*sections[:2], ".".join(sections[2:])]  # Its name may hold dots.
+        if not equals or not (len(sections) == 1 or is_of_suite) or not all((*sections, name)):
             raise ConfigError(
                 f"override {shown(override)} is not section.key=value, for example learner.lr=1e-5"
             )
-        section, name = names
+        fields = SuiteConfig.model_fields if is_of_suite else self._fields(sections[0], tree)
         try:
-            value = self._typed_value(tree, section, name, text)
+            value = _typed_value(fields.get(name), text)
         except config_text.TextError as error:
             raise ConfigError(f"override {shown(override)}: {error}.") from None
-        if tree.get(section) is None:
-            tree[section] = {}
-        if not isinstance(tree[section], dict):
-            found = f"the file holds {shown(tree[section])} there"
-            raise ConfigError(
-                f"override {shown(override)}: {section!r} is no section; {found}. Write its keys "
-                f"below `{section}:`."
-            )
-        tree[section][name] = value
+        place = tree
+        for depth, section in enumerate(sections):
+            if place.get(section) is None:
+                place[section] = {}
+            if not isinstance(place[section], dict):
+                where = ".".join(sections[: depth + 1])
+                found = f"the file holds {shown(place[section])} there"
+                raise ConfigError(
+                    f"override {shown(override)}: {where!r} is no section; {found}. Write its keys "
+                    f"below `{where}:`."
+                )
+            place = place[section]
+        place[name] = value
         return key
-
-    def _typed_value(self, tree: Mapping[str, Any], section: str, name: str, text: str) -> Any:
-        """What was typed on the command line: itself where the field takes text (`null` where it may be
-        none), else YAML.
-        """
-        field = self._fields(section, tree).get(name) if section else Config.model_fields[name]
-        kinds = _kinds(field.annotation) if field is not None else set()
-        takes_mapping = any(typing.get_origin(kind) is dict for kind in kinds)
-        if str not in kinds or (takes_mapping and text.startswith("{")):
-            return config_text.read(text, comments=False)
-        return None if text == "null" and type(None) in kinds else text
 
     def _explain(self, problem: Any, tree: Mapping[str, Any]) -> str:
         """One line for one pydantic problem: field, value, what to do."""
@@ -135,7 +129,7 @@ class ConfigFiles:
             return f"{where} is not a known key{self._nearest(location, tree)}"
         if kind == "missing":
             how = f"write {names[-1]}: in the file"
-            if len(names) == 2:
+            if len(names) == 2 or location[:2] == ("eval", "suites"):
                 how = f"set it in the file or with {where}=<value>"
             return f"{where} is missing; {how}"
         if kind == "value_error":
@@ -155,6 +149,8 @@ class ConfigFiles:
         valid = [*Config.model_fields]
         if len(location) > 1:
             valid = [*self._fields(section, tree)]
+        if location[:2] == ("eval", "suites"):
+            valid = [*SuiteConfig.model_fields]
         having = [name for name in self._objectives if key in self._objectives[name].model_fields]
         if section == "objective" and having:
             has = "has" if len(having) == 1 else "have"
@@ -231,6 +227,17 @@ def _file_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start + 1}); save it as UTF-8.") from None
+
+
+def _typed_value(field: FieldInfo | None, text: str) -> Any:
+    """What was typed on the command line: itself where the field takes text (`null` where it may be none),
+    else YAML.
+    """
+    kinds = _kinds(field.annotation) if field is not None else set()
+    takes_mapping = any(typing.get_origin(kind) is dict for kind in kinds)
+    if str not in kinds or (takes_mapping and text.startswith("{")):
+        return config_text.read(text, comments=False)
+    return None if text == "null" and type(None) in kinds else text
 
 
 def _kinds(annotation: Any) -> set[Any]:

@@ -51,4 +51,11 @@ INSTEAD: dict[str, str] = {
     "eval.samples": "write eval.sampling: [4, 1.0], samples and temperature",
     "eval.temperature": "write eval.sampling: [4, 1.0], samples and temperature",
     "eval.rows": "write data.eval_rows",
+    "eval.source": "write eval.suites: {math: {path: ..., samples: 8}}",
+    "eval.sources": "write eval.suites: {math: {path: ..., samples: 8}}",
+    "eval.datasets": "write eval.suites: {math: {path: ..., samples: 8}}",
+    "eval.interval": "write eval.every, learner steps",
+    "eval.metric_for_best_model": "write eval.keep_best: held_out/avg@4",
+    "checkpoint.metric_for_best_model": "write eval.keep_best: held_out/avg@4",
+    "checkpoint.save_best": "write eval.keep_best: held_out/avg@4",
 }

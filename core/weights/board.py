@@ -8,9 +8,9 @@ Ray actor.
 Snapshots: references to immutable buckets. The newest `KEEP` are held, besides those an evaluation still
 needs.
 
-Evaluations: each belongs to one policy version. An actor handed its items loads exactly that version and
-takes no update until they are done; training goes on meanwhile. Items of an actor that dies are handed out
-again.
+Evaluations: each is of one suite at one policy version. An actor handed its items loads exactly that version
+and takes no update until they are done; training goes on meanwhile. While it evaluates it may take more items
+of that version, of any suite. Items of an actor that dies are handed out again.
 
 A board that dies is started again, empty: the driver tells it what is done and who ends (`restore`), the
 learner publishes again what it held, with the evaluations that were open, and actors whose directives come
@@ -20,18 +20,17 @@ from another board than before join again.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import secrets
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
 from core.calls import Client, asks
 from core.config import RunConfig
+from core.evaluation.open_evaluation import OpenEvaluation, SuiteSize
+from core.evaluation.records import EvalItem, EvalSample, Evaluation
 from core.newest import MAX_GONE, Newest
-from core.records import EvalItem, EvalSample, Evaluation
 
 BOARD = "the board"
 KEEP = 3
@@ -72,48 +71,29 @@ class ReceiverClient(Client):
     receive = asks(ReceivesWeights.receive)
 
 
-class _OpenEvaluation:
-    def __init__(self, evaluation_id: int, version: int, num_prompts: int, seed: int) -> None:
-        self.version, self.num_prompts = version, num_prompts
-        self.pending = deque(
-            EvalItem(evaluation_id, version, index, (seed + index) % 2**31) for index in range(num_prompts)
-        )
-        self.taken: dict[EvalItem, str] = {}
-        self.done: dict[int, EvalSample] = {}
-
-    def take(self, actor: str, count: int) -> tuple[EvalItem, ...]:
-        items = tuple(self.pending.popleft() for _ in range(min(count, len(self.pending))))
-        self.taken.update(dict.fromkeys(items, actor))
-        return items
-
-    def release(self, actor: str) -> None:
-        lost = [
-            item
-            for item, holder in self.taken.items()
-            if holder == actor and item.prompt_index not in self.done
-        ]
-        for item in lost:
-            del self.taken[item]
-        self.pending.extend(lost)
-
-
 class Board:
     """Snapshots, evaluations and retirements; see the module's docstring."""
 
     def __init__(
         self,
         run: RunConfig,
-        num_eval_rows: int,
+        suites: Mapping[str, SuiteSize],
         on_evaluation: Callable[[Evaluation, list[dict[str, Any]]], Any],
+        *,
+        kept_suite: str = "",
     ) -> None:
-        """`on_evaluation(result, samples)` is called when an evaluation is complete."""
-        self._run, self._num_eval_rows, self._on_evaluation = run, num_eval_rows, on_evaluation
+        """`on_evaluation(result, samples)` is called when an evaluation is complete.
+
+        Snapshots that `kept_suite` has been evaluated with are held until they are let go.
+        """
+        self._run, self._suites, self._on_evaluation = run, dict(suites), on_evaluation
+        self._kept_suite = kept_suite
+        self._held: set[int] = set()
         self._id = secrets.token_hex(4)
         self._snapshots: dict[int, Snapshot] = {}
         self._newest = self._pushed = -1
         self._members: dict[str, ReceiverClient] = {}
-        self._evaluations: dict[int, _OpenEvaluation] = {}
-        self._evaluation_ids = itertools.count()
+        self._evaluations: dict[tuple[str, int], OpenEvaluation] = {}  # The oldest first.
         self._results: list[Evaluation] = []
         self._retiring: Newest[Retirement] = Newest(MAX_GONE)
         self._told: Newest[Retirement] = Newest(MAX_GONE)
@@ -127,16 +107,19 @@ class Board:
         Returns the versions of the open evaluations, which are dropped: whoever publishes such a version
         again has it evaluated.
         """
-        dropped = [evaluation.version for evaluation in self._evaluations.values()]
+        dropped = sorted({version for _, version in self._evaluations})
         self._snapshots.clear()
         self._evaluations.clear()
+        self._held.clear()
         self._newest = self._pushed = -1
         await self._wake()
         return dropped
 
-    async def publish(self, manifest: bytes, buckets: list, version: int, *, evaluate: bool) -> list[int]:
-        """Make a snapshot the newest one; with `evaluate`, its evaluation begins. Returns the versions that
-        are held now.
+    async def publish(
+        self, manifest: bytes, buckets: list, version: int, *, evaluate: Sequence[str]
+    ) -> list[int]:
+        """Make a snapshot the newest one; its evaluation on the suites `evaluate` begins, but for those it
+        has been evaluated on. Returns the versions that are held now.
 
         A board that was started again is given them once more, the oldest first.
         """
@@ -144,12 +127,11 @@ class Board:
         self._snapshots = {held: snapshot for held, snapshot in self._snapshots.items() if held < version}
         self._snapshots[version] = (manifest, buckets)
         self._newest = self._pushed = version
-        known = {entry.policy_version for entry in self._results} | {
-            entry.version for entry in self._evaluations.values()
-        }
-        if evaluate and self._num_eval_rows and version not in known:
-            number = next(self._evaluation_ids)
-            self._evaluations[number] = _OpenEvaluation(number, version, self._num_eval_rows, self._run.seed)
+        known = {(entry.suite, entry.policy_version) for entry in self._results} | self._evaluations.keys()
+        for suite in evaluate:
+            size = self._suites.get(suite)
+            if size is not None and size.num_prompts and (suite, version) not in known:
+                self._evaluations[suite, version] = OpenEvaluation(suite, version, size, self._run.seed)
         self._drop_old_snapshots()
         await self._wake()
         return sorted(self._snapshots)
@@ -170,18 +152,21 @@ class Board:
         """The actor takes weights that are pushed."""
         self._members[actor] = member
 
-    async def poll(self, actor: str, version: int, max_items: int, timeout_s: float) -> bytes:
+    async def poll(
+        self, actor: str, version: int, room: int, timeout_s: float, is_evaluating: bool = False
+    ) -> bytes:
         """The actor's next Directive (msgpack), as soon as there is something new for it or after
         `timeout_s`.
 
-        `version`: what it has loaded. `max_items`: how many evaluation prompts it can take now.
+        `version`: what it has loaded. `room`: how many samples of evaluations it can take now. One that
+        `is_evaluating` takes items of that version alone, no update, and is not kept waiting.
         """
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s
         async with self._changed:
-            while (directive := self._directive(actor, version, max_items)) is None:
+            while (directive := self._directive(actor, version, room, is_evaluating)) is None:
                 left_s = deadline_s - loop.time()
-                if left_s <= 0:
+                if left_s <= 0 or is_evaluating:
                     directive = Directive(version, retire=self._retiring.get(actor, ""))
                     break
                 try:
@@ -197,15 +182,12 @@ class Board:
     async def finish(self, payload: bytes) -> None:
         """Results of evaluation items (msgpack list of EvalSample). Twice the same item counts once."""
         for sample in msgspec.msgpack.decode(payload, type=list[EvalSample]):
-            evaluation = self._evaluations.get(sample.item.evaluation_id)
-            if evaluation is None or sample.item.policy_version != evaluation.version:
-                continue  # The latter is of a board before this one.
-            if any(span.version != evaluation.version for spans in sample.version_spans for span in spans):
-                evaluation.pending.append(sample.item)  # Not the policy it claims to measure: again.
-                continue
-            evaluation.done[sample.item.prompt_index] = sample
-            if len(evaluation.done) == evaluation.num_prompts:
-                self._complete(sample.item.evaluation_id, evaluation)
+            evaluation = self._evaluations.get((sample.item.suite, sample.item.policy_version))
+            if evaluation is None:
+                continue  # Done, or dropped.
+            evaluation.finish(sample)
+            if evaluation.is_done:
+                self._complete(evaluation)
         await self._wake()
 
     async def release_actor(self, actor: str) -> None:
@@ -224,11 +206,14 @@ class Board:
 
     # --- driver ---
 
-    async def restore(self, results: list[Evaluation], retiring: dict[str, Retirement]) -> None:
-        """What a board knew that is gone: evaluations that are done, and the actors that are to end, or
-        have ended.
+    async def restore(
+        self, results: list[Evaluation], retiring: dict[str, Retirement], held: Sequence[int] = ()
+    ) -> None:
+        """What a board knew that is gone: evaluations that are done, the actors that are to end, or have
+        ended, and the snapshots that are to be held.
         """
         self._results = [*results, *self._results]
+        self._held.update(held)
         for name, how in {**retiring, **self._retiring}.items():
             self._retiring[name] = how
         await self._wake()
@@ -242,14 +227,20 @@ class Board:
                 self._retiring[actor] = how
         await self._wake()
 
-    async def evaluations(self, num_known: int = 0) -> tuple[list[int], list[Evaluation]]:
-        """Returns the versions whose evaluation is open, and the results after the first `num_known`."""
-        open_versions = [evaluation.version for evaluation in self._evaluations.values()]
-        return open_versions, self._results[num_known:]
+    async def evaluations(self, num_known: int = 0) -> tuple[list[tuple[str, int]], list[Evaluation]]:
+        """Returns suite and version of the evaluations that are open, and the results after the first
+        `num_known`.
+        """
+        return list(self._evaluations), self._results[num_known:]
+
+    async def let_go(self, versions: Sequence[int]) -> None:
+        """These snapshots are held no longer for having been evaluated."""
+        self._held.difference_update(versions)
+        self._drop_old_snapshots()
 
     # --- inside ---
 
-    def _directive(self, actor: str, version: int, max_items: int) -> Directive | None:
+    def _directive(self, actor: str, version: int, room: int, is_evaluating: bool) -> Directive | None:
         if how := self._retiring.get(actor):  # For good: a name is not used again (cluster/fleet.py).
             is_new = self._told.get(actor) != how
             self._told[actor] = how
@@ -258,31 +249,24 @@ class Board:
         if self._newest < 0:
             return None
         for evaluation in self._evaluations.values():
-            if evaluation.pending and max_items > 0:
-                return Directive(evaluation.version, evaluation.take(actor, max_items))
+            if room > 0 and evaluation.is_waiting and not (is_evaluating and evaluation.version != version):
+                return Directive(evaluation.version, evaluation.take(actor, room))
+        if is_evaluating:
+            return None
         return None if self._newest <= version <= self._pushed else Directive(self._newest)
 
-    def _complete(self, evaluation_id: int, evaluation: _OpenEvaluation) -> None:
-        del self._evaluations[evaluation_id]
-        samples = [evaluation.done[index] for index in sorted(evaluation.done)]
-        rewards = [reward for sample in samples for reward in sample.rewards if reward is not None]
-        num_samples = sum(len(sample.rewards) for sample in samples)
-        result = Evaluation(
-            evaluation_id=evaluation_id,
-            policy_version=evaluation.version,
-            solve_rate=sum(rewards) / len(rewards) if rewards else float("nan"),
-            num_problems=len(samples),
-            num_samples=num_samples,
-            num_errors=num_samples - len(rewards),
-        )
+    def _complete(self, evaluation: OpenEvaluation) -> None:
+        del self._evaluations[evaluation.suite, evaluation.version]
+        result = evaluation.result()
         self._results.append(result)
+        if evaluation.suite == self._kept_suite:
+            self._held.add(evaluation.version)
         self._drop_old_snapshots()
-        self._on_evaluation(result, [_shown(sample) for sample in samples])
+        self._on_evaluation(result, [_shown(sample) for sample in evaluation.samples()])
 
     def _drop_old_snapshots(self) -> None:
-        needed = {evaluation.version for evaluation in self._evaluations.values()} | set(
-            sorted(self._snapshots)[-KEEP:]
-        )
+        needed = {version for _, version in self._evaluations} | self._held
+        needed.update(sorted(self._snapshots)[-KEEP:])
         for version in [version for version in self._snapshots if version not in needed]:
             del self._snapshots[version]
 
@@ -311,12 +295,14 @@ class BoardClient(Client):
     release_actor = asks(Board.release_actor)
     restore = asks(Board.restore)
     retire = asks(Board.retire)
+    let_go = asks(Board.let_go)
     evaluations = asks(Board.evaluations)
 
 
 def _shown(sample: EvalSample) -> dict[str, Any]:
     """The first completion of a problem, as the report's sample viewer wants it."""
     return {
+        "suite": sample.item.suite,
         "step": sample.item.policy_version,
         "version": sample.item.policy_version,
         "staleness": 0,

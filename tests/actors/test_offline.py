@@ -21,7 +21,8 @@ from actors.scored import answer_id, group_of, with_scores
 from buffer.client import BufferClient, connect_buffer
 from buffer.ledger import audit
 from buffer.server import ReplayBuffer
-from cluster.preparation.prepare import check_needs, load_training, no_evaluation
+from cluster.preparation.prepare import check_needs, load_training
+from cluster.preparation.suites import no_evaluation
 from core.config import Config
 from core.errors import ConfigError, DataError, PeerTimeout
 from core.monitor_client import MONITOR, MonitorClient
@@ -358,7 +359,7 @@ def test_what_an_objective_needs_and_offline_or_lagged_data_lacks_is_refused():
 
 
 def why_not(config: Config) -> str:
-    return no_evaluation(config.data, config.actors)
+    return no_evaluation(config)
 
 
 def test_why_nothing_is_evaluated_is_said():
@@ -440,7 +441,7 @@ def test_the_feeder_fills_a_real_buffer_with_scored_groups_and_ends_when_retired
     async def scenario() -> tuple[list[Any], dict[str, float], dict[str, float]]:
         buffer, board, told = (
             ReplayBuffer(config, str(tmp_path / "run"), len(prompts)),
-            Board(config.run, 0, print),
+            Board(config.run, {}, print),
             Told(),
         )
         feeder = OfflineActor("offline", config, prompts, *peers_of(buffer, board, told))
@@ -484,7 +485,7 @@ def test_a_buffer_that_does_not_answer_the_feeder_is_named(tmp_path):
             await asyncio.sleep(60)
 
     async def scenario() -> None:
-        peers = peers_of(Silent(), Board(config.run, 0, print), Told())
+        peers = peers_of(Silent(), Board(config.run, {}, print), Told())
         await OfflineActor("offline", config, PromptSet([], 0, "none"), *peers).run()
 
     with pytest.raises(PeerTimeout, match="the replay buffer did not answer offline within"):

@@ -209,7 +209,7 @@ class TestFaults:
         actor = SimulatedActor(run, num_tokens=(3, 3), step_s=0.001)
         run.start(actor)
         run.train(0, 4)
-        run.board._part = Board(run.config.run, 0, print)
+        run.board._part = Board(run.config.run, {}, print)
         run.train(1, 4)
         assert actor.engine.loaded == [0], "it knows of nothing"
         run.publish(2)
@@ -334,7 +334,7 @@ class TestRetirement:
         start_s = time.monotonic()
         ended.result(10)
         assert time.monotonic() - start_s < 3
-        assert run.board.get("evaluations")[0] == [0]
+        assert run.board.get("evaluations")[0] == [("held_out", 0)]
 
 
 @pytest.mark.slow

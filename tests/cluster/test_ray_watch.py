@@ -149,7 +149,12 @@ def inputs(run_dir: Path) -> Inputs:
     )
     config = make_config(tree)
     return Inputs(
-        config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="disabled"
+        config=config,
+        prompts=prompts,
+        eval_prompts={"held_out": prompts},
+        pad_id=0,
+        run_dir=run_dir,
+        wandb_mode="disabled",
     )
 
 

@@ -189,7 +189,12 @@ def inputs(run_dir: Path, **sections: dict[str, Any]) -> Inputs:
     ]
     prompts = PromptSet(rows=rows, num_bad_rows=0, source="test")
     return Inputs(
-        config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="disabled"
+        config=config,
+        prompts=prompts,
+        eval_prompts={"held_out": prompts},
+        pad_id=0,
+        run_dir=run_dir,
+        wandb_mode="disabled",
     )
 
 

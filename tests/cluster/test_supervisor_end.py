@@ -21,10 +21,10 @@ class Open:
     """In place of `Evaluations`: what was said last."""
 
     def __init__(self) -> None:
-        self.open_versions: set[int] = {LAST}
+        self.open: set[int] = {LAST}
 
-    def take(self, open_versions: Sequence[int], results: Sequence[Any]) -> None:
-        self.open_versions = set(open_versions)
+    def take(self, is_open: Sequence[int], results: Sequence[Any]) -> None:
+        self.open = set(is_open)
 
 
 def ending(
@@ -48,7 +48,7 @@ def ending(
     def turn(self: Any, terminal: Any) -> None:
         self.turns += 1
         if self.turns == closes_at_turn:
-            self._evaluations.open_versions = set()
+            self._evaluations.open = set()
 
     monkeypatch.setattr(Supervisor, "turn", turn)
     return made, told

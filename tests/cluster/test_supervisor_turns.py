@@ -46,7 +46,12 @@ class Silent:
 
 def inputs_of(config: Config, prompts: PromptSet, run_dir: Path) -> Inputs:
     return Inputs(
-        config=config, prompts=prompts, eval_prompts=prompts, pad_id=0, run_dir=run_dir, wandb_mode="disabled"
+        config=config,
+        prompts=prompts,
+        eval_prompts={"held_out": prompts},
+        pad_id=0,
+        run_dir=run_dir,
+        wandb_mode="disabled",
     )
 
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.arrays import Bits, Float32s, Int32s
+from core.evaluation.records import EvalItem
 from core.records import (
     Batch,
-    EvalItem,
     Group,
     Sample,
     StoredGroup,
@@ -196,6 +196,6 @@ def test_a_token_costs_few_bytes() -> None:
     assert len(encode(open_batch(payload).index)) < 8 * 60
 
 
-@pytest.mark.parametrize("record", [WorkItem(3, 4, 5), EvalItem(1, 2, 3, 4)])
+@pytest.mark.parametrize("record", [WorkItem(3, 4, 5), EvalItem("math", 2, 3, 4)])
 def test_items_come_back(record: WorkItem | EvalItem) -> None:
     assert msgspec.msgpack.decode(encode(record), type=type(record)) == record

@@ -11,7 +11,7 @@ import asyncio
 import inspect
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,8 @@ from buffer.ledger import audit_run
 from buffer.server import ReplayBuffer
 from core.calls import Call, Calls
 from core.config import Config
+from core.config.evaluation import HELD_OUT
+from core.evaluation.open_evaluation import SuiteSize
 from core.monitor_client import MONITOR, MonitorClient
 from core.records import Group, decode_batch
 from core.weights.board import BOARD, Board, BoardClient
@@ -110,10 +112,18 @@ class Bench:
     """One run's buffer, board and monitor, the actors started on them, and a learner's view of it all."""
 
     def __init__(
-        self, config: Config, run_dir: Path, rows: list[PromptRow], eval_rows: list[PromptRow] | None = None
+        self,
+        config: Config,
+        run_dir: Path,
+        rows: list[PromptRow],
+        eval_rows: list[PromptRow] | None = None,
+        suites: dict[str, list[PromptRow]] | None = None,
     ) -> None:
+        samples = {suite.name: suite.samples for suite in config.suites}
         self.config, self.run_dir = config, run_dir
-        self.prompts, self.eval_prompts = PromptSet(rows, 0, "rows"), PromptSet(eval_rows or [], 0, "rows")
+        self.prompts = PromptSet(rows, 0, "rows")
+        suites = {HELD_OUT: eval_rows or []} if suites is None else suites
+        self.eval_prompts = {suite: PromptSet(held_out, 0, "rows") for suite, held_out in suites.items()}
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name="parts", daemon=True).start()
         self.evaluations: list[tuple[Any, list[dict[str, Any]]]] = []
@@ -125,7 +135,11 @@ class Bench:
         self.buffer = self.buffers[0]
         self._facade, self._calls = connect_buffer(self.buffers), Calls(40.0)
         self.board = self._serve(
-            lambda: Board(config.run, len(self.eval_prompts), lambda *found: self.evaluations.append(found))
+            lambda: Board(
+                config.run,
+                {suite: SuiteSize(len(held), samples[suite]) for suite, held in self.eval_prompts.items()},
+                lambda *found: self.evaluations.append(found),
+            )
         )
         self.monitor = self._serve(lambda: self.told)
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="actor")
@@ -154,12 +168,16 @@ class Bench:
         self,
         version: int,
         *,
-        evaluate: bool = False,
+        evaluate: bool | Sequence[str] = False,
         delay_s: float = 0.0,
         torn: bool = False,
         tensors: Any = None,
     ) -> None:
-        """A snapshot as the learner publishes it; each of its buckets takes `delay_s` to arrive."""
+        """A snapshot as the learner publishes it; each of its buckets takes `delay_s` to arrive. It is
+        evaluated on all suites, on some, or on none.
+        """
+        if isinstance(evaluate, bool):
+            evaluate = list(self.eval_prompts) if evaluate else []
         writer = SnapshotWriter(bucket_bytes=1 << 20)
         for name, tensor in tensors or [("weight", torch.full((4,), float(version)))]:
             writer.add(name, tensor)

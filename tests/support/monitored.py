@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import Config
-from core.records import Evaluation
+from core.evaluation.records import Evaluation
 from tests.support.configs import make_config
 
 
@@ -17,12 +17,13 @@ def monitored(steps: int = 10, name: str = "unit") -> Config:
 
 def evaluation(version: int, solve_rate: float) -> Evaluation:
     return Evaluation(
-        evaluation_id=version,
+        suite="held_out",
         policy_version=version,
         solve_rate=solve_rate,
         num_problems=4,
         num_samples=8,
         num_errors=0,
+        metrics={"avg@2": solve_rate, "avg@2_standard_error": 0.1},
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -57,12 +57,12 @@ class Board:
         )
 
     def _publish(
-        self, manifest: bytes, buckets: list[np.ndarray], version: int, *, evaluate: bool
+        self, manifest: bytes, buckets: list[np.ndarray], version: int, *, evaluate: Sequence[str]
     ) -> list[int]:
         self.published[version] = dict(
             read_snapshot(msgspec.msgpack.decode(manifest, type=Manifest), buckets)
         )
-        self.evaluated += [version] * evaluate
+        self.evaluated += [version] * len(evaluate)
         return sorted({*self.evaluated, *sorted(self.published)[-2:]})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -75,9 +75,9 @@ class Transport(ABC):
     """The learner's end of a road. All methods are called on all ranks, by one thread."""
 
     @abstractmethod
-    def publish(self, version: int, *, evaluate: bool) -> None:
-        """Brings the weights of now on their way as `version`; with `evaluate` they can also be fetched, and
-        their evaluation begins.
+    def publish(self, version: int, *, evaluate: Sequence[str]) -> None:
+        """Brings the weights of now on their way as `version`. With suites to `evaluate` it on, they can also
+        be fetched, and these evaluations begin.
 
         This is collective. What it does before it returns is the learner's stall; the parameters may change
         as soon as it has. Raises PeerTimeout that names who did not answer; never for an actor, which is left
@@ -102,7 +102,7 @@ class Transport(ABC):
 class NoTransport(Transport):
     """Stands where there is no transport yet: nothing was published."""
 
-    def publish(self, version: int, *, evaluate: bool) -> None:
+    def publish(self, version: int, *, evaluate: Sequence[str]) -> None:
         """Nobody calls it."""
         raise AssertionError("nothing is published before the learner trains")
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import collections
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -56,7 +57,7 @@ class PushTransport(Transport):
         vLLM or NCCL does.
         """
 
-    def publish(self, version: int, *, evaluate: bool) -> None:
+    def publish(self, version: int, *, evaluate: Sequence[str]) -> None:
         """Pushes `version` to the actors that answer; makes a snapshot where somebody needs one."""
         if self._sender.rank != 0:
             collections.deque(self._sender.source, maxlen=0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -43,9 +43,9 @@ class SnapshotTransport(Transport):
         self._storing: tuple[int, Future[None]] | None = None
         self._store_s: float | None = None
         # What the board holds, to be published again should it die.
-        self._held: dict[int, tuple[bytes, list[Any], bool]] = {}
+        self._held: dict[int, tuple[bytes, list[Any], Sequence[str]]] = {}
 
-    def publish(self, version: int, *, evaluate: bool) -> None:
+    def publish(self, version: int, *, evaluate: Sequence[str]) -> None:
         """Copies the weights into a snapshot; storing it goes on in the background."""
         if self._sender.rank != 0:
             collections.deque(self._sender.source, maxlen=0)
@@ -70,7 +70,7 @@ class SnapshotTransport(Transport):
             take=self._buffers.take,
         )
 
-    def store(self, writer: SnapshotWriter, version: int, *, evaluate: bool) -> None:
+    def store(self, writer: SnapshotWriter, version: int, *, evaluate: Sequence[str]) -> None:
         """Ends a snapshot to which everything has been added: the rest happens in the background (rank 0)."""
         writer.end()
         self._is_gathered.set()
@@ -118,7 +118,7 @@ class SnapshotTransport(Transport):
         """How long the newest snapshot took to be stored, in seconds."""
         return {} if self._store_s is None else {"weights/store_s": self._store_s}
 
-    def _finish(self, writer: SnapshotWriter, version: int, evaluate: bool, start_s: float) -> None:
+    def _finish(self, writer: SnapshotWriter, version: int, evaluate: Sequence[str], start_s: float) -> None:
         manifest, references = writer.finish(version)
         self._held[version] = (msgspec.msgpack.encode(manifest), references, evaluate)
         self._tell_board(version)

@@ -37,11 +37,12 @@ def run_dir(tmp_path: Path) -> Path:
     write_lines(tmp_path / "metrics.jsonl", rows, '{"progress/step": 2001, "rew')
     evaluations = [
         {
+            "suite": "held_out",
             "policy_version": 0,
             "solve_rate": 0.2,
             "samples": [{"prompt": "1+1=", "completion": "2", "reward": 1.0}],
         },
-        {"policy_version": 2000, "solve_rate": 0.8, "samples": []},
+        {"suite": "held_out", "policy_version": 2000, "solve_rate": 0.8, "samples": []},
     ]
     write_lines(tmp_path / "evaluations.jsonl", evaluations)
     sample = {

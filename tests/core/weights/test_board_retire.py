@@ -18,8 +18,8 @@ CONFIG = make_config({"run": {"timeout_s": 30.0}})
 
 def test_a_drain_is_told_once_then_at_every_timeout_and_now_hurries_it() -> None:
     async def scenario() -> None:
-        board = Board(CONFIG.run, 0, lambda result, samples: None)
-        await board.publish(b"m", [], 3, evaluate=False)
+        board = Board(CONFIG.run, {}, lambda result, samples: None)
+        await board.publish(b"m", [], 3, evaluate=())
 
         async def poll(timeout_s: float = 0.0) -> Directive:
             return msgspec.msgpack.decode(await board.poll("actor-1", 1, 4, timeout_s), type=Directive)

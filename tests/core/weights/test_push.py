@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,7 +134,7 @@ class Learner:
             Sender(0, run.config, source, BoardClient(run.board, BOARD), calls, store, self.events.append)
         )
 
-    def publish(self, version: int, *, evaluate: bool = False) -> None:
+    def publish(self, version: int, *, evaluate: Sequence[str] = ()) -> None:
         with torch.no_grad():
             for parameter in self.policy.module.parameters():
                 parameter.normal_()
@@ -374,7 +374,7 @@ def test_who_evaluates_is_not_disturbed_and_every_evaluation_is_of_its_version(
 ):
     run = bench(pushing(transport), eval_rows=rows(4))
     cast = Cast(run, 2)
-    cast.learner.publish(2, evaluate=True)
+    cast.learner.publish(2, evaluate=["held_out"])
     for version in range(4, 12, 2):
         cast.learner.publish(version)
     wait_until(lambda: run.evaluations, "the evaluation")
@@ -416,7 +416,7 @@ def test_ranks_that_do_not_send_make_the_whole_pass():
     transport = load_transport(
         Sender(1, pushing("nccl"), ZeroSource(policy, 1), BoardClient(None, BOARD), Calls(1.0), list, print)
     )
-    transport.publish(2, evaluate=True)
+    transport.publish(2, evaluate=["held_out"])
     assert seen == list(policy.copy())
     assert transport.metrics() == {}
 

@@ -63,7 +63,7 @@ def test_a_snapshot_that_cannot_be_had_again_and_again_is_told_once(monkeypatch)
     follower = Follower("actor-0", make_config(), BoardClient(board, BOARD), calls)
 
     def has_failed_often() -> bool:
-        follower.poll(0, is_evaluating=False)
+        follower.poll(0, is_evaluating=False, room=8)
         return follower.num_failed >= 4
 
     until(has_failed_often)
@@ -78,7 +78,7 @@ class TestSnapshotsInTheBackground:
         transport = snapshots(policy, Store(delay_s=0.1), board)
         before = policy.copy()
         start_s = time.perf_counter()
-        transport.publish(4, evaluate=False)
+        transport.publish(4, evaluate=())
         stall_s = time.perf_counter() - start_s
         with torch.no_grad():
             for parameter in policy.module.parameters():
@@ -93,7 +93,7 @@ class TestSnapshotsInTheBackground:
         transport = snapshots(policy, store, board)
         transport.flush()
         store.gate.clear()
-        transport.publish(2, evaluate=True)
+        transport.publish(2, evaluate=["held_out"])
         threading.Timer(0.2, store.gate.set).start()
         transport.flush()
         assert_same(board.published[2], policy.copy())
@@ -102,7 +102,7 @@ class TestSnapshotsInTheBackground:
         policy, board = Plain(), Board()
         transport = snapshots(policy, Store(), board)
         for version in range(5):
-            transport.publish(version, evaluate=version == 1)
+            transport.publish(version, evaluate=["held_out"] if version == 1 else [])
         transport.flush()
         weights, board.published, board.evaluated = board.published, {}, []
         transport.republish()
@@ -116,7 +116,7 @@ class TestSnapshotsInTheBackground:
         board.announce = Method(lambda version: told.append((version, sorted(board.published))))
         transport: Any = snapshots(Plain(), store, board)
         store.gate.clear()
-        transport.publish(2, evaluate=False)
+        transport.publish(2, evaluate=())
         transport.republish(lambda: announced[0])
         announced[0] = 4  # Pushed before the snapshot is stored.
         store.gate.set()
@@ -130,7 +130,7 @@ class TestSnapshotsInTheBackground:
         for version in range(4):
             torch.nn.init.normal_(policy.module[0].weight)
             expected[version] = policy.copy()
-            transport.publish(version, evaluate=False)
+            transport.publish(version, evaluate=())
             assert len(board.published) >= version
         transport.flush()
         for version, weights in expected.items():
@@ -141,9 +141,9 @@ class TestSnapshotsInTheBackground:
         store = Store()
         transport = snapshots(Plain(), store, Board())
         store.error = "no space left in the object store"
-        transport.publish(0, evaluate=False)
+        transport.publish(0, evaluate=())
         with pytest.raises(OSError, match="no space left"):
-            transport.publish(2, evaluate=False)
+            transport.publish(2, evaluate=())
 
     def test_a_snapshot_that_is_stored_at_the_last_moment_is_stored(self):
         transport: Any = snapshots(Plain(), Store(), Board())
@@ -155,7 +155,7 @@ class TestSnapshotsInTheBackground:
         store = Store()
         transport = snapshots(Plain(), store, Board(), timeout_s=0.3)
         store.gate.clear()
-        transport.publish(6, evaluate=False)
+        transport.publish(6, evaluate=())
         with pytest.raises(
             PeerTimeout,
             match=r"object store or board, for the snapshot of version 6, did "
@@ -174,7 +174,7 @@ class TestSnapshotsInTheBackground:
         writer.finish(0)
         before_s = time.perf_counter() - start_s
         start_s = time.perf_counter()
-        transport.publish(1, evaluate=False)
+        transport.publish(1, evaluate=())
         after_s = time.perf_counter() - start_s
         transport.flush()
         assert after_s < before_s / 3

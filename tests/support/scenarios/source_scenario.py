@@ -88,7 +88,7 @@ def snapshot(
     sender = Sender(rank, config, weights, BoardClient(board, BOARD), Calls(60), slow_store, print)
     transport = load_transport(sender)
     start_s = time.perf_counter()
-    transport.publish(1, evaluate=False)
+    transport.publish(1, evaluate=())
     report["stall_s"] = time.perf_counter() - start_s
     parameters = list(policy.module.parameters())
     for parameter in parameters:

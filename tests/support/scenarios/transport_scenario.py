@@ -126,7 +126,7 @@ class Stage:
             for parameter in self.module.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
-    def publish(self, version: int, *, evaluate: bool = False) -> None:
+    def publish(self, version: int, *, evaluate: tuple[str, ...] = ()) -> None:
         self.rig.during(lambda: self.transport.publish(version, evaluate=evaluate))
 
     def note(self, what: str) -> None:
@@ -186,7 +186,7 @@ def break_off_in_the_middle(stage: Stage) -> None:
 
     stage.retrain(3)
     engine.update_transfer = broken  # type: ignore[method-assign]
-    stage.publish(3, evaluate=True)
+    stage.publish(3, evaluate=("held_out",))
     engine.update_transfer = load  # type: ignore[method-assign]
     stage.note("lost")
     stage.transport.flush()
