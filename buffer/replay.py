@@ -6,6 +6,7 @@ A group leaves for exactly one counted reason:
     evicted_stale     at `take` or `evict_stale`, it is too old for that learner step (core/staleness.py)
     evicted_capacity  an insert put more than `capacity` unconsumed groups here; admission should prevent it
     evicted_surplus   an insert put more than `uses_per_group * capacity` groups: the oldest used one leaves
+    evicted_equal     its samples all have the same reward: it left as it came (`skip`, buffer/equal_rewards.py)
 
 so that at any time `inserted` = stored and all evicted. A group of offline samples has no age: it is never
 stale.
@@ -29,7 +30,7 @@ from core.errors import ConfigError, DataError
 from core.records import Group
 from core.staleness import StalenessBound, counted_version
 
-EVICTIONS = ("evicted_used", "evicted_stale", "evicted_capacity", "evicted_surplus")
+EVICTIONS = ("evicted_used", "evicted_stale", "evicted_capacity", "evicted_surplus", "evicted_equal")
 
 
 def meta_of(group: Group) -> GroupMeta:
@@ -84,6 +85,11 @@ class Replay:
         return len(self._unconsumed)
 
     @property
+    def num_stored(self) -> int:
+        """Returns how many groups a batch could take when they came: all inserted but those skipped."""
+        return self.counts["inserted"] - self.counts["evicted_equal"]
+
+    @property
     def num_tokens(self) -> int:
         """Returns the tokens of all stored groups, as the learner sees them."""
         return self._num_tokens
@@ -124,6 +130,12 @@ class Replay:
         while len(self._groups) > self.config.uses_per_group * self.config.capacity:
             self._evict(self._used[0], "evicted_surplus")
         return True
+
+    def skip(self, group: GroupMeta) -> None:
+        """Counts a group that leaves as it comes: it takes no place, and no batch sees it."""
+        self.counts["inserted"] += 1
+        self.counts["evicted_equal"] += 1
+        self._evicted.append((group, "evicted_equal"))
 
     def evict_stale(self, step: int) -> None:
         """Evicts every group that no batch of learner step `step` or later may hold."""

@@ -17,6 +17,7 @@ no use is counted twice.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -24,19 +25,22 @@ from pathlib import Path
 from typing import Any
 
 from buffer.admission import Admission, work_item
+from buffer.band import Band
+from buffer.equal_rewards import EqualRewards
 from buffer.layout import check_num_shards, ledger_name, share_of, store_name
 from buffer.ledger import Ledger, missing_events, read_statuses
 from buffer.replay import EVICTIONS, Replay, meta_of
 from buffer.sampling import GroupMeta
-from buffer.sources import Part, in_parts, stream_state
+from buffer.sources import Part, another_stream, stream_state
 from buffer.store import BatchEntry, DiskFullError, RecordedBatch, Store, StoreError
 from buffer.usable import MIN_SAMPLES, HeldSamples, usable_group
 from core.config import Config
-from core.errors import ConfigError, DataError
+from core.errors import DataError
 from core.records import Group, StoredGroup, WorkItem, decode_group, encode, encode_batch, head_of
 from core.staleness import StalenessBound
 
 _NUM_ERROR_TEXTS = 5
+_log = logging.getLogger(__name__)
 
 
 class Shard:
@@ -63,9 +67,9 @@ class Shard:
         self._stream = stream_state(config.run.seed, num_prompts, parts)
         directory.mkdir(parents=True, exist_ok=True)
         check_num_shards(directory, self._num_shards)
-        allowed, capacity = (
+        allowed, capacity, batch = (
             share_of(total, shard, self._num_shards)
-            for total in (config.admitted_groups, config.buffer.capacity)
+            for total in (config.admitted_groups, config.buffer.capacity, config.learner.groups_per_step)
         )
         self.admission = Admission(allowed, config.run.timeout_s, shard, self._num_shards)
         self._replay = Replay(
@@ -73,6 +77,8 @@ class Shard:
         )
         self._bound = StalenessBound(config.buffer.max_staleness)
         self._held = HeldSamples(config.buffer.max_staleness)
+        self._equal = EqualRewards(config.buffer.skip_equal_rewards, max(1, batch))
+        self._band = Band(config.buffer.samples_per_insert)
         self.counts: Counter[str] = Counter()
         self._batches: dict[int, RecordedBatch] = {}
         self._left: list[tuple[GroupMeta, str]] = []  # Groups that left and are not written yet.
@@ -185,6 +191,8 @@ class Shard:
         self._flush()
         for group, payload, (kept, errors) in zip(groups, payloads, usable, strict=True):
             self._end_item(actor, group, payload, kept, errors)
+        if sentence := self._equal.pop_warning():
+            _log.warning("%s%s", f"shard {self._shard}: " if self._num_shards > 1 else "", sentence)
         self._write()
         return [group.group_id for group in groups]
 
@@ -205,10 +213,13 @@ class Shard:
             self._record("failed", group.group_id, actor=actor, reason=reason)
             return
         meta = meta_of(kept)
+        self._record("inserted", group.group_id, actor=actor, version=meta.version)
+        if self._equal.skips([sample.reward for sample in kept.samples if sample.reward is not None]):
+            self._replay.skip(meta)
+            return
         stored = StoredGroup(encode(head_of(kept)), payload if kept is group else encode(kept))
         self.store.put_group(meta, len(kept.samples), stored)
         self._replay.insert(meta)
-        self._record("inserted", group.group_id, actor=actor, version=meta.version)
 
     def put_ref_logprobs(self, ref_logprobs: Mapping[int, Sequence[float]]) -> int:
         """Caches reference log-prob sums with the groups still stored and returns how many. Raises DataError,
@@ -306,25 +317,21 @@ class Shard:
         self.store.forget_batches(before_step)
 
     def _blocking(self) -> int:
-        """Returns the groups that count against admission: those in no batch yet, or as many as the band's
-        lower end still misses.
-        """
-        band, unconsumed = self._config.buffer.samples_per_insert, self._replay.num_unconsumed
-        if band is None or not band[0]:
-            return unconsumed
-        low = band[0]
-        missing = low * self._replay.counts["inserted"] - self.counts["taken"] - self.counts["uses_forgone"]
-        return max(unconsumed, math.ceil(missing / low))
+        """Returns the groups that count against admission."""
+        return self._band.blocking(
+            self._replay.num_unconsumed,
+            stored=self._replay.num_stored,
+            taken=self.counts["taken"],
+            forgone=self.counts["uses_forgone"],
+        )
 
     def _is_full(self) -> bool:
         """Returns whether no group will come before one leaves."""
         return not self.admission.num_open and not self.admission.num_leasable(self._blocking())
 
     def _exceeds_band(self, num_groups: int) -> bool:
-        band = self._config.buffer.samples_per_insert
-        if band is None or self._is_full():
-            return False
-        return self.counts["taken"] + num_groups > band[1] * self._replay.counts["inserted"]
+        taken, stored = self.counts["taken"], self._replay.num_stored
+        return self._band.exceeds(taken=taken, num_groups=num_groups, stored=stored) and not self._is_full()
 
     # Everybody
 
@@ -348,6 +355,7 @@ class Shard:
         }
         names = ("evicted_too_small", "samples_error", "samples_total", "taken", "starts", "disk_errors")
         values |= {name: self.counts[name] for name in names}
+        values["equal_let_through"] = self._equal.let_through
         return values | {
             name: self._held.counts[name] for name in ("held_samples", "joined_samples", "held_stale")
         }
@@ -386,11 +394,9 @@ class Shard:
                 self.store.put_held(prompt_index, sample)
         for group, reason in (*self._left, *self._replay.pop_evicted()):
             self._record("evicted", group.group_id, version=group.version, reason=reason)
-            self.store.leave(group)
-            if self._config.buffer.samples_per_insert:
-                self.counts["uses_forgone"] += max(
-                    0, math.ceil(self._config.buffer.samples_per_insert[0]) - group.uses
-                )
+            if reason != "evicted_equal":  # That was never there.
+                self.store.leave(group)
+                self.counts["uses_forgone"] += self._band.forgone(group.uses)
         self._left.clear()
         self._note_ledger()
         self.store.put_state(self._state())
@@ -429,6 +435,7 @@ class Shard:
             "admission_counts": dict(self.admission.counts),
             "replay_counts": dict(self._replay.counts),
             "held_counts": dict(self._held.counts),
+            "equal_rewards": self._equal.get_state(),
             "counts": dict(self.counts),
             "ledger_end": self.ledger.end,
         }
@@ -440,16 +447,11 @@ class Shard:
             return None
         if state["stream"] != self._stream:
             self.store.close()
-            before, now = state["stream"], self._stream
-            raise ConfigError(
-                f"{directory} was started with run.seed = {before['seed']} and {before['num_prompts']} usable "
-                f"prompts{in_parts(before)}, now run.seed = {now['seed']} and there are {now['num_prompts']}"
-                f"{in_parts(now)}: its group ids would mean other prompts. "
-                "Restore seed and data, or set another run.dir."
-            )
+            raise another_stream(directory, state["stream"], self._stream)
         self._step, self.next_step, self._watermark = state["step"], state["next_step"], state["watermark"]
         self.counts = Counter(state["counts"])
         self._batches = self.store.load_batches()
+        self._equal.set_state(state["equal_rewards"])
         self._held.set_state({"samples": self.store.load_held(), "counts": state["held_counts"]})
         leases = self.store.load_leases()
         self.admission.set_state(
@@ -467,12 +469,13 @@ class Shard:
             return ledger
         self.store.forget_ledger()
         ledger.end_line()
-        statuses, admission = read_statuses(path, self._num_shards), self.admission.get_state()
+        admission = self.admission.get_state()
         issued = (position * self._num_shards + self._shard for position in range(admission["frontier"]))
         leases = {ordinal: actor for ordinal, actor, _ in admission["leases"]}
         stored = {group.group_id for group in self._replay.get_state()["groups"]}
         entries = [entry for batch in self._batches.values() for entry in batch.entries]
         used_up = {entry.group_id for entry in entries if entry.uses >= self._config.buffer.uses_per_group}
+        statuses = read_statuses(path, self._num_shards)
         for event, ordinal, reason in missing_events(statuses, issued, leases, stored, used_up):
             ledger.record(event, ordinal, step=self._step, actor=leases.get(ordinal, ""), reason=reason)
         return ledger

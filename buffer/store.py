@@ -33,7 +33,7 @@ LOCK_TIMEOUT_S = 10.0
 """How long opening waits for another process to let go of the database: one that was just killed needs
 a moment.
 """
-FORMAT = 5
+FORMAT = 6
 
 _SCHEMA = f"""
 BEGIN;

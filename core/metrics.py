@@ -116,6 +116,9 @@ METRICS: dict[str, str] = {
     "buffer/evicted_capacity": "Groups evicted so far because the buffer was full.",
     "buffer/evicted_surplus": "Groups that left so far, used at least once, because more than `uses_per_group * "
     "capacity` were stored.",
+    "buffer/evicted_equal": "Groups left out so far because all their samples have the same reward "
+    "(`buffer.skip_equal_rewards`).",
+    "buffer/equal_let_through": "Groups of equal rewards stored so far all the same, because too many had been left out.",
     "buffer/starts": "Starts of buffer processes so far, the shards together: above their number, some were "
     "killed and came back.",
     "buffer/disk_errors": "Writes that a full disk refused so far: above 0 is an alarm; nothing acknowledged "

@@ -34,6 +34,11 @@ class BufferConfig(Section):
     max_staleness: int = Field(
         16, ge=0, description="Learner steps; groups with an older token are evicted and counted."
     )
+    skip_equal_rewards: bool = Field(
+        False,
+        description="Groups whose samples all have the same reward are counted, not trained, and take no place in a batch. "
+        "Bounded: where hardly any group has signal they are let through again, with a warning.",
+    )
     capacity: int = Field(
         256,
         ge=1,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 _SCHEDULE = "write learner.schedule: [10, cosine], warm-up steps and decay"
 _STRAGGLERS = "write actors.straggler_timeouts_s: [sample, group], seconds"
+_EQUAL = "write buffer.skip_equal_rewards: true"
 _WANDB = "set WANDB_MODE (online, offline, disabled) and WANDB_PROJECT in the environment"
 
 INSTEAD: dict[str, str] = {
@@ -40,6 +41,11 @@ INSTEAD: dict[str, str] = {
     "actors.sample_timeout_s": _STRAGGLERS,
     "actors.group_timeout_s": _STRAGGLERS,
     "buffer.max_uses": "write buffer.uses_per_group",
+    "buffer.filter_groups": _EQUAL,
+    "actors.dynamic_sampling": _EQUAL,
+    "actors.dynamic_filtering": _EQUAL,
+    "learner.filter_groups": _EQUAL,
+    "objective.filter_groups": _EQUAL,
     "buffer.mix": "write buffer.sampler: {stratified: {0-1: 0.5, 2-7: 0.3, 8+: 0.2}}",
     "buffer.min_staleness": "an enforced lag is an experiment: benchmarks/lagged_replay.py",
     "data.split": "write data.path: PATH?split=NAME",

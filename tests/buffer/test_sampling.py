@@ -174,7 +174,7 @@ def test_the_spread_of_a_group_is_the_population_standard_deviation_of_its_rewar
     known = [reward for reward in rewards if reward is not None]
     largest = max(map(abs, known), default=0.0)
     assert meta_of(group).reward_std == pytest.approx(
-        statistics.pstdev(known) if known else 0.0, rel=1e-9, abs=1e-14 * largest
+        statistics.pstdev(known) if known else 0.0, rel=1e-9, abs=1e-14 * largest + 5e-324
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from buffer.client import connect_buffer
+from buffer.equal_rewards import MAX_SKIPPED_BATCHES
 from buffer.ledger import audit, audit_run
 from buffer.replay import EVICTIONS
 from buffer.server import ReplayBuffer
@@ -91,6 +92,8 @@ class Schedule:
         if num_shards == 1 and rng.random() < 0.3:
             high = rng.uniform(1.0, settings["uses_per_group"])
             settings["samples_per_insert"] = (rng.uniform(0.0, high), high)
+        settings["skip_equal_rewards"] = rng.random() < 0.4
+        self.equal_share = rng.choice([0.0, 0.5, 0.95, 1.0])
         self.config = buffer_config(timeout_s=5.0, num_shards=num_shards, **settings)
         self.shards = [MortalShard(self.config, run_dir, NUM_PROMPTS, shard) for shard in range(num_shards)]
         self.buffer = connect_buffer([Local(shard) for shard in self.shards])
@@ -117,7 +120,9 @@ class Schedule:
             await asyncio.sleep(0.01)
 
     async def report(self, name: str, ordinal: int, version: int) -> None:
-        rng, payload = self.rng, make_payload(ordinal, version)
+        rng = self.rng
+        rewards = (1.0, 1.0) if rng.random() < self.equal_share else (1.0, 0.0)
+        payload = make_payload(ordinal, version, rewards)
         match rng.choice(
             ["insert"] * 6 + ["twice", "late", "fail", "give_back", "die", "forget", "too_small"]
         ):
@@ -145,6 +150,10 @@ class Schedule:
         stats = await check_sums(self.buffer)
         assert stats["leased"] + stats["unconsumed"] <= self.config.admitted_groups
         assert stats["evicted_capacity"] == 0
+        num_skipped = stats["evicted_equal"]
+        assert self.config.buffer.skip_equal_rewards or not num_skipped
+        most = sum(MAX_SKIPPED_BATCHES * max(1, self.config.learner.groups_per_step) for _ in self.shards)
+        assert num_skipped <= most + MAX_SKIPPED_BATCHES * (stats["inserted"] - num_skipped)
 
     async def learner(self, num_steps: int) -> None:
         while self.step < num_steps:
@@ -257,7 +266,16 @@ def test_invariant_1_every_leased_item_ends_exactly_once(schedules):
     assert sum(schedule.num_kills for schedule in schedules) > 100
     assert all(
         totals[name] > 100
-        for name in ("duplicates", "reissued", "expired", "failed", "evicted_stale", "evicted_used")
+        for name in (
+            "duplicates",
+            "reissued",
+            "expired",
+            "failed",
+            "evicted_stale",
+            "evicted_used",
+            "evicted_equal",
+            "equal_let_through",
+        )
     ), totals
 
 
