@@ -8,11 +8,11 @@ does not come through. What no template says is told, never dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from actors.sources import Bad, kind_of
-from core.tokenizer import render_messages
+from core.tokenizer import NO_OPTIONS, render_messages
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 _TEXT_PARTS = ("text", "input_text", "output_text", None)
@@ -100,29 +100,35 @@ def _text(content: Any) -> str:
 
 
 def render(
-    tokenizer: Any, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] = (),
+    options: Mapping[str, Any] = NO_OPTIONS,
 ) -> tuple[str, tuple[int, ...] | None] | Bad:
     """Returns the text of clean messages, up to where the answer begins, or what is wrong with them.
 
-    `tools` are JSON schemas that the template shows as well. Tokens come along where the tokenizer makes them
-    itself, else None.
+    `tools` are JSON schemas that the template shows as well, `options` are `data.template_options`. Tokens
+    come along where the tokenizer makes them itself, else None.
     """
-    first = _render_checked(tokenizer, messages, tools)
+    first = _render_checked(tokenizer, messages, tools, options)
     if not isinstance(first, Bad):
         return first
     parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-    second = _render_checked(tokenizer, parts, tools)
+    second = _render_checked(tokenizer, parts, tools, options)
     return first if isinstance(second, Bad) else second
 
 
 def _render_checked(
-    tokenizer: Any, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    tools: Sequence[dict[str, Any]],
+    options: Mapping[str, Any],
 ) -> tuple[str, tuple[int, ...] | None] | Bad:
     """Renders the messages; returns Bad where the template raises, or renders the same whatever a message
     says.
     """
     try:
-        rendered = render_messages(tokenizer, messages, tools)
+        rendered = render_messages(tokenizer, messages, tools, options)
         for number, message in enumerate(messages):
             content = (
                 message["content"] if isinstance(message["content"], str) else message["content"][0]["text"]
@@ -131,7 +137,7 @@ def _render_checked(
                 continue
             other = _OTHER if isinstance(message["content"], str) else [{"type": "text", "text": _OTHER}]
             changed = [*messages[:number], {**message, "content": other}, *messages[number + 1 :]]
-            if render_messages(tokenizer, changed, tools) == rendered:
+            if render_messages(tokenizer, changed, tools, options) == rendered:
                 return Bad(
                     f"the chat template leaves out what message {number + 1} of {len(messages)} "
                     f"({message['role']}) says"

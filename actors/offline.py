@@ -21,11 +21,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from actors.dataset.rows import PROMPT_COLUMNS
 from actors.exchange import RETRY_S
 from actors.heartbeat import Heartbeat
 from actors.messages import text_problems
 from actors.prompts import PromptRow, PromptSet, render_rows
-from actors.rows import PROMPT_COLUMNS
 from actors.scored import group_of, with_scores
 from actors.scoring import Scorer
 from actors.sources import TRAIN_SPLIT, kind_of, read_source, report_bad_rows

@@ -1,7 +1,7 @@
 """Makes prompts of a dataset: every row is read, checked and tokenised before anything starts.
 
 jsonl, parquet, hub id, reasoning-gym  --read-->  rows  --check-->  text  --tokenise-->  PromptSet
-actors/sources.py, procedural.py       actors/rows.py, messages.py              core/tokenizer.py
+actors/sources.py                                 actors/dataset/   actors/messages.py, core/tokenizer.py
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
+from actors.dataset.rows import Asked, RowReader
 from actors.messages import render, text_problems
-from actors.rows import Asked, RowReader
 from actors.sources import EVAL_SPLIT, TRAIN_SPLIT, Bad, Source, read_source, report_bad_rows, split_of
 from buffer.sources import Part, locate
 from core.config import DataConfig
@@ -231,7 +231,7 @@ def _render(
         assert isinstance(asked.prompt, str)
         return asked.prompt, None
     tools = environments[asked.environment] if asked.environment is not None else ()
-    rendered = render(tokenizer, _messages(asked, data), tools)
+    rendered = render(tokenizer, _messages(asked, data), tools, data.template_options)
     if isinstance(rendered, Bad):
         return rendered
     reason = next(text_problems("what the chat template renders", rendered[0]), None)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from actors import procedural
+from actors.dataset import procedural
 from core.errors import DataError
 from core.text import option_of, user_path
 

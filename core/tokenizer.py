@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from core.config import ModelConfig
@@ -29,6 +30,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "tekken.json",
 )
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 _ANSWER, _QUESTION = "ANSWER", "QUESTION"
 
 
@@ -222,14 +224,18 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def render_messages(
-    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] = (),
+    options: Mapping[str, Any] = NO_OPTIONS,
 ) -> tuple[str, tuple[int, ...] | None]:
     """Returns the prompt's text, up to where the answer begins, and its tokens where the tokenizer makes them
     itself.
 
-    `tools` are the JSON schemas of what the policy may call. Raises whatever a template may raise.
+    `tools` are the JSON schemas of what the policy may call, `options` are `data.template_options`. Raises
+    whatever a template may raise.
     """
-    given: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    given: dict[str, Any] = {**options, "tools": list(tools)} if tools else {**options}
     if is_mistral(tokenizer):
         made = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **given)
         return tokenizer.decode(list(made)), tuple(made)

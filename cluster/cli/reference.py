@@ -130,9 +130,14 @@ def _type_name(annotation: Any) -> str:
         return f"[{', '.join(map(_type_name, arguments))}]"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "{" + ", ".join(annotation.model_fields) + "}"
-    return {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}[
-        annotation
-    ]
+    return {
+        Any: "anything",
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "true or false",
+        type(None): "null",
+    }[annotation]
 
 
 def _default(field: FieldInfo) -> str:

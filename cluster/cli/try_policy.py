@@ -32,7 +32,9 @@ def chat(directory: str, prompt: str, max_new_tokens: int = 256) -> str:
     source = ModelConfig(path=directory)
     tokenizer = load_tokenizer(source)
     end_ids = end_token_ids(source, tokenizer)
-    prompt_ids = _prompt_ids(tokenizer, prompt)
+    config_path = Path(directory).resolve().parent / "config.yaml"
+    run = load_config(config_path, []) if config_path.is_file() else None
+    prompt_ids = _prompt_ids(tokenizer, prompt, run.data if run else None)
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
     limit = min(
         max_new_tokens, getattr(model.config, "max_position_embeddings", max_new_tokens) - len(prompt_ids)
@@ -50,16 +52,24 @@ def chat(directory: str, prompt: str, max_new_tokens: int = 256) -> str:
         eos_token_id=list(end_ids) or None,
         pad_token_id=end_ids[0] if end_ids and tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
-    config_path = Path(directory).resolve().parent / "config.yaml"
-    skips = config_path.is_file() and load_config(config_path, []).rewards.skip_special_tokens
+    skips = run is not None and run.rewards.skip_special_tokens
     return Detokenizer(tokenizer, end_ids, skip_special_tokens=skips).text(
         answer[0, len(prompt_ids) :].tolist()
     )
 
 
-def _prompt_ids(tokenizer: Any, prompt: str) -> tuple[int, ...]:
-    """Returns the prompt's tokens, rendered and tokenised as the prompts of a run are."""
-    data = DataConfig(chat_template=has_chat_template(tokenizer), max_prompt_tokens=MAX_TOKENS)
+def _prompt_ids(tokenizer: Any, prompt: str, run: DataConfig | None) -> tuple[int, ...]:
+    """Returns the prompt's tokens, rendered and tokenised as those of its run are, with its system prompt and
+    template options; without a run through the chat template if there is one.
+    """
+    run = run or DataConfig()
+    uses_template = run.chat_template and has_chat_template(tokenizer)
+    data = DataConfig(
+        chat_template=uses_template,
+        system_prompt=run.system_prompt if uses_template else None,
+        template_options=run.template_options,
+        max_prompt_tokens=MAX_TOKENS,
+    )
     source = Source("the command line", "prompt", {0: {"prompt": prompt}})
     rows, bad, _ = render_rows(source, data, tokenizer)
     report_bad_rows(source, bad, len(rows), "stop")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.dataset.template_options import option_notes
 from actors.offline import load_offline
 from actors.prompts import PromptSet, load_prompts
 from actors.sources import TRAIN_SPLIT, split_of
@@ -116,6 +117,7 @@ def check_inputs(config: Config) -> Checked:
         *notes,
         *end_token_notes(tokenizer, end_ids, vocabulary_size(config.model)),
         *_ended(prompts, end_ids),
+        *option_notes(tokenizer, config.data.template_options),
     ]
     eval_prompts = load_suites(config, tokenizer)
     notes = [*notes, *suite_notes(config)]

@@ -31,6 +31,7 @@ def check(config: Config) -> None:
     """Raises ValueError that names the settings, their values, and what to do."""
     _rooms_fit_together(config)
     _something_is_rewarded(config)
+    _template_is_used(config)
     _temperatures_are_vllms(config)
     _suites_are_whole(config)
     _best_is_of_a_suite(config)
@@ -94,6 +95,14 @@ def _something_is_rewarded(config: Config) -> None:
         raise ValueError(
             f"rewards.functions.{ENVIRONMENT} = {functions[ENVIRONMENT]:g} is the environment's own reward, and there is "
             "none: set environments, or name another function."
+        )
+
+
+def _template_is_used(config: Config) -> None:
+    if config.data.template_options and not config.data.chat_template:
+        raise ValueError(
+            f"data.template_options = {config.data.template_options} but data.chat_template = false: there is no "
+            "template to take them. Set data.chat_template=true or remove data.template_options."
         )
 
 

@@ -18,6 +18,9 @@ from core.text import option_of
 MAX_PERIOD = 10_000
 """Of the pattern in which sources take turns: prompts after which each has had its share exactly."""
 
+GIVEN = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict")
+"""What every chat template is given by itself, or the function that renders it: no options."""
+
 
 class DataConfig(Section):
     """Prompts: local jsonl or parquet (file or directory) or a hub id, read by `datasets`."""
@@ -40,6 +43,16 @@ class DataConfig(Section):
     )
     chat_template: bool = Field(
         True, description="Render prompts with the tokenizer's chat template; off: the text as it is."
+    )
+    template_options: dict[str, Any] = Field(
+        {},
+        description="What the chat template is asked for besides messages and tools, for example `{enable_thinking: false}`. "
+        "An option that it does not know is told at the start.",
+    )
+    columns: dict[str, str] = Field(
+        {},
+        description="Where the rows keep what has another name there: `{answer: reward_model.ground_truth, prompt: "
+        "extra.question}`; dots go into objects and, by number, lists. Rewards and environments get it under its name here.",
     )
     system_prompt: str | None = Field(
         None, description="System message put before every prompt (chat template only)."
@@ -103,6 +116,29 @@ class DataConfig(Section):
                 f"data.path = {shown(value)}: expected a path or a hub id that is not empty, or several of them with their shares, "
                 "for example {train.jsonl: 0.7, 'reasoning_gym:chain_sum': 0.3}"
             )
+        return value
+
+    @pydantic.field_validator("template_options", mode="after")
+    @classmethod
+    def _options_are_the_templates(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not name.isidentifier() or name in GIVEN:
+                why = "is given to every template by itself" if name in GIVEN else "is no name of an option"
+                raise ValueError(
+                    f"data.template_options: {shown(name)} {why}; expected names of the template's own, for example "
+                    "{enable_thinking: false}"
+                )
+        return value
+
+    @pydantic.field_validator("columns", mode="after")
+    @classmethod
+    def _columns_are_paths(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, path in value.items():
+            if not name or not all(path.split(".")):
+                raise ValueError(
+                    f"data.columns: {shown(name)}: {shown(path)} is no path of keys with dots between them, for "
+                    "example {answer: reward_model.ground_truth}"
+                )
         return value
 
     @pydantic.field_validator("offline", mode="after")

@@ -9,6 +9,7 @@ from __future__ import annotations
 _SCHEDULE = "write learner.schedule: [10, cosine], warm-up steps and decay"
 _STRAGGLERS = "write actors.straggler_timeouts_s: [sample, group], seconds"
 _EQUAL = "write buffer.skip_equal_rewards: true"
+_TEMPLATE = "write data.template_options: {enable_thinking: false}"
 _WANDB = "set WANDB_MODE (online, offline, disabled) and WANDB_PROJECT in the environment"
 
 INSTEAD: dict[str, str] = {
@@ -48,6 +49,15 @@ INSTEAD: dict[str, str] = {
     "objective.filter_groups": _EQUAL,
     "buffer.mix": "write buffer.sampler: {stratified: {0-1: 0.5, 2-7: 0.3, 8+: 0.2}}",
     "buffer.min_staleness": "an enforced lag is an experiment: benchmarks/lagged_replay.py",
+    "data.apply_chat_template_kwargs": _TEMPLATE,
+    "data.chat_template_kwargs": _TEMPLATE,
+    "data.answer_key": "write data.columns: {answer: KEY}",
+    "data.label_key": "write data.columns: {answer: KEY}",
+    "data.input_key": "write data.columns: {prompt: KEY}",
+    "data.prompt_key": "write data.columns: {prompt: KEY}",
+    "data.train_files": "write data.path, or data.path: {PATH: share} for several",
+    "data.prompt_data_probs": "write data.path: {PATH: share}",
+    "data.val_files": "write data.eval_path",
     "data.split": "write data.path: PATH?split=NAME",
     "data.eval_split": "write data.eval_path: PATH?split=NAME",
     "data.offline_share": "write data.offline: LOG?share=0.5",

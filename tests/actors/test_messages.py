@@ -115,8 +115,8 @@ REFUSED = [
     (PLAIN, [user(None)], "the content of message 1 of 'prompt' is null, expected text"),
     (
         PLAIN,
-        [{"from": "human", "value": "hi"}],
-        "is not {'role': ..., 'content': ...}; it has 'from', 'value'",
+        [{"speaker": "human", "value": "hi"}],
+        "is not {'role': ..., 'content': ...}; it has 'speaker', 'value'",
     ),
     (PLAIN, [user("hi", role=None)], "message 1 of 'prompt' is not {'role'"),
     (

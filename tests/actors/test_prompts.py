@@ -311,7 +311,7 @@ def user(content, role="user"):
 
 BAD_ROWS = [
     ({"answer": "2"}, "no column 'prompt' or 'question'; it has 'answer'"),
-    ({"problem": "1+1", "answer": "2"}, "it has 'problem', 'answer'"),
+    ({"instruction": "1+1", "answer": "2"}, "it has 'instruction', 'answer'"),
     ({"prompt": None, "answer": "2"}, "'prompt' is null, expected text"),
     ({"prompt": 3, "answer": "2"}, "'prompt' is a number"),
     ({"prompt": {"role": "user"}, "answer": "2"}, "'prompt' is an object"),

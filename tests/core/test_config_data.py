@@ -1,4 +1,4 @@
-"""The section `data` of a config: several sources with their shares."""
+"""The section `data` of a config: several sources with their shares, columns, and options of templates."""
 
 from __future__ import annotations
 
@@ -21,11 +21,19 @@ BAD = [
         ["data.path: the shares 0.123451, 0.9", "1,023,451 prompts", "round them"],
     ),
     ("data.path={'': 1}", ["data.path: '' is no path"]),
+    ("data.columns={answer: a..b}", ["data.columns: 'answer': 'a..b' is no path of keys"]),
+    ("data.columns={answer: 3}", ["data.columns.answer = 3"]),
+    ("data.template_options={tools: []}", ["'tools' is given to every template by itself"]),
+    ("data.template_options={enable-thinking: false}", ["'enable-thinking' is no name of an option"]),
+    (
+        "data.template_options={enable_thinking: false}",
+        ["data.chat_template = false", "Set data.chat_template=true"],
+    ),
 ]
 
 
 @pytest.mark.parametrize(("override", "said"), BAD, ids=[override for override, _ in BAD])
-def test_sources_without_names_or_shares_are_explained(override, said):
+def test_a_bad_value_of_the_data_is_explained(override, said):
     with pytest.raises(ConfigError) as caught:
         load_config(QUICKSTART, [override])
     assert all(part in str(caught.value) for part in said), str(caught.value)

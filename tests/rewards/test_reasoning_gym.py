@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from actors.procedural import read_rows
+from actors.dataset.procedural import read_rows
 from core.config import RewardsConfig
 from core.errors import RewardError
 from rewards.check import bad_rows

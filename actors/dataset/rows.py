@@ -2,6 +2,11 @@
 
     row --RowReader.read--> Asked(prompt, columns, environment), or a Bad that says why not
 
+`data.columns` first gives columns their names; then the prompt is the first of PROMPT_COLUMNS that the row
+has, in any form (actors/dataset/forms.py), and the answer the first of ANSWER_COLUMNS that the dataset has,
+verl's `reward_model.ground_truth`, or the answer that ends a conversation. What is not plain is told at the
+start.
+
 Nothing is rendered or tokenised here (actors/prompts.py).
 """
 
@@ -9,22 +14,25 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from actors.dataset.forms import CONVERSATIONS, Conversation, conversation_of
 from actors.messages import clean_messages, message_problems, text_problems
 from actors.sources import Bad, Rows, kind_of
 from core.config import DataConfig
 from core.config.environments import ONLY
 
-PROMPT_COLUMNS = ("prompt", "question")
+PROMPT_COLUMNS = ("prompt", "question", "problem", *CONVERSATIONS)
 ANSWER_COLUMNS = ("answer", "solution", "label")
 VERL_ANSWER = ("reward_model", "ground_truth")
 ENVIRONMENT_COLUMN = "environment"
 RESERVED_COLUMNS = ("prompts", "completions")
 _WRITTEN_MESSAGES = re.compile(
-    r"""\s*\[\s*\{\s*["'](role|content)["']\s*:.*["'](role|content)["']\s*:.*\}\s*\]\s*\Z""", re.DOTALL
+    r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:.*["'](role|content|from|value)["']\s*:.*\}\s*\]\s*\Z""",
+    re.DOTALL,
 )
 """What a table makes of messages that were stored as a string, as JSON or as Python shows them."""
 
@@ -54,8 +62,8 @@ class RowReader:
     """Reads the rows of one dataset.
 
     `environments` are the names of those configured: none, and every row needs a prompt; one, and all rows
-    are played in it; several, and the column `environment` of each row chooses. Where the one has no name, the
-    column is the user's own.
+    are played in it; several, and the column `environment` of each row chooses. Where the one has no name,
+    the column is the user's own.
 
         reader = RowReader(source.rows, data, ())
         reader.read({"prompt": "1+1=", "answer": "2"})       # Asked("1+1=", {"prompt": "1+1=", "answer": "2"})
@@ -63,29 +71,58 @@ class RowReader:
 
     def __init__(self, rows: Rows, data: DataConfig, environments: Iterable[str]) -> None:
         self._data, self._environments = data, tuple(environments)
-        self._answer_column = _answer_column(rows)
+        self._answer_column = "answer" if "answer" in data.columns else _answer_column(rows)
+        self._forms: Counter[str] = Counter()
 
     def notes(self, name: str) -> Iterator[str]:
-        """Yields what to tell of how the rows of the dataset called `name` are read."""
+        """Yields what to tell of how the rows of the dataset called `name` were read."""
         if self._answer_column == ".".join(VERL_ANSWER):
             yield f"{name}: the answers are those in {self._answer_column}"
+        for form, count in self._forms.items():
+            yield f"{name}: {form} ({count} rows)"
 
     def read(self, row: dict[str, Any]) -> Asked | Bad:
         """Returns what the row asks, or the first thing that is wrong with it."""
-        reason = next(self._problems(row), None)
+        for name, path in self._data.columns.items():
+            found = value_at(row, path)
+            if isinstance(found, Bad):
+                return Bad(f"data.columns: {name} = {path}: {found.reason}")
+            row = {**row, name: found}
+        column = next((column for column in PROMPT_COLUMNS if column in row), "")
+        prompt: Any = row[column] if column else None
+        prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # An array of messages (numpy).
+        talk = conversation_of(column, prompt) if isinstance(prompt, list) else Conversation([])
+        if isinstance(talk, Bad):
+            return talk
+        prompt = talk.messages if isinstance(prompt, list) else prompt
+        reason = next(self._problems(row, column, prompt), None)
         if reason is not None:
             return Bad(reason)
-        prompt = _prompt(row) if _prompt_column(row) else None
-        columns = row
-        if self._answer_column is not None:
-            columns = {**row, "answer": _answer(row, self._answer_column)}
-        return Asked(
-            clean_messages(prompt) if isinstance(prompt, list) else prompt, columns, self._environment(row)
-        )
+        self._forms.update(self._told(column, talk))
+        clean = clean_messages(prompt) if isinstance(prompt, list) else prompt
+        return Asked(clean, self._columns(row, talk.answer), self._environment(row))
 
-    def _problems(self, row: dict[str, Any]) -> Iterator[str]:
-        if _prompt_column(row) or not self._environments:
-            yield from _prompt_problems(row, self._data)
+    def _told(self, column: str, talk: Conversation) -> Iterator[str]:
+        """Yields how the row was read, where that is not plain."""
+        if column not in ("", "prompt", "question"):
+            yield f"the prompts are in {column!r}"
+        yield from talk.forms
+        if talk.answer is not None:
+            becomes = (
+                "it is the answer"
+                if self._answer_column is None
+                else "the answer is in " + repr(self._answer_column)
+            )
+            yield f"the last message of {column!r}, the assistant's, is no part of the prompt: {becomes}"
+
+    def _columns(self, row: dict[str, Any], answer: str | None) -> dict[str, Any]:
+        if self._answer_column is not None:
+            return {**row, "answer": _answer(row, self._answer_column)}
+        return row if answer is None else {**row, "answer": answer}
+
+    def _problems(self, row: dict[str, Any], column: str, prompt: Any) -> Iterator[str]:
+        if column or not self._environments:
+            yield from _prompt_problems(row, column, prompt, self._data)
         if self._answer_column is not None:
             yield from _answer_problems(row, self._answer_column)
         yield from self._environment_problems(row)
@@ -114,22 +151,46 @@ class RowReader:
             yield f"{ENVIRONMENT_COLUMN!r} is {found}, which is none of the environments: {known}"
 
 
-def _prompt_column(row: dict[str, Any]) -> str:
-    return next((column for column in PROMPT_COLUMNS if column in row), "")
+def value_at(row: dict[str, Any], path: str) -> Any:
+    """Returns the value of a row at a path such as `extra.questions.0`, or Bad with what is there instead.
+
+    A key with dots in it is found too.
+    """
+    value: Any = row
+    parts = path.split(".")
+    walked: list[str] = []
+    while parts:
+        here = repr(".".join(walked)) if walked else "the row"
+        key = parts[0]
+        if isinstance(value, dict):
+            lengths = range(len(parts), 0, -1)
+            taken = next((length for length in lengths if ".".join(parts[:length]) in value), 0)
+            if not taken:
+                return Bad(f"{here} has no {key!r}, but {', '.join(map(repr, [*value][:10])) or 'nothing'}")
+            value = value[".".join(parts[:taken])]
+        elif isinstance(value, list) or hasattr(value, "tolist"):
+            value, taken = list(value), 1
+            if not re.fullmatch(r"-?\d{1,9}", key) or not -len(value) <= int(key) < len(value):
+                return Bad(
+                    f"{here} is a list of {len(value)}, which has no {key!r}; expected a number, from 0"
+                )
+            value = value[int(key)]
+        else:
+            shown = "" if value is None else f" ({str(value)[:40]!r})"
+            return Bad(f"{here} is {kind_of(value)}{shown}, which has no {key!r}")
+        walked += parts[:taken]
+        parts = parts[taken:]
+    return value
 
 
-def _prompt(row: dict[str, Any]) -> Any:
-    """Returns the value of the prompt's column; an array of messages (numpy) as a list."""
-    prompt = row[_prompt_column(row)]
-    return prompt.tolist() if hasattr(prompt, "tolist") else prompt
-
-
-def _prompt_problems(row: dict[str, Any], data: DataConfig) -> Iterator[str]:
-    column = _prompt_column(row)
+def _prompt_problems(row: dict[str, Any], column: str, prompt: Any, data: DataConfig) -> Iterator[str]:
     if not column:
-        yield f"no column 'prompt' or 'question'; it has {', '.join(map(repr, row)) or 'none'}"
+        others = ", ".join(map(repr, PROMPT_COLUMNS[2:]))
+        yield (
+            f"no column 'prompt' or 'question'; it has {', '.join(map(repr, row)) or 'none'}. {others} are read "
+            "too; name another one with data.columns={prompt: NAME}"
+        )
         return
-    prompt = _prompt(row)
     if isinstance(prompt, list):
         if not data.chat_template:
             yield f"{column!r} is a list of messages, which needs data.chat_template=true"

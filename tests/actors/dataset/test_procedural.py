@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.procedural import read_rows
+from actors.dataset.procedural import read_rows
 from actors.prompts import load_prompts
 from core.config import DataConfig
 from core.errors import DataError
