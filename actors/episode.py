@@ -1,25 +1,25 @@
-"""A sample that is being generated: its environment, what the policy has seen and said so far, and what the
-engine is asked next.
+"""A sample that is being generated: what the policy has seen and said so far, and what the engine is asked
+next.
 
-    environment --observation--> `observe`: tokens, not sampled --+--> `tokens` --engine--> Generation
-         ^                                                        |                             |
-         `--------------- text ----------------- `act`: tokens, sampled, never tokenised again <-'
+    what was shown --`observe`: tokens, not sampled--+--> `Trajectory` --Ask--> engine --Generation--+
+                                                     ^                                               |
+                                                     `-- `say`: tokens, sampled, never tokenised again
 
-Tokens in, tokens out. Prompts are rendered and tokenised when they are loaded, which is an environment's
-`reset`. An environment that is not done after its first turn has its observation tokenised as the chat
-template renders it after the turns so far, given to `observe`, and the request submitted again:
-actors/groups.py names the place.
+Tokens in, tokens out. An `Episode` is a prompt and its answer, which is all that runs without environments
+have; actors/playing/played.py has the episodes of several turns.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
 from core.arrays import Bits, Float32s, Int32s
 from core.records import Sample, VersionSpan
-from environments import Environment, Turn
+from environments.one_turn import OneTurn
+
+MAX_NEW_TOKENS = "max_new_tokens"
 
 
 class Generation(NamedTuple):
@@ -34,68 +34,160 @@ class Generation(NamedTuple):
     text: str
 
 
-class Episode:
-    """One open sample. Example, of one turn: `Episode(OneTurn(), prompt.token_ids)`, then `act(generation)`,
-    then `sample`.
+class Ask(NamedTuple):
+    """What an episode asks of the engine: to go on from `tokens`.
+
+    turn        counts the questions of an episode from 0; with the item's seed and the sample's number it
+                gives the seed
+    max_tokens  may be sampled; None: `actors.max_new_tokens`
+    stop        texts that end the answer, besides an end token
     """
 
-    def __init__(self, environment: Environment, first: Sequence[int]) -> None:
+    tokens: Sequence[int]
+    turn: int = 0
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+class Trajectory:
+    """The tokens of an open sample. Example: `Trajectory([5, 6])`, then `say(generation)`, `observe([7])`."""
+
+    def __init__(self, first: Sequence[int] = ()) -> None:
         """Begins with `first`, the tokens of what the policy sees first."""
-        self._environment = environment
+        self.num_tokens = self.num_sampled = 0
         self._pieces: list[Int32s] = []
         self._lengths: list[int] = []  # Of what was not sampled and what was, in turn: the runs of the mask.
         self._logprobs: list[Float32s] = []
         self._spans: list[VersionSpan] = []
-        self._texts: list[str] = []
-        self._rewards: list[float] = []
-        self._finish_reason = ""
+        self._segments: list[int] = []
+        self.finish_reason = ""
         self.observe(first)
 
     @property
     def tokens(self) -> list[int]:
-        """Returns all tokens so far, from which the engine is to go on."""
+        """Returns all tokens so far, of all segments."""
         return [token for piece in self._pieces for token in piece.numpy().tolist()]
 
     def observe(self, tokens: Sequence[int]) -> None:
         """Appends the tokens of what the policy is shown; they are not sampled."""
         self._append(Int32s.of(tokens), is_sampled=False)
 
-    def act(self, generation: Generation) -> Turn:
-        """Appends what the policy said, and lets the environment answer to it. Raises whatever the
-        environment does.
-        """
-        start = self._num_sampled
+    def say(self, generation: Generation) -> None:
+        """Appends what the policy said."""
+        start = self.num_sampled
         self._append(generation.tokens, is_sampled=True)
         self._logprobs.append(generation.logprobs)
         for span in generation.version_spans:
             self._spans.append(VersionSpan(span.version, start + span.start, start + span.end))
-        self._texts.append(generation.text)
-        self._finish_reason = generation.finish_reason
-        turn = self._environment.step(generation.text)
-        if turn.reward is not None:
-            self._rewards.append(turn.reward)
-        return turn
+        self.finish_reason = generation.finish_reason
 
-    def sample(self) -> Sample:
-        """Returns the trajectory as it is now; without a reward where no turn had one."""
+    def begin_segment(self, first: Sequence[int]) -> None:
+        """Begins a context of its own, which sees nothing of what was before it."""
+        self._segments.append(self.num_tokens)
+        self.observe(first)
+
+    def sample(self, **rest: Any) -> Sample:
+        """Returns the trajectory as it is now; `rest` are the other fields of the sample."""
         return Sample(
             tokens=Int32s.joined(self._pieces),
             is_sampled=Bits.runs(*self._lengths),
             logprobs=Float32s.joined(self._logprobs),
             version_spans=tuple(self._spans),
-            turns=len(self._texts),
-            finish_reason=self._finish_reason,
-            text=next(reversed(self._texts), ""),
-            reward=math.fsum(self._rewards) if self._rewards else None,
+            segments=tuple(self._segments),
+            **rest,
         )
 
-    @property
-    def _num_sampled(self) -> int:
-        return sum(self._lengths[1::2])
-
     def _append(self, tokens: Int32s, *, is_sampled: bool) -> None:
+        count = len(tokens)
         self._pieces.append(tokens)
+        self.num_tokens += count
+        if is_sampled:
+            self.num_sampled += count
         if len(self._lengths) % 2 == is_sampled:  # The next run is one of this kind.
-            self._lengths.append(len(tokens))
+            self._lengths.append(count)
         else:
-            self._lengths[-1] += len(tokens)
+            self._lengths[-1] += count
+
+
+class Episode:
+    """One open sample. This one is a prompt and its answer: `Episode([5, 6])`, whose `poll` has one question
+    for the engine, `act(0, generation)`, `sample()`. Those of several turns go on from there.
+
+    is_over             whether nothing is asked of anybody any more
+    failure             why an environment ended it, one of its kinds of failure; "" if none did
+    limit               the setting that cut it, a name of the section `actors`; "" where none did
+    num_tool_calls, num_tool_errors     tool calls, and those that gave no result
+    attributes          what reward functions may see of its environment, packed
+    environment_s, num_answers          seconds that it waited for its environment, and for how many answers
+    """
+
+    is_over = False
+    failure = limit = ""
+    num_tool_calls = num_tool_errors = num_answers = 0
+    environment_s = 0.0
+    attributes: bytes | None = None
+
+    def __init__(self, first: Sequence[int]) -> None:
+        self._first, self._trajectory = first, Trajectory(first)
+        self._environment = OneTurn()
+        self._is_asked = False
+        self._text = ""
+
+    @property
+    def futures(self) -> Sequence[Future[Any]]:
+        """Returns what it waits for besides the engine; empty while it waits for the engine alone."""
+        return ()
+
+    @property
+    def is_ready(self) -> bool:
+        """Returns whether something that it waits for is there, for `poll` to take."""
+        return self.is_over
+
+    @property
+    def num_asked(self) -> int:
+        """Returns how many questions for the engine it has had."""
+        return int(self._is_asked)
+
+    @property
+    def num_sampled(self) -> int:
+        """Returns how many tokens the policy has said."""
+        return self._trajectory.num_sampled
+
+    def poll(self) -> Sequence[Ask]:
+        """Takes answers that came; returns what the engine is to be asked now."""
+        if self._is_asked:
+            return ()
+        self._is_asked = True
+        return (Ask(self._first),)
+
+    def act(self, turn: int, generation: Generation) -> None:
+        """Takes what the engine answered to the question `turn`."""
+        del turn
+        self._trajectory.say(generation)
+        self._text = generation.text
+        if generation.finish_reason == "length":
+            self.limit = MAX_NEW_TOKENS
+        self.is_over = self._environment.step(generation.text).done
+
+    def end_late(self, said: Mapping[int, Generation]) -> None:
+        """Ends it at a deadline, with what it had said by then to each question; the engine has nothing of it
+        any more.
+        """
+        for generation in said.values():
+            self._trajectory.say(generation)
+            self._text = generation.text
+        self.is_over = True
+
+    def fail(self, text: str) -> None:
+        """Ends it without anything to keep, for what `text` says."""
+        del text
+        self.is_over = True
+
+    def close(self) -> None:
+        """Frees whatever it has a place in."""
+
+    def sample(self) -> Sample | None:
+        """Returns what is kept of it; None where that is nothing."""
+        if not self._trajectory.num_sampled:
+            return None
+        return self._trajectory.sample(finish_reason=self._trajectory.finish_reason, text=self._text)

@@ -10,8 +10,8 @@ With offline data, some samples of each group are taken from there; where all ar
 
 The loop never waits while there is something to generate. Its waits are counters: `wait_admission_s` (the
 buffer admits no more work), `wait_disk_s` (nor takes any: its disk is full), `wait_weights_s` (before the
-first snapshot: an actor is not eligible until it has one) and `wait_evaluation_s` (it only evaluates, and
-there is nothing to).
+first snapshot: an actor is not eligible until it has one), `wait_environment_s` (all that is open waits for
+its environment) and `wait_evaluation_s` (it only evaluates, and there is nothing to).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from actors.follower import POLL_S, Follower
 from actors.groups import Generator, Groups, OpenGroup
 from actors.heartbeat import Heartbeat
 from actors.offline import choose_samples
+from actors.playing.player import Player, make_player
 from actors.prompts import PromptSet
 from actors.receiver import Receiver, Receiving
 from actors.scored import group_of
@@ -76,7 +77,7 @@ class RolloutActor(Heartbeat):
         scorer = Scorer(config.rewards)
         self._scoring = Scoring(scorer)
         self._engine = self._make_engine()
-        self._groups = Groups(self._engine, config.actors)
+        self._groups = Groups(self._engine, config.actors, player=self._make_player())
         self._calls = Calls(config.run.timeout_s, monitor.event, name=name)
         self._follower = Follower(name, config, board, self._calls)
         self._receiver = self._make_receiver()
@@ -91,7 +92,8 @@ class RolloutActor(Heartbeat):
         self._leasing_version = self._outdated_version = -1
         self._lease_at_s = self._reported_s = self._renewed_s = 0.0
         self._retire_deadline_s = math.inf  # Until it is told to drain.
-        waits = ("wait_admission_s", "wait_disk_s", "wait_evaluation_s", "wait_weights_s")
+        kinds = ("admission", "disk", "environment", "evaluation", "weights")
+        waits = (f"wait_{kind}_s" for kind in kinds)
         self._counters: dict[str, float] = dict.fromkeys(
             ("groups", "groups_failed", "leases_refused", "busy_s", *waits, "errors"), 0.0
         )
@@ -132,6 +134,10 @@ class RolloutActor(Heartbeat):
             adapters=Adapters(learner.lora_rank, LORA_ALPHA) if weights.transport == "adapters" else None,
             skip_special_tokens=config.rewards.skip_special_tokens,
         )
+
+    def _make_player(self) -> Player:
+        """Returns what begins the episodes, as `_make_engine` makes the engine."""
+        return make_player(self._config)
 
     def receive(self, verb: str, number: int, *arguments: Any) -> str:
         """Carries out an order of the learner about weights that it pushes, from any thread: see
@@ -214,6 +220,7 @@ class RolloutActor(Heartbeat):
             self._calls.tell(
                 f"{self._name} could not hand back {len(self._holding)} leases; they will run out: {error}"
             )
+        self._groups.close()
         self._scoring.close()
         self._evaluating.close()
 
@@ -238,7 +245,7 @@ class RolloutActor(Heartbeat):
             )
             self._lease = self._calls.start(call, POLL_S + self._config.run.timeout_s)
         is_draining = self._follower.update is not None
-        while self._work and self._engine.num_unfinished < actors.slots and not is_draining:
+        while self._work and self._groups.has_room and not is_draining:
             item = self._work.popleft()
             prompt = self._prompts[item.prompt_index]
             offline = choose_samples(prompt, self._config.offline_samples, item.seed)
@@ -285,12 +292,15 @@ class RolloutActor(Heartbeat):
     def _generate(self) -> None:
         """Makes one step of the engine; the groups that ended with it are scored, or fail."""
         start_s = time.perf_counter()
-        for group in self._groups.step():
+        self._end(self._groups.step())
+        self._counters["busy_s"] += time.perf_counter() - start_s
+
+    def _end(self, ended: list[OpenGroup]) -> None:
+        for group in ended:
             if group.is_too_small:
                 self._fail(group)
             else:
                 self._scoring.submit(group, self._evaluating.scorer(group))
-        self._counters["busy_s"] += time.perf_counter() - start_s
 
     def _fail(self, group: OpenGroup) -> None:
         """Ends the item without a group, never with rewards of 0."""
@@ -321,7 +331,9 @@ class RolloutActor(Heartbeat):
     # --- waiting and telling ---
 
     def _idle(self) -> None:
-        """Waits for any answer when there is nothing to generate, and counts what for."""
+        """Waits for any answer when there is nothing to generate, and counts what for; takes what
+        environments have answered.
+        """
         start_s = time.monotonic()
         if waiting := list(self._awaited()):
             concurrent.futures.wait(waiting, IDLE_S, concurrent.futures.FIRST_COMPLETED)
@@ -331,7 +343,9 @@ class RolloutActor(Heartbeat):
         if self._buffer.who in self._outbox.refused_by or start_s < self._lease_at_s:
             wait = "wait_disk_s"
         wait = "wait_weights_s" if self._engine.version in (-1, self._outdated_version) else wait
+        wait = "wait_environment_s" if self._groups.futures else wait
         self._counters[wait] += time.monotonic() - start_s
+        self._end(self._groups.poll())
 
     def _awaited(self) -> Iterator[Future[Any]]:
         pendings = [*self._follower.pendings, *self._outbox.pendings]
@@ -339,6 +353,7 @@ class RolloutActor(Heartbeat):
             pendings.append(self._lease)
         yield from (pending.future for pending in pendings)
         yield from self._scoring.futures
+        yield from self._groups.futures
 
     def _report(self) -> None:
         if time.monotonic() - self._reported_s >= REPORT_EVERY_S:

@@ -13,13 +13,15 @@ from rewards.scoring import Scored
 
 
 def with_scores(samples: Sequence[Sample], scores: Sequence[Scored]) -> list[Sample]:
-    """Returns the samples with reward or error, and answer; a reward that came with a sample stands, whatever
-    the functions say.
+    """Returns the samples with reward or error, and answer; a reward or an error that came with a sample
+    stands, whatever the functions say.
     """
     return [_with_score(sample, score) for sample, score in zip(samples, scores, strict=True)]
 
 
 def _with_score(sample: Sample, score: Scored) -> Sample:
+    if sample.error is not None:
+        return sample
     answer = sample.text.strip() if score.answer is None else score.answer
     reward, error = score.reward, score.error
     if sample.reward is not None:

@@ -27,7 +27,11 @@ MINIMAL: dict[str, Any] = {
 
 def changed(tree: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
     """`tree` with fields of its sections changed, or sections added."""
-    return {**tree, **{name: {**tree.get(name, {}), **fields} for name, fields in sections.items()}}
+    new = {
+        name: {**tree.get(name, {}), **fields} if isinstance(fields, dict) else fields
+        for name, fields in sections.items()
+    }
+    return {**tree, **new}
 
 
 def make_config(tree: dict[str, Any] | None = None, /, **sections: Any) -> Config:

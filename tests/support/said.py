@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from actors.episode import Generation
+from core.arrays import Float32s, Int32s
 from core.records import Sample, VersionSpan
 
 
@@ -25,3 +26,10 @@ class Said(msgspec.Struct, frozen=True):
         return cls(
             tuple(tokens.tolist()), tuple(logprobs), found.version_spans, found.finish_reason, found.text
         )
+
+
+def generated(*tokens: int, version: int = 0, finish_reason: str = "stop", text: str = "x") -> Generation:
+    """What an engine might say, with log-probs that are -0.5 times the tokens."""
+    spans = (VersionSpan(version, 0, len(tokens)),) if tokens else ()
+    logprobs = Float32s.of([-0.5 * token for token in tokens])
+    return Generation(Int32s.of(tokens), logprobs, spans, finish_reason, text)

@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from actors.playing.played import EpisodeLimits
+from actors.playing.player import EnvironmentPlayer, Player
 from actors.prompts import PromptRow
 from actors.rollout import RolloutActor
 from benchmarks.fake_engine import FakeEngine
 from core.config import Config
 from tests.support.in_process import Bench
+from tests.support.playing import Behaviour, DigitSpeech, ScriptedPlaces
 
 STEP_S = 0.005
 
@@ -23,11 +26,21 @@ def rows(count: int = 16, **more: Any) -> list[PromptRow]:
     return [PromptRow(row, f"prompt {row}", (5, row), {"answer": "1"}, **more) for row in range(count)]
 
 
-class SimulatedActor(RolloutActor):
-    """The real loop; `simulation` are the arguments of its engine, whose submissions and loads it notes."""
+def played_rows(count: int = 16) -> list[PromptRow]:
+    return rows(count, environment="game", messages=({"role": "user", "content": "2"},))
 
-    def __init__(self, bench: Bench, name: str = "actor-0", **simulation: Any) -> None:
+
+class SimulatedActor(RolloutActor):
+    """The real loop; `simulation` are the arguments of its engine, whose submissions and loads it notes.
+
+    With `behave` every prompt is played in an environment that behaves so, in `places`.
+    """
+
+    def __init__(
+        self, bench: Bench, name: str = "actor-0", behave: Behaviour | None = None, **simulation: Any
+    ) -> None:
         self.simulation = simulation
+        self.places = None if behave is None else ScriptedPlaces(behave)
         self.unfinished_at_load: list[int] = []
         super().__init__(name, bench.config, bench.prompts, bench.eval_prompts, *bench.peers())
 
@@ -41,6 +54,13 @@ class SimulatedActor(RolloutActor):
 
         self.engine = Noting(self._config.actors, **self.simulation)
         return self.engine
+
+    def _make_player(self) -> Player:
+        if self.places is None:
+            return super()._make_player()
+        actors = self._config.actors
+        limits = EpisodeLimits(actors.max_turns, actors.max_new_tokens, self._config.max_sequence_tokens)
+        return EnvironmentPlayer(self.places, {"game": DigitSpeech()}, limits)
 
 
 @contextlib.contextmanager

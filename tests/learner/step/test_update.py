@@ -10,11 +10,10 @@ import msgspec
 import pytest
 import torch
 
-from actors.episode import Episode, Generation
+from actors.episode import Generation, Trajectory
 from core.arrays import Bits, Float32s, Int32s
 from core.config import Config
 from core.records import Batch, Group, Sample, VersionSpan
-from environments.one_turn import OneTurn
 from tests.support.configs import make_config
 from tests.support.learning.exact import Fp64Policy, flat, step_gradient
 
@@ -130,13 +129,13 @@ def test_invariant_7_the_gradient_does_not_depend_on_how_a_trajectory_is_cut_int
     tokens, logprobs = [7, 8, 9, 10, 1], [-1.0, -0.5, -2.0, -1.25, -0.75]
 
     def sample(reward: float, *cuts: int) -> Sample:
-        episode, start = Episode(OneTurn(), [3, 4]), 0
+        said, start = Trajectory([3, 4]), 0
         for end in (*cuts, len(tokens)):
             span = VersionSpan(2, 0, end - start)
             piece = Int32s.of(tokens[start:end]), Float32s.of(logprobs[start:end])
-            episode.act(Generation(*piece, (span,), "stop", ""))
+            said.say(Generation(*piece, (span,), "stop", ""))
             start = end
-        return msgspec.structs.replace(episode.sample(), reward=reward)
+        return said.sample(finish_reason="stop", turns=1 + len(cuts), reward=reward)
 
     def gradient(*cuts: int) -> torch.Tensor:
         samples = (sample(1.0, *cuts), trajectory(0.0, [3, 4], [9, 1]))

@@ -1,0 +1,85 @@
+"""Begins the episodes of an actor: prompts and their answers, or what the config's `environments` are.
+
+Without environments this costs nothing: no tokenizer is loaded, no process started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from actors.dialogue import Dialogue
+from actors.episode import Episode
+from actors.playing.played import EpisodeLimits, Played, PlayedEpisode, Speech
+from actors.prompts import PromptRow
+from core.config import Config
+from core.tokenizer import end_token_ids, load_tokenizer
+from environments.pool import EnvironmentPool
+from environments.spec import describe
+
+
+class Player:
+    """Begins episodes of one turn."""
+
+    has_environments = False
+
+    def begin(self, prompt: PromptRow, seed: int) -> Episode:
+        """Returns a new episode of `prompt`; `seed` is what its environment draws from."""
+        del seed
+        return Episode(prompt.token_ids)
+
+    def close(self) -> None:
+        """Ends all environments."""
+
+
+class Places(Protocol):
+    """The places where environments are played; `environments.pool.EnvironmentPool` says more of them."""
+
+    def open(self, name: str, row: Mapping[str, Any], seed: int) -> Played:
+        """Returns a place for an episode."""
+        ...
+
+    def close(self) -> None:
+        """Ends all of them."""
+
+
+class EnvironmentPlayer(Player):
+    """Begins episodes of several turns in `places`; `speeches` says by the environment's name how its
+    conversations are written.
+    """
+
+    has_environments = True
+
+    def __init__(self, places: Places, speeches: Mapping[str, Speech], limits: EpisodeLimits) -> None:
+        self._places, self._speeches, self._limits = places, speeches, limits
+
+    def begin(self, prompt: PromptRow, seed: int) -> Episode:
+        """Returns a new episode of `prompt` in its environment, which is being reset."""
+        name = prompt.environment
+        if name is None:
+            return super().begin(prompt, seed)
+        place = self._places.open(name, prompt.columns, seed)
+        return PlayedEpisode(name, place, self._speeches[name], prompt.messages or (), self._limits)
+
+    def close(self) -> None:
+        """Ends all environments."""
+        self._places.close()
+
+
+def make_player(config: Config) -> Player:
+    """Returns what begins the episodes of a run. Raises ConfigError, in one line, when an environment cannot
+    be loaded.
+    """
+    if config.environments is None:
+        return Player()
+    actors, data = config.actors, config.data
+    specs = describe(config.environment_paths)
+    tokenizer = load_tokenizer(config.model)
+    end_ids = end_token_ids(config.model, tokenizer)
+    speeches = {
+        name: Dialogue(tokenizer, spec.tools, None, data.chat_template, end_ids=end_ids)
+        for name, spec in specs.items()
+    }
+    places = EnvironmentPool(specs.values(), actors.turn_timeout_s, round(config.rewards.memory_gib * 2**30))
+    limits = EpisodeLimits(actors.max_turns, actors.max_new_tokens, config.max_sequence_tokens)
+    return EnvironmentPlayer(places, speeches, limits)
