@@ -1,10 +1,11 @@
 """Says which WorkItems exist, and who may lease how many. Pure: no clock, no disk, no Ray.
 
 An item is *open* from its first lease until it ends: inserted or failed. While it is open, it is either held
-by one actor or waiting to be issued again. Invariants:
+by one actor or waiting to be issued again. An item whose prompt rests when its turn comes
+(buffer/curriculum.py) is never leased: it has ended then, passed over. Invariants:
 
-  - Of a shard's items the first `frontier` were leased; those of them that are not open have ended. Telling
-    them apart is O(open).
+  - Of a shard's items the first `frontier` were leased or passed over; those of them that are not open have
+    ended. Telling them apart is O(open).
   - `open + stored-unconsumed <= allowed`: a new item is leased only below the bound; an item that is issued
     again changes no count.
   - An item whose holder died or was late `MAX_LOSSES` times ends as failed: a prompt that kills its actor
@@ -16,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -43,13 +44,16 @@ def _permutation(num_prompts: int, *seeds: int) -> np.ndarray:
     return np.argsort(keys, kind="stable")
 
 
-def work_item(ordinal: int, *, seed: int, num_prompts: int, parts: tuple[Part, ...] = ()) -> WorkItem:
+def work_item(
+    ordinal: int, *, seed: int, num_prompts: int, parts: tuple[Part, ...] = (), num_shards: int = 1
+) -> WorkItem:
     """Returns the item at `ordinal` of the prompt stream: a pure function of its arguments, the same in every
     process.
 
     Each epoch of `num_prompts` ordinals visits every prompt once, in an order of its own. Where the prompts
     are those of several sources, one after the other, `parts` says so: they take turns by their shares, and
-    each has epochs of its own. `WorkItem.seed` is in [0, 2**31).
+    each has epochs of its own. With `num_shards` above 1 every prompt belongs to one shard: every
+    `num_shards`-th ordinal visits one of every `num_shards`-th prompts. `WorkItem.seed` is in [0, 2**31).
     """
     if ordinal < 0 or num_prompts < 1:
         raise LeaseError(
@@ -57,14 +61,16 @@ def work_item(ordinal: int, *, seed: int, num_prompts: int, parts: tuple[Part, .
             "be at least one prompt."
         )
     item_seed = int(np.random.SeedSequence([seed, ordinal]).generate_state(1)[0]) >> 1
-    if not parts:
-        epoch, position = divmod(ordinal, num_prompts)
-        index = int(_permutation(num_prompts, seed, epoch)[position])
-        return WorkItem(ordinal=ordinal, prompt_index=index, seed=item_seed)
-    source, turn = locate(ordinal, tuple(part.share for part in parts))
-    first, size = sum(part.num_prompts for part in parts[:source]), parts[source].num_prompts
+    (turn, shard), first, size = divmod(ordinal, num_shards), 0, num_prompts
+    words: tuple[int, ...] = ()
+    if parts:
+        source, turn = locate(turn, tuple(part.share for part in parts))
+        first, size = sum(part.num_prompts for part in parts[:source]), parts[source].num_prompts
+        words = (source,)
+    if num_shards > 1:
+        size, words = len(range(shard, size, num_shards)), (*words, shard)
     epoch, position = divmod(turn, size)
-    index = first + int(_permutation(size, seed, epoch, source)[position])
+    index = first + shard + num_shards * int(_permutation(size, seed, epoch, *words)[position])
     return WorkItem(ordinal=ordinal, prompt_index=index, seed=item_seed)
 
 
@@ -87,12 +93,20 @@ class Admission:
         items = admission.lease("actor-0", max_items=4, stored_unconsumed=12, now_s=clock())
         admission.end(items[0])                                   # inserted
 
-    Times are seconds on any one monotonic clock, given by the caller. `counts` has failed, expired (leases
-    that ran out), reissued, lost_too_often, and ignored_reports (about items that ended or that another actor
-    holds).
+    Times are seconds on any one monotonic clock, given by the caller. `passes_over(ordinal)` is asked once of
+    each new item, and must not say so for ever. `counts` has failed, expired (leases that ran out), reissued,
+    lost_too_often, rested (items passed over), and ignored_reports (about items that ended or that another
+    actor holds).
     """
 
-    def __init__(self, allowed: int, lease_timeout_s: float, shard: int = 0, num_shards: int = 1) -> None:
+    def __init__(
+        self,
+        allowed: int,
+        lease_timeout_s: float,
+        shard: int = 0,
+        num_shards: int = 1,
+        passes_over: Callable[[int], bool] = lambda _: False,
+    ) -> None:
         self.allowed = allowed
         self.lease_timeout_s = lease_timeout_s
         self.shard, self.num_shards = shard, num_shards
@@ -103,6 +117,8 @@ class Admission:
         self._held: dict[int, Lease] = {}
         self._waiting: dict[int, Lease] = {}
         self._changed: dict[int, None] = {}
+        self._passes_over = passes_over
+        self._passed_over: list[int] = []
 
     @property
     def num_open(self) -> int:
@@ -153,12 +169,11 @@ class Admission:
         """
         num_items = max(0, min(max_items, self.num_leasable(stored_unconsumed)))
         again = list(self._waiting)[:num_items]
-        num_new = num_items - len(again)
-        new = [
-            position * self.num_shards + self.shard
-            for position in range(self.frontier, self.frontier + num_new)
-        ]
-        self.frontier += num_new
+        new: list[int] = []
+        while len(again) + len(new) < num_items:
+            ordinal = self.frontier * self.num_shards + self.shard
+            self.frontier += 1
+            (self._passed_over if self._passes_over(ordinal) else new).append(ordinal)
         self.counts["reissued"] += len(again)
         for ordinal in (*again, *new):
             losses = self._waiting.pop(ordinal).losses if ordinal in self._waiting else 0
@@ -234,6 +249,12 @@ class Admission:
         self.counts["failed"] += len(ended)
         self.counts["ignored_reports"] += len(ordinals) - len(ended)
         return ended
+
+    def pop_passed_over(self) -> list[int]:
+        """Returns the items that were passed over since the last call."""
+        ordinals, self._passed_over = self._passed_over, []
+        self.counts["rested"] += len(ordinals)
+        return ordinals
 
     def pop_changed(self) -> list[int]:
         """Returns the items whose lease began, changed hands or ended since the last call."""

@@ -18,8 +18,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
+from buffer.refusals import forgotten
 from buffer.server import Offer, ReplayBuffer
-from buffer.shard import forgotten
 from buffer.store import DiskFullError
 from core.calls import Client, as_call, asks
 from core.records import decode_group, merge_batches

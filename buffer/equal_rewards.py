@@ -36,8 +36,8 @@ class Since(msgspec.Struct):
 class EqualRewards:
     """Decides on one group after another: `skipping.skips([1.0, 1.0])`.
 
-    `let_through` counts groups without signal that were stored all the same; `pop_warning` gives what is to be
-    said of them, once.
+    `let_through` counts groups without signal that were stored all the same; `pop_warning` gives what is to
+    be said of them, once.
     """
 
     def __init__(self, is_on: bool, groups_per_step: int) -> None:

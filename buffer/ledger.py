@@ -3,7 +3,7 @@ from outside.
 
     leased --+--> inserted --> trained* --> evicted(reason)
       ^      +--> failed(reason)
-      |      +--> cancelled
+      |      +--> cancelled                          rested: never leased, since its prompt is solved
       +--- expired(reason): the lease was taken back; the item is leased again, or a late report still ends it
 
 Lines are in the database's transaction first, then in the file, so that neither a kill nor a full disk loses
@@ -33,7 +33,9 @@ SYNC_BYTES = 2**20
 """So much of the file may be lost in a power cut, and is kept in the database until it cannot."""
 LONGEST_LINE = 2**16
 MOST_SENTENCES = 1000
-EventName: TypeAlias = Literal["leased", "inserted", "trained", "evicted", "failed", "expired", "cancelled"]
+EventName: TypeAlias = Literal[
+    "leased", "inserted", "trained", "evicted", "failed", "expired", "cancelled", "rested"
+]
 
 
 class LedgerEvent(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -57,6 +59,7 @@ class LedgerEvent(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
 # (status, event) -> status; a pair that is missing here is a violation.
 _NEXT_STATUS: dict[tuple[str, str], str] = {
     ("new", "leased"): "leased",
+    ("new", "rested"): "rested",
     ("leased", "expired"): "waiting",
     ("waiting", "leased"): "leased",
     ("leased", "inserted"): "stored",
@@ -239,9 +242,9 @@ class Statuses:
 def audit(path: str | Path, num_shards: int = 1) -> dict[str, Any]:
     """Follows every item through the ledger at `path`, one of `num_shards`.
 
-    Returns `status` (items by where they are now: leased, waiting, stored, failed, cancelled, evicted),
-    `events` (lines by event), `evictions` (by reason), `max_staleness` (the largest trained on, learner
-    steps), `torn_lines`, and `violations`: a sentence for every event that may not follow what
+    Returns `status` (items by where they are now: leased, waiting, stored, failed, cancelled, evicted,
+    rested), `events` (lines by event), `evictions` (by reason), `max_staleness` (the largest trained on,
+    learner steps), `torn_lines`, and `violations`: a sentence for every event that may not follow what
     came before, such as a second ending, and for what is wrong with the file, such as lines that cannot be
     read. There are at most `MOST_SENTENCES` of them, and one that counts the others. Raises DataError for a
     file that cannot be opened.
@@ -315,9 +318,12 @@ def audit_run(run_dir: str | Path) -> dict[str, Any]:
         "failed": status.get("failed", 0) + status.get("cancelled", 0),
         "in flight": status.get("leased", 0) + status.get("waiting", 0),
     }
-    merged["balance"] = f"{sum(status.values())} generated = " + " + ".join(
+    rested = status.get("rested", 0)
+    merged["balance"] = f"{sum(status.values()) - rested} generated = " + " + ".join(
         f"{count} {place}" for place, count in places.items()
     )
+    if rested:
+        merged["balance"] += f"; {rested} passed over, their prompts rested"
     return merged
 
 

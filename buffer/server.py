@@ -243,8 +243,8 @@ class ReplayBuffer:
     async def stats(self) -> dict[str, float]:
         """Returns the metrics; counts and waits are cumulative, counts over restarts too.
 
-        At any time `frontier = inserted + evicted_too_small + failed + leased`, and `inserted` is the sum of
-        `groups` and of all buffer.replay.EVICTIONS.
+        At any time `frontier = inserted + evicted_too_small + failed + leased + rested`, and `inserted` is
+        the sum of `groups` and of all buffer.replay.EVICTIONS.
         """
         now_s = asyncio.get_running_loop().time()
         values = self._shard.stats()

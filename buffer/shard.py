@@ -18,24 +18,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from buffer.admission import Admission, work_item
+from buffer.admission import Admission
 from buffer.band import Band
+from buffer.curriculum import Curriculum
 from buffer.equal_rewards import EqualRewards
 from buffer.layout import check_num_shards, ledger_name, share_of, store_name
 from buffer.ledger import Ledger, missing_events, read_statuses
+from buffer.refusals import another_stream, check_ref_logprobs, forgotten
 from buffer.replay import EVICTIONS, Replay, meta_of
 from buffer.sampling import GroupMeta
-from buffer.sources import Part, another_stream, stream_state
+from buffer.sources import Part
 from buffer.store import BatchEntry, DiskFullError, RecordedBatch, Store, StoreError
-from buffer.usable import MIN_SAMPLES, HeldSamples, usable_group
+from buffer.stream import PromptStream
+from buffer.usable import MIN_SAMPLES, HeldSamples, generated_rewards, usable_group
 from core.config import Config
-from core.errors import DataError
 from core.records import Group, StoredGroup, WorkItem, decode_group, encode, encode_batch, head_of
 from core.staleness import StalenessBound
 
@@ -61,17 +62,19 @@ class Shard:
         on_change: Callable[[], None],
         parts: tuple[Part, ...] = (),
     ) -> None:
-        self._config, self._num_prompts, self._shard, self._on_change = config, num_prompts, shard, on_change
-        self._parts = parts
+        self._config, self._shard, self._on_change = config, shard, on_change
         self._num_shards = config.buffer.num_shards
-        self._stream = stream_state(config.run.seed, num_prompts, parts)
+        self._stream = PromptStream.of(config, num_prompts, parts)
         directory.mkdir(parents=True, exist_ok=True)
         check_num_shards(directory, self._num_shards)
         allowed, capacity, batch = (
             share_of(total, shard, self._num_shards)
             for total in (config.admitted_groups, config.buffer.capacity, config.learner.groups_per_step)
         )
-        self.admission = Admission(allowed, config.run.timeout_s, shard, self._num_shards)
+        self._curriculum = Curriculum(
+            config.data.curriculum_visits, config.data.curriculum_reward, num_prompts // self._num_shards
+        )
+        self.admission = Admission(allowed, config.run.timeout_s, shard, self._num_shards, self._passes_over)
         self._replay = Replay(
             config.buffer.model_copy(update={"capacity": capacity}), config.run.seed + shard
         )
@@ -129,6 +132,8 @@ class Shard:
             return []
         self._flush()
         ordinals = self.admission.lease(actor, max_groups, self._blocking(), now_s)
+        for ordinal in self.admission.pop_passed_over():
+            self._record("rested", ordinal)
         for ordinal in ordinals:
             self._record("leased", ordinal, actor=actor)
         try:
@@ -140,8 +145,11 @@ class Shard:
 
     def item(self, ordinal: int) -> WorkItem:
         """Returns the item at `ordinal` of this run's prompt stream."""
-        seed = self._config.run.seed
-        return work_item(ordinal, seed=seed, num_prompts=self._num_prompts, parts=self._parts)
+        return self._stream.item(ordinal)
+
+    def _passes_over(self, ordinal: int) -> bool:
+        is_due = self._curriculum.num_resting > 0
+        return is_due and self._curriculum.passes_over(self.item(ordinal).prompt_index)
 
     def give_back(self, actor: str, ordinals: Sequence[int]) -> None:
         """Takes leases of `actor` back, unfinished; the items are issued again, first of all."""
@@ -206,6 +214,8 @@ class Shard:
         self.counts["samples_total"] += len(group.samples)
         self.counts["samples_error"] += len(errors)
         self.error_texts.extend(errors)
+        if self._config.data.curriculum is not None:
+            self._curriculum.observe(self.item(group.group_id).prompt_index, generated_rewards(usable))
         kept = self._held.join(usable, self._step)
         if len(kept.samples) < MIN_SAMPLES:
             self.counts["evicted_too_small"] += 1
@@ -227,7 +237,7 @@ class Shard:
         """
         found = {group_id: values for group_id, values in ref_logprobs.items() if group_id in self._replay}
         for group_id, values in found.items():
-            _check_ref_logprobs(group_id, values, self.store.num_samples(group_id))
+            check_ref_logprobs(group_id, values, self.store.num_samples(group_id))
         for group_id, values in found.items():
             self.store.put_ref_logprobs(group_id, values)
         self._write_or_count()
@@ -351,11 +361,12 @@ class Shard:
         values |= {name: replay[name] for name in ("inserted", *EVICTIONS, "strata_short")}
         values |= {
             name: admission[name]
-            for name in ("failed", "expired", "reissued", "lost_too_often", "ignored_reports")
+            for name in ("failed", "expired", "reissued", "lost_too_often", "rested", "ignored_reports")
         }
         names = ("evicted_too_small", "samples_error", "samples_total", "taken", "starts", "disk_errors")
         values |= {name: self.counts[name] for name in names}
         values["equal_let_through"] = self._equal.let_through
+        values["resting"] = self._curriculum.num_resting
         return values | {
             name: self._held.counts[name] for name in ("held_samples", "joined_samples", "held_stale")
         }
@@ -392,6 +403,7 @@ class Shard:
                 self.store.end_held(prompt_index)
             else:
                 self.store.put_held(prompt_index, sample)
+        self.store.put_visits(*self._curriculum.pop_changed())
         for group, reason in (*self._left, *self._replay.pop_evicted()):
             self._record("evicted", group.group_id, version=group.version, reason=reason)
             if reason != "evicted_equal":  # That was never there.
@@ -427,7 +439,7 @@ class Shard:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "stream": self._stream,
+            "stream": self._stream.state,
             "step": self._step,
             "next_step": self.next_step,
             "watermark": self._watermark,
@@ -436,6 +448,7 @@ class Shard:
             "replay_counts": dict(self._replay.counts),
             "held_counts": dict(self._held.counts),
             "equal_rewards": self._equal.get_state(),
+            "reward_range": self._curriculum.get_state()["range"],
             "counts": dict(self.counts),
             "ledger_end": self.ledger.end,
         }
@@ -445,13 +458,14 @@ class Shard:
         state = self.store.load_state()
         if state is None:
             return None
-        if state["stream"] != self._stream:
+        if state["stream"] != self._stream.state:
             self.store.close()
-            raise another_stream(directory, state["stream"], self._stream)
+            raise another_stream(directory, state["stream"], self._stream.state)
         self._step, self.next_step, self._watermark = state["step"], state["next_step"], state["watermark"]
         self.counts = Counter(state["counts"])
         self._batches = self.store.load_batches()
         self._equal.set_state(state["equal_rewards"])
+        self._curriculum.set_state({"visits": self.store.load_visits(), "range": state["reward_range"]})
         self._held.set_state({"samples": self.store.load_held(), "counts": state["held_counts"]})
         leases = self.store.load_leases()
         self.admission.set_state(
@@ -479,18 +493,3 @@ class Shard:
         for event, ordinal, reason in missing_events(statuses, issued, leases, stored, used_up):
             ledger.record(event, ordinal, step=self._step, actor=leases.get(ordinal, ""), reason=reason)
         return ledger
-
-
-def forgotten(step: int) -> DataError:
-    """Returns the error for a batch that was asked for after a checkpoint, or another batch, passed it."""
-    return DataError(
-        f"the batch of step {step} was forgotten: the buffer is past it. Resume from a newer checkpoint."
-    )
-
-
-def _check_ref_logprobs(group_id: int, values: Sequence[float], num_samples: int | None) -> None:
-    if (num_samples is not None and len(values) != num_samples) or not all(map(math.isfinite, values)):
-        raise DataError(
-            f"reference log-probs of group {group_id}: {values}; expected {num_samples} finite "
-            "numbers, one per sample."
-        )

@@ -10,10 +10,7 @@ turn may come, the one whose turn must come first.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from core.errors import ConfigError
 
 
 class Part(NamedTuple):
@@ -58,25 +55,10 @@ def _pattern(shares: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]
     return tuple(sources), tuple(before)
 
 
-def stream_state(seed: int, num_prompts: int, parts: tuple[Part, ...]) -> dict[str, Any]:
+def stream_state(seed: int, num_prompts: int, parts: tuple[Part, ...], num_shards: int = 1) -> dict[str, Any]:
     """Returns what the prompt stream of a run depends on, as JSON keeps it: where it differs, ordinals mean
     other prompts.
     """
     state: dict[str, Any] = {"seed": seed, "num_prompts": num_prompts}
-    return state | ({"parts": [list(part) for part in parts]} if parts else {})
-
-
-def another_stream(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> ConfigError:
-    """Returns the error for a run directory that was started with another `stream_state`."""
-    return ConfigError(
-        f"{directory} was started with run.seed = {before['seed']} and {before['num_prompts']} usable "
-        f"prompts{_in_parts(before)}, now run.seed = {now['seed']} and there are {now['num_prompts']}"
-        f"{_in_parts(now)}: its group ids would mean other prompts. "
-        "Restore seed and data, or set another run.dir."
-    )
-
-
-def _in_parts(state: dict[str, Any]) -> str:
-    """Returns what `stream_state` says of several sources, as words that follow the number of all prompts."""
-    sources = [f"{count} with share {share}" for count, share in state.get("parts", ())]
-    return f" ({', '.join(sources)})" if sources else ""
+    state |= {"parts": [list(part) for part in parts]} if parts else {}
+    return state | ({"prompts_of_shards": num_shards} if num_shards > 1 else {})

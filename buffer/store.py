@@ -5,6 +5,7 @@ process.
     leases(ordinal, actor, losses)             the open items; actor '': waiting to be issued again
     batches(step, groups)                      what each batch held, from the watermark on
     held(prompt_index, sample)                 samples of groups that were too small
+    visits(prompt_index, solved, rest)         prompts that are solved, and for how long they rest
     ledger(place, lines)                       the last part of the ledger, until its file has it for certain
     meta(key, value)                           the buffer's counters as JSON
 
@@ -25,6 +26,7 @@ from typing import Any
 
 import msgspec
 
+from buffer.curriculum import Visits
 from buffer.sampling import GroupMeta
 from core.errors import AgroError
 from core.records import Sample, StoredGroup, decode_sample, encode
@@ -47,6 +49,8 @@ CREATE INDEX IF NOT EXISTS groups_kept_for_a_batch ON groups(last_step) WHERE ha
 CREATE TABLE IF NOT EXISTS leases (ordinal INTEGER PRIMARY KEY, actor TEXT NOT NULL, losses INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS batches (step INTEGER PRIMARY KEY, groups BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS held (prompt_index INTEGER PRIMARY KEY, sample BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS visits (
+    prompt_index INTEGER PRIMARY KEY, solved INTEGER NOT NULL, rest INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS ledger (place INTEGER PRIMARY KEY, lines BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL);
 PRAGMA user_version = {FORMAT};
@@ -182,6 +186,19 @@ class Store:
         """Notes that the prompt's sample is held no more."""
         self._pending.append(("DELETE FROM held WHERE prompt_index = ?", (prompt_index,)))
 
+    def put_visits(self, is_cleared: bool, changed: Iterable[tuple[int, Visits]]) -> None:
+        """Notes what is known of prompts' visits, after all was forgotten if `is_cleared`; `Visits()`:
+        nothing any more.
+        """
+        if is_cleared:
+            self._pending.append(("DELETE FROM visits", ()))
+        for prompt_index, visits in changed:
+            if visits == Visits():
+                self._pending.append(("DELETE FROM visits WHERE prompt_index = ?", (prompt_index,)))
+            else:
+                values = (prompt_index, *visits)
+                self._pending.append(("INSERT OR REPLACE INTO visits VALUES (?, ?, ?)", values))
+
     def put_ledger(self, place: int, lines: bytes) -> None:
         """Notes lines of the ledger and where in the file they belong."""
         self._pending.append(("INSERT INTO ledger VALUES (?, ?)", (place, lines)))
@@ -269,6 +286,12 @@ class Store:
         with self._explained():
             rows = self._db.execute("SELECT prompt_index, sample FROM held").fetchall()
         return {prompt_index: decode_sample(sample) for prompt_index, sample in rows}
+
+    def load_visits(self) -> dict[int, Visits]:
+        """Returns what is known of prompts' visits, by their indices."""
+        with self._explained():
+            rows = self._db.execute("SELECT prompt_index, solved, rest FROM visits").fetchall()
+        return {prompt_index: Visits(*known) for prompt_index, *known in rows}
 
     def load_ledger(self) -> list[tuple[int, bytes]]:
         """Returns (place, lines) of the last part of the ledger, in order."""

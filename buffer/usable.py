@@ -38,6 +38,11 @@ def usable_group(group: Group) -> tuple[Group, list[str]]:
     return (msgspec.structs.replace(group, samples=kept) if errors else group), errors
 
 
+def generated_rewards(group: Group) -> list[float]:
+    """Returns the rewards of the samples that were generated for the group, not taken from a log."""
+    return [sample.reward for sample in group.samples if sample.reward is not None and not sample.is_offline]
+
+
 class HeldSamples:
     """Holds the one usable sample of a group too small to be stored, until another such group of its prompt
     makes two of them.

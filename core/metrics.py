@@ -119,6 +119,8 @@ METRICS: dict[str, str] = {
     "buffer/evicted_equal": "Groups left out so far because all their samples have the same reward "
     "(`buffer.skip_equal_rewards`).",
     "buffer/equal_let_through": "Groups of equal rewards stored so far all the same, because too many had been left out.",
+    "buffer/resting": "Prompts that rest now, being solved (`data.curriculum`).",
+    "buffer/rested": "Prompts passed over so far because they rested.",
     "buffer/starts": "Starts of buffer processes so far, the shards together: above their number, some were "
     "killed and came back.",
     "buffer/disk_errors": "Writes that a full disk refused so far: above 0 is an alarm; nothing acknowledged "

@@ -167,6 +167,11 @@ def _samples_come_from_somewhere(config: Config) -> None:
         raise ValueError(
             "actors.count = 0: nothing would generate. Set it to 1 or more, or train on data.offline alone."
         )
+    if config.is_offline and data.curriculum is not None:
+        raise ValueError(
+            f"data.curriculum = {data.curriculum} with data.offline = {data.offline}: what a log has solved stays so, whatever "
+            "the policy learns. Remove data.curriculum."
+        )
     if (
         data.offline is not None
         and not config.is_offline

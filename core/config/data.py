@@ -63,6 +63,11 @@ class DataConfig(Section):
     on_bad_row: Literal["stop", "skip"] = Field(
         "stop", description="`skip` leaves bad rows out and counts them."
     )
+    curriculum: int | str | None = Field(
+        None,
+        description="Prompts solved in all of their last so many visits rest, for a growing number of epochs: `2`. A visit is "
+        "solved when all samples have the highest reward so far, or at least that of `2?reward=0.9`. None: no prompt rests.",
+    )
     offline: str | None = Field(
         None,
         min_length=1,
@@ -94,6 +99,17 @@ class DataConfig(Section):
             seen[label] += 1
             labels.append(label if seen[label] == 1 else f"{label}-{seen[label]}")
         return tuple(labels)
+
+    @property
+    def curriculum_visits(self) -> int | None:
+        """Solved visits after which a prompt rests; None: never."""
+        return None if self.curriculum is None else int(option_of(str(self.curriculum), "reward")[0])
+
+    @property
+    def curriculum_reward(self) -> float | None:
+        """The reward from which on a sample is solved; None: the highest so far."""
+        _, reward = option_of(str(self.curriculum), "reward")
+        return None if reward is None else float(reward)
 
     @property
     def offline_share(self) -> float:
@@ -139,6 +155,22 @@ class DataConfig(Section):
                     f"data.columns: {shown(name)}: {shown(path)} is no path of keys with dots between them, for "
                     "example {answer: reward_model.ground_truth}"
                 )
+        return value
+
+    @pydantic.field_validator("curriculum", mode="before")
+    @classmethod
+    def _visits_are_counted(cls, value: Any) -> Any:
+        visits, reward = option_of(str(value), "reward")
+        is_known = not isinstance(value, bool) and bool(re.fullmatch(r"[1-9]\d{0,3}", visits))
+        try:
+            is_known = is_known and (reward is None or math.isfinite(float(reward)))
+        except ValueError:
+            is_known = False
+        if value is not None and not is_known:
+            raise ValueError(
+                f"data.curriculum = {shown(value)}: expected a number of visits from 1 to 9999, with a finite reward if that is "
+                "known, for example 2 or 2?reward=0.9"
+            )
         return value
 
     @pydantic.field_validator("offline", mode="after")

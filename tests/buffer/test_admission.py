@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 
 from buffer.admission import MAX_LOSSES, Admission, LeaseError, work_item
+from buffer.sources import Part
 
 
 def test_each_epoch_visits_every_prompt_once_in_its_own_order():
@@ -53,6 +54,25 @@ def test_seeds_of_items_have_31_bits_and_differ():
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert max(seeds) > 2**30
     assert seeds[0] != work_item(0, seed=2, num_prompts=4).seed
+
+
+@pytest.mark.parametrize("parts", [(), (Part(7, 2), Part(23, 1), Part(20, 1))])
+@pytest.mark.parametrize("num_shards", [2, 3])
+def test_a_prompt_may_belong_to_one_shard_whose_epochs_visit_each_of_its_prompts_once(parts, num_shards):
+    seen: dict[int, set[int]] = {}
+    for shard in range(num_shards):
+        mine = [
+            work_item(turn * num_shards + shard, seed=3, num_prompts=50, parts=parts, num_shards=num_shards)
+            for turn in range(400)
+        ]
+        seen[shard] = {item.prompt_index for item in mine}
+        if not parts:
+            size = len(seen[shard])
+            for epoch in range(3):
+                rows = [item.prompt_index for item in mine[epoch * size : (epoch + 1) * size]]
+                assert set(rows) == seen[shard]
+    assert sum(map(len, seen.values())) == 50, "all of them, each at one shard"
+    assert set().union(*seen.values()) == set(range(50))
 
 
 def test_admission_counts_open_and_unconsumed_items():
@@ -111,8 +131,8 @@ class AdmissionModel:
     anew each time.
     """
 
-    def __init__(self, allowed: int, timeout_s: float) -> None:
-        self.allowed, self.timeout_s = allowed, timeout_s
+    def __init__(self, allowed: int, timeout_s: float, resting: set[int]) -> None:
+        self.allowed, self.timeout_s, self.resting = allowed, timeout_s, resting
         self.items: dict[int, object] = {}
         self.losses: Counter[int] = Counter()
 
@@ -130,7 +150,11 @@ class AdmissionModel:
         new = got[len(again) :]
         assert got[: len(again)] == again, "those to issue again come first"
         assert len(again) == min(count, len(waiting))
-        assert new == list(range(len(self.items), len(self.items) + len(new)))
+        last = max(new, default=len(self.items) - 1)
+        passed = [ordinal for ordinal in range(len(self.items), last + 1) if ordinal in self.resting]
+        assert sorted(new + passed) == list(range(len(self.items), last + 1)), "in turn"
+        assert not self.resting & set(new)
+        self.items.update(dict.fromkeys(passed, "ended"))
         room = max(0, self.allowed - len(self.open_items()) - unconsumed)
         assert len(new) == min(count - len(again), room)
         self.items.update(dict.fromkeys(got, (actor, now_s)))
@@ -159,8 +183,13 @@ class AdmissionModel:
 @pytest.mark.parametrize("seed", range(20))
 def test_admission_agrees_with_an_obvious_model(seed):
     rng = random.Random(seed)
-    admission, model = Admission(6, 10.0), AdmissionModel(6, 10.0)
-    unconsumed, now_s = 0, 0.0
+    resting = {ordinal for ordinal in range(5000) if rng.random() < 0.3}
+
+    def made() -> Admission:
+        return Admission(6, 10.0, passes_over=lambda ordinal: ordinal in resting)
+
+    admission, model = made(), AdmissionModel(6, 10.0, resting)
+    unconsumed, now_s, rested = 0, 0.0, list[int]()
     for _ in range(400):
         now_s += rng.choice([0.0, 0.5, 3.0])
         actor = rng.choice("abc")
@@ -197,7 +226,7 @@ def test_admission_agrees_with_an_obvious_model(seed):
                 unconsumed = rng.randint(0, unconsumed)
             case "restart" if rng.random() < 0.2:
                 state = json.loads(json.dumps(admission.get_state()))
-                admission = Admission(6, 10.0)
+                admission = made()
                 admission.set_state(state)
                 # Only tells it the time: what is held, is held from now on.
                 assert admission.expire(now_s + 100) == ([], [])
@@ -208,5 +237,7 @@ def test_admission_agrees_with_an_obvious_model(seed):
         assert admission.num_open == len(model.open_items())
         assert admission.num_open + unconsumed <= 6
         assert admission.frontier == len(model.items)
+        rested += admission.pop_passed_over()
+        assert set(rested) == resting & set(range(admission.frontier))
         assert admission.check_valid() == []
     assert admission.frontier > 30

@@ -94,6 +94,7 @@ class Schedule:
             settings["samples_per_insert"] = (rng.uniform(0.0, high), high)
         settings["skip_equal_rewards"] = rng.random() < 0.4
         self.equal_share = rng.choice([0.0, 0.5, 0.95, 1.0])
+        settings["curriculum"] = rng.choice([None, None, 1, 2, "1?reward=0.5"])
         self.config = buffer_config(timeout_s=5.0, num_shards=num_shards, **settings)
         self.shards = [MortalShard(self.config, run_dir, NUM_PROMPTS, shard) for shard in range(num_shards)]
         self.buffer = connect_buffer([Local(shard) for shard in self.shards])
@@ -257,6 +258,7 @@ def test_invariant_1_every_leased_item_ends_exactly_once(schedules):
         assert status.get("leased", 0) + status.get("waiting", 0) == stats["leased"]
         assert status.get("failed", 0) == stats["failed"] + stats["evicted_too_small"]
         assert status.get("stored", 0) == stats["groups"]
+        assert status.get("rested", 0) == stats["rested"]
         told = {name: ledger["evictions"].get(name, 0) for name in EVICTIONS}
         assert sum(ledger["evictions"].values()) == sum(stats[name] for name in EVICTIONS)
         assert all(told[name] <= stats[name] for name in told), (
@@ -275,6 +277,7 @@ def test_invariant_1_every_leased_item_ends_exactly_once(schedules):
             "evicted_used",
             "evicted_equal",
             "equal_let_through",
+            "rested",
         )
     ), totals
 

@@ -98,9 +98,8 @@ def ids_of(batch: bytes | None) -> list[int]:
 async def check_sums(buffer: ReplayBuffer) -> dict[str, float]:
     """The stats without their prefix, after checking that every generated group is accounted for."""
     stats = {name.removeprefix("buffer/"): value for name, value in (await buffer.stats()).items()}
-    assert (
-        stats["frontier"]
-        == stats["inserted"] + stats["evicted_too_small"] + stats["failed"] + stats["leased"]
+    assert stats["frontier"] == stats["inserted"] + sum(
+        stats[name] for name in ("evicted_too_small", "failed", "leased", "rested")
     )
     assert stats["inserted"] == stats["groups"] + sum(stats[name] for name in EVICTIONS)
     return stats

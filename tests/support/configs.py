@@ -57,9 +57,12 @@ def actor_config(**sections: Any) -> Config:
     return make_config(tree, **sections)
 
 
-def buffer_config(*, timeout_s: float = 60.0, groups_per_step: int = 2, **buffer: Any) -> Config:
+def buffer_config(
+    *, timeout_s: float = 60.0, groups_per_step: int = 2, curriculum: int | str | None = None, **buffer: Any
+) -> Config:
     """A run of which there is the buffer only."""
     return make_config(
+        data={"curriculum": curriculum},
         run={"timeout_s": timeout_s, "seed": 5},
         learner={"groups_per_step": groups_per_step},
         buffer=buffer,
