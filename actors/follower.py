@@ -10,27 +10,23 @@ never on the engine's.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
-import torch
 
 from actors.exchange import RETRY_S
-from core.calls import Call, Calls, Pending
+from core.calls import Calls, Pending
 from core.config import Config
-from core.errors import PeerTimeout, SnapshotError, TrainingError
+from core.errors import PeerTimeout, SnapshotError
 from core.evaluation.records import EvalItem
 from core.troubles import Troubles
 from core.weights.board import BoardClient, Directive
-from core.weights.snapshots import Manifest, read_snapshot
+from core.weights.fetching import Weights, snapshot_of
 
 POLL_S = 5.0
 """The board holds a question for so long when it has nothing to say."""
-
-Weights: TypeAlias = list[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -121,9 +117,7 @@ class Follower:
             return  # The latter: weights were pushed while the board was about to answer.
         elif directive.version != version:
             self._directive, self._fetched_from_s = directive, time.monotonic()
-            board, wanted = self._board, directive.version
-            fetch = Call(board.who, "snapshot", lambda: _fetch_snapshot(board, wanted))
-            self._fetching = self._calls.start(fetch)
+            self._fetching = self._calls.start(snapshot_of(self._board, directive.version))
         elif directive.eval_items:
             self.update = Update(version, None, directive.eval_items)
 
@@ -154,21 +148,3 @@ class Follower:
             self._work_at_s = time.monotonic() + RETRY_S
             self._calls.post(self._board.give_back(self._name), "evaluation items handed back")
         self.fetch_s = time.monotonic() - self._fetched_from_s
-
-
-async def _fetch_snapshot(board: BoardClient, version: int) -> Weights:
-    """Returns the verified parameters of `version`. Raises SnapshotError when it is gone or torn."""
-    try:
-        snapshot = await board.snapshot(version)
-        if snapshot is None:
-            raise SnapshotError(f"snapshot {version} has been dropped for newer ones")
-        manifest = msgspec.msgpack.decode(snapshot[0], type=Manifest)
-        buckets = await asyncio.gather(*map(_bucket, snapshot[1]))
-    except TrainingError as error:  # The board, or whoever stored a bucket, is gone.
-        raise SnapshotError(f"snapshot {version} is lost: {str(error).splitlines()[0]}") from None
-    return await asyncio.to_thread(lambda: list(read_snapshot(manifest, buckets)))
-
-
-def _bucket(reference: Any) -> Call[Any]:
-    """Returns the bucket that a reference into the object store stands for."""
-    return Call("its bucket", "get", lambda: reference)

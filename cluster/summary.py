@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from cluster.deaths import ACTOR, BOARD, MONITOR, RANK, SHARD, Deaths
+from cluster.evaluations.best import FOLDER, Kept
 from cluster.preparation.prepare import Inputs
 from core.config.evaluation import HELD_OUT
 from core.evaluation.records import Evaluation
@@ -21,12 +24,13 @@ def run_summary(
     stats: Mapping[str, float],
     deaths: Deaths,
     stopped: str | None,
+    best: Kept | None = None,
 ) -> dict[str, Any]:
     """Returns summary.json: of one start of the run, but for the evaluations.
 
     `totals` are those of rank 0, empty when training did not end; `evaluations` are by policy version;
     `stats` are the buffer's; `stopped` is the signal or the error that ended the run, None where it ended by
-    itself.
+    itself; `best` is the best version that is kept.
     """
     run_dir = inputs.run_dir
     by_suite = {name: _course(evaluations, name) for name in {each.suite for each in evaluations}}
@@ -49,6 +53,7 @@ def run_summary(
         "tokens": totals.get("tokens"),
         "samples_per_s": samples_per_s,
         "policy_dir": policy_dir,
+        "best": None if best is None else {**msgspec.structs.asdict(best), "dir": str(run_dir / FOLDER)},
         "report": str(run_dir / "report.html"),
         "run_dir": str(run_dir),
         "stopped": stopped,

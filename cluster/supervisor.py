@@ -30,11 +30,12 @@ from actors.offline import OfflineActor
 from actors.rollout import RolloutActor
 from cluster.control import Control, RunStatus, read_status
 from cluster.deaths import Deaths
-from cluster.evaluations import Evaluations
+from cluster.evaluations.best import BestPolicy
+from cluster.evaluations.results import Evaluations
 from cluster.fleet import Fleet, Kind
 from cluster.health import Health, step_of
 from cluster.learner import Learner
-from cluster.monitor.report import write_report
+from cluster.monitor.report import read_evaluations, write_report
 from cluster.monitor.terminal import Terminal
 from cluster.preparation.prepare import Inputs
 from cluster.ray_watch import RayWatch
@@ -72,7 +73,9 @@ class Supervisor:
         run_dir, timeout_s, actors = inputs.run_dir, self._config.run.timeout_s, self._config.actors
         self._deaths = Deaths(run_dir)
         self._services = services = Services(inputs, self._deaths)
-        self._evaluations = Evaluations(services, run_dir, inputs.eval_prompts, self._config.run.steps)
+        self._best = BestPolicy(self._config, run_dir, services.calls, services.board, services.event)
+        earlier = self._best.begin(read_evaluations(run_dir))
+        self._evaluations = Evaluations(services, earlier, inputs.eval_prompts, self._config.run.steps)
         self._health = Health(self._config, services, run_dir)
         self._control = Control(run_dir, services.event)
         self._fleet = Fleet(
@@ -237,9 +240,11 @@ class Supervisor:
     def _poll(self) -> None:
         """Takes the answers that have come."""
         if "board" in self._services.poll():
-            self._evaluations.restore()
+            self._evaluations.restore(self._best.held)
         if self._evaluations.poll() and self._learner is not None:
             self._learner.republish()  # Only now: what is done already would be evaluated once more.
+        self._best.consider(self._evaluations.results.values())
+        self._best.poll()
         self._fleet.poll()
         if self._learner is not None:
             self._learner.poll()
@@ -314,7 +319,9 @@ class Supervisor:
         self._services.log_buffer({**stats, "reward/error_fraction": errors / samples if samples else 0.0})
 
     def _await_evaluations(self, stop: StopSignal, terminal: Terminal) -> None:
-        """Turns until no evaluation is open, as the board says from now on, or none comes any further."""
+        """Turns until no evaluation is open, as the board says from now on, and the best version is written,
+        or none comes any further.
+        """
         timeout_s, seen = self._config.run.timeout_s, None
         deadline_s = time.monotonic() + timeout_s
         last_word = self._services.calls.start(self._services.board.evaluations(0))
@@ -322,8 +329,9 @@ class Supervisor:
         while not stop.name:
             if not is_told and last_word.is_done():
                 self._evaluations.take(*last_word.result())
+                self._best.consider(self._evaluations.results.values())
                 is_told = True
-            if is_told and not self._evaluations.open:
+            if is_told and not self._evaluations.open and not self._best.is_busy:
                 return
             view = self._services.view.value
             generated = view and [actor.get("tokens_under_way") for actor in view["actors"].values()]
@@ -399,6 +407,7 @@ class Supervisor:
             stats=stats,
             deaths=self._deaths,
             stopped=stopped,
+            best=self._best.kept,
         )
 
     def _write_summary(self, summary: Mapping[str, Any]) -> None:

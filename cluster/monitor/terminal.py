@@ -274,9 +274,10 @@ def summary_screen(summary: Mapping[str, Any]) -> str:
     errors = {name: count for name, count in (summary.get("errors") or {}).items() if count}
     suites = {name: course for name, course in (summary.get("suites") or {}).items() if name != HELD_OUT}
     solve_rate = f"{number('base_solve_rate', 3)} -> {number('final_solve_rate', 3)}{version}"
-    rows = [
-        *([] if suites and summary.get("final_solve_rate") is None else [("solve rate", solve_rate)]),
-        *((name, _course(course)) for name, course in suites.items()),
+    rows = [(name, _course(course)) for name, course in suites.items()]
+    if not suites or summary.get("final_solve_rate") is not None:
+        rows = [("solve rate", solve_rate), *rows]
+    rows += [
         ("staleness", f"mean {number('staleness_mean', 2)}, max {number('staleness_max', 0)} learner steps"),
         ("steps", f"{_count(summary.get('steps'))} in {duration(summary.get('wall_s'))}"),
         (
@@ -285,6 +286,7 @@ def summary_screen(summary: Mapping[str, Any]) -> str:
         ),
         ("errors", ", ".join(f"{name} {figure(count, 0)}" for name, count in errors.items()) or "none"),
         ("policy", policy or "-"),
+        *(("best", _best(best)) for best in [summary.get("best")] if best),
         ("report", summary.get("report") or "-"),
         ("run", run_dir or "-"),
         ("W&B", summary.get("wandb_mode") or "-"),
@@ -296,6 +298,10 @@ def summary_screen(summary: Mapping[str, Any]) -> str:
     outcome = f"stopped: {stopped}" if stopped else "finished"
     lines = [f"{summary.get('name') or '-'} {outcome}", *(f"  {label:<11}{value}" for label, value in rows)]
     return "\n".join(lines)
+
+
+def _best(best: Mapping[str, Any]) -> str:
+    return f"{best['dir']}: {best['metric']} {figure(best['value'], 3)} at v{_count(best['policy_version'])}"
 
 
 def _course(course: Mapping[str, Any]) -> str:

@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from core.config import LearnerConfig, ModelConfig
+from core.config import Config, LearnerConfig, ModelConfig
 from core.errors import CheckpointError
+from core.json_lines import replace_json
 from learner.catalogue import parse_text
 from learner.checkpoints.checkpoint import (
     Checkpoint,
@@ -36,7 +37,7 @@ from learner.checkpoints.checkpoint import (
     write_tensors,
 )
 from learner.policy.file_weights import Unit, file_units, wider_first
-from learner.policy.lora import Weight, adapters_by_weight, merged
+from learner.policy.lora import Weight, adapters_by_weight, merged, name_in_memory
 from learner.policy.model_files import write_model_files
 
 SHARD_BYTES = 2 * 2**30
@@ -77,9 +78,10 @@ def write_model(
     entries: Sequence[TensorEntry],
     tensors: Iterable[Tensor],
     shard_bytes: int = SHARD_BYTES,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes `tensors`, in the order of `entries`, with everything else of `model.path` that a policy needs:
-    whole or not at all.
+    whole or not at all. `notes` are JSON files beside them, by name.
 
     What was in `out_dir` goes. Raises OSError.
     """
@@ -88,10 +90,71 @@ def write_model(
     try:
         _write_shards(aside, entries, iter(tensors), shard_bytes)
         write_model_files(aside, model)
+        for name, note in (notes or {}).items():
+            replace_json(aside / name, note)
         replace_directory(aside, out_dir)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def write_snapshot(
+    out_dir: Path,
+    config: Config,
+    weights: Sequence[tuple[str, Tensor]],
+    notes: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Writes the weights of a snapshot, as the learner publishes them, as `write_model` does.
+
+    Adapters that were published alone are added to the base first. Raises CheckpointError when the base's
+    files cannot be read, ConfigError when they are gone, OSError when the disk is full.
+    """
+    if config.weights.transport == "adapters":
+        held = _PublishedAdapters(weights)
+        units = wider_first(file_units(_empty_module(held, config.model)))
+        entries = [entry for unit in units for entry in unit.entries]
+        tensors = _merged_weights(held, config.model, config.learner, units)
+    else:
+        ordered = sorted(weights, key=lambda named: -named[1].dtype.itemsize)
+        entries = [_entry(name, tensor) for name, tensor in ordered]
+        tensors = (tensor for _, tensor in ordered)
+    write_model(out_dir, config.model, entries, tensors, notes=notes)
+
+
+class _Held(Protocol):
+    """What holds a policy's tensors: a checkpoint, or adapters that were published."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is, for messages."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """What it holds, by key."""
+        ...
+
+    def read(self, key: str) -> Tensor:
+        """Returns a tensor, flattened or in its shape."""
+        ...
+
+
+class _PublishedAdapters:
+    """The adapters of a snapshot, by the keys that a checkpoint has."""
+
+    path = Path("the snapshot")
+
+    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._weights = {WEIGHTS + name_in_memory(name): tensor for name, tensor in weights}
+        self.tensors = {key: _entry(key, tensor) for key, tensor in self._weights.items()}
+
+    def read(self, key: str) -> Tensor:
+        """Returns an adapter's A or B."""
+        return self._weights[key]
+
+
+def _entry(key: str, tensor: Tensor) -> TensorEntry:
+    return TensorEntry(key, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
 def _open(run_dir: str | Path, step: int | None) -> Checkpoint:
@@ -112,7 +175,7 @@ def _open(run_dir: str | Path, step: int | None) -> Checkpoint:
     return Checkpoint(path, verify(path))
 
 
-def _empty_module(checkpoint: Checkpoint, model: ModelConfig) -> Any:
+def _empty_module(checkpoint: _Held, model: ModelConfig) -> Any:
     """Returns the model on torch's meta device: it knows what its tensors are called in the files that lie at
     `model.path`.
     """
@@ -159,7 +222,7 @@ def _key(weight: Weight) -> str:
 
 
 def _merged_weights(
-    checkpoint: Checkpoint, model: ModelConfig, learner: LearnerConfig, units: Sequence[Unit]
+    checkpoint: _Held, model: ModelConfig, learner: LearnerConfig, units: Sequence[Unit]
 ) -> Iterator[Tensor]:
     """Returns the base's tensors, each with its adapter added as the learner adds it: in its dtype and by its
     formula.
@@ -202,7 +265,7 @@ def _merged_weights(
     return tensors()
 
 
-def _base_files(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
+def _base_files(checkpoint: _Held, path: str) -> dict[str, Any]:
     """Maps each tensor of the model at `path`, a directory or in the hub's cache, to its open safetensors
     file, in the order of names.
     """

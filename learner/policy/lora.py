@@ -32,6 +32,7 @@ from core.model_shape import adapted_layers
 
 ADAPTER = "default"
 _OF_BASE = ".base_layer."
+_PEFT_PREFIX = "base_model.model."
 _A, _B = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 
@@ -109,7 +110,12 @@ def adapters_of(module: Any) -> Iterator[Weight]:
     """Yields the adapters alone, as weights by the names that peft's files have."""
     for name, parameter in module.named_parameters():
         if is_adapter(name):
-            yield Weight(f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}", parameter)
+            yield Weight(_PEFT_PREFIX + name.replace(f".{ADAPTER}.", "."), parameter)
+
+
+def name_in_memory(name: str) -> str:
+    """Returns the name that an adapter's parameter has in the module, of the one that peft's files have."""
+    return f"{name.removeprefix(_PEFT_PREFIX).removesuffix('.weight')}.{ADAPTER}.weight"
 
 
 def weights_of(module: Any) -> Iterator[Weight]:

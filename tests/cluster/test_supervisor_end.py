@@ -22,6 +22,7 @@ class Open:
 
     def __init__(self) -> None:
         self.open: set[int] = {LAST}
+        self.results: dict[tuple[str, int], Any] = {}
 
     def take(self, is_open: Sequence[int], results: Sequence[Any]) -> None:
         self.open = set(is_open)
@@ -38,6 +39,7 @@ def ending(
     made: Any = object.__new__(Supervisor)
     made._config = SimpleNamespace(run=SimpleNamespace(timeout_s=0.5))
     made._evaluations, made.turns = Open(), 0
+    made._best = SimpleNamespace(is_busy=False, consider=lambda results: None)
     made._services = SimpleNamespace(
         calls=SimpleNamespace(start=lambda call: Pending(answer, "the board", 60.0)),
         board=SimpleNamespace(evaluations=lambda known: None),

@@ -139,6 +139,7 @@ class Bench:
                 config.run,
                 {suite: SuiteSize(len(held), samples[suite]) for suite, held in self.eval_prompts.items()},
                 lambda *found: self.evaluations.append(found),
+                kept_suite=(config.eval.keep_best or "").partition("/")[0],
             )
         )
         self.monitor = self._serve(lambda: self.told)

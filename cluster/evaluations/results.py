@@ -7,10 +7,8 @@ what was done before a kill in the middle of several suites, either.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
 from typing import TypeAlias
 
-from cluster.monitor.report import read_evaluations
 from cluster.services import Services
 from core.calls import Call, Polled
 from core.evaluation.records import Evaluation
@@ -25,16 +23,22 @@ class Evaluations:
     results   all that are known, by suite and version: of earlier starts, then as they came
     """
 
-    def __init__(self, services: Services, run_dir: Path, suites: Collection[str], last_version: int) -> None:
-        """`last_version` is the one after the last step: its evaluation on all `suites` is waited for at the
-        end.
+    def __init__(
+        self,
+        services: Services,
+        earlier: Iterable[Evaluation],
+        suites: Collection[str],
+        last_version: int,
+    ) -> None:
+        """`earlier` are the results of earlier starts. `last_version` is the one after the last step: its
+        evaluation on all `suites` is waited for at the end.
         """
         self._services = services
         self._last = [(suite, last_version) for suite in suites]
         self._polled = Polled(services.calls, self._ask)
         self._open: Sequence[Key] = ()
         self._is_last_begun = False
-        self.results = _by_key(read_evaluations(run_dir))
+        self.results = _by_key(earlier)
         self._restoring = services.restore_board(list(self.results.values())) if self.results else None
 
     @property
