@@ -102,7 +102,7 @@ class Evaluating:
         key = repr(suite.functions)
         if key not in self._scorers:
             own = rewards.model_copy(update={"functions": dict(suite.functions)})
-            self._scorers[key] = LateScorer(partial(Scorer, own))
+            self._scorers[key] = LateScorer(partial(Scorer, own, self._run_scorer.models_for))
         return self._scorers[key]
 
 

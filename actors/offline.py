@@ -15,7 +15,8 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -26,6 +27,8 @@ from actors.exchange import RETRY_S
 from actors.heartbeat import Heartbeat
 from actors.messages import text_problems
 from actors.prompts import PromptRow, PromptSet, render_rows
+from actors.reward_model import RewardModelClient
+from actors.reward_model.asked import ModelRewards
 from actors.scored import group_of, with_scores
 from actors.scoring import Scorer
 from actors.sources import TRAIN_SPLIT, kind_of, read_source, report_bad_rows
@@ -303,16 +306,19 @@ class OfflineActor(Heartbeat):
         buffer: BufferClient,
         board: BoardClient,
         monitor: MonitorClient,
+        models: Mapping[str, RewardModelClient] | None = None,
         *,
         scores_all: bool = False,
     ) -> None:
-        """Takes its peers; `scores_all` scores what has a reward too: a vote needs the answers of all."""
+        """Takes its peers, and the hosted reward models; `scores_all` scores what has a reward too: a vote
+        needs the answers of all.
+        """
         self._name, self._config, self._prompts = name, config, prompts
         self._buffer, self._board, self._monitor = buffer, board, monitor
-        self._scorer = Scorer(config.rewards)
+        self._calls = Calls(config.run.timeout_s, monitor.event, name=name)
+        self._scorer = Scorer(config.rewards, partial(ModelRewards, clients=models or {}, calls=self._calls))
         self._scores_all = scores_all
         self._version = -1
-        self._calls = Calls(config.run.timeout_s, monitor.event, name=name)
         self._counters = dict.fromkeys(
             ("groups", "samples", "errors", "insert_retries", "leases_refused", "wait_admission_s"), 0.0
         )

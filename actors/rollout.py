@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, cast
 
 import msgspec
@@ -38,6 +39,8 @@ from actors.offline import choose_samples
 from actors.playing.player import Player, make_player
 from actors.prompts import PromptSet
 from actors.receiver import Receiver, Receiving
+from actors.reward_model import RewardModelClient
+from actors.reward_model.asked import ModelRewards
 from actors.scored import group_of
 from actors.scoring import Scorer, Scoring
 from buffer.client import BufferClient
@@ -70,15 +73,17 @@ class RolloutActor(Heartbeat):
         buffer: BufferClient,
         board: BoardClient,
         monitor: MonitorClient,
+        models: Mapping[str, RewardModelClient] | None = None,
     ) -> None:
+        """Takes its peers; `models` are the hosted reward models by their names in the config."""
         self._name, self._config = name, config
         self._prompts = prompts
         self._buffer, self._board, self._monitor = buffer, board, monitor
-        scorer = Scorer(config.rewards)
+        self._calls = Calls(config.run.timeout_s, monitor.event, name=name)
+        scorer = Scorer(config.rewards, partial(ModelRewards, clients=models or {}, calls=self._calls))
         self._scoring = Scoring(scorer)
         self._engine = self._make_engine()
         self._groups = Groups(self._engine, config.actors, player=self._make_player())
-        self._calls = Calls(config.run.timeout_s, monitor.event, name=name)
         self._follower = Follower(name, config, board, self._calls)
         self._receiver = self._make_receiver()
         self._outbox = Outbox(self._calls)

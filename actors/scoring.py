@@ -14,6 +14,7 @@ from typing import Protocol
 
 from actors.groups import OpenGroup
 from actors.prompts import PromptRow
+from actors.reward_model.asked import ModelsFor, no_models
 from actors.scored import with_scores
 from core.config import RewardsConfig
 from core.records import Sample
@@ -32,10 +33,14 @@ class Scores(Protocol):
 class Scorer:
     """Asks what samples are worth. Example: `Scorer(config.rewards).score(prompt, samples).result()`.
 
-    The constructor raises RewardError, in one line, when a reward function cannot be loaded.
+    The constructor raises RewardError, in one line, when a reward function cannot be loaded or a reward model
+    is not hosted.
     """
 
-    def __init__(self, config: RewardsConfig) -> None:
+    def __init__(self, config: RewardsConfig, models_for: ModelsFor = no_models) -> None:
+        """`models_for` gives, for functions and their weights, who asks the reward models among them."""
+        self.models_for = models_for
+        self._models = models_for(config.functions)
         self._pool = RewardPool(config)
 
     def score(self, prompt: PromptRow, samples: Sequence[Sample]) -> Future[list[Scored]]:
@@ -43,7 +48,8 @@ class Scorer:
         if samples:
             texts = [sample.text for sample in samples]
             own = {"num_tokens": [sample.num_sampled for sample in samples]}
-            return self._pool.submit(prompt.text, texts, prompt.columns, own)
+            local = self._pool.submit(prompt.text, texts, prompt.columns, own)
+            return self._models.added_to(local, prompt, samples) if self._models else local
         nothing: Future[list[Scored]] = Future()
         nothing.set_result([])
         return nothing

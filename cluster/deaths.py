@@ -93,7 +93,14 @@ MONITOR = ProcessKind(
     held="the rates of the last seconds, and calls that were under way",
     done="Ray starts it again; it goes on in its files, with the newest row and the one that it held back",
 )
-KINDS = (ACTOR, RANK, SHARD, BOARD, MONITOR)
+REWARD_MODEL = ProcessKind(
+    "reward model",
+    noticed="Ray has made another process in its place, which answers under a new process id",
+    held="conversations that waited for their rewards",
+    done="Ray starts it again, where there is room, and repeats the calls that were under way; samples whose time is up"
+    " meanwhile are errors",
+)
+KINDS = (ACTOR, RANK, SHARD, BOARD, MONITOR, REWARD_MODEL)
 
 ENDS = (
     (

@@ -1,9 +1,10 @@
-"""Monitor, replay buffer and board of a run: Ray actors that reserve no CPU, and that everybody else talks
-to.
+"""Monitor, replay buffer, board and reward models of a run: Ray actors that everybody else talks to. All but
+the reward models reserve no CPU.
 
 Monitor and buffer write into the run directory and stay on the driver's node. Each of them that is killed
 comes back by itself, and Ray repeats the calls that were under way: a buffer shard with all it acknowledged,
-the monitor with what its files say, the board empty, to be told again (`restore_board`).
+the monitor with what its files say, the board empty, to be told again (`restore_board`), a reward model as
+it was.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import Any
 
 import ray
 
+from actors.reward_model import RewardModel, RewardModelClient
 from buffer.client import BufferClient, connect_buffer
 from buffer.server import ReplayBuffer
 from buffer.store import DiskFullError
 from cluster.deaths import BOARD as BOARD_KIND
 from cluster.deaths import MONITOR as MONITOR_KIND
-from cluster.deaths import SHARD, Deaths, ProcessKind
+from cluster.deaths import REWARD_MODEL, SHARD, Deaths, ProcessKind
 from cluster.monitor.monitor import Monitor
 from cluster.monitor.reporting_board import ReportingBoard
 from cluster.preparation.prepare import Inputs
@@ -35,8 +37,9 @@ from core.monitor_client import MONITOR, MonitorClient
 from core.newest import MAX_GONE, Newest
 from core.own_warnings import OwnWarnings
 from core.process_log import ProcessLog, make_log_folder, role_of
-from core.processes import Whereabouts, cause_of_pid, on_this_node, remote, whereabouts
+from core.processes import Whereabouts, cause_of_pid, on_this_node, remote, threads, whereabouts
 from core.weights.board import BOARD, BoardClient, Retirement
+from rewards.hosted import HostedModel, models_of, path_of
 
 _log = logging.getLogger(__name__)
 
@@ -94,6 +97,10 @@ class Services:
         }
         kept_suite = (config.eval.keep_best or "").partition("/")[0]
         self.board = BoardClient(board_class.remote(config.run, sizes, name, kept_suite), BOARD)
+        self.reward_models = {
+            name: self._host(number, name, model)
+            for number, (name, model) in enumerate(models_of(config).items())
+        }
         self.stats = Polled(self.calls, self.buffer.stats)
         self.view = Polled(self.calls, self.monitor.view)
         self._lives = [
@@ -103,7 +110,25 @@ class Services:
             ),
             self._life("board", BOARD_KIND, self.board),
             self._life("monitor", MONITOR_KIND, self.monitor),
+            *(
+                self._life(f"reward-model-{number}", REWARD_MODEL, client)
+                for number, client in enumerate(self.reward_models.values())
+            ),
         ]
+
+    def _host(self, number: int, name: str, model: HostedModel) -> RewardModelClient:
+        """Starts the process of a reward model, where its CPUs and GPUs are free; not waited for."""
+        model_class = remote(RewardModel, self.log_of(f"reward-model-{number}")).options(
+            num_cpus=model.num_cpus,
+            num_gpus=model.num_gpus,
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=1000,
+            runtime_env=threads(model.num_cpus),
+        )
+        return RewardModelClient(
+            model_class.remote(name, model, path_of(name)), f"the reward model {path_of(name)}"
+        )
 
     def _life(self, name: str, kind: ProcessKind, client: Client) -> _Life:
         return _Life(name, kind, Polled(self.calls, partial(client.inside, whereabouts)))
@@ -112,6 +137,11 @@ class Services:
     def peers(self) -> tuple[BufferClient, BoardClient, MonitorClient]:
         """What actors and ranks get: buffer, board, monitor."""
         return self.buffer, self.board, self.monitor
+
+    @property
+    def num_models_loading(self) -> int:
+        """How many reward models are not ready yet."""
+        return sum(life.known is None for life in self._lives if life.kind is REWARD_MODEL)
 
     def log_of(self, name: str) -> ProcessLog:
         """Says where the process `name` writes; its warnings go to the monitor."""
@@ -153,7 +183,7 @@ class Services:
             return False
         kind = life.kind
         cause = self._deaths.note(kind, life.name, cause_of_pid(before.pid), where=before)
-        who = kind.together or kind.name
+        who = kind.together or (life.name if kind is REWARD_MODEL else kind.name)
         number = ordinal(self._deaths.total(kind))
         stats = self.stats.value or {}
         found = f", {stats.get('buffer/groups', 0):.0f} groups recovered" if kind is SHARD else ""
@@ -205,7 +235,7 @@ class Services:
     def kill(self) -> None:
         """Ends them all at once."""
         self._warnings.close()
-        for client in (*self.buffer.shards, self.board, self.monitor):
+        for client in (*self.buffer.shards, self.board, self.monitor, *self.reward_models.values()):
             ray.kill(client.handle)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
@@ -17,22 +17,26 @@ from cluster.preparation.prepare import repository_root
 from cluster.preparation.surroundings import cluster_address
 from core.config import ActorsConfig, LearnerConfig
 from core.errors import PlacementError
+from rewards.hosted import HostedModel
 
 ROOM_FOR_ACTORS = 8
 
 
-def logical_cpus(actors: ActorsConfig, learner: LearnerConfig) -> int:
+def logical_cpus(actors: ActorsConfig, learner: LearnerConfig, models: Iterable[HostedModel] = ()) -> int:
     """Returns the CPUs that a local Ray is told it has.
 
     A machine with fewer cores than asked for still runs it, only slower, and has room for scaling.
     """
     most_actors = max(actors.fewest, actors.most or ROOM_FOR_ACTORS)
     asked = learner.ranks * learner.num_cpus + most_actors * actors.num_cpus
+    asked += sum(model.num_cpus for model in models)
     return max(os.cpu_count() or 1, int(asked + 0.999))
 
 
 @contextlib.contextmanager
-def ray_session(actors: ActorsConfig, learner: LearnerConfig) -> Iterator[None]:
+def ray_session(
+    actors: ActorsConfig, learner: LearnerConfig, models: Iterable[HostedModel] = ()
+) -> Iterator[None]:
     """Keeps a connection to the cluster that RAY_ADDRESS names, else to a local Ray of our own that ends with
     the run.
 
@@ -55,7 +59,7 @@ def ray_session(actors: ActorsConfig, learner: LearnerConfig) -> Iterator[None]:
                         [str(repository_root()), *filter(None, [os.environ.get("PYTHONPATH")])]
                     )
                 }
-                cpus = logical_cpus(actors, learner)
+                cpus = logical_cpus(actors, learner, models)
                 ray.init(
                     address="local",
                     num_cpus=cpus,

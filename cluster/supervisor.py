@@ -1,6 +1,6 @@
 """The driver of a run: starts every part, watches them, ends them in order.
 
-    monitor, buffer, board   services.py      no CPU reserved; Ray starts them again
+    monitor, buffer, board   services.py      no CPU reserved; Ray starts them again, and reward models too
     learner ranks            learner.py       one placement group for all; all start again from a checkpoint when one dies
     rollout actors           fleet.py         one placement group each: placed, replaced, scaled while the run goes on
     offline actor            fleet.py         one, no CPU reserved, where all samples are offline; the others then only evaluate
@@ -113,6 +113,9 @@ class Supervisor:
         # Before the actors, which take what is left.
         if not self._await(lambda: self._learner_is("loading", "training"), stop, terminal):
             return
+        # Else the first groups would wait for their rewards while their time runs.
+        if not self._await(lambda: not self._services.num_models_loading, stop, terminal):
+            return
         if self._config.is_offline:
             self._fleet.add_feeder(Kind(self._spawn_feeder, is_placed=False))
         self._fleet.scale_to(self._config.actors.fewest)
@@ -162,6 +165,8 @@ class Supervisor:
         waits = []
         if self._learner is not None and not self._learner_is("training"):
             waits.append(f"the learner is {self._learner.state}")
+        if num_models := self._services.num_models_loading:
+            waits.append(f"{num_models} reward model{'s' * (num_models > 1)} loading")
         if num_loading := len(self._fleet.rollout_names("waiting for placement", "loading")):
             waits.append(f"{num_loading} of {self._fleet.target} actors are loading")
         self._services.event(
@@ -191,7 +196,12 @@ class Supervisor:
             max_concurrency=num_threads, runtime_env=threads(num_cpus, engine=True), **options
         )
         return actor_class.remote(
-            name, self._config, inputs.prompts, inputs.eval_prompts, *self._services.peers
+            name,
+            self._config,
+            inputs.prompts,
+            inputs.eval_prompts,
+            *self._services.peers,
+            self._services.reward_models,
         )
 
     def _spawn_feeder(self, name: str, options: dict[str, Any]) -> Any:
@@ -199,7 +209,7 @@ class Supervisor:
             runtime_env=threads(1), **options
         )
         config, scores_all = self._config.without_knobs(), self._config.objective.compares_answers
-        prompts, peers = self._inputs.prompts, self._services.peers
+        prompts, peers = self._inputs.prompts, (*self._services.peers, self._services.reward_models)
         return actor_class.remote(name, config, prompts, *peers, scores_all=scores_all)
 
     # --- turns ---

@@ -18,6 +18,7 @@ from core.config import Config
 from core.errors import AgroError, ConfigError
 from core.process_log import begin_driver_log
 from core.progress import say
+from rewards.hosted import models_of
 
 
 def train(config: Config, stop: StopSignal) -> dict[str, Any]:
@@ -37,12 +38,13 @@ def _run(inputs: Inputs, stop: StopSignal) -> dict[str, Any]:
     say(f"run directory {inputs.run_dir}")
     stop.end_in_order(f"the same command with run.dir={inputs.run_dir}")
     say("starting Ray" if cluster_address() is None else f"joining the cluster at {cluster_address()}")
-    with ray_session(config.actors, config.learner):
+    models = models_of(config).values()
+    with ray_session(config.actors, config.learner, models):
         say("starting the processes of the run")
         stop.raise_if_asked()
         warnings = [
             *config.warnings(),
-            *placement.check(placement.bundles(config.actors, config.learner), placement.ask_ray()),
+            *placement.check(placement.bundles(config.actors, config.learner, models), placement.ask_ray()),
         ]
         supervisor = _supervisor(inputs)
         try:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from core.errors import RewardError
+from rewards.registry import read_name
 from rewards.scoring import Scored, shorten
 from rewards.worker import FunctionSpec, MemoryExceeded, Worker
 
@@ -64,7 +65,11 @@ class RewardPool:
         self._lock = threading.Lock()
         self._closed = False
         self.num_scored = self.num_errors = self.num_timeouts = self.num_crashes = 0
-        specs = [FunctionSpec(name, weight) for name, weight in config.functions.items()]
+        specs = [
+            FunctionSpec(name, weight)
+            for name, weight in config.functions.items()
+            if read_name(name).is_local
+        ]
         memory_bytes = round(getattr(config, "memory_gib", MEMORY_GIB) * 2**30)
         self._workers = [
             Worker(msgspec.msgpack.encode(specs), config.timeout_s, memory_bytes) for _ in range(workers)

@@ -22,6 +22,7 @@ from cluster.preparation.prepare import (
 )
 from core.config import Config
 from core.config.evaluation import HELD_OUT
+from rewards.hosted import models_of
 
 NO_PROMPTS = PromptSet(rows=[], num_bad_rows=0, source="none")
 
@@ -32,7 +33,8 @@ def dry_run(config: Config) -> Iterator[str]:
     """
     sys.dont_write_bytecode = True  # Reward functions and recipes are imported.
     quiet_libraries()
-    place = placement.available(config.actors, config.learner)
+    models = models_of(config).values()
+    place = placement.available(config.actors, config.learner, models)
     yield placement.dry_run(config, place)
     yield "checks"
     config = locate_model(config)
@@ -54,7 +56,7 @@ def dry_run(config: Config) -> Iterator[str]:
         yield from _told(check_inputs(config))
         what = "this"
     placement.check(
-        placement.bundles(config.actors, config.learner), place[1]
+        placement.bundles(config.actors, config.learner, models), place[1]
     )  # Its warnings are told above.
     yield f"a start would find nothing wrong with {what} before its engines load"
 

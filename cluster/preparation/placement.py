@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -21,6 +21,7 @@ from cluster.preparation.surroundings import cluster_address
 from core.config import ActorsConfig, Config, LearnerConfig
 from core.config.files import dump_config
 from core.errors import PlacementError
+from rewards.hosted import HostedModel, models_of
 
 Resources: TypeAlias = Mapping[str, float]
 UNLIMITED = 1 << 30
@@ -40,23 +41,33 @@ class Bundle:
 
 
 class Placement(NamedTuple):
-    """The request of a run: a gang of learner ranks, one placement group of `learner.count` bundles, and
-    `actor.count` groups of one.
+    """The request of a run: a gang of learner ranks, one placement group of `learner.count` bundles,
+    `actor.count` groups of one, and reward models, which are placed first.
     """
 
     learner: Bundle
     actor: Bundle
+    models: tuple[Bundle, ...] = ()
+
+    @property
+    def bundles(self) -> tuple[Bundle, ...]:
+        """Returns all of them."""
+        return (self.learner, self.actor, *self.models)
 
     def total(self) -> dict[str, float]:
         """Returns the sum of what is asked, by resource."""
-        return {key: sum(bundle.count * bundle.resources[key] for bundle in self) for key in ("CPU", "GPU")}
+        return {
+            key: sum(bundle.count * bundle.resources[key] for bundle in self.bundles)
+            for key in ("CPU", "GPU")
+        }
 
 
-def bundles(actors: ActorsConfig, learner: LearnerConfig) -> Placement:
-    """Returns what actors and learner ask for."""
+def bundles(actors: ActorsConfig, learner: LearnerConfig, models: Iterable[HostedModel] = ()) -> Placement:
+    """Returns what actors, learner and reward models ask for."""
     return Placement(
         Bundle("learner", learner.ranks, {"CPU": learner.num_cpus, "GPU": learner.num_gpus}),
         Bundle("actor", actors.fewest, {"CPU": actors.num_cpus, "GPU": actors.num_gpus}),
+        tuple(Bundle("reward", 1, {"CPU": model.num_cpus, "GPU": model.num_gpus}) for model in models),
     )
 
 
@@ -67,9 +78,8 @@ def check(placement: Placement, resources: Resources | Sequence[Resources]) -> l
     Raises PlacementError, with what is asked and what there is, when the learner and one actor cannot be
     placed at all. What other jobs hold is not considered, nor nodes that an autoscaler may add.
     """
-    nodes = _as_nodes(resources)
-    learner, actor = placement
-    num_actors = most_actors(nodes, placement)
+    nodes, (learner, actor, models) = _as_nodes(resources), placement
+    num_actors = most_actors(_beside(models, nodes), placement)
     has = f"the cluster has {_in_words(_sum(nodes))} on {len(nodes)} node{'' if len(nodes) == 1 else 's'}"
     if num_actors is None or (actor.count and not num_actors):
         short = _short_of(placement, nodes)
@@ -81,7 +91,7 @@ def check(placement: Placement, resources: Resources | Sequence[Resources]) -> l
         )
         gang = (
             f"a learner of {learner.count} x ({_in_words(learner.resources)}) and at least one actor of "
-            f"({_in_words(actor.resources)})"
+            f"({_in_words(actor.resources)}){_with_models(models)}"
         )
         raise PlacementError(
             f"this run cannot be placed. It asks for {gang}; {has}; {why}.\n"
@@ -106,7 +116,7 @@ def most_actors(nodes: Sequence[Resources], placement: Placement) -> int | None:
 
     It is exact, node by node: the best number of actors for every number of ranks placed so far.
     """
-    learner, actor = placement
+    learner, actor, _ = placement
     best = {0: 0}
     for node in nodes:
         reached: dict[int, int] = {}
@@ -119,6 +129,26 @@ def most_actors(nodes: Sequence[Resources], placement: Placement) -> int | None:
     return best.get(learner.count)
 
 
+def _beside(models: Sequence[Bundle], nodes: Sequence[Resources]) -> list[Resources]:
+    """Returns what is left of the nodes when the reward models have taken theirs, the largest first, each
+    from the first node that has it; nothing where one fits nowhere.
+    """
+    left = [dict(node) for node in nodes]
+    for model in sorted(models, key=lambda model: -max(model.resources.values(), default=0)):
+        node = next((node for node in left if _capacity(node, model)), None)
+        if node is None:
+            return []
+        for key, amount in model.resources.items():
+            node[key] = node.get(key, 0) - amount
+    return [*left]
+
+
+def _with_models(models: Sequence[Bundle]) -> str:
+    if not models:
+        return ""
+    return " and reward models of " + ", ".join(f"({_in_words(model.resources)})" for model in models)
+
+
 def _capacity(node: Resources, bundle: Bundle) -> int:
     """Returns how many of the bundle the node holds; the tolerance is for sums of fractions such as 0.1."""
     fits = [
@@ -129,9 +159,14 @@ def _capacity(node: Resources, bundle: Bundle) -> int:
 
 def _short_of(placement: Placement, nodes: Sequence[Resources]) -> str:
     """Returns which resources are too few in sum for the learner and one actor."""
-    learner, actor = placement
+    learner, actor, models = placement
     has = _sum(nodes)
-    asked = {key: learner.count * learner.resources[key] + actor.resources[key] for key in learner.resources}
+    asked = {
+        key: learner.count * learner.resources[key]
+        + actor.resources[key]
+        + sum(model.resources[key] for model in models)
+        for key in learner.resources
+    }
     return ", ".join(
         f"{key} {has.get(key, 0):g} of {amount:g}"
         for key, amount in asked.items()
@@ -204,9 +239,9 @@ def render(
     """Returns the text of a dry run: bundles, what there is (None: not asked), memory, and every warning."""
     warnings = config.warnings()
     lines = ["placement", f"  {'role':<9}{'count':>5}  each"]
-    for bundle, groups in zip(
-        placement, ("one placement group, all or nothing", "a placement group each"), strict=True
-    ):
+    kinds = ["one placement group, all or nothing", "a placement group each"]
+    kinds += ["for all actors"] * len(placement.models)
+    for bundle, groups in zip(placement.bundles, kinds, strict=True):
         lines.append(f"  {bundle.role:<9}{bundle.count:>5}  {_in_words(bundle.resources):<16}  {groups}")
     lines.append(f"  {'together':<14}  {_in_words(placement.total())}")
     if resources is None:
@@ -237,7 +272,9 @@ def _memory_warnings(config: Config, memory: MemoryEstimate, nodes: Sequence[Res
     return []
 
 
-def available(actors: ActorsConfig, learner: LearnerConfig) -> tuple[str, list[Resources]]:
+def available(
+    actors: ActorsConfig, learner: LearnerConfig, models: Iterable[HostedModel] = ()
+) -> tuple[str, list[Resources]]:
     """Returns where the run would go and what each node there has: the cluster at RAY_ADDRESS, else this
     machine. Starts nothing.
 
@@ -246,10 +283,10 @@ def available(actors: ActorsConfig, learner: LearnerConfig) -> tuple[str, list[R
     if (address := cluster_address()) is not None:
         from cluster.session import ray_session
 
-        with ray_session(actors, learner):
+        with ray_session(actors, learner, models):
             return f"cluster at {address}", [*ask_ray()]
     return "this machine (RAY_ADDRESS names no cluster; logical CPUs as asked)", [
-        this_machine(bundles(actors, learner))
+        this_machine(bundles(actors, learner, models))
     ]
 
 
@@ -257,5 +294,7 @@ def dry_run(config: Config, place: tuple[str, Sequence[Resources]] | None = None
     """Returns the resolved config, as a file that can be given back, and everything `render` says. `place` is
     what `available` found.
     """
-    where, nodes = place or available(config.actors, config.learner)
-    return f"{dump_config(config)}\n{render(config, bundles(config.actors, config.learner), nodes, estimate_memory(config), where)}"
+    models = models_of(config).values()
+    where, nodes = place or available(config.actors, config.learner, models)
+    asked = bundles(config.actors, config.learner, models)
+    return f"{dump_config(config)}\n{render(config, asked, nodes, estimate_memory(config), where)}"

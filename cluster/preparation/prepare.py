@@ -23,6 +23,7 @@ from typing import Any
 from actors.dataset.template_options import option_notes
 from actors.offline import load_offline
 from actors.prompts import PromptSet, load_prompts
+from actors.reward_model import check_classifier
 from actors.sources import TRAIN_SPLIT, split_of
 from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, project_of, wandb_mode, wandb_project
 from cluster.preparation.model_checks import check_model, lora_notes
@@ -40,6 +41,7 @@ from core.tokenizer import end_token_ids, end_token_notes, load_tokenizer, vocab
 from learner.objectives import load_objective
 from learner.policy.model_files import check_model_files
 from rewards.check import check_functions, start_notes
+from rewards.hosted import HostedModel, models_of, path_of
 from rewards.registry import look_in_working_directory
 
 HUB_TIMEOUT_S = 20.0
@@ -171,6 +173,7 @@ def check_named(config: Config) -> None:
     """
     check_functions(config.rewards)
     check_suites(config)
+    check_reward_models(models_of(config))
     check_needs(config, load_objective(config.objective).needs)
     check_progress(config)
     data = config.data
@@ -186,6 +189,15 @@ def check_named(config: Config) -> None:
                 f"{field} = {path}: no such file or directory (seen from {Path.cwd()}). Give "
                 "another path, or a hub id."
             )
+
+
+def check_reward_models(models: Mapping[str, HostedModel]) -> None:
+    """Raises RewardError or ConfigError where a reward model is not there, or is no sequence classifier."""
+    for name, model in models.items():
+        path = path_of(name)
+        if not path.startswith(("/", ".", "~")) and not os.path.exists(path):
+            check_hub_id(path, f"reward function {name!r}: the model")
+        check_classifier(name, model, path)
 
 
 def check_progress(config: Config) -> None:
@@ -268,7 +280,7 @@ def locate_model(config: Config) -> Config:
     return config.model_copy(update={"model": model.model_copy(update={"path": str(path.resolve())})})
 
 
-def check_hub_id(name: str) -> None:
+def check_hub_id(name: str, key: str = "model.path") -> None:
     """Raises ConfigError when the hub has no such model, or cannot be asked while nothing of it is in
     the cache.
     """
@@ -291,7 +303,7 @@ def check_hub_id(name: str) -> None:
         reason = f"the hub cannot be asked ({told})"
     path = Path(name)
     raise ConfigError(
-        f"model.path = {name}: there is no directory {path.absolute()}{_nearest(path)} As a hub id: "
+        f"{key} = {name}: there is no directory {path.absolute()}{_nearest(path)} As a hub id: "
         f"{reason}. "
         "Give a Hugging Face directory, or a hub id this machine can reach."
     )

@@ -17,7 +17,7 @@ class RewardsConfig(Section):
         {},
         description="Functions and their weights; the reward is the weighted sum. A name is built in "
         "(`exact_match`, `math_verify`, `reasoning_gym`, `overlong`, `python_tests`, ...; some take "
-        "parameters, `'python_tests?timeout_s=5'`), or "
+        "parameters, `'python_tests?timeout_s=5'`), or `reward_model:PATH`, a hosted classifier, or "
         "`module:function`, or `environment`, the environment's own reward (alone where none is named and "
         "there are `environments`). `'module:function?messages'` gets prompts and completions as lists of "
         "messages, as one does whose annotation of `completions` says so, and not as text.",

@@ -25,6 +25,7 @@ def test_the_docs_show_the_table_as_the_code_has_it() -> None:
         "buffer shard",
         "board",
         "monitor",
+        "reward model",
     ]
 
 

@@ -1,0 +1,173 @@
+"""What reward models say of samples: each is asked once a group, beside the reward functions.
+
+samples --conversation_of--> messages --RewardModelClient--> a number each
+                                               |-- no answer in time, a dead model, no score: errors
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+from actors.messages import clean_messages
+from actors.prompts import PromptRow
+from actors.reward_model import RewardModelClient, Value
+from core.calls import Call, Calls
+from core.errors import AgroError, RewardError
+from core.records import Sample
+from rewards.hosted import hosted_models
+from rewards.scoring import Scored, shorten
+
+T = TypeVar("T")
+
+
+class AskedModel(NamedTuple):
+    """A reward model that was asked about a group: its name in the config, its weight, what it will say."""
+
+    name: str
+    weight: float
+    values: Future[list[Value]]
+
+
+class ModelRewards:
+    """Asks the reward models among `functions` (weights by name).
+
+    num_timeouts   groups that a model did not answer in time
+    num_failures   groups for which it could not be asked: it died, or raised
+    """
+
+    def __init__(
+        self, functions: Mapping[str, float], clients: Mapping[str, RewardModelClient], calls: Calls | None
+    ) -> None:
+        """Raises RewardError for a model that is not among `clients`; without any, `calls` may be None."""
+        self._models = hosted_models(functions)
+        if missing := [name for name in self._models if name not in clients]:
+            raise RewardError(f"reward function {missing[0]!r}: its model is not hosted here, as in a run")
+        self._weights, self._clients, self._calls = functions, clients, calls
+        self._lock = threading.Lock()
+        self.num_timeouts = self.num_failures = 0
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def ask(self, prompt: PromptRow, samples: Sequence[Sample]) -> list[AskedModel]:
+        """Asks every model. The values are per sample, in order: its reward, not weighted, or why there is
+        none. No future has an exception, and each ends within the model's `timeout_s`.
+        """
+        conversations = [conversation_of(prompt, sample) for sample in samples]
+        return [
+            AskedModel(name, self._weights[name], self._ask(name, conversations, model.timeout_s))
+            for name, model in self._models.items()
+        ]
+
+    def added_to(
+        self, scored: Future[list[Scored]], prompt: PromptRow, samples: Sequence[Sample]
+    ) -> Future[list[Scored]]:
+        """Returns a future of what functions said, with what the models say added."""
+        asked, done = self.ask(prompt, samples), Future[list[Scored]]()
+        parts = gathered([model.values for model in asked])
+
+        def add(_: object) -> None:
+            done.set_result(_sums(scored.result(), asked, parts.result()))
+
+        # One after the other: both are there when the last callback runs.
+        scored.add_done_callback(lambda _: parts.add_done_callback(add))
+        return done
+
+    def _ask(
+        self, name: str, conversations: list[list[dict[str, Any]]], timeout_s: float
+    ) -> Future[list[Value]]:
+        client, num = self._clients[name], len(conversations)
+
+        async def answer() -> list[Value]:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    values = await client.score(conversations)
+            except TimeoutError:
+                self._count(is_late=True)
+                return [f"{name} did not answer within {timeout_s:g} s (timeout_s behind its ?)"] * num
+            except AgroError as error:
+                self._count(is_late=False)
+                return [shorten(f"{name} failed: {' '.join(str(error).split())}")] * num
+            if len(values) != num:
+                return [f"{name} gave {len(values)} values for {num} conversations"] * num
+            return [value if isinstance(value, float) else shorten(f"{name}: {value}") for value in values]
+
+        assert self._calls is not None
+        return self._calls.start(Call(client.who, "score", answer), math.inf).future
+
+    def _count(self, *, is_late: bool) -> None:
+        with self._lock:
+            self.num_timeouts += is_late
+            self.num_failures += not is_late
+
+
+ModelsFor: TypeAlias = Callable[[Mapping[str, float]], ModelRewards]
+"""Gives who asks the reward models among functions (weights by name)."""
+
+
+def no_models(functions: Mapping[str, float]) -> ModelRewards:
+    """Returns who asks no reward model. Raises RewardError where `functions` name one."""
+    return ModelRewards(functions, {}, None)
+
+
+def conversation_of(prompt: PromptRow, sample: Sample) -> list[dict[str, Any]]:
+    """Returns what was said, as messages: the prompt's, then what the sample says, and is told."""
+    said = sample.transcript or (("assistant", sample.text),)
+    return [*_asked(prompt), *({"role": role, "content": text} for role, text in said)]
+
+
+def gathered(futures: Sequence[Future[T]]) -> Future[list[T]]:
+    """Returns a future of all their results, in order, which is done when the last of them is. None of them
+    may have an exception.
+    """
+    done: Future[list[T]] = Future()
+    lock, left = threading.Lock(), len(futures)
+
+    def look(_: Future[T]) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            is_last = not left
+        if is_last:
+            done.set_result([future.result() for future in futures])
+
+    if not futures:
+        done.set_result([])
+    for future in futures:
+        future.add_done_callback(look)
+    return done
+
+
+def _sums(
+    scored: Sequence[Scored], asked: Sequence[AskedModel], values: Sequence[Sequence[Value]]
+) -> list[Scored]:
+    """Returns the rewards of functions and models together; an error of any is the sample's."""
+    sums = []
+    for place, local in enumerate(scored):
+        given = [of_model[place] for of_model in values]
+        errors = [value for value in (local.error, *given) if isinstance(value, str)]
+        if errors:
+            sums.append(Scored(error=shorten("; ".join(errors)), answer=local.answer))
+            continue
+        terms = [
+            model.weight * value
+            for model, value in zip(asked, given, strict=True)
+            if not isinstance(value, str)
+        ]
+        sums.append(Scored(math.fsum([local.reward or 0.0, *terms]), answer=local.answer))
+    return sums
+
+
+def _asked(prompt: PromptRow) -> list[dict[str, Any]]:
+    if prompt.messages is not None:
+        return [dict(message) for message in prompt.messages]
+    columns = prompt.columns
+    found = next((columns[name] for name in ("prompt", "question") if name in columns), prompt.text)
+    if hasattr(found, "tolist"):
+        found = found.tolist()
+    return clean_messages(found) if isinstance(found, list) else [{"role": "user", "content": found}]

@@ -1,0 +1,116 @@
+"""What reward models say joins what functions say; late, dead and silent ones cost their samples, and are
+counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from actors.prompts import PromptRow
+from actors.reward_model import RewardModelClient
+from actors.reward_model.asked import ModelRewards, conversation_of, gathered
+from core.calls import Calls, Local
+from core.errors import RewardError, TrainingError
+from core.records import Sample
+from rewards.scoring import Scored
+
+NAME = "reward_model:org/model?timeout_s=0.3"
+PROMPT = PromptRow(0, "rendered", (1,), {"question": "2+2="})
+
+
+def sample(text: str, transcript: tuple[tuple[str, str], ...] = ()) -> Sample:
+    return Sample.one_turn(
+        (1,), (2,), version_spans=(), finish_reason="stop", text=text, transcript=transcript
+    )
+
+
+class Model:
+    """Stands in for a RewardModel: the value of a conversation is the number that it ends with."""
+
+    def __init__(self, behaviour: str = "") -> None:
+        self.behaviour, self.asked = behaviour, []
+
+    async def score(self, conversations: list[Any]) -> list[float | str]:
+        self.asked.append(conversations)
+        if self.behaviour == "late":
+            await asyncio.sleep(60)
+        if self.behaviour == "dead":
+            raise TrainingError("the reward model died: SIGKILL")
+        texts = [conversation[-1]["content"] for conversation in conversations]
+        return [float(text) if text.isdigit() else "no number" for text in texts]
+
+
+def rewards_of(model: Model, weight: float = 2.0) -> ModelRewards:
+    client = RewardModelClient(Local(model), "the reward model")
+    return ModelRewards({"exact_match": 1.0, NAME: weight}, {NAME: client}, Calls(60.0))
+
+
+def local(*scored: Scored) -> Future[list[Scored]]:
+    done: Future[list[Scored]] = Future()
+    done.set_result(list(scored))
+    return done
+
+
+def added(model: Model, scored: list[Scored], *texts: str) -> tuple[list[Scored], ModelRewards]:
+    rewards = rewards_of(model)
+    future = rewards.added_to(local(*scored), PROMPT, [sample(text) for text in texts])
+    return future.result(10), rewards
+
+
+def test_a_models_value_times_its_weight_joins_the_sum_and_errors_of_either_are_the_samples() -> None:
+    scored = [Scored(1.0, answer="a"), Scored(1.0), Scored(error="mine raised")]
+    found, _ = added(Model(), scored, "3", "x", "4")
+    assert found[0] == Scored(7.0, answer="a")
+    assert found[1].reward is None
+    assert "no number" in str(found[1].error)
+    assert found[2].error == "mine raised"
+
+
+@pytest.mark.parametrize(("behaviour", "words"), [("late", "within 0.3 s"), ("dead", "SIGKILL")])
+def test_a_model_that_does_not_answer_costs_the_samples_and_is_counted(behaviour: str, words: str) -> None:
+    found, rewards = added(Model(behaviour), [Scored(1.0)] * 2, "1", "2")
+    assert all(scored.reward is None and words in str(scored.error) for scored in found)
+    assert (rewards.num_timeouts, rewards.num_failures) == (
+        int(behaviour == "late"),
+        int(behaviour == "dead"),
+    )
+
+
+def test_a_model_gets_the_conversation() -> None:
+    model = Model()
+    added(model, [Scored(0.0)], "4")
+    assert model.asked == [[[{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}]]]
+    turns = (("assistant", "call"), ("tool", "7"), ("assistant", "It is 7."))
+    messages = ({"role": "system", "content": "be kind"}, {"role": "user", "content": "q"})
+    prompt = PromptRow(0, "rendered", (1,), {}, messages=messages)
+    conversation = conversation_of(prompt, sample("It is 7.", turns))
+    assert [message["role"] for message in conversation] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    written = PromptRow(0, "rendered", (1,), {"prompt": [{"role": "user", "content": "written"}]})
+    assert conversation_of(written, sample("a"))[0] == {"role": "user", "content": "written"}
+    assert conversation_of(PromptRow(0, "rendered", (1,), {}), sample("a"))[0]["content"] == "rendered"
+
+
+def test_a_model_that_nobody_hosts_is_refused() -> None:
+    with pytest.raises(RewardError, match="not hosted"):
+        ModelRewards({NAME: 1.0}, {}, Calls(60.0))
+    assert not ModelRewards({"exact_match": 1.0}, {}, Calls(60.0))
+
+
+def test_gathered_is_done_with_the_last() -> None:
+    first, second = Future[int](), Future[int]()
+    both = gathered([first, second])
+    second.set_result(2)
+    assert not both.done()
+    first.set_result(1)
+    assert both.result(1) == [1, 2]
+    assert gathered([]).result(1) == []
