@@ -5,7 +5,8 @@
 
 The server lives in a thread with its own event loop and does nothing but HTTP. The actor's loop takes the
 calls when it comes by, and answers each, from its own thread. A client that leaves while its call is under
-way leaves a call that `is_gone`.
+way leaves a call that `is_gone`. No connection outlives its call: those of thousands of samples would add up,
+and one that is closed for being idle, just when its client uses it again, would fail a call.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from actors.harness.chat import ApiError, ChatAnswer, ChatRequest, completion, events, request_of
 from core.errors import AgroError
@@ -150,7 +152,7 @@ class Endpoint:
             self._loop.close()
 
     async def _run(self) -> None:
-        app = web.Application(client_max_size=_MAX_BYTES)
+        app = web.Application(client_max_size=_MAX_BYTES, middlewares=[_once])
         app.router.add_post("/{key}/v1/chat/completions", self._chat)
         app.router.add_get("/{key}/v1/models", self._models)
         app.router.add_route("*", "/{rest:.*}", self._nothing_here)
@@ -235,6 +237,7 @@ class Endpoint:
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         )
+        response.force_close()
         await response.prepare(request)
         while not call._future.done():
             await response.write(b": the policy is at it\n\n")
@@ -247,6 +250,13 @@ class Endpoint:
             await response.write(_event(json.dumps(error.json)))
         await response.write_eof()
         return response
+
+
+@web.middleware
+async def _once(request: web.Request, handler: Handler) -> web.StreamResponse:
+    response = await handler(request)
+    response.force_close()
+    return response
 
 
 def _over() -> ApiError:

@@ -26,6 +26,7 @@ from actors.prompts import PromptSet, load_prompts
 from actors.reward_model import check_classifier
 from actors.sources import TRAIN_SPLIT, split_of
 from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, project_of, wandb_mode, wandb_project
+from cluster.preparation.environment_checks import Acted, check_environments, playable
 from cluster.preparation.model_checks import check_model, lora_notes
 from cluster.preparation.model_limits import check_length, check_token_ids
 from cluster.preparation.model_weights import check_weights
@@ -113,15 +114,17 @@ def check_inputs(config: Config) -> Checked:
     check_model(config)
     check_weights(config.model)
     about_model = (*check_model_files(config.model), *lora_notes(config.model, config.learner))
-    prompts, notes = load_training(config, tokenizer)
     end_ids = end_token_ids(config.model, tokenizer)
+    acted = check_environments(config, tokenizer, end_ids)
+    prompts, notes = load_training(config, tokenizer, acted)
     notes = [
         *notes,
+        *acted.notes,
         *end_token_notes(tokenizer, end_ids, vocabulary_size(config.model)),
         *_ended(prompts, end_ids),
         *option_notes(tokenizer, config.data.template_options),
     ]
-    eval_prompts = load_suites(config, tokenizer)
+    eval_prompts = load_suites(config, tokenizer, acted)
     notes = [*notes, *suite_notes(config)]
     found = load_model_config(config.model)
     check_length(config, found, prompts)
@@ -140,13 +143,14 @@ def check_inputs(config: Config) -> Checked:
     )
 
 
-def load_training(config: Config, tokenizer: Any) -> tuple[PromptSet, list[str]]:
+def load_training(config: Config, tokenizer: Any, acted: Acted) -> tuple[PromptSet, list[str]]:
     """Returns what is trained on, from `data.path`, `data.offline` or both, and what to tell about it. Raises
     DataError.
     """
     if config.is_offline:
         return load_offline(config, tokenizer)
-    prompts = load_prompts(config.data, tokenizer)
+    prompts = load_prompts(config.data, tokenizer, environments=acted.tools(config.environment_paths))
+    prompts = playable(config, acted, prompts)
     if config.data.offline is None:
         return prompts, list(prompts.notes)
     mixed, notes = load_offline(config, tokenizer, prompts)

@@ -9,7 +9,9 @@ from typing import Any
 
 from actors.prompts import PromptSet, joined, load_suite
 from actors.sources import Source, report_bad_rows
+from cluster.preparation.environment_checks import Acted, playable
 from core.config import Config, RewardsConfig
+from core.config.environments import suite_names
 from core.config.evaluation import HELD_OUT, Suite
 from core.errors import DataError, RewardError
 from rewards.check import bad_rows, check_functions
@@ -48,11 +50,21 @@ def check_suites(config: Config) -> None:
             check_functions(_rewards(config, suite.functions))
 
 
-def load_suites(config: Config, tokenizer: Any) -> dict[str, PromptSet]:
+def load_suites(config: Config, tokenizer: Any, acted: Acted) -> dict[str, PromptSet]:
     """Returns the prompts of each suite, by name; none where nothing is evaluated. Raises DataError."""
     if no_evaluation(config):
         return {}
-    return {suite.name: load_suite(suite, config.data, tokenizer) for suite in config.suites}
+    found = {}
+    for suite in config.suites:
+        names = suite_names(config, suite)
+        tools = {name: acted.specs[of_run].tools for name, of_run in names.items()}
+        prompts = load_suite(suite, config.data, tokenizer, tools)
+        rows = [
+            dataclasses.replace(row, environment=names[row.environment]) if row.environment else row
+            for row in prompts.rows
+        ]
+        found[suite.name] = playable(config, acted, dataclasses.replace(prompts, rows=rows))
+    return found
 
 
 def scorable_suites(config: Config, prompts: Mapping[str, PromptSet]) -> dict[str, PromptSet]:

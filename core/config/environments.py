@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import re
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pydantic
 from pydantic import Field
 
 from core.config.section import Section, shown
 
+if TYPE_CHECKING:
+    from core.config import Config
+    from core.config.evaluation import Suite
+
 Environments: TypeAlias = str | dict[str, str] | None
 ONLY = "environment"
 """The name of the environment of a config that names one alone."""
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(\?.*)?", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_][\w-]*")
+
+
+def paths_by_name(environments: str | Mapping[str, str] | None) -> dict[str, str]:
+    """Returns environments by name; one without a name is `environment`, and null is none."""
+    if isinstance(environments, str):
+        return {ONLY: environments}
+    return dict(environments or {})
+
+
+def suite_names(config: Config, suite: Suite) -> dict[str, str]:
+    """Returns how the environments of a suite are called in its rows, and in the whole run, where several
+    suites may have others of the same name.
+    """
+    is_the_runs = suite.environments == config.environments
+    names = paths_by_name(suite.environments)
+    return {name: name if is_the_runs else f"{suite.name}.{name}" for name in names}
+
+
+def all_paths(config: Config) -> dict[str, str]:
+    """Returns the environments of the run and of its suites by their names in the whole run."""
+    found = config.environment_paths
+    for suite in config.suites:
+        paths = paths_by_name(suite.environments)
+        found |= {of_run: paths[name] for name, of_run in suite_names(config, suite).items()}
+    return found
 
 
 class EnvironmentsField(Section):
@@ -31,9 +61,7 @@ class EnvironmentsField(Section):
     @property
     def environment_paths(self) -> dict[str, str]:
         """The environments by name; one without a name is `environment`, and with null there is none."""
-        if isinstance(self.environments, str):
-            return {ONLY: self.environments}
-        return dict(self.environments or {})
+        return paths_by_name(self.environments)
 
     @pydantic.field_validator("environments", mode="before")
     @classmethod
