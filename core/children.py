@@ -23,12 +23,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import psutil
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _OWN_PAGES = re.compile(r"^(?:RssAnon|RssShmem):\s+(\d+) kB", re.MULTILINE)
 _SHARED_OUT = re.compile(r"^(?:Pss_Anon|Pss_Shmem):\s+(\d+) kB", re.MULTILINE)
 
@@ -40,32 +40,35 @@ class Child(NamedTuple):
     socket: socket.socket
 
 
-def start(function: str) -> Child:
-    """Starts a new interpreter that calls `function`, "module:name", with the number of its socket and the
-    parent's process id; the first thing that does is `die_with(parent_pid)`.
-
-    Raises OSError when there is no process to be had.
-    """
+def start(function: str, environ: Mapping[str, str] | None = None) -> Child:
+    """Starts a new interpreter that calls `function`, with a socket to it; see `run`."""
     ours, theirs = socket.socketpair()
-    module, _, name = function.partition(":")
     with theirs:
-        # The child imports what its parent would (Ray and pytest extend sys.path), but not the main module.
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from {module} import {name}; {name}({theirs.fileno()}, {os.getpid()})"
-        )
-        options = ["-B"] if sys.dont_write_bytecode else []
         try:
-            process = subprocess.Popen(
-                [sys.executable, *options, "-c", code],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            return Child(run(function, theirs.fileno(), environ), ours)
         except BaseException:
             ours.close()
             raise
-    return Child(process, ours)
+
+
+def run(function: str, fd: int, environ: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Starts a new interpreter that calls `function`, "module:name", with the number of its socket and the
+    parent's process id; the first thing that does is `die_with(parent_pid)`. `environ` is added to the
+    environment variables that it inherits.
+
+    Raises OSError when there is no process to be had.
+    """
+    module, _, name = function.partition(":")
+    # The child imports what its parent would (Ray and pytest extend sys.path), but not the main module.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {module} import {name}; {name}({fd}, {os.getpid()})"
+    options = ["-B"] if sys.dont_write_bytecode else []
+    return subprocess.Popen(
+        [sys.executable, *options, "-c", code],
+        pass_fds=[fd],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **(environ or {})},
+        start_new_session=True,
+    )
 
 
 def die_with(parent_pid: int) -> None:
@@ -75,6 +78,22 @@ def die_with(parent_pid: int) -> None:
         os._exit(0)
 
 
+def adopt_orphans() -> None:
+    """Makes this process the parent of descendants whose own parents die, so that it finds and ends them."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def parents() -> dict[int, int]:
+    """Returns the parent of every process of this machine by its id. It reads all of /proc, 15 us each."""
+    found = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError, ValueError), open(f"/proc/{name}/stat", "rb") as file:
+                # The command's name, in parentheses, may hold anything.
+                found[int(name)] = int(file.read().rpartition(b")")[2].split()[1])
+    return found
+
+
 def kill(process: subprocess.Popen[bytes]) -> None:
     """Sends SIGKILL to the process and all of its session. SIGTERM would wait for the next bytecode, which
     `9**9**9**9` never reaches.
@@ -82,6 +101,17 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     if process.returncode is None:  # Not reaped yet, so the group id is still its own.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def kill_marked(mark: str) -> None:
+    """Sends SIGKILL to every process that was started with the environment variable `mark`, "NAME=value",
+    or by one that was, wherever it has gone.
+    """
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
+                if mark.encode() in file.read().split(b"\0"):
+                    os.kill(int(name), signal.SIGKILL)
 
 
 def describe_exit(returncode: int) -> str:

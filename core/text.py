@@ -7,6 +7,8 @@ from pathlib import Path
 
 from core.errors import ConfigError
 
+ONLY = "environment"
+"""The name of the environment of a config that names one alone."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Controls of a terminal, of the direction of writing, and halves of surrogate pairs."""
 
@@ -50,3 +52,8 @@ def printable(text: str) -> str:
     no cursor.
     """
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def key_of(environment: str) -> str:
+    """Returns the config's key of an environment by its name, for errors: `environments.game`."""
+    return "environments" if environment == ONLY else f"environments.{environment}"

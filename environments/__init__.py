@@ -32,7 +32,7 @@ class Turn(NamedTuple):
     done         whether the episode is over
     reward       what the turn was worth; rewards of several turns add up. None: the reward functions score
                  the episode
-    attributes   the environment's public attributes when the episode was over, as `core.pictures` packs them
+    attributes   the environment's public attributes when the episode was over, as `core.users.pictures` packs them
                  for reward functions that read `environments`; None before
     tool_errors  why tool calls of this turn gave no result; the policy was told in the observation
     """

@@ -3,16 +3,34 @@ nothing here waits.
 
     place = pool.open("game", row, seed)
     place.reset() --> Future[Turn]     place.act(text, calls) --> Future[Turn] ... until `done`     place.close()
+
+                 one thread, all sockets          one for each environment       one for each open episode
+    Place  -->  EnvironmentPool, Nursery  -->  template (environments/template)  -->  place (environments/place)
+                        `------------------------- questions and replies ------------------'
+
+Episodes of an environment that is asynchronous share processes, several to an event loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from environments import ToolCall, Turn
+from environments import EnvironmentFailure, ToolCall, Turn
+from environments.nursery import Nursery, Playing, PoolCounts
 from environments.spec import EnvironmentSpec
+from environments.wire import Question
+
+CLOSE_TIMEOUT_S = 2.0
+TICK_EVERY_S = 0.05
+IDLE_TICK_EVERY_S = 5.0
 
 
 class Place:
@@ -23,45 +41,59 @@ class Place:
     completed by the pool's own thread: whoever adds callbacks must not wait in them.
     """
 
+    def __init__(
+        self, pool: EnvironmentPool, nursery: Nursery, playing: Playing, row: Mapping[str, Any], seed: int
+    ):
+        self._pool, self._nursery, self._playing = pool, nursery, playing
+        self._row, self._seed = dict(row), seed
+
     def reset(self) -> Future[Turn]:
         """Begins the episode. The turn's observation is the text to add to the row's last user message, or
         the first user message where the row has none; "" is nothing.
         """
-        raise NotImplementedError
+        return self._ask(Question(self._playing.number, "reset", self._row, self._seed))
 
     def act(self, text: str, calls: tuple[ToolCall, ...] = ()) -> Future[Turn]:
         """Lets the environment answer to what the policy said. An environment with tools runs the calls in
         turn; without any the episode is over.
         """
-        raise NotImplementedError
+        return self._ask(Question(self._playing.number, "act", text=text, calls=calls))
 
     def finish(self) -> Future[Turn]:
         """Ends an episode that a limit cut: a Turn that is done, with the reward that the environment gives
         it as it stands, and its attributes.
         """
-        raise NotImplementedError
+        return self._ask(Question(self._playing.number, "finish"))
 
     def run(self, base_url: str, api_key: str, model: str = "policy") -> Future[Turn]:
         """Runs a harness to its end: a Turn that is done, with the reward that it returned. It is asked once,
         in place of `reset` and `act`.
         """
-        raise NotImplementedError
+        question = Question(self._playing.number, "run", self._row, self._seed)
+        return self._ask(question._replace(base_url=base_url, api_key=api_key, model=model))
 
     def pause(self) -> None:
         """Stops the clock of `turn_timeout_s` until as many calls of `resume`: a harness waits for the engine
         and is not to blame.
         """
-        raise NotImplementedError
+        self._pool.do(lambda: self._nursery.pause(self._playing))
 
     def resume(self) -> None:
         """Starts the clock again, from 0."""
-        raise NotImplementedError
+        self._pool.do(lambda: self._nursery.resume(self._playing))
 
     def close(self) -> None:
         """Ends the episode and frees its process; what is still asked fails as `closed`. A second call does
         nothing.
         """
-        raise NotImplementedError
+        self._pool.do(lambda: self._nursery.end(self._playing))
+
+    def _ask(self, question: Question) -> Future[Turn]:
+        future: Future[Turn] = Future()
+        future.set_running_or_notify_cancel()
+        if not self._pool.do(lambda: self._nursery.ask(self._playing, question, future)):
+            future.set_exception(EnvironmentFailure("closed", "the pool was closed"))
+        return future
 
 
 class EnvironmentPool:
@@ -70,12 +102,31 @@ class EnvironmentPool:
         with EnvironmentPool(describe(paths).values(), turn_timeout_s=60, memory_bytes=2**32) as pool:
             place = pool.open("game", {"prompt": "..."}, seed=7)
 
+    specs           the environments; their modules begin to be imported at once, in their own processes
     turn_timeout_s  the limit for one answer of an environment
     memory_bytes    what the process of a place and its children may use together
+    counts          says what has happened so far
     """
 
     def __init__(self, specs: Iterable[EnvironmentSpec], turn_timeout_s: float, memory_bytes: int) -> None:
-        raise NotImplementedError(f"{specs}, {turn_timeout_s}, {memory_bytes}")
+        self.counts = PoolCounts()
+        self._selector = selectors.DefaultSelector()
+        self._nurseries = {
+            spec.name: Nursery(spec, turn_timeout_s, memory_bytes, self._selector, self.counts)
+            for spec in specs
+        }
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._ticked_s = 0.0
+        self._to_do: deque[Callable[[], None]] = deque(one.start for one in self._nurseries.values())
+        self._wake, self._woken = socket.socketpair()
+        for end in (self._wake, self._woken):
+            end.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        # Templates die with the thread that starts them (PR_SET_PDEATHSIG).
+        self._thread = threading.Thread(target=self._run, name="environments", daemon=True)
+        self._thread.start()
 
     def open(self, name: str, row: Mapping[str, Any], seed: int) -> Place:
         """Returns a place for an episode of the environment `name`; `row` has the dataset's columns.
@@ -83,14 +134,80 @@ class EnvironmentPool:
         An episode that is opened again with the same row and seed plays the same, where its environment draws
         from `random` or numpy.
         """
-        raise NotImplementedError
+        return Place(self, self._nurseries[name], Playing(next(self._numbers)), row, seed)
+
+    def do(self, work: Callable[[], None]) -> bool:
+        """Lets the pool's thread do something, soon; False where the pool is closed."""
+        with self._lock:
+            if self._is_closed:
+                return False
+            self._to_do.append(work)
+            if len(self._to_do) == 1:
+                self._wake.send(b"x")
+        return True
 
     def close(self) -> None:
-        """Kills all processes within 2 s; open futures fail as `closed`."""
-        raise NotImplementedError
+        """Kills all processes within 2 s; open futures fail as `closed`. A second call does nothing."""
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._wake.send(b"x")
+        self._thread.join(CLOSE_TIMEOUT_S + 1.0)
 
     def __enter__(self) -> EnvironmentPool:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closed:
+                self._turn()
+            self._do_all()
+        finally:
+            self._is_closed = True
+            self._end()
+
+    def _turn(self) -> None:
+        self._do_all()
+        for key, _ in self._selector.select(self._patience_s()):
+            if key.fileobj is self._woken:
+                self._woken.recv(64)
+                continue
+            nursery, process = key.data
+            if process is None:
+                nursery.take_reports()
+            else:
+                nursery.take_replies(process)
+        now_s = time.monotonic()
+        if now_s - self._ticked_s >= TICK_EVERY_S:
+            self._ticked_s = now_s
+            for nursery in self._nurseries.values():
+                nursery.tick(now_s)
+
+    def _do_all(self) -> None:
+        while True:
+            with self._lock:
+                work, self._to_do = self._to_do, deque()
+            if not work:
+                return
+            for one in work:
+                one()
+
+    def _patience_s(self) -> float | None:
+        """Returns how long to wait for a socket until deadlines are looked at."""
+        nurseries = self._nurseries.values()
+        if any(nursery.is_awaited for nursery in nurseries):
+            return TICK_EVERY_S
+        return IDLE_TICK_EVERY_S if any(nursery.has_processes for nursery in nurseries) else None
+
+    def _end(self) -> None:
+        deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
+        for nursery in self._nurseries.values():
+            nursery.close()
+        for nursery in self._nurseries.values():
+            nursery.wait(deadline_s - time.monotonic())
+        self._selector.close()
+        for end in (self._wake, self._woken):
+            end.close()

@@ -4,10 +4,20 @@ user's module is never imported by a driver or an actor.
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import subprocess
+import time
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import msgspec
+
+from core import children
+from core.errors import ConfigError
+from core.text import key_of
+
+DESCRIBE_TIMEOUT_S = 60.0
 
 Kind: TypeAlias = Literal["turns", "tools", "harness"]
 
@@ -38,4 +48,38 @@ def describe(paths: Mapping[str, str]) -> dict[str, EnvironmentSpec]:
     """Returns what each environment is, by name. Raises ConfigError, in one line, when one cannot be loaded
     or is none.
     """
-    raise NotImplementedError(f"processes that describe {sorted(paths)}")
+    asked = {name: children.start("environments.describing:serve") for name in paths}
+    try:
+        for name, child in asked.items():
+            child.socket.sendall(msgspec.msgpack.encode((name, paths[name])))
+            child.socket.shutdown(socket.SHUT_WR)
+        deadline_s = time.monotonic() + DESCRIBE_TIMEOUT_S
+        return {name: _described(name, paths[name], child, deadline_s) for name, child in asked.items()}
+    finally:
+        for child in asked.values():
+            child.socket.close()
+            children.kill(child.process)
+            child.process.wait(1.0)
+
+
+def _described(name: str, path: str, child: children.Child, deadline_s: float) -> EnvironmentSpec:
+    what = f"{key_of(name)} = {path}"
+    parts = []
+    try:
+        while True:
+            child.socket.settimeout(max(0.001, deadline_s - time.monotonic()))
+            part = child.socket.recv(2**16)
+            if not part:
+                break
+            parts.append(part)
+        found = msgspec.msgpack.decode(b"".join(parts), type=EnvironmentSpec | str)
+    except TimeoutError:
+        raise ConfigError(f"{what}: importing it did not end within {DESCRIBE_TIMEOUT_S:g} s") from None
+    except (OSError, msgspec.MsgspecError):
+        how = "it closed its connection"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            how = children.describe_exit(child.process.wait(1.0))
+        raise ConfigError(f"{what}: the process that imported it died: {how}") from None
+    if isinstance(found, str):
+        raise ConfigError(found)
+    return found

@@ -23,7 +23,7 @@ from actors.dataset.forms import CONVERSATIONS, Conversation, conversation_of
 from actors.messages import clean_messages, message_problems, text_problems
 from actors.sources import Bad, Rows, kind_of
 from core.config import DataConfig
-from core.config.environments import ONLY
+from core.text import ONLY
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", *CONVERSATIONS)
 ANSWER_COLUMNS = ("answer", "solution", "label")

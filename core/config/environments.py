@@ -10,14 +10,13 @@ import pydantic
 from pydantic import Field
 
 from core.config.section import Section, shown
+from core.text import ONLY
 
 if TYPE_CHECKING:
     from core.config import Config
     from core.config.evaluation import Suite
 
 Environments: TypeAlias = str | dict[str, str] | None
-ONLY = "environment"
-"""The name of the environment of a config that names one alone."""
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(\?.*)?", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_][\w-]*")
 

@@ -92,6 +92,9 @@ class ConfigFiles:
     def _apply_override(self, tree: dict[str, Any], override: str) -> str:
         """Put the value into the tree; the key's name. A suite's setting is `eval.suites.NAME.key=value`."""
         key, equals, text = override.partition("=")
+        if equals and key in Config.model_fields and not self._fields(key, tree):  # It is no section.
+            tree[key] = _override_value(Config.model_fields[key], text, override)
+            return key
         *sections, name = key.split(".")
         is_of_suite = len(sections) > 2 and sections[:2] == ["eval", "suites"]
         if is_of_suite:
@@ -101,10 +104,7 @@ class ConfigFiles:
                 f"override {shown(override)} is not section.key=value, for example learner.lr=1e-5"
             )
         fields = SuiteConfig.model_fields if is_of_suite else self._fields(sections[0], tree)
-        try:
-            value = _typed_value(fields.get(name), text)
-        except config_text.TextError as error:
-            raise ConfigError(f"override {shown(override)}: {error}.") from None
+        value = _override_value(fields.get(name), text, override)
         place = tree
         for depth, section in enumerate(sections):
             if place.get(section) is None:
@@ -227,6 +227,13 @@ def _file_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start + 1}); save it as UTF-8.") from None
+
+
+def _override_value(field: FieldInfo | None, text: str, override: str) -> Any:
+    try:
+        return _typed_value(field, text)
+    except config_text.TextError as error:
+        raise ConfigError(f"override {shown(override)}: {error}.") from None
 
 
 def _typed_value(field: FieldInfo | None, text: str) -> Any:

@@ -10,8 +10,8 @@ import pytest
 from actors.dataset.template_options import option_notes
 from actors.prompts import PromptSet, load_prompts
 from core.config import DataConfig
-from core.config.environments import ONLY
 from core.errors import DataError
+from core.text import ONLY
 from tests.support.tokenizers_made import byte_tokenizer
 
 SHOWS_TOOLS = (

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from core import pictures
+from core.users import pictures
 
 
 class Game:

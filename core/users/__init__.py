@@ -1,0 +1,1 @@
+"""What users bring: their code, found by its path, and pictures of their objects."""

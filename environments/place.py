@@ -1,0 +1,143 @@
+"""The life of a process in which episodes are played, after its template has started it.
+
+    play  one episode after another, of an environment that is not asynchronous; each has an object of its own
+    host  several at once, on an event loop
+
+Both answer Questions on their socket until it closes. What an episode leaves behind, processes and threads,
+is told at its end, and then the pool lets this process play no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import pickle
+import random
+import socket
+import threading
+
+from core import children
+from environments import EnvironmentFailure
+from environments.acting import Acting, at_once, sow
+from environments.loading import UserEnvironment
+from environments.wire import LENGTH_BYTES, Question, Reply, length_of, packed, receive, send
+
+CANCEL_LIMIT_S = 1.0
+
+
+def live(name: str, loaded: UserEnvironment, connection: socket.socket) -> None:
+    """Answers questions until the pool closes the socket."""
+    children.adopt_orphans()
+    send(connection, Reply(0, "begun"))
+    with contextlib.suppress(EOFError, OSError):
+        if loaded.is_async:
+            sow(random.SystemRandom().getrandbits(32))  # Forks of one template would all draw the same.
+            asyncio.run(_Host(name, loaded, connection).run())
+        else:
+            _play(name, loaded, connection)
+
+
+def _play(name: str, loaded: UserEnvironment, connection: socket.socket) -> None:
+    acting = Acting(name, loaded)
+    surroundings = _Surroundings()
+    while True:
+        question: Question = receive(connection)
+        if question.what in ("reset", "run"):
+            acting = Acting(name, loaded)
+            sow(question.seed)
+        try:
+            if question.what == "end":
+                with contextlib.suppress(EnvironmentFailure):  # Its episode is over, and its reward known.
+                    at_once(acting.close())
+                acting = Acting(name, loaded)
+                send(connection, surroundings.restored(question.episode))
+            else:
+                send(connection, Reply(question.episode, "turn", at_once(acting.answer(question))))
+        except EnvironmentFailure as failure:
+            send(connection, _failed(question, failure))
+
+
+def _failed(question: Question, failure: EnvironmentFailure) -> Reply:
+    return Reply(question.episode, "failure", None, failure.kind, failure.text)
+
+
+class _Surroundings:
+    """What an episode finds, and the next shall find as well."""
+
+    def __init__(self) -> None:
+        self._directory, self._variables = os.open(".", os.O_PATH | os.O_CLOEXEC), dict(os.environ)
+
+    def restored(self, episode: int) -> Reply:
+        """Puts back the working directory and the environment variables; says what else was left behind."""
+        gc.collect()
+        with contextlib.suppress(OSError):
+            os.chdir(self._directory)
+        if dict(os.environ) != self._variables:
+            os.environ.clear()
+            os.environ.update(self._variables)
+        return Reply(episode, "left", processes=_num_children(), threads=threading.active_count() - 1)
+
+
+def _num_children() -> int:
+    """Returns how many processes live that this one has started, or that they have left to it."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    return len(children.family(os.getpid())) - 1
+
+
+class _Host:
+    """Plays several episodes on one event loop. A question that is given up is cancelled; one that does not
+    end then is told as a thread that was left behind, and the pool gives this process no more episodes.
+    """
+
+    def __init__(self, name: str, loaded: UserEnvironment, connection: socket.socket) -> None:
+        self._name, self._loaded, self._socket = name, loaded, connection
+        self._acting: dict[int, Acting] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Takes questions until the socket closes."""
+        reader, writer = await asyncio.open_connection(sock=self._socket)
+        cancelling = set()
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                length = length_of(await reader.readexactly(LENGTH_BYTES))
+                question: Question = pickle.loads(await reader.readexactly(length))
+                if question.what == "cancel":
+                    cancelling.add(asyncio.create_task(self._cancel(question.episode, writer)))
+                else:
+                    self._tasks[question.episode] = asyncio.create_task(self._answer(question, writer))
+
+    async def _answer(self, question: Question, writer: asyncio.StreamWriter) -> None:
+        if question.what in ("reset", "run"):
+            self._acting[question.episode] = Acting(self._name, self._loaded)
+        acting = self._acting[question.episode]
+        try:
+            if question.what == "end":
+                reply = await self._end(question.episode)
+            else:
+                reply = Reply(question.episode, "turn", await acting.answer(question))
+        except EnvironmentFailure as failure:
+            reply = _failed(question, failure)
+        writer.write(packed(reply))
+
+    async def _end(self, episode: int) -> Reply:
+        """Forgets an episode. What was left behind is known when there is no other."""
+        with contextlib.suppress(EnvironmentFailure):  # Its episode is over, and its reward known.
+            await self._acting.pop(episode).close()
+        self._tasks.pop(episode, None)
+        num_processes = 0 if self._acting else _num_children()
+        return Reply(episode, "left", processes=num_processes)
+
+    async def _cancel(self, episode: int, writer: asyncio.StreamWriter) -> None:
+        """Cancels what an episode is asked, and forgets the episode."""
+        task = self._tasks.pop(episode, None)
+        self._acting.pop(episode, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task], timeout=CANCEL_LIMIT_S)
+        threads = int(task is not None and not task.done())
+        writer.write(packed(Reply(episode, "cancelled", threads=threads)))
