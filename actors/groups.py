@@ -233,6 +233,14 @@ class Groups:
         return coming < slots
 
     @property
+    def num_tokens_under_way(self) -> int:
+        """Returns the tokens that the policy has said so far in samples that are not finished."""
+        said = self._engine.num_tokens_under_way
+        if self._player.has_environments:
+            said += sum(sample.episode.num_sampled for sample in self._all_open())
+        return said
+
+    @property
     def futures(self) -> list[Future[Any]]:
         """Returns what is awaited of environments, for a caller that has nothing else to do."""
         return [future for sample in self._waiting.values() for future in sample.episode.futures]

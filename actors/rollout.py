@@ -365,7 +365,7 @@ class RolloutActor(Heartbeat):
             self._reported_s = time.monotonic()
             gauges = {
                 "version": self._engine.version,
-                "tokens_under_way": self._engine.num_tokens_under_way,
+                "tokens_under_way": self._groups.num_tokens_under_way,
                 "leases": len(self._holding),
             }
             report = self._monitor.log_actor(self._name, {**self._all_counters(), **gauges})

@@ -99,6 +99,8 @@ def stalled_stage(before: Observation, now: Observation) -> str:
 
     if share("wait_weights_s") >= _MOST:
         return f"the actors wait for weights (versions {_versions(now)})"
+    if share("wait_environment_s") >= _MOST:
+        return "the actors wait for their environments, all episodes at once (see environment/answer_s)"
     if share("wait_disk_s") >= _MOST:
         return "the buffer takes nothing: its disk is full (see the events)"
     if now.num_evaluations and not share("generated_samples"):

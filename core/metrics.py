@@ -134,8 +134,23 @@ METRICS: dict[str, str] = {
     "checkpoint/write_s": "Time the newest finished checkpoint took to be durable, beside training.",
     "perf/sampled_tokens_per_s": "Tokens per second sampled by all actors together.",
     "perf/trained_all_tokens_per_s": "Tokens per second trained on, those that were not sampled (prompts) included.",
-    "completions/mean_length": "Mean completion length of the batch, tokens.",
-    "completions/truncated_fraction": "Share of the completions cut at `actors.max_new_tokens`.",
+    "completions/mean_length": "Mean number of tokens that a sample of the batch said, in all its turns.",
+    "completions/truncated_fraction": "Share of the samples of the batch that a limit cut: of tokens, of turns, "
+    "or a deadline.",
+    "completions/turns": "Mean number of turns of the policy in a sample of the batch.",
+    "completions/tool_calls": "Mean number of tool calls in a sample of the batch.",
+    "environment/errors": "Episodes so far whose environment raised or broke its contract; null, as all "
+    "environment/*, without environments.",
+    "environment/timeouts": "Episodes so far whose environment did not answer within `actors.turn_timeout_s`.",
+    "environment/crashes": "Episodes so far whose environment died, or used more memory than it may.",
+    "environment/tool_errors": "Tool calls so far that gave no result: not to be read, unknown, with wrong "
+    "arguments, or the tool raised. The policy was told.",
+    "environment/cut_at_max_turns": "Episodes so far that `actors.max_turns` cut.",
+    "environment/cut_at_max_new_tokens": "Episodes so far whose last turn was cut at `actors.max_new_tokens`.",
+    "environment/cut_at_max_sequence_tokens": "Episodes so far that the longest sequence cut.",
+    "environment/answer_s": "Mean time that an environment took to answer, since the row before.",
+    "environment/wait_s": "Time that actors have waited so far because all their episodes waited for "
+    "environments, all together.",
     "monitor/null_values": "Values so far that were no finite number; written as null.",
     "monitor/write_errors": "Failed writes to the run directory so far; the lines are kept and tried again.",
     "monitor/lines_lost": "Lines lost so far because the disk was full for too long: of each file the newest "

@@ -77,7 +77,7 @@ def make_player(config: Config) -> Player:
     tokenizer = load_tokenizer(config.model)
     end_ids = end_token_ids(config.model, tokenizer)
     speeches = {
-        name: Dialogue(tokenizer, spec.tools, None, data.chat_template, end_ids=end_ids)
+        name: Dialogue(tokenizer, spec.tools, data.template_options, data.chat_template, end_ids=end_ids)
         for name, spec in specs.items()
     }
     places = EnvironmentPool(specs.values(), actors.turn_timeout_s, round(config.rewards.memory_gib * 2**30))

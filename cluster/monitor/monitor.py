@@ -23,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from cluster.monitor.environment_metrics import EnvironmentMetrics
 from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, WandbWriter
 from core.config import Config
 from core.config.evaluation import HELD_OUT
@@ -32,7 +33,7 @@ from core.metrics import METRICS, shows_samples
 
 RATE_WINDOW_S = 5.0  # actors report in bursts of whole groups: over less than 2 s their rates are noise
 SILENT_S = 60.0  # an actor that has not reported for so long counts in no rate
-WAITS = ("admission", "weights", "evaluation", "disk")
+WAITS = ("admission", "weights", "environment", "evaluation", "disk")
 """What actors wait for: `wait_admission_s` and so on among their counters."""
 NUM_GONE_KNOWN = 64
 MAX_WARNINGS = 1000
@@ -85,8 +86,10 @@ class Monitor:
             self._note_evaluation(line)
         self._files["evaluations"] = JsonLines(self._run_dir / "evaluations.jsonl", self._redact)
         self._actors: dict[str, _ActorGauge] = {}
+        self._environments = EnvironmentMetrics()
         # Names of those that went last: a report of one may come after it.
         self._gone: collections.deque[str] = collections.deque(maxlen=NUM_GONE_KNOWN)
+        self._waits = [wait for wait in WAITS if wait != "environment" or config.environments is not None]
         self._waited_s = dict.fromkeys(WAITS, 0.0)  # Of those that are gone.
         self._buffer: dict[str, Any] = {}
         self._row: dict[str, Any] = dict.fromkeys(METRICS)
@@ -126,6 +129,8 @@ class Monitor:
         if rates:
             derived["perf/sampled_tokens_per_s"] = sum(tokens_per_s for tokens_per_s, _ in rates)
             derived["time/actor_busy_fraction"] = sum(busy for _, busy in rates) / len(rates)
+        if self._config.environments is not None:
+            derived |= self._environments.row()
         own = {name: value for name, value in derived.items() if value is not None}
         reported = {**dict.fromkeys(METRICS), **self._buffer, **row, **own}
         merged = {name: self._number(value) for name, value in reported.items()}
@@ -148,10 +153,12 @@ class Monitor:
         }
         if name not in self._gone:
             self._actors.setdefault(name, _ActorGauge()).report(self._clock(), clean)
+            self._environments.take(name, clean)
 
     def forget_actor(self, name: str) -> None:
         """Forgets an actor that is gone for good: only what it waited stays, in the sums of `view`."""
         self._gone.append(name)
+        self._environments.forget(name)
         actor = self._actors.pop(name, None)
         if actor is not None:
             for wait in WAITS:
@@ -269,7 +276,7 @@ class Monitor:
             "actors": {
                 name: {**actor.counters, **actor.summary(now_s)} for name, actor in self._actors.items()
             },
-            "waits": {wait: self._waits_s(wait) for wait in WAITS},
+            "waits": {wait: self._waits_s(wait) for wait in self._waits},
             "buffer": dict(self._buffer),
             "events": list(self._events),
         }

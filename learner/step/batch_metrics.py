@@ -35,6 +35,8 @@ def batch_metrics(batch: BatchIndex) -> dict[str, float]:
         "completions/truncated_fraction": statistics.fmean(
             sample.finish_reason == "length" for sample in samples
         ),
+        "completions/turns": statistics.fmean(sample.turns for sample in samples),
+        "completions/tool_calls": statistics.fmean(sample.num_tool_calls for sample in samples),
     }
 
 
@@ -58,7 +60,7 @@ def shown_samples(batch: EncodedBatch, advantages: Mapping[int, Sequence[float]]
     """Returns the first sample of the first trained groups, with everything a reader wants to know of it.
 
     `advantages` are those of each trained group, in the order of its samples. Only the groups shown are
-    decoded.
+    decoded. Of a sample with an environment there is the conversation: `transcript`, of roles and texts.
     """
     shown: list[dict[str, Any]] = []
     for head, payload in zip(batch.index.groups, batch.payloads, strict=True):
@@ -77,4 +79,7 @@ def shown_samples(batch: EncodedBatch, advantages: Mapping[int, Sequence[float]]
                 "staleness": sample_staleness(sample, batch.index.step),
             }
         )
+        if sample.transcript:
+            told = {"turns": sample.turns, "tool_calls": sample.num_tool_calls}
+            shown[-1] |= {**told, "transcript": [list(said) for said in sample.transcript]}
     return shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from core.arrays import Bits, Float32s, Int32s
 from core.config import DataConfig
 from core.records import (
     Batch,
@@ -15,6 +16,7 @@ from core.records import (
     index_of,
     open_batch,
 )
+from learner.progress import Progress
 from learner.step.batch_metrics import batch_metrics, shown_samples, source_metrics
 
 
@@ -57,6 +59,46 @@ def test_metrics_of_a_batch_tell_offline_samples_and_mixed_versions():
     assert metrics["staleness/offline_fraction"] == 1
     (shown,) = shown_samples(open_batch(payload), {0: [0.0]})
     assert (shown["version"], shown["staleness"]) == (None, None)
+
+
+def test_metrics_of_several_turns_count_what_was_sampled():
+    """Two samples at learner step 9: 2 tokens of version 5, 40 shown, 4 of version 8; and 3 of version 9."""
+    spans = (VersionSpan(5, 0, 2), VersionSpan(8, 2, 6))
+    long = Sample(
+        tokens=Int32s.of([1] * 56),
+        is_sampled=Bits.runs(10, 2, 40, 4),
+        logprobs=Float32s.of([-0.5] * 6),
+        version_spans=spans,
+        turns=2,
+        num_tool_calls=3,
+        finish_reason="length",
+        text="b",
+        transcript=(("assistant", "a"), ("tool", "shown"), ("assistant", "b")),
+        reward=1.0,
+    )
+    short = Sample.one_turn(
+        (1,) * 30,
+        (1,) * 3,
+        (-0.5,) * 3,
+        version_spans=(VersionSpan(9, 0, 3),),
+        finish_reason="stop",
+        reward=0.0,
+    )
+    group = Group(group_id=0, prompt_index=0, source_row=0, prompt="p", samples=(long, short))
+    batch = Batch(9, (group,))
+    metrics = batch_metrics(index_of(batch))
+    assert metrics["completions/mean_length"] == pytest.approx((6 + 3) / 2)
+    assert metrics["completions/truncated_fraction"] == 0.5
+    assert (metrics["completions/turns"], metrics["completions/tool_calls"]) == (1.5, 1.5)
+    assert metrics["staleness/mean"] == pytest.approx((2 * 4 + 4 * 1 + 3 * 0) / 9)
+    assert (metrics["staleness/oldest_token"], metrics["staleness/max"]) == (4, pytest.approx(12 / 6))
+    assert (metrics["staleness/fresh_fraction"], metrics["staleness/mixed_version_fraction"]) == (0.5, 1)
+    progress = Progress()
+    progress.observe(index_of(batch).groups, metrics)
+    assert progress.metrics()["progress/sampled_tokens"] == 9
+    (shown,) = shown_samples(open_batch(encode_batch(9, [StoredGroup.of(group)])), {0: [0.25, -0.25]})
+    assert (shown["completion"], shown["turns"], shown["tool_calls"]) == ("b", 2, 3)
+    assert shown["transcript"] == [["assistant", "a"], ["tool", "shown"], ["assistant", "b"]]
 
 
 def test_rewards_are_told_by_source_where_there_are_several():
