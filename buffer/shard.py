@@ -214,7 +214,7 @@ class Shard:
         self.counts["samples_total"] += len(group.samples)
         self.counts["samples_error"] += len(errors)
         self.error_texts.extend(errors)
-        if self._config.data.curriculum is not None:
+        if self._config.data.curriculum is not None and len(usable.samples) >= MIN_SAMPLES:
             self._curriculum.observe(self.item(group.group_id).prompt_index, generated_rewards(usable))
         kept = self._held.join(usable, self._step)
         if len(kept.samples) < MIN_SAMPLES:

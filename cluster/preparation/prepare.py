@@ -25,6 +25,7 @@ from actors.offline import load_offline
 from actors.prompts import PromptSet, load_prompts
 from actors.reward_model import check_classifier
 from actors.sources import TRAIN_SPLIT, split_of
+from buffer.stream import PromptStream
 from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, project_of, wandb_mode, wandb_project
 from cluster.preparation.environment_checks import Acted, check_environments, playable
 from cluster.preparation.model_checks import check_model, lora_notes
@@ -130,6 +131,7 @@ def check_inputs(config: Config) -> Checked:
     check_length(config, found, prompts)
     check_token_ids(config, found, tokenizer, prompts, *eval_prompts.values())
     prompts, eval_prompts = scorable(config, prompts), scorable_suites(config, eval_prompts)
+    PromptStream.of(config, len(prompts), prompts.parts)  # Every shard has prompts.
     # Any token will do, since padding is masked.
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     notes = [*notes, *about_model, *start_notes(config.rewards)]

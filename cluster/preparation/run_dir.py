@@ -300,7 +300,10 @@ def _changes(config: Config, before: Config, path: Path) -> list[str]:
             "Choose another run.dir."
         )
     differences = list(_differences(before.model_dump(), config.model_dump()))
-    if fixed := [f"{name} = {old!r}, now {new!r}" for name, old, new in differences if name in _FIXED]:
+    # With a curriculum every prompt belongs to one of the shards, otherwise ordinals do.
+    is_dealt = config.buffer.num_shards > 1 and None in (before.data.curriculum, config.data.curriculum)
+    named = (*_FIXED, "data.curriculum") if is_dealt else _FIXED
+    if fixed := [f"{name} = {old!r}, now {new!r}" for name, old, new in differences if name in named]:
         raise ConfigError(
             f"run.dir = {path} already holds a run with {'; '.join(fixed)}. Restore that, or "
             "choose another run.dir."

@@ -171,7 +171,7 @@ class DataConfig(Section):
                 f"data.curriculum = {shown(value)}: expected a number of visits from 1 to 9999, with a finite reward if that is "
                 "known, for example 2 or 2?reward=0.9"
             )
-        return value
+        return value if value is None or reward is not None else int(visits)
 
     @pydantic.field_validator("offline", mode="after")
     @classmethod

@@ -175,7 +175,7 @@ async def test_a_prompt_whose_samples_failed_was_not_visited(run_dir):
     buffer = ReplayBuffer(buffer_config(curriculum=1), run_dir, 4)
     ordinals = ordinals_of(await buffer.lease("a", 4, 0.0))
     await buffer.insert("a", [make_payload(ordinals[0], rewards=MIXED)])
-    await buffer.insert("a", [make_payload(ordinals[1], rewards=(None, None))])
+    await buffer.insert("a", [make_payload(ordinals[1], rewards=(None, 1.0))])
     await buffer.fail("a", ordinals[2:], "no reason")
     assert (await check_sums(buffer))["resting"] == 0
     await buffer.close()

@@ -104,6 +104,10 @@ FAULTS = [
         ["model.path=./token-beyond", "data.path=tokens.jsonl", "data.eval_rows=0"],
         ["1 prompts hold tokens", "row 1:"],
     ),
+    (
+        ["data.curriculum=2", "buffer.num_shards=3", "data.path=tokens.jsonl", "data.eval_rows=0"],
+        ["num_shards = 3 needs at least as many prompts", "one has 1"],
+    ),
     (["run.dir=/"], ["run.dir = / holds other things than a run"]),
     (["run.dir=."], ["holds other things than a run"]),
     (["actors.count=2000"], ["this machine has", "actors.count = 2000", "GiB before any model is loaded"]),

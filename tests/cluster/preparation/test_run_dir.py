@@ -126,6 +126,16 @@ def test_what_the_run_is_about_cannot_change(tmp_path: Path, override: str, mess
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
+def test_a_curriculum_may_come_and_go_unless_prompts_are_dealt_to_shards_for_it(tmp_path: Path) -> None:
+    open_run_dir(config_at(tmp_path / "one"))
+    assert "data.curriculum None -> 2" in str(reopened(tmp_path / "one", "data.curriculum=2").notes)
+    open_run_dir(config_at(tmp_path / "two", "buffer.num_shards=2", "data.curriculum=2"))
+    notes = reopened(tmp_path / "two", "buffer.num_shards=2", "data.curriculum=3").notes
+    assert "data.curriculum 2 -> 3" in str(notes)
+    with pytest.raises(ConfigError, match=r"data\.curriculum = 3, now None"):
+        reopened(tmp_path / "two", "buffer.num_shards=2")
+
+
 def test_a_run_without_checkpoints_is_not_continued(tmp_path: Path) -> None:
     open_run_dir(config_at(tmp_path / "run", "checkpoint.every=0"))
     with pytest.raises(ConfigError, match="without checkpoints"):
