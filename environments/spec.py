@@ -7,9 +7,8 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
-import time
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 import msgspec
 
@@ -48,31 +47,26 @@ def describe(paths: Mapping[str, str]) -> dict[str, EnvironmentSpec]:
     """Returns what each environment is, by name. Raises ConfigError, in one line, when one cannot be loaded
     or is none.
     """
-    asked = {name: children.start("environments.describing:serve") for name in paths}
+    if not paths:
+        return {}
+    child = children.start("environments.describing:serve")
     try:
-        for name, child in asked.items():
-            child.socket.sendall(msgspec.msgpack.encode((name, paths[name])))
-            child.socket.shutdown(socket.SHUT_WR)
-        deadline_s = time.monotonic() + DESCRIBE_TIMEOUT_S
-        return {name: _described(name, paths[name], child, deadline_s) for name, child in asked.items()}
+        child.socket.sendall(msgspec.msgpack.encode(list(paths.items())))
+        child.socket.shutdown(socket.SHUT_WR)
+        with child.socket.makefile("rb") as answers:
+            return {name: _described(name, path, child, answers) for name, path in paths.items()}
     finally:
-        for child in asked.values():
-            child.socket.close()
-            children.kill(child.process)
-            child.process.wait(1.0)
+        child.socket.close()
+        children.kill(child.process)
+        child.process.wait(1.0)
 
 
-def _described(name: str, path: str, child: children.Child, deadline_s: float) -> EnvironmentSpec:
+def _described(name: str, path: str, child: children.Child, answers: BinaryIO) -> EnvironmentSpec:
+    """Returns what the process says of its next environment: one that dies, dies of it."""
+    child.socket.settimeout(DESCRIBE_TIMEOUT_S)
     what = f"{key_of(name)} = {path}"
-    parts = []
     try:
-        while True:
-            child.socket.settimeout(max(0.001, deadline_s - time.monotonic()))
-            part = child.socket.recv(2**16)
-            if not part:
-                break
-            parts.append(part)
-        found = msgspec.msgpack.decode(b"".join(parts), type=EnvironmentSpec | str)
+        found = msgspec.json.decode(answers.readline(), type=EnvironmentSpec | str)
     except TimeoutError:
         raise ConfigError(f"{what}: importing it did not end within {DESCRIBE_TIMEOUT_S:g} s") from None
     except (OSError, msgspec.MsgspecError):
