@@ -116,13 +116,15 @@ class LateScorer:
         self._made: Future[Scorer] = Future()
         threading.Thread(target=self._make, args=(make,), name="suite-scorer", daemon=True).start()
 
-    def score(self, prompt: PromptRow, samples: Sequence[Sample]) -> Future[list[Scored]]:
+    def score(
+        self, prompt: PromptRow, samples: Sequence[Sample], attributes: Sequence[bytes | None] = ()
+    ) -> Future[list[Scored]]:
         """Returns what `Scorer.score` does."""
         scored: Future[list[Scored]] = Future()
 
         def ask(made: Future[Scorer]) -> None:
             try:
-                asked = made.result().score(prompt, samples)
+                asked = made.result().score(prompt, samples, attributes)
             except RewardError as error:
                 scored.set_result([Scored(error=str(error))] * len(samples))
             else:

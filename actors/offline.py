@@ -350,7 +350,7 @@ class OfflineActor(Heartbeat):
             return
         self._counters["wait_admission_s"] += time.perf_counter() - start_s
         items = [msgspec.msgpack.decode(payload, type=WorkItem) for payload in payloads]
-        groups = await asyncio.gather(*map(self._group, items))
+        groups = await self._scored(items)
         if not groups or not await self._insert(groups):
             return
         self._counters["groups"] += len(groups)
@@ -358,6 +358,21 @@ class OfflineActor(Heartbeat):
         self._counters["errors"] += sum(
             sample.error is not None for group in groups for sample in group.samples
         )
+
+    async def _scored(self, items: Sequence[WorkItem]) -> Sequence[Group]:
+        """Returns the groups of the items when their rewards are there, which may take long: the leases are
+        renewed meanwhile. None when retired before.
+        """
+        ordinals = [item.ordinal for item in items]
+        scoring = asyncio.gather(*map(self._group, items))
+        while not (await asyncio.wait([scoring], timeout=RETRY_S))[0]:
+            self._beat()
+            if await self._poll_board():
+                scoring.cancel()
+                return ()
+            with contextlib.suppress(DiskFullError):  # The driver tells of it (cluster/health.py).
+                await self._calls.start(self._buffer.renew(self._name, ordinals))
+        return scoring.result()
 
     async def _insert(self, groups: Sequence[Group]) -> bool:
         """Sends the groups, again every second while the buffer's disk is full; False when retired

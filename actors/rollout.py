@@ -9,9 +9,11 @@ groups.
 With offline data, some samples of each group are taken from there; where all are, this actor only evaluates.
 
 The loop never waits while there is something to generate. Its waits are counters: `wait_admission_s` (the
-buffer admits no more work), `wait_disk_s` (nor takes any: its disk is full), `wait_weights_s` (before the
-first snapshot: an actor is not eligible until it has one), `wait_environment_s` (all that is open waits for
-its environment) and `wait_evaluation_s` (it only evaluates, and there is nothing to).
+buffer admits no more work), `wait_rewards_s` (the same while groups await their rewards, or so many do that
+no others are started: `rewards.max_pending`), `wait_disk_s` (the buffer takes no work: its disk is full),
+`wait_weights_s` (before the first snapshot: an actor is not eligible until it has one), `wait_environment_s`
+(all that is open waits for its environment) and `wait_evaluation_s` (it only evaluates, and there is nothing
+to).
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ class RolloutActor(Heartbeat):
         self._buffer, self._board, self._monitor = buffer, board, monitor
         self._calls = Calls(config.run.timeout_s, monitor.event, name=name)
         scorer = Scorer(config.rewards, partial(ModelRewards, clients=models or {}, calls=self._calls))
-        self._scoring = Scoring(scorer)
+        self._scoring = Scoring(scorer, config.rewards.max_pending)
         self._engine = self._make_engine()
         self._groups = Groups(self._engine, config.actors, player=self._make_player())
         self._follower = Follower(name, config, board, self._calls)
@@ -97,7 +99,7 @@ class RolloutActor(Heartbeat):
         self._leasing_version = self._outdated_version = -1
         self._lease_at_s = self._reported_s = self._renewed_s = 0.0
         self._retire_deadline_s = math.inf  # Until it is told to drain.
-        kinds = ("admission", "disk", "environment", "evaluation", "weights")
+        kinds = ("admission", "rewards", "disk", "environment", "evaluation", "weights")
         waits = (f"wait_{kind}_s" for kind in kinds)
         self._counters: dict[str, float] = dict.fromkeys(
             ("groups", "groups_failed", "leases_refused", "busy_s", *waits, "errors"), 0.0
@@ -249,8 +251,8 @@ class RolloutActor(Heartbeat):
                 self._name, reserve, POLL_S, self._leasing_version, sorted(self._holding)
             )
             self._lease = self._calls.start(call, POLL_S + self._config.run.timeout_s)
-        is_draining = self._follower.update is not None
-        while self._work and self._groups.has_room and not is_draining:
+        is_held_up = self._follower.update is not None or self._scoring.is_full
+        while self._work and self._groups.has_room and not is_held_up:
             item = self._work.popleft()
             prompt = self._prompts[item.prompt_index]
             offline = choose_samples(prompt, self._config.offline_samples, item.seed)
@@ -345,6 +347,7 @@ class RolloutActor(Heartbeat):
         else:
             time.sleep(IDLE_S)
         wait = "wait_evaluation_s" if self._config.is_offline else "wait_admission_s"
+        wait = "wait_rewards_s" if len(self._scoring) else wait
         if self._buffer.who in self._outbox.refused_by or start_s < self._lease_at_s:
             wait = "wait_disk_s"
         wait = "wait_weights_s" if self._engine.version in (-1, self._outdated_version) else wait
@@ -377,6 +380,7 @@ class RolloutActor(Heartbeat):
         counters["calls_failed"] = float(self._calls.num_failed_posts)
         return {
             **counters,
+            **self._scoring.counters,
             "insert_retries": float(self._outbox.retries),
             "snapshots_failed": float(self._follower.num_failed),
         }

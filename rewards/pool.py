@@ -1,8 +1,14 @@
-"""Runs reward functions in processes that can be killed: whatever a reward does, its group gets an answer and
-the others go on.
+"""Runs reward functions in processes that can be killed: whatever a function does, its group gets an answer
+and the others go on.
 
-    submit() --> queue --> one thread per worker --> a Worker's process (rewards/worker.py)
-           no reply in time, too much memory, a death: the group is marked --'  and a new process starts
+    submit() --> a job per function --calls--> queue --> one thread per worker --> a Worker's process (worker)
+                       ^                                     |    plain functions: one call at a time
+                       |                                     |    async def: up to rewards.concurrency completions
+                       `--- values, or how it failed --------'    a hang, too much memory, a death: a new process
+                what is called next says rewards/workers/search.py
+
+Plain and asynchronous functions have queues and processes of their own. All processes but the first of each
+start when a call has waited for START_AFTER_S.
 
 Why not pebble's ProcessPool: its workers share one channel, and a worker that dies while it is idle, or
 before its acknowledgement was read (1 of 20 immediate `os._exit` under load), breaks the whole pool for good.
@@ -13,82 +19,92 @@ process with limits, not a sandbox.
 
 from __future__ import annotations
 
-import contextlib
 import pickle
-import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from core.errors import RewardError
 from rewards.registry import read_name
-from rewards.scoring import Scored, shorten
-from rewards.worker import FunctionSpec, MemoryExceeded, Worker
+from rewards.scoring import Completions, Scored, Summand, joined, shorten
+from rewards.workers.jobs import AskedGroup, Function, FunctionCall, FunctionJob, Queue, Values
+from rewards.workers.search import Outcome
+from rewards.workers.threads import WorkerThread
+from rewards.workers.worker import FunctionSpec, LoadedFunction, Worker
 
 if TYPE_CHECKING:  # pydantic stays out of the workers
     from core.config import RewardsConfig
 
 CLOSE_LIMIT_S = 2.0
-MEMORY_GIB = 4.0
-
-
-class _Task(NamedTuple):
-    request: bytes
-    num_completions: int
-    future: Future[list[Scored]]
+START_AFTER_S = 0.5
 
 
 class RewardPool:
-    """Scores groups in `workers` processes.
+    """Scores groups in at most `rewards.workers` processes (two where plain and asynchronous functions meet).
 
-        with RewardPool(config.rewards, workers=2) as pool:
+        with RewardPool(config.rewards) as pool:
             scored = pool.submit("2+2=", ["4", "5"], {"answer": "4"}).result()
 
-    num_scored, num_errors     count samples with a reward, and samples without one
-    num_timeouts               counts groups whose worker was killed at `timeout_s`
-    num_crashes                counts groups whose worker died, did not start, or used more memory than it may
-    columns                    holds, by function name, the dataset's columns that it cannot be called without
+    num_scored, num_errors   count completions with values, and completions without
+    num_timeouts             counts those of them for which a function gave no answer within its limit
+    num_crashes              counts those whose worker died, did not start, or used more memory than it may
+    queue_s, num_groups      add up how long groups waited for a worker, and count them
+    columns                  holds, by function name, the dataset's columns that it cannot be called without
 
-    `config` gives the functions (weights by name), `timeout_s` and `memory_gib`. The
-    constructor returns when every worker has loaded the functions; it raises RewardError, in one line, when
-    one cannot be loaded.
+    `config` gives the functions (weights by name) and the limits; of the functions, those that are called in
+    workers are this pool's (`RewardName.is_local`). The constructor returns when one worker has loaded them;
+    it raises RewardError, in one line, when one cannot be loaded.
     """
 
-    def __init__(self, config: RewardsConfig, workers: int = 1) -> None:
-        self._names = ", ".join(config.functions)
-        self._timeout_s = config.timeout_s
-        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._closed = False
-        self.num_scored = self.num_errors = self.num_timeouts = self.num_crashes = 0
-        specs = [
+    def __init__(self, config: RewardsConfig) -> None:
+        self._config = config
+        self._specs = [
             FunctionSpec(name, weight)
             for name, weight in config.functions.items()
             if read_name(name).is_local
         ]
-        memory_bytes = round(getattr(config, "memory_gib", MEMORY_GIB) * 2**30)
-        self._workers = [
-            Worker(msgspec.msgpack.encode(specs), config.timeout_s, memory_bytes) for _ in range(workers)
-        ]
-        # A worker is started by the thread that serves it: the kernel ends it with that thread
-        # (PR_SET_PDEATHSIG).
-        loaded: list[Future[list[tuple[str, ...]]]] = [Future() for _ in self._workers]
-        self._threads = [
-            threading.Thread(target=self._serve, args=(worker, future), name=f"reward-{index}", daemon=True)
-            for index, (worker, future) in enumerate(zip(self._workers, loaded, strict=True))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._names = ", ".join(spec.name for spec in self._specs)
+        self._lock = threading.RLock()
+        self.is_closed = False
+        self.num_scored = self.num_errors = self.num_timeouts = self.num_crashes = self.num_groups = 0
+        self.queue_s = 0.0
+        self._started_s = time.monotonic()
+        self._functions: list[Function] = []
+        self._queues = {False: Queue(0), True: Queue(config.concurrency)}  # By whether they are asynchronous.
+        self._groups: set[AskedGroup] = set()
+        self._threads: list[WorkerThread] = []
+        self._first: Future[list[LoadedFunction]] = Future()
+        self.columns: dict[str, tuple[str, ...]] = {}
+        self.own: dict[str, tuple[str, ...]] = {}
+        if self._specs:
+            self._start()
+
+    def _start(self) -> None:
+        with self._lock:
+            self._start_thread()
         try:
-            columns = [future.result() for future in loaded]
-            self.columns = dict(zip((spec.name for spec in specs), columns[0], strict=True))
+            found = self._first.result()
         except BaseException:  # Ctrl-C too, while a user's module hangs in its import.
             self.close()
             raise
+        for spec, function in zip(self._specs, found, strict=True):
+            self.columns[spec.name], self.own[spec.name] = function.columns, function.own
+        with self._lock:
+            if len({function.is_async for function in found}) == 2:
+                self._start_thread(self._queues[True])
+
+    def _start_thread(self, queue: Queue | None = None) -> None:
+        memory_bytes = round(self._config.memory_gib * 2**30)
+        worker = Worker(msgspec.msgpack.encode(self._specs), self._config.timeout_s, memory_bytes)
+        name = f"reward-{len(self._threads)}"
+        thread = WorkerThread(self, worker, name, self._names, self._config.timeout_s)
+        thread.queue = queue
+        self._threads.append(thread)
+        thread.start()
 
     def submit(
         self,
@@ -98,39 +114,76 @@ class RewardPool:
         own: Mapping[str, Sequence[Any]] | None = None,
     ) -> Future[list[Scored]]:
         """Hands in one group; the future's result is one Scored per completion, in order, and never an
-        exception.
-
-        The result is there at most `timeout_s` after a worker took the group up, plus at most STARTUP_LIMIT_S
-        where a new worker had to start. `columns` is the dataset row, `own` has by name what belongs to each
-        completion (signature.OWN); anything that pickles.
+        exception. The arguments are those of Completions.
         """
-        future: Future[list[Scored]] = Future()
-        try:
-            request = pickle.dumps((prompt, list(completions), dict(columns), own))
-        except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
-            self._finish(_Task(b"", len(completions), future), f"the row cannot be sent to a worker: {error}")
+        scored: Future[list[Scored]] = Future()
+        scored.set_running_or_notify_cancel()  # Nobody can cancel it from here on.
+        count = len(completions)
+
+        def add_up(values: Future[Values]) -> None:
+            found = values.result()
+            scored.set_result(joined(found.parts, count, found.votes))
+
+        self.values(Completions(prompt, list(completions), dict(columns), own or {})).add_done_callback(
+            add_up
+        )
+        return scored
+
+    def values(self, completions: Completions) -> Future[Values]:
+        """Hands in one group; the future's result is what each function says of it, and never an exception.
+
+        It is there after some calls of each function at most (rewards/workers/search.py), each of at most the
+        function's limit, once workers took them up, plus STARTUP_LIMIT_S where a new worker had to start.
+        """
+        future: Future[Values] = Future()
+        future.set_running_or_notify_cancel()
+        group = AskedGroup(len(completions.texts), b"", future)
+        if not self._specs or not completions.texts:
+            future.set_result(Values([Summand(spec.name, spec.weight, []) for spec in self._specs]))
             return future
-        task = _Task(request, len(completions), future)
+        try:
+            group.payload = pickle.dumps(completions)
+        except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
+            self._refuse(group, f"the row cannot be sent to a worker: {error}")
+            return future
         with self._lock:
-            if not self._closed:
-                self._tasks.put(task)
+            if not self.is_closed:
+                self._groups.add(group)
+                group.jobs = [FunctionJob(group, function) for function in self._functions]
+                for job in group.jobs:
+                    self._queue(job, job.begin())
                 return future
-        self._finish(task, "the reward pool is closed")
+        self._refuse(group, "the reward pool is closed")
         return future
+
+    @property
+    def busy_s(self) -> float:
+        """Returns for how long workers had something to do, all together."""
+        return sum(thread.busy_s for thread in list(self._threads))
+
+    @property
+    def worker_s(self) -> float:
+        """Returns for how long `rewards.workers` workers could have had something to do."""
+        return (time.monotonic() - self._started_s) * self._config.workers if self._specs else 0.0
 
     def close(self) -> None:
         """Kills the workers within 2 s. Groups that were not scored get an error that says so. A second call
         does nothing.
         """
         with self._lock:
-            self._closed = True
-        for worker in self._workers:
-            worker.close()
-        for _ in self._threads:
-            self._tasks.put(None)
+            self.is_closed = True
+            threads = list(self._threads)
+        for thread in threads:
+            thread.worker.close()
         deadline_s = time.monotonic() + CLOSE_LIMIT_S
-        for thread in self._threads:
+        for thread in threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
+            if not thread.is_alive():
+                thread.worker.free()
+        with self._lock:
+            left, self._groups = list(self._groups), set()
+        for group in left:
+            self._refuse(group, "the reward pool was closed before this group was scored")
 
     def __enter__(self) -> RewardPool:
         return self
@@ -138,70 +191,97 @@ class RewardPool:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _serve(self, worker: Worker, loaded: Future[list[tuple[str, ...]]]) -> None:
-        """Lives one worker's thread: groups come in, results go out, and a new process starts after each
-        failure.
-        """
-        self._load(worker, loaded)
-        while True:
-            # no process to be had: met again, and reported, at the next group
-            with contextlib.suppress(OSError, EOFError):
-                worker.start()
-            task = self._tasks.get()
-            if task is None:
-                worker.reap()
-                return
-            if task.future.set_running_or_notify_cancel():
-                self._score(worker, task)
+    # --- what the threads call ---
 
-    def _load(self, worker: Worker, loaded: Future[list[tuple[str, ...]]]) -> None:
-        try:
-            loaded.set_result(worker.load())
-        except MemoryExceeded as error:
-            worker.reap()
-            loaded.set_exception(
-                RewardError(f"reward functions {self._names}: while it imported them, {error}")
-            )
-        except RewardError as error:
-            worker.reap()
-            loaded.set_exception(error)
-        except (OSError, EOFError, msgspec.MsgspecError) as error:
-            status = worker.reap()
-            reason = (
-                f"the worker died while it imported them: {status}"
-                if status
-                else f"no worker could be started: {error}"
-            )
-            loaded.set_exception(RewardError(f"reward functions {self._names}: {reason}"))
-
-    def _score(self, worker: Worker, task: _Task) -> None:
-        try:
-            self._finish(task, worker.score(task.request, task.num_completions))
-        except (TimeoutError, BlockingIOError):
-            worker.reap()
-            reason = f"timed out after {self._timeout_s:g} s ({self._names})"
-            remedy = f"; where {task.num_completions} completions need longer, raise rewards.timeout_s"
-            self._finish(task, reason + remedy, timeouts=1)
-        except (OSError, EOFError, RewardError, msgspec.MsgspecError) as error:
-            status = worker.reap()
-            if self._closed:
-                self._finish(task, "the reward pool was closed before this group was scored")
-                return
-            if isinstance(error, RewardError):
-                reason = str(error)
-            else:
-                reason = f"the worker died: {status}" if status else f"no worker could be started: {error}"
-            self._finish(task, f"{reason} ({self._names})", crashes=1)
-
-    def _finish(self, task: _Task, outcome: list[Scored] | str, timeouts: int = 0, crashes: int = 0) -> None:
-        """Counts, then resolves the future with `outcome`; a reason is the error of every sample."""
-        scored = (
-            [Scored(error=shorten(outcome))] * task.num_completions if isinstance(outcome, str) else outcome
-        )
-        num_errors = sum(sample.error is not None for sample in scored)
+    def loaded(self, thread: WorkerThread, found: list[LoadedFunction] | RewardError) -> Queue | None:
+        """Takes note of a thread's first loading, and returns the queue that it serves."""
         with self._lock:
-            self.num_scored += len(scored) - num_errors
-            self.num_errors += num_errors
-            self.num_timeouts += timeouts
-            self.num_crashes += crashes
-        task.future.set_result(scored)
+            if isinstance(found, RewardError):
+                if not self._first.done():
+                    self._first.set_exception(found)
+                    return None
+                # The others have them: calls go to these. One that serves alone says what is wrong.
+                others = [
+                    other for other in self._threads if other.queue is thread.queue and other is not thread
+                ]
+                return None if others else thread.queue
+            if self._first.done():
+                return thread.queue
+            voter = next((place for place, function in enumerate(found) if function.votes), -1)
+            self._functions = [
+                Function(
+                    place,
+                    spec.name,
+                    spec.weight,
+                    function.is_async,
+                    max(self._config.timeout_s, function.timeout_s or 0.0),
+                    place == voter,
+                )
+                for place, (spec, function) in enumerate(zip(self._specs, found, strict=True))
+            ]
+            thread.queue = self._queues[all(function.is_async for function in found)]
+            self._first.set_result(found)
+            return thread.queue
+
+    def take(self, thread: WorkerThread) -> list[FunctionCall]:
+        """Returns calls for the thread's worker; starts another where work waits."""
+        assert thread.queue is not None
+        with self._lock:
+            taken = thread.queue.take([call.ask for call, _ in thread.held.values()])
+            for call in taken:
+                group = call.job.group
+                if not group.is_begun:
+                    group.is_begun = True
+                    self.queue_s += time.monotonic() - group.submitted_s
+                    self.num_groups += 1
+            self._grow(thread.queue)
+        return taken
+
+    def settle(self, call: FunctionCall, outcome: Outcome) -> None:
+        """Takes what became of a call: it leads to others, or to the end of its group."""
+        group = call.job.group
+        with self._lock:
+            self._queue(call.job, call.job.settle(call, outcome))
+            if not group.is_done or group not in self._groups:
+                return
+            self._groups.remove(group)
+            values = group.values()
+            self.num_timeouts += group.failures("timeout")
+            self.num_crashes += group.failures("crash")
+            self._count(values, group.num_completions)
+        group.future.set_result(values)
+
+    # --- inside, with the lock ---
+
+    def _queue(self, job: FunctionJob, calls: Sequence[FunctionCall]) -> None:
+        queue = self._queues[job.function.is_async]
+        if job.group.is_begun:
+            queue.calls.extendleft(reversed(calls))  # What was begun is finished first.
+        else:
+            queue.calls.extend(calls)
+        if calls:
+            for thread in self._threads:
+                if thread.queue is queue:
+                    thread.worker.wake()
+
+    def _grow(self, queue: Queue) -> None:
+        """Starts another worker where a call has waited for long and none is starting."""
+        is_starting = any(not thread.worker.is_loaded for thread in self._threads if thread.queue is queue)
+        is_full = len(self._threads) >= self._config.workers
+        if not (is_full or is_starting or self.is_closed) and queue.waited_s() > START_AFTER_S:
+            self._start_thread(queue)
+
+    def _count(self, values: Values, num_completions: int) -> None:
+        num_errors = sum(
+            any(isinstance(part.values[place], str) for part in values.parts)
+            for place in range(num_completions)
+        )
+        self.num_errors += num_errors
+        self.num_scored += num_completions - num_errors
+
+    def _refuse(self, group: AskedGroup, reason: str) -> None:
+        """Ends a group that no worker scores; the reason is the error of every completion."""
+        values = Values([Summand(self._names, 1.0, [shorten(reason)] * group.num_completions)])
+        with self._lock:
+            self._count(values, group.num_completions)
+        group.future.set_result(values)

@@ -94,8 +94,8 @@ def load_reward(name: str) -> RewardCallable:
     the path or in the working directory, with `?messages` behind it or not.
 
     Raises RewardError for an unknown name (it tells the nearest built-in), for parameters that a function
-    does not take, for a module that does not import (with its error), and for a function that is missing, cannot
-    be called, or takes no completions.
+    does not take, for a module that does not import (with its error), and for a function that is missing,
+    cannot be called, or takes no completions.
     """
     read = read_name(name)
     module_name, colon, function_name = BUILTINS.get(read.plain, read.plain).partition(":")

@@ -1,8 +1,12 @@
-"""Scores one group: every function is called and every value is checked. Pure; runs inside the workers of
-`rewards.pool`.
+"""What one function says of the completions of one prompt, and what its values come to: every value is
+checked. Pure; `call` runs inside the workers of `rewards.pool`.
+
+    call, call_async --values: a number, None, or why there is none--> Summand per function --joined--> Scored
 
 A failure is never reward 0. Where a function raises, or returns the wrong number of values or a value that is
-no finite number, the samples concerned become errors, whatever the other functions say.
+no finite number, the samples concerned become errors, whatever the other functions say. None says that a
+function does not apply (TRL's convention): it is left out of the sum where another function scored, and an
+error where none did.
 """
 
 from __future__ import annotations
@@ -11,16 +15,22 @@ import inspect
 import math
 import numbers
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
+from core.errors import RewardError
+from core.users import pictures
 from rewards.registry import WeightedReward
-from rewards.signature import read_signature
+from rewards.signature import OWN, read_signature
 
 MAX_ERROR_CHARS = 400
+Value: TypeAlias = float | str | None
+"""What a function says of a completion: a finite number, None (it does not apply), or text: why there is
+none.
+"""
 
 
 class Scored(msgspec.Struct, frozen=True):
@@ -39,36 +49,102 @@ class Scored(msgspec.Struct, frozen=True):
     answer: str | None = None
 
 
-def score_group(
-    functions: Sequence[WeightedReward],
-    prompt: str,
-    completions: Sequence[str],
-    columns: Mapping[str, Any],
-    own: Mapping[str, Sequence[Any]] | None = None,
-) -> list[Scored]:
-    """Returns one Scored per completion of `prompt`: the sum over functions of weight times value.
+class Completions(NamedTuple):
+    """The completions of one prompt, as functions get them.
 
-    `columns` is the dataset row; each value is repeated per completion. `own` has by name what belongs to
-    each completion (signature.OWN). Never raises for what a function does.
+    columns  the dataset row; each value is repeated per completion
+    own      by name what belongs to each completion (signature.OWN): `num_tokens`; `environments`, as
+             `core.users.pictures` packs them; `messages`, what was said after the prompt by (role, text)
     """
-    values_per_function = [
-        _call(reward, prompt, list(completions), columns, own or {}) for reward in functions
+
+    prompt: str
+    texts: Sequence[str]
+    columns: Mapping[str, Any]
+    own: Mapping[str, Sequence[Any]] = {}
+
+    def chosen(self, places: Sequence[int]) -> Completions:
+        """Returns the completions at these places alone."""
+        if len(places) == len(self.texts):
+            return self
+        own = {name: [values[place] for place in places] for name, values in self.own.items()}
+        return Completions(self.prompt, [self.texts[place] for place in places], self.columns, own)
+
+
+class Summand(NamedTuple):
+    """What one source of rewards says: a value per completion, to be multiplied by `weight`."""
+
+    name: str
+    weight: float
+    values: Sequence[Value]
+
+
+class CallFailed(RewardError):
+    """A function raised; the text says what, and where."""
+
+
+def joined(
+    parts: Sequence[Summand], num_completions: int, answers: Sequence[str | None] | None = None
+) -> list[Scored]:
+    """Returns one Scored per completion: the sum over the parts of weight times value.
+
+    A part whose value is None is left out of the sum where another has one. `answers` are the completions'
+    votes.
+    """
+    votes = answers or [None] * num_completions
+    return [
+        _sum([(part, part.values[place]) for part in parts], votes[place]) for place in range(num_completions)
     ]
-    read_answer = next(
-        (reward.answer for reward in functions if reward.answer is not None), lambda completion: None
-    )
-    scored = []
-    for completion, *values in zip(completions, *values_per_function, strict=True):
-        errors = [value for value in values if isinstance(value, str)]
-        if errors:
-            scored.append(Scored(error=shorten("; ".join(errors))))
-            continue
-        total = math.fsum(reward.weight * value for reward, value in zip(functions, values, strict=True))
-        if math.isfinite(total):
-            scored.append(Scored(total, answer=_answer(read_answer, completion)))
-        else:
-            scored.append(Scored(error=f"the weighted sum of {_names(functions)} is {total}"))
-    return scored
+
+
+def _sum(terms: Sequence[tuple[Summand, Value]], answer: str | None) -> Scored:
+    errors = [value for _, value in terms if isinstance(value, str)]
+    given = [(part, value) for part, value in terms if value is not None and not isinstance(value, str)]
+    if not errors and not given:
+        errors = [f"{part.name} returned None (could not score)" for part, _ in terms] or [
+            "nothing scored it"
+        ]
+    if errors:
+        return Scored(error=shorten("; ".join(errors)))
+    total = math.fsum(part.weight * value for part, value in given)
+    if math.isfinite(total):
+        return Scored(total, answer=answer)
+    return Scored(error=f"the weighted sum of {', '.join(part.name for part, _ in given)} is {total}")
+
+
+def call(reward: WeightedReward, completions: Completions) -> list[Value]:
+    """Returns a plain function's value of each completion. Raises CallFailed for what it raises."""
+    try:
+        positional, named = _arguments(reward, completions)
+        values = _as_list(reward.function(*positional, **named))
+    except RewardError:
+        raise
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code; the error goes into the record
+        raise CallFailed(_describe(reward, error)) from None
+    if inspect.iscoroutine(values):
+        values.close()
+        raise CallFailed(f"{reward.name} is asynchronous: it returned a coroutine; write `async def`")
+    return _values(reward.name, values, len(completions.texts))
+
+
+async def call_async(reward: WeightedReward, completions: Completions) -> list[Value]:
+    """Returns an `async def` function's value of each completion. Raises CallFailed for what it raises."""
+    try:
+        positional, named = _arguments(reward, completions)
+        awaited: Awaitable[Any] = reward.function(*positional, **named)  # type: ignore[assignment]
+        values = _as_list(await awaited)
+    except RewardError:
+        raise
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code; the error goes into the record
+        raise CallFailed(_describe(reward, error)) from None
+    return _values(reward.name, values, len(completions.texts))
+
+
+def read_answers(reward: WeightedReward, completions: Completions) -> list[str | None]:
+    """Returns what each completion votes for, None where the reward's `answer` cannot tell."""
+    read_answer = reward.answer
+    if read_answer is None:
+        return [None] * len(completions.texts)
+    return [_answer(read_answer, text) for text in completions.texts]
 
 
 def shorten(text: str) -> str:
@@ -77,46 +153,46 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 3] + "..."
 
 
-def _call(
-    reward: WeightedReward,
-    prompt: str,
-    completions: list[str],
-    columns: Mapping[str, Any],
-    own: Mapping[str, Sequence[Any]],
-) -> list[float | str]:
-    """Returns one entry per completion: its value, or the reason why it has none."""
-    num = len(completions)
+def _arguments(reward: WeightedReward, completions: Completions) -> tuple[list[Any], dict[str, Any]]:
+    """Returns what the function is called with. Raises CallFailed where a needed column is missing."""
+    columns, num = completions.columns, len(completions.texts)
     signature = read_signature(reward.name, reward.function)
     if missing := [column for column in signature.columns if column not in columns]:
-        return [
+        raise CallFailed(
             f"{reward.name} needs {_quoted(missing)}, which the row does not have (it has {_quoted(columns)})"
-        ] * num
+        )
     given = {name: [value] * num for name, value in columns.items()}
-    given |= {name: list(values) for name, values in own.items()}
-    given |= {"prompts": [prompt] * num, "completions": list(completions)}
+    given |= {name: list(completions.own[name]) for name in OWN if name in completions.own}
+    if "environments" in given and "environments" in completions.own:
+        given["environments"] = [pictures.show(picture) for picture in completions.own["environments"]]
+    given |= {"prompts": [completions.prompt] * num, "completions": list(completions.texts)}
     if reward.messages:
-        given |= _as_messages(prompt, completions, columns)
-    positional, named = signature.arguments(given)
-    try:
-        values = _as_list(reward.function(*positional, **named))
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code; the error goes into the record
-        return [_describe(reward, error)] * num
-    if inspect.iscoroutine(values):
-        values.close()
-        return [f"{reward.name} is asynchronous: it returned a coroutine; write a plain function"] * num
+        given |= _as_messages(completions)
+    if missing := [name for name in signature.own if name not in given]:
+        raise CallFailed(f"{reward.name} needs {_quoted(missing)}, and this run has none")
+    return signature.arguments(given)
+
+
+def _values(name: str, values: Any, num: int) -> list[Value]:
+    """Returns one entry per completion of what a function returned: its value, or why it has none."""
     if not isinstance(values, list | tuple):
-        return [f"{reward.name} returned {_kind(values)}, expected a list of {num} numbers"] * num
+        return [f"{name} returned {_kind(values)}, expected a list of {num} numbers"] * num
     if len(values) != num:
-        return [f"{reward.name} returned {len(values)} values for {num} completions"] * num
-    return [_checked(reward.name, value) for value in values]
+        return [f"{name} returned {len(values)} values for {num} completions"] * num
+    return [_checked(name, value) for value in values]
 
 
-def _as_messages(prompt: str, completions: Sequence[str], columns: Mapping[str, Any]) -> dict[str, list[Any]]:
+def _as_messages(completions: Completions) -> dict[str, list[Any]]:
     """Returns prompts and completions as TRL gives them where the prompts are conversations."""
-    source = next((columns[name] for name in ("prompt", "question") if name in columns), prompt)
+    columns, num = completions.columns, len(completions.texts)
+    source = next((columns[name] for name in ("prompt", "question") if name in columns), completions.prompt)
     messages = source if isinstance(source, list) else [{"role": "user", "content": source}]
-    answers = [[{"role": "assistant", "content": completion}] for completion in completions]
-    return {"prompts": [messages] * len(completions), "completions": answers}
+    said = completions.own.get("messages") or [()] * num
+    answers = [
+        [{"role": role, "content": content} for role, content in turns or (("assistant", text),)]
+        for turns, text in zip(said, completions.texts, strict=True)
+    ]
+    return {"prompts": [messages] * num, "completions": answers}
 
 
 def _answer(read_answer: Callable[[str], Any], completion: str) -> str | None:
@@ -132,12 +208,14 @@ def _as_list(values: Any) -> Any:
     return values.tolist() if getattr(values, "ndim", None) == 1 and hasattr(values, "tolist") else values
 
 
-def _checked(name: str, value: Any) -> float | str:
-    """Returns the number that `value` is (also a scalar of numpy or torch, a Decimal or a Fraction), else
-    what is wrong with it.
+def _checked(name: str, value: Any) -> Value:
+    """Returns the number that `value` is (also a scalar of numpy or torch, a Decimal or a Fraction), None as
+    it is, else what is wrong with it. An exception among the values is the error of its completion.
     """
     if value is None:
-        return f"{name} returned None (could not score)"
+        return None
+    if isinstance(value, BaseException):
+        return f"{name}: {_line(value)[: MAX_ERROR_CHARS - 100]}"
     is_text = isinstance(value, str | bytes | bytearray)
     # numpy's become floats, half of them.
     is_complex = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
@@ -162,7 +240,7 @@ def _describe(reward: WeightedReward, error: BaseException) -> str:
     """Returns `name raised ValueError: message (file.py:12 in function)`, the end of the traceback in one
     line.
     """
-    message = " ".join(traceback.format_exception_only(error)[-1].split())
+    message = _line(error)
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
     wants_messages = not reward.messages and "string indices must be integers" in message
@@ -174,5 +252,5 @@ def _quoted(names: Any) -> str:
     return ", ".join(map(repr, names)) or "nothing"
 
 
-def _names(functions: Sequence[WeightedReward]) -> str:
-    return ", ".join(reward.name for reward in functions)
+def _line(error: BaseException) -> str:
+    return " ".join(traceback.format_exception_only(error)[-1].split())

@@ -25,8 +25,10 @@ from core.errors import RewardError
 
 BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 TEXTS = ("prompts", "completions")
-OWN = ("num_tokens",)
-"""What a function gets of the completions themselves, by name: sampled tokens."""
+OWN = ("num_tokens", "environments")
+"""What a function gets of the completions themselves, by name: how many tokens of each were sampled, and the
+public attributes of the environment that each was said to.
+"""
 REMEDY = (
     "A reward function takes by name what it needs of prompts, completions and the dataset's columns: "
     "(completions, answer, **columns)."
@@ -39,6 +41,7 @@ class Signature(NamedTuple):
     positional  what it gets by position, in order: names of TEXTS or of columns
     named       what it gets by keyword, where that exists
     columns     the columns without which it cannot be called
+    own         the names of OWN without which it cannot be called
     takes_all   whether it ends in **columns
     bound       what a functools.partial has given it already
     """
@@ -48,6 +51,7 @@ class Signature(NamedTuple):
     columns: tuple[str, ...]
     takes_all: bool
     bound: frozenset[str] = frozenset()
+    own: tuple[str, ...] = ()
 
     def arguments(self, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Returns positional and keyword arguments out of `given`, which holds TEXTS and columns by name."""
@@ -71,10 +75,9 @@ def read_signature(name: str, function: Any) -> Signature:
             f"reward function {name!r} is a class; name a function, or an object of it: `judge "
             f"= {function.__name__}()`."
         )
-    if _is_asynchronous(function):
+    if _is(function, inspect.isasyncgenfunction):
         raise RewardError(
-            f"reward function {name!r} is asynchronous; write a plain function (it runs in a "
-            "process of its own)."
+            f"reward function {name!r} is an asynchronous generator; return a list instead of yielding."
         )
     try:
         parameters = _parameters(function)
@@ -103,7 +106,8 @@ def read_signature(name: str, function: Any) -> Signature:
     names = (*positional, *(parameter.name for parameter in rest))
     columns = tuple(column for column in names if column not in (*TEXTS, *OWN) and is_needed[column])
     bound = frozenset(function.keywords) if isinstance(function, functools.partial) else frozenset[str]()
-    return Signature(positional, tuple(parameter.name for parameter in rest), columns, takes_all, bound)
+    own = tuple(column for column in names if column in OWN and is_needed[column])
+    return Signature(positional, tuple(parameter.name for parameter in rest), columns, takes_all, bound, own)
 
 
 def takes_messages(function: Callable[..., Any]) -> bool:
@@ -147,14 +151,15 @@ def _parameters(function: Callable[..., Any]) -> list[Parameter]:
     return parameters
 
 
-def _is_asynchronous(function: Any) -> bool:
+def is_asynchronous(function: Any) -> bool:
+    """Returns whether the function, or the object's `__call__`, is written `async def`."""
+    return _is(function, inspect.iscoroutinefunction)
+
+
+def _is(function: Any, check: Callable[[Any], bool]) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
-    return any(
-        check(candidate)
-        for check in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
-        for candidate in (function, getattr(function, "__call__", None))  # noqa: B004 - the method itself
-    )
+    return check(function) or check(getattr(function, "__call__", None))  # noqa: B004 - the method itself
 
 
 def _shown(parameters: Sequence[Parameter]) -> str:

@@ -20,7 +20,7 @@ from core.calls import Call, Calls
 from core.errors import AgroError, RewardError
 from core.records import Sample
 from rewards.hosted import hosted_models
-from rewards.scoring import Scored, shorten
+from rewards.scoring import shorten
 
 T = TypeVar("T")
 
@@ -63,20 +63,6 @@ class ModelRewards:
             AskedModel(name, self._weights[name], self._ask(name, conversations, model.timeout_s))
             for name, model in self._models.items()
         ]
-
-    def added_to(
-        self, scored: Future[list[Scored]], prompt: PromptRow, samples: Sequence[Sample]
-    ) -> Future[list[Scored]]:
-        """Returns a future of what functions said, with what the models say added."""
-        asked, done = self.ask(prompt, samples), Future[list[Scored]]()
-        parts = gathered([model.values for model in asked])
-
-        def add(_: object) -> None:
-            done.set_result(_sums(scored.result(), asked, parts.result()))
-
-        # One after the other: both are there when the last callback runs.
-        scored.add_done_callback(lambda _: parts.add_done_callback(add))
-        return done
 
     def _ask(
         self, name: str, conversations: list[list[dict[str, Any]]], timeout_s: float
@@ -141,26 +127,6 @@ def gathered(futures: Sequence[Future[T]]) -> Future[list[T]]:
     for future in futures:
         future.add_done_callback(look)
     return done
-
-
-def _sums(
-    scored: Sequence[Scored], asked: Sequence[AskedModel], values: Sequence[Sequence[Value]]
-) -> list[Scored]:
-    """Returns the rewards of functions and models together; an error of any is the sample's."""
-    sums = []
-    for place, local in enumerate(scored):
-        given = [of_model[place] for of_model in values]
-        errors = [value for value in (local.error, *given) if isinstance(value, str)]
-        if errors:
-            sums.append(Scored(error=shorten("; ".join(errors)), answer=local.answer))
-            continue
-        terms = [
-            model.weight * value
-            for model, value in zip(asked, given, strict=True)
-            if not isinstance(value, str)
-        ]
-        sums.append(Scored(math.fsum([local.reward or 0.0, *terms]), answer=local.answer))
-    return sums
 
 
 def _asked(prompt: PromptRow) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from core.metrics import METRICS, shows_samples
 
 RATE_WINDOW_S = 5.0  # actors report in bursts of whole groups: over less than 2 s their rates are noise
 SILENT_S = 60.0  # an actor that has not reported for so long counts in no rate
-WAITS = ("admission", "weights", "environment", "evaluation", "disk")
+WAITS = ("admission", "rewards", "weights", "environment", "evaluation", "disk")
 """What actors wait for: `wait_admission_s` and so on among their counters."""
 NUM_GONE_KNOWN = 64
 MAX_WARNINGS = 1000

@@ -84,7 +84,7 @@ def test_what_a_late_scorer_is_asked_before_it_is_there_is_answered_then():
     gate: Future[None] = Future()
 
     class Made:
-        def score(self, prompt: Any, samples: Any) -> Future[Any]:
+        def score(self, prompt: Any, samples: Any, attributes: Any = ()) -> Future[Any]:
             answered: Future[Any] = Future()
             answered.set_result(list(samples))
             return answered

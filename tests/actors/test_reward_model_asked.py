@@ -5,15 +5,19 @@ counted.
 from __future__ import annotations
 
 import asyncio
+import math
 from concurrent.futures import Future
 from typing import Any
 
+import msgspec
 import pytest
 
 from actors.prompts import PromptRow
 from actors.reward_model import RewardModelClient
 from actors.reward_model.asked import ModelRewards, conversation_of, gathered
+from actors.scoring import Scorer
 from core.calls import Calls, Local
+from core.config import RewardsConfig
 from core.errors import RewardError, TrainingError
 from core.records import Sample
 from rewards.scoring import Scored
@@ -49,30 +53,27 @@ def rewards_of(model: Model, weight: float = 2.0) -> ModelRewards:
     return ModelRewards({"exact_match": 1.0, NAME: weight}, {NAME: client}, Calls(60.0))
 
 
-def local(*scored: Scored) -> Future[list[Scored]]:
-    done: Future[list[Scored]] = Future()
-    done.set_result(list(scored))
-    return done
-
-
-def added(model: Model, scored: list[Scored], *texts: str) -> tuple[list[Scored], ModelRewards]:
-    rewards = rewards_of(model)
-    future = rewards.added_to(local(*scored), PROMPT, [sample(text) for text in texts])
-    return future.result(10), rewards
+def added(model: Model, rewards: list[float], *texts: str) -> tuple[list[Scored], ModelRewards]:
+    """Scores by the environment's own rewards and the model."""
+    asked = rewards_of(model)
+    samples = [
+        msgspec.structs.replace(sample(text), reward=own) for text, own in zip(texts, rewards, strict=True)
+    ]
+    scorer = Scorer(RewardsConfig(functions={"environment": 1.0, NAME: 2.0}), lambda _: asked)
+    return scorer.score(PROMPT, samples).result(10), asked
 
 
 def test_a_models_value_times_its_weight_joins_the_sum_and_errors_of_either_are_the_samples() -> None:
-    scored = [Scored(1.0, answer="a"), Scored(1.0), Scored(error="mine raised")]
-    found, _ = added(Model(), scored, "3", "x", "4")
-    assert found[0] == Scored(7.0, answer="a")
+    found, _ = added(Model(), [1.0, 1.0, math.nan], "3", "x", "4")
+    assert found[0] == Scored(7.0)
     assert found[1].reward is None
     assert "no number" in str(found[1].error)
-    assert found[2].error == "mine raised"
+    assert found[2].error == f"the weighted sum of environment, {NAME} is nan"
 
 
 @pytest.mark.parametrize(("behaviour", "words"), [("late", "within 0.3 s"), ("dead", "SIGKILL")])
 def test_a_model_that_does_not_answer_costs_the_samples_and_is_counted(behaviour: str, words: str) -> None:
-    found, rewards = added(Model(behaviour), [Scored(1.0)] * 2, "1", "2")
+    found, rewards = added(Model(behaviour), [1.0] * 2, "1", "2")
     assert all(scored.reward is None and words in str(scored.error) for scored in found)
     assert (rewards.num_timeouts, rewards.num_failures) == (
         int(behaviour == "late"),
@@ -82,7 +83,7 @@ def test_a_model_that_does_not_answer_costs_the_samples_and_is_counted(behaviour
 
 def test_a_model_gets_the_conversation() -> None:
     model = Model()
-    added(model, [Scored(0.0)], "4")
+    added(model, [0.0], "4")
     assert model.asked == [[[{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}]]]
     turns = (("assistant", "call"), ("tool", "7"), ("assistant", "It is 7."))
     messages = ({"role": "system", "content": "be kind"}, {"role": "user", "content": "q"})

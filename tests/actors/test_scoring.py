@@ -1,12 +1,17 @@
 """Groups that await their rewards: nothing is lost between two looks."""
 
+import contextlib
 from concurrent.futures import Future
 from typing import Any
 
+import psutil
+
 from actors.groups import OpenGroup
 from actors.prompts import PromptRow
-from actors.scoring import Scoring
+from actors.scoring import Scorer, Scoring
+from core.config import RewardsConfig
 from core.records import Sample, WorkItem
+from core.users import pictures
 from rewards.scoring import Scored
 
 
@@ -35,19 +40,27 @@ class Answers:
     def __init__(self, *futures: Future[Any]) -> None:
         self._futures = iter(futures)
 
-    def score(self, prompt: PromptRow, samples: list[Sample]) -> Future[Any]:
+    def score(self, prompt: PromptRow, samples: list[Sample], attributes: Any = ()) -> Future[Any]:
         return next(self._futures)
 
 
+PROMPT = PromptRow(0, "q", (1,), {})
+
+
+def sample(**more: Any) -> Sample:
+    return Sample.one_turn((1,), (2, 3), version_spans=(), finish_reason="stop", **{"text": "4", **more})
+
+
 def group(ordinal: int) -> OpenGroup:
-    sample = Sample.one_turn((1,), (2,), version_spans=(), finish_reason="stop", text="4")
-    return OpenGroup(WorkItem(ordinal, 0, 0), PromptRow(0, "q", (1,), {}), [sample])
+    return OpenGroup(WorkItem(ordinal, 0, 0), PROMPT, [sample()])
 
 
 def test_a_reward_that_arrives_while_the_actor_looks_is_not_lost() -> None:
-    scoring = Scoring(Answers(ready(), LateFuture(), ready()))  # type: ignore[arg-type]
+    scoring = Scoring(Answers(ready(), LateFuture(), ready()), max_pending=3)  # type: ignore[arg-type]
     for ordinal in range(3):
+        assert not scoring.is_full
         scoring.submit(group(ordinal))
+    assert scoring.is_full
 
     def take() -> list[tuple[Any, float | None]]:
         return [(found.item.ordinal, samples[0].reward) for found, samples in scoring.take()]  # type: ignore[union-attr]
@@ -55,3 +68,46 @@ def test_a_reward_that_arrives_while_the_actor_looks_is_not_lost() -> None:
     assert take() == [(0, 1.0), (2, 1.0)]
     assert take() == [(1, 2.0)]
     assert len(scoring) == 0
+
+
+class Game:
+    def __init__(self, score: float) -> None:
+        self.score = score
+
+
+def scorer(**functions: float) -> contextlib.closing[Scorer]:
+    return contextlib.closing(Scorer(RewardsConfig(functions=functions)))
+
+
+def test_the_environments_own_reward_is_a_function_like_any_other() -> None:
+    with scorer(environment=2.0) as scoring:
+        found = scoring.score(PROMPT, [sample(reward=0.5), sample(), sample(error="it hung")]).result(0)
+        assert found[0] == Scored(1.0)
+        assert found[1] == Scored(error="environment returned None (could not score)")
+        assert found[2] == Scored(error="it hung"), "the sample's own error stays"
+        assert psutil.Process().children() == [], "nothing to call, no process"
+    with scorer(environment=2.0, **{"overlong?from=1&to=3": 1.0}) as scoring:
+        found = scoring.score(PROMPT, [sample(reward=0.5), sample()]).result(60)
+        assert found == [Scored(0.5), Scored(-0.5)], "two tokens cost a half; a reward of None is left out"
+
+
+def test_functions_see_environments_and_conversations() -> None:
+    name = "tests.support.reward_functions:{}".format
+    said = (("assistant", "3"), ("user", "higher"), ("assistant", "4"))
+    with scorer(**{name("score_of_environment"): 1.0, name("num_messages?messages"): 10.0}) as scoring:
+        attributes = [pictures.take(Game(0.25)), None]
+        found = scoring.score(PROMPT, [sample(transcript=said), sample()], attributes).result(60)
+        assert found[0] == Scored(30.25)
+        assert "the environment's 'score' is not here" in str(found[1].error)
+        found = scoring.score(PROMPT, [sample()]).result(60)
+        assert "needs 'environments', and this run has none" in str(found[0].error)
+
+
+def test_a_rollouts_reward_is_part_of_the_sum_and_a_logs_reward_stands() -> None:
+    logged = sample(reward=7.0)
+    open_group = OpenGroup(WorkItem(0, 0, 0), PROMPT, [sample(reward=0.5), None], [logged])
+    with scorer(environment=2.0) as made:
+        scoring = Scoring(made, max_pending=1)
+        scoring.submit(open_group)
+        ((_, samples),) = scoring.take()
+    assert [found.reward for found in samples] == [1.0, 7.0]

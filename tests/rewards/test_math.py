@@ -15,8 +15,8 @@ import pytest
 from rewards.exact_match import exact_match
 from rewards.math import GROUP_LIMIT_S, LIMIT_S, _process, math_verify
 from rewards.registry import WeightedReward
-from rewards.scoring import score_group
-from tests.support.math_answers import KINDS
+from tests.support.rewards.math_answers import KINDS
+from tests.support.scores import score_group
 
 PAIRS = [
     # completion, gold, reward

@@ -25,9 +25,9 @@ import pytest
 
 from core.config import RewardsConfig
 from core.errors import RewardError
-from rewards import worker
 from rewards.pool import RewardPool
-from rewards.scoring import Scored
+from rewards.scoring import Completions, Scored
+from rewards.workers import worker
 from tests.support import ROOT
 
 pytestmark = pytest.mark.timed
@@ -38,7 +38,8 @@ RESULT_LIMIT_S = 60.0
 
 def pool_of(*names, timeout_s=TIMEOUT_S, workers=1, memory_gib=4.0):
     functions = dict.fromkeys(names, 1.0)
-    return RewardPool(RewardsConfig(functions=functions, timeout_s=timeout_s, memory_gib=memory_gib), workers)
+    config = RewardsConfig(functions=functions, timeout_s=timeout_s, memory_gib=memory_gib, workers=workers)
+    return RewardPool(config)
 
 
 def attack_pool(function, **settings):
@@ -60,7 +61,7 @@ def worker_processes(parent=None):
     found = []
     for child in psutil.Process(parent).children():
         with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):  # One that ends while we look.
-            if "rewards.worker" in " ".join(child.cmdline()):
+            if "rewards.workers.worker" in " ".join(child.cmdline()):
                 found.append(child)
     return found
 
@@ -91,22 +92,21 @@ def test_an_attack_is_over_in_time_and_the_next_groups_are_scored(function, erro
         hurt = pool.submit("q", ["a", "bad", "c"], {})
         waiting = pool.submit("q", ["a", "b"], {})
         scored = hurt.result(RESULT_LIMIT_S)
-        assert time.monotonic() - start_s < TIMEOUT_S + 1.0
-        assert [sample.reward for sample in scored] == [None] * 3
-        assert all(error in sample.error for sample in scored), scored
+        # All together, and the one that is to blame alone: twice the limit, and two processes that start.
+        assert time.monotonic() - start_s < 2 * TIMEOUT_S + 3.0
+        assert [sample.reward for sample in scored] == [1.0, None, 1.0]
+        assert error in scored[1].error
         assert before == [Scored(1.0)]
         assert waiting.result(RESULT_LIMIT_S) == [Scored(1.0), Scored(1.0)]
-        assert (pool.num_scored, pool.num_errors) == (3, 3)
+        assert (pool.num_scored, pool.num_errors) == (5, 1)
         assert (pool.num_timeouts, pool.num_crashes) == (kind == "timeout", kind == "crash")
 
 
 def test_a_hanging_group_does_not_delay_the_other_worker():
     with attack_pool("hang", workers=2, timeout_s=5.0) as pool:
-        assert wait_until(lambda: len(worker_processes()) == 2)
-        score(pool, "warm")
-        score(pool, "warm")
-        time.sleep(0.5)
         hurt = pool.submit("q", ["bad"], {})
+        assert score(pool, "warm") == [Scored(4.0)], "work that waits starts a second process"
+        assert len(worker_processes()) == 2
         start_s = time.monotonic()
         assert [score(pool, "a" * length)[0].reward for length in range(1, 21)] == list(range(1, 21))
         assert time.monotonic() - start_s < 2.0
@@ -146,10 +146,10 @@ def test_a_worker_that_uses_more_memory_than_it_may_is_killed_with_the_figures(f
         found = re.fullmatch(
             r"the worker used (0\.\d+) GiB of memory with its children, more than rewards.memory_gib = 0.2 "
             r".*",
-            hurt[0].error,
+            hurt[1].error,
         )
         assert 0.2 < float(found.group(1)) < 0.6
-        assert hurt == [hurt[0]] * 2
+        assert hurt[0] == Scored(1.0)
         assert score(pool, "a") == [Scored(1.0)]
         assert (pool.num_timeouts, pool.num_crashes) == (0, 1)
 
@@ -304,10 +304,10 @@ PARENT = textwrap.dedent("""
     from core.config import RewardsConfig
     from rewards.pool import RewardPool
     functions = {"tests.support.reward_functions:FUNCTION": 1.0}
-    pool = RewardPool(RewardsConfig(functions=functions, timeout_s=100.0), workers=2)
+    pool = RewardPool(RewardsConfig(functions=functions, timeout_s=100.0, workers=2))
     pool.submit("q", ["a"], {}).result()
     futures = [pool.submit("q", ["bad"], {}) for _ in range(2)]
-    time.sleep(1.0)
+    time.sleep(2.0)
     print("ready", flush=True)
     time.sleep(100)
 """)
@@ -326,7 +326,7 @@ def test_no_worker_survives_the_parents_kill_9(function):
     try:
         assert parent.stdout.readline() == "ready\n"
         workers = worker_processes(parent.pid)
-        assert len(workers) == 2
+        assert len(workers) == (1 if function == "length" else 2), "the second starts when work waits"
         parent.send_signal(signal.SIGKILL)
         parent.wait()
         assert wait_until(lambda: not any(is_running(worker.pid) for worker in workers), timeout_s=2.0)
@@ -340,7 +340,7 @@ def test_no_worker_survives_the_parents_kill_9(function):
 )
 def test_a_worker_whose_actor_is_gone_ends_without_a_word(when):
     ours, theirs = socket.socketpair()
-    code = f"from rewards.worker import serve; serve({theirs.fileno()}, {os.getpid()})"
+    code = f"from rewards.workers.worker import serve; serve({theirs.fileno()}, {os.getpid()})"
     repository = ROOT
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -356,12 +356,14 @@ def test_a_worker_whose_actor_is_gone_ends_without_a_word(when):
                 msgspec.msgpack.encode([worker.FunctionSpec("tests.support.reward_functions:length")])
             )
             assert msgspec.msgpack.decode(connection.recv_bytes(), type=worker.Loaded) == worker.Loaded(
-                columns=[()]
+                [worker.LoadedFunction()]
             )
         if when == "in the middle of a message":
             os.write(connection.fileno(), struct.pack("!i", 100) + b"only this")
         elif when == "with an answer on its way":
-            connection.send_bytes(pickle.dumps(("q", ["a"], {})))
+            payload = pickle.dumps(Completions("q", ["a"], {}))
+            request = worker.Request(0, 0, (0,), 10.0, False, payload)
+            connection.send_bytes(msgspec.msgpack.encode(request))
             assert connection.poll(10.0)
     _, err = process.communicate(timeout=10)
     assert (process.returncode, err) == (0, "")

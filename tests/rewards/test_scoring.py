@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from core.errors import RewardError
 from rewards.exact_match import exact_match
 from rewards.registry import BUILTINS, RewardName, WeightedReward, load_reward, read_name
-from rewards.scoring import MAX_ERROR_CHARS, Scored, score_group
-from tests.support.scores import constant, score
+from rewards.scoring import MAX_ERROR_CHARS, Scored
+from tests.support.scores import constant, score, score_group
 
 PARAMETERS = {"overlong": "?from=3&to=5"}
 
@@ -69,7 +69,6 @@ def test_module_and_function_load():
         ("tests.no_such_module:f", "no module named 'tests.no_such_module'"),
         ("tests.support.reward_functions:lenght", "did you mean 'length'"),
         ("tests.support.reward_functions:NOT_A_FUNCTION", "int, which cannot be called"),
-        ("tests.support.reward_functions:asynchronous", "asynchronous"),
         (
             "tests.support.reward_functions:without_completions",
             "signature \\(prompts, answer\\); it does not take `completions`",
@@ -78,8 +77,6 @@ def test_module_and_function_load():
             "tests.support.reward_functions:Judge",
             "is a class; name a function, or an object of it: `judge = Judge\\(\\)`",
         ),
-        ("tests.support.reward_functions:asynchronous_judge", "asynchronous"),
-        ("tests.support.reward_functions:asynchronous_partial", "asynchronous"),
         ("math:sqrt", "signature"),
         ("./my_rewards.py:f", "no name of a module; write my_rewards:f"),
         ("tests/support/reward_functions.py:zero", "write tests.support.reward_functions:zero"),
@@ -290,9 +287,20 @@ def test_sys_exit_and_a_missing_column_are_errors():
 
 
 def test_one_failing_function_makes_the_sample_an_error_and_is_named():
-    scored = score((constant([1.0, 1.0]), 1.0), (constant([None, 1.0]), 0.0))
-    assert scored[0] == Scored(error="f1 returned None (could not score)")
+    scored = score((constant([1.0, 1.0]), 1.0), (constant([math.nan, 1.0]), 0.0))
+    assert scored[0] == Scored(error="f1 returned nan")
     assert scored[1] == Scored(1.0)
+
+
+def test_a_function_that_does_not_apply_is_left_out_of_the_sum_unless_none_applies():
+    scored = score((constant([1.0, None, None]), 2.0), (constant([None, 3.0, None]), 1.0), completions="abc")
+    assert scored[:2] == [Scored(2.0), Scored(3.0)]
+    assert scored[2] == Scored(error="f0 returned None (could not score); f1 returned None (could not score)")
+
+
+def test_an_exception_among_the_values_is_the_error_of_its_completion():
+    scored = score((constant([1.0, ValueError("no  score")]), 1.0))
+    assert scored == [Scored(1.0), Scored(error="f0: ValueError: no score")]
 
 
 def with_answer(read_answer):

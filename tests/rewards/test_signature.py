@@ -7,9 +7,9 @@ import functools
 import pytest
 
 from rewards.registry import WeightedReward, load_reward, needed_columns
-from rewards.scoring import Scored, score_group
+from rewards.scoring import Scored
 from rewards.signature import takes_messages
-from tests.support.scores import GIVEN, score
+from tests.support.scores import GIVEN, score, score_group
 
 
 class Caller:

@@ -8,7 +8,6 @@ worker.
 from __future__ import annotations
 
 import ctypes
-import functools
 import mmap
 import os
 import shutil
@@ -134,16 +133,22 @@ def says_yes(prompts, completions):
     return [float(completion[0]["content"] == "yes") for completion in completions]
 
 
+def num_messages(completions):
+    """Reads whole conversations."""
+    return [float(len(messages)) for messages in completions]
+
+
+def score_of_environment(environments, **columns):
+    """As TRL's rewards read what an environment found."""
+    return [environment.score for environment in environments]
+
+
 def num_heavy_modules(prompts, completions, **columns):
     return [float(sum(name in sys.modules for name in HEAVY_MODULES))] * len(completions)
 
 
 def raises(prompts, completions, **columns):
     raise KeyError("no such thing")
-
-
-async def asynchronous(prompts, completions, **columns):
-    return []
 
 
 def without_completions(prompts, answer):
@@ -160,12 +165,8 @@ def accuracy(completions: list[list[dict[str, str]]], solution: list[str], **kwa
 
 
 class Judge:
-    async def __call__(self, completions, **columns):
+    def __call__(self, completions, **columns):
         return []
-
-
-asynchronous_judge = Judge()
-asynchronous_partial = functools.partial(asynchronous, weight=2)
 
 
 NOT_A_FUNCTION = 3

@@ -7,11 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from rewards.registry import WeightedReward
-from rewards.scoring import score_group
+from rewards.scoring import CallFailed, Completions, Scored, Summand, call, joined, read_answers
 
 
 def constant(values):
     return lambda prompts, completions, **columns: values
+
+
+def score_group(functions, prompt, completions, columns) -> list[Scored]:
+    """What a worker and the pool make of a group, in this process."""
+    given, parts, votes = Completions(prompt, completions, columns), [], None
+    for reward in functions:
+        try:
+            values = call(reward, given)
+        except CallFailed as error:
+            values = [str(error)] * len(completions)
+        parts.append(Summand(reward.name, reward.weight, values))
+        if votes is None and reward.answer is not None:
+            votes = read_answers(reward, given)
+    return joined(parts, len(completions), votes)
 
 
 def score(*functions, completions=("a", "b"), columns=None):

@@ -121,7 +121,14 @@ def test_an_actor_that_is_gone_leaves_the_view_but_for_what_it_waited(tmp_path: 
     monitor.forget_actor("actor-0")
     monitor.log_actor("actor-0", {"wait_disk_s": 9.0})  # It was on its way.
     assert monitor.view()["actors"].keys() == monitor.generation().keys() == {"actor-1"}
-    assert monitor.view()["waits"] == {"admission": 0.0, "weights": 0.0, "evaluation": 0.0, "disk": 4.0}
+    assert monitor.view()["waits"] == {
+        "admission": 0.0,
+        "rewards": 0.0,
+        "weights": 0.0,
+        "environment": 0.0,
+        "evaluation": 0.0,
+        "disk": 4.0,
+    }
     for number in range(1000):
         monitor.log_actor(f"actor-{number}.1", {})
         monitor.forget_actor(f"actor-{number}.1")
