@@ -31,10 +31,10 @@ T = TypeVar("T")
 
 
 class Acting:
-    """One episode: `acting = Acting(name, loaded)`, then `answer(question)` for each question but `end`."""
+    """One episode: `acting = Acting(loaded)`, then `answer(question)` for each question but `end`."""
 
-    def __init__(self, name: str, loaded: UserEnvironment) -> None:
-        self._name, self._loaded = name, loaded
+    def __init__(self, loaded: UserEnvironment) -> None:
+        self._loaded = loaded
         self._environment: Any = None
         self._gave_rewards = False
 
@@ -134,7 +134,7 @@ class Acting:
             given = self._number(await self._ask("get_reward", get_reward), "get_reward")
             if given is not None and self._gave_rewards:
                 raise EnvironmentFailure(
-                    "raised", f"{self._name}: both step and get_reward give rewards; let one return None"
+                    "raised", "both step and get_reward give rewards; let one return None"
                 )
             reward = reward if given is None else given
         return Turn("", done=True, reward=reward, attributes=pictures.take(self._environment))
@@ -179,11 +179,11 @@ class Acting:
         where = ""
         if theirs:
             where = f" ({os.path.basename(theirs[-1].filename)}:{theirs[-1].lineno})"
-        return EnvironmentFailure("raised", f"{self._name}: {what} raised {in_one_line(error)}{where}")
+        return EnvironmentFailure("raised", f"{what} raised {in_one_line(error)}{where}")
 
     def _broken(self, what: str, returned: Any, expected: str) -> EnvironmentFailure:
         shown = " ".join(repr(returned)[:80].split())
-        return EnvironmentFailure("raised", f"{self._name}: {what} returned {shown}; expected {expected}")
+        return EnvironmentFailure("raised", f"{what} returned {shown}; expected {expected}")
 
     def _number(self, value: Any, what: str) -> float | None:
         """Returns a reward as a number, of whatever library; None stays None."""
@@ -203,8 +203,7 @@ class Acting:
             if len(observation) > MAX_CHARS:
                 raise EnvironmentFailure(
                     "raised",
-                    f"{self._name}: {what} returned {len(observation):,} characters; at most {MAX_CHARS:,} can be "
-                    "shown",
+                    f"{what} returned {len(observation):,} characters; at most {MAX_CHARS:,} can be shown",
                 )
             return observation.encode("utf-8", errors="replace").decode("utf-8")
         if isinstance(observation, list | tuple) and all(map(_is_message, observation)):

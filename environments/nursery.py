@@ -195,7 +195,7 @@ class Nursery:
         nothing behind.
         """
         process, was_asked, failure = playing.process, playing.question is not None, playing.failure
-        playing.answer(EnvironmentFailure("closed", f"{self._spec.name}: the episode was closed"))
+        playing.answer(EnvironmentFailure("closed", "the episode was closed"))
         if process is None or process.is_killed or playing.number not in process.playing or playing.is_over:
             return
         if was_asked or (failure is not None and not self._spec.is_async):
@@ -307,7 +307,7 @@ class Nursery:
         self._fail(
             playing,
             "timeout",
-            f"{self._spec.name}: {what} did not end within {self._timeout_s:g} s; where it needs longer, raise "
+            f"{what} did not end within {self._timeout_s:g} s; where it needs longer, raise "
             "actors.turn_timeout_s",
         )
         self._give_up(process, playing)
@@ -352,7 +352,7 @@ class Nursery:
             self._selector.unregister(process.channel.socket)
         process.channel.close()
         for playing in process.playing.values():
-            self._fail(playing, kind, f"{self._spec.name}: {why}")
+            self._fail(playing, kind, why)
 
     def _lose_template(self) -> None:
         """Buries all processes with their template, which the next question starts again."""

@@ -27,31 +27,31 @@ from environments.wire import LENGTH_BYTES, Question, Reply, length_of, packed, 
 CANCEL_LIMIT_S = 1.0
 
 
-def live(name: str, loaded: UserEnvironment, connection: socket.socket) -> None:
+def live(loaded: UserEnvironment, connection: socket.socket) -> None:
     """Answers questions until the pool closes the socket."""
     children.adopt_orphans()
     send(connection, Reply(0, "begun"))
     with contextlib.suppress(EOFError, OSError):
         if loaded.is_async:
             sow(random.SystemRandom().getrandbits(32))  # Forks of one template would all draw the same.
-            asyncio.run(_Host(name, loaded, connection).run())
+            asyncio.run(_Host(loaded, connection).run())
         else:
-            _play(name, loaded, connection)
+            _play(loaded, connection)
 
 
-def _play(name: str, loaded: UserEnvironment, connection: socket.socket) -> None:
-    acting = Acting(name, loaded)
+def _play(loaded: UserEnvironment, connection: socket.socket) -> None:
+    acting = Acting(loaded)
     surroundings = _Surroundings()
     while True:
         question: Question = receive(connection)
         if question.what in ("reset", "run"):
-            acting = Acting(name, loaded)
+            acting = Acting(loaded)
             sow(question.seed)
         try:
             if question.what == "end":
                 with contextlib.suppress(EnvironmentFailure):  # Its episode is over, and its reward known.
                     at_once(acting.close())
-                acting = Acting(name, loaded)
+                acting = Acting(loaded)
                 send(connection, surroundings.restored(question.episode))
             else:
                 send(connection, Reply(question.episode, "turn", at_once(acting.answer(question))))
@@ -93,8 +93,8 @@ class _Host:
     end then is told as a thread that was left behind, and the pool gives this process no more episodes.
     """
 
-    def __init__(self, name: str, loaded: UserEnvironment, connection: socket.socket) -> None:
-        self._name, self._loaded, self._socket = name, loaded, connection
+    def __init__(self, loaded: UserEnvironment, connection: socket.socket) -> None:
+        self._loaded, self._socket = loaded, connection
         self._acting: dict[int, Acting] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
@@ -113,7 +113,7 @@ class _Host:
 
     async def _answer(self, question: Question, writer: asyncio.StreamWriter) -> None:
         if question.what in ("reset", "run"):
-            self._acting[question.episode] = Acting(self._name, self._loaded)
+            self._acting[question.episode] = Acting(self._loaded)
         acting = self._acting[question.episode]
         try:
             if question.what == "end":

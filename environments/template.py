@@ -33,7 +33,8 @@ from environments.wire import PlaceOrder, TemplateReport, receive, send
 
 LOOK_EVERY_S = 0.1
 FAMILY_EVERY_S = 0.5  # Finding descendants reads all of /proc.
-END_LIMIT_S = 2.0
+END_TIMEOUT_S = 2.0
+LAST_TIMEOUT_S = 30.0
 _PR_SET_PDEATHSIG = 1
 _PATTERN = "AGRO_PATTERN"
 
@@ -71,7 +72,7 @@ def serve(fd: int, parent_pid: int) -> None:
             return
         _Template(pattern, loaded, connection).run()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    end_strangers(())
+    end_strangers((), LAST_TIMEOUT_S)
 
 
 def live_alone(fd: int, parent_pid: int) -> None:
@@ -80,7 +81,7 @@ def live_alone(fd: int, parent_pid: int) -> None:
     os.set_inheritable(fd, False)
     connection = socket.socket(fileno=fd)
     pattern = msgspec.json.decode(os.environ.pop(_PATTERN), type=Pattern)
-    place.live(pattern.name, _prepared(pattern), connection)
+    place.live(_prepared(pattern), connection)
 
 
 class _Leave(BaseException):
@@ -173,7 +174,7 @@ class _Template:
             self._connection.close()
             os.close(self._wake)
             os.close(self._woken)
-            place.live(self._pattern.name, self._loaded, socket.socket(fileno=fd))
+            place.live(self._loaded, socket.socket(fileno=fd))
             code = 0
         except BaseException:  # noqa: BLE001 - the end of a process is at hand, and its log has the trace
             traceback.print_exc()
@@ -233,7 +234,7 @@ def _wait(places: Collection[int]) -> Iterator[tuple[int, int]]:
                 yield pid, status
 
 
-def end_strangers(places: Collection[int], timeout_s: float = END_LIMIT_S) -> int:
+def end_strangers(places: Collection[int], timeout_s: float = END_TIMEOUT_S) -> int:
     """Kills this process's children that are no places: what places left behind that have ended. Returns how
     many there were.
     """

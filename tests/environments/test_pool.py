@@ -58,7 +58,7 @@ def failure(place: Place, text: str) -> EnvironmentFailure:
     return caught.value
 
 
-def is_gone(pid: int | str, timeout_s: float = 5.0) -> bool:
+def is_gone(pid: int | str, timeout_s: float = SOON_S) -> bool:
     """Waits until the process has ended."""
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
@@ -196,7 +196,7 @@ def test_a_module_with_threads_has_places_that_are_no_forks() -> None:
 @pytest.mark.parametrize(
     ("deed", "kind", "why"),
     [
-        ("raise oh no", "raised", "bad: step raised ValueError: oh no (bad.py:"),
+        ("raise oh no", "raised", "step raised ValueError: oh no (bad.py:"),
         ("exit 3", "raised", "SystemExit: 3"),
         ("end 3", "crash", "its process died: it exited with code 3"),
         ("kill", "crash", "SIGKILL"),
@@ -278,7 +278,7 @@ def test_processes_left_behind_are_killed_counted_and_told(
     place.close()
     assert is_gone(left)
     assert is_gone(pid), "no other episode is played beside what was left"
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + SOON_S
     while pool.counts.leftovers == before and time.monotonic() < deadline_s:
         time.sleep(0.02)
     assert pool.counts.leftovers == before + 1
@@ -311,7 +311,7 @@ def test_a_close_that_fails_costs_nothing_but_its_process(
     pid, failures = said(place, "pid"), dict(pool.counts.failures)
     place.close()
     if close == "hang":
-        assert is_gone(pid, 10.0)
+        assert is_gone(pid)
     assert said(opened(pool), "say hello") == "hello"
     assert pool.counts.failures == failures
 

@@ -1,4 +1,5 @@
-"""Harnesses in processes of their own: their client asks whom the pool says, and they fail as environments do."""
+"""Harnesses in processes of their own: their client asks whom the pool says, and they fail as environments
+do."""
 
 from __future__ import annotations
 
@@ -89,8 +90,8 @@ def test_a_harness_without_an_event_loop_has_a_process_of_its_own(pool: Environm
 @pytest.mark.parametrize(
     ("deed", "kind", "why"),
     [
-        ("raise", "raised", "broken: it raised KeyError: 'raise' (agents.py:"),
-        ("hang", "timeout", "broken: it did not end within 2 s"),
+        ("raise", "raised", "it raised KeyError: 'raise' (agents.py:"),
+        ("hang", "timeout", "it did not end within 2 s"),
         ("ask", "raised", "InternalServerError"),
     ],
 )
