@@ -211,7 +211,7 @@ class LearnerRank:
     def _judge(self, taken: Taken, result: StepResult, progress: Progress) -> dict[str, float]:
         """Lets the step count; returns the metrics of batch and step. Raises TrainingError as Guards do."""
         index = taken.share.index
-        row = {**batch_metrics(index), **source_metrics(index, self._config.data), **result.metrics()}
+        row = {**batch_metrics(index), **source_metrics(index, self._config), **result.metrics()}
         self._guards.judge(progress.step, taken.payload, row, result.skip)
         progress.observe(_trained(taken, result), row)
         return row

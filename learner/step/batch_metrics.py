@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from buffer.sources import locate
-from core.config import DataConfig
+from core.config import Config
 from core.records import BatchIndex, EncodedBatch, decode_group
 from core.staleness import sample_staleness, staleness_metrics
 
@@ -40,14 +40,17 @@ def batch_metrics(batch: BatchIndex) -> dict[str, float]:
     }
 
 
-def source_metrics(batch: BatchIndex, data: DataConfig) -> dict[str, float]:
+def source_metrics(batch: BatchIndex, config: Config) -> dict[str, float]:
     """Returns the mean reward of the batch's samples of each source, where `data.path` names several."""
+    data = config.data
     shares = tuple(data.sources.values())
     if len(shares) < 2:
         return {}
     rewards: list[list[float]] = [[] for _ in shares]
+    dealt = config.buffer.num_shards if data.curriculum is not None else 1
     for group in batch.groups:
-        source, _ = locate(group.group_id, shares)  # Group ids are the ordinals of the prompt stream.
+        # Group ids are the ordinals of the prompt stream; with a curriculum each shard has turns of its own.
+        source, _ = locate(group.group_id // dealt, shares)
         rewards[source] += [sample.reward for sample in group.samples if sample.reward is not None]
     return {
         f"by_source/reward_{label}": float(np.mean(found))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from core.arrays import Bits, Float32s, Int32s
-from core.config import DataConfig
 from core.records import (
     Batch,
     Group,
@@ -18,6 +17,7 @@ from core.records import (
 )
 from learner.progress import Progress
 from learner.step.batch_metrics import batch_metrics, shown_samples, source_metrics
+from tests.support.configs import make_config
 
 
 def test_metrics_of_a_batch_tell_offline_samples_and_mixed_versions():
@@ -108,10 +108,15 @@ def test_rewards_are_told_by_source_where_there_are_several():
 
     batch = index_of(Batch(0, (group(0, 1.0), group(1, 0.25), group(2, 0.5), group(3, 0.5), group(5, None))))
     path = {"reasoning_gym:chain_sum?size=9": 2, "data/sums.jsonl": 1, "other/sums.jsonl": 1}
-    assert source_metrics(batch, DataConfig(path="data/sums.jsonl")) == {}
+    assert source_metrics(batch, make_config()) == {}
     # By name chain_sum is the last of three; the turns come in the order 2, 0, 1, 2.
-    assert source_metrics(batch, DataConfig(path=path)) == {
+    assert source_metrics(batch, make_config(data={"path": path})) == {
         "by_source/reward_sums": 0.25,
         "by_source/reward_sums-2": 0.5,
         "by_source/reward_chain_sum": 0.75,
     }
+    dealt = make_config(data={"path": path, "curriculum": 2}, buffer={"num_shards": 2})
+    assert source_metrics(batch, dealt) == {
+        "by_source/reward_sums": 0.5,
+        "by_source/reward_chain_sum": 0.625,
+    }, "each of two shards has turns of its own"
