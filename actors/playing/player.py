@@ -6,16 +6,20 @@ Without environments this costs nothing: no tokenizer is loaded, no process star
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from actors.dialogue import Dialogue
 from actors.episode import Episode
 from actors.playing.played import EpisodeLimits, Played, PlayedEpisode, Speech
 from actors.prompts import PromptRow
 from core.config import Config
+from core.config.environments import all_paths
 from core.tokenizer import end_token_ids, load_tokenizer
 from environments.pool import EnvironmentPool
 from environments.spec import describe
+
+if TYPE_CHECKING:
+    from actors.harness.episode import Harnesses, Led
 
 
 class Player:
@@ -45,13 +49,20 @@ class Places(Protocol):
 
 class EnvironmentPlayer(Player):
     """Begins episodes of several turns in `places`; `speeches` says by the environment's name how its
-    conversations are written.
+    conversations are written, and `harnesses` begins those that a harness leads.
     """
 
     has_environments = True
 
-    def __init__(self, places: Places, speeches: Mapping[str, Speech], limits: EpisodeLimits) -> None:
+    def __init__(
+        self,
+        places: Places,
+        speeches: Mapping[str, Speech],
+        limits: EpisodeLimits,
+        harnesses: Harnesses | None = None,
+    ) -> None:
         self._places, self._speeches, self._limits = places, speeches, limits
+        self._harnesses = harnesses
 
     def begin(self, prompt: PromptRow, seed: int) -> Episode:
         """Returns a new episode of `prompt` in its environment, which is being reset."""
@@ -59,27 +70,39 @@ class EnvironmentPlayer(Player):
         if name is None:
             return super().begin(prompt, seed)
         place = self._places.open(name, prompt.columns, seed)
+        if self._harnesses is not None and name in self._harnesses.names:
+            return self._harnesses.begin(name, cast("Led", place))
         return PlayedEpisode(name, place, self._speeches[name], prompt.messages or (), self._limits)
 
     def close(self) -> None:
         """Ends all environments."""
         self._places.close()
+        if self._harnesses is not None:
+            self._harnesses.close()
 
 
 def make_player(config: Config) -> Player:
     """Returns what begins the episodes of a run. Raises ConfigError, in one line, when an environment cannot
     be loaded.
     """
-    if config.environments is None:
+    paths = all_paths(config)
+    if not paths:
         return Player()
     actors, data = config.actors, config.data
-    specs = describe(config.environment_paths)
+    specs = describe(paths)
     tokenizer = load_tokenizer(config.model)
     end_ids = end_token_ids(config.model, tokenizer)
     speeches = {
         name: Dialogue(tokenizer, spec.tools, data.template_options, data.chat_template, end_ids=end_ids)
         for name, spec in specs.items()
     }
-    places = EnvironmentPool(specs.values(), actors.turn_timeout_s, round(config.rewards.memory_gib * 2**30))
     limits = EpisodeLimits(actors.max_turns, actors.max_new_tokens, config.max_sequence_tokens)
-    return EnvironmentPlayer(places, speeches, limits)
+    harnesses = None
+    if names := [name for name, spec in specs.items() if spec.kind == "harness"]:
+        from actors.harness.episode import Harnesses  # Brings an HTTP server, which no other run needs.
+        from actors.harness.recording import Dialogues
+
+        dialogues = Dialogues(tokenizer, data.template_options, data.chat_template, end_ids=end_ids)
+        harnesses = Harnesses(names, dialogues, limits)
+    places = EnvironmentPool(specs.values(), actors.turn_timeout_s, round(config.rewards.memory_gib * 2**30))
+    return EnvironmentPlayer(places, speeches, limits, harnesses)

@@ -16,7 +16,7 @@ from actors.dialogue import Dialogue
 from core.config import ModelConfig
 from core.errors import DataError
 from core.tokenizer import load_tokenizer
-from tests.support.chat_templates import FAMILIES
+from tests.support.dialogues.chat_templates import FAMILIES
 from tests.support.tokenizers_made import byte_tokenizer, merging_tokenizer, sentence_tokenizer
 
 ADD = {

@@ -16,8 +16,8 @@ from core.config import Config
 from core.config.environments import all_paths
 from core.errors import ConfigError, DataError
 from environments.spec import EnvironmentSpec
-from tests.support.chat_templates import FAMILIES
 from tests.support.configs import make_config
+from tests.support.dialogues.chat_templates import FAMILIES
 from tests.support.tokenizers_made import byte_tokenizer
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}

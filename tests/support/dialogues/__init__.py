@@ -1,0 +1,1 @@
+"""Chat templates of our own, and harnesses that talk by one."""
