@@ -166,4 +166,6 @@ def eval_sample(item: EvalItem, group: OpenGroup, scored: Sequence[Sample]) -> E
         lengths=tuple(sample.num_sampled for sample in samples),
         truncated=tuple(sample.finish_reason == "length" for sample in samples),
         answer_ids=tuple(sample.answer_id for sample in samples),
+        shown=samples[0].transcript,
+        tool_calls_shown=samples[0].num_tool_calls,
     )

@@ -192,6 +192,7 @@ class Monitor:
         }
         self._files["evaluations"].append(line)
         self._note_evaluation(finite_tree(line))
+        self._wandb.log_evaluation(evaluation.suite, self._public(samples))
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Takes samples of one batch: dicts of step, version, staleness, prompt, completion, reward, error,
@@ -200,11 +201,11 @@ class Monitor:
         self._samples.rewind(step)
         for sample in samples:
             self._samples.append({"step": step, **sample})
-        # W&B gets what the file gets: redacted, finite.
-        public = json.loads(
-            self._redact(json.dumps(finite_tree([{"step": step, **sample} for sample in samples])))
-        )
-        self._wandb.log_samples(step, public)
+        self._wandb.log_samples(step, self._public([{"step": step, **sample} for sample in samples]))
+
+    def _public(self, samples: list[dict[str, Any]]) -> Any:
+        """Returns what W&B gets, which is what the file gets: redacted, finite."""
+        return json.loads(self._redact(json.dumps(finite_tree(samples))))
 
     def event(self, text: str) -> None:
         """Notes something worth telling: an actor replaced, a warning, a publication that failed."""

@@ -109,6 +109,34 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         (("truncated", "completions/truncated_fraction"), ("reward failed", "reward/error_fraction")),
     ),
 )
+EPISODE_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "Turns and tool calls",
+        "a sample, mean of the batch",
+        (("turns", "completions/turns"), ("tool calls", "completions/tool_calls")),
+    ),
+    (
+        "Environment failures",
+        "episodes so far, by kind",
+        (
+            ("raised", "environment/errors"),
+            ("timed out", "environment/timeouts"),
+            ("died", "environment/crashes"),
+        ),
+    ),
+    (
+        "Cut and told",
+        "so far",
+        (
+            ("tool errors", "environment/tool_errors"),
+            ("max_turns", "environment/cut_at_max_turns"),
+            ("max_new_tokens", "environment/cut_at_max_new_tokens"),
+            ("max_sequence_tokens", "environment/cut_at_max_sequence_tokens"),
+        ),
+    ),
+    ("Environment answers", "seconds, mean", (("answer", "environment/answer_s"),)),
+)
+"""Charts of runs with environments alone."""
 PICTURE_CHARTS = ("Reward", "Solve rate", "Staleness", "KL to the reference", "Throughput", "Busy")
 
 
@@ -295,6 +323,7 @@ def _charts(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> li
     MAX_POINTS points.
     """
     steps = [row["progress/step"] for row in rows]
+    has_episodes = any(row.get("environment/errors") is not None for row in rows)
     smoothed = _smoothed([row.get("reward/mean") for row in rows])
     suites: dict[str, list[dict[str, Any]]] = {}
     for evaluation in evaluations:
@@ -303,7 +332,7 @@ def _charts(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> li
         HELD_OUT: []
     }
     charts = []
-    for title, unit, lines in CHARTS:
+    for title, unit, lines in (*CHARTS, *(EPISODE_CHARTS if has_episodes else ())):
         drawn = []
         for label, column in lines:
             if column == "evaluation":
@@ -388,7 +417,10 @@ def _viewer_sample(sample: dict[str, Any], source: str) -> dict[str, Any]:
             )
         return value
 
-    return {"source": source, **{key: cut(value) for key, value in sample.items()}}
+    shown = {"source": source, **{key: cut(value) for key, value in sample.items()}}
+    if sample.get("transcript"):
+        shown["transcript"] = [[role, cut(text)] for role, text in sample["transcript"]]
+    return shown
 
 
 def _thinned(items: list[Any], limit: int) -> list[Any]:

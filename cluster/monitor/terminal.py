@@ -198,7 +198,24 @@ def _figures(view: View) -> RenderableType:
     norm, rate = figure(row.get("optim/grad_norm"), 2), figure(row.get("optim/lr"), 7)
     training = f"kl {figure(row.get('objective/kl_ref'), 3)}  grad {norm}  lr {rate}"
     grid.add_row("training", "", training, f"weights v{_count(row.get('weights/version'))}")
+    if row.get("environment/errors") is not None:
+        grid.add_row("episodes", figure(row.get("completions/turns"), 1), *_episodes(row))
     return grid
+
+
+def _episodes(row: View) -> tuple[str, str]:
+    """What is told of runs with environments: turns and what they cost, and what went wrong by kind."""
+    calls, answer = row.get("completions/tool_calls"), row.get("environment/answer_s")
+    told = f"turns, {figure(calls, 1)} tool calls, {figure(answer, 2)} s an answer"
+    kinds = {
+        "raised": "errors",
+        "timed out": "timeouts",
+        "died": "crashes",
+        "tool errors": "tool_errors",
+        "cut at max_turns": "cut_at_max_turns",
+    }
+    counts = {name: row.get(f"environment/{kind}") for name, kind in kinds.items()}
+    return told, "  ".join(f"{name} {figure(count, 0)}" for name, count in counts.items() if count)
 
 
 def _age(oldest: float | None, bound: int) -> Text:

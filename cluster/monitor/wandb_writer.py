@@ -28,23 +28,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.monitor import wandb_file
+from cluster.monitor.wandb_tables import EarlierEvaluations, EvaluationTables, table_of
 from core.errors import ConfigError
 from core.json_lines import read_json_lines
 
 WandbMode = Literal["online", "offline", "disabled"]
 
-TABLE_ROWS = 16
-SAMPLE_COLUMNS = (
-    "step",
-    "version",
-    "staleness",
-    "prompt",
-    "completion",
-    "reward",
-    "error",
-    "advantage",
-    "answer",
-)
 _INIT_TIMEOUT_S = 60.0
 PROJECT_FILE = "wandb_project"
 DEFAULT_PROJECT = "agro"
@@ -152,6 +141,9 @@ class WandbWriter:
         # Touched by the thread alone: what W&B has, and the row that waits for its other part.
         self._newest_row = self._newest_table = 0.0
         self._open: dict[str, Any] = {}
+        self._evaluated = EvaluationTables()
+        lines = read_json_lines(run_dir / "evaluations.jsonl")[0] if mode != "disabled" else []
+        self._earlier = EarlierEvaluations(lines)
         self._superseded: list[Path] | None = None
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         if mode != "disabled":
@@ -164,8 +156,12 @@ class WandbWriter:
         self._put(lambda run: self._log_row(run, row))
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Logs the last `TABLE_ROWS` samples as a new table: a W&B table cannot be appended to."""
+        """Logs the last of the samples as a new table: a W&B table cannot be appended to."""
         self._put(lambda run: self._log_table(run, step, samples))
+
+    def log_evaluation(self, suite: str, samples: list[dict[str, Any]]) -> None:
+        """Logs samples of an evaluation as a table of its suite, with the next row."""
+        self._put(lambda run: self._evaluated.put(suite, samples))
 
     def failures(self) -> list[str]:
         """Returns what went wrong since the last call, one sentence each."""
@@ -229,19 +225,15 @@ class WandbWriter:
         if step > self._newest_row:
             self._newest_row = step
             waits = self._shows_samples(int(step)) and self._newest_table < step
-            self._log_part(
-                run, step, {name: value for name, value in row.items() if value is not None}, waits
-            )
+            known = {name: value for name, value in row.items() if value is not None}
+            self._log_part(run, step, {**known, **self._evaluated.take()}, waits)
 
     def _log_table(self, run: Any, step: float, samples: list[dict[str, Any]]) -> None:
-        import wandb
-
         self._catch_up(run, step)
         if step > self._newest_table:
             self._newest_table = step
-            data = [[sample.get(column) for column in SAMPLE_COLUMNS] for sample in samples[-TABLE_ROWS:]]
-            table = wandb.Table(columns=list(SAMPLE_COLUMNS), data=data, allow_mixed_types=True)
-            self._log_part(run, step, {"progress/step": step, "samples": table}, self._newest_row < step)
+            part = {"progress/step": step, "samples": table_of(samples)}
+            self._log_part(run, step, part, self._newest_row < step)
 
     def _log_part(self, run: Any, step: float, part: Mapping[str, Any], waits: bool) -> None:
         """Makes one row a step: the figures of a step and its samples wait for each other."""
@@ -258,6 +250,8 @@ class WandbWriter:
 
     def _log_summary(self, run: Any, summary: Mapping[str, Any]) -> None:
         self._catch_up(run, float("inf"))
+        if tables := self._evaluated.take():  # No row came any more.
+            self._log_part(run, self._newest_row, {"progress/step": self._newest_row, **tables}, False)
         self._log_open(run)
         run.summary.update(dict(summary))
 
@@ -267,11 +261,17 @@ class WandbWriter:
             return
         superseded, self._superseded = self._superseded, None
         rows, tables = self._earlier_rows(superseded), self._earlier_samples()
+        evaluations, newest, self._evaluated = self._earlier, self._evaluated, EvaluationTables()
         for step in sorted(step for step in rows.keys() | tables.keys() if 0 < step < before_step):
             if step in rows:
+                for suite, samples in evaluations.of(rows[step]):
+                    self._evaluated.put(suite, samples)
                 self._log_row(run, rows[step])
             if step in tables:
                 self._log_table(run, step, tables[step])
+        for suite, samples in evaluations.rest():
+            self._evaluated.put(suite, samples)
+        self._evaluated.update(newest)
         if superseded:
             time.sleep(2 * _FLUSH_S)  # Until they are on disk a second time.
         for directory in superseded:

@@ -23,6 +23,9 @@ class EvalSample(msgspec.Struct, frozen=True, kw_only=True):
 
     lengths, truncated   of each sample: its sampled tokens, and whether a limit ended it
     answer_ids           equal for equal answers, as in Sample
+    shown                the conversation of the first sample, as Sample.transcript has it; empty for a prompt and
+                         its answer
+    tool_calls_shown     how often tools were called in it
     """
 
     item: EvalItem
@@ -34,6 +37,8 @@ class EvalSample(msgspec.Struct, frozen=True, kw_only=True):
     lengths: tuple[int, ...]
     truncated: tuple[bool, ...]
     answer_ids: tuple[int | None, ...]
+    shown: tuple[tuple[str, str], ...] = ()
+    tool_calls_shown: int = 0
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):

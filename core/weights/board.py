@@ -301,6 +301,11 @@ class BoardClient(Client):
 
 def _shown(sample: EvalSample) -> dict[str, Any]:
     """The first completion of a problem, as the report's sample viewer wants it."""
+    told: dict[str, Any] = {}
+    if sample.shown:
+        turns = sum(role == "assistant" for role, _ in sample.shown)
+        conversation = [list(said) for said in sample.shown]
+        told = {"turns": turns, "tool_calls": sample.tool_calls_shown, "transcript": conversation}
     return {
         "suite": sample.item.suite,
         "step": sample.item.policy_version,
@@ -311,4 +316,5 @@ def _shown(sample: EvalSample) -> dict[str, Any]:
         "reward": sample.rewards[0],
         "error": sample.errors[0],
         "advantage": None,
+        **told,
     }

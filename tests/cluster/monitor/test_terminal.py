@@ -109,3 +109,18 @@ def test_sparkline_and_duration() -> None:
     assert sparkline([2, 2]) == "▁▁"
     assert sparkline([]) == ""
     assert [duration(value) for value in (None, 8, 130, 7500)] == ["-", "8s", "2m10s", "2h05m"]
+
+
+def test_a_run_with_environments_shows_its_turns_and_what_went_wrong_by_kind(tmp_path: Path) -> None:
+    monitor = Monitor(monitored(), str(tmp_path))
+    counts = {"environment/errors": 0, "environment/timeouts": 2, "environment/tool_errors": 7}
+    told = {"completions/turns": 2.5, "completions/tool_calls": 1.2, "environment/answer_s": 0.25}
+    for row, is_shown in (({}, False), ({**counts, **told}, True)):
+        monitor.log_step({"progress/step": 1, **row})
+        console = Console(file=io.StringIO(), width=140)
+        console.print(screen(monitor.view()))
+        shown = console.file.getvalue()  # type: ignore[attr-defined]
+        assert ("episodes" in shown) is is_shown
+    assert "turns, 1.2 tool calls, 0.25 s an answer" in shown
+    assert "timed out 2  tool errors 7" in shown
+    assert "raised" not in shown

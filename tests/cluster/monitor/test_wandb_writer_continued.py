@@ -16,6 +16,7 @@ from cluster.monitor import wandb_file
 from cluster.monitor.monitor import Monitor
 from cluster.monitor.wandb_writer import WandbMode
 from core import metrics
+from core.evaluation.records import Evaluation
 from core.json_lines import read_json_lines
 from tests.support import ROOT
 from tests.support.configs import make_config
@@ -166,3 +167,41 @@ def test_a_learner_that_goes_back_to_a_checkpoint_within_a_run_is_told_once(
     assert [row["reward/mean"] for row in rows_of(tmp_path)] == [0.1, 0.2, 9.0, 9.0, 9.0, 9.0, 9.0]
     assert run.steps() == [1, 2, 3, 4, 5, 6, 7]
     assert steps_of([row for row in run.logged if "samples" in row]) == [1, 4]
+
+
+def test_an_evaluation_is_a_table_of_its_suite_with_whole_conversations_once_over_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated(monitor: Monitor, version: int) -> None:
+        evaluation = Evaluation(
+            suite="sums",
+            policy_version=version,
+            solve_rate=0.5,
+            num_problems=1,
+            num_samples=1,
+            num_errors=0,
+            metrics={},
+        )
+        talk = [["assistant", "2+3"], ["tool", "5"], ["assistant", f"5 at {version}"]]
+        sample = {"suite": "sums", "step": version, "prompt": "q", "completion": "5", "transcript": talk}
+        monitor.log_evaluation(evaluation, [{**sample, "turns": 2, "tool_calls": 1}])
+
+    def tables(run: FakeRun) -> dict[int, str]:
+        name = "eval/sums/samples"
+        found = {row["progress/step"]: row[name] for row in run.logged if name in row}
+        return {step: table.data[0][table.columns.index("conversation")] for step, table in found.items()}
+
+    first, second = FakeRun(), FakeRun()
+    monkeypatch.setattr(wandb, "init", lambda **options: first)
+    monitor = log_steps(tmp_path, 1, 2)
+    evaluated(monitor, 2)
+    monitor.log_step({"progress/step": 3, "reward/mean": 0.3})
+    evaluated(monitor, 3)  # No row comes any more.
+    monitor.close({})
+    assert list(tables(first)) == [3]
+    last = tables(first)[3]
+    assert last.startswith("[assistant]\n2+3\n\n[tool]\n5\n\n")
+
+    monkeypatch.setattr(wandb, "init", lambda **options: second)
+    log_steps(tmp_path, 4, 5).close({})
+    assert tables(second) == {3: last.replace("at 3", "at 2"), 4: last}
