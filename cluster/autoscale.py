@@ -2,7 +2,9 @@
 unless `actors.count` is a range.
 
     the learner waited for batches > 10 % of a window                     one actor more
-    the actors waited at admission > 50 % of it, the learner never        one actor fewer, if it made a step
+    ... while the actors waited for rewards > 50 % of it                  none: others would wait too
+    the actors waited at admission, or for rewards, > 50 % of it,         one actor fewer, if it made a step
+        the learner never
 
 A window is 15 s, and lasts until the next step where the learner does not wait: a step may be long, or hang.
 It counts only if nothing was under way in it: no actor being placed, loaded or retired, no change less than
@@ -31,7 +33,8 @@ class Load(NamedTuple):
 
     time_s            the moment, seconds on a monotonic clock
     learner_wait_s    what the learner has waited so far
-    actor_waits_s     what each actor has waited so far, by name
+    actor_waits_s     what each actor has waited so far at admission, by name
+    reward_waits_s    what each actor has waited so far for rewards, by name
     num_actors        rollout actors wanted
     is_settled        whether all of them run, and none is on its way in or out
     step              optimizer steps done
@@ -43,6 +46,7 @@ class Load(NamedTuple):
     num_actors: int
     is_settled: bool
     step: int
+    reward_waits_s: Mapping[str, float] = {}
 
 
 @dataclass
@@ -87,15 +91,23 @@ class Autoscaler:
         """Returns the new number of actors and the reason, or None. `learner` is its share of the window
         spent waiting.
         """
-        waits_s = [max(0.0, wait_s - start.actor_waits_s[name]) for name, wait_s in now.actor_waits_s.items()]
-        actors = sum(waits_s) / (elapsed_s * len(waits_s)) if waits_s else 0.0
-        if learner > GROW_SHARE and now.num_actors < self.max_actors:
+        rewards = _mean_growth(start.reward_waits_s, now.reward_waits_s) / elapsed_s
+        actors = _mean_growth(start.actor_waits_s, now.actor_waits_s) / elapsed_s + rewards
+        if learner > GROW_SHARE and now.num_actors < self.max_actors and rewards <= SHRINK_SHARE:
             return (
                 now.num_actors + 1,
                 f"the learner waited {learner:.0%} of the last {elapsed_s:.0f} s for batches",
             )
         if actors > SHRINK_SHARE and learner <= NEVER_SHARE and now.num_actors > self.min_actors:
-            waited = f"the actors waited {actors:.0%} of the last {elapsed_s:.0f} s at admission"
+            waited = (
+                f"the actors waited {actors:.0%} of the last {elapsed_s:.0f} s at admission or for rewards"
+            )
             reason = f"{waited}, the learner never"
             return now.num_actors - 1, reason
         return None
+
+
+def _mean_growth(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """Returns by how much the seconds of an actor have grown, in the mean over the actors."""
+    grown_s = [max(0.0, waited_s - before.get(name, 0.0)) for name, waited_s in after.items()]
+    return sum(grown_s) / len(grown_s) if grown_s else 0.0

@@ -45,10 +45,13 @@ class Scaling:
             return
         rollouts, running = self._fleet.rollout_names(), self._fleet.rollout_names("running")
         known = view["actors"]
-        waits_s = {name: known[name].get("wait_admission_s") or 0.0 for name in running if name in known}
+        waits_s, rewards_s = (
+            {name: known[name].get(wait) or 0.0 for name in running if name in known}
+            for wait in ("wait_admission_s", "wait_rewards_s")
+        )
         is_settled = len(rollouts) == len(running) == len(waits_s)
         waited_s = stats["buffer/wait_batch_s"]
-        load = Load(self._clock(), waited_s, waits_s, self._fleet.target, is_settled, step)
+        load = Load(self._clock(), waited_s, waits_s, self._fleet.target, is_settled, step, rewards_s)
         decision = self._autoscaler.judge(load)
         if decision is not None:
             count, reason = decision

@@ -60,6 +60,13 @@ METRICS: dict[str, str] = {
     "reward/mean": "Mean reward of the batch, over the samples that have one.",
     "reward/std": "Standard deviation of the rewards of the batch.",
     "reward/error_fraction": "Share of the samples whose reward function failed; they are not reward 0.",
+    "reward/timeouts": "Completions so far without a reward because a function did not answer in time.",
+    "reward/crashes": "Completions so far without a reward because a function's process died, did not start or took "
+    "more memory than it may.",
+    "reward/queue_s": "Mean time that groups waited for a reward worker, of those taken up since the row before.",
+    "reward/busy_share": "Share of time in which reward workers had something to do, of all that may run "
+    "(`rewards.workers`).",
+    "reward/wait_s": "Time so far that actors had nothing to generate and waited for rewards, all together.",
     "reward/zero_std_fraction": "Share of the groups whose rewards are all equal: no reward signal, only the "
     "KL pull.",
     "eval/solve_rate": "Mean reward on held-out prompts at the newest evaluation of the suite `held_out`. Of any suite "

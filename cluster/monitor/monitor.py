@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from cluster.monitor.environment_metrics import EnvironmentMetrics
+from cluster.monitor.actor_totals import actor_totals
 from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, WandbWriter
 from core.config import Config
 from core.config.evaluation import HELD_OUT
@@ -86,7 +86,7 @@ class Monitor:
             self._note_evaluation(line)
         self._files["evaluations"] = JsonLines(self._run_dir / "evaluations.jsonl", self._redact)
         self._actors: dict[str, _ActorGauge] = {}
-        self._environments = EnvironmentMetrics()
+        self._totals = actor_totals(config.environments is not None)
         # Names of those that went last: a report of one may come after it.
         self._gone: collections.deque[str] = collections.deque(maxlen=NUM_GONE_KNOWN)
         self._waits = [wait for wait in WAITS if wait != "environment" or config.environments is not None]
@@ -129,8 +129,8 @@ class Monitor:
         if rates:
             derived["perf/sampled_tokens_per_s"] = sum(tokens_per_s for tokens_per_s, _ in rates)
             derived["time/actor_busy_fraction"] = sum(busy for _, busy in rates) / len(rates)
-        if self._config.environments is not None:
-            derived |= self._environments.row()
+        for totals in self._totals:
+            derived |= totals.row()
         own = {name: value for name, value in derived.items() if value is not None}
         reported = {**dict.fromkeys(METRICS), **self._buffer, **row, **own}
         merged = {name: self._number(value) for name, value in reported.items()}
@@ -153,12 +153,14 @@ class Monitor:
         }
         if name not in self._gone:
             self._actors.setdefault(name, _ActorGauge()).report(self._clock(), clean)
-            self._environments.take(name, clean)
+            for totals in self._totals:
+                totals.take(name, clean)
 
     def forget_actor(self, name: str) -> None:
         """Forgets an actor that is gone for good: only what it waited stays, in the sums of `view`."""
         self._gone.append(name)
-        self._environments.forget(name)
+        for totals in self._totals:
+            totals.forget(name)
         actor = self._actors.pop(name, None)
         if actor is not None:
             for wait in WAITS:

@@ -52,6 +52,24 @@ def test_one_window_decides_by_who_waited(
 
 
 @pytest.mark.parametrize(
+    ("learner_s", "rewards_s", "expected"),
+    [
+        (15.0, (9.0, 9.0), None),  # Actors that wait for rewards: more of them would wait too.
+        (15.0, (7.0, 7.0), 3),
+        (0.0, (9.0, 9.0), 1),  # Nobody needs them.
+    ],
+)
+def test_actors_that_wait_for_rewards_are_not_taken_for_too_few(
+    learner_s: float, rewards_s: tuple[float, ...], expected: int | None
+) -> None:
+    rule = Autoscaler(1, 4)
+    waits = {f"actor-{number}": wait_s for number, wait_s in enumerate(rewards_s)}
+    assert rule.judge(load(0)._replace(reward_waits_s=dict.fromkeys(waits, 0.0))) is None
+    decision = rule.judge(load(WINDOW_S, learner_s, step=6)._replace(reward_waits_s=waits))
+    assert (decision[0] if decision else None) == expected
+
+
+@pytest.mark.parametrize(
     "middle",
     [
         load(7, 7.0, settled=False),  # An actor loads, waits for its place, or retires.

@@ -125,7 +125,6 @@ def test_an_actor_that_is_gone_leaves_the_view_but_for_what_it_waited(tmp_path: 
         "admission": 0.0,
         "rewards": 0.0,
         "weights": 0.0,
-        "environment": 0.0,
         "evaluation": 0.0,
         "disk": 4.0,
     }
