@@ -94,12 +94,12 @@ class Scorer:
     @property
     def counters(self) -> dict[str, float]:
         """Returns the totals so far that metrics are made of (`reward/*` in core/metrics.py)."""
-        pool = self._pool
+        pool, models = self._pool, self._models
         return {
             "reward_groups": float(pool.num_groups),
             "reward_queue_s": pool.queue_s,
-            "reward_timeouts": float(pool.num_timeouts),
-            "reward_crashes": float(pool.num_crashes),
+            "reward_timeouts": float(pool.num_timeouts + models.num_timeouts),
+            "reward_crashes": float(pool.num_crashes + models.num_failures),
             "reward_busy_s": pool.busy_s,
             "reward_worker_s": pool.worker_s,
         }

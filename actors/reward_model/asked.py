@@ -36,8 +36,8 @@ class AskedModel(NamedTuple):
 class ModelRewards:
     """Asks the reward models among `functions` (weights by name).
 
-    num_timeouts   groups that a model did not answer in time
-    num_failures   groups for which it could not be asked: it died, or raised
+    num_timeouts   samples for which a model gave no answer in time
+    num_failures   samples for which it could not be asked: it died, or raised
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class ModelRewards:
                 async with asyncio.timeout(timeout_s):
                     values = await client.score(conversations)
             except TimeoutError:
-                self._count(is_late=True)
+                self._count(num, is_late=True)
                 return [f"{name} did not answer within {timeout_s:g} s (timeout_s behind its ?)"] * num
             except AgroError as error:
-                self._count(is_late=False)
+                self._count(num, is_late=False)
                 return [shorten(f"{name} failed: {' '.join(str(error).split())}")] * num
             if len(values) != num:
                 return [f"{name} gave {len(values)} values for {num} conversations"] * num
@@ -86,10 +86,12 @@ class ModelRewards:
         assert self._calls is not None
         return self._calls.start(Call(client.who, "score", answer), math.inf).future
 
-    def _count(self, *, is_late: bool) -> None:
+    def _count(self, num_samples: int, *, is_late: bool) -> None:
         with self._lock:
-            self.num_timeouts += is_late
-            self.num_failures += not is_late
+            if is_late:
+                self.num_timeouts += num_samples
+            else:
+                self.num_failures += num_samples
 
 
 ModelsFor: TypeAlias = Callable[[Mapping[str, float]], ModelRewards]

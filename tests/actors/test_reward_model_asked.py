@@ -76,8 +76,8 @@ def test_a_model_that_does_not_answer_costs_the_samples_and_is_counted(behaviour
     found, rewards = added(Model(behaviour), [1.0] * 2, "1", "2")
     assert all(scored.reward is None and words in str(scored.error) for scored in found)
     assert (rewards.num_timeouts, rewards.num_failures) == (
-        int(behaviour == "late"),
-        int(behaviour == "dead"),
+        2 * (behaviour == "late"),
+        2 * (behaviour == "dead"),
     )
 
 
