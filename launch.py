@@ -9,7 +9,7 @@
     python launch.py inspect-batch FILE [--tokenizer DIR]     the batch of a skipped learner step, as text
     python launch.py export RUN_DIR [--step N] --out DIR      a checkpoint as a Hugging Face directory
     python launch.py chat DIR PROMPT                          ask a trained policy
-    python launch.py evaluate DIR [section.key=value ...]     its solve rate on the run's held-out prompts
+    python launch.py evaluate DIR [--config FILE] [--suite NAME] [--out DIR]     any model, on held-out suites
     python launch.py report RUN_DIR                           write report.html again
     python launch.py config-reference                         every config field, as markdown
 
@@ -22,6 +22,7 @@ import argparse
 import io
 import os
 import sys
+from typing import Any
 
 from cluster.cli import commands
 from cluster.signals import EXIT_CODES, Interrupted
@@ -78,10 +79,7 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("dir")
     chat.add_argument("prompt")
     chat.set_defaults(run=commands.chat)
-    evaluate = of.add_parser("evaluate", help="solve rate of a trained policy")
-    evaluate.add_argument("dir")
-    evaluate.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
-    evaluate.set_defaults(run=commands.evaluate)
+    _add_evaluate(of)
     report = of.add_parser("report", help="write report.html again")
     report.add_argument("run_dir")
     report.set_defaults(run=commands.report)
@@ -89,11 +87,34 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def _parse_dry_run() -> argparse.Namespace:
-    """Parses a line with `--dry-run` anywhere on it, also before the overrides, which argparse would not
-    take.
-    """
-    return parser().parse_args([*(word for word in sys.argv[1:] if word != "--dry-run"), "--dry-run"])
+def _add_evaluate(of: Any) -> None:
+    evaluate = of.add_parser("evaluate", help="a model on the suites of a config, by vLLM")
+    evaluate.add_argument("dir", help="any Hugging Face directory")
+    evaluate.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+    evaluate.add_argument("--config", metavar="FILE", help="without it config.yaml beside the directory")
+    evaluate.add_argument(
+        "--suite",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="one suite; again for more, without it all",
+    )
+    evaluate.add_argument(
+        "--out", metavar="DIR", help="for table and samples: new, or of the same evaluation, which goes on"
+    )
+    evaluate.set_defaults(run=commands.evaluate)
+
+
+def _parse() -> argparse.Namespace:
+    """Parses the line, with options also before overrides, which argparse alone would not take."""
+    root = parser()
+    arguments, left = root.parse_known_args()
+    is_taken = hasattr(arguments, "overrides") and all("=" in word and word[0] != "-" for word in left)
+    if left and not is_taken:
+        root.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        arguments.overrides = [*arguments.overrides, *left]
+    return arguments
 
 
 def main() -> int:
@@ -102,7 +123,7 @@ def main() -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A completion may hold characters that this terminal's encoding lacks.
             stream.reconfigure(errors="backslashreplace")
-    arguments = parser().parse_args() if "--dry-run" not in sys.argv else _parse_dry_run()
+    arguments = _parse()
     try:
         return arguments.run(arguments)
     except AgroError as error:

@@ -17,6 +17,7 @@ import msgspec
 from actors.exchange import Outbox
 from actors.groups import Groups, OpenGroup
 from actors.prompts import PromptRow, PromptSet
+from actors.reward_model.asked import no_models
 from actors.scoring import Scorer, Scores
 from core.config import Config
 from core.config.evaluation import Suite
@@ -47,7 +48,7 @@ class Evaluating:
         self._suites = {suite.name: suite for suite in config.suites}
         self._groups, self._board, self._outbox = groups, board, outbox
         self._run_scorer = scorer
-        self._scorers: dict[str, LateScorer] = {}
+        self._scorers = SuiteScorers(config, scorer)
         self._open: dict[EvalItem, int] = {}  # How many samples each has.
 
     def __len__(self) -> int:
@@ -72,16 +73,13 @@ class Evaluating:
                 continue
             suite = self._suites[item.suite]
             self._open[item] = suite.samples
-            self._scorer_of(suite)  # Its workers start now.
-            samples: list[Sample | None] = [None] * suite.samples
-            prompt = self._prompts[suite.name][item.prompt_index]
-            self._groups.start(OpenGroup(item, prompt, samples, temperature=suite.temperature))
+            self._scorers.of(suite.name)
+            self._groups.start(open_item(item, suite, self._prompts[suite.name]))
 
     def scorer(self, group: OpenGroup) -> Scores:
         """Returns who scores the samples of a group: of one to train on the run's scorer."""
-        if isinstance(group.item, EvalItem):
-            return self._scorer_of(self._suites[group.item.suite])
-        return self._run_scorer
+        item = group.item
+        return self._scorers.of(item.suite) if isinstance(item, EvalItem) else self._run_scorer
 
     def deliver(self, results: Sequence[EvalSample]) -> None:
         """Sends results to the board, again until it has them."""
@@ -92,18 +90,36 @@ class Evaluating:
 
     def close(self) -> None:
         """Ends the workers that suites have of their own."""
-        for scorer in self._scorers.values():
-            scorer.close()
+        self._scorers.close()
 
-    def _scorer_of(self, suite: Suite) -> Scores:
-        rewards = self._config.rewards
-        if not suite.has_own_functions:
+
+class SuiteScorers:
+    """The scorers of suites: `run_scorer` for one that is scored as the run is, else one of its own, made when
+    it is first asked for. Suites with the same functions share one.
+    """
+
+    def __init__(self, config: Config, run_scorer: Scorer | None = None) -> None:
+        """Without `run_scorer` one is made for the suites that are scored as the run is, too."""
+        self._config, self._run_scorer = config, run_scorer
+        self._models_for = no_models if run_scorer is None else run_scorer.models_for
+        self._suites = {suite.name: suite for suite in config.suites}
+        self._made: dict[str, LateScorer] = {}
+
+    def of(self, name: str) -> Scores:
+        """Returns the scorer of a suite; its workers start now."""
+        suite = self._suites[name]
+        if self._run_scorer is not None and not suite.has_own_functions:
             return self._run_scorer
         key = repr(suite.functions)
-        if key not in self._scorers:
-            own = rewards.model_copy(update={"functions": dict(suite.functions)})
-            self._scorers[key] = LateScorer(partial(Scorer, own, self._run_scorer.models_for))
-        return self._scorers[key]
+        if key not in self._made:
+            rewards = self._config.rewards.model_copy(update={"functions": dict(suite.functions)})
+            self._made[key] = LateScorer(partial(Scorer, rewards, self._models_for))
+        return self._made[key]
+
+    def close(self) -> None:
+        """Ends the workers of those it made."""
+        for scorer in self._made.values():
+            scorer.close()
 
 
 class LateScorer:
@@ -133,6 +149,12 @@ class LateScorer:
         self._made.add_done_callback(ask)
         return scored
 
+    @property
+    def counters(self) -> dict[str, float]:
+        """Returns the scorer's totals so far."""
+        is_there = self._made.done() and self._made.exception() is None
+        return self._made.result().counters if is_there else {}
+
     def close(self) -> None:
         """Ends the scorer's processes, as soon as it is there."""
         self._made.add_done_callback(_close)
@@ -147,6 +169,12 @@ class LateScorer:
 def _close(made: Future[Scorer]) -> None:
     if made.exception() is None:
         made.result().close()
+
+
+def open_item(item: EvalItem, suite: Suite, prompts: PromptSet) -> OpenGroup:
+    """Returns the group of an item, with nothing generated yet."""
+    samples: list[Sample | None] = [None] * suite.samples
+    return OpenGroup(item, prompts[item.prompt_index], samples, temperature=suite.temperature)
 
 
 def eval_sample(item: EvalItem, group: OpenGroup, scored: Sequence[Sample]) -> EvalSample:

@@ -37,6 +37,14 @@ class Scores(Protocol):
         """Returns a future of one Scored per sample, in order; its result is never an exception."""
         ...
 
+    @property
+    def counters(self) -> dict[str, float]:
+        """Returns the totals so far that metrics are made of."""
+        ...
+
+    def close(self) -> None:
+        """Ends the processes of the functions."""
+
 
 class Scorer:
     """Asks what samples are worth. Example: `Scorer(config.rewards).score(prompt, samples).result()`.
@@ -115,7 +123,7 @@ class Scoring:
     `max_pending` is how many may wait before the actor should start no others (`rewards.max_pending`).
     """
 
-    def __init__(self, scorer: Scorer, max_pending: int) -> None:
+    def __init__(self, scorer: Scores, max_pending: int) -> None:
         self._scorer, self._max_pending = scorer, max_pending
         self._pending: list[tuple[OpenGroup, Future[list[Scored]]]] = []
 

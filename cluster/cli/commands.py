@@ -66,14 +66,28 @@ def chat(arguments: Namespace) -> int:
 
 
 def evaluate(arguments: Namespace) -> int:
-    """Tells the solve rate of a trained policy."""
-    from cluster.cli.try_policy import evaluate
+    """Evaluates a model on the suites of a config, and tells where table and samples are."""
+    say("loading the libraries")
+    from cluster.cli.evaluate import evaluate, table
+    from core.config.evaluation import HELD_OUT
 
-    result = evaluate(arguments.dir, arguments.overrides)
-    rate = "-" if result["solve_rate"] is None else f"{result['solve_rate']:.3f}"
-    print(f"solve rate {rate} on {result['problems']} held-out problems, {result['samples']} samples")
-    for error, count in result["errors"].items():
-        print(f"  {count} not scored: {error}")
+    found = evaluate(
+        arguments.dir,
+        arguments.overrides,
+        config_path=arguments.config,
+        suites=arguments.suite,
+        out=arguments.out,
+        say=lambda text: print(text, flush=True),
+    )
+    for result in found.results:
+        title = "" if result.suite == HELD_OUT else f"{result.suite}: "
+        print(
+            f"{title}solve rate {result.solve_rate:.3f} on {result.num_problems} held-out problems, "
+            f"{result.num_samples - result.num_errors} samples"
+        )
+    for error, count in found.reasons.items():
+        print(f"  {count} not scored: {printable(error)}")
+    print(f"\n{table(found.results)}\n\n{found.directory}: the table, and samples.jsonl")
     return 0
 
 

@@ -43,7 +43,7 @@ class Kept(msgspec.Struct, frozen=True):
 
 
 class BestPolicy:
-    """The best version so far, `kept` (None before the first), and the one that is being written in its place.
+    """The best version so far, `kept` (None before the first), and the one being written in its place.
 
     It never waits: `consider` what came out, `poll` again and again.
     """

@@ -52,8 +52,11 @@ def check_suites(config: Config) -> None:
 
 def load_suites(config: Config, tokenizer: Any, acted: Acted) -> dict[str, PromptSet]:
     """Returns the prompts of each suite, by name; none where nothing is evaluated. Raises DataError."""
-    if no_evaluation(config):
-        return {}
+    return {} if no_evaluation(config) else load_prompts_of(config, tokenizer, acted)
+
+
+def load_prompts_of(config: Config, tokenizer: Any, acted: Acted) -> dict[str, PromptSet]:
+    """Returns the prompts of every suite, by name, each with its environment. Raises DataError."""
     found = {}
     for suite in config.suites:
         names = suite_names(config, suite)

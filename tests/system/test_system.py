@@ -129,7 +129,14 @@ class TestFinishedRun:
         assert (clone / "DIR" / "model.safetensors").is_file()
 
     def test_policy_is_evaluated_by_vllm_through_the_cli(self, run: tuple[Path, str]) -> None:
-        command = [sys.executable, "launch.py", "evaluate", str(run[0] / "policy")]
+        command = [
+            sys.executable,
+            "launch.py",
+            "evaluate",
+            str(run[0] / "policy"),
+            "--out",
+            str(run[0] / "evaluated"),
+        ]
         done = subprocess.run(
             command, cwd=ROOT, env=environment(), timeout=200, capture_output=True, text=True
         )
