@@ -94,15 +94,15 @@ class Evaluating:
 
 
 class SuiteScorers:
-    """The scorers of suites: `run_scorer` for one that is scored as the run is, else one of its own, made when
-    it is first asked for. Suites with the same functions share one.
+    """The scorers of suites: `run_scorer` for one that is scored as the run is, else one of its own, made
+    when it is first asked for. Suites with the same functions share one.
     """
 
     def __init__(
         self, config: Config, run_scorer: Scorer | None = None, models_for: ModelsFor = no_models
     ) -> None:
-        """Without `run_scorer` one is made for the suites that are scored as the run is, too; `models_for` then
-        says who asks reward models.
+        """Without `run_scorer` one is made for the suites that are scored as the run is, too; `models_for`
+        then says who asks reward models.
         """
         self._config, self._run_scorer = config, run_scorer
         self._models_for = models_for if run_scorer is None else run_scorer.models_for
