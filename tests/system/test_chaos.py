@@ -139,7 +139,7 @@ def test_training_ends_at_its_step_count_with_a_clean_audit_though_something_die
     for part, name in (("ReplayBuffer", "replay buffer"), ("Board", "board"), ("Monitor", "monitor")):
         assert events.count(f"{name} restarted (") == deaths[part, "SIGKILL"] > 0
     if num_shards > 1:
-        assert found["status"]["rested"] == rows[-1]["buffer/rested"] > 0
+        assert found["status"]["rested"] >= rows[-1]["buffer/rested"] > 0
         assert found["evictions"]["evicted_equal"] >= rows[-1]["buffer/evicted_equal"] > 0
     check_record(run_dir, deaths)
     assert "Traceback" not in out + err
