@@ -24,7 +24,7 @@ OPTIONS_cpu := --overrides requirements/overrides-cpu.txt $(if $(UV_FIND_LINKS),
 OPTIONS_gpu :=
 COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
 
-.PHONY: help setup quickstart demo-smollm2 doctor test test-fast test-families tree figures staleness-study bench bench-buffer bench-actors bench-learner \
+.PHONY: help setup quickstart quickstart-tools demo-smollm2 doctor test test-fast test-families tree figures staleness-study bench bench-buffer bench-actors bench-learner \
   bench-weights bench-trajectory check constraints clean
 
 help:  ## list the targets
@@ -49,6 +49,9 @@ setup: .venv/.ready  ## make .venv with everything in it (a minute or two, once)
 
 quickstart: setup  ## train a tiny model on sums, minutes on two cores
 	.venv/bin/python launch.py train configs/quickstart.yaml $(ARGS)
+
+quickstart-tools: setup  ## train a tiny model to use a calculator in two turns, minutes on two cores
+	.venv/bin/python launch.py train configs/quickstart_tools.yaml $(ARGS)
 
 demo-smollm2: setup  ## three steps of a real 135M model on sums
 	.venv/bin/python launch.py train configs/smollm2_sums.yaml run.steps=3 $(ARGS)

@@ -18,7 +18,9 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 MAX_OPERAND = 19
 NUM_HELD_OUT = 100
@@ -28,6 +30,8 @@ WARM_UP_STEPS = 1000
 PEAK_LR = 4e-3
 BATCH = 256
 CHARACTERS = "0123456789+="
+UNLABELLED = -100
+"""The label of a token that no loss is on."""
 
 
 def problems(seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -68,7 +72,15 @@ def make_tokenizer():
     )
 
 
-def make_llama(vocab_size: int, *, tied: bool = True, hidden: int = 96, layers: int = 3, seed: int = 0):
+def make_llama(
+    vocab_size: int,
+    *,
+    tied: bool = True,
+    hidden: int = 96,
+    layers: int = 3,
+    seed: int = 0,
+    positions: int = 128,
+):
     """Returns a LlamaForCausalLM of random weights, head_dim 32, about 0.35 M parameters by default."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -82,7 +94,7 @@ def make_llama(vocab_size: int, *, tied: bool = True, hidden: int = 96, layers: 
         num_attention_heads=hidden // 32,
         num_key_value_heads=hidden // 32,
         head_dim=32,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         pad_token_id=0,
         eos_token_id=1,
@@ -103,25 +115,31 @@ def make_base(out_dir: str, hidden: int = 96, layers: int = 3) -> None:
     """Makes and warms up the base model in `out_dir`; about a minute on one core. It is written aside, then
     renamed.
     """
+    rng = random.Random(0)
+    tokenizer = make_tokenizer()
+    model = make_llama(len(tokenizer), hidden=hidden, layers=layers)
+    warm_up(model, lambda: _noisy_batch(tokenizer, rng), WARM_UP_STEPS, "noisy sums")
+    save_base(model, tokenizer, out_dir)
+
+
+def warm_up(model: Any, next_batch: Callable[[], tuple[Any, Any]], num_steps: int, what: str) -> None:
+    """Trains the model on `num_steps` batches of (inputs, labels), and prints how it goes."""
     import torch
 
     # One thread gives the same base on every machine, and two OpenMP threads crawl beside another program.
     torch.set_num_threads(1)
-    rng = random.Random(0)
-    tokenizer = make_tokenizer()
-    model = make_llama(len(tokenizer), hidden=hidden, layers=layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=PEAK_LR, total_steps=WARM_UP_STEPS, pct_start=0.1
+        optimizer, max_lr=PEAK_LR, total_steps=num_steps, pct_start=0.1
     )
     print(
-        f"making the base model: {sum(p.numel() for p in model.parameters()):,} parameters, {WARM_UP_STEPS} "
-        "steps on noisy sums",
+        f"making the base model: {sum(p.numel() for p in model.parameters()):,} parameters, {num_steps} "
+        f"steps on {what}",
         flush=True,
     )
     started = time.perf_counter()
-    for step in range(1, WARM_UP_STEPS + 1):
-        inputs, labels = _noisy_batch(tokenizer, rng)
+    for step in range(1, num_steps + 1):
+        inputs, labels = next_batch()
         loss = model(input_ids=inputs, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -130,15 +148,30 @@ def make_base(out_dir: str, hidden: int = 96, layers: int = 3) -> None:
         schedule.step()
         if step % 100 == 0:
             print(
-                f"  warm-up {step}/{WARM_UP_STEPS}  loss {loss.item():.3f}  "
-                f"{time.perf_counter() - started:.0f} s",
+                f"  warm-up {step}/{num_steps}  loss {loss.item():.3f}  {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
+
+
+def save_base(model: Any, tokenizer: Any, out_dir: str) -> None:
+    """Writes model and tokenizer aside, then gives them their name."""
     aside = Path(f"{out_dir}.making-{os.getpid()}")
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     shutil.rmtree(out_dir, ignore_errors=True)
     aside.rename(out_dir)
+
+
+def padded(rows: list[tuple[list[int], list[int]]]) -> tuple[Any, Any]:
+    """Returns (inputs, labels), both int64 [rows, width], of lists of tokens and labels, padded on the right,
+    which a causal model needs no mask for.
+    """
+    import torch
+
+    width = max(len(tokens) for tokens, _ in rows)
+    inputs = [tokens + [0] * (width - len(tokens)) for tokens, _ in rows]
+    labels = [wanted + [UNLABELLED] * (width - len(wanted)) for _, wanted in rows]
+    return torch.tensor(inputs), torch.tensor(labels)
 
 
 def make_small_base(out_dir: str) -> None:
@@ -147,30 +180,15 @@ def make_small_base(out_dir: str) -> None:
 
 
 def _noisy_batch(tokenizer, rng: random.Random):
-    """Returns (inputs, labels), both int64 [BATCH, width], padded on the right, which a causal model needs no
-    mask for.
-
-    The loss is on the answers only.
-    """
-    import torch
-
+    """Returns (inputs, labels) as `padded` does; the loss is on the answers only."""
     ids = tokenizer.get_vocab()
     rows = []
     for _ in range(BATCH):
         a, b = rng.randint(0, MAX_OPERAND), rng.randint(0, MAX_OPERAND)
-        rows.append(
-            (
-                [ids[c] for c in f"{a}+{b}="],
-                [*(ids[c] for c in str(noisy_answer(a, b, rng))), tokenizer.eos_token_id],
-            )
-        )
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    inputs = [prompt + answer + [0] * (width - len(prompt) - len(answer)) for prompt, answer in rows]
-    labels = [
-        [-100] * len(prompt) + answer + [-100] * (width - len(prompt) - len(answer))
-        for prompt, answer in rows
-    ]
-    return torch.tensor(inputs), torch.tensor(labels)
+        prompt = [ids[c] for c in f"{a}+{b}="]
+        answer = [*(ids[c] for c in str(noisy_answer(a, b, rng))), tokenizer.eos_token_id]
+        rows.append((prompt + answer, [UNLABELLED] * len(prompt) + answer))
+    return padded(rows)
 
 
 def main() -> None:

@@ -98,7 +98,8 @@ class RowReader:
         reason = next(self._problems(row, column, prompt), None)
         if reason is not None:
             return Bad(reason)
-        self._forms.update(self._told(column, talk))
+        for form in self._told(column, talk):
+            self._forms[form] += 1
         clean = clean_messages(prompt) if isinstance(prompt, list) else prompt
         return Asked(clean, self._columns(row, talk.answer), self._environment(row))
 
