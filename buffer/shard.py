@@ -72,7 +72,7 @@ class Shard:
             for total in (config.admitted_groups, config.buffer.capacity, config.learner.groups_per_step)
         )
         self._curriculum = Curriculum(
-            config.data.curriculum_visits, config.data.curriculum_reward, num_prompts // self._num_shards
+            config.data.curriculum_visits, config.data.curriculum_reward, self._stream.num_prompts_at(shard)
         )
         self.admission = Admission(allowed, config.run.timeout_s, shard, self._num_shards, self._passes_over)
         self._replay = Replay(

@@ -45,6 +45,13 @@ class PromptStream:
         """Returns what the stream depends on, as JSON keeps it."""
         return stream_state(self.seed, self.num_prompts, self.parts, self.num_shards)
 
+    def num_prompts_at(self, shard: int) -> int:
+        """Returns how many prompts belong to a shard; all of them where they belong to none."""
+        if self.num_shards == 1:
+            return self.num_prompts
+        sizes = [part.num_prompts for part in self.parts] or [self.num_prompts]
+        return sum(len(range(shard, size, self.num_shards)) for size in sizes)
+
     def item(self, ordinal: int) -> WorkItem:
         """Returns the item at `ordinal`."""
         return work_item(

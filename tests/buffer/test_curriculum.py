@@ -185,6 +185,8 @@ def test_a_shard_without_a_prompt_is_refused_and_so_is_another_partition(tmp_pat
     config = buffer_config(curriculum=2, num_shards=3)
     with pytest.raises(ConfigError, match=r"num_shards = 3 needs at least as many prompts .*; one has 2"):
         PromptStream.of(config, 20, (Part(18, 1), Part(2, 1)))
+    dealt = PromptStream.of(config, 21, (Part(5, 1), Part(5, 1), Part(11, 1)))
+    assert [dealt.num_prompts_at(shard) for shard in range(3)] == [2 + 2 + 4, 2 + 2 + 4, 1 + 1 + 3]
     assert PromptStream.of(config, 3).state != PromptStream.of(buffer_config(num_shards=3), 3).state
     assert PromptStream.of(buffer_config(curriculum=2), 3).state == PromptStream.of(buffer_config(), 3).state
 
