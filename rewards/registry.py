@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import os
-import sys
 import urllib.parse
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
 from core.errors import RewardError
+from core.users.code import find
 from rewards.signature import read_signature
 
 RewardCallable: TypeAlias = Callable[..., list[float | None]]
 
-MAX_REASON_CHARS = 300
 MESSAGES = "messages"
 """Behind the `?` of a name, says that a function takes lists of messages."""
 BUILTINS = {
@@ -98,32 +94,15 @@ def load_reward(name: str) -> RewardCallable:
     cannot be called, or takes no completions.
     """
     read = read_name(name)
-    module_name, colon, function_name = BUILTINS.get(read.plain, read.plain).partition(":")
-    if not colon or not module_name or not function_name:
+    path = BUILTINS.get(read.plain, read.plain)
+    module_name, _, function_name = path.partition(":")
+    if not module_name or not function_name:
         near = difflib.get_close_matches(read.plain, BUILTINS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"built in: {', '.join(BUILTINS)}."
         raise RewardError(
             f"reward function {name!r} is not known; {hint} Your own function is written module:function."
         )
-    meant = module_name.removesuffix(".py").removeprefix("./").replace("/", ".")
-    if meant != module_name or not all(map(str.isidentifier, module_name.split("."))):
-        hint = (
-            f"write {meant}:{function_name} for that file of the working directory"
-            if meant != module_name
-            else "expected words joined by dots"
-        )
-        raise RewardError(f"reward function {name!r}: {module_name!r} is no name of a module; {hint}.")
-    module = _import(name, module_name)
-    function = getattr(module, function_name, None)
-    if function is None:
-        near = difflib.get_close_matches(
-            function_name, [found for found in vars(module) if not found.startswith("_")], n=1
-        )
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise RewardError(
-            f"reward function {name!r}: module {module_name} has no "
-            f"{function_name!r}{hint}{_namesake(module)}"
-        )
+    function = find(f"reward function {name!r}", path, RewardError)
     if read.is_builtin:
         function = _with_parameters(name, function, read.parameters)
     elif read.parameters:
@@ -152,52 +131,6 @@ def _with_parameters(name: str, function: Any, parameters: Mapping[str, str]) ->
             f"reward function {name!r}: {name.partition('?')[0]} takes no parameter {next(iter(parameters))!r}, nor any other"
         )
     return function
-
-
-def look_in_working_directory() -> None:
-    """Lets modules in the folder that the command is run in be imported."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # At the end: a user's file must not hide a library.
-    importlib.invalidate_caches()
-
-
-def _import(name: str, module_name: str) -> ModuleType:
-    look_in_working_directory()
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise RewardError(
-                f"reward function {name!r}: no module named {error.name!r}. "
-                f"It must be importable where the run starts: in the working directory ({os.getcwd()}), or "
-                "installed."
-            ) from None
-        raise RewardError(
-            f"reward function {name!r}: importing {module_name} needs a package that is not "
-            f"installed: {error}"
-        ) from error
-    except SystemExit as error:
-        code = f" ({' '.join(str(error.code).split())})" if error.code is not None else ""
-        raise RewardError(
-            f"reward function {name!r}: {module_name} exits while it is imported{code}; "
-            'let what it does as a program stand under `if __name__ == "__main__":`.'
-        ) from None
-    except BaseException as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-        shown = reason if len(reason) <= MAX_REASON_CHARS else reason[: MAX_REASON_CHARS - 3] + "..."
-        raise RewardError(f"reward function {name!r}: importing {module_name} raised {shown}") from error
-
-
-def _namesake(module: ModuleType) -> str:
-    """Returns a remark on the file in the working directory that `module` hides by its name, empty when there
-    is none.
-    """
-    name = module.__name__.split(".")[0]
-    theirs = next((path for path in (f"{name}.py", name) if os.path.exists(path)), None)
-    found = getattr(module, "__file__", None) or "built into Python"
-    if theirs is None or os.path.dirname(os.path.abspath(found)).startswith(os.getcwd()):
-        return ""
-    return f" ({theirs} in the working directory is not what the name {name} means here: {found}; rename it.)"
 
 
 def needed_columns(name: str, function: Any) -> tuple[str, ...]:

@@ -40,11 +40,11 @@ from core.model_shape import load_model_config
 from core.staleness import StalenessBound
 from core.text import user_path
 from core.tokenizer import end_token_ids, end_token_notes, load_tokenizer, vocabulary_size
+from core.users.code import look_in_working_directory
 from learner.objectives import load_objective
 from learner.policy.model_files import check_model_files
 from rewards.check import check_functions, start_notes
 from rewards.hosted import HostedModel, models_of, path_of
-from rewards.registry import look_in_working_directory
 
 HUB_TIMEOUT_S = 20.0
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
