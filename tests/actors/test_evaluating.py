@@ -112,3 +112,51 @@ def test_functions_of_a_suite_that_cannot_be_loaded_are_errors_of_its_samples():
     (scored,) = scorer.score(rows(1)[0], ["a"]).result(5)  # type: ignore[list-item]
     assert (scored.reward, scored.error) == (None, "my:judge cannot be imported")
     scorer.close()
+
+
+class CountingActor(SimulatedActor):
+    """Counts the tokens of its engine and the steps that they took."""
+
+    num_steps = num_tokens = 0
+
+    def _make_engine(self) -> Any:
+        engine = super()._make_engine()
+        step = engine.step
+
+        def counted() -> Any:
+            self.num_steps += 1
+            before = engine.num_tokens_under_way
+            done = step()
+            ended = sum(len(generation.tokens) for _, generation in done)
+            self.num_tokens += engine.num_tokens_under_way + ended - before
+            return done
+
+        engine.step = counted
+        return engine
+
+
+@pytest.mark.timed
+def test_an_evaluation_takes_its_share_of_tokens_and_leaves_the_slots_as_full(bench):
+    """Steps of the engine per token are the same with evaluations as without: no slot waits for them."""
+
+    def filled(*, is_evaluated: bool) -> tuple[float, int]:
+        suites = {"math": {"path": "m", "samples": 4, "rows": 16}}
+        actors = {"slots": 16, "max_new_tokens": 64}
+        run = bench(actor_config(actors=actors, eval={"suites": suites}), suites={"math": rows(16)})
+        made = [
+            CountingActor(run, f"actor-{number}", num_tokens=(8, 40), step_s=0.005) for number in range(2)
+        ]
+        for actor in made:
+            run.start(actor)
+        for step in range(30):
+            if step % 2 == 0:
+                run.publish(step, evaluate=is_evaluated and step % 10 == 0)
+            run.train(step, 4)
+        until(lambda: len(run.evaluations) == 3 * is_evaluated)
+        num_steps = sum(actor.num_steps for actor in made)
+        return sum(actor.num_tokens for actor in made) / num_steps, num_steps
+
+    without, num_without = filled(is_evaluated=False)
+    filled_with, num_with = filled(is_evaluated=True)
+    assert num_with > num_without
+    assert filled_with > 0.9 * without, f"tokens a step: {filled_with:.1f} against {without:.1f}"
