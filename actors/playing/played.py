@@ -162,10 +162,11 @@ class PlayedEpisode(Episode):
             self._cut(DEADLINE)
         else:
             self.limit, self.is_over = self.limit or DEADLINE, True
+            self._future = None  # What it answers now comes too late.
 
     def fail(self, text: str) -> None:
         """Ends it as an error, for what `text` says."""
-        self._error, self.is_over = text, True
+        self._error, self.is_over, self._future = text, True, None
 
     def close(self) -> None:
         """Frees the place."""

@@ -82,8 +82,8 @@ class EnvironmentPlayer(Player):
 
 
 def make_player(config: Config) -> Player:
-    """Returns what begins the episodes of a run. Raises ConfigError, in one line, when an environment cannot
-    be loaded.
+    """Returns what begins the episodes of a run and its suites. Raises ConfigError, in one line, when an
+    environment cannot be loaded.
     """
     paths = all_paths(config)
     if not paths:

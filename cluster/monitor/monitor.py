@@ -26,6 +26,7 @@ import msgspec
 from cluster.monitor.actor_totals import actor_totals
 from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, WandbWriter
 from core.config import Config
+from core.config.environments import all_paths
 from core.config.evaluation import HELD_OUT
 from core.evaluation.records import Evaluation
 from core.json_lines import JsonLines, Redactor, StepLines, finite, finite_tree, last_json_lines, replace_json
@@ -86,10 +87,10 @@ class Monitor:
             self._note_evaluation(line)
         self._files["evaluations"] = JsonLines(self._run_dir / "evaluations.jsonl", self._redact)
         self._actors: dict[str, _ActorGauge] = {}
-        self._totals = actor_totals(config.environments is not None)
+        self._totals = actor_totals(bool(all_paths(config)))
         # Names of those that went last: a report of one may come after it.
         self._gone: collections.deque[str] = collections.deque(maxlen=NUM_GONE_KNOWN)
-        self._waits = [wait for wait in WAITS if wait != "environment" or config.environments is not None]
+        self._waits = [wait for wait in WAITS if wait != "environment" or all_paths(config)]
         self._waited_s = dict.fromkeys(WAITS, 0.0)  # Of those that are gone.
         self._buffer: dict[str, Any] = {}
         self._row: dict[str, Any] = dict.fromkeys(METRICS)

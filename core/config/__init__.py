@@ -17,7 +17,7 @@ from core.config import checks as config_checks
 from core.config.actors import ActorsConfig
 from core.config.buffer import BufferConfig
 from core.config.data import DataConfig as DataConfig
-from core.config.environments import EnvironmentsField
+from core.config.environments import EnvironmentsField, all_paths
 from core.config.evaluation import HELD_OUT, NO_ENVIRONMENT, Suite, SuiteConfig
 from core.config.evaluation import EvalConfig as EvalConfig
 from core.config.rewards import ENVIRONMENT
@@ -266,7 +266,7 @@ class Config(EnvironmentsField):
         actors = self.actors
         if actors.max_sequence_tokens is not None:
             return actors.max_sequence_tokens
-        turns = 1 if self.environments is None else actors.max_turns
+        turns = actors.max_turns if all_paths(self) else 1
         return self.data.max_prompt_tokens + turns * actors.max_new_tokens
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
+from core.config.environments import all_paths
 from core.config.rewards import ENVIRONMENT
 from core.config.section import shown
 from core.staleness import StalenessBound
@@ -46,7 +47,7 @@ def longest_sequence(config: Config) -> str:
     """Returns the settings that `config.max_sequence_tokens` comes from, as an error names them."""
     if config.actors.max_sequence_tokens is not None:
         return "actors.max_sequence_tokens"
-    if config.environments is not None:
+    if all_paths(config):
         return "data.max_prompt_tokens + actors.max_turns * actors.max_new_tokens"
     return "data.max_prompt_tokens + actors.max_new_tokens"
 

@@ -29,7 +29,8 @@ def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
 
 
 def playing_config(**actors: Any) -> Any:
-    return actor_config(environments="tests.support.playing:Game", actors=actors)
+    functions = {"functions": {"environment": 1.0}}
+    return actor_config(environments="tests.support.playing:Game", actors=actors, rewards=functions)
 
 
 def started(
@@ -244,7 +245,11 @@ class TestDeadlines:
             hangs = asked.what == "act" and asked.seed % 2 == 0
             return (3600.0 if hangs else 0.005), turns(2)(asked)[1]
 
-        run, actor = started(bench, behave, straggler_timeouts_s=(0.3, None))
+        config = playing_config(straggler_timeouts_s=(0.3, None))
+        run = bench(config.model_copy(update={"rewards": actor_config().rewards}), rows=played_rows())
+        actor = SimulatedActor(run, behave=behave, num_tokens=(2, 5), step_s=0.001)
+        run.publish(0)
+        run.start(actor)
         samples = samples_of([group for step in range(4) for group in run.train(step, 4)])
         late = [sample for sample in samples if sample.finish_reason == "length"]
         assert late
@@ -299,7 +304,7 @@ def test_retired_now_in_the_middle_of_episodes_nothing_is_left_open_and_another_
 
 def test_prompts_without_an_environment_are_answered_in_one_turn_beside_the_others(bench):
     mixed = [*played_rows(4), *rows(4)]
-    run = bench(playing_config(), rows=mixed)
+    run = bench(playing_config().model_copy(update={"rewards": actor_config().rewards}), rows=mixed)
     actor = SimulatedActor(run, behave=turns(2), num_tokens=(2, 5), step_s=0.001)
     run.publish(0)
     run.start(actor)

@@ -32,6 +32,7 @@ def load(tmp_path: Any) -> Any:
         (["environments=mine:Game"], 4 + 8 * 8),
         (["environments=mine:Game", "actors.max_turns=2"], 4 + 2 * 8),
         (["environments={game: mine:Game}", "actors.max_sequence_tokens=30"], 30),
+        (["eval.suites={games: {path: data, environments: mine:Game}}"], 4 + 8 * 8),
     ],
 )
 def test_the_longest_sequence_is_the_prompt_and_all_turns(

@@ -255,6 +255,18 @@ def test_a_deadline_keeps_what_was_said(
         assert sample.reward == (0.0 if is_finished else None)
 
 
+def test_what_an_environment_answers_at_its_deadline_comes_too_late() -> None:
+    """The answer is there, but was not taken yet: the engine must not be asked for what is over."""
+    for prepare in (lambda episode: None, in_the_environment):
+        episode, _ = begun(turns(9))
+        prepare(episode)
+        assert episode.is_ready
+        episode.end_late({})
+        assert not episode.poll()
+        assert episode.is_over
+        assert not episode.futures
+
+
 def test_a_deadline_does_not_wait_for_ever_for_what_an_episode_is_worth() -> None:
     def behave(asked: Asked) -> tuple[float, Turn]:
         return (3600.0 if asked.what == "finish" else 0), Turn("4", False)
