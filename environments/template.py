@@ -96,7 +96,7 @@ def _leave(*_: object) -> NoReturn:
 def _prepared(pattern: Pattern) -> UserEnvironment:
     loaded = load(pattern.name, pattern.path)
     with contextlib.suppress(ImportError):
-        import numpy  # noqa: F401 - so that the generator of every place is there to be seeded
+        import numpy.random  # noqa: F401 - so that the generator of every place is there to be seeded
     if loaded.kind == "harness":
         import openai  # noqa: F401 - half a second, once
     return loaded
