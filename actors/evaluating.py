@@ -94,8 +94,8 @@ class Evaluating:
 
 
 class SuiteScorers:
-    """The scorers of suites: `run_scorer` for one that is scored as the run is, else one of its own, made when
-    it is first asked for. Suites with the same functions share one.
+    """The scorers of suites: `run_scorer` for one that is scored as the run is, else one of its own, which is
+    made when it is first asked for. Suites with the same functions share one.
     """
 
     def __init__(self, config: Config, run_scorer: Scorer | None = None) -> None:
