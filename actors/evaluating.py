@@ -17,7 +17,7 @@ import msgspec
 from actors.exchange import Outbox
 from actors.groups import Groups, OpenGroup
 from actors.prompts import PromptRow, PromptSet
-from actors.reward_model.asked import no_models
+from actors.reward_model.asked import ModelsFor, no_models
 from actors.scoring import Scorer, Scores
 from core.config import Config
 from core.config.evaluation import Suite
@@ -98,10 +98,14 @@ class SuiteScorers:
     made when it is first asked for. Suites with the same functions share one.
     """
 
-    def __init__(self, config: Config, run_scorer: Scorer | None = None) -> None:
-        """Without `run_scorer` one is made for the suites that are scored as the run is, too."""
+    def __init__(
+        self, config: Config, run_scorer: Scorer | None = None, models_for: ModelsFor = no_models
+    ) -> None:
+        """Without `run_scorer` one is made for the suites that are scored as the run is, too; `models_for`
+        then says who asks reward models.
+        """
         self._config, self._run_scorer = config, run_scorer
-        self._models_for = no_models if run_scorer is None else run_scorer.models_for
+        self._models_for = models_for if run_scorer is None else run_scorer.models_for
         self._suites = {suite.name: suite for suite in config.suites}
         self._made: dict[str, LateScorer] = {}
 

@@ -9,7 +9,7 @@ from outside.
 Lines are in the database's transaction first, then in the file, so that neither a kill nor a full disk loses
 one, and a start reads only the end of the file. Where the file does not fit the database (after a power cut,
 or a line deleted by hand), all of it is read once, and what leads to the database's state is added; how often
-a lost item was trained on is then unknown.
+a lost item was trained on, or whether it was passed over, is then unknown.
 """
 
 from __future__ import annotations

@@ -11,15 +11,16 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from actors.messages import clean_messages
 from actors.prompts import PromptRow
-from actors.reward_model import RewardModelClient, Value
-from core.calls import Call, Calls
+from actors.reward_model import RewardModel, RewardModelClient, Value
+from core.calls import Call, Calls, Local
 from core.errors import AgroError, RewardError
 from core.records import Sample
-from rewards.hosted import hosted_models
+from rewards.hosted import HostedModel, hosted_models, path_of
 from rewards.scoring import shorten
 
 T = TypeVar("T")
@@ -101,6 +102,19 @@ ModelsFor: TypeAlias = Callable[[Mapping[str, float]], ModelRewards]
 def no_models(functions: Mapping[str, float]) -> ModelRewards:
     """Returns who asks no reward model. Raises RewardError where `functions` name one."""
     return ModelRewards(functions, {}, None)
+
+
+def hosted_here(models: Mapping[str, HostedModel], timeout_s: float) -> ModelsFor:
+    """Returns who asks `models` where there is no run to host them: they are loaded in this process. Raises
+    RewardError for what is no classifier; `timeout_s` is as in `Calls`.
+    """
+    clients = {
+        name: RewardModelClient(
+            Local(RewardModel(name, model, path_of(name))), f"the reward model {path_of(name)}"
+        )
+        for name, model in models.items()
+    }
+    return partial(ModelRewards, clients=clients, calls=Calls(timeout_s) if clients else None)
 
 
 def conversation_of(prompt: PromptRow, sample: Sample) -> list[dict[str, Any]]:

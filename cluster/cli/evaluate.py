@@ -28,6 +28,7 @@ from actors.evaluating import SuiteScorers, eval_sample, open_item
 from actors.groups import Generator, Groups
 from actors.playing.player import make_player
 from actors.prompts import PromptSet
+from actors.reward_model.asked import hosted_here
 from actors.scoring import Scoring
 from cluster.cli.try_policy import check_policy
 from cluster.preparation.environment_checks import check_environments
@@ -43,6 +44,7 @@ from core.json_lines import finite_tree, replace_json
 from core.model_shape import load_model_config
 from core.tokenizer import end_token_ids, load_tokenizer
 from learner.catalogue import load_config
+from rewards.hosted import hosted_models
 
 SETTINGS, SAMPLES, RESULT, TABLE = "settings.json", "samples.jsonl", "evaluation.json", "evaluation.md"
 SAY_EVERY_S = 5.0
@@ -292,7 +294,8 @@ def _make_engine(config: Config) -> Generator:
 def _generate(config: Config, work: _Work, engine: Generator, say: Callable[[str], None]) -> None:
     """Plays every problem that is not done, and has it scored."""
     groups = Groups(engine, config.actors, player=make_player(config))
-    scorers = SuiteScorers(config)
+    models = hosted_models(name for suite in work.suites.values() for name in suite.functions)
+    scorers = SuiteScorers(config, models_for=hosted_here(models, config.run.timeout_s))
     scoring = Scoring(scorers.of(next(iter(work.suites))), config.rewards.max_pending)
     waiting, since_s, started = work.items(config.run.seed), time.monotonic(), work.num_done
     said_s, item = since_s, next(waiting, None)

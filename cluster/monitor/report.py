@@ -109,6 +109,20 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         (("truncated", "completions/truncated_fraction"), ("reward failed", "reward/error_fraction")),
     ),
 )
+REWARD_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "Waiting for rewards",
+        "seconds",
+        (("in the queue, mean", "reward/queue_s"), ("actors, so far", "reward/wait_s")),
+    ),
+    ("Reward workers", "share of time", (("busy", "reward/busy_share"),)),
+    (
+        "Rewards that did not come",
+        "completions so far",
+        (("timed out", "reward/timeouts"), ("died", "reward/crashes")),
+    ),
+)
+"""Charts of runs whose actors have said something of their reward functions."""
 EPISODE_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "Turns and tool calls",
@@ -323,7 +337,11 @@ def _charts(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> li
     MAX_POINTS points.
     """
     steps = [row["progress/step"] for row in rows]
-    has_episodes = any(row.get("environment/errors") is not None for row in rows)
+    charted = (
+        *CHARTS,
+        *_known(REWARD_CHARTS, "reward/busy_share", rows),
+        *_known(EPISODE_CHARTS, "environment/errors", rows),
+    )
     smoothed = _smoothed([row.get("reward/mean") for row in rows])
     suites: dict[str, list[dict[str, Any]]] = {}
     for evaluation in evaluations:
@@ -332,7 +350,7 @@ def _charts(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> li
         HELD_OUT: []
     }
     charts = []
-    for title, unit, lines in (*CHARTS, *(EPISODE_CHARTS if has_episodes else ())):
+    for title, unit, lines in charted:
         drawn = []
         for label, column in lines:
             if column == "evaluation":
@@ -371,6 +389,11 @@ def _suite_chart(suite: str, evaluations: Sequence[Mapping[str, Any]]) -> dict[s
         return None
     lines = [_suite_line(suite, name, evaluations) for name in names if name != "pass@1"]
     return {"title": f"Suite {suite}", "unit": "held-out prompts, by policy version", "lines": lines}
+
+
+def _known(charts: tuple[Any, ...], column: str, rows: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """The charts, where any row has a value of `column`."""
+    return charts if any(row.get(column) is not None for row in rows) else ()
 
 
 def _smoothed(values: Sequence[float | None]) -> list[float | None]:

@@ -34,6 +34,7 @@ from cluster.preparation.model_weights import check_weights
 from cluster.preparation.placement import check_machine
 from cluster.preparation.run_dir import check_run_dir, open_run_dir
 from cluster.preparation.suites import check_suites, load_suites, scorable, scorable_suites, suite_notes
+from core import sandbox
 from core.config import Config, ModelConfig
 from core.errors import AgroError, ConfigError, DataError
 from core.model_shape import load_model_config
@@ -47,6 +48,7 @@ from rewards.check import check_functions, start_notes
 from rewards.hosted import HostedModel, models_of, path_of
 
 HUB_TIMEOUT_S = 20.0
+PYTHON_TOOL = "environments.python_tool:"
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
@@ -134,7 +136,7 @@ def check_inputs(config: Config) -> Checked:
     PromptStream.of(config, len(prompts), prompts.parts)  # Every shard has prompts.
     # Any token will do, since padding is masked.
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    notes = [*notes, *about_model, *start_notes(config.rewards)]
+    notes = [*notes, *about_model, *start_notes(config.rewards), *_tool_notes(config)]
     return Checked(
         config=config,
         prompts=prompts,
@@ -157,6 +159,12 @@ def load_training(config: Config, tokenizer: Any, acted: Acted) -> tuple[PromptS
         return prompts, list(prompts.notes)
     mixed, notes = load_offline(config, tokenizer, prompts)
     return mixed, [*prompts.notes, *notes]
+
+
+def _tool_notes(config: Config) -> Iterator[str]:
+    """Yields what the kernel keeps from programs that the policy runs."""
+    if any(path.startswith(PYTHON_TOOL) for path in config.environment_paths.values()):
+        yield f"the Python tool runs the policy's programs in processes with limits, {sandbox.isolation()}"
 
 
 def _ended(prompts: PromptSet, end_ids: Sequence[int]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import math
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,13 +15,15 @@ import pytest
 
 from actors.prompts import PromptRow
 from actors.reward_model import RewardModelClient
-from actors.reward_model.asked import ModelRewards, conversation_of, gathered
+from actors.reward_model.asked import ModelRewards, conversation_of, gathered, hosted_here
 from actors.scoring import Scorer
 from core.calls import Calls, Local
 from core.config import RewardsConfig
 from core.errors import RewardError, TrainingError
 from core.records import Sample
+from rewards.hosted import hosted_models
 from rewards.scoring import Scored
+from tests.support.classifiers import make_classifier
 
 NAME = "reward_model:org/model?timeout_s=0.3"
 PROMPT = PromptRow(0, "rendered", (1,), {"question": "2+2="})
@@ -115,3 +118,12 @@ def test_gathered_is_done_with_the_last() -> None:
     first.set_result(1)
     assert both.result(1) == [1, 2]
     assert gathered([]).result(1) == []
+
+
+def test_without_a_run_a_model_is_loaded_where_it_is_asked(tmp_path: Path) -> None:
+    name = f"reward_model:{make_classifier(tmp_path)}"
+    models_for = hosted_here(hosted_models([name]), 60.0)
+    (asked,) = models_for({name: 0.5}).ask(PROMPT, [sample("4"), sample("5")])
+    values = asked.values.result(60)
+    assert all(isinstance(value, float) for value in values)
+    assert not hosted_here({}, 60.0)({"exact_match": 1.0})

@@ -23,6 +23,8 @@ MAX_KILLS = 7
 EVERY_S = 7.0
 # 280 groups from two actors: 35 s at least.
 PACE = "rewards.functions={tests.support.reward_functions:in_a_quarter_second: 1}"
+# Of prompts whose samples all say something, and of groups all of whose samples are as long as one another.
+WORTH = ("data.curriculum=1?reward=1", "buffer.skip_equal_rewards=true")
 # What dies, and how: an engine lives in its actor's process, so that a stopped process is a hung engine.
 DEATHS = (
     ("RolloutActor", signal.SIGKILL),
@@ -104,6 +106,7 @@ def test_training_ends_at_its_step_count_with_a_clean_audit_though_something_die
         "checkpoint.every=20",
         PACE,
         "actors.count=2",
+        *(WORTH if num_shards > 1 else ()),
     )
     process = start_train(tiny_models["tied"], run_dir, STEPS, *more)
     wait_for_step(process, run_dir, 3)
@@ -135,5 +138,8 @@ def test_training_ends_at_its_step_count_with_a_clean_audit_though_something_die
     events = "\n".join(event["text"] for event in rows_of(run_dir, "events"))
     for part, name in (("ReplayBuffer", "replay buffer"), ("Board", "board"), ("Monitor", "monitor")):
         assert events.count(f"{name} restarted (") == deaths[part, "SIGKILL"] > 0
+    if num_shards > 1:
+        assert found["status"]["rested"] >= rows[-1]["buffer/rested"] > 0
+        assert found["evictions"]["evicted_equal"] >= rows[-1]["buffer/evicted_equal"] > 0
     check_record(run_dir, deaths)
     assert "Traceback" not in out + err

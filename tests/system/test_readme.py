@@ -20,7 +20,6 @@ import torch
 
 from buffer.order import Entry, Order
 from buffer.sampling import GroupMeta, View
-from environments import Turn
 from launch import parser
 from tests.support import ROOT
 from tests.support.clone import BY_TEST, PYTHON, make_clone, run
@@ -142,15 +141,6 @@ def test_the_sampler_of_the_pages_takes_the_least_used() -> None:
     order = Order(Entry(0, number, number) for number in groups)
     view = View(order, groups, None, Counter())  # type: ignore[arg-type]
     assert namespace("least_used.py")["least_used"](view, 3, 0, None) == [1, 3, 2]
-
-
-def test_the_environment_of_the_pages_plays_two_turns() -> None:
-    guess = namespace("guess.py")["Guess"]()
-    assert guess.reset(prompt="A number below 10?", answer="7") == "A number below 10?"
-    assert guess.step("4") == Turn("higher", done=False)
-    assert guess.step("7") == Turn("", done=True, reward=1.0)
-    guess.reset(prompt="", answer="3")
-    assert [guess.step("x").reward, guess.step("9").reward] == [None, 0.0]
 
 
 def test_the_objective_of_readme_raises_the_best_samples() -> None:

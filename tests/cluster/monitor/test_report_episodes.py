@@ -76,7 +76,10 @@ def test_turns_tool_calls_and_errors_by_kind_are_curves_where_there_are_environm
     assert charts["Environment failures"] == {"raised": [1, 1], "timed out": [2, 2], "died": [0, 0]}
     assert charts["Cut and told"]["max_turns"] == [3, 3]
     assert charts["Environment answers"]["answer"] == [0.25, 0.25]
-    (run_dir / "metrics.jsonl").write_text('{"progress/step": 1, "completions/turns": 1.0}\n')
+    (run_dir / "metrics.jsonl").write_text(
+        '{"progress/step": 1, "completions/turns": 1.0, "reward/busy_share": 0.4}\n'
+    )
+    assert charts_of(run_dir)["Reward workers"] == {"busy": [0.4]}
     assert not {"Turns and tool calls", "Environment failures"} & set(charts_of(run_dir))
 
 
