@@ -83,23 +83,34 @@ class ProgramTest(NamedTuple):
 class PythonTests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The share of its row's tests that a completion's program passes: `python_tests?timeout_s=5`.
 
-    timeout_s   seconds on the CPU for one run of the program: all calls together, or one stdin. After a run
-                that took too long no other is begun, and what is left has not passed
+    cpu_s       (`timeout_s`) seconds on the CPU for one run of the program: all calls together, or one stdin.
+                After a run that took too long no other is begun, and what is left has not passed
     memory_mib  memory that one run may use
     score       "fraction", or "all": 1.0 where all tests pass, else 0.0
 
-    `rewards.timeout_s` must leave time for all runs of a group.
+    A group may take four such runs on the clock, or `rewards.timeout_s` where that is longer.
     """
 
-    timeout_s: float = 5.0
+    cpu_s: float = msgspec.field(name="timeout_s", default=5.0)
     memory_mib: int = 512
     score: Literal["fraction", "all"] = "fraction"
 
     def __post_init__(self) -> None:
-        if not 0 < self.timeout_s <= 3600 or not 16 <= self.memory_mib <= 2**20:
+        if not 0 < self.cpu_s <= 3600 or not 16 <= self.memory_mib <= 2**20:
             raise ValueError(
-                f"timeout_s={self.timeout_s:g} and memory_mib={self.memory_mib}: expected up to 3600 s, and from 16 MiB on"
+                f"timeout_s={self.cpu_s:g} and memory_mib={self.memory_mib}: expected up to 3600 s, and from 16 MiB on"
             )
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(cpu_s=self.cpu_s, memory_bytes=self.memory_mib << 20)
+
+    @property
+    def timeout_s(self) -> float:
+        """Returns what a call may take at least: eight completions are run four at a time, and one that loops
+        in its calls and on stdin takes two runs.
+        """
+        return 4 * self._limits.clock_s
 
     def __call__(
         self, completions: list[str], tests: list[Any], entry_point: list[Any] | None = None
@@ -107,7 +118,7 @@ class PythonTests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Returns a number from 0 to 1 for each completion. Raises ValueError for tests that cannot be read,
         OSError where no process can be started.
         """
-        limits = Limits(cpu_s=self.timeout_s, memory_bytes=self.memory_mib << 20)
+        limits = self._limits
         names = entry_point or [None] * len(completions)
         read = [read_tests(of_row, name) for of_row, name in zip(tests, names, strict=True)]
         at_once = max(1, min(_MAX_AT_ONCE, len(completions), os.cpu_count() or 1))

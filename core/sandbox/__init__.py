@@ -5,17 +5,18 @@
 
 What is held everywhere: time on the clock and on the CPU, memory of all its processes together, their number,
 the size of what it writes and prints, an environment without the caller's variables, an empty working
-directory. What it leaves running is killed. Where the kernel allows namespaces without privileges, it has no
-network, sees and can signal no process but its own, and can write nowhere but in that directory; where it
-does not, sockets are refused by a filter of system calls. `Ended.isolation` says which of these held.
+directory; what it leaves running is killed. Where the kernel allows namespaces without privileges, it has no
+network, sees and can signal no process but its own, and can write nowhere but in that directory. Where it
+does not, a filter of system calls refuses sockets, and processes too, since nothing else could bound them.
+`Ended.isolation` says which of these held.
 
 It is NOT a security boundary, and is no place for programs of people who mean harm. A program runs as the
 same user, reads whatever this user can read, may reach Unix sockets by their paths, and meets the whole
 kernel. It holds what a policy under training writes by accident, or in search of reward. Run the actors in
 containers or virtual machines of their own where that is not enough.
 
-Two limits are watched from outside, some fifty times a second: memory, and the number of processes (the
-kernel's own limit does not count for root). A program is a little beyond them when it is killed.
+Memory is watched from outside, some fifty times a second: a program is a little beyond its limit when it is
+killed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,11 +40,9 @@ from typing import Any, NamedTuple
 from core import children
 
 START_LIMIT_S = 30.0
-END_LIMIT_S = 3.0
 _LOOK_EVERY_S = 0.02
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 _REPORT_BYTES = 2**20
-_TOKEN = "AGRO_SANDBOX"
 
 
 class Limits(NamedTuple):
@@ -54,7 +52,8 @@ class Limits(NamedTuple):
     wall_s        seconds on the clock, from its start; None: three times as many, and one
     memory_bytes  memory touched by all of them together
     file_bytes    the size of a file, and of all in the working directory where that is in memory
-    processes     how many there may be at once, threads included where the kernel counts them
+    processes     how many there may be at once, threads included; where there are no namespaces, one with
+                  any number of threads
     output_bytes  what each of stdout and stderr may hold
     """
 
@@ -92,7 +91,7 @@ class Isolation(NamedTuple):
 class Ended(NamedTuple):
     """How a program ended.
 
-    how        "exit", or what it ran into: "wall time", "cpu time", "memory", "processes", "output"
+    how        "exit", or what it ran into: "wall time", "cpu time", "memory", "output"
     code       its exit code, negative for a signal; None where it was killed for a limit
     report     what it wrote to file descriptor 3, which is neither stdout nor stderr
     """
@@ -109,7 +108,7 @@ class Ended(NamedTuple):
     def in_words(self) -> str:
         """Returns the end in a few words: "exit code 1", "SIGSEGV", "too much memory"."""
         if self.how != "exit":
-            return f"too {'many' if self.how == 'processes' else 'much'} {self.how}"
+            return f"too much {self.how}"
         assert self.code is not None
         if self.code >= 0:
             return f"exit code {self.code}"
@@ -147,7 +146,7 @@ class _Running:
     """A program under way: its launcher, and the pipes from it."""
 
     def __init__(self, base: Path, limits: Limits, use_namespaces: bool) -> None:
-        self._limits, self._token = limits, uuid.uuid4().hex
+        self._limits = limits
         self._status = bytearray()
         self._kept = {"stdout": bytearray(), "stderr": bytearray(), "report": bytearray()}
         status, status_fd = os.pipe()
@@ -190,7 +189,6 @@ class _Running:
             "PYTHONPATH": work,
             "PYTHONHASHSEED": "0",  # The order of a set is no reason for another reward.
             "LANG": "C.UTF-8",
-            _TOKEN: self._token,
             **one_thread,
         }
         return {
@@ -233,8 +231,6 @@ class _Running:
         if len(self._kept["report"]) > _REPORT_BYTES:
             return "output"
         pids = _family(self._process.pid)
-        if len(pids) > self._limits.processes + 2:  # With the launcher and its init.
-            return "processes"
         used = children.used_bytes(pids, self._limits.memory_bytes)
         return "memory" if used > self._limits.memory_bytes else ""
 
@@ -251,33 +247,14 @@ class _Running:
             time.sleep(min(wait_s, 0.001))
 
     def _end(self) -> None:
-        """Kills what there is left of the program."""
+        """Kills what there is left of the program, and waits for its launcher."""
         if self._process.poll() is None:
-            self._process.terminate()  # It kills what it can find.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(END_LIMIT_S)
-        children.kill(self._process)
-        # It leaves with 0 when it has seen to all; and where there is a process namespace, the kernel has.
-        if self._process.wait() != 0 and not self._said().get("processes"):
-            self._kill_strays()
-
-    def _kill_strays(self) -> None:
-        """Kills what outlived a launcher that the program had killed: processes that carry this run's token,
-        as often as there are any.
-        """
-        deadline_s = time.monotonic() + END_LIMIT_S
-        while time.monotonic() < deadline_s:
-            pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and self._is_ours(int(name))]
-            if not pids:
-                return
-            for pid in pids:
+            # The launcher last: what it started ends with it, unless it was told not to.
+            for pid in sorted(_family(self._process.pid) - {self._process.pid}, reverse=True):
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
-
-    def _is_ours(self, pid: int) -> bool:
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-            return f"{_TOKEN}={self._token}".encode() in file.read()
-        return False
+            children.kill(self._process)
+        self._process.wait()
 
     def _said(self) -> dict[str, Any]:
         """Returns what the launcher and its init have said so far."""

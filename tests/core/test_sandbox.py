@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,10 +14,14 @@ import pytest
 
 from core import sandbox
 from core.sandbox import Limits, run
+from tests.support import ROOT
 
 pytestmark = pytest.mark.timed
 
 SMALL = Limits(cpu_s=5, wall_s=5, memory_bytes=200 << 20, file_bytes=1 << 20, processes=8, output_bytes=4096)
+NAMESPACES = pytest.mark.skipif(
+    not sandbox.isolation().processes, reason="this kernel allows no namespaces without privileges"
+)
 EITHER = pytest.mark.parametrize("namespaces", [True, False], ids=["namespaces", "without"])
 
 
@@ -67,28 +73,40 @@ def test_a_program_reads_and_prints_in_an_empty_directory_without_the_callers_va
         ("kept = []\nwhile True: kept.append(b'x' * (1 << 20))", "memory"),
         ("while True: print('x' * 1000)", "output"),
         ("import sys\nwhile True: sys.stderr.write('x' * 1000)", "output"),
-        ("import os\nwhile True: os.fork()", "processes"),
     ],
-    ids=["loop", "sleep", "power", "memory", "stdout", "stderr", "forks"],
+    ids=["loop", "sleep", "power", "memory", "stdout", "stderr"],
 )
 def test_a_program_that_takes_too_much_is_killed_and_its_limit_is_named(namespaces, program, how):
     limits = SMALL._replace(cpu_s=1, wall_s=1 if how == "wall time" else 20)
     began_s = time.monotonic()
     out = ended(program, namespaces, limits)
-    # A fork bomb of a user who is not root ends at the kernel's limit, by its own exception.
-    assert out.how == how or (how == "processes" and os.geteuid() != 0 and out.code != 0)
-    assert out.code is None or how == "processes"
+    assert (out.how, out.code) == (how, None)
     assert len(out.stdout) <= SMALL.output_bytes
     assert len(out.stderr) <= SMALL.output_bytes
     assert time.monotonic() - began_s < 15
 
 
 @EITHER
-def test_memory_of_several_processes_counts_together(namespaces):
+@pytest.mark.parametrize("bomb", ["os.fork()", "os.fork() or os.setsid()"])
+def test_the_kernel_bounds_the_processes_of_a_fork_bomb(namespaces, bomb):
+    out = ended(f"import os\nwhile True: {bomb}", namespaces)
+    assert (out.how, out.code) == ("exit", 1)
+    assert "Resource temporarily unavailable" in out.stderr
+
+
+def test_without_namespaces_a_program_may_start_threads_and_no_process():
+    thread = "import threading\nthread = threading.Thread(target=print, args=('thread',))\nthread.start()\n"
+    out = ended(thread + "thread.join()\nimport subprocess\nsubprocess.run(['true'])", False)
+    assert (out.code, out.stdout) == (1, "thread\n")
+    assert "BlockingIOError" in out.stderr
+
+
+@NAMESPACES
+def test_memory_of_several_processes_counts_together():
     out = ended(
         "import os, time\nfor _ in range(4):\n    if os.fork() == 0:\n"
         "        kept = b'x' * (80 << 20); time.sleep(100)\ntime.sleep(100)",
-        namespaces,
+        True,
     )
     assert out.how == "memory"
 
@@ -107,9 +125,9 @@ def test_a_file_is_bounded(namespaces):
     assert "File too large" in out.stderr or "No space left" in out.stderr
 
 
-@EITHER
-def test_what_is_left_running_is_killed(namespaces):
-    marker = f"stray-{os.getpid()}-{namespaces}"
+@NAMESPACES
+def test_what_is_left_running_is_killed():
+    marker = f"stray-{os.getpid()}"
     daemon = (
         "import os, subprocess, sys, time\n"
         "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
@@ -117,26 +135,21 @@ def test_what_is_left_running_is_killed(namespaces):
         " start_new_session=True)\n        time.sleep(1000)\n    os._exit(0)\n"
         "time.sleep(0.3)\nprint('done')"
     )
-    out = ended(daemon, namespaces)
+    out = ended(daemon, True)
     assert (out.how, out.code, out.stdout) == ("exit", 0, "done\n")
     assert left_alone(marker)
 
 
 @EITHER
-def test_a_program_that_kills_its_parent_takes_everything_along(namespaces):
-    marker = f"orphan-{os.getpid()}-{namespaces}"
+def test_a_program_that_kills_its_parent_gains_nothing(namespaces):
     out = ended(
-        "import os, signal, subprocess, sys, time\n"
-        f"subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)', {marker!r}],"
-        " start_new_session=True)\n"
-        "os.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(0.3)\nprint('still here')",
+        "import os, signal, time\nos.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(0.3)\nprint(1)",
         namespaces,
     )
     if namespaces and sandbox.isolation().processes:
-        assert (out.how, out.code, out.stdout) == ("exit", 0, "still here\n")
+        assert (out.how, out.code, out.stdout) == ("exit", 0, "1\n")
     else:
         assert (out.how, out.in_words) == ("exit", "SIGKILL")
-    assert left_alone(marker)
 
 
 @EITHER
@@ -165,6 +178,21 @@ def test_nothing_is_written_elsewhere_where_it_says_so(tmp_path):
 def test_the_working_directory_is_gone_afterwards(namespaces):
     out = ended("import os; open('kept', 'w').write('x'); print(os.getcwd())", namespaces)
     assert not Path(out.stdout.strip()).parent.exists()
+
+
+@EITHER
+def test_a_program_dies_with_whoever_runs_it(namespaces, tmp_path):
+    program = (
+        f"from core import sandbox; sandbox.run('import time; time.sleep(99)', use_namespaces={namespaces})"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment) as caller:
+        deadline_s = time.monotonic() + 20
+        while not num_alive(f"{tmp_path}/agro-sandbox-") >= 2 and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        assert num_alive(f"{tmp_path}/agro-sandbox-")
+        caller.kill()
+    assert left_alone(f"{tmp_path}/agro-sandbox-")
 
 
 def test_a_crash_is_told_by_its_signal():

@@ -79,17 +79,17 @@ def test_all_or_nothing_is_a_parameter():
     ],
 )
 def test_a_program_that_ends_the_run_has_passed_nothing(program):
-    assert score(block(program), ASSERTS, timeout_s=1) == 0.0
+    assert score(block(program), ASSERTS, cpu_s=1) == 0.0
 
 
 def test_what_passed_before_a_program_hung_has_passed():
     program = "def square(x):\n    while x == 0: pass\n    return x * x"
-    assert score(block(program), ASSERTS, timeout_s=1) == 0.5
+    assert score(block(program), ASSERTS, cpu_s=1) == 0.5
 
 
 def test_one_that_hangs_is_run_once_and_others_of_its_group_have_their_own():
     tests = {"inputs": ["1"] * 20, "outputs": ["2"] * 20}
-    found = PythonTests(timeout_s=1)([block("while True: pass"), block("print(2)"), "none"], [tests] * 3)
+    found = PythonTests(cpu_s=1)([block("while True: pass"), block("print(2)"), "none"], [tests] * 3)
     assert found == [0.0, 1.0, 0.0]
 
 
@@ -125,7 +125,7 @@ def test_tests_that_cannot_be_read_say_why(tests, reason):
 
 def test_parameters_without_sense_are_refused():
     with pytest.raises(ValueError, match="timeout_s=0"):
-        PythonTests(timeout_s=0)
+        PythonTests(cpu_s=0)
 
 
 def test_what_the_kernel_keeps_from_programs_is_told():
