@@ -34,6 +34,7 @@ the first call.
     workers/      is what the pool is made of: calls, threads, processes, and what to call when a call fails
     exact_match   the built-in function that compares texts
     math          the built-in function that compares mathematics
+    judge         asks a language model over the OpenAI API (pace: how often a machine does)
     overlong      the built-in function that punishes answers near the limit of tokens
     golds         says what a gold answer may be
     final_answer  finds the part of a text that is the answer

@@ -58,7 +58,7 @@ class Judge:
     scale              the worst and the best score; the reward is 0 at the one and 1 at the other
     shows              columns of the dataset that the judge sees too, such as a reference solution
     api_key_env        names the environment variable with the API key, which must be set on every node; the
-                       key itself is written nowhere. None: OPENAI_API_KEY, or no key where `base_url` is given
+                       key itself is written nowhere. None: OPENAI_API_KEY, or no key with a `base_url`
     calls_per_minute   at most so many from one machine; None: as many as come
     request_timeout_s  how long one request may take before it is sent again
     patience_s         how long a service may be down, or overloaded, before its samples are errors

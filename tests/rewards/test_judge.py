@@ -11,6 +11,7 @@ import pytest
 from core.config import RewardsConfig
 from core.errors import RewardError
 from rewards.pool import RewardPool
+from tests.support.pages import examples
 from tests.support.rewards.judge_server import Say, judge_server
 
 pytestmark = pytest.mark.timed
@@ -53,6 +54,16 @@ def test_32_calls_of_a_second_take_two_at_most_by_default(pool_for):
         assert all(scored.reward == 1.0 for future in futures for scored in future.result(LIMIT_S))
         assert time.monotonic() - start_s < 2.0
         assert len(server.asked) == 33
+
+
+def test_the_judge_of_the_documentation_runs(tmp_path, monkeypatch):
+    with judge_server(lambda number, request: Say("Score: 5.5")) as server:
+        text = examples()["my_judge.py"].replace("http://localhost:8000/v1", server.url)
+        assert len(text.splitlines()) <= 11
+        (tmp_path / "my_judge.py").write_text(text)
+        monkeypatch.chdir(tmp_path)
+        with RewardPool(RewardsConfig(functions={"my_judge:helpful": 1.0})) as pool:
+            assert score(pool, "a")[0].reward == 0.5
 
 
 def test_the_judge_sees_task_answer_and_columns_and_its_score_is_put_into_0_to_1(pool_for):

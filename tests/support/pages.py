@@ -11,7 +11,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 """A block of a page, its language and its text. What is typed in a shell is in blocks of `sh`."""
 WITH_COMMANDS = (
     *("README.md", "CONTRIBUTING.md"),
-    *("docs/running.md", "docs/cluster.md", "docs/deaths.md", "docs/extending.md"),
+    *("docs/running.md", "docs/cluster.md", "docs/deaths.md", "docs/extending.md", "docs/scoring.md"),
 )
 PROGRAMS = (
     *("make ", "launch.py ", ".venv/", "python ", "python3 ", "ray ", "wandb ", "vllm "),
