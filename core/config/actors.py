@@ -76,7 +76,8 @@ class ActorsConfig(Section):
     straggler_timeouts_s: tuple[float | None, float | None] | None = Field(
         None,
         description="`[sample, group]`, either of which may be null: a sample that is generated for longer ends as truncated; "
-        "a group does not wait longer for its last samples, it goes in with those it has. For example `[null, 60]`.",
+        "a group does not wait longer for its last samples, it goes in with those it has. An episode of several turns counts from "
+        "its reset. For example `[null, 60]`.",
     )
 
     @property

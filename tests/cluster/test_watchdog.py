@@ -64,6 +64,10 @@ def actor(**counters: float) -> dict[str, float]:
             "the buffer takes nothing: its disk is full",
         ),
         (
+            seen(10, actors={"a": actor(wait_environment_s=9.0)}, waited=10),
+            "the actors wait for their environments",
+        ),
+        (
             seen(10, actors={"a": actor(busy_s=60.0)}, waited=10, full_disk="the disk of /run refuses"),
             "the disk of /run refuses",
         ),

@@ -85,5 +85,6 @@ def test_a_run_of_several_turns_ends_with_a_clean_audit_though_actors_are_killed
     assert last["mismatch/mean"] is None or last["mismatch/mean"] < 1e-4
     assert any(row["mismatch/tokens"] for row in rows_of(run_dir)), "of fresh samples of several turns"
     assert last["eval/solve_rate"] is not None
-    shown = [sample for row in rows_of(run_dir, "samples") for sample in row["samples"]]
-    assert any([role for role, _ in sample["transcript"]][:1] == ["assistant"] for sample in shown)
+    told = [[role for role, _ in sample["transcript"]] for sample in rows_of(run_dir, "samples")]
+    assert told
+    assert all(roles == ["assistant", "user", "assistant"][: len(roles)] for roles in told)

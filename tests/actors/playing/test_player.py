@@ -1,0 +1,64 @@
+"""Episodes in real environments: the processes of the pool and the tokens of a real tokenizer."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from pathlib import Path
+
+import psutil
+import pytest
+
+from actors.episode import Ask, Episode
+from actors.playing.player import EnvironmentPlayer, make_player
+from actors.prompts import PromptRow
+from recipes.arithmetic import make_tokenizer
+from tests.support.configs import actor_config
+from tests.support.environments.sums import MARKS
+from tests.support.said import generated
+
+pytestmark = pytest.mark.timed
+
+
+def answered(episode: Episode) -> list[Ask]:
+    """What the episode asks of the engine once its environment has answered."""
+    assert concurrent.futures.wait(episode.futures, 30).done
+    return [*episode.poll()]
+
+
+def test_without_environments_nothing_is_loaded_and_an_episode_is_a_prompt_and_its_answer() -> None:
+    player = make_player(actor_config())
+    assert not player.has_environments
+    assert player.begin(PromptRow(0, "1+1=", (4, 13), {}), seed=1).poll() == (Ask((4, 13)),)
+
+
+def test_an_environment_in_its_process_is_played_in_tokens_and_ends_with_the_player(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MARKS, str(tmp_path))
+    before = set(psutil.Process().children(recursive=True))
+    config = actor_config(
+        model={"path": str(tiny_models["tied"])}, environments="tests.support.environments.sums:Twice"
+    )
+    tokenizer = make_tokenizer()
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    player = make_player(config)
+    assert isinstance(player, EnvironmentPlayer)
+    messages = ({"role": "user", "content": "3+4="},)
+    prompt = PromptRow(0, "3+4=", (), {"answer": "7"}, messages=messages, environment="environment")
+    episode = player.begin(prompt, seed=1)
+    (first,) = answered(episode)
+    assert list(first.tokens)[-4:] == encode("3+4=")
+    episode.act(0, generated(9, 1, text="6"))
+    (second,) = answered(episode)
+    assert list(second.tokens) == [*first.tokens, 9, 1, *encode("1+1=")]
+    episode.act(1, generated(10, 1, text="7"))
+    assert not answered(episode)
+    sample = episode.sample()
+    assert sample is not None
+    assert (sample.turns, sample.error, sample.reward, sample.text) == (2, None, None, "7")
+    assert sample.transcript == (("assistant", "6"), ("user", "1+1="), ("assistant", "7"))
+    assert set(psutil.Process().children(recursive=True)) - before
+    episode.close()
+    player.close()
+    _, alive = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=5)
+    assert not alive
