@@ -36,6 +36,8 @@ EPISODES_PER_SLOT = 2
 """Open at most: the slots of those that wait for their environments serve others, but each open episode has a
 place in a process, and ages.
 """
+RESET_SOON_S = 0.5
+"""An environment that takes longer to begin with has no slot kept free for it."""
 FINISH_LIMIT_S = 5.0
 """For an environment to say what an episode is worth that a deadline cut."""
 _SEED_STEP = 1_000_003
@@ -223,11 +225,14 @@ class Groups:
     @property
     def has_room(self) -> bool:
         """Returns whether a slot is free for another group: none of those whose environments are being reset
-        will want it, and not too many wait for theirs.
+        will want it soon, and not too many are open.
         """
         slots, coming = self._config.slots, self._engine.num_unfinished
         if self._waiting:
-            coming += sum(not sample.episode.num_asked for sample in self._waiting.values())
+            since_s = self._clock() - RESET_SOON_S
+            coming += sum(
+                sample.begun_s > since_s and not sample.episode.num_asked for sample in self._waiting.values()
+            )
             if len(self._requests) + len(self._waiting) >= EPISODES_PER_SLOT * slots:
                 return False
         return coming < slots

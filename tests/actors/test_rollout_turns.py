@@ -127,6 +127,16 @@ def test_a_waiting_environment_frees_its_slot_and_other_groups_start_meanwhile(b
     assert counters(actor)["wait_admission_s"] < counters(actor)["wait_environment_s"]
 
 
+def test_environments_that_hang_in_their_reset_keep_no_slot(bench):
+    def behave(asked: Asked) -> tuple[float, Turn]:
+        return (3600.0 if asked.what == "reset" and asked.place < 2 else 0.0), turns(2)(asked)[1]
+
+    run, actor = started(bench, behave, slots=2, group_size=2)
+    run.train(0, 4)
+    run.train(1, 4)
+    assert not actor.places.places[0].is_closed
+
+
 def test_the_engine_never_waits_for_an_environment(bench):
     """One of four environments hangs: the others' groups go on, none of them slower for it."""
 
