@@ -39,16 +39,17 @@ class Learner:
         log_of: Callable[[str], ProcessLog],
         tell: Callable[[str], None],
         forget_snapshots: Callable[[], Pending[list[int]]],
+        on_going_on: Callable[[int], None] = lambda step: None,
         deaths: Deaths,
         calls: Calls,
     ) -> None:
         """`peers` are buffer shards, board and monitor. `log_of` a rank is where it writes.
         `forget_snapshots` begins to make the board forget what a dead learner published, which cannot be
-        fetched any more.
+        fetched any more. `on_going_on` is told from which step it goes on, before it does.
         """
         self._config, self._pad_id, self._peers, self._run_dir = config, pad_id, tuple(peers), run_dir
         self._log_of, self._tell, self._forget_snapshots = log_of, tell, forget_snapshots
-        self._deaths, self._calls = deaths, calls
+        self._deaths, self._calls, self._on_going_on = deaths, calls, on_going_on
         self._stopping = False
         self._gang: LearnerGang | None = None
         self._forgetting: Pending[list[int]] | None = None
@@ -83,7 +84,7 @@ class Learner:
             if self._forgetting is not None and (dropped := self._forgetting.result()):
                 self._tell(
                     f"evaluations of versions {dropped} ended with the learner's death; the versions it publishes "
-                    "again are evaluated again"
+                    "again are evaluated again, and in place of others the one that comes next"
                 )
             self._gang = self._make_gang(self._verifying.result())
 
@@ -155,5 +156,6 @@ class Learner:
                     "Raise run.steps."
                 )
             self._tell(f"going on from {found[0].name}")
+            self._on_going_on(found[1].step)
         train_arguments = (*self._peers, str(self._run_dir / "policy"), str(found[0]) if found else None)
         return LearnerGang(self._config, self._pad_id, train_arguments, self._log_of, self._calls)

@@ -137,9 +137,14 @@ class Supervisor:
             log_of=services.log_of,
             tell=services.event,
             forget_snapshots=services.forget_snapshots,
+            on_going_on=self._make_up_evaluations,
             deaths=self._deaths,
             calls=services.calls,
         )
+
+    def _make_up_evaluations(self, step: int) -> None:
+        evaluated = [suite for suite in self._config.suites if suite.name in self._inputs.eval_prompts]
+        self._evaluations.make_up(evaluated, step, self._config.weights.publish_every)
 
     def _learner_is(self, *states: str) -> bool:
         return self._learner is not None and self._learner.state in (*states, "done")

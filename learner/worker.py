@@ -235,15 +235,12 @@ class LearnerRank:
         self._publish_s = time.perf_counter() - start_s
 
     def _suites_due(self, version: int) -> tuple[str, ...]:
-        """Returns the suites to evaluate `version` on: all of them for the base and the last version, else
-        those for which it is the first publication at or after a multiple of their interval.
-        """
-        is_end = version in (0, self._config.run.steps)
-        before = version - self._config.weights.publish_every
+        """Returns the suites to evaluate `version` on: those for which it is time, and at the end all."""
+        is_last, every = version == self._config.run.steps, self._config.weights.publish_every
         return tuple(
             suite.name
             for suite in self._config.suites
-            if is_end or version // suite.every > before // suite.every
+            if is_last or suite.last_due(version, every) == version
         )
 
     def _report(self, taken: Taken, result: StepResult, row: Mapping[str, float], progress: Progress) -> None:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from cluster.services import Services
 from core.calls import Call, Polled
+from core.config.evaluation import Suite
 from core.evaluation.records import Evaluation
 
 Key: TypeAlias = tuple[str, int]
@@ -78,6 +79,14 @@ class Evaluations:
         says when it knows.
         """
         self._restoring = self._services.restore_board(list(self.results.values()), held)
+
+    def make_up(self, suites: Sequence[Suite], version: int, publish_every: int) -> None:
+        """Has the board make up for what is not done, now that the learner goes on with `version`."""
+        due = {suite.name: suite.last_due(version, publish_every) for suite in suites}
+        owed = {name: before for name, before in due.items() if before < version}
+        missing = {name: before for name, before in owed.items() if (name, before) not in self.results}
+        if missing:
+            self._services.calls.post(self._services.board.owe(missing), "evaluations to make up for")
 
     def by_version(self) -> list[Evaluation]:
         """Returns the evaluations of the whole run, by policy version."""

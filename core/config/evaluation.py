@@ -155,6 +155,15 @@ class Suite:
             return f"eval.suites.{self.name}.{setting}"
         return _HELD_OUT_KEYS[setting]
 
+    def last_due(self, version: int, publish_every: int) -> int:
+        """Returns the last version up to this one that is evaluated for its interval: the base, and the first
+        publication at or after each multiple of `every`.
+        """
+        multiple = version // self.every * self.every
+        while (due := -(-multiple // publish_every) * publish_every) > version:
+            multiple -= self.every
+        return due
+
     @property
     def metric_names(self) -> tuple[str, ...]:
         """The metrics by which a version may be called the best: `avg@4`, `pass@1`, `pass@2`, ..."""

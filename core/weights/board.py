@@ -89,6 +89,7 @@ class Board:
         self._run, self._suites, self._on_evaluation = run, dict(suites), on_evaluation
         self._kept_suite = kept_suite
         self._held: set[int] = set()
+        self._owed: set[str] = set()  # Suites that the next version is evaluated on, whatever it is.
         self._id = secrets.token_hex(4)
         self._snapshots: dict[int, Snapshot] = {}
         self._newest = self._pushed = -1
@@ -105,7 +106,7 @@ class Board:
         """The learner died, and what it published with it: nothing is handed out before it publishes again.
 
         Returns the versions of the open evaluations, which are dropped: whoever publishes such a version
-        again has it evaluated.
+        again has it evaluated; see `owe` for others.
         """
         dropped = sorted({version for _, version in self._evaluations})
         self._snapshots.clear()
@@ -128,7 +129,8 @@ class Board:
         self._snapshots[version] = (manifest, buckets)
         self._newest = self._pushed = version
         known = {(entry.suite, entry.policy_version) for entry in self._results} | self._evaluations.keys()
-        for suite in evaluate:
+        owed, self._owed = sorted(self._owed), set()
+        for suite in dict.fromkeys([*evaluate, *owed]):
             size = self._suites.get(suite)
             if size is not None and size.num_prompts and (suite, version) not in known:
                 self._evaluations[suite, version] = OpenEvaluation(suite, version, size, self._run.seed)
@@ -233,6 +235,13 @@ class Board:
         """
         return list(self._evaluations), self._results[num_known:]
 
+    async def owe(self, suites: Mapping[str, int]) -> None:
+        """The learner goes on behind the versions that these suites were to evaluate: those that are not done
+        are made up for with the version that it publishes next.
+        """
+        done = {(result.suite, result.policy_version) for result in self._results}
+        self._owed |= {suite for suite, version in suites.items() if (suite, version) not in done}
+
     async def let_go(self, versions: Sequence[int]) -> None:
         """These snapshots are held no longer for having been evaluated."""
         self._held.difference_update(versions)
@@ -296,6 +305,7 @@ class BoardClient(Client):
     restore = asks(Board.restore)
     retire = asks(Board.retire)
     let_go = asks(Board.let_go)
+    owe = asks(Board.owe)
     evaluations = asks(Board.evaluations)
 
 

@@ -92,3 +92,14 @@ def test_every_setting_of_a_suite_is_in_the_reference():
     for name, field in SuiteConfig.model_fields.items():
         assert f"| `{name}` |" in table
         assert field.description
+
+
+@pytest.mark.parametrize(
+    ("every", "publish_every", "due"),
+    [(6, 2, [0, 6, 12]), (5, 2, [0, 6, 10]), (1, 3, [0, 3, 6, 9, 12]), (4, 6, [0, 6, 12])],
+)
+def test_a_suite_is_due_at_the_first_publication_at_or_after_its_interval(every, publish_every, due):
+    (suite,) = make_config(eval={"suites": {"math": {**MATH, "every": every}}}).suites
+    last = [suite.last_due(version, publish_every) for version in range(13)]
+    assert sorted(set(last)) == due
+    assert all(found <= version for version, found in enumerate(last))

@@ -49,7 +49,10 @@ def test_a_driver_killed_in_the_middle_of_suites_loses_and_repeats_nothing(
     out, err = again.communicate(timeout=240)
     assert again.returncode == 0, err
     found = collections.Counter(keys(run_dir))
-    assert set(found) == {(suite, version) for suite in (*SUITES, "held_out") for version in (0, 6, 12)}
+    for suite in (*SUITES, "held_out"):
+        start, middle, end = sorted(version for name, version in found if name == suite)
+        assert (start, end) == (0, STEPS)
+        assert middle in (6, 9), "made up for with the checkpoint's version, where that was beyond 6 already"
     assert set(found.values()) == {1}, "what was done before the kill is not done again"
     assert set(before) <= set(found)
     lines = rows_of(run_dir, "evaluations")

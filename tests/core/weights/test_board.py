@@ -308,3 +308,19 @@ def test_a_snapshot_of_the_kept_suite_is_held_until_it_is_let_go() -> None:
         assert await bench.board.snapshot(0) is None
 
     run(scenario)
+
+
+def test_what_a_learner_left_undone_is_made_up_for_with_the_version_that_comes_next() -> None:
+    async def scenario() -> None:
+        bench = Bench(1, "math", "words")
+        await bench.board.publish(b"m", [], 4, evaluate=["math", "words"])
+        first = [item for _ in range(2) for item in (await bench.poll("a", 4)).eval_items]
+        await bench.finish(*(result(item, 1.0) for item in first if item.suite == "words"))
+        assert await bench.board.forget_snapshots() == [4]
+        await bench.board.owe({"math": 4, "words": 4})
+        await bench.board.publish(b"m", [], 6, evaluate=[])  # It goes on from there.
+        assert (await bench.board.evaluations())[0] == [("math", 6)]
+        await bench.board.publish(b"m", [], 8, evaluate=[])
+        assert (await bench.board.evaluations())[0] == [("math", 6)], "once"
+
+    run(scenario)
