@@ -18,7 +18,6 @@ import pytest
 import actors.follower
 import actors.rollout
 from actors.engine import Engine
-from actors.offline import OfflineActor
 from benchmarks.fake_engine import FakeEngine
 from buffer.ledger import audit_run
 from buffer.replay import EVICTIONS
@@ -28,7 +27,7 @@ from core.records import Sample
 from core.weights.board import Board
 from tests.support.configs import LONG, actor_config
 from tests.support.in_process import Bench
-from tests.support.simulated import STEP_S, SimulatedActor, benches, ledger, rows, until
+from tests.support.simulated import STEP_S, Feeder, SimulatedActor, benches, ledger, rows, until
 
 pytestmark = pytest.mark.timed
 
@@ -377,13 +376,6 @@ def test_nothing_is_lost_whatever_happens_in_between(bench, num_shards, on_updat
     )
     assert stats["samples_error"] == 0
     assert audit_run(run.run_dir)["status"].get("leased", 0) == 0, "who retired left nothing with its name"
-
-
-class Feeder(OfflineActor):
-    """The offline actor in a thread of its own."""
-
-    def run(self) -> Any:
-        return asyncio.run(super().run())
 
 
 def test_the_feeder_keeps_its_groups_while_the_disk_is_full(bench):

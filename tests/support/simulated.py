@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import json
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from actors.offline import OfflineActor
 from actors.playing.played import EpisodeLimits
 from actors.playing.player import EnvironmentPlayer, Player
 from actors.prompts import PromptRow
@@ -61,6 +63,13 @@ class SimulatedActor(RolloutActor):
         actors = self._config.actors
         limits = EpisodeLimits(actors.max_turns, actors.max_new_tokens, self._config.max_sequence_tokens)
         return EnvironmentPlayer(self.places, {"game": DigitSpeech()}, limits)
+
+
+class Feeder(OfflineActor):
+    """The offline actor in a thread of its own."""
+
+    def run(self) -> Any:
+        return asyncio.run(super().run())
 
 
 @contextlib.contextmanager

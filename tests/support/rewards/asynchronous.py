@@ -66,3 +66,8 @@ class Patient:
 
 
 patient = Patient()
+
+
+async def for_5_s(completions, **columns):
+    await asyncio.sleep(5.0)
+    return [1.0] * len(completions)
