@@ -26,13 +26,24 @@ def check_functions(config: RewardsConfig) -> Mapping[str, tuple[str, ...]]:
 
     Raises RewardError, in one line, when a function cannot be loaded or called.
     """
-    return _columns(config.model_dump_json())
+    return _needed(config.model_dump_json())[0]
+
+
+def check_environments_read(config: RewardsConfig) -> None:
+    """Raises RewardError where a function reads `environments`, for a run that has none."""
+    for name, own in _needed(config.model_dump_json())[1].items():
+        if "environments" in own:
+            raise RewardError(
+                f"reward function {name!r} reads `environments`, and this run has none: set environments, or give the "
+                "parameter a default."
+            )
 
 
 @functools.lru_cache(maxsize=8)  # Importing a user's module may take long.
-def _columns(config: str) -> Mapping[str, tuple[str, ...]]:
+def _needed(config: str) -> tuple[Mapping[str, tuple[str, ...]], Mapping[str, tuple[str, ...]]]:
+    """Returns, by function, the columns and what of the completions it cannot be called without."""
     with RewardPool(RewardsConfig.model_validate_json(config)) as pool:
-        return pool.columns
+        return pool.columns, pool.own
 
 
 def bad_rows(config: RewardsConfig, source: str, rows: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:

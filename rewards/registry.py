@@ -48,7 +48,7 @@ class RewardName(NamedTuple):
     @property
     def is_local(self) -> bool:
         """Returns whether a worker process loads and calls it."""
-        return self.plain.partition(":")[0] not in ELSEWHERE
+        return self.plain not in ELSEWHERE and not self.plain.startswith(f"{ELSEWHERE[1]}:")
 
 
 def read_name(name: str) -> RewardName:
@@ -63,6 +63,8 @@ def read_name(name: str) -> RewardName:
                 f"name once and joined by &, or {MESSAGES}"
             )
         parameters[key] = urllib.parse.unquote(value)
+    if plain == ELSEWHERE[0] and parameters:
+        raise RewardError(f"reward function {name!r}: the environment's own reward takes no parameters")
     return RewardName(plain, parameters, parameters.pop(MESSAGES, None) is not None)
 
 

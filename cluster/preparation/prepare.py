@@ -44,7 +44,7 @@ from core.tokenizer import end_token_ids, end_token_notes, load_tokenizer, vocab
 from core.users.code import look_in_working_directory
 from learner.objectives import load_objective
 from learner.policy.model_files import check_model_files
-from rewards.check import check_functions, start_notes
+from rewards.check import check_environments_read, check_functions, start_notes
 from rewards.hosted import HostedModel, models_of, path_of
 
 HUB_TIMEOUT_S = 20.0
@@ -186,6 +186,8 @@ def check_named(config: Config) -> None:
     Raises RewardError, ConfigError or DataError.
     """
     check_functions(config.rewards)
+    if config.environments is None:
+        check_environments_read(config.rewards)
     check_suites(config)
     check_reward_models(models_of(config))
     check_needs(config, load_objective(config.objective).needs)

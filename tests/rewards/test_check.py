@@ -70,6 +70,19 @@ def test_gold_answers_that_math_verify_cannot_read_or_compute_are_bad_rows():
     assert bad_rows(["exact_match"], [{"answer": gold} for gold in golds]) == {}
 
 
+def test_a_function_that_reads_environments_is_refused_where_there_are_none():
+    def checked(name):
+        check.check_environments_read(
+            RewardsConfig(functions={f"tests.support.reward_functions:{name}": 1.0})
+        )
+
+    checked("length")
+    with pytest.raises(RewardError, match="reads `environments`, and this run has none: set environments"):
+        checked("score_of_environment")
+    with pytest.raises(RewardError, match="the environment's own reward takes no parameters"):
+        check.check_functions(RewardsConfig(functions={"environment?weight=2": 1.0}))
+
+
 def configured(tmp_path, model, rows, *overrides):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = (
