@@ -45,10 +45,18 @@ class Acting:
         if question.what == "run":
             return await self._run(question)
         if question.what == "finish":
-            return await self._over(None)
+            return await self._finish()
         if self._loaded.kind == "turns":
             return await self._step(question.text)
         return await self._call_tools(question.calls)
+
+    async def _finish(self) -> Turn:
+        """Ends what a limit cut. The rewards of steps add up: to 0 where none came before the limit, which is
+        an outcome and no failure.
+        """
+        has_reward = callable(getattr(self._environment, "get_reward", None))
+        adds_up = self._loaded.kind == "turns" and not has_reward
+        return await self._over(0.0 if adds_up else None)
 
     async def close(self) -> None:
         """Lets the environment close what it opened, if it has `close`. Raises EnvironmentFailure."""

@@ -154,6 +154,14 @@ def test_an_episode_that_a_limit_cut_has_the_reward_as_it_stands(pool: Environme
     place.close()
 
 
+def test_rewards_of_steps_add_up_to_0_where_a_limit_cut_before_the_first(pool: EnvironmentPool) -> None:
+    place = opened(pool)
+    assert place.act("say on").result(SOON_S).reward is None
+    turn = place.finish().result(SOON_S)
+    assert (turn.done, turn.reward) == (True, 0.0)
+    place.close()
+
+
 def test_the_same_seed_plays_the_same_whatever_was_played_before(pool: EnvironmentPool) -> None:
     drawn = []
     for seed in (7, 8, 7):
