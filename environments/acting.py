@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from core.users import pictures
 from core.users.code import in_one_line
 from environments import EnvironmentFailure, Observation, ToolCall, ToolErrorKind, Turn
-from environments.loading import OF_HARNESS, UserEnvironment, by_name
+from environments.loading import UserEnvironment, by_name
 from environments.wire import Question
 
 MAX_CHARS = 2**22
@@ -153,13 +153,12 @@ class Acting:
             "base_url": question.base_url,
             "api_key": question.api_key,
             "model": question.model,
-            "seed": question.seed,
+            "seed": row.get("seed", question.seed),
         }
         named = inspect.signature(harness).parameters.keys()
         if "client" in named:
             offered["client"] = self._client(question)
         available = {**row, **{name: value for name, value in offered.items() if name in named}}
-        available = {k: v for k, v in available.items() if k in named or k not in OF_HARNESS}
         reward = await self._ask("it", harness, **by_name(harness, available))
         return Turn("", done=True, reward=self._number(reward, "it"))
 
