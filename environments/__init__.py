@@ -7,15 +7,20 @@ an observation's tokens to the trajectory as tokens that were not sampled. A use
 runs in an actor: `EnvironmentPool` runs it in processes that can be killed. Neither Ray nor torch is imported
 here.
 
-    spec          says what an environment is, without running it: `describe`
-    pool          holds the places of open episodes, and completes their futures: `EnvironmentPool`
+    spec          says what an environment is, by a process of its own (describing, loading)
+    pool          holds the places of open episodes, and completes their futures
+    nursery       keeps the processes of one environment, as the pool sees them (wire: what passes between)
+    template      has loaded an environment, starts its places and ends what is left of them
+    place         is the life of a process in which episodes are played (acting: of one episode)
+    tool_calls    reads the calls in what a policy said
     one_turn      is the environment of a prompt and its answer, which needs no process
+    calculator, guessing, python_tool    are environments like users' own
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from core.errors import AgroError
 
@@ -75,17 +80,3 @@ class EnvironmentFailure(AgroError, RuntimeError):
     def __str__(self) -> str:
         """Returns the line alone."""
         return self.text
-
-
-class Environment(Protocol):
-    """One episode at a time, of turns in text. Runs act in `environments.one_turn.OneTurn` unless their
-    config names others; docs/environments.md says what else a class may have.
-    """
-
-    def reset(self, **row: Any) -> str:
-        """Returns what the policy sees first; `row` has the columns of the dataset's row."""
-        ...
-
-    def step(self, action: str) -> Turn:
-        """Returns what comes of it when the policy says `action`."""
-        ...
