@@ -54,6 +54,7 @@ class BestPolicy:
         self._config, self._folder = config, run_dir / FOLDER
         self._calls, self._board, self._tell = calls, board, tell
         self._metric = config.eval.keep_best or ""
+        self._suite = self._metric.partition("/")[0]
         self._seen: set[int] = set()
         self._next: Kept | None = None
         self._current: Kept | None = None
@@ -86,20 +87,22 @@ class BestPolicy:
                 f"the run ended before {_told(best)} was written, and its weights are gone: it is evaluated again if "
                 f"the run comes to it again; eval.keep_best: {self._in_folder()}"
             )
-        suite, _, _ = self._metric.partition("/")
-        return [each for each in earlier if each.suite != suite or each.policy_version not in lost]
+        return [each for each in earlier if each.suite != self._suite or each.policy_version not in lost]
 
     def consider(self, results: Iterable[Evaluation]) -> None:
         """Takes results, also ones that it has seen; what is the best so far will be written."""
         for result in results:
-            found = self._scored(result)
-            if found is None or found.policy_version in self._seen:
+            version = result.policy_version
+            if result.suite != self._suite or version in self._seen:
                 continue
-            self._seen.add(found.policy_version)
-            dropped: Kept | None = found
-            if self._is_best(found):
-                dropped, self._next = self._next, found
-            self._let_go(dropped)
+            self._seen.add(version)
+            found = self._scored(result)
+            if found is None or not self._is_best(found):
+                self._let_go(version)
+            else:
+                replaced, self._next = self._next, found
+                if replaced is not None:
+                    self._let_go(replaced.policy_version)
 
     def poll(self) -> None:
         """Takes it one step further: a snapshot is fetched, then written. A failure is told; what is kept
@@ -133,18 +136,18 @@ class BestPolicy:
         )
 
     def _end(self) -> None:
-        self._let_go(self._current)
+        assert self._current is not None
+        self._let_go(self._current.policy_version)
         self._current = self._fetching = self._writing = None
 
-    def _let_go(self, kept: Kept | None) -> None:
-        if kept is not None:
-            self._calls.post(self._board.let_go([kept.policy_version]), "a snapshot that is not needed")
+    def _let_go(self, version: int) -> None:
+        self._calls.post(self._board.let_go([version]), "a snapshot that is not needed")
 
     def _scored(self, result: Evaluation) -> Kept | None:
         """Returns what the result says of the metric; None where it is of another suite, or has no value."""
-        suite, _, metric = self._metric.partition("/")
+        _, _, metric = self._metric.partition("/")
         value = result.metrics.get(metric)
-        if result.suite != suite or value is None:
+        if result.suite != self._suite or value is None:
             return None
         return Kept(
             metric=self._metric,

@@ -131,3 +131,25 @@ def test_a_reward_that_fails_is_an_error_and_is_counted_by_its_reason(ask: Any) 
     assert found.results[0].num_errors == 6
     assert sum(found.reasons.values()) == 6
     assert issubclass(RewardError, AgroError)
+
+
+def test_a_suite_is_played_in_its_environment(
+    ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "twice.py").write_text(
+        "class Twice:\n"
+        "    def reset(self, **row):\n"
+        "        self.said = []\n"
+        "    def step(self, text):\n"
+        "        self.said.append(text)\n"
+        "        return '+1=', float(len(self.said)), len(self.said) == 2\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (few,) = ask(
+        "eval.suites.few.environments=twice:Twice",
+        "eval.suites.few.functions={environment: 1.0}",
+        suites=["few"],
+    ).results
+    assert (few.num_samples, few.num_errors) == (6, 0)
+    assert few.solve_rate == 3.0, "the rewards of both turns"

@@ -51,7 +51,7 @@ class Driver:
         self.best = BestPolicy(self.config, self.run_dir, self.calls, board, self.told.append)
         self.earlier = self.best.begin(self.results)
 
-    def evaluate(self, version: int, reward: float, tensors: Any = None, suite: str = "math") -> None:
+    def evaluate(self, version: int, reward: float | None, tensors: Any = None, suite: str = "math") -> None:
         """A version is published and evaluated, and the driver hears of it."""
         self.bench.publish(version, evaluate=[suite], tensors=tensors)
         span = (VersionSpan(version, 0, 1),)
@@ -62,7 +62,7 @@ class Driver:
                 prompt="p",
                 texts=("t",),
                 rewards=(reward,),
-                errors=(None,),
+                errors=("failed" if reward is None else None,),
                 version_spans=(span,),
                 lengths=(1,),
                 truncated=(False,),
@@ -176,6 +176,21 @@ def test_a_snapshot_that_is_lost_is_told_and_what_is_kept_stays(
     assert driver.note["policy_version"] == 0
     assert "version 1 (math/avg@1 0.9000" in driver.told[-1]
     assert "could not be kept: snapshot 1 has been dropped" in driver.told[-1]
+
+
+def test_a_version_without_a_value_is_not_kept_and_its_snapshot_is_let_go(
+    driver: Driver, tiny_models: dict[str, Path]
+) -> None:
+    weights = weights_of(changed(tiny_models["tied"], 1))
+    driver.evaluate(0, None, weights)
+    driver.settle()
+    for version in range(1, 5):
+        driver.bench.publish(version, tensors=weights)
+    assert driver.best.kept is None
+    deadline_s = time.monotonic() + 5
+    while driver.bench.board.get("snapshot", 0) is not None:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 def test_a_full_disk_is_told_and_leaves_what_is_kept(

@@ -105,7 +105,7 @@ class World:
     def set_watermark(self, step: int) -> None:
         self.note(watermark=step)
 
-    def publish(self, manifest: bytes, buckets: list, version: int, *, evaluate: bool) -> None:
+    def publish(self, manifest: bytes, buckets: list, version: int, *, evaluate: Any) -> None:
         self.note(published=version)
 
     def log_step(self, row: dict[str, float]) -> None:
