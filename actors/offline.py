@@ -316,7 +316,12 @@ class OfflineActor(Heartbeat):
         self._name, self._config, self._prompts = name, config, prompts
         self._buffer, self._board, self._monitor = buffer, board, monitor
         self._calls = Calls(config.run.timeout_s, monitor.event, name=name)
-        self._scorer = Scorer(config.rewards, partial(ModelRewards, clients=models or {}, calls=self._calls))
+        self._scorer = Scorer(
+            config.rewards,
+            partial(
+                ModelRewards, clients=models or {}, calls=self._calls, system_prompt=config.data.system_prompt
+            ),
+        )
         self._scores_all = scores_all
         self._version = -1
         self._counters = dict.fromkeys(

@@ -82,7 +82,12 @@ class RolloutActor(Heartbeat):
         self._prompts = prompts
         self._buffer, self._board, self._monitor = buffer, board, monitor
         self._calls = Calls(config.run.timeout_s, monitor.event, name=name)
-        scorer = Scorer(config.rewards, partial(ModelRewards, clients=models or {}, calls=self._calls))
+        scorer = Scorer(
+            config.rewards,
+            partial(
+                ModelRewards, clients=models or {}, calls=self._calls, system_prompt=config.data.system_prompt
+            ),
+        )
         self._scoring = Scoring(scorer, config.rewards.max_pending)
         self._engine = self._make_engine()
         self._groups = Groups(self._engine, config.actors, player=self._make_player())

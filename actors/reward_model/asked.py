@@ -14,6 +14,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+from actors.dataset.forms import Conversation, conversation_of
+from actors.dataset.rows import PROMPT_COLUMNS
 from actors.messages import clean_messages
 from actors.prompts import PromptRow
 from actors.reward_model import RewardModel, RewardModelClient, Value
@@ -42,9 +44,16 @@ class ModelRewards:
     """
 
     def __init__(
-        self, functions: Mapping[str, float], clients: Mapping[str, RewardModelClient], calls: Calls | None
+        self,
+        functions: Mapping[str, float],
+        clients: Mapping[str, RewardModelClient],
+        calls: Calls | None,
+        system_prompt: str | None = None,
     ) -> None:
-        """Raises RewardError for a model that is not among `clients`; without any, `calls` may be None."""
+        """`system_prompt` is `data.system_prompt`. Raises RewardError for a model that is not among
+        `clients`; without any, `calls` may be None.
+        """
+        self._system_prompt = system_prompt
         self._models = hosted_models(functions)
         if missing := [name for name in self._models if name not in clients]:
             raise RewardError(f"reward function {missing[0]!r}: its model is not hosted here, as in a run")
@@ -59,7 +68,7 @@ class ModelRewards:
         """Asks every model. The values are per sample, in order: its reward, not weighted, or why there is
         none. No future has an exception, and each ends within the model's `timeout_s`.
         """
-        conversations = [conversation_of(prompt, sample) for sample in samples]
+        conversations = [whole_conversation(prompt, sample, self._system_prompt) for sample in samples]
         return [
             AskedModel(name, self._weights[name], self._ask(name, conversations, model.timeout_s))
             for name, model in self._models.items()
@@ -104,7 +113,9 @@ def no_models(functions: Mapping[str, float]) -> ModelRewards:
     return ModelRewards(functions, {}, None)
 
 
-def hosted_here(models: Mapping[str, HostedModel], timeout_s: float) -> ModelsFor:
+def hosted_here(
+    models: Mapping[str, HostedModel], timeout_s: float, system_prompt: str | None = None
+) -> ModelsFor:
     """Returns who asks `models` where there is no run to host them: they are loaded in this process. Raises
     RewardError for what is no classifier; `timeout_s` is as in `Calls`.
     """
@@ -114,13 +125,22 @@ def hosted_here(models: Mapping[str, HostedModel], timeout_s: float) -> ModelsFo
         )
         for name, model in models.items()
     }
-    return partial(ModelRewards, clients=clients, calls=Calls(timeout_s) if clients else None)
+    return partial(
+        ModelRewards,
+        clients=clients,
+        calls=Calls(timeout_s) if clients else None,
+        system_prompt=system_prompt,
+    )
 
 
-def conversation_of(prompt: PromptRow, sample: Sample) -> list[dict[str, Any]]:
-    """Returns what was said, as messages: the prompt's, then what the sample says, and is told."""
+def whole_conversation(
+    prompt: PromptRow, sample: Sample, system_prompt: str | None = None
+) -> list[dict[str, Any]]:
+    """Returns what was said, as messages: the system prompt, the prompt's, then what the sample says, and is
+    told.
+    """
     said = sample.transcript or (("assistant", sample.text),)
-    return [*_asked(prompt), *({"role": role, "content": text} for role, text in said)]
+    return [*_asked(prompt, system_prompt), *({"role": role, "content": text} for role, text in said)]
 
 
 def gathered(futures: Sequence[Future[T]]) -> Future[list[T]]:
@@ -145,11 +165,15 @@ def gathered(futures: Sequence[Future[T]]) -> Future[list[T]]:
     return done
 
 
-def _asked(prompt: PromptRow) -> list[dict[str, Any]]:
+def _asked(prompt: PromptRow, system_prompt: str | None) -> list[dict[str, Any]]:
+    """Returns the prompt as messages, as its row says it and not as the policy's template writes it."""
     if prompt.messages is not None:
         return [dict(message) for message in prompt.messages]
-    columns = prompt.columns
-    found = next((columns[name] for name in ("prompt", "question") if name in columns), prompt.text)
-    if hasattr(found, "tolist"):
-        found = found.tolist()
-    return clean_messages(found) if isinstance(found, list) else [{"role": "user", "content": found}]
+    told = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    column = next((column for column in PROMPT_COLUMNS if column in prompt.columns), "")
+    found = prompt.columns.get(column, prompt.text)
+    found = found.tolist() if hasattr(found, "tolist") else found  # An array of messages (numpy).
+    talk = conversation_of(column, found) if isinstance(found, list) else None
+    if isinstance(talk, Conversation):
+        return [*told, *clean_messages(talk.messages)]
+    return [*told, {"role": "user", "content": found}]

@@ -295,7 +295,9 @@ def _generate(config: Config, work: _Work, engine: Generator, say: Callable[[str
     """Plays every problem that is not done, and has it scored."""
     groups = Groups(engine, config.actors, player=make_player(config))
     models = hosted_models(name for suite in work.suites.values() for name in suite.functions)
-    scorers = SuiteScorers(config, models_for=hosted_here(models, config.run.timeout_s))
+    scorers = SuiteScorers(
+        config, models_for=hosted_here(models, config.run.timeout_s, config.data.system_prompt)
+    )
     scoring = Scoring(scorers.of(next(iter(work.suites))), config.rewards.max_pending)
     waiting, since_s, started = work.items(config.run.seed), time.monotonic(), work.num_done
     said_s, item = since_s, next(waiting, None)

@@ -15,7 +15,7 @@ import pytest
 
 from actors.prompts import PromptRow
 from actors.reward_model import RewardModelClient
-from actors.reward_model.asked import ModelRewards, conversation_of, gathered, hosted_here
+from actors.reward_model.asked import ModelRewards, gathered, hosted_here, whole_conversation
 from actors.scoring import Scorer
 from core.calls import Calls, Local
 from core.config import RewardsConfig
@@ -91,7 +91,7 @@ def test_a_model_gets_the_conversation() -> None:
     turns = (("assistant", "call"), ("tool", "7"), ("assistant", "It is 7."))
     messages = ({"role": "system", "content": "be kind"}, {"role": "user", "content": "q"})
     prompt = PromptRow(0, "rendered", (1,), {}, messages=messages)
-    conversation = conversation_of(prompt, sample("It is 7.", turns))
+    conversation = whole_conversation(prompt, sample("It is 7.", turns))
     assert [message["role"] for message in conversation] == [
         "system",
         "user",
@@ -100,8 +100,12 @@ def test_a_model_gets_the_conversation() -> None:
         "assistant",
     ]
     written = PromptRow(0, "rendered", (1,), {"prompt": [{"role": "user", "content": "written"}]})
-    assert conversation_of(written, sample("a"))[0] == {"role": "user", "content": "written"}
-    assert conversation_of(PromptRow(0, "rendered", (1,), {}), sample("a"))[0]["content"] == "rendered"
+    assert whole_conversation(written, sample("a"))[0] == {"role": "user", "content": "written"}
+    assert whole_conversation(PromptRow(0, "rendered", (1,), {}), sample("a"))[0]["content"] == "rendered"
+    asked = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "gold"}]
+    row = PromptRow(0, "rendered", (1,), {"conversations": asked})
+    conversation = whole_conversation(row, sample("a"), "be kind")
+    assert [message["content"] for message in conversation] == ["be kind", "q", "a"]
 
 
 def test_a_model_that_nobody_hosts_is_refused() -> None:
