@@ -63,7 +63,7 @@ class WorkerThread(threading.Thread):
         self.held: dict[int, tuple[FunctionCall, float]] = {}  # With the moment until which it may take.
         self.busy_s = self._idle_s = 0.0  # The latter of the present turn.
         self._number = 0
-        self._heard_s = 0.0
+        self._heard_s = self._looked_s = 0.0
 
     def run(self) -> None:
         """Lives until the pool is closed, or at once where the functions cannot be loaded."""
@@ -95,10 +95,10 @@ class WorkerThread(threading.Thread):
 
     def _turn(self) -> None:
         """Hands over new calls, waits for replies for a moment, and looks whether all is well."""
-        with contextlib.suppress(
-            OSError, EOFError
-        ):  # No process to be had: the next call meets it, and says so.
-            self.worker.start()
+        if not self.worker.is_loaded:
+            # No process to be had: the next call meets it, and says so.
+            with contextlib.suppress(OSError, EOFError):
+                self.worker.start()
         taken = self._pool.take(self)
         numbers = range(self._number, self._number + len(taken))
         self._number += len(taken)
@@ -147,7 +147,9 @@ class WorkerThread(threading.Thread):
             raise _LateError
         if self._is_loop and now_s - self._heard_s > self._timeout_s + BLOCKED_GRACE_S:
             raise _BlockedError
-        self.worker.check_memory()
+        if now_s - self._looked_s > LOOK_EVERY_S:
+            self._looked_s = now_s
+            self.worker.check_memory()
 
     def _lose(self, error: Exception) -> None:
         """Ends the process, and every call that it held."""

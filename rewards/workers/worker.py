@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import selectors
+import select
 import socket
 import struct
 import subprocess
@@ -96,6 +96,9 @@ class WorkerReply(msgspec.Struct, frozen=True):
     timed_out: bool = False
 
 
+_ENCODER, _REPLY = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(WorkerReply)
+
+
 class MemoryExceeded(RewardError):
     """A worker and its children used more memory than they may."""
 
@@ -161,9 +164,9 @@ class Worker:
         Raises RewardError when one cannot be loaded, or not within STARTUP_LIMIT_S, and OSError or EOFError
         when the process died.
         """
-        self.start()
-        assert self._connection is not None
         if self._loaded is None:
+            self.start()
+            assert self._connection is not None
             deadline_s = time.monotonic() + STARTUP_LIMIT_S
             while not self._connection.poll(LOOK_EVERY_S):
                 self.check_memory()
@@ -182,7 +185,7 @@ class Worker:
     def ask(self, request: Request) -> None:
         """Sends a request to the loaded process. Raises what `receive` does."""
         assert self._connection is not None
-        self._connection.send_bytes(msgspec.msgpack.encode(request))
+        self._connection.send_bytes(_ENCODER.encode(request))
 
     def receive(self, limit_s: float) -> list[WorkerReply]:
         """Returns the replies of a loaded process, after at most `limit_s` without any, or when `wake` was
@@ -193,16 +196,17 @@ class Worker:
         """
         # A process that was not heard of yet may never have come up: whoever asks next meets that in `load`.
         connection = self._connection if self._loaded is not None else None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._bell, selectors.EVENT_READ)
-            if connection is not None:
-                selector.register(connection, selectors.EVENT_READ)
-            selector.select(limit_s)
-        with contextlib.suppress(BlockingIOError):
+        poll = select.poll()  # A selector object would cost more than the rest of a cheap call.
+        poll.register(self._bell, select.POLLIN)
+        if connection is not None:
+            poll.register(connection, select.POLLIN)
+        ready = [file for file, _ in poll.poll(limit_s * 1000)]
+        if self._bell.fileno() in ready:
             self._bell.recv(4096)
         replies = []
-        while connection is not None and connection.poll(0):
-            replies.append(msgspec.msgpack.decode(connection.recv_bytes(), type=WorkerReply))
+        while connection is not None and connection.fileno() in ready:
+            replies.append(_REPLY.decode(connection.recv_bytes()))
+            ready = [file for file, _ in poll.poll(0)]
         return replies
 
     def wake(self) -> None:
