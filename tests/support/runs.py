@@ -44,6 +44,17 @@ def overrides(model: Path, run_dir: Path, steps: int = STEPS) -> list[str]:
     ]
 
 
+def actor_of(mark: Path) -> psutil.Process | None:
+    """The rollout actor in one of whose processes a mark was left, called `PHASE-PID`;
+    None when it is over.
+    """
+    try:
+        parents = psutil.Process(int(mark.name.partition("-")[2])).parents()
+        return next((parent for parent in parents if "RolloutActor" in " ".join(parent.cmdline())), None)
+    except psutil.NoSuchProcess:
+        return None
+
+
 def rows_of(run_dir: Path, name: str = "metrics") -> list[dict]:
     path = run_dir / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

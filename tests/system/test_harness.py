@@ -1,5 +1,5 @@
-"""A whole run whose environment is an agent of the `openai` package: real vLLM, real ZeRO-3, samples of several
-segments, and an actor that is killed while agents talk.
+"""A whole run whose environment is an agent of the `openai` package: real vLLM, real ZeRO-3, samples of
+several segments, and an actor that is killed while agents talk.
 """
 
 from __future__ import annotations
@@ -7,26 +7,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from buffer.ledger import audit_run
 from tests.support.environments.sums_agent import MARKS
-from tests.support.runs import described, rows_of, start_train, wait_for_step
+from tests.support.runs import actor_of, described, rows_of, start_train, wait_for_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 STEPS = 5
 MOST_S = 240.0
-
-
-def actor_of(mark: Path) -> psutil.Process | None:
-    """The rollout actor in one of whose processes an agent talks; None when it is over."""
-    try:
-        parents = psutil.Process(int(mark.name.partition("-")[2])).parents()
-        return next((parent for parent in parents if "RolloutActor" in " ".join(parent.cmdline())), None)
-    except psutil.NoSuchProcess:
-        return None
 
 
 @pytest.mark.timeout(300)

@@ -14,7 +14,7 @@ import pytest
 
 from buffer.ledger import audit_run
 from tests.support.environments.sums import MARKS
-from tests.support.runs import described, rows_of, start_train, wait_for_step
+from tests.support.runs import actor_of, described, rows_of, start_train, wait_for_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -29,15 +29,6 @@ def until(condition: Callable[[], Any], what: str, timeout_s: float = MOST_S) ->
         assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what}"
         time.sleep(0.01)
     return found
-
-
-def actor_of(mark: Path) -> psutil.Process | None:
-    """The rollout actor in one of whose processes this phase is; None when it is over."""
-    try:
-        parents = psutil.Process(int(mark.name.partition("-")[2])).parents()
-        return next((parent for parent in parents if "RolloutActor" in " ".join(parent.cmdline())), None)
-    except psutil.NoSuchProcess:
-        return None
 
 
 def actor_in(marks: Path, phase: str) -> psutil.Process | None:
