@@ -63,6 +63,14 @@ def serve(fd: int, parent_pid: int) -> None:
     os.set_inheritable(fd, False)
     children.adopt_orphans()
     connection = socket.socket(fileno=fd)
+    with contextlib.suppress(_Leave):  # The signal comes just after the socket's end, until it is ignored.
+        _serve(connection)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    end_strangers((), LAST_TIMEOUT_S)
+
+
+def _serve(connection: socket.socket) -> None:
     with contextlib.suppress(EOFError, OSError, _Leave):
         pattern: Pattern = receive(connection)
         try:
@@ -71,8 +79,6 @@ def serve(fd: int, parent_pid: int) -> None:
             send(connection, TemplateReport("broken", how=str(error)))
             return
         _Template(pattern, loaded, connection).run()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    end_strangers((), LAST_TIMEOUT_S)
 
 
 def live_alone(fd: int, parent_pid: int) -> None:
