@@ -109,7 +109,7 @@ def evaluate(
 
 def table(results: Sequence[Evaluation]) -> str:
     """Returns the results as a table of markdown, a row a suite; a cell is a value ± its standard error."""
-    names = list(dict.fromkeys(name for result in results for name in _shown(result)))
+    names = sorted({name for result in results for name in _shown(result)}, key=_place)
     head = ["suite", "problems", "samples", "errors", *names, "tokens", "cut"]
     rows = [head, ["---"] * len(head)]
     for result in results:
@@ -129,6 +129,11 @@ def table(results: Sequence[Evaluation]) -> str:
 
 def _shown(result: Evaluation) -> list[str]:
     return [name for name in result.metrics if "@" in name and not name.endswith(STANDARD_ERROR)]
+
+
+def _place(name: str) -> tuple[int, int]:
+    kind, _, count = name.partition("@")
+    return ("avg", "pass", "majority").index(kind), int(count)
 
 
 def _value(metrics: Mapping[str, float], name: str) -> str:
