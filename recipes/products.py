@@ -27,7 +27,7 @@ CALL = ('<tool_call>{"name": "', '", "arguments": {"expression": "', '"}}</tool_
 """What stands before, between and behind the tool's name and the expression."""
 TOOLS = ("calculate", "give_answer")
 """Those of environments/calculator.py; the first is the one that is needed."""
-P_ASKS, P_RIGHT_CALL, P_RIGHT_READING = 0.65, 0.85, 0.75
+P_ASKS, P_RIGHT_CALL, P_RIGHT_READING = 0.65, 0.9, 0.85
 WARM_UP_STEPS, BATCH = 500, 64
 ROLES = ("tools", "user", "assistant", "tool")
 TEMPLATE = (
