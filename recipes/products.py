@@ -13,6 +13,7 @@ configs/quickstart_tools.yaml names `make_base`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import re
 import string
@@ -28,7 +29,8 @@ CALL = ('<tool_call>{"name": "', '", "arguments": {"expression": "', '"}}</tool_
 TOOLS = ("calculate", "give_answer")
 """Those of environments/calculator.py; the first is the one that is needed."""
 P_ASKS, P_RIGHT_CALL, P_RIGHT_READING = 0.65, 0.9, 0.85
-WARM_UP_STEPS, BATCH = 500, 64
+WARM_UP_STEPS, CLEAN_STEPS, BATCH = 500, 350, 64
+"""Of the warm-up the first steps are without slips: to copy is learned sooner from what is right."""
 ROLES = ("tools", "user", "assistant", "tool")
 TEMPLATE = (
     "{% if tools %}<tools>{{ tools | map(attribute='function.name') | join(' ') }}<end>{% endif %}"
@@ -66,18 +68,20 @@ def make_tokenizer() -> Any:
     return made
 
 
-def conversation(a: int, b: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Returns messages of somebody who half knows how to find a product."""
+def conversation(a: int, b: int, rng: random.Random, *, slips: bool = True) -> list[dict[str, Any]]:
+    """Returns messages of somebody who half knows how to find a product; without `slips` all calls and
+    readings are right.
+    """
     question = {"role": "user", "content": f"{QUESTION[0]}{a}{QUESTION[1]}{b}{QUESTION[2]}"}
     if rng.random() >= P_ASKS:
         return [question, {"role": "assistant", "content": str(rng.randint(SMALLEST**2, LARGEST**2))}]
     numbers = [a, b]
-    if rng.random() >= P_RIGHT_CALL:
+    if slips and rng.random() >= P_RIGHT_CALL:
         numbers[rng.randrange(2)] = rng.randint(SMALLEST, LARGEST)
     expression = QUESTION[1].join(map(str, numbers))
     call = {"function": {"name": TOOLS[0], "arguments": {"expression": expression}}}
     result = str(numbers[0] * numbers[1])
-    reading = result if rng.random() < P_RIGHT_READING else _with_a_slip(result, rng)
+    reading = result if not slips or rng.random() < P_RIGHT_READING else _with_a_slip(result, rng)
     return [
         question,
         {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -98,17 +102,24 @@ def make_base(out_dir: str) -> None:
     """
     rng, tokenizer = random.Random(0), make_tokenizer()
     model = make_llama(len(tokenizer))
-    warm_up(model, lambda: _batch(tokenizer, rng), WARM_UP_STEPS, "conversations with a calculator")
+    steps = itertools.count()
+    warm_up(
+        model,
+        lambda: _batch(tokenizer, rng, slips=next(steps) >= CLEAN_STEPS),
+        WARM_UP_STEPS,
+        "conversations with a calculator",
+    )
     save_base(model, tokenizer, out_dir)
 
 
-def _batch(tokenizer: Any, rng: random.Random) -> tuple[Any, Any]:
+def _batch(tokenizer: Any, rng: random.Random, *, slips: bool) -> tuple[Any, Any]:
     """Returns (inputs, labels) of conversations; the loss is on what the assistant says, its end included."""
     ids = tokenizer.get_vocab()
     tools = [{"type": "function", "function": {"name": name}} for name in TOOLS]
     rows = []
     for _ in range(BATCH):
-        messages = conversation(rng.randint(SMALLEST, LARGEST), rng.randint(SMALLEST, LARGEST), rng)
+        a, b = rng.randint(SMALLEST, LARGEST), rng.randint(SMALLEST, LARGEST)
+        messages = conversation(a, b, rng, slips=slips)
         tokens = tokenizer(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))["input_ids"]
         labels, speaks = [], False
         for token in tokens:
