@@ -249,9 +249,9 @@ def end_strangers(places: Collection[int], timeout_s: float = END_TIMEOUT_S) -> 
     while time.monotonic() < deadline_s:
         parents = children.parents()
         strangers = [pid for pid, parent in parents.items() if parent == os.getpid() and pid not in places]
-        strangers = [pid for pid in strangers if os.waitpid(pid, os.WNOHANG)[0] == 0]
-        if not strangers:
+        if not strangers:  # Nor were there any when the reading began, so nobody's children are on their way.
             break
+        strangers = [pid for pid in strangers if os.waitpid(pid, os.WNOHANG)[0] == 0]
         for pid in strangers:  # Their children come to this process, and are found in the next round.
             os.kill(pid, signal.SIGKILL)
         killed.update(strangers)
