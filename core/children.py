@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -105,13 +106,22 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 def kill_marked(mark: str) -> None:
     """Sends SIGKILL to every process that was started with the environment variable `mark`, "NAME=value",
-    or by one that was, wherever it has gone.
+    or by one that was, wherever it has gone; it looks again until there is none.
     """
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
-                if mark.encode() in file.read().split(b"\0"):
-                    os.kill(int(name), signal.SIGKILL)
+    for _ in range(50):
+        marked = [int(name) for name in os.listdir("/proc") if name.isdigit() and _has_mark(name, mark)]
+        for pid in marked:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if not marked:
+            return
+        time.sleep(0.002)
+
+
+def _has_mark(pid: str, mark: str) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+        return mark.encode() in file.read().split(b"\0")
+    return False
 
 
 def describe_exit(returncode: int) -> str:
