@@ -24,13 +24,15 @@ from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from ray.util import get_node_ip_address
 
 from actors.harness.chat import ApiError, ChatAnswer, ChatRequest, completion, events, request_of
 from core.errors import AgroError
 
 MODEL = "policy"
 """How the policy is called in the API, whatever name a request has."""
-_HOST = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
+_ALL_ADDRESSES = ("0.0.0.0", "::")
 _MAX_BYTES = 64 * 2**20
 _PING_S = 10.0
 _START_LIMIT_S = 30.0
@@ -105,8 +107,11 @@ class Endpoint:
         endpoint.shut(door)
     """
 
-    def __init__(self) -> None:
-        """Starts the server on a free port of the loopback. Raises AgroError when it does not come up."""
+    def __init__(self, host: str = LOOPBACK) -> None:
+        """Starts the server on a free port of the address `host`. Raises AgroError when it does not come
+        up.
+        """
+        self._host = host
         self._doors: dict[str, Door] = {}
         self._loop = asyncio.new_event_loop()
         self._port = 0
@@ -115,12 +120,12 @@ class Endpoint:
         self._thread = threading.Thread(target=self._serve, name="harness-endpoint", daemon=True)
         self._thread.start()
         if not self._is_up.wait(_START_LIMIT_S) or self._problem is not None:
-            raise AgroError(f"the endpoint for harnesses does not come up on {_HOST}: {self._problem}")
+            raise AgroError(f"the endpoint for harnesses does not come up on {self._host}: {self._problem}")
 
     def open(self) -> Door:
         """Opens a door for one sample."""
         key = secrets.token_hex(8)
-        door = Door(f"http://{_HOST}:{self._port}/{key}/v1", secrets.token_urlsafe(24))
+        door = Door(f"http://{self._shown_host}:{self._port}/{key}/v1", secrets.token_urlsafe(24))
         self._doors[key] = door
         return door
 
@@ -142,6 +147,12 @@ class Endpoint:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    @property
+    def _shown_host(self) -> str:
+        """Returns where a client reaches it: an address of this node where it listens at all of them."""
+        host = get_node_ip_address() if self._host in _ALL_ADDRESSES else self._host
+        return f"[{host}]" if ":" in host else host
+
     # --- in the server's thread ---
 
     def _serve(self) -> None:
@@ -160,7 +171,7 @@ class Endpoint:
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         try:
             await runner.setup()
-            site = web.TCPSite(runner, _HOST, 0)
+            site = web.TCPSite(runner, self._host, 0)
             await site.start()
             self._port = runner.addresses[0][1]
         except OSError as error:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from actors.episode import Ask, Episode, Generation
 from actors.harness.chat import ApiError
-from actors.harness.endpoint import MODEL, ChatCall, Endpoint
+from actors.harness.endpoint import LOOPBACK, MODEL, ChatCall, Endpoint
 from actors.harness.recording import Dialogues, Recording
 from actors.playing.played import DEADLINE, EpisodeLimits
 from core.records import Sample
@@ -207,11 +207,13 @@ class HarnessEpisode(Episode):
 class Harnesses:
     """The harnesses called `names`, with the endpoint that their episodes share."""
 
-    def __init__(self, names: Collection[str], dialogues: Dialogues, limits: EpisodeLimits) -> None:
-        """Starts the endpoint. Raises AgroError when it does not come up."""
+    def __init__(
+        self, names: Collection[str], dialogues: Dialogues, limits: EpisodeLimits, host: str = LOOPBACK
+    ) -> None:
+        """Starts the endpoint at `host`. Raises AgroError when it does not come up."""
         self.names = frozenset(names)
         self._dialogues, self._limits = dialogues, limits
-        self._endpoint = Endpoint()
+        self._endpoint = Endpoint(host)
         self._told: set[str] = set()
 
     def begin(self, name: str, place: Led) -> HarnessEpisode:

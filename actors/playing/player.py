@@ -103,6 +103,6 @@ def make_player(config: Config) -> Player:
         from actors.harness.recording import Dialogues
 
         dialogues = Dialogues(tokenizer, data.template_options, data.chat_template, end_ids=end_ids)
-        harnesses = Harnesses(names, dialogues, limits)
+        harnesses = Harnesses(names, dialogues, limits, actors.endpoint_host)
     places = EnvironmentPool(specs.values(), actors.turn_timeout_s, round(config.rewards.memory_gib * 2**30))
     return EnvironmentPlayer(places, speeches, limits, harnesses)

@@ -56,6 +56,12 @@ class ActorsConfig(Section):
         le=MAX_TIMEOUT_S,
         description="With environments: one that has not answered within this is ended, and its sample marked `error`.",
     )
+    endpoint_host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address that an actor's endpoint for harnesses listens at, on its node. A harness runs on that node: another "
+        "one than the loopback is for what it starts elsewhere, in containers say; `0.0.0.0` is all of the node's.",
+    )
     temperature: float = Field(
         1.0,
         description="Sampling temperature, also of the learner's log-probs; 0.01 or more, as vLLM has it.",

@@ -459,7 +459,7 @@ def test_a_config_cannot_be_changed(example):
 
 
 FIELDS_OF_TASKS = {
-    "actors": {"max_turns", "max_sequence_tokens", "turn_timeout_s"},
+    "actors": {"max_turns", "max_sequence_tokens", "turn_timeout_s", "endpoint_host"},
     "rewards": {"workers", "concurrency", "max_pending"},
     "data": {"columns", "template_options", "curriculum"},
     "eval": {"suites", "keep_best"},

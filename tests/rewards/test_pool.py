@@ -93,7 +93,7 @@ def test_an_attack_is_over_in_time_and_the_next_groups_are_scored(function, erro
         waiting = pool.submit("q", ["a", "b"], {})
         scored = hurt.result(RESULT_LIMIT_S)
         # All together, and the one that is to blame alone: twice the limit, and two processes that start.
-        assert time.monotonic() - start_s < 2 * TIMEOUT_S + 3.0
+        assert time.monotonic() - start_s < 2 * (TIMEOUT_S + 1.0)  # A second call finds whose fault it is.
         assert [sample.reward for sample in scored] == [1.0, None, 1.0]
         assert error in scored[1].error
         assert before == [Scored(1.0)]

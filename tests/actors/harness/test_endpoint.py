@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -16,6 +18,7 @@ import pytest
 
 from actors.harness.chat import ApiError, ChatAnswer
 from actors.harness.endpoint import Door, Endpoint
+from core.errors import AgroError
 
 T = TypeVar("T")
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -184,3 +187,24 @@ def test_a_closed_endpoint_leaves_no_thread_and_cuts_who_waits():
         future.result(timeout=10)
     assert not endpoint._thread.is_alive()
     call.answer(FIVE)
+
+
+def _reaches(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_it_listens_at_the_loopback_alone_unless_told_otherwise():
+    with Endpoint() as here, Endpoint("127.0.0.2") as elsewhere, Endpoint("0.0.0.0") as everywhere:
+        ports = [urlsplit(found.open().base_url).port for found in (here, elsewhere, everywhere)]
+        reached = [[_reaches(host, port) for host in ("127.0.0.1", "127.0.0.2")] for port in ports]
+        assert reached == [[True, False], [False, True], [True, True]]
+        assert urlsplit(everywhere.open().base_url).hostname not in ("0.0.0.0", None)
+
+
+def test_an_address_that_is_not_this_nodes_is_told():
+    with pytest.raises(AgroError, match=r"does not come up on 192\.0\.2\.1: "):
+        Endpoint("192.0.2.1")
