@@ -21,6 +21,7 @@ from actors.scored import answer_id, group_of, with_scores
 from buffer.client import BufferClient, connect_buffer
 from buffer.ledger import audit
 from buffer.server import ReplayBuffer
+from cluster.preparation.environment_checks import Acted
 from cluster.preparation.prepare import check_needs, load_training
 from cluster.preparation.suites import no_evaluation
 from core.config import Config
@@ -46,6 +47,8 @@ GOOD = [
     {"prompt": "1+1=", "completion": "2", "answer": "2"},
     {"prompt": "1+1=", "completion": "3", "answer": "2"},
 ]
+
+NO_ENVIRONMENTS = Acted({})
 
 
 def logged(prompt: Any, answer: Any, text: str, reward: float | None, finish_reason: str) -> Sample:
@@ -305,7 +308,9 @@ def mixed_config(tmp_path: Path, *rows: dict[str, Any], **data: Any) -> Config:
 def test_mixing_gives_training_prompts_what_the_log_has_of_them(tmp_path):
     rows = [{"prompt": "1+1=", "completion": str(number), "group": number} for number in (2, 3, 3)]
     prompts, notes = load_training(
-        mixed_config(tmp_path, *rows, {"prompt": "2+2=", "completion": "5"}), make_tokenizer()
+        mixed_config(tmp_path, *rows, {"prompt": "2+2=", "completion": "5"}),
+        make_tokenizer(),
+        NO_ENVIRONMENTS,
     )
     assert [(row.columns["answer"], [sample.text for sample in row.offline]) for row in prompts.rows] == [
         ("2", ["2", "3"]),
@@ -320,11 +325,13 @@ def test_mixing_gives_training_prompts_what_the_log_has_of_them(tmp_path):
 def test_a_logged_prompt_that_is_no_training_prompt_is_a_bad_row_when_mixing(tmp_path):
     rows = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "9+9=", "completion": "18"}]
     with pytest.raises(DataError, match=r"line 2: its prompt '9\+9=' is no training prompt"):
-        load_training(mixed_config(tmp_path, *rows), make_tokenizer())
-    prompts, _ = load_training(mixed_config(tmp_path, *rows, on_bad_row="skip"), make_tokenizer())
+        load_training(mixed_config(tmp_path, *rows), make_tokenizer(), NO_ENVIRONMENTS)
+    prompts, _ = load_training(
+        mixed_config(tmp_path, *rows, on_bad_row="skip"), make_tokenizer(), NO_ENVIRONMENTS
+    )
     assert ([len(row.offline) for row in prompts.rows], prompts.num_bad_rows) == ([1, 0], 1)
     with pytest.raises(DataError, match="No usable row is left"):
-        load_training(mixed_config(tmp_path, rows[1], on_bad_row="skip"), make_tokenizer())
+        load_training(mixed_config(tmp_path, rows[1], on_bad_row="skip"), make_tokenizer(), NO_ENVIRONMENTS)
 
 
 def test_what_an_objective_needs_and_offline_or_lagged_data_lacks_is_refused():

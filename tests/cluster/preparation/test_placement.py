@@ -133,7 +133,7 @@ def test_parts_that_ask_for_nothing_always_fit():
 
 def test_most_actors_is_what_trying_every_arrangement_finds():
     def tried(nodes, placement):
-        learner, actor = placement
+        learner, actor, _ = placement
         most = None
         for ranks in itertools.product(range(learner.count + 1), repeat=len(nodes)):
             left = [
