@@ -66,7 +66,7 @@ TWO_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: setup  ## all tests, the slow ones too (25 minutes on two cores)
 	@status=0; set -x; \
 	.venv/bin/python -m pytest -q --durations=15 -m "not timed and not alone" $(TWO_AT_A_TIME) $(ARGS) || status=1; \
-	.venv/bin/python -m pytest -q --durations=15 -m timed $(TWO_AT_A_TIME) $(ARGS) || status=1; \
+	.venv/bin/python -m pytest -q --durations=15 -m "timed and not alone" $(TWO_AT_A_TIME) $(ARGS) || status=1; \
 	.venv/bin/python -m pytest -q --durations=15 -m alone $(ARGS) || status=1; \
 	exit $$status
 

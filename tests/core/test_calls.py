@@ -281,7 +281,7 @@ SAID = [
     'note: Revealed type is "def (actor: str, payloads: list[bytes]) -> core.calls.Call[list[int]]"',
     'note: Revealed type is "list[int]"',
     'note: Revealed type is "core.calls.Pending[bytes | None]"',
-    'note: Revealed type is "tuple[list[int], list[core.records.Evaluation]]"',
+    'note: Revealed type is "tuple[list[tuple[str, int]], list[core.evaluation.records.Evaluation]]"',
     'note: Revealed type is "dict[str, tuple[tuple[float, float], float]]"',
     'error: List item 0 has incompatible type "str"; expected "bytes"  [list-item]',
     "error: Too few arguments  [call-arg]",
