@@ -45,6 +45,8 @@ _log = logging.getLogger(__name__)
 class Playing:
     """An open episode, what it is asked, and until when that is to be answered; of one that is over, until
     when its process is to have forgotten it.
+
+    is_cancelled  whether its process is to give up what it is asked, and owes the word that it has
     """
 
     number: int
@@ -55,10 +57,13 @@ class Playing:
     process: PlaceProcess | None = None
     failure: EnvironmentFailure | None = None
     is_over: bool = False
+    is_cancelled: bool = False
 
     def answer(self, outcome: Turn | EnvironmentFailure) -> None:
         """Completes what is asked; a failure is kept for what will be."""
-        future, self.future, self.question, self.deadline_s = self.future, None, None, None
+        future, self.future, self.question = self.future, None, None
+        if not self.is_over:  # Else the moment is its process's, which may be silent.
+            self.deadline_s = None
         if isinstance(outcome, Turn):
             assert future is not None
             future.set_result(outcome)
@@ -194,9 +199,11 @@ class Nursery:
         """Forgets an episode. Its process plays another if this one was answered, did not fail, and left
         nothing behind.
         """
+        if playing.is_over:
+            return
         process, was_asked, failure = playing.process, playing.question is not None, playing.failure
         playing.answer(EnvironmentFailure("closed", "the episode was closed"))
-        if process is None or process.is_killed or playing.number not in process.playing or playing.is_over:
+        if process is None or process.is_killed or playing.number not in process.playing:
             return
         if was_asked or (failure is not None and not self._spec.is_async):
             self._give_up(process, playing)
@@ -280,6 +287,8 @@ class Nursery:
         if reply.what == "begun":
             process.is_begun, process.deadline_s = True, None
             for playing in process.playing.values():
+                if playing.is_cancelled:
+                    playing.deadline_s = time.monotonic() + CANCEL_TIMEOUT_S
                 self._start_clock(playing)
             return
         if reply.episode not in process.playing:
@@ -317,7 +326,8 @@ class Nursery:
         if not self._spec.is_async:
             self._kill(process)
             return
-        playing.is_over, playing.deadline_s = True, time.monotonic() + CANCEL_TIMEOUT_S
+        playing.is_over = playing.is_cancelled = True
+        playing.deadline_s = time.monotonic() + CANCEL_TIMEOUT_S if process.is_begun else None
         self._send(process, Question(playing.number, "cancel"))
 
     def _kill(self, process: PlaceProcess, late: str = "") -> None:
@@ -389,7 +399,11 @@ class Nursery:
         free = [
             process
             for process in self._processes.values()
-            if not process.is_killed and not process.is_retired and len(process.playing) < self._room
+            if not process.is_killed
+            and not process.is_retired
+            and len(process.playing) < self._room
+            # Until it has given up what it was to, its event loop may be blocked.
+            and not any(playing.is_cancelled for playing in process.playing.values())
         ]
         if free:
             return min(free, key=lambda process: (not process.is_begun, len(process.playing)))

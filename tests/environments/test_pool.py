@@ -365,6 +365,33 @@ def test_a_loop_that_is_blocked_is_ended_with_its_episodes(pool: EnvironmentPool
     assert said(opened(pool, "shared"), "say hello") == "hello"
 
 
+def test_a_blocked_loop_is_ended_also_when_its_episode_is_closed_and_costs_no_later_one(
+    pool: EnvironmentPool,
+) -> None:
+    blocking = opened(pool, "shared")
+    pid = said(blocking, "pid")
+    assert failure(blocking, "hang").kind == "timeout"
+    assert failure(blocking, "say more").kind == "timeout"
+    for _ in range(2):
+        blocking.close()
+    for _ in range(3):
+        later = opened(pool, "shared")
+        assert said(later, "pid") != pid
+        later.close()
+    assert is_gone(pid)
+
+
+def test_a_blocked_close_is_ended_however_often_it_is_asked_for(
+    pool: EnvironmentPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nursery, "END_TIMEOUT_S", 0.5)
+    place = opened(pool, close="hang")
+    pid = said(place, "pid")
+    for _ in range(3):
+        place.close()
+    assert is_gone(pid)
+
+
 def test_the_clock_stands_while_a_place_is_paused(pool: EnvironmentPool) -> None:
     place = opened(pool, "shared")
     place.pause()
