@@ -116,10 +116,11 @@ def call(reward: WeightedReward, completions: Completions) -> list[Value]:
     try:
         positional, named = _arguments(reward, completions)
         values = _as_list(reward.function(*positional, **named))
-    except RewardError:
+    except CallFailed:
         raise
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code; the error goes into the record
-        raise CallFailed(_describe(reward, error)) from None
+    # Rust's panics (pyo3) and SystemExit are no Exceptions.
+    except BaseException as error:  # noqa: BLE001 - the user's code; the error goes into the record
+        raise CallFailed(describe(reward, error)) from None
     if inspect.iscoroutine(values):
         values.close()
         raise CallFailed(f"{reward.name} is asynchronous: it returned a coroutine; write `async def`")
@@ -132,10 +133,11 @@ async def call_async(reward: WeightedReward, completions: Completions) -> list[V
         positional, named = _arguments(reward, completions)
         awaited: Awaitable[Any] = reward.function(*positional, **named)  # type: ignore[assignment]
         values = _as_list(await awaited)
-    except RewardError:
+    except CallFailed:
         raise
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code; the error goes into the record
-        raise CallFailed(_describe(reward, error)) from None
+    # Others than these two would not end the event loop: rewards/workers/event_loop.py takes them.
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - the user's code, as in `call`
+        raise CallFailed(describe(reward, error)) from None
     return _values(reward.name, values, len(completions.texts))
 
 
@@ -199,7 +201,7 @@ def _answer(read_answer: Callable[[str], Any], completion: str) -> str | None:
     try:
         answer = read_answer(completion)
         return answer if isinstance(answer, str) and answer.encode() is not None else None
-    except (Exception, SystemExit):  # noqa: BLE001 - the user's code; without an answer there is no vote
+    except BaseException:  # noqa: BLE001 - the user's code; without an answer there is no vote
         return None
 
 
@@ -236,7 +238,7 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__} of shape {shape}" if shape else type(value).__name__
 
 
-def _describe(reward: WeightedReward, error: BaseException) -> str:
+def describe(reward: WeightedReward, error: BaseException) -> str:
     """Returns `name raised ValueError: message (file.py:12 in function)`, the end of the traceback in one
     line.
     """

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 import msgspec
 
 from rewards.registry import WeightedReward
-from rewards.scoring import CallFailed, call_async
-from rewards.workers.worker import BEAT, Request, WorkerReply, completions_of, votes_of
+from rewards.scoring import CallFailed, call_async, describe
+from rewards.workers.worker import BEAT, Request, WorkerReply, completions_of, encoded, votes_of
 
 BEAT_S = 0.25
 
@@ -62,27 +62,33 @@ class _EventLoop:
         task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, request: Request) -> None:
-        reward, completions = self._functions[request.function], completions_of(request)
+        reward = self._functions[request.function]
+        try:
+            reply = await self._call(request, reward)
+        except CallFailed as error:
+            reply = WorkerReply(request.number, error=str(error))
+        except asyncio.CancelledError:
+            reply = WorkerReply(request.number, error=f"{reward.name} cancelled itself")
+        # A panic of Rust's (pyo3) is no Exception.
+        except BaseException as error:  # noqa: BLE001 - the user's code; a call without a reply stays open
+            reply = WorkerReply(request.number, error=describe(reward, error))
+        self._num_open -= 1
+        self._send(reply)
+
+    async def _call(self, request: Request, reward: WeightedReward) -> WorkerReply:
+        """Returns what the function says within its limit. Raises whatever it does."""
+        completions = completions_of(request)
         called = asyncio.create_task(call_async(reward, completions))
         self._keep(called)
         # Not wait_for: a function that swallows its cancellation would hold the reply.
         done, _ = await asyncio.wait({called}, timeout=request.limit_s)
-        self._num_open -= 1
         if not done:
             called.cancel()
-            self._send(WorkerReply(request.number, timed_out=True))
-            return
-        try:
-            values = called.result()
-        except CallFailed as error:
-            self._send(WorkerReply(request.number, error=str(error)))
-        except asyncio.CancelledError:
-            self._send(WorkerReply(request.number, error=f"{reward.name} cancelled itself"))
-        else:
-            self._send(WorkerReply(request.number, values, votes_of(request, reward, completions)))
+            return WorkerReply(request.number, timed_out=True)
+        return WorkerReply(request.number, called.result(), votes_of(request, reward, completions))
 
     def _send(self, reply: WorkerReply) -> None:
         try:
-            self._connection.send_bytes(msgspec.msgpack.encode(reply))
+            self._connection.send_bytes(encoded(reply))
         except OSError:  # The actor is gone.
             os._exit(0)

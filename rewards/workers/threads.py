@@ -72,7 +72,7 @@ class WorkerThread(threading.Thread):
             self._idle_s, start_s = 0.0, time.monotonic()
             try:
                 self._turn()
-            except (_LateError, _BlockedError, OSError, EOFError, RewardError, msgspec.MsgspecError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, no call may stay without an outcome
                 self._lose(error)
             self.busy_s += time.monotonic() - start_s - self._idle_s
         self.worker.reap()
@@ -129,6 +129,8 @@ class WorkerThread(threading.Thread):
         self._heard_s = time.monotonic()
         if reply.number == BEAT:
             return
+        if reply.number not in self.held:
+            raise msgspec.ValidationError("a reply to something else")
         call, _ = self.held[reply.number]
         outcome: Outcome = [Verdict(*found) for found in zip(reply.values, reply.votes, strict=True)]
         if reply.timed_out:
@@ -143,7 +145,9 @@ class WorkerThread(threading.Thread):
     def _look(self) -> None:
         """Raises where a call takes too long, or the process uses too much memory."""
         now_s = time.monotonic()
-        if not self._is_loop and now_s > min(deadline_s for _, deadline_s in self.held.values()):
+        # An event loop keeps the limits by itself, but may begin a call late and see its limit late.
+        grace_s = 2 * (self._timeout_s + BLOCKED_GRACE_S) if self._is_loop else 0.0
+        if now_s > min(deadline_s for _, deadline_s in self.held.values()) + grace_s:
             raise _LateError
         if self._is_loop and now_s - self._heard_s > self._timeout_s + BLOCKED_GRACE_S:
             raise _BlockedError

@@ -31,8 +31,9 @@ import msgspec
 
 from core import children
 from core.errors import RewardError
+from core.text import printable
 from rewards.registry import WeightedReward, load_reward, read_name
-from rewards.scoring import CallFailed, Completions, Value, call, read_answers
+from rewards.scoring import CallFailed, Completions, Value, call, describe, read_answers
 from rewards.signature import is_asynchronous, read_signature, takes_messages
 
 STARTUP_LIMIT_S = 60.0
@@ -307,7 +308,7 @@ def _answer_requests(connection: Connection) -> None:
         functions = [_load(spec) for spec in specs]
         loaded = Loaded([_described(reward) for reward in functions])
     except RewardError as error:
-        connection.send_bytes(msgspec.msgpack.encode(Loaded(error=str(error))))
+        connection.send_bytes(msgspec.msgpack.encode(Loaded(error=printable(str(error)))))
         return
     connection.send_bytes(msgspec.msgpack.encode(loaded))
     while True:
@@ -318,14 +319,24 @@ def _answer_requests(connection: Connection) -> None:
             )
 
             serve_calls(connection, functions, request)
-        reward, completions = functions[request.function], completions_of(request)
+        reward = functions[request.function]
         try:
+            completions = completions_of(request)
             values = call(reward, completions)
         except CallFailed as error:
             reply = WorkerReply(request.number, error=str(error))
+        except Exception as error:  # noqa: BLE001 - what unpickles a row's values may be anybody's code
+            reply = WorkerReply(request.number, error=describe(reward, error))
         else:
             reply = WorkerReply(request.number, values, votes_of(request, reward, completions))
-        connection.send_bytes(msgspec.msgpack.encode(reply))
+        connection.send_bytes(encoded(reply))
+
+
+def encoded(reply: WorkerReply) -> bytes:
+    """Returns the reply in msgpack, which takes no text with half a surrogate pair: such are written out."""
+    values = [printable(value) if isinstance(value, str) else value for value in reply.values]
+    error = None if reply.error is None else printable(reply.error)
+    return msgspec.msgpack.encode(msgspec.structs.replace(reply, values=values, error=error))
 
 
 def completions_of(request: Request) -> Completions:

@@ -7,6 +7,9 @@ import contextlib
 import os
 import time
 
+from core.errors import RewardError
+from rewards.workers import event_loop
+
 
 async def second(completions, **columns):
     """As a judge: each completion is a call that takes a second."""
@@ -70,4 +73,52 @@ patient = Patient()
 
 async def for_5_s(completions, **columns):
     await asyncio.sleep(5.0)
+    return [1.0] * len(completions)
+
+
+async def half_a_pair(completions):
+    """As a judge that quotes JSON which was cut within an emoji."""
+    if "bad" in completions:
+        raise ValueError("no score in \ud83d")
+    return [ValueError("half \ud83d") if text == "half" else 1.0 for text in completions]
+
+
+def plain_half_a_pair(completions):
+    if "bad" in completions:
+        raise ValueError("no score in \ud83d")
+    return [ValueError("half \ud83d") if text == "half" else 1.0 for text in completions]
+
+
+class Panic(BaseException):
+    """As pyo3's PanicException."""
+
+
+async def panics(completions):
+    if "bad" in completions:
+        raise Panic("rust")
+    return [1.0] * len(completions)
+
+
+def plain_panics(completions):
+    if "bad" in completions:
+        raise Panic("rust")
+    return [1.0] * len(completions)
+
+
+async def raises_ours(completions):
+    if "bad" in completions:
+        raise RewardError("no such rubric")
+    return [1.0] * len(completions)
+
+
+async def keeps_its_reply(completions):
+    """Lets no reply out of its process, whose event loop turns."""
+
+    def send(loop, reply):
+        if reply.number == event_loop.BEAT:
+            loop._connection.send_bytes(event_loop.encoded(reply))
+        else:
+            loop._num_open += 1  # So that it goes on to say that it turns.
+
+    event_loop._EventLoop._send = send
     return [1.0] * len(completions)
