@@ -160,7 +160,7 @@ def load_suite(
     """Returns the prompts of a suite; `data` says how rows become prompts. Raises as `load_prompts`."""
     if suite.name == HELD_OUT:
         return load_prompts(data, tokenizer, evaluation=True, environments=environments)
-    source = read_source(suite.key("path"), suite.path, EVAL_SPLIT, limit=suite.rows)
+    source = read_source(suite.key("path"), suite.path, EVAL_SPLIT, suite.rows, trained=[*data.sources])
     rows, bad, _ = render_rows(source, data, tokenizer, environments)
     report_bad_rows(source, bad, num_usable=len(rows), on_bad_row=data.on_bad_row)
     return PromptSet(list(rows.values()), len(bad), source.name)
@@ -300,7 +300,10 @@ def _training(data: DataConfig) -> tuple[list[Source], list[int]]:
 def _held_out(data: DataConfig) -> tuple[list[Source], list[int]]:
     """Returns the held-out rows, of several sources each one's share of them, and the shares."""
     if data.eval_path is not None:
-        return [read_source("data.eval_path", data.eval_path, EVAL_SPLIT, limit=data.eval_rows)], [1]
+        source = read_source(
+            "data.eval_path", data.eval_path, EVAL_SPLIT, data.eval_rows, trained=[*data.sources]
+        )
+        return [source], [1]
     if data.path is None:
         raise DataError(
             "there are no held-out prompts: set data.eval_path, or data.eval_rows=0 to switch evaluation off."
@@ -321,5 +324,5 @@ def _held_out(data: DataConfig) -> tuple[list[Source], list[int]]:
                 f"data.path: {name} has {shares[number]} of {sum(shares)} shares, which is none of "
                 f"data.eval_rows = {data.eval_rows} held-out rows. Raise data.eval_rows, or set data.eval_path."
             )
-        found.append(read_source("data.path", place, EVAL_SPLIT, limit=counts[number]))
+        found.append(read_source("data.path", place, EVAL_SPLIT, counts[number], trained=[*data.sources]))
     return found, [*shares]

@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -76,10 +76,13 @@ def split_of(name: str, otherwise: str) -> tuple[str, str]:
     return place, otherwise if split is None else split
 
 
-def read_source(key: str, name: str | None, split: str, limit: int | None = None) -> Source:
+def read_source(
+    key: str, name: str | None, split: str, limit: int | None = None, trained: Sequence[str] = ()
+) -> Source:
     """Returns the first `limit` rows (None: all) of what `name` means; `key` is the config key it came from.
 
-    `split` is read of a directory or a hub id, unless the name ends in `?split=...`.
+    `split` is read of a directory or a hub id, unless the name ends in `?split=...`. What is generated on the
+    spot has no prompt of the sources `trained` (those of `data.path`); files are told apart by their user.
 
     Raises DataError when there is nothing readable, with what was tried and what is accepted; ConfigError for
     a `~name` that is nobody.
@@ -88,7 +91,8 @@ def read_source(key: str, name: str | None, split: str, limit: int | None = None
         raise DataError(f"{key} is not set. Accepted: {ACCEPTED}.")
     name, split = split_of(name, split)
     if name.startswith(procedural.PREFIX):
-        return Source(f"{name} ({split})", "row", dict(procedural.read_rows(key, name, split, limit)))
+        known = [split_of(other, TRAIN_SPLIT) for other in trained]
+        return Source(f"{name} ({split})", "row", dict(procedural.read_rows(key, name, split, limit, known)))
     path = user_path(key, name)
     try:
         if path.is_dir():

@@ -3,8 +3,9 @@
     reasoning_gym:chain_sum                          about a hundred families: algebra, logic, graphs, games
     reasoning_gym:chain_sum?max_terms=3&size=2000    the family's own parameters, and the number of prompts
 
-A split is a seed: the prompts are the same on every machine and at every start. Held-out prompts that are
-training prompts too are left out.
+A split is a seed: the prompts are the same on every machine and at every start. Held-out prompts that the
+run trains on are left out: those of every source of `data.path` that is of the family, whatever its
+parameters and its split.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import difflib
 import itertools
 import urllib.parse
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -23,27 +24,41 @@ from rewards.reasoning_gym import library, procedural_row
 
 PREFIX = "reasoning_gym:"
 TRAIN_SPLIT = "train"
-TRAIN_ROWS, HELD_OUT_ROWS = 1000, 200
+TRAIN_ROWS = 1000
 TRIES_PER_ROW, MAX_REPEATS = 20, 10_000
 
 
-def read_rows(key: str, path: str, split: str, limit: int | None) -> dict[int, dict[str, Any]]:
+def read_rows(
+    key: str, path: str, split: str, limit: int | None, trained: Sequence[tuple[str, str]] = ()
+) -> dict[int, dict[str, Any]]:
     """Returns rows with `question`, `answer` where there is one only, and what the reward `reasoning_gym`
     scores by (rewards/reasoning_gym.py), by index; `key` is the config key that `path` came from.
+
+    `trained` are the paths and splits that the run trains on, whose questions are left out.
 
     Raises DataError when reasoning-gym is not installed, for an unknown family or parameter, and for a family
     that gives too few different prompts.
     """
-    family, _, query = path.removeprefix(PREFIX).partition("?")
-    parameters = _parameters(key, path, query)
+    family, parameters, size = _read_path(key, path)
+    taken: set[str] = set()
+    for other, other_split in trained:
+        if other.startswith(PREFIX) and _family(other) == family:
+            taken |= {row["question"] for row in read_rows("data.path", other, other_split, None).values()}
+    questions = _distinct(key, path, family, parameters, split, size if limit is None else limit, taken)
+    return dict(enumerate(questions))
+
+
+def _family(path: str) -> str:
+    return path.removeprefix(PREFIX).partition("?")[0]
+
+
+def _read_path(key: str, path: str) -> tuple[str, dict[str, Any], int]:
+    """Returns the family, its parameters, and the number of prompts."""
+    parameters = _parameters(key, path, path.partition("?")[2])
     size = parameters.pop("size", TRAIN_ROWS)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise DataError(f"{key} = {path}: size = {size!r}, expected a whole number of at least 1.")
-    questions = _distinct(key, path, family, parameters, TRAIN_SPLIT, size)
-    if split != TRAIN_SPLIT:
-        taken = {row["question"] for row in questions}
-        questions = _distinct(key, path, family, parameters, split, limit or HELD_OUT_ROWS, taken)
-    return dict(enumerate(questions[:limit]))
+    return _family(path), parameters, size
 
 
 def _distinct(
@@ -53,20 +68,19 @@ def _distinct(
     parameters: dict[str, Any],
     split: str,
     count: int,
-    taken: set[str] | None = None,
+    taken: set[str],
 ) -> list[dict[str, Any]]:
     """Returns `count` rows with different questions, none of them in `taken`; fewer where the family has no
     more, but not none.
 
     A family has no more where MAX_REPEATS in a row are known.
     """
-    seen = set(taken or ())
+    seen = set(taken)
     rows: list[dict[str, Any]] = []
-    entries = _entries(
-        key, path, family, {**parameters, "size": count * TRIES_PER_ROW}, zlib.crc32(split.encode())
-    )
+    num_tries = (count + len(taken)) * TRIES_PER_ROW
+    entries = _entries(key, path, family, {**parameters, "size": num_tries}, zlib.crc32(split.encode()))
     num_repeats = 0
-    for entry in itertools.islice(entries, count * TRIES_PER_ROW):
+    for entry in itertools.islice(entries, num_tries):
         num_repeats += 1
         if entry["question"] not in seen:
             num_repeats = 0
@@ -76,8 +90,8 @@ def _distinct(
             break
     if not rows:
         raise DataError(
-            f"{key} = {path}: split {split!r} has no prompt that is not trained on. Lower size, "
-            "or raise the difficulty."
+            f"{key} = {path}: split {split!r} has no prompt that is not trained on. Lower the size of "
+            "data.path, or raise the difficulty."
         )
     return rows
 
