@@ -25,7 +25,7 @@ from core.config import RewardsConfig
 from core.config.rewards import ENVIRONMENT
 from core.records import Sample
 from rewards.pool import RewardPool
-from rewards.scoring import Completions, Scored, Summand, joined
+from rewards.scoring import Completions, Scored, Summand, complete, joined
 
 
 class Scores(Protocol):
@@ -82,7 +82,7 @@ class Scorer:
         scored: Future[list[Scored]] = Future()
         scored.set_running_or_notify_cancel()  # Nobody can cancel it from here on.
 
-        def add_up(_: object) -> None:
+        def sums() -> list[Scored]:
             functions = local.result()
             parts = list(functions.parts)
             if self._environment_weight is not None:
@@ -90,10 +90,11 @@ class Scorer:
                 parts.append(Summand(ENVIRONMENT, self._environment_weight, rewards))
             for model, values in zip(models, from_models.result(), strict=True):
                 parts.append(Summand(model.name, model.weight, values))
-            sums = iter(joined(parts, len(asked), functions.votes))
-            scored.set_result(
-                [next(sums) if sample.error is None else Scored(error=sample.error) for sample in samples]
-            )
+            found = iter(joined(parts, len(asked), functions.votes))
+            return [next(found) if sample.error is None else Scored(error=sample.error) for sample in samples]
+
+        def add_up(_: object) -> None:
+            complete(scored, len(samples), sums)
 
         # One after the other: both are there when the last callback runs.
         local.add_done_callback(lambda _: from_models.add_done_callback(add_up))

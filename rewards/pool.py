@@ -30,7 +30,7 @@ import msgspec
 
 from core.errors import RewardError
 from rewards.registry import read_name
-from rewards.scoring import Completions, Scored, Summand, joined, shorten
+from rewards.scoring import Completions, Scored, Summand, complete, joined, shorten
 from rewards.workers.jobs import AskedGroup, Function, FunctionCall, FunctionJob, Queue, Values
 from rewards.workers.search import Outcome
 from rewards.workers.threads import WorkerThread
@@ -122,7 +122,7 @@ class RewardPool:
 
         def add_up(values: Future[Values]) -> None:
             found = values.result()
-            scored.set_result(joined(found.parts, count, found.votes))
+            complete(scored, count, lambda: joined(found.parts, count, found.votes))
 
         self.values(Completions(prompt, list(completions), dict(columns), own or {})).add_done_callback(
             add_up

@@ -16,12 +16,14 @@ import math
 import numbers
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
 from core.errors import RewardError
+from core.sums import total
 from core.users import pictures
 from rewards.registry import WeightedReward
 from rewards.signature import OWN, read_signature
@@ -105,10 +107,23 @@ def _sum(terms: Sequence[tuple[Summand, Value]], answer: str | None) -> Scored:
         ]
     if errors:
         return Scored(error=shorten("; ".join(errors)))
-    total = math.fsum(part.weight * value for part, value in given)
-    if math.isfinite(total):
-        return Scored(total, answer=answer)
-    return Scored(error=f"the weighted sum of {', '.join(part.name for part, _ in given)} is {total}")
+    reward = total([part.weight * value for part, value in given])
+    if math.isfinite(reward):
+        return Scored(reward, answer=answer)
+    names = ", ".join(part.name for part, _ in given)
+    products = ", ".join(f"{part.weight:g} * {value:g}" for part, value in given)
+    return Scored(error=shorten(f"the weighted sum of {names} is {reward}: {products}"))
+
+
+def complete(future: Future[list[Scored]], num: int, find: Callable[[], list[Scored]]) -> None:
+    """Completes a future of `num` values with what `find` returns, or with why it cannot tell: a callback's
+    exception would leave the future open for ever.
+    """
+    try:
+        found = find()
+    except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for the future
+        found = [Scored(error=shorten(f"the rewards cannot be added up: {_line(error)}"))] * num
+    future.set_result(found)
 
 
 def call(reward: WeightedReward, completions: Completions) -> list[Value]:

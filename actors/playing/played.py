@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 from actors.episode import MAX_NEW_TOKENS, Ask, Episode, Generation, Trajectory
 from core.errors import DataError
 from core.records import Sample
+from core.sums import total
 from environments import EnvironmentFailure, Observation, ToolCall, Turn
 
 MAX_TURNS, MAX_SEQUENCE_TOKENS, DEADLINE = "max_turns", "max_sequence_tokens", "straggler_timeouts_s"
@@ -178,7 +179,7 @@ class PlayedEpisode(Episode):
         """
         if not self._trajectory.num_sampled and self._error is None:
             return None
-        reward = math.fsum(self._rewards) if self._rewards and self._error is None else None
+        reward = total(self._rewards) if self._rewards and self._error is None else None
         return self._trajectory.sample(
             turns=self._num_turns,
             num_tool_calls=self.num_tool_calls,
@@ -202,7 +203,7 @@ class PlayedEpisode(Episode):
         """Takes a turn of the environment: the policy speaks next, or the episode is over."""
         self.num_tool_errors += len(turn.tool_errors)
         if turn.reward is not None:
-            self._rewards.append(turn.reward)
+            self._add(turn.reward)
         if turn.attributes is not None:
             self.attributes = turn.attributes
         if self._waits_for == "finish" or (turn.done and self._num_turns):
@@ -212,6 +213,12 @@ class PlayedEpisode(Episode):
         else:
             return self._observe(turn.observation)
         return ()
+
+    def _add(self, reward: float) -> None:
+        self._rewards.append(reward)
+        if not math.isfinite(total(self._rewards)):
+            told = ", ".join(f"{value:g}" for value in self._rewards[-4:])
+            raise EnvironmentFailure("raised", f"its rewards add up to no finite number, the last: {told}")
 
     def _observe(self, observation: Observation) -> Sequence[Ask]:
         """Shows it to the policy, where that leaves room for an answer."""

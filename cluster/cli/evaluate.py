@@ -13,7 +13,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +41,7 @@ from core.evaluation.open_evaluation import evaluation_of
 from core.evaluation.records import EvalItem, EvalSample, Evaluation
 from core.json_lines import finite_tree, replace_json
 from core.model_shape import load_model_config
+from core.sums import mean
 from core.tokenizer import end_token_ids, load_tokenizer
 from learner.catalogue import load_config
 from rewards.hosted import hosted_models
@@ -263,7 +263,7 @@ class _Work:
         parts = []
         for name, done in self._done.items():
             rewards = [reward for each in done.values() for reward in each.rewards if reward is not None]
-            rate = f" {statistics.fmean(rewards):.3f}" if rewards else ""
+            rate = f" {mean(rewards):.3f}" if rewards else ""
             parts.append(f"{name} {len(done)}/{len(self.prompts[name])}{rate}")
         elapsed_s = time.monotonic() - since_s
         done_here = self.num_done - started

@@ -27,6 +27,7 @@ from functools import partial
 from typing import NamedTuple
 
 from core.config.evaluation import sample_counts
+from core.sums import mean, standard_error, total
 
 STANDARD_ERROR = "_standard_error"
 """What follows a metric's name in that of its standard error."""
@@ -59,12 +60,11 @@ def estimates(problems: Sequence[Problem], num_samples: int) -> dict[str, float]
     def add(name: str, needed: int, value_of: Callable[[list[float], list[int | None]], float]) -> None:
         values = [value_of(*pair) for pair in scored if len(pair[0]) >= needed]
         if values:
-            found[name] = math.fsum(values) / len(values)
+            found[name] = mean(values)
         if len(values) > 1:
-            spread = math.fsum((value - found[name]) ** 2 for value in values) / (len(values) - 1)
-            found[name + STANDARD_ERROR] = math.sqrt(spread / len(values))
+            found[name + STANDARD_ERROR] = standard_error(values)
 
-    add(f"avg@{num_samples}", 1, lambda rewards, _: math.fsum(rewards) / len(rewards))
+    add(f"avg@{num_samples}", 1, lambda rewards, _: mean(rewards))
     for k in sample_counts(num_samples):
         add(f"pass@{k}", k, partial(_pass_at, k))
     for k in sample_counts(num_samples):
@@ -81,14 +81,14 @@ def estimates(problems: Sequence[Problem], num_samples: int) -> dict[str, float]
 def pass_at(rewards: Sequence[float], k: int) -> float:
     """Returns the mean over all k-subsets of `rewards`, of which there are at least k, of their best."""
     ordered, subsets = sorted(rewards), math.comb(len(rewards), k)
-    return math.fsum(reward * (math.comb(j, k - 1) / subsets) for j, reward in enumerate(ordered))
+    return total([reward * (math.comb(j, k - 1) / subsets) for j, reward in enumerate(ordered)])
 
 
 def majority_at(rewards: Sequence[float], answers: Sequence[int | None], k: int) -> float:
     """Returns the mean over the whole votes of k samples, in their order, of what the vote is worth."""
     starts = range(0, len(rewards) - k + 1, k)
     votes = [_vote(rewards[start : start + k], answers[start : start + k]) for start in starts]
-    return math.fsum(votes) / len(votes)
+    return mean(votes)
 
 
 def _pass_at(k: int, rewards: Sequence[float], _: Sequence[int | None]) -> float:
@@ -107,7 +107,7 @@ def _vote(rewards: Sequence[float], answers: Sequence[int | None]) -> float:
     support = Counter(voters)
     most = max(support.values())
     won = [reward for reward, voter in zip(rewards, voters, strict=True) if support[voter] == most]
-    return math.fsum(won) / len(won)
+    return mean(won)
 
 
 def _scored(problem: Problem) -> tuple[list[float], list[int | None]]:

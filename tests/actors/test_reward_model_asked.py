@@ -71,7 +71,7 @@ def test_a_models_value_times_its_weight_joins_the_sum_and_errors_of_either_are_
     assert found[0] == Scored(7.0)
     assert found[1].reward is None
     assert "no number" in str(found[1].error)
-    assert found[2].error == f"the weighted sum of environment, {NAME} is nan"
+    assert found[2].error == f"the weighted sum of environment, {NAME} is nan: 1 * nan, 2 * 4"
 
 
 @pytest.mark.parametrize(("behaviour", "words"), [("late", "within 0.3 s"), ("dead", "SIGKILL")])

@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import psutil
+import pytest
 
 from actors.groups import OpenGroup
 from actors.prompts import PromptRow
@@ -111,3 +112,19 @@ def test_a_rollouts_reward_is_part_of_the_sum_and_a_logs_reward_stands() -> None
         scoring.submit(open_group)
         ((_, samples),) = scoring.take()
     assert [found.reward for found in samples] == [1.0, 7.0]
+
+
+def test_sums_beyond_floats_and_whatever_is_raised_leave_no_future_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "tests.support.reward_functions:{}".format
+    with scorer(environment=1e10, **{name("far_beyond"): 1.0, name("far_beyond?messages"): 1.0}) as scoring:
+        (found,) = scoring.score(PROMPT, [sample(reward=1e308)]).result(10)
+        assert "is inf: 1 * 1.5e+308, 1 * 1.5e+308, 1e+10 * 1e+308" in str(found.error)
+
+        def joined(*_: Any) -> None:
+            raise ZeroDivisionError("no sum")
+
+        monkeypatch.setattr("actors.scoring.joined", joined)
+        found = scoring.score(PROMPT, [sample(reward=1.0)] * 2).result(10)
+        assert found == [Scored(error="the rewards cannot be added up: ZeroDivisionError: no sum")] * 2

@@ -348,7 +348,15 @@ def test_math_votes_with_the_value_of_the_final_answer(completion, answer):
 
 
 def test_a_weighted_sum_that_overflows_is_an_error():
-    assert score((constant([1e308, 1.0]), 1e10))[0].error == "the weighted sum of f0 is inf"
+    assert score((constant([1e308, 1.0]), 1e10))[0].error == "the weighted sum of f0 is inf: 1e+10 * 1e+308"
+    found = score((constant([1.5e308, 1.0]), 1.0), (constant([1.5e308, 1.0]), 1.0))
+    assert found == [
+        Scored(error="the weighted sum of f0, f1 is inf: 1 * 1.5e+308, 1 * 1.5e+308"),
+        Scored(2.0),
+    ], "a sum that Python raises at"
+    assert "is nan: " in score((constant([1e308, 1.0]), 1e10), (constant([-1e308, 1.0]), 1e10))[0].error
+    sums = (constant([1.5e308, 1.0]), 1.0), (constant([1e308, 1.0]), 1.0), (constant([-1e308, 1.0]), 1.0)
+    assert score(*sums)[0].reward == 1.5e308, "the sum is a number, though two of the three are none"
 
 
 def test_error_texts_stay_short():

@@ -170,3 +170,7 @@ class Judge:
 
 
 NOT_A_FUNCTION = 3
+
+
+def far_beyond(completions):
+    return [1.5e308] * len(completions)

@@ -277,3 +277,16 @@ def test_a_deadline_does_not_wait_for_ever_for_what_an_episode_is_worth() -> Non
     assert not episode.is_over
     episode.end_late({})
     assert kept(episode).num_sampled == 2
+
+
+def test_rewards_that_add_up_beyond_floats_are_an_error_of_the_sample() -> None:
+    def behave(asked: Asked) -> tuple[float, Turn]:
+        return 0, Turn("4", False, None if asked.what == "reset" else 1e308)
+
+    episode, _ = begun(behave)
+    for turn in range(2):
+        episode.poll()
+        episode.act(turn, generated(6, 1, text="3"))
+    episode.poll()
+    assert kept(episode).reward is None
+    assert "add up to no finite number, the last: 1e+308, 1e+308" in str(kept(episode).error)

@@ -105,3 +105,12 @@ def test_k_doubles_up_to_n() -> None:
         (1, 2, 4, 5),
         (1, 2, 4, 8),
     ]
+
+
+def test_rewards_as_large_as_floats_have_finite_metrics() -> None:
+    for size in (1e200, 1.7e308):
+        found = estimates([problem(size, size, answers=(1, 1)), problem(-size, -size, answers=(1, 1))], 2)
+        assert all(math.isfinite(value) for value in found.values())
+        assert found["avg@2"] == 0.0
+        assert found["avg@2" + STANDARD_ERROR] == pytest.approx(size, rel=1e-12)
+    assert estimates([problem(1.7e308, 1.7e308, answers=(1, 1))], 2)["majority@2"] == 1.7e308
