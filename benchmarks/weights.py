@@ -37,7 +37,7 @@ from benchmarks.results import save
 from core.calls import Local
 from core.config import Config
 from core.processes import remote
-from core.weights.board import BOARD, BoardClient, ReceiverClient
+from core.weights.board import BOARD, BoardClient, Held, ReceiverClient
 from learner.catalogue import parse_config
 
 REPEATS = 7
@@ -56,9 +56,10 @@ class Shelf:
         self.newest: tuple[bytes, list[Any]] = b"", []
         self._actors = actors or {}
 
-    def publish(self, manifest: bytes, buckets: list[Any], version: int, *, evaluate: Sequence[str]) -> None:
+    def publish(self, manifest: bytes, buckets: list[Any], version: int, *, evaluate: Sequence[str]) -> Held:
         """Takes a snapshot."""
         self.newest = manifest, buckets
+        return Held("shelf", [version])
 
     def announce(self, version: int) -> None:
         """Takes note of nothing."""

@@ -88,8 +88,9 @@ class Curriculum:
         return {"visits": dict(self._visits), "range": self._range}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Takes over what `get_state` returned."""
-        self._visits = {index: Visits(*known) for index, known in state["visits"].items()}
+        """Takes over what `get_state` returned; of prompts only where they may rest."""
+        known_visits = {} if self._num_visits is None else state["visits"]
+        self._visits = {index: Visits(*known) for index, known in known_visits.items()}
         self._range = None if state["range"] is None else (state["range"][0], state["range"][1])
         self.num_resting = sum(known.rest > 0 for known in self._visits.values())
         self._changed.clear()

@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
@@ -55,6 +55,15 @@ class Directive(msgspec.Struct, frozen=True):
     eval_items: tuple[EvalItem, ...] = ()
     retire: Retirement = ""
     board: str = ""
+
+
+class Held(NamedTuple):
+    """The versions whose snapshots a board holds; `board`: another one than before is a board that was
+    started again, and speaks only of what it has been told.
+    """
+
+    board: str
+    versions: Sequence[int]
 
 
 class ReceivesWeights(Protocol):
@@ -116,11 +125,9 @@ class Board:
         await self._wake()
         return dropped
 
-    async def publish(
-        self, manifest: bytes, buckets: list, version: int, *, evaluate: Sequence[str]
-    ) -> list[int]:
+    async def publish(self, manifest: bytes, buckets: list, version: int, *, evaluate: Sequence[str]) -> Held:
         """Make a snapshot the newest one; its evaluation on the suites `evaluate` begins, but for those it
-        has been evaluated on. Returns the versions that are held now.
+        has been evaluated on. Returns what is held now.
 
         A board that was started again is given them once more, the oldest first.
         """
@@ -136,7 +143,7 @@ class Board:
                 self._evaluations[suite, version] = OpenEvaluation(suite, version, size, self._run.seed)
         self._drop_old_snapshots()
         await self._wake()
-        return sorted(self._snapshots)
+        return Held(self._id, sorted(self._snapshots))
 
     async def announce(self, version: int) -> None:
         """Actors get `version` by another road: who has it, or any since the newest snapshot, is not
@@ -212,10 +219,16 @@ class Board:
         self, results: list[Evaluation], retiring: dict[str, Retirement], held: Sequence[int] = ()
     ) -> None:
         """What a board knew that is gone: evaluations that are done, the actors that are to end, or have
-        ended, and the snapshots that are to be held.
+        ended, and the snapshots that are to be held. What it was asked again meanwhile is not needed.
         """
-        self._results = [*results, *self._results]
+        done = {(result.suite, result.policy_version) for result in results}
+        new = [result for result in self._results if (result.suite, result.policy_version) not in done]
+        self._results = [*results, *new]
+        for key in done & self._evaluations.keys():
+            del self._evaluations[key]
+        self._held -= {version for suite, version in done if suite == self._kept_suite}
         self._held.update(held)
+        self._drop_old_snapshots()
         for name, how in {**retiring, **self._retiring}.items():
             self._retiring[name] = how
         await self._wake()

@@ -171,6 +171,27 @@ async def test_the_stream_passes_over_what_rests_and_goes_on_so_after_a_kill(run
 
 
 @scenario
+async def test_without_a_curriculum_nothing_rests_that_did_before_the_run_went_on(run_dir):
+    before = ReplayBuffer(buffer_config(capacity=6, curriculum=1), run_dir, 4)
+    for turn in range(8):
+        (ordinal,) = ordinals_of(await before.lease("a", 1, 0.0))
+        await before.insert("a", [make_payload(ordinal, turn, MIXED if turn < 1 else SOLVED)])
+        await before.sample(turn, 1, 0.0)
+    rested = await check_sums(before)
+    assert rested["resting"] > 0
+    await before.close()
+    after = ReplayBuffer(buffer_config(capacity=6), run_dir, 4)
+    for turn in range(8, 20):
+        (ordinal,) = ordinals_of(await after.lease("a", 1, 0.0))
+        await after.insert("a", [make_payload(ordinal, turn, SOLVED)])
+        await after.sample(turn, 1, 0.0)
+    found = await check_sums(after)
+    await after.close()
+    assert (found["resting"], found["rested"]) == (0, rested["rested"])
+    assert audit_run(run_dir)["violations"] == []
+
+
+@scenario
 async def test_a_prompt_whose_samples_failed_was_not_visited(run_dir):
     buffer = ReplayBuffer(buffer_config(curriculum=1), run_dir, 4)
     ordinals = ordinals_of(await buffer.lease("a", 4, 0.0))

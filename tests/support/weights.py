@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from actors.receiver import Receiver
+from core.weights.board import Held
 from core.weights.snapshots import Manifest, read_snapshot
 
 
@@ -49,6 +50,7 @@ class Board:
     def __init__(self) -> None:
         self.published: dict[int, dict[str, torch.Tensor]] = {}
         self.evaluated: list[int] = []
+        self.board = "board"
         self.actors: dict[str, Any] = {}
         self.publish, self.members, self.announce = (
             Method(self._publish),
@@ -58,12 +60,12 @@ class Board:
 
     def _publish(
         self, manifest: bytes, buckets: list[np.ndarray], version: int, *, evaluate: Sequence[str]
-    ) -> list[int]:
+    ) -> Held:
         self.published[version] = dict(
             read_snapshot(msgspec.msgpack.decode(manifest, type=Manifest), buckets)
         )
         self.evaluated += [version] * len(evaluate)
-        return sorted({*self.evaluated, *sorted(self.published)[-2:]})
+        return Held(self.board, sorted({*self.evaluated, *sorted(self.published)[-2:]}))
 
 
 class Store:

@@ -44,6 +44,7 @@ class SnapshotTransport(Transport):
         self._store_s: float | None = None
         # What the board holds, to be published again should it die.
         self._held: dict[int, tuple[bytes, list[Any], Sequence[str]]] = {}
+        self._board, self._told = "", set[int]()  # The board that answered last, and what it was told of.
 
     def publish(self, version: int, *, evaluate: Sequence[str]) -> None:
         """Copies the weights into a snapshot; storing it goes on in the background."""
@@ -111,8 +112,13 @@ class SnapshotTransport(Transport):
     def _tell_board(self, version: int) -> None:
         manifest, references, evaluate = self._held[version]
         published = self._sender.board.publish(manifest, references, version, evaluate=evaluate)
-        versions = self._sender.calls.ask(published) or [version]
-        self._held = {held: entry for held, entry in self._held.items() if held in versions or held > version}
+        board, kept = self._sender.calls.ask(published)
+        if board != self._board:  # It knows nothing yet of what the one before held: `republish` tells it.
+            self._board, self._told = board, set()
+        self._told.add(version)
+        gone = {told for told in self._told if told < version and told not in kept}
+        self._held = {held: entry for held, entry in self._held.items() if held not in gone}
+        self._told -= gone
 
     def metrics(self) -> dict[str, float]:
         """How long the newest snapshot took to be stored, in seconds."""

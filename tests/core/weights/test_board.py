@@ -166,8 +166,9 @@ def test_a_board_that_was_started_again_evaluates_what_was_open_and_not_what_is_
             metrics={},
         )
         await again.board.restore([done], {"actor-1": "drain", "actor-2": "now"})
-        assert await again.board.publish(b"m", [], 0, evaluate=[HELD_OUT]) == [0]
-        assert await again.board.publish(b"m", [], 4, evaluate=[HELD_OUT]) == [0, 4]
+        first = await again.board.publish(b"m", [], 0, evaluate=[HELD_OUT])
+        assert first.versions == [0]
+        assert await again.board.publish(b"m", [], 4, evaluate=[HELD_OUT]) == (first.board, [0, 4])
         directive = await again.poll("actor-0", 0, 2)
         assert (directive.version, len(directive.eval_items)) == (4, 2)
         assert directive.board != (await before.poll("actor-0", 0)).board, (
@@ -198,6 +199,28 @@ def test_only_results_that_are_new_are_sent_also_by_a_board_that_was_started_aga
         assert (await again.board.evaluations(2))[1] == []  # It does not know yet what was done.
         await again.board.restore([first, second], {})
         assert [each.policy_version for each in (await again.board.evaluations(2))[1]] == [2]
+
+    run(scenario)
+
+
+def test_what_a_board_started_again_evaluates_before_it_is_told_of_it_is_not_held_for_ever() -> None:
+    async def scenario() -> None:
+        before = Bench(1, "math", kept_suite="math")
+        for version in (10, 12, 14):
+            await before.board.publish(b"m", [], version, evaluate=["math"])
+            await before.finish(result((await before.poll("a", version)).eval_items[0], 1.0))
+        results = (await before.board.evaluations())[1]
+        again = Bench(1, "math", kept_suite="math")
+        for version in (10, 12, 14):  # The learner publishes again before the driver has told it anything.
+            await again.board.publish(b"m", [], version, evaluate=["math"])
+        late = (await again.poll("a", 10)).eval_items[0]
+        await again.finish(result((await again.poll("b", 12)).eval_items[0], 1.0))
+        await again.board.restore(results, {}, [14])
+        await again.finish(result(late, 1.0))
+        assert await again.board.evaluations() == ([], results)
+        for version in range(15, 19):
+            held = await again.board.publish(b"m", [], version, evaluate=())
+        assert held.versions == [14, 16, 17, 18], "the driver still needs 14"
 
     run(scenario)
 

@@ -111,6 +111,26 @@ class TestSnapshotsInTheBackground:
         assert board.evaluated == [1]
         assert_same(board.published[4], weights[4])
 
+    def test_a_board_that_dies_in_an_evaluation_is_told_of_it_again_also_after_a_newer_version(self):
+        board = Board()
+        transport: Any = snapshots(Plain(), Store(), board)
+        for version in (49, 50, 51):
+            transport.publish(version, evaluate=["held_out"] if version == 50 else [])
+        for death in range(3):  # Again and again before anybody has told it what was.
+            transport.flush()
+            board.board, board.published, board.evaluated = f"again-{death}", {}, []
+            transport.publish(52 + death, evaluate=[])
+        transport.flush()
+        assert list(board.published) == [54]
+        transport.republish()
+        transport._thread.submit(lambda: None).result(5)
+        assert board.evaluated == [50]
+        for version in range(55, 70):
+            transport.publish(version, evaluate=())
+        transport.flush()
+        assert sorted(transport._held) == [50, 68, 69], "the one under evaluation, and the newest"
+        assert sorted(transport._told) == [50, 68, 69]
+
     def test_a_board_that_was_started_again_hears_last_of_what_was_pushed_meanwhile(self):
         board, store, told, announced = Board(), Store(), [], [3]
         board.announce = Method(lambda version: told.append((version, sorted(board.published))))

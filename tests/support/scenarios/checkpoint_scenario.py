@@ -105,8 +105,9 @@ class World:
     def set_watermark(self, step: int) -> None:
         self.note(watermark=step)
 
-    def publish(self, manifest: bytes, buckets: list, version: int, *, evaluate: Any) -> None:
+    def publish(self, manifest: bytes, buckets: list, version: int, *, evaluate: Any) -> Any:
         self.note(published=version)
+        return "board", [version]
 
     def log_step(self, row: dict[str, float]) -> None:
         self.note(row={name: repr(value) for name, value in row.items()})
