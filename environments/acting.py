@@ -9,6 +9,7 @@ as in TRL, and the episode goes on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import math
 import numbers
@@ -40,6 +41,14 @@ class Acting:
 
     async def answer(self, question: Question) -> Turn:
         """Returns the environment's answer. Raises EnvironmentFailure."""
+        try:
+            return await self._answer(question)
+        except EnvironmentFailure:
+            raise
+        except Exception as error:  # noqa: BLE001 - what a user's objects do when they are read is theirs, too
+            raise self._raised("what it returned", error) from None
+
+    async def _answer(self, question: Question) -> Turn:
         if question.what == "reset":
             return await self._reset(question)
         if question.what == "run":
@@ -128,11 +137,11 @@ class Acting:
             return {"error": f"{call.name}: {error}"}, "arguments"
         try:
             return await _maybe(tool(**call.arguments)), None
-        except asyncio.CancelledError:
-            raise
         except Exception as error:  # noqa: BLE001 - a user's tool may raise anything, and the policy is told
             return {"error": str(error)}, "raised"
-        except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+        except BaseException as error:
+            if _is_cancelled():
+                raise
             raise self._raised(call.name, error) from None
 
     async def _over(self, reward: float | None) -> Turn:
@@ -175,9 +184,9 @@ class Acting:
         """Calls users' code. Raises EnvironmentFailure that says what raised what, and where."""
         try:
             return await _maybe(function(*given, **named))
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:  # noqa: BLE001 - a user's environment may raise anything, SystemExit too
+        except BaseException as error:
+            if _is_cancelled():
+                raise
             raise self._raised(what, error) from None
 
     def _raised(self, what: str, error: BaseException) -> EnvironmentFailure:
@@ -212,12 +221,36 @@ class Acting:
                     "raised",
                     f"{what} returned {len(observation):,} characters; at most {MAX_CHARS:,} can be shown",
                 )
-            return observation.encode("utf-8", errors="replace").decode("utf-8")
+            return _writable(observation)
         if isinstance(observation, list | tuple) and all(map(_is_message, observation)):
             return tuple(
-                {**message, "content": self._clean(message["content"], what)} for message in observation
+                {
+                    **self._plain({**message, "content": ""}, what),
+                    "content": self._clean(message["content"], what),
+                }
+                for message in observation
             )
         raise self._broken(what, observation, "text or a list of messages as observation")
+
+    def _plain(self, value: Any, what: str) -> Any:
+        """Returns what a message has besides its content, made of Python's own text and numbers."""
+        if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+            value = value.item()
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            return _writable(value)
+        if isinstance(value, numbers.Integral):
+            return int(value)
+        if isinstance(value, numbers.Real):
+            return float(value)
+        if isinstance(value, list | tuple):
+            return [self._plain(one, what) for one in value]
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return {_writable(key): self._plain(one, what) for key, one in value.items()}
+        raise self._broken(
+            what, value, "nothing in a message but text, numbers, lists, and mappings with text as keys"
+        )
 
 
 def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -242,8 +275,21 @@ def sow(seed: int) -> None:
         sys.modules["torch"].manual_seed(seed)
 
 
+def _is_cancelled() -> bool:
+    """Returns whether it is this process that gives up what it is asked; a user's code may say so itself."""
+    with contextlib.suppress(RuntimeError):  # Nothing is asynchronous here.
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    return False
+
+
 async def _maybe(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
+
+
+def _writable(text: str) -> str:
+    """Returns the text with a ? for what UTF-8 cannot write: half of a surrogate pair."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _is_message(value: Any) -> bool:

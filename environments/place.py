@@ -19,10 +19,11 @@ import socket
 import threading
 
 from core import children
+from core.users.code import in_one_line
 from environments import EnvironmentFailure
 from environments.acting import Acting, at_once, sow
 from environments.loading import UserEnvironment
-from environments.wire import LENGTH_BYTES, Question, Reply, length_of, packed, receive, send
+from environments.wire import LENGTH_BYTES, MAX_BYTES, Question, Reply, length_of, packed, receive, send
 
 CANCEL_LIMIT_S = 1.0
 
@@ -54,13 +55,28 @@ def _play(loaded: UserEnvironment, connection: socket.socket) -> None:
                 acting = Acting(loaded)
                 send(connection, surroundings.restored(question.episode))
             else:
-                send(connection, Reply(question.episode, "turn", at_once(acting.answer(question))))
+                turn = at_once(acting.answer(question))
+                connection.sendall(_written(Reply(question.episode, "turn", turn)))
         except EnvironmentFailure as failure:
-            send(connection, _failed(question, failure))
+            connection.sendall(_written(_failed(question, failure)))
 
 
 def _failed(question: Question, failure: EnvironmentFailure) -> Reply:
-    return Reply(question.episode, "failure", None, failure.kind, failure.text)
+    text = failure.text.encode("utf-8", errors="replace").decode("utf-8")
+    return Reply(question.episode, "failure", None, failure.kind, text)
+
+
+def _written(reply: Reply) -> bytes:
+    """Returns a reply as it is sent; where what users' code answered cannot be, a failure that says why."""
+    try:
+        message = packed(reply)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        why = in_one_line(error)
+    else:
+        if len(message) <= MAX_BYTES:
+            return message
+        why = f"it is {len(message):,} bytes long; at most {MAX_BYTES:,} can be"
+    return packed(Reply(reply.episode, "failure", text=f"what it returned cannot be sent: {why}"))
 
 
 class _Surroundings:
@@ -122,7 +138,7 @@ class _Host:
                 reply = Reply(question.episode, "turn", await acting.answer(question))
         except EnvironmentFailure as failure:
             reply = _failed(question, failure)
-        writer.write(packed(reply))
+        writer.write(_written(reply))
 
     async def _end(self, episode: int) -> Reply:
         """Forgets an episode. What was left behind is known when there is no other."""

@@ -49,8 +49,13 @@ def look_in_working_directory() -> None:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Returns the error's type and message on one line of at most MAX_REASON_CHARS."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    """Returns the error's type and message on one line of at most MAX_REASON_CHARS, which UTF-8 can write."""
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - the message of a user's error is written by the user's code
+        message = "(its message cannot be read)"
+    message = message.encode("utf-8", errors="replace").decode("utf-8")
+    reason = " ".join(f"{type(error).__name__}: {message}".split()).removesuffix(":")
     return reason if len(reason) <= MAX_REASON_CHARS else reason[: MAX_REASON_CHARS - 3] + "..."
 
 

@@ -16,59 +16,18 @@ import pytest
 
 from core.users import pictures
 from environments import EnvironmentFailure, ToolCall, Turn, nursery
-from environments.pool import EnvironmentPool, Place
+from environments.pool import EnvironmentPool
 from environments.spec import EnvironmentSpec
 from tests.support import ROOT
+from tests.support.environments.places import BAD, SOON_S, SPECS, TIMEOUT_S, failure, is_gone, opened, said
 
 pytestmark = pytest.mark.timed
-
-TIMEOUT_S = 1.0
-SOON_S = 20.0
-"""What must come comes long before, unless others fill the machine."""
-BAD = "tests.support.environments.bad"
-SPECS = (
-    EnvironmentSpec("bad", f"{BAD}:Bad", "turns"),
-    EnvironmentSpec("shared", f"{BAD}:BadAsync", "turns", is_async=True),
-    EnvironmentSpec("counter", "tests.support.environments.trl:Counter", "tools"),
-)
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[EnvironmentPool]:
     with EnvironmentPool(SPECS, turn_timeout_s=TIMEOUT_S, memory_bytes=2**28) as pool:
         yield pool
-
-
-def opened(pool: EnvironmentPool, name: str = "bad", seed: int = 0, **row: object) -> Place:
-    place = pool.open(name, row, seed)
-    place.reset().result(SOON_S)
-    return place
-
-
-def said(place: Place, text: str) -> str:
-    turn = place.act(text).result(SOON_S)
-    assert isinstance(turn.observation, str)
-    return turn.observation
-
-
-def failure(place: Place, text: str) -> EnvironmentFailure:
-    with pytest.raises(EnvironmentFailure) as caught:
-        place.act(text).result(SOON_S)
-    assert "\n" not in caught.value.text
-    return caught.value
-
-
-def is_gone(pid: int | str, timeout_s: float = SOON_S) -> bool:
-    """Waits until the process has ended."""
-    deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s:
-        try:
-            if psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
-            return True
-        time.sleep(0.02)
-    return False
 
 
 # --- What goes well ---
@@ -236,6 +195,39 @@ def test_what_an_environment_does_costs_its_episode(
     other.close()
 
 
+@pytest.mark.parametrize("name", ["bad", "shared"])
+@pytest.mark.parametrize(
+    ("deed", "why"),
+    [
+        ("raise_half", "raised ValueError: half ? (bad.py:"),
+        ("raise_unreadable", "raised _Unreadable: (its message cannot be read) (bad.py:"),
+        ("cancel", "raised CancelledError (bad.py:"),
+        ("show {'a': object}", "step returned <class 'object'>; expected nothing in a message but text, num"),
+        ("show {'a': {1: 2}}", "step returned {1: 2}; expected nothing in a message but text, numbers"),
+        ("show {'a': 2**70}", "what it returned cannot be sent: OverflowError"),
+        ("show {'a': 'a' * 2**26}", "what it returned cannot be sent: it is 67,108,"),
+    ],
+)
+def test_what_cannot_be_told_is_its_own_failure_at_once(
+    pool: EnvironmentPool, name: str, deed: str, why: str
+) -> None:
+    place, other = opened(pool, name), opened(pool, name)
+    failed = failure(place, deed)
+    assert (failed.kind, why in failed.text) == ("raised", True), failed.text
+    assert said(other, "say hello") == "hello"
+    place.close()
+    other.close()
+
+
+@pytest.mark.parametrize("name", ["bad", "shared"])
+def test_what_messages_have_besides_is_made_text_and_numbers(pool: EnvironmentPool, name: str) -> None:
+    place = opened(pool, name)
+    turn = place.act("show {'name': '\\ud83d', 'n': np.float64(1), 'l': (np.int8(2), np.bool_(True), None)}")
+    shown = {"role": "user", "content": "a", "name": "?", "n": 1.0, "l": [2, True, None]}
+    assert turn.result(SOON_S).observation == (shown,)
+    place.close()
+
+
 @pytest.mark.parametrize("deed", ["flood", "flood_elsewhere"])
 def test_memory_that_its_processes_use_is_bounded(deed: str) -> None:
     with EnvironmentPool(SPECS[:1], turn_timeout_s=600.0, memory_bytes=2**27) as another:
@@ -322,86 +314,6 @@ def test_a_close_that_fails_costs_nothing_but_its_process(
         assert is_gone(pid)
     assert said(opened(pool), "say hello") == "hello"
     assert pool.counts.failures == failures
-
-
-# --- On an event loop ---
-
-
-def test_episodes_share_a_process_and_a_hang_costs_its_own(pool: EnvironmentPool) -> None:
-    places = [opened(pool, "shared") for _ in range(3)]
-    assert len({said(place, "pid") for place in places}) == 1
-    asked = places[0].act("await")
-    turn = places[1].act("soon").result(SOON_S)
-    assert (turn.observation, turn.reward, turn.done) == ("there", 0.5, True)
-    with pytest.raises(EnvironmentFailure, match="did not end within"):
-        asked.result(SOON_S)
-    assert said(places[2], "say hello") == "hello"
-    for place in places:
-        place.close()
-
-
-def test_one_that_does_not_let_itself_be_cancelled_ends_with_its_process(pool: EnvironmentPool) -> None:
-    stubborn, other = opened(pool, "shared"), opened(pool, "shared")
-    pid = said(other, "pid")
-    assert failure(stubborn, "insist").kind == "timeout"
-    time.sleep(1.2)
-    assert said(other, "say hello") == "hello"
-    stubborn.close()
-    new = opened(pool, "shared")
-    assert said(new, "pid") != pid, "it is given no more"
-    other.close()
-    assert is_gone(pid)
-    new.close()
-
-
-def test_a_loop_that_is_blocked_is_ended_with_its_episodes(pool: EnvironmentPool) -> None:
-    blocking, other = opened(pool, "shared"), opened(pool, "shared")
-    pid = said(other, "pid")
-    assert failure(blocking, "hang").kind == "timeout"
-    assert failure(other, "say hello").kind == "timeout"
-    assert is_gone(pid)
-    for place in (blocking, other):
-        place.close()
-    assert said(opened(pool, "shared"), "say hello") == "hello"
-
-
-def test_a_blocked_loop_is_ended_also_when_its_episode_is_closed_and_costs_no_later_one(
-    pool: EnvironmentPool,
-) -> None:
-    blocking = opened(pool, "shared")
-    pid = said(blocking, "pid")
-    assert failure(blocking, "hang").kind == "timeout"
-    assert failure(blocking, "say more").kind == "timeout"
-    for _ in range(2):
-        blocking.close()
-    for _ in range(3):
-        later = opened(pool, "shared")
-        assert said(later, "pid") != pid
-        later.close()
-    assert is_gone(pid)
-
-
-def test_a_blocked_close_is_ended_however_often_it_is_asked_for(
-    pool: EnvironmentPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(nursery, "END_TIMEOUT_S", 0.5)
-    place = opened(pool, close="hang")
-    pid = said(place, "pid")
-    for _ in range(3):
-        place.close()
-    assert is_gone(pid)
-
-
-def test_the_clock_stands_while_a_place_is_paused(pool: EnvironmentPool) -> None:
-    place = opened(pool, "shared")
-    place.pause()
-    asked = place.act("await")
-    time.sleep(TIMEOUT_S + 0.5)
-    assert not asked.done()
-    place.resume()
-    with pytest.raises(EnvironmentFailure, match="did not end within"):
-        asked.result(SOON_S)
-    place.close()
 
 
 # --- The ends of the others ---

@@ -29,6 +29,19 @@ def _raise(rest: str) -> None:
     raise ValueError(rest)
 
 
+def _cancel(rest: str) -> None:
+    raise asyncio.CancelledError
+
+
+class _Unreadable(Exception):
+    def __str__(self) -> str:
+        raise KeyError("no message")
+
+
+def _raise_unreadable(rest: str) -> None:
+    raise _Unreadable
+
+
 def _spin(rest: str) -> bool:
     return re.match(r"(a+)+$", "a" * 60 + "b") is not None  # It holds the GIL for longer than anybody waits.
 
@@ -84,6 +97,10 @@ def _move(rest: str) -> str:
 DEEDS: dict[str, Any] = {
     "say": lambda rest: rest,
     "raise": _raise,
+    "raise_half": lambda rest: _raise("half \ud83d"),
+    "raise_unreadable": _raise_unreadable,
+    "cancel": _cancel,
+    "show": lambda rest: [{"role": "user", "content": "a", **eval(rest)}],
     "exit": lambda rest: sys.exit(rest),
     "end": lambda rest: os._exit(int(rest)),
     "kill": lambda rest: os.kill(os.getpid(), 9),
@@ -131,6 +148,9 @@ class BadAsync:
 
     async def reset(self, **row: Any) -> None:
         self.row = row
+
+    async def close(self) -> None:
+        await asyncio.sleep(self.row.get("close_s", 0))
 
     async def step(self, text: str) -> Any:
         if text == "await":
