@@ -154,15 +154,20 @@ class Nursery:
             # An episode that is played again iterates its sets in the same order.
             "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0"),
         }
+        template = None
         try:
-            self._template = children.start("environments.template:serve", variables)
+            template = children.start("environments.template:serve", variables)
+            self._selector.register(template.socket, selectors.EVENT_READ, (self, None))
         except OSError as error:
             self._broken = f"no process could be started: {error}"
             self._retry_s = time.monotonic() + AGAIN_AFTER_S
+            if template is not None:
+                children.kill(template.process)
+                template.socket.close()
             return
-        self._orders = Channel(self._template.socket, TemplateReport)
+        self._template = template
+        self._orders = Channel(template.socket, TemplateReport)
         self._ready_deadline_s = time.monotonic() + STARTUP_TIMEOUT_S
-        self._selector.register(self._template.socket, selectors.EVENT_READ, (self, None))
         self._order(Pattern(self._spec.name, self._spec.path, self._memory_bytes))
 
     def ask(self, playing: Playing, question: Question, future: Future[Turn]) -> None:
@@ -173,8 +178,7 @@ class Nursery:
             if self._orders is None:
                 self._fail(playing, "crash", self._broken)
             else:
-                playing.process = self._free_process()
-                playing.process.playing[playing.number] = playing
+                self._give_process(playing)
         if playing.failure is not None:
             playing.answer(playing.failure)
             return
@@ -182,6 +186,14 @@ class Nursery:
         if playing.process.is_begun:
             self._start_clock(playing)
         self._send(playing.process, question)
+
+    def _give_process(self, playing: Playing) -> None:
+        try:
+            playing.process = self._free_process()
+        except OSError as error:  # No file descriptors are left, say; there may be some for the next.
+            self._fail(playing, "crash", f"no process could be started for it: {error}")
+        else:
+            playing.process.playing[playing.number] = playing
 
     def pause(self, playing: Playing) -> None:
         """Stops the clock of what an episode is asked."""
@@ -308,8 +320,17 @@ class Nursery:
             self._fail(playing, reply.kind, reply.text)
 
     def _be_late(self, process: PlaceProcess, playing: Playing) -> None:
-        if playing.is_over:
+        if playing.is_cancelled or (playing.is_over and not self._spec.is_async):
             self._kill(process, "another episode in its process did not react")
+            return
+        if playing.is_over:
+            process.is_retired = True
+            self._give_up(process, playing)
+            _log.warning(
+                "environment %s: close did not end within %g s; it is cancelled",
+                self._spec.name,
+                END_TIMEOUT_S,
+            )
             return
         assert playing.question is not None
         what = "it" if playing.question.what == "run" else _METHODS[playing.question.what]
@@ -385,7 +406,10 @@ class Nursery:
         """Kills the template and whatever carries its mark, also what has left its session."""
         if self._template is not None:
             children.kill(self._template.process)
-            children.kill_marked(f"{MARK}={self._mark}")
+            try:
+                children.kill_marked(f"{MARK}={self._mark}")
+            except OSError as error:
+                _log.warning("what environment %s left behind may live on: %s", self._spec.name, error)
 
     def _fail(self, playing: Playing, kind: FailureKind, text: str) -> None:
         if playing.failure is None and kind != "closed":
@@ -408,12 +432,17 @@ class Nursery:
         if free:
             return min(free, key=lambda process: (not process.is_begun, len(process.playing)))
         ours, theirs = socket.socketpair()
+        process = PlaceProcess(self._counts.started + 1, Channel(ours, Reply))
+        try:
+            self._selector.register(ours, selectors.EVENT_READ, (self, process))
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
         self._counts.started += 1
-        process = PlaceProcess(self._counts.started, Channel(ours, Reply))
         if self._ready_deadline_s is None:
             process.deadline_s = time.monotonic() + STARTUP_TIMEOUT_S
         self._processes[process.number] = process
-        self._selector.register(ours, selectors.EVENT_READ, (self, process))
         self._order(PlaceOrder("start", process.number), theirs.detach())
         return process
 

@@ -14,6 +14,7 @@ Episodes of an environment that is asynchronous share processes, several to an e
 from __future__ import annotations
 
 import itertools
+import logging
 import selectors
 import socket
 import threading
@@ -27,6 +28,8 @@ from environments import EnvironmentFailure, ToolCall, Turn
 from environments.nursery import Nursery, Playing, PoolCounts
 from environments.spec import EnvironmentSpec
 from environments.wire import Question
+
+_log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 2.0
 TICK_EVERY_S = 0.05
@@ -193,7 +196,10 @@ class EnvironmentPool:
             if not work:
                 return
             for one in work:
-                one()
+                try:
+                    one()
+                except Exception:  # noqa: BLE001 - this thread serves all environments, and other jobs wait
+                    _log.exception("the environments' pool could not do what it was asked")
 
     def _patience_s(self) -> float | None:
         """Returns how long to wait for a socket until deadlines are looked at."""
