@@ -20,6 +20,17 @@ MAX_PERIOD = 10_000
 
 GIVEN = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict")
 """What every chat template is given by itself, or the function that renders it: no options."""
+OF_TOKENIZER = (
+    "conversation",
+    "chat_template",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)
+"""What else the tokenizer's `apply_chat_template` takes for itself, which no template sees."""
 
 
 class DataConfig(Section):
@@ -138,8 +149,12 @@ class DataConfig(Section):
     @classmethod
     def _options_are_the_templates(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name in value:
-            if not name.isidentifier() or name in GIVEN:
-                why = "is given to every template by itself" if name in GIVEN else "is no name of an option"
+            why = "" if name.isidentifier() else "is no name of an option"
+            if name in GIVEN:
+                why = "is given to every template by itself"
+            if name in OF_TOKENIZER:
+                why = "is an argument of the tokenizer's apply_chat_template, which no template sees"
+            if why:
                 raise ValueError(
                     f"data.template_options: {shown(name)} {why}; expected names of the template's own, for example "
                     "{enable_thinking: false}"

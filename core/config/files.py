@@ -28,7 +28,6 @@ from core.errors import ConfigError
 MAX_FILE_BYTES = 1 << 18
 _EXPECTED = {  # By pydantic's type of problem; its own message where none is here.
     "model_type": "expected a mapping of keys, one a line below it; remove the line to take the defaults",
-    "dict_type": "expected names and their weights, for example {exact_match: 1.0}",
     "tuple_type": "expected a list of numbers, for example [0.5, 1.0]",
     "too_short": "expected at least one entry, for example {exact_match: 1.0}",
     "string_type": "expected text; if it is meant as text, put it in quotes in the file",
@@ -36,6 +35,12 @@ _EXPECTED = {  # By pydantic's type of problem; its own message where none is he
     "bool_type": "expected true or false",
     "int_type": "expected a whole number",
     "float_type": "expected a number",
+}
+_MAPPINGS = {  # By the name of a key that takes a mapping.
+    "functions": "expected names and their weights, for example {exact_match: 1.0}",
+    "suites": "expected names and the settings of each, for example {math: {path: math.jsonl, samples: 8}}",
+    "columns": "expected names and where rows keep them, for example {answer: reward_model.ground_truth}",
+    "template_options": "expected names of the template's own and their values, for example {enable_thinking: false}",
 }
 
 
@@ -90,7 +95,9 @@ class ConfigFiles:
             raise ConfigError(f"{source} cannot be read: {error}.") from None
 
     def _apply_override(self, tree: dict[str, Any], override: str) -> str:
-        """Put the value into the tree; the key's name. A suite's setting is `eval.suites.NAME.key=value`."""
+        """Put the value into the tree; the key's name. A suite's setting is `eval.suites.NAME.key=value`, or
+        `eval.suites.NAME.functions.FUNCTION=value` where it takes names.
+        """
         key, equals, text = override.partition("=")
         if equals and key in Config.model_fields and not self._fields(key, tree):  # It is no section.
             tree[key] = _override_value(Config.model_fields[key], text, override)
@@ -98,13 +105,16 @@ class ConfigFiles:
         *sections, name = key.split(".")
         is_of_suite = len(sections) > 2 and sections[:2] == ["eval", "suites"]
         if is_of_suite:
-            sections = [*sections[:2], ".".join(sections[2:])]  # Its name may hold dots.
+            sections, name = _place_in_suite([*sections, name])
         if not equals or not (len(sections) == 1 or is_of_suite) or not all((*sections, name)):
             raise ConfigError(
                 f"override {shown(override)} is not section.key=value, for example learner.lr=1e-5"
             )
         fields = SuiteConfig.model_fields if is_of_suite else self._fields(sections[0], tree)
-        value = _override_value(fields.get(name), text, override)
+        field = fields.get(name)
+        if len(sections) == 4:  # An entry of a suite's mapping.
+            field = FieldInfo(annotation=typing.get_args(_MAPPINGS_OF_SUITES[sections[3]])[1])
+        value = _override_value(field, text, override)
         place = tree
         for depth, section in enumerate(sections):
             if place.get(section) is None:
@@ -135,6 +145,8 @@ class ConfigFiles:
         if kind == "value_error":
             return problem["msg"].removeprefix("Value error, ")
         expected = _EXPECTED.get(kind, problem["msg"][0].lower() + problem["msg"][1:])
+        if kind == "dict_type":
+            expected = _MAPPINGS.get(names[-1], "expected a mapping of names")
         if kind == "string_pattern_mismatch":
             expected += f"; {self._fields(names[0], tree)[names[1]].description}"
         return f"{where} = {shown(problem['input'])}: {expected}"
@@ -263,6 +275,25 @@ def _lists_as_tuples(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_lists_as_tuples(item) for item in value)
     return value
+
+
+_MAPPINGS_OF_SUITES = {
+    name: kind
+    for name, field in SuiteConfig.model_fields.items()
+    for kind in _kinds(field.annotation)
+    if typing.get_origin(kind) is dict
+}
+"""Settings of a suite that take names, and the type of each."""
+
+
+def _place_in_suite(names: list[str]) -> tuple[list[str], str]:
+    """Returns where `eval.suites...` leads: the sections, and the name in the last of them. The name of a
+    suite may hold dots, and so may that of a function.
+    """
+    for depth in range(3, len(names) - 1):
+        if names[depth] in _MAPPINGS_OF_SUITES:
+            return ["eval", "suites", ".".join(names[2:depth]), names[depth]], ".".join(names[depth + 1 :])
+    return ["eval", "suites", ".".join(names[2:-1])], names[-1]
 
 
 def dump_config(config: Config) -> str:

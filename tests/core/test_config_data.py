@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 from core.config import DataConfig
+from core.config.data import GIVEN, OF_TOKENIZER
 from core.errors import ConfigError
 from learner.catalogue import load_config
 from tests.support import ROOT
@@ -24,6 +27,13 @@ BAD = [
     ("data.columns={answer: a..b}", ["data.columns: 'answer': 'a..b' is no path of keys"]),
     ("data.columns={answer: 3}", ["data.columns.answer = 3"]),
     ("data.template_options={tools: []}", ["'tools' is given to every template by itself"]),
+    (
+        "data.template_options={chat_template: x}",
+        ["'chat_template'", "apply_chat_template", "no template sees"],
+    ),
+    ("data.template_options={truncation: true, max_length: 3}", ["'truncation'", "apply_chat_template"]),
+    ("data.template_options=[1]", ["names of the template's own", "{enable_thinking: false}"]),
+    ("data.columns=[a]", ["names and where rows keep them", "{answer: reward_model.ground_truth}"]),
     ("data.template_options={enable-thinking: false}", ["'enable-thinking' is no name of an option"]),
     (
         "data.template_options={enable_thinking: false}",
@@ -52,6 +62,14 @@ def test_a_bad_value_of_the_data_is_explained(override, said):
 def test_shares_are_whole_numbers_whatever_they_were_written_as(path, sources):
     data = DataConfig(path=path)
     assert [*data.sources.items()] == [*sources.items()]
+
+
+def test_no_argument_of_the_tokenizer_itself_passes_for_an_option_of_the_template():
+    from transformers import PreTrainedTokenizerBase
+
+    parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    own = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+    assert own - {"self", "documents"} <= {*GIVEN, *OF_TOKENIZER}, "documents reach the template"
 
 
 def test_sources_have_short_names_for_metrics():

@@ -55,6 +55,11 @@ def test_overrides_reach_a_suite(tmp_path):
     assert (found["math"].path, found["math"].rows) == ("m.jsonl", 10)
     assert found["math"].functions == {"exact_match": 0.5}
     assert found["v1.5"].path == "1.5.jsonl"
+    more = ["eval.suites.v1.5.functions.mine.judges:judge=0.25", "eval.suites.v1.5.functions.exact_match=1"]
+    more += ["eval.suites.v1.5.environments.game=mine.games:Game"]
+    _, other = load_config(path, [*overrides, *more, "learner.micro_batch_tokens=65536"]).suites
+    assert other.functions == {"mine.judges:judge": 0.25, "exact_match": 1.0}
+    assert other.environments == {"game": "mine.games:Game"}
     assert parse_text(dump_config(config), "the dump") == config
 
 
@@ -67,7 +72,13 @@ def test_overrides_reach_a_suite(tmp_path):
         ("eval.suites.held_out.path=x", ["eval.suites.held_out", "data.eval_path", "another"]),
         ("eval.suites={a b: {path: x}}", ["'a b' is no name of a suite"]),
         ("eval.suites.other.rows=3", ["eval.suites.other.path is missing", "eval.suites.other.path=<value>"]),
-        ("eval.suites=3", ["eval.suites = 3", "expected names"]),
+        ("eval.suites=3", ["eval.suites = 3", "expected names and the settings", "{math: {path: math.jsonl"]),
+        ("eval.suites.math.functions=3", ["eval.suites.math.functions = 3", "names and their weights"]),
+        (
+            "eval.suites.math.functions.exact_match=x",
+            ["eval.suites.math.functions.exact_match = 'x'", "number"],
+        ),
+        ("eval.suites.math.rows.most=3", ["eval.suites.math.rows.path is missing"]),
         ("data.eval_rows=0", ["eval.suites.words.rows is missing", "data.eval_rows = 0"]),
         ("eval.keep_best=math/avg@4", ["eval.keep_best = 'math/avg@4'", "did you mean math/avg@8"]),
         ("eval.keep_best=loss", ["eval.keep_best = 'loss'", "words/pass@4"]),
