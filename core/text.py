@@ -55,5 +55,9 @@ def printable(text: str) -> str:
 
 
 def key_of(environment: str) -> str:
-    """Returns the config's key of an environment by its name, for errors: `environments.game`."""
-    return "environments" if environment == ONLY else f"environments.{environment}"
+    """Returns the config's key of an environment by its name in the whole run, for errors:
+    `environments.game`; that of a suite, `math.game`, is `eval.suites.math.environments.game`.
+    """
+    suite, _, name = environment.rpartition(".")
+    key = f"eval.suites.{suite}.environments" if suite else "environments"
+    return key if name == ONLY else f"{key}.{name}"

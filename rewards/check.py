@@ -2,18 +2,19 @@
 
 config --check_functions--> the functions are loaded in a worker, as in a run, or RewardError says why not
        --bad_rows---------> each row has the columns that are needed, and a gold answer that can be read
-       --start_notes------> what the functions want to be told at the start
+       --start_notes, length_notes--> what is to be told of the functions at the start
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from core.config import RewardsConfig
 from core.errors import RewardError
+from rewards.overlong import Overlong
 from rewards.pool import RewardPool
 from rewards.registry import load_reward, read_name
 
@@ -29,13 +30,17 @@ def check_functions(config: RewardsConfig) -> Mapping[str, tuple[str, ...]]:
     return _needed(config.model_dump_json())[0]
 
 
-def check_environments_read(config: RewardsConfig) -> None:
-    """Raises RewardError where a function reads `environments`, for a run that has none."""
+def check_environments_read(
+    config: RewardsConfig, why: str = "this run has none: set environments", key: str = ""
+) -> None:
+    """Raises RewardError where a function reads `environments`, for a run that has none to show, or for
+    another reason `why`; `key` is the config's key of the functions, where that is to be named.
+    """
     for name, own in _needed(config.model_dump_json())[1].items():
         if "environments" in own:
             raise RewardError(
-                f"reward function {name!r} reads `environments`, and this run has none: set environments, or give the "
-                "parameter a default."
+                f"{key and f'{key}: '}reward function {name!r} reads `environments`, and {why}, or give the parameter a "
+                "default."
             )
 
 
@@ -66,6 +71,19 @@ def start_notes(config: RewardsConfig) -> tuple[str, ...]:
     builtin = [load_reward(name) for name in config.functions if read_name(name).is_builtin]
     notes = (getattr(function, "start_note", None) for function in builtin)
     return tuple(note() for note in notes if note is not None)
+
+
+def length_notes(config: RewardsConfig, most_tokens: int, limit: str) -> Iterator[str]:
+    """Yields what to tell of `overlong` where no answer is long enough for it: `most_tokens` are sampled at
+    most, because of `limit`, in words.
+    """
+    for name in config.functions:
+        function = load_reward(name) if read_name(name).is_builtin else None
+        if isinstance(function, Overlong) and function.start >= most_tokens:
+            yield (
+                f"warning: reward function {name!r} never acts: an answer has at most {most_tokens} sampled tokens "
+                f"({limit}). Lower from={function.start} to below that"
+            )
 
 
 def _missing(name: str, missing: list[str], source: str, present: set[str]) -> str:

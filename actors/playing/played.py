@@ -21,6 +21,7 @@ from actors.episode import MAX_NEW_TOKENS, Ask, Episode, Generation, Trajectory
 from core.errors import DataError
 from core.records import Sample
 from core.sums import total
+from core.users import pictures
 from environments import EnvironmentFailure, Observation, ToolCall, Turn
 
 MAX_TURNS, MAX_SEQUENCE_TOKENS, DEADLINE = "max_turns", "max_sequence_tokens", "straggler_timeouts_s"
@@ -97,6 +98,7 @@ class PlayedEpisode(Episode):
         limits: EpisodeLimits,
     ) -> None:
         super().__init__(())
+        self.attributes = pictures.NOTHING  # Until it is over, should a limit cut it before.
         self._name, self._place, self._speech, self._limits = name, place, speech, limits
         self._messages = messages
         self._trajectory = Trajectory()

@@ -5,18 +5,19 @@ an answer, whether the rows have the columns they need.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from actors.dialogue import Dialogue
 from actors.prompts import PromptSet, joined
 from actors.sources import Source, report_bad_rows
-from core.config import Config
+from core.config import Config, RewardsConfig
 from core.config.environments import all_paths, suite_names
 from core.config.rewards import ENVIRONMENT
 from core.errors import ConfigError, DataError
 from environments.spec import EnvironmentSpec, describe
+from rewards.check import check_environments_read
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def check_environments(config: Config, tokenizer: Any, end_ids: Sequence[int]) -
         return Acted({})
     specs, data = describe(paths), config.data
     _check_rewards(config, specs)
-    notes: dict[str, None] = {}
+    notes = dict.fromkeys(_reward_notes(config, specs))
     for spec in specs.values():
         dialogue = Dialogue(tokenizer, spec.tools, data.template_options, data.chat_template, end_ids=end_ids)
         try:
@@ -53,15 +54,45 @@ def check_environments(config: Config, tokenizer: Any, end_ids: Sequence[int]) -
 
 
 def _check_rewards(config: Config, specs: Mapping[str, EnvironmentSpec]) -> None:
-    asked = [(list(config.environment_paths), set(config.rewards.functions))]
-    asked += [(list(suite_names(config, suite).values()), set(suite.functions)) for suite in config.suites]
-    for names, functions in asked:
-        for spec in map(specs.__getitem__, names if ENVIRONMENT in functions else ()):
-            if not spec.has_reward:
-                raise ConfigError(
-                    f"{spec.path} has no reward of its own, which the reward function {ENVIRONMENT!r} asks for: "
-                    "give it get_reward(), or name other functions"
-                )
+    _check_rewards_of(config, config.rewards.functions, [specs[name] for name in config.environment_paths])
+    for suite in config.suites:
+        found = [specs[name] for name in suite_names(config, suite).values()]
+        _check_rewards_of(config, suite.functions, found, suite.key("functions"))
+
+
+def _check_rewards_of(
+    config: Config,
+    functions: Mapping[str, float],
+    specs: Sequence[EnvironmentSpec],
+    key: str = "rewards.functions",
+) -> None:
+    """Raises ConfigError or RewardError where the functions, those of config key `key`, ask of all these
+    environments what they do not give.
+    """
+    for spec in specs if ENVIRONMENT in functions else ():
+        if not spec.has_reward:
+            raise ConfigError(
+                f"{key}: {spec.path} has no reward of its own, which the reward function {ENVIRONMENT!r} asks for: "
+                "give it get_reward(), or name other functions"
+            )
+    if specs and all(spec.kind == "harness" for spec in specs):
+        why = f"{specs[0].path} is a harness, which has no attributes to show: name another function"
+        check_environments_read(rewards_of(config, functions), why, key)
+
+
+def rewards_of(config: Config, functions: Mapping[str, float]) -> RewardsConfig:
+    """Returns the section with other functions, those of a suite."""
+    return config.rewards.model_copy(update={"functions": dict(functions)})
+
+
+def _reward_notes(config: Config, specs: Mapping[str, EnvironmentSpec]) -> Iterator[str]:
+    """Yields what is to be told of rewards that environments give and nobody asks for."""
+    giving = [specs[name].path for name in config.environment_paths if specs[name].has_reward]
+    if giving and ENVIRONMENT not in config.rewards.functions:
+        yield (
+            f"warning: rewards.functions does not name {ENVIRONMENT!r}: what {', '.join(giving)} may give as a reward "
+            f"counts for nothing. Name it there, `{ENVIRONMENT}: 1.0`, or 0 where that is meant"
+        )
 
 
 def playable(config: Config, acted: Acted, prompts: PromptSet) -> PromptSet:

@@ -44,7 +44,7 @@ from core.tokenizer import end_token_ids, end_token_notes, load_tokenizer, vocab
 from core.users.code import look_in_working_directory
 from learner.objectives import load_objective
 from learner.policy.model_files import check_model_files
-from rewards.check import check_environments_read, check_functions, start_notes
+from rewards.check import check_environments_read, check_functions, length_notes, start_notes
 from rewards.hosted import HostedModel, models_of, path_of
 
 HUB_TIMEOUT_S = 20.0
@@ -136,7 +136,7 @@ def check_inputs(config: Config) -> Checked:
     PromptStream.of(config, len(prompts), prompts.parts)  # Every shard has prompts.
     # Any token will do, since padding is masked.
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    notes = [*notes, *about_model, *start_notes(config.rewards), *_tool_notes(config)]
+    notes = [*notes, *about_model, *start_notes(config.rewards), *_length_notes(config), *_tool_notes(config)]
     return Checked(
         config=config,
         prompts=prompts,
@@ -159,6 +159,15 @@ def load_training(config: Config, tokenizer: Any, acted: Acted) -> tuple[PromptS
         return prompts, list(prompts.notes)
     mixed, notes = load_offline(config, tokenizer, prompts)
     return mixed, [*prompts.notes, *notes]
+
+
+def _length_notes(config: Config) -> Iterator[str]:
+    """Yields what is to be told of rewards for lengths that no answer has."""
+    actors = config.actors
+    most, limit = actors.max_new_tokens, f"actors.max_new_tokens = {actors.max_new_tokens}"
+    if config.environments is not None:
+        most, limit = most * actors.max_turns, f"{limit}, actors.max_turns = {actors.max_turns}"
+    yield from length_notes(config.rewards, most, limit)
 
 
 def _tool_notes(config: Config) -> Iterator[str]:

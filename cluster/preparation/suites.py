@@ -9,12 +9,12 @@ from typing import Any
 
 from actors.prompts import PromptSet, joined, load_suite
 from actors.sources import Source, report_bad_rows
-from cluster.preparation.environment_checks import Acted, playable
+from cluster.preparation.environment_checks import Acted, playable, rewards_of
 from core.config import Config, RewardsConfig
 from core.config.environments import suite_names
 from core.config.evaluation import HELD_OUT, Suite
 from core.errors import DataError, RewardError
-from rewards.check import bad_rows, check_functions
+from rewards.check import bad_rows, check_environments_read, check_functions
 
 
 def no_evaluation(config: Config) -> str:
@@ -44,10 +44,15 @@ def suite_notes(config: Config) -> Iterator[str]:
 
 
 def check_suites(config: Config) -> None:
-    """Raises RewardError, which names the suite, when its reward functions cannot be loaded."""
+    """Raises RewardError, which names the suite, when its reward functions cannot be loaded, or read
+    environments that it does not have.
+    """
     for suite in config.suites:
         with _named(suite):
-            check_functions(_rewards(config, suite.functions))
+            check_functions(rewards_of(config, suite.functions))
+        if not suite.environments:
+            why = f"the suite has none: set {suite.key('environments')}"
+            check_environments_read(rewards_of(config, suite.functions), why, suite.key("functions"))
 
 
 def load_suites(config: Config, tokenizer: Any, acted: Acted) -> dict[str, PromptSet]:
@@ -76,7 +81,7 @@ def scorable_suites(config: Config, prompts: Mapping[str, PromptSet]) -> dict[st
     for suite in config.suites:
         if suite.name in prompts:
             with _named(suite):
-                rewards = _rewards(config, suite.functions)
+                rewards = rewards_of(config, suite.functions)
                 found[suite.name] = _scorable(rewards, prompts[suite.name], config.data.on_bad_row)
     return found
 
@@ -128,7 +133,3 @@ def _named(suite: Suite) -> Iterator[None]:
         raise type(error)(
             f"{suite.key('functions')}: {error}" if suite.has_own_functions else str(error)
         ) from None
-
-
-def _rewards(config: Config, functions: Mapping[str, float]) -> RewardsConfig:
-    return config.rewards.model_copy(update={"functions": dict(functions)})

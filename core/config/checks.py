@@ -97,6 +97,15 @@ def _something_is_rewarded(config: Config) -> None:
             f"rewards.functions.{ENVIRONMENT} = {functions[ENVIRONMENT]:g} is the environment's own reward, and there is "
             "none: set environments, or name another function."
         )
+    for suite in config.suites:
+        if ENVIRONMENT in suite.functions and not suite.environments:
+            key, inherited = suite.key("functions"), ""
+            if not suite.has_own_functions:
+                inherited = " (inherited from rewards.functions)"
+            raise ValueError(
+                f"{key}{inherited}: {ENVIRONMENT!r} is the environment's own reward, and the suite has no environment. Set "
+                f"{suite.key('environments')}, or name other functions in {key}."
+            )
 
 
 def _template_is_used(config: Config) -> None:

@@ -21,6 +21,24 @@ _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(\?.*)?", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_][\w-]*")
 
 
+def check_environments(value: Any, key: str, more: str = "") -> None:
+    """Raises ValueError where the value of config key `key` is neither a path nor paths by name; `more` says
+    what else it may be.
+    """
+    expected = f"expected module:Class, or names and such paths, for example {{game: mine:Game}}{more}"
+    if not isinstance(value, str | dict) or not value:
+        raise ValueError(f"{key} = {shown(value)}: {expected}")
+    named = (
+        {f"{key}.{name}": path for name, path in value.items()} if isinstance(value, dict) else {key: value}
+    )
+    for each, path in named.items():
+        if not isinstance(path, str) or not _PATH.fullmatch(path):
+            raise ValueError(f"{each} = {shown(path)}: {expected}")
+    for name in value if isinstance(value, dict) else ():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"{key}: {shown(name)} is no name of one; expected letters, digits, _ and -")
+
+
 def paths_by_name(environments: str | Mapping[str, str] | None) -> dict[str, str]:
     """Returns environments by name; one without a name is `environment`, and null is none."""
     if isinstance(environments, str):
@@ -65,20 +83,6 @@ class EnvironmentsField(Section):
     @pydantic.field_validator("environments", mode="before")
     @classmethod
     def _environments_are_paths(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        expected = "expected module:Class, or names and such paths, for example {game: mine:Game}"
-        if not isinstance(value, str | dict) or not value:
-            raise ValueError(f"environments = {shown(value)}: {expected}")
-        named = {"environments": value}
-        if isinstance(value, dict):
-            named = {f"environments.{name}": path for name, path in value.items()}
-        for key, path in named.items():
-            if not isinstance(path, str) or not _PATH.fullmatch(path):
-                raise ValueError(f"{key} = {shown(path)}: {expected}")
-        for name in value if isinstance(value, dict) else ():
-            if not isinstance(name, str) or not _NAME.fullmatch(name):
-                raise ValueError(
-                    f"environments: {shown(name)} is no name of one; expected letters, digits, _ and -"
-                )
+        if value is not None:
+            check_environments(value, "environments")
         return value

@@ -16,6 +16,7 @@ from typing import Any
 import pydantic
 from pydantic import Field
 
+from core.config.environments import check_environments
 from core.config.section import MAX_NUMBER, Section, shown
 
 MAX_SAMPLES = 65_536
@@ -111,6 +112,16 @@ class EvalConfig(Section):
             f"eval.sampling = {shown(value)}: expected completions per prompt, from 1 to {MAX_SAMPLES}, and their temperature, "
             "for example [4, 1.0]"
         )
+
+    @pydantic.field_validator("suites", mode="before")
+    @classmethod
+    def _suites_have_environments(cls, value: Any) -> Any:
+        for name, suite in value.items() if isinstance(value, dict) else ():
+            played = suite.get("environments") if isinstance(suite, dict) else None
+            if played is not None and played != NO_ENVIRONMENT:
+                more = f", or {NO_ENVIRONMENT}"
+                check_environments(played, f"eval.suites.{name}.environments", more)
+        return value
 
     @pydantic.field_validator("suites", mode="after")
     @classmethod

@@ -46,6 +46,10 @@ def take(pictured: object) -> bytes:
     return msgspec.msgpack.encode((kept, left_out))
 
 
+NOTHING = msgspec.msgpack.encode(({}, {}))
+"""The picture of what has no attributes (yet)."""
+
+
 def show(picture: bytes | None) -> Picture:
     """Returns the attributes that `take` packed; none where there is no picture, as of an episode that
     failed.

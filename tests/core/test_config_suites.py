@@ -8,6 +8,7 @@ from cluster.cli.reference import config_reference
 from core.config.evaluation import SuiteConfig
 from core.config.files import dump_config
 from core.errors import ConfigError
+from core.text import key_of
 from learner.catalogue import load_config, parse_config, parse_text
 from tests.support import ROOT
 from tests.support.configs import MINIMAL, make_config
@@ -114,3 +115,32 @@ def test_a_suite_is_due_at_the_first_publication_at_or_after_its_interval(every,
     last = [suite.last_due(version, publish_every) for version in range(13)]
     assert sorted(set(last)) == due
     assert all(found <= version for version, found in enumerate(last))
+
+
+@pytest.mark.parametrize(
+    "played", ["nonsense", "", {}, {"a b": "mine:Game"}, {"game": "bad"}, {"game": None}, 3]
+)
+def test_environments_of_a_suite_are_paths_as_those_of_the_run(played):
+    with pytest.raises(ConfigError, match=r"eval\.suites\.math\.environments"):
+        make_config(eval={"suites": {"math": {**MATH, "environments": played}}})
+
+
+@pytest.mark.parametrize(
+    ("run", "suite"),
+    [({}, {"functions": {"environment": 1.0}}), ({"environments": "mine:Game"}, {"environments": "none"})],
+)
+def test_a_suite_without_environment_cannot_have_its_reward(run, suite):
+    with pytest.raises(ConfigError, match=r"eval\.suites\.math\.functions.* the suite has no environment"):
+        make_config(
+            {"rewards": {"functions": {}}, **run} if run else {}, eval={"suites": {"math": {**MATH, **suite}}}
+        )
+
+
+def test_the_key_of_a_suites_environment_is_one_that_a_config_has():
+    names = ("environment", "game", "math.environment", "math.v2.game")
+    assert [key_of(name) for name in names] == [
+        "environments",
+        "environments.game",
+        "eval.suites.math.environments",
+        "eval.suites.math.v2.environments.game",
+    ]

@@ -158,3 +158,10 @@ def test_a_dry_run_from_a_folder_with_the_reward_in_it_loads_it_and_leaves_nothi
         "error: reward function 'reward_of_mine:f' needs 'needed', which train.jsonl does not have"
     ), run.stderr
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_punishment_for_lengths_that_no_answer_has_is_told():
+    config = RewardsConfig(functions={"overlong?from=64&to=80": 1.0, "overlong?from=63&to=80": 1.0})
+    (note,) = check.length_notes(config, 64, "actors.max_new_tokens = 64")
+    assert "'overlong?from=64&to=80' never acts: an answer has at most 64 sampled tokens" in note
+    assert "actors.max_new_tokens = 64" in note

@@ -13,6 +13,7 @@ from actors.playing.played import EpisodeLimits, PlayedEpisode
 from core.arrays import Bits
 from core.errors import DataError
 from core.records import Sample
+from core.users import pictures
 from environments import EnvironmentFailure, Turn
 from tests.support.playing import Asked, Behaviour, DigitSpeech, ScriptedPlace, turns
 from tests.support.said import generated
@@ -290,3 +291,15 @@ def test_rewards_that_add_up_beyond_floats_are_an_error_of_the_sample() -> None:
     episode.poll()
     assert kept(episode).reward is None
     assert "add up to no finite number, the last: 1e+308, 1e+308" in str(kept(episode).error)
+
+
+def test_functions_see_an_environment_without_attributes_where_a_limit_cut_before_it_showed_any() -> None:
+    def behave(asked: Asked) -> tuple[float, Turn]:
+        return 0 if asked.what == "reset" else 100, Turn("4", False)
+
+    episode, _ = begun(behave)
+    episode.poll()
+    episode.act(0, generated(6, 1, text="3"))
+    episode.end_late({})
+    assert kept(episode).error is None
+    assert episode.attributes == pictures.take(object())

@@ -11,10 +11,10 @@ import pytest
 from actors.prompts import load_prompts
 from cluster.preparation import environment_checks
 from cluster.preparation.environment_checks import Acted, check_environments, playable
-from cluster.preparation.suites import load_suites
+from cluster.preparation.suites import check_suites, load_suites
 from core.config import Config
 from core.config.environments import all_paths
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError, DataError, RewardError
 from environments.spec import EnvironmentSpec
 from tests.support.configs import make_config
 from tests.support.dialogues.chat_templates import FAMILIES
@@ -24,6 +24,7 @@ ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "o
 PATHS = {"game": "mine:Game", "sums": "mine:Sums"}
 SPECS = {
     "mine:Game": EnvironmentSpec("game", "mine:Game", "turns", has_reward=True, columns=("secret",)),
+    "mine:agent": EnvironmentSpec("agent", "mine:agent", "harness", has_reward=True),
     "mine:Sums": EnvironmentSpec("sums", "mine:Sums", "tools", tools=(ADD,)),
 }
 
@@ -109,3 +110,43 @@ def test_an_environment_without_a_reward_cannot_be_the_reward(config):
     )
     with pytest.raises(ConfigError, match=r"mine:Sums has no reward of its own.*get_reward\(\)"):
         check_environments(asked, tokenizer(), ())
+
+
+def test_a_reward_that_no_function_names_is_told(config):
+    (note,) = [note for note in check_environments(config, tokenizer(), ()).notes if "counts for" in note]
+    assert "warning: rewards.functions does not name 'environment': what mine:Game may give" in note
+    named = config.rewards.model_copy(update={"functions": {"exact_match": 1.0, "environment": 0.0}})
+    only = {
+        "environments": "mine:Game",
+        "rewards": named,
+        "eval": config.eval.model_copy(update={"suites": {}}),
+    }
+    notes = check_environments(config.model_copy(update=only), tokenizer(), ()).notes
+    assert not any("counts for" in note for note in notes)
+
+
+READS = {"tests.support.reward_functions:score_of_environment": 1.0}
+
+
+def test_functions_that_read_environments_are_refused_where_a_harness_has_none_to_show(config):
+    functions = {"rewards": config.rewards.model_copy(update={"functions": READS})}
+    of_run = {"environments": "mine:agent", "eval": config.eval.model_copy(update={"suites": {}})}
+    with pytest.raises(RewardError, match=r"^rewards\.functions: .* mine:agent is a harness"):
+        check_environments(config.model_copy(update=of_run | functions), tokenizer(), ())
+    asked = make_config(
+        eval={"suites": {"m": {"path": "x", "environments": "mine:agent", "functions": READS}}}
+    )
+    with pytest.raises(RewardError, match=r"^eval\.suites\.m\.functions: .* mine:agent is a harness"):
+        check_environments(asked, tokenizer(), ())
+
+
+def test_functions_that_read_environments_are_refused_in_a_suite_without_any():
+    suite = {"path": "x", "functions": READS}
+    with pytest.raises(
+        RewardError, match=r"^eval\.suites\.m\.functions: .* set eval\.suites\.m\.environments"
+    ):
+        check_suites(make_config(eval={"suites": {"m": suite}}))
+    check_suites(make_config(eval={"suites": {"m": {**suite, "environments": "mine:Game"}}}))
+    inherits = {"environments": "mine:Game", "rewards": {"functions": READS}}
+    with pytest.raises(RewardError, match=r"^eval\.suites\.m\.functions: "):
+        check_suites(make_config(inherits, eval={"suites": {"m": {"path": "x", "environments": "none"}}}))
