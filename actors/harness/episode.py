@@ -192,11 +192,13 @@ class HarnessEpisode(Episode):
             self._reward, self.attributes = turn.reward, turn.attributes
             if turn.reward is not None and not math.isfinite(turn.reward):
                 raise EnvironmentFailure("raised", f"its reward is {turn.reward}")
-            if not self._recording.num_turns and not self.limit:
+            if not self._recording.num_turns:
                 raise EnvironmentFailure("raised", "it ended without a call that the policy answered")
         except EnvironmentFailure as failure:
-            self.failure = failure.kind
-            self.fail(f"environment {self._name}: {failure}")
+            self.failure, text = failure.kind, f"environment {self._name}: {failure}"
+            if self._recording.too_long and not self._recording.num_turns:
+                text += f"; {self._recording.too_long}"
+            self.fail(text)
         self.is_over = True
 
     def _note_wait(self) -> None:

@@ -90,7 +90,8 @@ class _Open(NamedTuple):
 class Recording:
     """The calls of a sample's harness, one at a time: `ask(request)`, then `answer(generation)` or `drop()`.
 
-    Of the limits, `max_turns` counts answers, and `max_sequence_tokens` bounds each segment.
+    Of the limits, `max_turns` counts answers, and `max_sequence_tokens` bounds each segment. `too_long` says
+    how long the last call was that left no room for an answer; "" where all had room.
     """
 
     def __init__(self, dialogues: Dialogues, limits: EpisodeLimits) -> None:
@@ -98,7 +99,7 @@ class Recording:
         self._segments: list[_Segment] = []
         self._open: _Open | None = None
         self.num_asked = self.num_turns = self.num_tool_calls = self.num_sampled = 0
-        self.limit = ""
+        self.limit = self.too_long = ""
         self.text = ""
         self.transcript: list[tuple[str, str]] = []
 
@@ -120,6 +121,10 @@ class Recording:
         room = self._limits.max_sequence_tokens - len(tokens)
         if room < 1:
             self.limit, self._open = MAX_SEQUENCE_TOKENS, None
+            self.too_long = (
+                f"a call is {len(tokens)} tokens long, which leaves no room for an answer: "
+                f"actors.max_sequence_tokens is {self._limits.max_sequence_tokens}"
+            )
             return None
         self._open = opened._replace(num_tokens=len(tokens))
         self.num_asked += 1

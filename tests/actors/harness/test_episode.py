@@ -208,6 +208,35 @@ def test_at_a_limit_calls_are_answered_with_length_and_the_sample_is_truncated(e
     assert played.place.clock == ["pause", "resume"] * 2  # It goes on while limits answer.
 
 
+async def long_winded(client: openai.AsyncOpenAI) -> float:
+    found = await client.chat.completions.create(model="policy", messages=[user("a" * 3000)])
+    assert found.choices[0].finish_reason == "length"
+    return 0.0
+
+
+async def long_winded_and_strict(client: openai.AsyncOpenAI) -> float:
+    await long_winded(client)
+    raise KeyError("oops")
+
+
+@pytest.mark.parametrize(
+    ("play", "why"),
+    [
+        (long_winded, "it ended without a call that the policy answered; a call is "),
+        (long_winded_and_strict, "KeyError: 'oops'; a call is "),
+    ],
+)
+def test_a_first_call_that_leaves_no_room_is_an_error_that_says_so(endpoint, play, why):
+    played = Played(endpoint, play)
+    assert played.sample is not None
+    assert (played.sample.reward, played.episode.failure) == (None, "raised")
+    error = str(played.sample.error)
+    assert error.startswith(f"environment agent: {why}")
+    assert error.endswith(
+        " tokens long, which leaves no room for an answer: actors.max_sequence_tokens is 2000"
+    )
+
+
 async def wrong(client: openai.AsyncOpenAI) -> float:
     with pytest.raises(openai.BadRequestError, match="n = 2 is not supported"):
         await client.chat.completions.create(model="policy", messages=[user("a")], n=2)
