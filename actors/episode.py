@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from core.arrays import Bits, Float32s, Int32s
 from core.records import Sample, VersionSpan
-from environments.one_turn import OneTurn
 
 MAX_NEW_TOKENS = "max_new_tokens"
 
@@ -129,7 +128,6 @@ class Episode:
 
     def __init__(self, first: Sequence[int]) -> None:
         self._first, self._trajectory = first, Trajectory(first)
-        self._environment = OneTurn()
         self._is_asked = False
         self._text = ""
 
@@ -167,7 +165,7 @@ class Episode:
         self._text = generation.text
         if generation.finish_reason == "length":
             self.limit = MAX_NEW_TOKENS
-        self.is_over = self._environment.step(generation.text).done
+        self.is_over = True
 
     def end_late(self, said: Mapping[int, Generation]) -> None:
         """Ends it at a deadline, with what it had said by then to each question; the engine has nothing of it

@@ -4,8 +4,8 @@
 
 Environments speak text and messages: tokens are the concern of the actors (actors/episode.py), which append
 an observation's tokens to the trajectory as tokens that were not sampled. A user's class or function never
-runs in an actor: `EnvironmentPool` runs it in processes that can be killed. Neither Ray nor torch is imported
-here.
+runs in an actor: `EnvironmentPool` runs it in processes that can be killed. A prompt and its answer need no
+environment. Neither Ray nor torch is imported here.
 
     spec          says what an environment is, by a process of its own (describing, loading)
     pool          holds the places of open episodes, and completes their futures
@@ -13,7 +13,6 @@ here.
     template      has loaded an environment, starts its places and ends what is left of them
     place         is the life of a process in which episodes are played (acting: of one episode)
     tool_calls    reads the calls in what a policy said
-    one_turn      is the environment of a prompt and its answer, which needs no process
     calculator, guessing, python_tool    are environments like users' own
 """
 

@@ -69,8 +69,8 @@ def read_name(name: str) -> RewardName:
 
 
 class WeightedReward(NamedTuple):
-    """A loaded function with the name it was asked for by and its weight in the sum; `score_group` calls a
-    list of them.
+    """A loaded function with the name it was asked for by and its weight in the sum; worker processes
+    call it (rewards/workers/).
 
     `messages` says that the function gets lists of messages instead of texts.
     """
@@ -133,8 +133,3 @@ def _with_parameters(name: str, function: Any, parameters: Mapping[str, str]) ->
             f"reward function {name!r}: {name.partition('?')[0]} takes no parameter {next(iter(parameters))!r}, nor any other"
         )
     return function
-
-
-def needed_columns(name: str, function: Any) -> tuple[str, ...]:
-    """Returns the columns of the dataset without which `function` cannot be called."""
-    return read_signature(name, function).columns

@@ -15,6 +15,7 @@ from core.config.section import MAX_TOKENS, Section, shown
 from core.config.text import strange_character
 from core.text import option_of
 
+_SHARES_EXAMPLE = "for example {train.jsonl: 0.7, 'reasoning_gym:chain_sum': 0.3}"
 MAX_PERIOD = 10_000
 """Of the pattern in which sources take turns: prompts after which each has had its share exactly."""
 
@@ -140,8 +141,8 @@ class DataConfig(Section):
             _check_shares(value)
         elif value == "" or not isinstance(value, str | None):
             raise ValueError(
-                f"data.path = {shown(value)}: expected a path or a hub id that is not empty, or several of them with their shares, "
-                "for example {train.jsonl: 0.7, 'reasoning_gym:chain_sum': 0.3}"
+                f"data.path = {shown(value)}: expected a path or a hub id that is not empty, or several of them "
+                f"with their shares, {_SHARES_EXAMPLE}"
             )
         return value
 
@@ -205,17 +206,16 @@ class DataConfig(Section):
 
 def _check_shares(value: dict[Any, Any]) -> None:
     """Raises ValueError unless every source has a name and a share above 0, and the shares are round ones."""
-    example = "for example {train.jsonl: 0.7, 'reasoning_gym:chain_sum': 0.3}"
     if not value:
-        raise ValueError(f"data.path = {{}}: expected paths and their shares, {example}")
+        raise ValueError(f"data.path = {{}}: expected paths and their shares, {_SHARES_EXAMPLE}")
     for name, share in value.items():
         if not isinstance(name, str) or not name or (strange := strange_character(name, is_prose=False)):
             raise ValueError(
-                f"data.path: {shown(name)} is no path{f': {strange}' if name else ''}; {example}"
+                f"data.path: {shown(name)} is no path{f': {strange}' if name else ''}; {_SHARES_EXAMPLE}"
             )
         if type(share) not in (int, float) or not 0 < share <= MAX_PERIOD:
             raise ValueError(
-                f"data.path: the share of {name} is {shown(share)}, expected a number above 0, {example}"
+                f"data.path: the share of {name} is {shown(share)}, expected a number above 0, {_SHARES_EXAMPLE}"
             )
     shares = [Fraction(repr(share)) for share in value.values()]
     scale = math.lcm(*(share.denominator for share in shares))

@@ -6,9 +6,9 @@ import functools
 
 import pytest
 
-from rewards.registry import WeightedReward, load_reward, needed_columns
+from rewards.registry import WeightedReward, load_reward
 from rewards.scoring import Scored
-from rewards.signature import takes_messages
+from rewards.signature import read_signature, takes_messages
 from tests.support.scores import GIVEN, score, score_group
 
 
@@ -121,9 +121,10 @@ def test_the_abbreviations_p_and_c_are_given_in_this_order():
 
 
 def test_columns_without_which_a_function_cannot_be_called():
-    assert needed_columns("f", lambda completions, solution, target=None, **columns: 0) == ("solution",)
-    assert needed_columns("f", lambda prompts, completions, **columns: 0) == ()
-    assert needed_columns("f", load_reward("math_verify")) == ("answer",)
+    needed = read_signature("f", lambda completions, solution, target=None, **columns: 0).columns
+    assert needed == ("solution",)
+    assert read_signature("f", lambda prompts, completions, **columns: 0).columns == ()
+    assert read_signature("f", load_reward("math_verify")).columns == ("answer",)
 
 
 def test_prompts_and_completions_come_as_messages_where_that_is_asked_for():
