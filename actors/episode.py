@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from core.arrays import Bits, Float32s, Int32s
 from core.records import Sample, VersionSpan
 
-MAX_NEW_TOKENS = "max_new_tokens"
+MAX_NEW_TOKENS, DEADLINE = "max_new_tokens", "straggler_timeouts_s"
 
 
 class Generation(NamedTuple):
@@ -114,6 +114,8 @@ class Episode:
 
     is_over             whether nothing is asked of anybody any more
     failure             why an environment ended it, one of its kinds of failure; "" if none did
+    silence             which environment had not answered when a deadline ended it, and at which setting; "" if
+                        none was silent
     limit               the setting that cut it, a name of the section `actors`; "" where none did
     num_tool_calls, num_tool_errors     tool calls, and those that gave no result
     attributes          what reward functions may see of its environment, packed
@@ -121,7 +123,7 @@ class Episode:
     """
 
     is_over = False
-    failure = limit = ""
+    failure = silence = limit = ""
     num_tool_calls = num_tool_errors = num_answers = 0
     environment_s = 0.0
     attributes: bytes | None = None
@@ -175,6 +177,12 @@ class Episode:
             self._trajectory.say(generation)
             self._text = generation.text
         self.is_over = True
+
+    def note_silence(self, name: str) -> None:
+        """Notes that a deadline ended it while its environment `name` had yet to answer. What it said is
+        kept: reward functions may score it without the environment.
+        """
+        self.failure, self.silence = "timeout", f"environment {name}: had not answered at actors.{DEADLINE}"
 
     def fail(self, text: str) -> None:
         """Ends it without anything to keep, for what `text` says."""

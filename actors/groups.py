@@ -101,6 +101,7 @@ class OpenGroup:
     offline     those that make up the group with them
     unfinished  those still open, by number
     attributes  by number what reward functions may see of the environments of samples, packed
+    silences    by number which environments of samples had not answered at a deadline, in words
     reason      why samples were cut or dropped; empty when none was
     """
 
@@ -113,6 +114,7 @@ class OpenGroup:
     reason: str = ""
     unfinished: dict[int, OpenSample | None] = field(init=False)
     attributes: dict[int, bytes] = field(default_factory=dict)
+    silences: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.unfinished = {number: None for number, sample in enumerate(self.samples) if sample is None}
@@ -440,6 +442,8 @@ class Groups:
             self._count_environment(episode)
             if episode.attributes is not None:
                 group.attributes[number] = episode.attributes
+            if episode.silence:
+                group.silences[number] = episode.silence
         if group.unfinished:
             return []
         del self._open[group.key]

@@ -175,10 +175,17 @@ class Scoring:
 
 
 def _scored_members(group: OpenGroup, scores: Sequence[Scored]) -> list[Sample]:
-    """Returns the group's members with what they are worth; an environment's reward is part of the sum."""
-    num_offline = len(group.offline)
+    """Returns the group's members with what they are worth; an environment's reward is part of the sum. The
+    error of one that nothing could score names the environment that had not answered.
+    """
+    numbers = [number for number, sample in enumerate(group.samples) if sample is not None]
     generated = [
         sample if sample.reward is None else msgspec.structs.replace(sample, reward=None)
-        for sample in group.members[: len(group.members) - num_offline]
+        for sample in group.members[: len(numbers)]
     ]
-    return with_scores([*generated, *group.offline], scores)
+    members = with_scores([*generated, *group.offline], scores)
+    for place, number in enumerate(numbers):
+        error, silence = members[place].error, group.silences.get(number)
+        if error is not None and silence is not None:
+            members[place] = msgspec.structs.replace(members[place], error=f"{silence}; {error}")
+    return members

@@ -20,11 +20,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from actors.episode import Ask, Episode, Generation
+from actors.episode import DEADLINE, Ask, Episode, Generation
 from actors.harness.chat import ApiError
 from actors.harness.endpoint import LOOPBACK, MODEL, ChatCall, Endpoint
 from actors.harness.recording import Dialogues, Recording
-from actors.playing.played import DEADLINE, EpisodeLimits
+from actors.playing.played import EpisodeLimits
 from core.records import Sample
 from environments import EnvironmentFailure, Turn
 
@@ -133,6 +133,8 @@ class HarnessEpisode(Episode):
         if call is not None and not said:
             call.answer(self._recording.cut_answer())
         self.is_over = bool(self.limit) or not self._recording.num_turns
+        if self.is_over and call is None:
+            self.note_silence(self._name)
         self.limit = self.limit or DEADLINE
 
     def fail(self, text: str) -> None:

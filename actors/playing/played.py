@@ -17,14 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal, Protocol
 
-from actors.episode import MAX_NEW_TOKENS, Ask, Episode, Generation, Trajectory
+from actors.episode import DEADLINE, MAX_NEW_TOKENS, Ask, Episode, Generation, Trajectory
 from core.errors import DataError
 from core.records import Sample
 from core.sums import total
 from core.users import pictures
 from environments import EnvironmentFailure, Observation, ToolCall, Turn
 
-MAX_TURNS, MAX_SEQUENCE_TOKENS, DEADLINE = "max_turns", "max_sequence_tokens", "straggler_timeouts_s"
+MAX_TURNS, MAX_SEQUENCE_TOKENS = "max_turns", "max_sequence_tokens"
 
 
 class Answered(Protocol):
@@ -164,6 +164,8 @@ class PlayedEpisode(Episode):
         if self._future is None and self._num_turns:
             self._cut(DEADLINE)
         else:
+            if self._future is not None:
+                self.note_silence(self._name)
             self.limit, self.is_over = self.limit or DEADLINE, True
             self._future = None  # What it answers now comes too late.
 

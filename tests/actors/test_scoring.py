@@ -114,6 +114,24 @@ def test_a_rollouts_reward_is_part_of_the_sum_and_a_logs_reward_stands() -> None
     assert [found.reward for found in samples] == [1.0, 7.0]
 
 
+def test_an_environment_that_was_silent_at_a_deadline_is_named_where_nothing_else_scores() -> None:
+    silence = "environment game: had not answered at actors.straggler_timeouts_s"
+
+    def taken(**functions: float) -> list[tuple[float | None, str | None]]:
+        open_group = OpenGroup(WorkItem(0, 0, 0), PROMPT, [None, sample(), sample(reward=0.5)])
+        open_group.silences = {0: silence, 1: silence}
+        with scorer(**functions) as made:
+            scoring = Scoring(made, max_pending=1)
+            scoring.submit(open_group)
+            scoring.futures[0].result(60)
+            ((_, samples),) = scoring.take()
+        return [(found.reward, found.error) for found in samples]
+
+    none = "environment returned None (could not score)"
+    assert taken(environment=2.0) == [(None, f"{silence}; {none}"), (1.0, None)]
+    assert taken(environment=2.0, **{"overlong?from=1&to=3": 1.0}) == [(-0.5, None), (0.5, None)]
+
+
 def test_sums_beyond_floats_and_whatever_is_raised_leave_no_future_open(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

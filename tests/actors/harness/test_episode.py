@@ -294,4 +294,5 @@ def test_a_second_deadline_ends_it(endpoint):
     sample = episode.sample()
     assert sample is not None
     assert (sample.reward, sample.finish_reason, sample.error) == (None, "length", None)
+    assert episode.silence == "environment agent: had not answered at actors.straggler_timeouts_s"
     episode.close()

@@ -256,6 +256,25 @@ def test_a_deadline_keeps_what_was_said(
         assert sample.reward == (0.0 if is_finished else None)
 
 
+SILENT = "environment game: had not answered at actors.straggler_timeouts_s"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "silence"),
+    [
+        (lambda episode: None, SILENT),
+        (in_the_engine, ""),
+        (in_the_environment, SILENT),
+        (in_the_engine_again, ""),
+    ],
+)
+def test_an_environment_that_is_silent_at_a_deadline_is_named(prepare: Prepare, silence: str) -> None:
+    episode, _ = begun(turns(9))
+    prepare(episode)
+    episode.end_late({})
+    assert (episode.silence, episode.failure) == (silence, "timeout" if silence else "")
+
+
 def test_what_an_environment_answers_at_its_deadline_comes_too_late() -> None:
     """The answer is there, but was not taken yet: the engine must not be asked for what is over."""
     for prepare in (lambda episode: None, in_the_environment):
@@ -278,6 +297,7 @@ def test_a_deadline_does_not_wait_for_ever_for_what_an_episode_is_worth() -> Non
     assert not episode.is_over
     episode.end_late({})
     assert kept(episode).num_sampled == 2
+    assert episode.silence == SILENT
 
 
 def test_rewards_that_add_up_beyond_floats_are_an_error_of_the_sample() -> None:
