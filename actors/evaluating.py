@@ -25,7 +25,7 @@ from core.errors import RewardError
 from core.evaluation.records import EvalItem, EvalSample
 from core.records import Sample
 from core.weights.board import BoardClient
-from rewards.scoring import Scored
+from rewards.scoring import Scored, shorten
 
 
 class Evaluating:
@@ -132,7 +132,7 @@ class LateScorer:
     """
 
     def __init__(self, make: Callable[[], Scorer]) -> None:
-        """`make` may raise RewardError: whatever is asked is then an error, which says so."""
+        """`make` may raise: whatever is asked is then an error, which says so."""
         self._made: Future[Scorer] = Future()
         threading.Thread(target=self._make, args=(make,), name="suite-scorer", daemon=True).start()
 
@@ -145,8 +145,9 @@ class LateScorer:
         def ask(made: Future[Scorer]) -> None:
             try:
                 asked = made.result().score(prompt, samples, attributes)
-            except RewardError as error:
-                scored.set_result([Scored(error=str(error))] * len(samples))
+            except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for the future
+                told = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+                scored.set_result([Scored(error=shorten(told))] * len(samples))
             else:
                 asked.add_done_callback(lambda done: scored.set_result(done.result()))
 
@@ -165,9 +166,11 @@ class LateScorer:
 
     def _make(self, make: Callable[[], Scorer]) -> None:
         try:
-            self._made.set_result(make())
-        except RewardError as error:
+            made = make()
+        except Exception as error:  # noqa: BLE001 - whoever asks is told
             self._made.set_exception(error)
+        else:
+            self._made.set_result(made)
 
 
 def _close(made: Future[Scorer]) -> None:

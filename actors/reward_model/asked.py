@@ -144,8 +144,8 @@ def whole_conversation(
 
 
 def gathered(futures: Sequence[Future[T]]) -> Future[list[T]]:
-    """Returns a future of all their results, in order, which is done when the last of them is. None of them
-    may have an exception.
+    """Returns a future of all their results, in order, which is done when the last of them is; it has the
+    exception of one that has any.
     """
     done: Future[list[T]] = Future()
     lock, left = threading.Lock(), len(futures)
@@ -155,8 +155,14 @@ def gathered(futures: Sequence[Future[T]]) -> Future[list[T]]:
         with lock:
             left -= 1
             is_last = not left
-        if is_last:
-            done.set_result([future.result() for future in futures])
+        if not is_last:
+            return
+        try:
+            results = [future.result() for future in futures]
+        except Exception as error:  # noqa: BLE001 - handed on: a callback's exception would be lost
+            done.set_exception(error)
+        else:
+            done.set_result(results)
 
     if not futures:
         done.set_result([])

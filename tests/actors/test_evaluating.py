@@ -160,3 +160,17 @@ def test_an_evaluation_takes_its_share_of_tokens_and_leaves_the_slots_as_full(be
     filled_with, num_with = filled(is_evaluated=True)
     assert num_with > num_without
     assert filled_with > 0.9 * without, f"tokens a step: {filled_with:.1f} against {without:.1f}"
+
+
+def test_whatever_keeps_a_scorer_from_being_made_or_asked_is_told_by_its_samples() -> None:
+    class Broken:
+        def score(self, *_: Any) -> Any:
+            raise ZeroDivisionError("when it was asked")
+
+    def make() -> Any:
+        raise OSError("no process to be had")
+
+    (found,) = LateScorer(make).score(rows(1)[0], ["a"]).result(10)
+    assert found.error == "OSError: no process to be had"
+    (found,) = LateScorer(Broken).score(rows(1)[0], ["a"]).result(10)
+    assert found.error == "ZeroDivisionError: when it was asked"

@@ -122,6 +122,10 @@ def test_gathered_is_done_with_the_last() -> None:
     first.set_result(1)
     assert both.result(1) == [1, 2]
     assert gathered([]).result(1) == []
+    third: Future[int] = Future()
+    failed = gathered([first, third])
+    third.set_exception(ZeroDivisionError("by a client"))
+    assert isinstance(failed.exception(1), ZeroDivisionError), "told, and not open for ever"
 
 
 def test_without_a_run_a_model_is_loaded_where_it_is_asked(tmp_path: Path) -> None:
