@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 STEPS = 70
 MAX_KILLS = 7
 EVERY_S = 7.0
-# 280 groups from two actors: 35 s at least.
-PACE = "rewards.functions={tests.support.reward_functions:in_a_quarter_second: 1}"
+# 280 groups from two actors, each of which scores one at a time: 35 s at least.
+PACE = ("rewards.functions={tests.support.reward_functions:in_a_quarter_second: 1}", "rewards.workers=1")
 # Of prompts whose samples all say something, and of groups all of whose samples are as long as one another.
 WORTH = ("data.curriculum=1?reward=1", "buffer.skip_equal_rewards=true")
 # What dies, and how: an engine lives in its actor's process, so that a stopped process is a hung engine.
@@ -104,7 +104,7 @@ def test_training_ends_at_its_step_count_with_a_clean_audit_though_something_die
         "buffer.uses_per_group=2",
         "eval.every=1000",
         "checkpoint.every=20",
-        PACE,
+        *PACE,
         "actors.count=2",
         *(WORTH if num_shards > 1 else ()),
     )
