@@ -55,7 +55,7 @@ class TestFinishedRun:
         assert all(METRICS.keys() <= row.keys() for row in rows)
         last = rows[-1]
         # Of the buckets, only those that have samples are known; the mismatch, where there are fresh ones.
-        may_lack = ("by_", "mismatch/", "objective/brake_share")
+        may_lack = ("by_", "mismatch/", "objective/brake_share", "environment/")
         unknown = [name for name in METRICS if last[name] is None and not name.startswith(may_lack)]
         assert rows[0]["mismatch/mean"] < 1e-4
         # A share of nothing.
@@ -63,6 +63,9 @@ class TestFinishedRun:
             (row["objective/brake_share"] is None) == (row["objective/reward_std"] == 0) for row in rows
         )
         assert any(row["by_staleness/advantage_1-3"] is not None for row in rows)
+        scored = {"reward/queue_s", "reward/busy_share"}  # Where groups were scored since the row before.
+        assert all(any(row[name] is not None for row in rows) for name in scored)
+        unknown = [name for name in unknown if name not in scored]
         assert set(unknown) in (set(), {"perf/sampled_tokens_per_s", "time/actor_busy_fraction"}), unknown
 
     def test_off_policy_within_the_bound(self, run: tuple[Path, str]) -> None:
