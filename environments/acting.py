@@ -16,12 +16,11 @@ import numbers
 import os
 import random
 import sys
-import traceback
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from core.users import pictures
-from core.users.code import in_one_line
+from core.users.code import in_one_line, place_of
 from environments import EnvironmentFailure, Observation, ToolCall, ToolErrorKind, Turn
 from environments.loading import UserEnvironment, by_name
 from environments.wire import Question
@@ -190,12 +189,7 @@ class Acting:
             raise self._raised(what, error) from None
 
     def _raised(self, what: str, error: BaseException) -> EnvironmentFailure:
-        frames = traceback.extract_tb(error.__traceback__)
-        theirs = [frame for frame in frames if frame.filename != __file__]
-        where = ""
-        if theirs:
-            where = f" ({os.path.basename(theirs[-1].filename)}:{theirs[-1].lineno})"
-        return EnvironmentFailure("raised", f"{what} raised {in_one_line(error)}{where}")
+        return EnvironmentFailure("raised", _told(what, error))
 
     def _broken(self, what: str, returned: Any, expected: str) -> EnvironmentFailure:
         shown = " ".join(repr(returned)[:80].split())
@@ -251,6 +245,13 @@ class Acting:
         raise self._broken(
             what, value, "nothing in a message but text, numbers, lists, and mappings with text as keys"
         )
+
+
+def _told(what: str, error: BaseException) -> str:
+    """Returns what raised what, and where, in one line."""
+    place = place_of(error, __file__)
+    where = f" ({os.path.basename(place.filename)}:{place.lineno})" if place else ""
+    return f"{what} raised {in_one_line(error)}{where}"
 
 
 def at_once(coroutine: Coroutine[Any, Any, T]) -> T:

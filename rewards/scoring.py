@@ -25,6 +25,7 @@ import msgspec
 from core.errors import RewardError
 from core.sums import total
 from core.users import pictures
+from core.users.code import place_of
 from rewards.registry import WeightedReward
 from rewards.signature import OWN, read_signature
 
@@ -254,12 +255,12 @@ def _kind(value: Any) -> str:
 
 
 def describe(reward: WeightedReward, error: BaseException) -> str:
-    """Returns `name raised ValueError: message (file.py:12 in function)`, the end of the traceback in one
-    line.
+    """Returns `name raised ValueError: message (file.py:12 in function)`, the user's last line
+    in the traceback.
     """
     message = _line(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    place = place_of(error, __file__)
+    where = f" ({Path(place.filename).name}:{place.lineno} in {place.name})" if place else ""
     wants_messages = not reward.messages and "string indices must be integers" in message
     hint = ". It may want messages: write ?messages behind its name" if wants_messages else ""
     return f"{reward.name} raised {message[: MAX_ERROR_CHARS - 200]}{where}{hint}"

@@ -8,12 +8,20 @@ import difflib
 import importlib
 import os
 import sys
+import sysconfig
+import traceback
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from core.errors import AgroError
 
 MAX_REASON_CHARS = 300
+_OWN = Path(__file__).resolve().parents[2]
+_ROOMS = ("actors", "buffer", "cluster", "core", "environments", "learner", "rewards")
+_NOT_THEIRS = tuple(
+    f"{folder}{os.sep}" for folder in (sysconfig.get_path("stdlib"), *(str(_OWN / room) for room in _ROOMS))
+)
 
 
 def find(what: str, path: str, error: type[AgroError]) -> Any:
@@ -57,6 +65,20 @@ def in_one_line(error: BaseException) -> str:
     message = message.encode("utf-8", errors="replace").decode("utf-8")
     reason = " ".join(f"{type(error).__name__}: {message}".split()).removesuffix(":")
     return reason if len(reason) <= MAX_REASON_CHARS else reason[: MAX_REASON_CHARS - 3] + "..."
+
+
+def place_of(error: BaseException, asker: str) -> traceback.FrameSummary | None:
+    """Returns where in the user's code the error came from: not in a library that it calls. Where none of it is
+    the user's, the last place outside the file `asker`, which called it; None where there is none.
+    """
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != asker]
+    found = [frame for frame in frames if _is_theirs(frame.filename)] or frames
+    return found[-1] if found else None
+
+
+def _is_theirs(file: str) -> bool:
+    is_installed = not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+    return not (is_installed or file.startswith("<") or os.path.abspath(file).startswith(_NOT_THEIRS))
 
 
 def _import(what: str, module_name: str, error: type[AgroError]) -> ModuleType:
