@@ -54,6 +54,13 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def shown_name(environment: str, path: str) -> str:
+    """Returns how an environment is called in errors: by its name in the whole run, or by its path where the
+    user gave no name.
+    """
+    return path if environment.rpartition(".")[2] == ONLY else environment
+
+
 def key_of(environment: str) -> str:
     """Returns the config's key of an environment by its name in the whole run, for errors:
     `environments.game`; that of a suite, `math.game`, is `eval.suites.math.environments.game`.

@@ -10,6 +10,7 @@ environment. Neither Ray nor torch is imported here.
     spec          says what an environment is, by a process of its own (describing, loading)
     pool          holds the places of open episodes, and completes their futures
     nursery       keeps the processes of one environment, as the pool sees them (wire: what passes between)
+    tool_errors   warns of tools that fail at most calls
     template      has loaded an environment, starts its places and ends what is left of them
     place         is the life of a process in which episodes are played (acting: of one episode)
     tool_calls    reads the calls in what a policy said
@@ -39,6 +40,7 @@ class Turn(NamedTuple):
     attributes   the environment's public attributes when the episode was over, as `core.users.pictures` packs them
                  for reward functions that read `environments`; None before
     tool_errors  why tool calls of this turn gave no result; the policy was told in the observation
+    last_error   what the last of them said, in one line; "" without any
     """
 
     observation: Observation
@@ -46,6 +48,7 @@ class Turn(NamedTuple):
     reward: float | None = None
     attributes: bytes | None = None
     tool_errors: tuple[ToolErrorKind, ...] = ()
+    last_error: str = ""
 
 
 class ToolCall(NamedTuple):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from core.users import pictures
-from core.users.code import in_one_line, place_of
+from core.users.code import in_one_line, one_line, place_of
 from environments import EnvironmentFailure, Observation, ToolCall, ToolErrorKind, Turn
 from environments.loading import UserEnvironment, by_name
 from environments.wire import Question
@@ -111,33 +111,44 @@ class Acting:
         """Runs the calls in turn; without any the policy has said its last."""
         if not calls:
             return await self._over(None)
-        messages, errors = [], []
+        messages, errors, last_error = [], [], ""
         for call in calls:
-            result, error = await self._call(call)
+            result, error, told = await self._call(call)
+            last_error = told or last_error
             content = result if isinstance(result, str) else str(result)
             message = {"role": "tool", "name": call.name, "content": content}
             if call.id:
                 message["tool_call_id"] = call.id
             messages.append(message)
             errors += [error] if error is not None else []
-        return Turn(self._clean(tuple(messages), "a tool"), done=False, tool_errors=tuple(errors))
+        return Turn(
+            self._clean(tuple(messages), "a tool"),
+            done=False,
+            tool_errors=tuple(errors),
+            last_error=last_error,
+        )
 
-    async def _call(self, call: ToolCall) -> tuple[Any, ToolErrorKind | None]:
-        """Returns a tool's result, or what the policy is told instead and what kind of error that is."""
+    async def _call(self, call: ToolCall) -> tuple[Any, ToolErrorKind | None, str]:
+        """Returns a tool's result, or what the policy is told instead, what kind of error that is, and what
+        its user may be told of it.
+        """
         if call.problem or call.arguments is None:
-            return {"error": call.problem or "the arguments could not be read"}, "unparsable"
+            problem = call.problem or "the arguments could not be read"
+            return {"error": problem}, "unparsable", one_line(problem)
         if call.name not in self._loaded.tool_names:
             there = ", ".join(self._loaded.tool_names) or "none"
-            return {"error": f"there is no tool {call.name!r}; there are: {there}"}, "unknown"
+            problem = f"there is no tool {call.name!r}; there are: {there}"
+            return {"error": problem}, "unknown", one_line(problem)
         tool = getattr(self._environment, call.name)
         try:
             inspect.signature(tool).bind(**call.arguments)
         except TypeError as error:
-            return {"error": f"{call.name}: {error}"}, "arguments"
+            problem = f"{call.name}: {error}"
+            return {"error": problem}, "arguments", one_line(problem)
         try:
-            return await _maybe(tool(**call.arguments)), None
+            return await _maybe(tool(**call.arguments)), None, ""
         except Exception as error:  # noqa: BLE001 - a user's tool may raise anything, and the policy is told
-            return {"error": str(error)}, "raised"
+            return {"error": str(error)}, "raised", _told(call.name, error)
         except BaseException as error:
             if _is_cancelled():
                 raise

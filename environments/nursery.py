@@ -19,10 +19,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from core import children
+from core.text import shown_name
 from environments import EnvironmentFailure, FailureKind, Turn
 from environments.place import CANCEL_LIMIT_S
 from environments.spec import EnvironmentSpec
 from environments.template import Pattern
+from environments.tool_errors import ToolErrors
 from environments.wire import Channel, PlaceOrder, Question, Reply, TemplateReport
 
 STARTUP_TIMEOUT_S = 60.0
@@ -121,6 +123,7 @@ class Nursery:
     ) -> None:
         self._spec, self._timeout_s, self._memory_bytes = spec, turn_timeout_s, memory_bytes
         self._selector, self._counts = selector, counts
+        self._tool_errors = ToolErrors(shown_name(spec.name, spec.path))
         self._room = EPISODES_OF_A_HOST if spec.is_async else 1
         self._template: children.Child | None = None
         self._orders: Channel | None = None
@@ -315,6 +318,7 @@ class Nursery:
             if process.is_retired and not process.playing:
                 self._kill(process)
         elif playing.question is not None and reply.turn is not None:
+            self._tool_errors.count(len(playing.question.calls), reply.turn)
             playing.answer(reply.turn)
         elif playing.question is not None:
             self._fail(playing, reply.kind, reply.text)

@@ -62,14 +62,18 @@ def in_one_line(error: BaseException) -> str:
         message = str(error)
     except Exception:  # noqa: BLE001 - the message of a user's error is written by the user's code
         message = "(its message cannot be read)"
-    message = message.encode("utf-8", errors="replace").decode("utf-8")
-    reason = " ".join(f"{type(error).__name__}: {message}".split()).removesuffix(":")
+    return one_line(f"{type(error).__name__}: {message}").removesuffix(":")
+
+
+def one_line(text: str) -> str:
+    """Returns text on one line of at most MAX_REASON_CHARS, which UTF-8 can write."""
+    reason = " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())
     return reason if len(reason) <= MAX_REASON_CHARS else reason[: MAX_REASON_CHARS - 3] + "..."
 
 
 def place_of(error: BaseException, asker: str) -> traceback.FrameSummary | None:
-    """Returns where in the user's code the error came from: not in a library that it calls. Where none of it is
-    the user's, the last place outside the file `asker`, which called it; None where there is none.
+    """Returns where in the user's code the error came from: not in a library that it calls. Where none of it
+    is the user's, the last place outside the file `asker`, which called it; None where there is none.
     """
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != asker]
     found = [frame for frame in frames if _is_theirs(frame.filename)] or frames
