@@ -234,7 +234,7 @@ class Services:
 
     def kill(self) -> None:
         """Ends them all at once."""
-        self._warnings.close()
+        self._warnings.end()
         for client in (*self.buffer.shards, self.board, self.monitor, *self.reward_models.values()):
             ray.kill(client.handle)
 

@@ -53,6 +53,7 @@ def run_summary(
         "tokens": totals.get("tokens"),
         "samples_per_s": samples_per_s,
         "policy_dir": policy_dir,
+        "environments": sorted(inputs.config.environment_paths),
         "best": None if best is None else {**msgspec.structs.asdict(best), "dir": str(run_dir / FOLDER)},
         "report": str(run_dir / "report.html"),
         "run_dir": str(run_dir),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from collections.abc import Sequence
 
 ROOMS = ("actors", "buffer", "cluster", "core", "environments", "learner", "rewards")
 LIBRARIES = ("vllm", "DeepSpeed")
@@ -21,15 +22,21 @@ OTHERS = "further warnings are in its log only"
 class OwnWarnings(logging.Handler):
     """Counts warnings of the rooms' loggers and errors of everybody's until they are taken. Safe from any
     thread. `warnings = OwnWarnings()` at the start of a process, `monitor.warn(name, warnings.take())` now
-    and again.
+    and again, `warnings.end()`.
+
+    `loggers` are those that it hears; None is the root logger, by which all others come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loggers: Sequence[str | None] = (*LIBRARIES, None)) -> None:
         super().__init__(logging.WARNING)
         self._lock_of_counts = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._known: set[str] = set()
-        for name in (*LIBRARIES, None):
+        self._loggers = loggers
+        self._listen()
+
+    def _listen(self) -> None:
+        for name in self._loggers:
             logging.getLogger(name).addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -50,12 +57,16 @@ class OwnWarnings(logging.Handler):
 
     def take(self) -> dict[str, int]:
         """How often each text was logged since the last call."""
+        self._listen()  # Again: a library that configures its logger (vLLM) throws out who is there.
         with self._lock_of_counts:
             taken, self._counts = self._counts, Counter()
         return dict(taken)
 
-    def close(self) -> None:
-        """Listens no more."""
-        for name in (*LIBRARIES, None):
+    def end(self) -> None:
+        """Listens no more. Not `close`: logging.config.dictConfig, which vLLM and uvicorn call, closes every
+        handler of the process.
+        """
+        for name in self._loggers:
             logging.getLogger(name).removeHandler(self)
-        super().close()
+        self._loggers = ()
+        self.close()

@@ -20,7 +20,8 @@ Its score, put into [0, 1], is the reward.
 | any other status (a wrong key, an unknown model)          | the error of the sample, with what was said      |
 | no score in the reply, or one outside the scale           | the error of the sample, with the reply          |
 
-The sample waits meanwhile and its lease lives on. No failure is ever a score.
+The sample waits meanwhile, which a warning tells every minute, and its lease lives on. No failure is ever a
+score.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
+import logging
 import os
 import random
 import re
@@ -41,6 +43,8 @@ from rewards.pace import Pace
 Messages = list[dict[str, Any]]
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 15.0
 SHOWN_CHARS = 200
+WARN_EVERY_S = 60.0
+_log = logging.getLogger(__name__)
 _SCORE = re.compile(r"score\W{0,6}?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _NUMBER = re.compile(r"\W*(-?\d+(?:\.\d+)?)\W*")
 
@@ -108,6 +112,8 @@ class Judge:
         self._options = {name: value for name, value in self._options.items() if value is not None}
         self._pace = Pace(f"{base_url} {model}", calls_per_minute)
         self._client: Any = None
+        self._down_since_s: float | None = None  # No request has had an answer since.
+        self._warned_s = -float("inf")
         # Asked about its columns before anything starts (rewards/signature.py).
         named = [inspect.Parameter(column, inspect.Parameter.KEYWORD_ONLY) for column in self._shows]
         own = inspect.signature(type(self).__call__).parameters
@@ -176,12 +182,15 @@ class Judge:
         for attempt in itertools.count():
             await self._pace.turn()
             try:
-                return await self._request(messages)
+                reply = await self._request(messages)
+                self._down_since_s = None
+                return reply
             except (openai.APIConnectionError, openai.APIStatusError) as error:
                 pause_s = self._pause_s(error, attempt)
                 give_up_s = give_up_s or time.monotonic() + self._patience_s
                 if time.monotonic() + pause_s > give_up_s:
                     self._refuse(f"did not answer for {self._patience_s:g} s; at last", error)
+                self._warn(error)
                 await asyncio.sleep(pause_s)
         raise AssertionError("count ends never")
 
@@ -195,6 +204,26 @@ class Judge:
             raise JudgeError(
                 f"the judge {self._model} sent no chat completion: {_line(str(answer))}"
             ) from None
+
+    def _warn(self, error: Exception) -> None:
+        """Tells that the judge is asked again: at the first failure, and every minute while none succeeds."""
+        now_s = time.monotonic()
+        self._down_since_s = self._down_since_s or now_s
+        if now_s - self._warned_s < WARN_EVERY_S:
+            return
+        self._warned_s, down_s = now_s, now_s - self._down_since_s
+        url = self._client.base_url  # Without the password that it may hold.
+        since = time.strftime("%H:%M", time.localtime(time.time() - down_s))
+        _log.warning(
+            "the judge %s at %s://%s%s: %s; asked again for up to %g s%s",
+            self._model,
+            url.scheme,
+            url.netloc.decode(),
+            url.path,
+            self._told(error),
+            self._patience_s,
+            f" (no answer for {down_s:.0f} s by now, since {since})" if down_s >= WARN_EVERY_S / 2 else "",
+        )
 
     def _pause_s(self, error: Any, attempt: int) -> float:
         """Returns how long to wait before asking again. Raises JudgeError where asking again is no use."""
@@ -217,10 +246,13 @@ class Judge:
         return min(MAX_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * random.uniform(0.5, 1.0)
 
     def _refuse(self, what: str, error: Exception) -> NoReturn:
+        raise JudgeError(f"the judge {self._model} {what}: {self._told(error)}") from None
+
+    def _told(self, error: Exception) -> str:
         text = _line(str(error))
         if self._key:
             text = text.replace(self._key, "***")  # Services quote keys that they do not know.
-        raise JudgeError(f"the judge {self._model} {what}: {type(error).__name__}: {text}") from None
+        return f"{type(error).__name__}: {text}"
 
     @property
     def _key(self) -> str | None:

@@ -309,9 +309,9 @@ def summary_screen(summary: Mapping[str, Any]) -> str:
         ("W&B", summary.get("wandb_mode") or "-"),
     ]
     if policy:
-        rows += [
-            (verb, f"{_python()} launch.py {verb} {shlex.quote(policy)}") for verb in ("chat", "evaluate")
-        ]
+        # A chat has neither the prompts' form nor the tools of an environment.
+        verbs = ("evaluate",) if summary.get("environments") else ("chat", "evaluate")
+        rows += [(verb, f"{_python()} launch.py {verb} {shlex.quote(policy)}") for verb in verbs]
     outcome = f"stopped: {stopped}" if stopped else "finished"
     lines = [f"{summary.get('name') or '-'} {outcome}", *(f"  {label:<11}{value}" for label, value in rows)]
     return "\n".join(lines)

@@ -81,8 +81,8 @@ class Picture:
         if name in self._left_out:
             raise AttributeError(f"the environment's {name!r} could not be sent here: {self._left_out[name]}")
         raise AttributeError(
-            f"the environment's {name!r} is not here: a reward function sees its public attributes as they were "
-            f"when the episode was over ({there}), and no methods; keep what it needs in an attribute"
+            f"the environment's {name!r} is not here: a reward function sees its public attributes, and no methods; "
+            f"keep what it needs in an attribute (when the episode was over, it had: {there})"
         )
 
     def __setattr__(self, name: str, value: Any) -> None:

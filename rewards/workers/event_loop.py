@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from core.own_warnings import OwnWarnings
 from rewards.registry import WeightedReward
 from rewards.scoring import CallFailed, call_async, describe
 from rewards.workers.worker import BEAT, Request, WorkerReply, completions_of, encoded, votes_of
@@ -22,17 +23,21 @@ from rewards.workers.worker import BEAT, Request, WorkerReply, completions_of, e
 BEAT_S = 0.25
 
 
-def serve_calls(connection: Connection, functions: Sequence[WeightedReward], first: Request) -> NoReturn:
+def serve_calls(
+    connection: Connection, functions: Sequence[WeightedReward], warnings: OwnWarnings, first: Request
+) -> NoReturn:
     """Serves `first` and whatever is asked then, until the socket closes, which ends the process."""
-    asyncio.run(_EventLoop(connection, functions).serve(first))
+    asyncio.run(_EventLoop(connection, functions, warnings).serve(first))
     raise AssertionError("an event loop serves until its process ends")
 
 
 class _EventLoop:
     """The calls under way."""
 
-    def __init__(self, connection: Connection, functions: Sequence[WeightedReward]) -> None:
-        self._connection, self._functions = connection, functions
+    def __init__(
+        self, connection: Connection, functions: Sequence[WeightedReward], warnings: OwnWarnings
+    ) -> None:
+        self._connection, self._functions, self._warnings = connection, functions, warnings
         self._tasks: set[asyncio.Task[Any]] = set()  # The loop itself holds them weakly.
         self._num_open = 0
 
@@ -89,6 +94,6 @@ class _EventLoop:
 
     def _send(self, reply: WorkerReply) -> None:
         try:
-            self._connection.send_bytes(encoded(reply))
+            self._connection.send_bytes(encoded(reply, self._warnings))
         except OSError:  # The actor is gone.
             os._exit(0)

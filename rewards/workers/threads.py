@@ -5,6 +5,7 @@ the process when it is lost.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from typing import Protocol
@@ -18,6 +19,7 @@ from rewards.workers.worker import BEAT, LOOK_EVERY_S, LoadedFunction, MemoryExc
 
 IDLE_S = 60.0
 BLOCKED_GRACE_S = 1.0
+_log = logging.getLogger(__name__)
 
 
 class Pool(Protocol):
@@ -127,6 +129,8 @@ class WorkerThread(threading.Thread):
 
     def _take(self, reply: WorkerReply) -> None:
         self._heard_s = time.monotonic()
+        for text in reply.warnings:
+            _log.warning("%s", text)
         if reply.number == BEAT:
             return
         if reply.number not in self.held:

@@ -31,6 +31,7 @@ import msgspec
 
 from core import children
 from core.errors import RewardError
+from core.own_warnings import OwnWarnings
 from core.text import printable
 from rewards.registry import WeightedReward, load_reward, read_name
 from rewards.scoring import CallFailed, Completions, Value, call, describe, read_answers
@@ -88,13 +89,16 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class WorkerReply(msgspec.Struct, frozen=True):
-    """What became of the request of this number: values and votes, or an `error`."""
+    """What became of the request of this number: values and votes, or an `error`. `warnings` are what was
+    logged meanwhile, whoever did.
+    """
 
     number: int
     values: list[Value] = []
     votes: list[str | None] = []
     error: str | None = None
     timed_out: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 _ENCODER, _REPLY = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(WorkerReply)
@@ -304,6 +308,7 @@ def _described(reward: WeightedReward) -> LoadedFunction:
 
 def _answer_requests(connection: Connection) -> None:
     specs = msgspec.msgpack.decode(connection.recv_bytes(), type=list[FunctionSpec])
+    warnings = OwnWarnings(("rewards",))  # The actor logs them again, and so they become events.
     try:
         functions = [_load(spec) for spec in specs]
         loaded = Loaded([_described(reward) for reward in functions])
@@ -318,7 +323,7 @@ def _answer_requests(connection: Connection) -> None:
                 serve_calls,  # It imports asyncio, which most rewards do without.
             )
 
-            serve_calls(connection, functions, request)
+            serve_calls(connection, functions, warnings, request)
         reward = functions[request.function]
         try:
             completions = completions_of(request)
@@ -329,14 +334,17 @@ def _answer_requests(connection: Connection) -> None:
             reply = WorkerReply(request.number, error=describe(reward, error))
         else:
             reply = WorkerReply(request.number, values, votes_of(request, reward, completions))
-        connection.send_bytes(encoded(reply))
+        connection.send_bytes(encoded(reply, warnings))
 
 
-def encoded(reply: WorkerReply) -> bytes:
-    """Returns the reply in msgpack, which takes no text with half a surrogate pair: such are written out."""
+def encoded(reply: WorkerReply, warnings: OwnWarnings) -> bytes:
+    """Returns the reply in msgpack, with the warnings since the last; msgpack takes no text with half a
+    surrogate pair: such are written out.
+    """
+    told = tuple(map(printable, warnings.take()))
     values = [printable(value) if isinstance(value, str) else value for value in reply.values]
     error = None if reply.error is None else printable(reply.error)
-    return msgspec.msgpack.encode(msgspec.structs.replace(reply, values=values, error=error))
+    return msgspec.msgpack.encode(msgspec.structs.replace(reply, values=values, error=error, warnings=told))
 
 
 def completions_of(request: Request) -> Completions:

@@ -100,6 +100,7 @@ def test_functions_see_environments_and_conversations() -> None:
         found = scoring.score(PROMPT, [sample(transcript=said), sample()], attributes).result(60)
         assert found[0] == Scored(30.25)
         assert "the environment's 'score' is not here" in str(found[1].error)
+        assert "keep what it needs in an attribute" in str(found[1].error), "the remedy is not cut off"
         found = scoring.score(PROMPT, [sample()]).result(60)
         assert "needs 'environments', and this run has none" in str(found[0].error)
 

@@ -84,6 +84,7 @@ def test_a_policy_that_an_earlier_start_wrote_is_not_called_this_ones(
         stopped=None,
     )
     assert summary["policy_dir"] == (str(tmp_path / "policy") if named else None)
+    assert summary["environments"] == []
 
 
 def test_a_full_disk_is_one_line_when_it_begins_and_one_with_the_count_when_it_ends(tmp_path: Path) -> None:

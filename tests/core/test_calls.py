@@ -232,7 +232,7 @@ class TestNothingVanishes:
             logging.getLogger("core.text").warning("another")
             assert warnings.take() == {"another": 1}
         finally:
-            warnings.close()
+            warnings.end()
 
 
 def test_clients_travel_to_other_processes() -> None:

@@ -5,6 +5,7 @@ from it.
 from __future__ import annotations
 
 import logging
+import logging.config
 import os
 import signal
 import subprocess
@@ -122,7 +123,7 @@ def test_a_machine_that_does_not_see_the_run_directory_says_where_it_writes(tmp_
         ProcessLog(str(tmp_path / "elsewhere"), "actor-0")._open()
         (text,) = warnings.take()
     finally:
-        warnings.close()
+        warnings.end()
     assert "cannot write into" in text
     assert "No such directory" in text
     assert "what they write stays in Ray's session folder there" in text
@@ -186,7 +187,25 @@ def test_what_our_own_code_warns_of_is_counted_by_its_text_whenever_it_came() ->
         assert len(found) <= MAX_TEXTS + 1
         assert found[OTHERS] > MAX_TEXTS - 10
     finally:
-        warnings.close()
+        warnings.end()
+
+
+def test_a_library_that_configures_logging_does_not_end_the_listening() -> None:
+    warnings = OwnWarnings()
+    try:
+        handlers = {"own": {"class": "logging.StreamHandler"}}
+        vllm = {"vllm": {"handlers": ["own"], "propagate": False}}
+        logging.config.dictConfig(
+            {"version": 1, "disable_existing_loggers": False, "handlers": handlers, "loggers": vllm}
+        )
+        logging.getLogger("environments.nursery").warning("ours")
+        assert warnings.take() == {"ours": 1}
+        logging.getLogger("vllm.engine").error("theirs")
+        assert warnings.take() == {"theirs": 1}
+    finally:
+        warnings.end()
+        logging.getLogger("vllm").handlers.clear()
+        logging.getLogger("vllm").propagate = True
 
 
 def test_a_risen_count_of_the_kernel_explains_a_kill(tmp_path: Path) -> None:

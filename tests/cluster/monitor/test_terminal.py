@@ -98,6 +98,9 @@ def test_the_summary_screen_shows_results_commands_and_dashes() -> None:
     assert "launch.py chat 'runs/a b/policy'" in full
     assert "reward 3\n" in full
     assert len(full.splitlines()) < 20
+    played = summary_screen({"policy_dir": "policy", "environments": ["game"]})
+    assert "launch.py evaluate policy" in played
+    assert "chat" not in played, "it has no environment"
     empty = summary_screen({"stopped": "no step for 600 s"})
     assert "stopped: no step for 600 s" in empty
     assert "- -> -" in empty

@@ -116,7 +116,7 @@ async def keeps_its_reply(completions):
 
     def send(loop, reply):
         if reply.number == event_loop.BEAT:
-            loop._connection.send_bytes(event_loop.encoded(reply))
+            loop._connection.send_bytes(event_loop.encoded(reply, loop._warnings))
         else:
             loop._num_open += 1  # So that it goes on to say that it turns.
 
