@@ -20,6 +20,7 @@ from actors.prompts import PromptRow, PromptSet
 from actors.reward_model.asked import ModelsFor, no_models
 from actors.scoring import Scorer, Scores
 from core.config import Config
+from core.config.environments import all_paths
 from core.config.evaluation import Suite
 from core.errors import RewardError
 from core.evaluation.records import EvalItem, EvalSample
@@ -117,7 +118,7 @@ class SuiteScorers:
         key = repr(suite.functions)
         if key not in self._made:
             rewards = self._config.rewards.model_copy(update={"functions": dict(suite.functions)})
-            self._made[key] = LateScorer(partial(Scorer, rewards, self._models_for))
+            self._made[key] = LateScorer(partial(Scorer, rewards, self._models_for, all_paths(self._config)))
         return self._made[key]
 
     def close(self) -> None:

@@ -49,6 +49,7 @@ from buffer.client import BufferClient
 from buffer.store import DiskFullError
 from core.calls import Calls, Pending, settle
 from core.config import LORA_ALPHA, Config
+from core.config.environments import all_paths
 from core.errors import SnapshotError
 from core.monitor_client import MonitorClient
 from core.records import Sample, WorkItem, encode
@@ -87,6 +88,7 @@ class RolloutActor(Heartbeat):
             partial(
                 ModelRewards, clients=models or {}, calls=self._calls, system_prompt=config.data.system_prompt
             ),
+            all_paths(config),
         )
         self._scoring = Scoring(scorer, config.rewards.max_pending)
         self._engine = self._make_engine()

@@ -11,7 +11,7 @@ and says when there are too many of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -24,8 +24,11 @@ from actors.scored import with_scores
 from core.config import RewardsConfig
 from core.config.rewards import ENVIRONMENT
 from core.records import Sample
+from core.text import shown_name
 from rewards.pool import RewardPool
 from rewards.scoring import Completions, Scored, Summand, complete, joined
+
+REMEDY = "let it return a number as the reward, or name another function in rewards.functions"
 
 
 class Scores(Protocol):
@@ -53,12 +56,20 @@ class Scorer:
     is not hosted.
     """
 
-    def __init__(self, config: RewardsConfig, models_for: ModelsFor = no_models) -> None:
-        """`models_for` gives, for functions and their weights, who asks the reward models among them."""
+    def __init__(
+        self,
+        config: RewardsConfig,
+        models_for: ModelsFor = no_models,
+        paths: Mapping[str, str] | None = None,
+    ) -> None:
+        """`models_for` gives, for functions and their weights, who asks the reward models among them; `paths`
+        are those of the environments by name.
+        """
         self.models_for = models_for
         self._models = models_for(config.functions)
         self._pool = RewardPool(config)
         self._environment_weight = config.functions.get(ENVIRONMENT)
+        self._paths = paths or {}
 
     def score(
         self, prompt: PromptRow, samples: Sequence[Sample], attributes: Sequence[bytes | None] = ()
@@ -87,7 +98,7 @@ class Scorer:
             parts = list(functions.parts)
             if self._environment_weight is not None:
                 rewards = [sample.reward for sample in asked]
-                parts.append(Summand(ENVIRONMENT, self._environment_weight, rewards))
+                parts.append(self._of_environment(prompt.environment, self._environment_weight, rewards))
             for model, values in zip(models, from_models.result(), strict=True):
                 parts.append(Summand(model.name, model.weight, values))
             found = iter(joined(parts, len(asked), functions.votes))
@@ -99,6 +110,14 @@ class Scorer:
         # One after the other: both are there when the last callback runs.
         local.add_done_callback(lambda _: from_models.add_done_callback(add_up))
         return scored
+
+    def _of_environment(
+        self, environment: str | None, weight: float, rewards: Sequence[float | None]
+    ) -> Summand:
+        if environment is None:
+            return Summand(ENVIRONMENT, weight, rewards)
+        shown = shown_name(environment, self._paths.get(environment, environment))
+        return Summand(f"environment {shown}", weight, rewards, REMEDY)
 
     @property
     def counters(self) -> dict[str, float]:

@@ -123,7 +123,8 @@ class Nursery:
     ) -> None:
         self._spec, self._timeout_s, self._memory_bytes = spec, turn_timeout_s, memory_bytes
         self._selector, self._counts = selector, counts
-        self._tool_errors = ToolErrors(shown_name(spec.name, spec.path))
+        self._shown = shown_name(spec.name, spec.path)
+        self._tool_errors = ToolErrors(self._shown)
         self._room = EPISODES_OF_A_HOST if spec.is_async else 1
         self._template: children.Child | None = None
         self._orders: Channel | None = None
@@ -314,7 +315,7 @@ class Nursery:
             process.idle_s = time.monotonic()
             process.is_retired |= bool(reply.processes or reply.threads)
             if reply.threads:
-                _log.warning("environment %s leaves threads behind when an episode ends", self._spec.name)
+                _log.warning("environment %s leaves threads behind when an episode ends", self._shown)
             if process.is_retired and not process.playing:
                 self._kill(process)
         elif playing.question is not None and reply.turn is not None:
@@ -332,7 +333,7 @@ class Nursery:
             self._give_up(process, playing)
             _log.warning(
                 "environment %s: close did not end within %g s; it is cancelled",
-                self._spec.name,
+                self._shown,
                 END_TIMEOUT_S,
             )
             return
@@ -366,7 +367,7 @@ class Nursery:
             self._counts.leftovers += report.leftovers
             _log.warning(
                 "environment %s leaves processes behind when an episode ends; they are killed",
-                self._spec.name,
+                self._shown,
             )
         if report.used:
             self._forget(
@@ -413,7 +414,7 @@ class Nursery:
             try:
                 children.kill_marked(f"{MARK}={self._mark}")
             except OSError as error:
-                _log.warning("what environment %s left behind may live on: %s", self._spec.name, error)
+                _log.warning("what environment %s left behind may live on: %s", self._shown, error)
 
     def _fail(self, playing: Playing, kind: FailureKind, text: str) -> None:
         if playing.failure is None and kind != "closed":

@@ -74,11 +74,14 @@ class Completions(NamedTuple):
 
 
 class Summand(NamedTuple):
-    """What one source of rewards says: a value per completion, to be multiplied by `weight`."""
+    """What one source of rewards says: a value per completion, to be multiplied by `weight`. `remedy` is what
+    helps where it returned None and nothing else scored.
+    """
 
     name: str
     weight: float
     values: Sequence[Value]
+    remedy: str = ""
 
 
 class CallFailed(RewardError):
@@ -103,9 +106,7 @@ def _sum(terms: Sequence[tuple[Summand, Value]], answer: str | None) -> Scored:
     errors = [value for _, value in terms if isinstance(value, str)]
     given = [(part, value) for part, value in terms if value is not None and not isinstance(value, str)]
     if not errors and not given:
-        errors = [f"{part.name} returned None (could not score)" for part, _ in terms] or [
-            "nothing scored it"
-        ]
+        errors = [_could_not_score(part) for part, _ in terms] or ["nothing scored it"]
     if errors:
         return Scored(error=shorten("; ".join(errors)))
     reward = total([part.weight * value for part, value in given])
@@ -114,6 +115,10 @@ def _sum(terms: Sequence[tuple[Summand, Value]], answer: str | None) -> Scored:
     names = ", ".join(part.name for part, _ in given)
     products = ", ".join(f"{part.weight:g} * {value:g}" for part, value in given)
     return Scored(error=shorten(f"the weighted sum of {names} is {reward}: {products}"))
+
+
+def _could_not_score(part: Summand) -> str:
+    return f"{part.name} returned None (could not score)" + (f": {part.remedy}" if part.remedy else "")
 
 
 def complete(future: Future[list[Scored]], num: int, find: Callable[[], list[Scored]]) -> None:

@@ -14,6 +14,7 @@ from actors.playing.played import EpisodeLimits, Played, PlayedEpisode, Speech
 from actors.prompts import PromptRow
 from core.config import Config
 from core.config.environments import all_paths
+from core.text import shown_name
 from core.tokenizer import end_token_ids, load_tokenizer
 from environments.pool import EnvironmentPool
 from environments.spec import describe
@@ -49,7 +50,8 @@ class Places(Protocol):
 
 class EnvironmentPlayer(Player):
     """Begins episodes of several turns in `places`; `speeches` says by the environment's name how its
-    conversations are written, and `harnesses` begins those that a harness leads.
+    conversations are written, and `harnesses` begins those that a harness leads. `paths` by name are
+    shown of environments to which the user gave no name.
     """
 
     has_environments = True
@@ -60,19 +62,21 @@ class EnvironmentPlayer(Player):
         speeches: Mapping[str, Speech],
         limits: EpisodeLimits,
         harnesses: Harnesses | None = None,
+        paths: Mapping[str, str] | None = None,
     ) -> None:
         self._places, self._speeches, self._limits = places, speeches, limits
-        self._harnesses = harnesses
+        self._harnesses, self._paths = harnesses, paths or {}
 
     def begin(self, prompt: PromptRow, seed: int) -> Episode:
         """Returns a new episode of `prompt` in its environment, which is being reset."""
         name = prompt.environment
         if name is None:
             return super().begin(prompt, seed)
+        shown = shown_name(name, self._paths.get(name, name))
         place = self._places.open(name, prompt.columns, seed)
         if self._harnesses is not None and name in self._harnesses.names:
-            return self._harnesses.begin(name, cast("Led", place))
-        return PlayedEpisode(name, place, self._speeches[name], prompt.messages or (), self._limits)
+            return self._harnesses.begin(shown, cast("Led", place))
+        return PlayedEpisode(shown, place, self._speeches[name], prompt.messages or (), self._limits)
 
     def close(self) -> None:
         """Ends all environments."""
@@ -105,4 +109,4 @@ def make_player(config: Config) -> Player:
         dialogues = Dialogues(tokenizer, data.template_options, data.chat_template, end_ids=end_ids)
         harnesses = Harnesses(names, dialogues, limits, actors.endpoint_host)
     places = EnvironmentPool(specs.values(), actors.turn_timeout_s, round(config.rewards.memory_gib * 2**30))
-    return EnvironmentPlayer(places, speeches, limits, harnesses)
+    return EnvironmentPlayer(places, speeches, limits, harnesses, paths)

@@ -16,6 +16,7 @@ from core.config import Config, RewardsConfig
 from core.config.environments import all_paths, suite_names
 from core.config.rewards import ENVIRONMENT
 from core.errors import ConfigError, DataError
+from core.text import shown_name
 from environments.spec import EnvironmentSpec, describe
 from rewards.check import check_environments_read
 
@@ -110,10 +111,12 @@ def playable(config: Config, acted: Acted, prompts: PromptSet) -> PromptSet:
 def _playable(config: Config, acted: Acted, prompts: PromptSet) -> PromptSet:
     bad = {}
     for row in prompts.rows:
-        columns = () if row.environment is None else acted.specs[row.environment].columns
-        if missing := [name for name in columns if name not in row.columns]:
+        if row.environment is None:
+            continue
+        spec = acted.specs[row.environment]
+        if missing := [name for name in spec.columns if name not in row.columns]:
             bad[row.source_row] = (
-                f"no column {', '.join(map(repr, missing))}, which the environment {row.environment!r} needs; it has "
+                f"no column {', '.join(map(repr, missing))}, which the environment {shown_name(spec.name, spec.path)!r} needs; it has "
                 f"{', '.join(map(repr, row.columns)) or 'none'}"
             )
     if not bad:

@@ -92,6 +92,20 @@ def test_the_environments_own_reward_is_a_function_like_any_other() -> None:
         assert found == [Scored(0.5), Scored(-0.5)], "two tokens cost a half; a reward of None is left out"
 
 
+def test_an_environment_that_gave_no_reward_is_named_with_what_to_do() -> None:
+    def told(name: str) -> str:
+        paths = {"environment": "mine:agent", "game": "mine:Game"}
+        prompt = PromptRow(0, "q", (1,), {}, environment=name)
+        with contextlib.closing(Scorer(RewardsConfig(functions={"environment": 1.0}), paths=paths)) as made:
+            return str(made.score(prompt, [sample()]).result(0)[0].error)
+
+    assert told("environment") == (
+        "environment mine:agent returned None (could not score): let it return a number as the reward, or name "
+        "another function in rewards.functions"
+    )
+    assert told("game").startswith("environment game returned None")
+
+
 def test_functions_see_environments_and_conversations() -> None:
     name = "tests.support.reward_functions:{}".format
     said = (("assistant", "3"), ("user", "higher"), ("assistant", "4"))

@@ -9,11 +9,13 @@ import psutil
 import pytest
 
 from actors.episode import Ask, Episode
+from actors.playing.played import EpisodeLimits
 from actors.playing.player import EnvironmentPlayer, make_player
 from actors.prompts import PromptRow
 from recipes.arithmetic import make_tokenizer
 from tests.support.configs import actor_config
 from tests.support.environments.sums import MARKS
+from tests.support.playing import DigitSpeech, ScriptedPlaces, turns
 from tests.support.said import generated
 
 pytestmark = pytest.mark.timed
@@ -29,6 +31,18 @@ def test_without_environments_nothing_is_loaded_and_an_episode_is_a_prompt_and_i
     player = make_player(actor_config())
     assert not player.has_environments
     assert player.begin(PromptRow(0, "1+1=", (4, 13), {}), seed=1).poll() == (Ask((4, 13)),)
+
+
+def test_an_environment_without_a_name_is_told_by_its_path() -> None:
+    speeches = {"environment": DigitSpeech(), "game": DigitSpeech()}
+    paths = {"environment": "mine:Game", "game": "mine:Game"}
+    player = EnvironmentPlayer(ScriptedPlaces(turns(9)), speeches, EpisodeLimits(4, 8, 64), paths=paths)
+    told = []
+    for name in paths:
+        episode = player.begin(PromptRow(0, "2", (), {}, environment=name), seed=1)
+        episode.end_late({})
+        told.append(episode.silence.partition(" had")[0])
+    assert told == ["environment mine:Game:", "environment game:"]
 
 
 def test_an_environment_in_its_process_is_played_in_tokens_and_ends_with_the_player(

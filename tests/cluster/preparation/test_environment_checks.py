@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.prompts import load_prompts
+from actors.prompts import PromptRow, load_prompts
 from cluster.preparation import environment_checks
 from cluster.preparation.environment_checks import Acted, check_environments, playable
 from cluster.preparation.suites import check_suites, load_suites
@@ -150,3 +151,17 @@ def test_functions_that_read_environments_are_refused_in_a_suite_without_any():
     inherits = {"environments": "mine:Game", "rewards": {"functions": READS}}
     with pytest.raises(RewardError, match=r"^eval\.suites\.m\.functions: "):
         check_suites(make_config(inherits, eval={"suites": {"m": {"path": "x", "environments": "none"}}}))
+
+
+def test_an_environment_without_a_name_is_told_by_its_path(config):
+    data = config.data.model_copy(update={"on_bad_row": "stop"})
+    unnamed = config.model_copy(update={"data": data, "environments": "mine:Game"})
+    row = PromptRow(0, "Guess.", (), {"environment": "game"}, environment="environment")
+    spec = EnvironmentSpec("environment", "mine:Game", "turns", columns=("secret",))
+    prompts = dataclasses.replace(
+        load_prompts(data, tokenizer(), environments={"game": (), "sums": ()}), rows=[row]
+    )
+    with pytest.raises(
+        DataError, match=r"no column 'secret', which the environment 'mine:Game' needs; it has"
+    ):
+        playable(unnamed, Acted({"environment": spec}), prompts)
