@@ -32,6 +32,8 @@ ACCEPTED = (
 SHOWN_BAD_ROWS = 5
 MAX_DEPTH = 100
 TRAIN_SPLIT, EVAL_SPLIT = procedural.TRAIN_SPLIT, "test"
+_OF_FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".xz", ".zip")
+"""Endings of files: the hub is not asked for such, which takes long without a network."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _DISGUISES = {
     b"version https://git-lfs": "a pointer of git-lfs, not the data: fetch the file with `git lfs pull`",
@@ -107,7 +109,7 @@ def read_source(
             f"{key} = {path} is a device, a pipe or a socket, which cannot be read twice. "
             f"Accepted: {ACCEPTED}."
         )
-    if not _HUB_ID.fullmatch(name) or path.suffix in (".jsonl", ".json", ".parquet") or name.startswith("."):
+    if not _HUB_ID.fullmatch(name) or path.suffix in _OF_FILES or name.startswith("."):
         raise DataError(f"{key} = {name}: there is no {path.absolute()}. Accepted: {ACCEPTED}.")
     return _read_hub(key, name, split, limit)
 

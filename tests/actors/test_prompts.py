@@ -418,6 +418,7 @@ def test_paths_that_hold_nothing_say_what_was_tried_and_what_is_accepted(tokeniz
     cases = {
         tmp_path / "nothing.jsonl": r"there is no .*nothing\.jsonl\. Accepted: a \.jsonl or \.parquet file",
         "./nowhere": r"there is no .*nowhere\. Accepted",
+        "data/sums.jsonl.gz": r"there is no .*sums\.jsonl\.gz\. Accepted",
         tmp_path / "notes.txt": r"notes\.txt is neither \.jsonl nor \.parquet",
         tmp_path / "broken.parquet": r"broken\.parquet is not a parquet file",
     }
