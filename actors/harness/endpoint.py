@@ -34,6 +34,7 @@ MODEL = "policy"
 LOOPBACK = "127.0.0.1"
 _ALL_ADDRESSES = ("0.0.0.0", "::")
 _MAX_BYTES = 64 * 2**20
+_BACKLOG = 1024
 _PING_S = 10.0
 _START_LIMIT_S = 30.0
 
@@ -171,7 +172,8 @@ class Endpoint:
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         try:
             await runner.setup()
-            site = web.TCPSite(runner, self._host, 0)
+            # Beyond its backlog, clients that come at once try again after a second.
+            site = web.TCPSite(runner, self._host, 0, backlog=_BACKLOG)
             await site.start()
             self._port = runner.addresses[0][1]
         except OSError as error:

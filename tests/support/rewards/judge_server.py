@@ -21,6 +21,10 @@ class Say(NamedTuple):
     delay_s: float = 0.0
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # By default 5: further clients at once try again after a second.
+
+
 class JudgeServer:
     """`script(number, request)` says how to answer the request of this number; `asked` has them all."""
 
@@ -54,7 +58,7 @@ class JudgeServer:
             def log_message(self, *arguments: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._server = _Server(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
