@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from actors.episode import DEADLINE, MAX_NEW_TOKENS, Ask, Episode, Generation, Trajectory
 from core.errors import DataError
@@ -76,14 +76,14 @@ class Played(Protocol):
         """Frees the place."""
 
 
-class EpisodeLimits:
+class EpisodeLimits(NamedTuple):
     """The limits of an episode: `max_turns` of the policy, `max_new_tokens` of each, `max_sequence_tokens` of
     all together, observations included.
     """
 
-    def __init__(self, max_turns: int, max_new_tokens: int, max_sequence_tokens: int) -> None:
-        self.max_turns, self.max_new_tokens = max_turns, max_new_tokens
-        self.max_sequence_tokens = max_sequence_tokens
+    max_turns: int
+    max_new_tokens: int
+    max_sequence_tokens: int
 
 
 class PlayedEpisode(Episode):
