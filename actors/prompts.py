@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
-from actors.dataset.rows import Asked, RowReader
-from actors.messages import render, text_problems
+from actors.dataset.forms import Conversation, conversation_of
+from actors.dataset.rows import PROMPT_COLUMNS, Asked, RowReader
+from actors.messages import clean_messages, render, text_problems
 from actors.sources import EVAL_SPLIT, TRAIN_SPLIT, Bad, Source, read_source, report_bad_rows, split_of
 from buffer.sources import Part, locate
 from core.config import DataConfig
@@ -89,6 +90,21 @@ class PromptSet:
             PromptSet(self.rows[end - member.num_prompts : end], member.num_bad_rows, member.name)
             for member, end in zip(self.members, ends, strict=True)
         ]
+
+
+def row_messages(prompt: PromptRow) -> list[dict[str, Any]]:
+    """Returns the prompt as messages, as its row says it, in whatever form, and not as the policy's template
+    writes it.
+    """
+    column = next((column for column in PROMPT_COLUMNS if column in prompt.columns), "")
+    found = prompt.columns.get(column, prompt.text)
+    found = found.tolist() if hasattr(found, "tolist") else found  # An array of messages (numpy).
+    talk = conversation_of(column, found) if isinstance(found, list) else None
+    return (
+        clean_messages(talk.messages)
+        if isinstance(talk, Conversation)
+        else [{"role": "user", "content": found}]
+    )
 
 
 class Member(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import msgspec
 
 from actors.groups import OpenGroup
-from actors.prompts import PromptRow
+from actors.prompts import PromptRow, row_messages
 from actors.reward_model.asked import ModelsFor, gathered, no_models
 from actors.scored import with_scores
 from core.config import RewardsConfig
@@ -87,7 +87,7 @@ class Scorer:
         if attributes:
             own["environments"] = [attributes[place] for place in places]
         texts = [sample.text for sample in asked]
-        local = self._pool.values(Completions(prompt.text, texts, prompt.columns, own))
+        local = self._pool.values(Completions(prompt.text, texts, prompt.columns, own, row_messages(prompt)))
         models = self._models.ask(prompt, asked) if asked else []
         from_models = gathered([model.values for model in models])
         scored: Future[list[Scored]] = Future()

@@ -58,19 +58,21 @@ class Completions(NamedTuple):
     columns  the dataset row; each value is repeated per completion
     own      by name what belongs to each completion (signature.OWN): `num_tokens`; `environments`, as
              `core.users.pictures` packs them; `messages`, what was said after the prompt by (role, text)
+    asked    the prompt as messages, where the caller knows it; else the row's `prompt` or `question`
     """
 
     prompt: str
     texts: Sequence[str]
     columns: Mapping[str, Any]
     own: Mapping[str, Sequence[Any]] = {}
+    asked: Sequence[Mapping[str, Any]] = ()
 
     def chosen(self, places: Sequence[int]) -> Completions:
         """Returns the completions at these places alone."""
         if len(places) == len(self.texts):
             return self
         own = {name: [values[place] for place in places] for name, values in self.own.items()}
-        return Completions(self.prompt, [self.texts[place] for place in places], self.columns, own)
+        return self._replace(texts=[self.texts[place] for place in places], own=own)
 
 
 class Summand(NamedTuple):
@@ -210,6 +212,7 @@ def _as_messages(completions: Completions) -> dict[str, list[Any]]:
     columns, num = completions.columns, len(completions.texts)
     source = next((columns[name] for name in ("prompt", "question") if name in columns), completions.prompt)
     messages = source if isinstance(source, list) else [{"role": "user", "content": source}]
+    messages = list(completions.asked) or messages
     said = completions.own.get("messages") or [()] * num
     answers = [
         [{"role": role, "content": content} for role, content in turns or (("assistant", text),)]

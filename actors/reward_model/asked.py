@@ -14,10 +14,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from actors.dataset.forms import Conversation, conversation_of
-from actors.dataset.rows import PROMPT_COLUMNS
-from actors.messages import clean_messages
-from actors.prompts import PromptRow
+from actors.prompts import PromptRow, row_messages
 from actors.reward_model import RewardModel, RewardModelClient, Value
 from core.calls import Call, Calls, Local
 from core.errors import AgroError, RewardError
@@ -176,10 +173,4 @@ def _asked(prompt: PromptRow, system_prompt: str | None) -> list[dict[str, Any]]
     if prompt.messages is not None:
         return [dict(message) for message in prompt.messages]
     told = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    column = next((column for column in PROMPT_COLUMNS if column in prompt.columns), "")
-    found = prompt.columns.get(column, prompt.text)
-    found = found.tolist() if hasattr(found, "tolist") else found  # An array of messages (numpy).
-    talk = conversation_of(column, found) if isinstance(found, list) else None
-    if isinstance(talk, Conversation):
-        return [*told, *clean_messages(talk.messages)]
-    return [*told, {"role": "user", "content": found}]
+    return [*told, *row_messages(prompt)]

@@ -8,12 +8,13 @@ import psutil
 import pytest
 
 from actors.groups import OpenGroup
-from actors.prompts import PromptRow
+from actors.prompts import PromptRow, row_messages
 from actors.scoring import Scorer, Scoring
 from core.config import RewardsConfig
 from core.records import Sample, WorkItem
 from core.users import pictures
-from rewards.scoring import Scored
+from rewards.registry import WeightedReward
+from rewards.scoring import Completions, Scored, call
 
 
 class LateFuture(Future[Any]):
@@ -161,3 +162,26 @@ def test_sums_beyond_floats_and_whatever_is_raised_leave_no_future_open(
         monkeypatch.setattr("actors.scoring.joined", joined)
         found = scoring.score(PROMPT, [sample(reward=1.0)] * 2).result(10)
         assert found == [Scored(error="the rewards cannot be added up: ZeroDivisionError: no sum")] * 2
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"problem": "1+1?"},
+        {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]},
+        {"conversations": [{"from": "human", "value": "1+1?"}]},
+        {"question": "1+1?"},
+    ],
+)
+def test_functions_of_messages_get_the_prompt_as_its_row_says_it_in_any_form(columns):
+    prompt = PromptRow(0, "<user>1+1?<assistant>", (1,), columns)
+    assert row_messages(prompt) == [{"role": "user", "content": "1+1?"}]
+    asked = Completions(prompt.text, ["2"], columns, {}, row_messages(prompt))
+    seen: list[Any] = []
+
+    def see(prompts, completions):
+        seen.extend(prompts)
+        return [1.0] * len(completions)
+
+    assert call(WeightedReward("see", 1.0, see, messages=True), asked) == [1.0]
+    assert seen == [[{"role": "user", "content": "1+1?"}]]
