@@ -178,7 +178,7 @@ class CheckpointWriter:
             self._metrics["checkpoint/saved" if saved else "checkpoint/failed"] += 1
             self._metrics["checkpoint/write_s"] = time.perf_counter() - start_s
             if saved and self._rank == 0:
-                self._on_durable(self._drop_old())
+                self._on_durable(self._drop_old()[-1])
         except BaseException as error:  # noqa: BLE001 -- the edge of a thread: the next save raises it
             self._unexpected = error
 
@@ -197,6 +197,7 @@ class CheckpointWriter:
         aside.mkdir(parents=True, exist_ok=True)  # By whoever comes first.
         if self._rank == 0:
             self._sweep(step)
+            self._drop_old()  # One is left each time that a kill comes between the rename and the drop.
             self._check_free_space(entries)
         held = [entry for entry in entries if self._host[entry.key].numel()]
         held.sort(key=lambda entry: -getattr(torch, entry.dtype).itemsize)  # As `write_tensors` wants them.
@@ -248,9 +249,9 @@ class CheckpointWriter:
                 time.sleep(POLL_S)
         return [found[rank] for rank in sorted(found)]
 
-    def _drop_old(self) -> int:
-        """Keeps the newest `keep` that have a good manifest and files of the right sizes; returns the step of
-        the oldest of them.
+    def _drop_old(self) -> list[int]:
+        """Keeps the newest `keep` that have a good manifest and files of the right sizes; returns their
+        steps, the newest first.
         """
         kept: list[int] = []
         for step, path in reversed(checkpoint_dirs(self._run_dir)):
@@ -265,7 +266,7 @@ class CheckpointWriter:
                 continue
             except OSError as error:
                 self._on_event(f"{path.name} could not be removed: {error}")
-        return kept[-1]
+        return kept
 
     def _give_up(self, step: int, reason: str) -> None:
         if self._rank:

@@ -175,6 +175,7 @@ def test_a_judge_that_is_down_is_waited_for_longer_than_the_limit_of_a_call(pool
 
 def test_that_a_judge_is_down_is_told_again_while_it_lasts_and_without_passwords(monkeypatch, caplog):
     monkeypatch.setattr(judge, "WARN_EVERY_S", 1.0)
+    monkeypatch.setattr(judge, "MAX_PAUSE_S", 0.2)  # Else two attempts fit into its patience, or three.
     with judge_server(lambda number, request: Say()) as server:
         url = f"http://me:secret@127.0.0.1:{server.port}/v1"
     down = judge.Judge("Good?", "m", url, patience_s=3)

@@ -154,6 +154,25 @@ def test_a_directory_without_a_manifest_or_of_another_step_is_never_trusted(tmp_
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
+def test_kills_between_a_rename_and_the_removal_of_the_old_leave_no_more_and_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr(CheckpointWriter, "_drop_old", lambda self: [0])
+        for step in range(1, 6):
+            save(tmp_path, step)
+    counts: list[int] = []
+    replace = checkpoint_writer.replace_directory
+
+    def counted(aside: Path, path: Path) -> None:
+        replace(aside, path)
+        counts.append(len(checkpoint_dirs(tmp_path)))
+
+    monkeypatch.setattr(checkpoint_writer, "replace_directory", counted)
+    save(tmp_path, 6)
+    assert counts == [3]
+
+
 def test_a_rank_that_is_a_checkpoint_ahead_keeps_what_it_has_written(tmp_path: Path) -> None:
     told: list[str] = []
     slow, fast = (
