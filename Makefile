@@ -83,11 +83,11 @@ tree: setup  ## print every file with what it is
 	@.venv/bin/python -m tests.support.house
 
 figures: setup  ## the paper's figures: tabular (a minute), then the language model's missing runs (an hour on two cores)
-	.venv/bin/python -m benchmarks.tabular_figures
-	.venv/bin/python -m benchmarks.figures run
+	.venv/bin/python -m benchmarks.studies.tabular_figures
+	.venv/bin/python -m benchmarks.studies.figures run
 
 staleness-study: setup  ## held-out reward against an enforced lag, all methods: the missing runs (an hour on two cores)
-	.venv/bin/python -m benchmarks.staleness_study run
+	.venv/bin/python -m benchmarks.studies.staleness_study run
 
 bench: bench-buffer bench-actors bench-learner bench-weights bench-trajectory  ## all benchmarks: ratios against the bare libraries (half an hour on two cores)
 

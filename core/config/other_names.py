@@ -48,7 +48,7 @@ INSTEAD: dict[str, str] = {
     "learner.filter_groups": _EQUAL,
     "objective.filter_groups": _EQUAL,
     "buffer.mix": "write buffer.sampler: {stratified: {0-1: 0.5, 2-7: 0.3, 8+: 0.2}}",
-    "buffer.min_staleness": "an enforced lag is an experiment: benchmarks/lagged_replay.py",
+    "buffer.min_staleness": "an enforced lag is an experiment: benchmarks/studies/lagged_replay.py",
     "data.apply_chat_template_kwargs": _TEMPLATE,
     "data.chat_template_kwargs": _TEMPLATE,
     "data.answer_key": "write data.columns: {answer: KEY}",

@@ -1,5 +1,5 @@
-"""What a step asks of policies. learner/policy/zero.py has them under ZeRO-3, benchmarks/lag_lab.py as plain
-modules.
+"""What a step asks of policies. learner/policy/zero.py has them under ZeRO-3, benchmarks/studies/lag_lab.py
+as plain modules.
 
 Every method is collective: all ranks call it equally often and in one order.
 """

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.lag_lab import PlainPolicy
+from benchmarks.studies.lag_lab import PlainPolicy
 from core.config import LORA_ALPHA, Config
 from core.config.files import dump_config
 from core.errors import CheckpointError, ConfigError

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import launch
-from benchmarks.lag_lab import PlainPolicy
+from benchmarks.studies.lag_lab import PlainPolicy
 from core.config.files import dump_config
 from core.errors import DataError, TrainingError
 from core.metrics import METRICS

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.lag_lab import PlainPolicy
+from benchmarks.studies.lag_lab import PlainPolicy
 from core.config import Config
 from core.records import Batch, index_of
 from learner.objectives import load_objective

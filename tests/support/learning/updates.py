@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from benchmarks.lag_lab import PlainPolicy
+from benchmarks.studies.lag_lab import PlainPolicy
 from core.arrays import Bits, Float32s, Int32s
 from core.config import Config
 from core.records import Batch, Group, Sample, VersionSpan

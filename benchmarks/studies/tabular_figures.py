@@ -1,5 +1,5 @@
-"""The tabular figures: `python -m benchmarks.tabular_figures [--out docs/figures] [--reduced]` writes a CSV
-and a PNG of each.
+"""The tabular figures: `python -m benchmarks.studies.tabular_figures [--out docs/figures] [--reduced]` writes
+a CSV and a PNG of each.
 
 Everywhere 20 prompts x 10 generations with standard normal rewards and reference logits, drawn with seed 0,
 starting at pi_ref; the y axis is KL(pi_t, pi*) / KL(pi_0, pi*). The first figure is the setting of figure 1
@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.tabular import (
+from benchmarks.studies.tabular import (
     FORMS,
     Array,
     Bandit,
@@ -246,7 +246,7 @@ REDUCED_CHARTS: tuple[Callable[[], Chart], ...] = (
 def main(arguments: list[str] | None = None) -> None:
     """Draws the figures; `arguments` are those of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tabular_figures", description="Draw the tabular figures."
+        prog="python -m benchmarks.studies.tabular_figures", description="Draw the tabular figures."
     )
     parser.add_argument(
         "--out", type=Path, default=Path("docs/figures"), help="folder for the files (default %(default)s)"

@@ -10,8 +10,8 @@ speed    Trained tokens/s of Updater and ZeroPolicy (one rank) against the short
 layouts  Forward and backward over the same sequences: padded, packed under transformers' block mask, packed
          by learner/policy/attention.py.
 memory   Growth of the peak by log-probs of T tokens and their gradient, one process each.
-checkpoint  What a save costs and how long a resume takes (benchmarks/learner_checkpoint.py).
-gpu      A 1.1B model on a GPU (benchmarks/learner_gpu.py): tokens/s, MFU, peak memory against the estimate.
+checkpoint  What a save costs and how long a resume takes (benchmarks/learner/checkpoint.py).
+gpu      A 1.1B model on a GPU (benchmarks/learner/gpu.py): tokens/s, MFU, peak memory against the estimate.
 
 Lengths are those of GSM8K's questions and answers, at 4 characters a token. On a CPU times are the process's
 own CPU seconds on one thread, so that other programs on the machine do not count.
@@ -31,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learner_cases import (
+from benchmarks.learner.cases import (
     LAYOUT_SHAPE,
     SHAPES,
     TEMPERATURE,
@@ -41,9 +41,9 @@ from benchmarks.learner_cases import (
     make_batch,
     make_model,
 )
-from benchmarks.learner_checkpoint import measure_checkpoint, measure_saves
-from benchmarks.learner_gpu import measure_case, measure_gpu
-from benchmarks.plain_loop import PlainLoop
+from benchmarks.learner.checkpoint import measure_checkpoint, measure_saves
+from benchmarks.learner.gpu import measure_case, measure_gpu
+from benchmarks.learner.plain_loop import PlainLoop
 
 RESULTS = Path("benchmarks/results")
 MIB = 2**20
@@ -58,7 +58,7 @@ MEMORY_HIDDEN = 128
 
 def make_plain_policy(config: Any, device: str) -> Any:
     """Returns a policy with ZeroPolicy's way to log-probs, without DeepSpeed."""
-    from benchmarks.lag_lab import PlainPolicy
+    from benchmarks.studies.lag_lab import PlainPolicy
     from learner.step.packing import TokenLogprobs
 
     class Policy(PlainPolicy):

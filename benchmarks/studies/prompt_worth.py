@@ -1,6 +1,6 @@
 """Says what a run needed to solve a share of the held-out prompts: learner steps and generated tokens.
 
-    python -m benchmarks.prompt_worth RUN_DIR... > docs/figures/prompt_worth.jsonl
+    python -m benchmarks.studies.prompt_worth RUN_DIR... > docs/figures/prompt_worth.jsonl
 
 One evaluation scatters (400 samples: a standard error of 0.015), so that a share counts as reached at the
 first version at which it and the evaluations before and after it have it on average. Tokens are those of all

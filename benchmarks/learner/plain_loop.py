@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.learner_cases import load_model
+from benchmarks.learner.cases import load_model
 
 
 class PlainLoop:

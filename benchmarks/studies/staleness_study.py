@@ -1,9 +1,9 @@
 """The staleness study: held-out reward against an enforced lag, for AGRO and its rivals
-(benchmarks/lag_lab.py runs each point).
+(benchmarks/studies/lag_lab.py runs each point).
 
-    python -m benchmarks.staleness_study run [--workers 2]          every missing run, then draw
-    python -m benchmarks.staleness_study draw                       staleness_study.csv and .png
-    python -m benchmarks.staleness_study run --reduced --out DIR    in minutes; only shows that it works
+    python -m benchmarks.studies.staleness_study run [--workers 2]          every missing run, then draw
+    python -m benchmarks.studies.staleness_study draw                       staleness_study.csv and .png
+    python -m benchmarks.studies.staleness_study run --reduced --out DIR    in minutes; only shows that it works
 
 First each method's learning rate is chosen from GRID on a seed of its own, by the mean over CHOICE_LAGS; then
 every method runs at every lag with that rate and SEEDS. All runs generate and train on the same number of
@@ -147,7 +147,7 @@ def run_job(job: Job) -> dict[str, Any]:
     """Runs the job and returns a record of it, its curve and its score."""
     import torch
 
-    from benchmarks.lag_lab import LagRun, arithmetic_task, timed
+    from benchmarks.studies.lag_lab import LagRun, arithmetic_task, timed
 
     torch.set_num_threads(1)
     rows, seconds = timed(LagRun(config_of(job), arithmetic_task(MODEL, ROWS), job.lag), EVAL_EVERY)
@@ -174,7 +174,7 @@ def run_knob(job: KnobJob) -> dict[str, Any]:
     """Runs the job and returns a record of it and its score."""
     import torch
 
-    from benchmarks.lag_lab import LagRun, arithmetic_task, timed
+    from benchmarks.studies.lag_lab import LagRun, arithmetic_task, timed
 
     torch.set_num_threads(1)
     overrides, _, fresh_groups = KNOBS[job.knob]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lagged_replay import LaggedReplay
+from benchmarks.studies.lagged_replay import LaggedReplay
 from buffer.admission import work_item
 from buffer.replay import meta_of
 from core.config import Config

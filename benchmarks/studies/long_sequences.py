@@ -1,8 +1,8 @@
 """The staleness study on completions of 256 tokens, with noise between the engine's and the learner's
 log-probs.
 
-    python -m benchmarks.long_sequences run [--workers 2]    every missing run, then draw
-    python -m benchmarks.long_sequences draw                 long_sequences.csv and .png from what is there
+    python -m benchmarks.studies.long_sequences run [--workers 2]    every missing run, then draw
+    python -m benchmarks.studies.long_sequences draw                 long_sequences.csv and .png from what is there
 
 Task: continue a count, d, d+1, d+2, ... modulo 10; the reward is the share of right steps, half of them right
 for the base. A change of 0.05 nats a token is 13 nats over the sequence: a ratio of sequences nearly vanishes
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.staleness_study import read_records, run_missing
+from benchmarks.studies.staleness_study import read_records, run_missing
 from learner.catalogue import load_config
 
 MODEL = ".cache/counting-base"
@@ -95,7 +95,7 @@ def run_job(job: LongJob) -> dict[str, Any]:
     """Runs the job and returns a record of it, its curve and its score."""
     import torch
 
-    from benchmarks.lag_lab import LagRun, Task, timed
+    from benchmarks.studies.lag_lab import LagRun, Task, timed
 
     torch.set_num_threads(1)
     first = 3  # The id of "0" (recipes/arithmetic.py).

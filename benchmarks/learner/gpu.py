@@ -1,4 +1,4 @@
-"""What only a GPU can tell about the learner: the part `gpu` of benchmarks/learner.py. NOT RUN YET: no GPU
+"""What only a GPU can tell about the learner: the part `gpu` of benchmarks/learner/. NOT RUN YET: no GPU
 was at hand.
 
 A Llama of 1.1B parameters from a config, bf16, at two budgets of tokens a micro-batch. Each case has a
@@ -80,7 +80,7 @@ def measure_case(
     """Returns one row; on a CPU (to try it) without peak and MFU."""
     import torch
 
-    from benchmarks.learner_cases import Shape, make_batch
+    from benchmarks.learner.cases import Shape, make_batch
     from cluster.preparation.memory import estimate_memory
 
     on_gpu = device != "cpu"
@@ -128,8 +128,8 @@ def make_step(case: str, config: Any, device: str) -> tuple[Callable[[Any], Any]
     import torch
 
     import learner.step.packing
-    from benchmarks.learner_cases import free_port
-    from benchmarks.plain_loop import PlainLoop
+    from benchmarks.learner.cases import free_port
+    from benchmarks.learner.plain_loop import PlainLoop
     from learner.objectives import load_objective
     from learner.step import row_softmax
     from learner.step.share import Share

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import staleness_study
-from benchmarks.lag_lab import LagRun, PlainPolicy, Task, arithmetic_task, sample
+from benchmarks.studies import staleness_study
+from benchmarks.studies.lag_lab import LagRun, PlainPolicy, Task, arithmetic_task, sample
 from core.config import Config
 from core.errors import ConfigError
 from learner.step.packing import TokenSequence, collate

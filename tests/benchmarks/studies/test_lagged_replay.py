@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.lagged_replay import LaggedReplay
+from benchmarks.studies.lagged_replay import LaggedReplay
 from buffer.replay import EVICTIONS
 from buffer.sampling import SAMPLERS, GroupMeta
 from core.config.buffer import BufferConfig

@@ -1,8 +1,8 @@
 """Draws the paper's language-model figures on the tiny model, by the real system: Ray, vLLM, the buffer and
 ZeRO-3.
 
-    python -m benchmarks.figures run  [--only NAME ...]   every missing run (about 40 minutes), then draw
-    python -m benchmarks.figures draw                     lm_*.csv and lm_*.png in docs/figures
+    python -m benchmarks.studies.figures run  [--only NAME ...]   every missing run (about 40 minutes), then draw
+    python -m benchmarks.studies.figures draw                     lm_*.csv and lm_*.png in docs/figures
 
     figures 2, 3   training and held-out reward, on-policy data: policy gradient, off- and on-policy AGRO
     figure 4       held-out reward against KL from the reference: on- and off-policy runs on one plot
@@ -87,7 +87,7 @@ def make_offline_rows() -> None:
     """Samples OFFLINE_SAMPLES completions of every training prompt from the base model, with rewards."""
     import torch
 
-    from benchmarks.lag_lab import PlainPolicy, arithmetic_task, sample
+    from benchmarks.studies.lag_lab import PlainPolicy, arithmetic_task, sample
     from learner.catalogue import load_config
 
     config = load_config("configs/quickstart.yaml", [f"model.path={MODEL}"])

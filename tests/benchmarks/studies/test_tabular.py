@@ -1,8 +1,8 @@
 """What AGRO and its rivals converge to where everything can be enumerated: a table of
 prompts and generations, and a token tree.
 
-The charts of benchmarks.tabular_figures are what is held to the thresholds, so that the figures show what is
-tested.
+The charts of benchmarks.studies.tabular_figures are what is held to the thresholds, so that the figures show
+what is tested.
 """
 
 import csv
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import tabular, tabular_figures, tree
+from benchmarks.studies import tabular, tabular_figures, tree
 from learner.objectives._advantages import agro_advantages
 
 SEED = 0

@@ -1,4 +1,4 @@
-"""Makes what benchmarks/learner.py trains: random models, and batches with GSM8K's lengths at 4 characters a
+"""Makes what benchmarks/learner/ trains: random models, and batches with GSM8K's lengths at 4 characters a
 token.
 """
 

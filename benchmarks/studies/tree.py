@@ -17,7 +17,7 @@ import itertools
 
 import numpy as np
 
-from benchmarks.tabular import Array, log_softmax
+from benchmarks.studies.tabular import Array, log_softmax
 
 MAX_TOKENS = 3
 EOS = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.prompt_worth import figures, first_version
+from benchmarks.studies.prompt_worth import figures, first_version
 
 
 def test_a_share_is_reached_where_three_evaluations_have_it_on_average() -> None:

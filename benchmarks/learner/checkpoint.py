@@ -1,5 +1,5 @@
 """Measures what a checkpoint costs the learner and how long a resume takes: the part `checkpoint` of
-benchmarks/learner.py.
+benchmarks/learner/.
 
 stall_s    how long a save holds up training
 write_s    how long the writer then works beside training (files, hashes, fsync)
@@ -37,7 +37,7 @@ def measure_saves() -> dict[str, Any]:
     """Returns the row of figures."""
     import torch
 
-    from benchmarks.learner_cases import SHAPES, config_of, free_port, make_batch, make_model
+    from benchmarks.learner.cases import SHAPES, config_of, free_port, make_batch, make_model
     from learner.checkpoints.checkpoint import Checkpoint, checkpoint_dirs, verify
     from learner.checkpoints.writer import CheckpointWriter
     from learner.objectives import load_objective
