@@ -10,14 +10,13 @@ tokens of all samples, prompts included.
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.results import save
+from benchmarks.results import measure_load, save, show
 from core.records import (
     Group,
     Sample,
@@ -73,7 +72,7 @@ def resident_bytes() -> int:
 
 
 def measure(prompt_tokens: int, num_ranks: int) -> dict[str, float]:
-    """Returns the figures; ranks are timed one after the other, the best of some rounds each."""
+    """Returns the figures; ranks are timed one after the other, in CPU seconds, medians of some rounds."""
     payload = encode_batch(3, [make_group(number, prompt_tokens) for number in range(GROUPS)])
     total = GROUPS * SAMPLES * TOKENS
     batch = open_batch(payload)
@@ -91,11 +90,11 @@ def measure(prompt_tokens: int, num_ranks: int) -> dict[str, float]:
         times = []
         for _ in range(ROUNDS):
             whole[rank] = []
-            start_s = time.perf_counter()
+            start_s = time.process_time()
             whole[rank] = decode(rank)
-            times.append(time.perf_counter() - start_s)
-        seconds.append(min(times))
-    start_s = time.perf_counter()
+            times.append(time.process_time() - start_s)
+        seconds.append(statistics.median(times))
+    start_s = time.process_time()
     open_batch(payload)
     return {
         "tokens": total,
@@ -105,15 +104,17 @@ def measure(prompt_tokens: int, num_ranks: int) -> dict[str, float]:
         "decoded_mb": held / 1e6,
         "decoded_mb_a_rank": held / 1e6 / num_ranks,
         "decode_s_a_rank": statistics.median(seconds),
-        "index_s": time.perf_counter() - start_s,
+        "index_s": time.process_time() - start_s,
     }
 
 
 def main() -> None:
     """Measures, prints and saves."""
+    load = measure_load()
     found = {f"prompt of {tokens}": measure(tokens, RANKS) for tokens in PROMPTS}
-    print(json.dumps(found, indent=2))
-    print(save("trajectory", found))
+    for title, row in found.items():
+        show(title, [row])
+    print(save("trajectory", {**found, "load": load}))
 
 
 if __name__ == "__main__":

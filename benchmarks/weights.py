@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,13 +28,14 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from benchmarks.results import save
+from benchmarks.pairs import compare, interleave, timed
+from benchmarks.results import measure_load, save, show
 from core.calls import Local
 from core.config import Config
 from core.processes import remote
@@ -84,20 +86,13 @@ def make_config(model_dir: str, **sections: Any) -> Config:
     return parse_config(tree | sections)
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Returns the seconds that one call takes."""
-    start_s = time.perf_counter()
-    work()
-    return time.perf_counter() - start_s
-
-
 def memcpy_s(num_bytes: int) -> float:
     """Returns the seconds of one copy between two buffers whose pages exist.
 
     It is the fastest of many, since a copy is over before anybody can be in its way.
     """
     source, target = torch.ones(num_bytes, dtype=torch.uint8), torch.ones(num_bytes, dtype=torch.uint8)
-    return min(seconds(lambda: target.copy_(source)) for _ in range(5 * REPEATS))
+    return min(timed(lambda: target.copy_(source))() for _ in range(5 * REPEATS))
 
 
 # --- two learner ranks ---
@@ -136,28 +131,24 @@ def learn(rank: int, model_dir: str, port: int, out: str) -> None:
                 writer.add(name, tensor)
         writer.finish(0)
 
-    found: dict[str, list[float]] = {
-        name: [] for name in ("gather", "one_by_one", "by_itself", "stall", "store")
-    }
-    for number in range(REPEATS + 1):
-        row = {
-            "gather": seconds(lambda: deque(source, maxlen=0)),
-            "one_by_one": seconds(lambda: deque(one_by_one, maxlen=0)),
-            "by_itself": seconds(store_by_itself),
-            "stall": seconds(functools.partial(transport.publish, number, evaluate=())),
-        }
+    versions, stores_s = itertools.count(), []
+
+    def stall() -> float:
+        took_s = timed(lambda: transport.publish(next(versions), evaluate=()))()
         transport.flush()
-        row["store"] = transport.metrics().get("weights/store_s", 0.0)
-        if number:  # The first makes buffers and connections.
-            for name, value in row.items():
-                found[name].append(value)
+        stores_s.append(transport.metrics().get("weights/store_s", 0.0))
+        return took_s
+
+    calls = {
+        "gather": timed(lambda: deque(source, maxlen=0)),
+        "one_by_one": timed(lambda: deque(one_by_one, maxlen=0)),
+        "by_itself": timed(store_by_itself),
+        "stall": stall,
+    }
+    found = interleave(calls, REPEATS, warm_rounds=1)  # The first makes buffers and connections.
     if rank == 0:
         num_bytes = sum(parameter.num_bytes for parameter in source.metadata())
-        Path(out).write_text(
-            json.dumps(
-                {"bytes": num_bytes} | {name: statistics.median(values) for name, values in found.items()}
-            )
-        )
+        Path(out).write_text(json.dumps({**found, "store": stores_s[1:], "bytes": num_bytes}))
         ray.shutdown()
 
 
@@ -175,17 +166,18 @@ def learner_side(model_dir: str, directory: Path) -> dict[str, float]:
         process.join(900)
     found = json.loads(out.read_text())
     copy_s, mib = memcpy_s(found["bytes"]), found["bytes"] / MIB
+    gather_s, stall_s = statistics.median(found["gather"]), statistics.median(found["stall"])
     return {
         "mib": mib,
         "memcpy_mib_per_s": mib / copy_s,
-        "gather_mib_per_s": mib / found["gather"],
-        "gather_against_memcpy": copy_s / found["gather"],
-        "gather_against_one_by_one": found["one_by_one"] / found["gather"],
-        "publish_stall_s": found["stall"],
-        "publish_against_memcpy": copy_s / found["stall"],
-        "stall_against_storing_by_itself": found["stall"] / found["by_itself"],
-        "stall_against_bare_gather": found["stall"] / found["gather"],
-        "background_s": found["store"],
+        "gather_mib_per_s": mib / gather_s,
+        "gather_against_memcpy": copy_s / gather_s,
+        **compare(found["one_by_one"], found["gather"]).fields("gather_against_one_by_one"),
+        "publish_stall_s": stall_s,
+        "publish_against_memcpy": copy_s / stall_s,
+        **compare(found["stall"], found["by_itself"]).fields("stall_against_storing_by_itself"),
+        **compare(found["stall"], found["gather"]).fields("stall_against_bare_gather"),
+        "background_s": statistics.median(found["store"]),
     }
 
 
@@ -208,7 +200,7 @@ def apply(model_dir: str, out: str, rank: int) -> None:
     for name, tensor in weights.items():
         writer.add(name, tensor)
     manifest, buckets = writer.finish(1)
-    verify_s, load_s, generate_s = [], [], []
+    tensors, versions = list(read_snapshot(manifest, buckets)), itertools.count(2)
 
     def generate() -> None:
         for number in range(16):
@@ -216,13 +208,13 @@ def apply(model_dir: str, out: str, rank: int) -> None:
         while engine.num_unfinished:
             engine.step()
 
-    for version in range(REPEATS + 1):
-        verify_s.append(seconds(lambda: list(read_snapshot(manifest, buckets))))
-        tensors = list(read_snapshot(manifest, buckets))
-        load_s.append(seconds(functools.partial(engine.load_weights, version, tensors)))
-        generate_s.append(seconds(generate))
-    medians = {"verify_s": verify_s, "pause_s": load_s, "generate_s": generate_s}
-    found = {name: statistics.median(values[1:]) for name, values in medians.items()}
+    calls = {
+        "verify_s": timed(lambda: list(read_snapshot(manifest, buckets))),
+        "pause_s": timed(lambda: engine.load_weights(next(versions), tensors)),
+        "generate_s": timed(generate),
+    }
+    measured = interleave(calls, REPEATS, warm_rounds=1)
+    found = {name: statistics.median(values) for name, values in measured.items()}
     Path(out).write_text(json.dumps(found | {"bytes": sum(tensor.nbytes for tensor in weights.values())}))
 
 
@@ -344,7 +336,7 @@ class PushingLearner:
             Sender(0, self._config, source, board_of(actors), Calls(300), ray.put, print)
         )
         stalls = [
-            seconds(functools.partial(transport.publish, version, evaluate=()))
+            timed(functools.partial(transport.publish, version, evaluate=()))()
             for version in range(REPEATS + 1)
         ]
         return stalls[1:]
@@ -389,7 +381,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", choices=[*MODELS, []], metavar="MODEL")
     asked = parser.parse_args().models or [*MODELS]
     tokenizer = make_tokenizer()
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"load": measure_load()}
     with tempfile.TemporaryDirectory() as directory:
         for name in asked:
             model_dir = Path(directory) / name
@@ -401,13 +393,8 @@ def main() -> None:
             }
             row |= {road: push(str(model_dir), road) for road in ("nccl", "ipc")}
             result[name] = row
-            for key, value in row.items():
-                print(
-                    f"{name:>5} {key:<34} {value if isinstance(value, (str, dict)) else f'{value:.4g}'}",
-                    flush=True,
-                )
-    if set(asked) == set(MODELS):
-        print(f"written to {save('weights', result)}")
+            show(name, [{"figure": key, "value": value} for key, value in row.items()])
+    print(f"written to {save('weights', result, keep=True)}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import argparse
 import functools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,8 +45,9 @@ from benchmarks.learner.cases import (
 from benchmarks.learner.checkpoint import measure_checkpoint, measure_saves
 from benchmarks.learner.gpu import measure_case, measure_gpu
 from benchmarks.learner.plain_loop import PlainLoop
+from benchmarks.pairs import compare, interleave, timed
+from benchmarks.results import measure_load, save, show
 
-RESULTS = Path("benchmarks/results")
 MIB = 2**20
 LAYOUT_BUDGETS = (1024, 2048, 4096, 8192)
 MEMORY_TOKENS = (2048, 8192, 16384)
@@ -72,7 +74,7 @@ def make_plain_policy(config: Any, device: str) -> Any:
 
 
 def measure_speed(device: str) -> list[dict[str, Any]]:
-    """Measures ours and the plain loop, step by step in turn; the best step of each counts."""
+    """Measures ours and the plain loop, step by step in turn."""
     import torch
 
     from learner.policy.zero import init_process_group
@@ -115,40 +117,36 @@ def measure_shape(shape: Shape, device: str, own_linear: Callable) -> dict[str, 
         step()
         torch.nn.functional.linear = zero_linear
 
-    calls: list[Callable[[], Any]] = [
-        lambda: zero.update(share, config.learner.lr),
-        lambda: plain(lambda: bare.update(share, config.learner.lr)),
-        lambda: plain(lambda: loop.step(batch)),
-    ]
-    zero_s, bare_s, plain_s = alternate(calls, device, shape.rounds)
+    calls = {
+        "ours": clocked(lambda: zero.update(share, config.learner.lr), device),
+        "bare": clocked(lambda: plain(lambda: bare.update(share, config.learner.lr)), device),
+        "loop": clocked(lambda: plain(lambda: loop.step(batch)), device),
+    }
+    steps_s = interleave(calls, shape.rounds, warm_rounds=1)
     tokens = sum(group.num_tokens for group in batch.groups)
     return {
         "case": shape.name,
         "parameters": sum(parameter.numel() for parameter in loop.module.parameters()),
         "tokens_per_step": tokens,
-        "tokens_per_s": round(tokens / zero_s),
-        "without_deepspeed": round(tokens / bare_s),
-        "plain_loop": round(tokens / plain_s),
-        "ratio": round(plain_s / zero_s, 3),
-        "ratio_without_deepspeed": round(plain_s / bare_s, 3),
+        "tokens_per_s": tokens / statistics.median(steps_s["ours"]),
+        "without_deepspeed": tokens / statistics.median(steps_s["bare"]),
+        "plain_loop": tokens / statistics.median(steps_s["loop"]),
+        **compare(steps_s["loop"], steps_s["ours"]).fields("of_plain"),
+        "of_plain_without_deepspeed": compare(steps_s["loop"], steps_s["bare"]).median,
     }
 
 
-def alternate(calls: list[Callable[[], Any]], device: str, rounds: int) -> list[float]:
-    """Returns the seconds of the best of so many calls of each, in turn, after one that warms up."""
+def clocked(call: Callable[[], Any], device: str) -> Callable[[], float]:
+    """Returns a call that gives the seconds that `call` takes: CPU seconds of this process, or a GPU's."""
+    if device == "cpu":
+        return timed(call, time.process_time)
     import torch
 
-    clock, wait = (time.process_time, int) if device == "cpu" else (time.perf_counter, torch.cuda.synchronize)
-    times: list[list[float]] = [[] for _ in calls]
-    for number in range(rounds + 1):
-        for call, own in zip(calls, times, strict=True):
-            wait()
-            start_s = clock()
-            call()
-            wait()
-            if number:
-                own.append(clock() - start_s)
-    return [min(own) for own in times]
+    def finished() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return timed(finished)
 
 
 # --- layouts ---
@@ -175,8 +173,7 @@ def measure_layouts(device: str) -> list[dict[str, Any]]:
         models[name] = (module, layout, TokenLogprobs(module, layout, attention))  # type: ignore[arg-type]
     found = []
     for budget in LAYOUT_BUDGETS:
-        calls: list[Callable[[], Any]] = []
-        padding = {}
+        calls, padding = {}, {}
         for name, (module, layout, token_logprobs) in models.items():
             plan = plan_micro_batches(lengths, groups, budget, layout)  # type: ignore[arg-type]
             inputs = [
@@ -184,16 +181,15 @@ def measure_layouts(device: str) -> list[dict[str, Any]]:
                 for micro in plan
             ]
             padding[name] = 1 - sum(lengths) / sum(one.input_ids.numel() for one in inputs)
-
-            calls.append(functools.partial(pass_over, module, inputs, token_logprobs))
-        seconds = dict(zip(models, alternate(calls, device, LAYOUT_SHAPE.rounds), strict=True))
+            calls[name] = clocked(functools.partial(pass_over, module, inputs, token_logprobs), device)
+        seconds = interleave(calls, LAYOUT_SHAPE.rounds, warm_rounds=1)
         found += [
             {
                 "budget_tokens": budget,
                 "layout": name,
-                "tokens_per_s": round(sum(lengths) / seconds[name]),
-                "against_padded": round(seconds["padded"] / seconds[name], 2),
-                "padding": round(padding[name], 3),
+                "tokens_per_s": sum(lengths) / statistics.median(seconds[name]),
+                **compare(seconds["padded"], seconds[name]).fields("against_padded"),
+                "padding": padding[name],
             }
             for name in models
         ]
@@ -271,38 +267,6 @@ def peak_mib() -> float:
 # --- the command ---
 
 
-def machine() -> dict[str, Any]:
-    """Describes the machine in words that name no host."""
-    import torch
-
-    cpus = len(os.sched_getaffinity(0))
-    ram_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    found: dict[str, Any] = {
-        "kind": f"cpu{cpus}",
-        "cpus": cpus,
-        # Ratios are not to be trusted far above the number of CPUs.
-        "load": [round(load, 1) for load in os.getloadavg()],
-        "ram_gib": round(ram_gib),
-        "gpu": None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    if torch.cuda.is_available():
-        found |= {"kind": "gpu", "gpu": torch.cuda.get_device_name()}
-    return found
-
-
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Prints a table, with the columns of its first row."""
-    cells = [[str(key) for key in rows[0]], *([str(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    print(f"\n{title}")
-    for line in cells:
-        print(
-            "  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), flush=True
-        )
-
-
 def main() -> None:
     """Measures the parts asked for, prints them and writes them to benchmarks/results/."""
     parser = argparse.ArgumentParser(
@@ -329,8 +293,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = RESULTS / f"learner-{machine()['kind']}.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    load = measure_load()
     measures: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "speed": lambda: measure_speed(device),
         "layouts": lambda: measure_layouts(device),
@@ -339,11 +302,9 @@ def main() -> None:
         "gpu": measure_gpu,
     }
     for part in parts:
-        results[part] = measures[part]()
-        show(part, results[part])
-        results["machine"] = machine()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        found = measures[part]()
+        show(part, found)
+        print(save("learner", {part: found, "load": load}, keep=True))
 
 
 if __name__ == "__main__":

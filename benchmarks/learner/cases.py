@@ -25,14 +25,15 @@ class Shape(NamedTuple):
     vocabulary: int
     groups: int
     budget_tokens: int
-    rounds: int  # Steps timed, of which the best counts.
+    rounds: int  # Steps timed, of which the median counts.
     short: bool = False  # Sums like the quickstart's instead of word problems.
 
 
 SHAPES = (
     Shape("tiny model, sums", 96, 3, 15, groups=32, budget_tokens=8192, rounds=12, short=True),
     Shape("tiny model, GSM8K lengths", 96, 3, 15, groups=8, budget_tokens=4096, rounds=8),
-    Shape("23M model, GSM8K lengths", 512, 6, 8192, groups=5, budget_tokens=4096, rounds=5),
+    Shape("8M model, GSM8K lengths", 256, 10, 512, groups=3, budget_tokens=4096, rounds=5),
+    Shape("23M model, GSM8K lengths", 512, 6, 8192, groups=2, budget_tokens=4096, rounds=3),
 )
 GROUP_SIZE = 8
 LAYOUT_SHAPE = Shape("5M model", 256, 4, 2048, groups=6, budget_tokens=0, rounds=3)
