@@ -15,7 +15,6 @@ a CPU second of that process alone: other programs on the machine hardly count t
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,136 +22,12 @@ from typing import Any
 
 import ray
 
-from actors.prompts import load_prompts
-from benchmarks.actors.bare import BareClient, BareEngine, Pause, Spent
-from benchmarks.actors.rig import ENVIRONMENT, TIMEOUT_S, MeasuredActor, Prepared, Rig, SimulatedActor
-from benchmarks.pairs import compare, interleave
+from benchmarks.actors.against_bare import both, pause, speed
+from benchmarks.actors.rig import Prepared, Rig, SimulatedActor, prepare
 from benchmarks.results import measure_load, save, show
-from cluster.preparation.prepare import ensure_model
-from core.calls import Calls
-from core.processes import remote
-from core.tokenizer import load_tokenizer
-from learner.catalogue import load_config
 
-ROUNDS = 5
-WINDOW_S, WARM_S = 6.0, 4.0
+WARM_S = 4.0
 SIMULATED_S = 10.0
-MODELS: dict[str, dict[str, Any]] = {
-    "8M": {"hidden": 256, "layers": 10},
-    "30M": {"hidden": 512, "layers": 10},
-}
-
-
-def prepare(directory: Path, *overrides: str, model: str = "") -> Prepared:
-    """Returns config, prompts and weights of the quickstart; with a `model` of MODELS, that of random
-    weights, which ends an answer after a dozen tokens on average.
-    """
-    from safetensors.torch import load_file
-
-    more = ["buffer.max_staleness=100000", "checkpoint.every=0", "weights.publish_every=1", *overrides]
-    if model:
-        more += [f"model.path={_make_model(directory, model)}", "model.make=null"]
-    config = ensure_model(load_config("configs/quickstart.yaml", more))
-    prompts = load_prompts(config.data, load_tokenizer(config.model))
-    return Prepared(config, prompts, list(load_file(Path(config.model.path, "model.safetensors")).items()))
-
-
-def _make_model(directory: Path, name: str) -> Path:
-    from recipes.arithmetic import make_llama, make_tokenizer
-
-    path, tokenizer = directory / name, make_tokenizer()
-    if not path.exists():
-        make_llama(len(tokenizer), **MODELS[name]).save_pretrained(path)
-        tokenizer.save_pretrained(path)
-    return path
-
-
-class Engines:
-    """Bare engines, each in a process of its own."""
-
-    def __init__(self, prepared: Prepared, count: int = 1) -> None:
-        self.calls = Calls(TIMEOUT_S)
-        engine_class = remote(BareEngine).options(num_cpus=0, runtime_env=ENVIRONMENT)
-        made = [engine_class.remote(prepared.config, prepared.prompts) for _ in range(count)]
-        self._clients = [BareClient(engine, "a bare engine") for engine in made]
-
-    def spend(self, seconds: float) -> Spent:
-        """Returns what they make and spend, all at once."""
-        running = [self.calls.start(client.generate(seconds)) for client in self._clients]
-        spent = [one.wait() for one in running]
-        rate = sum(one.samples / one.wall_s for one in spent)
-        total = Spent(*map(sum, zip(*spent, strict=True)))
-        return total._replace(wall_s=total.samples / rate)
-
-    def pause(self) -> Pause:
-        """Returns how long the one engine takes to load its weights."""
-        return self.calls.ask(self._clients[0].load())
-
-    def close(self) -> None:
-        """Ends the processes."""
-        for client in self._clients:
-            ray.kill(client.handle)
-
-
-def against_bare(
-    directory: Path, prepared: Prepared, *, count: int = 1, rounds: int = ROUNDS, window_s: float = WINDOW_S
-) -> dict[str, float]:
-    """Returns samples a second, and CPU milliseconds a sample, of so many actors and of so many bare engines,
-    and what share of the latter the former reach.
-    """
-    bare = Engines(prepared, count)
-    rig = Rig(prepared, str(directory), [f"actor-{number}" for number in range(count)], MeasuredActor)
-    spent: dict[str, list[Spent]] = {"actor": [], "bare": []}
-
-    def measure(name: str, spend: Callable[[float], Spent]) -> float:
-        rig.rest() if name == "bare" else rig.consume(1.0)
-        spent[name].append(spend(window_s if spent[name] else WARM_S))
-        return spent[name][-1].samples / spent[name][-1].wall_s
-
-    rates = interleave(
-        {"actor": lambda: measure("actor", rig.spend), "bare": lambda: measure("bare", bare.spend)},
-        rounds,
-        warm_rounds=1,
-    )
-    rig.close()
-    bare.close()
-    cpu_ms = {name: [1e3 * one.cpu_s / one.samples for one in all_[1:]] for name, all_ in spent.items()}
-    return {
-        "samples_per_s": statistics.median(rates["actor"]),
-        "bare_samples_per_s": statistics.median(rates["bare"]),
-        **compare(rates["actor"], rates["bare"]).fields("of_bare"),
-        "cpu_ms_a_sample": statistics.median(cpu_ms["actor"]),
-        "bare_cpu_ms_a_sample": statistics.median(cpu_ms["bare"]),
-        **compare(cpu_ms["bare"], cpu_ms["actor"]).fields("of_bare_cpu"),
-        "tokens_a_sample": spent["actor"][-1].tokens / spent["actor"][-1].samples,
-    }
-
-
-def pause(directory: Path, prepared: Prepared, rounds: int = 15) -> dict[str, float]:
-    """Returns for how long an actor does not generate at an update, and for how long vLLM needs by itself."""
-    bare, rig = Engines(prepared), Rig(prepared, str(directory), ["actor-0"], MeasuredActor)
-    pauses: dict[str, list[Pause]] = {"actor": [], "bare": []}
-
-    def measure(name: str, take: Callable[[], Pause]) -> float:
-        pauses[name].append(take())
-        return pauses[name][-1].wall_s
-
-    walls = interleave(
-        {"actor": lambda: measure("actor", rig.pause), "bare": lambda: measure("bare", bare.pause)},
-        rounds,
-        warm_rounds=2,
-    )
-    rig.close()
-    bare.close()
-    cpus = {name: [one.cpu_s for one in all_[2:]] for name, all_ in pauses.items()}
-    return {
-        "pause_s": statistics.median(walls["actor"]),
-        "bare_load_s": statistics.median(walls["bare"]),
-        **compare(walls["actor"], walls["bare"]).fields("of_bare"),
-        "pause_cpu_s": statistics.median(cpus["actor"]),
-        "bare_load_cpu_s": statistics.median(cpus["bare"]),
-        **compare(cpus["actor"], cpus["bare"]).fields("of_bare_cpu"),
-    }
 
 
 def scaling(directory: Path) -> list[dict[str, float]]:
@@ -191,12 +66,19 @@ def main() -> None:
     """
     sums = "actors.num_cpus=1", "buffer.capacity=256"
     long = *sums, "actors.max_new_tokens=48", "actors.slots=64"
+
+    def compared(
+        at: Path, prepared: Prepared, compare: Callable[..., Any] = speed, count: int = 1, **how: Any
+    ) -> Any:
+        with both(at / "run", prepared, count) as (rig, bare):
+            return compare(rig, bare, **how)
+
     measures: dict[str, Callable[[Path], Any]] = {
-        "sums": lambda at: against_bare(at / "sums", prepare(at, *sums)),
-        "large": lambda at: against_bare(at / "large", prepare(at, *long, model="8M"), window_s=10),
-        "together": lambda at: against_bare(at / "together", prepare(at, *sums), count=2),
-        "pause": lambda at: pause(at / "pause", prepare(at, *sums)),
-        "pause_30M": lambda at: pause(at / "pause-30M", prepare(at, *sums, model="30M")),
+        "sums": lambda at: compared(at, prepare(at, *sums)),
+        "large": lambda at: compared(at, prepare(at, *long, model="8M"), window_s=10),
+        "together": lambda at: compared(at, prepare(at, *sums), count=2),
+        "pause": lambda at: compared(at, prepare(at, *sums), pause),
+        "pause_30M": lambda at: compared(at, prepare(at, *sums, model="30M"), pause),
         "scaling": scaling,
         "straggler": straggler,
     }
@@ -211,7 +93,7 @@ def main() -> None:
     ray.init(address="local", num_cpus=64, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as directory:
         for row in asked:
-            found = measures[row](Path(directory))
+            found = measures[row](Path(tempfile.mkdtemp(dir=directory)))
             show(row, found if isinstance(found, list) else [found])
             path = save("actors", {row: found, "load": load}, keep=True)
     print(f"written to {path}")

@@ -5,26 +5,34 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import ray
 
-from actors.prompts import PromptSet
+from actors.prompts import PromptSet, load_prompts
 from actors.rollout import RolloutActor
 from benchmarks.actors.bare import Pause, Spent, timed_pause
 from benchmarks.fake_engine import FakeEngine
 from buffer.client import connect_buffer
 from buffer.server import ReplayBuffer
 from cluster.fleet import ActorClient
+from cluster.preparation.prepare import ensure_model
 from core.calls import Calls, asks, settle
 from core.config import Config
 from core.monitor_client import MonitorClient
 from core.processes import remote
+from core.tokenizer import load_tokenizer
 from core.weights.board import BOARD, Board, BoardClient
 from core.weights.snapshots import SnapshotWriter
+from learner.catalogue import load_config
 
 TIMEOUT_S = 300.0
+MODELS: dict[str, dict[str, Any]] = {
+    "8M": {"hidden": 256, "layers": 10},
+    "30M": {"hidden": 512, "layers": 10},
+}
 ENVIRONMENT = {
     "env_vars": {
         "OMP_NUM_THREADS": "1",
@@ -40,6 +48,30 @@ class Prepared(NamedTuple):
     config: Config
     prompts: PromptSet
     weights: list[tuple[str, Any]]
+
+
+def prepare(directory: Path, *overrides: str, model: str = "") -> Prepared:
+    """Returns config, prompts and weights of the quickstart; with a `model` of MODELS, that of random
+    weights, which ends an answer after a dozen tokens on average.
+    """
+    from safetensors.torch import load_file
+
+    more = ["buffer.max_staleness=100000", "checkpoint.every=0", "weights.publish_every=1", *overrides]
+    if model:
+        more += [f"model.path={_make_model(directory, model)}", "model.make=null"]
+    config = ensure_model(load_config("configs/quickstart.yaml", more))
+    prompts = load_prompts(config.data, load_tokenizer(config.model))
+    return Prepared(config, prompts, list(load_file(Path(config.model.path, "model.safetensors")).items()))
+
+
+def _make_model(directory: Path, name: str) -> Path:
+    from recipes.arithmetic import make_llama, make_tokenizer
+
+    path, tokenizer = directory / name, make_tokenizer()
+    if not path.exists():
+        make_llama(len(tokenizer), **MODELS[name]).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return path
 
 
 class Deaf:
