@@ -12,8 +12,8 @@ others on the machine would count by the clock:
     python -m benchmarks.guard              measures, and compares with benchmarks/results/guard-*.json
     python -m benchmarks.guard --commit     measures, and writes that file
 
-A ratio is `worse` or `better` when it differs from the committed one by more than its noise: the spread of the
-pairs, here or there, and at least NOISE. It never fails: a busy machine is nobody's fault.
+A ratio is `worse` or `better` when it differs from the committed one by more than its noise: the spread of
+the pairs, here or there, and at least NOISE. It never fails: a busy machine is nobody's fault.
 """
 
 from __future__ import annotations
