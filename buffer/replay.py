@@ -27,13 +27,13 @@ from buffer.order import Entry, Order
 from buffer.sampling import SAMPLERS, GroupMeta, View
 from core.config.buffer import BufferConfig
 from core.errors import ConfigError, DataError
-from core.records import Group
+from core.records import Group, GroupHead
 from core.staleness import StalenessBound, counted_version
 
 EVICTIONS = ("evicted_used", "evicted_stale", "evicted_capacity", "evicted_surplus", "evicted_equal")
 
 
-def meta_of(group: Group) -> GroupMeta:
+def meta_of(group: Group | GroupHead) -> GroupMeta:
     """Returns the index entry of a group on its arrival: it was in no batch yet, whatever it says of its
     uses.
     """

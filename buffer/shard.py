@@ -222,12 +222,13 @@ class Shard:
             reason = "too_small_held" if self._held.hold(kept) else "too_small"
             self._record("failed", group.group_id, actor=actor, reason=reason)
             return
-        meta = meta_of(kept)
+        head = head_of(kept)
+        meta = meta_of(head)
         self._record("inserted", group.group_id, actor=actor, version=meta.version)
         if self._equal.skips([sample.reward for sample in kept.samples if sample.reward is not None]):
             self._replay.skip(meta)
             return
-        stored = StoredGroup(encode(head_of(kept)), payload if kept is group else encode(kept))
+        stored = StoredGroup(encode(head), payload if kept is group else encode(kept))
         self.store.put_group(meta, len(kept.samples), stored)
         self._replay.insert(meta)
 

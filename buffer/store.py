@@ -1,7 +1,9 @@
 """Keeps groups on disk: sqlite with a write-ahead log. What `flush` has written survives the death of any
 process.
 
-    groups(position, group_id, ..., payload)   payload: a Group as msgpack, head: it without its tokens
+    groups(group_id, position, ..., payload)   payload: a Group as msgpack, head: it without its tokens; a row
+                                               is written once, since sqlite writes a changed one anew, whole
+    used(group_id, uses, last_step, ...)       what became of it since: written once it was in a batch
     leases(ordinal, actor, losses)             the open items; actor '': waiting to be issued again
     batches(step, groups)                      what each batch held, from the watermark on
     held(prompt_index, sample)                 samples of groups that were too small
@@ -35,30 +37,37 @@ LOCK_TIMEOUT_S = 10.0
 """How long opening waits for another process to let go of the database: one that was just killed needs
 a moment.
 """
-FORMAT = 6
+FORMAT = 7
+WAL_PAGES = 4096
+"""Pages of the log, 16 MiB, before sqlite folds it into the database, which is when it syncs the disk."""
 
 _SCHEMA = f"""
 BEGIN;
 CREATE TABLE IF NOT EXISTS groups (
-    position INTEGER PRIMARY KEY, group_id INTEGER NOT NULL UNIQUE, oldest_version INTEGER NOT NULL,
-    num_tokens INTEGER NOT NULL,
-    reward_std REAL NOT NULL, num_samples INTEGER NOT NULL, uses INTEGER NOT NULL DEFAULT 0,
-    last_step INTEGER NOT NULL DEFAULT -1,
-    has_left INTEGER NOT NULL DEFAULT 0, ref_logprobs BLOB, head BLOB NOT NULL, payload BLOB NOT NULL);
-CREATE INDEX IF NOT EXISTS groups_kept_for_a_batch ON groups(last_step) WHERE has_left = 1;
+    group_id INTEGER PRIMARY KEY, position INTEGER NOT NULL, oldest_version INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL, reward_std REAL NOT NULL, num_samples INTEGER NOT NULL,
+    head BLOB NOT NULL, payload BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS used (
+    group_id INTEGER PRIMARY KEY, uses INTEGER NOT NULL DEFAULT 0, last_step INTEGER NOT NULL DEFAULT -1,
+    has_left INTEGER NOT NULL DEFAULT 0, ref_logprobs BLOB);
+CREATE INDEX IF NOT EXISTS groups_kept_for_a_batch ON used(last_step) WHERE has_left = 1;
 CREATE TABLE IF NOT EXISTS leases (ordinal INTEGER PRIMARY KEY, actor TEXT NOT NULL, losses INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS batches (step INTEGER PRIMARY KEY, groups BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS held (prompt_index INTEGER PRIMARY KEY, sample BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS visits (
     prompt_index INTEGER PRIMARY KEY, solved INTEGER NOT NULL, rest INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS ledger (place INTEGER PRIMARY KEY, lines BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 PRAGMA user_version = {FORMAT};
 COMMIT;
 """
-_PUT_GROUP = """INSERT OR IGNORE INTO
-    groups(group_id, oldest_version, num_tokens, reward_std, num_samples, head, payload)
-    VALUES (?, ?, ?, ?, ?, ?, ?)"""
+_PUT_GROUP = "INSERT OR IGNORE INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_PUT_USES = """INSERT INTO used(group_id, uses, last_step) VALUES (?, ?, ?)
+    ON CONFLICT DO UPDATE SET uses = excluded.uses, last_step = excluded.last_step"""
+_PUT_REF_LOGPROBS = """INSERT INTO used(group_id, ref_logprobs) VALUES (?, ?)
+    ON CONFLICT DO UPDATE SET ref_logprobs = excluded.ref_logprobs"""
+_FORGET_GROUPS = """DELETE FROM groups WHERE group_id IN
+    (SELECT group_id FROM used WHERE has_left = 1 AND last_step < ?)"""
 
 
 class StoreError(AgroError, RuntimeError):
@@ -101,13 +110,15 @@ class Store:
         self._pending: list[tuple[str, Sequence[Any]]] = []
         # Payloads that are not on the disk yet.
         self._unwritten: dict[int, StoredGroup] = {}
+        self._next_position: int | None = None  # Not known before the groups are read.
         with self._explained():
             # Ray constructs an asyncio actor in one thread and runs its coroutines in another; never both at
             # once.
             self._db = sqlite3.connect(
                 self.path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
-            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", f"synchronous={fsync.upper()}"):
+            pragmas = ("locking_mode=EXCLUSIVE", "journal_mode=WAL", f"wal_autocheckpoint={WAL_PAGES}")
+            for pragma in (*pragmas, f"synchronous={fsync.upper()}"):
                 self._db.execute(f"PRAGMA {pragma}")
             found = self._db.execute("PRAGMA user_version").fetchone()[0]
             if found not in (0, FORMAT) or (
@@ -131,8 +142,12 @@ class Store:
     def put_group(self, meta: GroupMeta, num_samples: int, stored: StoredGroup) -> None:
         """Stores a group, encoded. An id that is stored stays as it is."""
         self._unwritten.setdefault(meta.group_id, stored)
-        known = (meta.group_id, meta.oldest_version, meta.num_tokens, meta.reward_std, num_samples)
-        self._pending.append((_PUT_GROUP, (*known, stored.head, stored.payload)))
+        if self._next_position is None:
+            self.load_groups()
+        position = self._next_position or 0
+        self._next_position = position + 1
+        known = (meta.group_id, position, meta.oldest_version, meta.num_tokens, meta.reward_std)
+        self._pending.append((_PUT_GROUP, (*known, num_samples, stored.head, stored.payload)))
 
     def put_batch(self, step: int, batch: RecordedBatch) -> None:
         """Records the batch of learner step `step`, and its groups' uses with it."""
@@ -140,35 +155,27 @@ class Store:
             ("INSERT OR REPLACE INTO batches VALUES (?, ?)", (step, msgspec.msgpack.encode(batch)))
         )
         for entry in batch.entries:
-            self._pending.append(
-                (
-                    "UPDATE groups SET uses = ?, last_step = ? WHERE group_id = ?",
-                    (entry.uses, step, entry.group_id),
-                )
-            )
+            self._pending.append((_PUT_USES, (entry.group_id, entry.uses, step)))
 
     def leave(self, group: GroupMeta) -> None:
         """Takes a group out of the buffer; if it was in a batch, it stays for that until `forget_batches`."""
         if group.uses:
-            self._pending.append(("UPDATE groups SET has_left = 1 WHERE group_id = ?", (group.group_id,)))
+            self._pending.append(("UPDATE used SET has_left = 1 WHERE group_id = ?", (group.group_id,)))
         else:
             self._pending.append(("DELETE FROM groups WHERE group_id = ?", (group.group_id,)))
+            self._pending.append(("DELETE FROM used WHERE group_id = ?", (group.group_id,)))
 
     def forget_batches(self, before_step: int) -> None:
         """Deletes the batches of learner steps before `before_step`, and the groups kept for them."""
         self._pending.append(("DELETE FROM batches WHERE step < ?", (before_step,)))
-        self._pending.append(("DELETE FROM groups WHERE has_left = 1 AND last_step < ?", (before_step,)))
+        self._pending.append((_FORGET_GROUPS, (before_step,)))
+        self._pending.append(("DELETE FROM used WHERE has_left = 1 AND last_step < ?", (before_step,)))
 
     def put_ref_logprobs(self, group_id: int, values: Sequence[float]) -> None:
         """Caches the reference log-prob sums of a group's samples (nats)."""
         if group_id in self._unwritten:
             self._unwritten[group_id] = self._unwritten[group_id]._replace(ref_logprobs=list(values))
-        self._pending.append(
-            (
-                "UPDATE groups SET ref_logprobs = ? WHERE group_id = ?",
-                (msgspec.msgpack.encode(values), group_id),
-            )
-        )
+        self._pending.append((_PUT_REF_LOGPROBS, (group_id, msgspec.msgpack.encode(values))))
 
     def put_lease(self, ordinal: int, actor: str, losses: int) -> None:
         """Notes an open item: who holds it ('' for nobody), and how often it was lost."""
@@ -265,10 +272,13 @@ class Store:
 
     def load_groups(self) -> list[GroupMeta]:
         """Returns the index of the groups in the buffer, in order of insertion."""
-        columns = "group_id, oldest_version, num_tokens, uses, reward_std"
-        query = f"SELECT {columns} FROM groups WHERE has_left = 0 ORDER BY position"
+        columns = "position, group_id, oldest_version, num_tokens, ifnull(uses, 0), reward_std, has_left"
+        query = f"SELECT {columns} FROM groups LEFT JOIN used USING (group_id) ORDER BY position"
         with self._explained():
-            return [GroupMeta(*row) for row in self._db.execute(query)]
+            rows = self._db.execute(query).fetchall()
+        if self._next_position is None:
+            self._next_position = 1 + max((row[0] for row in rows), default=-1)
+        return [GroupMeta(*known) for _, *known, has_left in rows if not has_left]
 
     def load_leases(self) -> list[tuple[int, str, int]]:
         """Returns (ordinal, actor, losses) of the open items, by ordinal."""
@@ -305,7 +315,9 @@ class Store:
     def _read_group(self, group_id: int) -> StoredGroup:
         with self._explained():
             row = self._db.execute(
-                "SELECT head, payload, ref_logprobs FROM groups WHERE group_id = ?", (group_id,)
+                "SELECT head, payload, ref_logprobs FROM groups LEFT JOIN used USING (group_id) "
+                "WHERE group_id = ?",
+                (group_id,),
             ).fetchone()
         if row is None:
             raise StoreError(f"group {group_id} is not in {self.path}; was it deleted by another process?")

@@ -108,14 +108,13 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     answer_id: int | None = None
 
     def __post_init__(self) -> None:
-        num_sampled = self.num_sampled
-        if len(self.is_sampled) != len(self.tokens):
+        num_bits, num_tokens = len(self.is_sampled), len(self.tokens)
+        num_sampled, num_logprobs = self.is_sampled.count(), len(self.logprobs)
+        if num_bits != num_tokens:
+            raise ValueError(f"is_sampled has {num_bits} bits for {num_tokens} tokens; expected one each")
+        if num_logprobs not in (0, num_sampled):
             raise ValueError(
-                f"is_sampled has {len(self.is_sampled)} bits for {len(self.tokens)} tokens; expected one each"
-            )
-        if len(self.logprobs) not in (0, num_sampled):
-            raise ValueError(
-                f"{len(self.logprobs)} logprobs for {num_sampled} sampled tokens; expected one each, or none"
+                f"{num_logprobs} logprobs for {num_sampled} sampled tokens; expected one each, or none"
             )
         end = 0
         for span in self.version_spans:
@@ -152,7 +151,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def num_sampled(self) -> int:
         """Returns the number of tokens that the policy, or whoever it was, said."""
-        return self.is_sampled.count()
+        return len(self.logprobs) or self.is_sampled.count()
 
     @property
     def sampled_tokens(self) -> npt.NDArray[np.int32]:
@@ -291,13 +290,13 @@ def head_of(group: Group) -> GroupHead:
     """Returns the group without its tokens."""
     samples = tuple(
         SampleHead(
-            num_tokens=sample.num_tokens,
-            num_sampled=sample.num_sampled,
-            version_spans=sample.version_spans,
-            finish_reason=sample.finish_reason,
-            reward=sample.reward,
-            turns=sample.turns,
-            num_tool_calls=sample.num_tool_calls,
+            len(sample.tokens),
+            sample.num_sampled,
+            sample.version_spans,
+            sample.finish_reason,
+            sample.reward,
+            sample.turns,
+            sample.num_tool_calls,
         )
         for sample in group.samples
     )
@@ -360,9 +359,9 @@ def _to_bytes(value: Any) -> bytes:
 
 
 def _from_bytes(kind: type, value: Any) -> Any:
-    if not isinstance(value, bytes):
-        raise ValueError(f"expected the bytes of {kind.__name__}, found {type(value).__name__}")
-    return kind(value)
+    if type(value) is bytes:
+        return kind(value)
+    raise ValueError(f"expected the bytes of {kind.__name__}, found {type(value).__name__}")
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_to_bytes)

@@ -117,7 +117,7 @@ def test_fsync_is_what_was_asked_for(tmp_path, fsync, level):
 def test_a_database_of_another_format_is_refused(tmp_path):
     with sqlite3.connect(tmp_path / "b.sqlite") as db:
         db.execute("CREATE TABLE groups (group_id)")
-    with pytest.raises(StoreError, match="has format 1, this version writes 6"):
+    with pytest.raises(StoreError, match="has format 1, this version writes 7"):
         Store(tmp_path / "b.sqlite")
 
 
