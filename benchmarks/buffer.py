@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.results import save
+from benchmarks.pairs import compare
+from benchmarks.results import measure_load, save, show
 from buffer.server import ReplayBuffer
 from core.config import Config
 from core.records import Group, Sample, VersionSpan, encode
@@ -87,11 +88,11 @@ async def rates(fsync: str) -> dict[str, float]:
             start_s = time.perf_counter()
             for payload in payloads:
                 await buffer.insert("a", [payload])
-            ours.append(per_round / (time.perf_counter() - start_s))
-            start_s = time.perf_counter()
+            middle_s = time.perf_counter()
             for number, payload in enumerate(payloads):
                 bare.execute("INSERT INTO groups VALUES (?, ?)", (next_id + number, payload))
-            theirs.append(per_round / (time.perf_counter() - start_s))
+            ours.append(per_round / (middle_s - start_s))
+            theirs.append(per_round / (time.perf_counter() - middle_s))
             next_id += per_round
         start_s = time.perf_counter()
         for step in range(100):
@@ -101,7 +102,7 @@ async def rates(fsync: str) -> dict[str, float]:
     return {
         "inserts_per_s": statistics.median(ours),
         "bare_sqlite_inserts_per_s": statistics.median(theirs),
-        "ratio": statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True)),
+        **compare(ours, theirs).fields("ratio"),
         "sampled_groups_per_s": sampled,
         "payload_bytes": len(make_payload(0)),
     }
@@ -146,27 +147,18 @@ async def at_size(num_groups: int) -> dict[str, Any]:
 
 async def main() -> None:
     """Measures all rows, prints them and writes them to benchmarks/results/."""
-    result: dict[str, Any] = {"rates": {fsync: await rates(fsync) for fsync in ("normal", "full")}}
-    for fsync, row in result["rates"].items():
-        print(
-            f"fsync {fsync:<7} {row['inserts_per_s']:7.0f} inserts/s durable, bare sqlite "
-            f"{row['bare_sqlite_inserts_per_s']:7.0f} "
-            f"(ratio {row['ratio']:.2f}); {row['sampled_groups_per_s']:7.0f} groups/s sampled; "
-            f"{row['payload_bytes']} bytes a group"
-        )
-    result["sizes"] = []
-    for size in SIZES:
-        row = await at_size(size)
-        result["sizes"].append(row)
-        latency = ", ".join(
-            f"{name} {row[name]['p50_ms']:.1f}/{row[name]['p99_ms']:.1f}" for name in SAMPLERS
-        )
-        print(
-            f"{size:>7} groups: recovery {row['recovery_s_per_10k_groups']:.3f} s per 10,000, "
-            f"{row['resident_mib']:.0f} MiB more; "
-            f"p50/p99 ms of {BATCH_GROUPS}: {latency}"
-        )
-    print(f"written to {save('buffer', result)}")
+    load = measure_load()
+    found = {fsync: await rates(fsync) for fsync in ("normal", "full")}
+    show("durable groups, one a commit", [{"fsync": fsync, **row} for fsync, row in found.items()])
+    sizes = [await at_size(size) for size in SIZES]
+    show(f"p50/p99 ms of {BATCH_GROUPS} groups, by groups stored", [_in_a_row(size) for size in sizes])
+    print(f"written to {save('buffer', {'rates': found, 'sizes': sizes, 'load': load})}")
+
+
+def _in_a_row(size: dict[str, Any]) -> dict[str, Any]:
+    """Returns the row of a table: both percentiles of a sampler in one cell."""
+    latencies = {name: f"{size[name]['p50_ms']:.1f}/{size[name]['p99_ms']:.1f}" for name in SAMPLERS}
+    return {name: value for name, value in size.items() if name not in SAMPLERS} | latencies
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def actor_rows() -> dict[str, Row]:
     with tempfile.TemporaryDirectory() as directory:
         prepared = prepare(Path(directory), "actors.num_cpus=1", "buffer.capacity=256")
         with both(Path(directory, "run"), prepared) as (rig, bare):
-            spent, paused = speed(rig, bare, rounds=3, window_s=3.0), pause(rig, bare, rounds=5)
+            spent, paused = speed(rig, bare, rounds=3, window_s=3.0), pause(rig, bare, rounds=9)
     ray.shutdown()
     update = {name: paused[f"of_bare_cpu{name}"] for name in ("", "_most", "_least")}
     return {
@@ -85,11 +85,7 @@ def buffer_rows() -> dict[str, Row]:
     from benchmarks.buffer import rates
 
     found = asyncio.run(rates("normal"))
-    return {
-        "buffer": _row(
-            Ratio(*(found.get(f"ratio{name}", found["ratio"]) for name in ("", "_least", "_most")))
-        )
-    }
+    return {"buffer": _row(Ratio(*(found[f"ratio{name}"] for name in ("", "_least", "_most"))))}
 
 
 def whole_rows() -> dict[str, Row]:
