@@ -1,8 +1,8 @@
 """The inference engine: every call into vLLM is in this file.
 
 vLLM's engine runs inside this process (no engine-core process), so that weights can be swapped between two
-steps while unfinished generations go on. Each sample is a request of its own; vLLM's prefix cache shares the
-prompt of a group.
+steps while unfinished generations go on. Each sample is a request of its own; those of a group, which come
+one after another, are prepared once, and vLLM's prefix cache shares their prompt.
 
 Weights arrive through vLLM's layerwise reload, the lifecycle of its own transfer engines. Surprises handled
 here: on a CPU vLLM packs the linear layers and drops the originals, so a bare `load_weights` fails; and after
@@ -34,12 +34,12 @@ from typing import Any, Literal
 
 import torch
 
+from actors.engine_cpu import SEED, mend
 from actors.engine_settings import Adapters, engine_arguments, lora_arguments, set_engine_environment
 from actors.episode import Generation
-from core.arrays import Float32s, Int32s
+from actors.requests import Options, RunningRequest, WaitingRequest
 from core.config import ActorsConfig, ModelConfig
 from core.errors import AgroError, SnapshotError
-from core.records import VersionSpan
 from core.tokenizer import Detokenizer, end_token_ids, load_tokenizer
 from core.weights.snapshots import checksum
 
@@ -98,12 +98,15 @@ class Engine:
             arguments["weight_transfer_config"] = {"backend": transport}
         self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
         if config.num_gpus == 0:
-            self._engine.apply_model(_mend_for_cpu)
+            self._engine.collective_rpc(lambda worker: mend(worker.model_runner))
         # `_reload` checks itself what a snapshot leaves out; vLLM names layers that have nothing to load, at
         # every update.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-        self._waiting: collections.deque[tuple[str, list[int], Any]] = collections.deque()
-        self._started_s: dict[str, float] = {}  # When each running request got its slot; the oldest first.
+        self._waiting: collections.deque[WaitingRequest] = collections.deque()
+        self._running: dict[str, RunningRequest] = {}  # By vLLM's names for them; the oldest first.
+        self._names: dict[str, str] = {}  # Those, by ours.
+        self._num_started = 0
+        self._prepared: tuple[Any, Any] = (None, None)  # The newest request, and what vLLM made of it.
         self._num_updates = 0
         self._lora_request: Any = None
         self._transfer: Literal["", "started", "arriving", "failed", "arrived"] = ""
@@ -116,15 +119,12 @@ class Engine:
     @property
     def num_unfinished(self) -> int:
         """Returns the number of requests that are submitted and not finished."""
-        return len(self._waiting) + self._engine.get_num_unfinished_requests()
+        return len(self._waiting) + len(self._running)
 
     @property
     def num_tokens_under_way(self) -> int:
         """Returns the number of tokens generated so far by the requests that are not finished."""
-        return sum(
-            state.detokenizer.num_output_tokens()
-            for state in self._engine.output_processor.request_states.values()
-        )
+        return sum(len(request.tokens) for request in self._running.values())
 
     def submit(
         self,
@@ -142,29 +142,11 @@ class Engine:
         generator draws. At most `max_tokens` are sampled; None: `actors.max_new_tokens`. A request also ends
         with the first of the texts `stop` that it has said, which is part of what it said.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         config = self._config
+        temperature = config.temperature if temperature is None else temperature
         limit = config.max_new_tokens if max_tokens is None else max_tokens
-        params = SamplingParams(
-            temperature=config.temperature if temperature is None else temperature,
-            top_p=config.top_p,
-            max_tokens=limit,
-            seed=seed,
-            stop=list(stop),
-            logprobs=0,
-            ignore_eos=True,  # vLLM would add what it takes for end tokens itself.
-            stop_token_ids=self._stop_ids,
-            # `Detokenizer` does, at the end: the same text as everywhere. vLLM's own finds stop texts alone.
-            detokenize=bool(stop),
-            skip_special_tokens=False,
-            include_stop_str_in_output=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            # Made for this request alone; a deep copy of it is a tenth of a short generation's time.
-            skip_clone=True,
-        )
-        self._waiting.append((request_id, list(tokens), params))
+        options = Options(temperature, config.top_p, limit, tuple(stop))
+        self._waiting.append(WaitingRequest(request_id, tokens, seed, options))
 
     def step(self) -> list[tuple[str, Generation]]:
         """Makes one forward pass of everything running, and returns what was generated by the requests that
@@ -174,46 +156,43 @@ class Engine:
         starts with. Raises PromptRefused, before the pass, when vLLM does not take such a request: that one
         is gone, the others are as before.
         """
-        while self._waiting and self._engine.get_num_unfinished_requests() < self._config.slots:
-            self._start(*self._waiting.popleft())
-        finished = [
-            (output.request_id, self._generation(output.outputs[0]))
-            for output in self._engine.step()
-            if output.finished
-        ]
-        for request_id, _ in finished:
-            del self._started_s[request_id]
+        while self._waiting and len(self._running) < self._config.slots:
+            waiting = self._waiting.popleft()
+            try:
+                self._start(waiting)
+            except PromptRefused as refused:
+                refused.request_id = waiting.request_id
+                raise
+        outputs = self._engine.engine_core.get_output()
+        finished: list[tuple[str, Generation]] = []
+        for output in outputs.outputs:
+            if (request := self._running.get(output.request_id)) is None:
+                continue  # It was aborted while the step was under way.
+            if reason := request.take(output, int(outputs.weight_version)):
+                if not output.finished:  # A stop text ended it, of which vLLM's core knows nothing.
+                    self._engine.engine_core.abort_requests([output.request_id])
+                self._forget(output.request_id)
+                finished.append((request.request_id, self._generation(request, reason)))
         return finished
 
     def overdue(self, timeout_s: float) -> list[str]:
         """Returns the requests that have had a slot for longer than `timeout_s` seconds."""
         deadline_s = time.monotonic() - timeout_s
         return [
-            request_id
-            for request_id, _ in itertools.takewhile(
-                lambda started: started[1] < deadline_s, self._started_s.items()
+            request.request_id
+            for request in itertools.takewhile(
+                lambda request: request.started_s < deadline_s, self._running.values()
             )
         ]
 
     def truncate(self, request_ids: list[str]) -> list[tuple[str, Generation]]:
         """Ends requests now, so that their slots are free; returns what those that have a token generated,
         with finish reason "length".
-
-        vLLM drops what an aborted request has: it is taken out of the request's state before.
         """
-        from vllm.v1.engine import FinishReason
-
-        processor = self._engine.output_processor
-        ended = []
-        for request_id in request_ids:
-            for internal_id in processor.external_req_ids.get(request_id, ()):
-                output = (
-                    processor.request_states[internal_id]
-                    .make_request_output([], None, FinishReason.LENGTH, None)
-                    .outputs[0]
-                )
-                if output.token_ids:
-                    ended.append((request_id, self._generation(output)))
+        started = [self._running[self._names[name]] for name in request_ids if name in self._names]
+        ended = [
+            (request.request_id, self._generation(request, "length")) for request in started if request.tokens
+        ]
         self.abort(request_ids)
         return ended
 
@@ -221,9 +200,10 @@ class Engine:
         """Drops requests, started or not."""
         dropped = set(request_ids)
         self._waiting = collections.deque(request for request in self._waiting if request[0] not in dropped)
-        self._engine.abort_request(request_ids)
-        for request_id in dropped:
-            self._started_s.pop(request_id, None)
+        names = [self._names[request_id] for request_id in request_ids if request_id in self._names]
+        self._engine.engine_core.abort_requests(names)
+        for name in names:
+            self._forget(name)
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Swaps in the weights of `version`; unfinished generations continue with them, on the old keys and
@@ -249,18 +229,11 @@ class Engine:
             )
         self._take_over(version)
 
-    def _generation(self, output: Any) -> Generation:
-        token_ids = list(output.token_ids)
-        logprobs = [step[token].logprob for step, token in zip(output.logprobs, token_ids, strict=True)]
-        return Generation(
-            tokens=Int32s.of(token_ids),
-            logprobs=Float32s.of(logprobs),
-            version_spans=tuple(
-                VersionSpan(int(span.version), span.start, span.end) for span in output.weight_versions
-            ),
-            finish_reason=output.finish_reason,
-            text=self._detokenizer.text(token_ids),
-        )
+    def _generation(self, request: RunningRequest, reason: str) -> Generation:
+        return request.generation(reason, self._detokenizer.text(request.tokens))
+
+    def _forget(self, name: str) -> None:
+        del self._names[self._running.pop(name).request_id]
 
     def _load_adapters(
         self, version: int, tensors: list[tuple[str, torch.Tensor]], adapters: Adapters
@@ -386,10 +359,54 @@ class Engine:
         self._engine.set_weight_version(str(version))
         self.version = version
 
-    def _start(self, request_id: str, tokens: list[int], params: Any) -> None:
+    def _start(self, waiting: WaitingRequest) -> None:
+        """Gives a request to vLLM's core, past its output processor: see actors/requests.py."""
+        request = copy.copy(self._prepare(waiting.tokens, waiting.options))
+        self._num_started += 1
+        # A name of its own: nothing of an aborted request is taken for what is asked again by its name.
+        request.request_id = request.external_req_id = f"{waiting.request_id}-{self._num_started}"
+        request.sampling_params = params = copy.copy(request.sampling_params)
+        if self._config.num_gpus:
+            params.seed = waiting.seed
+        elif waiting.seed is not None:
+            params.extra_args = {SEED: waiting.seed % 2**63}
+        stops = None
+        if waiting.options.stop:
+            from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+            stops = IncrementalDetokenizer.from_new_request(self._engine.get_tokenizer(), request)
+        self._engine.engine_core.add_request(request)
+        self._names[waiting.request_id] = request.request_id
+        self._running[request.request_id] = RunningRequest(waiting.request_id, stops)
+
+    def _prepare(self, tokens: Sequence[int], options: Options) -> Any:
+        """Returns vLLM's request for these tokens, to be copied: it is made, and checked, once for those that
+        follow one another and differ in nothing but their seed. Raises PromptRefused.
+        """
+        wanted = list(tokens), options, self._num_updates
+        if self._prepared[0] != wanted:
+            self._prepared = wanted, self._made(wanted[0], options)
+        return self._prepared[1]
+
+    def _made(self, tokens: list[int], options: Options) -> Any:
+        from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
         from vllm.inputs.engine import tokens_input
 
+        params = SamplingParams(
+            temperature=options.temperature,
+            top_p=options.top_p,
+            max_tokens=options.max_tokens,
+            stop=list(options.stop),
+            logprobs=0,
+            ignore_eos=True,  # vLLM would add what it takes for end tokens itself.
+            stop_token_ids=self._stop_ids,
+            # `Detokenizer` does, at the end: the same text as everywhere. vLLM's own finds stop texts alone.
+            detokenize=bool(options.stop),
+            skip_special_tokens=False,
+            include_stop_str_in_output=True,
+            skip_clone=True,  # It is made for this alone.
+        )
         try:
             # vLLM asks the tokenizer too: an id that only the tokenizer has meets a row of zeros in its
             # padded embedding.
@@ -398,14 +415,13 @@ class Engine:
                     f"Token id {largest} is out of vocabulary: the model has {self._vocabulary} tokens"
                 )
             prompt = tokens_input(tokens, cache_salt=f"update-{self._num_updates}")
-            self._engine.add_request(request_id, prompt, params, lora_request=self._lora_request)
-        except VLLMValidationError as error:
-            refused = PromptRefused(
-                f"vLLM does not take the prompt of {len(tokens)} tokens: {str(error)[:300]}"
+            return self._engine.input_processor.process_inputs(
+                "", prompt, params, self._engine.get_supported_tasks(), lora_request=self._lora_request
             )
-            refused.request_id = request_id
-            raise refused from error
-        self._started_s[request_id] = time.monotonic()
+        except VLLMValidationError as error:
+            raise PromptRefused(
+                f"vLLM does not take the prompt of {len(tokens)} tokens: {str(error)[:300]}"
+            ) from error
 
 
 def _unused_adapters(model: Any) -> set[str]:
@@ -453,26 +469,6 @@ def _mended(model: Any, model_config: Any, probes: Mapping[str, str]) -> dict[st
     for layer in model.modules():
         _repack_experts(layer)
     return {name: checksum(parameter) for name, parameter in model.named_parameters() if name in probes}
-
-
-def _mend_for_cpu(model: Any) -> None:
-    """Mends, once when the model is loaded, where vLLM's CPU code computes another function than its GPU code
-    and the learner.
-
-    Its kernel for rotary embeddings of interleaved pairs takes the heads of a [tokens, heads, size] query for
-    one (DeepSeek). Its router knows corrections of the scores, and sigmoids, only in groups of experts: all
-    experts are one group then (Ernie 4.5, MiniMax).
-    """
-    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
-
-    for layer in model.modules():
-        if getattr(layer, "is_neox_style", True) is False and hasattr(layer, "_forward_method"):
-            layer._forward_method = layer.forward_native
-        router = getattr(layer, "router", None)
-        if isinstance(router, CPURouter) and not router.use_grouped_topk:
-            is_corrected = router.e_score_correction_bias is not None and router.scoring_func == "softmax"
-            if is_corrected or router.scoring_func == "sigmoid":
-                router.use_grouped_topk, router.num_expert_group, router.topk_group = True, 1, 1
 
 
 def _repack_experts(layer: Any) -> None:

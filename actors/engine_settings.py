@@ -18,21 +18,21 @@ from core.model_shape import adapted_layers, carries_state, empty_model, load_mo
 VLLM_SYMBOLS = (
     "vllm:EngineArgs",
     "vllm:LLMEngine.from_engine_args",
-    "vllm:LLMEngine.abort_request",
     "vllm:LLMEngine.add_lora",
-    "vllm:LLMEngine.add_request",
     "vllm:LLMEngine.apply_model",
     "vllm:LLMEngine.collective_rpc",
-    "vllm:LLMEngine.get_num_unfinished_requests",
+    "vllm:LLMEngine.get_supported_tasks",
+    "vllm:LLMEngine.get_tokenizer",
     "vllm:LLMEngine.set_weight_version",
-    "vllm:LLMEngine.step",
     "vllm:SamplingParams",
     "vllm.exceptions:VLLMValidationError",
     "vllm.inputs.engine:tokens_input",
-    "vllm.sampling_params:RequestOutputKind.FINAL_ONLY",
-    "vllm.v1.engine:FinishReason.LENGTH",
-    "vllm.v1.engine.detokenizer:IncrementalDetokenizer.num_output_tokens",
-    "vllm.v1.engine.output_processor:RequestState.make_request_output",
+    "vllm.v1.engine.core_client:InprocClient.abort_requests",
+    "vllm.v1.engine.core_client:InprocClient.add_request",
+    "vllm.v1.engine.core_client:InprocClient.get_output",
+    "vllm.v1.engine.detokenizer:IncrementalDetokenizer.from_new_request",
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+    "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p",
     "vllm.model_executor.layers.fused_moe.router.cpu_router:CPURouter",
     "vllm.model_executor.model_loader.reload:initialize_layerwise_reload",
     "vllm.model_executor.model_loader.reload:finalize_layerwise_reload",
@@ -50,7 +50,9 @@ VLLM_SYMBOLS = (
     "vllm.distributed.weight_transfer.base:WeightTransferEngine.parse_init_info",
     "vllm.distributed.weight_transfer.base:WeightTransferEngine.shutdown",
 )
-"""What actors/engine.py uses of vLLM 0.32, checked by a contract test that names what is missing."""
+"""What actors/engine.py and actors/engine_cpu.py use of vLLM 0.32, checked by a contract test that names what
+is missing.
+"""
 
 
 class Adapters(NamedTuple):
@@ -128,7 +130,7 @@ def _device_arguments(config: ActorsConfig) -> dict[str, Any]:
         "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
         # Not vLLM's 128 for a CPU: only whole blocks of a prompt are shared by its group.
         "block_size": 32,
-        # A prompt in pieces ends a CPU engine where requests have seeds: its generators have no offset to set
-        # back.
+        # A prompt in pieces ends a CPU engine where requests have vLLM's own seeds: its generators have no
+        # offset to set back. With those of actors/engine_cpu.py pieces were never tried.
         "enable_chunked_prefill": False,
     }

@@ -34,6 +34,7 @@ BELOW: dict[str, set[str]] = {
 IMPORTERS: dict[str, tuple[str, ...]] = {
     "vllm": (
         "actors/engine.py",
+        "actors/engine_cpu.py",
         "core/weights/transports/ipc.py",
         "core/weights/transports/nccl.py",
         "core/weights/transports/passes.py",

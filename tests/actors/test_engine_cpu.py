@@ -1,0 +1,32 @@
+"""The seeds of the noise that tokens are drawn by: a function of a request's seed and a place, without a
+pattern.
+"""
+
+import numpy as np
+
+from actors.engine_cpu import mixed
+
+
+def seeds(first: int, count: int, place: int, step: int = 0) -> np.ndarray:
+    places = place + step * np.arange(count)
+    return mixed(np.arange(first, first + count, dtype=np.uint64), places.astype(np.uint64))
+
+
+def test_a_seed_depends_on_its_request_and_its_place_alone():
+    assert seeds(7, 3, 20).tolist() == [seeds(7 + row, 1, 20)[0] for row in range(3)]
+    assert len({*seeds(0, 200, 1), *seeds(0, 200, 2), *seeds(200, 200, 1)}) == 600
+
+
+def test_neighbours_in_seed_and_place_share_no_noise():
+    """A sum of the two alone would give the sample after this one, a place earlier, the same noise."""
+    assert not set(seeds(0, 1000, 1)) & set(seeds(1, 1000, 0))
+    assert len(set(seeds(0, 1000, 1000, step=-1))) == 1000
+
+
+def test_every_bit_is_set_half_the_time_for_seeds_that_follow_one_another():
+    found = seeds(0, 20_000, 5)
+    assert found.min() >= 0
+    bits = (found[:, None] >> np.arange(63)) & 1
+    assert abs(bits.mean(0) - 0.5).max() < 0.02
+    correlation = np.corrcoef(bits[1:].T, bits[:-1].T)[:63, 63:]
+    assert abs(correlation).max() < 0.04
