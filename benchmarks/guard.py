@@ -20,16 +20,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from benchmarks.pairs import Ratio
 from benchmarks.processes import tree_cpu_s
@@ -37,8 +39,8 @@ from benchmarks.results import measure_load, path_of, save, show
 
 Row: TypeAlias = dict[str, float]
 NOISE = 0.07
-WHOLE_STEPS = (20, 70)
-"""Between these steps a quickstart is measured."""
+WHOLE_STEPS = (20, 40, 60, 80)
+"""From each of these steps to the next a quickstart is measured."""
 PART_TIMEOUT_S = 300.0
 
 
@@ -101,18 +103,20 @@ def whole_rows() -> dict[str, Row]:
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
-    (first, first_cpu_s), (last, last_cpu_s) = marks
-    samples = last[-1]["progress/samples"] - first[-1]["progress/samples"]
-    return {"whole": {"cpu_s": (last_cpu_s - first_cpu_s) / samples}}
+    spent = sorted(
+        (cpu_s - cpu_before_s) / (samples - samples_before)
+        for (samples_before, cpu_before_s), (samples, cpu_s) in itertools.pairwise(marks)
+    )
+    return {"whole": {"least_cpu_s": spent[0], "cpu_s": statistics.median(spent), "most_cpu_s": spent[-1]}}
 
 
-def _reach(process: subprocess.Popen[bytes], metrics: Path, step: int) -> tuple[list[dict[str, Any]], float]:
-    """Waits for this step of the run, and returns the rows so far and the CPU seconds spent so far."""
+def _reach(process: subprocess.Popen[bytes], metrics: Path, step: int) -> tuple[float, float]:
+    """Waits for this step of the run, and returns the samples trained and the CPU seconds spent so far."""
     deadline_s = time.monotonic() + PART_TIMEOUT_S
     while time.monotonic() < deadline_s and process.poll() is None:
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         if len(lines) >= step:
-            return [json.loads(line) for line in lines], tree_cpu_s(process.pid)
+            return json.loads(lines[-1])["progress/samples"], tree_cpu_s(process.pid)
         time.sleep(0.1)
     said = metrics.parent.with_name("said").read_text(encoding="utf-8").strip().splitlines()[-1:]
     raise RuntimeError(f"the quickstart did not come to step {step}: {said}")
@@ -143,11 +147,9 @@ def measure() -> dict[str, Row]:
             found[name] = {**found.get(name, {}), **row}
     floor = found.pop("floor")
     if len(floor) == 2 and "whole" in found:
-        share = sum(floor.values()) / found["whole"]["cpu_s"]
-        found["whole"] = {
-            **_row(Ratio(share, share, share)),
-            "cpu_ms_a_sample": 1e3 * found["whole"]["cpu_s"],
-        }
+        spent, bare_cpu_s = found["whole"], sum(floor.values())
+        ratio = Ratio(*(bare_cpu_s / spent[name] for name in ("cpu_s", "most_cpu_s", "least_cpu_s")))
+        found["whole"] = {**_row(ratio), "cpu_ms_a_sample": 1e3 * spent["cpu_s"]}
     return found
 
 
