@@ -25,7 +25,7 @@ OPTIONS_gpu :=
 COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
 
 .PHONY: help setup quickstart quickstart-tools demo-smollm2 doctor test test-fast test-families tree figures staleness-study bench bench-buffer bench-actors bench-learner \
-  bench-weights bench-trajectory bench-guard check constraints clean
+  bench-weights bench-trajectory bench-guard bench-peers check constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -36,7 +36,7 @@ setup: .venv/.ready  ## make .venv with everything in it (a minute or two, once)
 # so that $(PYTHON) is never the one in .venv itself.
 # Compiling to bytecode takes half a minute once, and saves ten seconds at every start of an engine where Python may not
 # write bytecode itself.
-.venv/.ready: $(wildcard requirements/*.txt)
+.venv/.ready: $(filter-out %peers.txt,$(wildcard requirements/*.txt))
 	@rm -f $@ && rm -rf .venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "AGRO needs Python 3.11 or newer, $(PYTHON) is not. Name another: make setup PYTHON=python3.12" >&2; exit 1; }
@@ -109,6 +109,17 @@ bench-trajectory: setup  ## bytes a token, memory and decoding of a batch of lon
 bench-guard: setup  ## five shares of what is bare, against the committed ones (two minutes on two quiet cores; never fails)
 	.venv/bin/python -m benchmarks.guard
 
+bench-peers: .cache/peers/.ready  ## TRL and a plain loop against this system on three jobs (25 minutes on two cores)
+	.venv/bin/python -m benchmarks.peers $(ARGS)
+
+# TRL asks for what `make setup` has, but in versions of its own: it gets a virtual environment of its own.
+.cache/peers/.ready: .venv/.ready requirements/peers.txt requirements/constraints-peers.txt
+	@rm -rf .cache/peers && mkdir -p .cache/peers
+	$(PYTHON) -m venv .cache/peers/venv
+	.venv/bin/uv pip install --quiet --python .cache/peers/venv/bin/python --compile-bytecode $(if $(UV_FIND_LINKS),,--torch-backend cpu) \
+	  --constraints requirements/constraints-peers.txt --requirements requirements/peers.txt
+	@touch $@
+
 check: setup  ## lint, format, types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -116,6 +127,7 @@ check: setup  ## lint, format, types
 
 constraints: setup  ## resolve the requirements anew: newer versions of what they bring along
 	$(COMPILE) $(OPTIONS_cpu) requirements/cpu.txt --output-file requirements/constraints-cpu.txt
+	$(COMPILE) $(if $(UV_FIND_LINKS),,--torch-backend cpu) requirements/peers.txt --output-file requirements/constraints-peers.txt
 	UV_FIND_LINKS= $(COMPILE) $(OPTIONS_gpu) requirements/gpu.txt --output-file requirements/constraints-gpu.txt
 
 clean:  ## remove .venv and all caches; runs/ stays

@@ -1,0 +1,39 @@
+"""Tests of what is made of the rows that a system writes, and of looks at its processes."""
+
+import math
+
+import pytest
+
+from benchmarks.peers.jobs import PeerJob
+from benchmarks.peers.measured import Row, Seen, figures_of, is_over
+
+JOB = PeerJob("sums", "exact_match", warm_steps=1, window_s=3.0, timeout_s=10.0, solved=0.5)
+
+
+def run(num_steps: int, *, solved_from: int = 99) -> tuple[list[Seen], list[Row]]:
+    """Returns a system that starts for 5 s and then does a step of 4 samples a second on half a core."""
+    rows = [Row(100.0 + n, 4 * (n + 1), 12 * (n + 1), float(n >= solved_from)) for n in range(num_steps)]
+    return [Seen(5.0 + n, 2.0 + 0.5 * n, n + 1) for n in range(num_steps)], rows
+
+
+def test_figures_are_of_the_steady_state_by_the_systems_own_clock():
+    figures = figures_of(JOB, *run(9, solved_from=3))
+    assert figures["samples_per_s"] == pytest.approx(4.0)
+    assert figures["tokens_per_s"] == pytest.approx(12.0)
+    assert figures["cpu_ms_per_sample"] == pytest.approx(125.0)
+    assert (figures["first_step_s"], figures["steps"]) == (5.0, 7)
+    assert figures["solved_s"] == 5.0  # Three of the five newest rows: steps 2 to 6.
+
+
+def test_what_is_not_reached_is_no_number():
+    assert math.isnan(figures_of(JOB, *run(9))["solved_s"])
+
+
+def test_a_measurement_ends_with_a_step_after_window_and_reward_or_at_the_limit():
+    seen, rows = run(9, solved_from=0)
+    assert is_over(JOB, seen[-1].at_s, seen, rows)
+    assert not is_over(JOB, seen[-1].at_s + 0.1, seen, rows)  # Between two steps.
+    seen, rows = run(9)
+    assert not is_over(JOB, seen[-1].at_s, seen, rows)
+    seen, rows = run(12)
+    assert is_over(JOB, seen[-1].at_s, seen, rows)
