@@ -113,7 +113,7 @@ class LearnerGang:
         self._config, self._pad_id, self._train_arguments = config, pad_id, tuple(train_arguments)
         self._log_of, self._calls, self._clock = log_of, calls, clock
         self._timeout_s = config.run.timeout_s
-        self._group = make_group([bundle_of(learner.num_cpus, learner.num_gpus)] * learner.ranks)
+        self._group = make_group([bundle_of(learner.reserved_cpus, learner.num_gpus)] * learner.ranks)
         self._ranks: list[RankClient] = []
         self._where: list[Pending[Whereabouts]] = []
         self._address: Pending[tuple[str, int]] | None = None
@@ -187,10 +187,12 @@ class LearnerGang:
     def _create_ranks(self) -> None:
         learner = self._config.learner
         for number in range(learner.ranks):
-            placed = on_bundle(self._group, number, learner.num_cpus, learner.num_gpus)
+            placed = on_bundle(self._group, number, learner.reserved_cpus, learner.num_gpus)
             rank_class = remote(LearnerRank, self._log_of(rank_name(number)))
             # Two threads: one trains, the other is told to stop, or asked what the first is doing.
-            options = rank_class.options(max_concurrency=2, runtime_env=threads(learner.num_cpus), **placed)
+            options = rank_class.options(
+                max_concurrency=2, runtime_env=threads(learner.reserved_cpus), **placed
+            )
             rank = RankClient(options.remote(number, self._config, self._pad_id), f"learner rank {number}")
             self._ranks.append(rank)
             self._where.append(self._calls.start(rank.inside(whereabouts), math.inf))

@@ -28,7 +28,7 @@ def logical_cpus(actors: ActorsConfig, learner: LearnerConfig, models: Iterable[
     A machine with fewer cores than asked for still runs it, only slower, and has room for scaling.
     """
     most_actors = max(actors.fewest, actors.most or ROOM_FOR_ACTORS)
-    asked = learner.ranks * learner.num_cpus + most_actors * actors.num_cpus
+    asked = learner.ranks * learner.reserved_cpus + most_actors * actors.num_cpus
     asked += sum(model.num_cpus for model in models)
     return max(os.cpu_count() or 1, int(asked + 0.999))
 

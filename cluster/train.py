@@ -11,13 +11,13 @@ from cluster.preparation import placement
 from cluster.preparation.prepare import Inputs, prepare
 from cluster.preparation.run_dir import kept_if_begun
 from cluster.preparation.surroundings import cluster_address
+from cluster.progress import say
 from cluster.session import ray_session
 from cluster.signals import StopSignal
 from cluster.supervisor import Supervisor
 from core.config import Config
 from core.errors import AgroError, ConfigError
 from core.process_log import begin_driver_log
-from core.progress import say
 from rewards.hosted import models_of
 
 

@@ -141,6 +141,7 @@ METRICS: dict[str, str] = {
     "checkpoint/write_s": "Time the newest finished checkpoint took to be durable, beside training.",
     "perf/sampled_tokens_per_s": "Tokens per second sampled by all actors together.",
     "perf/trained_all_tokens_per_s": "Tokens per second trained on, those that were not sampled (prompts) included.",
+    "perf/learner_threads": "Threads that the learner's first rank computed with.",
     "completions/mean_length": "Mean number of tokens that a sample of the batch said, in all its turns.",
     "completions/truncated_fraction": "Share of the samples of the batch that a limit cut: of tokens, of turns, "
     "or a deadline.",

@@ -123,9 +123,14 @@ def on_this_node() -> dict[str, Any]:
 
 def threads(num_cpus: float, *, engine: bool = False) -> dict[str, Any]:
     """Returns the environment of a worker process, read before torch is imported: one thread per process
-    where cores are shared.
+    where cores are shared, and threads that sleep while they wait for one another. Those that spin take the
+    core from who would be waited for.
     """
-    env = {"OMP_NUM_THREADS": str(max(1, int(num_cpus))), "TOKENIZERS_PARALLELISM": "false"}
+    env = {
+        "OMP_NUM_THREADS": str(max(1, int(num_cpus))),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if engine:
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return {"env_vars": env}

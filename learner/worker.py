@@ -39,6 +39,7 @@ from core.weights.transports import NoTransport, Sender, Transport, load_transpo
 from learner.batches import BatchSource, Taken
 from learner.checkpoints.checkpoint import Checkpoint, TensorPart, verify
 from learner.checkpoints.writer import CheckpointWriter, code_version, set_random_states
+from learner.cores import Threads
 from learner.objectives import load_objective
 from learner.policy.source import ZeroSource
 from learner.progress import Progress, learning_rate
@@ -80,8 +81,8 @@ class LearnerRank:
 
         config = self._config
         use_gpu = config.learner.num_gpus > 0
-        if not use_gpu:
-            torch.set_num_threads(1 if config.run.deterministic else max(1, int(config.learner.num_cpus)))
+        self._threads = Threads(config)
+        self._threads.follow()
         torch.use_deterministic_algorithms(config.run.deterministic)
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(config.run.seed)
@@ -204,6 +205,7 @@ class LearnerRank:
     def _update(self, taken: Taken, progress: Progress) -> StepResult:
         """Takes one optimizer step. Raises StalenessError for a batch that is too old."""
         StalenessBound(self._config.buffer.max_staleness).check_batch(taken.share.index)
+        self._num_threads = self._threads.follow()
         return self._updater.update(
             taken.share, learning_rate(progress.step, self._config.learner, self._config.run.steps)
         )
@@ -255,6 +257,7 @@ class LearnerRank:
             "weights/publish_s": self._publish_s,
             "time/learner_busy_fraction": 1.0 - taken.wait_s / step_s,
             "perf/trained_all_tokens_per_s": trained_tokens / step_s,
+            "perf/learner_threads": self._num_threads,
             **self._guards.metrics(),
             **self._transport.metrics(),
             **self._checkpoints.metrics(),

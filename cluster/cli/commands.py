@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.progress import say
 from cluster.signals import EXIT_CODES, StopSignal
 from core.errors import AgroError, CheckpointError, ConfigError
-from core.progress import say
 from core.text import printable
 
 

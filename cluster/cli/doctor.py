@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 from cluster.preparation.surroundings import Check, cluster_address, running_head, surroundings
 from core.errors import ConfigError
+from core.machine import available_cpus, available_memory_bytes
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
 GIB = 2**30
@@ -220,29 +221,6 @@ def check_machine() -> Iterator[Check]:
         "a large model)."
     )
     yield Check("/dev/shm", f"{free:.1f} GiB free", f">= {MIN_SHM_GIB} GiB", free >= MIN_SHM_GIB, remedy)
-
-
-def available_cpus() -> float:
-    """Returns the CPUs of this process's affinity, or the container's quota if that is less."""
-    count = float(len(os.sched_getaffinity(0)))
-    limits = _cgroup_numbers("cpu.max")
-    return min(count, limits[0] / limits[1]) if len(limits) == 2 else count
-
-
-def available_memory_bytes() -> float:
-    """Returns the machine's memory, or the container's limit if that is less."""
-    import psutil
-
-    return min([float(psutil.virtual_memory().total), *_cgroup_numbers("memory.max")])
-
-
-def _cgroup_numbers(name: str) -> list[float]:
-    """Returns the numbers in a cgroup-v2 file; empty when there is no such file or no limit (`max`)."""
-    try:
-        words = (Path("/sys/fs/cgroup") / name).read_text().split()
-    except OSError:
-        return []
-    return [float(word) for word in words] if all(word.isdigit() for word in words) else []
 
 
 def find_gpus() -> tuple[int, str]:

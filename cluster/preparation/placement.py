@@ -65,7 +65,7 @@ class Placement(NamedTuple):
 def bundles(actors: ActorsConfig, learner: LearnerConfig, models: Iterable[HostedModel] = ()) -> Placement:
     """Returns what actors, learner and reward models ask for."""
     return Placement(
-        Bundle("learner", learner.ranks, {"CPU": learner.num_cpus, "GPU": learner.num_gpus}),
+        Bundle("learner", learner.ranks, {"CPU": learner.reserved_cpus, "GPU": learner.num_gpus}),
         Bundle("actor", actors.fewest, {"CPU": actors.num_cpus, "GPU": actors.num_gpus}),
         tuple(Bundle("reward", 1, {"CPU": model.num_cpus, "GPU": model.num_gpus}) for model in models),
     )

@@ -94,7 +94,12 @@ class LearnerConfig(Section):
     """The learner: DeepSpeed ZeRO-3 ranks."""
 
     ranks: int = Field(1, ge=1, le=MAX_PROCESSES, description="ZeRO-3 ranks.")
-    num_cpus: float = Field(1.0, ge=0, le=MAX_PROCESSES, description="CPUs of one rank.")
+    num_cpus: float | Literal["auto"] = Field(
+        1.0,
+        description="CPUs of one rank, as many threads. `auto` asks for one, and on a CPU takes beside it "
+        "the cores that nobody on its node uses at the time (none with `run.deterministic`): for models of "
+        "millions of parameters.",
+    )
     num_gpus: float = Field(
         0.0, ge=0, description="GPUs of one rank: 0 trains on the CPU, 1 on a GPU, a fraction shares one."
     )
@@ -132,6 +137,11 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
 
     @property
+    def reserved_cpus(self) -> float:
+        """The CPUs that a rank asks Ray for."""
+        return 1.0 if self.num_cpus == "auto" else self.num_cpus
+
+    @property
     def bucket_bytes(self) -> int:
         """The size of one gathered bucket of weights: on ranks with a GPU `GPU_BUCKET_BYTES`."""
         return GPU_BUCKET_BYTES if self.num_gpus else CPU_BUCKET_BYTES
@@ -140,6 +150,16 @@ class LearnerConfig(Section):
     def lora_scale(self) -> float:
         """Scale of the adapters' product: `LORA_ALPHA / lora_rank`."""
         return LORA_ALPHA / self.lora_rank
+
+    @pydantic.field_validator("num_cpus", mode="before")
+    @classmethod
+    def _num_cpus_is_a_number_or_auto(cls, value: Any) -> Any:
+        if value == "auto" or (type(value) in (int, float) and 0 <= value <= MAX_PROCESSES):
+            return value
+        raise ValueError(
+            f"learner.num_cpus = {shown(value)}: expected a number from 0 to {MAX_PROCESSES}, or auto for one "
+            "and whatever is free"
+        )
 
     @pydantic.field_validator("schedule", mode="before")
     @classmethod

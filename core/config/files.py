@@ -250,11 +250,11 @@ def _override_value(field: FieldInfo | None, text: str, override: str) -> Any:
 
 def _typed_value(field: FieldInfo | None, text: str) -> Any:
     """What was typed on the command line: itself where the field takes text (`null` where it may be none),
-    else YAML.
+    else YAML, also where it takes a number or a word.
     """
     kinds = _kinds(field.annotation) if field is not None else set()
     takes_mapping = any(typing.get_origin(kind) is dict for kind in kinds)
-    if str not in kinds or (takes_mapping and text.startswith("{")):
+    if str not in kinds or float in kinds or (takes_mapping and text.startswith("{")):
         return config_text.read(text, comments=False)
     return None if text == "null" and type(None) in kinds else text
 

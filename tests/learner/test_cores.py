@@ -1,0 +1,96 @@
+"""Cores: a rank takes those that nobody uses, and gives them back."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from learner.cores import LOOK_EVERY_S, FreeCores, Look, Threads, look
+from tests.support.configs import make_config
+
+
+class Clocks:
+    """The clocks of a node of four cores, as the test turns them."""
+
+    def __init__(self):
+        self.now = Look(0.0, 0.0, 0.0)
+
+    def run(self, used, idle, seconds=LOOK_EVERY_S):
+        """Lets time pass in which the rank used so many cores, and so many idled."""
+        time_s, used_s, idle_s = self.now
+        self.now = Look(time_s + seconds, used_s + used * seconds, idle_s + idle * seconds)
+
+    def show(self):
+        return self.now
+
+
+def counted(clocks, ranks, *loads):
+    cores, counts = FreeCores(ranks, 4, clocks.show), []
+    for load in loads:
+        clocks.run(*load)
+        counts.append(cores.count())
+    return counts
+
+
+def test_a_rank_takes_the_cores_that_idle_beside_its_own():
+    assert counted(Clocks(), 1, (1.0, 3.0), (3.9, 0.1), (3.0, 0.0)) == [4, 4, 3]
+
+
+def test_a_rank_gives_a_core_back_to_an_actor_that_works_again():
+    # Two threads on the core that is left get what one gets.
+    assert counted(Clocks(), 1, (2.0, 0.0), (1.1, 0.0), (1.0, 0.0)) == [2, 1, 1]
+
+
+def test_a_core_that_idles_half_of_the_time_is_taken_one_that_hardly_does_is_not():
+    assert counted(Clocks(), 1, (1.0, 0.6), (1.0, 0.4)) == [2, 1]
+
+
+def test_a_rank_that_waits_itself_wants_no_second_core():
+    assert counted(Clocks(), 1, (0.2, 0.9), (0.0, 0.1)) == [1, 1]
+
+
+def test_ranks_of_a_node_share_what_idles():
+    assert counted(Clocks(), 2, (1.0, 2.0), (1.0, 0.5)) == [2, 1]
+
+
+def test_there_are_never_more_than_the_machine_has():
+    assert counted(Clocks(), 1, (1.0, 63.0)) == [4]
+
+
+def test_short_looks_say_nothing():
+    clocks = Clocks()
+    cores = FreeCores(1, 4, clocks.show)
+    clocks.run(1.0, 3.0, seconds=LOOK_EVERY_S / 4)
+    assert cores.count() == 1
+    clocks.run(1.0, 3.0)
+    assert cores.count() == 4
+
+
+def test_the_machines_clocks_go_forward():
+    before, after = look(), look()
+    assert all(later >= earlier for earlier, later in zip(before, after, strict=True))
+
+
+def threads_of(**sections):
+    """What torch computes with in a thread that follows this config, and what it says it does."""
+    found = []
+
+    def follow():
+        followed = Threads(make_config(**sections)).follow()
+        found.extend((followed, torch.get_num_threads()))
+
+    before = torch.get_num_threads()
+    thread = threading.Thread(target=follow)
+    thread.start()
+    thread.join()
+    torch.set_num_threads(before)
+    return tuple(found)
+
+
+def test_a_number_of_cpus_is_so_many_threads_and_a_deterministic_run_has_one():
+    assert threads_of(learner={"num_cpus": 2.5}) == (2, 2)
+    assert threads_of(learner={"num_cpus": 0.5}) == (1, 1)
+    assert threads_of(learner={"num_cpus": 3}, run={"deterministic": True}) == (1, 1)
+    assert threads_of(learner={"num_cpus": "auto"}, run={"deterministic": True}) == (1, 1)
+    assert threads_of(learner={"num_cpus": "auto"}) == (1, 1)
