@@ -25,7 +25,7 @@ OPTIONS_gpu :=
 COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
 
 .PHONY: help setup quickstart quickstart-tools demo-smollm2 doctor test test-fast test-families tree figures staleness-study bench bench-buffer bench-actors bench-learner \
-  bench-weights bench-trajectory bench-guard bench-peers check constraints clean
+  bench-weights bench-trajectory bench-guard bench-peers bench-growth check constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -119,6 +119,9 @@ bench-peers: .cache/peers/.ready  ## TRL and a plain loop against this system on
 	.venv/bin/uv pip install --quiet --python .cache/peers/venv/bin/python --compile-bytecode $(if $(UV_FIND_LINKS),,--torch-backend cpu) \
 	  --constraints requirements/constraints-peers.txt --requirements requirements/peers.txt
 	@touch $@
+
+bench-growth: setup  ## calls, bytes and CPU time a trained group, for 1 to 256 actors and 64 to 4,096 groups a step (3 minutes)
+	.venv/bin/python -m benchmarks.growth.growth
 
 check: setup  ## lint, format, types
 	.venv/bin/ruff check .

@@ -15,8 +15,9 @@ by one actor or waiting to be issued again. An item whose prompt rests when its 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -114,8 +115,10 @@ class Admission:
         self.counts: Counter[str] = Counter()
         # Held in the order of their start or renewal, so that the first is always the next to expire; waiting
         # in the order of their loss.
-        self._held: dict[int, Lease] = {}
-        self._waiting: dict[int, Lease] = {}
+        # OrderedDicts: the first entry of a dict is found by walking over all that were deleted before it.
+        self._held: OrderedDict[int, Lease] = OrderedDict()
+        self._held_by: dict[str, dict[int, None]] = {}
+        self._waiting: OrderedDict[int, Lease] = OrderedDict()
         self._changed: dict[int, None] = {}
         self._passes_over = passes_over
         self._passed_over: list[int] = []
@@ -150,7 +153,7 @@ class Admission:
 
     def held_by(self, actor: str) -> list[int]:
         """Returns the ordinals that the actor holds."""
-        return [ordinal for ordinal, lease in self._held.items() if lease.actor == actor]
+        return list(self._held_by.get(actor, ()))
 
     def is_open(self, ordinal: int) -> bool:
         """Returns whether the item still has to end. Raises LeaseError when it was never leased here."""
@@ -168,7 +171,7 @@ class Admission:
         then new ones.
         """
         num_items = max(0, min(max_items, self.num_leasable(stored_unconsumed)))
-        again = list(self._waiting)[:num_items]
+        again = list(itertools.islice(self._waiting, num_items))
         new: list[int] = []
         while len(again) + len(new) < num_items:
             ordinal = self.frontier * self.num_shards + self.shard
@@ -177,7 +180,7 @@ class Admission:
         self.counts["reissued"] += len(again)
         for ordinal in (*again, *new):
             losses = self._waiting.pop(ordinal).losses if ordinal in self._waiting else 0
-            self._held[ordinal] = Lease(actor, losses, now_s)
+            self._hold(ordinal, Lease(actor, losses, now_s))
             self._changed[ordinal] = None
         return [*again, *new]
 
@@ -187,11 +190,11 @@ class Admission:
         Returns the ordinals to be issued again, and those that were lost too often and have ended.
         """
         self._date(now_s)
-        late = [
-            o
-            for o, lease in self._held.items()
-            if lease.since_s is not None and lease.since_s + self.lease_timeout_s <= now_s
-        ]
+        late = []
+        for ordinal, lease in self._held.items():
+            if lease.since_s is None or lease.since_s + self.lease_timeout_s > now_s:
+                break  # Those that follow began or were renewed later.
+            late.append(ordinal)
         self.counts["expired"] += len(late)
         return self._lose(late)
 
@@ -200,9 +203,9 @@ class Admission:
         self._date(now_s)  # Leases without a time come first, and must expire first.
         for ordinal in dict.fromkeys(ordinals):
             if self.holder(ordinal) == actor:
-                lease = self._held.pop(ordinal)  # Moved to the end, since it is now the last to expire.
+                lease = self._let_go(ordinal)  # Moved to the end, since it is now the last to expire.
                 lease.since_s = now_s
-                self._held[ordinal] = lease
+                self._hold(ordinal, lease)
 
     def lose_actor(self, actor: str) -> tuple[list[int], list[int]]:
         """Takes back what a dead actor held.
@@ -234,7 +237,8 @@ class Admission:
         """
         if not self.is_open(ordinal):
             return False
-        self._held.pop(ordinal, None)
+        if ordinal in self._held:
+            self._let_go(ordinal)
         self._waiting.pop(ordinal, None)
         self._changed[ordinal] = None
         return True
@@ -276,10 +280,14 @@ class Admission:
         """
         self.frontier = state["frontier"]
         self.counts = Counter(state["counts"])
-        self._held = {ordinal: Lease(actor, losses) for ordinal, actor, losses in state["leases"] if actor}
-        self._waiting = {
-            ordinal: Lease("", losses) for ordinal, actor, losses in state["leases"] if not actor
-        }
+        self._held.clear()
+        self._held_by.clear()
+        self._waiting.clear()
+        for ordinal, actor, losses in state["leases"]:
+            if actor:
+                self._hold(ordinal, Lease(actor, losses))
+            else:
+                self._waiting[ordinal] = Lease("", losses)
         self._changed.clear()
 
     def check_valid(self) -> list[str]:
@@ -287,6 +295,11 @@ class Admission:
         problems = [
             f"item {ordinal} is both held and waiting" for ordinal in self._held if ordinal in self._waiting
         ]
+        by_actor: dict[str, list[int]] = {}
+        for ordinal, lease in self._held.items():
+            by_actor.setdefault(lease.actor, []).append(ordinal)
+        if by_actor != {actor: list(ordinals) for actor, ordinals in self._held_by.items()}:
+            problems.append("the items of each actor are not those that are held")
         for ordinal in (*self._held, *self._waiting):
             position, shard = divmod(ordinal, self.num_shards)
             if shard != self.shard or position >= self.frontier:
@@ -317,7 +330,19 @@ class Admission:
         self.counts["failed"] += len(ended)
         return again, ended
 
+    def _hold(self, ordinal: int, lease: Lease) -> None:
+        self._held[ordinal] = lease
+        self._held_by.setdefault(lease.actor, {})[ordinal] = None
+
+    def _let_go(self, ordinal: int) -> Lease:
+        lease = self._held.pop(ordinal)
+        its_items = self._held_by[lease.actor]
+        del its_items[ordinal]
+        if not its_items:
+            del self._held_by[lease.actor]
+        return lease
+
     def _wait(self, ordinal: int, losses: int) -> None:
-        del self._held[ordinal]
+        self._let_go(ordinal)
         self._waiting[ordinal] = Lease("", losses)
         self._changed[ordinal] = None

@@ -8,8 +8,8 @@ BufferClient.
 
 With several shards a batch is taken in proportion to what each could give, and is complete once all have
 recorded their parts. A caller or a shard that dies in between leaves parts behind; the next call for the step
-finds and completes them. Waiting is apart from taking (`offer`, `changed_since`), so that a wait that is
-given up takes nothing with it.
+finds and completes them. Waiting is apart from taking (`offer`, `leasable`, `takeable`), so that a wait that
+is given up takes nothing with it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from core.records import decode_group, merge_batches
 T = TypeVar("T")
 
 BUFFER = "the replay buffer"
-WAIT_S = 0.5
-"""The limit of one wait on all shards: a wait that is given up is forgotten by its shard within that time."""
 # Callers wait for all shards at once, and tell each how long.
 _MEANS = ("buffer/wait_admission_s", "buffer/wait_batch_s")
 
@@ -50,7 +48,8 @@ class ShardClient(Client):
     set_ref_logprobs = asks(ReplayBuffer.set_ref_logprobs)
 
     offer = asks(ReplayBuffer.offer)
-    changed_since = asks(ReplayBuffer.changed_since)
+    leasable = asks(ReplayBuffer.leasable)
+    takeable = asks(ReplayBuffer.takeable)
     stats = asks(ReplayBuffer.stats)
     next_step = asks(ReplayBuffer.next_step)
     error_summary = asks(ReplayBuffer.error_summary)
@@ -90,7 +89,7 @@ class BufferClient:
             left_s = deadline_s - clock()
             if items or items is None or left_s <= 0:
                 return items
-            waited_s = await self._wait_for_any(offers, left_s)
+            waited_s = await _first(shard.leasable(actor, max_groups, left_s) for shard in self.shards)
 
     @as_call
     async def renew(self, actor: str, holding: list[int]) -> None:
@@ -154,7 +153,15 @@ class BufferClient:
             left_s = deadline_s - clock()
             if left_s <= 0:
                 return None
-            waited_s = await self._wait_for_any(offers, left_s)
+            total = max(offer.total for offer in offers) or num_groups
+            missing = total - sum(offer.num_takeable + offer.recorded for offer in offers)
+            # Once all have enough together, one of them has got its share of what is missing.
+            more = max(1, -(-missing // len(self.shards)))
+            waited_s = await _first(
+                shard.takeable(step, offer.num_takeable + more, left_s)
+                for shard, offer in zip(self.shards, offers, strict=True)
+                if not offer.recorded
+            )
 
     @as_call
     async def set_step(self, step: int) -> None:
@@ -250,24 +257,6 @@ class BufferClient:
         taken = [part for part in parts if part is not None]
         return taken if len(taken) == len(parts) else None
 
-    async def _wait_for_any(self, offers: Sequence[Offer], timeout_s: float) -> float:
-        """Seconds until any shard changed since its offer, or a while passed.
-
-        The other waits end by themselves, and take nothing.
-        """
-        clock = asyncio.get_running_loop().time
-        start_s = clock()
-        waits = [
-            asyncio.ensure_future(shard.changed_since(offer.change, min(timeout_s, WAIT_S)))
-            for shard, offer in zip(self.shards, offers, strict=True)
-        ]
-        done, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in pending:
-            wait.cancel()
-        for wait in done:
-            wait.result()
-        return clock() - start_s
-
     def _by_shard(self, things: Iterable[T], id_of: Callable[[T], int]) -> dict[int, list[T]]:
         """The things of each shard that has some, by its index."""
         parts: dict[int, list[T]] = {}
@@ -296,6 +285,19 @@ def apportion(total: int, available: Sequence[int]) -> list[int]:
     for index in order[: total - sum(parts)]:
         parts[index] += 1
     return parts
+
+
+async def _first(calls: Iterable[Awaitable[None]]) -> float:
+    """Seconds until the first of them answered; the others end by themselves, and take nothing."""
+    clock = asyncio.get_running_loop().time
+    start_s = clock()
+    waits = [asyncio.ensure_future(call) for call in calls]
+    done, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in pending:
+        wait.cancel()
+    for wait in done:
+        wait.result()
+    return clock() - start_s
 
 
 async def _gather(calls: Iterable[Awaitable[T]]) -> list[T]:

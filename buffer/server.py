@@ -17,19 +17,23 @@ Neither waits for the other for ever: a learner waits only while fewer than `gro
 groups are here, and then an actor may lease. For the band `samples_per_insert` it waits only while some
 groups may still come.
 
-All changes happen in shard.py, each in one synchronous section under the condition's lock.
+Actors are served in the order in which they came, and as many are woken as there are items for: a change
+costs the same with one actor waiting and with hundreds (buffer/waits.py).
+
+All changes happen in shard.py, each in one synchronous section.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 from buffer.shard import Shard
 from buffer.sources import Part
-from buffer.waits import WaitTimer
+from buffer.waits import Line, Waiter, WaitTimer
 from core.config import Config
 from core.newest import MAX_GONE, Newest
 from core.records import encode
@@ -38,19 +42,21 @@ from core.records import encode
 class Offer(NamedTuple):
     """What a shard has now.
 
-    change          counts its changes, for `changed_since`
     num_leasable    items that it would lease
     num_takeable    groups that a batch may take
     recorded        groups it gave to this step's batch, of `total` groups on all shards; 0 and 0: none
     is_forgotten    says that it is past the step, and has no part in its batch
     """
 
-    change: int
     num_leasable: int = 0
     num_takeable: int = 0
     recorded: int = 0
     total: int = 0
     is_forgotten: bool = False
+
+
+LOOK_AGAIN_S = 0.2
+"""After so long the next caller is told of items that the one before was told of and has not come for."""
 
 
 class ReplayBuffer:
@@ -69,11 +75,14 @@ class ReplayBuffer:
     def __init__(
         self, config: Config, run_dir: str, num_prompts: int, shard: int = 0, parts: tuple[Part, ...] = ()
     ) -> None:
-        self._change = 0
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()
+        self._line = Line()
+        self._told: dict[str, Waiter] = {}  # By actor, its newest wait in `leasable`.
+        self._alarm_s = math.inf  # When waits are looked at next, whatever changes.
+        self._step_seen = 0
+        self._is_closed = False
         self._shard = Shard(config, Path(run_dir), num_prompts, shard, self._notice, parts)
         self._gone: Newest[None] = Newest(MAX_GONE)
-        self._is_closed = False
         self._admission_wait = WaitTimer()
         self._batch_wait = WaitTimer()
 
@@ -95,22 +104,22 @@ class ReplayBuffer:
         """
         clock = asyncio.get_running_loop().time
         deadline_s = clock() + timeout_s
-        async with self._changed:
-            if actor in self._gone:
-                return []  # This call was on its way when the actor died.
-            if holding is not None:
-                self._shard.renew(actor, holding, clock())
-            with self._admission_wait.running(clock):
+        if actor in self._gone:
+            return []  # This call was on its way when the actor died.
+        if holding is not None:
+            self._shard.renew(actor, holding, clock())
+        waiter = Waiter(actor, max_groups, version)
+        with self._admission_wait.running(clock):
+            if self._shard.is_outdated(version):
+                return None
+            ordinals = self._shard.lease(actor, max_groups, clock())
+            while not ordinals and clock() < deadline_s and not self._is_closed:
+                await self._wait_in_line(waiter, deadline_s)
+                if actor in self._gone:
+                    break  # The actor died while this call of it waited.
                 if self._shard.is_outdated(version):
                     return None
                 ordinals = self._shard.lease(actor, max_groups, clock())
-                while not ordinals and clock() < deadline_s and not self._is_closed:
-                    await self._wait_for_change(min(deadline_s, self._shard.admission.next_expiry_s))
-                    if actor in self._gone:
-                        break  # The actor died while this call of it waited.
-                    if self._shard.is_outdated(version):
-                        return None
-                    ordinals = self._shard.lease(actor, max_groups, clock())
         return [encode(self._shard.item(ordinal)) for ordinal in ordinals]
 
     async def renew(self, actor: str, holding: list[int]) -> None:
@@ -120,9 +129,8 @@ class ReplayBuffer:
         Other items that it was given are issued again, since it does not know of them (an answer was lost
         with this process).
         """
-        async with self._changed:
-            if actor not in self._gone:
-                self._shard.renew(actor, holding, asyncio.get_running_loop().time())
+        if actor not in self._gone:
+            self._shard.renew(actor, holding, asyncio.get_running_loop().time())
 
     async def insert(self, actor: str, payloads: list[bytes]) -> list[int]:
         """Stores encoded, scored Groups; returns all their ids once that is durable: none of them need be
@@ -132,36 +140,32 @@ class ReplayBuffer:
         are counted as duplicates. Raises msgspec.ValidationError, DataError (unscored) or LeaseError (never
         leased), with nothing stored; DiskFullError: send them again later.
         """
-        async with self._changed:
-            return self._shard.insert(actor, payloads)
+        return self._shard.insert(actor, payloads)
 
     async def fail(self, actor: str, ordinals: list[int], reason: str) -> None:
         """Ends items that cannot be generated. Ignored, and counted, for those that ended or are
         another actor's by now.
         """
-        async with self._changed:
-            self._shard.fail(actor, ordinals, reason)
+        self._shard.fail(actor, ordinals, reason)
 
     async def give_back(self, actor: str, ordinals: list[int]) -> None:
         """Hands leases back unfinished; the items are issued again, first of all. Others than the
         actor's are ignored, counted.
         """
-        async with self._changed:
-            self._shard.give_back(actor, ordinals)
+        self._shard.give_back(actor, ordinals)
 
     async def release_actor(self, actor: str) -> None:
         """Takes back all leases of an actor that is gone for good; calls of it that still wait, or come
         later, get none.
         """
-        async with self._changed:
-            self._gone[actor] = None
-            self._shard.release_actor(actor)
+        self._gone[actor] = None
+        self._line.wake_those(lambda waiter: waiter.actor == actor)
+        self._shard.release_actor(actor)
 
     async def release_all(self) -> None:
         """Takes back the leases of all actors: they were those of an earlier start of the run."""
-        async with self._changed:
-            self._gone.clear()
-            self._shard.release_all()
+        self._gone.clear()
+        self._shard.release_all()
 
     # Learner
 
@@ -178,25 +182,22 @@ class ReplayBuffer:
         """
         clock = asyncio.get_running_loop().time
         deadline_s = clock() + timeout_s
-        async with self._changed:
-            with self._batch_wait.running(clock):
+        with self._batch_wait.running(clock):
+            batch = self._shard.sample(step, num_groups, total or num_groups)
+            while batch is None and clock() < deadline_s and not self._is_closed:
+                await _until(self._changed, deadline_s)
                 batch = self._shard.sample(step, num_groups, total or num_groups)
-                while batch is None and clock() < deadline_s and not self._is_closed:
-                    await self._wait_for_change(deadline_s)
-                    batch = self._shard.sample(step, num_groups, total or num_groups)
         return batch
 
     async def set_step(self, step: int) -> None:
         """Tells the learner's step: groups that no later batch may hold are evicted."""
-        async with self._changed:
-            self._shard.advance(step)
+        self._shard.advance(step)
 
     async def set_watermark(self, step: int) -> None:
         """Notes that a checkpoint of learner step `step` is durable: no batch before it will be asked for
         again.
         """
-        async with self._changed:
-            self._shard.forget_batches(step)
+        self._shard.forget_batches(step)
 
     async def set_ref_logprobs(self, ref_logprobs: dict[int, list[float]]) -> int:
         """Caches reference log-prob sums (nats; group id -> one per sample, in the batch's order) with the
@@ -205,8 +206,7 @@ class ReplayBuffer:
         Returns the number of groups updated. Raises DataError, nothing changed, for a wrong length or a
         non-finite value.
         """
-        async with self._changed:
-            return self._shard.put_ref_logprobs(ref_logprobs)
+        return self._shard.put_ref_logprobs(ref_logprobs)
 
     # Everybody
 
@@ -216,29 +216,51 @@ class ReplayBuffer:
         It evicts what is stale at that step. `waited_s` is how long the caller has waited for the same since
         it last asked.
         """
-        async with self._changed:
-            if step is None:
-                self._admission_wait.add(waited_s)
-                return Offer(
-                    self._change, num_leasable=self._shard.num_leasable(asyncio.get_running_loop().time())
-                )
-            self._batch_wait.add(waited_s)
-            if batch := self._shard.recorded(step):
-                return Offer(self._change, recorded=len(batch.entries), total=batch.total)
-            if self._shard.is_past(step):
-                return Offer(self._change, is_forgotten=True)
-            self._shard.advance(step)
-            return Offer(self._change, num_takeable=self._shard.num_takeable(step))
+        if step is None:
+            self._admission_wait.add(waited_s)
+            return Offer(num_leasable=self._shard.num_leasable(asyncio.get_running_loop().time()))
+        self._batch_wait.add(waited_s)
+        if batch := self._shard.recorded(step):
+            return Offer(recorded=len(batch.entries), total=batch.total)
+        if self._shard.is_past(step):
+            return Offer(is_forgotten=True)
+        self._shard.advance(step)
+        return Offer(num_takeable=self._shard.num_takeable(step))
 
-    async def changed_since(self, change: int, timeout_s: float) -> None:
-        """Returns as soon as there was another change after number `change`, or after `timeout_s`."""
+    async def leasable(self, actor: str, max_groups: int, timeout_s: float) -> None:
+        """Returns as soon as there are items for the actor, whose turn it is, or after `timeout_s`.
+
+        A wait of the same actor that came before ends: it has been given up.
+        """
         clock = asyncio.get_running_loop().time
         deadline_s = clock() + timeout_s
-        async with self._changed:
-            while self._change == change and clock() < deadline_s and not self._is_closed:
-                await self._wait_for_change(min(deadline_s, self._shard.admission.next_expiry_s))
-                if self._shard.admission.next_expiry_s <= clock():
-                    self._shard.expire(clock())
+        if actor in self._gone:
+            await asyncio.sleep(timeout_s)  # This call was on its way when the actor died.
+            return
+        if actor in self._told:
+            self._told[actor].num_items = 0  # Whoever follows is woken for what this one does not take.
+            self._told[actor].woken.set()
+        waiter = self._told[actor] = Waiter(actor, max_groups)
+        while not self._shard.num_leasable(clock()) and clock() < deadline_s and not self._is_closed:
+            await self._wait_in_line(waiter, deadline_s)
+            if self._told.get(actor) is not waiter or actor in self._gone:
+                return
+        del self._told[actor]
+        if self._line:
+            self._set_alarm(clock() + LOOK_AGAIN_S)
+
+    async def takeable(self, step: int, count: int, timeout_s: float) -> None:
+        """Returns as soon as a batch of learner step `step` may take `count` groups here, or has been made,
+        or after `timeout_s`.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline_s = clock() + timeout_s
+        while not self._shard.is_past(step) and clock() < deadline_s and not self._is_closed:
+            # What comes too old for the step would keep what is young enough from being leased.
+            self._shard.advance(step)
+            if self._shard.num_takeable(step) >= count:
+                return
+            await _until(self._changed, deadline_s)
 
     async def stats(self) -> dict[str, float]:
         """Returns the metrics; counts and waits are cumulative, counts over restarts too.
@@ -271,19 +293,47 @@ class ReplayBuffer:
         """Ends all waits and closes the files; a second call does nothing. What is open or stored stays so,
         for the next start.
         """
-        async with self._changed:
-            self._is_closed = True
-            self._shard.stop()
+        self._is_closed = True
+        self._shard.stop()
         self._shard.close()
 
-    async def _wait_for_change(self, deadline_s: float) -> None:
-        """Returns when something changed, or when the loop's clock shows `deadline_s`."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(deadline_s):
-                await self._changed.wait()
+    async def _wait_in_line(self, waiter: Waiter, deadline_s: float) -> None:
+        """Returns when there may be items for the waiter, or when the loop's clock shows `deadline_s`."""
+        with self._line.waiting(waiter):
+            self._set_alarm(self._shard.admission.next_expiry_s)
+            await _until(waiter.woken, deadline_s)
+
+    def _set_alarm(self, at_s: float) -> None:
+        """Has the waits looked at when the loop's clock shows `at_s`: a lease runs out."""
+        if at_s < self._alarm_s:
+            self._alarm_s = at_s
+            loop = asyncio.get_running_loop()
+            loop.call_at(max(at_s, loop.time()), self._ring, at_s)
+
+    def _ring(self, alarm_s: float) -> None:
+        """Wakes the first who waits: it takes back the leases that ran out, and what changes wakes others."""
+        if alarm_s != self._alarm_s:
+            return  # An earlier one was set since.
+        self._alarm_s = math.inf
+        self._line.wake(1)
+        if self._line:
+            again_s = asyncio.get_running_loop().time() + LOOK_AGAIN_S
+            self._set_alarm(max(self._shard.admission.next_expiry_s, again_s))
 
     def _notice(self) -> None:
-        """Counts a change and wakes whoever waits for one."""
-        self._change += 1
-        if self._changed.locked():  # Always, except in the constructor.
-            self._changed.notify_all()
+        """Wakes whoever waits for what has changed."""
+        self._changed.set()
+        self._changed.clear()
+        if not self._line:
+            return
+        if self._is_closed or self._shard.next_step != self._step_seen:
+            self._step_seen = self._shard.next_step
+            self._line.wake_those(lambda waiter: self._is_closed or self._shard.is_outdated(waiter.version))
+        self._line.wake(self._shard.num_admitted())
+
+
+async def _until(event: asyncio.Event, deadline_s: float) -> None:
+    """Returns when the event is set, or when the loop's clock shows `deadline_s`."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout_at(deadline_s):
+            await event.wait()

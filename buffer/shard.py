@@ -106,6 +106,10 @@ class Shard:
     def num_leasable(self, now_s: float) -> int:
         """Returns how many items `lease` would give, after taking back the leases that ran out."""
         self.expire(now_s)
+        return self.num_admitted()
+
+    def num_admitted(self) -> int:
+        """Returns how many items may be leased before another lease runs out."""
         return 0 if self._closed else self.admission.num_leasable(self._blocking())
 
     def expire(self, now_s: float) -> None:
