@@ -65,7 +65,7 @@ def main() -> None:
     rows stay.
     """
     sums = "actors.num_cpus=1", "buffer.capacity=256"
-    long = *sums, "actors.max_new_tokens=48", "actors.slots=64"
+    long = "actors.num_cpus=1", "buffer.capacity=64", "actors.max_new_tokens=48", "actors.slots=64"
 
     def compared(
         at: Path, prepared: Prepared, compare: Callable[..., Any] = speed, count: int = 1, **how: Any
@@ -75,7 +75,7 @@ def main() -> None:
 
     measures: dict[str, Callable[[Path], Any]] = {
         "sums": lambda at: compared(at, prepare(at, *sums)),
-        "large": lambda at: compared(at, prepare(at, *long, model="8M"), window_s=10),
+        "large": lambda at: compared(at, prepare(at, *long, model="8M"), rounds=3),
         "together": lambda at: compared(at, prepare(at, *sums), count=2),
         "pause": lambda at: compared(at, prepare(at, *sums), pause),
         "pause_30M": lambda at: compared(at, prepare(at, *sums, model="30M"), pause),
