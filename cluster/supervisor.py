@@ -21,9 +21,11 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import ray
 from ray.exceptions import RayError
 
 from actors.offline import OfflineActor
@@ -192,8 +194,15 @@ class Supervisor:
             pid=status.pid, step=status.step, died_at=status.time, last_words=tuple(words)
         )
 
+    @cached_property
+    def _prompts(self) -> tuple[Any, Any]:
+        """Returns references to the prompts and to those to evaluate with: a large data set takes seconds to
+        make bytes of, once for all actors that are there or come later.
+        """
+        return ray.put(self._inputs.prompts), ray.put(self._inputs.eval_prompts)
+
     def _spawn_rollout(self, name: str, options: dict[str, Any]) -> Any:
-        inputs, num_cpus = self._inputs, self._config.actors.num_cpus
+        num_cpus = self._config.actors.num_cpus
         # One thread generates, another answers whether it still does; where weights are pushed, an order and
         # its abortion wait in two more.
         num_threads = 2 if self._config.weights.is_pulled else 4
@@ -203,8 +212,7 @@ class Supervisor:
         return actor_class.remote(
             name,
             self._config,
-            inputs.prompts,
-            inputs.eval_prompts,
+            *self._prompts,
             *self._services.peers,
             self._services.reward_models,
         )
@@ -214,7 +222,7 @@ class Supervisor:
             runtime_env=threads(1), **options
         )
         config, scores_all = self._config.without_knobs(), self._config.objective.compares_answers
-        prompts, peers = self._inputs.prompts, (*self._services.peers, self._services.reward_models)
+        prompts, peers = self._prompts[0], (*self._services.peers, self._services.reward_models)
         return actor_class.remote(name, config, prompts, *peers, scores_all=scores_all)
 
     # --- turns ---
