@@ -80,6 +80,8 @@ def measure_job(job: PeerJob, systems: list[str], rounds: int) -> dict[str, list
             found[system].append({**figures, "load": load})
             said = ", ".join(f"{name} {figures[name]:.4g}" for name in FIGURES)
             print(f"  {job.name} round {number + 1}/{rounds} {system}: {said}", flush=True)
+            spent = figures["cpu_ms_per_sample_by"].items()
+            print("    CPU ms a sample: " + ", ".join(f"{kind} {ms:.3f}" for kind, ms in spent), flush=True)
     return found
 
 

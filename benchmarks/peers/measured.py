@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import math
@@ -35,11 +36,11 @@ class Row(NamedTuple):
 
 class Seen(NamedTuple):
     """A look from outside: seconds since the start of the command, CPU seconds of all its processes so far,
-    and the rows by then.
+    by what they are, and the rows by then.
     """
 
     at_s: float
-    cpu_s: float
+    cpu_s: dict[str, float]
     num_rows: int
 
 
@@ -48,15 +49,21 @@ class Tree:
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
-        self._spent: dict[tuple[int, float], float] = {}
+        self._spent: dict[tuple[int, float], tuple[str, float]] = {}
 
-    def cpu_s(self) -> float:
-        """Returns the CPU seconds that they have spent, as of the last look at each."""
+    def cpu_s(self) -> dict[str, float]:
+        """Returns the CPU seconds that they have spent by what they are, as of the last look at each."""
         for process in self._living():
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
-                self._spent[process.pid, process.create_time()] = times.user + times.system
-        return sum(self._spent.values())
+                self._spent[process.pid, process.create_time()] = (
+                    _kind_of(process),
+                    times.user + times.system,
+                )
+        found: dict[str, float] = collections.defaultdict(float)
+        for kind, seconds in self._spent.values():
+            found[kind] += seconds
+        return found
 
     def memory_mib(self) -> float:
         """Returns their memory now; what several share is counted once (PSS)."""
@@ -80,6 +87,17 @@ class Tree:
             return [self._root, *self._root.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+
+
+def _kind_of(process: psutil.Process) -> str:
+    """Returns what a process is: Ray's actors by their class, others by their program or script."""
+    words = [word for word in process.cmdline()[:3] if word]
+    if not words:
+        return process.name()
+    if words[0].startswith("ray::"):
+        return words[0].removeprefix("ray::").split(".")[0].split(":")[0]
+    script = next((word for word in words[1:] if not word.startswith("-")), "")
+    return Path(script if "python" in words[0] and script else words[0]).name
 
 
 def measure(
@@ -165,12 +183,19 @@ def figures_of(job: PeerJob, seen: Sequence[Seen], found: Sequence[Row]) -> dict
     first, last = steady[0], steady[-1]
     before, after = found[first.num_rows - 1], found[last.num_rows - 1]
     seconds, samples = after.wall_s - before.wall_s, after.samples - before.samples
-    cores = (last.cpu_s - first.cpu_s) / (last.at_s - first.at_s)
+    spent = {kind: last.cpu_s[kind] - first.cpu_s.get(kind, 0.0) for kind in last.cpu_s}
+    cores = sum(spent.values()) / (last.at_s - first.at_s)
+    ms_per_core = seconds / samples * 1000
     solved = None if job.solved is None else _solved_at(job.solved, found)
     return {
         "samples_per_s": samples / seconds,
         "tokens_per_s": (after.tokens - before.tokens) / seconds,
-        "cpu_ms_per_sample": cores * seconds / samples * 1000,
+        "cpu_ms_per_sample": cores * ms_per_core,
+        "cpu_ms_per_sample_by": {
+            kind: cpu_s / (last.at_s - first.at_s) * ms_per_core
+            for kind, cpu_s in sorted(spent.items(), key=lambda one: -one[1])
+            if cpu_s > 0
+        },
         "cores_used": cores,
         "first_step_s": seen[0].at_s,
         "solved_s": math.nan if solved is None else _at(solved, seen) - seen[0].at_s,

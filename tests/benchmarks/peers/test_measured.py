@@ -13,7 +13,9 @@ JOB = PeerJob("sums", "exact_match", warm_steps=1, window_s=3.0, timeout_s=10.0,
 def run(num_steps: int, *, solved_from: int = 99) -> tuple[list[Seen], list[Row]]:
     """Returns a system that starts for 5 s and then does a step of 4 samples a second on half a core."""
     rows = [Row(100.0 + n, 4 * (n + 1), 12 * (n + 1), float(n >= solved_from)) for n in range(num_steps)]
-    return [Seen(5.0 + n, 2.0 + 0.5 * n, n + 1) for n in range(num_steps)], rows
+    return [
+        Seen(5.0 + n, {"actor": 2.0 + 0.3 * n, "learner": 0.2 * n}, n + 1) for n in range(num_steps)
+    ], rows
 
 
 def test_figures_are_of_the_steady_state_by_the_systems_own_clock():
@@ -21,6 +23,7 @@ def test_figures_are_of_the_steady_state_by_the_systems_own_clock():
     assert figures["samples_per_s"] == pytest.approx(4.0)
     assert figures["tokens_per_s"] == pytest.approx(12.0)
     assert figures["cpu_ms_per_sample"] == pytest.approx(125.0)
+    assert figures["cpu_ms_per_sample_by"] == pytest.approx({"actor": 75.0, "learner": 50.0})
     assert (figures["first_step_s"], figures["steps"]) == (5.0, 7)
     assert figures["solved_s"] == 5.0  # Three of the five newest rows: steps 2 to 6.
 
