@@ -95,10 +95,10 @@ bench-buffer: setup  ## durable inserts and samples against bare sqlite, latency
 	.venv/bin/python -m benchmarks.buffer
 
 bench-actors: setup  ## actors against bare vLLM, update pause, scaling, a straggler
-	.venv/bin/python -m benchmarks.actors
+	.venv/bin/python -m benchmarks.actors $(ARGS)
 
 bench-learner: setup  ## trained tokens against a plain PyTorch loop, packing, memory
-	.venv/bin/python -m benchmarks.learner
+	.venv/bin/python -m benchmarks.learner $(ARGS)
 
 bench-weights: setup  ## publish and apply against memcpy and gathers one by one
 	.venv/bin/python -m benchmarks.weights
@@ -107,7 +107,7 @@ bench-trajectory: setup  ## bytes a token, memory and decoding of a batch of lon
 	.venv/bin/python -m benchmarks.trajectory
 
 bench-guard: setup  ## five shares of what is bare, against the committed ones (two minutes on two quiet cores; never fails)
-	.venv/bin/python -m benchmarks.guard
+	.venv/bin/python -m benchmarks.guard $(ARGS)
 
 bench-peers: .cache/peers/.ready  ## TRL and a plain loop against this system on three jobs (25 minutes on two cores)
 	.venv/bin/python -m benchmarks.peers $(ARGS)
