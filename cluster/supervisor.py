@@ -281,7 +281,7 @@ class Supervisor:
             self._learner.tick(now_s)
         if now_s > self._forget_logs_s:
             self._forget_logs_s = now_s + FORGET_LOGS_S
-            forget_old_logs(self._inputs.run_dir)
+            forget_old_logs(self._inputs.run_dir, self._fleet.names())
 
     def _write_status(self) -> None:
         """Writes status.json when that is due, once there is something to write."""

@@ -24,7 +24,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeAlias, cast
@@ -36,7 +36,7 @@ LIMIT_BYTES = 4 * 2**20
 LOOK_S = 1.0
 NUM_LAST_LINES = 4
 MAX_LOGS = 256
-"""Logs in the folder; those of actors that went long ago make room."""
+"""Logs in the folder of actors that are gone; those that went longest ago make room."""
 MAX_LOOKED_AT = 32
 
 _HEADER = re.compile(r"^===== (\S+): process (\d+) on (\S+) since .*$", re.MULTILINE)
@@ -224,10 +224,14 @@ def bound(path: Path, name: str, limit_bytes: int = LIMIT_BYTES) -> None:
         file.write(_first_line(name))
 
 
-def forget_old_logs(run_dir: Path, keep: int = MAX_LOGS) -> None:
-    """Removes the logs that were written to longest ago, of a run whose actors came and went for months."""
+def forget_old_logs(run_dir: Path, living: Iterable[str] = (), keep: int = MAX_LOGS) -> None:
+    """Removes those logs of actors that were written to longest ago, where actors came and went for months;
+    none of those that are `living`, which may have had nothing to say for long.
+    """
+    roles = {role_of(name) for name in living}
     with contextlib.suppress(OSError):
-        paths = sorted((run_dir / FOLDER).iterdir(), key=lambda path: path.stat().st_mtime)
+        gone = [path for path in (run_dir / FOLDER).glob("actor-*") if role_of(path.name) not in roles]
+        paths = sorted(gone, key=lambda path: path.stat().st_mtime)
         for path in paths[: max(0, len(paths) - keep)]:
             path.unlink()
 

@@ -43,6 +43,8 @@ ACTORS = (1, 4, 16, 64, 256)
 GROUPS_PER_STEP = (64, 512, 4096)
 SOME_ACTORS, SOME_GROUPS = 16, 64
 """What is held while the other grows."""
+GROUPS_AN_ACTOR = 16
+"""Of a step, where both grow."""
 OPEN_GROUPS, MEAN_GROUP_S = 16, 1.0
 SAMPLES, TOKENS = 8, 32
 LEARNER_SLOWER = 1.1
@@ -307,7 +309,7 @@ def main() -> None:
         "by_actors": [(actors, SOME_GROUPS, 1) for actors in ACTORS],
         "by_actors_in_shards": [(actors, SOME_GROUPS, 4) for actors in ACTORS],
         "by_groups": [(SOME_ACTORS, groups, 1) for groups in GROUPS_PER_STEP],
-        "largest": [(max(ACTORS), max(GROUPS_PER_STEP), 1)],
+        "by_both": [(actors, GROUPS_AN_ACTOR * actors, 1) for actors in ACTORS],
     }
     result: dict[str, Any] = {}
     for name, sizes in series.items():

@@ -197,7 +197,9 @@ class Board:
             evaluation.finish(sample)
             if evaluation.is_done:
                 self._complete(evaluation)
-        await self._wake()
+        # What is done is news to nobody who polls; what has to be done again is.
+        if any(evaluation.is_waiting for evaluation in self._evaluations.values()):
+            await self._wake()
 
     async def release_actor(self, actor: str) -> None:
         """The actor is gone: its evaluation items are handed out again, and none to a call of it that

@@ -135,8 +135,14 @@ def test_only_the_newest_logs_stay(run_dir: Path) -> None:
         path = log_path(run_dir, f"actor-{number}")
         path.touch()
         os.utime(path, (number, number))
-    forget_old_logs(run_dir, keep=2)
-    assert {path.name for path in (run_dir / "logs").iterdir()} == {"actor-3.log", "actor-4.log"}
+    for quiet in ("board", "learner-rank-0"):
+        log_path(run_dir, quiet).touch()
+        os.utime(log_path(run_dir, quiet), (0, 0))
+    forget_old_logs(run_dir, ["actor-0.3"], keep=2)
+    assert {path.name for path in (run_dir / "logs").iterdir()} == {
+        *("actor-0.log", "board.log", "learner-rank-0.log"),  # They live, and say nothing.
+        *("actor-3.log", "actor-4.log"),
+    }
     assert [role_of(name) for name in ("actor-3.12", "actor-3", "learner-rank-0")] == [
         "actor-3",
         "actor-3",
