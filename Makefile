@@ -25,7 +25,7 @@ OPTIONS_gpu :=
 COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
 
 .PHONY: help setup quickstart quickstart-tools demo-smollm2 doctor test test-fast test-families tree figures staleness-study bench bench-buffer bench-actors bench-learner \
-  bench-weights bench-trajectory bench-guard bench-peers bench-growth check constraints clean
+  bench-weights bench-trajectory bench-bound bench-guard bench-peers bench-growth check constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -105,6 +105,9 @@ bench-weights: setup  ## publish and apply against memcpy and gathers one by one
 
 bench-trajectory: setup  ## bytes a token, memory and decoding of a batch of long samples
 	.venv/bin/python -m benchmarks.trajectory
+
+bench-bound: setup  ## training and generation at once against the slower of the two alone (six minutes on two quiet cores)
+	.venv/bin/python -m benchmarks.bound $(ARGS)
 
 bench-guard: setup  ## five shares of what is bare, against the committed ones (two minutes on two quiet cores; never fails)
 	.venv/bin/python -m benchmarks.guard $(ARGS)
