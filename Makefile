@@ -25,7 +25,7 @@ OPTIONS_gpu :=
 COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
 
 .PHONY: help setup quickstart quickstart-tools demo-smollm2 doctor test test-fast test-families tree figures staleness-study bench bench-buffer bench-actors bench-learner \
-  bench-weights bench-trajectory bench-bound bench-guard bench-peers bench-growth check constraints clean
+  bench-weights bench-trajectory bench-bound bench-guard bench-peers bench-growth bench-soak check constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -125,6 +125,9 @@ bench-peers: .cache/peers/.ready  ## TRL and a plain loop against this system on
 
 bench-growth: setup  ## calls, bytes and CPU time a trained group, for 1 to 256 actors and 64 to 4,096 groups a step (3 minutes)
 	.venv/bin/python -m benchmarks.growth.growth
+
+bench-soak: setup  ## 20,000 steps of the services of a run: memory and step time at the end, files it leaves (ten minutes at most)
+	.venv/bin/python -m benchmarks.growth.soak
 
 check: setup  ## lint, format, types
 	.venv/bin/ruff check .

@@ -45,6 +45,8 @@ def ray_session(
     """
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would keep an event of every call, 100,000 of them in its control process: lists nobody asks for.
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     address = cluster_address()
     try:
         with _our_signal_handlers():
