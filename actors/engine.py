@@ -35,7 +35,13 @@ from typing import Any, Literal
 import torch
 
 from actors.engine_cpu import SEED, mend
-from actors.engine_settings import Adapters, engine_arguments, lora_arguments, set_engine_environment
+from actors.engine_settings import (
+    Adapters,
+    engine_arguments,
+    lora_arguments,
+    set_engine_environment,
+    without_collections,
+)
 from actors.episode import Generation
 from actors.requests import Options, RunningRequest, WaitingRequest
 from core.config import ActorsConfig, ModelConfig
@@ -85,7 +91,8 @@ class Engine:
         `skip_special_tokens` (`rewards.skip_special_tokens`) is about the texts.
         """
         set_engine_environment(config)
-        from vllm import EngineArgs, LLMEngine
+        with without_collections():
+            from vllm import EngineArgs, LLMEngine
 
         self._config, self._adapters = config, adapters
         tokenizer = load_tokenizer(model)
