@@ -93,6 +93,7 @@ bench: bench-buffer bench-actors bench-learner bench-weights bench-trajectory  #
 
 bench-buffer: setup  ## durable inserts and samples against bare sqlite, latency by size, recovery
 	.venv/bin/python -m benchmarks.buffer
+	.venv/bin/python -m benchmarks.durability
 
 bench-actors: setup  ## actors against bare vLLM, update pause, scaling, a straggler
 	.venv/bin/python -m benchmarks.actors $(ARGS)
