@@ -270,7 +270,7 @@ class TestFaults:
         run.publish(0)
         run.start(actor)
         run.train(0, 4)
-        assert actor.ping() < 1
+        until(lambda: actor.ping() < 1)
         actor.engine._step_s = 2.0
         until(lambda: actor.ping() > 1)
         stacks = actor.stacks()
