@@ -88,8 +88,8 @@ def set_engine_environment(config: ActorsConfig) -> None:
 def without_collections() -> Iterator[None]:
     """Collects nothing while libraries load, and leaves out of later collections what is there by then.
 
-    An actor has its engine after 5.4 s of CPU time instead of 7.4: vLLM itself asks for full collections when an
-    engine is built, and each would visit every object of torch.
+    An actor has its engine after 5.4 s of CPU time instead of 7.4: vLLM itself asks for full collections when
+    an engine is built, and each would visit every object of torch.
     """
     was_enabled = gc.isenabled()
     gc.disable()
