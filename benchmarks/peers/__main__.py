@@ -76,7 +76,11 @@ def measure_job(job: PeerJob, systems: list[str], rounds: int) -> dict[str, list
         for system in systems[:: 1 if number % 2 == 0 else -1]:
             with tempfile.TemporaryDirectory() as place:
                 load = measure_load()
-                figures = run(system, job, config, Path(place))
+                try:
+                    figures = run(system, job, config, Path(place))
+                except RuntimeError as error:  # The other systems and jobs are measured all the same.
+                    print(f"  {job.name} round {number + 1}/{rounds} {system} failed: {error}", flush=True)
+                    figures = {**dict.fromkeys(FIGURES, math.nan), "cpu_ms_per_sample_by": {}, "failed": True}
             found[system].append({**figures, "load": load})
             said = ", ".join(f"{name} {figures[name]:.4g}" for name in FIGURES)
             print(f"  {job.name} round {number + 1}/{rounds} {system}: {said}", flush=True)
@@ -86,8 +90,13 @@ def measure_job(job: PeerJob, systems: list[str], rounds: int) -> dict[str, list
 
 
 def medians(rounds: list[dict[str, Any]]) -> dict[str, float]:
-    """Returns the median of each figure; NaN where most rounds have none."""
-    return {name: statistics.median(_last(one[name]) for one in rounds) for name in FIGURES}
+    """Returns the median of each figure over the rounds that did not fail; infinity where most did not get
+    there.
+    """
+    done = [one for one in rounds if "failed" not in one]
+    return {
+        name: statistics.median(_last(one[name]) for one in done) if done else math.nan for name in FIGURES
+    }
 
 
 def _last(value: float) -> float:
