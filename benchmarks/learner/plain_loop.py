@@ -21,7 +21,7 @@ class PlainLoop:
         self.module: Any = load_model(config, device)
         install_packed_sdpa(self.module)
         self._optimizer = torch.optim.AdamW(
-            self.module.parameters(), lr=config.learner.lr, betas=(0.9, 0.99), weight_decay=0.0
+            self.module.parameters(), lr=config.learner.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         )
 
     def step(self, batch: Any) -> None:
@@ -39,19 +39,22 @@ class PlainLoop:
             [s.num_tokens for s in sequences], [group.group_id for group, _ in rows], budget, layout
         )
         for micro in plan:
-            inputs = collate([sequences[i] for i in micro.indices], layout, 0, self._device)
+            mine = [sequences[i] for i in micro.indices]
+            inputs = collate(mine, layout, 0, self._device, shares_prompts=True)
             with torch.autocast(torch.device(self._device).type, torch.bfloat16, enabled=self._autocast):
                 logits = self.module(**inputs.model_kwargs(), packing=inputs.packing).logits[0].float()
             logprobs_T = logits.log_softmax(-1).gather(-1, inputs.targets_T[:, None])[:, 0]
-            mine = [rows[i] for i in micro.indices]
+            members = [rows[i] for i in micro.indices]
             token_batch = TokenBatch(
                 logprobs_T=logprobs_T,
                 behaviour_logprobs_T=torch.zeros_like(logprobs_T),
                 sequence_T=inputs.sequence_T,
-                rewards_N=torch.tensor([sample.reward for _, sample in mine], device=self._device),
-                ref_logprobs_N=torch.tensor([sample.ref_logprob for _, sample in mine], device=self._device),
-                groups_N=torch.tensor([group.group_id for group, _ in mine], device=self._device),
-                staleness_N=torch.zeros(len(mine), device=self._device),
+                rewards_N=torch.tensor([sample.reward for _, sample in members], device=self._device),
+                ref_logprobs_N=torch.tensor(
+                    [sample.ref_logprob for _, sample in members], device=self._device
+                ),
+                groups_N=torch.tensor([group.group_id for group, _ in members], device=self._device),
+                staleness_N=torch.zeros(len(members), device=self._device),
                 num_groups=len(batch.groups),
             )
             self._objective.loss(token_batch)[0].backward()

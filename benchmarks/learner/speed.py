@@ -19,6 +19,8 @@ def make_plain_policy(config: Any, device: str) -> Any:
     from learner.step.packing import TokenLogprobs
 
     class Policy(PlainPolicy):
+        shares_prompts = True
+
         def logprobs(self, inputs: Any, temperature: float) -> Any:
             return token_logprobs(self.module, inputs, temperature)
 

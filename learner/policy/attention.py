@@ -8,8 +8,11 @@ short the sequences in it. Here every sequence costs its own square, and a pass 
 for each sequence. Buckets are padded on the right, where a causal attention never looks; the rest of the
 model sees no padding.
 
-Tensor letters: N sequences, S tokens of all of them, P places in the buckets (S and padding), H heads, D head
-size.
+A token that several sequences begin with may lie in the row once: every one of them has a place for it, with
+the same query, key and value, of which the first gives the token's output.
+
+Tensor letters: N sequences, S tokens of the row, P places in the buckets (a token's in each sequence that has
+it, and padding), H heads, D head size.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,32 +44,52 @@ class Packing:
         packing.pack([attend(bucket) for bucket in packing.unpack(row)])
 
     to_places_P     int64 [P], the token of each place; padding repeats a sequence's last token
-    to_tokens_S     int64 [S], of each token its place
-    padding         int64, the places that are padding; their gradient is none
+    to_tokens_S     int64 [S], of each token its place, the first that it has
+    padding         int64, the places that are padding, and those of tokens that have an earlier one: nobody
+                    looks at what comes of them
+    repeated        int64, those places among them that are no padding: where tokens are looked at once more
     shapes          (sequences, longest) of each bucket, in the order of the places
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        tokens: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """`tokens` are the places in the row of each sequence's tokens, by sequence; None: one after
+        another.
+        """
         buckets = _buckets(lengths)
         self.shapes = [(len(bucket), lengths[bucket[0]]) for bucket in buckets]
-        lengths_N = torch.tensor(lengths)
-        starts_N = lengths_N.cumsum(0) - lengths_N
-        order_N = torch.tensor([index for bucket in buckets for index in bucket])
-        widths_N = torch.tensor([longest for num, longest in self.shapes for _ in range(num)])
-        sequence_P = order_N.repeat_interleave(widths_N)
-        places_P = torch.arange(len(sequence_P))
-        offset_P = places_P - (widths_N.cumsum(0) - widths_N).repeat_interleave(widths_N)
+        lengths_N = np.array(lengths)
+        starts_N = lengths_N.cumsum() - lengths_N
+        order_N = np.array([index for bucket in buckets for index in bucket])
+        widths_N = np.array([longest for num, longest in self.shapes for _ in range(num)])
+        sequence_P = order_N.repeat(widths_N)
+        offset_P = np.arange(len(sequence_P)) - (widths_N.cumsum() - widths_N).repeat(widths_N)
         last_P = lengths_N[sequence_P] - 1
-        is_token_P = offset_P <= last_P
-        to_places_P = starts_N[sequence_P] + torch.minimum(offset_P, last_P)
-        to_tokens_S = torch.empty(int(lengths_N.sum()), dtype=torch.int64)
-        to_tokens_S[to_places_P[is_token_P]] = places_P[is_token_P]
-        self.to_places_P, self.to_tokens_S = to_places_P.to(device), to_tokens_S.to(device)
-        self.padding = places_P[~is_token_P].to(device)
+        to_places_P = starts_N[sequence_P] + np.minimum(offset_P, last_P)
+        if tokens is not None:
+            to_places_P = tokens[to_places_P]
+        places = (offset_P <= last_P).nonzero()[0]
+        _, first = np.unique(to_places_P[places], return_index=True)
+        to_tokens_S = places[first]
+        is_output_P = np.zeros(len(to_places_P), dtype=bool)
+        is_output_P[to_tokens_S] = True
+        self.to_places_P, self.to_tokens_S, self.padding, self.repeated = (
+            torch.from_numpy(indices).to(device)
+            for indices in (
+                to_places_P,
+                to_tokens_S,
+                (~is_output_P).nonzero()[0],
+                places[~is_output_P[places]],
+            )
+        )
 
     def unpack(self, packed_SHD: Tensor) -> list[Tensor]:
         """Takes tokens [S, H, D] to their places: a tensor [n, H, longest, D] for each bucket."""
-        places_PHD: Tensor = _Gather.apply(packed_SHD, self.to_places_P, self.to_tokens_S, None)
+        places_PHD: Tensor = _ToPlaces.apply(packed_SHD, self)
         pieces = places_PHD.split([num * longest for num, longest in self.shapes])
         return [
             piece.unflatten(0, shape).transpose(1, 2)
@@ -74,7 +99,7 @@ class Packing:
     def pack(self, buckets: list[Tensor]) -> Tensor:
         """Takes a tensor [n, longest, H, D] for each bucket back to the tokens: [S, H, D]."""
         places_PHD = torch.cat([bucket.flatten(0, 1) for bucket in buckets])
-        packed: Tensor = _Gather.apply(places_PHD, self.to_tokens_S, self.to_places_P, self.padding)
+        packed: Tensor = _ToTokens.apply(places_PHD, self)
         return packed
 
 
@@ -90,24 +115,41 @@ def _buckets(lengths: Sequence[int]) -> list[list[int]]:
     return buckets
 
 
-class _Gather(torch.autograd.Function):
-    """rows[there]. Its gradient is a gather too, by the inverse `back`, zero at `padding`: much faster than
-    adding by index.
+class _ToPlaces(torch.autograd.Function):
+    """rows[to_places]. Its gradient is a gather too, and an addition of what `repeated` places give: much
+    faster than adding all by index.
 
-    It is right where rows taken more than once get no gradient from their repetitions.
+    It is right where padding gets no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, there: Tensor, back: Tensor, padding: Tensor | None) -> Tensor:
-        ctx.back, ctx.padding = back, padding
-        return rows.index_select(0, there)
+    def forward(ctx: Any, rows: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return rows.index_select(0, packing.to_places_P)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        found = gradient.index_select(0, ctx.back)
-        if ctx.padding is not None:
-            found.index_fill_(0, ctx.padding, 0.0)
-        return found, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        packing: Packing = ctx.packing
+        found = gradient.index_select(0, packing.to_tokens_S)
+        if len(packing.repeated):
+            tokens = packing.to_places_P[packing.repeated]
+            found.index_add_(0, tokens, gradient.index_select(0, packing.repeated))
+        return found, None
+
+
+class _ToTokens(torch.autograd.Function):
+    """places[to_tokens]. Its gradient is a gather too, zero at `padding`."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return places.index_select(0, packing.to_tokens_S)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        found = gradient.index_select(0, ctx.packing.to_places_P)
+        found.index_fill_(0, ctx.packing.padding, 0.0)
+        return found, None
 
 
 def install_packed_sdpa(module: Any) -> bool:

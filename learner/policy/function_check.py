@@ -33,24 +33,28 @@ def check_function(
     device: torch.device | str = "cpu",
     *,
     longest: int = 2**31,
+    shares_prompts: bool = False,
 ) -> None:
     """Compares the log-probs of a few tokens, computed in several ways; ConfigError says what differs and
     what to set.
 
     `logprobs(inputs, training=...)` is `TokenLogprobs` in one of its modes. No sequence has more than
-    `longest` tokens: wider windows do not matter. Collective under ZeRO-3.
+    `longest` tokens: wider windows do not matter. With `shares_prompts` the passes over several sequences are
+    made as `collate` makes them then. Collective under ZeRO-3.
     """
     vocabulary = module.config.get_text_config().vocab_size
     tokens = [1 + 7 * position % (vocabulary - 1) for position in range(NUM_TOKENS)]
     first = TokenSequence.of_turn(tokens[:5], tokens[5:11])
     second = TokenSequence.of_turn(tokens[11:15], tokens[15:])
+    third = TokenSequence.of_turn(tokens[11:15], tokens[3:11])  # Of the same prompt.
     tolerance = TOLERANCE_NATS.get(next(module.parameters()).dtype, ROUNDED_TOLERANCE_NATS)
     name = type(module).__name__
 
     def of(*sequences: TokenSequence, training: bool = False) -> Tensor:
-        return logprobs(collate(sequences, layout, 0, device), training=training)
+        inputs = collate(sequences, layout, 0, device, shares_prompts=shares_prompts)
+        return logprobs(inputs, training=training)
 
-    alone, together = of(second), of(first, second)
+    alone, together = of(second), of(first, third, second)
     if (found := _difference(of(second, training=True), alone)) > tolerance:
         raise ConfigError(
             f"{name} computes other log-probs in training than in evaluation, by {found:.3g} nats a token: "
@@ -71,9 +75,9 @@ def check_function(
     if module.config._attn_implementation == "eager" or not module._can_set_attn_implementation():
         return
     with _short_windows(module, longest):
-        together = of(first, second)
+        together = of(first, third, second)
         with _eager(module):
-            expected = torch.cat([of(first), of(second)])
+            expected = torch.cat([of(first), of(third), of(second)])
     if (found := _difference(together, expected)) > tolerance:
         raise ConfigError(
             f"{name} computes other log-probs than by its eager attention, by {found:.3g} nats a token: "

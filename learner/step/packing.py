@@ -229,9 +229,18 @@ def _fill(
 
 
 def collate(
-    sequences: Sequence[TokenSequence], layout: Layout, pad_id: int, device: torch.device | str = "cpu"
+    sequences: Sequence[TokenSequence],
+    layout: Layout,
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    *,
+    shares_prompts: bool = False,
 ) -> ModelInputs:
     """Makes the tensors of one forward pass over `sequences`, on `device`.
+
+    With `shares_prompts`, a packed row has a prompt of several sequences once, and nothing from a sequence's
+    last sampled token on, whose logits nobody asks for: the log-probs and their gradient are the same, for a
+    model that attends by `packing`.
 
     Raises ValueError without sequences, DataError for a sequence whose first token was sampled, or that has
     no token.
@@ -239,41 +248,75 @@ def collate(
     if not sequences:
         raise ValueError("sequences is empty; expected at least one per forward pass")
     lengths = [sequence.num_tokens for sequence in sequences]
-    lengths_N = torch.tensor(lengths)
-    tokens_S = torch.from_numpy(np.concatenate([sequence.tokens for sequence in sequences])).long()
-    is_sampled_S = torch.from_numpy(np.concatenate([sequence.is_sampled for sequence in sequences]))
-    sequence_S = torch.arange(len(sequences)).repeat_interleave(lengths_N)
-    position_S = torch.arange(len(tokens_S)) - (lengths_N.cumsum(0) - lengths_N)[sequence_S]
-    sampled_T = is_sampled_S.nonzero()[:, 0]
+    lengths_N = np.array(lengths)
+    sequence_S = np.arange(len(sequences)).repeat(lengths_N)
+    position_S = np.arange(len(sequence_S)) - (lengths_N.cumsum() - lengths_N)[sequence_S]
+    tokens_S = np.concatenate([sequence.tokens for sequence in sequences]).astype(np.int64)
+    sampled_T = np.concatenate([sequence.is_sampled for sequence in sequences]).nonzero()[0]
     sequence_T = sequence_S[sampled_T]
     _check_predictable(lengths, sequence_T[position_S[sampled_T] == 0].tolist())
     attention_mask, packing = None, None
     # A token is predicted by the logits at the place before its own.
     if layout == "packed":
-        input_ids, position_ids = tokens_S[None], position_S[None]
-        keep_K = sampled_T - 1
-        rows_T, columns_T = torch.zeros_like(sampled_T), torch.arange(len(sampled_T))
-        packing = Packing(lengths, device)
+        row = _Row.of(sequences, shares_prompts=shares_prompts)
+        input_ids, position_ids = tokens_S[row.kept_R][None], position_S[row.kept_R][None]
+        keep_K = row.place_S[sampled_T - 1]
+        rows_T, columns_T = np.zeros_like(sampled_T), np.arange(len(sampled_T))
+        packing = Packing(row.lengths, device, row.place_S[row.place_S >= 0])
     else:
-        input_ids = torch.full((len(sequences), max(lengths)), pad_id)
+        input_ids = np.full((len(sequences), max(lengths)), pad_id)
         input_ids[sequence_S, position_S] = tokens_S
-        position_ids = torch.arange(max(lengths)).expand(len(sequences), -1)
-        attention_mask = (position_ids < lengths_N[:, None]).long()
+        position_ids = np.broadcast_to(np.arange(max(lengths)), input_ids.shape).copy()
+        attention_mask = torch.from_numpy((position_ids < lengths_N[:, None]).astype(np.int64))
         predictor_T = position_S[sampled_T] - 1
         first, last = (int(predictor_T.min()), int(predictor_T.max())) if len(predictor_T) else (0, -1)
-        keep_K = torch.arange(first, last + 1)
+        keep_K = np.arange(first, last + 1)
         rows_T, columns_T = sequence_T, predictor_T - first
     return ModelInputs(
-        input_ids=input_ids,
-        position_ids=position_ids,
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
         attention_mask=attention_mask,
-        logits_to_keep_K=keep_K,
-        rows_T=rows_T,
-        columns_T=columns_T,
-        targets_T=tokens_S[sampled_T],
-        sequence_T=sequence_T,
+        logits_to_keep_K=torch.from_numpy(keep_K),
+        rows_T=torch.from_numpy(rows_T),
+        columns_T=torch.from_numpy(columns_T),
+        targets_T=torch.from_numpy(tokens_S[sampled_T]),
+        sequence_T=torch.from_numpy(sequence_T),
         packing=packing,
     ).to(device)
+
+
+class _Row(NamedTuple):
+    """Which tokens of the sequences, S one after another, a packed row has: R of them.
+
+    kept_R   int64 [R], the token at each place of the row
+    place_S  int64 [S], the place of each token; -1 for one that is left out
+    lengths  how many tokens of each sequence have a place
+    """
+
+    kept_R: npt.NDArray[np.int64]
+    place_S: npt.NDArray[np.int64]
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, sequences: Sequence[TokenSequence], *, shares_prompts: bool) -> _Row:
+        """Makes the row of all tokens, or of those that `collate` says with `shares_prompts`."""
+        lengths = [sequence.num_tokens for sequence in sequences]
+        all_S = np.arange(sum(lengths))
+        if not shares_prompts:
+            return cls(all_S, all_S, lengths)
+        is_kept_S, like_S = np.zeros(len(all_S), dtype=bool), all_S.copy()
+        prompts: dict[bytes, int] = {}
+        start = 0
+        for number, (tokens, is_sampled) in enumerate(sequences):
+            sampled = is_sampled.nonzero()[0]
+            prompt, length = (sampled[0], sampled[-1]) if len(sampled) else (1, 1)
+            first = prompts.setdefault(tokens[:prompt].tobytes(), start)
+            like_S[start : start + prompt] = all_S[first : first + prompt]
+            is_kept_S[start : start + length] = True
+            start, lengths[number] = start + len(tokens), int(length)
+        is_own_S = is_kept_S & (like_S == all_S)
+        place_S = np.where(is_kept_S, (is_own_S.cumsum() - 1)[like_S], -1)
+        return cls(is_own_S.nonzero()[0], place_S, lengths)
 
 
 def _check_predictable(lengths: Sequence[int], begin_sampled: Sequence[int]) -> None:
@@ -342,6 +385,11 @@ class TokenLogprobs:
         self._packs = layout == "packed" and attention == "sdpa"
         if self._packs and not install_packed_sdpa(module):
             refuse_packing(module, "does not let its attention be exchanged (model.attention = sdpa)")
+
+    @property
+    def shares_prompts(self) -> bool:
+        """True where it takes what `collate` makes with `shares_prompts`."""
+        return self._packs
 
     def __call__(self, model: Any, inputs: ModelInputs, temperature: float) -> Tensor:
         """Returns [T] log-probs of the sampled tokens, by sequence, then position; float32 (float64 for a

@@ -35,6 +35,13 @@ class FrozenPolicy(ScoringPolicy, Protocol):
 class TrainedPolicy(ScoringPolicy, Protocol):
     """The policy that is trained."""
 
+    @property
+    def shares_prompts(self) -> bool:
+        """True where this policy, and those frozen beside it, take what `collate` makes with
+        `shares_prompts`.
+        """
+        ...
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulates the gradient of this rank's part of the loss; `last` marks the step's last call."""
         ...

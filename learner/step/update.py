@@ -116,6 +116,7 @@ class Updater:
             needs=self._objective.needs,
             pad_id=self._pad_id,
             device=self._device,
+            shares_prompts=self._policy.shares_prompts,
         )
         agreed = self._agree(plan)
         if agreed.has_fault:

@@ -39,10 +39,11 @@ def small_buckets(monkeypatch):
     monkeypatch.setattr("learner.policy.attention.SHORT", 4)
 
 
+@pytest.mark.parametrize("shares_prompts", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_packed_attention_gives_the_log_probs_and_gradients_of_each_sequence_alone(
-    small_buckets, tied, checkpointing
+    small_buckets, tied, checkpointing, shares_prompts
 ):
     rollouts = make_rollouts()
     plain = tiny_llama(tied=tied)
@@ -52,7 +53,8 @@ def test_packed_attention_gives_the_log_probs_and_gradients_of_each_sequence_alo
     model, forward = packed_by_bucket(tied=tied)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = forward(model, collate(rollouts.sequences, "packed", pad_id=0), TEMPERATURE)
+    inputs = collate(rollouts.sequences, "packed", pad_id=0, shares_prompts=shares_prompts)
+    found = forward(model, inputs, TEMPERATURE)
     (found * weights).sum().backward()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     exact = flat([parameter.grad for parameter in plain.parameters()])

@@ -223,6 +223,27 @@ def test_collate_lays_out_ids_positions_and_targets(layout):
     assert torch.equal(next_ids, inputs.targets_T)
 
 
+def test_a_prompt_of_several_sequences_is_in_the_row_once_and_nothing_that_predicts_nothing_is():
+    sequences = [
+        TokenSequence.of_turn((5, 6, 7), (8, 9)),
+        TokenSequence.of_turn((5, 6), (7, 10)),
+        TokenSequence.of_turn((5, 6, 7), (11, 12, 13)),
+        TokenSequence.of_turn((5, 6, 7), ()),
+        TokenSequence(np.array([5, 6, 7, 1, 2, 3]), np.array([0, 0, 0, 1, 0, 0], dtype=bool)),
+    ]
+    inputs = collate(sequences, "packed", pad_id=0, shares_prompts=True)
+    assert inputs.input_ids.tolist() == [[5, 6, 7, 8, 5, 6, 7, 11, 12, 5]]
+    assert inputs.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 0]]
+    assert inputs.logits_to_keep_K.tolist() == [2, 3, 5, 6, 2, 7, 8, 2]
+    assert inputs.targets_T.tolist() == [8, 9, 7, 10, 11, 12, 13, 1]
+    assert inputs.sequence_T.tolist() == [0, 0, 1, 1, 2, 2, 2, 4]
+    assert inputs.packing is not None
+    row = torch.arange(10.0)[:, None, None]
+    assert torch.equal(
+        inputs.packing.pack([bucket.transpose(1, 2) for bucket in inputs.packing.unpack(row)]), row
+    )
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_sequences_that_generated_nothing_have_no_tokens_and_a_zero_gradient(layout):
     model = tiny_llama()
