@@ -84,10 +84,10 @@ class BufferClient:
         if holding is not None:  # With all shards, also those that have nothing to lease.
             await self.renew(actor, holding)
         while True:
-            offers = await _gather(shard.offer(None, waited_s) for shard in self.shards)
+            offers = await _gather(shard.offer(None, waited_s, actor) for shard in self.shards)
             items = await self._lease_offered(offers, actor, max_groups, version)
             left_s = deadline_s - clock()
-            if items or items is None or left_s <= 0:
+            if items or items is None or left_s <= 0 or any(offer.is_closed for offer in offers):
                 return items
             waited_s = await _first(shard.leasable(actor, max_groups, left_s) for shard in self.shards)
 
@@ -151,7 +151,7 @@ class BufferClient:
             if parts is not None:
                 return merge_batches(parts)
             left_s = deadline_s - clock()
-            if left_s <= 0:
+            if left_s <= 0 or any(offer.is_closed for offer in offers):
                 return None
             total = max(offer.total for offer in offers) or num_groups
             missing = total - sum(offer.num_takeable + offer.recorded for offer in offers)

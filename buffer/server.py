@@ -10,15 +10,16 @@ A run wraps it as a Ray actor, tests run it as it is.
 | lease  | actors  | open + stored-unconsumed < admitted,     | sample, eviction, fail, a lease that runs  |
 |        |         | or an item is to be issued again         | out                                        |
 | lease  | actor   | its weights are new enough for the next  | a publication: it is told at once, and     |
-|        |         | batch                                    | asks again                                 |
+|        |         | batch                                    | asks again (with several shards: when the  |
+|        |         |                                          | items are there)                           |
 | sample | learner | `num_groups` groups are stored           | insert                                     |
 
 Neither waits for the other for ever: a learner waits only while fewer than `groups_per_step <= admitted`
 groups are here, and then an actor may lease. For the band `samples_per_insert` it waits only while some
 groups may still come.
 
-Actors are served in the order in which they came, and as many are woken as there are items for: a change
-costs the same with one actor waiting and with hundreds (buffer/waits.py).
+Actors that wait are woken in the order in which they came, as many as there are items for: a change costs
+the same with one actor waiting and with hundreds (buffer/waits.py).
 
 All changes happen in shard.py, each in one synchronous section.
 """
@@ -46,6 +47,7 @@ class Offer(NamedTuple):
     num_takeable    groups that a batch may take
     recorded        groups it gave to this step's batch, of `total` groups on all shards; 0 and 0: none
     is_forgotten    says that it is past the step, and has no part in its batch
+    is_closed       says that nothing comes of it any more
     """
 
     num_leasable: int = 0
@@ -53,9 +55,10 @@ class Offer(NamedTuple):
     recorded: int = 0
     total: int = 0
     is_forgotten: bool = False
+    is_closed: bool = False
 
 
-LOOK_AGAIN_S = 0.2
+LOOK_AGAIN_S = 0.02
 """After so long the next caller is told of items that the one before was told of and has not come for."""
 
 
@@ -109,17 +112,22 @@ class ReplayBuffer:
         if holding is not None:
             self._shard.renew(actor, holding, clock())
         waiter = Waiter(actor, max_groups, version)
-        with self._admission_wait.running(clock):
-            if self._shard.is_outdated(version):
-                return None
-            ordinals = self._shard.lease(actor, max_groups, clock())
-            while not ordinals and clock() < deadline_s and not self._is_closed:
-                await self._wait_in_line(waiter, deadline_s)
-                if actor in self._gone:
-                    break  # The actor died while this call of it waited.
+        ordinals: list[int] = []
+        try:
+            with self._admission_wait.running(clock):
                 if self._shard.is_outdated(version):
                     return None
                 ordinals = self._shard.lease(actor, max_groups, clock())
+                while not ordinals and clock() < deadline_s and not self._is_closed:
+                    await self._wait_in_line(waiter, deadline_s)
+                    if actor in self._gone:
+                        break  # The actor died while this call of it waited.
+                    if self._shard.is_outdated(version):
+                        return None
+                    ordinals = self._shard.lease(actor, max_groups, clock())
+        finally:
+            if not ordinals and self._line:  # What it was woken for is for whoever comes next.
+                self._line.wake(self._shard.num_admitted())
         return [encode(self._shard.item(ordinal)) for ordinal in ordinals]
 
     async def renew(self, actor: str, holding: list[int]) -> None:
@@ -160,6 +168,7 @@ class ReplayBuffer:
         """
         self._gone[actor] = None
         self._line.wake_those(lambda waiter: waiter.actor == actor)
+        self._give_up(actor)
         self._shard.release_actor(actor)
 
     async def release_all(self) -> None:
@@ -210,13 +219,16 @@ class ReplayBuffer:
 
     # Everybody
 
-    async def offer(self, step: int | None = None, waited_s: float = 0.0) -> Offer:
+    async def offer(self, step: int | None = None, waited_s: float = 0.0, actor: str = "") -> Offer:
         """Returns what may be leased (step None), or what a batch of learner step `step` may take, now.
 
         It evicts what is stale at that step. `waited_s` is how long the caller has waited for the same since
-        it last asked.
+        it last asked. A wait of `actor` in `leasable` ends: another shard has ended it.
         """
+        if self._is_closed:
+            return Offer(is_closed=True)
         if step is None:
+            self._give_up(actor)
             self._admission_wait.add(waited_s)
             return Offer(num_leasable=self._shard.num_leasable(asyncio.get_running_loop().time()))
         self._batch_wait.add(waited_s)
@@ -237,17 +249,13 @@ class ReplayBuffer:
         if actor in self._gone:
             await asyncio.sleep(timeout_s)  # This call was on its way when the actor died.
             return
-        if actor in self._told:
-            self._told[actor].num_items = 0  # Whoever follows is woken for what this one does not take.
-            self._told[actor].woken.set()
+        self._give_up(actor)
         waiter = self._told[actor] = Waiter(actor, max_groups)
         while not self._shard.num_leasable(clock()) and clock() < deadline_s and not self._is_closed:
             await self._wait_in_line(waiter, deadline_s)
             if self._told.get(actor) is not waiter or actor in self._gone:
                 return
-        del self._told[actor]
-        if self._line:
-            self._set_alarm(clock() + LOOK_AGAIN_S)
+        self._give_up(actor)
 
     async def takeable(self, step: int, count: int, timeout_s: float) -> None:
         """Returns as soon as a batch of learner step `step` may take `count` groups here, or has been made,
@@ -296,6 +304,15 @@ class ReplayBuffer:
         self._is_closed = True
         self._shard.stop()
         self._shard.close()
+
+    def _give_up(self, actor: str) -> None:
+        """Ends the actor's wait in `leasable`, if there is one; who follows is told of what it leaves."""
+        if (waiter := self._told.pop(actor, None)) is None:
+            return
+        waiter.num_items = 0
+        waiter.woken.set()
+        if self._line:
+            self._set_alarm(asyncio.get_running_loop().time() + LOOK_AGAIN_S)
 
     async def _wait_in_line(self, waiter: Waiter, deadline_s: float) -> None:
         """Returns when there may be items for the waiter, or when the loop's clock shows `deadline_s`."""

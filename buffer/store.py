@@ -127,7 +127,8 @@ class Store:
                 self._db.close()
                 raise StoreError(
                     f"buffer database {self.path} has format {found or 1}, this version writes "
-                    f"{FORMAT}. Set another run.dir."
+                    f"{FORMAT}. Set another run.dir, or move it and ledger*.jsonl away: the run then goes on "
+                    "from its checkpoint."
                 )
             if found != FORMAT:  # An existing database is opened without a write: the disk may be full.
                 self._db.executescript(_SCHEMA)

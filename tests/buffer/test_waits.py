@@ -124,3 +124,55 @@ async def test_items_whose_turn_was_given_up_go_to_those_that_wait_behind(run_di
     await buffer.release_actor("first")
     await gone
     assert len(await asyncio.wait_for(behind, 1.0) or []) == 2
+
+
+@scenario
+async def test_what_a_dead_actors_own_wait_was_woken_for_goes_to_who_waits_behind(run_dir):
+    buffer = ReplayBuffer(buffer_config(capacity=4, groups_per_step=1), run_dir, NUM_PROMPTS)
+    await buffer.lease("dying", 4, 1.0)
+    own = asyncio.create_task(buffer.lease("dying", 4, 100.0))
+    behind = asyncio.create_task(buffer.lease("behind", 4, 100.0))
+    await asyncio.sleep(0.1)
+    await buffer.release_actor("dying")
+    assert len(await asyncio.wait_for(behind, 0.5) or []) == 4
+    assert await own == []
+
+
+@scenario
+async def test_what_a_cancelled_wait_was_woken_for_goes_to_who_waits_behind(run_dir):
+    buffer = ReplayBuffer(buffer_config(capacity=4, groups_per_step=1), run_dir, NUM_PROMPTS)
+    await buffer.lease("first", 4, 1.0)
+    cancelled = asyncio.create_task(buffer.lease("cancelled", 4, 100.0))
+    behind = asyncio.create_task(buffer.lease("behind", 4, 100.0))
+    await asyncio.sleep(0.1)
+    await buffer.release_actor("first")
+    cancelled.cancel()
+    assert len(await asyncio.wait_for(behind, 0.5) or []) == 4
+
+
+@scenario
+async def test_a_wait_that_another_shard_has_ended_takes_no_turn(run_dir):
+    buffer = ReplayBuffer(buffer_config(capacity=2, groups_per_step=1), run_dir, NUM_PROMPTS)
+    await buffer.lease("first", 2, 1.0)
+    served = [asyncio.create_task(buffer.leasable(f"served-{n}", 2, 100.0)) for n in range(NUM_WAITING)]
+    behind = asyncio.create_task(buffer.lease("behind", 2, 100.0))
+    await asyncio.sleep(0.1)
+    for number in range(NUM_WAITING):
+        await buffer.offer(None, 0.0, f"served-{number}")
+    await asyncio.gather(*served)
+    await buffer.release_actor("first")
+    assert len(await asyncio.wait_for(behind, 0.1) or []) == 2
+
+
+@scenario
+async def test_closed_shards_end_the_calls_of_their_client(run_dir):
+    config = buffer_config(capacity=6, groups_per_step=3, num_shards=3)
+    shards = [ReplayBuffer(config, run_dir, NUM_PROMPTS, shard) for shard in range(3)]
+    buffer = connect_buffer([Local(shard) for shard in shards])
+    waits = [asyncio.ensure_future(buffer.lease("a", 1, 100.0)) for _ in range(2)]
+    await asyncio.gather(*waits)
+    learner = asyncio.ensure_future(buffer.sample(0, 3, 100.0))
+    await asyncio.sleep(0.1)
+    await buffer.close()
+    assert await asyncio.wait_for(learner, 1.0) is None
+    assert await asyncio.wait_for(asyncio.ensure_future(buffer.lease("b", 6, 100.0)), 1.0) == []
