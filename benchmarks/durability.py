@@ -149,7 +149,7 @@ async def beside_a_checkpoint(count: int = 100) -> list[dict[str, Any]]:
         for turn, name in enumerate(("alone", "1 GB beside")):
             has_begun, is_done = spawn.Event(), spawn.Event()
             path = str(Path(directory) / "checkpoint")
-            writer = spawn.Process(target=_write_checkpoint, args=(path, has_begun, is_done))
+            writer = spawn.Process(target=_write_checkpoint, args=(path, has_begun, is_done), daemon=True)
             if turn:
                 writer.start()
                 has_begun.wait(60.0)

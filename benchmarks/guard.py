@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -102,7 +103,9 @@ def whole_rows() -> dict[str, Row]:
             marks = [_reach(process, run_dir / "metrics.jsonl", step) for step in WHOLE_STEPS]
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            process.kill()
     spent = sorted(
         (cpu_s - cpu_before_s) / (samples - samples_before)
         for (samples_before, cpu_before_s), (samples, cpu_s) in itertools.pairwise(marks)
@@ -141,7 +144,7 @@ def measure() -> dict[str, Row]:
             command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
         if ran.returncode:
-            print(f"{part} could not be measured: {ran.stderr.strip().splitlines()[-1][:300]}")
+            print(f"{part} could not be measured: {ran.stderr.strip()[-300:] or ran.returncode}")
             continue
         for name, row in json.loads(ran.stdout.splitlines()[-1]).items():
             found[name] = {**found.get(name, {}), **row}

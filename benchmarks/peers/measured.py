@@ -76,7 +76,8 @@ class Tree:
     def end(self) -> None:
         """Ends the command, and after END_LIMIT_S whatever is left of it."""
         processes = self._living()
-        self._root.send_signal(signal.SIGINT)
+        with contextlib.suppress(psutil.NoSuchProcess):  # It may have ended by itself.
+            self._root.send_signal(signal.SIGINT)
         _, alive = psutil.wait_procs(processes, timeout=END_LIMIT_S)
         for process in alive:
             with contextlib.suppress(psutil.Error):
