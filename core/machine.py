@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import psutil
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_cpus() -> float:
@@ -15,15 +18,37 @@ def available_cpus() -> float:
     return min(count, limits[0] / limits[1]) if len(limits) == 2 else count
 
 
+def idle_cpu_seconds() -> float:
+    """Returns a clock of what the CPUs that this process may have did not do: its growth over a time is the
+    CPU seconds that were free. In a container with a quota it is the quota's, whatever the machine's others
+    do.
+    """
+    limits, cores = _cgroup_numbers("cpu.max"), os.sched_getaffinity(0)
+    if len(limits) == 2 and limits[0] / limits[1] < len(cores):
+        return time.monotonic() * limits[0] / limits[1] - _cgroup_usage_s()
+    rows = psutil.cpu_times(percpu=True)
+    # Where some cores are hidden or offline, a row is no core's number: all are looked at.
+    mine = [rows[core] for core in cores] if max(cores) < len(rows) else rows
+    return sum(row.idle + row.iowait for row in mine)  # A core that waits for a disk is free too.
+
+
 def available_memory_bytes() -> float:
     """Returns the machine's memory, or the container's limit if that is less."""
     return min([float(psutil.virtual_memory().total), *_cgroup_numbers("memory.max")])
 
 
+def _cgroup_usage_s() -> float:
+    """Returns the CPU seconds that this container has used."""
+    for line in (_CGROUP / "cpu.stat").read_text().splitlines():
+        if line.startswith("usage_usec "):
+            return int(line.split()[1]) / 1e6
+    return 0.0
+
+
 def _cgroup_numbers(name: str) -> list[float]:
     """Returns the numbers in a cgroup-v2 file; empty when there is no such file or no limit (`max`)."""
     try:
-        words = (Path("/sys/fs/cgroup") / name).read_text().split()
+        words = (_CGROUP / name).read_text().split()
     except OSError:
         return []
     return [float(word) for word in words] if all(word.isdigit() for word in words) else []

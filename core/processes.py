@@ -128,7 +128,7 @@ def threads(num_cpus: float, *, engine: bool = False) -> dict[str, Any]:
     """
     env = {
         "OMP_NUM_THREADS": str(max(1, int(num_cpus))),
-        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "TOKENIZERS_PARALLELISM": "false",
     }
     if engine:

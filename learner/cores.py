@@ -11,52 +11,51 @@ More threads sum in another order: results differ in their last bits by the numb
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import psutil
 import torch
 
 from core.config import Config
-from core.machine import available_cpus
+from core.machine import available_cpus, idle_cpu_seconds
 
 LOOK_EVERY_S = 1.0
 """The kernel counts a core's time in hundredths of a second: over a shorter time the count says little."""
 
 
-class Look(NamedTuple):
-    """What the clocks say: the moment, this process's CPU seconds, and those that this node's cores idled."""
+class Clocks(NamedTuple):
+    """What the clocks say: the moment, this process's CPU seconds, and those that the cores which it may run
+    on idled.
+    """
 
     time_s: float
     used_s: float
     idle_s: float
 
 
-def look() -> Look:
-    """Returns what the clocks say now, of the cores that this process may run on."""
-    times = psutil.cpu_times(percpu=True)
-    mine = [times[core] for core in os.sched_getaffinity(0)]
-    # A core that waits for a disk is free too.
-    idle_s = sum(core.idle + core.iowait for core in mine)
-    return Look(time.monotonic(), time.process_time(), idle_s)
+def read_clocks() -> Clocks:
+    """Returns what the clocks say now."""
+    return Clocks(time.monotonic(), time.process_time(), idle_cpu_seconds())
 
 
 class FreeCores:
-    """Counts the cores that one of `ranks` ranks of a node finds: `cores.count()`, between two steps."""
+    """Counts the cores that one of `ranks` ranks finds: `cores.count()`, between two steps.
 
-    def __init__(self, ranks: int, most: int, look: Callable[[], Look] = look) -> None:
-        """Finds at least one core, and `most`."""
-        self._ranks, self._most, self._look = ranks, most, look
-        self._last, self._count = look(), 1
+    The ranks count as if all were on one node: where they are on several, each finds fewer than there are.
+    """
+
+    def __init__(self, ranks: int, most: int, read: Callable[[], Clocks] = read_clocks) -> None:
+        """Finds at least one core, and at most `most`."""
+        self._ranks, self._most, self._read = ranks, most, read
+        self._last, self._count = read(), 1
 
     def count(self) -> int:
         """Returns this rank's cores by what happened since the last look, which is LOOK_EVERY_S ago or more.
 
         Half a core counts as one: a thread that shares a core with an actor is waited for by the others.
         """
-        now = self._look()
+        now = self._read()
         elapsed_s = now.time_s - self._last.time_s
         if elapsed_s >= LOOK_EVERY_S:
             used_s, idle_s = now.used_s - self._last.used_s, now.idle_s - self._last.idle_s

@@ -6,20 +6,20 @@ import threading
 
 import torch
 
-from learner.cores import LOOK_EVERY_S, FreeCores, Look, Threads, look
+from learner.cores import LOOK_EVERY_S, Clocks, FreeCores, Threads, read_clocks
 from tests.support.configs import make_config
 
 
-class Clocks:
+class TurnedClocks:
     """The clocks of a node of four cores, as the test turns them."""
 
     def __init__(self):
-        self.now = Look(0.0, 0.0, 0.0)
+        self.now = Clocks(0.0, 0.0, 0.0)
 
     def run(self, used, idle, seconds=LOOK_EVERY_S):
         """Lets time pass in which the rank used so many cores, and so many idled."""
         time_s, used_s, idle_s = self.now
-        self.now = Look(time_s + seconds, used_s + used * seconds, idle_s + idle * seconds)
+        self.now = Clocks(time_s + seconds, used_s + used * seconds, idle_s + idle * seconds)
 
     def show(self):
         return self.now
@@ -34,32 +34,32 @@ def counted(clocks, ranks, *loads):
 
 
 def test_a_rank_takes_the_cores_that_idle_beside_its_own():
-    assert counted(Clocks(), 1, (1.0, 3.0), (3.9, 0.1), (3.0, 0.0)) == [4, 4, 3]
+    assert counted(TurnedClocks(), 1, (1.0, 3.0), (3.9, 0.1), (3.0, 0.0)) == [4, 4, 3]
 
 
 def test_a_rank_gives_a_core_back_to_an_actor_that_works_again():
     # Two threads on the core that is left get what one gets.
-    assert counted(Clocks(), 1, (2.0, 0.0), (1.1, 0.0), (1.0, 0.0)) == [2, 1, 1]
+    assert counted(TurnedClocks(), 1, (2.0, 0.0), (1.1, 0.0), (1.0, 0.0)) == [2, 1, 1]
 
 
 def test_a_core_that_idles_half_of_the_time_is_taken_one_that_hardly_does_is_not():
-    assert counted(Clocks(), 1, (1.0, 0.6), (1.0, 0.4)) == [2, 1]
+    assert counted(TurnedClocks(), 1, (1.0, 0.6), (1.0, 0.4)) == [2, 1]
 
 
 def test_a_rank_that_waits_itself_wants_no_second_core():
-    assert counted(Clocks(), 1, (0.2, 0.9), (0.0, 0.1)) == [1, 1]
+    assert counted(TurnedClocks(), 1, (0.2, 0.9), (0.0, 0.1)) == [1, 1]
 
 
 def test_ranks_of_a_node_share_what_idles():
-    assert counted(Clocks(), 2, (1.0, 2.0), (1.0, 0.5)) == [2, 1]
+    assert counted(TurnedClocks(), 2, (1.0, 2.0), (1.0, 0.5)) == [2, 1]
 
 
 def test_there_are_never_more_than_the_machine_has():
-    assert counted(Clocks(), 1, (1.0, 63.0)) == [4]
+    assert counted(TurnedClocks(), 1, (1.0, 63.0)) == [4]
 
 
 def test_short_looks_say_nothing():
-    clocks = Clocks()
+    clocks = TurnedClocks()
     cores = FreeCores(1, 4, clocks.show)
     clocks.run(1.0, 3.0, seconds=LOOK_EVERY_S / 4)
     assert cores.count() == 1
@@ -68,7 +68,7 @@ def test_short_looks_say_nothing():
 
 
 def test_the_machines_clocks_go_forward():
-    before, after = look(), look()
+    before, after = read_clocks(), read_clocks()
     assert all(later >= earlier for earlier, later in zip(before, after, strict=True))
 
 
