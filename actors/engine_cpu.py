@@ -35,7 +35,7 @@ def mend(runner: Any) -> None:
 
 class SeededSampler:
     """Draws the next token of every row at once. What is drawn is a function of the request's seed and of how
-    many tokens are before, as on a GPU.
+    many tokens are before, as in the model runner that vLLM has for GPUs (its second).
 
     vLLM's CPU sampler seeds the noise of a row by a draw from the generator of its request: a Python loop, a
     tenth of the time of a short answer, and a generator that cannot go back where a prompt comes in pieces.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -91,12 +92,13 @@ def without_collections() -> Iterator[None]:
     An actor has its engine after 5.4 s of CPU time instead of 7.4: vLLM itself asks for full collections when
     an engine is built, and each would visit every object of torch.
     """
-    was_enabled = gc.isenabled()
+    was_enabled, is_first = gc.isenabled(), "vllm" not in sys.modules
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if is_first:  # Later, an engine that is gone may lie in cycles, and would be kept for ever.
+            gc.freeze()
         if was_enabled:
             gc.enable()
 

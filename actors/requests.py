@@ -2,7 +2,7 @@
 one.
 
 Nothing of vLLM is imported here. Its own bookkeeping (an output processor between the caller and its core)
-makes objects for each token that only a server needs; half of what an actor spent on a short answer was that.
+makes objects for each token that only a server needs, a large part of what a short answer costs.
 """
 
 from __future__ import annotations

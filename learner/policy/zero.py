@@ -108,7 +108,7 @@ def _deepspeed_config(learner: LearnerConfig, dtype: str, *, training: bool) -> 
                 "eps": 1e-8,
                 "weight_decay": learner.weight_decay,
                 "torch_adam": True,
-                # A sixth of the time of the default on a CPU, and the same weights bit for bit.
+                # A sixth of the time of the default on a CPU, and the same weights but for their last bits.
                 "fused": True,
             },
         }

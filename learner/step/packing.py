@@ -4,15 +4,16 @@
     ModelInputs --TokenLogprobs--> log-probs
 
 Two layouts. `padded` is one row per sequence, padding on the right. `packed` is one row for all, without
-padding; positions restart at 0, and attention stays within sequences by learner/policy/attention.py. For
+padding; positions restart at 0, and attention stays within sequences by learner/policy/attention.py, which
+also lets a prompt of several sequences be in the row once. For
 other attentions than sdpa, transformers derives a block-diagonal causal mask from the positions, only when
 there is neither an attention mask nor a key-value cache: a model called without `use_cache=False` lets packed
 sequences see each other, silently. Call models with `ModelInputs.model_kwargs()`, which holds all of that.
 Models with recurrent layers know no such mask, nor do those that count positions by themselves: these are
 refused, and want `padded`.
 
-Tensor letters: N sequences, S tokens of all of them, T those that were sampled, B rows, L row length, K
-positions whose logits are computed, V vocabulary.
+Tensor letters: N sequences, S tokens of all of them, R those that a packed row has, T those that were
+sampled, B rows, L row length, K positions whose logits are computed, V vocabulary.
 """
 
 from __future__ import annotations
@@ -305,15 +306,16 @@ class _Row(NamedTuple):
         if not shares_prompts:
             return cls(all_S, all_S, lengths)
         is_kept_S, like_S = np.zeros(len(all_S), dtype=bool), all_S.copy()
+        tokens_S = np.concatenate([sequence.tokens for sequence in sequences]).astype(np.int64)
         prompts: dict[bytes, int] = {}
         start = 0
-        for number, (tokens, is_sampled) in enumerate(sequences):
-            sampled = is_sampled.nonzero()[0]
+        for number, sequence in enumerate(sequences):
+            sampled = sequence.is_sampled.nonzero()[0]
             prompt, length = (sampled[0], sampled[-1]) if len(sampled) else (1, 1)
-            first = prompts.setdefault(tokens[:prompt].tobytes(), start)
+            first = prompts.setdefault(tokens_S[start : start + prompt].tobytes(), start)
             like_S[start : start + prompt] = all_S[first : first + prompt]
             is_kept_S[start : start + length] = True
-            start, lengths[number] = start + len(tokens), int(length)
+            start, lengths[number] = start + lengths[number], int(length)
         is_own_S = is_kept_S & (like_S == all_S)
         place_S = np.where(is_kept_S, (is_own_S.cumsum() - 1)[like_S], -1)
         return cls(is_own_S.nonzero()[0], place_S, lengths)
@@ -396,8 +398,11 @@ class TokenLogprobs:
         float64 model).
 
         `model` is whatever stands for the module by now. Raises ConfigError for models whose attention or
-        head turns out to be of another kind than it looked.
+        head turns out to be of another kind than it looked, ValueError for inputs that share prompts where
+        attention does not go by `packing`.
         """
+        if not self._packs and inputs.packing is not None and len(inputs.packing.repeated):
+            raise ValueError("inputs share prompts, which only a model that attends by `packing` can read")
         kwargs = inputs.model_kwargs() | ({"packing": inputs.packing} if self._packs else {})
         if self._head is None:
             return token_logprobs(model(**kwargs).logits, inputs, temperature)

@@ -13,6 +13,7 @@ from core.errors import ConfigError, DataError
 from learner.objectives import TokenBatch, agro, load_objective, token_gradients
 from learner.step.packing import (
     MicroBatch,
+    TokenLogprobs,
     TokenSequence,
     assign_groups,
     collate,
@@ -332,3 +333,21 @@ def test_a_rank_may_get_no_group():
     assert assign_groups([5, 7], 4) == [[1], [0], [], []]
     with pytest.raises(ValueError, match="num_ranks is 0"):
         assign_groups([5], 0)
+
+
+def test_prompts_are_one_by_their_tokens_however_they_are_stored():
+    answer = np.array([False, True])
+    wide = TokenSequence(np.array([5, 1], dtype=np.int64), answer)
+    narrow = TokenSequence(np.array([5, 0, 1], dtype=np.int32), np.array([False, False, True]))
+    again = TokenSequence(np.array([5, 2], dtype=np.int32), answer)
+    inputs = collate([wide, narrow, again], "packed", 0, shares_prompts=True)
+    assert inputs.input_ids.tolist() == [[5, 5, 0]]
+
+
+def test_what_shares_prompts_is_refused_where_attention_does_not_know(model):
+    answer = np.array([False, True])
+    sequences = [TokenSequence(np.array([5, token]), answer) for token in (1, 2)]
+    inputs = collate(sequences, "packed", 0, shares_prompts=True)
+    padded = TokenLogprobs(copy.deepcopy(model), "padded", "sdpa")
+    with pytest.raises(ValueError, match="share prompts"):
+        padded(model, inputs, TEMPERATURE)
