@@ -298,11 +298,16 @@ class Calls:
         """
         return self.start(call, timeout_s).wait()
 
-    def post(self, call: Call[Any], what: str) -> None:
+    def post(self, call: Call[Any], what: str, *, after: Future[Any] | None = None) -> Future[Any]:
         """Makes the call for nobody's sake. Failures are counted, and told by peer and `what` when they begin
         and end.
+
+        With `after`, what another post returned, it is made once that is done: Ray repeats the calls to a
+        process that it has started again in no certain order.
         """
-        self.watch(asyncio.run_coroutine_threadsafe(self._limited(call), self._loop), call.who, what)
+        future = asyncio.run_coroutine_threadsafe(self._limited(call, after), self._loop)
+        self.watch(future, call.who, what)
+        return future
 
     def tell(self, text: str) -> None:
         """Notes an event. It never waits and never raises; what the monitor does not take is in this
@@ -319,8 +324,10 @@ class Calls:
 
         asyncio.run_coroutine_threadsafe(self._limited(self._event(text)), self._loop).add_done_callback(look)
 
-    async def _limited(self, call: Call[T]) -> T:
+    async def _limited(self, call: Call[T], after: Future[Any] | None = None) -> T:
         """The answer of a call that nobody waits for: one that never comes is a failure too."""
+        if after is not None:
+            await asyncio.gather(asyncio.wrap_future(after), return_exceptions=True)
         try:
             async with asyncio.timeout(self._timeout_s) as limit:
                 return await call

@@ -16,6 +16,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,7 @@ class LearnerRank:
         )
         self._run_dir, self._saved, self._publish_s = run_dir, -1, 0.0
         self._code_version = code_version()  # Once: it asks git.
+        self._row: Future[Any] | None = None  # The newest that was sent to the monitor.
         source = ZeroSource(
             self._policy, self._bucket_bytes, adapters_alone=self._config.weights.transport == "adapters"
         )
@@ -262,7 +264,8 @@ class LearnerRank:
             **self._transport.metrics(),
             **self._checkpoints.metrics(),
         }
-        self._calls.post(self._monitor.log_step(whole), "a step's metrics")
+        # In the order of the steps: a row takes back those of later steps.
+        self._row = self._calls.post(self._monitor.log_step(whole), "a step's metrics", after=self._row)
         if self._config.buffer.uses_per_group > 1 and self._updater.keeps_reference:
             cached = self._buffer.set_ref_logprobs(result.by_group("ref_logprob"))
             self._calls.post(cached, "the reference's log-probs, which are computed again")

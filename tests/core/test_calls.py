@@ -90,6 +90,30 @@ def test_calls_are_made_in_the_order_in_which_they_were_started(peer: Peer, clie
     assert peer.asked == [str(number) for number in range(200)]
 
 
+def test_posts_in_order_are_made_one_after_another_also_after_one_that_fails():
+    class Slow:
+        def __init__(self) -> None:
+            self.done: list[int] = []
+
+        async def take(self, number: int) -> None:
+            await asyncio.sleep(0.2 / (number + 1))
+            if number == 1:
+                raise TrainingError("not this one")
+            self.done.append(number)
+
+    class SlowClient(Client):
+        take = asks(Slow.take)
+
+    calls, slow, newest = Calls(10.0), Slow(), None
+    client = SlowClient(Local(slow), "the slow one")
+    for number in range(4):
+        newest = calls.post(client.take(number), "a number", after=newest)
+    assert newest is not None
+    newest.result(10)
+    assert slow.done == [0, 2, 3]
+    assert calls.num_failed_posts == 1
+
+
 def test_every_wait_ends_with_the_names_of_both_sides_and_how_long_it_was(client: PeerClient) -> None:
     calls = Calls(0.2, name="actor-3")
     late = r"^the peer did not answer actor-3 within 0 s \(run.timeout_s\)$"
