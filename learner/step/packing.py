@@ -259,7 +259,7 @@ def collate(
     attention_mask, packing = None, None
     # A token is predicted by the logits at the place before its own.
     if layout == "packed":
-        row = _Row.of(sequences, shares_prompts=shares_prompts)
+        row = _Row.of(sequences, tokens_S, shares_prompts=shares_prompts)
         input_ids, position_ids = tokens_S[row.kept_R][None], position_S[row.kept_R][None]
         keep_K = row.place_S[sampled_T - 1]
         rows_T, columns_T = np.zeros_like(sampled_T), np.arange(len(sampled_T))
@@ -299,14 +299,17 @@ class _Row(NamedTuple):
     lengths: list[int]
 
     @classmethod
-    def of(cls, sequences: Sequence[TokenSequence], *, shares_prompts: bool) -> _Row:
-        """Makes the row of all tokens, or of those that `collate` says with `shares_prompts`."""
+    def of(
+        cls, sequences: Sequence[TokenSequence], tokens_S: npt.NDArray[np.int64], *, shares_prompts: bool
+    ) -> _Row:
+        """Makes the row of all tokens, or of those that `collate` says with `shares_prompts`; `tokens_S` are
+        the sequences' one after another.
+        """
         lengths = [sequence.num_tokens for sequence in sequences]
         all_S = np.arange(sum(lengths))
         if not shares_prompts:
             return cls(all_S, all_S, lengths)
         is_kept_S, like_S = np.zeros(len(all_S), dtype=bool), all_S.copy()
-        tokens_S = np.concatenate([sequence.tokens for sequence in sequences]).astype(np.int64)
         prompts: dict[bytes, int] = {}
         start = 0
         for number, sequence in enumerate(sequences):
