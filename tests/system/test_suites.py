@@ -8,6 +8,7 @@ import collections
 import json
 import math
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -50,14 +51,21 @@ def test_a_driver_killed_in_the_middle_of_suites_loses_and_repeats_nothing(
     assert again.returncode == 0, err
     found = collections.Counter(keys(run_dir))
     told = [event["text"] for event in rows_of(run_dir, "events")]
+    gone = [
+        re.search(r"before version (\d+) .* was written, and its weights are gone", text) for text in told
+    ]
+    lost = {("many", int(match[1])) for match in gone if match}
     for suite in (*SUITES, "held_out"):
         start, *between, end = sorted(version for name, version in found if name == suite)
         assert (start, end) == (0, STEPS)
         # Made up for with the checkpoint's version, where that was beyond 6 already; by the suite that says
         # which version is kept, also where the weights that were to be kept went with the driver.
-        is_lost = suite == "many" and any("was written, and its weights are gone" in text for text in told)
+        is_lost = suite == "many" and bool(lost)
         assert between in ([6], [9], *([[6, 9]] if is_lost else []))
-    assert set(found.values()) == {1}, "what was done before the kill is not done again"
+    # Evaluated once more is only what was to be kept and went with the driver, where the run came to it again.
+    twice = {key for key, times in found.items() if times > 1}
+    assert twice <= lost, "what was done before the kill is not done again"
+    assert max(found.values()) <= 2
     assert set(before) <= set(found)
     lines = rows_of(run_dir, "evaluations")
     assert {line["suite"]: line["num_samples"] for line in lines} == {"many": 48, "few": 8, "held_out": 20}
