@@ -25,11 +25,12 @@ import msgspec
 import numpy as np
 
 from benchmarks.growth.driver import Driver
-from benchmarks.growth.virtual import Parts, VirtualCalls, VirtualTimeLoop
+from benchmarks.growth.metered import Parts
 from benchmarks.results import save
 from buffer.client import connect_buffer
 from buffer.server import ReplayBuffer
 from cluster.monitor.monitor import Monitor
+from cluster.plan.virtual_time import VirtualCalls, run_virtually
 from core.config import Config
 from core.evaluation.open_evaluation import SuiteSize
 from core.evaluation.records import EvalItem, EvalSample
@@ -265,8 +266,8 @@ def measure(num_actors: int, groups_per_step: int, num_shards: int = 1) -> dict[
         return await Run(directory, num_actors, groups_per_step, num_shards).measure()
 
     start_s = time.perf_counter()
-    with tempfile.TemporaryDirectory() as directory, asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        parts = runner.run(run(Path(directory)))
+    with tempfile.TemporaryDirectory() as directory:
+        parts = run_virtually(run(Path(directory)))
     return {
         "actors": num_actors,
         "groups_per_step": groups_per_step,

@@ -17,10 +17,11 @@ from buffer.client import BufferClient, apportion, connect_buffer
 from buffer.layout import store_name
 from buffer.ledger import audit_run
 from buffer.server import ReplayBuffer
+from cluster.plan.virtual_time import run_virtually
 from core.calls import Local
 from core.errors import ConfigError, DataError
 from core.records import decode_batch
-from tests.support.buffers import NUM_PROMPTS, check_sums, ids_of, make_payload, ordinals_of, run_virtually
+from tests.support.buffers import NUM_PROMPTS, check_sums, ids_of, make_payload, ordinals_of
 from tests.support.configs import buffer_config
 
 

@@ -24,6 +24,7 @@ from buffer.equal_rewards import MAX_SKIPPED_BATCHES
 from buffer.ledger import audit, audit_run
 from buffer.replay import EVICTIONS
 from buffer.server import ReplayBuffer
+from cluster.plan.virtual_time import run_virtually
 from core.calls import Local
 from core.records import decode_batch
 from tests.support.buffers import (
@@ -32,7 +33,6 @@ from tests.support.buffers import (
     check_sums,
     make_payload,
     ordinals_of,
-    run_virtually,
 )
 from tests.support.configs import buffer_config
 

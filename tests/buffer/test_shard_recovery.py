@@ -19,6 +19,7 @@ import pytest
 from buffer.ledger import audit, audit_run
 from buffer.server import ReplayBuffer
 from buffer.store import DiskFullError, Store
+from cluster.plan.virtual_time import run_virtually
 from core.errors import ConfigError, DataError
 from core.records import decode_batch
 from tests.support.buffers import (
@@ -28,7 +29,6 @@ from tests.support.buffers import (
     ids_of,
     make_payload,
     ordinals_of,
-    run_virtually,
     scenario,
 )
 from tests.support.configs import buffer_config

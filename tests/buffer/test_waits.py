@@ -12,8 +12,9 @@ import pytest
 from buffer.client import connect_buffer
 from buffer.server import ReplayBuffer
 from buffer.waits import Line, Waiter
+from cluster.plan.virtual_time import run_virtually
 from core.calls import Local
-from tests.support.buffers import NUM_PROMPTS, make_payload, ordinals_of, run_virtually, scenario
+from tests.support.buffers import NUM_PROMPTS, make_payload, ordinals_of, scenario
 from tests.support.configs import buffer_config
 
 NUM_WAITING = 40

@@ -1,13 +1,8 @@
-"""What tests of the buffer share: payloads, an event loop whose time is virtual, and sums that must add
-up.
-"""
+"""What tests of the buffer share: payloads, scenarios on virtual time, and sums that must add up."""
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-import math
-import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -15,6 +10,7 @@ import msgspec
 
 from buffer.replay import EVICTIONS
 from buffer.server import ReplayBuffer
+from cluster.plan.virtual_time import run_virtually
 from core.arrays import Float32s
 from core.records import Group, Sample, VersionSpan, WorkItem, decode_batch, decode_group, encode
 
@@ -51,39 +47,6 @@ def make_offline_payload(ordinal: int, rewards: tuple[float, ...] = (1.0, 0.0)) 
         msgspec.structs.replace(sample, logprobs=Float32s(), version_spans=()) for sample in group.samples
     )
     return encode(msgspec.structs.replace(group, samples=samples))
-
-
-class JumpingSelector(selectors.DefaultSelector):
-    """Jumps the clock to the next timer instead of waiting for it; a loop that waits for nothing at all
-    is deadlocked.
-    """
-
-    now_s = 0.0
-
-    def select(self, timeout: float | None = None) -> Any:
-        if timeout is None:
-            raise AssertionError("deadlock: every task waits and no timer is running")
-        self.now_s += max(0.0, timeout)
-        return super().select(0)
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self.jumping = JumpingSelector()
-        super().__init__(self.jumping)
-
-    def time(self) -> float:
-        return self.jumping.now_s
-
-    def call_at(self, when: float, *arguments: Any, **named: Any) -> asyncio.TimerHandle:
-        # A little late: a loop runs a timer up to 1e-9 s early, and what then still waits for that moment
-        # would spin, as no time passes.
-        return super().call_at(math.floor(when * 1e8 + 2) / 1e8, *arguments, **named)
-
-
-def run_virtually(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        return runner.run(coroutine)
 
 
 def ordinals_of(items: list[bytes]) -> list[int]:

@@ -1,70 +1,20 @@
-"""Parts of a run in one process, on an event loop whose time is virtual, with what each of them costs.
-
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner: ...
+"""What each part of a run costs, all in one process on virtual time (`cluster/plan/virtual_time.py`).
 
     parts = Parts()
     shard = ShardClient(parts.handle("buffer", ReplayBuffer(...)), "the buffer")     what is asked of it is metered
 
-Waits cost nothing: the clock jumps to the next timer. What a part costs is the CPU time of its own code, also
-of waits in it that are woken for nothing.
+What a part costs is the CPU time of its own code, also of waits in it that are woken for nothing.
 """
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-import math
 import pickle
-import selectors
 import time
 from collections.abc import Coroutine, Generator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
-
-from core.calls import Calls
-
-
-class _JumpingSelector(selectors.DefaultSelector):
-    """Jumps the clock to the next timer instead of waiting for it."""
-
-    now_s = 0.0
-
-    def select(self, timeout: float | None = None) -> Any:
-        if timeout is None:
-            raise AssertionError("every task waits, and no timer is running")
-        self.now_s += max(0.0, timeout)
-        return super().select(0)
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop whose `time()` passes only where every task waits."""
-
-    def __init__(self) -> None:
-        self._jumping = _JumpingSelector()
-        super().__init__(self._jumping)
-
-    def time(self) -> float:
-        """Returns virtual seconds since the loop was made."""
-        return self._jumping.now_s
-
-    def call_at(self, when: float, *arguments: Any, **named: Any) -> asyncio.TimerHandle:  # type: ignore[override]
-        """Calls a little late: a timer that runs up to 1e-9 s early would be set anew for ever."""
-        return super().call_at(math.floor(when * 1e8 + 2) / 1e8, *arguments, **named)
-
-
-class VirtualCalls(Calls):
-    """Calls made on the running event loop, in place of one in a thread of its own."""
-
-    def __init__(self, timeout_s: float) -> None:
-        super().__init__(timeout_s)
-        self._loop = asyncio.get_running_loop()
-
-    def watch(self, future: Future[Any], who: str, what: str) -> None:
-        """Looks at what is dropped, but for what the end of the loop drops."""
-        if not self._loop.is_closed():
-            super().watch(future, who, what)
 
 
 @dataclass
