@@ -62,7 +62,7 @@ def test_a_driver_killed_in_the_middle_of_suites_loses_and_repeats_nothing(
         # which version is kept, also where the weights that were to be kept went with the driver.
         is_lost = suite == "many" and bool(lost)
         assert between in ([6], [9], *([[6, 9]] if is_lost else []))
-    # Evaluated once more is only what was to be kept and went with the driver, where the run came to it again.
+    # Evaluated once more is what was to be kept and went with the driver, and nothing else.
     twice = {key for key, times in found.items() if times > 1}
     assert twice <= lost, "what was done before the kill is not done again"
     assert max(found.values()) <= 2
