@@ -123,6 +123,9 @@ def main() -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A completion may hold characters that this terminal's encoding lacks.
             stream.reconfigure(errors="backslashreplace")
+    # Read when torch is imported: threads that spin while they wait for one another take the core from who
+    # would be waited for, and with another program beside them ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _parse()
     try:
         return arguments.run(arguments)

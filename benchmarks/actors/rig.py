@@ -22,7 +22,7 @@ from cluster.preparation.prepare import ensure_model
 from core.calls import Calls, asks, settle
 from core.config import Config
 from core.monitor_client import MonitorClient
-from core.processes import remote
+from core.processes import remote, threads
 from core.tokenizer import load_tokenizer
 from core.weights.board import BOARD, Board, BoardClient
 from core.weights.snapshots import SnapshotWriter
@@ -33,13 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "8M": {"hidden": 256, "layers": 10},
     "30M": {"hidden": 512, "layers": 10},
 }
-ENVIRONMENT = {
-    "env_vars": {
-        "OMP_NUM_THREADS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-}
+ENVIRONMENT = threads(1, engine=True)
 
 
 class Prepared(NamedTuple):
