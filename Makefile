@@ -13,7 +13,10 @@ UV_VERSION := 0.13.8
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 
+# What this machine has; KIND=gpu says it for others, such as the nodes of a cluster that share this directory.
+ifeq ($(origin KIND), undefined)
 KIND := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+endif
 space := $(subst ,, )
 comma := ,
 export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
@@ -23,6 +26,8 @@ export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
 OPTIONS_cpu := --overrides requirements/overrides-cpu.txt $(if $(UV_FIND_LINKS),,--torch-backend cpu)
 OPTIONS_gpu :=
 COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
+# The small examples share one card: a GPU install of vLLM has no CPU engine.
+ON_CARD_gpu := actors.num_gpus=0.25 actors.engine_memory=0.2
 
 .PHONY: help setup quickstart quickstart-tools demo-smollm2 doctor test test-fast test-families tree figures staleness-study bench bench-buffer bench-actors bench-learner \
   bench-weights bench-trajectory bench-bound bench-guard bench-peers bench-growth bench-soak check constraints clean
@@ -32,11 +37,15 @@ help:  ## list the targets
 
 setup: .venv/.ready  ## make .venv with everything in it (a minute or two, once)
 
+# The stamp names the kind it was made for: another one is another set of packages.
+OTHER_KIND := $(if $(filter-out $(KIND),$(shell cat .venv/.ready 2>/dev/null)),other-kind)
+.PHONY: other-kind
+
 # From nothing every time: a set-up that was cut short leaves no stamp, and what it left is not to be trusted. Removed first,
 # so that $(PYTHON) is never the one in .venv itself.
 # Compiling to bytecode takes half a minute once, and saves ten seconds at every start of an engine where Python may not
 # write bytecode itself.
-.venv/.ready: $(filter-out %peers.txt,$(wildcard requirements/*.txt))
+.venv/.ready: requirements/common.txt requirements/no-deps.txt $(wildcard requirements/*$(KIND).txt) $(OTHER_KIND)
 	@rm -f $@ && rm -rf .venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "AGRO needs Python 3.11 or newer, $(PYTHON) is not. Name another: make setup PYTHON=python3.12" >&2; exit 1; }
@@ -45,16 +54,16 @@ setup: .venv/.ready  ## make .venv with everything in it (a minute or two, once)
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --compile-bytecode $(OPTIONS_$(KIND)) \
 	  --constraints requirements/constraints-$(KIND).txt --requirements requirements/$(KIND).txt
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --requirements requirements/no-deps.txt
-	@touch $@
+	@echo $(KIND) > $@
 
 quickstart: setup  ## train a tiny model on sums, minutes on two cores
-	.venv/bin/python launch.py train configs/quickstart.yaml $(ARGS)
+	.venv/bin/python launch.py train configs/quickstart.yaml $(ON_CARD_$(KIND)) $(ARGS)
 
 quickstart-tools: setup  ## train a tiny model to use a calculator in two turns, minutes on two cores
-	.venv/bin/python launch.py train configs/quickstart_tools.yaml $(ARGS)
+	.venv/bin/python launch.py train configs/quickstart_tools.yaml $(ON_CARD_$(KIND)) $(ARGS)
 
 demo-smollm2: setup  ## three steps of a real 135M model on sums
-	.venv/bin/python launch.py train configs/smollm2_sums.yaml run.steps=3 $(ARGS)
+	.venv/bin/python launch.py train configs/smollm2_sums.yaml run.steps=3 $(ON_CARD_$(KIND)) $(ARGS)
 
 doctor: setup  ## check this machine
 	.venv/bin/python launch.py doctor
@@ -138,7 +147,10 @@ check: setup  ## lint, format, types
 constraints: setup  ## resolve the requirements anew: newer versions of what they bring along
 	$(COMPILE) $(OPTIONS_cpu) requirements/cpu.txt --output-file requirements/constraints-cpu.txt
 	$(COMPILE) $(if $(UV_FIND_LINKS),,--torch-backend cpu) requirements/peers.txt --output-file requirements/constraints-peers.txt
-	UV_FIND_LINKS= $(COMPILE) $(OPTIONS_gpu) requirements/gpu.txt --output-file requirements/constraints-gpu.txt
+# For every Python that vLLM's CUDA wheels are for, one version of each: a plain list holds them all ([tool.uv] in
+# pyproject.toml says for which).
+	UV_FIND_LINKS= $(COMPILE) $(OPTIONS_gpu) --universal --python-version 3.11 requirements/gpu.txt --output-file requirements/constraints-gpu.txt
+	sed -i 's/ ;.*//' requirements/constraints-gpu.txt
 
 clean:  ## remove .venv and all caches; runs/ stays
 	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
