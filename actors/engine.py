@@ -1,14 +1,11 @@
-"""The inference engine: every call into vLLM is in this file, but for what its CPU engine is given
-(actors/engine_cpu.py).
+"""The inference engine: every call into vLLM is in this file, but for what is done where the model is
+(actors/engine_worker.py) and what its CPU engine is given (actors/engine_cpu.py).
 
 vLLM's engine runs inside this process (no engine-core process), so that weights can be swapped between two
 steps while unfinished generations go on. Each sample is a request of its own; those of a group, which come
 one after another, are prepared once, and vLLM's prefix cache shares their prompt.
 
-Weights arrive through vLLM's layerwise reload, the lifecycle of its own transfer engines. Surprises handled
-here: on a CPU vLLM packs the linear layers and drops the originals, so a bare `load_weights` fails; and after
-a reload a tied `lm_head` and all mixtures of experts keep what was packed of the OLD weights, silently wrong.
-`tests/actors/test_engine.py` and `tests/system/test_families.py` hold them to account.
+Weights arrive through vLLM's layerwise reload, the lifecycle of its own transfer engines.
 
 Weights that the learner pushes (`weights.transport` nccl or ipc) arrive through vLLM's own transfer engines,
 in a session of start, updates and finish in which the model is in pieces: no step may come between. vLLM's
@@ -22,7 +19,6 @@ adapters from a directory: it gets one that lives for that moment."""
 from __future__ import annotations
 
 import collections
-import contextlib
 import copy
 import itertools
 import json
@@ -35,7 +31,7 @@ from typing import Any, Literal
 
 import torch
 
-from actors.engine_cpu import SEED, mend
+from actors.engine_cpu import SEED
 from actors.engine_settings import (
     Adapters,
     engine_arguments,
@@ -48,7 +44,6 @@ from actors.requests import Options, RunningRequest, WaitingRequest
 from core.config import ActorsConfig, ModelConfig
 from core.errors import AgroError, SnapshotError
 from core.tokenizer import Detokenizer, end_token_ids, load_tokenizer
-from core.weights.snapshots import checksum
 
 _ADAPTER = "policy"
 _PEFT_PREFIX = "base_model.model."
@@ -106,7 +101,7 @@ class Engine:
             arguments["weight_transfer_config"] = {"backend": transport}
         self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
         if config.num_gpus == 0:
-            self._engine.collective_rpc(lambda worker: mend(worker.model_runner))
+            self._engine.collective_rpc("agro_mend_engine")
         # `_reload` checks itself what a snapshot leaves out; vLLM names layers that have nothing to load, at
         # every update.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
@@ -229,9 +224,7 @@ class Engine:
             self._load_adapters(version, tensors, self._adapters)
             self._take_over(version)
             return
-        workers = self._engine.apply_model(
-            lambda model: _reload(model, tensors, self._engine.vllm_config.model_config)
-        )
+        workers = self._engine.collective_rpc("agro_load", args=(tensors,))
         if missing := sorted(set().union(*workers)):
             raise SnapshotError(
                 f"weights of version {version} lack {len(missing)} parameters of the model: "
@@ -271,7 +264,7 @@ class Engine:
                 f"{str(error)[:300]}"
             ) from error
         # vLLM passes over adapters of layers that it does not know by that name, or could not adapt.
-        if unused := sorted(set().union(*self._engine.apply_model(_unused_adapters))):
+        if unused := sorted(set().union(*self._engine.collective_rpc("agro_unused_adapters"))):
             raise SnapshotError(
                 f"vLLM does not apply {len(unused)} adapters of version {version}: {', '.join(unused[:5])}"
             )
@@ -283,30 +276,16 @@ class Engine:
         """Meets the learner and the group's other actors, from any thread, while steps go on; returns when
         all have met.
 
-        The connection is for `use_connection` or `drop_connection`. Each worker connects a copy of vLLM's
-        engine: a meeting that comes about after it was given up cannot take the place of a newer one.
+        The connection is for `use_connection` or `drop_connection`.
         """
-
-        def connect(worker: Any) -> Any:
-            engine = copy.copy(worker.weight_transfer_engine)
-            # A stream of its own: generation does not wait for the others, as it would on the default one.
-            on_gpu = worker.device.type == "cuda"
-            with torch.cuda.stream(torch.cuda.Stream(worker.device)) if on_gpu else contextlib.nullcontext():
-                engine.init_transfer_engine(engine.parse_init_info(init_info))
-            return engine
-
-        connected: list[Any] = self._engine.collective_rpc(connect)
+        connected: list[Any] = self._engine.collective_rpc("agro_connect", args=(init_info,))
         return connected
 
     def use_connection(self, connection: list[Any]) -> None:
         """Lets the next transfers arrive over this connection; the group before it is left."""
         # vLLM itself would leave the old group's communicator behind.
         self._engine.collective_rpc("shutdown_weight_transfer_engine")
-        # What `collective_rpc` hands out is vLLM's wrapper of the worker, which passes on what is read but
-        # not what is set.
-        self._engine.collective_rpc(
-            lambda wrapper: setattr(wrapper.worker, "weight_transfer_engine", connection[wrapper.rank])
-        )
+        self._engine.collective_rpc("agro_use", args=(connection,))
 
     def drop_connection(self, connection: list[Any]) -> None:
         """Leaves a group that will not be used."""
@@ -333,10 +312,7 @@ class Engine:
         """
         self._engine.collective_rpc("finish_weight_update")
         self._transfer = "arrived"
-        model_config = self._engine.vllm_config.model_config
-        found: list[dict[str, str]] = self._engine.apply_model(
-            lambda model: _mended(model, model_config, probes)
-        )
+        found: list[dict[str, str]] = self._engine.collective_rpc("agro_mend_update", args=(probes,))
         for name, value in probes.items():
             if any(worker.get(name, value) != value for worker in found):
                 raise SnapshotError(f"version {version} arrived damaged: {name} is not what the learner sent")
@@ -349,19 +325,18 @@ class Engine:
         (version -1).
         """
         state, self._transfer = self._transfer, ""
-        model_config = self._engine.vllm_config.model_config
         if state in ("started", "arriving"):
             self._engine.collective_rpc("finish_weight_update")  # Layers that got nothing keep what they had.
         elif state == "failed":  # vLLM has closed its session, but not the reload.
-            self._engine.apply_model(lambda model: _finalize(model, model_config))
-        self._engine.apply_model(lambda model: _mended(model, model_config, {}))
+            self._engine.collective_rpc("agro_finalize")
+        self._engine.collective_rpc("agro_mend_update", args=({},))
         if state != "started":
             self.version = -1
             self._engine.set_weight_version("-1")
 
     def abort_transfer(self) -> None:
         """Ends a broadcast that nobody sends any more; from any thread."""
-        self._engine.collective_rpc(lambda worker: worker.weight_transfer_engine.shutdown())
+        self._engine.collective_rpc("agro_abort_transfer")
 
     def _take_over(self, version: int) -> None:
         """Notes that the weights in place are those of `version`, for all that starts from here on."""
@@ -432,67 +407,3 @@ class Engine:
             raise PromptRefused(
                 f"vLLM does not take the prompt of {len(tokens)} tokens: {str(error)[:300]}"
             ) from error
-
-
-def _unused_adapters(model: Any) -> set[str]:
-    """Returns the layers of vLLM's one adapter that are none of the layers it applies adapters to."""
-    manager = model.lora_manager
-    return set(manager.get_adapter(1).loras) - set(manager.modules)
-
-
-def _reload(model: Any, tensors: list[tuple[str, torch.Tensor]], model_config: Any) -> list[str]:
-    """Loads `tensors` into `model` and returns the names, as vLLM has them, of parameters that got nothing.
-
-    Among them are those that a model's own loader wrote past the reload (gpt-oss its experts): loaded, it
-    says, but they would be the old ones.
-    """
-    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-    # Of each parameter: a router's gate, for example, is part of two modules.
-    names = collections.defaultdict[int, set[str]](set)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].add(name)
-    initialize_layerwise_reload(model)
-    loaded = model.load_weights(tensors)
-    for prefix, layer in model.named_modules():
-        if (info := get_layerwise_info(layer)).can_load() and info.load_numel <= 0:
-            loaded -= {f"{prefix}.{name}" for name, _ in layer.named_parameters(recurse=False)}
-    _finalize(model, model_config)
-    _mended(model, model_config, {})
-    loaded |= {"lm_head.weight"} if model_config.hf_text_config.tie_word_embeddings else set()
-    return sorted(min(aliases) for aliases in names.values() if not aliases & loaded)
-
-
-def _finalize(model: Any, model_config: Any) -> None:
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-    finalize_layerwise_reload(model, model_config)
-
-
-def _mended(model: Any, model_config: Any, probes: Mapping[str, str]) -> dict[str, str]:
-    """Does what vLLM leaves to do after a reload; returns the checksums of those `probes` that are parameters
-    of the model.
-    """
-    if model_config.hf_text_config.tie_word_embeddings:
-        _repack_head(getattr(model, "lm_head", None))
-    for layer in model.modules():
-        _repack_experts(layer)
-    return {name: checksum(parameter) for name, parameter in model.named_parameters() if name in probes}
-
-
-def _repack_experts(layer: Any) -> None:
-    """Lets a layer's experts be prepared anew (CPU only): vLLM does so once, and would go on with those of
-    the first weights.
-    """
-    kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
-    if kernel is not None and layer.w13_weight.device.type == "cpu":
-        kernel.fused_experts.process_weights_after_loading(layer)
-
-
-def _repack_head(head: Any) -> None:
-    """Packs a tied `lm_head` anew (CPU only): a reload brings back the matrix packed of the old weights."""
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    if getattr(head, "cpu_linear", None) is not None:
-        dispatch_cpu_unquantized_gemm(head, remove_weight=False)

@@ -23,7 +23,6 @@ VLLM_SYMBOLS = (
     "vllm:EngineArgs",
     "vllm:LLMEngine.from_engine_args",
     "vllm:LLMEngine.add_lora",
-    "vllm:LLMEngine.apply_model",
     "vllm:LLMEngine.collective_rpc",
     "vllm:LLMEngine.get_supported_tasks",
     "vllm:LLMEngine.get_tokenizer",
@@ -42,10 +41,12 @@ VLLM_SYMBOLS = (
     "vllm.model_executor.model_loader.reload:finalize_layerwise_reload",
     "vllm.model_executor.model_loader.reload.layerwise:get_layerwise_info",
     "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+    "vllm.config:set_current_vllm_config",
     "vllm.config.lora:MaxLoRARanks",
     "vllm.lora.model_manager:LoRAModelManager.get_adapter",
     "vllm.config.weight_transfer:WeightTransferConfig",
     "vllm.lora.request:LoRARequest",
+    "vllm.v1.worker.gpu_worker:Worker.get_model",
     "vllm.v1.worker.gpu_worker:Worker.shutdown_weight_transfer_engine",
     "vllm.v1.worker.gpu_worker:Worker.start_weight_update",
     "vllm.v1.worker.gpu_worker:Worker.update_weights",
@@ -54,8 +55,8 @@ VLLM_SYMBOLS = (
     "vllm.distributed.weight_transfer.base:WeightTransferEngine.parse_init_info",
     "vllm.distributed.weight_transfer.base:WeightTransferEngine.shutdown",
 )
-"""What actors/engine.py and actors/engine_cpu.py use of vLLM 0.32, checked by a contract test that names what
-is missing.
+"""What actors/engine.py, engine_worker.py and engine_cpu.py use of vLLM 0.32, checked by a contract test that
+names what is missing.
 """
 
 
@@ -123,6 +124,7 @@ def engine_arguments(
         # learner has.
         "config_format": "hf",
         "load_format": "hf",
+        "worker_extension_cls": "actors.engine_worker.EngineWorker",
         **_device_arguments(config),
     }
 

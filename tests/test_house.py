@@ -35,6 +35,7 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "vllm": (
         "actors/engine.py",
         "actors/engine_cpu.py",
+        "actors/engine_worker.py",
         "core/weights/transports/ipc.py",
         "core/weights/transports/nccl.py",
         "core/weights/transports/passes.py",

@@ -21,7 +21,7 @@ import msgspec
 import torch
 from safetensors.torch import load_file
 
-import actors.engine
+import actors.engine_worker
 from actors.engine import Engine, PromptRefused
 from actors.engine_settings import VLLM_SYMBOLS
 from actors.episode import Generation
@@ -171,10 +171,10 @@ def updates_in_flight(scenario: Scenario) -> None:
 
 def sabotaged_updates(scenario: Scenario) -> None:
     """Updates with one precaution of the engine taken away each, to show that the tests would see it."""
-    repack, actors.engine._repack_head = actors.engine._repack_head, lambda head: None
+    repack, actors.engine_worker._repack_head = actors.engine_worker._repack_head, lambda head: None
     scenario.load(3)
     scenario.fresh("head not repacked")
-    actors.engine._repack_head = repack
+    actors.engine_worker._repack_head = repack
     scenario.load(4)
     scenario.submit("running", LONG, 1)
     scenario.step(2)
