@@ -311,7 +311,8 @@ class LearnerRank:
             return
         self._saved = progress.step
         self._transport.flush()  # What it calls published can be had.
-        self._checkpoints.save(progress.step, self._parts(), self._state(progress))
+        # The monitor has the step's row first: a run that goes on from here has no other to write.
+        self._checkpoints.save(progress.step, self._parts(), self._state(progress), first=self._row)
 
     def _parts(self) -> Iterator[TensorPart]:
         return chain(

@@ -81,10 +81,9 @@ class BestPolicy:
         scored = [found for result in earlier if (found := self._scored(result)) is not None]
         lost = {found.policy_version: found for found in scored if self._is_best(found)}
         self._seen |= {found.policy_version for found in scored} - lost.keys()
-        if lost:
-            best = max(lost.values(), key=lambda found: found.value)
+        for found in lost.values():
             self._tell(
-                f"the run ended before {_told(best)} was written, and its weights are gone: it is evaluated again if "
+                f"the run ended before {_told(found)} was written, and its weights are gone: it is evaluated again if "
                 f"the run comes to it again; eval.keep_best: {self._in_folder()}"
             )
         return [each for each in earlier if each.suite != self._suite or each.policy_version not in lost]

@@ -325,15 +325,18 @@ class Monitor:
             self._note_held()
 
     def _take_up(self) -> None:
-        """Takes up what a monitor of this start of the run had that was killed: the newest row, and the row
-        it held back.
+        """Takes up what a monitor that was killed had: the row it held back, and the newest row where it was
+        of this start of the run.
+
+        A run that was killed in its last evaluation goes on behind its last step: that row comes from here
+        or never. One that does steps before it again takes it back (`_write_row`).
         """
         if self._began_at_s is None:
             return
         with contextlib.suppress(OSError, ValueError, KeyError):
             kept = json.loads((self._run_dir / STATE_NAME).read_text(encoding="utf-8"))
+            self._held = kept["held"]
             if kept["began_at_s"] == self._began_at_s:
-                self._held = kept["held"]
                 newest = [self._held] if self._held else last_json_lines(self._run_dir / "metrics.jsonl", 1)
                 self._row = {**self._row, **(newest[0] if newest else {})}
                 return

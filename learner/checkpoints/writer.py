@@ -2,7 +2,7 @@
 
     step thread:    save(step) -- copy this rank's parts into host buffers (no NaN) --> back to training
     writer thread:  rank file --> report
-                    on rank 0: wait for the reports --> manifest --> rename --> drop old ones
+                    on rank 0: wait for the reports --> manifest --> `first` --> rename --> drop old ones
 
 A checkpoint is written aside, in `checkpoints/.step-000050.<session>/`, and counts from the rename on. Ranks
 meet in that directory and nowhere else, so that a dead rank hangs nobody: a rank leaves `rank-<r>.json` when
@@ -27,6 +27,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ class CheckpointWriter:
         self._on_event, self._on_durable = on_event, on_durable
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
+        self._first: Future[Any] | None = None
         self._unexpected: BaseException | None = None
         self._metrics = {
             "checkpoint/saved": 0.0,
@@ -105,15 +107,23 @@ class CheckpointWriter:
                 self._root.mkdir(parents=True, exist_ok=True)
             self._sweep(0)
 
-    def save(self, step: int, parts: Iterable[TensorPart], state: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        parts: Iterable[TensorPart],
+        state: Mapping[str, Any],
+        *,
+        first: Future[Any] | None = None,
+    ) -> None:
         """Begins the checkpoint of `step`; returns when `parts` and `state` (JSON; rank 0's counts) may
-        change again.
+        change again. It is there once `first` is over too, or has taken `timeout_s`.
 
         Raises CheckpointError that names the tensor when a number is not finite: nothing is saved then.
         """
         start_s = time.perf_counter()
         self.wait()
         entries = self._copy(step, parts)
+        self._first = first
         metadata = {"rng": json.dumps(random_states())}
         encoded = json.dumps(dict(state)).encode() if self._rank == 0 else b""
         self._thread = threading.Thread(
@@ -211,6 +221,8 @@ class CheckpointWriter:
         others = self._collect_reports(aside)
         files = (mine, *others, write_file(aside / STATE_NAME, state))
         write_manifest(aside, CheckpointManifest(FORMAT, step, self._world_size, tuple(entries), files))
+        if self._first is not None:
+            wait([self._first], self._timeout_s)
         replace_directory(aside, self._root / checkpoint_name(step))
 
     def _check_free_space(self, entries: list[TensorEntry]) -> None:

@@ -61,7 +61,7 @@ def test_an_actor_that_dies_in_the_middle_of_suites_loses_and_repeats_nothing(be
     ended = run.start(stuck)
     until(lambda: len(stuck._evaluating) and stuck.engine.num_tokens_under_way > 10)
     run.board.get("retire", ["actor-0"], "now")
-    ended.result(10)
+    ended.result(60)
     run.board.get("release_actor", "actor-0")
     run.start(SimulatedActor(run, "actor-1", num_tokens=(2, 3), step_s=0.001))
     until(lambda: len(run.evaluations) == 2)
@@ -93,14 +93,14 @@ def test_what_a_late_scorer_is_asked_before_it_is_there_is_answered_then():
             pass
 
     def make() -> Any:
-        gate.result(5)
+        gate.result(60)
         return Made()
 
     scorer = LateScorer(make)
     asked = scorer.score(rows(1)[0], ["a"])  # type: ignore[list-item]
     assert not asked.done()
     gate.set_result(None)
-    assert asked.result(5) == ["a"]
+    assert asked.result(60) == ["a"]
     scorer.close()
 
 
@@ -109,7 +109,7 @@ def test_functions_of_a_suite_that_cannot_be_loaded_are_errors_of_its_samples():
         raise RewardError("my:judge cannot be imported")
 
     scorer = LateScorer(make)
-    (scored,) = scorer.score(rows(1)[0], ["a"]).result(5)  # type: ignore[list-item]
+    (scored,) = scorer.score(rows(1)[0], ["a"]).result(60)  # type: ignore[list-item]
     assert (scored.reward, scored.error) == (None, "my:judge cannot be imported")
     scorer.close()
 
@@ -170,7 +170,7 @@ def test_whatever_keeps_a_scorer_from_being_made_or_asked_is_told_by_its_samples
     def make() -> Any:
         raise OSError("no process to be had")
 
-    (found,) = LateScorer(make).score(rows(1)[0], ["a"]).result(10)
+    (found,) = LateScorer(make).score(rows(1)[0], ["a"]).result(60)
     assert found.error == "OSError: no process to be had"
-    (found,) = LateScorer(Broken).score(rows(1)[0], ["a"]).result(10)
+    (found,) = LateScorer(Broken).score(rows(1)[0], ["a"]).result(60)
     assert found.error == "ZeroDivisionError: when it was asked"

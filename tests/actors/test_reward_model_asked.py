@@ -63,7 +63,7 @@ def added(model: Model, rewards: list[float], *texts: str) -> tuple[list[Scored]
         msgspec.structs.replace(sample(text), reward=own) for text, own in zip(texts, rewards, strict=True)
     ]
     scorer = Scorer(RewardsConfig(functions={"environment": 1.0, NAME: 2.0}), lambda _: asked)
-    return scorer.score(PROMPT, samples).result(10), asked
+    return scorer.score(PROMPT, samples).result(60), asked
 
 
 def test_a_models_value_times_its_weight_joins_the_sum_and_errors_of_either_are_the_samples() -> None:
@@ -120,8 +120,8 @@ def test_gathered_is_done_with_the_last() -> None:
     second.set_result(2)
     assert not both.done()
     first.set_result(1)
-    assert both.result(1) == [1, 2]
-    assert gathered([]).result(1) == []
+    assert both.result(60) == [1, 2]
+    assert gathered([]).result(60) == []
     third: Future[int] = Future()
     failed = gathered([first, third])
     third.set_exception(ZeroDivisionError("by a client"))

@@ -212,7 +212,7 @@ class TestFaults:
         run.train(1, 4)
         assert actor.engine.loaded == [0], "it knows of nothing"
         run.publish(2)
-        until(lambda: actor.engine.version == 2, 30.0)
+        until(lambda: actor.engine.version == 2, 60.0)
 
     def test_a_sample_that_takes_longer_than_a_lease_stays_its_actors(self, bench):
         run = bench(actor_config(run={"timeout_s": 2.0}, actors={"max_new_tokens": LONG}))
@@ -290,7 +290,7 @@ class TestRetirement:
             {item.ordinal for item in first._work},
         )
         run.board.get("retire", ["actor-0"], "drain")
-        counters = ended.result(10)
+        counters = ended.result(60)
         assert counters["groups"] >= 2
         events = [(event["event"], event["group_id"]) for event in ledger(run)]
         assert {("inserted", ordinal) for ordinal in begun} <= set(events)
@@ -315,7 +315,7 @@ class TestRetirement:
         ended = run.start(first)
         until(lambda: first._evaluating)
         run.board.get("retire", ["actor-0"], "drain")
-        ended.result(10)
+        ended.result(60)
         assert not run.evaluations
         run.start(SimulatedActor(run, "actor-1", num_tokens=(5, 5), step_s=0.001))
         until(lambda: run.evaluations)
@@ -331,7 +331,7 @@ class TestRetirement:
         until(lambda: actor._follower.retire == "drain")
         run.board.get("retire", ["actor-0"], "now")
         start_s = time.monotonic()
-        ended.result(10)
+        ended.result(60)
         assert time.monotonic() - start_s < 3
         assert run.board.get("evaluations")[0] == [("held_out", 0)]
 
@@ -396,7 +396,7 @@ def test_the_feeder_keeps_its_groups_while_the_disk_is_full(bench):
         assert {len(group.samples) for group in run.train(step, 4)} == {4}
     assert feeder.ping() < 5
     run.board.get("retire", ["offline"], "drain")
-    counters = ended.result(10)
+    counters = ended.result(60)
     assert counters["insert_retries"] == 2
     assert counters["leases_refused"] == 1
     assert run.told.events == [], "the driver tells of the disk, once for all actors"

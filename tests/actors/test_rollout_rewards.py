@@ -66,5 +66,5 @@ def test_a_feeders_leases_live_while_its_samples_are_scored(tmp_path: Path) -> N
         assert len(run.train(0, 2)) == 2
         assert feeder.ping() < 3
         run.board.get("retire", ["offline"], "drain")
-        ended.result(20)
+        ended.result(60)
         assert run.stats()["reissued"] == 0

@@ -304,7 +304,7 @@ def test_retired_now_in_the_middle_of_episodes_nothing_is_left_open_and_another_
     until(lambda: actor.places.num_open >= 8 and actor._groups.futures)
     before = [place.seed for place in actor.places.places]
     run.board.get("retire", ["actor-0"], "now")
-    run._running["actor-0"].result(20)
+    run._running["actor-0"].result(60)
     assert actor.places.num_open == 0
     other = SimulatedActor(run, "actor-1", behave=turns(2), num_tokens=(2, 5), step_s=0.001)
     run.start(other)

@@ -55,7 +55,7 @@ def killed(run: Bench, actor: Mortal, dies: Callable[[], bool]) -> None:
     actor.dies = dies  # type: ignore[method-assign]
     running = run._running.pop(actor._name)
     with pytest.raises(Died):
-        running.result(20)
+        running.result(60)
     run.buffer.get("release_actor", actor._name)
 
 

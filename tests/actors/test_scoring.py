@@ -153,14 +153,14 @@ def test_sums_beyond_floats_and_whatever_is_raised_leave_no_future_open(
 ) -> None:
     name = "tests.support.reward_functions:{}".format
     with scorer(environment=1e10, **{name("far_beyond"): 1.0, name("far_beyond?messages"): 1.0}) as scoring:
-        (found,) = scoring.score(PROMPT, [sample(reward=1e308)]).result(10)
+        (found,) = scoring.score(PROMPT, [sample(reward=1e308)]).result(60)
         assert "is inf: 1 * 1.5e+308, 1 * 1.5e+308, 1e+10 * 1e+308" in str(found.error)
 
         def joined(*_: Any) -> None:
             raise ZeroDivisionError("no sum")
 
         monkeypatch.setattr("actors.scoring.joined", joined)
-        found = scoring.score(PROMPT, [sample(reward=1.0)] * 2).result(10)
+        found = scoring.score(PROMPT, [sample(reward=1.0)] * 2).result(60)
         assert found == [Scored(error="the rewards cannot be added up: ZeroDivisionError: no sum")] * 2
 
 

@@ -251,18 +251,18 @@ def test_audit_prints_the_balance_and_fails_on_a_contradiction(tmp_path: Path) -
         ledger.record(event, group_id, step=0)
     ledger.flush()
     command = [sys.executable, "launch.py", "audit", str(tmp_path)]
-    clean = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    clean = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert clean.returncode == 0, clean.stderr
     assert "2 generated = 0 trained + 1 buffered + 0 evicted + 0 failed + 1 in flight" in clean.stdout
     assert "no violations" in clean.stdout
     ledger.record("inserted", 0, step=0)
     ledger.close()
-    broken = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    broken = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert broken.returncode == 1
     assert "1 violation\n" in broken.stdout
     assert "group 0 inserted when stored" in broken.stdout
     nowhere = subprocess.run(
-        [*command[:-1], str(tmp_path / "no")], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [*command[:-1], str(tmp_path / "no")], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert nowhere.returncode == 2
     assert len(nowhere.stderr.splitlines()) == 1

@@ -41,7 +41,7 @@ class Bench:
         directory: Path,
         behaviour: dict[str, str] | None = None,
         num_cpus: float = 1.0,
-        timeout_s: float = 30.0,
+        timeout_s: float = 60.0,
     ) -> None:
         self.directory, self.behaviour = directory, behaviour or {}
         self.told: list[str] = []
@@ -69,7 +69,7 @@ class Bench:
             self.orders.append((name, how))
             (self.directory / f"{name}.retire").touch()
 
-    def until(self, is_so: Callable[[], bool], timeout_s: float = 20.0) -> float:
+    def until(self, is_so: Callable[[], bool], timeout_s: float = 60.0) -> float:
         """Looks until it is so; the seconds that took."""
         start_s = time.monotonic()
         while not is_so():
@@ -172,7 +172,7 @@ def test_a_stopped_process_is_found_by_its_pulse_killed_and_replaced(bench: Call
 def test_a_loop_that_stands_still_while_its_process_answers_is_replaced(bench: Callable[..., Bench]) -> None:
     b = bench(behaviour={"actor-0": "stuck"}, timeout_s=8.0)
     b.fleet.scale_to(1)
-    b.until(lambda: b.fleet.names("running") == ["actor-0.1"], timeout_s=40)
+    b.until(lambda: b.fleet.names("running") == ["actor-0.1"], timeout_s=60)
     assert "its loop has not turned for 8 s (run.timeout_s)" in b.told[0]
 
 

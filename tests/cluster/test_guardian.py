@@ -45,7 +45,7 @@ def test_children_and_orphans_of_the_session_end_with_a_killed_driver_and_nothin
         time.sleep(0.5)
         assert all(process.is_running() for process in family)
         driver.kill()
-        _, alive = psutil.wait_procs(family, timeout=10)
+        _, alive = psutil.wait_procs(family, timeout=60)
         assert [process.pid for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
         assert stranger.poll() is None
     finally:

@@ -85,7 +85,7 @@ def test_a_learner_left_alone_is_told_of_once_and_again_when_it_goes_on() -> Non
 
 def judge_until_it_raises(judge: Health, stats: dict[str, float]) -> None:
     """The texts of the errors are asked for, and nobody waits for them."""
-    deadline_s = time.monotonic() + 5.0
+    deadline_s = time.monotonic() + 60
     while time.monotonic() < deadline_s:
         judge._judge_rewards(stats)
         time.sleep(0.01)

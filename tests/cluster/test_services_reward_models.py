@@ -51,7 +51,7 @@ def test_a_killed_reward_model_is_started_again_and_its_death_noted(local_ray: N
         return bool(services._is_another(life))
 
     (before,) = services.calls.ask(client.score([CONVERSATION]))
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 60
     while services.num_models_loading and time.monotonic() < deadline_s:
         assert not restarted()
         time.sleep(0.05)

@@ -109,7 +109,7 @@ def test_posts_in_order_are_made_one_after_another_also_after_one_that_fails():
     for number in range(4):
         newest = calls.post(client.take(number), "a number", after=newest)
     assert newest is not None
-    newest.result(10)
+    newest.result(60)
     assert slow.done == [0, 2, 3]
     assert calls.num_failed_posts == 1
 

@@ -35,7 +35,7 @@ def run_process(run_dir: Path, name: str, end: str) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.replace("{end}", end), str(run_dir), name], cwd=ROOT
     )
-    process.wait(30)
+    process.wait(60)
     return process
 
 

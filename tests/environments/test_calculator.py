@@ -42,9 +42,9 @@ def test_an_episode_with_tools() -> None:
     with EnvironmentPool(specs.values(), 30.0, 2**29) as pool:
         place = pool.open("environment", {"prompt": "6*7-1?", "answer": "41"}, 0)
         assert place.reset().result(60).observation == ""
-        turn = place.act("", (ToolCall("calculate", {"expression": "6*7-1"}),)).result(30)
+        turn = place.act("", (ToolCall("calculate", {"expression": "6*7-1"}),)).result(60)
         assert turn.observation == ({"role": "tool", "name": "calculate", "content": "41"},)
-        place.act("", (ToolCall("give_answer", {"answer": 41}),)).result(30)
-        turn = place.act("It is 41.").result(30)
+        place.act("", (ToolCall("give_answer", {"answer": 41}),)).result(60)
+        turn = place.act("It is 41.").result(60)
         assert (turn.done, turn.reward) == (True, 1.0)
         assert pictures.show(turn.attributes).results == ["41"]

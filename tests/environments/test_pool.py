@@ -333,7 +333,7 @@ def test_what_is_asked_of_a_pool_that_closes_fails_and_nothing_is_left(pool: Env
     assert time.monotonic() - began_s < 3
     for future in [*asked, places[0].act("say more"), another.open("bad", {}, 0).reset()]:
         with pytest.raises(EnvironmentFailure) as caught:
-            future.result(1)
+            future.result(60)
         assert caught.value.kind == "closed"
     assert all(map(is_gone, left))
     another.close()
@@ -380,7 +380,7 @@ def test_nothing_is_left_of_an_actor_that_is_killed_in_the_middle_of_an_episode(
         templates = {psutil.Process(int(pid)).ppid() for pid in (pids[3], pids[5])}
     finally:
         actor.kill()
-        actor.wait(5)
+        actor.wait(60)
     assert all(map(is_gone, [*pids, *templates]))
 
 

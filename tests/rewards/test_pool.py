@@ -294,7 +294,7 @@ def test_close_kills_the_workers_within_two_seconds_and_answers_what_was_waiting
     pool.close()
     assert time.monotonic() - start_s < 2.0
     assert worker_processes() == []
-    assert all("pool was closed" in future.result(1.0)[0].error for future in futures)
+    assert all("pool was closed" in future.result(60)[0].error for future in futures)
     assert score(pool, "a") == [Scored(error="the reward pool is closed")]
     pool.close()
 
@@ -365,7 +365,7 @@ def test_a_worker_whose_actor_is_gone_ends_without_a_word(when):
             request = worker.Request(0, 0, (0,), 10.0, False, payload)
             connection.send_bytes(msgspec.msgpack.encode(request))
             assert connection.poll(10.0)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
 
 

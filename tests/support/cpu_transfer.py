@@ -160,7 +160,7 @@ def on_cpu() -> Iterator[Wires]:
         yield wires
 
 
-def wait_until(condition: Any, what: str, timeout_s: float = 20.0) -> None:
+def wait_until(condition: Any, what: str, timeout_s: float = 60.0) -> None:
     """Fails by name when it does not come true."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():

@@ -80,7 +80,7 @@ class Handle:
 
     def get(self, name: str, *arguments: Any, **named: Any) -> Any:
         """Makes the call and waits for it."""
-        return getattr(self, name).remote(*arguments, **named).future.result(30)
+        return getattr(self, name).remote(*arguments, **named).future.result(60)
 
 
 class Monitor:
@@ -133,7 +133,7 @@ class Bench:
             self._serve(partial(ReplayBuffer, config, str(run_dir), len(rows), shard)) for shard in shards
         ]
         self.buffer = self.buffers[0]
-        self._facade, self._calls = connect_buffer(self.buffers), Calls(40.0)
+        self._facade, self._calls = connect_buffer(self.buffers), Calls(60.0)
         self.board = self._serve(
             lambda: Board(
                 config.run,
@@ -147,13 +147,13 @@ class Bench:
         self._running: dict[str, Future[dict[str, float]]] = {}
 
     def _ask(self, call: Call[T]) -> T:
-        return self._calls.ask(call, 40)
+        return self._calls.ask(call, 60)
 
     def _serve(self, make: Callable[[], Any]) -> Handle:
         async def made() -> Any:
             return make()
 
-        return Handle(asyncio.run_coroutine_threadsafe(made(), self.loop).result(30), self.loop)
+        return Handle(asyncio.run_coroutine_threadsafe(made(), self.loop).result(60), self.loop)
 
     def peers(self) -> tuple[BufferClient, BoardClient, MonitorClient]:
         """Buffers, board, monitor: the last arguments of an actor."""
@@ -188,7 +188,7 @@ class Bench:
         references = [Reference(bucket, delay_s) for bucket in buckets]
         self.board.get("publish", msgspec.msgpack.encode(manifest), references, version, evaluate=evaluate)
 
-    def train(self, step: int, num_groups: int, timeout_s: float = 20.0) -> list[Group]:
+    def train(self, step: int, num_groups: int, timeout_s: float = 60.0) -> list[Group]:
         """The batch of a learner step."""
         payload = self._ask(self._facade.sample(step, num_groups, timeout_s))
         assert payload is not None, f"no {num_groups} groups within {timeout_s} s"
@@ -204,7 +204,7 @@ class Bench:
         """Ends everything; the audit of the ledger."""
         self.board.get("retire", list(self._running), "now")
         for running in self._running.values():
-            running.result(30)
+            running.result(60)
         self._ask(self._facade.close())
         self.loop.call_soon_threadsafe(self.loop.stop)
         return audit_run(self.run_dir)

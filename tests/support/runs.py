@@ -56,8 +56,11 @@ def actor_of(mark: Path) -> psutil.Process | None:
 
 
 def rows_of(run_dir: Path, name: str = "metrics") -> list[dict]:
+    """The whole lines of a file: the last one may be written just now, or be torn by a kill."""
     path = run_dir / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(errors="replace").split("\n")[:-1] if line]
 
 
 started: list[subprocess.Popen[str]] = []
@@ -93,13 +96,33 @@ def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int, time
         time.sleep(0.2)
 
 
-def processes_of(run_dir: Path, parents: list[int]) -> list[psutil.Process]:
+def processes_of(parents: list[int]) -> list[psutil.Process]:
     """Every process started below `parents`."""
     found = []
     for pid in parents:
-        if psutil.pid_exists(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
             found += [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     return found
+
+
+def wait_for_end(processes: list[psutil.Process], timeout_s: float = 60.0) -> list[str]:
+    """Waits until all have ended, reaped or not; what those that live on are."""
+    deadline_s = time.monotonic() + timeout_s
+    while (alive := described(processes)) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    return alive
+
+
+def running(pid: int, part: str) -> list[psutil.Process]:
+    """The processes below `pid` whose command line names the part, the oldest first; none that is stopped or
+    has ended meanwhile.
+    """
+    found = []
+    for process in processes_of([pid]):
+        with contextlib.suppress(psutil.NoSuchProcess):  # A zombie is one, too.
+            if part in " ".join(process.cmdline()) and process.status() != psutil.STATUS_STOPPED:
+                found.append(process)
+    return sorted(found, key=lambda process: process.create_time())
 
 
 def described(processes: list[psutil.Process]) -> list[str]:

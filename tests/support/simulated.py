@@ -96,7 +96,7 @@ class Late(concurrent.futures.Future):  # type: ignore[type-arg]
         return super().result(timeout)
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
+def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"not within {timeout_s} s"

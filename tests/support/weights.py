@@ -79,7 +79,7 @@ class Store:
         self.gate.set()
 
     def __call__(self, bucket: np.ndarray) -> np.ndarray:
-        self.gate.wait(30)
+        self.gate.wait(60)
         if self.error:
             raise OSError(self.error)
         time.sleep(self.delay_s)
@@ -105,7 +105,7 @@ class Piecewise:
 
     def connect_transfer(self, init_info: dict[str, Any]) -> int:
         self.note("connect")
-        assert self.all_are_there.wait(20)
+        assert self.all_are_there.wait(60)
         return int(init_info.get("group", 0))
 
     def use_connection(self, connection: int) -> None:
@@ -138,7 +138,7 @@ class Piecewise:
 class Loop:
     """An actor's loop that only looks for orders; they come from other threads."""
 
-    def __init__(self, timeout_s: float = 20.0) -> None:
+    def __init__(self, timeout_s: float = 60.0) -> None:
         self.engine, self.told, self.declines, self.beats, self.updated = Piecewise(), list[str](), "", 0, 0
         self.receiver = Receiver(
             self.engine,
@@ -160,8 +160,8 @@ class Loop:
         return self._threads.submit(self.receiver.order, verb, number, *arguments)
 
     def order(self, verb: str, number: int = 1, *arguments: Any) -> str:
-        return self.start_order(verb, number, *arguments).result(20)
+        return self.start_order(verb, number, *arguments).result(60)
 
     def close(self) -> None:
         self._ended.set()
-        self._running.result(20)
+        self._running.result(60)

@@ -53,14 +53,14 @@ def test_the_library_is_looked_up(pool: EnvironmentPool) -> None:
     assert began(place) == "\nUse the tools to answer."
     turn = place.act(
         "", (ToolCall("look_up", {"word": "llama"}), ToolCall("look_up", {"word": "lama"}))
-    ).result(30)
+    ).result(60)
     assert isinstance(turn.observation, tuple)
     assert [message["content"] for message in turn.observation] == [
         "A llama is 1.7 m tall.",
         "{'error': \"'lama'\"}",
     ]
-    place.act("", (ToolCall("give_answer", {"answer": "1.7 m"}),)).result(30)
-    turn = place.act("It is 1.7 m tall.").result(30)
+    place.act("", (ToolCall("give_answer", {"answer": "1.7 m"}),)).result(60)
+    turn = place.act("It is 1.7 m tall.").result(60)
     assert (turn.done, turn.reward) == (True, 1.0)
     assert pictures.show(turn.attributes).num_looks == 2
 
@@ -68,8 +68,8 @@ def test_the_library_is_looked_up(pool: EnvironmentPool) -> None:
 def test_the_game_is_played(pool: EnvironmentPool) -> None:
     place = pool.open("game", {"prompt": "Guess.", "answer": "7"}, 0)
     assert began(place) == ""
-    assert [place.act(text).result(30).observation for text in ("4", "9")] == ["higher", "lower"]
-    turn = place.act("7").result(30)
+    assert [place.act(text).result(60).observation for text in ("4", "9")] == ["higher", "lower"]
+    turn = place.act("7").result(60)
     assert (turn.done, turn.reward) == (True, 1.0)
 
 

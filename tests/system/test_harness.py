@@ -19,7 +19,6 @@ STEPS = 5
 MOST_S = 240.0
 
 
-@pytest.mark.timeout(300)
 def test_a_run_with_an_agent_ends_with_a_clean_audit_though_its_actor_is_killed(
     tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,7 +50,7 @@ def test_a_run_with_an_agent_ends_with_a_clean_audit_though_its_actor_is_killed(
         assert time.monotonic() < deadline_s, described(family)
         time.sleep(0.05)
     wait_for_step(process, run_dir, STEPS)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-3000:]
     assert audit_run(run_dir)["violations"] == []
     last = rows_of(run_dir)[-1]

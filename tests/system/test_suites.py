@@ -38,7 +38,7 @@ def test_a_driver_killed_in_the_middle_of_suites_loses_and_repeats_nothing(
 ) -> None:
     run_dir = tmp_path / "run"
     first = start_train(tiny_models["tied"], run_dir, STEPS, *MORE)
-    deadline_s = time.monotonic() + 200
+    deadline_s = time.monotonic() + 280
     while not any(version > 0 for _, version in keys(run_dir)):
         assert first.poll() is None, first.communicate()
         assert time.monotonic() < deadline_s
@@ -47,7 +47,7 @@ def test_a_driver_killed_in_the_middle_of_suites_loses_and_repeats_nothing(
     first.communicate()
     before = keys(run_dir)
     again = start_train(tiny_models["tied"], run_dir, STEPS, *MORE)
-    out, err = again.communicate(timeout=240)
+    out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
     found = collections.Counter(keys(run_dir))
     told = [event["text"] for event in rows_of(run_dir, "events")]

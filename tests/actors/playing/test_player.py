@@ -74,5 +74,5 @@ def test_an_environment_in_its_process_is_played_in_tokens_and_ends_with_the_pla
     assert set(psutil.Process().children(recursive=True)) - before
     episode.close()
     player.close()
-    _, alive = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=5)
+    _, alive = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=60)
     assert not alive

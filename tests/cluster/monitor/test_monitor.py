@@ -198,6 +198,27 @@ def test_a_monitor_that_was_killed_goes_on_with_the_newest_row_the_time_and_the_
     later.close({})
 
 
+@pytest.mark.parametrize(
+    ("steps", "done", "found"), [(2, [], [1, 2]), (3, [3], [1, 2, 3]), (2, [1, 2], [1, 2])]
+)
+def test_the_row_that_a_killed_run_held_back_is_written_by_the_start_that_goes_on(
+    steps: int, done: list[int], found: list[int], tmp_path: Path
+) -> None:
+    """From behind its last step, with more steps, or from a checkpoint before it."""
+    killed = Monitor(monitored(steps=2), str(tmp_path), began_at_s=time.time() - 100.0)
+    for step in (1, 2):
+        killed.log_step({"progress/step": step, "reward/mean": 0.5})
+    again = Monitor(monitored(steps=steps), str(tmp_path), began_at_s=time.time())
+    for step in done:
+        again.log_step({"progress/step": step, "reward/mean": 0.25})
+    again.log_evaluation(evaluation(steps, 0.75), [])
+    again.close({})
+    rows = read_json_lines(tmp_path / "metrics.jsonl")[0]
+    assert [row["progress/step"] for row in rows] == found
+    assert [row["reward/mean"] for row in rows] == [0.25 if row in done else 0.5 for row in found]
+    assert rows[-1]["eval/solve_rate"] == 0.75
+
+
 def test_lines_that_a_full_disk_keeps_out_for_too_long_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,7 +390,7 @@ def test_wandb_outage_changes_nothing(
     def fail() -> None:
         if manner == "raises":
             raise RuntimeError("wandb is down")
-        release.wait(30)
+        release.wait(60)
 
     def init(**options: Any) -> FakeRun:
         if method == "init":

@@ -94,7 +94,7 @@ def test_long_texts_of_a_conversation_are_cut_and_said_to_be(run_dir: Path) -> N
 def test_the_viewer_shows_each_message_by_its_role_and_marks_tool_calls(run_dir: Path) -> None:
     page = write_report(run_dir)
     command = ["node", str(ROOT / "tests" / "support" / "fake_dom.js"), str(page)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     training, plain, evaluation = json.loads(done.stdout)
     for sample in (training, evaluation):

@@ -84,7 +84,7 @@ def test_an_offline_run_that_was_killed_and_continued_is_one_curve_in_every_file
     ) as driver:
         assert driver.stdout is not None
         driver.stdout.readline()
-        deadline_s = time.monotonic() + 20
+        deadline_s = time.monotonic() + 60
         while steps_of(synced(run_dir)) != list(range(1, 10)) and time.monotonic() < deadline_s:
             time.sleep(0.1)
         driver.kill()

@@ -53,7 +53,7 @@ def train(
     changed = {**os.environ, **environment}
     env = {name: value for name, value in changed.items() if value is not None}
     command = [*prefix, sys.executable, "launch.py", "train", "configs/quickstart.yaml", *words]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 
 def check_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:

@@ -296,7 +296,7 @@ def test_with_nccl_one_that_never_answers_while_weights_arrive_is_named_after_th
     update = cast.actors[1].engine.update_transfer
 
     def stuck(update_info: dict[str, Any]) -> None:
-        silent.wait(20)
+        silent.wait(60)
         update(update_info)
 
     cast.actors[1].engine.update_transfer = stuck

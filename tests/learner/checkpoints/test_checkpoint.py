@@ -14,6 +14,7 @@ import threading
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from learner.checkpoints.checkpoint import (
 from learner.checkpoints.writer import CheckpointWriter, random_states, set_random_states
 from tests.support import ROOT
 from tests.support.scenarios.checkpoint_scenario import TENSORS, parts_of, value_of
+from tests.support.simulated import until
 
 SCENARIO = ROOT / "tests/support/scenarios/checkpoint_scenario.py"
 
@@ -42,7 +44,7 @@ SCENARIO = ROOT / "tests/support/scenarios/checkpoint_scenario.py"
 
 
 def run_scenario(what: str, directory: Path, *arguments: str) -> Any:
-    subprocess.run([sys.executable, str(SCENARIO), what, str(directory), *arguments], check=True, timeout=240)
+    subprocess.run([sys.executable, str(SCENARIO), what, str(directory), *arguments], check=True, timeout=500)
     return json.loads((directory / f"{what}.json").read_text())
 
 
@@ -277,19 +279,30 @@ def test_saving_goes_on_beside_training_and_the_next_save_waits_for_it(
 ) -> None:
     go, write = threading.Event(), checkpoint_writer.write_tensors
     monkeypatch.setattr(
-        checkpoint_writer, "write_tensors", lambda *arguments: go.wait(30) and write(*arguments)
+        checkpoint_writer, "write_tensors", lambda *arguments: go.wait(60) and write(*arguments)
     )
     writer = CheckpointWriter(tmp_path, 0, 1, session="s")
     values = torch.ones(1000)
     writer.save(1, [TensorPart("master/x", (1000,), values)], {})
     values.fill_(2.0)  # Training goes on while nothing is on disk yet.
     assert not checkpoint_dirs(tmp_path)
-    threading.Timer(0.3, go.set).start()
+    threading.Timer(1.0, go.set).start()
     writer.save(2, [TensorPart("master/x", (1000,), values)], {})
     writer.close()
     assert writer.metrics()["checkpoint/stall_s"] > 0.2
     read = [Checkpoint(path, verify(path)).read("master/x") for _, path in checkpoint_dirs(tmp_path)]
     assert [float(tensor.mean()) for tensor in read] == [1.0, 2.0]
+
+
+def test_a_checkpoint_is_there_once_what_comes_first_is_over(tmp_path: Path) -> None:
+    first: Future[None] = Future()
+    writer = CheckpointWriter(tmp_path, 0, 1, session="s")
+    writer.save(1, [TensorPart("master/x", (2,), torch.ones(2))], {}, first=first)
+    until(lambda: [*tmp_path.glob("checkpoints/.step-000001.s/manifest.json")])
+    assert checkpoint_dirs(tmp_path) == []
+    first.set_exception(OSError("whatever came of it"))
+    writer.close()
+    assert [step for step, _ in checkpoint_dirs(tmp_path)] == [1]
 
 
 def test_an_error_of_ours_while_writing_is_raised_at_the_next_save(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ class ThreadPlace:
 
 
 def drive(
-    episode: HarnessEpisode, reply: Callable[[Ask], Generation], timeout_s: float = 20.0
+    episode: HarnessEpisode, reply: Callable[[Ask], Generation], timeout_s: float = 60.0
 ) -> Sequence[Ask]:
     """Plays an episode to its end as an actor's loop does; returns what the engine was asked."""
     deadline_s = time.monotonic() + timeout_s

@@ -224,8 +224,10 @@ def fork(work: Any, *arguments: Any) -> int:
 
 
 def kills(directory: Path, count: int) -> None:
-    """Each time: two ranks save on, are killed at a random moment, and the newest checkpoint is looked at."""
-    rng, results = random.Random(0), []
+    """Each time: two ranks save on, are killed at a random moment of the first saves, however long these
+    take here, and the newest checkpoint is looked at.
+    """
+    rng, results, save_s = random.Random(0), [], 0.1
     for number in range(count):
         found = latest_checkpoint(directory)
         first = found[1].step + 1 if found else 1
@@ -233,7 +235,13 @@ def kills(directory: Path, count: int) -> None:
         ranks = [
             fork(save_without_end, directory, rank, f"session{number}", first) for rank in range(WORLD_SIZE)
         ]
-        time.sleep(rng.uniform(0.02, 0.3))
+        start_s, num_saves = time.monotonic(), rng.randrange(3)
+        while len(acknowledged(directory)) < num_saves:
+            assert time.monotonic() - start_s < 60, f"no {num_saves} saves within a minute"
+            time.sleep(0.001)
+        if num_saves:
+            save_s = (time.monotonic() - start_s) / num_saves
+        time.sleep(rng.uniform(0.0, 1.5 * save_s))
         rng.shuffle(ranks)
         for pid in ranks:
             os.kill(pid, signal.SIGKILL)
@@ -243,15 +251,19 @@ def kills(directory: Path, count: int) -> None:
     (directory / "kills.json").write_text(json.dumps(results))
 
 
+def acknowledged(directory: Path) -> list[int]:
+    """The steps that were noted as durable since the file was removed."""
+    path = directory / "acknowledged"
+    return [int(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
 def looked_at(directory: Path) -> dict[str, Any]:
     """What a run started now would find."""
     problems: list[str] = []
     found = latest_checkpoint(directory, problems.append)
-    path = directory / "acknowledged"
-    acknowledged = [int(line) for line in path.read_text().splitlines()] if path.exists() else []
     result: dict[str, Any] = {
         "step": found and found[1].step,
-        "acknowledged": max(acknowledged, default=0),
+        "acknowledged": max(acknowledged(directory), default=0),
         "problems": problems,
         "aside": len(list((directory / "checkpoints").glob(".step-*"))),
         "kept": len(list((directory / "checkpoints").glob("step-*"))),
