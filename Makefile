@@ -134,7 +134,7 @@ bench-peers: .cache/peers/.ready  ## TRL and a plain loop against this system on
 	@touch $@
 
 bench-growth: setup  ## calls, bytes and CPU time a trained group, for 1 to 256 actors and 64 to 4,096 groups a step (3 minutes)
-	.venv/bin/python -m benchmarks.growth.growth
+	.venv/bin/python -m benchmarks.growth.growth $(ARGS)
 
 bench-soak: setup  ## 20,000 steps of the services of a run: memory and step time at the end, files it leaves (ten minutes at most)
 	.venv/bin/python -m benchmarks.growth.soak

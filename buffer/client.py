@@ -81,10 +81,14 @@ class BufferClient:
             return await self.shards[0].lease(actor, max_groups, timeout_s, version, holding)
         clock = asyncio.get_running_loop().time
         deadline_s, waited_s = clock() + timeout_s, 0.0
-        if holding is not None:  # With all shards, also those that have nothing to lease.
-            await self.renew(actor, holding)
+        # Told to all shards, also those that have nothing to lease; once.
+        held = None if holding is None else self._by_shard(holding, int)
         while True:
-            offers = await _gather(shard.offer(None, waited_s, actor) for shard in self.shards)
+            offers = await _gather(
+                shard.offer(None, waited_s, actor, None if held is None else held.get(index, []))
+                for index, shard in enumerate(self.shards)
+            )
+            held = None
             items = await self._lease_offered(offers, actor, max_groups, version)
             left_s = deadline_s - clock()
             if items or items is None or left_s <= 0 or any(offer.is_closed for offer in offers):

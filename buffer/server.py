@@ -219,15 +219,24 @@ class ReplayBuffer:
 
     # Everybody
 
-    async def offer(self, step: int | None = None, waited_s: float = 0.0, actor: str = "") -> Offer:
+    async def offer(
+        self,
+        step: int | None = None,
+        waited_s: float = 0.0,
+        actor: str = "",
+        holding: list[int] | None = None,
+    ) -> Offer:
         """Returns what may be leased (step None), or what a batch of learner step `step` may take, now.
 
         It evicts what is stale at that step. `waited_s` is how long the caller has waited for the same since
-        it last asked. A wait of `actor` in `leasable` ends: another shard has ended it.
+        it last asked. A wait of `actor` in `leasable` ends: another shard has ended it. `holding` is what
+        `renew` takes.
         """
         if self._is_closed:
             return Offer(is_closed=True)
         if step is None:
+            if holding is not None:
+                await self.renew(actor, holding)
             self._give_up(actor)
             self._admission_wait.add(waited_s)
             return Offer(num_leasable=self._shard.num_leasable(asyncio.get_running_loop().time()))

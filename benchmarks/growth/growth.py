@@ -5,6 +5,9 @@ only make their calls. All are in one process, on virtual time, so that 256 acto
 
     per trained group   calls, bytes and CPU microseconds of each part, by actors and by groups a step
     slope               of the logarithm of these against that of the size: 0 is flat, 1 grows with the size
+    steps/s             of the learner on virtual time: what is done once a step, or once a version by every
+                        actor, costs by these
+    of a core           what each part needs of one core at that speed
 
 An actor has 16 groups under way, each for 0.25 to 4 s (1 s on average). The learner takes a tenth longer for
 a step than the actors for its groups, so that actors wait to be admitted.
@@ -26,7 +29,7 @@ import numpy as np
 
 from benchmarks.growth.driver import Driver
 from benchmarks.growth.metered import Parts
-from benchmarks.results import save
+from benchmarks.results import measure_load, save
 from buffer.client import connect_buffer
 from buffer.server import ReplayBuffer
 from cluster.monitor.monitor import Monitor
@@ -46,6 +49,14 @@ SOME_ACTORS, SOME_GROUPS = 16, 64
 """What is held while the other grows."""
 GROUPS_AN_ACTOR = 16
 """Of a step, where both grow."""
+SERIES = {
+    "by_actors": [(actors, SOME_GROUPS, 1) for actors in ACTORS],
+    "by_actors_in_shards": [(actors, SOME_GROUPS, 4) for actors in ACTORS],
+    "by_groups": [(SOME_ACTORS, groups, 1) for groups in GROUPS_PER_STEP],
+    "by_both": [(actors, GROUPS_AN_ACTOR * actors, 1) for actors in ACTORS],
+    "by_both_in_shards": [(actors, GROUPS_AN_ACTOR * actors, 4) for actors in ACTORS],
+}
+"""Actors, groups a step and shards of each row."""
 OPEN_GROUPS, MEAN_GROUP_S = 16, 1.0
 SAMPLES, TOKENS = 8, 32
 LEARNER_SLOWER = 1.1
@@ -134,9 +145,9 @@ class Run:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._row = dict.fromkeys(METRICS, 0.123456789)
 
-    async def measure(self) -> dict[str, dict[str, float]]:
+    async def measure(self) -> dict[str, Any]:
         """Runs to warm up, then to measure; returns calls, bytes and CPU microseconds a trained group by
-        part.
+        part, the learner's steps a second, and how much of a core each part needed.
         """
         for number in range(self._num_actors):
             self._begin(self._follow(number))
@@ -147,8 +158,10 @@ class Run:
         await self._train(0, WARM_STEPS)
         self.parts.clear()
         num_steps = max(MIN_STEPS, MIN_GROUPS // self._groups_per_step)
+        clock = asyncio.get_running_loop().time
+        start_s = clock()
         await self._train(WARM_STEPS, WARM_STEPS + num_steps)
-        num_groups = num_steps * self._groups_per_step
+        elapsed_s, num_groups = clock() - start_s, num_steps * self._groups_per_step
         found = {
             name: {
                 "calls": cost.calls / num_groups,
@@ -157,11 +170,12 @@ class Run:
             }
             for name, cost in self.parts.costs.items()
         }
+        of_core = {name: cost.cpu_s / elapsed_s for name, cost in self.parts.costs.items()}
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks, timeout=1.0)
         await self.buffer.close()
-        return found
+        return {"steps_per_s": num_steps / elapsed_s, "of_core": of_core, "per_group": found}
 
     def _begin(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -262,17 +276,17 @@ def _name(number: int) -> str:
 def measure(num_actors: int, groups_per_step: int, num_shards: int = 1) -> dict[str, Any]:
     """Returns the costs of a run of this size, per trained group by part."""
 
-    async def run(directory: Path) -> dict[str, dict[str, float]]:
+    async def run(directory: Path) -> dict[str, Any]:
         return await Run(directory, num_actors, groups_per_step, num_shards).measure()
 
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
-        parts = run_virtually(run(Path(directory)))
+        found = run_virtually(run(Path(directory)))
     return {
         "actors": num_actors,
         "groups_per_step": groups_per_step,
         "shards": num_shards,
-        "per_group": parts,
+        **found,
         "wall_s": round(time.perf_counter() - start_s, 1),
     }
 
@@ -297,25 +311,24 @@ def _shown(row: Mapping[str, Any]) -> str:
         for part in PARTS
         for cost in [row["per_group"][part]]
     )
-    return f"{row['actors']:>4} actors {row['groups_per_step']:>5} groups {row['shards']} shards  {costs}"
+    size = f"{row['actors']:>4} actors {row['groups_per_step']:>5} groups {row['shards']} shards"
+    return f"{size} {row['steps_per_s']:6.3f} steps/s  {costs}"
 
 
 def main() -> None:
-    """Measures all sizes, prints them and writes them to benchmarks/results/."""
-    argparse.ArgumentParser(
+    """Measures the series asked for (all by default), prints them and writes them to benchmarks/results/."""
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    )
+    parser.add_argument("series", nargs="*", metavar="SERIES", help=", ".join(SERIES))
+    asked = parser.parse_args().series or list(SERIES)
+    if unknown := set(asked) - set(SERIES):
+        parser.error(f"unknown series {sorted(unknown)}; expected some of {', '.join(SERIES)}")
+    result: dict[str, Any] = {"load": measure_load()}
     print("per trained group, of each part: calls, kB, CPU us")
-    series = {
-        "by_actors": [(actors, SOME_GROUPS, 1) for actors in ACTORS],
-        "by_actors_in_shards": [(actors, SOME_GROUPS, 4) for actors in ACTORS],
-        "by_groups": [(SOME_ACTORS, groups, 1) for groups in GROUPS_PER_STEP],
-        "by_both": [(actors, GROUPS_AN_ACTOR * actors, 1) for actors in ACTORS],
-    }
-    result: dict[str, Any] = {}
-    for name, sizes in series.items():
+    for name in asked:
         rows = []
-        for size in sizes:
+        for size in SERIES[name]:
             rows.append(measure(*size))
             print(_shown(rows[-1]), f" ({rows[-1]['wall_s']} s)", flush=True)
         varied = "groups_per_step" if name == "by_groups" else "actors"
@@ -326,7 +339,8 @@ def main() -> None:
                 + ", ".join(f"{what} {value:+.2f}" for what, value in slope.items())
             )
         result[name] = {"rows": rows, "slopes": found}
-    print(f"written to {save('growth', result)}")
+        path = save("growth", result, keep=True)
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

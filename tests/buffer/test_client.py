@@ -231,3 +231,38 @@ def test_another_number_of_shards_in_the_same_directory_is_refused(tmp_path: Pat
 )
 def test_apportion(total: int, available: list[int], parts: list[int]) -> None:
     assert apportion(total, available) == parts
+
+
+class Counted(Local):
+    """A handle that notes which methods were called, in order."""
+
+    def __init__(self, part: object) -> None:
+        super().__init__(part)
+        self.called: list[str] = []
+
+    def __getattr__(self, method: str) -> Any:
+        self.called.append(method)
+        return super().__getattr__(method)
+
+
+def test_a_lease_asks_each_shard_once_and_says_in_that_what_the_actor_holds(tmp_path):
+    async def scene() -> None:
+        config = buffer_config(num_shards=3, capacity=12, groups_per_step=6)
+        parts = [ReplayBuffer(config, str(tmp_path), NUM_PROMPTS, shard) for shard in range(3)]
+        handles = [Counted(part) for part in parts]
+        buffer = connect_buffer(handles)
+        lost = ordinals_of(await buffer.lease("a", 1, 0.0) or [])
+        for handle in handles:
+            handle.called.clear()
+
+        held = ordinals_of(await buffer.lease("a", 12, 0.0, None, []) or [])
+
+        assert set(lost) <= set(held), "what the actor does not name is issued again"
+        assert sorted(name for handle in handles for name in handle.called) == [
+            *["lease"] * 3,
+            *["offer"] * 3,
+        ]
+        assert ordinals_of(await buffer.lease("a", 12, 0.0, None, held) or []) == []
+        await check_sums(buffer)
+
+    run_virtually(scene())

@@ -1,0 +1,285 @@
+"""Measures how near training and generation at once come to the slower of the two alone: `make bench-bound`.
+
+A real rollout actor and a real learner rank, with a real buffer and board, are let run and held in turns,
+some rounds of it. All figures are milliseconds a learner's step, or for the groups of one:
+
+g            the actor alone
+t            the rank alone, on groups that lie in the buffer
+together     both at once, as in a run: no more is admitted than a quickstart admits, so that an actor that is
+             faster waits, and so does a rank that is
+alternating  the actor makes the groups of a step, then the rank trains on it: what synchronous means
+
+`of_bound` is max(g, t) / together, 1 at best where each has a core; with `learner.num_cpus: auto` it may be
+more. Where the rest goes is told by process while both run, and of actor and rank while they are alone: CPU
+time, time in which its threads could have run and had no core (`no_core`), and how long it waited for the
+other (`waits`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+
+from benchmarks.actors.rig import TIMEOUT_S, Prepared, prepare
+from benchmarks.bound.counters import Processes
+from benchmarks.bound.held import (
+    HeldActor,
+    HeldActorClient,
+    HeldBuffer,
+    HeldBufferClient,
+    HeldRank,
+    HeldRankClient,
+    Listening,
+)
+from benchmarks.pairs import compare
+from benchmarks.results import measure_load, save, show
+from buffer.client import connect_buffer
+from core.calls import Call, Calls
+from core.monitor_client import MonitorClient
+from core.processes import remote, threads, whereabouts
+from core.weights.board import BOARD, Board, BoardClient
+
+ROUNDS, DEFAULT_TIMEOUT_S = 3, 360.0
+STOCK_STEPS = 2
+"""Steps whose groups lie in the buffer before a round: else the rank would begin with a wait."""
+ADMITTED_STEPS, UNBOUNDED = 3, 10**6
+"""Of groups that may exist untrained, while both run: a quickstart's. Else nothing is bounded."""
+
+
+class Halves(NamedTuple):
+    """What is measured, and how many steps a half of a round has."""
+
+    steps: int
+    overrides: tuple[str, ...]
+    model: str = ""
+
+
+LARGE = "actors.max_new_tokens=48", "actors.slots=64", "learner.groups_per_step=8"
+JOBS = {
+    "2:1": Halves(8, ("actors.slots=16",)),
+    "1:1": Halves(8, ("actors.slots=128",)),
+    "1:2": Halves(3, LARGE, "8M"),
+    "1:2 auto": Halves(3, (*LARGE, "learner.num_cpus=auto"), "8M"),
+}
+
+
+class Measurement:
+    """Holds the processes of one job: `Measurement(prepared, run_dir, steps).round()`."""
+
+    def __init__(self, prepared: Prepared, run_dir: Path, steps: int) -> None:
+        config, prompts, _ = prepared
+        self._steps, self._groups, self._calls = steps, config.learner.groups_per_step, Calls(TIMEOUT_S)
+        ask, served = self._calls.ask, {"num_cpus": 0, "max_concurrency": 1000}
+        shard = remote(HeldBuffer).options(**served).remote(config, str(run_dir), len(prompts), 0)
+        self._shard = HeldBufferClient(shard, "the buffer")
+        board = BoardClient(remote(Board).options(**served).remote(config.run, {}, _ignore), BOARD)
+        monitor = MonitorClient(remote(Listening).options(num_cpus=0).remote(), "nobody")
+        peers = connect_buffer([shard]), board, monitor
+        held = {"num_cpus": 0, "max_concurrency": 4}
+        rank_class = remote(HeldRank).options(runtime_env=threads(1), **held)
+        actor_class = remote(HeldActor).options(runtime_env=threads(1, engine=True), **held)
+        self._rank = HeldRankClient(rank_class.remote(0, config, 0), "the rank")
+        self._actor = HeldActorClient(actor_class.remote("actor-0", config, prompts, {}, *peers), "the actor")
+        ask(self._rank.start(ask(self._rank.address())))
+        ask(self._actor.ping())
+        trained = self._rank.train(*peers, str(run_dir / "policy"))
+        self._runs = [self._calls.start(call, math.inf) for call in (trained, self._actor.run())]
+        self._clients = {
+            "actor": self._actor,
+            "rank": self._rank,
+            "shard": self._shard,
+            "board": board,
+            "monitor": monitor,
+        }
+        pids = {name: ask(client.inside(whereabouts)).pid for name, client in self._clients.items()}
+        self._processes = Processes(pids)
+        self._num_made = self._num_trained = 0
+
+    def warm(self) -> None:
+        """Makes the stock of a round, and takes the first steps."""
+        self._generate(STOCK_STEPS + self._steps)
+        self._train(self._steps)
+
+    def round(self) -> dict[str, float]:
+        """Returns the milliseconds a step of each kind, and what processes spent of it: `cpu_ms.rank_t`."""
+        found: dict[str, float] = {}
+
+        def measure(name: str, call: Callable[[int], float], steps: int, *shown: str) -> None:
+            before, start_s = self._told(), time.perf_counter()
+            found[name] = 1e3 * call(steps)
+            # A phase is a little longer than what is measured in it: it is told as if it were as long.
+            share = found[name] / (time.perf_counter() - start_s)
+            for part, told in self._told().items():
+                for kind, spent_s in told.items() if part in shown else ():
+                    found[f"{kind}.{part}_{name}"] = share * (spent_s - before[part][kind])
+
+        everybody = tuple(self._processes.spent())
+        measure("g", self._generate, self._steps, "actor")
+        measure("t", self._train, self._steps, "rank")
+        measure("together", self._both, 2 * self._steps, *everybody)
+        measure("alternating", self._alternate, self._steps)
+        return found
+
+    def close(self) -> None:
+        """Ends all processes."""
+        for run in self._runs:
+            run.give_up()
+        for client in self._clients.values():
+            ray.kill(client.handle)
+
+    # --- phases, each in seconds a step ---
+
+    def _generate(self, steps: int) -> float:
+        self._ask(self._shard.admit(UNBOUNDED))
+        self._ask(self._actor.let(True))
+        first = self._until(self._actor.until, self._num_made + 1)
+        self._num_made = self._until(self._actor.until, first + steps * self._groups)
+        self._ask(self._actor.let(False))
+        moments_s = self._ask(self._actor.since(first - 1))
+        return (moments_s[-1] - moments_s[0]) * self._groups / (len(moments_s) - 1)
+
+    def _train(self, steps: int) -> float:
+        first = self._num_trained
+        self._num_trained += steps + 1
+        self._ask(self._rank.let(steps + 1))
+        self._until(self._rank.until, self._num_trained)
+        moments_s = self._ask(self._rank.since(first))
+        return (moments_s[steps] - moments_s[0]) / steps
+
+    def _both(self, steps: int) -> float:
+        self._ask(self._shard.admit(ADMITTED_STEPS * self._groups))
+        self._ask(self._actor.let(True))
+        made, trained = self._num_made, self._num_trained
+        self._train(steps)
+        self._ask(self._actor.let(False))
+        ends_s = self._ask(self._rank.since(trained))
+        made_s = self._ask(self._actor.since(made))
+        self._num_made = made + len(made_s)
+        window = ends_s[0], ends_s[steps]
+        made_steps = sum(window[0] < moment_s <= window[1] for moment_s in made_s) / self._groups
+        # Steps that were taken from the stock are none of both.
+        return (window[1] - window[0]) / (steps - max(0.0, steps - made_steps))
+
+    def _alternate(self, steps: int) -> float:
+        self._ask(self._shard.admit(UNBOUNDED))
+        start_s = time.perf_counter()
+        for _ in range(steps):
+            self._ask(self._actor.let(True))
+            self._num_made = self._until(self._actor.until, self._num_made + self._groups)
+            self._ask(self._actor.let(False))
+            self._num_trained += 1
+            self._ask(self._rank.let(1))
+            self._until(self._rank.until, self._num_trained)
+        return (time.perf_counter() - start_s) / steps
+
+    # --- counters ---
+
+    def _told(self) -> dict[str, dict[str, float]]:
+        """Returns what each process has spent and waited so far, in seconds, by kind."""
+        told = {
+            name: {"cpu_ms": spent.cpu_s, "no_core_ms": spent.delayed_s}
+            for name, spent in self._processes.spent().items()
+        }
+        told["actor"]["waits_ms"] = self._ask(self._actor.waited_s())
+        told["rank"]["waits_ms"] = self._ask(self._rank.waited_s())
+        return told
+
+    def _ask(self, call: Call[Any]) -> Any:
+        return self._calls.ask(call)
+
+    def _until(self, until: Callable[[int], Call[int]], count: int) -> int:
+        """Waits for something to have happened so often, and returns how often it has. Raises what a process
+        died of.
+        """
+        while (now := self._ask(until(count))) < count:
+            for run in self._runs:
+                if run.is_done():
+                    run.result()
+        return int(now)
+
+
+def measure(directory: Path, name: str, rounds: int, deadline_s: float) -> dict[str, Any]:
+    """Returns the row of a job, with the processes' figures under `parts`. Rounds that would begin after
+    `deadline_s` are left out, but for the first.
+    """
+    job = JOBS[name]
+    directory.mkdir()
+    prepared = prepare(
+        directory, "actors.num_cpus=1", "buffer.capacity=1600", *job.overrides, model=job.model
+    )
+    measurement = Measurement(prepared, directory, job.steps)
+    measurement.warm()
+    found = [measurement.round()]
+    while len(found) < rounds and time.monotonic() < deadline_s:
+        found.append(measurement.round())
+    measurement.close()
+    figures = {key: [one[key] for one in found] for key in found[0]}
+    middle = {key: statistics.median(values) for key, values in figures.items()}
+    slower = [max(one["g"], one["t"]) for one in found]
+    return {
+        "job": name,
+        "rounds": len(found),
+        **{key: middle[key] for key in ("g", "t", "together", "alternating")},
+        "g_to_t": middle["g"] / middle["t"],
+        **compare(slower, figures["together"]).fields("of_bound"),
+        **compare(figures["together"], figures["alternating"]).fields("of_alternating"),
+        "parts": _parts(middle),
+    }
+
+
+def _parts(figures: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Returns the figures by process and phase, then by kind."""
+    parts: dict[str, dict[str, float]] = {}
+    for key, value in figures.items():
+        kind, _, where = key.partition(".")
+        if where:
+            parts.setdefault(where, {})[kind] = value
+    return parts
+
+
+def main() -> None:
+    """Measures the jobs asked for (all by default, six minutes on two quiet cores), prints and saves them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("jobs", nargs="*", metavar="JOB", help=", ".join(JOBS))
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of all phases, the more the surer")
+    parser.add_argument(
+        "--timeout-s", type=float, default=DEFAULT_TIMEOUT_S, help="about how long, with fewer rounds"
+    )
+    arguments = parser.parse_args()
+    asked = arguments.jobs or list(JOBS)
+    if unknown := set(asked) - set(JOBS):
+        parser.error(f"unknown jobs {sorted(unknown)}; expected some of {', '.join(JOBS)}")
+    load, start_s = measure_load(), time.monotonic()
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    with tempfile.TemporaryDirectory() as directory:
+        for number, name in enumerate(asked):
+            deadline_s = start_s + arguments.timeout_s * (number + 1) / len(asked)
+            row = measure(Path(directory, str(number)), name, arguments.rounds, deadline_s)
+            _show(row)
+            path = save("bound", {name: row, "load": load}, keep=True)
+    print(f"written to {path}")
+    ray.shutdown()
+
+
+def _show(row: dict[str, Any]) -> None:
+    parts = row["parts"]
+    show("milliseconds a step", [{key: value for key, value in row.items() if key != "parts"}])
+    show("of that, by process and phase", [{"process": name, **kinds} for name, kinds in parts.items()])
+
+
+def _ignore(evaluation: Any, samples: Any) -> None:
+    """Ignores an evaluation: none is asked for."""
+
+
+if __name__ == "__main__":
+    main()
