@@ -40,7 +40,7 @@ class PlainLoop:
         )
         for micro in plan:
             mine = [sequences[i] for i in micro.indices]
-            inputs = collate(mine, layout, 0, self._device, shares_prompts=True)
+            inputs = collate(mine, layout, 0, self._device, shares_beginnings=True)
             with torch.autocast(torch.device(self._device).type, torch.bfloat16, enabled=self._autocast):
                 logits = self.module(**inputs.model_kwargs(), packing=inputs.packing).logits[0].float()
             logprobs_T = logits.log_softmax(-1).gather(-1, inputs.targets_T[:, None])[:, 0]

@@ -19,7 +19,7 @@ def make_plain_policy(config: Any, device: str) -> Any:
     from learner.step.packing import TokenLogprobs
 
     class Policy(PlainPolicy):
-        shares_prompts = True
+        shares_beginnings = True
 
         def logprobs(self, inputs: Any, temperature: float) -> Any:
             return token_logprobs(self.module, inputs, temperature)

@@ -43,7 +43,7 @@ class PlainPolicy:
     policy.
     """
 
-    shares_prompts = False  # transformers' own masks keep the sequences apart.
+    shares_beginnings = False  # transformers' own masks keep the sequences apart.
 
     def __init__(self, config: Config, *, trained: bool) -> None:
         from transformers import AutoModelForCausalLM

@@ -33,14 +33,14 @@ def check_function(
     device: torch.device | str = "cpu",
     *,
     longest: int = 2**31,
-    shares_prompts: bool = False,
+    shares_beginnings: bool = False,
 ) -> None:
     """Compares the log-probs of a few tokens, computed in several ways; ConfigError says what differs and
     what to set.
 
     `logprobs(inputs, training=...)` is `TokenLogprobs` in one of its modes. No sequence has more than
-    `longest` tokens: wider windows do not matter. With `shares_prompts` the passes over several sequences are
-    made as `collate` makes them then. Collective under ZeRO-3.
+    `longest` tokens: wider windows do not matter. With `shares_beginnings` the passes over several sequences
+    are made as `collate` makes them then. Collective under ZeRO-3.
     """
     vocabulary = module.config.get_text_config().vocab_size
     tokens = [1 + 7 * position % (vocabulary - 1) for position in range(NUM_TOKENS)]
@@ -51,7 +51,7 @@ def check_function(
     name = type(module).__name__
 
     def of(*sequences: TokenSequence, training: bool = False) -> Tensor:
-        inputs = collate(sequences, layout, 0, device, shares_prompts=shares_prompts)
+        inputs = collate(sequences, layout, 0, device, shares_beginnings=shares_beginnings)
         return logprobs(inputs, training=training)
 
     alone, together = of(second), of(first, third, second)

@@ -265,13 +265,13 @@ class ZeroPolicy:
                 learner.layout,
                 device,
                 longest=learner.micro_batch_tokens,
-                shares_prompts=self.shares_prompts,
+                shares_beginnings=self.shares_beginnings,
             )
 
     @property
-    def shares_prompts(self) -> bool:
-        """True where it takes a prompt of several packed sequences once (`collate`)."""
-        return self._token_logprobs.shares_prompts
+    def shares_beginnings(self) -> bool:
+        """True where it takes once what several packed sequences begin with (`collate`)."""
+        return self._token_logprobs.shares_beginnings
 
     def logprobs(self, inputs: ModelInputs, temperature: float) -> torch.Tensor:
         """Returns [T] log-probs of the sampled tokens, nats, differentiable unless under `torch.no_grad`.

@@ -5,7 +5,7 @@
 
 Two layouts. `padded` is one row per sequence, padding on the right. `packed` is one row for all, without
 padding; positions restart at 0, and attention stays within sequences by learner/policy/attention.py, which
-also lets a prompt of several sequences be in the row once. For
+also lets what several sequences begin with be in the row once. For
 other attentions than sdpa, transformers derives a block-diagonal causal mask from the positions, only when
 there is neither an attention mask nor a key-value cache: a model called without `use_cache=False` lets packed
 sequences see each other, silently. Call models with `ModelInputs.model_kwargs()`, which holds all of that.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -235,13 +236,13 @@ def collate(
     pad_id: int,
     device: torch.device | str = "cpu",
     *,
-    shares_prompts: bool = False,
+    shares_beginnings: bool = False,
 ) -> ModelInputs:
     """Makes the tensors of one forward pass over `sequences`, on `device`.
 
-    With `shares_prompts`, a packed row has a prompt of several sequences once, and nothing from a sequence's
-    last sampled token on, whose logits nobody asks for: the log-probs and their gradient are the same, for a
-    model that attends by `packing`.
+    With `shares_beginnings`, a packed row has once what several sequences begin with, a prompt or an answer
+    as far as they say the same, and nothing from a sequence's last sampled token on, whose logits nobody
+    asks for: the log-probs and their gradient are the same, for a model that attends by `packing`.
 
     Raises ValueError without sequences, DataError for a sequence whose first token was sampled, or that has
     no token.
@@ -259,7 +260,7 @@ def collate(
     attention_mask, packing = None, None
     # A token is predicted by the logits at the place before its own.
     if layout == "packed":
-        row = _Row.of(sequences, tokens_S, shares_prompts=shares_prompts)
+        row = _Row.of(sequences, tokens_S, shares_beginnings=shares_beginnings)
         input_ids, position_ids = tokens_S[row.kept_R][None], position_S[row.kept_R][None]
         keep_K = row.place_S[sampled_T - 1]
         rows_T, columns_T = np.zeros_like(sampled_T), np.arange(len(sampled_T))
@@ -300,28 +301,45 @@ class _Row(NamedTuple):
 
     @classmethod
     def of(
-        cls, sequences: Sequence[TokenSequence], tokens_S: npt.NDArray[np.int64], *, shares_prompts: bool
+        cls, sequences: Sequence[TokenSequence], tokens_S: npt.NDArray[np.int64], *, shares_beginnings: bool
     ) -> _Row:
-        """Makes the row of all tokens, or of those that `collate` says with `shares_prompts`; `tokens_S` are
-        the sequences' one after another.
+        """Makes the row of all tokens, or of those that `collate` says with `shares_beginnings`; `tokens_S`
+        are the sequences' one after another.
         """
         lengths = [sequence.num_tokens for sequence in sequences]
         all_S = np.arange(sum(lengths))
-        if not shares_prompts:
+        if not shares_beginnings:
             return cls(all_S, all_S, lengths)
-        is_kept_S, like_S = np.zeros(len(all_S), dtype=bool), all_S.copy()
-        prompts: dict[bytes, int] = {}
-        start = 0
+        is_kept_S = np.zeros(len(all_S), dtype=bool)
+        starts = [0, *np.cumsum(lengths[:-1]).tolist()]
         for number, sequence in enumerate(sequences):
             sampled = sequence.is_sampled.nonzero()[0]
-            prompt, length = (sampled[0], sampled[-1]) if len(sampled) else (1, 1)
-            first = prompts.setdefault(tokens_S[start : start + prompt].tobytes(), start)
-            like_S[start : start + prompt] = all_S[first : first + prompt]
-            is_kept_S[start : start + length] = True
-            start, lengths[number] = start + lengths[number], int(length)
+            lengths[number] = int(sampled[-1]) if len(sampled) else 1
+            is_kept_S[starts[number] : starts[number] + lengths[number]] = True
+        like_S = _first_alike(tokens_S, starts, lengths)
         is_own_S = is_kept_S & (like_S == all_S)
         place_S = np.where(is_kept_S, (is_own_S.cumsum() - 1)[like_S], -1)
         return cls(is_own_S.nonzero()[0], place_S, lengths)
+
+
+def _first_alike(
+    tokens_S: npt.NDArray[np.int64], starts: Sequence[int], lengths: Sequence[int]
+) -> npt.NDArray[np.int64]:
+    """Returns for each token the first that has the same tokens before it in its sequence, and is the same;
+    of each sequence `lengths` tokens from `starts` on count.
+
+    In the order of their tokens a sequence has the longest beginning in common with the one before it.
+    """
+    like_S, ordered_S = np.arange(len(tokens_S)), tokens_S.astype(">i8")
+    pieces = [ordered_S[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    order = sorted(range(len(pieces)), key=lambda number: pieces[number].tobytes())
+    for before, number in itertools.pairwise(order):
+        shorter = min(lengths[before], lengths[number])
+        differ = (pieces[before][:shorter] != pieces[number][:shorter]).nonzero()[0]
+        common = int(differ[0]) if len(differ) else shorter
+        like_S[starts[number] : starts[number] + common] = like_S[starts[before] : starts[before] + common]
+    _, first, alike_S = np.unique(like_S, return_index=True, return_inverse=True)
+    return first[alike_S]
 
 
 def _check_predictable(lengths: Sequence[int], begin_sampled: Sequence[int]) -> None:
@@ -392,8 +410,8 @@ class TokenLogprobs:
             refuse_packing(module, "does not let its attention be exchanged (model.attention = sdpa)")
 
     @property
-    def shares_prompts(self) -> bool:
-        """True where it takes what `collate` makes with `shares_prompts`."""
+    def shares_beginnings(self) -> bool:
+        """True where it takes what `collate` makes with `shares_beginnings`."""
         return self._packs
 
     def __call__(self, model: Any, inputs: ModelInputs, temperature: float) -> Tensor:
@@ -401,11 +419,11 @@ class TokenLogprobs:
         float64 model).
 
         `model` is whatever stands for the module by now. Raises ConfigError for models whose attention or
-        head turns out to be of another kind than it looked, ValueError for inputs that share prompts where
+        head turns out to be of another kind than it looked, ValueError for inputs that share tokens where
         attention does not go by `packing`.
         """
         if not self._packs and inputs.packing is not None and len(inputs.packing.repeated):
-            raise ValueError("inputs share prompts, which only a model that attends by `packing` can read")
+            raise ValueError("inputs share tokens, which only a model that attends by `packing` can read")
         kwargs = inputs.model_kwargs() | ({"packing": inputs.packing} if self._packs else {})
         if self._head is None:
             return token_logprobs(model(**kwargs).logits, inputs, temperature)

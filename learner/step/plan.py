@@ -80,12 +80,12 @@ def plan_step(
     needs: Collection[str],
     pad_id: int,
     device: torch.device,
-    shares_prompts: bool = False,
+    shares_beginnings: bool = False,
 ) -> StepPlan:
     """Makes the plan of this rank from its share of the batch.
 
-    `needs` are those of the objective; `shares_prompts` is for `collate`. Raises ConfigError for a sequence
-    beyond `learner.micro_batch_tokens`, DataError for one whose first token was sampled.
+    `needs` are those of the objective; `shares_beginnings` is for `collate`. Raises ConfigError for a
+    sequence beyond `learner.micro_batch_tokens`, DataError for one whose first token was sampled.
     """
     members = [(group, place) for group in share.groups for place in range(len(group.samples))]
     segments = [sequences_of(group.samples[place]) for group, place in members]
@@ -107,7 +107,7 @@ def plan_step(
             learner.layout,
             pad_id,
             device,
-            shares_prompts=shares_prompts,
+            shares_beginnings=shares_beginnings,
         )
         mine = dict.fromkeys(sample_of[index] for index in micro.indices)
         order |= mine

@@ -36,9 +36,9 @@ class TrainedPolicy(ScoringPolicy, Protocol):
     """The policy that is trained."""
 
     @property
-    def shares_prompts(self) -> bool:
+    def shares_beginnings(self) -> bool:
         """True where this policy, and those frozen beside it, take what `collate` makes with
-        `shares_prompts`.
+        `shares_beginnings`.
         """
         ...
 

@@ -116,7 +116,7 @@ class Updater:
             needs=self._objective.needs,
             pad_id=self._pad_id,
             device=self._device,
-            shares_prompts=self._policy.shares_prompts,
+            shares_beginnings=self._policy.shares_beginnings,
         )
         agreed = self._agree(plan)
         if agreed.has_fault:

@@ -4,6 +4,7 @@ like length. A real tiny Llama.
 
 import re
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -39,21 +40,24 @@ def small_buckets(monkeypatch):
     monkeypatch.setattr("learner.policy.attention.SHORT", 4)
 
 
-@pytest.mark.parametrize("shares_prompts", [False, True])
+@pytest.mark.parametrize("shares_beginnings", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_packed_attention_gives_the_log_probs_and_gradients_of_each_sequence_alone(
-    small_buckets, tied, checkpointing, shares_prompts
+    small_buckets, tied, checkpointing, shares_beginnings
 ):
     rollouts = make_rollouts()
+    first = rollouts.sequences[0]
+    begins_alike = first._replace(tokens=np.append(first.tokens[:-1], (first.tokens[-1] + 1) % 7))
+    sequences = [*rollouts.sequences, first, begins_alike]
     plain = tiny_llama(tied=tied)
-    expected = torch.cat([plain_logprobs(plain, sequence) for sequence in rollouts.sequences])
+    expected = torch.cat([plain_logprobs(plain, sequence) for sequence in sequences])
     weights = torch.linspace(-1, 1, len(expected), dtype=torch.float64)
     (expected * weights).sum().backward()
     model, forward = packed_by_bucket(tied=tied)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    inputs = collate(rollouts.sequences, "packed", pad_id=0, shares_prompts=shares_prompts)
+    inputs = collate(sequences, "packed", pad_id=0, shares_beginnings=shares_beginnings)
     found = forward(model, inputs, TEMPERATURE)
     (found * weights).sum().backward()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -224,22 +224,23 @@ def test_collate_lays_out_ids_positions_and_targets(layout):
     assert torch.equal(next_ids, inputs.targets_T)
 
 
-def test_a_prompt_of_several_sequences_is_in_the_row_once_and_nothing_that_predicts_nothing_is():
+def test_what_several_sequences_begin_with_is_in_the_row_once_and_nothing_that_predicts_nothing_is():
     sequences = [
         TokenSequence.of_turn((5, 6, 7), (8, 9)),
         TokenSequence.of_turn((5, 6), (7, 10)),
         TokenSequence.of_turn((5, 6, 7), (11, 12, 13)),
+        TokenSequence.of_turn((5, 6, 7), (11, 12, 14)),
         TokenSequence.of_turn((5, 6, 7), ()),
         TokenSequence(np.array([5, 6, 7, 1, 2, 3]), np.array([0, 0, 0, 1, 0, 0], dtype=bool)),
     ]
-    inputs = collate(sequences, "packed", pad_id=0, shares_prompts=True)
-    assert inputs.input_ids.tolist() == [[5, 6, 7, 8, 5, 6, 7, 11, 12, 5]]
-    assert inputs.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 0]]
-    assert inputs.logits_to_keep_K.tolist() == [2, 3, 5, 6, 2, 7, 8, 2]
-    assert inputs.targets_T.tolist() == [8, 9, 7, 10, 11, 12, 13, 1]
-    assert inputs.sequence_T.tolist() == [0, 0, 1, 1, 2, 2, 2, 4]
+    inputs = collate(sequences, "packed", pad_id=0, shares_beginnings=True)
+    assert inputs.input_ids.tolist() == [[5, 6, 7, 8, 11, 12]]
+    assert inputs.position_ids.tolist() == [[0, 1, 2, 3, 3, 4]]
+    assert inputs.logits_to_keep_K.tolist() == [2, 3, 1, 2, 2, 4, 5, 2, 4, 5, 2]
+    assert inputs.targets_T.tolist() == [8, 9, 7, 10, 11, 12, 13, 11, 12, 14, 1]
+    assert inputs.sequence_T.tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 5]
     assert inputs.packing is not None
-    row = torch.arange(10.0)[:, None, None]
+    row = torch.arange(6.0)[:, None, None]
     assert torch.equal(
         inputs.packing.pack([bucket.transpose(1, 2) for bucket in inputs.packing.unpack(row)]), row
     )
@@ -335,19 +336,19 @@ def test_a_rank_may_get_no_group():
         assign_groups([5], 0)
 
 
-def test_prompts_are_one_by_their_tokens_however_they_are_stored():
+def test_beginnings_are_one_by_their_tokens_however_they_are_stored():
     answer = np.array([False, True])
     wide = TokenSequence(np.array([5, 1], dtype=np.int64), answer)
     narrow = TokenSequence(np.array([5, 0, 1], dtype=np.int32), np.array([False, False, True]))
     again = TokenSequence(np.array([5, 2], dtype=np.int32), answer)
-    inputs = collate([wide, narrow, again], "packed", 0, shares_prompts=True)
-    assert inputs.input_ids.tolist() == [[5, 5, 0]]
+    inputs = collate([wide, narrow, again], "packed", 0, shares_beginnings=True)
+    assert inputs.input_ids.tolist() == [[5, 0]]
 
 
-def test_what_shares_prompts_is_refused_where_attention_does_not_know(model):
+def test_what_shares_beginnings_is_refused_where_attention_does_not_know(model):
     answer = np.array([False, True])
     sequences = [TokenSequence(np.array([5, token]), answer) for token in (1, 2)]
-    inputs = collate(sequences, "packed", 0, shares_prompts=True)
+    inputs = collate(sequences, "packed", 0, shares_beginnings=True)
     padded = TokenLogprobs(copy.deepcopy(model), "padded", "sdpa")
-    with pytest.raises(ValueError, match="share prompts"):
+    with pytest.raises(ValueError, match="share tokens"):
         padded(model, inputs, TEMPERATURE)
