@@ -1,6 +1,7 @@
 """AGRO: off-policy RL fine-tuning of language models.
 
     python launch.py train CONFIG [section.key=value ...]     train; with --dry-run only say what would run
+    python launch.py plan CONFIG [--gpu h100] [section.key=value ...]     what it would take on GPUs: time, memory, cost
     python launch.py doctor                                   what is wrong with this machine, what to do
     python launch.py status RUN_DIR                           where a run is: step, actors, buffer, waits
     python launch.py why RUN_DIR [NAME]                       who died in a run, of what, and how it ended
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         help="print the resolved config, the placement and a memory estimate",
     )
     train.set_defaults(run=commands.train)
+    _add_plan(of)
     of.add_parser("doctor", help="check this machine").set_defaults(run=commands.doctor)
     status = of.add_parser("status", help="where a run is")
     status.add_argument("run_dir")
@@ -85,6 +87,21 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(run=commands.report)
     of.add_parser("config-reference", help="every config field").set_defaults(run=commands.config_reference)
     return root
+
+
+def _add_plan(of: Any) -> None:
+    plan = of.add_parser("plan", help="what a run would take on given machines; starts nothing")
+    plan.add_argument("config")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+    plan.add_argument(
+        "--gpu", metavar="NAME", help="a100, h100, h200, b200, l40s, a10g, rtx4090; h100 if left out"
+    )
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
+    plan.add_argument("--network", type=float, default=400.0, metavar="GBIT", help="of a node, Gbit/s")
+    plan.add_argument("--host-memory", type=float, default=1000.0, metavar="GIB", help="of a node")
+    plan.add_argument("--prompt-tokens", type=float, metavar="N", help="of a prompt, on average")
+    plan.add_argument("--new-tokens", type=float, metavar="N", help="of an answer, on average")
+    plan.set_defaults(run=commands.plan)
 
 
 def _add_evaluate(of: Any) -> None:

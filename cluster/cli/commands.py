@@ -48,6 +48,21 @@ def _dry_run(arguments: Namespace) -> int:
     return 0
 
 
+def plan(arguments: Namespace) -> int:
+    """Tells what a run would take on given machines."""
+    from cluster.plan.planning import make_plan
+    from cluster.plan.report import render_plan
+    from cluster.plan.workload import machines_of
+    from learner.catalogue import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    machines = machines_of(
+        config, arguments.gpu, arguments.gpus_per_node, arguments.network, arguments.host_memory
+    )
+    print(printable(render_plan(make_plan(config, machines, arguments.prompt_tokens, arguments.new_tokens))))
+    return 0
+
+
 def doctor(arguments: Namespace) -> int:
     """Checks this machine; exit code 1 when something is wrong."""
     from cluster.cli.doctor import diagnose, render

@@ -82,7 +82,7 @@ class MemoryEstimate:
     notes: tuple[str, ...] = ()
 
 
-class _Shape(NamedTuple):
+class ModelShape(NamedTuple):
     """The sizes that the formulas need of a model. All but the parameters are 0 when only these are known."""
 
     num_params: int
@@ -96,13 +96,13 @@ class _Shape(NamedTuple):
     has_whole_logits: bool = False
 
 
-def estimate_memory(config: Config) -> MemoryEstimate:
+def estimate_memory(config: Config, known: ModelShape | None = None) -> MemoryEstimate:
     """Returns the estimate for `config.model`: by its config if that is on disk or in the hub's cache, else
-    by the size in its name.
+    by the size in its name. A shape that is known already is taken as it is.
     """
     path = config.model.path
     try:
-        shape = _shape_of(config.model, config.learner)
+        shape = known or shape_of(config.model, config.learner)
     # not there, broken, or no transformer
     except (OSError, ValueError, ImportError, AttributeError) as error:
         millions = _size_in_name(path)
@@ -111,14 +111,14 @@ def estimate_memory(config: Config) -> MemoryEstimate:
             return MemoryEstimate(f"{path}: model config not at hand ({reason}): no estimate")
         unknown = f"activations, logits, KV cache{', adapters' if config.learner.lora_rank else ''} left out"
         source = f"{path}: model config not at hand ({reason}): rough, by the size in the name; {unknown}"
-        shape = _Shape(int(millions * 1e6))
+        shape = ModelShape(int(millions * 1e6))
     else:
         source = f"{shape.num_params:,} parameters, counted from the config of {path}; the rest by formula"
     learner, actor = _learner_parts(config, shape), _actor_parts(config, shape)
     return MemoryEstimate(source, shape.num_params, learner, actor, tuple(_notes(config, shape)))
 
 
-def _shape_of(model_config: ModelConfig, learner: LearnerConfig) -> _Shape:
+def shape_of(model_config: ModelConfig, learner: LearnerConfig) -> ModelShape:
     """Returns the model's shape by its Hugging Face config, built on the meta device. Raises OSError when
     there is no config at hand.
     """
@@ -127,7 +127,7 @@ def _shape_of(model_config: ModelConfig, learner: LearnerConfig) -> _Shape:
     heads = text.num_attention_heads
     layers = adapted_layers(model).values() if learner.lora_rank else ()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return _Shape(
+    return ModelShape(
         num_params=sum(parameter.numel() for parameter in model.parameters()),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
@@ -156,7 +156,7 @@ def _size_in_name(path: str) -> float | None:
     return int(experts or 1) * float(number) * (1000 if unit in "Bb" else 1)
 
 
-def _learner_parts(config: Config, shape: _Shape) -> tuple[MemoryUse, ...]:
+def _learner_parts(config: Config, shape: ModelShape) -> tuple[MemoryUse, ...]:
     learner, b = config.learner, BYTES[config.model.dtype]
     share = shape.num_params / learner.ranks
     adapters = learner.lora_rank * shape.adapted / learner.ranks
@@ -207,7 +207,7 @@ def _frozen_bytes(config: Config, share: float, adapters: float) -> tuple[float,
     return b * share * has_reference, b * share * has_proximal
 
 
-def _activation_bytes(model: ModelConfig, learner: LearnerConfig, shape: _Shape) -> float:
+def _activation_bytes(model: ModelConfig, learner: LearnerConfig, shape: ModelShape) -> float:
     if not shape.layers:
         return 0.0
     one_layer = 8 * shape.hidden + 2 * shape.kv_width + 4 * shape.mlp
@@ -219,7 +219,7 @@ def _activation_bytes(model: ModelConfig, learner: LearnerConfig, shape: _Shape)
     return BYTES[model.dtype] * learner.micro_batch_tokens * (layers + 2 * shape.hidden)
 
 
-def _logprob_bytes(model: ModelConfig, learner: LearnerConfig, shape: _Shape) -> float:
+def _logprob_bytes(model: ModelConfig, learner: LearnerConfig, shape: ModelShape) -> float:
     """Returns the bytes of the LM head's log-probs and their gradient."""
     b, logits = BYTES[model.dtype], learner.micro_batch_tokens * shape.vocabulary
     if shape.has_whole_logits:
@@ -230,7 +230,7 @@ def _logprob_bytes(model: ModelConfig, learner: LearnerConfig, shape: _Shape) ->
     return 3 * min(4 * logits, CHUNK_BYTES) + min(b * logits, KEPT_BYTES) + head
 
 
-def _actor_parts(config: Config, shape: _Shape) -> tuple[MemoryUse, ...]:
+def _actor_parts(config: Config, shape: ModelShape) -> tuple[MemoryUse, ...]:
     b = BYTES[config.model.dtype]
     weights = MemoryUse("weights", b * shape.num_params)
     adapters = MemoryUse(
@@ -253,13 +253,13 @@ def _actor_parts(config: Config, shape: _Shape) -> tuple[MemoryUse, ...]:
     )
 
 
-def _cache_bytes(model: ModelConfig, num_tokens: int, shape: _Shape) -> float:
+def _cache_bytes(model: ModelConfig, num_tokens: int, shape: ModelShape) -> float:
     """Returns the KV cache of one sequence, in bytes: 2 L k b num_tokens."""
     per_token = 2 * shape.layers * shape.kv_width * BYTES[model.dtype]
     return per_token * num_tokens
 
 
-def _notes(config: Config, shape: _Shape) -> list[str]:
+def _notes(config: Config, shape: ModelShape) -> list[str]:
     notes, actors = [], config.actors
     one = _cache_bytes(config.model, config.max_sequence_tokens, shape)
     whole = BYTES[config.model.dtype] * shape.num_params / GIB

@@ -1,0 +1,104 @@
+"""Says whether a run fits its machines: memory of each GPU and host, object store, and a node's network. Pure.
+
+The learner's memory is that of cluster/preparation/memory.py, part by part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.plan import parts
+from cluster.plan.workload import Workload
+from cluster.preparation.memory import PROCESS_BYTES, MemoryEstimate
+from core.weights.board import KEEP
+
+FRAGMENTED = 1.1
+"""What an allocator takes beyond what is used, and CUDA's own context: an estimate."""
+STORE_SHARE = 0.3
+"""Of a node's memory: what Ray gives its object store by itself."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Bytes that are wanted, and what does not fit, in sentences with what to change.
+
+    learner_gpu, actor_gpu  of one card; the second is weights and the cache of all slots at average length
+    rank0_host, actor_host  of one process; a rank other than 0 wants no room for snapshots
+    store                   of Ray's object store, on the learner's first node
+    network_per_step        out of that node in a step, for versions that other nodes pull
+    """
+
+    learner_gpu: float
+    actor_gpu: float
+    rank0_host: float
+    actor_host: float
+    store: float
+    network_per_step: float
+    problems: tuple[str, ...] = ()
+
+
+def fit_of(job: Workload, estimate: MemoryEstimate) -> Fit:
+    """Returns what the job wants of its machines, and what does not fit."""
+    on_gpu = bool(job.learner_gpus)
+    learner_gpu = FRAGMENTED * sum(part.num_bytes for part in estimate.learner if on_gpu and not part.on_host)
+    rank_host = sum(part.num_bytes for part in estimate.learner if part.on_host or not on_gpu)
+    store = KEEP * job.published_bytes
+    nodes = job.machines.nodes_of(job.num_gpus) if job.machines.device else 1
+    context = job.prompt_tokens + job.new_tokens / 2
+    cache = job.slots * context * job.cache_bytes_per_token
+    on_card, on_host = (job.weight_bytes + cache) / max(1.0, job.actor_gpus), 0.0
+    if not job.actor_gpus:
+        on_card, on_host = 0.0, job.weight_bytes + cache
+    found = Fit(
+        learner_gpu=learner_gpu,
+        actor_gpu=on_card,
+        rank0_host=rank_host + job.published_bytes,
+        actor_host=PROCESS_BYTES + on_host,
+        store=store,
+        network_per_step=(nodes - 1) * job.published_bytes / job.publish_every,
+    )
+    return Fit(**{**vars(found), "problems": tuple(_problems(job, found))})
+
+
+def _problems(job: Workload, fit: Fit) -> list[str]:
+    machines, found = job.machines, []
+    if machines.device is not None:
+        has = machines.device.memory_bytes
+        if fit.learner_gpu > has * min(1.0, job.learner_gpus or 1.0):
+            found.append(
+                f"a learner rank wants {fit.learner_gpu / 1e9:.0f} GB of a card of {has / 1e9:.0f} GB. Raise learner.ranks, set "
+                "learner.gradient_checkpointing=true, lower learner.micro_batch_tokens, or set learner.offload=all."
+            )
+        found += engine_problems(job)
+        per_node = machines.gpus_per_node / max(job.learner_gpus, 1e-9) if job.learner_gpus else 1.0
+        ranks_here = min(float(job.ranks), per_node)
+        actors_here = min(float(job.actors), machines.gpus_per_node / max(job.actor_gpus, 1.0))
+        host = max(ranks_here * fit.rank0_host, actors_here * fit.actor_host) + fit.store
+        if host > machines.host_memory_bytes:
+            found.append(
+                f"a node wants {host / 1e9:.0f} GB of host memory and has {machines.host_memory_bytes / 1e9:.0f} GB. Spread the "
+                "ranks over more nodes."
+            )
+        if fit.store > STORE_SHARE * machines.host_memory_bytes:
+            found.append(
+                f"{KEEP} versions want {fit.store / 1e9:.0f} GB of Ray's object store, which by itself is "
+                f"{STORE_SHARE:.0%} of the node's memory. Start Ray with --object-store-memory={fit.store * 1.2:.0f}."
+            )
+    return found
+
+
+def engine_problems(job: Workload) -> list[str]:
+    """Returns why an engine's cards do not hold its slots: no room at all, or for few of them."""
+    device, slots = job.machines.device, parts.running_slots(job)
+    if device is None or slots >= 0.75 * job.slots:
+        return []
+    if slots < 1:
+        return [
+            f"an engine's weights of {job.weight_bytes / 1e9:.0f} GB leave no room on {max(1.0, job.actor_gpus):g} x "
+            f"{device.memory_bytes / 1e9:.0f} GB at actors.engine_memory = {job.gpu_memory_share:g}. Take cards with more "
+            "memory, or engines over more of them."
+        ]
+    return [
+        f"an engine holds about {slots:.0f} of actors.slots = {job.slots} at these lengths: the rest waits. Raise "
+        "actors.engine_memory, or lower actors.slots or the limit on lengths."
+    ]

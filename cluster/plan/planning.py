@@ -1,0 +1,112 @@
+"""A whole plan: parts, memory, simulation and split of one config on given machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.plan import parts
+from cluster.plan.fit import Fit, engine_problems, fit_of
+from cluster.plan.rates import CASES, Case
+from cluster.plan.shapes import experts_note
+from cluster.plan.simulation import Outcome, Simulation, Speeds
+from cluster.plan.splits import Split, best_split
+from cluster.plan.workload import Machines, Workload, workload_of
+from cluster.preparation.memory import estimate_memory
+from core.config import Config
+from core.errors import ConfigError
+
+SECONDS_AN_HOUR = 3600.0
+NEARLY_EQUAL = 1.15
+"""Generation and training whose times differ by less are called equal: the rates are not known better."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes. `outcome` is simulated at the likely rates; `split` may be None: none is better."""
+
+    job: Workload
+    fit: Fit
+    outcome: Outcome
+    split: Split | None
+    notes: tuple[str, ...]
+
+    def step_s(self, case: Case) -> float:
+        """Returns the seconds of a step: simulated at the likely rates, and as far from it as the bounds of
+        the other cases are.
+        """
+        bound_s = parts.bound_s(self.job, "likely")
+        return self.outcome.step_s * parts.bound_s(self.job, case) / bound_s
+
+    def gpu_hours(self, case: Case) -> float:
+        """Returns the GPU-hours of all steps, start and evaluations left out."""
+        return self.job.num_gpus * self.job.steps * self.step_s(case) / SECONDS_AN_HOUR
+
+    @property
+    def bottleneck(self) -> str:
+        """Returns who the others wait for: the learner, the actors, or neither."""
+        training_s = parts.learner_times(self.job, "likely").total_s
+        generation_s = parts.generation_s(self.job, "likely")
+        if max(training_s, generation_s) < NEARLY_EQUAL * min(training_s, generation_s):
+            return "neither: generation and training take about as long"
+        return "the learner" if training_s > generation_s else "the actors"
+
+
+def speeds_of(job: Workload, case: Case) -> Speeds:
+    """Returns how quick the parts of a simulation are."""
+    publish = parts.publish_times(job, case)
+    return Speeds(
+        actors=job.actors,
+        slots=max(1, int(parts.running_slots(job))),
+        engine_step_s=lambda running: parts.engine_step_s(job, running, case),
+        train_s=parts.learner_times(job, case).total_s,
+        arrive_s=publish.until_used_s,
+        pause_s=publish.pause_s,
+        new_tokens=job.new_tokens,
+        max_new_tokens=job.max_new_tokens,
+    )
+
+
+def make_plan(
+    config: Config,
+    machines: Machines,
+    prompt_tokens: float | None = None,
+    new_tokens: float | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Returns the plan of a config on the machines. Raises ConfigError where there can be none."""
+    job, notes = workload_of(config, machines, prompt_tokens, new_tokens)
+    if parts.running_slots(job) < 1:
+        raise ConfigError(f"nothing to plan: {engine_problems(job)[0]}")
+
+    def fit(dealt: Workload) -> Fit:
+        learner = config.learner.model_copy(update={"ranks": dealt.ranks})
+        tried = config.model_copy(update={"learner": learner})
+        return fit_of(dealt, estimate_memory(tried, job.shape))
+
+    outcome = Simulation(config, speeds_of(job, "likely"), seed).run()
+    split = best_split(job, lambda dealt: not fit(dealt).problems)
+    if note := experts_note(config):
+        notes.append(note)
+    if config.buffer.num_shards > 1:
+        notes.append("the simulation has one shard of the buffer")
+    return Plan(job, fit(job), outcome, split, tuple(notes))
+
+
+def ranges(plan: Plan) -> dict[str, dict[Case, float]]:
+    """Returns the seconds of a step's parts by name and case."""
+    found: dict[str, dict[Case, float]] = {}
+    for case in CASES:
+        times = parts.learner_times(plan.job, case)
+        rows = {
+            "compute": times.compute_s,
+            "exchange not hidden": times.exchange_s,
+            "optimizer": times.optimizer_s,
+            "publication": times.publish_s,
+            "checkpoint": times.checkpoint_s,
+            "training": times.total_s,
+            "generation": parts.generation_s(plan.job, case),
+            "step": plan.step_s(case),
+        }
+        for name, value in rows.items():
+            found.setdefault(name, {})[case] = value
+    return found

@@ -1,0 +1,218 @@
+"""What a plan is made for: the numbers of a config that cost time, and the machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from cluster.plan.rates import DEVICES, Device
+from cluster.plan.shapes import find_shape
+from cluster.preparation.memory import BYTES, ModelShape
+from core.config import Config
+from core.errors import ConfigError
+from learner.objectives import load_objective
+from learner.step.frozen import frozen_names
+
+ASSUMED_PROMPT_SHARE, ASSUMED_ANSWER_SHARE = 0.3, 0.6
+"""Of the limits in the config, where nobody says how long prompts and answers are."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The nodes that a run is to go to. `device` None: without GPUs. The network is a node's, in bytes a
+    second.
+    """
+
+    device: Device | None = None
+    gpus_per_node: int = 8
+    network_bytes_per_s: float = 50e9
+    host_memory_bytes: float = 1e12
+
+    def nodes_of(self, num_gpus: float) -> int:
+        """Returns on how many nodes so many GPUs lie."""
+        return max(1, math.ceil(num_gpus / self.gpus_per_node - 1e-9))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The work of a run, and what it is dealt to. Tokens are those of one sample, on average.
+
+    learner_gpus, actor_gpus   of one rank, and of one engine; 0: a CPU
+    num_scored                 frozen policies that give log-probs, as the reference does
+    """
+
+    shape: ModelShape
+    bytes_per_param: int
+    machines: Machines
+    ranks: int
+    learner_gpus: float
+    actors: int
+    actor_gpus: float
+    slots: int
+    gpu_memory_share: float
+    groups: int
+    group_size: int
+    prompt_tokens: float
+    new_tokens: float
+    max_new_tokens: int
+    micro_batch_tokens: int
+    steps: int
+    num_scored: int = 0
+    is_recomputed: bool = False
+    is_offloaded: bool = False
+    shares_prompts: bool = True
+    uses: int = 1
+    publish_every: int = 1
+    checkpoint_every: int = 0
+    lora_rank: int = 0
+    sends_adapters: bool = False
+
+    @property
+    def trained_params(self) -> float:
+        """Returns the parameters that the optimizer keeps moments of."""
+        return self.lora_rank * self.shape.adapted if self.lora_rank else self.shape.num_params
+
+    @property
+    def published_bytes(self) -> float:
+        """Returns the bytes of one version on its way to an actor."""
+        return self.bytes_per_param * (self.trained_params if self.sends_adapters else self.shape.num_params)
+
+    @property
+    def num_gpus(self) -> float:
+        """Returns the GPUs of learner and actors together."""
+        return self.ranks * self.learner_gpus + self.actors * self.actor_gpus
+
+    @property
+    def samples(self) -> int:
+        """Returns the samples of a step."""
+        return self.groups * self.group_size
+
+    @property
+    def generated_tokens(self) -> float:
+        """Returns the tokens that must be generated for a step."""
+        return self.samples * self.new_tokens / self.uses
+
+    @property
+    def weight_bytes(self) -> float:
+        """Returns the bytes of a snapshot of all weights."""
+        return self.bytes_per_param * self.shape.num_params
+
+    @property
+    def trained_tokens(self) -> float:
+        """Returns the tokens that pass through the learner's model in a step.
+
+        A prompt is in a pass once for all samples of its group that the pass holds.
+        """
+        if not self.shares_prompts:
+            return self.samples * (self.prompt_tokens + self.new_tokens)
+        room = max(self.new_tokens, self.micro_batch_tokens - self.prompt_tokens)
+        passes = max(1, math.ceil(self.group_size * self.new_tokens / room - 1e-9))
+        return self.groups * (passes * self.prompt_tokens + self.group_size * self.new_tokens)
+
+    @property
+    def cache_bytes_per_token(self) -> float:
+        """Returns the bytes of keys and values of one token in all layers."""
+        return 2 * self.shape.layers * self.shape.kv_width * self.bytes_per_param
+
+    def dealt(self, ranks: int, actors: int) -> Workload:
+        """Returns the same work on other numbers of ranks and actors."""
+        return dataclasses.replace(self, ranks=ranks, actors=actors)
+
+
+def machines_of(
+    config: Config, gpu: str | None, gpus_per_node: int, network_gbit: float, host_gib: float
+) -> Machines:
+    """Returns the machines that the options of the command line describe.
+
+    Raises ConfigError for a GPU that is not known, for numbers that cannot be, and where the config asks for
+    GPUs and none is named, or the reverse.
+    """
+    for option, value in (
+        ("--gpus-per-node", gpus_per_node),
+        ("--network", network_gbit),
+        ("--host-memory", host_gib),
+    ):
+        if not value > 0 or math.isinf(value):
+            raise ConfigError(f"{option} {value:g}: expected a number above 0.")
+    uses_gpus = config.learner.num_gpus > 0 or config.actors.num_gpus > 0
+    if gpu is not None and gpu.lower() not in DEVICES:
+        raise ConfigError(f"--gpu {gpu}: not one of {', '.join(DEVICES)}. Take the nearest.")
+    if gpu is not None and not uses_gpus:
+        raise ConfigError(
+            f"--gpu {gpu}, but learner.num_gpus = 0 and actors.num_gpus = 0: this config runs on CPUs. Add "
+            "learner.num_gpus=1 actors.num_gpus=1, or leave --gpu out."
+        )
+    device = DEVICES[(gpu or "h100").lower()] if uses_gpus else None
+    return Machines(device, gpus_per_node, network_gbit * 1e9 / 8, host_gib * 2**30)
+
+
+def workload_of(
+    config: Config, machines: Machines, prompt_tokens: float | None = None, new_tokens: float | None = None
+) -> tuple[Workload, list[str]]:
+    """Returns the work of a config, and sentences on what was assumed.
+
+    Raises ConfigError where the model's shape is not to be had, and for lengths that the config forbids.
+    """
+    shape, source = find_shape(config)
+    if config.is_offline:
+        raise ConfigError(
+            "data.offline with offline_share = 1: nothing is generated, so there is no rate to plan."
+        )
+    turns = config.actors.max_turns if config.environment_paths else 1
+    longest = turns * config.actors.max_new_tokens
+    prompt = _length("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens, ASSUMED_PROMPT_SHARE)
+    new = _length("--new-tokens", new_tokens, longest, ASSUMED_ANSWER_SHARE / turns)
+    notes = [f"{shape.num_params:,} parameters, by {source}"]
+    assumed = [
+        f"{option} {value:g}"
+        for option, value, given in (
+            ("--prompt-tokens", prompt, prompt_tokens),
+            ("--new-tokens", new, new_tokens),
+        )
+        if given is None
+    ]
+    if assumed:
+        notes.append(
+            f"assumed: {' '.join(assumed)} on average, {ASSUMED_PROMPT_SHARE:g} and {ASSUMED_ANSWER_SHARE:g} of the limits; "
+            "say what your data has"
+        )
+    actors, learner = config.actors, config.learner
+    job = Workload(
+        shape=shape,
+        bytes_per_param=BYTES[config.model.dtype],
+        machines=machines,
+        ranks=learner.ranks,
+        learner_gpus=learner.num_gpus,
+        actors=actors.most or actors.fewest,
+        actor_gpus=actors.num_gpus,
+        slots=actors.slots,
+        gpu_memory_share=actors.gpu_memory_share if actors.num_gpus else 1.0,
+        groups=learner.groups_per_step,
+        group_size=actors.group_size,
+        prompt_tokens=prompt,
+        new_tokens=new,
+        max_new_tokens=longest,
+        micro_batch_tokens=learner.micro_batch_tokens,
+        steps=config.run.steps,
+        num_scored=len(frozen_names(load_objective(config.objective))),
+        is_recomputed=learner.gradient_checkpointing,
+        is_offloaded=learner.offload == "all",
+        shares_prompts=learner.layout == "packed",
+        uses=config.buffer.uses_per_group,
+        publish_every=config.weights.publish_every,
+        checkpoint_every=config.checkpoint.every,
+        lora_rank=learner.lora_rank,
+        sends_adapters=config.weights.transport == "adapters",
+    )
+    return job, notes
+
+
+def _length(option: str, given: float | None, limit: int, share: float) -> float:
+    if given is None:
+        return max(1.0, round(share * limit))
+    if not 0 < given <= limit:
+        raise ConfigError(
+            f"{option} {given:g}: expected a number above 0 and at most {limit}, the config's limit."
+        )
+    return given
