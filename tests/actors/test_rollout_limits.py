@@ -29,7 +29,7 @@ def straggler(seed: int) -> int:
 
 
 def test_a_group_goes_in_at_its_deadline_with_its_straggler_truncated(bench):
-    actors = {"straggler_timeouts_s": (None, 0.3), "max_new_tokens": LONG, "slots": 32}
+    actors = {"straggler_timeouts_s": (None, 0.8), "max_new_tokens": LONG, "slots": 32}
     run = bench(actor_config(actors=actors, buffer={"capacity": 4}))
     actor = SimulatedActor(run, num_tokens=straggler, step_s=STEP_S)
     run.publish(0)
@@ -47,7 +47,7 @@ def test_a_group_goes_in_at_its_deadline_with_its_straggler_truncated(bench):
 
 def test_samples_without_a_token_are_dropped_and_two_others_are_enough(bench):
     run = bench(
-        actor_config(actors={"straggler_timeouts_s": (None, 0.2), "max_new_tokens": LONG, "slots": 2})
+        actor_config(actors={"straggler_timeouts_s": (None, 0.6), "max_new_tokens": LONG, "slots": 2})
     )
     actor = SimulatedActor(run, num_tokens=(LONG, LONG), step_s=STEP_S)
     run.publish(0)
@@ -60,7 +60,7 @@ def test_samples_without_a_token_are_dropped_and_two_others_are_enough(bench):
 
 def test_a_group_with_one_sample_fails_with_the_reason(bench):
     run = bench(
-        actor_config(actors={"straggler_timeouts_s": (None, 0.2), "max_new_tokens": LONG, "slots": 1})
+        actor_config(actors={"straggler_timeouts_s": (None, 0.6), "max_new_tokens": LONG, "slots": 1})
     )
     actor = SimulatedActor(run, num_tokens=(LONG, LONG), step_s=STEP_S)
     run.publish(0)
@@ -75,7 +75,7 @@ def test_offline_samples_count_as_members(bench):
         Sample.one_turn((5, 0), (7, 8), version_spans=(), text="45", reward=1.0, finish_reason="length"),
     )
     data = {"offline": "none?share=0.5"}
-    actors = {"straggler_timeouts_s": (None, 0.2), "max_new_tokens": LONG, "slots": 1, "group_size": 2}
+    actors = {"straggler_timeouts_s": (None, 0.6), "max_new_tokens": LONG, "slots": 1, "group_size": 2}
     run = bench(
         actor_config(data=data, actors=actors, objective={"importance_weight": "none"}),
         rows=rows(offline=offline),
@@ -90,7 +90,7 @@ def test_offline_samples_count_as_members(bench):
 
 def test_a_sample_over_its_time_ends_as_truncated_counted_from_its_slot(bench):
     run = bench(
-        actor_config(actors={"straggler_timeouts_s": (0.2, None), "max_new_tokens": LONG, "slots": 2})
+        actor_config(actors={"straggler_timeouts_s": (0.6, None), "max_new_tokens": LONG, "slots": 2})
     )
     actor = SimulatedActor(run, num_tokens=(LONG, LONG), step_s=STEP_S)
     run.publish(0)

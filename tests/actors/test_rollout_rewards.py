@@ -14,7 +14,7 @@ from tests.support.simulated import Feeder, SimulatedActor, benches, ledger, row
 
 pytestmark = pytest.mark.timed
 
-LEASE_S = 2.0
+LEASE_S = 4.0
 
 
 def test_a_judge_that_is_down_for_longer_than_a_lease_costs_nothing(tmp_path: Path, monkeypatch) -> None:
@@ -38,7 +38,7 @@ def test_a_judge_that_is_down_for_longer_than_a_lease_costs_nothing(tmp_path: Pa
         time.sleep(2 * LEASE_S)
         assert len(actor._scoring) == pending, "no group is started that would have to wait"
         assert actor._counters["wait_rewards_s"] - waited_s > LEASE_S
-        assert actor.ping() < 1, "the loop goes on"
+        until(lambda: actor.ping() < 1)  # The loop goes on.
         assert not [event for event in ledger(run) if event["event"] in ("expired", "failed")]
         with judge_server(lambda number, request: Say("Score: 10"), port):
             groups = run.train(0, 4) + run.train(1, 4)
@@ -64,7 +64,7 @@ def test_a_feeders_leases_live_while_its_samples_are_scored(tmp_path: Path) -> N
         run.publish(0)
         ended = run.start(feeder)
         assert len(run.train(0, 2)) == 2
-        assert feeder.ping() < 3
+        until(lambda: feeder.ping() < 3)
         run.board.get("retire", ["offline"], "drain")
         ended.result(60)
         assert run.stats()["reissued"] == 0

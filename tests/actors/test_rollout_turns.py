@@ -255,7 +255,7 @@ class TestDeadlines:
             hangs = asked.what == "act" and asked.seed % 2 == 0
             return (3600.0 if hangs else 0.005), turns(2)(asked)[1]
 
-        config = playing_config(straggler_timeouts_s=(0.3, None))
+        config = playing_config(straggler_timeouts_s=(1.0, None))
         run = bench(config.model_copy(update={"rewards": actor_config().rewards}), rows=played_rows())
         actor = SimulatedActor(run, behave=behave, num_tokens=(2, 5), step_s=0.001)
         run.publish(0)
@@ -271,7 +271,7 @@ class TestDeadlines:
             hangs = asked.what == "reset" and asked.place % 4 == 0
             return (3600.0 if hangs else 0.005), turns(2)(asked)[1]
 
-        run = bench(playing_config(straggler_timeouts_s=(None, 0.3)), rows=played_rows())
+        run = bench(playing_config(straggler_timeouts_s=(None, 1.0)), rows=played_rows())
         actor = SimulatedActor(run, behave=behave, num_tokens=(2, 5), step_s=0.001)
         run.publish(0)
         run.start(actor)

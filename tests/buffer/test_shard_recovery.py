@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from tests.support.buffers import (
     ordinals_of,
     scenario,
 )
+from tests.support.clocks.machine import machine_s
 from tests.support.configs import buffer_config
 
 
@@ -267,10 +267,10 @@ async def test_a_start_takes_no_longer_after_ten_million_items(run_dir, monkeypa
     store.put_state({**(store.load_state() or {}), "ledger_end": size})
     store.flush()
     store.close()
-    start_s = time.perf_counter()
+    start_s = machine_s()
     buffer = ReplayBuffer(buffer_config(capacity=64), run_dir, NUM_PROMPTS)
     assert ordinals_of(await buffer.lease("b", 1, 1.0)) == [10_000_002]
-    assert time.perf_counter() - start_s < 1.0
+    assert machine_s() - start_s < 1.0
     assert (await buffer.stats())["buffer/leased"] == 3
 
 

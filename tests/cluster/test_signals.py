@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT
+from tests.support.clocks.machine import machine_s
 
 pytestmark = pytest.mark.timed
 PREAMBLE = """
@@ -33,12 +34,14 @@ except Interrupted as interrupted:
 LOADING = "        while True: long_call()\n"
 RUNNING = """
         stop.end_in_order("the same command with run.dir=runs/x")
+        print("begun", flush=True)
         while stop.name is None: time.sleep(0.01)
         print("ended", stop.name, flush=True)
         sys.exit(EXIT_CODES[stop.name])
 """
 ENDING = """
         stop.end_in_order("the same command with run.dir=runs/x")
+        print("begun", flush=True)
         try:
             while True: long_call()
         finally:
@@ -57,13 +60,19 @@ def start(body: str, **options: object) -> subprocess.Popen[str]:
     return process
 
 
+def wait_to_begin(process: subprocess.Popen[str]) -> None:
+    """From now on it ends in order."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+
+
 def answer_to(process: subprocess.Popen[str], number: signal.Signals) -> str:
     """The line that answers the signal, within a second."""
     assert process.stderr is not None
-    start_s = time.monotonic()
+    start_s = machine_s()
     process.send_signal(number)
     line = process.stderr.readline()
-    assert time.monotonic() - start_s < 1.0
+    assert machine_s() - start_s < 1.0
     return line
 
 
@@ -80,7 +89,7 @@ def test_before_anything_has_started_a_signal_ends_the_process(number: signal.Si
 @pytest.mark.parametrize(("number", "code"), CODES)
 def test_later_it_asks_for_an_end_in_order(number: signal.Signals, code: int) -> None:
     process = start(RUNNING)
-    time.sleep(0.3)
+    wait_to_begin(process)
     assert "ending in order" in answer_to(process, number)
     assert process.communicate(timeout=120)[0] == f"ended {number.name}\n"
     assert process.returncode == code
@@ -88,7 +97,7 @@ def test_later_it_asks_for_an_end_in_order(number: signal.Signals, code: int) ->
 
 def test_a_second_one_interrupts_and_says_how_to_go_on_and_a_third_ends_on_the_spot() -> None:
     process = start(ENDING.format(closing=""))
-    time.sleep(0.3)
+    wait_to_begin(process)
     assert "ending in order; a second signal interrupts" in answer_to(process, signal.SIGTERM)
     second = answer_to(process, signal.SIGTERM)
     assert (
@@ -99,7 +108,7 @@ def test_a_second_one_interrupts_and_says_how_to_go_on_and_a_third_ends_on_the_s
     assert process.returncode == 143
 
     process = start(ENDING.format(closing="time.sleep(60)"))
-    time.sleep(0.3)
+    wait_to_begin(process)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
         answer_to(process, number)
     assert process.wait(60) == 130
@@ -107,7 +116,7 @@ def test_a_second_one_interrupts_and_says_how_to_go_on_and_a_third_ends_on_the_s
 
 def test_two_signals_during_one_call_of_a_library_are_two() -> None:
     process = start(ENDING.format(closing=""))
-    time.sleep(0.3)
+    wait_to_begin(process)
     answer_to(process, signal.SIGTERM)
     answer_to(process, signal.SIGTERM)
     assert process.wait(60) == 143
@@ -116,6 +125,7 @@ def test_two_signals_during_one_call_of_a_library_are_two() -> None:
 def test_under_nohup_a_hangup_is_ignored() -> None:
     ignored = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
     process = start(RUNNING, **ignored)
+    wait_to_begin(process)
     process.send_signal(signal.SIGHUP)
     time.sleep(0.3)
     assert process.poll() is None
@@ -130,8 +140,9 @@ def test_a_closed_terminal_does_not_keep_a_run_from_ending_in_order(tmp_path: Pa
     if not pid:
         os.chdir(ROOT)
         os.execv(sys.executable, [sys.executable, "-c", PREAMBLE + body + EPILOGUE])
-    assert b"ready" in os.read(terminal, 100)
-    time.sleep(0.3)
+    told = b""
+    while b"begun" not in told:
+        told += os.read(terminal, 100)
     os.close(terminal)  # As when a window is closed: SIGHUP, and every write fails from now on.
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
     assert note.read_text() == "whole"

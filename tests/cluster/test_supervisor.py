@@ -57,7 +57,7 @@ def local_ray() -> Iterator[None]:
 def test_stacks_of_all_are_written_and_who_does_not_answer_is_named(
     local_ray: None, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("cluster.watchdog.STACKS_TIMEOUT_S", 3.0)
+    monkeypatch.setattr("cluster.watchdog.STACKS_TIMEOUT_S", 8.0)
     sleeping = ray.remote(SleepingActor).options(num_cpus=0, max_concurrency=2)
     calls, names = Calls(20.0), ("actor-0", "actor-1")
     clients = {name: ActorClient(sleeping.remote(name, str(tmp_path)), name) for name in names}
@@ -211,7 +211,7 @@ def test_a_rank_that_dies_while_it_loads_or_hangs_is_named_and_can_be_started_ag
     local_ray: None, monkeypatch: Any, tmp_path: Path, name: str, ranks: int, cause: str
 ) -> None:
     monkeypatch.setattr("cluster.gang.LearnerRank", UnluckyRank)
-    monkeypatch.setattr("cluster.gang.DEATH_LOOK_S", 3.0)
+    monkeypatch.setattr("cluster.gang.DEATH_LOOK_S", 8.0)
     gang = LearnerGang(
         make_config({"run": {"name": name}, "learner": {"ranks": ranks, "num_cpus": 0.5}}),
         0,

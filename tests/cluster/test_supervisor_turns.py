@@ -124,8 +124,9 @@ def test_a_learner_whose_checkpoint_is_verified_keeps_neither_status_nor_actors_
     verified_s = time.monotonic() - start_s
     longest_s, stale_s = (max(values) for values in zip(first, second, third, strict=True))
     print(f"{verified_s:.1f} s from the death to training; the longest turn took {longest_s:.3f} s")
-    assert longest_s < 0.5
-    assert stale_s < 3.0
+    # A turn that waited for the bytes of a checkpoint would take half of that time, or more.
+    assert longest_s < max(0.5, verified_s / 8)
+    assert stale_s < max(3.0, verified_s / 3)
     assert [(death.kind, death.name) for death in read_deaths(tmp_path)] == [
         ("learner rank", "learner-rank-0"),
         ("rollout actor", "actor-0"),

@@ -15,10 +15,11 @@ import pytest
 from core import sandbox
 from core.sandbox import Limits, run
 from tests.support import ROOT
+from tests.support.clocks.machine import machine_s
 
 pytestmark = pytest.mark.timed
 
-SMALL = Limits(cpu_s=5, wall_s=5, memory_bytes=200 << 20, file_bytes=1 << 20, processes=8, output_bytes=4096)
+SMALL = Limits(cpu_s=5, wall_s=60, memory_bytes=200 << 20, file_bytes=1 << 20, processes=8, output_bytes=4096)
 NAMESPACES = pytest.mark.skipif(
     not sandbox.isolation().processes, reason="this kernel allows no namespaces without privileges"
 )
@@ -40,7 +41,7 @@ def num_alive(marker):
     return found
 
 
-def left_alone(marker, within_s=3.0):
+def left_alone(marker, within_s=60.0):
     deadline_s = time.monotonic() + within_s
     while num_alive(marker) and time.monotonic() < deadline_s:
         time.sleep(0.02)
@@ -77,13 +78,13 @@ def test_a_program_reads_and_prints_in_an_empty_directory_without_the_callers_va
     ids=["loop", "sleep", "power", "memory", "stdout", "stderr"],
 )
 def test_a_program_that_takes_too_much_is_killed_and_its_limit_is_named(namespaces, program, how):
-    limits = SMALL._replace(cpu_s=1, wall_s=1 if how == "wall time" else 20)
-    began_s = time.monotonic()
+    limits = SMALL._replace(cpu_s=1, wall_s=1 if how == "wall time" else 100)
+    began_s = machine_s()
     out = ended(program, namespaces, limits)
     assert (out.how, out.code) == (how, None)
     assert len(out.stdout) <= SMALL.output_bytes
     assert len(out.stderr) <= SMALL.output_bytes
-    assert time.monotonic() - began_s < 15
+    assert machine_s() - began_s < 15
 
 
 @EITHER

@@ -14,6 +14,7 @@ from core.config import RewardsConfig
 from core.errors import RewardError
 from rewards import judge
 from rewards.pool import RewardPool
+from tests.support.clocks.machine import machine_s
 from tests.support.pages import examples
 from tests.support.rewards.judge_server import Say, judge_server
 
@@ -54,10 +55,10 @@ def test_32_calls_of_a_second_take_two_at_most_by_default(pool_for):
     with judge_server(lambda number, request: Say(delay_s=1.0 if number else 0.0)) as server:
         pool = pool_for(server.url)
         score(pool, "the first one, by which the client is set up")
-        start_s = time.monotonic()
+        start_s = machine_s()
         futures = [ask(pool, *"abcdefgh") for _ in range(4)]
         assert all(scored.reward == 1.0 for future in futures for scored in future.result(LIMIT_S))
-        assert time.monotonic() - start_s < 2.0
+        assert machine_s() - start_s < 2.0
         assert len(server.asked) == 33
 
 
@@ -138,9 +139,11 @@ def test_a_busy_service_is_asked_again_after_the_pause_that_it_wants(pool_for):
 
     with judge_server(script) as server:
         pool = pool_for(server.url)
+        start_s = machine_s()
         assert score(pool, "a")[0].reward == 1.0
+        assert machine_s() - start_s < 4.0
         first_s, second_s = server.asked_at_s
-        assert 1.4 < second_s - first_s < 4.0
+        assert second_s - first_s > 1.4
 
 
 def test_a_quota_that_is_used_up_is_no_reason_to_wait(pool_for):
@@ -152,10 +155,10 @@ def test_a_quota_that_is_used_up_is_no_reason_to_wait(pool_for):
 
 def test_slow_and_failing_answers_are_asked_for_again(pool_for):
     def script(number, request):
-        return [Say(delay_s=3.0), Say(status=503, body="{}"), Say()][min(number, 2)]
+        return [Say(delay_s=6.0), Say(status=503, body="{}"), Say()][min(number, 2)]
 
     with judge_server(script) as server:
-        assert score(pool_for(server.url, "request_timeout_s=0.5"), "a")[0].reward == 1.0
+        assert score(pool_for(server.url, "request_timeout_s=2.0"), "a")[0].reward == 1.0
         assert len(server.asked) == 3
 
 

@@ -84,12 +84,12 @@ def test_a_program_that_ends_the_run_has_passed_nothing(program):
 
 def test_what_passed_before_a_program_hung_has_passed():
     program = "def square(x):\n    while x == 0: pass\n    return x * x"
-    assert score(block(program), ASSERTS, cpu_s=1) == 0.5
+    assert score(block(program), ASSERTS, cpu_s=3) == 0.5
 
 
 def test_one_that_hangs_is_run_once_and_others_of_its_group_have_their_own():
     tests = {"inputs": ["1"] * 20, "outputs": ["2"] * 20}
-    found = PythonTests(cpu_s=1)([block("while True: pass"), block("print(2)"), "none"], [tests] * 3)
+    found = PythonTests(cpu_s=3)([block("while True: pass"), block("print(2)"), "none"], [tests] * 3)
     assert found == [0.0, 1.0, 0.0]
 
 
@@ -133,7 +133,7 @@ def test_what_the_kernel_keeps_from_programs_is_told():
 
 
 def test_the_reward_by_its_name_with_parameters_runs_in_a_worker_and_checks_the_rows():
-    config = RewardsConfig(functions={"python_tests?timeout_s=2&score=all": 1.0}, timeout_s=60)
+    config = RewardsConfig(functions={"python_tests?timeout_s=20&score=all": 1.0}, timeout_s=60)
     rows = {0: {"prompt": "p", "tests": ASSERTS}, 1: {"prompt": "p", "tests": "assert ("}}
     assert list(bad_rows(config, "mine.jsonl", rows)) == [1]
     with RewardPool(config) as pool:

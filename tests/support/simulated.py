@@ -44,6 +44,7 @@ class SimulatedActor(RolloutActor):
         self.simulation = simulation
         self.places = None if behave is None else ScriptedPlaces(behave)
         self.unfinished_at_load: list[int] = []
+        self.load_times_s: list[float] = []
         super().__init__(name, bench.config, bench.prompts, bench.eval_prompts, *bench.peers())
 
     def _make_engine(self) -> FakeEngine:
@@ -52,7 +53,9 @@ class SimulatedActor(RolloutActor):
         class Noting(FakeEngine):
             def load_weights(self, version: int, weights: Iterable[tuple[str, Any]]) -> None:
                 actor.unfinished_at_load.append(self.num_unfinished)
+                start_s = time.perf_counter()
                 super().load_weights(version, weights)
+                actor.load_times_s.append(time.perf_counter() - start_s)
 
         self.engine = Noting(self._config.actors, **self.simulation)
         return self.engine

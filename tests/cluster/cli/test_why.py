@@ -20,6 +20,7 @@ from core.causes import Cause
 from core.errors import ConfigError
 from core.processes import Whereabouts
 from tests.support import ROOT
+from tests.support.clocks.machine import machine_s
 
 
 def status(**changes: Any) -> RunStatus:
@@ -146,9 +147,9 @@ def test_what_is_no_run_or_is_garbled_is_one_line_and_fast(run_dir: Path, tmp_pa
         (run_dir, "cannot be read"),
     ):
         command = [sys.executable, "launch.py", "why", str(directory)]
-        start_s = time.monotonic()
+        start_s = machine_s()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert time.monotonic() - start_s < 5.0
+        assert machine_s() - start_s < 5.0
         assert done.returncode == 2
         assert done.stdout == ""
         assert words in done.stderr

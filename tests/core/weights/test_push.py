@@ -25,6 +25,7 @@ from core.weights.board import BOARD, BoardClient
 from core.weights.transports import Sender, Transport, load_transport
 from learner.policy.source import ZeroSource
 from tests.support import ROOT
+from tests.support.clocks.machine import machine_s
 from tests.support.configs import pushing
 from tests.support.cpu_transfer import Wires, on_cpu, wait_until
 from tests.support.in_process import Answer, Bench, Reference
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.slow
 SCENARIO = ROOT / "tests/support/scenarios/transport_scenario.py"
 
 BUCKET_BYTES = 10_000
-ANSWER_S = 1.0
+ANSWER_S = 2.0
 
 
 @pytest.fixture
@@ -224,9 +225,9 @@ def test_a_laggard_is_named_and_left_out_and_back_once_it_answers(bench, wires: 
     cast = Cast(bench(pushing(transport)), 2)
     laggard = cast.actors[1]
     laggard.gate.clear()
-    start_s = time.monotonic()
+    start_s = machine_s()
     cast.learner.publish(2)
-    assert time.monotonic() - start_s < ANSWER_S + 3
+    assert machine_s() - start_s < ANSWER_S + 3
     assert cast.versions == [2, 0]
     assert len(cast.learner.events) == 1
     assert (
@@ -234,9 +235,9 @@ def test_a_laggard_is_named_and_left_out_and_back_once_it_answers(bench, wires: 
         in cast.learner.events[0]
     )
     assert cast.learner.transport.metrics()["weights/stale_actors"] == 1
-    start_s = time.monotonic()
+    start_s = machine_s()
     cast.learner.publish(4)
-    assert time.monotonic() - start_s < ANSWER_S  # It is not waited for again.
+    assert machine_s() - start_s < ANSWER_S  # It is not waited for again.
     assert cast.learner.snapshots == [0, 2, 4]
     laggard.gate.set()
     cast.reach(laggard, 4)  # By the snapshot.
@@ -253,9 +254,9 @@ def test_with_nccl_an_actor_that_dies_while_weights_arrive_costs_the_others_a_sn
     cast = Cast(run, 3)
     cast.actors[1].dies_at = "update"
     cast.actors[1].may_die = lambda: all(cast.actors[number].engine.is_receiving for number in (0, 2))
-    start_s = time.monotonic()
+    start_s = machine_s()
     cast.learner.publish(2)
-    assert time.monotonic() - start_s < 6
+    assert machine_s() - start_s < 6
     assert "actor-1 keeps its weights" in cast.learner.events[0]
     assert "the actor died" in cast.learner.events[0]
     wait_until(
@@ -275,9 +276,9 @@ def test_with_nccl_an_actor_that_dies_while_the_group_forms_holds_up_nobody(benc
     cast = Cast(run, 3)
     cast.actors[1].dies_at = "init"
     cast.actors[1].may_die = lambda: bool(wires.formed)
-    start_s = time.monotonic()
+    start_s = machine_s()
     cast.learner.publish(2)
-    assert time.monotonic() - start_s < 6
+    assert machine_s() - start_s < 6
     assert "the actor died" in cast.learner.events[0]
     run.train(0, 4)  # The others generate on.
     run.board.get("release_actor", "actor-1")  # As the fleet does.

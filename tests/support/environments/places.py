@@ -11,8 +11,8 @@ from environments import EnvironmentFailure
 from environments.pool import EnvironmentPool, Place
 from environments.spec import EnvironmentSpec
 
-TIMEOUT_S = 1.0
-SOON_S = 20.0
+TIMEOUT_S = 2.0
+SOON_S = 60.0
 """What must come comes long before, unless others fill the machine."""
 BAD = "tests.support.environments.bad"
 SPECS = (
