@@ -5,6 +5,7 @@ The learner's memory is that of cluster/preparation/memory.py, part by part.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cluster.plan import parts
@@ -23,14 +24,14 @@ class Fit:
     """Bytes that are wanted, and what does not fit, in sentences with what to change.
 
     learner_gpu, actor_gpu  of one card; the second is weights and the cache of all slots at average length
-    rank0_host, actor_host  of one process; a rank other than 0 wants no room for snapshots
+    rank_host, actor_host   of one process; rank 0 has a snapshot besides
     store                   of Ray's object store, on the learner's first node
     network_per_step        out of that node in a step, for versions that other nodes pull
     """
 
     learner_gpu: float
     actor_gpu: float
-    rank0_host: float
+    rank_host: float
     actor_host: float
     store: float
     network_per_step: float
@@ -52,7 +53,7 @@ def fit_of(job: Workload, estimate: MemoryEstimate) -> Fit:
     found = Fit(
         learner_gpu=learner_gpu,
         actor_gpu=on_card,
-        rank0_host=rank_host + job.published_bytes,
+        rank_host=rank_host,
         actor_host=PROCESS_BYTES + on_host,
         store=store,
         network_per_step=(nodes - 1) * job.published_bytes / job.publish_every,
@@ -73,7 +74,8 @@ def _problems(job: Workload, fit: Fit) -> list[str]:
         per_node = machines.gpus_per_node / max(job.learner_gpus, 1e-9) if job.learner_gpus else 1.0
         ranks_here = min(float(job.ranks), per_node)
         actors_here = min(float(job.actors), machines.gpus_per_node / max(job.actor_gpus, 1.0))
-        host = max(ranks_here * fit.rank0_host, actors_here * fit.actor_host) + fit.store
+        learning = ranks_here * fit.rank_host + job.published_bytes
+        host = max(learning, actors_here * fit.actor_host) + fit.store
         if host > machines.host_memory_bytes:
             found.append(
                 f"a node wants {host / 1e9:.0f} GB of host memory and has {machines.host_memory_bytes / 1e9:.0f} GB. Spread the "
@@ -82,7 +84,7 @@ def _problems(job: Workload, fit: Fit) -> list[str]:
         if fit.store > STORE_SHARE * machines.host_memory_bytes:
             found.append(
                 f"{KEEP} versions want {fit.store / 1e9:.0f} GB of Ray's object store, which by itself is "
-                f"{STORE_SHARE:.0%} of the node's memory. Start Ray with --object-store-memory={fit.store * 1.2:.0f}."
+                f"{STORE_SHARE:.0%} of the node's memory. Start Ray with --object-store-memory={math.ceil(fit.store * 1.2e-9) * 10**9}."
             )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.plan import parts
@@ -75,6 +76,15 @@ def make_plan(
 ) -> Plan:
     """Returns the plan of a config on the machines. Raises ConfigError where there can be none."""
     job, notes = workload_of(config, machines, prompt_tokens, new_tokens)
+    if note := experts_note(config):
+        notes.append(note)
+    if config.buffer.num_shards > 1:
+        notes.append("the simulation has one shard of the buffer")
+    return plan_work(config, job, notes, seed)
+
+
+def plan_work(config: Config, job: Workload, notes: Sequence[str] = (), seed: int = 0) -> Plan:
+    """Returns the plan of a workload of the config. Raises ConfigError where an engine's cards cannot hold it."""
     if parts.running_slots(job) < 1:
         raise ConfigError(f"nothing to plan: {engine_problems(job)[0]}")
 
@@ -85,10 +95,6 @@ def make_plan(
 
     outcome = Simulation(config, speeds_of(job, "likely"), seed).run()
     split = best_split(job, lambda dealt: not fit(dealt).problems)
-    if note := experts_note(config):
-        notes.append(note)
-    if config.buffer.num_shards > 1:
-        notes.append("the simulation has one shard of the buffer")
     return Plan(job, fit(job), outcome, split, tuple(notes))
 
 

@@ -90,7 +90,10 @@ def _fit(job: Workload, fit: Fit) -> Iterator[str]:
             f"  a learner's card {fit.learner_gpu / 1e9:.0f} GB, an actor's {fit.actor_gpu / 1e9:.0f} GB with all slots at "
             f"average length, of {job.machines.device.memory_bytes / 1e9:.0f} GB"
         )
-    yield f"  host: rank 0 {fit.rank0_host / 1e9:.1f} GB, an actor {fit.actor_host / 1e9:.1f} GB"
+    yield (
+        f"  host: a rank {fit.rank_host / 1e9:.1f} GB, rank 0 {job.published_bytes / 1e9:.1f} GB besides, an actor "
+        f"{fit.actor_host / 1e9:.1f} GB"
+    )
     yield f"  object store: {fit.store / 1e9:.1f} GB for {KEEP} versions of {job.published_bytes / 1e9:.1f} GB"
     yield f"  out of the learner's node: {fit.network_per_step / 1e9:.1f} GB a step for other nodes' actors"
 

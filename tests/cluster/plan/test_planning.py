@@ -16,6 +16,7 @@ from cluster.plan.workload import Machines, machines_of, workload_of
 from cluster.preparation.memory import ModelShape, shape_of
 from core.config import Config, LearnerConfig, ModelConfig
 from core.errors import ConfigError
+from launch import parser
 from learner.catalogue import load_config
 from tests.support.house import ROOT
 
@@ -46,6 +47,15 @@ def test_a_plan_says_who_waits_what_it_costs_and_what_is_better() -> None:
     for part in ("compute", "generation", "staleness", "object store: 48.2 GB", "GPU-hours", "bottleneck"):
         assert part in text
     assert f"learner.ranks={plan.split.ranks} actors.count={plan.split.actors}" in text
+
+
+def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["plan", LLAMA, "learner.ranks=2", "actors.count=2", "--gpu", "H200", "--new-tokens", "200"]
+    arguments = parser().parse_args(line)
+    assert arguments.run(arguments) == 0
+    text = capsys.readouterr().out
+    assert "2 learner ranks on 2 and 2 actors on 2 x H200 SXM, 1 nodes" in text
+    assert "assumed: --prompt-tokens 307 on average" in text
 
 
 def test_few_actors_are_the_bottleneck_and_get_more_gpus() -> None:

@@ -1,0 +1,84 @@
+#!/bin/bash
+# AGRO on a Slurm allocation: one Ray node a Slurm node, the job submitted to it, gone on with where the allocation was taken.
+#
+#   sbatch --nodes=2 deploy/slurm.sh configs/llama3_8b_math.yaml learner.ranks=8 actors.count=8
+#
+# The repository with its .venv, the run directory, model and data lie on a file system that all nodes see. Submit from the
+# repository. AGRO_RUN_DIR names the run (else runs/slurm-<job id>): the same name again goes on with it.
+#SBATCH --job-name=agro
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+set -euo pipefail
+
+cd "${SLURM_SUBMIT_DIR:?submit with sbatch}"
+export PATH="$PWD/.venv/bin:$PATH"
+run_dir="${AGRO_RUN_DIR:-$PWD/runs/slurm-$SLURM_JOB_ID}"
+port="${AGRO_RAY_PORT:-6379}"
+# Ray's sockets have short paths, and no job sees another's.
+session="/tmp/agro-$SLURM_JOB_ID"
+
+# One token for all nodes of this job: a file that only this user reads. It is the same after a requeue.
+export RAY_AUTH_MODE=token
+export RAY_AUTH_TOKEN_PATH="$run_dir.token"
+mkdir -p "$(dirname "$run_dir")"
+if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
+  (umask 077; python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH")
+fi
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head="${nodes[0]}"
+head_address="$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')"
+export RAY_ADDRESS="$head_address:$port"
+
+steps=()
+start_node() {  # start_node NODE OPTIONS...: a Ray node that lives as long as its step
+  local node="$1"; shift
+  srun --nodes=1 --ntasks=1 --nodelist="$node" --overlap --export=ALL,RAY_ADDRESS= \
+    ray start --block --temp-dir="$session" "$@" &
+  steps+=("$!")
+}
+
+stop_nodes() {
+  kill "${steps[@]}" 2>/dev/null || true
+  wait "${steps[@]}" 2>/dev/null || true
+}
+
+# Before the time is over, or where the nodes are wanted back: the driver writes a checkpoint, then the same job waits again.
+training=""
+is_requeued=0
+requeue() {
+  is_requeued=1
+  if [ -n "$training" ]; then kill -TERM "$training" 2>/dev/null || true; fi
+}
+trap requeue USR1 TERM
+trap stop_nodes EXIT
+
+start_node "$head" --head --node-ip-address="$head_address" --port="$port" --disable-usage-stats
+for _ in $(seq 120); do
+  if ray status >/dev/null 2>&1; then break; fi
+  sleep 1
+done
+ray status >/dev/null  # Says what is wrong where the head does not answer.
+for node in "${nodes[@]:1}"; do start_node "$node" --address="$RAY_ADDRESS"; done
+
+# The driver runs here, on the first node, beside the head; ranks and actors wait for the other nodes.
+if [ "$is_requeued" = 1 ]; then stop_nodes; scontrol requeue "$SLURM_JOB_ID"; exit 0; fi
+python launch.py train "$@" run.dir="$run_dir" &
+training="$!"
+if [ "$is_requeued" = 1 ]; then requeue; fi  # The signal came before it had a number.
+status=0
+wait "$training" || status="$?"
+if [ "$is_requeued" = 1 ]; then
+  wait "$training" || true  # The first wait ended with the signal, the driver ends with its checkpoint.
+  stop_nodes
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 0
+fi
+exit "$status"
