@@ -30,7 +30,7 @@ COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
 ON_CARD_gpu := actors.num_gpus=0.25 actors.engine_memory=0.2
 
 .PHONY: help setup quickstart quickstart-tools demo-smollm2 doctor test test-fast test-families tree figures staleness-study bench bench-buffer bench-actors bench-learner \
-  bench-weights bench-trajectory bench-bound bench-guard bench-peers bench-growth bench-soak check constraints clean
+  bench-weights bench-trajectory bench-bound bench-reward bench-guard bench-peers bench-growth bench-soak check constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -118,6 +118,9 @@ bench-trajectory: setup  ## bytes a token, memory and decoding of a batch of lon
 
 bench-bound: setup  ## training and generation at once against the slower of the two alone (six minutes on two quiet cores)
 	.venv/bin/python -m benchmarks.bound $(ARGS)
+
+bench-reward: setup  ## seconds to a reward, asynchronously and synchronously, where both halves take as long (nine minutes on two quiet cores)
+	.venv/bin/python -m benchmarks.bound.reward $(ARGS)
 
 bench-guard: setup  ## five shares of what is bare, against the committed ones (two minutes on two quiet cores; never fails)
 	.venv/bin/python -m benchmarks.guard $(ARGS)

@@ -18,7 +18,6 @@ other (`waits`).
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import tempfile
 import time
@@ -28,24 +27,11 @@ from typing import Any, NamedTuple
 
 import ray
 
-from benchmarks.actors.rig import TIMEOUT_S, Prepared, prepare
+from benchmarks.actors.rig import Prepared, prepare
 from benchmarks.bound.counters import Processes
-from benchmarks.bound.held import (
-    HeldActor,
-    HeldActorClient,
-    HeldBuffer,
-    HeldBufferClient,
-    HeldRank,
-    HeldRankClient,
-    Listening,
-)
+from benchmarks.bound.held import HeldRun
 from benchmarks.pairs import compare
 from benchmarks.results import measure_load, save, show
-from buffer.client import connect_buffer
-from core.calls import Call, Calls
-from core.monitor_client import MonitorClient
-from core.processes import remote, threads, whereabouts
-from core.weights.board import BOARD, Board, BoardClient
 
 ROUNDS, DEFAULT_TIMEOUT_S = 3, 360.0
 STOCK_STEPS = 2
@@ -75,32 +61,11 @@ class Measurement:
     """Holds the processes of one job: `Measurement(prepared, run_dir, steps).round()`."""
 
     def __init__(self, prepared: Prepared, run_dir: Path, steps: int) -> None:
-        config, prompts, _ = prepared
-        self._steps, self._groups, self._calls = steps, config.learner.groups_per_step, Calls(TIMEOUT_S)
-        ask, served = self._calls.ask, {"num_cpus": 0, "max_concurrency": 1000}
-        shard = remote(HeldBuffer).options(**served).remote(config, str(run_dir), len(prompts), 0)
-        self._shard = HeldBufferClient(shard, "the buffer")
-        board = BoardClient(remote(Board).options(**served).remote(config.run, {}, _ignore), BOARD)
-        monitor = MonitorClient(remote(Listening).options(num_cpus=0).remote(), "nobody")
-        peers = connect_buffer([shard]), board, monitor
-        held = {"num_cpus": 0, "max_concurrency": 4}
-        rank_class = remote(HeldRank).options(runtime_env=threads(1), **held)
-        actor_class = remote(HeldActor).options(runtime_env=threads(1, engine=True), **held)
-        self._rank = HeldRankClient(rank_class.remote(0, config, 0), "the rank")
-        self._actor = HeldActorClient(actor_class.remote("actor-0", config, prompts, {}, *peers), "the actor")
-        ask(self._rank.start(ask(self._rank.address())))
-        ask(self._actor.ping())
-        trained = self._rank.train(*peers, str(run_dir / "policy"))
-        self._runs = [self._calls.start(call, math.inf) for call in (trained, self._actor.run())]
-        self._clients = {
-            "actor": self._actor,
-            "rank": self._rank,
-            "shard": self._shard,
-            "board": board,
-            "monitor": monitor,
-        }
-        pids = {name: ask(client.inside(whereabouts)).pid for name, client in self._clients.items()}
-        self._processes = Processes(pids)
+        self._run = run = HeldRun(prepared, run_dir)
+        self._ask, self._until = run.ask, run.until
+        self._shard, self._rank, self._actor = run.shard, run.rank, run.actor
+        self._steps, self._groups = steps, prepared.config.learner.groups_per_step
+        self._processes = Processes(run.pids())
         self._num_made = self._num_trained = 0
 
     def warm(self) -> None:
@@ -130,10 +95,7 @@ class Measurement:
 
     def close(self) -> None:
         """Ends all processes."""
-        for run in self._runs:
-            run.give_up()
-        for client in self._clients.values():
-            ray.kill(client.handle)
+        self._run.close()
 
     # --- phases, each in seconds a step ---
 
@@ -191,19 +153,6 @@ class Measurement:
         told["actor"]["waits_ms"] = self._ask(self._actor.waited_s())
         told["rank"]["waits_ms"] = self._ask(self._rank.waited_s())
         return told
-
-    def _ask(self, call: Call[Any]) -> Any:
-        return self._calls.ask(call)
-
-    def _until(self, until: Callable[[int], Call[int]], count: int) -> int:
-        """Waits for something to have happened so often, and returns how often it has. Raises what a process
-        died of.
-        """
-        while (now := self._ask(until(count))) < count:
-            for run in self._runs:
-                if run.is_done():
-                    run.result()
-        return int(now)
 
 
 def measure(directory: Path, name: str, rounds: int, deadline_s: float) -> dict[str, Any]:
@@ -275,10 +224,6 @@ def _show(row: dict[str, Any]) -> None:
     parts = row["parts"]
     show("milliseconds a step", [{key: value for key, value in row.items() if key != "parts"}])
     show("of that, by process and phase", [{"process": name, **kinds} for name, kinds in parts.items()])
-
-
-def _ignore(evaluation: Any, samples: Any) -> None:
-    """Ignores an evaluation: none is asked for."""
 
 
 if __name__ == "__main__":

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
 
 from actors.rollout import RolloutActor
-from benchmarks.actors.rig import Deaf
-from buffer.client import ShardClient
+from benchmarks.actors.rig import TIMEOUT_S, Deaf, Prepared
+from buffer.client import ShardClient, connect_buffer
 from buffer.server import ReplayBuffer
 from cluster.fleet import ActorClient
 from cluster.gang import RankClient
-from core.calls import asks
+from core.calls import Call, Calls, Client, asks
+from core.monitor_client import MonitorClient
+from core.processes import remote, threads, whereabouts
+from core.weights.board import BOARD, Board, BoardClient
 from learner.worker import LearnerRank
+
+T = TypeVar("T")
 
 LOOK_S = 0.01
 
@@ -62,6 +71,10 @@ class HeldActor(RolloutActor):
         """Returns when it sent the groups after the first `count`."""
         return self._made.since(count)
 
+    def version(self) -> int:
+        """Returns the version of its weights."""
+        return self._engine.version
+
     def waited_s(self) -> float:
         """Returns how long it had nothing to generate so far."""
         return sum(seconds for name, seconds in self._counters.items() if name.startswith("wait_"))
@@ -82,6 +95,7 @@ class HeldRank(LearnerRank):
 
     def __init__(self, *arguments: Any) -> None:
         self._may_step, self._ended, self._waited_s = threading.Semaphore(0), Moments(), 0.0
+        self._rewards: list[float] = []
         super().__init__(*arguments)
 
     def let(self, steps: int) -> None:
@@ -96,6 +110,10 @@ class HeldRank(LearnerRank):
         """Returns when the steps after the first `count` ended."""
         return self._ended.since(count)
 
+    def rewards(self) -> list[float]:
+        """Returns the mean reward of each batch so far."""
+        return self._rewards
+
     def waited_s(self) -> float:
         """Returns how long it has waited for the batches of its steps so far."""
         return self._waited_s
@@ -105,8 +123,9 @@ class HeldRank(LearnerRank):
         self._waited_s += arguments[0].wait_s
         return super()._update(*arguments)
 
-    def _report(self, *arguments: Any) -> None:
-        super()._report(*arguments)
+    def _report(self, taken: Any, result: Any, row: Mapping[str, float], progress: Any) -> None:
+        super()._report(taken, result, row, progress)
+        self._rewards.append(row["reward/mean"])
         self._ended.add()
 
 
@@ -139,6 +158,7 @@ class HeldActorClient(ActorClient):
     let = asks(HeldActor.let)
     until = asks(HeldActor.until)
     since = asks(HeldActor.since)
+    version = asks(HeldActor.version)
     waited_s = asks(HeldActor.waited_s)
 
 
@@ -148,6 +168,7 @@ class HeldRankClient(RankClient):
     let = asks(HeldRank.let)
     until = asks(HeldRank.until)
     since = asks(HeldRank.since)
+    rewards = asks(HeldRank.rewards)
     waited_s = asks(HeldRank.waited_s)
 
 
@@ -155,3 +176,62 @@ class HeldBufferClient(ShardClient):
     """The shard of a measurement."""
 
     admit = asks(HeldBuffer.admit)
+
+
+class HeldRun:
+    """The processes of a run of one actor and one rank: `let` says what happens, `until` waits for it."""
+
+    def __init__(self, prepared: Prepared, run_dir: Path) -> None:
+        config, prompts, _ = prepared
+        self._calls = Calls(TIMEOUT_S)
+        served = {"num_cpus": 0, "max_concurrency": 1000}
+        shard = remote(HeldBuffer).options(**served).remote(config, str(run_dir), len(prompts), 0)
+        self.shard = HeldBufferClient(shard, "the buffer")
+        board = BoardClient(remote(Board).options(**served).remote(config.run, {}, _ignore), BOARD)
+        monitor = MonitorClient(remote(Listening).options(num_cpus=0).remote(), "nobody")
+        peers = connect_buffer([shard]), board, monitor
+        held = {"num_cpus": 0, "max_concurrency": 4}
+        rank_class = remote(HeldRank).options(runtime_env=threads(1), **held)
+        actor_class = remote(HeldActor).options(runtime_env=threads(1, engine=True), **held)
+        self.rank = HeldRankClient(rank_class.remote(0, config, 0), "the rank")
+        self.actor = HeldActorClient(actor_class.remote("actor-0", config, prompts, {}, *peers), "the actor")
+        self.ask(self.rank.start(self.ask(self.rank.address())))
+        self.ask(self.actor.ping())
+        trained = self.rank.train(*peers, str(run_dir / "policy"))
+        self._runs = [self._calls.start(call, math.inf) for call in (trained, self.actor.run())]
+        self._clients: dict[str, Client] = {
+            "actor": self.actor,
+            "rank": self.rank,
+            "shard": self.shard,
+            "board": board,
+            "monitor": monitor,
+        }
+
+    def pids(self) -> dict[str, int]:
+        """Returns the process ids by name."""
+        return {name: self.ask(client.inside(whereabouts)).pid for name, client in self._clients.items()}
+
+    def ask(self, call: Call[T]) -> T:
+        """Waits for an answer."""
+        return self._calls.ask(call)
+
+    def until(self, until: Callable[[int], Call[int]], count: int) -> int:
+        """Waits for something to have happened so often, and returns how often it has. Raises what a process
+        died of.
+        """
+        while (now := self.ask(until(count))) < count:
+            for run in self._runs:
+                if run.is_done():
+                    run.result()
+        return now
+
+    def close(self) -> None:
+        """Ends all processes."""
+        for run in self._runs:
+            run.give_up()
+        for client in self._clients.values():
+            ray.kill(client.handle)
+
+
+def _ignore(evaluation: Any, samples: Any) -> None:
+    """Ignores an evaluation: none is asked for."""
