@@ -1,4 +1,4 @@
-"""Says whether a run fits its machines: memory of each GPU and host, object store, and a node's network. Pure.
+"""Says whether a run fits its machines: memory of GPUs and hosts, object store, a node's network. Pure.
 
 The learner's memory is that of cluster/preparation/memory.py, part by part.
 """
