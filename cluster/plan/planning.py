@@ -84,7 +84,7 @@ def make_plan(
 
 
 def plan_work(config: Config, job: Workload, notes: Sequence[str] = (), seed: int = 0) -> Plan:
-    """Returns the plan of a workload of the config. Raises ConfigError where an engine's cards cannot hold it."""
+    """Returns the plan of a workload of the config. Raises ConfigError where an engine does not fit."""
     if parts.running_slots(job) < 1:
         raise ConfigError(f"nothing to plan: {engine_problems(job)[0]}")
 

@@ -71,9 +71,9 @@ BY_TEST = {
     "ray job submit --working-dir . -- python launch.py train configs/quickstart.yaml": "test_system.py::"
     "test_ray_job_submit_with_token_authentication",
     "launch.py plan CONFIG --gpu h100": "test_planning.py::test_the_command_prints_a_plan",
-    "python -m cluster.plan.sizes": "test_deploy.py::test_the_sizes_are_what_plan_says",
+    "python -m cluster.plan.sizes": "test_sizes_deploy.py::test_the_sizes_are_what_plan_says",
     "sbatch --nodes=2 deploy/slurm.sh configs/llama3_8b_math.yaml learner.ranks=8 "
-    "actors.count=8": "test_deploy.py::test_slurm_starts_a_ray_node_on_each_node_and_the_driver",
+    "actors.count=8": "test_sizes_deploy.py::test_slurm_starts_a_ray_node_on_each_node_and_the_driver",
     "ray job stop": "test_readme.py::test_programs_of_the_environment_exist",
     "ray job submit": "test_readme.py::test_programs_of_the_environment_exist",
     "wandb sync": "test_wandb_writer_continued.py::test_an_offline_run_that_was_killed_and_continued_is_one_curve_in_every_file",

@@ -88,7 +88,7 @@ RAY_JOB: dict[str, Any] = {
         "rayClusterSpec": RAY_CLUSTER,
     },
 }
-"""The fields of KubeRay's types that we use (RayJobSpec, RayClusterSpec; "!": must be there, "*": any name)."""
+"""The fields of KubeRay's types that we use (RayJobSpec, RayClusterSpec); "!": it must be there, "*": any."""
 
 
 def problems(value: Any, schema: Any, path: str = "") -> Iterator[str]:
