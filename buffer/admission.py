@@ -75,7 +75,7 @@ def work_item(
     return WorkItem(ordinal=ordinal, prompt_index=index, seed=item_seed)
 
 
-class Lease(msgspec.Struct):
+class Lease(msgspec.Struct, gc=False):
     """The state of an open item, as `Admission.lease_of` gives it. An empty `actor` means that it waits to be
     issued again.
 

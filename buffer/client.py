@@ -18,11 +18,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
+from buffer.outline import group_id_in
 from buffer.refusals import forgotten
 from buffer.server import Offer, ReplayBuffer
 from buffer.store import DiskFullError
 from core.calls import Client, as_call, asks
-from core.records import decode_group, merge_batches
+from core.records import merge_batches
 
 T = TypeVar("T")
 
@@ -110,7 +111,7 @@ class BufferClient:
         """
         if len(self.shards) == 1:
             return await self.shards[0].insert(actor, payloads)
-        groups = [(decode_group(payload).group_id, payload) for payload in payloads]
+        groups = [(group_id_in(payload), payload) for payload in payloads]
         parts = self._by_shard(groups, lambda group: group[0])
         await _gather(
             self.shards[index].insert(actor, [payload for _, payload in part])

@@ -38,7 +38,7 @@ EventName: TypeAlias = Literal[
 ]
 
 
-class LedgerEvent(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+class LedgerEvent(msgspec.Struct, gc=False, frozen=True, omit_defaults=True, kw_only=True):
     """One line of the ledger:
     `{"event":"leased","group_id":7,"step":3,"pid":41,"time_s":1.7e9,"actor":"actor-0"}`.
 

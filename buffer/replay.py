@@ -38,9 +38,9 @@ def meta_of(group: Group | GroupHead) -> GroupMeta:
     uses.
     """
     rewards = [sample.reward for sample in group.samples if sample.reward is not None]
-    mean = sum(reward / len(rewards) for reward in rewards)
+    mean = sum([reward / len(rewards) for reward in rewards])
     # hypot: no overflow on the way to a standard deviation that is a finite number.
-    reward_std = math.hypot(*(reward - mean for reward in rewards)) / math.sqrt(max(1, len(rewards)))
+    reward_std = math.hypot(*[reward - mean for reward in rewards]) / math.sqrt(max(1, len(rewards)))
     return GroupMeta(group.group_id, counted_version(group), group.num_tokens, uses=0, reward_std=reward_std)
 
 

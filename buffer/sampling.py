@@ -37,7 +37,7 @@ little.
 """
 
 
-class GroupMeta(msgspec.Struct, frozen=True):
+class GroupMeta(msgspec.Struct, gc=False, frozen=True):
     """The part of a stored group that is kept in memory.
 
     `oldest_version` is the policy version of its oldest token, AGELESS when all samples are offline.

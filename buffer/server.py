@@ -21,7 +21,8 @@ groups may still come.
 Actors that wait are woken in the order in which they came, as many as there are items for: a change costs
 the same with one actor waiting and with hundreds (buffer/waits.py).
 
-All changes happen in shard.py, each in one synchronous section.
+All changes happen in shard.py, each in one synchronous section. Insertions that wait together are one
+transaction.
 """
 
 from __future__ import annotations
@@ -147,8 +148,16 @@ class ReplayBuffer:
         Idempotent: an item ends once, whoever reports it, also after its lease ran out; later reports of it
         are counted as duplicates. Raises msgspec.ValidationError, DataError (unscored) or LeaseError (never
         leased), with nothing stored; DiskFullError: send them again later.
+
+        Calls that came while a transaction was under way are written together by the next: none waits longer
+        than for the one before it, and its own.
         """
-        return self._shard.insert(actor, payloads)
+        group_ids = self._shard.insert(actor, payloads)
+        await asyncio.sleep(
+            0
+        )  # Whoever else has come meanwhile is noted too, before the first of them commits.
+        self._shard.commit()
+        return group_ids
 
     async def fail(self, actor: str, ordinals: list[int], reason: str) -> None:
         """Ends items that cannot be generated. Ignored, and counted, for those that ended or are

@@ -1,5 +1,6 @@
 """One shard of the replay buffer without its waits: every method is one change, in memory and, in one
-transaction, on disk.
+transaction, on disk. Insertions alone are noted, so that those that come together are one transaction:
+`commit` writes them, unless another change has done so.
 
     admission, replay, usable   say what may be leased, what is stored, what of a group is kept (pure)
     store, ledger               keep both on disk
@@ -35,12 +36,14 @@ from buffer.sampling import GroupMeta
 from buffer.sources import Part
 from buffer.store import BatchEntry, DiskFullError, RecordedBatch, Store, StoreError
 from buffer.stream import PromptStream
-from buffer.usable import MIN_SAMPLES, HeldSamples, generated_rewards, usable_group
+from buffer.usable import MIN_SAMPLES, HeldSamples, Usable, generated_rewards, usable_in
 from core.config import Config
-from core.records import Group, StoredGroup, WorkItem, decode_group, encode, encode_batch, head_of
+from core.records import StoredGroup, WorkItem, encode, encode_batch, head_of
 from core.staleness import StalenessBound
 
 _NUM_ERROR_TEXTS = 5
+_ADMISSION_COUNTS = ("failed", "expired", "reissued", "lost_too_often", "rested", "ignored_reports")
+_COUNTS = ("evicted_too_small", "samples_error", "samples_total", "taken", "starts", "disk_errors")
 _log = logging.getLogger(__name__)
 
 
@@ -89,6 +92,7 @@ class Shard:
         self._step = self.next_step = 0  # The newest step told; the step of the next batch.
         self._watermark = self._ledger_forgotten = 0
         self._closed = False
+        self._has_noted = self._is_behind = False  # Insertions to commit; what the disk refused.
         self.store = Store(directory / store_name(shard, self._num_shards), config.buffer.fsync)
         state = self._recover(directory)
         self.ledger = self._open_ledger(directory / ledger_name(shard, self._num_shards), state)
@@ -134,7 +138,7 @@ class Shard:
         """
         if not self.num_leasable(now_s):
             return []
-        self._flush()
+        self._catch_up()
         ordinals = self.admission.lease(actor, max_groups, self._blocking(), now_s)
         for ordinal in self.admission.pop_passed_over():
             self._record("rested", ordinal)
@@ -181,10 +185,8 @@ class Shard:
         self._write_or_count()
 
     def fail(self, actor: str, ordinals: Sequence[int], reason: str) -> None:
-        """Ends items without a group; those that ended, or are another actor's by now, are ignored and
-        counted.
-        """
-        self._flush()
+        """Ends items without a group; of those that ended, or are another actor's by now, a count is kept."""
+        self._catch_up()
         for ordinal in self.admission.fail(actor, ordinals):
             self._record("failed", ordinal, actor=actor, reason=reason)
         self._write()
@@ -192,48 +194,54 @@ class Shard:
     # Groups
 
     def insert(self, actor: str, payloads: Sequence[bytes]) -> list[int]:
-        """Ends the items of encoded Groups and stores what is usable of them; returns all their ids once that
-        is durable. See `ReplayBuffer.insert`.
+        """Ends the items of encoded Groups and notes what is usable of them; returns all their ids, which are
+        acknowledged once `commit` has returned. See `ReplayBuffer.insert`.
         """
-        groups = [decode_group(payload) for payload in payloads]
         # All checks come before any change.
-        usable = [usable_group(group) for group in groups]
-        for group in groups:
-            self.admission.is_open(group.group_id)
-        self._flush()
-        for group, payload, (kept, errors) in zip(groups, payloads, usable, strict=True):
-            self._end_item(actor, group, payload, kept, errors)
+        found = [usable_in(payload) for payload in payloads]
+        for usable in found:
+            self.admission.is_open(usable.head.group_id)
+        self._catch_up()
+        self._has_noted = True
+        for usable in found:
+            self._end_item(actor, usable)
         if sentence := self._equal.pop_warning():
             _log.warning("%s%s", f"shard {self._shard}: " if self._num_shards > 1 else "", sentence)
-        self._write()
-        return [group.group_id for group in groups]
+        return [usable.head.group_id for usable in found]
 
-    def _end_item(self, actor: str, group: Group, payload: bytes, usable: Group, errors: list[str]) -> None:
-        """Ends the group's item and stores what is usable of it, unless the item ended before or too
-        little is left.
-        """
-        if not self.admission.end(group.group_id):
+    def commit(self) -> None:
+        """Writes the insertions that are noted, all of them in one transaction. Raises DiskFullError."""
+        if self._has_noted:
+            self._write()
+        else:  # Another change has taken them along, and the disk may have refused it.
+            self._catch_up()
+
+    def _end_item(self, actor: str, usable: Usable) -> None:
+        """Ends the group's item, if it is open, and stores what is usable of it, unless that is too little."""
+        head, payload, errors, group = usable
+        if not self.admission.end(head.group_id):
             self.counts["duplicates"] += 1
             return
-        self.counts["samples_total"] += len(group.samples)
+        self.counts["samples_total"] += len(head.samples) + len(errors)
         self.counts["samples_error"] += len(errors)
         self.error_texts.extend(errors)
-        if self._config.data.curriculum is not None and len(usable.samples) >= MIN_SAMPLES:
-            self._curriculum.observe(self.item(group.group_id).prompt_index, generated_rewards(usable))
-        kept = self._held.join(usable, self._step)
-        if len(kept.samples) < MIN_SAMPLES:
-            self.counts["evicted_too_small"] += 1
-            reason = "too_small_held" if self._held.hold(kept) else "too_small"
-            self._record("failed", group.group_id, actor=actor, reason=reason)
-            return
-        head = head_of(kept)
+        if self._config.data.curriculum is not None and len(head.samples) >= MIN_SAMPLES:
+            self._curriculum.observe(self.item(head.group_id).prompt_index, generated_rewards(head))
+        if group is not None:
+            kept = self._held.join(group, self._step)
+            if len(kept.samples) < MIN_SAMPLES:
+                self.counts["evicted_too_small"] += 1
+                reason = "too_small_held" if self._held.hold(kept) else "too_small"
+                self._record("failed", group.group_id, actor=actor, reason=reason)
+                return
+            if kept is not group:
+                head, payload = head_of(kept), encode(kept)
         meta = meta_of(head)
-        self._record("inserted", group.group_id, actor=actor, version=meta.version)
-        if self._equal.skips([sample.reward for sample in kept.samples if sample.reward is not None]):
+        self._record("inserted", head.group_id, actor=actor, version=meta.version)
+        if self._equal.skips([sample.reward for sample in head.samples if sample.reward is not None]):
             self._replay.skip(meta)
             return
-        stored = StoredGroup(encode(head), payload if kept is group else encode(kept))
-        self.store.put_group(meta, len(kept.samples), stored)
+        self.store.put_group(meta, len(head.samples), StoredGroup(encode(head), payload))
         self._replay.insert(meta)
 
     def put_ref_logprobs(self, ref_logprobs: Mapping[int, Sequence[float]]) -> int:
@@ -314,16 +322,7 @@ class Shard:
         return self._read_batch(step)
 
     def _read_batch(self, step: int) -> bytes:
-        entries = self._batches[step].entries
-        stored = self.store.read_groups(entry.group_id for entry in entries)
-        # Reference log-probs cached since are left out: a batch asked for again is the same to the last bit.
-        known = (
-            group._replace(
-                uses=entry.uses, ref_logprobs=group.ref_logprobs if entry.has_ref_logprobs else None
-            )
-            for entry, group in zip(entries, stored, strict=True)
-        )
-        return encode_batch(step, known)
+        return encode_batch(step, self.store.read_batch(self._batches[step]))
 
     def _drop_batches(self, before_step: int) -> None:
         self._watermark = max(self._watermark, before_step)
@@ -361,15 +360,11 @@ class Shard:
             "frontier": self.admission.frontier,
             "duplicates": self.counts["duplicates"] + replay["duplicates"],
             "ledger_unwritten": self.ledger.num_unwritten,
-            "changes_unwritten": self.store.num_pending,
+            "changes_unwritten": self.store.num_pending if self._is_behind else 0,
         }
         values |= {name: replay[name] for name in ("inserted", *EVICTIONS, "strata_short")}
-        values |= {
-            name: admission[name]
-            for name in ("failed", "expired", "reissued", "lost_too_often", "rested", "ignored_reports")
-        }
-        names = ("evicted_too_small", "samples_error", "samples_total", "taken", "starts", "disk_errors")
-        values |= {name: self.counts[name] for name in names}
+        values |= {name: admission[name] for name in _ADMISSION_COUNTS}
+        values |= {name: self.counts[name] for name in _COUNTS}
         values["equal_let_through"] = self._equal.let_through
         values["resting"] = self._curriculum.num_resting
         return values | {
@@ -384,7 +379,7 @@ class Shard:
     def close(self) -> None:
         """Closes the files; a second call does nothing. What is open or stored stays for the next start."""
         with contextlib.suppress(StoreError):  # A full disk may have room by now.
-            self._flush()
+            self.commit()
         self.ledger.close(keep_back=self.store.num_pending > 0)
         self.store.close()
 
@@ -394,9 +389,7 @@ class Shard:
         self.ledger.record(event, group_id, step=self._step, **details)
 
     def _write(self) -> None:
-        """Writes every change so far, with the ledger's lines. Raises DiskFullError, and keeps the changes
-        then.
-        """
+        """Writes every change so far, with the ledger's lines, or raises DiskFullError and keeps them."""
         for ordinal in self.admission.pop_changed():
             lease = self.admission.lease_of(ordinal)
             if lease is None:
@@ -417,8 +410,14 @@ class Shard:
         self._left.clear()
         self._note_ledger()
         self.store.put_state(self._state())
+        self._has_noted = False
         self._on_change()
         self._flush()
+
+    def _catch_up(self) -> None:
+        """Writes what the disk refused before. Raises DiskFullError while it does, so that nothing piles up."""
+        if self._is_behind:
+            self._flush()
 
     def _note_ledger(self) -> None:
         if self._ledger_forgotten < self.ledger.synced:
@@ -428,17 +427,17 @@ class Shard:
             self.store.put_ledger(*chunk)
 
     def _flush(self) -> None:
+        self._is_behind = True
         try:
             self.store.flush()
         except DiskFullError:
             self.counts["disk_errors"] += 1
             raise
+        self._is_behind = False
         self.ledger.flush()
 
     def _write_or_count(self) -> None:
-        """Writes every change so far; a full disk is counted, not raised, since nobody was promised that this
-        is durable.
-        """
+        """Writes every change so far; a full disk is counted: nobody was promised that this is durable."""
         with contextlib.suppress(DiskFullError):
             self._write()
 

@@ -78,7 +78,7 @@ class DiskFullError(StoreError):
     """The disk refuses writes. Nothing acknowledged is lost; what was not acknowledged can be sent again."""
 
 
-class BatchEntry(msgspec.Struct, frozen=True, array_like=True):
+class BatchEntry(msgspec.Struct, gc=False, frozen=True, array_like=True):
     """A group in a recorded batch: its `uses` with this one, and whether its reference log-probs were known
     then. See `RecordedBatch`.
     """
@@ -88,7 +88,7 @@ class BatchEntry(msgspec.Struct, frozen=True, array_like=True):
     has_ref_logprobs: bool
 
 
-class RecordedBatch(msgspec.Struct, frozen=True, array_like=True):
+class RecordedBatch(msgspec.Struct, gc=False, frozen=True, array_like=True):
     """A batch, or one shard's part of a batch that has `total` groups; `Store.put_batch` writes it,
     `Store.load_batches` reads it.
     """
@@ -255,6 +255,18 @@ class Store:
         return [
             self._unwritten[group_id] if group_id in self._unwritten else self._read_group(group_id)
             for group_id in group_ids
+        ]
+
+    def read_batch(self, batch: RecordedBatch) -> list[StoredGroup]:
+        """Returns the groups of a recorded batch as they were then. Reference log-probs cached since are left
+        out: a batch asked for again is the same to the last bit.
+        """
+        stored = self.read_groups(entry.group_id for entry in batch.entries)
+        return [
+            group._replace(
+                uses=entry.uses, ref_logprobs=group.ref_logprobs if entry.has_ref_logprobs else None
+            )
+            for entry, group in zip(batch.entries, stored, strict=True)
         ]
 
     def num_samples(self, group_id: int) -> int | None:

@@ -4,16 +4,42 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
+from buffer.outline import plain_head_in
 from core.errors import DataError
-from core.records import Group, Sample
+from core.records import Group, GroupHead, Sample, decode_group, encode, head_of
 from core.staleness import StalenessBound, counted_version
 
 MIN_SAMPLES = 2
 """A group with fewer samples carries no signal: its leave-one-out mean does not exist."""
+
+
+class Usable(NamedTuple):
+    """What is usable of an encoded group: its head and its bytes.
+
+    errors   the error texts of the samples that were left out
+    group    is the same, decoded, where it had to be looked at; None for one that is whole
+    """
+
+    head: GroupHead
+    payload: bytes
+    errors: list[str]
+    group: Group | None = None
+
+
+def usable_in(payload: bytes) -> Usable:
+    """Returns what is usable of the Group in `payload`, which is not decoded where it is plain and whole.
+
+    Raises msgspec.MsgspecError for what is no group, and DataError as `usable_group` does.
+    """
+    head = plain_head_in(payload)
+    if head is not None and len(head.samples) >= MIN_SAMPLES:
+        return Usable(head, payload, [])
+    kept, errors = usable_group(decode_group(payload))
+    return Usable(head_of(kept), encode(kept) if errors else payload, errors, kept)
 
 
 def usable_group(group: Group) -> tuple[Group, list[str]]:
@@ -38,7 +64,7 @@ def usable_group(group: Group) -> tuple[Group, list[str]]:
     return (msgspec.structs.replace(group, samples=kept) if errors else group), errors
 
 
-def generated_rewards(group: Group) -> list[float]:
+def generated_rewards(group: GroupHead) -> list[float]:
     """Returns the rewards of the samples that were generated for the group, not taken from a log."""
     return [sample.reward for sample in group.samples if sample.reward is not None and not sample.is_offline]
 

@@ -36,7 +36,7 @@ from core.arrays import ArrayBytes, Bits, Float32s, Int32s
 # --- Records ---
 
 
-class WorkItem(msgspec.Struct, frozen=True):
+class WorkItem(msgspec.Struct, gc=False, frozen=True):
     """One prompt to generate for: `WorkItem(ordinal=7, prompt_index=12, seed=1234)`.
 
     `ordinal` is the position in the prompt stream. `prompt_index` is the prompt's place among the usable
@@ -49,7 +49,7 @@ class WorkItem(msgspec.Struct, frozen=True):
     seed: int
 
 
-class VersionSpan(msgspec.Struct, frozen=True):
+class VersionSpan(msgspec.Struct, gc=False, frozen=True):
     """Says that the sampled tokens [start, end) of a sample, counted among the sampled ones alone, are by
     weights of `version`.
     """
@@ -59,11 +59,11 @@ class VersionSpan(msgspec.Struct, frozen=True):
     end: int
 
 
-def _oldest_version(spans: Iterable[VersionSpan]) -> int | None:
-    return min((span.version for span in spans), default=None)
+def _oldest_version(samples: Iterable[Sample | SampleHead]) -> int | None:
+    return min([span.version for sample in samples for span in sample.version_spans], default=None)
 
 
-class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Sample(msgspec.Struct, gc=False, frozen=True, kw_only=True, omit_defaults=True):
     """One trajectory: what the policy was shown and what it said, in the order in which it saw it.
 
     tokens         all tokens, the prompt's first; EOS included iff it was sampled
@@ -169,7 +169,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def oldest_version(self) -> int | None:
         """Returns the version of the oldest sampled token, or None for an offline sample."""
-        return _oldest_version(self.version_spans)
+        return _oldest_version((self,))
 
 
 def _check_segments(sample: Sample) -> None:
@@ -189,7 +189,7 @@ def _check_segments(sample: Sample) -> None:
         )
 
 
-class Group(msgspec.Struct, frozen=True, kw_only=True):
+class Group(msgspec.Struct, gc=False, frozen=True, kw_only=True):
     """The samples of one WorkItem. `group_id` is the item's ordinal: at most one group per id is ever stored.
 
     `prompt_index` is the prompt's place among the usable ones, `source_row` its line or row in the file, from
@@ -209,15 +209,15 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
         """Returns the version of the group's oldest token, which `max_staleness` bounds; None when all its
         samples are offline.
         """
-        return _oldest_version(span for sample in self.samples for span in sample.version_spans)
+        return _oldest_version(self.samples)
 
     @property
     def num_tokens(self) -> int:
         """Returns the number of all tokens of all samples, as the learner sees them."""
-        return sum(sample.num_tokens for sample in self.samples)
+        return sum([sample.num_tokens for sample in self.samples])
 
 
-class Batch(msgspec.Struct, frozen=True):
+class Batch(msgspec.Struct, gc=False, frozen=True):
     """The groups of one optimizer step. `step` counts the optimizer steps done before this one."""
 
     step: int
@@ -228,7 +228,7 @@ class Batch(msgspec.Struct, frozen=True):
 # ---------------------------------------------------------------------
 
 
-class SampleHead(msgspec.Struct, frozen=True, array_like=True):
+class SampleHead(msgspec.Struct, gc=False, frozen=True, array_like=True):
     """A sample without its tokens and texts: whatever a number can say of it. A GroupHead holds one for each
     sample.
     """
@@ -249,10 +249,10 @@ class SampleHead(msgspec.Struct, frozen=True, array_like=True):
     @property
     def oldest_version(self) -> int | None:
         """Returns the version of the oldest sampled token, or None for an offline sample."""
-        return _oldest_version(self.version_spans)
+        return _oldest_version((self,))
 
 
-class GroupHead(msgspec.Struct, frozen=True, array_like=True):
+class GroupHead(msgspec.Struct, gc=False, frozen=True, array_like=True):
     """A group without its tokens, by which a rank chooses its groups and metrics are computed;
     `head_of(group)` makes it.
 
@@ -269,15 +269,15 @@ class GroupHead(msgspec.Struct, frozen=True, array_like=True):
     @property
     def oldest_version(self) -> int | None:
         """Returns the version of the group's oldest token; None when all its samples are offline."""
-        return _oldest_version(span for sample in self.samples for span in sample.version_spans)
+        return _oldest_version(self.samples)
 
     @property
     def num_tokens(self) -> int:
         """Returns the number of all tokens of all samples, as the learner sees them."""
-        return sum(sample.num_tokens for sample in self.samples)
+        return sum([sample.num_tokens for sample in self.samples])
 
 
-class BatchIndex(msgspec.Struct, frozen=True, array_like=True):
+class BatchIndex(msgspec.Struct, gc=False, frozen=True, array_like=True):
     """A Batch without its tokens, which every rank is told of all groups; about 50 bytes a sample.
     `index_of(batch)` makes it.
     """
@@ -340,14 +340,14 @@ class EncodedBatch:
     payloads: tuple[memoryview, ...]
 
 
-class _WireGroup(msgspec.Struct, frozen=True, array_like=True):
+class _WireGroup(msgspec.Struct, gc=False, frozen=True, array_like=True):
     uses: int
     ref_logprobs: tuple[float | None, ...] | None
     head: msgspec.Raw
     payload: msgspec.Raw
 
 
-class _WireBatch(msgspec.Struct, frozen=True, array_like=True):
+class _WireBatch(msgspec.Struct, gc=False, frozen=True, array_like=True):
     step: int
     groups: tuple[_WireGroup, ...]
 

@@ -71,7 +71,8 @@ def counted_version(of: Group | GroupHead | Sample | SampleHead) -> int:
     """The version of a group or a sample that counts: of its oldest token; AGELESS for what is wholly
     offline.
     """
-    return AGELESS if of.oldest_version is None else of.oldest_version
+    oldest = of.oldest_version
+    return AGELESS if oldest is None else oldest
 
 
 def staleness_of(versions_N: npt.NDArray[np.int64], step: int) -> npt.NDArray[np.int64]:

@@ -16,6 +16,7 @@ from buffer.admission import MAX_LOSSES, LeaseError, work_item
 from buffer.client import connect_buffer
 from buffer.ledger import audit
 from buffer.server import ReplayBuffer
+from buffer.store import DiskFullError
 from core.calls import Local
 from core.errors import DataError
 from core.records import WorkItem, decode_batch, decode_group, encode
@@ -430,14 +431,69 @@ def test_a_core_inserts_and_samples_300_groups_per_second(tmp_path):
 
     async def pump() -> float:
         buffer = ReplayBuffer(buffer_config(capacity=256, groups_per_step=32), str(tmp_path), NUM_PROMPTS)
-        start_s = time.perf_counter()
+        start_s = time.process_time()  # Of a core: what others on the machine do is not counted.
         for step in range(num_groups // 30):
             for _ in range(30):
                 (ordinal,) = ordinals_of(await buffer.lease("a", 1, 1.0))
                 await buffer.insert("a", [make_payload(ordinal, step, rewards=(1.0,) * 8)])
             assert await buffer.sample(step, 30, 1.0)
-        return num_groups / (time.perf_counter() - start_s)
+        return num_groups / (time.process_time() - start_s)
 
     groups_per_s = asyncio.run(pump())
     print(f"{groups_per_s:.0f} groups/s")
     assert groups_per_s > 300
+
+
+@scenario
+async def test_insertions_that_wait_together_are_one_transaction_and_each_is_acknowledged_after_it(
+    run_dir, monkeypatch
+):
+    buffer = ReplayBuffer(buffer_config(capacity=32), run_dir, NUM_PROMPTS)
+    await buffer.lease("a", 12, 1.0)
+    shard, happened = buffer._shard, []
+    flush = shard.store.flush
+    monkeypatch.setattr(shard.store, "flush", lambda: (flush(), happened.append("commit")))
+
+    async def insert(ordinal: int) -> None:
+        assert await buffer.insert("a", [make_payload(ordinal)]) == [ordinal]
+        assert shard.store.num_pending == 0
+        happened.append(ordinal)
+
+    await asyncio.gather(*map(insert, range(8)))
+    assert happened == ["commit", *range(8)]
+    happened.clear()
+    for ordinal in (8, 9):
+        await insert(ordinal)
+    assert happened == ["commit", 8, "commit", 9]
+    happened.clear()
+    # Another change takes along what is noted: then there is nothing left to commit.
+    await asyncio.gather(insert(10), buffer.sample(0, 2, 1.0), insert(10), insert(11))
+    assert happened.count("commit") == 2
+    assert happened[0] == "commit"
+    assert (await check_sums(buffer))["duplicates"] == 1
+
+
+@scenario
+async def test_insertions_that_a_full_disk_refused_together_are_all_refused_and_none_is_told_of_as_waiting(
+    run_dir, monkeypatch
+):
+    buffer = ReplayBuffer(buffer_config(capacity=32), run_dir, NUM_PROMPTS)
+    await buffer.lease("a", 8, 1.0)
+    flush = buffer._shard.store.flush
+
+    def refuse() -> None:
+        raise DiskFullError("no room")
+
+    monkeypatch.setattr(buffer._shard.store, "flush", refuse)
+    inserts = [asyncio.ensure_future(buffer.insert("a", [make_payload(ordinal)])) for ordinal in range(4)]
+    await asyncio.sleep(0)
+    assert (await buffer.stats())["buffer/changes_unwritten"] == 0, "nothing is wrong so far"
+    assert all(
+        isinstance(error, DiskFullError) for error in await asyncio.gather(*inserts, return_exceptions=True)
+    )
+    assert (await buffer.stats())["buffer/changes_unwritten"] > 0
+    monkeypatch.setattr(buffer._shard.store, "flush", flush)
+    again = [buffer.insert("a", [make_payload(ordinal)]) for ordinal in range(4)]
+    assert await asyncio.gather(*again) == [[0], [1], [2], [3]]
+    stats = await check_sums(buffer)
+    assert (stats["inserted"], stats["duplicates"], stats["changes_unwritten"]) == (4, 4, 0)

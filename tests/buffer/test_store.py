@@ -182,7 +182,9 @@ def test_invariant_2_acknowledged_groups_survive_25_kills_of_the_writer(tmp_path
         process = fork.Process(target=_write_until_killed, args=(path, first_id, kill, writer))
         process.start()
         os.close(writer)
-        last = os.read(reader, 8)  # so that every writer gets past its start
+        last = os.read(reader, 8)
+        while struct.unpack("<q", last[-8:])[0] < first_id + 25:  # However slow the machine is.
+            last = os.read(reader, 8)
         time.sleep(rng.uniform(0.0, 0.06))
         process.kill()
         process.join()
