@@ -2,8 +2,9 @@
 (actors/engine_worker.py) and what its CPU engine is given (actors/engine_cpu.py).
 
 vLLM's engine runs inside this process (no engine-core process), so that weights can be swapped between two
-steps while unfinished generations go on. Each sample is a request of its own; those of a group, which come
-one after another, are prepared once, and vLLM's prefix cache shares their prompt.
+steps while unfinished generations go on; of one over several GPUs (`actors.tensor_parallel`) only the model
+is elsewhere, a part of it in each of its worker processes. Each sample is a request of its own; those of a
+group, which come one after another, are prepared once, and vLLM's prefix cache shares their prompt.
 
 Weights arrive through vLLM's layerwise reload, the lifecycle of its own transfer engines.
 
@@ -23,6 +24,7 @@ import copy
 import itertools
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,9 +43,11 @@ from actors.engine_settings import (
 )
 from actors.episode import Generation
 from actors.requests import Options, RunningRequest, WaitingRequest
+from core.children import describe_exit
 from core.config import ActorsConfig, ModelConfig
 from core.errors import AgroError, SnapshotError
 from core.tokenizer import Detokenizer, end_token_ids, load_tokenizer
+from core.weights.shared import SharedWeights, share
 
 _ADAPTER = "policy"
 _PEFT_PREFIX = "base_model.model."
@@ -57,6 +61,12 @@ class PromptRefused(AgroError, ValueError):
     """
 
     request_id = ""
+
+
+class WorkerLost(RuntimeError):
+    """A worker process of an engine over several GPUs has ended, and the engine with it. No error of ours
+    that would end the run: it is the death of one actor.
+    """
 
 
 class Engine:
@@ -100,6 +110,8 @@ class Engine:
         if transport != "snapshot":
             arguments["weight_transfer_config"] = {"backend": transport}
         self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        if config.tensor_parallel > 1:
+            self._engine.collective_rpc("agro_die_with", args=(os.getpid(),))
         if config.num_gpus == 0:
             self._engine.collective_rpc("agro_mend_engine")
         # `_reload` checks itself what a snapshot leaves out; vLLM names layers that have nothing to load, at
@@ -166,7 +178,11 @@ class Engine:
             except PromptRefused as refused:
                 refused.request_id = waiting.request_id
                 raise
-        outputs = self._engine.engine_core.get_output()
+        try:
+            outputs = self._engine.engine_core.get_output()
+        except RuntimeError as error:
+            self._raise_if_lost(error)
+            raise
         finished: list[tuple[str, Generation]] = []
         for output in outputs.outputs:
             if (request := self._running.get(output.request_id)) is None:
@@ -216,21 +232,38 @@ class Engine:
 
         Requests started later share no prefix with earlier ones. That is done by a salt in the cache's keys,
         since vLLM refuses to reset its prefix cache (returns False, no error) while anything is in flight.
+        An engine over several GPUs reads them from shared memory: `share` them beforehand, beside generation.
         Raises SnapshotError when parameters of the model are missing from `weights`, or vLLM does not apply
         the adapters: the engine is then unusable.
         """
-        tensors = list(weights)
         if self._adapters is not None:
-            self._load_adapters(version, tensors, self._adapters)
+            self._load_adapters(version, list(weights), self._adapters)
             self._take_over(version)
             return
-        workers = self._engine.collective_rpc("agro_load", args=(tensors,))
-        if missing := sorted(set().union(*workers)):
+        if self._config.tensor_parallel > 1 and not isinstance(weights, SharedWeights):
+            weights = share(weights)
+        workers = self._engine.collective_rpc("agro_load", args=(weights,))
+        # Of a vocabulary that is divided, a worker may have but padding: lacking is what nobody got any of.
+        if missing := sorted(set.intersection(*map(set, workers))):
             raise SnapshotError(
                 f"weights of version {version} lack {len(missing)} parameters of the model: "
                 f"{', '.join(missing[:5])}"
             )
         self._take_over(version)
+
+    def _raise_if_lost(self, error: RuntimeError) -> None:
+        """Raises WorkerLost from `error` where a worker process of the engine is gone: vLLM ends the others
+        then, and says of that nothing but "cancelled".
+        """
+        if self._config.tensor_parallel == 1:
+            return
+        workers = self._engine.engine_core.engine_core.model_executor.workers
+        ends = [describe_exit(code) for worker in workers if (code := worker.proc.exitcode) is not None]
+        if ends:
+            raise WorkerLost(
+                f"of the {len(workers)} worker processes of the engine one is gone, and with it all of it: "
+                f"{'; '.join(ends)}"
+            ) from error
 
     def _generation(self, request: RunningRequest, reason: str) -> Generation:
         return request.generation(reason, self._detokenizer.text(request.tokens))

@@ -76,8 +76,12 @@ def set_engine_environment(config: ActorsConfig) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Of the workers of an engine over several GPUs: a fork of a process with threads may hang.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if config.num_gpus == 0:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if config.tensor_parallel > 1:  # Its workers take the number of their threads from here.
+            os.environ["OMP_NUM_THREADS"] = str(max(1, int(config.num_cpus / config.tensor_parallel)))
         # Latent attention (DeepSeek) as any other: vLLM's own kernel for it wants bfloat16 where the CPU has
         # AMX.
         os.environ.setdefault("VLLM_MLA_DISABLE", "1")
@@ -125,6 +129,7 @@ def engine_arguments(
         "config_format": "hf",
         "load_format": "hf",
         "worker_extension_cls": "actors.engine_worker.EngineWorker",
+        **_parallel_arguments(config),
         **_device_arguments(config),
     }
 
@@ -144,6 +149,13 @@ def lora_arguments(model: ModelConfig, adapters: Adapters) -> dict[str, Any]:
     }
 
 
+def _parallel_arguments(config: ActorsConfig) -> dict[str, Any]:
+    if config.tensor_parallel == 1:
+        return {}
+    # Said, because in a placement group of Ray's vLLM would ask Ray for workers in bundles of their own.
+    return {"tensor_parallel_size": config.tensor_parallel, "distributed_executor_backend": "mp"}
+
+
 def _device_arguments(config: ActorsConfig) -> dict[str, Any]:
     if config.num_gpus:
         return {"gpu_memory_utilization": config.gpu_memory_share}
@@ -151,7 +163,7 @@ def _device_arguments(config: ActorsConfig) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.num_cpus)))
     return {
         "enforce_eager": True,
-        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30 / config.tensor_parallel),
         # Not vLLM's 128 for a CPU: only whole blocks of a prompt are shared by its group.
         "block_size": 32,
         # A prompt in pieces ends a CPU engine where requests have vLLM's own seeds: its generators have no

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from actors.engine_cpu import mend
+from core.children import die_with
 from core.weights.snapshots import checksum
 
 
@@ -32,6 +33,10 @@ class EngineWorker:
     vllm_config: Any
     weight_transfer_engine: Any
     get_model: Callable[[], Any]
+
+    def agro_die_with(self, actor_pid: int) -> None:
+        """Lets the kernel end this process with the actor's: vLLM's own way needs one that is not stopped."""
+        die_with(actor_pid)
 
     def agro_mend_engine(self) -> None:
         """Mends the CPU engine, once."""

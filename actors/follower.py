@@ -23,7 +23,8 @@ from core.errors import PeerTimeout, SnapshotError
 from core.evaluation.records import EvalItem
 from core.troubles import Troubles
 from core.weights.board import BoardClient, Directive
-from core.weights.fetching import Weights, snapshot_of
+from core.weights.fetching import Weights, shared_snapshot_of, snapshot_of
+from core.weights.shared import SharedWeights
 
 POLL_S = 5.0
 """The board holds a question for so long when it has nothing to say."""
@@ -36,7 +37,7 @@ class Update:
     """
 
     version: int
-    weights: Weights | None
+    weights: Weights | SharedWeights | None
     eval_items: tuple[EvalItem, ...]
 
 
@@ -54,8 +55,10 @@ class Follower:
         self._name, self._board, self._calls = name, board, calls
         self._troubles = Troubles(calls.tell)
         self._timeout_s = config.run.timeout_s
+        # Adapters reach an engine's workers as files, which are small.
+        self._is_shared = config.actors.tensor_parallel > 1 and config.weights.transport != "adapters"
         self._asking: Pending[bytes] | None = None
-        self._fetching: Pending[Weights] | None = None
+        self._fetching: Pending[Weights] | Pending[SharedWeights] | None = None
         self._directive: Directive | None = None  # What is being fetched for.
         self._is_asking_for_work, self._asked_version = False, -1
         self._ask_at_s = self._work_at_s = self._fetched_from_s = 0.0
@@ -117,23 +120,28 @@ class Follower:
             return  # The latter: weights were pushed while the board was about to answer.
         elif directive.version != version:
             self._directive, self._fetched_from_s = directive, time.monotonic()
-            self._fetching = self._calls.start(snapshot_of(self._board, directive.version))
+            self._fetching = self._fetch(directive.version)
         elif directive.eval_items:
             self.update = Update(version, None, directive.eval_items)
+
+    def _fetch(self, version: int) -> Pending[Weights] | Pending[SharedWeights]:
+        if self._is_shared:
+            return self._calls.start(shared_snapshot_of(self._board, version))
+        return self._calls.start(snapshot_of(self._board, version))
 
     def _drop_work(self) -> None:
         if self._fetching is not None:
             self._fetching.give_up()
         self.update = self._directive = self._fetching = None
 
-    def _is_fetched(self, fetching: Pending[Weights]) -> bool:
+    def _is_fetched(self, fetching: Pending[Weights] | Pending[SharedWeights]) -> bool:
         """Returns whether the fetch is over, in time or not."""
         try:
             return fetching.is_done()
         except PeerTimeout:
             return True
 
-    def _end_fetch(self, fetching: Pending[Weights]) -> None:
+    def _end_fetch(self, fetching: Pending[Weights] | Pending[SharedWeights]) -> None:
         directive, self._directive, self._fetching = self._directive, None, None
         assert directive is not None
         try:

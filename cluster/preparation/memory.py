@@ -30,7 +30,8 @@ arXiv 1910.02054):
     checkpoint    what is saved, once more in host memory: (4 + 8) Q/N, and copies that have moved
 
 Actor: weights b P, adapters that come alone b Q (by vLLM's next higher rank), and a KV cache of 2 L k b per
-token.
+token. With `actors.tensor_parallel` each of its GPUs has a share of weights and cache; a process is in host
+memory for each, and new weights b P once, from which all of them read.
 """
 
 from __future__ import annotations
@@ -232,25 +233,26 @@ def _logprob_bytes(model: ModelConfig, learner: LearnerConfig, shape: ModelShape
 
 def _actor_parts(config: Config, shape: ModelShape) -> tuple[MemoryUse, ...]:
     b = BYTES[config.model.dtype]
-    weights = MemoryUse("weights", b * shape.num_params)
+    parallel, is_alone = config.actors.tensor_parallel, config.weights.transport == "adapters"
+    share = parallel if config.actors.num_gpus else 1  # In host memory all shares are one sum.
+    weights = MemoryUse("weights", b * shape.num_params / share)
     adapters = MemoryUse(
         "adapters",
-        b * served_rank(config.learner.lora_rank) * shape.adapted
-        if config.weights.transport == "adapters"
-        else 0,
+        b * served_rank(config.learner.lora_rank) * shape.adapted if is_alone else 0,
     )
     if config.actors.num_gpus == 0:
         cache = MemoryUse("KV cache", config.actors.kv_cache_gib * GIB)
     else:
         cache = MemoryUse(
             "KV cache of all slots",
-            _cache_bytes(config.model, config.max_sequence_tokens, shape) * config.actors.slots,
+            _cache_bytes(config.model, config.max_sequence_tokens, shape) * config.actors.slots / share,
         )
-    return tuple(
-        part
-        for part in (weights, adapters, cache, MemoryUse("process", PROCESS_BYTES, on_host=True))
-        if part.num_bytes
+    arriving = b * shape.num_params if parallel > 1 and not is_alone else 0
+    on_host = (
+        MemoryUse("new weights", arriving, on_host=True),
+        MemoryUse("process", PROCESS_BYTES * config.actors.num_processes, on_host=True),
     )
+    return tuple(part for part in (weights, adapters, cache, *on_host) if part.num_bytes)
 
 
 def _cache_bytes(model: ModelConfig, num_tokens: int, shape: ModelShape) -> float:
@@ -283,8 +285,13 @@ def _notes(config: Config, shape: ModelShape) -> list[str]:
             sum(part.num_bytes for part in _actor_parts(config, shape) if not part.on_host)
             / actors.gpu_memory_share
         )
+        each = (
+            "an actor's GPU"
+            if actors.tensor_parallel == 1
+            else f"each of an actor's {actors.num_gpus:g} GPUs"
+        )
         notes.append(
-            f"an actor's GPU of {gpu / GIB:.1f} GiB holds all {actors.slots} slots at {length}; on a smaller "
+            f"{each} of {gpu / GIB:.1f} GiB holds all {actors.slots} slots at {length}; on a smaller "
             "one vLLM runs fewer at once."
         )
     elif actors.kv_cache_gib * GIB < one:

@@ -37,6 +37,7 @@ def check_model(config: Config) -> None:
         _check_attention,
         _check_windows,
         _check_rope,
+        _check_divided,
     ):
         check(config, found)
 
@@ -232,3 +233,29 @@ def _check_rope(config: Config, found: Any) -> None:
                 f"a micro-batch, and {longest_sequence(config)} = {longest}. Keep "
                 f"it at {limit} or below."
             )
+
+
+def _check_divided(config: Config, found: Any) -> None:
+    """Refuses to divide a model whose heads or MLP do not come out even: vLLM divides both."""
+    parallel, text = config.actors.tensor_parallel, found.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or 1
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    sizes = {
+        "num_attention_heads": heads,
+        "intermediate_size": getattr(text, "intermediate_size", None),
+        "moe_intermediate_size": getattr(text, "moe_intermediate_size", None),
+    }
+    odd = {name: size for name, size in sizes.items() if isinstance(size, int) and size % parallel}
+    if kv_heads % parallel and parallel % kv_heads:  # Fewer than GPUs are repeated.
+        odd["num_key_value_heads"] = kv_heads
+    if not odd:
+        return
+    fits = [
+        number for number in range(2, heads + 1) if not any(size % number for size in sizes.values() if size)
+    ]
+    fits = [number for number in fits if not (kv_heads % number and number % kv_heads)]
+    remedy = f"one of {', '.join(map(str, fits))}, or 1" if fits else "1"
+    raise ConfigError(
+        f"actors.tensor_parallel = {parallel} does not divide {_name(config.model, found)}: "
+        f"{', '.join(f'{name} = {size}' for name, size in odd.items())}. Set it to {remedy}."
+    )

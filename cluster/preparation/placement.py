@@ -217,7 +217,8 @@ def check_machine(actors: ActorsConfig, learner: LearnerConfig) -> None:
     if cluster_address() is not None:
         return  # On a cluster `check` asks the other machines.
     cache = 0.0 if actors.num_gpus else actors.kv_cache_gib
-    asked = (learner.ranks + actors.fewest) * BARE_PROCESS_GIB + actors.fewest * cache
+    num_processes = learner.ranks + actors.fewest * actors.num_processes
+    asked = num_processes * BARE_PROCESS_GIB + actors.fewest * cache
     has = psutil.virtual_memory().total / GIB
     if asked > has:
         raise PlacementError(

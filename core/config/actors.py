@@ -25,7 +25,17 @@ class ActorsConfig(Section):
         1.0, ge=0, le=MAX_PROCESSES, description="CPUs of one actor (Ray's logical CPUs, fractions allowed)."
     )
     num_gpus: float = Field(
-        0.0, ge=0, description="GPUs of one actor: 0 generates on the CPU, 1 on a GPU, a fraction shares one."
+        0.0,
+        ge=0,
+        description="GPUs of one actor: 0 generates on the CPU, 1 on a GPU, a fraction shares one, several are for "
+        "`tensor_parallel`.",
+    )
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        le=MAX_PROCESSES,
+        description="GPUs that one engine's model is divided among, all of one node, each with a process of its own: for models that "
+        "one GPU does not hold. `num_gpus` is this number then, or 0 for as many processes on CPUs.",
     )
     group_size: int = Field(8, ge=2, le=65_536, description="Samples per prompt (n; AGRO needs at least 2).")
     slots: int = Field(
@@ -95,6 +105,11 @@ class ActorsConfig(Section):
     def gpu_memory_share(self) -> float:
         """What of a card's memory a GPU engine may take: `engine_memory`, or `GPU_MEMORY_SHARE`."""
         return GPU_MEMORY_SHARE if self.engine_memory is None else self.engine_memory
+
+    @property
+    def num_processes(self) -> int:
+        """The processes of one actor: its own, and those that a divided engine has for the parts."""
+        return 1 if self.tensor_parallel == 1 else 1 + self.tensor_parallel
 
     @property
     def sample_timeout_s(self) -> float | None:

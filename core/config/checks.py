@@ -220,13 +220,17 @@ def _band_can_be_held(config: Config) -> None:
 
 def _devices_fit(config: Config) -> None:
     actors, learner = config.actors, config.learner
-    if actors.num_gpus > 1:
-        # vLLM wants a bundle for each GPU, and calls that can be pickled; neither is built, and no machine
-        # was there to try it on.
+    parallel = actors.tensor_parallel
+    if actors.num_gpus > 1 and parallel == 1:
         raise ValueError(
-            f"actors.num_gpus = {actors.num_gpus:g}: an engine over several GPUs is not supported. Set "
-            "actors.num_gpus=1 and raise "
-            "actors.count instead."
+            f"actors.num_gpus = {actors.num_gpus:g} with actors.tensor_parallel = 1: an engine that is not divided uses one "
+            "GPU. Set actors.num_gpus=1 and raise actors.count instead, or, for a model that one GPU does not hold, "
+            f"actors.tensor_parallel={actors.num_gpus:g}."
+        )
+    if parallel > 1 and actors.num_gpus not in (0, parallel):
+        raise ValueError(
+            f"actors.tensor_parallel = {parallel} with actors.num_gpus = {actors.num_gpus:g}: each of an engine's "
+            f"{parallel} processes has a GPU, or none has. Set actors.num_gpus={parallel}, or 0 for CPUs."
         )
     if actors.num_gpus > 0 and actors.engine_memory is not None and actors.engine_memory > 1:
         raise ValueError(
@@ -263,6 +267,14 @@ def _weights_can_travel(config: Config) -> None:
             f"{name} goes from GPU to GPU, but actors.num_gpus = {actors.num_gpus:g} and learner.num_gpus = "
             f"{learner.num_gpus:g}. "
             "Give both a GPU, or set weights.transport=snapshot, which needs none."
+        )
+    if actors.tensor_parallel > 1:
+        # Such a worker takes orders from a queue, one after the other: nobody could tell one that waits in a
+        # broadcast that the broadcast is broken off, and the rendezvous would stop generation.
+        raise ValueError(
+            f"{name} with actors.tensor_parallel = {actors.tensor_parallel}: weights are pushed only to engines that run "
+            "in the actor's own process, because a worker of another process cannot be told to break off. Set "
+            "weights.transport=snapshot, or actors.tensor_parallel=1."
         )
     if actors.on_update == "drain":
         raise ValueError(

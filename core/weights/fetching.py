@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 import torch
@@ -11,9 +12,12 @@ import torch
 from core.calls import Call
 from core.errors import SnapshotError, TrainingError
 from core.weights.board import BoardClient
+from core.weights.shared import SharedWeights, share
 from core.weights.snapshots import Manifest, read_snapshot
 
-Weights: TypeAlias = list[tuple[str, torch.Tensor]]
+T = TypeVar("T")
+Named: TypeAlias = tuple[str, torch.Tensor]
+Weights: TypeAlias = list[Named]
 
 
 def snapshot_of(board: BoardClient, version: int) -> Call[Weights]:
@@ -21,10 +25,18 @@ def snapshot_of(board: BoardClient, version: int) -> Call[Weights]:
 
     It raises SnapshotError when the snapshot is gone or torn.
     """
-    return Call(board.who, "snapshot", lambda: _fetch(board, version))
+    return Call(board.who, "snapshot", lambda: _fetch(board, version, list))
 
 
-async def _fetch(board: BoardClient, version: int) -> Weights:
+def shared_snapshot_of(board: BoardClient, version: int) -> Call[SharedWeights]:
+    """Returns the call that fetches the same as a copy that other processes of this node can map.
+
+    It raises SnapshotError also when there is no memory for it.
+    """
+    return Call(board.who, "snapshot", lambda: _fetch(board, version, share))
+
+
+async def _fetch(board: BoardClient, version: int, kept: Callable[[Iterator[Named]], T]) -> T:
     try:
         snapshot = await board.snapshot(version)
         if snapshot is None:
@@ -33,7 +45,7 @@ async def _fetch(board: BoardClient, version: int) -> Weights:
         buckets = await asyncio.gather(*map(_bucket, snapshot[1]))
     except TrainingError as error:  # The board, or whoever stored a bucket, is gone.
         raise SnapshotError(f"snapshot {version} is lost: {str(error).splitlines()[0]}") from None
-    return await asyncio.to_thread(lambda: list(read_snapshot(manifest, buckets)))
+    return await asyncio.to_thread(lambda: kept(read_snapshot(manifest, buckets)))
 
 
 def _bucket(reference: Any) -> Call[Any]:

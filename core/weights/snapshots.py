@@ -197,10 +197,11 @@ def read_snapshot(manifest: Manifest, buckets: Sequence[np.ndarray]) -> Iterator
                 f"snapshot {manifest.version}, bucket {number}: checksum {found}, expected "
                 f"{checksum}; it is torn"
             )
-    return ((entry.name, _tensor(entry, buckets[entry.bucket])) for entry in manifest.params)
+    return ((entry.name, tensor_of(entry, buckets[entry.bucket])) for entry in manifest.params)
 
 
-def _tensor(entry: ParamEntry, bucket: np.ndarray) -> torch.Tensor:
+def tensor_of(entry: ParamEntry, bucket: np.ndarray) -> torch.Tensor:
+    """Returns the parameter as a view on the bucket that it lies in."""
     dtype = getattr(torch, entry.dtype)
     num_bytes = math.prod(entry.shape) * dtype.itemsize
     # By DLPack, because `from_numpy` warns of read-only arrays, which is what the object store hands out.

@@ -16,10 +16,10 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from recipes.arithmetic import make_tokenizer
 from tests.support import ROOT
+from tests.support.parity import TOLERANCE_NATS, Parity
 from tests.support.scenarios.engine_scenario import (
     MANY_TOKENS,
     MAX_NEW_TOKENS,
@@ -28,49 +28,21 @@ from tests.support.scenarios.engine_scenario import (
     SLOTS,
     STOP_TEXTS,
     TOP_P,
-    Generated,
     Report,
-    weights,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 EOS, SIX, SEVEN = 1, 9, 10
-TOLERANCE_NATS = 1e-4
 
 
-class Observed:
-    """A scenario's report, and transformers on the same weights to compare it with."""
+class Observed(Parity):
+    """A scenario's report, and what its samples are compared with."""
 
     def __init__(self, model_dir: Path, report: Report) -> None:
+        super().__init__(model_dir, report.phases)
         self.report = report
-        self._model_dir = model_dir
-        self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-        self.tied = self._model.config.tie_word_embeddings
         self.end_ids = {EOS} if self.tied else {EOS, SIX}
-
-    def phase(self, name: str) -> list[Generated]:
-        return self.report.phases[name]
-
-    @torch.no_grad()
-    def reference(self, generated: Generated, version: int) -> torch.Tensor:
-        """Log-probs [tokens, V] by transformers with the weights of `version` at the sample's temperature."""
-        self._model.load_state_dict(weights(self._model_dir, version), strict=not self.tied)
-        ids = (*generated.prompt_ids, *generated.sample.token_ids)
-        logits = self._model(torch.tensor([ids])).logits[0, len(generated.prompt_ids) - 1 : -1]
-        return (logits / (generated.temperature or 1.0)).log_softmax(-1)
-
-    def errors_nats(self, generated: Generated, version: int) -> torch.Tensor:
-        """|transformers - engine| of every sampled token."""
-        return self.differences_nats(generated, version).abs()
-
-    def differences_nats(self, generated: Generated, version: int) -> torch.Tensor:
-        token_ids = torch.tensor(generated.sample.token_ids)
-        reference = self.reference(generated, version).gather(1, token_ids[:, None])[:, 0]
-        return reference - torch.tensor(generated.sample.logprobs)
-
-    def worst_nats(self, phase: str, version: int) -> float:
-        return max(self.errors_nats(generated, version).max().item() for generated in self.phase(phase))
 
 
 def with_two_ends_and_a_special_seven(model_dir: Path, copy: Path) -> Path:

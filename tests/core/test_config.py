@@ -227,7 +227,7 @@ BAD_OVERRIDES = [
         "data.system_prompt=Think.",
         ["data.system_prompt", "data.chat_template = false", "Set data.chat_template=true"],
     ),
-    ("actors.num_gpus=2", ["actors.num_gpus = 2", "raise actors.count"]),
+    ("actors.num_gpus=2", ["actors.num_gpus = 2", "raise actors.count", "actors.tensor_parallel=2"]),
     ("learner.num_gpus=4", ["learner.num_gpus = 4", "raise learner.ranks"]),
     (
         "model.attention=flash_attention_2",
@@ -459,13 +459,15 @@ def test_a_config_cannot_be_changed(example):
 
 
 FIELDS_OF_TASKS = {
-    "actors": {"max_turns", "max_sequence_tokens", "turn_timeout_s", "endpoint_host"},
+    "actors": {"tensor_parallel", "max_turns", "max_sequence_tokens", "turn_timeout_s", "endpoint_host"},
     "rewards": {"workers", "concurrency", "max_pending"},
     "data": {"columns", "template_options", "curriculum"},
     "eval": {"suites", "keep_best"},
     "buffer": {"skip_equal_rewards"},
 }
-"""What tasks of several turns, rewards over the network and suites ask for; all others are at most 60."""
+"""What tasks of several turns, rewards over the network, suites, and models that one GPU does not hold ask
+for; all others are at most 60.
+"""
 
 
 def test_there_are_at_most_60_fields_beside_those_of_tasks_and_of_the_objectives():

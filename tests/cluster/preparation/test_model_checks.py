@@ -89,6 +89,43 @@ def test_a_model_that_the_actors_would_compute_otherwise_is_refused(
     assert "\n" not in text
 
 
+@pytest.mark.parametrize(
+    ("parallel", "settings", "words"),
+    [
+        (
+            3,
+            {},
+            "num_attention_heads = 4, intermediate_size = 64, num_key_value_heads = 2. Set it to one of 2, 4, or 1",
+        ),
+        (8, {}, "num_attention_heads = 4. Set it to one of 2, 4, or 1"),
+        (2, {"intermediate_size": 63}, "intermediate_size = 63. Set it to 1."),
+        (
+            4,
+            {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 384},
+            "num_key_value_heads = 6. Set it to one of 2, or 1",
+        ),
+    ],
+)
+def test_a_model_is_divided_among_gpus_evenly_or_not_at_all(
+    parallel: int, settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = config_of(tmp_path, "Llama", {**heads, **settings}, longest=40)
+    divided = config.actors.model_copy(update={"tensor_parallel": parallel})
+    with pytest.raises(ConfigError) as refused:
+        check_model(config.model_copy(update={"actors": divided}))
+    assert f"actors.tensor_parallel = {parallel} does not divide" in str(refused.value)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("parallel", [1, 2, 4])
+def test_a_model_that_comes_out_even_is_divided(parallel: int, tmp_path: Path) -> None:
+    """With more GPUs than key-value heads vLLM repeats those."""
+    config = config_of(tmp_path, "Llama", {"num_attention_heads": 4, "num_key_value_heads": 2}, longest=40)
+    divided = config.actors.model_copy(update={"tensor_parallel": parallel})
+    check_model(config.model_copy(update={"actors": divided}))
+
+
 ACCEPTED: list[tuple[str, dict[str, Any], int, str]] = [
     ("Llama", {}, 40, "sdpa"),
     ("Gemma2", {}, 40, "eager"),

@@ -328,6 +328,21 @@ def test_the_kv_cache_follows_heads_slots_and_length(llama_dir):
     assert any("holds all 10 slots" in note for note in estimate_memory(gpu).notes)
 
 
+def test_a_divided_engine_has_a_share_of_weights_and_cache_on_each_of_its_gpus(llama_dir):
+    def estimate(**actors):
+        return estimate_memory(config_of(model={"path": llama_dir}, actors=actors))
+
+    whole, divided = estimate(num_gpus=1), estimate(num_gpus=2, tensor_parallel=2)
+    one, two = parts_of(whole.actor), parts_of(divided.actor)
+    for name in ("weights", "KV cache of all slots"):
+        assert two[name] == one[name] / 2
+    assert two["process"] == 3 * one["process"]
+    assert two["new weights"] == one["weights"], "all of them read one copy in host memory"
+    assert any("each of an actor's 2 GPUs" in note for note in divided.notes)
+    on_cpu = parts_of(estimate(num_gpus=0, tensor_parallel=2).actor)
+    assert on_cpu["weights"] == one["weights"], "two halves in the same memory"
+
+
 def test_a_kv_cache_that_is_too_small_is_said(llama_dir):
     def notes(**actors):
         return " ".join(

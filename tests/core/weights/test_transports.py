@@ -235,6 +235,11 @@ REFUSED = {
         "nccl",
         "weights.transport=ipc",
     ),
+    "nccl to an engine in processes of its own": (
+        {"learner": {"num_gpus": 1}, "actors": {"num_gpus": 2, "tensor_parallel": 2}},
+        "nccl",
+        "cannot be told to break off. Set weights.transport=snapshot",
+    ),
     "nccl that drains": (
         {"learner": {"num_gpus": 1}, "actors": {"num_gpus": 1, "on_update": "drain"}},
         "nccl",

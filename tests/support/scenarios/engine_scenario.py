@@ -92,8 +92,13 @@ def weights(model_dir: Path, version: int) -> dict[str, torch.Tensor]:
 class Scenario:
     """Submits to one engine and keeps what comes back, by phase."""
 
-    def __init__(self, model_dir: Path) -> None:
-        self.config = ActorsConfig(slots=SLOTS, max_new_tokens=MAX_NEW_TOKENS, engine_memory=1 / 64)
+    def __init__(self, model_dir: Path, tensor_parallel: int = 1) -> None:
+        self.config = ActorsConfig(
+            slots=SLOTS,
+            max_new_tokens=MAX_NEW_TOKENS,
+            engine_memory=1 / 64,
+            tensor_parallel=tensor_parallel,
+        )
         self.model_dir = model_dir
         self.engine = Engine(
             ModelConfig(path=str(model_dir)), self.config, max_model_len=MANY_TOKENS + MAX_NEW_TOKENS

@@ -1,0 +1,31 @@
+"""GPUs that an engine's model is divided among: as many as are reserved, or none of either."""
+
+from __future__ import annotations
+
+import pytest
+
+from core.errors import ConfigError
+from tests.support.configs import make_config
+
+
+@pytest.mark.parametrize(
+    ("actors", "words"),
+    [
+        ({"tensor_parallel": 4, "num_gpus": 2}, ["actors.num_gpus = 2", "Set actors.num_gpus=4, or 0"]),
+        ({"tensor_parallel": 2, "num_gpus": 0.5}, ["actors.num_gpus = 0.5", "Set actors.num_gpus=2"]),
+        ({"tensor_parallel": 1, "num_gpus": 3}, ["actors.num_gpus = 3", "actors.tensor_parallel=3"]),
+        ({"tensor_parallel": 0}, ["actors.tensor_parallel = 0", "greater than or equal to 1"]),
+    ],
+)
+def test_gpus_that_do_not_fit_the_division_are_refused_with_a_remedy(
+    actors: dict[str, float], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        make_config(actors=actors)
+    assert [word for word in words if word not in str(refused.value)] == []
+
+
+@pytest.mark.parametrize(("num_gpus", "parallel", "processes"), [(0, 1, 1), (1, 1, 1), (0, 2, 3), (4, 4, 5)])
+def test_a_divided_engine_has_a_process_for_each_part(num_gpus: int, parallel: int, processes: int) -> None:
+    actors = make_config(actors={"num_gpus": num_gpus, "tensor_parallel": parallel}).actors
+    assert actors.num_processes == processes
