@@ -23,7 +23,6 @@ import collections
 import copy
 import itertools
 import json
-import logging
 import os
 import tempfile
 import time
@@ -110,13 +109,7 @@ class Engine:
         if transport != "snapshot":
             arguments["weight_transfer_config"] = {"backend": transport}
         self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        if config.tensor_parallel > 1:
-            self._engine.collective_rpc("agro_die_with", args=(os.getpid(),))
-        if config.num_gpus == 0:
-            self._engine.collective_rpc("agro_mend_engine")
-        # `_reload` checks itself what a snapshot leaves out; vLLM names layers that have nothing to load, at
-        # every update.
-        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+        self._engine.collective_rpc("agro_prepare", args=(os.getpid(), config.num_gpus == 0))
         self._waiting: collections.deque[WaitingRequest] = collections.deque()
         self._running: dict[str, RunningRequest] = {}  # By vLLM's names for them; the oldest first.
         self._names: dict[str, str] = {}  # Those, by ours.

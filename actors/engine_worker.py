@@ -14,6 +14,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -34,13 +36,17 @@ class EngineWorker:
     weight_transfer_engine: Any
     get_model: Callable[[], Any]
 
-    def agro_die_with(self, actor_pid: int) -> None:
-        """Lets the kernel end this process with the actor's: vLLM's own way needs one that is not stopped."""
-        die_with(actor_pid)
-
-    def agro_mend_engine(self) -> None:
-        """Mends the CPU engine, once."""
-        mend(self.model_runner)
+    def agro_prepare(self, actor_pid: int, on_cpu: bool) -> None:
+        """Does, once, what is to be done before the first request: a worker in a process of its own is to end
+        with the actor's, and a CPU engine is mended.
+        """
+        if os.getpid() != actor_pid:  # vLLM's own way needs a worker that is not stopped.
+            die_with(actor_pid)
+        # `_reload` checks itself what a snapshot leaves out; vLLM names layers that have nothing to load, at
+        # every update.
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+        if on_cpu:
+            mend(self.model_runner)
 
     def agro_load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
         """Swaps in `weights`; returns the names, as vLLM has them, of parameters that got nothing."""
