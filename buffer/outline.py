@@ -1,4 +1,4 @@
-"""Reads of an encoded Group what the buffer needs to know, and makes no samples for it: in a third of the time.
+"""Reads of an encoded Group what the buffer needs to know, and makes no samples for it, in half the time.
 
     plain_head_in(payload) --> its head, checked; None where `core.records.decode_group` has to look
     group_id_in(payload)   --> its id, unchecked
@@ -16,7 +16,7 @@ import msgspec
 from core.records import GroupHead, SampleHead, VersionSpan
 
 
-class _Sample(msgspec.Struct, gc=False):
+class _PlainSample(msgspec.Struct, gc=False):
     """A plain Sample whose arrays are still where they came."""
 
     tokens: memoryview
@@ -32,10 +32,10 @@ class _Sample(msgspec.Struct, gc=False):
     ref_logprob: None = None
 
 
-class _Group(msgspec.Struct, gc=False):
+class _PlainGroup(msgspec.Struct, gc=False):
     group_id: int
     prompt_index: int
-    samples: tuple[_Sample, ...]
+    samples: tuple[_PlainSample, ...]
     uses: int = 0
 
 
@@ -43,7 +43,7 @@ class _GroupId(msgspec.Struct, gc=False):
     group_id: int
 
 
-_decoder = msgspec.msgpack.Decoder(_Group)
+_decoder = msgspec.msgpack.Decoder(_PlainGroup)
 _id_decoder = msgspec.msgpack.Decoder(_GroupId)
 
 

@@ -217,7 +217,7 @@ class Shard:
             self._catch_up()
 
     def _end_item(self, actor: str, usable: Usable) -> None:
-        """Ends the group's item, if it is open, and stores what is usable of it, unless that is too little."""
+        """Ends the group's item, if it is open, and stores what is usable of it, unless too little is."""
         head, payload, errors, group = usable
         if not self.admission.end(head.group_id):
             self.counts["duplicates"] += 1
@@ -415,7 +415,7 @@ class Shard:
         self._flush()
 
     def _catch_up(self) -> None:
-        """Writes what the disk refused before. Raises DiskFullError while it does, so that nothing piles up."""
+        """Writes what the disk refused before, or raises DiskFullError, so that nothing piles up."""
         if self._is_behind:
             self._flush()
 

@@ -1,4 +1,4 @@
-"""What is read of an encoded group without its samples is what its samples say, and nothing is taken on trust."""
+"""What is read of an encoded group without its samples is what they say, and nothing is taken on trust."""
 
 from __future__ import annotations
 
