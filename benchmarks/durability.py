@@ -1,6 +1,6 @@
 """Measures what it costs that the buffer loses nothing: `make bench-buffer`, after benchmarks/buffer.py.
 
-long       groups of eight episodes of 32k tokens: inserts and megabytes a second against bare sqlite
+long       groups of eight episodes of 32k tokens: inserts and megabytes a CPU second against bare sqlite
 beside     inserting and sampling them alone, and while another process writes a checkpoint of 1 GB
 kill       groups that were acknowledged and lost when their writer was killed, and what that costs a second
 reused     leases and batches at 1,000 and 100,000 stored groups, used again and again, with a curriculum
@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
-import sqlite3
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -26,7 +25,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from benchmarks.buffer import NUM_ROWS, make_config, make_payload
+from benchmarks.buffer import NUM_ROWS, bare_sqlite, make_config, make_payload
 from benchmarks.pairs import compare, interleave, timed
 from benchmarks.results import measure_load, save, show
 from buffer.layout import store_name
@@ -77,13 +76,10 @@ def _again(payload: bytes, ordinal: int) -> bytes:
 
 
 def long_groups(rounds: int = 7, per_round: int = 8) -> dict[str, Any]:
-    """Returns inserts and megabytes a second of long groups, one a commit, and the ratio to bare sqlite."""
+    """Returns inserts and megabytes a CPU second of long groups, one a commit; the ratio to bare sqlite."""
     with tempfile.TemporaryDirectory() as directory, asyncio.Runner() as runner:
         buffer = ReplayBuffer(make_config(), directory, NUM_ROWS)
-        bare = sqlite3.connect(Path(directory) / "bare.sqlite", isolation_level=None)
-        bare.execute("PRAGMA journal_mode=WAL")
-        bare.execute("PRAGMA synchronous=NORMAL")
-        bare.execute("CREATE TABLE groups (group_id INTEGER PRIMARY KEY, payload BLOB)")
+        bare = bare_sqlite(Path(directory) / "bare.sqlite", "normal")
         count = rounds * per_round
         first = long_payload(0)
         payloads = [_again(first, ordinal) for ordinal in range(count)]
@@ -98,11 +94,16 @@ def long_groups(rounds: int = 7, per_round: int = 8) -> dict[str, Any]:
             for _ in range(per_round):
                 bare.execute("INSERT INTO groups VALUES (?, ?)", next(theirs))
 
-        calls = {"ours": timed(lambda: runner.run(insert())), "bare": timed(insert_bare)}
+        clock = time.process_time
+        calls = {"ours": timed(lambda: runner.run(insert()), clock), "bare": timed(insert_bare, clock)}
         found = interleave(calls, rounds)
         runner.run(buffer.close())
     per_s = per_round / float(np.median(found["ours"]))
-    rates = {"inserts_per_s": per_s, "mb_per_s": per_s * len(first) / 1e6, "group_mb": len(first) / 1e6}
+    rates = {
+        "inserts_per_cpu_s": per_s,
+        "mb_per_cpu_s": per_s * len(first) / 1e6,
+        "group_mb": len(first) / 1e6,
+    }
     return rates | compare(found["bare"], found["ours"]).fields("of_bare")
 
 

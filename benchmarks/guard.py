@@ -6,7 +6,7 @@ others on the machine would count by the clock:
     actor     samples a CPU second, of bare vLLM's at its cheapest settings; 0.3M parameters, sums
     update    an actor's pause for new weights: of the CPU time that vLLM's own load of them takes
     learner   tokens a CPU second, of a plain PyTorch loop's; 0.3M parameters, sums
-    buffer    durable inserts a second, of bare sqlite's with the same bytes
+    buffer    durable inserts, eight a transaction, of bare sqlite's with the same bytes and pragmas
     whole     samples a CPU second of all processes of a quickstart, of bare vLLM's and the plain loop's together
 
     python -m benchmarks.guard              measures, and compares with benchmarks/results/guard-*.json
@@ -87,7 +87,7 @@ def buffer_rows() -> dict[str, Row]:
     """Returns `buffer`."""
     from benchmarks.buffer import rates
 
-    found = asyncio.run(rates("normal"))
+    found = asyncio.run(rates("normal", 8))
     return {"buffer": _row(Ratio(*(found[f"ratio{name}"] for name in ("", "_least", "_most"))))}
 
 
