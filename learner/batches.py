@@ -56,10 +56,11 @@ class BatchSource:
         groups_per_step: int,
         timeout_s: float,
         is_stopping: Callable[[], bool],
+        sequence_parallel: int = 1,
     ) -> None:
         self._calls, self._buffer, self._monitor = calls, buffer, monitor
         self._groups_per_step, self._timeout_s, self._is_stopping = groups_per_step, timeout_s, is_stopping
-        self._ranks = Ranks()
+        self._ranks, self._sequence_parallel = Ranks(), sequence_parallel
 
     def next(self, step: int) -> Taken | None:
         """Waits for the batch of this step; None when the learner is to stop. Collective.
@@ -72,7 +73,8 @@ class BatchSource:
             if is_over and not has_come:
                 return None
             if is_over:
-                share = receive_share(None if payload is None else open_batch(payload))
+                batch = None if payload is None else open_batch(payload)
+                share = receive_share(batch, self._sequence_parallel)
                 return Taken(share, payload or b"", asked_s, time.perf_counter() - asked_s)
         raise AssertionError("unreachable: the last answer ends the wait")
 

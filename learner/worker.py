@@ -88,7 +88,12 @@ class LearnerRank:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(config.run.seed)
         device = init_process_group(
-            self._rank, config.learner.ranks, *address, use_gpu=use_gpu, timeout_s=config.run.timeout_s
+            self._rank,
+            config.learner.ranks,
+            *address,
+            use_gpu=use_gpu,
+            timeout_s=config.run.timeout_s,
+            sequence_parallel=config.learner.sequence_parallel,
         )
         self._policy = ZeroPolicy(config.model, config.learner, config.run.seed)
         objective = load_objective(config.objective)
@@ -159,6 +164,7 @@ class LearnerRank:
             groups_per_step=self._config.learner.groups_per_step,
             timeout_s=self._config.run.timeout_s,
             is_stopping=lambda: self._stopping,
+            sequence_parallel=self._config.learner.sequence_parallel,
         )
         self._run_dir, self._saved, self._publish_s = run_dir, -1, 0.0
         self._code_version = code_version()  # Once: it asks git.

@@ -1,9 +1,9 @@
 """How much memory a run will want, from the model's config alone: no weights are read, nothing is downloaded.
 
 An estimate, for choosing GPUs before they are paid for. Legend: P parameters, N ranks, b bytes of
-`model.dtype`, T `learner.micro_batch_tokens`, L layers, h hidden size, f MLP size, k key/value width (heads x
-head size), V vocabulary, Q parameters that are trained: P, or with LoRA rank (in + out) of every linear layer
-but the LM head.
+`model.dtype`, T `learner.micro_batch_tokens` over `learner.sequence_parallel`, L layers, h hidden size, f MLP
+size, k key/value width (heads x head size), V vocabulary, Q parameters that are trained: P, or with LoRA rank
+(in + out) of every linear layer but the LM head.
 
 Learner, per rank, DeepSpeed ZeRO-3 with AdamW (DeepSpeed 0.19's buffers; the same sum as the ZeRO paper's,
 arXiv 1910.02054):
@@ -217,12 +217,14 @@ def _activation_bytes(model: ModelConfig, learner: LearnerConfig, shape: ModelSh
     layers = shape.layers * one_layer
     if learner.gradient_checkpointing:
         layers = shape.layers * shape.hidden + one_layer
-    return BYTES[model.dtype] * learner.micro_batch_tokens * (layers + 2 * shape.hidden)
+    num_tokens = learner.micro_batch_tokens / learner.sequence_parallel
+    return BYTES[model.dtype] * num_tokens * (layers + 2 * shape.hidden)
 
 
 def _logprob_bytes(model: ModelConfig, learner: LearnerConfig, shape: ModelShape) -> float:
     """Returns the bytes of the LM head's log-probs and their gradient."""
-    b, logits = BYTES[model.dtype], learner.micro_batch_tokens * shape.vocabulary
+    b = BYTES[model.dtype]
+    logits = learner.micro_batch_tokens / learner.sequence_parallel * shape.vocabulary
     if shape.has_whole_logits:
         return 2 * b * logits + CHUNK_BYTES
     head = shape.vocabulary * shape.hidden * (b if 4 * logits <= CHUNK_BYTES else b + 4)

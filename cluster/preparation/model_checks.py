@@ -38,6 +38,7 @@ def check_model(config: Config) -> None:
         _check_windows,
         _check_rope,
         _check_divided,
+        _check_shared,
     ):
         check(config, found)
 
@@ -258,4 +259,18 @@ def _check_divided(config: Config, found: Any) -> None:
     raise ConfigError(
         f"actors.tensor_parallel = {parallel} does not divide {_name(config.model, found)}: "
         f"{', '.join(f'{name} = {size}' for name, size in odd.items())}. Set it to {remedy}."
+    )
+
+
+def _check_shared(config: Config, found: Any) -> None:
+    """Refuses to share rows among ranks where the heads do not come out even: in attention each has some."""
+    shared, text = config.learner.sequence_parallel, found.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or 1
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    if heads % shared == 0 and kv_heads % shared == 0:
+        return
+    fits = [number for number in range(1, kv_heads + 1) if not heads % number and not kv_heads % number]
+    raise ConfigError(
+        f"learner.sequence_parallel = {shared} does not divide the heads of {_name(config.model, found)}: "
+        f"num_attention_heads = {heads}, num_key_value_heads = {kv_heads}. Set it to one of {', '.join(map(str, fits))}."
     )

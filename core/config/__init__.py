@@ -102,6 +102,13 @@ class LearnerConfig(Section):
     num_gpus: float = Field(
         0.0, ge=0, description="GPUs of one rank: 0 trains on the CPU, 1 on a GPU, a fraction shares one."
     )
+    sequence_parallel: int = Field(
+        1,
+        ge=1,
+        le=MAX_PROCESSES,
+        description="Ranks that share each row: every one of them holds a part of its tokens, and of them in attention a part of the "
+        "heads. For sequences whose activations one GPU does not hold; it divides `ranks` and the model's heads.",
+    )
     groups_per_step: int = Field(32, ge=1, description="Groups of one optimizer step (P).")
     lora_rank: int = Field(
         0,
@@ -121,7 +128,7 @@ class LearnerConfig(Section):
         8192,
         ge=16,
         le=MAX_TOKENS,
-        description="Token budget of one forward pass of one rank, padding included.",
+        description="Token budget of one forward pass of one rank, or of those that share their rows; padding included.",
     )
     layout: Literal["packed", "padded"] = Field(
         "packed",

@@ -40,6 +40,7 @@ def check(config: Config) -> None:
     _samples_come_from_somewhere(config)
     _band_can_be_held(config)
     _devices_fit(config)
+    _rows_can_be_shared(config)
     _weights_can_travel(config)
 
 
@@ -249,6 +250,23 @@ def _devices_fit(config: Config) -> None:
             f"model.attention = flash_attention_2 needs learner.num_gpus > 0 (here {learner.num_gpus:g}) and "
             "model.dtype = bfloat16 "
             f"(here {config.model.dtype}). Use model.attention=sdpa otherwise."
+        )
+
+
+def _rows_can_be_shared(config: Config) -> None:
+    learner, shared = config.learner, config.learner.sequence_parallel
+    name = f"learner.sequence_parallel = {shared}"
+    if learner.ranks % shared:
+        fits = [number for number in range(1, learner.ranks + 1) if learner.ranks % number == 0]
+        raise ValueError(
+            f"{name} does not divide learner.ranks = {learner.ranks}. Set it to one of "
+            f"{', '.join(map(str, fits))}, or learner.ranks={shared * -(-learner.ranks // shared)}."
+        )
+    if shared > 1 and (learner.layout != "packed" or config.model.attention != "sdpa"):
+        raise ValueError(
+            f"{name} with learner.layout = {learner.layout} and model.attention = {config.model.attention}: only rows that are "
+            "packed and attended to by sdpa are divided. Set learner.layout=packed model.attention=sdpa, or "
+            "learner.sequence_parallel=1."
         )
 
 

@@ -34,13 +34,21 @@ from learner.policy.file_weights import Unit, buckets, file_units, plain_units, 
 from learner.policy.function_check import check_function
 from learner.policy.lora import adapters_of, add_adapters, persistent_buffers, weights_of
 from learner.policy.partitions import Read, held, padded, trained
+from learner.policy.row_shards import connect, connected
 from learner.step.packing import ModelInputs, TokenLogprobs
 
 
 def init_process_group(
-    rank: int, world_size: int, address: str, port: int, *, use_gpu: bool, timeout_s: float
+    rank: int,
+    world_size: int,
+    address: str,
+    port: int,
+    *,
+    use_gpu: bool,
+    timeout_s: float,
+    sequence_parallel: int = 1,
 ) -> torch.device:
-    """Joins the ranks and returns the device of this one.
+    """Joins the ranks, and those that share their rows, and returns the device of this one.
 
     The connections' own limit is a minute beyond `timeout_s`. Raises torch's DistStoreError when a rank is
     missing by then.
@@ -62,6 +70,7 @@ def init_process_group(
     # DeepSpeed would compile a shared-memory all-reduce now, which ZeRO-3 does not use: half a minute, a
     # compiler, and a lock file which, left by a killed process, every later run waits for without end.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    connect(sequence_parallel, timeout)
     deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", verbose=False)
     return torch.device("cuda", 0) if use_gpu else torch.device("cpu")
 
@@ -135,7 +144,7 @@ def _load(
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not training:
         module.requires_grad_(False).eval()
-    token_logprobs = TokenLogprobs(module, learner.layout, model.attention)
+    token_logprobs = TokenLogprobs(module, learner.layout, model.attention, connected())
     _gather_by_layer(module)
     parameters = [p for p in module.parameters() if p.requires_grad] or None
     engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)

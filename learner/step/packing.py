@@ -32,6 +32,7 @@ from torch import Tensor
 
 from core.errors import ConfigError, DataError
 from learner.policy.attention import Packing, install_packed_sdpa
+from learner.policy.row_shards import ROW_SHARDS, RowShards, install_row_shards
 from learner.step.logprobs import install_logprob_head, selective_log_softmax
 
 Layout: TypeAlias = Literal["padded", "packed"]
@@ -401,13 +402,17 @@ class TokenLogprobs:
     Raises ConfigError for a model whose packed sequences would see each other.
     """
 
-    def __init__(self, module: Any, layout: Layout, attention: str) -> None:
+    def __init__(self, module: Any, layout: Layout, attention: str, shards: RowShards | None = None) -> None:
+        """With `shards`, a packed row is divided among ranks; every one of them gets all of its log-probs."""
         if layout == "packed":
             _check_packable(module)
+        self._module, self._shards = module, shards
         self._head = install_logprob_head(module)
         self._packs = layout == "packed" and attention == "sdpa"
         if self._packs and not install_packed_sdpa(module):
             refuse_packing(module, "does not let its attention be exchanged (model.attention = sdpa)")
+        if shards is not None:
+            install_row_shards(module, shards)
 
     @property
     def shares_beginnings(self) -> bool:
@@ -416,7 +421,7 @@ class TokenLogprobs:
 
     def __call__(self, model: Any, inputs: ModelInputs, temperature: float) -> Tensor:
         """Returns [T] log-probs of the sampled tokens, by sequence, then position; float32 (float64 for a
-        float64 model).
+        float64 model). With shards collective.
 
         `model` is whatever stands for the module by now. Raises ConfigError for models whose attention or
         head turns out to be of another kind than it looked, ValueError for inputs that share tokens where
@@ -424,7 +429,15 @@ class TokenLogprobs:
         """
         if not self._packs and inputs.packing is not None and len(inputs.packing.repeated):
             raise ValueError("inputs share tokens, which only a model that attends by `packing` can read")
+        # By another attention, which check_function compares with, every rank computes the whole row.
+        if self._shards is not None and self._module.config._attn_implementation == ROW_SHARDS:
+            part = self._shards.cut(inputs)
+            mine = self._asked(model, part.inputs, part.model_kwargs(), temperature)
+            return self._shards.joined(mine, part)
         kwargs = inputs.model_kwargs() | ({"packing": inputs.packing} if self._packs else {})
+        return self._asked(model, inputs, kwargs, temperature)
+
+    def _asked(self, model: Any, inputs: ModelInputs, kwargs: dict[str, Any], temperature: float) -> Tensor:
         if self._head is None:
             return token_logprobs(model(**kwargs).logits, inputs, temperature)
         with self._head.asked(inputs.rows_T, inputs.columns_T, inputs.targets_T, temperature):

@@ -41,19 +41,24 @@ class Share:
     groups: tuple[Group, ...]
 
     @classmethod
-    def of(cls, batch: Batch) -> Share:
+    def of(cls, batch: Batch, sequence_parallel: int = 1) -> Share:
         """Returns this rank's share of a batch that every rank has whole."""
         ranks, index = Ranks(), index_of(batch)
-        mine = owned(index, ranks.count)[ranks.number]
+        mine = owned(index, ranks.count, sequence_parallel)[ranks.number]
         return cls(index, tuple(batch.groups[place] for place in mine))
 
 
-def owned(index: BatchIndex, num_ranks: int) -> list[list[int]]:
-    """Returns for each rank the places in the index of its groups; the same on every rank that asks."""
-    return assign_groups([group.num_tokens for group in index.groups], num_ranks)
+def owned(index: BatchIndex, num_ranks: int, sequence_parallel: int = 1) -> list[list[int]]:
+    """Returns for each rank the places in the index of its groups; the same on every rank that asks.
+
+    `sequence_parallel` ranks that follow one another share their rows, and so have the same groups.
+    """
+    sizes = [group.num_tokens for group in index.groups]
+    dealt = assign_groups(sizes, num_ranks // sequence_parallel)
+    return [dealt[rank // sequence_parallel] for rank in range(num_ranks)]
 
 
-def receive_share(batch: EncodedBatch | None) -> Share:
+def receive_share(batch: EncodedBatch | None, sequence_parallel: int = 1) -> Share:
     """Returns this rank's share of the batch that rank 0 has; the others give None. Collective, on the CPU.
 
     Raises msgspec.MsgspecError when a payload is not the group that the index says.
@@ -67,7 +72,7 @@ def receive_share(batch: EncodedBatch | None) -> Share:
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     assert box[0] is not None
     index, sizes = decode_index(box[0][0]), box[0][1]
-    places = owned(index, ranks.count)
+    places = owned(index, ranks.count, sequence_parallel)
     mine = places[ranks.number]
     if batch is None:
         return _decoded(index, mine, _received([sizes[place] for place in mine]))

@@ -88,7 +88,7 @@ class Updater:
         self._frozen = FrozenPolicies(frozen or {}, config, objective.needs)
         self._pad_id, self._device = pad_id, device
         self._variances = PromptVariances()
-        self._ranks = Ranks()
+        self._ranks = Ranks(config.learner.sequence_parallel)
         self.mismatch: MismatchCheck | None = None
 
     @property

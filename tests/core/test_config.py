@@ -460,14 +460,13 @@ def test_a_config_cannot_be_changed(example):
 
 FIELDS_OF_TASKS = {
     "actors": {"tensor_parallel", "max_turns", "max_sequence_tokens", "turn_timeout_s", "endpoint_host"},
+    "learner": {"sequence_parallel"},
     "rewards": {"workers", "concurrency", "max_pending"},
     "data": {"columns", "template_options", "curriculum"},
     "eval": {"suites", "keep_best"},
     "buffer": {"skip_equal_rewards"},
 }
-"""What tasks of several turns, rewards over the network, suites, and models that one GPU does not hold ask
-for; all others are at most 60.
-"""
+"""What tasks of several turns, rewards over the network, suites, and what one GPU does not hold ask for."""
 
 
 def test_there_are_at_most_60_fields_beside_those_of_tasks_and_of_the_objectives():

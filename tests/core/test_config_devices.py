@@ -1,4 +1,4 @@
-"""GPUs that an engine's model is divided among: as many as are reserved, or none of either."""
+"""GPUs that an engine's model is divided among, and ranks that share a row: as many as there are."""
 
 from __future__ import annotations
 
@@ -29,3 +29,29 @@ def test_gpus_that_do_not_fit_the_division_are_refused_with_a_remedy(
 def test_a_divided_engine_has_a_process_for_each_part(num_gpus: int, parallel: int, processes: int) -> None:
     actors = make_config(actors={"num_gpus": num_gpus, "tensor_parallel": parallel}).actors
     assert actors.num_processes == processes
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        (
+            {"learner": {"ranks": 4, "sequence_parallel": 3}},
+            ["learner.ranks = 4", "one of 1, 2, 4", "learner.ranks=6"],
+        ),
+        ({"learner": {"ranks": 1, "sequence_parallel": 2}}, ["learner.ranks = 1", "learner.ranks=2"]),
+        (
+            {"learner": {"ranks": 2, "sequence_parallel": 2, "layout": "padded"}},
+            ["learner.layout = padded", "Set learner.layout=packed model.attention=sdpa"],
+        ),
+        (
+            {"learner": {"ranks": 2, "sequence_parallel": 2}, "model": {"attention": "eager"}},
+            ["model.attention = eager", "learner.sequence_parallel=1"],
+        ),
+    ],
+)
+def test_rows_that_cannot_be_shared_are_refused_with_a_remedy(
+    sections: dict[str, dict[str, object]], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"learner\.sequence_parallel = \d") as refused:
+        make_config(sections)
+    assert [word for word in words if word not in str(refused.value)] == []

@@ -126,6 +126,18 @@ def test_a_model_that_comes_out_even_is_divided(parallel: int, tmp_path: Path) -
     check_model(config.model_copy(update={"actors": divided}))
 
 
+@pytest.mark.parametrize(("shared", "fits"), [(1, True), (2, True), (4, False), (3, False)])
+def test_rows_are_shared_by_ranks_that_divide_the_heads(shared: int, fits: bool, tmp_path: Path) -> None:
+    config = config_of(tmp_path, "Llama", {"num_attention_heads": 4, "num_key_value_heads": 2}, longest=40)
+    learner = config.learner.model_copy(update={"sequence_parallel": shared})
+    config = config.model_copy(update={"learner": learner})
+    if fits:
+        check_model(config)
+        return
+    with pytest.raises(ConfigError, match=r"num_key_value_heads = 2\. Set it to one of 1, 2\."):
+        check_model(config)
+
+
 ACCEPTED: list[tuple[str, dict[str, Any], int, str]] = [
     ("Llama", {}, 40, "sdpa"),
     ("Gemma2", {}, 40, "eager"),

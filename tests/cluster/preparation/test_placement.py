@@ -328,6 +328,15 @@ def test_the_kv_cache_follows_heads_slots_and_length(llama_dir):
     assert any("holds all 10 slots" in note for note in estimate_memory(gpu).notes)
 
 
+def test_ranks_that_share_a_row_hold_a_part_of_its_activations(llama_dir):
+    def activations(shared):
+        learner = {"ranks": 2, "sequence_parallel": shared, "num_gpus": 0}
+        config = config_of(model={"path": llama_dir}, learner=learner)
+        return parts_of(estimate_memory(config).learner)["activations"]
+
+    assert activations(2) == activations(1) / 2
+
+
 def test_a_divided_engine_has_a_share_of_weights_and_cache_on_each_of_its_gpus(llama_dir):
     def estimate(**actors):
         return estimate_memory(config_of(model={"path": llama_dir}, actors=actors))

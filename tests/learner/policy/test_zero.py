@@ -62,26 +62,39 @@ def run_scenario(model_dir: Path, out_dir: Path, num_ranks: int, *, moving: bool
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("plain", "num_ranks", "layout", "checkpointing", "offload"),
+    ("plain", "num_ranks", "shared", "layout", "checkpointing", "offload"),
     [
-        ("untied", 1, "packed", False, "none"),
-        ("untied", 2, "padded", False, "none"),
-        ("untied", 3, "packed", True, "none"),
-        ("tied", 2, "packed", True, "none"),
-        ("moving", 2, "packed", False, "all"),
+        ("untied", 1, 1, "packed", False, "none"),
+        ("untied", 2, 1, "padded", False, "none"),
+        ("untied", 3, 1, "packed", True, "none"),
+        ("tied", 2, 1, "packed", True, "none"),
+        ("tied", 2, 2, "packed", False, "none"),
+        ("moving", 2, 1, "packed", False, "all"),
+        ("moving", 4, 2, "packed", True, "none"),
     ],
     indirect=["plain"],
 )
 def test_zero_ranks_give_the_parameters_of_a_plain_loop(
-    num_ranks: int, layout: str, checkpointing: bool, offload: str, plain: dict, tmp_path: Path
+    num_ranks: int,
+    shared: int,
+    layout: str,
+    checkpointing: bool,
+    offload: str,
+    plain: dict,
+    tmp_path: Path,
 ) -> None:
     """More than one rank also loads under zero.Init; the head, tied or not, is gathered for log-probs
-    in chunks.
+    in chunks. `shared` ranks have a part of each row.
     """
     from transformers import AutoModelForCausalLM
 
     moving = plain["moving"]
-    settings = {"layout": layout, "gradient_checkpointing": checkpointing, "offload": offload}
+    settings = {
+        "layout": layout,
+        "gradient_checkpointing": checkpointing,
+        "offload": offload,
+        "sequence_parallel": shared,
+    }
     result = run_scenario(plain["model_dir"], tmp_path, num_ranks, moving=moving, **settings)
     saved = dict(AutoModelForCausalLM.from_pretrained(result["dir"], dtype=torch.float32).named_parameters())
     start = dict(

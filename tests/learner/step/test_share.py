@@ -32,17 +32,20 @@ def test_a_payload_that_the_index_does_not_mean_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [2, 7])
-def test_ranks_share_a_batch_and_each_decodes_its_own_groups_only(num_ranks: int, tmp_path: Path) -> None:
-    """With 7 ranks there are more than groups: some get none."""
+@pytest.mark.parametrize(("num_ranks", "alike"), [(2, 1), (7, 1), (4, 2)])
+def test_ranks_share_a_batch_and_each_decodes_its_own_groups_only(
+    num_ranks: int, alike: int, tmp_path: Path
+) -> None:
+    """With 7 ranks there are more than groups: some get none. `alike` ranks share their rows."""
     batch = random_batches(50)[0]
     (tmp_path / "batch").write_bytes(encoded(batch))
-    run_ranks(share_scenario.main, num_ranks, tmp_path, num_ranks)
+    run_ranks(share_scenario.main, num_ranks, tmp_path, num_ranks, alike)
     found: list[dict[str, Any]] = [
         json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(num_ranks)
     ]
-    places = owned(index_of(batch), num_ranks)
-    assert sorted(place for mine in places for place in mine) == list(range(len(batch.groups)))
+    places = owned(index_of(batch), num_ranks, alike)
+    assert all(places[rank] == places[rank - rank % alike] for rank in range(num_ranks))
+    assert sorted(place for mine in places[::alike] for place in mine) == list(range(len(batch.groups)))
     for rank, seen in enumerate(found):
         assert seen["groups"] == [batch.groups[place].group_id for place in places[rank]]
         assert seen["decoded"] == seen["groups"], "no other group was decoded"

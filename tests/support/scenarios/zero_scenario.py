@@ -55,14 +55,20 @@ def main(out_dir: Path, rank: int) -> None:
     partition_everything()
     config = parse_config(json.loads((out_dir / "config.json").read_text()))
     device = init_process_group(
-        rank, config.learner.ranks, "127.0.0.1", meet(out_dir, rank), use_gpu=False, timeout_s=120
+        rank,
+        config.learner.ranks,
+        "127.0.0.1",
+        meet(out_dir, rank),
+        use_gpu=False,
+        timeout_s=120,
+        sequence_parallel=config.learner.sequence_parallel,
     )
     objective = load_objective(config.objective)
     policy = ZeroPolicy(config.model, config.learner)
     frozen = {name: ZeroFrozen(config.model, config.learner) for name in frozen_names(objective)}
     updater = Updater(config, policy, objective, frozen, pad_id=0, device=device)
     metrics = [
-        updater.update(Share.of(batch), LR).metrics()
+        updater.update(Share.of(batch, config.learner.sequence_parallel), LR).metrics()
         for batch in random_batches(policy.module.config.vocab_size, segments=True)
     ]
     assert not any(parameter.numel() for parameter in policy.module.parameters()), (
