@@ -20,6 +20,13 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine takes long for any example, and what fails is to fail in every run, not in one of a hundred.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -82,12 +82,13 @@ def scorer(**functions: float) -> contextlib.closing[Scorer]:
 
 
 def test_the_environments_own_reward_is_a_function_like_any_other() -> None:
+    before = set(psutil.Process().children())
     with scorer(environment=2.0) as scoring:
         found = scoring.score(PROMPT, [sample(reward=0.5), sample(), sample(error="it hung")]).result(0)
         assert found[0] == Scored(1.0)
         assert found[1] == Scored(error="environment returned None (could not score)")
         assert found[2] == Scored(error="it hung"), "the sample's own error stays"
-        assert psutil.Process().children() == [], "nothing to call, no process"
+        assert set(psutil.Process().children()) <= before, "nothing to call, no process"
     with scorer(environment=2.0, **{"overlong?from=1&to=3": 1.0}) as scoring:
         found = scoring.score(PROMPT, [sample(reward=0.5), sample()]).result(60)
         assert found == [Scored(0.5), Scored(-0.5)], "two tokens cost a half; a reward of None is left out"

@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from tests.support import ROOT
+from tests.support.runs import wait_for_end
 
 pytestmark = pytest.mark.timed
 DRIVER = """
@@ -45,8 +46,7 @@ def test_children_and_orphans_of_the_session_end_with_a_killed_driver_and_nothin
         time.sleep(0.5)
         assert all(process.is_running() for process in family)
         driver.kill()
-        _, alive = psutil.wait_procs(family, timeout=60)
-        assert [process.pid for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+        assert wait_for_end(family) == []
         assert stranger.poll() is None
     finally:
         stranger.kill()

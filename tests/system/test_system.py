@@ -4,6 +4,7 @@ by signals, killed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -372,11 +373,13 @@ def test_a_run_whose_actors_compute_another_function_than_the_learner_ends_befor
 
 @pytest.fixture
 def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A local head with token authentication, ended by its own pid."""
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        port, dashboard_port = one.getsockname()[1], two.getsockname()[1]
+    """A local head with token authentication, ended by its own pid; no port of it is another's."""
+    sockets = [socket.socket() for _ in range(4)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    port, dashboard_port, agent_port, client_port = (each.getsockname()[1] for each in sockets)
+    for each in sockets:
+        each.close()
     env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0123456789abcdef" * 4)
     temp_dir = Path("/tmp") / f"agro-ray-{os.getpid()}"  # Ray's sockets need a short path.
     command = [
@@ -387,6 +390,8 @@ def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
         "--num-cpus=4",
         f"--port={port}",
         f"--dashboard-port={dashboard_port}",
+        f"--dashboard-agent-listen-port={agent_port}",
+        f"--ray-client-server-port={client_port}",
     ]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={temp_dir}"]
     log = (tmp_path / "head.log").open("w")
@@ -400,8 +405,9 @@ def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
     family = psutil.Process(head.pid).children(recursive=True)
     head.terminate()
     head.wait(timeout=60)
-    for process in psutil.wait_procs(family, timeout=60)[1]:
-        process.kill()
+    for process in psutil.wait_procs(family, timeout=10)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def test_ray_job_submit_with_token_authentication(

@@ -43,15 +43,15 @@ def test_a_run_killed_in_every_part_of_a_step_equals_the_uninterrupted_one_bit_f
     run = Run(tmp_path / "run", straight.config)
     aside = run.dir / "checkpoints"
     if straight.config.model.dtype == "float32":
-        run.start()
+        run.start(hold=8)
         # In save, or just after.
         run.kill_when(lambda: any(aside.glob(".step-000006.*")) or (aside / "step-000006").exists())
         for where in ("forward", "backward", "step", "gather"):
             run.die_in(where)
-    run.start()
-    run.kill_when(lambda: len(run.rows()) >= 8)
+    run.start(hold=9)
+    run.kill_when(lambda: 9 in run.notes("sampled"))  # While step 9 is saved, or just after.
     killed_at, (newest, _) = max(run.rows()), checkpoint_dirs(run.dir)[-1]
-    run.start()
+    run.start(hold=None)
     run.finish()
     assert newest <= killed_at
     resumed = [*run.notes("sampled")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
@@ -40,7 +41,10 @@ class Run:
         (directory / "config.json").write_text(config.model_dump_json())
         (directory / "wandb_id").write_text("a1b2c3\n")
 
-    def start(self) -> None:
+    def start(self, **script: Any) -> None:
+        """Starts the ranks, with another script where there is one."""
+        if script:
+            (self.dir / "script.json").write_text(json.dumps(script))
         found = latest_checkpoint(self.dir)
         (self.dir / "port").unlink(missing_ok=True)
         resume_from = str(found[0]) if found else None
@@ -70,19 +74,20 @@ class Run:
         """One rank is killed there, and then the other, as the gang does: it waits for the dead one in
         a collective.
         """
-        script = self.dir / "script.json"
-        script.write_text(json.dumps({"dies": where}))
-        self.start()
+        self.start(dies=where)
         self.ranks[1].join(240)
         assert self.ranks[1].exitcode == -signal.SIGKILL, (self.dir / "stderr-1.txt").read_text()[-3000:]
         self.ranks[0].kill()
         self.ended()
-        script.write_text("{}")
 
     def notes(self, what: str) -> list[Any]:
-        path = self.dir / "log-0.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [record[what] for record in records if what in record]
+        """What rank 0 has noted by that name; a line that a kill tore, or that is being written, says nothing."""
+        path, found = self.dir / "log-0.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):
+                if what in (record := json.loads(line)):
+                    found.append(record[what])
+        return found
 
     def rows(self) -> dict[int, dict[str, str]]:
         """`repr` of the metrics of each step, the last written of each, without what depends on the clock."""

@@ -7,6 +7,7 @@ work in DIR and write what they found there.
 `train` is a process of tests/learner/checkpoints/test_checkpoint_resume.py's own.
 """
 
+import asyncio
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
+from core.json_lines import JsonLines, Redactor
 from core.records import Group, Sample, StoredGroup, VersionSpan, encode_batch
 from learner.checkpoints.checkpoint import Checkpoint, TensorPart, latest_checkpoint, partition
 from learner.checkpoints.writer import CheckpointWriter
@@ -72,18 +74,18 @@ class World:
     """Buffer, board and monitor of a rank: what is asked of them goes into a log.
 
     `script`: `limited` [first, last] are the steps in which files cannot grow beyond LIMIT_BYTES, at `stop`
-    the run is asked to end.
+    the run is asked to end, and the batch of `hold` does not come: the process is killed before.
     """
 
     def __init__(self, log: Path, script: dict[str, Any], request_stop: Callable[[], None]) -> None:
-        self._log, self._request_stop = log.open("a"), request_stop
+        self._log, self._request_stop = JsonLines(log, Redactor({})), request_stop
         self._limited, self._stop = script.get("limited", [1, 0]), script.get("stop")
+        self._hold = script.get("hold")
 
     def note(self, **record: Any) -> None:
-        self._log.write(json.dumps(record) + "\n")
-        self._log.flush()
+        self._log.append(record)
 
-    def sample(self, step: int, num_groups: int, timeout_s: float) -> bytes | None:
+    async def sample(self, step: int, num_groups: int, timeout_s: float) -> bytes | None:
         if step == self._stop:
             self._request_stop()
             return None
@@ -91,6 +93,8 @@ class World:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES if first <= step <= last else hard, hard))
         self.note(sampled=step)
+        if step == self._hold:
+            await asyncio.sleep(600)
         return encode_batch(step, [StoredGroup.of(group)._replace(uses=1) for group in groups_of(step)])
 
     def stats(self) -> dict[str, float]:
