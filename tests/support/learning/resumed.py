@@ -81,7 +81,7 @@ class Run:
         self.ended()
 
     def notes(self, what: str) -> list[Any]:
-        """What rank 0 has noted by that name; a line that a kill tore, or that is being written, says nothing."""
+        """What rank 0 has noted by that name; a line that is torn, or half written yet, says nothing."""
         path, found = self.dir / "log-0.jsonl", []
         for line in path.read_text().splitlines() if path.exists() else []:
             with contextlib.suppress(ValueError):
