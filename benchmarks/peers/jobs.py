@@ -38,9 +38,9 @@ class PeerJob(NamedTuple):
 JOBS = {
     job.name: job
     for job in (
-        PeerJob("sums", "exact_match", warm_steps=10, window_s=15.0, timeout_s=60.0, solved=0.8),
-        PeerJob("tail", "countdown", warm_steps=1, window_s=30.0, timeout_s=45.0, threads=2),
-        PeerJob("turns", "exact_match", warm_steps=3, window_s=20.0, timeout_s=40.0),
+        PeerJob("sums", "exact_match", warm_steps=10, window_s=15.0, timeout_s=50.0, solved=0.8),
+        PeerJob("tail", "countdown", warm_steps=1, window_s=25.0, timeout_s=40.0, threads=2),
+        PeerJob("turns", "exact_match", warm_steps=3, window_s=15.0, timeout_s=30.0),
     )
 }
 
