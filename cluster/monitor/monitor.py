@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 
 from cluster.monitor.actor_totals import actor_totals
+from cluster.monitor.backends import Backends, Opened
 from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, WandbWriter
 from core.config import Config
 from core.config.environments import all_paths
@@ -106,14 +107,10 @@ class Monitor:
         self._event_number = 0
         self._closed = False
         public_config = json.loads(self._redact(json.dumps(shown or config.model_dump(mode="json"))))
-        self._wandb = WandbWriter(
-            config.run.name,
-            project,
-            public_config,
-            self._run_dir,
-            wandb,
-            shows_samples,
-        )
+        name = config.run.name
+        self._wandb = WandbWriter(name, project, public_config, self._run_dir, wandb, shows_samples)
+        opened = Opened(name, self._run_dir, public_config, project)
+        self._backends = Backends(config.monitor.backends, opened)
 
     def log_step(self, row: Mapping[str, float | None]) -> None:
         """Takes a row of the learner; the newest gauges, rates and evaluation join it. The last step's row
@@ -143,7 +140,7 @@ class Monitor:
             self._note_held()
         else:
             self._write_row(self._row)
-        self._report_wandb_failures()
+        self._report_failures()
 
     def log_actor(self, name: str, counters: Mapping[str, Any]) -> None:
         """Takes the cumulative counters of one rollout actor (`generated_tokens`, `busy_s`, ...) and gauges
@@ -255,7 +252,9 @@ class Monitor:
                 f"W&B did not finish within {WANDB_FINISH_S:g} s: {self._wandb.dropped} calls lost; "
                 "metrics.jsonl has everything"
             )
-        self._report_wandb_failures()
+        if not self._backends.close(WANDB_FINISH_S):
+            self.event("a back-end of the monitor did not finish; metrics.jsonl has everything")
+        self._report_failures()
         for file in self._files.values():
             file.close()
         with contextlib.suppress(OSError):
@@ -263,7 +262,7 @@ class Monitor:
 
     def view(self) -> dict[str, Any]:
         """Returns a snapshot for `terminal.Terminal`: plain dicts and lists, some kilobytes."""
-        self._report_wandb_failures()
+        self._report_failures()
         now_s = self._clock()
         return {
             "name": self._config.run.name,
@@ -353,6 +352,7 @@ class Monitor:
             self._metrics.rewind(int(row["progress/step"]))
         self._metrics.append(row)
         self._wandb.log(row)
+        self._backends.log(row)
 
     def _write_summary(self, summary: Mapping[str, Any]) -> None:
         try:
@@ -360,9 +360,9 @@ class Monitor:
         except OSError as error:
             self.event(f"summary.json was not written: {error}")
 
-    def _report_wandb_failures(self) -> None:
-        # Told here, not by W&B's thread: only one thread writes the files.
-        for failure in self._wandb.failures():
+    def _report_failures(self) -> None:
+        # Told here, not by their threads: only one thread writes the files.
+        for failure in (*self._wandb.failures(), *self._backends.failures()):
             self.event(failure)
 
     def _eta_s(self) -> float | None:

@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 from cluster.monitor import wandb_file
 from cluster.monitor.wandb_tables import EarlierEvaluations, EvaluationTables, table_of
+from core.config import Config
 from core.errors import ConfigError
 from core.json_lines import read_json_lines
 
@@ -75,6 +76,11 @@ def wandb_mode() -> WandbMode:
     if mode is not None:
         return mode
     return "online" if _has_api_key() else "offline"
+
+
+def mode_of(config: Config) -> WandbMode:
+    """Returns what W&B will do in a run of the config: nothing where it is none of its back-ends."""
+    return wandb_mode() if "wandb" in config.monitor.backends else "disabled"
 
 
 def wandb_project() -> str:

@@ -26,7 +26,8 @@ from actors.prompts import PromptSet, load_prompts
 from actors.reward_model import check_classifier
 from actors.sources import TRAIN_SPLIT, split_of
 from buffer.stream import PromptStream
-from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, project_of, wandb_mode, wandb_project
+from cluster.monitor.backends import check_backends
+from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, mode_of, project_of, wandb_project
 from cluster.preparation.environment_checks import Acted, check_environments, playable
 from cluster.preparation.model_checks import check_model, lora_notes
 from cluster.preparation.model_limits import check_length, check_token_ids
@@ -97,8 +98,9 @@ def check_start(config: Config) -> str:
 
     Returns, in words, which run directory it is.
     """
-    if wandb_mode() != "disabled":
+    if mode_of(config) != "disabled":
         wandb_project()
+    check_backends(config)
     check_named(config)
     check_machine(config.actors, config.learner)
     if not Path(config.model.path).is_absolute():
@@ -142,7 +144,7 @@ def check_inputs(config: Config) -> Checked:
         prompts=prompts,
         eval_prompts=eval_prompts,
         pad_id=pad_id,
-        wandb_mode=wandb_mode(),
+        wandb_mode=mode_of(config),
         notes=tuple(notes),
     )
 

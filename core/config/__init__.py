@@ -20,6 +20,7 @@ from core.config.data import DataConfig as DataConfig
 from core.config.environments import EnvironmentsField, all_paths
 from core.config.evaluation import HELD_OUT, NO_ENVIRONMENT, Suite, SuiteConfig
 from core.config.evaluation import EvalConfig as EvalConfig
+from core.config.monitor import MonitorConfig
 from core.config.rewards import ENVIRONMENT
 from core.config.rewards import RewardsConfig as RewardsConfig
 from core.config.section import MAX_NUMBER, MAX_PROCESSES, MAX_TIMEOUT_S, MAX_TOKENS, Section, shown
@@ -262,6 +263,7 @@ class Config(EnvironmentsField):
     weights: WeightsConfig = WeightsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    monitor: MonitorConfig = MonitorConfig()
 
     @property
     def admitted_groups(self) -> int:

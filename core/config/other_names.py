@@ -18,7 +18,6 @@ INSTEAD: dict[str, str] = {
     "algorithm": "write objective: {name: agro, beta: 0.03}",
     "trainer": "the section is named learner",
     "rollout": "the section is named actors",
-    "monitor": _WANDB,
     "wandb": _WANDB,
     "objective.kl_coef": "write objective.beta",
     "objective.lr_coef": "write objective.on_policy_coef",

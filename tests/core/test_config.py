@@ -465,8 +465,9 @@ FIELDS_OF_TASKS = {
     "data": {"columns", "template_options", "curriculum"},
     "eval": {"suites", "keep_best"},
     "buffer": {"skip_equal_rewards"},
+    "monitor": {"backends"},
 }
-"""What tasks of several turns, rewards over the network, suites, and what one GPU does not hold ask for."""
+"""What tasks of several turns, networks, suites, dashboards, and what one GPU does not hold ask for."""
 
 
 def test_there_are_at_most_60_fields_beside_those_of_tasks_and_of_the_objectives():
