@@ -105,7 +105,8 @@ def gather_s(job: Workload, case: Case) -> float:
 
 def exchange_s(job: Workload, case: Case) -> float:
     """Returns the seconds of ZeRO-3's traffic in one step that its computation does not hide."""
-    micro_batches = max(1, math.ceil(job.trained_tokens / (job.ranks * job.micro_batch_tokens * FILLED)))
+    rows = job.ranks / job.sequence_parallel * job.micro_batch_tokens * FILLED
+    micro_batches = max(1, math.ceil(job.trained_tokens / rows))
     moves = 2 + (0.0 if job.lora_rank else 1.0) + job.num_scored
     traffic_s = micro_batches * moves * gather_s(job, case)
     return max(rates.EXPOSED.at(case) * traffic_s, traffic_s - compute_s(job, case))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.plan import parts
@@ -80,11 +79,6 @@ def make_plan(
         notes.append(note)
     if config.buffer.num_shards > 1:
         notes.append("the simulation has one shard of the buffer")
-    return plan_work(config, job, notes, seed)
-
-
-def plan_work(config: Config, job: Workload, notes: Sequence[str] = (), seed: int = 0) -> Plan:
-    """Returns the plan of a workload of the config. Raises ConfigError where an engine does not fit."""
     if parts.running_slots(job) < 1:
         raise ConfigError(f"nothing to plan: {engine_problems(job)[0]}")
 

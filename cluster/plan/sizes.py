@@ -7,15 +7,14 @@ of 8 samples, prompts of 300 tokens, answers of 600, H100s of 80 GB in nodes of 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from cluster.plan import parts
-from cluster.plan.planning import Plan, plan_work
+from cluster.plan.planning import Plan, make_plan
 from cluster.plan.rates import DEVICES
-from cluster.plan.workload import Machines, workload_of
+from cluster.plan.workload import Machines
 from core.config import Config
 from learner.catalogue import load_config
 
@@ -24,24 +23,24 @@ PROMPT_TOKENS, NEW_TOKENS, STEPS = 300.0, 600.0, 1000
 
 
 class Size(NamedTuple):
-    """A model, and how many cards go to what. `engine_gpus` above 1 divides an engine over them."""
+    """A model, and how many cards go to what: `ranks`, and `actors` of `engine_gpus` each."""
 
     title: str
     path: str
     ranks: int
     actors: int
     engine_gpus: int
-    overrides: tuple[str, ...] = ()
 
     @property
     def settings(self) -> list[str]:
-        """Returns what is typed behind the config, but for an engine's GPUs."""
+        """Returns what is typed behind the config."""
         return [
             f"model.path={self.path}",
             f"learner.ranks={self.ranks}",
             f"actors.count={self.actors}",
+            f"actors.num_gpus={self.engine_gpus}",
+            f"actors.tensor_parallel={self.engine_gpus}",
             f"run.steps={STEPS}",
-            *self.overrides,
         ]
 
 
@@ -57,8 +56,7 @@ def plan_size(size: Size) -> Plan:
     """Returns the plan of one size."""
     config: Config = load_config(CONFIG, size.settings)
     machines = Machines(DEVICES["h100"])
-    job, notes = workload_of(config, machines, PROMPT_TOKENS, NEW_TOKENS)
-    return plan_work(config, dataclasses.replace(job, actor_gpus=float(size.engine_gpus)), notes)
+    return make_plan(config, machines, PROMPT_TOKENS, NEW_TOKENS)
 
 
 def table(sizes: Sequence[Size] = SIZES) -> Iterator[str]:

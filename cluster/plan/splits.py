@@ -28,7 +28,7 @@ def best_split(job: Workload, fits: Callable[[Workload], bool]) -> Split | None:
     if job.machines.device is None or min(job.learner_gpus, job.actor_gpus) < 1:
         return None
     found = []
-    for ranks in range(1, int(job.num_gpus)):
+    for ranks in range(job.sequence_parallel, int(job.num_gpus), job.sequence_parallel):
         actors = math.floor((job.num_gpus - ranks * job.learner_gpus) / job.actor_gpus + 1e-9)
         if actors < 1 or ranks > job.groups:
             break

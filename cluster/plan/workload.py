@@ -40,6 +40,7 @@ class Workload:
 
     learner_gpus, actor_gpus   of one rank, and of one engine; 0: a CPU
     num_scored                 frozen policies that give log-probs, as the reference does
+    sequence_parallel          ranks that share each row of the learner
     """
 
     shape: ModelShape
@@ -67,6 +68,7 @@ class Workload:
     checkpoint_every: int = 0
     lora_rank: int = 0
     sends_adapters: bool = False
+    sequence_parallel: int = 1
 
     @property
     def trained_params(self) -> float:
@@ -204,6 +206,7 @@ def workload_of(
         checkpoint_every=config.checkpoint.every,
         lora_rank=learner.lora_rank,
         sends_adapters=config.weights.transport == "adapters",
+        sequence_parallel=learner.sequence_parallel,
     )
     return job, notes
 

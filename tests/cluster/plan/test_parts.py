@@ -78,6 +78,8 @@ def test_a_micro_batch_moves_the_model_three_times_within_a_node_or_between_two(
 def test_traffic_that_takes_longer_than_the_computation_shows() -> None:
     slow = Machines(DEVICES["h100"], gpus_per_node=1, network_bytes_per_s=1e9)
     job = make_job(machines=slow, num_scored=0, is_recomputed=False)
+    shared = dataclasses.replace(job, sequence_parallel=4)  # Two rows at a time, of four ranks each.
+    assert parts.exchange_s(shared, "worst") == pytest.approx(32 * 3 * parts.gather_s(job, "worst"), rel=0.05)
     micro_batches = 8  # 460,800 tokens in eight ranks, 7,373 of 8,192 used.
     traffic_s = micro_batches * 3 * parts.gather_s(job, "best")
     assert parts.exchange_s(job, "best") == pytest.approx(traffic_s - parts.compute_s(job, "best"))
