@@ -10,8 +10,9 @@ together     both at once, as in a run: no more is admitted than a quickstart ad
 alternating  the actor makes the groups of a step, then the rank trains on it: what synchronous means
 
 `of_bound` is max(g, t) / together, 1 at best where each has a core; with `learner.num_cpus: auto` it may be
-more. Where the rest goes is told by process while both run, and of actor and rank while they are alone: CPU
-time, time in which its threads could have run and had no core (`no_core`), and how long it waited for the
+more. `cores_used` is how many cores all processes use while both run: where that is all there are, only less
+work helps. Where the rest goes is told by process while both run, and of actor and rank while they are alone:
+CPU time, time in which its threads could have run and had no core (`no_core`), and how long it waited for the
 other (`waits`).
 """
 
@@ -180,8 +181,15 @@ def measure(directory: Path, name: str, rounds: int, deadline_s: float) -> dict[
         "g_to_t": middle["g"] / middle["t"],
         **compare(slower, figures["together"]).fields("of_bound"),
         **compare(figures["together"], figures["alternating"]).fields("of_alternating"),
+        "cores_used": _cpu_ms(middle) / middle["together"],
         "parts": _parts(middle),
     }
+
+
+def _cpu_ms(figures: dict[str, float]) -> float:
+    """Returns the CPU time of all processes in a step of both at once."""
+    is_meant = {key for key in figures if key.startswith("cpu_ms.") and key.endswith("_together")}
+    return sum(figures[key] for key in is_meant)
 
 
 def _parts(figures: dict[str, float]) -> dict[str, dict[str, float]]:
