@@ -13,7 +13,7 @@ alternating  the actor makes the groups of a step, then the rank trains on it: w
 more. `cores_used` is how many cores all processes use while both run: where that is all there are, only less
 work helps. Where the rest goes is told by process while both run, and of actor and rank while they are alone:
 CPU time, time in which its threads could have run and had no core (`no_core`), and how long it waited for the
-other (`waits`).
+other (`waits`); of the shard also how many leases and insertions it was asked for.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Halves(NamedTuple):
     model: str = ""
 
 
+OVERRIDES = "run.steps=100000", "data.eval_rows=0", "actors.num_cpus=1", "buffer.capacity=1600"
 LARGE = "actors.max_new_tokens=48", "actors.slots=64", "learner.groups_per_step=8"
 JOBS = {
     "2:1": Halves(8, ("actors.slots=16",)),
@@ -90,7 +91,11 @@ class Measurement:
         everybody = tuple(self._processes.spent())
         measure("g", self._generate, self._steps, "actor")
         measure("t", self._train, self._steps, "rank")
+        before = self._ask(self._shard.calls())
         measure("together", self._both, 2 * self._steps, *everybody)
+        for kind, count in self._ask(self._shard.calls()).items():
+            # One step more is let than is measured.
+            found[f"{kind}.shard_together"] = (count - before[kind]) / (2 * self._steps + 1)
         measure("alternating", self._alternate, self._steps)
         return found
 
@@ -231,7 +236,10 @@ def main() -> None:
 def _show(row: dict[str, Any]) -> None:
     parts = row["parts"]
     show("milliseconds a step", [{key: value for key, value in row.items() if key != "parts"}])
-    show("of that, by process and phase", [{"process": name, **kinds} for name, kinds in parts.items()])
+    kinds = {kind: "" for told in parts.values() for kind in told}
+    show(
+        "of that, by process and phase", [{"process": name, **kinds, **told} for name, told in parts.items()]
+    )
 
 
 if __name__ == "__main__":

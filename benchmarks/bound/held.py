@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,7 +131,25 @@ class HeldRank(LearnerRank):
 
 
 class HeldBuffer(ReplayBuffer):
-    """A shard that admits what it is told."""
+    """A shard that admits what it is told, and counts what it is asked."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._calls: Counter[str] = Counter()
+        super().__init__(*arguments)
+
+    async def lease(self, *arguments: Any) -> list[bytes] | None:
+        """Counts and leases."""
+        self._calls["leases"] += 1
+        return await super().lease(*arguments)
+
+    async def insert(self, actor: str, payloads: list[bytes]) -> list[int]:
+        """Counts and inserts."""
+        self._calls["insertions"] += 1
+        return await super().insert(actor, payloads)
+
+    async def calls(self) -> dict[str, int]:
+        """Returns how often it was asked for leases and insertions so far."""
+        return dict(self._calls)
 
     async def admit(self, groups: int) -> None:
         """Lets so many groups exist untrained from now on."""
@@ -176,6 +195,7 @@ class HeldBufferClient(ShardClient):
     """The shard of a measurement."""
 
     admit = asks(HeldBuffer.admit)
+    calls = asks(HeldBuffer.calls)
 
 
 class HeldRun:
