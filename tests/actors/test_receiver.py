@@ -138,12 +138,12 @@ class TestReceiver:
 
     def test_a_learner_that_falls_silent_does_not_keep_the_actor(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("actors.receiver.LOOK_S", 0.05)
-        loop = Loop(timeout_s=0.6)
+        loop = Loop(timeout_s=2.0)
         loop.order("start")
         deadline_s = time.monotonic() + 60
         while not loop.told and time.monotonic() < deadline_s:
             time.sleep(0.01)
-        assert "sent nothing for 0 s" in loop.told[0]
+        assert "the learner has sent nothing for " in loop.told[0]
         assert loop.beats >= 3  # Nobody takes it for dead meanwhile.
         loop.close()
 

@@ -139,7 +139,7 @@ def test_calls_at_once_are_answered_in_turn_as_segments(endpoint):
 
 async def impatient(client: openai.AsyncOpenAI) -> float:
     with pytest.raises(openai.APITimeoutError):
-        await client.with_options(timeout=0.2).chat.completions.create(model="policy", messages=[user("a")])
+        await client.with_options(timeout=2.0).chat.completions.create(model="policy", messages=[user("a")])
     found = await client.chat.completions.create(model="policy", messages=[user("b")])
     return float(found.choices[0].message.content or 0)
 

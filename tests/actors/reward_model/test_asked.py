@@ -25,7 +25,7 @@ from rewards.hosted import hosted_models
 from rewards.scoring import Scored
 from tests.support.classifiers import make_classifier
 
-NAME = "reward_model:org/model?timeout_s=0.3"
+NAME = "reward_model:org/model?timeout_s=2"
 PROMPT = PromptRow(0, "rendered", (1,), {"question": "2+2="})
 
 
@@ -74,7 +74,7 @@ def test_a_models_value_times_its_weight_joins_the_sum_and_errors_of_either_are_
     assert found[2].error == f"the weighted sum of environment, {NAME} is nan: 1 * nan, 2 * 4"
 
 
-@pytest.mark.parametrize(("behaviour", "words"), [("late", "within 0.3 s"), ("dead", "SIGKILL")])
+@pytest.mark.parametrize(("behaviour", "words"), [("late", "within 2 s"), ("dead", "SIGKILL")])
 def test_a_model_that_does_not_answer_costs_the_samples_and_is_counted(behaviour: str, words: str) -> None:
     found, rewards = added(Model(behaviour), [1.0] * 2, "1", "2")
     assert all(scored.reward is None and words in str(scored.error) for scored in found)
