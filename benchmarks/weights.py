@@ -6,6 +6,8 @@ gather   a pass over the source by two ZeRO-3 ranks: in buckets, against one par
 publish  how long the learner stands still for a snapshot: stored in the background, against stored by itself;
          and how long the background works on it. The object store is Ray's
 apply    checksums and `Engine.load_weights` of a snapshot by a real vLLM engine: the actor's pause
+deltas   bytes and seconds of a version in bfloat16, steps of 1e-6 apart, where one in DELTAS_FULL_EVERY is
+         whole, against all whole: to store it in Ray's object store, and to fetch and verify it
 adapters the same where adapters of rank 16 come alone, and tokens/s with vLLM applying them
 push     nccl (two GPUs) and ipc (one): stall of the learner, pause of the actor. NEVER RUN: there was no GPU
 memcpy   of as many bytes into memory that is used again, which is what all bandwidths are compared with
@@ -44,6 +46,7 @@ from learner.catalogue import parse_config
 
 REPEATS = 7
 ADAPTER_RANK = 16
+DELTAS_FULL_EVERY, DELTAS_LR = 8, 1e-6
 MODELS = {"tiny": {"hidden": 96, "layers": 3}, "30M": {"hidden": 512, "layers": 10}}
 NO_GPU = "not measured (no GPU)"
 MIB = 2**20
@@ -178,6 +181,74 @@ def learner_side(model_dir: str, directory: Path) -> dict[str, float]:
         **compare(found["stall"], found["by_itself"]).fields("stall_against_storing_by_itself"),
         **compare(found["stall"], found["gather"]).fields("stall_against_bare_gather"),
         "background_s": statistics.median(found["store"]),
+    }
+
+
+# --- versions that differ little ---
+
+
+def small_steps(weights: dict[str, torch.Tensor], count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields `count` versions of the weights in bfloat16, an AdamW step of DELTAS_LR from one to the next.
+
+    The gradients are noise about a direction that stays.
+    """
+    generator = torch.Generator().manual_seed(0)
+    masters = [torch.nn.Parameter(tensor.float()) for tensor in weights.values()]
+    directions = [0.3 * torch.randn(master.shape, generator=generator) for master in masters]
+    optimizer = torch.optim.AdamW(masters, lr=DELTAS_LR, weight_decay=0.0)
+    for _ in range(count):
+        yield {name: master.detach().bfloat16() for name, master in zip(weights, masters, strict=True)}
+        for master, direction in zip(masters, directions, strict=True):
+            master.grad = direction + torch.randn(master.shape, generator=generator)
+        optimizer.step()
+
+
+def delta_side(model_dir: str) -> dict[str, float]:
+    """Returns what a version costs with deltas and without, over two rounds from one whole version to the
+    next.
+    """
+    import ray
+
+    from core.weights.snapshots import Base, Buffers, SnapshotWriter, read_snapshot
+
+    ray.init(
+        address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=2**30
+    )
+    bucket_bytes = make_config(model_dir).learner.bucket_bytes
+    base, num_bytes = None, 0
+    buffers = Buffers(), Buffers()
+    found: dict[str, list[float]] = {}
+    for version, weights in enumerate(small_steps(whole_weights(model_dir), 2 * DELTAS_FULL_EVERY)):
+        is_base = version % DELTAS_FULL_EVERY == 0
+        for name in ("whole", "deltas"):
+            sizes: list[int] = []
+
+            def store(bucket: Any, sizes: list[int] = sizes) -> Any:
+                sizes.append(bucket.nbytes)
+                return ray.put(bucket)
+
+            memory = buffers[is_base and name == "deltas"]
+            memory.give_back()
+            since = None if name == "whole" or is_base else base
+            start_s = time.perf_counter()
+            writer = SnapshotWriter(bucket_bytes, store, take=memory.take, base=since)
+            for parameter, tensor in weights.items():
+                writer.add(parameter, tensor)
+            manifest, references = writer.finish(version)
+            stored_s = time.perf_counter()
+            list(read_snapshot(manifest, ray.get(references)))
+            found.setdefault(f"{name}_read_s", []).append(time.perf_counter() - stored_s)
+            found.setdefault(f"{name}_store_s", []).append(stored_s - start_s)
+            found.setdefault(f"{name}_mb", []).append(sum(sizes) / 1e6)
+            if is_base and name == "deltas":
+                base = Base(writer.buckets, references)
+        num_bytes = manifest.num_bytes
+    ray.shutdown()
+    means = {f"deltas/{name}": statistics.fmean(values) for name, values in found.items()}
+    last_mb = found["deltas_mb"][-1]
+    return means | {
+        "deltas/of_whole": sum(found["deltas_mb"]) / sum(found["whole_mb"]),
+        "deltas/last_of_whole": last_mb * 1e6 / num_bytes,
     }
 
 
@@ -390,6 +461,7 @@ def main() -> None:
             row: dict[str, Any] = {
                 **learner_side(str(model_dir), Path(directory)),
                 **actor_side(str(model_dir), Path(directory)),
+                **delta_side(str(model_dir)),
             }
             row |= {road: push(str(model_dir), road) for road in ("nccl", "ipc")}
             result[name] = row

@@ -230,6 +230,14 @@ class WeightsConfig(Section):
         "vLLM applies; `nccl`: broadcast to a fixed set of GPU actors; `ipc`: within one GPU.",
     )
 
+    full_every: int = Field(
+        1,
+        ge=1,
+        description="Snapshots from one that is whole to the next; those between hold what has changed since. For "
+        "weights of 16 bits and small steps, where few elements change; costs rank 0 host memory for the weights. "
+        "1: all are whole.",
+    )
+
     @property
     def is_pulled(self) -> bool:
         """Says whether actors fetch weights from host memory, rather than being pushed to."""

@@ -6,6 +6,9 @@ immutable.
 A bucket is a flat uint8 array, in host memory or in Ray's object store, of at most `bucket_bytes`, or of one
 parameter larger than that. The manifest says where each parameter lies and what each bucket's xxh3 checksum
 is. A snapshot is applied whole or not at all: every bucket is verified before the first tensor is handed out.
+
+A bucket may come as what has changed of it since an earlier snapshot, beside that snapshot's own bucket
+(core/weights/deltas.py). The checksum is that of the whole all the same.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,6 +24,7 @@ import torch
 import xxhash
 
 from core.errors import SnapshotError
+from core.weights.deltas import changed, difference
 
 ALIGNMENT_BYTES = 16  # Enough for a view of any dtype.
 
@@ -40,12 +44,16 @@ class ParamEntry(msgspec.Struct, frozen=True):
 class Manifest(msgspec.Struct, frozen=True):
     """Lists the contents of the snapshot of one policy version; `SnapshotWriter.finish` makes it,
     `read_snapshot` follows it.
+
+    `deltas` are the numbers of the buckets of which only changes come; what they are changes of comes behind
+    all buckets, in this order.
     """
 
     version: int
     params: tuple[ParamEntry, ...]
     checksums: tuple[str, ...]
     sizes: tuple[int, ...]
+    deltas: tuple[int, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -84,6 +92,23 @@ class Buffers:
         self._num_taken = 0
 
 
+class Base(NamedTuple):
+    """A whole snapshot that others tell their changes of: its buckets as they are here, and what `store`
+    returned for each.
+    """
+
+    buckets: Sequence[np.ndarray]
+    references: Sequence[Any]
+
+
+class Sealed(NamedTuple):
+    """A bucket that is stored, whole or as a delta."""
+
+    checksum: str
+    reference: Any
+    is_delta: bool
+
+
 class _AtOnce(Executor):
     """Runs what is submitted in the caller's thread, at once."""
 
@@ -104,7 +129,7 @@ class SnapshotWriter:
 
     Checksums and `store` run in `executor`, by default in the thread that calls `add`; the copies are always
     made there. `take` gives a bucket's memory (`Buffers.take`), which `store` must not keep if it is used
-    again.
+    again. With a `base`, buckets of which little has changed since are stored as deltas.
     """
 
     def __init__(
@@ -114,14 +139,22 @@ class SnapshotWriter:
         *,
         executor: Executor | None = None,
         take: Callable[[int], np.ndarray] = lambda num_bytes: np.empty(num_bytes, np.uint8),
+        base: Base | None = None,
     ) -> None:
         self._bucket_bytes, self._store, self._take = bucket_bytes, store, take
         self._executor = _AtOnce() if executor is None else executor
-        self._stored: list[Future[tuple[str, Any]]] = []
+        self._base = base
+        self.buckets: list[np.ndarray] = []
+        self._stored: list[Future[Sealed]] = []
         self._params: list[ParamEntry] = []
         self._sizes: list[int] = []
         self._bucket: np.ndarray | None = None
         self._used = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Returns whether no bucket is, or will be, a delta."""
+        return self._base is None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Appends one whole parameter, from any device; it is copied before this returns."""
@@ -155,17 +188,24 @@ class SnapshotWriter:
         """
         self.end()
         sealed = [future.result() for future in self._stored]
-        manifest = Manifest(
-            version, tuple(self._params), tuple(checksum for checksum, _ in sealed), tuple(self._sizes)
-        )
-        return manifest, [stored for _, stored in sealed]
+        deltas = tuple(number for number, bucket in enumerate(sealed) if bucket.is_delta)
+        bases = [] if self._base is None else [self._base.references[number] for number in deltas]
+        checksums, sizes = tuple(bucket.checksum for bucket in sealed), tuple(self._sizes)
+        manifest = Manifest(version, tuple(self._params), checksums, sizes, deltas)
+        return manifest, [*(bucket.reference for bucket in sealed), *bases]
 
     def _flush(self, memory: np.ndarray) -> None:
         bucket = memory[: self._used]
         self._sizes.append(bucket.nbytes)
-        self._stored.append(
-            self._executor.submit(lambda: (xxhash.xxh3_128_hexdigest(bucket.data), self._store(bucket)))
-        )
+        self.buckets.append(bucket)
+        self._stored.append(self._executor.submit(self._seal, len(self._stored), bucket))
+
+    def _seal(self, number: int, bucket: np.ndarray) -> Sealed:
+        """Stores the bucket, or its delta to that of the base."""
+        checksum, delta = xxhash.xxh3_128_hexdigest(bucket.data), None
+        if self._base is not None and number < len(self._base.buckets):
+            delta = difference(self._base.buckets[number], bucket)
+        return Sealed(checksum, self._store(bucket if delta is None else delta), delta is not None)
 
 
 def checksum(tensor: torch.Tensor) -> str:
@@ -176,14 +216,20 @@ def checksum(tensor: torch.Tensor) -> str:
 
 
 def read_snapshot(manifest: Manifest, buckets: Sequence[np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, tensor) of every parameter, as views on `buckets`: do not write to them.
+    """Yields (name, tensor) of every parameter, as views on `buckets`, or on the copies that deltas are put
+    into: do not write to them.
 
     Raises SnapshotError before the first tensor when a bucket is missing, short, or fails its checksum.
     """
-    if len(buckets) != len(manifest.checksums):
-        raise SnapshotError(
-            f"snapshot {manifest.version} has {len(manifest.checksums)} buckets, {len(buckets)} arrived"
-        )
+    num_buckets = len(manifest.checksums)
+    if len(buckets) != num_buckets + len(manifest.deltas):
+        raise SnapshotError(f"snapshot {manifest.version} has {num_buckets} buckets, {len(buckets)} arrived")
+    buckets, bases = list(buckets[:num_buckets]), buckets[num_buckets:]
+    for number, base in zip(manifest.deltas, bases, strict=True):
+        try:
+            buckets[number] = changed(base, buckets[number])
+        except SnapshotError as error:
+            raise SnapshotError(f"snapshot {manifest.version}, bucket {number}: {error}") from None
     for number, (bucket, size, checksum) in enumerate(
         zip(buckets, manifest.sizes, manifest.checksums, strict=True)
     ):

@@ -466,6 +466,7 @@ FIELDS_OF_TASKS = {
     "eval": {"suites", "keep_best"},
     "buffer": {"skip_equal_rewards"},
     "monitor": {"backends"},
+    "weights": {"full_every"},
 }
 """What tasks of several turns, networks, suites, dashboards, and what one GPU does not hold ask for."""
 
@@ -489,9 +490,6 @@ def test_the_committed_reference_is_current_and_complete():
     for objective, knobs in OBJECTIVES.items():
         _, _, table = committed.partition(f"### objective: {{name: {objective}}}\n")
         assert [f"| `{knob}` |" in table.partition("\n#")[0] for knob in knobs.model_fields if knob != "name"]
-
-
-# --- Whatever is done to a tree, the outcome is a Config or a ConfigError ---
 
 
 def test_a_mapping_with_a_wrong_entry_is_not_called_too_short():

@@ -49,6 +49,7 @@ class Board:
 
     def __init__(self) -> None:
         self.published: dict[int, dict[str, torch.Tensor]] = {}
+        self.needs: dict[int, list[np.ndarray]] = {}  # By version, all that was read for it.
         self.evaluated: list[int] = []
         self.board = "board"
         self.actors: dict[str, Any] = {}
@@ -61,6 +62,7 @@ class Board:
     def _publish(
         self, manifest: bytes, buckets: list[np.ndarray], version: int, *, evaluate: Sequence[str]
     ) -> Held:
+        self.needs[version] = buckets
         self.published[version] = dict(
             read_snapshot(msgspec.msgpack.decode(manifest, type=Manifest), buckets)
         )
@@ -75,6 +77,7 @@ class Store:
 
     def __init__(self, delay_s: float = 0.0) -> None:
         self.delay_s, self.error, self.num_stored = delay_s, "", 0
+        self.sizes: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
 
@@ -84,6 +87,7 @@ class Store:
             raise OSError(self.error)
         time.sleep(self.delay_s)
         self.num_stored += 1
+        self.sizes.append(bucket.nbytes)
         return bucket.copy()
 
 

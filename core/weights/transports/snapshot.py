@@ -6,7 +6,9 @@
 
 The copy is made before the learner goes on, because with one rank a gathered tensor is the parameter itself.
 Rank 0 keeps host memory for one copy of the model and uses it again; a new publication waits for the one
-before.
+before. With `weights.full_every` above 1 it keeps a second copy, the last that was stored whole: what has
+changed since is all that is stored of the versions that follow. Whoever missed some needs that whole one and
+the newest changes, and no others. The object store brings a bucket to a node once, for all actors there.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import msgspec
 
 from core.calls import Pending
 from core.errors import AgroError
-from core.weights.snapshots import Buffers, SnapshotWriter
+from core.weights.snapshots import Base, Buffers, SnapshotWriter
 from core.weights.transports.base import Sender, Transport
 
 
@@ -39,7 +41,9 @@ class SnapshotTransport(Transport):
     def __init__(self, sender: Sender) -> None:
         self._sender = sender
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
-        self._buffers = Buffers()
+        self._buffers, self._base_buffers = Buffers(), Buffers()
+        self._base: Base | None = None  # The last snapshot that was stored whole, where deltas are wanted.
+        self._num_deltas = 0  # Since then.
         self._storing: tuple[int, Future[None]] | None = None
         self._store_s: float | None = None
         # What the board holds, to be published again should it die.
@@ -64,11 +68,14 @@ class SnapshotTransport(Transport):
         # has use for.
         self._is_gathered = threading.Event()
         self._thread.submit(self._is_gathered.wait, self._sender.config.run.timeout_s)
+        self._num_deltas += 1
+        is_whole = self._base is None or self._num_deltas >= self._sender.config.weights.full_every
         return SnapshotWriter(
             self._sender.source.bucket_bytes,
             self._sender.store,
             executor=self._thread,
             take=self._buffers.take,
+            base=None if is_whole else self._base,
         )
 
     def store(self, writer: SnapshotWriter, version: int, *, evaluate: Sequence[str]) -> None:
@@ -126,6 +133,9 @@ class SnapshotTransport(Transport):
 
     def _finish(self, writer: SnapshotWriter, version: int, evaluate: Sequence[str], start_s: float) -> None:
         manifest, references = writer.finish(version)
+        if self._sender.config.weights.full_every > 1 and writer.is_whole:
+            self._base, self._num_deltas = Base(writer.buckets, references), 0
+            self._buffers, self._base_buffers = self._base_buffers, self._buffers
         self._held[version] = (msgspec.msgpack.encode(manifest), references, evaluate)
         self._tell_board(version)
         self._store_s = time.perf_counter() - start_s

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import SnapshotError
-from core.weights.snapshots import Manifest, SnapshotWriter, read_snapshot
+from core.weights.snapshots import Base, Manifest, SnapshotWriter, read_snapshot
 
 DTYPES = (
     torch.float32,
@@ -151,3 +151,66 @@ def test_a_damaged_snapshot_is_refused_before_its_first_tensor(damage: str):
     harm, message = DAMAGES[damage]
     with pytest.raises(SnapshotError, match=f"snapshot 3.*{message}"):
         read_snapshot(manifest, harm(buckets))
+
+
+def moved(params: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """The same parameters with one element of some of them changed."""
+    generator = torch.Generator().manual_seed(seed)
+    after = {name: tensor.clone() for name, tensor in params.items()}
+    for tensor in after.values():
+        if tensor.numel() > 1 and torch.rand((), generator=generator) < 0.5:
+            place = int(torch.randint(tensor.numel(), (), generator=generator))
+            tensor.view(-1)[place] = torch.zeros((), dtype=tensor.dtype)
+    return after
+
+
+def deltas(
+    params: dict[str, torch.Tensor], base: Base, version: int = 4
+) -> tuple[Manifest, list[np.ndarray]]:
+    writer = SnapshotWriter(512, base=base)
+    for name, tensor in params.items():
+        writer.add(name, tensor)
+    return writer.finish(version)
+
+
+def test_what_has_changed_since_another_snapshot_makes_the_newest_and_no_other_is_needed():
+    params = parameters()
+    _, whole = written(params)
+    base = Base(whole, whole)
+    for version in range(4, 9):  # Each is of the whole one: whoever missed some takes the last.
+        params = moved(params, seed=version)
+        manifest, buckets = deltas(params, base, version)
+        assert manifest.deltas
+        assert sum(bucket.nbytes for bucket in buckets[: len(manifest.sizes)]) < manifest.num_bytes
+        assert_same(dict(read_snapshot(manifest, buckets)), params)
+        assert all(
+            found is whole[number]
+            for number, found in zip(manifest.deltas, buckets[-len(manifest.deltas) :], strict=True)
+        )
+
+
+def test_buckets_of_which_all_has_changed_and_those_beyond_the_base_come_whole():
+    _, whole = written(parameters())
+    others = parameters(seed=1) | {"one more": torch.ones(300)}
+    manifest, buckets = deltas(others, Base(whole, whole))
+    assert len(buckets) < 2 * len(manifest.sizes)
+    assert_same(dict(read_snapshot(manifest, buckets)), others)
+
+
+@pytest.mark.parametrize("place", ["in the delta", "in its base"])
+def test_a_delta_or_a_base_that_is_damaged_is_refused_before_the_first_tensor(place: str):
+    params = parameters()
+    _, whole = written(params)
+    manifest, buckets = deltas(moved(params, seed=7), Base(whole, whole))
+    for number in (manifest.deltas[-1],) if place == "in the delta" else range(-len(manifest.deltas), 0):
+        harmed = [bucket.copy() for bucket in buckets]
+        harmed[number][-1] ^= 1
+        with pytest.raises(SnapshotError, match=r"snapshot 4, bucket \d+: .*torn"):
+            read_snapshot(manifest, harmed)
+    with pytest.raises(SnapshotError, match=r"has \d+ buckets, \d+ arrived"):
+        read_snapshot(manifest, buckets[:-1])
+    with pytest.raises(SnapshotError, match=r"snapshot 4, bucket \d+: .*torn"):
+        read_snapshot(
+            manifest,
+            [*buckets[: len(manifest.sizes)], *written(parameters(seed=1))[1][: len(manifest.deltas)]],
+        )

@@ -38,9 +38,15 @@ MIB = 2**20
 
 
 def snapshots(
-    policy: Plain, store: Store, board: Board, *, bucket_mib: float = 2**-6, timeout_s: float = 60.0
+    policy: Plain,
+    store: Store,
+    board: Board,
+    *,
+    bucket_mib: float = 2**-6,
+    timeout_s: float = 60.0,
+    full_every: int = 1,
 ) -> Transport:
-    config = make_config({"run": {"timeout_s": timeout_s}})
+    config = make_config({"run": {"timeout_s": timeout_s}, "weights": {"full_every": full_every}})
     source = ZeroSource(policy, int(bucket_mib * MIB))
     return load_transport(
         Sender(0, config, source, BoardClient(board, BOARD), Calls(timeout_s), store, lambda text: None)
@@ -69,6 +75,74 @@ def test_a_snapshot_that_cannot_be_had_again_and_again_is_told_once(monkeypatch)
 
     until(has_failed_often)
     assert told == ["actor-0 keeps its weights: snapshot 3 has been dropped for newer ones"]
+
+
+class TestDeltas:
+    """Versions of which only what has changed since the last whole one is stored."""
+
+    def step(self, policy: Plain, version: int) -> dict[str, torch.Tensor]:
+        """Changes a few elements and returns what the policy is now."""
+        with torch.no_grad():
+            policy.module[0].weight[version % 64, :3] += 1.0
+        return policy.copy()
+
+    def sizes(self, store: Store) -> list[int]:
+        """Returns the bytes of each bucket stored since the last call."""
+        sizes, store.sizes = store.sizes, []
+        return sizes
+
+    def test_whoever_reads_a_version_has_it_bit_for_bit_and_only_every_third_is_stored_whole(self):
+        policy, board, store = Plain(), Board(), Store()
+        transport = snapshots(policy, store, board, full_every=3)
+        stored, whole_bytes = [], sum(tensor.nbytes for tensor in policy.copy().values())
+        for version in range(8):
+            expected = self.step(policy, version)
+            transport.publish(version, evaluate=())
+            transport.flush()
+            assert_same(board.published[version], expected)
+            stored.append(sum(self.sizes(store)) / whole_bytes)
+        assert [share > 0.9 for share in stored] == [version % 3 == 0 for version in range(8)]
+        assert max(share for version, share in enumerate(stored) if version % 3) < 0.1
+
+    def test_a_learner_that_starts_again_begins_with_a_whole_one(self):
+        policy, board, store = Plain(), Board(), Store()
+        transport = snapshots(policy, store, board, full_every=100)
+        for version in range(2):
+            self.step(policy, version)
+            transport.publish(version, evaluate=())
+        transport.flush()
+        assert len(board.needs[1]) > len(board.needs[0]), "changes, and what they are changes of"
+        again = snapshots(policy, store, board, full_every=100)
+        expected = self.step(policy, 1)
+        again.publish(1, evaluate=())
+        again.flush()
+        assert len(board.needs[1]) == len(board.needs[0])
+        assert_same(board.published[1], expected)
+
+    def test_a_board_that_was_started_again_gets_changes_with_what_they_are_changes_of(self):
+        policy, board, store = Plain(), Board(), Store()
+        transport = snapshots(policy, store, board, full_every=100)
+        for version in range(6):
+            expected = self.step(policy, version)
+            transport.publish(version, evaluate=())
+        transport.flush()
+        board.published = {}
+        transport.republish()
+        until(lambda: len(board.published) == 2)
+        assert 0 not in board.published, "the whole one is held by what has changed since"
+        assert_same(board.published[5], expected)
+
+    def test_what_comes_while_a_bucket_is_being_stored_does_not_change_the_base(self):
+        policy, board = Plain(), Board()
+        transport = snapshots(policy, Store(delay_s=0.01), board, full_every=4)
+        expected = {}
+        for version in range(9):
+            expected[version] = self.step(policy, version)
+            transport.publish(version, evaluate=())
+            self.step(policy, version + 1)  # The learner goes on at once.
+        transport.flush()
+        for version, weights in expected.items():
+            assert_same(board.published[version], weights)
 
 
 class TestSnapshotsInTheBackground:
