@@ -427,7 +427,7 @@ class TokenLogprobs:
         head turns out to be of another kind than it looked, ValueError for inputs that share tokens where
         attention does not go by `packing`.
         """
-        if not self._packs and inputs.packing is not None and len(inputs.packing.repeated):
+        if not self._packs and inputs.packing is not None and inputs.packing.shares_tokens:
             raise ValueError("inputs share tokens, which only a model that attends by `packing` can read")
         # By another attention, which check_function compares with, every rank computes the whole row.
         if self._shards is not None and self._module.config._attn_implementation == ROW_SHARDS:

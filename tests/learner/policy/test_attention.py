@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from core.errors import ConfigError
-from learner.policy.attention import PACKED_SDPA, Packing, install_packed_sdpa
+from learner.policy.attention import PACKED_SDPA, install_packed_sdpa
+from learner.policy.buckets import Buckets
 from learner.step.packing import TokenLogprobs, TokenSequence, collate
 from tests.support.learning.rollouts import (
     TEMPERATURE,
@@ -37,7 +38,7 @@ def packed_by_bucket(**kwargs):
 @pytest.fixture
 def small_buckets(monkeypatch):
     """Several buckets, padded ones among them, also for short sequences."""
-    monkeypatch.setattr("learner.policy.attention.SHORT", 4)
+    monkeypatch.setattr("learner.policy.buckets.SHORT", 4)
 
 
 @pytest.mark.parametrize("shares_beginnings", [False, True])
@@ -97,16 +98,16 @@ def test_packed_attention_lets_no_sequence_see_another(small_buckets, changed):
 def test_buckets_hold_every_token_once_and_are_little_padded(seed):
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 1000, (40,), generator=random).tolist()
-    packing = Packing(lengths)
+    places = Buckets(lengths)
     rows = torch.randn(sum(lengths), 2, 3, generator=random, dtype=torch.float64, requires_grad=True)
-    buckets = packing.unpack(rows)
+    buckets = places.unpack(rows)
     assert sum(bucket.shape[0] for bucket in buckets) == 40
     assert (
         sum(bucket.shape[0] * bucket.shape[2] for bucket in buckets if bucket.shape[2] > 64)
         <= sum(lengths) / 0.8
     )
     assert len(buckets) < 15
-    packed = packing.pack([bucket.transpose(1, 2) for bucket in buckets])
+    packed = places.pack([bucket.transpose(1, 2) for bucket in buckets])
     assert torch.equal(packed, rows)
     weights = torch.randn(rows.shape, generator=random, dtype=torch.float64)
     (packed * weights).sum().backward()

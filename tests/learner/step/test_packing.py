@@ -240,10 +240,8 @@ def test_what_several_sequences_begin_with_is_in_the_row_once_and_nothing_that_p
     assert inputs.targets_T.tolist() == [8, 9, 7, 10, 11, 12, 13, 11, 12, 14, 1]
     assert inputs.sequence_T.tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 5]
     assert inputs.packing is not None
-    row = torch.arange(6.0)[:, None, None]
-    assert torch.equal(
-        inputs.packing.pack([bucket.transpose(1, 2) for bucket in inputs.packing.unpack(row)]), row
-    )
+    row, buckets = torch.arange(6.0)[:, None, None], inputs.packing.buckets
+    assert torch.equal(buckets.pack([bucket.transpose(1, 2) for bucket in buckets.unpack(row)]), row)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
