@@ -35,6 +35,7 @@ import torch
 from actors.engine_cpu import SEED
 from actors.engine_settings import (
     Adapters,
+    check_device,
     engine_arguments,
     lora_arguments,
     set_engine_environment,
@@ -89,7 +90,8 @@ class Engine:
         adapters: Adapters | None = None,
         skip_special_tokens: bool = False,
     ) -> None:
-        """Builds the engine; it has its base's weights, which are called `version`.
+        """Builds the engine; it has its base's weights, which are called `version`. With a `version` below 0
+        weights that count are yet to come, and the base's are not read, unless adapters need them.
 
         With any other `transport` (the carrier of `weights.transport`) than snapshot, weights can be pushed
         too. With `adapters`, what `load_weights` gets are adapters of that kind for the model's own weights.
@@ -98,7 +100,9 @@ class Engine:
         set_engine_environment(config)
         with without_collections():
             from vllm import EngineArgs, LLMEngine
+            from vllm.platforms import current_platform
 
+        check_device(config, current_platform)
         self._config, self._adapters = config, adapters
         tokenizer = load_tokenizer(model)
         end_ids = end_token_ids(model, tokenizer)
@@ -106,12 +110,15 @@ class Engine:
         arguments = engine_arguments(model, config, max_model_len=max_model_len, seed=seed)
         if adapters is not None:
             arguments |= lora_arguments(model, adapters)
+        elif version < 0:
+            arguments["load_format"] = "dummy"
         if transport != "snapshot":
             arguments["weight_transfer_config"] = {"backend": transport}
         self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self._engine.collective_rpc("agro_prepare", args=(os.getpid(), config.num_gpus == 0))
         self._waiting: collections.deque[WaitingRequest] = collections.deque()
         self._running: dict[str, RunningRequest] = {}  # By vLLM's names for them; the oldest first.
+        self._drained: list[tuple[str, Generation]] = []  # They finished while weights were awaited.
         self._names: dict[str, str] = {}  # Those, by ours.
         self._num_started = 0
         self._prepared: tuple[Any, Any] = (None, None)  # The newest request, and what vLLM made of it.
@@ -126,8 +133,8 @@ class Engine:
 
     @property
     def num_unfinished(self) -> int:
-        """Returns the number of requests that are submitted and not finished."""
-        return len(self._waiting) + len(self._running)
+        """Returns the number of requests that are submitted and that `step` has not returned."""
+        return len(self._waiting) + len(self._running) + len(self._drained)
 
     @property
     def num_tokens_under_way(self) -> int:
@@ -171,6 +178,15 @@ class Engine:
             except PromptRefused as refused:
                 refused.request_id = waiting.request_id
                 raise
+        finished, self._drained = self._drained, []
+        if self._running:
+            finished += self._advance()
+        return finished
+
+    def _advance(self) -> list[tuple[str, Generation]]:
+        """Lets vLLM make a step, and returns what finished with the tokens that came of it: on a GPU those of
+        the step before, while the new one is under way.
+        """
         try:
             outputs = self._engine.engine_core.get_output()
         except RuntimeError as error:
@@ -186,6 +202,23 @@ class Engine:
                 self._forget(output.request_id)
                 finished.append((request.request_id, self._generation(request, reason)))
         return finished
+
+    def _drain(self) -> None:
+        """Waits for the pass that is under way on a GPU: new weights must not meet it, nor may its tokens be
+        taken for theirs. Its tokens count now, and `step` returns what finished with them.
+
+        vLLM notes the version when a pass has ended, and says that it changes only while generation pauses.
+        """
+        core = self._engine.engine_core.engine_core
+        if core.batch_queue is None:
+            return  # A CPU's passes are over when `step` returns.
+        core.pause_scheduler("keep", clear_cache=False)  # This also waits for the device.
+        try:
+            # While vLLM pauses, each step adds an empty pass to the queue.
+            while any(scheduled.total_num_scheduled_tokens for _, scheduled, *_ in core.batch_queue):
+                self._drained += self._advance()
+        finally:
+            core.resume_scheduler()
 
     def overdue(self, timeout_s: float) -> list[str]:
         """Returns the requests that have had a slot for longer than `timeout_s` seconds."""
@@ -229,6 +262,7 @@ class Engine:
         Raises SnapshotError when parameters of the model are missing from `weights`, or vLLM does not apply
         the adapters: the engine is then unusable.
         """
+        self._drain()
         if self._adapters is not None:
             self._load_adapters(version, list(weights), self._adapters)
             self._take_over(version)
@@ -320,6 +354,7 @@ class Engine:
 
     def start_transfer(self) -> None:
         """Takes the model apart: no `step` may come before `finish_transfer` or `undo_transfer`."""
+        self._drain()
         self._engine.collective_rpc("start_weight_update")
         self._transfer = "started"
 

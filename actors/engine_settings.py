@@ -17,6 +17,7 @@ import torch
 
 from core.config import ActorsConfig, ModelConfig
 from core.config.checks import served_rank
+from core.errors import ConfigError
 from core.model_shape import adapted_layers, carries_state, empty_model, load_model_config
 
 VLLM_SYMBOLS = (
@@ -30,6 +31,10 @@ VLLM_SYMBOLS = (
     "vllm:SamplingParams",
     "vllm.exceptions:VLLMValidationError",
     "vllm.inputs.engine:tokens_input",
+    "vllm.platforms:current_platform.is_cuda_alike",
+    "vllm.platforms:current_platform.is_cpu",
+    "vllm.v1.engine.core:EngineCore.pause_scheduler",
+    "vllm.v1.engine.core:EngineCore.resume_scheduler",
     "vllm.v1.engine.core_client:InprocClient.abort_requests",
     "vllm.v1.engine.core_client:InprocClient.add_request",
     "vllm.v1.engine.core_client:InprocClient.get_output",
@@ -59,6 +64,12 @@ VLLM_SYMBOLS = (
 )
 """What actors/engine.py, engine_worker.py and engine_cpu.py use of vLLM 0.32, checked by a contract test that
 names what is missing.
+"""
+
+
+CPU_PASS_TOKENS, GPU_PASS_TOKENS = 2048, 8192
+"""What a pass takes at least, where there are slots for so many: vLLM's defaults for a CPU engine like ours,
+and for a server on a GPU.
 """
 
 
@@ -110,6 +121,24 @@ def without_collections() -> Iterator[None]:
             gc.enable()
 
 
+def check_device(config: ActorsConfig, platform: Any) -> None:
+    """Raises ConfigError where the installed vLLM, whose `current_platform` is given, has no engine for the
+    device asked for.
+
+    vLLM for CUDA has none for a CPU: with `actors.num_gpus` = 0 it would take a GPU that belongs to others.
+    """
+    if config.num_gpus == 0 and platform.is_cuda_alike():
+        raise ConfigError(
+            "actors.num_gpus = 0, but the vLLM of this node is for GPUs and would take one that Ray gave to others. Set "
+            "actors.num_gpus=1, or a fraction such as 0.25, or install the CPU's (make setup KIND=cpu)."
+        )
+    if config.num_gpus > 0 and platform.is_cpu():
+        raise ConfigError(
+            f"actors.num_gpus = {config.num_gpus:g}, but the vLLM of this node is for CPUs. Set actors.num_gpus=0, or install the "
+            "GPUs' (make setup KIND=gpu)."
+        )
+
+
 def engine_arguments(
     model: ModelConfig, config: ActorsConfig, *, max_model_len: int, seed: int
 ) -> dict[str, Any]:
@@ -131,9 +160,20 @@ def engine_arguments(
         "config_format": "hf",
         "load_format": "hf",
         "worker_extension_cls": "actors.engine_worker.EngineWorker",
+        "max_num_batched_tokens": _tokens_of_a_pass(config, max_model_len),
         **_parallel_arguments(config),
         **_device_arguments(config),
     }
+
+
+def _tokens_of_a_pass(config: ActorsConfig, max_model_len: int) -> int:
+    """Returns how many tokens one pass takes at most: vLLM's own choice is 2,048 wherever an engine is in the
+    caller's process, so that long prompts would come in slices, and refuses more slots than that.
+    """
+    most = max(GPU_PASS_TOKENS if config.num_gpus else CPU_PASS_TOKENS, config.slots)
+    if not config.num_gpus:
+        most = max(most, max_model_len)  # A prompt does not come in pieces: see _device_arguments.
+    return min(most, config.slots * max_model_len)
 
 
 def lora_arguments(model: ModelConfig, adapters: Adapters) -> dict[str, Any]:

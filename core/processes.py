@@ -55,10 +55,22 @@ def _logged(part: type) -> Any:
     """
 
     def begin(self: Any, log: ProcessLog, *arguments: Any, **named: Any) -> None:
+        see_own_gpus()
         log.begin(functools.partial(_send_warnings, log.monitor))
         part.__init__(self, *arguments, **named)  # type: ignore[misc]
 
     return ray.remote(type(part.__name__, (part,), {"__init__": begin, "__doc__": part.__doc__}))
+
+
+def see_own_gpus() -> None:
+    """Lets this process see the GPUs that Ray gave it, and no other; before its CUDA starts.
+
+    Ray leaves the GPUs of the node in sight of an actor that asked for none, and of every actor where
+    RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set, as other systems want it on a cluster: all ranks and
+    engines would take the first one.
+    """
+    given = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(given)
 
 
 def _send_warnings(monitor: str, name: str, counts: Mapping[str, int]) -> bool:

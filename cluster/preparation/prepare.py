@@ -29,6 +29,7 @@ from buffer.stream import PromptStream
 from cluster.monitor.backends import check_backends
 from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, mode_of, project_of, wandb_project
 from cluster.preparation.environment_checks import Acted, check_environments, playable
+from cluster.preparation.installed import check_installed
 from cluster.preparation.model_checks import check_model, lora_notes
 from cluster.preparation.model_limits import check_length, check_token_ids
 from cluster.preparation.model_weights import check_weights
@@ -82,6 +83,7 @@ def prepare(config: Config) -> Inputs:
     """
     quiet_libraries()
     config = locate_model(config)
+    check_installed(config)
     check_start(config)
     checked = check_inputs(ensure_model(config))
     run_dir = open_run_dir(checked.config)

@@ -82,7 +82,7 @@ class ActorsConfig(Section):
         gt=0,
         le=65_536,
         description="On a CPU the GiB of an engine's KV cache, None: 1; on a GPU the share of the card's memory that an engine "
-        "may take, at most 1, None: 0.85.",
+        "may take, at most `num_gpus`, None: 0.85 of that.",
     )
     on_update: Literal["continue", "drain", "abort"] = Field(
         "continue",
@@ -103,8 +103,11 @@ class ActorsConfig(Section):
 
     @property
     def gpu_memory_share(self) -> float:
-        """What of a card's memory a GPU engine may take: `engine_memory`, or `GPU_MEMORY_SHARE`."""
-        return GPU_MEMORY_SHARE if self.engine_memory is None else self.engine_memory
+        """What of a card's memory a GPU engine may take: `engine_memory`, or `GPU_MEMORY_SHARE` of the part
+        of it that is the actor's.
+        """
+        own = min(1.0, self.num_gpus)
+        return GPU_MEMORY_SHARE * own if self.engine_memory is None else self.engine_memory
 
     @property
     def num_processes(self) -> int:

@@ -233,15 +233,22 @@ def _devices_fit(config: Config) -> None:
             f"actors.tensor_parallel = {parallel} with actors.num_gpus = {actors.num_gpus:g}: each of an engine's "
             f"{parallel} processes has a GPU, or none has. Set actors.num_gpus={parallel}, or 0 for CPUs."
         )
-    if actors.num_gpus > 0 and actors.engine_memory is not None and actors.engine_memory > 1:
+    own = min(1.0, actors.num_gpus)
+    if actors.num_gpus > 0 and actors.engine_memory is not None and actors.engine_memory > own:
         raise ValueError(
             f"actors.engine_memory = {actors.engine_memory:g} with actors.num_gpus = {actors.num_gpus:g}: on a GPU it is a share "
-            "of the card's memory, not GiB. Set it to at most 1, for example 0.85."
+            f"of the card's memory, not GiB, and above {own:g} it is taken from others. Set it to at most {own:g}, for example "
+            f"{actors.model_copy(update={'engine_memory': None}).gpu_memory_share:g}, or raise actors.num_gpus."
         )
     if learner.num_gpus > 1:
         raise ValueError(
             f"learner.num_gpus = {learner.num_gpus}: one rank uses one GPU. Set learner.num_gpus=1 and raise "
             "learner.ranks instead."
+        )
+    if learner.ranks > 1 and not learner.num_gpus.is_integer():
+        raise ValueError(
+            f"learner.num_gpus = {learner.num_gpus:g} with learner.ranks = {learner.ranks}: ranks that share a GPU cannot meet, "
+            "NCCL takes no two of them on one. Set learner.num_gpus=1, or learner.ranks=1."
         )
     if config.model.attention == "flash_attention_2" and (
         learner.num_gpus == 0 or config.model.dtype != "bfloat16"

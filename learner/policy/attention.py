@@ -39,7 +39,7 @@ arguments.
 
 
 class Packing:
-    """Where the sequences of a packed row lie, for the kernel that will ask: made when it first does.
+    """The places of a packed row's sequences, for the kernel that will ask: made when it first does.
 
     shares_tokens  whether some token of the row is one of several sequences
     """
@@ -121,7 +121,8 @@ def packed_sdpa(
     )
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     if has_kernel(*rows) and not kwargs.get("dropout") and kwargs.get("position_bias") is None:
-        return attend(*rows, packing.ragged, kwargs.get("scaling"), window)[None], None
+        q, k, v = rows
+        return attend(q, k, v, packing.ragged, kwargs.get("scaling"), window)[None], None
     found, buckets = [], packing.buckets
     for q, k, v in zip(*map(buckets.unpack, rows), strict=True):
         mask = _window_mask(q, window) if window and q.shape[2] > window else None

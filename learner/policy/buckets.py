@@ -100,8 +100,8 @@ def _buckets(lengths: Sequence[int]) -> list[list[int]]:
     return buckets
 
 
-class Places(Protocol):
-    """Where the tokens of a row are, as `Buckets` says."""
+class TokenPlaces(Protocol):
+    """The places of a row's tokens; `Buckets` says more of each."""
 
     to_places_P: Any
     to_tokens_S: Tensor
@@ -109,20 +109,22 @@ class Places(Protocol):
 
 
 class ToPlaces(torch.autograd.Function):
-    """rows[to_places]. Its gradient is a gather too, and an addition of what `repeated` places give: much
-    faster than adding all by index.
+    """The gather rows[to_places]. Its gradient is a gather too, and an addition of what `repeated` places
+    give: much faster than adding all by index.
 
     It is right where padding gets no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Places) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, places: TokenPlaces) -> Tensor:
+        """Takes rows to their places."""
         ctx.places = places
         return rows.index_select(0, places.to_places_P)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        places: Places = ctx.places
+        """Adds up what the places of each row give."""
+        places: TokenPlaces = ctx.places
         found = gradient.index_select(0, places.to_tokens_S)
         if len(places.repeated):
             tokens = places.to_places_P[places.repeated]

@@ -26,7 +26,7 @@ LARGEST_HEAD = 256
 
 
 class Ragged:
-    """Where the sequences of a row begin, among its tokens and among the keys.
+    """The beginnings of a row's sequences, among its tokens and among the keys.
 
     query_starts, key_starts  int32 [N + 1]; a sequence whose tokens are all another's has no queries, and is
                               left out
@@ -107,7 +107,7 @@ def attend(
     """
     from torch.nn.attention import varlen
 
-    attended: Tensor = varlen.varlen_attn(
+    attended = varlen.varlen_attn(
         query_SHD,
         ragged.keys(key_SHD),
         ragged.keys(value_SHD),
@@ -119,4 +119,5 @@ def attend(
         window_size=(window - 1 if window and window < ragged.longest_key else -1, 0),
         enable_gqa=query_SHD.shape[1] != key_SHD.shape[1],
     )
+    assert isinstance(attended, Tensor)  # Nothing else was asked for.
     return attended

@@ -30,12 +30,16 @@ import torch.distributed as dist
 from core.config import LearnerConfig, ModelConfig
 from learner.checkpoints.checkpoint import TensorPart, partition
 from learner.checkpoints.export import write_model
+from learner.network import speak_where
 from learner.policy.file_weights import Unit, buckets, file_units, plain_units, wider_first
 from learner.policy.function_check import check_function
 from learner.policy.lora import adapters_of, add_adapters, persistent_buffers, weights_of
 from learner.policy.partitions import Read, held, padded, trained
 from learner.policy.row_shards import connect, connected
 from learner.step.packing import ModelInputs, TokenLogprobs
+
+PREFETCHED_PARAMETERS = 50_000_000
+"""DeepSpeed's default (`stage3_prefetch_bucket_size`)."""
 
 
 def init_process_group(
@@ -56,7 +60,11 @@ def init_process_group(
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port)
     )
-    if not use_gpu:
+    speak_where(address)
+    if use_gpu:
+        # It is torch's first choice on new GPUs, and makes a plan for every shape: about a second each time.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = _import_deepspeed()  # Before torch's threads start, which read the environment.
     backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
@@ -145,7 +153,7 @@ def _load(
     if not training:
         module.requires_grad_(False).eval()
     token_logprobs = TokenLogprobs(module, learner.layout, model.attention, connected())
-    _gather_by_layer(module)
+    config["zero_optimization"] |= _prefetch(learner, _gather_by_layer(module))
     parameters = [p for p in module.parameters() if p.requires_grad] or None
     engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)
     return engine, token_logprobs
@@ -165,9 +173,9 @@ def _still(module: Any) -> None:
             setattr(layer, name, 0.0)
 
 
-def _gather_by_layer(module: Any) -> None:
+def _gather_by_layer(module: Any) -> int:
     """Lets ZeRO-3 gather and release whole layers: its hooks on every submodule cost a tiny model a third of
-    its time.
+    its time. Returns the parameters of the largest layer.
 
     Models that are frozen in part are left alone: DeepSpeed takes the gradients of such a layer when its
     input has one, and for zero if that is before they are there, as in a first layer whose input needs none.
@@ -175,9 +183,23 @@ def _gather_by_layer(module: Any) -> None:
     from deepspeed.utils import set_z3_leaf_modules
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if len({parameter.requires_grad for parameter in module.parameters()}) == 1:
-        layers = {type(layer) for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)}
-        set_z3_leaf_modules(module, list(layers), raise_if_not_found=False)
+        set_z3_leaf_modules(module, list({type(layer) for layer in layers}), raise_if_not_found=False)
+    # With several ranks a parameter is in parts already, and has no elements of its own.
+    return max((sum(map(_num_elements, layer.parameters())) for layer in layers), default=0)
+
+
+def _prefetch(learner: LearnerConfig, largest_layer: int) -> dict[str, int]:
+    """Returns what ZeRO-3 gathers ahead on a GPU: while a layer computes, the next one comes whole.
+    DeepSpeed's own bucket is a quarter of a large one.
+    """
+    most = max(PREFETCHED_PARAMETERS, largest_layer)
+    return {"stage3_prefetch_bucket_size": most} if learner.num_gpus else {}
+
+
+def _num_elements(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", None) or parameter.numel())
 
 
 def _from_pretrained(model: ModelConfig, config: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ every kind of update.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -25,6 +26,7 @@ from tests.support.scenarios.engine_scenario import (
     MAX_NEW_TOKENS,
     NUM_LOADS,
     ON_UPDATE,
+    QUEUED,
     SLOTS,
     STOP_TEXTS,
     TOP_P,
@@ -105,6 +107,24 @@ def test_samples_in_flight_finish_and_name_both_versions(observed: Observed):
         before, after = generated.sample.version_spans
         assert (before.version, after.version) == (0, 1)
         assert observed.errors_nats(generated, 0)[: before.end].max() < TOLERANCE_NATS
+
+
+def test_a_pass_under_way_at_an_update_counts_for_the_weights_it_was_made_with(observed: Observed):
+    """On a GPU vLLM has one under way between two steps; what finished with it is not lost."""
+    assert min(observed.report.num_under_way) > 0
+    for before, version in itertools.pairwise(QUEUED[:-1]):
+        samples = observed.phase(f"queued before {version}")
+        assert len(samples) == SLOTS
+        assert {generated.sample.version_spans[0].version for generated in samples} == {before}
+        for generated in samples:
+            first = generated.sample.version_spans[0]
+            assert observed.errors_nats(generated, before)[: first.end].max() < TOLERANCE_NATS
+        assert {len(generated.sample.version_spans) for generated in samples} == {1, 2}
+    mislabelled = observed.phase("not drained")
+    assert {generated.sample.version_spans[0].version for generated in mislabelled} == {QUEUED[-1]}
+    assert max(observed.errors_nats(generated, QUEUED[-1])[0] for generated in mislabelled) > 0.1, (
+        "without the wait a label must be wrong, or this test shows nothing"
+    )
 
 
 def test_version_spans_cover_the_tokens_without_gaps(observed: Observed):

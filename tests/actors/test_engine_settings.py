@@ -1,10 +1,49 @@
-"""The garbage collector rests while libraries load, and is as it was afterwards."""
+"""What an engine is started with, and the garbage collector that rests while libraries load."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 
-from actors.engine_settings import without_collections
+from actors.engine_settings import check_device, engine_arguments, without_collections
+from core.config import ActorsConfig, ModelConfig
+from core.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "slots", "max_model_len", "expected"),
+    [
+        (0, 128, 512, 2048),
+        (0, 8, 200, 1600),  # No pass can have more.
+        (0, 4096, 512, 4096),
+        (0, 128, 3000, 3000),  # A prompt comes in one piece.
+        (1, 128, 32_768, 8192),
+        (1, 10_000, 32_768, 10_000),
+    ],
+)
+def test_a_pass_has_room_for_all_slots_and_for_long_prompts(
+    tiny_models, num_gpus, slots, max_model_len, expected
+):
+    model = ModelConfig(path=str(tiny_models["tied"]))
+    config = ActorsConfig(num_gpus=num_gpus, slots=slots)
+    arguments = engine_arguments(model, config, max_model_len=max_model_len, seed=0)
+    assert arguments["max_num_batched_tokens"] == expected
+
+
+def test_engines_that_share_a_gpu_share_its_memory():
+    assert [ActorsConfig(num_gpus=gpus).gpu_memory_share for gpus in (1, 0.5, 0.25)] == [0.85, 0.425, 0.2125]
+    assert ActorsConfig(num_gpus=0.5, engine_memory=0.4).gpu_memory_share == 0.4
+
+
+def test_an_engine_for_gpus_takes_none_that_it_was_not_given():
+    gpus = SimpleNamespace(is_cuda_alike=lambda: True, is_cpu=lambda: False)
+    with pytest.raises(ConfigError, match=r"actors\.num_gpus = 0, .* Set actors\.num_gpus=1"):
+        check_device(ActorsConfig(), gpus)
+    check_device(ActorsConfig(num_gpus=0.5), gpus)
+    cpu = SimpleNamespace(is_cuda_alike=lambda: False, is_cpu=lambda: True)
+    with pytest.raises(ConfigError, match=r"actors\.num_gpus = 0\.5, .* Set actors\.num_gpus=0"):
+        check_device(ActorsConfig(num_gpus=0.5), cpu)
+    check_device(ActorsConfig(), cpu)
 
 
 def test_nothing_is_collected_while_libraries_load_and_what_is_there_is_left_out_afterwards():

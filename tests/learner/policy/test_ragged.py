@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 
+from core.errors import ConfigError
 from learner.policy.function_check import check_function
 from learner.policy.ragged import Ragged, has_kernel
 from learner.step.packing import TokenLogprobs, TokenSequence, collate
@@ -43,13 +44,13 @@ def gradients(model, forward, inputs, weights):
     return found, flat([parameter.grad for parameter in model.parameters()])
 
 
-@pytest.mark.parametrize("shares_prompts", [False, True])
-def test_the_kernel_gives_the_log_probs_and_gradients_of_each_sequence_alone(on_gpu, shares_prompts):
+@pytest.mark.parametrize("shares_beginnings", [False, True])
+def test_the_kernel_gives_the_log_probs_and_gradients_of_each_sequence_alone(on_gpu, shares_beginnings):
     rollouts, plain, model = make_rollouts(), tiny_llama(), tiny_llama()
     expected = torch.cat([plain_logprobs(plain, sequence) for sequence in rollouts.sequences])
     weights = torch.linspace(-1, 1, len(expected), dtype=torch.float64)
     (expected * weights).sum().backward()
-    inputs = collate(rollouts.sequences, "packed", pad_id=0, shares_prompts=shares_prompts)
+    inputs = collate(rollouts.sequences, "packed", pad_id=0, shares_beginnings=shares_beginnings)
     found, gradient = gradients(model, TokenLogprobs(model, "packed", "sdpa"), inputs, weights)
     assert len(on_gpu) == 2  # One call a layer.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
@@ -57,13 +58,13 @@ def test_the_kernel_gives_the_log_probs_and_gradients_of_each_sequence_alone(on_
 
 
 @pytest.mark.parametrize("window", [2, 5, 1000])
-@pytest.mark.parametrize("shares_prompts", [False, True])
-def test_a_window_reaches_as_far_as_in_buckets(monkeypatch, on_gpu, window, shares_prompts):
+@pytest.mark.parametrize("shares_beginnings", [False, True])
+def test_a_window_reaches_as_far_as_in_buckets(monkeypatch, on_gpu, window, shares_beginnings):
     model = tiny_llama()
     forward = TokenLogprobs(model, "packed", "sdpa")
     for layer in model.model.layers:
         layer.self_attn.sliding_window = window
-    inputs = collate(make_rollouts().sequences, "packed", pad_id=0, shares_prompts=shares_prompts)
+    inputs = collate(make_rollouts().sequences, "packed", pad_id=0, shares_beginnings=shares_beginnings)
     weights = torch.linspace(-1, 1, len(inputs.targets_T), dtype=torch.float64)
     found, gradient = gradients(model, forward, inputs, weights)
     assert {options["window_size"] for options in on_gpu} == {(window - 1 if window < 1000 else -1, 0)}
@@ -81,28 +82,28 @@ def test_the_check_of_a_start_finds_a_kernel_that_counts_from_the_beginning(monk
     def check():
         with torch.no_grad():
             check_function(
-                lambda inputs, training: forward(model, inputs, 1.0), model, "packed", shares_prompts=True
+                lambda inputs, training: forward(model, inputs, 1.0), model, "packed", shares_beginnings=True
             )
 
     check()
 
     def from_the_beginning(query, key, value, cu_seq_q, cu_seq_k, *lengths, **options):
-        first = [torch.cat([tensor.new_zeros(0, *tensor.shape[1:])]) for tensor in (key, value)]
+        first = [tensor[:0] for tensor in (key, value)]
         for q, k in zip(cu_seq_q.diff().tolist(), cu_seq_k[:-1].tolist(), strict=True):
             first = [torch.cat([f, t[k : k + q]]) for f, t in zip(first, (key, value), strict=True)]
         return plain_varlen_attn(query, *first, cu_seq_q, cu_seq_q, *lengths, **options)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", from_the_beginning)
-    with pytest.raises(Exception, match="packed sequences would see each other|by its eager attention"):
+    with pytest.raises(ConfigError, match=r"packed sequences would see each other|by its eager attention"):
         check()
 
 
 def test_a_sequence_without_a_token_of_its_own_asks_nothing():
     sequences = [TokenSequence.of_turn([5], []), TokenSequence.of_turn([5], [6, 7])]
-    ragged = collate(sequences[::-1], "packed", 0, shares_prompts=True).packing.ragged
+    ragged = collate(sequences[::-1], "packed", 0, shares_beginnings=True).packing.ragged
     assert ragged.query_starts.tolist() == ragged.key_starts.tolist() == [0, 2]
-    ragged = collate([*sequences, TokenSequence.of_turn([5, 8], [6])], "packed", 0, shares_prompts=True)
-    assert ragged.packing.ragged.query_starts.tolist() == [0, 1, 2, 4]
+    ragged = collate([*sequences, TokenSequence.of_turn([5, 8], [6])], "packed", 0, shares_beginnings=True)
+    assert ragged.packing.ragged.query_starts.tolist() == [0, 1, 2, 3]
     assert ragged.packing.ragged.key_starts.tolist() == [0, 1, 3, 5]
 
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +135,40 @@ def test_what_is_offloaded_from_a_gpu(offload: str, gpus: int, policy: str, refe
     )
     assert trained["offload_param"] == trained["offload_optimizer"] == {"device": policy}
     assert frozen["offload_param"] == {"device": reference}
+
+
+def test_on_a_gpu_the_next_layer_is_gathered_whole(tiny_models: dict[str, Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from learner.policy.zero import PREFETCHED_PARAMETERS, _gather_by_layer, _prefetch
+
+    module = AutoModelForCausalLM.from_pretrained(tiny_models["tied"])
+    layer = sum(parameter.numel() for parameter in module.model.layers[0].parameters())
+    assert _gather_by_layer(module) == layer
+    on_gpu = update_config("unused", num_gpus=1).learner
+    assert _prefetch(on_gpu, 218_000_000) == {"stage3_prefetch_bucket_size": 218_000_000}
+    assert _prefetch(on_gpu, layer) == {"stage3_prefetch_bucket_size": PREFETCHED_PARAMETERS}
+    assert _prefetch(update_config("unused").learner, 218_000_000) == {}
+
+
+def test_cudnn_is_kept_out_of_attention_on_a_gpu_and_gloo_listens_where_the_others_are(monkeypatch) -> None:
+    from learner.policy import zero
+
+    joined = {}
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, **kw: joined.update(kw))
+    ops = SimpleNamespace(__compatible_ops__={})
+    deepspeed = SimpleNamespace(ops=ops, init_distributed=lambda **kw: joined.update(kw))
+    monkeypatch.setattr("learner.policy.zero._import_deepspeed", lambda: deepspeed)
+    monkeypatch.setattr("os.environ", {"PATH": os.environ["PATH"]})
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        device = zero.init_process_group(1, 2, "127.0.0.1", 29500, use_gpu=True, timeout_s=5)
+        assert (device.type, joined["world_size"], joined["dist_backend"]) == ("cuda", 2, "nccl")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_a_batch_with_a_non_finite_log_prob_is_refused_before_the_parameters_change(

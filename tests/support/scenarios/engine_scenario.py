@@ -9,6 +9,7 @@ its end.
 
 from __future__ import annotations
 
+import collections
 import importlib
 import operator
 import sys
@@ -49,6 +50,8 @@ SEED = 1000
 STOP_TEXTS = ("7", "8", "12")
 """Of one phase: a digit that is a special token of one of the models, and texts of several tokens."""
 NUM_LOADS = 7
+QUEUED = (14, 15, 16, 17)
+"""Versions that follow one another while vLLM has a queue of passes; the last does not wait for it."""
 
 
 class Generated(msgspec.Struct):
@@ -77,6 +80,7 @@ class Report(msgspec.Struct):
     pauses_s: list[float] = []
     loads_s: list[float] = []
     incomplete_error: str = ""
+    num_under_way: list[int] = []
 
 
 def weights(model_dir: Path, version: int) -> dict[str, torch.Tensor]:
@@ -258,6 +262,32 @@ def updates_by_kind(scenario: Scenario) -> None:
         scenario.finish()
 
 
+def updates_of_a_queue(scenario: Scenario) -> None:
+    """Updates while vLLM has a pass under way between two steps, as on a GPU; then one that does not wait for
+    it.
+    """
+    engine = scenario.engine
+    core = engine._engine.engine_core.engine_core
+    before = core.batch_queue, core.batch_queue_size, core.step_fn
+    core.batch_queue, core.batch_queue_size = collections.deque(), 2
+    core.step_fn = core.step_with_batch_queue
+    scenario.load(QUEUED[0])
+    for version in QUEUED[1:]:
+        phase = "not drained" if version == QUEUED[-1] else f"queued before {version}"
+        scenario.submit(phase, SHORT, SLOTS // 2)
+        scenario.submit(phase, SHORT, SLOTS // 2, max_tokens=1)
+        scenario.step(1)
+        scenario.report.num_under_way.append(
+            sum(scheduled.total_num_scheduled_tokens for _, scheduled, _ in core.batch_queue)
+        )
+        if version == QUEUED[-1]:
+            engine._drain = lambda: None
+        scenario.load(version)
+        scenario.finish()
+    del engine._drain
+    core.batch_queue, core.batch_queue_size, core.step_fn = before
+
+
 class ScenarioActor(RolloutActor):
     """The actor on the scenario's engine."""
 
@@ -339,6 +369,7 @@ def run(model_dir: Path) -> Report:
     scenario.fresh("version 2")
     refusals(scenario)
     updates_by_kind(scenario)
+    updates_of_a_queue(scenario)
     with tempfile.TemporaryDirectory() as directory:
         updates_in_the_loop(scenario, Path(directory))
     sabotaged_updates(scenario)
