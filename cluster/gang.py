@@ -113,6 +113,7 @@ class LearnerGang:
         self._config, self._pad_id, self._train_arguments = config, pad_id, tuple(train_arguments)
         self._log_of, self._calls, self._clock = log_of, calls, clock
         self._timeout_s = config.run.timeout_s
+        self._place_timeout_s = config.run.placement_timeout_s or PLACE_TIMEOUT_S
         self._group = make_group([bundle_of(learner.reserved_cpus, learner.num_gpus)] * learner.ranks)
         self._ranks: list[RankClient] = []
         self._where: list[Pending[Whereabouts]] = []
@@ -179,9 +180,10 @@ class LearnerGang:
     def _place(self, now_s: float) -> None:
         if is_placed(self._group):
             self._create_ranks()
-        elif now_s - self._since_s > PLACE_TIMEOUT_S:
+        elif now_s - self._since_s > self._place_timeout_s:
             raise PlacementError(
-                f"learner could not be placed in {PLACE_TIMEOUT_S:.0f} s: {shortage(self._group)}"
+                f"learner could not be placed in {self._place_timeout_s:.0f} s: {shortage(self._group)}. Where the cluster "
+                "adds nodes on demand, raise run.placement_timeout_s."
             )
 
     def _create_ranks(self) -> None:

@@ -42,10 +42,12 @@ def _run(inputs: Inputs, stop: StopSignal) -> dict[str, Any]:
     with ray_session(config.actors, config.learner, models):
         say("starting the processes of the run")
         stop.raise_if_asked()
-        warnings = [
-            *config.warnings(),
-            *placement.check(placement.bundles(config.actors, config.learner, models), placement.ask_ray()),
-        ]
+        asked, nodes = placement.bundles(config.actors, config.learner, models), placement.ask_ray()
+        if cluster_address() is None:
+            short = placement.check(asked, nodes)
+        else:
+            short = placement.check_or_wait(asked, nodes, config.run.placement_timeout_s)
+        warnings = [*config.warnings(), *short]
         supervisor = _supervisor(inputs)
         try:
             with Terminal() as terminal:

@@ -23,7 +23,7 @@ arXiv 1910.02054):
     activations   b T (L (8h + 2k + 4f) + 2h), counted on Llama with sdpa; with gradient checkpointing
                   b T (L h + 8h + 2k + 4f + 2h); with LoRA a layer keeps 2h less, whose norms need no
                   gradient, and 7 rank more
-    log-probs     three float32 chunks of the logits, 128 MiB each at most, and up to 256 MiB of logits
+    log-probs     three float32 chunks of the logits, 128 MiB each at most (512 on a GPU), up to 256 MiB of logits
                   (learner/step/logprobs.py); the LM head's gradient, b V h, and 4 V h more while it is
                   summed over chunks, unless it is frozen. For models that rescale their logits: 2 b T V,
                   all logits and their gradient, and 128 MiB to upcast pieces of them
@@ -46,7 +46,7 @@ from core.config.checks import longest_sequence, served_rank
 from core.model_shape import adapted_layers, empty_model
 from learner.objectives import load_objective
 from learner.step.frozen import PROXIMAL, REFERENCE, frozen_names
-from learner.step.logprobs import CHUNK_BYTES, KEPT_BYTES, install_logprob_head
+from learner.step.logprobs import CHUNK_BYTES, KEPT_BYTES, chunk_bytes_on, install_logprob_head
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -227,10 +227,11 @@ def _logprob_bytes(model: ModelConfig, learner: LearnerConfig, shape: ModelShape
     logits = learner.micro_batch_tokens / learner.sequence_parallel * shape.vocabulary
     if shape.has_whole_logits:
         return 2 * b * logits + CHUNK_BYTES
-    head = shape.vocabulary * shape.hidden * (b if 4 * logits <= CHUNK_BYTES else b + 4)
+    chunk = chunk_bytes_on(is_gpu=learner.num_gpus > 0)
+    head = shape.vocabulary * shape.hidden * (b if 4 * logits <= chunk else b + 4)
     if learner.lora_rank:
         head = 0
-    return 3 * min(4 * logits, CHUNK_BYTES) + min(b * logits, KEPT_BYTES) + head
+    return 3 * min(4 * logits, chunk) + min(b * logits, KEPT_BYTES) + head
 
 
 def _actor_parts(config: Config, shape: ModelShape) -> tuple[MemoryUse, ...]:

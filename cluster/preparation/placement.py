@@ -110,6 +110,21 @@ def check(placement: Placement, resources: Resources | Sequence[Resources]) -> l
     return []
 
 
+def check_or_wait(placement: Placement, nodes: Sequence[Resources], wait_s: float | None) -> list[str]:
+    """Returns what `check` returns, for `nodes` to which a cluster may add others within `wait_s` seconds:
+    what cannot be placed yet is then a warning. Raises PlacementError as `check` does where `wait_s` is None.
+    """
+    try:
+        return check(placement, nodes)
+    except PlacementError as error:
+        if wait_s is None:
+            raise PlacementError(
+                f"{error} Where the cluster adds nodes on demand, set run.placement_timeout_s=900."
+            ) from None
+        too_few = str(error).partition("\n")[0]
+        return [f"{too_few} It waits {wait_s:.0f} s for more nodes (run.placement_timeout_s)."]
+
+
 def most_actors(nodes: Sequence[Resources], placement: Placement) -> int | None:
     """Returns the most actors that fit beside the whole learner, at most `actor.count`; None when the learner
     itself does not fit.

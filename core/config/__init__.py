@@ -62,6 +62,14 @@ class RunConfig(Section):
         le=MAX_TIMEOUT_S,
         description="Limit of every wait on another process; its error names who did not answer.",
     )
+    placement_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="On a cluster that adds nodes on demand: how long the learner waits for its place, and the run for nodes "
+        "that are not there yet. None: a run for which they are too few does not start, and what others hold is waited for "
+        "180 s.",
+    )
     deterministic: bool = Field(
         False,
         description="The learner gives the same parameters bit for bit from the same batches (CPU), "

@@ -32,6 +32,10 @@ CHUNK_BYTES = 1 << 27
 """Float32 logits that `linear_logprobs` works on at a time; it holds about three times as much at its
 peak.
 """
+GPU_CHUNK_BYTES = 1 << 29
+"""The same on a GPU: each chunk reads the LM head, and reads and writes the sum of its gradient, whatever its
+rows are; a chunk of 128 MiB has 261 of them at 128,000 tokens.
+"""
 KEPT_BYTES = 1 << 28
 """Logits it keeps for the backward pass, which saves one of four matrix products; those of later chunks
 are made again.
@@ -78,7 +82,7 @@ def linear_logprobs(
     temperature: float,
     bias_V: Tensor | None = None,
     *,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     kept_bytes: int = KEPT_BYTES,
 ) -> Tensor:
     """Returns log softmax((hidden @ weight.T + bias) / temperature) at `targets_T`: [T] nats, without logits
@@ -86,8 +90,8 @@ def linear_logprobs(
 
     Softmax and the sum of the weight's gradient over chunks accumulate in float32 (float64 for float64
     weights), and float32 (float64) is returned; the products with the weight are in its dtype. Extra memory:
-    about three chunks of `chunk_bytes`, logits of at most `kept_bytes` between forward and backward, and the
-    weight's gradient. Differentiable once, in hidden, weight and bias.
+    about three chunks of `chunk_bytes` (None: `chunk_bytes_on` the device), logits of at most `kept_bytes`
+    between forward and backward, and the weight's gradient. Differentiable once, in hidden, weight and bias.
 
     Raises ConfigError for a temperature that is not above 0, ValueError when the shapes do not fit.
     """
@@ -100,9 +104,15 @@ def linear_logprobs(
         given = {"hidden": hidden_TD, "weight": weight_VD, "targets": targets_T}
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
         raise ValueError(f"{shapes} do not fit; expected hidden [T, d], weight [V, d], targets [T]")
+    chunk_bytes = chunk_bytes_on(is_gpu=weight_VD.is_cuda) if chunk_bytes is None else chunk_bytes
     chunks = _Chunks.plan(hidden_TD, weight_VD, chunk_bytes, kept_bytes if torch.is_grad_enabled() else 0)
     logprobs: Tensor = _LinearLogprobs.apply(hidden_TD, weight_VD, bias_V, targets_T, temperature, chunks)
     return logprobs
+
+
+def chunk_bytes_on(*, is_gpu: bool) -> int:
+    """Returns the float32 logits that `linear_logprobs` works on at a time, in bytes."""
+    return GPU_CHUNK_BYTES if is_gpu else CHUNK_BYTES
 
 
 class LogprobHead(torch.nn.Module):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import concurrent.futures
 import socket
 import threading
+import warnings
 from concurrent.futures import Future
 from typing import Any
 
@@ -53,6 +54,7 @@ class NcclTransport(PushTransport):
 
     def __init__(self, sender: Sender) -> None:
         super().__init__(sender)
+        warnings.filterwarnings("ignore", r"Tensor '.*' has size \d+ bytes, which exceeds buffer_size_bytes")
         self._engine: Any = None
         self._formed: tuple[str, ...] = ()
         self.client.on_broken = self._leave
@@ -76,7 +78,9 @@ class NcclTransport(PushTransport):
             master_address=ray.util.get_node_ip_address(),
             master_port=_free_port(),
             world_size=1 + len(names) * max(1, int(self._sender.config.actors.num_gpus)),
-            packed_buffer_size_bytes=self._sender.source.largest_bytes,
+            # A larger parameter goes in a chunk of its own, of which vLLM only warns; with chunks of the
+            # largest one's size, an embedding's, either side would hold several of them.
+            packed_buffer_size_bytes=self._sender.source.bucket_bytes,
         )
         forming: Future[Any] = Future()
 

@@ -56,3 +56,15 @@ def test_flash_attention_that_is_not_installed_is_refused(install, monkeypatch):
         check_installed(config)
     monkeypatch.setattr("cluster.preparation.installed.FLASH_PACKAGES", ("flash_attn", "json"))
     check_installed(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "expected"),
+    [
+        ("learner", {"num_gpus": 0.5, "ranks": 2}, r"learner\.num_gpus = 0\.5 .* NCCL .* learner\.ranks=1"),
+        ("actors", {"num_gpus": 0.25, "engine_memory": 0.3}, r"engine_memory = 0\.3 .* at most 0\.25, for"),
+    ],
+)
+def test_a_card_is_not_shared_in_ways_that_cannot_be(section, settings, expected):
+    with pytest.raises(ConfigError, match=expected):
+        make_config({section: settings})

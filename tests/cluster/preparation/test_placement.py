@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.preparation.memory import GIB, estimate_memory, host_bytes
-from cluster.preparation.placement import ask_ray, bundles, check, dry_run, most_actors, render
+from cluster.preparation.placement import ask_ray, bundles, check, check_or_wait, dry_run, most_actors, render
 from core.errors import PlacementError
 from tests.support.clocks.machine import machine_s
 from tests.support.configs import make_config
@@ -262,8 +262,8 @@ def test_log_probs_in_chunks_do_not_grow_with_tokens_and_whole_logits_do(llama_d
     hf_config.vocab_size = 128_000
     hf_config.save_pretrained(tmp_path / "wide")
     wide = str(tmp_path / "wide")
-    assert log_probs(wide, 8192) == log_probs(wide, 65_536) == 3 * 2**27 + 2**28 + 6 * 128_000 * 64
-    assert log_probs(wide, 8192, lora_rank=4) == 3 * 2**27 + 2**28
+    assert log_probs(wide, 8192) == log_probs(wide, 65_536) == 3 * 2**29 + 2**28 + 6 * 128_000 * 64
+    assert log_probs(wide, 8192, lora_rank=4) == 3 * 2**29 + 2**28
     hf_config.logits_scaling = 2.0
     hf_config.save_pretrained(tmp_path / "rescaled")
     assert log_probs(str(tmp_path / "rescaled"), 8192) == 2 * 2 * 8192 * 128_000 + 2**27
@@ -467,3 +467,14 @@ def test_the_papers_config_can_be_dry_run_without_network_gpu_or_ray(monkeypatch
     assert "32 CPU, 8 GPU" in text
     assert "memory, estimated" in text
     assert not ray.is_initialized()
+
+
+def test_nodes_that_a_cluster_adds_on_demand_are_waited_for_and_others_are_not():
+    placement, nodes = asked(config_of()), [{"CPU": 4.0, "GPU": 0.0, "memory": 1e12}]
+    with pytest.raises(PlacementError, match=r"set run\.placement_timeout_s=900"):
+        check_or_wait(placement, nodes, None)
+    (warning,) = check_or_wait(placement, nodes, 900.0)
+    assert warning.startswith("this run cannot be placed")
+    assert "waits 900 s for more nodes" in warning
+    there = [{"CPU": 64.0, "GPU": 8.0, "memory": 1e12}]
+    assert check_or_wait(placement, there, None) == check_or_wait(placement, there, 900.0) == []
