@@ -437,9 +437,8 @@ def test_a_share_is_read_off_the_log_and_leaves_its_path_and_split(example):
 def test_the_memory_of_an_engine_is_gib_on_a_cpu_and_a_share_on_a_gpu(example):
     assert load_config(example).actors.kv_cache_gib == 1.0
     assert load_config(example, ["actors.engine_memory=2.5"]).actors.kv_cache_gib == 2.5
-    assert load_config(example, ["actors.num_gpus=1"]).actors.gpu_memory_share == 0.85
-    on_gpu = ["actors.num_gpus=1", "actors.engine_memory=0.4"]
-    assert load_config(example, on_gpu).actors.gpu_memory_share == 0.4
+    given = ["actors.num_gpus=1", "actors.engine_memory=0.4"]
+    assert [load_config(example, given[:n]).actors.gpu_memory_share for n in (1, 2)] == [0.85, 0.4]
 
 
 def test_stragglers_have_two_limits_either_of_which_may_be_none(example):
@@ -469,7 +468,7 @@ FIELDS_OF_TASKS = {
     "monitor": {"backends"},
     "weights": {"full_every"},
 }
-"""What tasks of several turns, networks, suites, dashboards, clusters, and what one GPU does not hold ask for."""
+"""What tasks of several turns, networks, suites, dashboards, clusters and large models ask for."""
 
 
 def test_there_are_at_most_60_fields_beside_those_of_tasks_and_of_the_objectives():
