@@ -68,7 +68,18 @@ done
 ray status >/dev/null  # Says what is wrong where the head does not answer.
 for node in "${nodes[@]:1}"; do start_node "$node" --address="$RAY_ADDRESS"; done
 
-# The driver runs here, on the first node, beside the head; ranks and actors wait for the other nodes.
+# A start looks at what the cluster has: it comes when all nodes are there, ten minutes at most.
+python -c '
+import sys, time, ray
+ray.init(logging_level="error")
+deadline_s = time.monotonic() + 600
+while (there := sum(node["Alive"] for node in ray.nodes())) < int(sys.argv[1]):
+    if time.monotonic() > deadline_s:
+        sys.exit(f"{there} of {sys.argv[1]} nodes have joined Ray; see this log for what the others say")
+    time.sleep(1)
+' "${#nodes[@]}"
+
+# The driver runs here, on the first node, beside the head.
 if [ "$is_requeued" = 1 ]; then stop_nodes; scontrol requeue "$SLURM_JOB_ID"; exit 0; fi
 python launch.py train "$@" run.dir="$run_dir" &
 training="$!"

@@ -194,7 +194,7 @@ def engine_step_s(job: Workload, running: float, case: Case) -> float:
         return max(running, FEW_SLOTS) / speed + extra_s * rates.CPU_SAMPLE_S.at(case)
     gpus = job.actor_gpus
     kept = rates.TENSOR_PARALLEL.at(case) ** math.log2(max(1.0, gpus))
-    peak = device.peak_flops * min(gpus, max(1.0, gpus)) * kept
+    peak = device.peak_flops * gpus * kept
     context = job.prompt_tokens + job.new_tokens / 2
     read = job.weight_bytes + running * context * job.cache_bytes_per_token
     memory_s = read / (device.memory_bytes_per_s * gpus * kept * rates.DECODE_BANDWIDTH.at(case))

@@ -47,8 +47,9 @@ def find_shape(config: Config) -> tuple[ModelShape, str]:
     name = path.rstrip("/").rsplit("/", 1)[-1].lower()
     found = max((known for known in KNOWN if name.startswith(known)), key=len, default=None)
     if found is None or Path(path).exists():
+        makes = f" {config.model.make} makes it at the first start." if config.model.make else ""
         raise ConfigError(
-            f"model.path = {path}: {why}. To plan for it give a directory with its config.json alone: "
+            f"model.path = {path}: {why}.{makes} To plan for it give a directory with its config.json alone: "
             f"model.path=DIR. Known by name: {', '.join(sorted(KNOWN))}."
         )
     if config.learner.lora_rank:

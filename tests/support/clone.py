@@ -71,6 +71,8 @@ BY_TEST = {
     "ray job submit --working-dir . -- python launch.py train configs/quickstart.yaml": "test_system.py::"
     "test_ray_job_submit_with_token_authentication",
     "launch.py plan CONFIG --gpu h100": "test_planning.py::test_the_command_prints_a_plan",
+    f"{PYTHON} plan configs/llama3_8b_math.yaml --gpu "
+    "h100": "test_planning.py::test_the_command_prints_a_plan",
     "python -m cluster.plan.sizes": "test_sizes_deploy.py::test_the_sizes_are_what_plan_says",
     "sbatch --nodes=2 deploy/slurm.sh configs/llama3_8b_math.yaml learner.ranks=8 "
     "actors.count=8": "test_sizes_deploy.py::test_slurm_starts_a_ray_node_on_each_node_and_the_driver",

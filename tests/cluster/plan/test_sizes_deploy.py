@@ -239,7 +239,10 @@ FAKES = {
     "srun": CALLED + 'while [[ "$1" == --* ]]; do shift; done\nexec "$@"\n',
     "hostname": 'echo "10.0.0.1 fe80::1"\n',
     "ray": CALLED + 'if [ "$1" = status ]; then exit 0; fi\nexec sleep 600\n',
-    "python": 'if [ "$1" = -c ]; then exec "$PYTHON" "$@"; fi\n' + CALLED + 'eval "$DRIVER"\n',
+    "python": 'if [[ "$1 $2" == -c*ray.init* ]]; then echo "joined $3" >> "$CALLS"; exit 0; fi\n'
+    + 'if [ "$1" = -c ]; then exec "$PYTHON" "$@"; fi\n'
+    + CALLED
+    + 'eval "$DRIVER"\n',
 }
 ENDED = "exit 0"
 JOINED = 'until grep -q -- --head "$CALLS" && grep -q -- --address= "$CALLS"; do sleep 0.05; done; exit 0'
@@ -295,6 +298,7 @@ def test_slurm_starts_a_ray_node_on_each_node_and_the_driver(allocation: Allocat
     assert "--nodelist=node2" in worker
     (driver,) = [line for line in lines if line.startswith("python")]
     run_dir = allocation.folder / "runs" / "slurm-77"
+    assert lines.index("joined 2") < lines.index(driver)
     assert driver == f"python launch.py train run.yaml actors.count=2 run.dir={run_dir}"
     assert not any("requeue" in line for line in lines)
     token = run_dir.with_name("slurm-77.token")
