@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 from cluster.monitor import wandb_file
 from cluster.monitor.wandb_tables import EarlierEvaluations, EvaluationTables, table_of
+from cluster.monitor.wandb_view import make_view
 from core.config import Config
 from core.errors import ConfigError
 from core.json_lines import read_json_lines
@@ -202,6 +203,7 @@ class WandbWriter:
 
     def _work(self) -> None:
         run = self._start()
+        self._make_view(run)
         failed_before = False
         while (job := self._jobs.get()) is not None:
             try:
@@ -224,6 +226,15 @@ class WandbWriter:
                 wandb.teardown()
         except Exception as error:  # noqa: BLE001 - as above
             self._failures.put(f"W&B finish failed ({_brief(error)})")
+
+    def _make_view(self, run: Any) -> None:
+        """Makes the project's view, where this is the first run of an online project."""
+        if run is None or self.mode != "online" or getattr(run, "offline", True):
+            return
+        try:
+            make_view(run)
+        except Exception as error:  # noqa: BLE001 - as in _work: a view is worth no run
+            self._failures.put(f"W&B's view of the project was not made ({_brief(error)})")
 
     def _log_row(self, run: Any, row: Mapping[str, float | None]) -> None:
         step = row.get("progress/step") or 0.0

@@ -14,6 +14,7 @@ import pytest
 
 from cluster.monitor import backends as backends_module
 from cluster.monitor.backends import Backends, Opened, check_backends, gauge_name
+from cluster.monitor.curves import CURVES, GRAFANA_FILE, grafana_dashboard
 from cluster.monitor.monitor import Monitor
 from cluster.monitor.wandb_writer import mode_of
 from core.config import Config
@@ -140,6 +141,14 @@ def test_the_dashboard_shows_gauges_that_there_are() -> None:
     assert {*shown} <= {gauge_name(name) for name in METRICS}
     places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]}
     assert len(places) == len(dashboard["panels"])
+
+
+def test_the_committed_dashboard_is_current() -> None:
+    committed = json.loads(GRAFANA_FILE.read_text(encoding="utf-8"))
+    assert committed == grafana_dashboard(), "python -m cluster.monitor.curves writes it"
+    assert {metric for curves in CURVES.values() for each in curves.values() for metric in each} <= set(
+        METRICS
+    )
 
 
 def test_gauges_have_names_of_their_own() -> None:
