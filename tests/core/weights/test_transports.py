@@ -20,7 +20,9 @@ import torch
 from actors.follower import Follower
 from core.calls import Calls
 from core.errors import ConfigError, PeerTimeout, SnapshotError
-from core.weights.board import BOARD, BoardClient, Directive, ReceiverClient
+from core.weights.board import BOARD, KEEP, BoardClient, Directive, ReceiverClient
+from core.weights.board import Board as RealBoard
+from core.weights.fetching import snapshot_of
 from core.weights.snapshots import SnapshotWriter
 from core.weights.transports import Sender, load_transport
 from core.weights.transports.base import Transport
@@ -412,6 +414,40 @@ def local_ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
+
+
+class Reader:
+    """As a Ray actor: what a rollout actor does with a version that the board names."""
+
+    def read(self, board: Any, version: int) -> dict[str, bytes]:
+        weights = Calls(60.0).ask(snapshot_of(BoardClient(board, BOARD), version))
+        return {name: tensor.numpy().tobytes() for name, tensor in weights}
+
+
+@pytest.mark.slow
+def test_over_ray_what_changes_are_changes_of_is_there_when_the_board_holds_it_no_more(local_ray: None):
+    import ray
+
+    config = make_config({"weights": {"full_every": 100}})
+    board = ray.remote(RealBoard).options(num_cpus=0).remote(config.run, {}, print)
+    reader = ray.remote(Reader).options(num_cpus=0).remote()
+    policy, calls = Plain(256), Calls(60.0)
+    source = ZeroSource(policy, MIB)
+    transport = load_transport(
+        Sender(0, config, source, BoardClient(board, BOARD), calls, ray.put, lambda text: None)
+    )
+    expected = {}
+    for version in range(KEEP + 3):
+        with torch.no_grad():
+            policy.module[0].weight[version, :5] += 1.0
+        expected[version] = {name: tensor.numpy().tobytes() for name, tensor in policy.copy().items()}
+        transport.publish(version, evaluate=())
+    transport.flush()
+    del transport  # The learner is gone, and what it held.
+    with pytest.raises(SnapshotError, match="snapshot 0 has been dropped"):
+        calls.ask(snapshot_of(BoardClient(board, BOARD), 0))
+    for version in range(3, KEEP + 3):  # In any order, by whoever has read none before.
+        assert ray.get(reader.read.remote(board, version), timeout=60) == expected[version]
 
 
 @pytest.mark.slow
