@@ -179,7 +179,7 @@ async def main() -> None:
     load = measure_load()
     cases = [(fsync, together) for fsync in ("normal", "full") for together in (1, 8)]
     found = [{"fsync": each[0], "together": each[1], **await rates(*each)} for each in cases]
-    show("durable groups of 12 KB against bare sqlite, in CPU time", found)
+    show("durable groups of 10 KB against bare sqlite, in CPU time", found)
     sizes = [await at_size(size) for size in SIZES]
     show(f"p50/p99 ms of {BATCH_GROUPS} groups, by groups stored", [_in_a_row(size) for size in sizes])
     print(f"written to {save('buffer', {'rates': found, 'sizes': sizes, 'load': load})}")

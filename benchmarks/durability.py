@@ -200,7 +200,7 @@ def killed() -> dict[str, Any]:
 
 
 async def cost_of_durability(fsync: str, count: int = 1000) -> dict[str, Any]:
-    """Returns what a group of 12 KB waits for the disk, and what that comes to at a quickstart's pace."""
+    """Returns what a group of 10 KB waits for the disk, and what that comes to at a quickstart's pace."""
     with tempfile.TemporaryDirectory() as directory:
         buffer = ReplayBuffer(make_config(fsync=fsync), directory, NUM_ROWS)
         await buffer.lease("a", count, 1.0)
@@ -263,7 +263,7 @@ def main() -> None:
     result["kill"] = killed()
     show("writers killed", [result["kill"]])
     result["cost"] = [asyncio.run(cost_of_durability(fsync)) for fsync in ("normal", "full")]
-    show("what an insertion of 12 KB waits for the disk", result["cost"])
+    show("what an insertion of 10 KB waits for the disk", result["cost"])
     result["reused"] = [asyncio.run(reused(size)) for size in (1_000, 100_000)]
     show("reuse and a curriculum: leases of 32 items, batches of 32 groups", result["reused"])
     print(f"written to {save('durability', result)}")
