@@ -55,6 +55,7 @@ State: TypeAlias = Literal["waiting for placement", "loading", "running", "retir
 DRAIN_S = 60.0
 HAND_BACK_S = 20.0
 ASK_FREE_S, TELL_WAITING_S = 1.0, 5.0
+MAX_HOLD_S = 20.0
 NUM_GONE_SHOWN = 8
 _RETIRING = {"drain": "finishes what it has begun", "now": "hands everything back"}
 
@@ -138,15 +139,17 @@ class Fleet:
         deaths: Deaths,
         timeout_s: float,
         held_by: Callable[[str], str] = lambda name: "",
+        first_at_once: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`retire(names, how)` tells actors to end, `release(name)` hands the work of one that is gone out
         again, `tell` notes an event: none of them may wait. `timeout_s` limits loading, and one turn of an
-        actor's loop.
+        actor's loop. Until an actor runs, so many load at once (`first_at_once`): loading takes a core, and
+        what shares one is late together.
         """
         self._calls = calls
         self._rollouts, self._retire, self._release, self._tell = rollouts, retire, release, tell
-        self._timeout_s, self._clock = timeout_s, clock
+        self._timeout_s, self._clock, self._first_at_once = timeout_s, clock, first_at_once
         self._actors: dict[str, Actor] = {}
         self._gone: deque[Actor] = deque(maxlen=NUM_GONE_SHOWN)
         self._deaths, self._held_by = deaths, held_by
@@ -284,6 +287,8 @@ class Fleet:
     def _place(self, actor: Actor, now_s: float) -> None:
         group = actor.group
         assert group is not None
+        if self._is_held(actor, now_s):
+            return
         if is_placed(group):
             self._create(actor, on_bundle(group, 0, actor.kind.num_cpus, actor.kind.num_gpus))
         elif now_s - actor.asked_s > ASK_FREE_S:  # Placing takes a moment also where there is room.
@@ -291,6 +296,14 @@ class Fleet:
             if now_s - actor.since_s > TELL_WAITING_S and not actor.is_told:
                 actor.is_told = True
                 self._tell(f"{actor.name} waits for placement: {actor.note}")
+
+    def _is_held(self, actor: Actor, now_s: float) -> bool:
+        """Whether the actor is to leave the cores to those that load, which the first step waits for; not for
+        long, since one of them may hang.
+        """
+        if self._ever_ran or now_s - actor.since_s > MAX_HOLD_S:
+            return False
+        return len(self.rollout_names("loading")) >= self._first_at_once
 
     def _create(self, actor: Actor, options: dict[str, Any]) -> None:
         actor.client = client = ActorClient(actor.kind.spawn(actor.name, options), f"actor {actor.name}")

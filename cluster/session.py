@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -10,13 +11,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
 from cluster.guardian import guard
 from cluster.preparation.prepare import repository_root
 from cluster.preparation.surroundings import cluster_address
 from core.config import ActorsConfig, LearnerConfig
 from core.errors import PlacementError
+from core.machine import available_cpus
+from core.processes import collect_seldom, environment, forget_inherited, inherited
 from rewards.hosted import HostedModel
 
 ROOM_FOR_ACTORS = 8
@@ -31,6 +34,13 @@ def logical_cpus(actors: ActorsConfig, learner: LearnerConfig, models: Iterable[
     asked = learner.ranks * learner.reserved_cpus + most_actors * actors.num_cpus
     asked += sum(model.num_cpus for model in models)
     return max(os.cpu_count() or 1, int(asked + 0.999))
+
+
+def first_at_once(num_ranks: int) -> float:
+    """Returns how many actors may load at once before any of them runs: on one machine as many as the ranks
+    leave cores, on a cluster all.
+    """
+    return max(1, int(available_cpus()) - num_ranks) if cluster_address() is None else math.inf
 
 
 @contextlib.contextmanager
@@ -56,26 +66,30 @@ def ray_session(
                 # It is empty or "local" here, which Ray's own processes would take for an address.
                 os.environ.pop("RAY_ADDRESS", None)
                 guard()
-                env = {
-                    "PYTHONPATH": os.pathsep.join(
-                        [str(repository_root()), *filter(None, [os.environ.get("PYTHONPATH")])]
-                    )
-                }
                 cpus = logical_cpus(actors, learner, models)
-                ray.init(
-                    address="local",
-                    num_cpus=cpus,
-                    include_dashboard=False,
-                    runtime_env={"env_vars": env},
-                    **common,
-                )
-    except (OSError, ValueError, RuntimeError, RayError) as error:
+                with inherited(_environment()):
+                    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
+    except Exception as error:  # noqa: BLE001 -- Ray raises nothing more special where a node does not start
         raise PlacementError(_why_not_connected(address, error)) from None
     _keep_deaths_to_ourselves()
     try:
         yield
     finally:
         ray.shutdown()
+        forget_inherited()
+
+
+def _environment() -> dict[str, str]:
+    """Returns the environment of all processes of a local Ray. Ray has a field for the hook, but only in a
+    runtime environment.
+    """
+    path = [str(repository_root()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    hook = f"{collect_seldom.__module__}.{collect_seldom.__qualname__}"
+    return {
+        **environment(),
+        "PYTHONPATH": os.pathsep.join(path),
+        WORKER_PROCESS_SETUP_HOOK_ENV_VAR: hook,
+    }
 
 
 def _why_not_connected(address: str | None, error: BaseException) -> str:

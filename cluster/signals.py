@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 EXIT_CODES: dict[str | None, int] = {None: 0, "SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
@@ -68,6 +69,16 @@ class StopSignal:
             signal.signal(number, handler)
         os.close(self._pipe)  # That ends the thread, once it has told what came.
         self._teller.join(TELL_TIMEOUT_S)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Puts off the first signal's Interrupted to the end of what must not be broken off in the middle."""
+        self._in_order = True
+        try:
+            yield
+        finally:
+            self._in_order = False
+        self.raise_if_asked()
 
     def end_in_order(self, go_on: str) -> None:
         """Says that there is something to end in order from now on; `go_on` says what to type to go on with

@@ -8,9 +8,9 @@
     judgements               health.py, scaling.py
     deaths                   deaths.py        counted and written down, whoever noticed them
 
-The loop turns every `TURN_S`. A turn polls (takes the answers that came), ticks (does what the clock says is
-due), judges, and shows; nothing in it waits for another process, hashes, or reads more than the end of a
-file.
+The loop turns every `TURN_S`, and more often until the learner trains. A turn polls (takes the answers that
+came), ticks (does what the clock says is due), judges, and shows; nothing in it waits for another process,
+hashes, or reads more than the end of a file.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from cluster.preparation.prepare import Inputs
 from cluster.ray_watch import RayWatch
 from cluster.scaling import Scaling
 from cluster.services import Services
+from cluster.session import first_at_once
 from cluster.signals import StopSignal
 from cluster.summary import run_summary
 from core.calls import Call
@@ -52,7 +53,7 @@ from core.process_log import forget_old_logs, last_lines, log_path, words_of
 from core.processes import remote, threads
 
 T = TypeVar("T")
-TURN_S = 0.4
+TURN_S, START_TURN_S = 0.4, 0.1
 TELL_LOADING_S = 8.0
 CLOSE_TIMEOUT_S = 30.0
 RAY_GONE_TIMEOUT_S = 2.0  # Some parts live on for a moment.
@@ -89,6 +90,7 @@ class Supervisor:
             deaths=self._deaths,
             timeout_s=timeout_s,
             held_by=self._held_by,
+            first_at_once=first_at_once(self._config.learner.ranks),
         )
         self._scaling = Scaling(actors, self._fleet, self._control, services.event)
         self._learner: Learner | None = None
@@ -158,7 +160,7 @@ class Supervisor:
                 return False
             self.turn(terminal)
             self._tell_what_loads()
-            time.sleep(TURN_S)
+            time.sleep(START_TURN_S)
         return True
 
     def _tell_what_loads(self) -> None:
@@ -207,7 +209,7 @@ class Supervisor:
         # its abortion wait in two more.
         num_threads = 2 if self._config.weights.is_pulled else 4
         actor_class = remote(RolloutActor, self._services.log_of(name)).options(
-            max_concurrency=num_threads, runtime_env=threads(num_cpus, engine=True), **options
+            max_concurrency=num_threads, runtime_env=threads(num_cpus), **options
         )
         return actor_class.remote(
             name,

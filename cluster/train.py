@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from typing import Any
 
 from ray.exceptions import RayError
 
 from cluster.monitor.terminal import Terminal
 from cluster.preparation import placement
-from cluster.preparation.prepare import Inputs, prepare
+from cluster.preparation.prepare import Inputs, check_start, load_libraries, locate_model, prepare
 from cluster.preparation.run_dir import kept_if_begun
 from cluster.preparation.surroundings import cluster_address
 from cluster.progress import say
@@ -18,6 +20,7 @@ from cluster.supervisor import Supervisor
 from core.config import Config
 from core.errors import AgroError, ConfigError
 from core.process_log import begin_driver_log
+from core.processes import collect_seldom
 from rewards.hosted import models_of
 
 
@@ -25,50 +28,58 @@ def train(config: Config, stop: StopSignal) -> dict[str, Any]:
     """Runs `config` to its end, or to an orderly end at the signal that `stop` takes, and returns the
     summary.
 
-    Raises AgroError after writing what there is, and Interrupted for a signal before anything has started.
+    Ray starts while the libraries load that the checks need. Raises AgroError after writing what there is,
+    and Interrupted for a signal before anything has started.
     """
-    say("reading the model's config, the data and the rewards")
-    inputs = prepare(config)
-    with kept_if_begun(inputs.run_dir, inputs.is_continued):
-        return _run(inputs, stop)
+    collect_seldom()
+    config = locate_model(config)
+    check_start(config)
+    say("starting Ray" if cluster_address() is None else f"joining the cluster at {cluster_address()}")
+    loading = threading.Thread(target=load_libraries, name="libraries")
+    loading.start()
+    with contextlib.ExitStack() as stack:
+        with stop.held():
+            stack.enter_context(ray_session(config.actors, config.learner, models_of(config).values()))
+            loading.join()
+        say("reading the model's config, the data and the rewards")
+        inputs = prepare(config)
+        with kept_if_begun(inputs.run_dir, inputs.is_continued):
+            return _run(inputs, stop)
 
 
 def _run(inputs: Inputs, stop: StopSignal) -> dict[str, Any]:
-    config = inputs.config
+    config, models = inputs.config, models_of(inputs.config).values()
     say(f"run directory {inputs.run_dir}")
     stop.end_in_order(f"the same command with run.dir={inputs.run_dir}")
-    say("starting Ray" if cluster_address() is None else f"joining the cluster at {cluster_address()}")
-    models = models_of(config).values()
-    with ray_session(config.actors, config.learner, models):
-        say("starting the processes of the run")
-        stop.raise_if_asked()
-        asked, nodes = placement.bundles(config.actors, config.learner, models), placement.ask_ray()
-        if cluster_address() is None:
-            short = placement.check(asked, nodes)
-        else:
-            short = placement.check_or_wait(asked, nodes, config.run.placement_timeout_s)
-        warnings = [*config.warnings(), *short]
-        supervisor = _supervisor(inputs)
+    say("starting the processes of the run")
+    stop.raise_if_asked()
+    asked, nodes = placement.bundles(config.actors, config.learner, models), placement.ask_ray()
+    if cluster_address() is None:
+        short = placement.check(asked, nodes)
+    else:
+        short = placement.check_or_wait(asked, nodes, config.run.placement_timeout_s)
+    warnings = [*config.warnings(), *short]
+    supervisor = _supervisor(inputs)
+    try:
+        with Terminal() as terminal:
+            supervisor.start(warnings, stop, terminal)
+            totals = supervisor.watch(stop, terminal)
+        return supervisor.finish(totals, stop.name)
+    except (AgroError, RayError) as raised:
+        error = supervisor.explained(raised)
         try:
-            with Terminal() as terminal:
-                supervisor.start(warnings, stop, terminal)
-                totals = supervisor.watch(stop, terminal)
-            return supervisor.finish(totals, stop.name)
-        except (AgroError, RayError) as raised:
-            error = supervisor.explained(raised)
-            try:
-                supervisor.finish([], str(error).splitlines()[0])
-            except (
-                AgroError,
-                RayError,
-                # What is left of the run cannot be closed in order: say so, but the first error is the cause.
-            ) as second:
-                raise type(error)(
-                    f"{error}\n(and the run's files could not be completed: {str(second).splitlines()[0]})"
-                ) from None
-            raise error from None
-        finally:
-            supervisor.close()
+            supervisor.finish([], str(error).splitlines()[0])
+        except (
+            AgroError,
+            RayError,
+            # What is left of the run cannot be closed in order: say so, but the first error is the cause.
+        ) as second:
+            raise type(error)(
+                f"{error}\n(and the run's files could not be completed: {str(second).splitlines()[0]})"
+            ) from None
+        raise error from None
+    finally:
+        supervisor.close()
 
 
 def _supervisor(inputs: Inputs) -> Supervisor:

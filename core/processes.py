@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,9 @@ _NO_MEMORY = "low on memory"  # Of Ray's own memory monitor, which kills before 
 _NODE_LOST = re.compile(r"because its node has died|node was terminated|node is dead", re.IGNORECASE)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
 _RAY_LOG_BYTES = 2**16
+_THRESHOLDS = gc.get_threshold()
+_LOADING_THRESHOLDS = (100_000, 20, 100)
+_inherited: dict[str, str] = {}  # What every process of the Ray that this one started has in its environment.
 
 
 def remote(part: type, log: ProcessLog | None = None) -> Any:
@@ -58,6 +62,7 @@ def _logged(part: type) -> Any:
         see_own_gpus()
         log.begin(functools.partial(_send_warnings, log.monitor))
         part.__init__(self, *arguments, **named)  # type: ignore[misc]
+        collect_as_usual()
 
     return ray.remote(type(part.__name__, (part,), {"__init__": begin, "__doc__": part.__doc__}))
 
@@ -133,19 +138,66 @@ def on_this_node() -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": strategy}
 
 
-def threads(num_cpus: float, *, engine: bool = False) -> dict[str, Any]:
-    """Returns the environment of a worker process, read before torch is imported: one thread per process
-    where cores are shared, and threads that sleep while they wait for one another. Those that spin take the
-    core from who would be waited for.
+def environment(num_cpus: float = 1.0) -> dict[str, str]:
+    """Returns what a process reads before torch and vllm are imported: one thread per process where cores are
+    shared, and threads that sleep while they wait for one another. Those that spin take the core from who
+    would be waited for.
     """
-    env = {
+    return {
         "OMP_NUM_THREADS": str(max(1, int(num_cpus))),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    if engine:
-        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    return {"env_vars": env}
+
+
+@contextlib.contextmanager
+def inherited(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables of the environment for what is started in the meantime, Ray's own processes and all
+    workers below them; `threads` asks for none of these again, until `forget_inherited`.
+
+    A worker with an environment of its own imports Ray twice, once only to set it.
+    """
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    _inherited.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def forget_inherited() -> None:
+    """Takes note that the processes that would start others are gone."""
+    _inherited.clear()
+
+
+def threads(num_cpus: float) -> dict[str, Any]:
+    """Returns the runtime environment of a worker with so many threads: what of `environment` it would not
+    have anyway.
+    """
+    wanted = environment(num_cpus)
+    own = {name: value for name, value in wanted.items() if _inherited.get(name) != value}
+    return {"env_vars": own} if own else {}
+
+
+def collect_seldom() -> None:
+    """Makes the garbage collector rest while a process loads its libraries; Ray calls it in each new worker.
+
+    Hundreds of thousands of objects come and none goes. At the usual thresholds all of them are visited again
+    and again: a fifth of the CPU time that the imports of an actor take.
+    """
+    gc.set_threshold(*_LOADING_THRESHOLDS)
+
+
+def collect_as_usual() -> None:
+    """Ends what `collect_seldom` began; what is there by now is left out of all later collections."""
+    gc.freeze()
+    gc.set_threshold(*_THRESHOLDS)
 
 
 class Whereabouts(NamedTuple):

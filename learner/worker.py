@@ -33,6 +33,7 @@ from core.config.files import dump_config
 from core.errors import ConfigError
 from core.metrics import shows_samples
 from core.monitor_client import MonitorClient
+from core.processes import collect_as_usual, collect_seldom
 from core.records import GroupHead, open_batch
 from core.staleness import StalenessBound
 from core.weights.board import BoardClient
@@ -77,6 +78,7 @@ class LearnerRank:
         """Joins the other ranks and builds the policy, and reference and proximal policy where the objective
         needs them.
         """
+        collect_seldom()
         from learner.policy.zero import ZeroFrozen, ZeroPolicy, init_process_group
         from learner.policy.zero_adapters import ZeroAdapters
 
@@ -107,6 +109,7 @@ class LearnerRank:
         self._updater = Updater(
             config, self._policy, objective, self._frozen, pad_id=self._pad_id, device=device
         )
+        collect_as_usual()
 
     def ping(self) -> int:
         """Returns this rank's number: its process answers."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from core.config import RewardsConfig
 from core.errors import RewardError
 from rewards.overlong import Overlong
 from rewards.pool import RewardPool
-from rewards.registry import load_reward, read_name
+from rewards.registry import RewardCallable, load_reward, read_name
 
 # Reading an answer as mathematics takes hundredths of a second. Of later rows only its kind is checked.
 READ_GOLDS = 50
@@ -62,7 +62,9 @@ def bad_rows(config: RewardsConfig, source: str, rows: Mapping[int, Mapping[str,
     for name, columns in needed.items():
         if rows and (missing := [column for column in columns if column not in present]):
             raise RewardError(_missing(name, missing, source, present))
-    bad = {number: reason for number, row in rows.items() if (reason := _problem(needed, row)) is not None}
+    builtin = [load_reward(name) for name in needed if read_name(name).is_builtin]
+    found = {number: _problem(needed, builtin, row) for number, row in rows.items()}
+    bad = {number: reason for number, reason in found.items() if reason is not None}
     return bad | _unreadable(config, {number: row for number, row in rows.items() if number not in bad})
 
 
@@ -97,12 +99,13 @@ def _missing(name: str, missing: list[str], source: str, present: set[str]) -> s
     )
 
 
-def _problem(needed: Mapping[str, tuple[str, ...]], row: Mapping[str, Any]) -> str | None:
+def _problem(
+    needed: Mapping[str, tuple[str, ...]], functions: Sequence[RewardCallable], row: Mapping[str, Any]
+) -> str | None:
     for name, columns in needed.items():
         for column in columns:
             if column not in row:
                 return f"no {column!r}, which reward function {name!r} needs"
-    functions = [load_reward(name) for name in needed if read_name(name).is_builtin]
     checks = (getattr(function, "gold_problem", None) for function in functions)
     problems = (check(row["answer"]) for check in checks if check is not None)
     if reason := next((f"its answer {reason}" for reason in problems if reason is not None), None):

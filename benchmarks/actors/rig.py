@@ -33,7 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "8M": {"hidden": 256, "layers": 10},
     "30M": {"hidden": 512, "layers": 10},
 }
-ENVIRONMENT = threads(1, engine=True)
+ENVIRONMENT = threads(1)
 
 
 class Prepared(NamedTuple):

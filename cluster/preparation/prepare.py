@@ -276,6 +276,16 @@ def quiet_libraries() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def load_libraries() -> None:
+    """Loads what reading a model's config and tokenizer needs, most of the time that `prepare` takes. What
+    fails here fails there too, and is told there.
+    """
+    with contextlib.suppress(ImportError):
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+        del AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+
 def locate_model(config: Config) -> Config:
     """Returns the config with the model's path made absolute, unless it is a hub id.
 

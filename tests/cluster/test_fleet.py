@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -43,6 +44,7 @@ class Bench:
         behaviour: dict[str, str] | None = None,
         num_cpus: float = 1.0,
         timeout_s: float = 60.0,
+        first_at_once: float = math.inf,
     ) -> None:
         self.directory, self.behaviour = directory, behaviour or {}
         self.told: list[str] = []
@@ -57,6 +59,7 @@ class Bench:
             tell=self.told.append,
             deaths=Deaths(directory),
             timeout_s=timeout_s,
+            first_at_once=first_at_once,
         )
 
     def _spawn(self, name: str, options: dict[str, Any]) -> Any:
@@ -325,3 +328,24 @@ def test_deaths_are_counted_by_role_within_the_window() -> None:
     assert [deaths.note("actor-0", t, 300.0) for t in (0, 10, 20)] == [1, 2, 3]
     assert deaths.note("actor-1", 20, 300.0) == 1
     assert deaths.note("actor-0", 305, 300.0) == 3  # Those at 0 is forgotten.
+
+
+@pytest.mark.slow
+def test_until_one_runs_no_more_load_at_once_than_have_a_core_each(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.fleet, "MAX_HOLD_S", math.inf)
+    b = bench(first_at_once=1)
+    b.fleet.scale_to(3)
+    seen: set[int] = set()
+
+    def one_runs() -> bool:
+        if b.fleet.names("running"):
+            return True
+        seen.add(len(b.fleet.names("loading")))
+        return False
+
+    b.until(one_runs)
+    assert max(seen) == 1
+    assert b.fleet.names("running") == ["actor-0"]
+    b.until(lambda: len(b.fleet.names("running")) == 3)

@@ -16,6 +16,7 @@ from cluster.preparation.prepare import check_inputs
 from core.config import RewardsConfig
 from core.errors import DataError, RewardError
 from rewards import check
+from rewards.registry import load_reward
 from tests.support import ROOT
 from tests.support.configs import quickstart
 
@@ -68,6 +69,18 @@ def test_gold_answers_that_math_verify_cannot_read_or_compute_are_bad_rows():
     assert "'yes indeed' cannot be read as mathematics; for words use exact_match" in found[1]
     assert "cannot be computed within 1 s" in found[3]
     assert bad_rows(["exact_match"], [{"answer": gold} for gold in golds]) == {}
+
+
+def test_a_function_is_looked_up_once_for_all_rows(monkeypatch):
+    looked_up = []
+
+    def load(name):
+        looked_up.append(name)
+        return load_reward(name)
+
+    monkeypatch.setattr("rewards.check.load_reward", load)
+    assert bad_rows(["exact_match"], [{"answer": str(number)} for number in range(100)]) == {}
+    assert looked_up == ["exact_match"]
 
 
 def test_a_function_that_reads_environments_is_refused_where_there_are_none():
