@@ -4,15 +4,16 @@ them.
     python -m recipes.arithmetic rows  OUT_DIR     writes train.jsonl and test.jsonl (disjoint problems)
     python -m recipes.arithmetic base  OUT_DIR     makes the base model: a normal Hugging Face directory
 
-The base is warmed up on noisy sums: right with probability `P_RIGHT`, else off by a little. It therefore
-knows what an answer looks like and finds the right one less than half the time, which is where reinforcement
-learning starts. Nothing in the training loop knows about this file; `model.make` in configs/quickstart.yaml
-names `make_base`.
+The base is warmed up on sums, at last on noisy ones: right with probability `P_RIGHT`, else off by a little.
+It therefore knows what an answer looks like and finds the right one less than half the time, which is where
+reinforcement learning starts. Nothing in the training loop knows about this file; `model.make` in
+configs/quickstart.yaml names `make_base`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -26,9 +27,10 @@ MAX_OPERAND = 19
 NUM_HELD_OUT = 100
 P_RIGHT = 0.45
 MAX_ERROR = 9
-WARM_UP_STEPS = 1000
+CLEAN_STEPS, CLEAN_BATCH = 400, 64
+"""Right sums come first: a third of the arithmetic that noisy ones alone would take."""
+NOISY_STEPS, ONLY_NOISY_STEPS, BATCH = 100, 1000, 256
 PEAK_LR = 4e-3
-BATCH = 256
 CHARACTERS = "0123456789+="
 UNLABELLED = -100
 """The label of a token that no loss is on."""
@@ -103,22 +105,28 @@ def make_llama(
     return LlamaForCausalLM(config)
 
 
-def noisy_answer(a: int, b: int, rng: random.Random) -> int:
-    """Returns a + b with probability P_RIGHT, else a number off by 1 to MAX_ERROR (never negative)."""
-    if rng.random() < P_RIGHT:
+def noisy_answer(a: int, b: int, rng: random.Random, p_right: float = P_RIGHT) -> int:
+    """Returns a + b with probability `p_right`, else a number off by 1 to MAX_ERROR (never negative)."""
+    if rng.random() < p_right:
         return a + b
     error = rng.choice([e for e in range(-MAX_ERROR, MAX_ERROR + 1) if e != 0 and a + b + e >= 0])
     return a + b + error
 
 
-def make_base(out_dir: str, hidden: int = 96, layers: int = 3) -> None:
-    """Makes and warms up the base model in `out_dir`; about a minute on one core. It is written aside, then
-    renamed.
+def make_base(out_dir: str) -> None:
+    """Makes and warms up the base model in `out_dir`; about half a minute on one core. It is written aside,
+    then renamed.
     """
-    rng = random.Random(0)
+    rng, steps = random.Random(0), itertools.count()
     tokenizer = make_tokenizer()
-    model = make_llama(len(tokenizer), hidden=hidden, layers=layers)
-    warm_up(model, lambda: _noisy_batch(tokenizer, rng), WARM_UP_STEPS, "noisy sums")
+    model = make_llama(len(tokenizer))
+
+    def next_batch() -> tuple[Any, Any]:
+        if next(steps) < CLEAN_STEPS:
+            return _batch(tokenizer, rng, CLEAN_BATCH, p_right=1.0)
+        return _batch(tokenizer, rng, BATCH)
+
+    warm_up(model, next_batch, CLEAN_STEPS + NOISY_STEPS, "sums, the last of them noisy")
     save_base(model, tokenizer, out_dir)
 
 
@@ -175,18 +183,21 @@ def padded(rows: list[tuple[list[int], list[int]]]) -> tuple[Any, Any]:
 
 
 def make_small_base(out_dir: str) -> None:
-    """Makes the same with 0.1 M parameters, for studies of many runs (benchmarks/)."""
-    make_base(out_dir, hidden=64, layers=2)
+    """Makes one of 0.1 M parameters from noisy sums alone, for studies of many runs (benchmarks/)."""
+    rng, tokenizer = random.Random(0), make_tokenizer()
+    model = make_llama(len(tokenizer), hidden=64, layers=2)
+    warm_up(model, lambda: _batch(tokenizer, rng, BATCH), ONLY_NOISY_STEPS, "noisy sums")
+    save_base(model, tokenizer, out_dir)
 
 
-def _noisy_batch(tokenizer, rng: random.Random):
+def _batch(tokenizer: Any, rng: random.Random, size: int, p_right: float = P_RIGHT) -> tuple[Any, Any]:
     """Returns (inputs, labels) as `padded` does; the loss is on the answers only."""
     ids = tokenizer.get_vocab()
     rows = []
-    for _ in range(BATCH):
+    for _ in range(size):
         a, b = rng.randint(0, MAX_OPERAND), rng.randint(0, MAX_OPERAND)
         prompt = [ids[c] for c in f"{a}+{b}="]
-        answer = [*(ids[c] for c in str(noisy_answer(a, b, rng))), tokenizer.eos_token_id]
+        answer = [*(ids[c] for c in str(noisy_answer(a, b, rng, p_right))), tokenizer.eos_token_id]
         rows.append((prompt + answer, [UNLABELLED] * len(prompt) + answer))
     return padded(rows)
 
