@@ -90,7 +90,7 @@ class Services:
             )
         self.buffer = connect_buffer(shards)
         board_class = remote(ReportingBoard, self.log_of("board"))
-        board_class = board_class.options(num_cpus=0, max_concurrency=1000, **again)
+        board_class = board_class.options(max_concurrency=1000, **here, **again)
         samples = {suite.name: suite.samples for suite in config.suites}
         sizes = {
             suite: SuiteSize(len(prompts), samples[suite]) for suite, prompts in inputs.eval_prompts.items()
