@@ -30,7 +30,7 @@ COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
 ON_CARD_gpu := actors.num_gpus=0.25 actors.engine_memory=0.2
 
 .PHONY: help setup quickstart quickstart-tools demo-smollm2 doctor test test-fast test-families tree figures staleness-study bench bench-buffer bench-actors bench-learner \
-  bench-weights bench-trajectory bench-bound bench-reward bench-guard bench-peers bench-growth bench-soak check constraints clean
+  bench-weights bench-trajectory bench-bound bench-reward bench-guard bench-peers bench-growth bench-soak test-gpu bench-gpu check constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -141,6 +141,12 @@ bench-growth: setup  ## calls, bytes and CPU time a trained group, for 1 to 256 
 
 bench-soak: setup  ## 20,000 steps of the services of a run: memory and step time at the end, files it leaves (ten minutes at most)
 	.venv/bin/python -m benchmarks.growth.soak
+
+test-gpu: setup  ## what only a GPU can prove, in pieces of nine minutes; without a GPU it says what
+	.venv/bin/python -m benchmarks.gpu test $(ARGS)
+
+bench-gpu: setup  ## engine, update and learner on a GPU against bare ones, in pieces of nine minutes
+	.venv/bin/python -m benchmarks.gpu bench $(ARGS)
 
 check: setup  ## lint, format, types
 	.venv/bin/ruff check .
