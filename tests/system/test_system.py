@@ -198,9 +198,9 @@ def test_a_hangup_while_the_processes_load_is_answered_at_once_and_ends_in_order
     assert [line.split()[0] for line in told] == [
         "reading",
         "loading",
+        "starting",
         "reading",
         "run",
-        "starting",
         "starting",
     ], told
     family = processes_of([process.pid])
