@@ -28,14 +28,24 @@ class _PlainSample(msgspec.Struct, gc=False):
     turns: int = 1
     segments: tuple[int, ...] = ()
     num_tool_calls: int = 0
+    text: str = ""
+    transcript: tuple[tuple[str, str], ...] = ()
     error: None = None
     ref_logprob: None = None
+    answer_id: int | None = None
 
 
 class _PlainGroup(msgspec.Struct, gc=False):
+    """A plain Group: all fields are here, also those that nobody reads, since what is stored unread must be
+    one that can be decoded.
+    """
+
     group_id: int
     prompt_index: int
+    source_row: int
+    prompt: str
     samples: tuple[_PlainSample, ...]
+    actor: str = ""
     uses: int = 0
 
 
@@ -59,7 +69,7 @@ def plain_head_in(payload: bytes) -> GroupHead | None:
     """
     try:
         group = _decoder.decode(payload)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
     heads = []
     for sample in group.samples:

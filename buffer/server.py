@@ -153,9 +153,8 @@ class ReplayBuffer:
         than for the one before it, and its own.
         """
         group_ids = self._shard.insert(actor, payloads)
-        await asyncio.sleep(
-            0
-        )  # Whoever else has come meanwhile is noted too, before the first of them commits.
+        # Whoever else has come meanwhile is noted too, before the first of them commits.
+        await asyncio.sleep(0)
         self._shard.commit()
         return group_ids
 

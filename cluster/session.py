@@ -70,6 +70,7 @@ def ray_session(
                 with inherited(_environment()):
                     ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
     except Exception as error:  # noqa: BLE001 -- Ray raises nothing more special where a node does not start
+        forget_inherited()
         raise PlacementError(_why_not_connected(address, error)) from None
     _keep_deaths_to_ourselves()
     try:

@@ -37,7 +37,7 @@ class StopSignal:
             while stop.name is None:
                 step()
 
-    The first signal raises Interrupted in the main thread as long as nothing has started; after
+    The first signal raises Interrupted in the main thread as long as no process of the run has started; after
     `end_in_order` it only sets `name`, and a second one raises. A SIGHUP that is ignored from the start, as
     under `nohup`, stays ignored.
     """
@@ -118,7 +118,7 @@ class StopSignal:
 
     def _answer(self) -> str:
         if not self._in_order:
-            return "ending; nothing has started yet"
+            return "ending; no process of the run has started yet"
         if self._num_told == 1:
             return "ending in order; a second signal interrupts"
         return f"interrupting: what was acknowledged is kept; to go on, {self._go_on}"

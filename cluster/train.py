@@ -20,7 +20,7 @@ from cluster.supervisor import Supervisor
 from core.config import Config
 from core.errors import AgroError, ConfigError
 from core.process_log import begin_driver_log
-from core.processes import collect_seldom
+from core.processes import collect_as_usual, collect_seldom
 from rewards.hosted import models_of
 
 
@@ -29,7 +29,7 @@ def train(config: Config, stop: StopSignal) -> dict[str, Any]:
     summary.
 
     Ray starts while the libraries load that the checks need. Raises AgroError after writing what there is,
-    and Interrupted for a signal before anything has started.
+    and Interrupted for a signal before a process of the run has started.
     """
     collect_seldom()
     config = locate_model(config)
@@ -43,6 +43,7 @@ def train(config: Config, stop: StopSignal) -> dict[str, Any]:
             loading.join()
         say("reading the model's config, the data and the rewards")
         inputs = prepare(config)
+        collect_as_usual()
         with kept_if_begun(inputs.run_dir, inputs.is_continued):
             return _run(inputs, stop)
 
@@ -53,11 +54,8 @@ def _run(inputs: Inputs, stop: StopSignal) -> dict[str, Any]:
     stop.end_in_order(f"the same command with run.dir={inputs.run_dir}")
     say("starting the processes of the run")
     stop.raise_if_asked()
-    asked, nodes = placement.bundles(config.actors, config.learner, models), placement.ask_ray()
-    if cluster_address() is None:
-        short = placement.check(asked, nodes)
-    else:
-        short = placement.check_or_wait(asked, nodes, config.run.placement_timeout_s)
+    asked = placement.bundles(config.actors, config.learner, models)
+    short = placement.check_for(config, asked, placement.ask_ray())
     warnings = [*config.warnings(), *short]
     supervisor = _supervisor(inputs)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.learner.gpu import Model, measure_case, measure_gpu, save_model
@@ -101,12 +103,16 @@ def check_attention(*, on_gpu: bool) -> dict[str, Any]:
     layer = torch.nn.Module()
     layer.num_key_value_groups = 4  # type: ignore[assignment]
     worst = 0.0
-    for window in (None, 100):
+    # Two sequences that begin with the same 400 tokens, which the row holds once.
+    shared = np.concatenate([np.arange(900), np.arange(400), np.arange(900, 1200)])
+    packings = (([900, 300, 200], None), ([900, 700], shared))
+    for window, (lengths, tokens) in itertools.product((None, 100), packings):
         found: list[list[torch.Tensor]] = []
         for has_kernel in (attention.has_kernel, lambda *rows: False):
             held, attention.has_kernel = attention.has_kernel, has_kernel
-            given = [row.detach().clone().requires_grad_() for row in rows]
-            packing = attention.Packing([900, 300, 200], device)
+            num_places = sum(lengths) if tokens is None else int(tokens.max()) + 1
+            given = [row[:, :, :num_places].detach().clone().requires_grad_() for row in rows]
+            packing = attention.Packing(lengths, device, tokens)
             out, _ = attention.packed_sdpa(
                 layer, given[0], given[1], given[2], None, packing=packing, sliding_window=window
             )

@@ -55,9 +55,8 @@ def dry_run(config: Config) -> Iterator[str]:
     else:
         yield from _told(check_inputs(config))
         what = "this"
-    placement.check(
-        placement.bundles(config.actors, config.learner, models), place[1]
-    )  # Its warnings are told above.
+    # Its warnings are told above.
+    placement.check_for(config, placement.bundles(config.actors, config.learner, models), place[1])
     yield f"a start would find nothing wrong with {what} before its engines load"
 
 

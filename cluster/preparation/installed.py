@@ -1,4 +1,4 @@
-"""Checks the installed packages against the devices that a config asks for, before anything starts."""
+"""Checks the installed packages against the devices that a config asks for, before Ray starts."""
 
 from __future__ import annotations
 

@@ -125,6 +125,13 @@ def check_or_wait(placement: Placement, nodes: Sequence[Resources], wait_s: floa
         return [f"{too_few} It waits {wait_s:.0f} s for more nodes (run.placement_timeout_s)."]
 
 
+def check_for(config: Config, placement: Placement, nodes: Sequence[Resources]) -> list[str]:
+    """Returns what `check` returns; on a cluster, what `check_or_wait` does for as long as the config waits."""
+    if cluster_address() is None:
+        return check(placement, nodes)
+    return check_or_wait(placement, nodes, config.run.placement_timeout_s)
+
+
 def most_actors(nodes: Sequence[Resources], placement: Placement) -> int | None:
     """Returns the most actors that fit beside the whole learner, at most `actor.count`; None when the learner
     itself does not fit.
@@ -270,7 +277,7 @@ def render(
             for number, node in enumerate(nodes, start=1)
         ]
         try:
-            warnings += check(placement, nodes)
+            warnings += check_for(config, placement, nodes)
         except PlacementError as error:
             warnings.append(str(error))
         warnings += _memory_warnings(config, memory, nodes)

@@ -1,5 +1,5 @@
-"""Checks everything that can fail before anything starts: the base model, the prompts, the rewards, the run
-directory.
+"""Checks everything that can fail before a process of the run starts: the base model, the prompts, the
+rewards, the run directory.
 
     prepare  --check_start--> --ensure_model--> --check_inputs--> --open_run_dir--> Inputs
     dry_run  --check_start--------------------> --check_inputs--> a report
@@ -83,7 +83,6 @@ def prepare(config: Config) -> Inputs:
     """
     quiet_libraries()
     config = locate_model(config)
-    check_installed(config)
     check_start(config)
     checked = check_inputs(ensure_model(config))
     run_dir = open_run_dir(checked.config)
@@ -100,6 +99,7 @@ def check_start(config: Config) -> str:
 
     Returns, in words, which run directory it is.
     """
+    check_installed(config)
     if mode_of(config) != "disabled":
         wandb_project()
     check_backends(config)
@@ -280,7 +280,7 @@ def load_libraries() -> None:
     """Loads what reading a model's config and tokenizer needs, most of the time that `prepare` takes. What
     fails here fails there too, and is told there.
     """
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(Exception):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
         del AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel

@@ -116,7 +116,7 @@ class CheckpointWriter:
         first: Future[Any] | None = None,
     ) -> None:
         """Begins the checkpoint of `step`; returns when `parts` and `state` (JSON; rank 0's counts) may
-        change again. It is there once `first` is over too, or has taken `timeout_s`.
+        change again. It is there once `first` is over too; the other ranks and `first` have `timeout_s` together.
 
         Raises CheckpointError that names the tensor when a number is not finite: nothing is saved then.
         """
@@ -218,11 +218,12 @@ class CheckpointWriter:
         if self._rank:
             write_file(aside / f"rank-{self._rank}.json", msgspec.json.encode(mine))
             return
-        others = self._collect_reports(aside)
+        deadline_s = time.monotonic() + self._timeout_s
+        others = self._collect_reports(aside, deadline_s)
         files = (mine, *others, write_file(aside / STATE_NAME, state))
         write_manifest(aside, CheckpointManifest(FORMAT, step, self._world_size, tuple(entries), files))
         if self._first is not None:
-            wait([self._first], self._timeout_s)
+            wait([self._first], max(0.0, deadline_s - time.monotonic()))
         replace_directory(aside, self._root / checkpoint_name(step))
 
     def _check_free_space(self, entries: list[TensorEntry]) -> None:
@@ -236,13 +237,12 @@ class CheckpointWriter:
                 f"free: {self._keep} checkpoints are kept beside the one that is written. Make room there."
             )
 
-    def _collect_reports(self, aside: Path) -> list[FileEntry]:
+    def _collect_reports(self, aside: Path, deadline_s: float) -> list[FileEntry]:
         """Returns what the other ranks wrote, when all have.
 
         Raises OSError with a rank's reason, PeerTimeout with the names of the late.
         """
         found: dict[int, FileEntry] = {}
-        deadline_s = time.monotonic() + self._timeout_s
         while missing := [rank for rank in range(1, self._world_size) if rank not in found]:
             for rank in missing:
                 if (note := aside / f"rank-{rank}.failed").exists():

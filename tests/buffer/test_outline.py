@@ -92,6 +92,9 @@ def _changed(payload: bytes, **fields: Any) -> bytes:
         {"reward": float("nan")},
         {"reward": "1"},
         {"finish_reason": 3},
+        {"text": 7},
+        {"transcript": [["user", 7]]},
+        {"answer_id": "a"},
     ],
 )
 def test_what_does_not_fit_is_refused_as_if_it_had_been_decoded(fields):
@@ -101,6 +104,22 @@ def test_what_does_not_fit_is_refused_as_if_it_had_been_decoded(fields):
     assert plain_head_in(broken) is None
     with pytest.raises((msgspec.ValidationError, DataError)):
         usable_in(broken)
+
+
+def test_what_nobody_reads_is_checked_too_since_it_is_decoded_later():
+    payload = make_payload(0)
+    for change in ({"prompt": 7}, {"source_row": "3"}, {"actor": None}):
+        broken = msgspec.msgpack.encode({**msgspec.msgpack.decode(payload), **change})
+        assert plain_head_in(broken) is None
+        with pytest.raises(msgspec.ValidationError):
+            usable_in(broken)
+    tree = msgspec.msgpack.decode(payload)
+    del tree["prompt"]
+    assert plain_head_in(msgspec.msgpack.encode(tree)) is None
+    spoken = msgspec.structs.replace(make_sample(), text="caf")
+    text = encode(make_group(spoken, spoken))
+    assert plain_head_in(text) is not None
+    assert plain_head_in(text.replace(b"caf", b"ca\xff")) is None
 
 
 @pytest.mark.parametrize("payload", [b"", b"\xc1", b"\x80", encode(make_group(make_sample()))[:-3]])

@@ -82,7 +82,7 @@ CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 @pytest.mark.parametrize(("number", "code"), CODES)
 def test_before_anything_has_started_a_signal_ends_the_process(number: signal.Signals, code: int) -> None:
     process = start(LOADING)
-    assert answer_to(process, number) == f"{number.name}: ending; nothing has started yet\n"
+    assert answer_to(process, number) == f"{number.name}: ending; no process of the run has started yet\n"
     assert process.wait(60) == code
 
 

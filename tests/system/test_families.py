@@ -261,7 +261,7 @@ HEAD = """# Model families
 
 Written by `make test-families`, from tiny random models in float32 on a CPU with the pinned transformers and vLLM. "exact": what vLLM
 samples from the base, after a weight update, and from the exported policy has the log-probs that the learner computes, to 1e-4 nats a
-token on average, and the exported policy has the names of the base's files and comes back bit for bit. "refused": before anything starts.
+token on average, and the exported policy has the names of the base's files and comes back bit for bit. "refused": at the start.
 What is not listed here is found out on a run's first fresh samples (`mismatch/*`).
 
 | family (`model_type`) or variant | result | set |

@@ -5,6 +5,7 @@ type.
 import pytest
 
 from cluster.preparation.installed import check_installed, installed_kind
+from cluster.preparation.prepare import check_start
 from core.errors import ConfigError
 from tests.support.configs import make_config
 
@@ -68,3 +69,9 @@ def test_flash_attention_that_is_not_installed_is_refused(install, monkeypatch):
 def test_a_card_is_not_shared_in_ways_that_cannot_be(section, settings, expected):
     with pytest.raises(ConfigError, match=expected):
         make_config({section: settings})
+
+
+def test_what_a_start_and_a_dry_run_check_first_is_this(install):
+    install("gpu")
+    with pytest.raises(ConfigError, match=r"actors\.num_gpus = 0"):
+        check_start(make_config({}))

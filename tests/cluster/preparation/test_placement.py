@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from cluster.preparation.memory import GIB, estimate_memory, host_bytes
-from cluster.preparation.placement import ask_ray, bundles, check, check_or_wait, dry_run, most_actors, render
+from cluster.preparation.placement import (
+    ask_ray,
+    bundles,
+    check,
+    check_for,
+    check_or_wait,
+    dry_run,
+    most_actors,
+    render,
+)
 from core.errors import PlacementError
 from tests.support.clocks.machine import machine_s
 from tests.support.configs import make_config
@@ -478,3 +487,15 @@ def test_nodes_that_a_cluster_adds_on_demand_are_waited_for_and_others_are_not()
     assert "waits 900 s for more nodes" in warning
     there = [{"CPU": 64.0, "GPU": 8.0, "memory": 1e12}]
     assert check_or_wait(placement, there, None) == check_or_wait(placement, there, 900.0) == []
+
+
+def test_a_dry_run_waits_for_nodes_where_a_start_does(monkeypatch):
+    config = config_of(run={"placement_timeout_s": 900})
+    nodes = [{"CPU": 0.0, "GPU": 0.0, "memory": 1e12}]
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(PlacementError):
+        check_for(config, asked(config), nodes)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    (warning,) = check_for(config, asked(config), nodes)
+    assert "waits 900 s for more nodes" in warning
+    assert warning in render(config, asked(config), nodes, estimate_memory(config))
