@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import resource
@@ -114,6 +115,8 @@ class BoundedProcess:
 
 
 def _serve(connection: Connection, parent_pid: int) -> None:
+    # A full collection would visit, and so copy, all that the parent had: more than an honest call's time.
+    gc.freeze()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         return

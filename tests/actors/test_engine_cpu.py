@@ -2,13 +2,10 @@
 seed and a place without a pattern; and cheaper ways to the same activations.
 """
 
-from types import SimpleNamespace
-
 import numpy as np
-import pytest
 import torch
 
-from actors.engine_cpu import mixed, normed_by, silu_and_mul
+from actors.engine_cpu import mixed, silu_and_mul
 
 
 def seeds(first: int, count: int, place: int, step: int = 0) -> np.ndarray:
@@ -39,32 +36,3 @@ def test_every_bit_is_set_half_the_time_for_seeds_that_follow_one_another():
 def test_an_activation_is_bit_for_bit_what_its_two_halves_give():
     rows = torch.randn(5, 8)
     assert torch.equal(silu_and_mul(rows), torch.nn.functional.silu(rows[:, :4]) * rows[:, 4:])
-
-
-KINDS = {
-    "float32": torch.randn(7, 32),
-    "a view": torch.randn(7, 40)[:, :32],
-    "bfloat16": torch.randn(7, 32).bfloat16(),
-    "a width that the kernel refuses": torch.randn(7, 24),
-}
-
-
-@pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_vllms_kernel_norms_float32_and_leaves_all_else_to_the_layer(monkeypatch, kind, with_residual):
-    """What the kernel computes is what tests/actors/test_engine.py compares with transformers."""
-    asked = []
-    kernels = SimpleNamespace(
-        rms_norm=lambda *given: asked.append("alone"),
-        fused_add_rms_norm=lambda *given: asked.append("with the residual"),
-    )
-    monkeypatch.setattr(torch.ops, "_C", kernels, raising=False)
-    x = KINDS[kind]
-    layer = SimpleNamespace(
-        weight=torch.nn.Parameter(torch.rand(x.shape[1], dtype=x.dtype)),
-        variance_epsilon=1e-6,
-        forward_native=lambda *given: asked.append("the layer"),
-    )
-    normed_by(layer)(x, torch.zeros_like(x) if with_residual else None)
-    kernel = "with the residual" if with_residual else "alone"
-    assert asked == [kernel if kind == "float32" else "the layer"]
