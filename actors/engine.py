@@ -232,18 +232,23 @@ class Engine:
 
     def truncate(self, request_ids: list[str]) -> list[tuple[str, Generation]]:
         """Ends requests now, so that their slots are free; returns what those that have a token generated,
-        with finish reason "length".
+        with finish reason "length", and what those that `step` has yet to return had finished with.
         """
+        asked = set(request_ids)
+        ended = [each for each in self._drained if each[0] in asked]
         started = [self._running[self._names[name]] for name in request_ids if name in self._names]
-        ended = [
+        ended += [
             (request.request_id, self._generation(request, "length")) for request in started if request.tokens
         ]
         self.abort(request_ids)
         return ended
 
     def abort(self, request_ids: list[str]) -> None:
-        """Drops requests, started or not."""
+        """Drops requests, started or not, and what `step` has yet to return of them: their ids may be
+        submitted again.
+        """
         dropped = set(request_ids)
+        self._drained = [each for each in self._drained if each[0] not in dropped]
         self._waiting = collections.deque(
             request for request in self._waiting if request.request_id not in dropped
         )
