@@ -1,10 +1,16 @@
-"""Tells what the processes of a command use."""
+"""Tells what the processes of a command use, and ends them."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import subprocess
+import time
 
 import psutil
+
+from core.children import kill_marked
 
 
 def tree_of(pid: int) -> list[psutil.Process]:
@@ -23,3 +29,20 @@ def tree_cpu_s(pid: int) -> float:
             times = process.cpu_times()
             total_s += times.user + times.system + times.children_user + times.children_system
     return total_s
+
+
+def end_session(process: subprocess.Popen[str], mark: str, grace_s: float) -> None:
+    """Ends a command that was started with `start_new_session` and the environment variable `mark`,
+    "NAME=value", and all that it has started: its group gets SIGTERM, and who is there after `grace_s`, or
+    has a session of its own, SIGKILL. Nothing happens where nobody is left.
+    """
+    deadline_s = time.monotonic() + grace_s
+    if process.poll() is None:  # Not reaped, so the group is still its own.
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            while time.monotonic() < deadline_s:
+                process.poll()
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+    kill_marked(mark)
+    process.wait()
