@@ -18,6 +18,8 @@ EXIT_CODES: dict[str | None, int] = {None: 0, "SIGHUP": 129, "SIGINT": 130, "SIG
 """By the signal that ended the run, as a shell has it: 128 and the signal's number."""
 TELL_TIMEOUT_S = 1.0
 _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LOOK_AGAIN = signal.SIGURG
+"""From the teller to the main thread. It means nothing else here, and is ignored by who does not know it."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -47,6 +49,7 @@ class StopSignal:
         self._in_order = False
         self._go_on = ""
         self._num_told = self._num_handled = 0
+        self._has_interrupted = False
 
     def __enter__(self) -> StopSignal:
         numbers = [
@@ -56,6 +59,7 @@ class StopSignal:
         ]
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        self._before[_LOOK_AGAIN] = signal.signal(_LOOK_AGAIN, self._look_again)
         reading, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
         self._wakeup_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
@@ -97,8 +101,21 @@ class StopSignal:
         self._leave_closed_terminals()
         name = signal.Signals(number).name
         self.name = self.name or name
-        # Two signals of a kind during one long call of a library are one call of this handler.
-        if not self._in_order or max(self._num_handled, self._num_told) > 1:
+        if not self._in_order:
+            raise Interrupted(name)
+        self._interrupt_at_second(name)
+
+    def _look_again(self, number: int, frame: FrameType | None) -> None:
+        """Interrupts for a second signal that `_handle` has not seen: two of a kind during one long call of a
+        library are one call of it, and that may come before the second is counted.
+        """
+        if self.name is not None:
+            self._interrupt_at_second(self.name)
+
+    def _interrupt_at_second(self, name: str) -> None:
+        is_second = max(self._num_handled, self._num_told) > 1
+        if self._in_order and is_second and not self._has_interrupted:
+            self._has_interrupted = True
             raise Interrupted(name)
 
     def _tell(self, reading: int) -> None:
@@ -114,6 +131,8 @@ class StopSignal:
             if self._num_told > 2:
                 # What is left below this process ends with it (cluster/guardian.py).
                 os._exit(EXIT_CODES[name])
+            if self._num_told > 1:
+                signal.pthread_kill(threading.main_thread().ident or 0, _LOOK_AGAIN)
         os.close(reading)
 
     def _answer(self) -> str:

@@ -126,7 +126,7 @@ def check_or_wait(placement: Placement, nodes: Sequence[Resources], wait_s: floa
 
 
 def check_for(config: Config, placement: Placement, nodes: Sequence[Resources]) -> list[str]:
-    """Returns what `check` returns; on a cluster, what `check_or_wait` does for as long as the config waits."""
+    """Returns what `check` returns; on a cluster, what `check_or_wait` does with the config's wait."""
     if cluster_address() is None:
         return check(placement, nodes)
     return check_or_wait(placement, nodes, config.run.placement_timeout_s)

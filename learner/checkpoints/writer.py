@@ -116,7 +116,7 @@ class CheckpointWriter:
         first: Future[Any] | None = None,
     ) -> None:
         """Begins the checkpoint of `step`; returns when `parts` and `state` (JSON; rank 0's counts) may
-        change again. It is there once `first` is over too; the other ranks and `first` have `timeout_s` together.
+        change again. It is there once `first` is over too; the other ranks and it have `timeout_s` together.
 
         Raises CheckpointError that names the tensor when a number is not finite: nothing is saved then.
         """

@@ -7,11 +7,13 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from cluster.signals import Interrupted, StopSignal
 from tests.support import ROOT
 from tests.support.clocks.machine import machine_s
 
@@ -120,6 +122,15 @@ def test_two_signals_during_one_call_of_a_library_are_two() -> None:
     answer_to(process, signal.SIGTERM)
     answer_to(process, signal.SIGTERM)
     assert process.wait(60) == 143
+
+
+def test_a_second_one_counts_that_the_handler_took_for_the_first() -> None:
+    with StopSignal() as stop:
+        stop.end_in_order("the same command")
+        signal.raise_signal(signal.SIGTERM)
+        threading.Timer(0.1, os.write, (stop._pipe, bytes([signal.SIGTERM]))).start()
+        with pytest.raises(Interrupted):  # The teller alone has heard of the second.
+            time.sleep(60)
 
 
 def test_under_nohup_a_hangup_is_ignored() -> None:

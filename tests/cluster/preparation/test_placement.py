@@ -497,5 +497,4 @@ def test_a_dry_run_waits_for_nodes_where_a_start_does(monkeypatch):
         check_for(config, asked(config), nodes)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     (warning,) = check_for(config, asked(config), nodes)
-    assert "waits 900 s for more nodes" in warning
     assert warning in render(config, asked(config), nodes, estimate_memory(config))
