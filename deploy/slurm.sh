@@ -34,7 +34,13 @@ fi
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head="${nodes[0]}"
-head_address="$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')"
+# Not `hostname --ip-address`: where /etc/hosts has the own name at 127.0.1.1, as Debian makes it, it says that.
+head_address="$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --all-ip-addresses \
+  | tr ' ' '\n' | awk -F. 'NF == 4 && $1 != 127 && !found++')"
+if [ -z "$head_address" ]; then
+  echo "$head has no IPv4 address that other nodes could reach: see \`hostname -I\` there" >&2
+  exit 1
+fi
 export RAY_ADDRESS="$head_address:$port"
 
 steps=()
@@ -51,13 +57,25 @@ stop_nodes() {
 }
 
 # Before the time is over, or where the nodes are wanted back: the driver writes a checkpoint, then the same job waits again.
+# SIGTERM is also what `scancel` sends: then the driver writes its checkpoint, and that is all.
 training=""
 is_requeued=0
-requeue() {
-  is_requeued=1
-  if [ -n "$training" ]; then kill -TERM "$training" 2>/dev/null || true; fi
+num_signals=0
+is_asked=0
+save() {
+  if [ -n "$training" ]; then is_asked=1; kill -TERM "$training" 2>/dev/null || true; fi
 }
-trap requeue USR1 TERM
+warned() { num_signals=$((num_signals + 1)) is_requeued=1; save; }
+terminated() {
+  local job
+  num_signals=$((num_signals + 1))
+  job="$(scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null || true)"
+  if [[ "$job" =~ JobState=PREEMPTED|PreemptTime=[0-9] ]]; then is_requeued=1; fi
+  if [[ "$job" =~ JobState=CANCELLED ]]; then is_requeued=0; fi
+  save
+}
+trap warned USR1
+trap terminated TERM
 trap stop_nodes EXIT
 
 start_node "$head" --head --node-ip-address="$head_address" --port="$port" --disable-usage-stats
@@ -80,14 +98,19 @@ while (there := sum(node["Alive"] for node in ray.nodes())) < int(sys.argv[1]):
 ' "${#nodes[@]}"
 
 # The driver runs here, on the first node, beside the head.
-if [ "$is_requeued" = 1 ]; then stop_nodes; scontrol requeue "$SLURM_JOB_ID"; exit 0; fi
-python launch.py train "$@" run.dir="$run_dir" &
-training="$!"
-if [ "$is_requeued" = 1 ]; then requeue; fi  # The signal came before it had a number.
-status=0
-wait "$training" || status="$?"
+status=143
+if [ "$num_signals" = 0 ]; then
+  python launch.py train "$@" run.dir="$run_dir" &
+  training="$!"
+  # A signal ends the wait, the driver ends with its checkpoint; one that came before it had a number is passed on.
+  if [ "$num_signals" != 0 ] && [ "$is_asked" = 0 ]; then save; fi
+  seen=-1
+  while [ "$seen" != "$num_signals" ]; do
+    seen="$num_signals" status=0
+    wait "$training" || status="$?"
+  done
+fi
 if [ "$is_requeued" = 1 ]; then
-  wait "$training" || true  # The first wait ended with the signal, the driver ends with its checkpoint.
   stop_nodes
   scontrol requeue "$SLURM_JOB_ID"
   exit 0

@@ -234,10 +234,14 @@ def test_what_is_copied_first_is_enough_to_make_the_environment(kind: str, tmp_p
 
 CALLED = 'echo "$(basename "$0") $*" >> "$CALLS"\n'
 FAKES = {
-    "scontrol": CALLED + 'if [ "$1" = show ]; then printf "node1\\nnode2\\n"; fi\n',
+    "scontrol": CALLED
+    + 'if [ "$1 $2" = "show hostnames" ]; then printf "node1\\nnode2\\n"; fi\n'
+    + 'if [ "$1 $2" = "show job" ]; then echo "JobId=77 $STATE"; fi\n',
     # Runs what follows the options.
     "srun": CALLED + 'while [[ "$1" == --* ]]; do shift; done\nexec "$@"\n',
-    "hostname": 'echo "10.0.0.1 fe80::1"\n',
+    # As on Debian, whose /etc/hosts has the own name at a loopback address.
+    "hostname": 'if [ "$1" = --all-ip-addresses ]; then echo "fe80::1 127.0.0.2 10.0.0.1 172.17.0.1 "; '
+    + "else echo 127.0.1.1; fi\n",
     "ray": CALLED + 'if [ "$1" = status ]; then exit 0; fi\nexec sleep 600\n',
     "python": 'if [[ "$1 $2" == -c*ray.init* ]]; then echo "joined $3" >> "$CALLS"; exit 0; fi\n'
     + 'if [ "$1" = -c ]; then exec "$PYTHON" "$@"; fi\n'
@@ -249,6 +253,12 @@ JOINED = 'until grep -q -- --head "$CALLS" && grep -q -- --address= "$CALLS"; do
 """A driver that waits until both nodes were started, as ranks and actors do."""
 FAILED = "exit 3"
 TRAINS = 'trap \'echo checkpoint >> "$CALLS"; exit 143\' TERM; echo trains >> "$CALLS"; while true; do sleep 0.1; done'
+
+SAVES_SLOWLY = (
+    'trap \'echo asked >> "$CALLS"\' TERM; echo trains >> "$CALLS"; '
+    'until [ "$(grep -c ^asked "$CALLS")" = 2 ]; do sleep 0.05; done; exit 3'
+)
+"""A driver that ends when it has been asked twice."""
 
 
 class Allocation:
@@ -273,10 +283,18 @@ class Allocation:
             "SLURM_JOB_NODELIST": "node[1-2]",
         }
 
-    def start(self, driver: str) -> subprocess.Popen[bytes]:
-        """Runs the script with a driver that does this."""
+    def start(self, driver: str, state: str = "JobState=RUNNING") -> subprocess.Popen[bytes]:
+        """Runs the script with a driver that does this, in a job that Slurm says this of."""
         command = ["bash", str(DEPLOY / "slurm.sh"), "run.yaml", "actors.count=2"]
-        return subprocess.Popen(command, env={**self._env, "DRIVER": driver}, start_new_session=True)
+        env = {**self._env, "DRIVER": driver, "STATE": state}
+        return subprocess.Popen(command, env=env, start_new_session=True)
+
+    def await_line(self, line: str) -> None:
+        """Waits until the script or its driver has said this."""
+        deadline_s = time.monotonic() + 120
+        while line not in self.lines():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
 
     def lines(self) -> list[str]:
         return self.calls.read_text().splitlines() if self.calls.exists() else []
@@ -311,15 +329,19 @@ def test_a_run_that_failed_fails_the_job(allocation: Allocation) -> None:
     assert not any("requeue" in line for line in allocation.lines())
 
 
-@pytest.mark.parametrize("warning", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("warning", "state"),
+    [
+        (signal.SIGUSR1, "JobState=RUNNING PreemptTime=None"),
+        (signal.SIGTERM, "JobState=PREEMPTED PreemptTime=None"),
+        (signal.SIGTERM, "JobState=RUNNING PreemptTime=2026-11-26T17:00:00"),
+    ],
+)
 def test_before_the_time_is_over_the_run_is_saved_and_queued_again(
-    allocation: Allocation, warning: signal.Signals
+    allocation: Allocation, warning: signal.Signals, state: str
 ) -> None:
-    job = allocation.start(TRAINS)
-    deadline_s = time.monotonic() + 120
-    while "trains" not in allocation.lines():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+    job = allocation.start(TRAINS, state)
+    allocation.await_line("trains")
     job.send_signal(warning)
     assert job.wait(120) == 0
     lines = allocation.lines()
@@ -331,3 +353,26 @@ def test_before_the_time_is_over_the_run_is_saved_and_queued_again(
     (driver,) = [line for line in allocation.lines() if line.startswith("python")]
     assert driver.endswith(f"run.dir={allocation.folder / 'runs' / 'slurm-77'}")
     assert (allocation.folder / "runs" / "slurm-77.token").read_text() == token
+
+
+@pytest.mark.parametrize(
+    "state", ["JobState=CANCELLED PreemptTime=None", "JobState=COMPLETING PreemptTime=None"]
+)
+def test_a_job_that_is_cancelled_is_saved_and_not_queued_again(allocation: Allocation, state: str) -> None:
+    job = allocation.start(TRAINS, state)
+    allocation.await_line("trains")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(120) == 143
+    lines = allocation.lines()
+    assert "checkpoint" in lines
+    assert "scontrol requeue 77" not in lines
+
+
+def test_a_job_that_is_cancelled_while_it_saves_is_not_queued_again(allocation: Allocation) -> None:
+    job = allocation.start(SAVES_SLOWLY, "JobState=CANCELLED")
+    allocation.await_line("trains")
+    job.send_signal(signal.SIGUSR1)
+    allocation.await_line("asked")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(120) == 3
+    assert "scontrol requeue 77" not in allocation.lines()
