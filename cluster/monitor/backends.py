@@ -1,9 +1,10 @@
 """Hands a run's rows to what shows them besides its own files and W&B: TensorBoard, trackio, Prometheus.
 
-    Monitor --log(row)--> bounded queue --> one daemon thread --> TensorboardBackend, TrackioBackend, PrometheusBackend
+    Monitor --log(row)--> a bounded queue and a daemon thread each --> EventFile, TrackioBackend, PrometheusBackend
 
-A back-end that fails is told once and left alone: metrics.jsonl has everything. A further one is a class with
-`log` and `close`, its line in `_OPENERS`, and its name in core/config/monitor.py.
+A back-end that fails is told once and left alone, one that hangs loses rows of its own, which is told once
+too: metrics.jsonl has everything. A further one is a class with `log` and `close`, its line in `_OPENERS`,
+and its name in core/config/monitor.py.
 """
 
 from __future__ import annotations
@@ -112,28 +113,26 @@ def check_backends(config: Config) -> None:
 
 
 class Backends:
-    """The back-ends of a run behind one thread; never raises. `failures()` tells once what went wrong, and
-    `dropped` counts rows that found the queue full.
-    """
+    """The back-ends of a run, a thread each; never raises. `failures()` tells once what went wrong."""
 
     def __init__(self, names: tuple[str, ...], opened: Opened) -> None:
         """`names` may hold `wandb`, which has a writer of its own."""
-        self.dropped = 0
-        self._names = [name for name in names if name in _OPENERS]
-        self._opened = opened
-        self._rows: queue.Queue[Row | None] = queue.Queue(QUEUE_ROWS)
         self._failures: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="backends", daemon=True)
-        if self._names:
-            self._thread.start()
+        self._feeds = [
+            _Feed(name, functools.partial(_OPENERS[name], opened), self._failures)
+            for name in names
+            if name in _OPENERS
+        ]
+
+    @property
+    def dropped(self) -> int:
+        """Returns how many rows found a queue full."""
+        return sum(feed.dropped for feed in self._feeds)
 
     def log(self, row: Row) -> None:
         """Hands a row to all of them."""
-        if self._names:
-            try:
-                self._rows.put_nowait(row)
-            except queue.Full:
-                self.dropped += 1
+        for feed in self._feeds:
+            feed.log(row)
 
     def failures(self) -> list[str]:
         """Returns what went wrong since the last call, one sentence each."""
@@ -145,34 +144,65 @@ class Backends:
 
     def close(self, timeout_s: float) -> bool:
         """Ends all of them; False where one was not done in time."""
-        if not self._names:
-            return True
         deadline_s = time.monotonic() + timeout_s
-        with contextlib.suppress(queue.Full):
-            self._rows.put(None, timeout=timeout_s)
-        self._thread.join(max(0.0, deadline_s - time.monotonic()))
+        full = [feed for feed in self._feeds if not feed.end(0.0)]  # The others need not wait for these.
+        for feed in full:
+            feed.end(deadline_s - time.monotonic())
+        has_ended = [feed.join(deadline_s - time.monotonic()) for feed in self._feeds]
+        return all(has_ended)
+
+
+class _Feed:
+    """What waits for one back-end, and the thread that hands it over. `dropped` counts rows that found the
+    queue full.
+    """
+
+    def __init__(self, name: str, opens: Callable[[], Backend], failures: queue.SimpleQueue[str]) -> None:
+        self.dropped = 0
+        self._name, self._opens, self._failures = name, opens, failures
+        self._rows: queue.Queue[Row | None] = queue.Queue(QUEUE_ROWS)
+        self._has_failed = False
+        self._thread = threading.Thread(target=self._work, name=f"backend-{name}", daemon=True)
+        self._thread.start()
+
+    def log(self, row: Row) -> None:
+        if self._has_failed:
+            return
+        try:
+            self._rows.put_nowait(row)
+        except queue.Full:
+            self.dropped += 1
+            if self.dropped == 1:
+                self._failures.put(
+                    f"the back-end {self._name} takes no rows: {QUEUE_ROWS} wait for it, and further ones are lost to it; "
+                    "metrics.jsonl has everything"
+                )
+
+    def end(self, timeout_s: float) -> bool:
+        """Ends it after the rows that wait; False where the queue stayed full for so long."""
+        if not self._thread.is_alive():
+            return True
+        try:
+            self._rows.put(None, timeout=max(0.0, timeout_s))
+        except queue.Full:
+            return False
+        return True
+
+    def join(self, timeout_s: float) -> bool:
+        """Returns whether it has ended within that time."""
+        self._thread.join(max(0.0, timeout_s))
         return not self._thread.is_alive()
 
     def _work(self) -> None:
-        living: dict[str, Backend] = {}
-        for name in self._names:
-            self._try(name, living, functools.partial(self._open, name, living))
-        while (row := self._rows.get()) is not None:
-            for name, backend in list(living.items()):
-                self._try(name, living, functools.partial(backend.log, row))
-        for name, backend in list(living.items()):
-            self._try(name, living, backend.close)
-
-    def _open(self, name: str, living: dict[str, Backend]) -> None:
-        living[name] = _OPENERS[name](self._opened)
-
-    def _try(self, name: str, living: dict[str, Backend], does: Callable[[], object]) -> None:
         try:
-            does()
+            backend = self._opens()
+            while (row := self._rows.get()) is not None:
+                backend.log(row)
+            backend.close()
         except Exception as error:  # noqa: BLE001 - files, sockets and other people's code: none may reach the run
-            living.pop(name, None)
+            self._has_failed = True
             lines = str(error).strip().splitlines() or [""]
             self._failures.put(
-                f"the back-end {name} failed ({type(error).__name__}: {lines[0][:200]}); it gets nothing more, metrics.jsonl "
-                "has everything"
+                f"the back-end {self._name} failed ({type(error).__name__}: {lines[0][:200]}); it gets nothing more, "
+                "metrics.jsonl has everything"
             )

@@ -15,10 +15,10 @@ PACKAGE = "wandb_workspaces"
 def make_view(run: Any) -> bool:
     """Makes the view of an online run's project, and returns whether it did.
 
-    It does nothing where the package wandb-workspaces is not installed, or where the project has other runs:
-    they made it, or somebody did not want it. Raises what W&B raises.
+    It does nothing where the package wandb-workspaces is not installed, or where the project has other runs
+    or this one goes on: then it was made before, or somebody did not want it. Raises what W&B raises.
     """
-    if importlib.util.find_spec(PACKAGE) is None:
+    if run.resumed or importlib.util.find_spec(PACKAGE) is None:
         return False
     wandb = importlib.import_module("wandb")
     workspaces, reports = (

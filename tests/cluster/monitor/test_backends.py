@@ -24,6 +24,7 @@ from core.metrics import METRICS
 from tests.support.configs import make_config
 from tests.support.house import ROOT
 from tests.support.monitored import rows_of
+from tests.support.simulated import until
 
 
 def config_with(*names: str) -> Config:
@@ -42,6 +43,9 @@ class Recorded:
         if row["progress/step"] == self._fails_at:
             raise OSError("no space left")
         self.rows.append(dict(row))
+
+    def await_rows(self, count: int) -> None:
+        until(lambda: len(self.rows) >= count)
 
     def close(self) -> None:
         self.is_closed = True
@@ -69,24 +73,44 @@ def test_each_gets_all_rows_and_one_that_fails_is_left_alone(
     assert found.failures() == []
 
 
-def test_one_that_does_not_open_or_hangs_costs_the_others_nothing_but_their_rows(
+def test_one_that_does_not_open_or_hangs_costs_the_others_nothing(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(_: Opened) -> Any:
         raise RuntimeError("no account")
 
     release = threading.Event()
-    hanging = SimpleNamespace(log=lambda row: release.wait(), close=lambda: None)
-    monkeypatch.setattr(backends_module, "_OPENERS", {"one": refused, "other": lambda _: hanging})
+    hanging, good = SimpleNamespace(log=lambda row: release.wait(), close=lambda: None), Recorded()
+    openers = {"one": refused, "other": lambda _: hanging, "good": lambda _: good}
+    monkeypatch.setattr(backends_module, "_OPENERS", openers)
     monkeypatch.setattr(backends_module, "QUEUE_ROWS", 1)
-    found = Backends(("one", "other"), opened)
+    found = Backends(("one", "other", "good"), opened)
     for step in range(10):
         found.log({"progress/step": step})
-    assert found.dropped >= 8 - 1
+        good.await_rows(step + 1)
+    assert found.dropped >= 8
     assert not found.close(0.05)
+    until(lambda: good.is_closed)
     release.set()
     assert found.close(60.0)
-    assert "no account" in found.failures()[0]
+    assert [row["progress/step"] for row in good.rows] == [*range(10)]
+    told = found.failures()
+    assert sum("no account" in failure for failure in told) == 1
+    assert sum(failure.startswith("the back-end other takes no rows: 1 wait") for failure in told) == 1
+
+
+def test_a_monitor_tells_that_a_back_end_loses_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    hanging = SimpleNamespace(log=lambda row: release.wait(), close=lambda: None)
+    monkeypatch.setattr(backends_module, "_OPENERS", {"tensorboard": lambda _: hanging})
+    monkeypatch.setattr(backends_module, "QUEUE_ROWS", 1)
+    monitor = Monitor(make_config(run={"steps": 9}, monitor={"backends": ["tensorboard"]}), str(tmp_path))
+    for step in range(1, 6):
+        monitor.log_step({"progress/step": step})
+    told = [event["text"] for event in monitor.view()["events"]]
+    assert sum("the back-end tensorboard takes no rows" in text for text in told) == 1
+    release.set()
+    monitor.close({})
 
 
 def test_a_run_writes_tensorboards_files_beside_its_own(

@@ -12,7 +12,7 @@ from cluster.monitor import wandb_view
 from cluster.monitor.curves import CURVES
 from cluster.monitor.wandb_view import make_view
 
-RUN = SimpleNamespace(entity="me", project="sums")
+RUN = SimpleNamespace(entity="me", project="sums", resumed=False)
 
 
 @pytest.fixture
@@ -55,6 +55,14 @@ def test_the_first_run_of_a_project_makes_its_view(
 def test_later_runs_leave_it_alone(saved: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     with_runs(monkeypatch, 2)
     assert not make_view(RUN)
+    assert saved == []
+
+
+def test_a_run_that_goes_on_makes_none_though_it_is_the_only_one(
+    saved: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_runs(monkeypatch, 1)
+    assert not make_view(SimpleNamespace(entity="me", project="sums", resumed=True))
     assert saved == []
 
 
