@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from core.config import ModelConfig
@@ -11,19 +13,33 @@ if TYPE_CHECKING:
     import torch
 
 
+@contextmanager
+def reads_config(model: ModelConfig) -> Iterator[None]:
+    """Makes a ConfigError of whatever a broken config raises; an OSError, where there is none, stays one."""
+    try:
+        yield
+    except (OSError, ConfigError):
+        raise
+    except Exception as error:  # noqa: BLE001 -- configs check themselves, and raise whatever they like
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"model.path = {model.path}: no config of a model to be had: {reason[:300]}"
+        ) from None
+
+
 def empty_model(model: ModelConfig, *, local_files_only: bool = False) -> Any:
     """Returns the Hugging Face model on torch's meta device.
 
-    Raises OSError where there is no config to be had, ValueError where it is broken.
+    Raises OSError where there is no config to be had, ConfigError where it is broken.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     trust = model.trust_remote_code
-    config = AutoConfig.from_pretrained(
-        model.path, local_files_only=local_files_only, trust_remote_code=trust
-    )
-    with torch.device("meta"):
+    with reads_config(model), torch.device("meta"):
+        config = AutoConfig.from_pretrained(
+            model.path, local_files_only=local_files_only, trust_remote_code=trust
+        )
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 
 
@@ -61,7 +77,7 @@ def num_fused(module: Any) -> int:
     )
 
 
-def load_model_config(model: ModelConfig) -> Any:
+def load_model_config(model: ModelConfig, *, local_files_only: bool = False) -> Any:
     """Returns the Hugging Face config of the model.
 
     Raises ConfigError where there is none to be had, or none that transformers understands.
@@ -69,8 +85,11 @@ def load_model_config(model: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    except Exception as error:  # noqa: BLE001 -- configs check themselves, and raise whatever they like
+        with reads_config(model):
+            return AutoConfig.from_pretrained(
+                model.path, local_files_only=local_files_only, trust_remote_code=model.trust_remote_code
+            )
+    except OSError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"model.path = {model.path}: no config of a model to be had: {reason}") from None
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cluster.plan import parts
 from cluster.plan.workload import Workload
-from cluster.preparation.memory import PROCESS_BYTES, MemoryEstimate
+from cluster.preparation.memory import MemoryEstimate, on_host
 from core.weights.board import KEEP
 
 FRAGMENTED = 1.1
@@ -42,21 +42,16 @@ def fit_of(job: Workload, estimate: MemoryEstimate) -> Fit:
     """Returns what the job wants of its machines, and what does not fit."""
     on_gpu = bool(job.learner_gpus)
     learner_gpu = FRAGMENTED * sum(part.num_bytes for part in estimate.learner if on_gpu and not part.on_host)
-    rank_host = sum(part.num_bytes for part in estimate.learner if part.on_host or not on_gpu)
-    store = KEEP * job.published_bytes
-    nodes = job.machines.nodes_of(job.num_gpus) if job.machines.device else 1
     context = job.prompt_tokens + job.new_tokens / 2
     cache = job.slots * context * job.cache_bytes_per_token
-    on_card, on_host = (job.weight_bytes + cache) / max(1.0, job.actor_gpus), 0.0
-    if not job.actor_gpus:
-        on_card, on_host = 0.0, job.weight_bytes + cache
+    on_card = (job.weight_bytes + cache) / max(1.0, job.actor_gpus)
     found = Fit(
         learner_gpu=learner_gpu,
-        actor_gpu=on_card,
-        rank_host=rank_host,
-        actor_host=PROCESS_BYTES + on_host,
-        store=store,
-        network_per_step=(nodes - 1) * job.published_bytes / job.publish_every,
+        actor_gpu=on_card if job.actor_gpus else 0.0,
+        rank_host=on_host(estimate.learner, job.learner_gpus),
+        actor_host=on_host(estimate.actor, job.actor_gpus),
+        store=KEEP * job.published_bytes,
+        network_per_step=job.pulling_nodes * job.published_bytes / job.publish_every,
     )
     return Fit(**{**vars(found), "problems": tuple(_problems(job, found))})
 
@@ -71,22 +66,27 @@ def _problems(job: Workload, fit: Fit) -> list[str]:
                 "learner.gradient_checkpointing=true, lower learner.micro_batch_tokens, or set learner.offload=all."
             )
         found += engine_problems(job)
-        per_node = machines.gpus_per_node / max(job.learner_gpus, 1e-9) if job.learner_gpus else 1.0
-        ranks_here = min(float(job.ranks), per_node)
-        actors_here = min(float(job.actors), machines.gpus_per_node / max(job.actor_gpus, 1.0))
-        learning = ranks_here * fit.rank_host + job.published_bytes
-        host = max(learning, actors_here * fit.actor_host) + fit.store
-        if host > machines.host_memory_bytes:
-            found.append(
-                f"a node wants {host / 1e9:.0f} GB of host memory and has {machines.host_memory_bytes / 1e9:.0f} GB. Spread the "
-                "ranks over more nodes."
-            )
-        if fit.store > STORE_SHARE * machines.host_memory_bytes:
-            found.append(
-                f"{KEEP} versions want {fit.store / 1e9:.0f} GB of Ray's object store, which by itself is "
-                f"{STORE_SHARE:.0%} of the node's memory. Start Ray with --object-store-memory={math.ceil(fit.store * 1.2e-9) * 10**9}."
-            )
+    host = fullest_host_bytes(job, fit)
+    if host > machines.host_memory_bytes:
+        found.append(
+            f"a node wants {host / 1e9:.0f} GB of host memory and has {machines.host_memory_bytes / 1e9:.0f} GB. Spread ranks "
+            "and actors over more nodes, or take nodes with more memory."
+        )
+    if fit.store > STORE_SHARE * machines.host_memory_bytes:
+        found.append(
+            f"{KEEP} versions want {fit.store / 1e9:.0f} GB of Ray's object store, which by itself is "
+            f"{STORE_SHARE:.0%} of the node's memory. Start Ray with --object-store-memory={math.ceil(fit.store * 1.2e-9) * 10**9}."
+        )
     return found
+
+
+def fullest_host_bytes(job: Workload, fit: Fit) -> float:
+    """Returns the host memory that the fullest node wants, versions in the object store included.
+
+    Rank 0 has a snapshot besides.
+    """
+    hosts = [ranks * fit.rank_host + actors * fit.actor_host for ranks, actors in job.nodes]
+    return max(hosts[0] + job.published_bytes, *hosts) + fit.store
 
 
 def engine_problems(job: Workload) -> list[str]:

@@ -3,14 +3,16 @@
 Learner, of P parameters, N ranks, T trained tokens of sequences of length s, L layers, hidden size h:
 
     a pass        2 P + 2 L h s  FLOP a token: matrix products, and attention to half of the sequence
-    compute       passes T / (N peak share); passes: 1 forward, 2 backward (1 where adapters are trained), 1
-                  recomputed, 1 for each frozen policy that is asked
+    compute       passes T / (N peak share), T / N as the rank with most groups has them, since groups stay
+                  whole; passes: 1 forward, 2 backward (1 where adapters are trained), 1 recomputed, 1 for
+                  each frozen policy that is asked, 1 where a group is larger than a micro-batch
     ZeRO-3        a micro-batch gathers b P twice, once more for each frozen policy, and scatters it once;
                   over NVLink within a node, and b P (nodes - 1)/nodes of each through a node's network
     optimizer     `ADAM_BYTES` a trained parameter by the memory's bandwidth, or the CPU's time offloaded
     publication   the gather, and one copy of b P to the host by rank 0; what hashing and storing take beyond
                   the steps between two publications
-    checkpoint    12 bytes a trained parameter to the host, each rank its share; the rest is beside the step
+    checkpoint    12 bytes a trained parameter to the host, each rank its share; what hashing and writing take
+                  beyond the steps between two checkpoints
 
 Engine, of k GPUs and m running sequences of c tokens each so far, v bytes of keys and values a token:
 
@@ -76,18 +78,18 @@ def flops_per_token(job: Workload) -> float:
 def num_passes(job: Workload) -> int:
     """Returns how many passes of 2 FLOP a parameter a trained token takes."""
     backward = 1 if job.lora_rank else 2
-    return 1 + backward + job.is_recomputed + job.num_scored
+    return 1 + backward + job.is_recomputed + job.num_scored + job.is_split
 
 
 def compute_s(job: Workload, case: Case) -> float:
     """Returns the seconds of forward and backward passes of one step."""
-    work = job.trained_tokens * num_passes(job)
+    work = job.busiest_tokens * num_passes(job)
     device = job.machines.device
     if device is None or not job.learner_gpus:
         speed = rates.cpu_train_tokens_per_s(job.shape.num_params) * 3 * rates.CPU_SPREAD[case]
-        return work / (job.ranks * speed)
+        return work / (job.sequence_parallel * speed)
     peak = device.peak_flops * min(1.0, job.learner_gpus) * rates.TRAIN_SHARE.at(case)
-    return work * flops_per_token(job) / (job.ranks * peak)
+    return work * flops_per_token(job) / (job.sequence_parallel * peak)
 
 
 def gather_s(job: Workload, case: Case) -> float:
@@ -105,9 +107,8 @@ def gather_s(job: Workload, case: Case) -> float:
 
 def exchange_s(job: Workload, case: Case) -> float:
     """Returns the seconds of ZeRO-3's traffic in one step that its computation does not hide."""
-    rows = job.ranks / job.sequence_parallel * job.micro_batch_tokens * FILLED
-    micro_batches = max(1, math.ceil(job.trained_tokens / rows))
-    moves = 2 + (0.0 if job.lora_rank else 1.0) + job.num_scored
+    micro_batches = max(1, math.ceil(job.busiest_tokens / (job.micro_batch_tokens * FILLED)))
+    moves = 2 + (0.0 if job.lora_rank else 1.0) + job.num_scored + job.is_split
     traffic_s = micro_batches * moves * gather_s(job, case)
     return max(rates.EXPOSED.at(case) * traffic_s, traffic_s - compute_s(job, case))
 
@@ -129,6 +130,9 @@ def learner_times(job: Workload, case: Case) -> LearnerTimes:
     # A version that is not stored when the next is due is waited for.
     between_s = (work_s + traffic_s + optimizer_s) * job.publish_every
     stall_s = publish.stall_s + max(0.0, publish.background_s - between_s)
+    # So is a checkpoint that is not written when the next is due.
+    written_s = 12 * share / rates.CHECKPOINT_BYTES_PER_S.at(case)
+    checkpoint_s += max(0.0, written_s - (work_s + traffic_s + optimizer_s) * job.checkpoint_every)
     return LearnerTimes(
         work_s,
         traffic_s,
@@ -150,8 +154,7 @@ def publish_times(job: Workload, case: Case) -> PublishTimes:
         stall_s = gather_s(job, case) * share + size / copies
     if device is not None and job.actor_gpus > 1:
         pause_s /= job.actor_gpus
-    nodes = job.machines.nodes_of(job.num_gpus) if device is not None else 1
-    away = nodes - 1
+    away = job.pulling_nodes
     pull_s = 0.0
     if away:
         network = job.machines.network_bytes_per_s
@@ -199,7 +202,7 @@ def engine_step_s(job: Workload, running: float, case: Case) -> float:
     read = job.weight_bytes + running * context * job.cache_bytes_per_token
     memory_s = read / (device.memory_bytes_per_s * gpus * kept * rates.DECODE_BANDWIDTH.at(case))
     matrix_s = running * 2 * params / (peak * rates.DECODE_COMPUTE.at(case))
-    prefill_s = job.prompt_tokens / job.group_size * 2 * params / (peak * rates.PREFILL_SHARE.at(case))
+    prefill_s = job.prompt_tokens / job.generated_size * 2 * params / (peak * rates.PREFILL_SHARE.at(case))
     sample_s = prefill_s + rates.GPU_SAMPLE_S.at(case)
     return rates.ENGINE_STEP_S.at(case) + max(memory_s, matrix_s) + extra_s * sample_s
 

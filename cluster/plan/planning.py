@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cluster.plan import parts
@@ -16,6 +17,8 @@ from core.config import Config
 from core.errors import ConfigError
 
 SECONDS_AN_HOUR = 3600.0
+SPLIT_STEPS = 40
+"""Steps at most for which another split is simulated."""
 NEARLY_EQUAL = 1.15
 """Generation and training whose times differ by less are called equal: the rates are not known better."""
 
@@ -87,8 +90,15 @@ def make_plan(
         tried = config.model_copy(update={"learner": learner})
         return fit_of(dealt, estimate_memory(tried, job.shape))
 
+    def simulated_s(dealt: Workload) -> float:
+        simulation = Simulation(config, speeds_of(dealt, "likely"), seed)
+        try:
+            return simulation.run(min(outcome.num_steps, SPLIT_STEPS)).step_s
+        except ConfigError:  # It would stand still.
+            return math.inf
+
     outcome = Simulation(config, speeds_of(job, "likely"), seed).run()
-    split = best_split(job, lambda dealt: not fit(dealt).problems)
+    split = best_split(job, outcome.step_s, lambda dealt: not fit(dealt).problems, simulated_s)
     return Plan(job, fit(job), outcome, split, tuple(notes))
 
 

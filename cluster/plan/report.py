@@ -46,7 +46,7 @@ def _work(plan: Plan) -> Iterator[str]:
         return
     yield (
         f"  {job.ranks} learner ranks on {job.ranks * job.learner_gpus:g} and {job.actors} actors on "
-        f"{job.actors * job.actor_gpus:g} x {device.title}, {job.machines.nodes_of(job.num_gpus)} nodes"
+        f"{job.actors * job.actor_gpus:g} x {device.title}, {len(job.nodes)} nodes"
     )
 
 
@@ -111,7 +111,7 @@ def _cost(plan: Plan) -> Iterator[str]:
         ranks, actors, step_s = plan.split
         yield (
             f"  a better split of the same GPUs: learner.ranks={ranks} actors.count={actors}, about {_seconds(step_s)} s a step "
-            f"for {_seconds(parts.bound_s(job, 'likely'))}"
+            f"for {_seconds(plan.outcome.step_s)}, simulated"
         )
     elif job.num_gpus:
         yield "  no other split of the same GPUs is quicker by a twentieth"

@@ -19,6 +19,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 from buffer.admission import Admission
 from buffer.band import Band
@@ -30,6 +31,8 @@ from core.staleness import StalenessBound, staleness
 
 LENGTH_SPREAD = 0.6
 """Standard deviation of the logarithm of an answer's length."""
+_NORMAL = NormalDist()
+HALVINGS = 50
 GRAINS = 50
 """Of an average answer, at which sequences end: those of one engine that end together are one event."""
 IN_VAIN = 10
@@ -65,6 +68,7 @@ class Outcome:
     slots_busy         share of all slots in which a sequence ran
     admission_wait     share of the actors' time in which some slot waited to be admitted
     staleness          mean, 95th percentile and largest staleness of the groups trained on
+    num_steps          steps that were played, the first ones included that are not counted
     evicted            groups that left untrained, a trained one, by reason
     """
 
@@ -73,6 +77,7 @@ class Outcome:
     slots_busy: float
     admission_wait: float
     staleness: tuple[float, float, float]
+    num_steps: int
     evicted: dict[str, float]
 
 
@@ -102,12 +107,33 @@ class _Actor:
     beginning: _Begun | None = None
 
 
+def cut_mean(log_mean: float, limit: float) -> float:
+    """Returns the mean of lognormal lengths of spread LENGTH_SPREAD that are cut at 1 and at `limit`.
+
+    With z the normal distribution, m the mean of the logarithm and s its spread, between the two cuts it is
+    exp(m + s^2/2) (z((ln limit - m)/s - s) - z(-m/s - s)).
+    """
+    below = _NORMAL.cdf(-log_mean / LENGTH_SPREAD)
+    high = (math.log(limit) - log_mean) / LENGTH_SPREAD
+    inner = _NORMAL.cdf(high - LENGTH_SPREAD) - _NORMAL.cdf(-log_mean / LENGTH_SPREAD - LENGTH_SPREAD)
+    return below + math.exp(log_mean + LENGTH_SPREAD**2 / 2) * inner + limit * _NORMAL.cdf(-high)
+
+
+def log_mean_of(mean: float, limit: float) -> float:
+    """Returns the mean of the logarithm with which lengths that are cut have this mean, by halving."""
+    low, high = -10 * LENGTH_SPREAD, math.log(limit) + 10 * LENGTH_SPREAD
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cut_mean(middle, limit) < mean else (low, middle)
+    return high
+
+
 class Simulation:
     """Plays a run: `Simulation(config, speeds).run()`. Raises ConfigError where nothing goes on."""
 
     def __init__(self, config: Config, speeds: Speeds, seed: int = 0) -> None:
         self._config, self._speeds = config, speeds
-        self._size = config.actors.group_size
+        self._size = config.actors.group_size - config.offline_samples
         self._groups = config.learner.groups_per_step
         self._admission = Admission(config.admitted_groups, math.inf)
         self._replay = Replay(config.buffer, seed)
@@ -125,7 +151,7 @@ class Simulation:
         self._trained_s = self._running_s = self._waited_s = 0.0
         self._ages: list[int] = []
         self._versions: dict[int, int] = {}
-        self._log_mean = math.log(max(1.0, speeds.new_tokens)) - LENGTH_SPREAD**2 / 2
+        self._log_mean = log_mean_of(speeds.new_tokens, speeds.max_new_tokens)
         self._grain = max(1.0, speeds.new_tokens / GRAINS)
         self._step_s_of = functools.cache(speeds.engine_step_s)
 
@@ -152,6 +178,7 @@ class Simulation:
             slots_busy=self._running_s / (took_s * len(self._actors) * self._speeds.slots),
             admission_wait=(self._waited_until_now_s() - waited_s) / (took_s * len(self._actors)),
             staleness=(sum(ages) / len(ages), float(ages[int(0.95 * (len(ages) - 1))]), float(ages[-1])),
+            num_steps=num_steps,
             evicted={
                 name: left[name] / trained for name in EVICTIONS if left[name] and name != "evicted_used"
             },
@@ -195,11 +222,19 @@ class Simulation:
         actor.at_s = self._now_s
 
     def _fill(self, actor: _Actor) -> None:
-        """Begins samples while slots are free and items are admitted, then waits for the next to end."""
+        """Begins samples while slots are free and items are admitted, then waits for the next to end.
+
+        An actor asks for a few items at once, for more when the others had theirs (actors/rollout.py).
+        """
+        may_lease = max(1, self._speeds.slots // (2 * self._size))
         while len(actor.ends) < self._speeds.slots:
+            if actor.beginning is None and not may_lease:
+                self._at(self._now_s, lambda: self._begin(actor))
+                break
             group = actor.beginning or self._lease(actor)
             if group is None:
                 break
+            may_lease -= actor.beginning is None
             group.to_begin -= 1
             actor.beginning = group if group.to_begin else None
             if group.oldest_version is None:
@@ -216,6 +251,10 @@ class Simulation:
                 max(self._now_s, actor.resumes_at_s) + left * actor.step_s,
                 lambda: self._ended(actor, stamp),
             )
+
+    def _begin(self, actor: _Actor) -> None:
+        self._advance(actor)
+        self._fill(actor)
 
     def _lease(self, actor: _Actor) -> _Begun | None:
         """Returns a group to begin, None where the actor has to wait, in line."""
@@ -268,8 +307,7 @@ class Simulation:
             actor = self._waiting.popleft()
             self._waited_s += self._now_s - (actor.waits_since_s or 0.0)
             actor.waits_since_s = None
-            self._advance(actor)
-            self._fill(actor)
+            self._begin(actor)
 
     # --- learner ---
 

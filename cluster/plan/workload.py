@@ -33,12 +33,17 @@ class Machines:
         """Returns on how many nodes so many GPUs lie."""
         return max(1, math.ceil(num_gpus / self.gpus_per_node - 1e-9))
 
+    def per_node(self, gpus: float) -> int:
+        """Returns how many processes with so many GPUs, above 0, lie on one node."""
+        return max(1, math.floor(self.gpus_per_node / gpus + 1e-9))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """The work of a run, and what it is dealt to. Tokens are those of one sample, on average.
 
     learner_gpus, actor_gpus   of one rank, and of one engine; 0: a CPU
+    generated_size     samples of a group that are generated; the others are offline
     num_scored                 frozen policies that give log-probs, as the reference does
     sequence_parallel          ranks that share each row of the learner
     """
@@ -54,6 +59,7 @@ class Workload:
     gpu_memory_share: float
     groups: int
     group_size: int
+    generated_size: int
     prompt_tokens: float
     new_tokens: float
     max_new_tokens: int
@@ -93,7 +99,7 @@ class Workload:
     @property
     def generated_tokens(self) -> float:
         """Returns the tokens that must be generated for a step."""
-        return self.samples * self.new_tokens / self.uses
+        return self.groups * self.generated_size * self.new_tokens / self.uses
 
     @property
     def weight_bytes(self) -> float:
@@ -111,6 +117,51 @@ class Workload:
         room = max(self.new_tokens, self.micro_batch_tokens - self.prompt_tokens)
         passes = max(1, math.ceil(self.group_size * self.new_tokens / room - 1e-9))
         return self.groups * (passes * self.prompt_tokens + self.group_size * self.new_tokens)
+
+    @property
+    def is_split(self) -> bool:
+        """Says whether an average group is larger than a micro-batch, so that its samples take a first pass
+        without gradient (learner/step/update.py). Passes are planned by tokens with each sample's prompt.
+        """
+        return self.group_size * (self.prompt_tokens + self.new_tokens) > self.micro_batch_tokens
+
+    @property
+    def busiest_tokens(self) -> float:
+        """Returns the trained tokens of the ranks that share most groups: groups stay whole."""
+        most = math.ceil(self.groups * self.sequence_parallel / self.ranks - 1e-9)
+        return self.trained_tokens * most / self.groups
+
+    @property
+    def nodes(self) -> list[tuple[int, int]]:
+        """Returns the ranks and the actors of each node, rank 0's first; one node where there are no GPUs.
+
+        Ranks fill node after node, and actors what they leave; those without a GPU are spread evenly.
+        """
+        ranks = self.ranks if self.learner_gpus else 0
+        actors = self.actors if self.actor_gpus else 0
+        found = []
+        while ranks or actors:
+            here = min(ranks, self.machines.per_node(self.learner_gpus)) if ranks else 0
+            left = self.machines.gpus_per_node - here * self.learner_gpus
+            room = math.floor(left / self.actor_gpus + 1e-9) if actors else 0
+            there = min(actors, max(room, 0 if here else 1))
+            ranks, actors = ranks - here, actors - there
+            found.append((here, there))
+        found = found or [(0, 0)]
+        ranks = 0 if self.learner_gpus else self.ranks
+        actors = 0 if self.actor_gpus else self.actors
+        spread = [
+            (_share(ranks, place, len(found)), _share(actors, place, len(found)))
+            for place in range(len(found))
+        ]
+        return [
+            (here + more, there + many) for (here, there), (more, many) in zip(found, spread, strict=True)
+        ]
+
+    @property
+    def pulling_nodes(self) -> int:
+        """Returns how many nodes pull each version: those with actors, but for rank 0's."""
+        return sum(actors > 0 for _, actors in self.nodes[1:])
 
     @property
     def cache_bytes_per_token(self) -> float:
@@ -145,6 +196,15 @@ def machines_of(
             f"--gpu {gpu}, but learner.num_gpus = 0 and actors.num_gpus = 0: this config runs on CPUs. Add "
             "learner.num_gpus=1 actors.num_gpus=1, or leave --gpu out."
         )
+    for key, gpus in (
+        ("learner.num_gpus", config.learner.num_gpus),
+        ("actors.num_gpus", config.actors.num_gpus),
+    ):
+        if gpus > gpus_per_node:
+            raise ConfigError(
+                f"{key} = {gpus:g} with --gpus-per-node {gpus_per_node}: an engine lies on one node, and so does a rank. Set "
+                f"{key} to at most {gpus_per_node} (actors.tensor_parallel too), or take larger nodes."
+            )
     device = DEVICES[(gpu or "h100").lower()] if uses_gpus else None
     return Machines(device, gpus_per_node, network_gbit * 1e9 / 8, host_gib * 2**30)
 
@@ -158,9 +218,7 @@ def workload_of(
     """
     shape, source = find_shape(config)
     if config.is_offline:
-        raise ConfigError(
-            "data.offline with offline_share = 1: nothing is generated, so there is no rate to plan."
-        )
+        raise ConfigError("data.offline with offline_share = 1: nothing is generated, and no rate to plan.")
     turns = config.actors.max_turns if config.environment_paths else 1
     longest = turns * config.actors.max_new_tokens
     prompt = _length("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens, ASSUMED_PROMPT_SHARE)
@@ -192,6 +250,7 @@ def workload_of(
         gpu_memory_share=actors.gpu_memory_share if actors.num_gpus else 1.0,
         groups=learner.groups_per_step,
         group_size=actors.group_size,
+        generated_size=actors.group_size - config.offline_samples,
         prompt_tokens=prompt,
         new_tokens=new,
         max_new_tokens=longest,
@@ -214,8 +273,13 @@ def workload_of(
 def _length(option: str, given: float | None, limit: int, share: float) -> float:
     if given is None:
         return max(1.0, round(share * limit))
-    if not 0 < given <= limit:
+    if not 1 <= given <= limit:
         raise ConfigError(
-            f"{option} {given:g}: expected a number above 0 and at most {limit}, the config's limit."
+            f"{option} {given:g}: expected a number of at least 1 and at most {limit}, the config's limit."
         )
     return given
+
+
+def _share(number: int, place: int, places: int) -> int:
+    """Returns how many of a number are at one of the places if spread evenly, the first ones first."""
+    return number // places + (place < number % places)

@@ -39,11 +39,12 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from core.config import ActorsConfig, Config, LearnerConfig, ModelConfig
 from core.config.checks import longest_sequence, served_rank
-from core.model_shape import adapted_layers, empty_model
+from core.errors import ConfigError
+from core.model_shape import adapted_layers, empty_model, reads_config
 from learner.objectives import load_objective
 from learner.step.frozen import PROXIMAL, REFERENCE, frozen_names
 from learner.step.logprobs import CHUNK_BYTES, KEPT_BYTES, chunk_bytes_on, install_logprob_head
@@ -104,8 +105,7 @@ def estimate_memory(config: Config, known: ModelShape | None = None) -> MemoryEs
     path = config.model.path
     try:
         shape = known or shape_of(config.model, config.learner)
-    # not there, broken, or no transformer
-    except (OSError, ValueError, ImportError, AttributeError) as error:
+    except (OSError, ConfigError) as error:
         millions = _size_in_name(path)
         reason = _why_not_at_hand(path, error)
         if millions is None:
@@ -120,10 +120,22 @@ def estimate_memory(config: Config, known: ModelShape | None = None) -> MemoryEs
 
 
 def shape_of(model_config: ModelConfig, learner: LearnerConfig) -> ModelShape:
-    """Returns the model's shape by its Hugging Face config, built on the meta device. Raises OSError when
-    there is no config at hand.
+    """Returns the model's shape by its Hugging Face config, built on the meta device.
+
+    Raises OSError when there is no config at hand, ConfigError when it is broken or no transformer's.
     """
     model = empty_model(model_config, local_files_only=True)
+    with reads_config(model_config):
+        shape = _shape_of(model, learner)
+    if shape.num_params and shape.layers and shape.hidden:
+        return shape
+    raise ConfigError(
+        f"model.path = {model_config.path}: its config describes a model of {shape.num_params} parameters in "
+        f"{shape.layers} layers. Give one with some."
+    )
+
+
+def _shape_of(model: Any, learner: LearnerConfig) -> ModelShape:
     text = model.config.get_text_config()
     heads = text.num_attention_heads
     layers = adapted_layers(model).values() if learner.lora_rank else ()
@@ -313,13 +325,13 @@ def _notes(config: Config, shape: ModelShape) -> list[str]:
 
 def host_bytes(actors: ActorsConfig, learner: LearnerConfig, estimate: MemoryEstimate) -> float:
     """Returns the CPU memory of all ranks and actors together, in bytes."""
+    ranks_bytes = learner.ranks * on_host(estimate.learner, learner.num_gpus)
+    return ranks_bytes + actors.fewest * on_host(estimate.actor, actors.num_gpus)
 
-    def on_host(parts: tuple[MemoryUse, ...], num_gpus: float) -> float:
-        return sum(part.num_bytes for part in parts if part.on_host or not num_gpus)
 
-    return learner.ranks * on_host(estimate.learner, learner.num_gpus) + actors.fewest * on_host(
-        estimate.actor, actors.num_gpus
-    )
+def on_host(parts: tuple[MemoryUse, ...], num_gpus: float) -> float:
+    """Returns the bytes of CPU memory of one process with these parts: all of them where it has no GPU."""
+    return sum(part.num_bytes for part in parts if part.on_host or not num_gpus)
 
 
 def render_memory(actors: ActorsConfig, learner: LearnerConfig, estimate: MemoryEstimate) -> list[str]:

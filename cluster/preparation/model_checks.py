@@ -24,11 +24,11 @@ from core.model_shape import (
 )
 
 
-def check_model(config: Config) -> None:
+def check_model(config: Config, found: Any = None) -> None:
     """Raises ConfigError, in one sentence with a remedy, for a model that a run would train on another
-    function than it samples from.
+    function than it samples from. `found` is its Hugging Face config; None: it is loaded.
     """
-    found = load_model_config(config.model)
+    found = found or load_model_config(config.model)
     for check in (
         _check_whole,
         _check_tied,

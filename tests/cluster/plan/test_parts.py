@@ -31,6 +31,7 @@ def make_job(**changes: Any) -> Workload:
         gpu_memory_share=0.9,
         groups=64,
         group_size=8,
+        generated_size=8,
         prompt_tokens=300,
         new_tokens=600,
         max_new_tokens=1024,
@@ -64,6 +65,69 @@ def test_compute_is_ten_flop_a_parameter_and_token(monkeypatch: pytest.MonkeyPat
     assert parts.num_passes(make_job(lora_rank=8)) == 4  # No gradient with respect to the weights.
     attending = make_job(shape=ModelShape(PARAMS, layers=32, hidden=4096))
     assert parts.flops_per_token(attending) == 2 * PARAMS + 2 * 32 * 4096 * 900
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shared", "groups_of_the_busiest"),
+    [(48, 1, 2), (100, 1, 1), (64, 1, 1), (5, 1, 13), (96, 2, 2)],
+)
+def test_a_group_stays_whole_on_a_rank(ranks: int, shared: int, groups_of_the_busiest: int) -> None:
+    one = parts.compute_s(make_job(ranks=1, groups=1), "likely")
+    job = make_job(ranks=ranks, sequence_parallel=shared)
+    assert parts.compute_s(job, "likely") == pytest.approx(one * groups_of_the_busiest / shared)
+
+
+def test_a_group_larger_than_a_micro_batch_takes_a_pass_without_gradient() -> None:
+    assert parts.num_passes(make_job()) == 5  # Eight samples of 900 tokens are 7,200 of 8,192.
+    assert parts.num_passes(make_job(group_size=16)) == 6
+    whole, split = make_job(micro_batch_tokens=7200), make_job(micro_batch_tokens=7199)
+    assert parts.compute_s(split, "best") == pytest.approx(parts.compute_s(whole, "best") * 6 / 5)
+
+
+def test_offline_samples_are_trained_but_not_generated() -> None:
+    job = make_job(generated_size=6)
+    assert job.generated_tokens == 64 * 6 * 600
+    assert job.trained_tokens == make_job().trained_tokens
+
+
+def test_a_checkpoint_that_is_not_written_when_the_next_is_due_is_waited_for() -> None:
+    job = make_job(groups=1, checkpoint_every=1, publish_every=10**9)
+    times = parts.learner_times(job, "likely")
+    # 12 bytes of a billion parameters: 0.24 s by PCIe, 12 s to the disk.
+    between_s = times.compute_s + times.exchange_s + times.optimizer_s
+    assert times.checkpoint_s == pytest.approx(12e9 / (64e9 * 0.78) + 12.0 - between_s)
+    rarely = dataclasses.replace(job, checkpoint_every=100)
+    assert parts.learner_times(rarely, "likely").checkpoint_s == pytest.approx(12e9 / (64e9 * 0.78) / 100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "nodes", "num_pulling"),
+    [
+        ({"ranks": 5, "actors": 3}, [(5, 3)], 0),
+        ({"ranks": 16}, [(8, 0), (8, 0), (0, 8)], 1),
+        ({"ranks": 12, "actors": 12}, [(8, 0), (4, 4), (0, 8)], 2),
+        ({"ranks": 32, "actors": 4, "actor_gpus": 4}, [(8, 0)] * 4 + [(0, 2)] * 2, 2),
+        ({"ranks": 6, "actors": 3, "actor_gpus": 4}, [(6, 0), (0, 2), (0, 1)], 2),
+        ({"ranks": 3, "learner_gpus": 0, "actors": 16}, [(2, 8), (1, 8)], 1),
+        ({"ranks": 16, "actors": 3, "actor_gpus": 0}, [(8, 2), (8, 1)], 1),
+        (
+            {"ranks": 2, "actors": 3, "machines": Machines(None), "learner_gpus": 0, "actor_gpus": 0},
+            [(2, 3)],
+            0,
+        ),
+    ],
+)
+def test_nodes_with_actors_pull_but_for_rank_0s(
+    changes: dict[str, Any], nodes: list[tuple[int, int]], num_pulling: int
+) -> None:
+    job = make_job(**changes)
+    assert job.nodes == nodes
+    assert job.pulling_nodes == num_pulling
+
+
+def test_four_engines_of_four_cards_pull_70b_on_two_nodes() -> None:
+    job = make_job(shape=ModelShape(70_553_706_496), ranks=32, actors=4, actor_gpus=4)
+    assert parts.publish_times(job, "likely").pull_s == pytest.approx(2 * 141.1 / 3, abs=0.1)
 
 
 def test_a_micro_batch_moves_the_model_three_times_within_a_node_or_between_two() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 from typing import Any
 
 import pytest
 
-from cluster.plan.simulation import Simulation, Speeds
+from cluster.plan.simulation import Simulation, Speeds, log_mean_of
 from core.config import Config
 from core.errors import ConfigError
 from learner.catalogue import parse_config
@@ -60,6 +62,31 @@ def test_slow_actors_are_always_busy_and_a_step_takes_their_time() -> None:
     assert outcome.step_s == pytest.approx(expected_s, rel=0.05)
     assert outcome.slots_busy > 0.98
     assert outcome.learner_busy < 0.01
+
+
+@pytest.mark.parametrize("mean", [1.0, 300.0, 614.0, 1024.0])
+def test_lengths_have_the_mean_that_was_told_though_they_end_at_the_limit(mean: float) -> None:
+    speeds = dataclasses.replace(SPEEDS, new_tokens=mean, max_new_tokens=1024)
+    simulation = Simulation(make_config(), speeds)
+    drawn = [simulation._draw_length() for _ in range(10_000)]
+    assert statistics.mean(drawn) == pytest.approx(mean, rel=0.02)
+    assert max(drawn) <= 1024
+    # Without a limit in the way the mean of a lognormal is exp(m + s^2/2).
+    assert log_mean_of(300, 1e9) == pytest.approx(math.log(300) - 0.6**2 / 2)
+
+
+def test_answers_that_all_end_at_the_limit_take_their_whole_time() -> None:
+    full = dataclasses.replace(SPEEDS, train_s=1e-6, new_tokens=50, max_new_tokens=50)
+    outcome = Simulation(make_config(buffer=ROOMY), full).run(60)
+    assert outcome.step_s == pytest.approx(GROUPS * SIZE * 50 / (4 * 32) * 0.01, rel=0.02)
+
+
+def test_actors_take_turns_to_lease() -> None:
+    """A batch of 16 groups of a synchronous run is dealt to all four engines, four to each."""
+    config = make_config(buffer={"max_staleness": 0, "capacity": GROUPS})
+    fixed = dataclasses.replace(SPEEDS, engine_step_s=lambda running: running * 0.001, max_new_tokens=50)
+    # 64 sequences of 50 tokens, 16 at each engine, then a second of training.
+    assert Simulation(config, fixed).run(20).step_s == pytest.approx(1.0 + 50 * 16 * 0.001)
 
 
 def test_standstills_for_new_weights_take_their_share() -> None:
