@@ -57,13 +57,13 @@ stop_nodes() {
 }
 
 # Before the time is over, or where the nodes are wanted back: the driver writes a checkpoint, then the same job waits again.
-# SIGTERM is also what `scancel` sends: then the driver writes its checkpoint, and that is all.
+# SIGTERM is also what `scancel` sends: then the driver is told the same, and that is all.
 training=""
 is_requeued=0
 num_signals=0
 is_asked=0
-save() {
-  if [ -n "$training" ]; then is_asked=1; kill -TERM "$training" 2>/dev/null || true; fi
+save() {  # It asks once: a second signal would interrupt the driver.
+  if [ -n "$training" ] && [ "$is_asked" = 0 ]; then is_asked=1; kill -TERM "$training" 2>/dev/null || true; fi
 }
 warned() { num_signals=$((num_signals + 1)) is_requeued=1; save; }
 terminated() {
@@ -103,7 +103,7 @@ if [ "$num_signals" = 0 ]; then
   python launch.py train "$@" run.dir="$run_dir" &
   training="$!"
   # A signal ends the wait, the driver ends with its checkpoint; one that came before it had a number is passed on.
-  if [ "$num_signals" != 0 ] && [ "$is_asked" = 0 ]; then save; fi
+  if [ "$num_signals" != 0 ]; then save; fi
   seen=-1
   while [ "$seen" != "$num_signals" ]; do
     seen="$num_signals" status=0
