@@ -43,7 +43,7 @@ def train(config: Config, stop: StopSignal) -> dict[str, Any]:
             loading.join()
         say("reading the model's config, the data and the rewards")
         inputs = prepare(config)
-        collect_as_usual()
+        collect_as_usual(leave_out=False)
         with kept_if_begun(inputs.run_dir, inputs.is_continued):
             return _run(inputs, stop)
 

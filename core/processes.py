@@ -194,9 +194,13 @@ def collect_seldom() -> None:
     gc.set_threshold(*_LOADING_THRESHOLDS)
 
 
-def collect_as_usual() -> None:
-    """Ends what `collect_seldom` began; what is there by now is left out of all later collections."""
-    gc.freeze()
+def collect_as_usual(*, leave_out: bool = True) -> None:
+    """Ends what `collect_seldom` began; what is there by now is left out of all later collections.
+
+    The driver leaves nothing out: at its end libraries tell the user of what is not collected as of leaks.
+    """
+    if leave_out:
+        gc.freeze()
     gc.set_threshold(*_THRESHOLDS)
 
 
