@@ -280,6 +280,7 @@ def load_libraries() -> None:
     """Loads what reading a model's config and tokenizer needs, most of the time that `prepare` takes. What
     fails here fails there too, and is told there.
     """
+    # A thread's error would be a traceback; whatever it is, `prepare` meets it again and tells it.
     with contextlib.suppress(Exception):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 

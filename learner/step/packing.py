@@ -403,7 +403,7 @@ class TokenLogprobs:
     """
 
     def __init__(self, module: Any, layout: Layout, attention: str, shards: RowShards | None = None) -> None:
-        """With `shards`, a packed row is divided among ranks; every one of them gets all of its log-probs."""
+        """`shards` divides a packed row among ranks, each of which gets all of its log-probs."""
         if layout == "packed":
             _check_packable(module)
         self._module, self._shards = module, shards
