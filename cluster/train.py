@@ -10,6 +10,7 @@ from ray.exceptions import RayError
 
 from cluster.monitor.terminal import Terminal
 from cluster.preparation import placement
+from cluster.preparation.cards import check_cards
 from cluster.preparation.prepare import Inputs, check_start, load_libraries, locate_model, prepare
 from cluster.preparation.run_dir import kept_if_begun
 from cluster.preparation.surroundings import cluster_address
@@ -55,7 +56,9 @@ def _run(inputs: Inputs, stop: StopSignal) -> dict[str, Any]:
     say("starting the processes of the run")
     stop.raise_if_asked()
     asked = placement.bundles(config.actors, config.learner, models)
-    short = placement.check_for(config, asked, placement.ask_ray())
+    nodes = placement.ask_ray()
+    short = placement.check_for(config, asked, nodes)
+    check_cards(config, nodes)
     warnings = [*config.warnings(), *short]
     supervisor = _supervisor(inputs)
     try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from core.config.section import LEAST_SHARE
 from core.errors import RewardError
 from rewards.registry import read_name
 
@@ -55,6 +56,13 @@ class HostedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ):
             if not least <= value < 1e9:
                 raise ValueError(f"{field}={value:g}, expected at least {least:g}")
+        if self.num_gpus > 1:
+            raise ValueError(f"num_gpus={self.num_gpus:g}, expected at most 1: a reward model is on one GPU")
+        for field, share in (("num_cpus", self.num_cpus), ("num_gpus", self.num_gpus)):
+            if 0 < share < LEAST_SHARE:
+                raise ValueError(
+                    f"{field}={share:g}, expected 0 or at least {LEAST_SHARE:g}, which is what Ray counts in"
+                )
 
 
 def hosted_models(names: Iterable[str]) -> dict[str, HostedModel]:

@@ -49,7 +49,7 @@ def _dry_run(arguments: Namespace) -> int:
 
 
 def plan(arguments: Namespace) -> int:
-    """Tells what a run would take on given machines."""
+    """Tells what a run would take on given machines; exit code 1 when it does not fit there."""
     from cluster.plan.planning import make_plan
     from cluster.plan.report import render_plan
     from cluster.plan.workload import machines_of
@@ -59,8 +59,9 @@ def plan(arguments: Namespace) -> int:
     machines = machines_of(
         config, arguments.gpu, arguments.gpus_per_node, arguments.network, arguments.host_memory
     )
-    print(printable(render_plan(make_plan(config, machines, arguments.prompt_tokens, arguments.new_tokens))))
-    return 0
+    made = make_plan(config, machines, arguments.prompt_tokens, arguments.new_tokens)
+    print(printable(render_plan(made)))
+    return 1 if made.fit.problems else 0
 
 
 def doctor(arguments: Namespace) -> int:

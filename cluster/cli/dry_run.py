@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from actors.prompts import PromptSet
 from actors.sources import TRAIN_SPLIT, read_source
 from cluster.preparation import placement
+from cluster.preparation.cards import check_cards
 from cluster.preparation.prepare import (
     Checked,
     check_inputs,
@@ -57,6 +58,7 @@ def dry_run(config: Config) -> Iterator[str]:
         what = "this"
     # Its warnings are told above.
     placement.check_for(config, placement.bundles(config.actors, config.learner, models), place[1])
+    check_cards(config, place[1])
     yield f"a start would find nothing wrong with {what} before its engines load"
 
 

@@ -29,6 +29,8 @@ from core.metrics import METRICS
 Row = Mapping[str, float | None]
 QUEUE_ROWS = 1000
 GAUGE_PREFIX = "agro_"
+TOLD_TRACKIO = "trackio_step"
+"""In the run directory: the newest step that trackio has."""
 
 
 class Opened(NamedTuple):
@@ -78,18 +80,28 @@ class PrometheusBackend:
 
 
 class TrackioBackend:
-    """A run of trackio, which keeps it in files of its own; a run that goes on is resumed there."""
+    """A run of trackio, which keeps it in files of its own; a run that goes on is resumed there.
+
+    trackio takes nothing back, and a step that it has twice is two points of one curve. So it gets each step
+    once: what a learner does again since its checkpoint it has already.
+    """
 
     def __init__(self, opened: Opened) -> None:
         trackio = importlib.import_module("trackio")
         run = f"{opened.name}-{opened.run_dir.name}"
-        self._trackio = trackio
+        self._trackio, self._told = trackio, opened.run_dir / TOLD_TRACKIO
+        self._newest_step = int(self._told.read_text()) if self._told.is_file() else -1
         trackio.init(project=opened.project, name=run, config=dict(opened.config), resume="allow")
 
     def log(self, row: Row) -> None:
-        """Logs the known values at the row's step."""
+        """Logs the known values at the row's step, unless it had that step."""
+        step = int(row.get("progress/step") or 0)
+        if step <= self._newest_step:
+            return
         known = {name: value for name, value in row.items() if value is not None}
-        self._trackio.log(known, step=int(row.get("progress/step") or 0))
+        self._trackio.log(known, step=step)
+        self._newest_step = step
+        self._told.write_text(str(step))
 
     def close(self) -> None:
         """Ends the run."""

@@ -5,7 +5,9 @@ The learner's memory is that of cluster/preparation/memory.py, part by part.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.plan import parts
@@ -21,7 +23,8 @@ STORE_SHARE = 0.3
 
 @dataclass(frozen=True)
 class Fit:
-    """Bytes that are wanted, and what does not fit, in sentences with what to change.
+    """Bytes that are wanted; `problems` are why a run would not start, `hints` what would cost it time, in
+    sentences with what to change.
 
     learner_gpu, actor_gpu  of one card; the second is weights and the cache of all slots at average length
     rank_host, actor_host   of one process; rank 0 has a snapshot besides
@@ -36,6 +39,7 @@ class Fit:
     store: float
     network_per_step: float
     problems: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
 
 
 def fit_of(job: Workload, estimate: MemoryEstimate) -> Fit:
@@ -51,33 +55,41 @@ def fit_of(job: Workload, estimate: MemoryEstimate) -> Fit:
         rank_host=on_host(estimate.learner, job.learner_gpus),
         actor_host=on_host(estimate.actor, job.actor_gpus),
         store=KEEP * job.published_bytes,
-        network_per_step=job.pulling_nodes * job.published_bytes / job.publish_every,
+        network_per_step=_out_of_the_first_node(job),
     )
-    return Fit(**{**vars(found), "problems": tuple(_problems(job, found))})
+    return dataclasses.replace(found, problems=tuple(_problems(job, found)), hints=tuple(_hints(job, found)))
 
 
-def _problems(job: Workload, fit: Fit) -> list[str]:
-    machines, found = job.machines, []
+def _out_of_the_first_node(job: Workload) -> float:
+    """Returns the bytes a step that leave the learner's first node: a pull for each other node with actors,
+    or one broadcast, which these hand on.
+    """
+    times = min(1, len(job.nodes) - 1) if job.pushes else job.pulling_nodes
+    return times * job.travelling_bytes / job.publish_every
+
+
+def _problems(job: Workload, fit: Fit) -> Iterator[str]:
+    machines = job.machines
     if machines.device is not None:
-        has = machines.device.memory_bytes
-        if fit.learner_gpu > has * min(1.0, job.learner_gpus or 1.0):
-            found.append(
-                f"a learner rank wants {fit.learner_gpu / 1e9:.0f} GB of a card of {has / 1e9:.0f} GB. Raise learner.ranks, set "
-                "learner.gradient_checkpointing=true, lower learner.micro_batch_tokens, or set learner.offload=all."
-            )
-        found += engine_problems(job)
+        card, share = machines.device.memory_bytes, min(1.0, job.learner_gpus or 1.0)
+        part = f", {share:g} of which is its own" if share < 1 else ""
+        if fit.learner_gpu > card * share:
+            yield f"a learner rank wants {fit.learner_gpu / 1e9:.0f} GB of a card of {card / 1e9:.0f} GB{part}."
     host = fullest_host_bytes(job, fit)
     if host > machines.host_memory_bytes:
-        found.append(
+        yield (
             f"a node wants {host / 1e9:.0f} GB of host memory and has {machines.host_memory_bytes / 1e9:.0f} GB. Spread ranks "
             "and actors over more nodes, or take nodes with more memory."
         )
-    if fit.store > STORE_SHARE * machines.host_memory_bytes:
-        found.append(
+
+
+def _hints(job: Workload, fit: Fit) -> Iterator[str]:
+    yield from engine_problems(job)
+    if fit.store > STORE_SHARE * job.machines.host_memory_bytes:
+        yield (
             f"{KEEP} versions want {fit.store / 1e9:.0f} GB of Ray's object store, which by itself is "
             f"{STORE_SHARE:.0%} of the node's memory. Start Ray with --object-store-memory={math.ceil(fit.store * 1.2e-9) * 10**9}."
         )
-    return found
 
 
 def fullest_host_bytes(job: Workload, fit: Fit) -> float:

@@ -19,6 +19,10 @@ Engine, of k GPUs and m running sequences of c tokens each so far, v bytes of ke
     a step        Python + max((b P + m c v) / (k bandwidth share), m 2 P / (k peak share)) / kept^(log2 k)
     an answer     also its share of the prefill of its prompt, which its group shares
     an update     b P / k from shared memory to the card, while nothing is generated
+
+With `weights.full_every` what travels are the bytes that changed, which are looked for and put together
+again; with nccl and ipc learner and engines stand still while b P goes over the slowest link, or is copied
+within the card.
 """
 
 from __future__ import annotations
@@ -83,12 +87,14 @@ def num_passes(job: Workload) -> int:
 
 def compute_s(job: Workload, case: Case) -> float:
     """Returns the seconds of forward and backward passes of one step."""
-    work = job.busiest_tokens * num_passes(job)
     device = job.machines.device
     if device is None or not job.learner_gpus:
+        # A core's rate was measured of all tokens, with those that are shared counted for each sample.
+        work = job.samples * (job.prompt_tokens + job.new_tokens) * job.busiest_share * num_passes(job)
         speed = rates.cpu_train_tokens_per_s(job.shape.num_params) * 3 * rates.CPU_SPREAD[case]
         return work / (job.sequence_parallel * speed)
     peak = device.peak_flops * min(1.0, job.learner_gpus) * rates.TRAIN_SHARE.at(case)
+    work = job.busiest_tokens * num_passes(job)
     return work * flops_per_token(job) / (job.sequence_parallel * peak)
 
 
@@ -143,9 +149,13 @@ def learner_times(job: Workload, case: Case) -> LearnerTimes:
 
 
 def publish_times(job: Workload, case: Case) -> PublishTimes:
-    """Returns the seconds of one version from the learner to the actors, by snapshots."""
-    size, device = job.published_bytes, job.machines.device
+    """Returns the seconds of one version from the learner to the actors."""
+    if job.pushes:
+        return _push_times(job, case)
+    size, device, travels = job.published_bytes, job.machines.device, job.travelling_bytes
     hash_s = size / rates.HASH_BYTES_PER_S.at(case)
+    compare_s = size / rates.COMPARED_BYTES_PER_S.at(case) if job.full_every > 1 else 0.0
+    patch_s = size / rates.PATCHED_BYTES_PER_S.at(case) if job.full_every > 1 else 0.0
     stall_s = size / rates.STORE_BYTES_PER_S.at(case)
     pause_s = size / rates.PAGEABLE_BYTES_PER_S.at(case)
     if device is not None and job.learner_gpus:
@@ -158,9 +168,22 @@ def publish_times(job: Workload, case: Case) -> PublishTimes:
     pull_s = 0.0
     if away:
         network = job.machines.network_bytes_per_s
-        one_s = size / min(network, rates.PULL_BYTES_PER_S.at(case))
-        pull_s = max(one_s, away * size / min(network, rates.SERVED_BYTES_PER_S.at(case)))
-    return PublishTimes(stall_s, hash_s + size / rates.STORE_BYTES_PER_S.at(case), pull_s, hash_s, pause_s)
+        one_s = travels / min(network, rates.PULL_BYTES_PER_S.at(case))
+        pull_s = max(one_s, away * travels / min(network, rates.SERVED_BYTES_PER_S.at(case)))
+    background_s = hash_s + compare_s + travels / rates.STORE_BYTES_PER_S.at(case)
+    return PublishTimes(stall_s, background_s, pull_s, hash_s + patch_s, pause_s)
+
+
+def _push_times(job: Workload, case: Case) -> PublishTimes:
+    """Returns the seconds of one version that is pushed: learner and actors stand still for it."""
+    size, device = job.published_bytes, job.machines.device
+    assert device is not None  # Only GPUs push.
+    if job.pushes == "ipc":  # Within one card: read and written once.
+        pushed_s = 2 * size / (device.memory_bytes_per_s * rates.DECODE_BANDWIDTH.at(case))
+    else:
+        network = job.machines.network_bytes_per_s if len(job.nodes) > 1 else math.inf
+        pushed_s = size / (min(device.link_bytes_per_s, network) * rates.PUSH_SHARE.at(case))
+    return PublishTimes(gather_s(job, case) + pushed_s, 0.0, 0.0, 0.0, pushed_s)
 
 
 # --- engines ---
@@ -214,11 +237,14 @@ def actor_tokens_per_s(job: Workload, case: Case) -> float:
 
 
 def generation_s(job: Workload, case: Case) -> float:
-    """Returns the seconds in which all actors generate a step's samples, standstills for updates included."""
+    """Returns the seconds in which all actors generate a step's samples, with its share of evaluations and of
+    standstills for updates.
+    """
     speed = job.actors * actor_tokens_per_s(job, case)
     if not speed:
         return math.inf
-    return job.generated_tokens / speed + publish_times(job, case).pause_s / job.publish_every
+    tokens = job.generated_tokens + job.evaluated_tokens
+    return tokens / speed + publish_times(job, case).pause_s / job.publish_every
 
 
 def bound_s(job: Workload, case: Case) -> float:

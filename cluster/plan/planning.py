@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from cluster.plan import parts
+from cluster.plan import parts, rates
 from cluster.plan.fit import Fit, engine_problems, fit_of
 from cluster.plan.rates import CASES, Case
 from cluster.plan.shapes import experts_note
@@ -19,6 +23,8 @@ from core.errors import ConfigError
 SECONDS_AN_HOUR = 3600.0
 SPLIT_STEPS = 40
 """Steps at most for which another split is simulated."""
+MORE_RANKS = (2, 4, 8, 16, 32)
+"""Times the ranks of a config that are tried where its cards are too small."""
 NEARLY_EQUAL = 1.15
 """Generation and training whose times differ by less are called equal: the rates are not known better."""
 
@@ -57,16 +63,28 @@ class Plan:
 def speeds_of(job: Workload, case: Case) -> Speeds:
     """Returns how quick the parts of a simulation are."""
     publish = parts.publish_times(job, case)
+    evaluating = 1 + job.evaluated_tokens / job.generated_tokens
     return Speeds(
         actors=job.actors,
         slots=max(1, int(parts.running_slots(job))),
-        engine_step_s=lambda running: parts.engine_step_s(job, running, case),
+        engine_step_s=lambda running: evaluating * parts.engine_step_s(job, running, case),
         train_s=parts.learner_times(job, case).total_s,
         arrive_s=publish.until_used_s,
         pause_s=publish.pause_s,
         new_tokens=job.new_tokens,
         max_new_tokens=job.max_new_tokens,
+        cores=_cores_left(job, case),
     )
+
+
+def _cores_left(job: Workload, case: Case) -> float:
+    """Returns the cores that actors and ranks share where there are no GPUs: all but what the services take,
+    half at least.
+    """
+    if job.machines.device is not None:
+        return math.inf
+    services = job.samples * rates.CPU_SERVICE_S.at(case) / parts.bound_s(job, case)
+    return max(job.machines.cores / 2, job.machines.cores - services)
 
 
 def make_plan(
@@ -85,12 +103,13 @@ def make_plan(
     if parts.running_slots(job) < 1:
         raise ConfigError(f"nothing to plan: {engine_problems(job)[0]}")
 
-    def fit(dealt: Workload) -> Fit:
-        learner = config.learner.model_copy(update={"ranks": dealt.ranks})
-        tried = config.model_copy(update={"learner": learner})
-        return fit_of(dealt, estimate_memory(tried, job.shape))
+    def fit(dealt: Workload, **learner: Any) -> Fit:
+        changed = config.learner.model_copy(update={"ranks": dealt.ranks, **learner})
+        return fit_of(dealt, estimate_memory(config.model_copy(update={"learner": changed}), job.shape))
 
     def simulated_s(dealt: Workload) -> float:
+        if dealt is job and outcome.num_steps <= SPLIT_STEPS:
+            return outcome.step_s
         simulation = Simulation(config, speeds_of(dealt, "likely"), seed)
         try:
             return simulation.run(min(outcome.num_steps, SPLIT_STEPS)).step_s
@@ -98,8 +117,39 @@ def make_plan(
             return math.inf
 
     outcome = Simulation(config, speeds_of(job, "likely"), seed).run()
-    split = best_split(job, outcome.step_s, lambda dealt: not fit(dealt).problems, simulated_s)
-    return Plan(job, fit(job), outcome, split, tuple(notes))
+    now = _with_remedies(job, fit)
+
+    def fits(dealt: Workload) -> bool:
+        other = fit(dealt)
+        return not other.problems and len(other.hints) <= len(now.hints)
+
+    return Plan(job, now, outcome, best_split(job, simulated_s, fits), tuple(notes))
+
+
+def _with_remedies(job: Workload, fit: Callable[..., Fit]) -> Fit:
+    """Returns the job's fit; where a rank wants more than its card, with the settings that make it fit, each
+    by itself.
+    """
+    found = fit(job)
+    if not found.problems or "learner rank" not in found.problems[0]:
+        return found
+    tried: dict[str, Callable[[], Fit]] = {
+        "learner.gradient_checkpointing=true": lambda: fit(job, gradient_checkpointing=True),
+        "learner.offload=all": lambda: fit(dataclasses.replace(job, is_offloaded=True), offload="all"),
+    }
+    for factor in MORE_RANKS:
+        ranks = factor * job.ranks
+        tried[f"learner.ranks={ranks}"] = functools.partial(fit, job.dealt(ranks, job.actors))
+    typed = [setting for setting, of in tried.items() if not of().problems]
+    # Of the numbers of ranks the least is enough.
+    fewest = next((setting for setting in typed if "ranks" in setting), "")
+    remedies = [setting for setting in typed if "ranks" not in setting or setting == fewest]
+    remedy = (
+        f"Set {' or '.join(remedies)}."
+        if remedies
+        else "Take larger cards, a smaller model, or adapters (learner.lora_rank)."
+    )
+    return dataclasses.replace(found, problems=(f"{found.problems[0]} {remedy}", *found.problems[1:]))
 
 
 def ranges(plan: Plan) -> dict[str, dict[Case, float]]:

@@ -93,6 +93,16 @@ HASH_BYTES_PER_S = Rate(5e9, 10.5e9, 12e9, "xxh3 of a snapshot by one thread: 10
 STORE_BYTES_PER_S = Rate(1.4e9, 5.3e9, 8e9, "into Ray's object store: 1.4 GB/s measured on two cores")
 PULL_BYTES_PER_S = Rate(1.5e9, 2.0e9, 2.5e9, "one node's pull from another by Ray: an estimate")
 SERVED_BYTES_PER_S = Rate(2.1e9, 3.0e9, 3.2e9, "what all pulling nodes get together: an estimate")
+PUSH_SHARE = Rate(0.40, 0.60, 0.80, "of the slowest link by NCCL's broadcasts in buckets: an estimate")
+DELTA_SHARE = Rate(
+    0.05, 0.016, 0.01, "of a version's bytes that a step of 1e-6 changes in bfloat16: 1.6 % measured at 30M"
+)
+COMPARED_BYTES_PER_S = Rate(
+    0.4e9, 0.67e9, 2e9, "of a delta against what it is from: 0.67 GB/s measured on a CPU"
+)
+PATCHED_BYTES_PER_S = Rate(
+    1e9, 1.6e9, 4e9, "of a version put together from a delta: 1.6 GB/s measured on a CPU"
+)
 CHECKPOINT_BYTES_PER_S = Rate(0.5e9, 1.0e9, 2.0e9, "of a rank: hashing 1.2 GB/s measured, then the disk")
 ADAM_BYTES = 34.0
 """What AdamW reads and writes of a parameter: gradient 4, float32 weight, both moments twice 4 each, and the
@@ -103,12 +113,15 @@ ENGINE_RESERVE_BYTES = 3e9
 """What vLLM leaves for activations and CUDA graphs: an estimate."""
 
 CPU_TRAIN_TOKENS_PER_S = ((333_888, 13_790.0), (23_072_256, 450.0))
-CPU_DECODE_TOKENS_PER_S = ((333_888, 3_900.0), (134_515_008, 215.0))
+CPU_DECODE_TOKENS_PER_S = ((333_888, 10_900.0), (134_515_008, 215.0))
 """By parameters, one thread, where benchmarks/results/ has no file of it."""
 CPU_SAMPLE_S = Rate(
-    1.4e-3, 1.0e-3, 0.7e-3, "of a sample in the actor beside its tokens, measured on two cores"
+    0.40e-3, 0.25e-3, 0.20e-3, "of a sample in the actor beside its tokens: docs/performance.md"
 )
-GPU_SAMPLE_S = Rate(1.0e-3, 0.5e-3, 0.3e-3, "of a sample in the actor beside its tokens: half of a CPU's")
+CPU_SERVICE_S = Rate(
+    0.30e-3, 0.20e-3, 0.15e-3, "of a sample in buffer, board, driver, monitor and Ray: docs/performance.md"
+)
+GPU_SAMPLE_S = Rate(0.5e-3, 0.3e-3, 0.2e-3, "of a sample in the actor beside its tokens: about a CPU's")
 CPU_SPREAD = {"worst": 0.6, "likely": 1.0, "best": 1.2}
 """Of a CPU's rate, by case: cores differ, and others use them."""
 
@@ -126,9 +139,12 @@ def cpu_train_tokens_per_s(num_params: float) -> float:
 
 def cpu_decode_tokens_per_s(num_params: float) -> float:
     """Returns the tokens that one thread generates a second, with all slots in use."""
-    measured = _results("actors-cpu2").get("together", {}).get("actor_tokens_per_s")
+    row = _results("actors-cpu2").get("sums", {})
     small, large = CPU_DECODE_TOKENS_PER_S
-    return _between(((small[0], measured or small[1]), large), num_params)
+    rate = small[1]
+    if isinstance(row, dict) and row.get("bare_cpu_ms_a_sample", 0) > 0:
+        rate = 1e3 * row.get("tokens_a_sample", 0.0) / row["bare_cpu_ms_a_sample"] or rate
+    return _between(((small[0], rate), large), num_params)
 
 
 def _fastest(rows: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:

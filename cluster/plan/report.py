@@ -15,7 +15,7 @@ _GPU_RATES = ("TRAIN_SHARE", "DECODE_BANDWIDTH", "ENGINE_STEP_S", "EXPOSED", "ST
 
 
 def render_plan(plan: Plan) -> str:
-    """Returns the lines of a plan, its warnings last."""
+    """Returns the lines of a plan; what does not fit and its warnings come last."""
     lines = [
         "work",
         *_work(plan),
@@ -30,7 +30,8 @@ def render_plan(plan: Plan) -> str:
         "how sure",
         *_sure(plan.job),
     ]
-    return "\n".join(lines + [f"warning: {problem}" for problem in plan.fit.problems])
+    lines += [f"does not fit: {problem}" for problem in plan.fit.problems]
+    return "\n".join(lines + [f"warning: {hint}" for hint in plan.fit.hints])
 
 
 def _work(plan: Plan) -> Iterator[str]:
@@ -42,7 +43,7 @@ def _work(plan: Plan) -> Iterator[str]:
     )
     device = job.machines.device
     if device is None:
-        yield f"  {job.ranks} learner ranks and {job.actors} actors, a core each"
+        yield f"  {job.ranks} learner ranks and {job.actors} actors on {job.machines.cores:g} cores"
         return
     yield (
         f"  {job.ranks} learner ranks on {job.ranks * job.learner_gpus:g} and {job.actors} actors on "

@@ -7,7 +7,8 @@ only take their time. Pure, and the same for the same arguments.
     learner  takes a batch as soon as the buffer has one, trains for its time, publishes every few steps
     weights  reach all actors some seconds later; each stands still while it loads, and goes on with what it had begun
 
-Time jumps from event to event. Left out are evaluations, deaths, rewards that take long, and shards.
+Time jumps from event to event. Left out are deaths, rewards that take long, and shards; evaluations make the
+engines slower by their share of the tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ MIN_STEPS, WARM_SHARE = 12, 0.4
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
     """How quick the parts are, in seconds. `engine_step_s` gives those of an engine's step by its running
-    sequences; `train_s` holds what publishing takes of a step.
+    sequences; `train_s` holds what publishing takes of a step. Of more busy parts than `cores` each is slower
+    by as much.
     """
 
     actors: int
@@ -57,6 +59,7 @@ class Speeds:
     pause_s: float = 0.0
     new_tokens: float = 100.0
     max_new_tokens: int = 1024
+    cores: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,13 @@ class Simulation:
         )
         return self._waited_s + open_s
 
+    def _crowding(self) -> float:
+        """Returns how many times longer what begins now takes, by who is busy."""
+        if math.isinf(self._speeds.cores):
+            return 1.0
+        busy = self._is_training + sum(bool(actor.ends) for actor in self._actors)
+        return max(1.0, busy / self._speeds.cores)
+
     # --- actors ---
 
     def _advance(self, actor: _Actor) -> None:
@@ -244,7 +254,7 @@ class Simulation:
             heapq.heappush(actor.ends, (max(end, actor.tokens), self._number, group))
         actor.stamp += 1
         if actor.ends:
-            actor.step_s = self._step_s_of(len(actor.ends))
+            actor.step_s = self._step_s_of(len(actor.ends)) * self._crowding()
             left = max(0.0, actor.ends[0][0] - actor.tokens)
             stamp = actor.stamp
             self._at(
@@ -323,7 +333,7 @@ class Simulation:
             self._ages += [staleness(self._step, self._versions[group_id]) for group_id in chosen]
             self._is_training = True
             began_s = self._now_s
-            self._at(self._now_s + self._speeds.train_s, lambda: self._trained(began_s))
+            self._at(self._now_s + self._speeds.train_s * self._crowding(), lambda: self._trained(began_s))
         self._note_left()
         if self._replay.num_unconsumed < before:
             self._wake()

@@ -88,7 +88,7 @@ def main() -> None:
         print(
             f"{size.title}: trains {training_s:.1f} s, generates {generation_s:.1f} s; better: {plan.split}"
         )
-        print("\n".join(f"  {problem}" for problem in plan.fit.problems))
+        print("\n".join(f"  {problem}" for problem in (*plan.fit.problems, *plan.fit.hints)))
 
 
 if __name__ == "__main__":

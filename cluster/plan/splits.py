@@ -26,20 +26,17 @@ class Split(NamedTuple):
 
 
 def best_split(
-    job: Workload,
-    now_s: float,
-    fits: Callable[[Workload], bool],
-    simulated_s: Callable[[Workload], float],
+    job: Workload, simulated_s: Callable[[Workload], float], fits: Callable[[Workload], bool]
 ) -> Split | None:
     """Returns the quickest split of the job's GPUs that `fits`, None where none takes 5 % less than the
-    present one's `now_s`, or where learner and actors are not on GPUs of their own.
+    present one, or where learner and actors are not on GPUs of their own.
 
-    `simulated_s` gives the seconds of a step of a split. What the bounds of its parts forbid to be better is
-    not simulated.
+    `simulated_s` gives the seconds of a step of a split, the present one's too. What the bounds of its parts
+    forbid to be better is not simulated.
     """
     if job.machines.device is None or min(job.learner_gpus, job.actor_gpus) < 1:
         return None
-    most_s = WORTH * now_s
+    most_s = WORTH * simulated_s(job)
     found = [dealt for dealt in _deals(job) if _overlapped_s(dealt) <= most_s and fits(dealt)]
     tried = {
         (dealt.ranks, dealt.actors): dealt
@@ -52,13 +49,14 @@ def best_split(
 
 
 def _deals(job: Workload) -> Iterator[Workload]:
-    """Yields the other deals: no rank without a group, and an actor at least."""
+    """Yields the other deals on as many nodes: no rank without a group, and an actor at least."""
     for ranks in range(job.sequence_parallel, int(job.num_gpus), job.sequence_parallel):
         actors = math.floor((job.num_gpus - ranks * job.learner_gpus) / job.actor_gpus + 1e-9)
         if actors < 1 or ranks > job.groups * job.sequence_parallel:
             return
-        if (ranks, actors) != (job.ranks, job.actors):
-            yield job.dealt(ranks, actors)
+        dealt = job.dealt(ranks, actors)
+        if (ranks, actors) != (job.ranks, job.actors) and len(dealt.nodes) <= len(job.nodes):
+            yield dealt
 
 
 def _overlapped_s(job: Workload) -> float:

@@ -6,11 +6,13 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from cluster.plan.rates import DEVICES, Device
+from cluster.plan.rates import DELTA_SHARE, DEVICES, Device
 from cluster.plan.shapes import find_shape
 from cluster.preparation.memory import BYTES, ModelShape
+from cluster.preparation.placement import fitting
 from core.config import Config
 from core.errors import ConfigError
+from core.machine import available_cpus
 from learner.objectives import load_objective
 from learner.step.frozen import frozen_names
 
@@ -20,14 +22,15 @@ ASSUMED_PROMPT_SHARE, ASSUMED_ANSWER_SHARE = 0.3, 0.6
 
 @dataclass(frozen=True)
 class Machines:
-    """The nodes that a run is to go to. `device` None: without GPUs. The network is a node's, in bytes a
-    second.
+    """The nodes that a run is to go to. `device` None: without GPUs, on one node of `cores`. The network is a
+    node's, in bytes a second.
     """
 
     device: Device | None = None
     gpus_per_node: int = 8
     network_bytes_per_s: float = 50e9
     host_memory_bytes: float = 1e12
+    cores: float = math.inf
 
     def nodes_of(self, num_gpus: float) -> int:
         """Returns on how many nodes so many GPUs lie."""
@@ -35,7 +38,7 @@ class Machines:
 
     def per_node(self, gpus: float) -> int:
         """Returns how many processes with so many GPUs, above 0, lie on one node."""
-        return max(1, math.floor(self.gpus_per_node / gpus + 1e-9))
+        return max(1, fitting(self.gpus_per_node, gpus))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,8 @@ class Workload:
     learner_gpus, actor_gpus   of one rank, and of one engine; 0: a CPU
     generated_size     samples of a group that are generated; the others are offline
     num_scored                 frozen policies that give log-probs, as the reference does
+    pushes                     "nccl" or "ipc" where weights are not pulled
+    evaluated_tokens           tokens that evaluations generate, spread over the steps
     sequence_parallel          ranks that share each row of the learner
     """
 
@@ -74,6 +79,9 @@ class Workload:
     checkpoint_every: int = 0
     lora_rank: int = 0
     sends_adapters: bool = False
+    pushes: str = ""
+    full_every: int = 1
+    evaluated_tokens: float = 0.0
     sequence_parallel: int = 1
 
     @property
@@ -87,9 +95,29 @@ class Workload:
         return self.bytes_per_param * (self.trained_params if self.sends_adapters else self.shape.num_params)
 
     @property
+    def travelling_bytes(self) -> float:
+        """Returns the bytes of one version that are stored and pulled, on average over `full_every` of them.
+
+        After k steps since the last whole one a share of 1 - (1 - DELTA_SHARE)^k has changed; in float32 all
+        has.
+        """
+        if self.full_every == 1 or self.bytes_per_param == 4:
+            return self.published_bytes
+        kept = 1 - DELTA_SHARE.likely
+        shares = [1 - kept ** (number * self.publish_every) for number in range(1, self.full_every)]
+        return self.published_bytes * (1 + sum(shares)) / self.full_every
+
+    @property
     def num_gpus(self) -> float:
-        """Returns the GPUs of learner and actors together."""
-        return self.ranks * self.learner_gpus + self.actors * self.actor_gpus
+        """Returns the GPUs that learner and actors take: whole ones, since nobody else has what is left of
+        one.
+        """
+        whole = self.ranks * self.learner_gpus if self.learner_gpus == 1 else 0.0
+        part = self.learner_gpus if self.learner_gpus < 1 else 0.0
+        if not 0 < self.actor_gpus < 1:
+            return whole + math.ceil(part) + self.actors * self.actor_gpus
+        beside = fitting(1 - part, self.actor_gpus) if part else 0
+        return whole + math.ceil(part) + math.ceil(max(0, self.actors - beside) / fitting(1, self.actor_gpus))
 
     @property
     def samples(self) -> int:
@@ -114,8 +142,9 @@ class Workload:
         """
         if not self.shares_prompts:
             return self.samples * (self.prompt_tokens + self.new_tokens)
-        room = max(self.new_tokens, self.micro_batch_tokens - self.prompt_tokens)
-        passes = max(1, math.ceil(self.group_size * self.new_tokens / room - 1e-9))
+        # A pass is filled by samples that each count with their prompt, before these are put together.
+        held = max(1, math.floor(self.micro_batch_tokens / (self.prompt_tokens + self.new_tokens) + 1e-9))
+        passes = math.ceil(self.group_size / held)
         return self.groups * (passes * self.prompt_tokens + self.group_size * self.new_tokens)
 
     @property
@@ -126,10 +155,14 @@ class Workload:
         return self.group_size * (self.prompt_tokens + self.new_tokens) > self.micro_batch_tokens
 
     @property
+    def busiest_share(self) -> float:
+        """Returns the share of a step's groups that the ranks with most of them train: groups stay whole."""
+        return math.ceil(self.groups * self.sequence_parallel / self.ranks - 1e-9) / self.groups
+
+    @property
     def busiest_tokens(self) -> float:
-        """Returns the trained tokens of the ranks that share most groups: groups stay whole."""
-        most = math.ceil(self.groups * self.sequence_parallel / self.ranks - 1e-9)
-        return self.trained_tokens * most / self.groups
+        """Returns the trained tokens of the ranks that share most groups."""
+        return self.trained_tokens * self.busiest_share
 
     @property
     def nodes(self) -> list[tuple[int, int]]:
@@ -143,7 +176,7 @@ class Workload:
         while ranks or actors:
             here = min(ranks, self.machines.per_node(self.learner_gpus)) if ranks else 0
             left = self.machines.gpus_per_node - here * self.learner_gpus
-            room = math.floor(left / self.actor_gpus + 1e-9) if actors else 0
+            room = fitting(left, self.actor_gpus) if actors else 0
             there = min(actors, max(room, 0 if here else 1))
             ranks, actors = ranks - here, actors - there
             found.append((here, there))
@@ -206,7 +239,8 @@ def machines_of(
                 f"{key} to at most {gpus_per_node} (actors.tensor_parallel too), or take larger nodes."
             )
     device = DEVICES[(gpu or "h100").lower()] if uses_gpus else None
-    return Machines(device, gpus_per_node, network_gbit * 1e9 / 8, host_gib * 2**30)
+    cores = available_cpus() if device is None else math.inf
+    return Machines(device, gpus_per_node, network_gbit * 1e9 / 8, host_gib * 2**30, cores)
 
 
 def workload_of(
@@ -219,24 +253,8 @@ def workload_of(
     shape, source = find_shape(config)
     if config.is_offline:
         raise ConfigError("data.offline with offline_share = 1: nothing is generated, and no rate to plan.")
-    turns = config.actors.max_turns if config.environment_paths else 1
-    longest = turns * config.actors.max_new_tokens
-    prompt = _length("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens, ASSUMED_PROMPT_SHARE)
-    new = _length("--new-tokens", new_tokens, longest, ASSUMED_ANSWER_SHARE / turns)
-    notes = [f"{shape.num_params:,} parameters, by {source}"]
-    assumed = [
-        f"{option} {value:g}"
-        for option, value, given in (
-            ("--prompt-tokens", prompt, prompt_tokens),
-            ("--new-tokens", new, new_tokens),
-        )
-        if given is None
-    ]
-    if assumed:
-        notes.append(
-            f"assumed: {' '.join(assumed)} on average, {ASSUMED_PROMPT_SHARE:g} and {ASSUMED_ANSWER_SHARE:g} of the limits; "
-            "say what your data has"
-        )
+    prompt, new, longest, assumed = _lengths(config, prompt_tokens, new_tokens)
+    notes = [f"{shape.num_params:,} parameters, by {source}", *assumed]
     actors, learner = config.actors, config.learner
     job = Workload(
         shape=shape,
@@ -247,7 +265,7 @@ def workload_of(
         actors=actors.most or actors.fewest,
         actor_gpus=actors.num_gpus,
         slots=actors.slots,
-        gpu_memory_share=actors.gpu_memory_share if actors.num_gpus else 1.0,
+        gpu_memory_share=actors.gpu_memory_share,
         groups=learner.groups_per_step,
         group_size=actors.group_size,
         generated_size=actors.group_size - config.offline_samples,
@@ -259,15 +277,43 @@ def workload_of(
         num_scored=len(frozen_names(load_objective(config.objective))),
         is_recomputed=learner.gradient_checkpointing,
         is_offloaded=learner.offload == "all",
-        shares_prompts=learner.layout == "packed",
+        shares_prompts=learner.layout == "packed" and config.model.attention == "sdpa",
         uses=config.buffer.uses_per_group,
         publish_every=config.weights.publish_every,
         checkpoint_every=config.checkpoint.every,
         lora_rank=learner.lora_rank,
         sends_adapters=config.weights.transport == "adapters",
+        pushes="" if config.weights.is_pulled else config.weights.transport,
+        full_every=config.weights.full_every,
+        evaluated_tokens=sum(suite.rows * suite.samples / suite.every for suite in config.suites) * new,
         sequence_parallel=learner.sequence_parallel,
     )
     return job, notes
+
+
+def _lengths(
+    config: Config, prompt_tokens: float | None, new_tokens: float | None
+) -> tuple[float, float, int, list[str]]:
+    """Returns the tokens of a prompt and of an answer on average, the most of an answer, and a sentence on
+    what was assumed.
+    """
+    turns = config.actors.max_turns if config.environment_paths else 1
+    longest = turns * config.actors.max_new_tokens
+    prompt = _length("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens, ASSUMED_PROMPT_SHARE)
+    new = _length("--new-tokens", new_tokens, longest, ASSUMED_ANSWER_SHARE / turns)
+    assumed = [
+        f"{option} {value:g}"
+        for option, value, given in (
+            ("--prompt-tokens", prompt, prompt_tokens),
+            ("--new-tokens", new, new_tokens),
+        )
+        if given is None
+    ]
+    told = (
+        f"assumed: {' '.join(assumed)} on average, {ASSUMED_PROMPT_SHARE:g} and {ASSUMED_ANSWER_SHARE:g} of the limits; say "
+        "what your data has"
+    )
+    return prompt, new, longest, [told] * bool(assumed)
 
 
 def _length(option: str, given: float | None, limit: int, share: float) -> float:

@@ -9,6 +9,7 @@ from typing import Literal
 from cluster.preparation.surroundings import cluster_address
 from core.config import Config
 from core.errors import ConfigError
+from rewards.hosted import models_of
 
 FLASH_PACKAGES = ("flash_attn", "kernels")
 """What transformers takes flash_attention_2 from."""
@@ -41,6 +42,11 @@ def _check_kind(config: Config) -> None:
         raise ConfigError(
             f"{told}, but the packages that are installed are for CPUs. Set "
             f"{' '.join(f'{key}=0' for key, value in asked.items() if value)}, or make the set-up for GPUs: make setup KIND=gpu"
+        )
+    if kind == "cpu" and (hosted := [name for name, model in models_of(config).items() if model.num_gpus]):
+        raise ConfigError(
+            f"reward function {hosted[0]!r} asks for a GPU, but the packages that are installed are for CPUs. Write num_gpus=0, or "
+            "make the set-up for GPUs: make setup KIND=gpu"
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from actors.prompts import PromptRow, PromptSet
+from cluster.preparation.memory import BYTES, GIB
 from cluster.preparation.model_checks import rope_parameters
 from core.config import Config
 from core.config.checks import longest_sequence
@@ -61,6 +62,28 @@ def check_length(config: Config, found: Any, prompts: PromptSet) -> None:
         f"{longest_sequence(config)} are {asked} tokens, but {config.model.path} has positions for {limit[0]} ({limit[1]}). Lower it; the "
         f"longest prompt has {longest} tokens."
     )
+
+
+def check_cache(config: Config, found: Any) -> None:
+    """Raises ConfigError where a CPU engine's cache does not hold one sequence, which vLLM refuses when it
+    has loaded the model. `found` is the model's Hugging Face config, of which plain attention is judged
+    alone: windows, states and latent attention want less.
+    """
+    actors, text = config.actors, found.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    kinds = {*(getattr(text, "layer_types", None) or ("full_attention",))}
+    is_plain = kinds == {"full_attention"} and not getattr(text, "sliding_window", None)
+    if actors.num_gpus or not heads or not is_plain or getattr(text, "kv_lora_rank", None):
+        return
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    width = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+    wanted = 2 * text.num_hidden_layers * width * BYTES[config.model.dtype] * config.max_sequence_tokens
+    if wanted > actors.kv_cache_gib * GIB:
+        raise ConfigError(
+            f"actors.engine_memory = {actors.kv_cache_gib:g} GiB holds no sequence of {config.max_sequence_tokens} tokens "
+            f"({longest_sequence(config)}): {wanted / GIB:.3g} GiB. Set actors.engine_memory={1.1 * wanted / GIB:.2g} or more; "
+            f"all of actors.slots = {actors.slots} want {actors.slots * wanted / GIB:.2g}."
+        )
 
 
 def check_token_ids(config: Config, found: Any, tokenizer: Any, *prompt_sets: PromptSet) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from cluster.preparation.cards import own_card_memory
 from cluster.preparation.memory import GIB, MemoryEstimate, estimate_memory, host_bytes, render_memory
 from cluster.preparation.surroundings import cluster_address
 from core.config import ActorsConfig, Config, LearnerConfig
@@ -96,7 +97,7 @@ def check(placement: Placement, resources: Resources | Sequence[Resources]) -> l
         raise PlacementError(
             f"this run cannot be placed. It asks for {gang}; {has}; {why}.\n"
             "Add nodes, or lower learner.ranks, learner.num_cpus, learner.num_gpus, actors.num_cpus or "
-            "actors.num_gpus."
+            f"actors.num_gpus{' or what the reward models ask for' if models else ''}."
         )
     if num_actors < actor.count:
         asked = (
@@ -174,9 +175,23 @@ def _with_models(models: Sequence[Bundle]) -> str:
 def _capacity(node: Resources, bundle: Bundle) -> int:
     """Returns how many of the bundle the node holds; the tolerance is for sums of fractions such as 0.1."""
     fits = [
-        math.floor(node.get(key, 0) / amount + 1e-9) for key, amount in bundle.resources.items() if amount > 0
+        fitting(node.get(key, 0), amount) if key == "GPU" else math.floor(node.get(key, 0) / amount + 1e-9)
+        for key, amount in bundle.resources.items()
+        if amount > 0
     ]
     return min(fits, default=UNLIMITED)
+
+
+def fitting(gpus: float, each: float) -> int:
+    """Returns how many processes of `each` GPUs (above 0) a node with `gpus` free ones holds.
+
+    A fraction is of one GPU, as Ray has it: eight GPUs hold 24 processes of 0.3 and not 26. What is free of a
+    GPU that others have a part of is taken to be on one GPU.
+    """
+    whole = math.floor(gpus + 1e-9)
+    if each >= 1:
+        return math.floor(whole / each + 1e-9)
+    return whole * math.floor(1 / each + 1e-9) + math.floor((gpus - whole) / each + 1e-9)
 
 
 def _short_of(placement: Placement, nodes: Sequence[Resources]) -> str:
@@ -223,10 +238,12 @@ def this_machine(placement: Placement) -> dict[str, float]:
     import torch
 
     cpus = max(float(os.cpu_count() or 1), placement.total()["CPU"])
+    gpus = float(torch.cuda.device_count())
     return {
         "CPU": cpus,
-        "GPU": float(torch.cuda.device_count()),
+        "GPU": gpus,
         "memory": float(psutil.virtual_memory().total),
+        **(own_card_memory() if gpus else {}),
     }
 
 

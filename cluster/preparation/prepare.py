@@ -31,7 +31,7 @@ from cluster.monitor.wandb_writer import DEFAULT_PROJECT, WandbMode, mode_of, pr
 from cluster.preparation.environment_checks import Acted, check_environments, playable
 from cluster.preparation.installed import check_installed
 from cluster.preparation.model_checks import check_model, lora_notes
-from cluster.preparation.model_limits import check_length, check_token_ids
+from cluster.preparation.model_limits import check_cache, check_length, check_token_ids
 from cluster.preparation.model_weights import check_weights
 from cluster.preparation.placement import check_machine
 from cluster.preparation.run_dir import check_run_dir, open_run_dir
@@ -135,6 +135,7 @@ def check_inputs(config: Config) -> Checked:
     notes = [*notes, *suite_notes(config)]
     found = load_model_config(config.model)
     check_length(config, found, prompts)
+    check_cache(config, found)
     check_token_ids(config, found, tokenizer, prompts, *eval_prompts.values())
     prompts, eval_prompts = scorable(config, prompts), scorable_suites(config, eval_prompts)
     PromptStream.of(config, len(prompts), prompts.parts)  # Every shard has prompts.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from core.config.environments import all_paths
 from core.config.rewards import ENVIRONMENT
-from core.config.section import shown
+from core.config.section import LEAST_SHARE, shown
 from core.staleness import StalenessBound
 
 if TYPE_CHECKING:
@@ -222,6 +222,16 @@ def _band_can_be_held(config: Config) -> None:
 def _devices_fit(config: Config) -> None:
     actors, learner = config.actors, config.learner
     parallel = actors.tensor_parallel
+    for key, amount in (
+        ("actors.num_cpus", actors.num_cpus),
+        ("actors.num_gpus", actors.num_gpus),
+        ("learner.num_cpus", learner.reserved_cpus),
+        ("learner.num_gpus", learner.num_gpus),
+    ):
+        if 0 < amount < LEAST_SHARE:
+            raise ValueError(
+                f"{key} = {amount:g}: Ray gives no less than {LEAST_SHARE:g}. Set it to 0, or more."
+            )
     if actors.num_gpus > 1 and parallel == 1:
         raise ValueError(
             f"actors.num_gpus = {actors.num_gpus:g} with actors.tensor_parallel = 1: an engine that is not divided uses one "
@@ -239,6 +249,11 @@ def _devices_fit(config: Config) -> None:
             f"actors.engine_memory = {actors.engine_memory:g} with actors.num_gpus = {actors.num_gpus:g}: on a GPU it is a share "
             f"of the card's memory, not GiB, and above {own:g} it is taken from others. Set it to at most {own:g}, for example "
             f"{actors.model_copy(update={'engine_memory': None}).gpu_memory_share:g}, or raise actors.num_gpus."
+        )
+    if actors.num_gpus > 0 and actors.engine_memory == 1:
+        raise ValueError(
+            f"actors.engine_memory = 1 with actors.num_gpus = {actors.num_gpus:g}: CUDA itself takes some of a card, and vLLM "
+            "does not start where less is free than it may take. Set it to 0.95 or less."
         )
     if learner.num_gpus > 1:
         raise ValueError(
@@ -287,6 +302,11 @@ def _weights_can_travel(config: Config) -> None:
         )
     if config.weights.is_pulled:
         return
+    if config.weights.full_every > 1:
+        raise ValueError(
+            f"{name} with weights.full_every = {config.weights.full_every}: what is pushed is whole every "
+            "time. Set weights.full_every=1, or weights.transport=snapshot."
+        )
     if actors.num_gpus == 0 or learner.num_gpus == 0:
         raise ValueError(
             f"{name} goes from GPU to GPU, but actors.num_gpus = {actors.num_gpus:g} and learner.num_gpus = "
@@ -351,7 +371,19 @@ def warnings(config: Config) -> list[str]:
             "be told that are none. "
             "Raise run.timeout_s."
         )
-    warmup_steps, _ = config.learner.schedule
+    learner = config.learner
+    if (teams := learner.ranks // learner.sequence_parallel) > learner.groups_per_step:
+        found.append(
+            f"learner.ranks = {learner.ranks} with learner.groups_per_step = {learner.groups_per_step}: a group stays whole, so "
+            f"that {(teams - learner.groups_per_step) * learner.sequence_parallel} ranks have nothing to train. Raise "
+            "learner.groups_per_step, or lower learner.ranks."
+        )
+    if config.weights.full_every > 1 and config.model.dtype == "float32":
+        found.append(
+            f"weights.full_every = {config.weights.full_every} with model.dtype = float32: nearly every element changes in a "
+            "step, and what has changed travels as it would without. Set weights.full_every=1, or model.dtype=bfloat16."
+        )
+    warmup_steps, _ = learner.schedule
     if warmup_steps >= config.run.steps:
         found.append(
             f"learner.schedule warms up for {warmup_steps} steps >= run.steps = {config.run.steps}: the peak learning rate is "

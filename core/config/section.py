@@ -22,6 +22,8 @@ MAX_TOKENS = 2**27
 """Of a sequence, or a forward pass: ten times the longest context of any model."""
 MAX_PROCESSES = 10_000
 """Of one kind: more than any cluster runs of one job."""
+LEAST_SHARE = 1e-4
+"""Of a CPU or a GPU: Ray counts in these, and refuses less."""
 MAX_TIMEOUT_S = 2e6
 """23 days: what sockets and event loops take, whose limit is 2^31 ms."""
 

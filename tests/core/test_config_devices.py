@@ -55,3 +55,51 @@ def test_rows_that_cannot_be_shared_are_refused_with_a_remedy(
     with pytest.raises(ConfigError, match=r"learner\.sequence_parallel = \d") as refused:
         make_config(sections)
     assert [word for word in words if word not in str(refused.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        (
+            {"actors": {"num_gpus": 0.00001}},
+            ["actors.num_gpus = 1e-05", "no less than 0.0001", "Set it to 0"],
+        ),
+        ({"actors": {"num_cpus": 0.00001}}, ["actors.num_cpus = 1e-05"]),
+        ({"learner": {"num_gpus": 0.00001}}, ["learner.num_gpus = 1e-05"]),
+        ({"learner": {"num_cpus": 0.00001}}, ["learner.num_cpus = 1e-05"]),
+        (
+            {"actors": {"num_gpus": 1, "engine_memory": 1.0}},
+            ["actors.engine_memory = 1 with actors.num_gpus = 1", "Set it to 0.95 or less"],
+        ),
+        (
+            {
+                "actors": {"num_gpus": 1},
+                "learner": {"num_gpus": 1},
+                "weights": {"transport": "nccl", "full_every": 4},
+            },
+            ["weights.transport = nccl with weights.full_every = 4", "Set weights.full_every=1, or"],
+        ),
+    ],
+)
+def test_shares_that_cannot_be_and_deltas_that_are_not_are_refused(
+    sections: dict[str, dict[str, object]], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        make_config(sections)
+    assert [word for word in words if word not in str(refused.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"learner": {"ranks": 8, "groups_per_step": 4}}, "so that 4 ranks have nothing to train"),
+        ({"learner": {"ranks": 8, "groups_per_step": 4, "sequence_parallel": 2}}, ""),
+        ({"weights": {"full_every": 4}}, "weights.full_every = 4 with model.dtype = float32"),
+        ({"weights": {"full_every": 4}, "model": {"dtype": "bfloat16"}}, ""),
+    ],
+)
+def test_what_costs_and_brings_nothing_is_told(sections: dict[str, dict[str, object]], told: str) -> None:
+    config = make_config({"buffer": {"capacity": 64}}, **sections)
+    found = [text for text in config.warnings() if "groups_per_step" in text or "full_every" in text]
+    assert len(found) == bool(told)
+    assert told in "".join(found)

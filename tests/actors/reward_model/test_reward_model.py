@@ -130,6 +130,8 @@ def test_names_are_read_with_their_parameters(tmp_path: Path) -> None:
         ("reward_model", "names no model"),
         ("reward_model:x?gpus=1", "its parameters are num_cpus, num_gpus"),
         ("reward_model:x?batch=0", "batch=0, expected at least 1"),
+        ("reward_model:x?num_gpus=2", "num_gpus=2, expected at most 1"),
+        ("reward_model:x?num_cpus=0.00001", "num_cpus=1e-05, expected 0 or at least 0.0001"),
     ):
         with pytest.raises(RewardError, match=words):
             hosted_models([wrong])

@@ -141,6 +141,11 @@ def test_trackio_gets_a_run_that_goes_on(opened: Opened, monkeypatch: pytest.Mon
     name = f"unit-{opened.run_dir.name}"
     expected = {"project": "project", "name": name, "config": {"a": 1}, "resume": "allow"}
     assert calls == [("init", expected), ("log", {"progress/step": 7, "reward/mean": 0.5}, 7), ("finish",)]
+    again = Backends(("trackio",), opened)  # From a checkpoint before.
+    for step in (6, 7, 8):
+        again.log({"progress/step": step})
+    assert again.close(60.0)
+    assert [call[2] for call in calls if call[0] == "log"] == [7, 8]
 
 
 def test_what_is_not_installed_is_refused_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

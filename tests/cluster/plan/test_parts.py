@@ -51,8 +51,8 @@ def always(value: float) -> Rate:
 def test_tokens_are_those_of_the_batch_with_its_prompts_once_where_a_pass_holds_the_group() -> None:
     assert make_job().trained_tokens == 64 * 8 * 900
     assert make_job(shares_prompts=True).trained_tokens == 64 * (300 + 8 * 600)
-    # 4,800 tokens of answers need three passes of 2,000 beside the prompt.
-    assert make_job(shares_prompts=True, micro_batch_tokens=2300).trained_tokens == 64 * (3 * 300 + 8 * 600)
+    # Two samples of 900 tokens fill a pass of 2,300, for each counts with its prompt.
+    assert make_job(shares_prompts=True, micro_batch_tokens=2300).trained_tokens == 64 * (4 * 300 + 8 * 600)
     assert make_job(uses=2).generated_tokens == 64 * 8 * 600 / 2
 
 
@@ -161,6 +161,52 @@ def test_a_version_is_copied_hashed_stored_pulled_and_loaded() -> None:
     assert parts.publish_times(make_job(), "likely").pull_s == 8.0  # One other node.
     assert 40 < parts.publish_times(make_job(actors=64), "likely").pull_s < 60  # Eight others.
     assert parts.publish_times(make_job(ranks=4, actors=2, actor_gpus=2), "best").pause_s == 1.0
+
+
+def test_what_is_pushed_stops_learner_and_engines_for_as_long() -> None:
+    near = parts.publish_times(make_job(ranks=4, actors=4, pushes="nccl"), "likely")
+    assert near.pause_s == pytest.approx(16e9 / (450e9 * rates.PUSH_SHARE.likely))
+    assert near.stall_s == near.pause_s + parts.gather_s(make_job(ranks=4), "likely")
+    assert (near.background_s, near.pull_s, near.verify_s) == (0, 0, 0)
+    far = parts.publish_times(make_job(pushes="nccl"), "likely")
+    assert far.pause_s == pytest.approx(16e9 / (50e9 * rates.PUSH_SHARE.likely))
+    within = make_job(ranks=1, actors=1, learner_gpus=0.5, actor_gpus=0.5, pushes="ipc")
+    assert parts.publish_times(within, "likely").stall_s == pytest.approx(2 * 16e9 / (3.35e12 * 0.7))
+
+
+def test_of_versions_that_change_little_little_travels() -> None:
+    whole, changed = make_job(actors=64), make_job(actors=64, full_every=8)
+    kept = 1 - rates.DELTA_SHARE.likely
+    share = (1 + sum(1 - kept**steps for steps in range(1, 8))) / 8
+    assert 0.15 < share < 0.25  # docs/performance.md: 12.9 of 63 MB.
+    assert changed.travelling_bytes == pytest.approx(share * 16e9)
+    before, after = (parts.publish_times(job, "likely") for job in (whole, changed))
+    assert after.pull_s == pytest.approx(share * before.pull_s)
+    assert after.background_s > before.background_s  # Every byte is compared.
+    assert (after.stall_s, after.pause_s) == (before.stall_s, before.pause_s)
+    assert make_job(full_every=8, bytes_per_param=4).travelling_bytes == 32e9
+
+
+def test_evaluations_are_generated_too() -> None:
+    evaluating = make_job(evaluated_tokens=64 * 8 * 600, publish_every=10**9)
+    plain = make_job(publish_every=10**9)
+    assert parts.generation_s(evaluating, "likely") == pytest.approx(2 * parts.generation_s(plain, "likely"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "cards"),
+    [
+        ({}, 16),
+        ({"actor_gpus": 0.3}, 8 + 3),  # Three on a card.
+        ({"ranks": 1, "learner_gpus": 0.5, "actors": 1, "actor_gpus": 0.5}, 1),
+        ({"ranks": 1, "learner_gpus": 0.5, "actors": 3, "actor_gpus": 0.4}, 1 + 1),
+        ({"ranks": 1, "learner_gpus": 0.25, "actors": 1, "actor_gpus": 0}, 1),
+        ({"ranks": 1, "learner_gpus": 0, "actors": 2, "actor_gpus": 4}, 8),
+        ({"ranks": 3, "learner_gpus": 0, "actors": 3, "actor_gpus": 0.6}, 3),
+    ],
+)
+def test_cards_are_paid_for_as_a_whole(changes: dict[str, Any], cards: int) -> None:
+    assert make_job(**changes).num_gpus == cards
 
 
 def test_background_that_outlasts_the_steps_between_two_versions_is_waited_for() -> None:

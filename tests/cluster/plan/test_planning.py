@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cluster.plan.rates import DEVICES
 from cluster.plan.report import render_plan
 from cluster.plan.shapes import KNOWN, Known
 from cluster.plan.simulation import Simulation
-from cluster.plan.splits import Split, best_split
+from cluster.plan.splits import Split, _deals, best_split
 from cluster.plan.workload import Machines, Workload, machines_of, workload_of
 from cluster.preparation.memory import ModelShape, estimate_memory, shape_of
 from core.config import Config, LearnerConfig, ModelConfig
@@ -62,6 +63,24 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "2 learner ranks on 2 and 2 actors on 2 x H200 SXM, 1 nodes" in text
     assert "assumed: --prompt-tokens 307 on average" in text
+
+
+def test_a_learner_that_no_card_holds_is_told_what_to_type_and_the_exit_code_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = ["plan", LLAMA, "learner.ranks=1", "actors.count=1", "run.steps=1"]
+    line += ["--prompt-tokens", "300", "--new-tokens", "600"]
+    arguments = parser().parse_args(line)
+    assert arguments.run(arguments) == 1
+    (told,) = (text for text in capsys.readouterr().out.splitlines() if text.startswith("does not fit"))
+    assert "a learner rank wants 1" in told
+    typed = re.findall(r"learner\.\w+=\w+", told)
+    assert "learner.offload=all" in typed
+    assert any(setting.startswith("learner.ranks=") for setting in typed)
+    for setting in typed:
+        config = config_of("learner.ranks=1", "actors.count=1", setting)
+        job, _ = workload_of(config, h100s(), **LENGTHS)
+        assert fit_of(job, estimate_memory(config, job.shape)).problems == ()
 
 
 def test_few_actors_are_the_bottleneck_and_get_more_gpus() -> None:
@@ -157,17 +176,18 @@ def four_and_four() -> Workload:
     return workload_of(config_of("learner.ranks=4", "actors.count=4"), h100s(), **LENGTHS)[0]
 
 
-def problems_of(config: Config, machines: Machines) -> tuple[str, ...]:
+def told_of(config: Config, machines: Machines) -> tuple[str, ...]:
     job, _ = workload_of(config, machines, **LENGTHS)
-    return fit_of(job, estimate_memory(config, job.shape)).problems
+    fit = fit_of(job, estimate_memory(config, job.shape))
+    return (*fit.problems, *fit.hints)
 
 
 def test_what_does_not_fit_is_told_with_numbers() -> None:
-    found = problems_of(config_of("learner.ranks=1", "actors.slots=4096"), h100s())
+    found = told_of(config_of("learner.ranks=1", "actors.slots=4096"), h100s())
     assert any("a learner rank wants 1" in problem and "of a card of 80 GB" in problem for problem in found)
     assert any("of actors.slots = 4096" in problem for problem in found)
     small = Machines(DEVICES["h100"], host_memory_bytes=64e9)
-    found = problems_of(config_of(), small)
+    found = told_of(config_of(), small)
     assert any("--object-store-memory=" in problem for problem in found)
 
 
@@ -210,7 +230,7 @@ def test_host_memory_is_checked_without_gpus_too(overrides: tuple[str, ...]) -> 
     config = config_of(*overrides, "learner.ranks=4", "actors.engine_memory=0.5")
     on_gpus = config.actors.num_gpus > 0
     machines = Machines(DEVICES["h100"] if on_gpus else None, host_memory_bytes=256 * 2**30)
-    assert any("GB of host memory and has 275 GB" in problem for problem in problems_of(config, machines))
+    assert any("GB of host memory and has 275 GB" in problem for problem in told_of(config, machines))
 
 
 @pytest.mark.parametrize(
@@ -241,17 +261,46 @@ def test_a_split_is_better_if_its_simulation_is() -> None:
 
     def simulated_s(dealt: Workload) -> float:
         simulated.append((dealt.ranks, dealt.actors))
-        return 50.0 - dealt.ranks
+        return 50.0 - dealt.ranks if len(simulated) > 1 else 60.0
 
-    best = best_split(job, 60.0, lambda dealt: True, simulated_s)
-    assert 2 <= len(set(simulated)) == len(simulated) <= 4
-    assert (4, 4) not in simulated
+    best = best_split(job, simulated_s, lambda dealt: True)
+    assert 3 <= len(set(simulated)) == len(simulated) <= 5
+    assert simulated[0] == (4, 4)
     most = max(ranks for ranks, _ in simulated)
     assert best == Split(most, 8 - most, 50.0 - most)
     simulated.clear()
-    # A step that takes as long as the slower part does needs no simulation.
-    assert best_split(job, 1.0, lambda dealt: True, simulated_s) is None
-    assert not simulated
+    # A step that takes as long as the slower part does needs no further simulation.
+    assert best_split(job, lambda dealt: simulated_s(dealt) / 50, lambda dealt: True) is None
+    assert simulated == [(4, 4)]
+
+
+def test_a_split_takes_no_more_nodes() -> None:
+    job = dataclasses.replace(four_and_four(), ranks=16, actors=2, actor_gpus=4)
+    deals = [*_deals(job)]
+    assert {len(dealt.nodes) for dealt in deals} == {3}
+    assert job.num_gpus == 24
+    assert (13, 2) in {(dealt.ranks, dealt.actors) for dealt in deals}
+    # Ranks fill two nodes and five cards of the third: of eight cards, three are left, for no engine of four.
+    assert all(dealt.actors < 2 for dealt in deals if dealt.ranks > 20)
+
+
+def test_prompts_are_shared_by_one_attention_alone() -> None:
+    jobs = [
+        workload_of(config_of(f"model.attention={name}"), h100s(), **LENGTHS)[0] for name in ("sdpa", "eager")
+    ]
+    assert [job.shares_prompts for job in jobs] == [True, False]
+    assert jobs[1].trained_tokens == 64 * 8 * 900
+
+
+def test_evaluations_and_pushes_are_in_the_work() -> None:
+    more = ["data.eval_rows=500", "eval.every=100", "eval.sampling=[4, 1.0]", "weights.transport=nccl"]
+    job, _ = workload_of(config_of(*more), h100s(), **LENGTHS)
+    assert job.evaluated_tokens == 500 * 4 / 100 * 600
+    assert job.pushes == "nccl"
+    speeds = [
+        speeds_of(dataclasses.replace(job, evaluated_tokens=tokens), "likely") for tokens in (0.0, 307_200.0)
+    ]
+    assert speeds[1].engine_step_s(8) == pytest.approx(2 * speeds[0].engine_step_s(8))
 
 
 def test_a_synchronous_run_is_told_a_split_with_its_real_time() -> None:

@@ -103,6 +103,15 @@ def test_twice_the_actors_halve_a_step_until_the_learner_is_the_slower() -> None
     assert two.step_s == pytest.approx(one.step_s / 2, rel=0.05)
 
 
+def test_of_more_busy_parts_than_cores_each_is_slower() -> None:
+    slow = dataclasses.replace(SPEEDS, train_s=1e-6, cores=2.0)  # Four actors on two cores.
+    free = dataclasses.replace(slow, cores=math.inf)
+    crowded, alone = (Simulation(make_config(buffer=ROOMY), speeds).run(200) for speeds in (slow, free))
+    assert crowded.step_s == pytest.approx(2 * alone.step_s, rel=0.15)
+    waiting = dataclasses.replace(SPEEDS, train_s=100.0, cores=1.0)  # Actors wait most of the time.
+    assert Simulation(make_config(), waiting).run(40).step_s < 1.3 * 100.0
+
+
 @pytest.mark.parametrize("sampler", ["uniform", "fresh", "oldest", "priority", "stratified"])
 @pytest.mark.parametrize("publish_every", [1, 4])
 def test_no_batch_is_older_than_the_bound(sampler: str, publish_every: int) -> None:

@@ -194,6 +194,41 @@ def resources(group: dict[str, Any]) -> dict[str, float]:
     return {"CPU": float(asked["cpu"]), "GPU": float(asked["nvidia.com/gpu"])}
 
 
+def test_rays_autoscaler_reads_the_groups_as_we_do(manifests: list[dict[str, Any]]) -> None:
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    spec = manifests[1]["spec"]["rayClusterSpec"]
+    metadata = {"name": "agro-8b", "namespace": "default"}
+    read = _derive_autoscaling_config_from_ray_cr({"metadata": metadata, "spec": spec})
+    kinds = read["available_node_types"]
+    for group in spec["workerGroupSpecs"]:
+        kind = kinds[group["groupName"]]
+        assert {key: kind["resources"][key] for key in ("CPU", "GPU")} == resources(group)
+        assert (kind["min_workers"], kind["max_workers"]) == (group["minReplicas"], group["maxReplicas"])
+    (head,) = (kind for name, kind in kinds.items() if name not in ("learner", "actors"))
+    assert head["resources"]["CPU"] == 0  # Neither a rank nor an actor fits there.
+    assert read["idle_timeout_minutes"] == 5
+
+
+def test_the_manifest_keeps_the_rules_of_kuberays_operator(manifests: list[dict[str, Any]]) -> None:
+    """Those of its types are above; these its operator looks at before it makes a cluster (as of 1.6)."""
+    job = manifests[1]
+    spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", job["metadata"]["name"])
+    assert spec["ttlSecondsAfterFinished"] == 0 or spec["shutdownAfterJobFinishes"]
+    assert spec["backoffLimit"] == 0 or spec["submissionMode"] != "InteractiveMode"
+    assert isinstance(yaml.safe_load(spec["runtimeEnvYAML"]), dict)
+    assert tuple(map(int, cluster["rayVersion"].split("."))) >= (2, 52, 0)  # For a token.
+    for group in cluster["workerGroupSpecs"]:
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert "restartPolicy" not in group["template"]["spec"]  # Its autoscaler wants Never, or none.
+        assert "labels" not in group["rayStartParams"]
+        (container,) = group["template"]["spec"]["containers"]
+        limits, requests = (container["resources"].get(kind, {}) for kind in ("limits", "requests"))
+        assert limits.get("nvidia.com/gpu") == requests.get("nvidia.com/gpu")  # Kubernetes shares no GPU.
+
+
 # --- the image ---
 
 

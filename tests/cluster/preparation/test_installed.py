@@ -44,6 +44,15 @@ def test_gpus_are_not_asked_of_packages_for_cpus(install):
         check_installed(make_config({"learner": GPU}))
 
 
+def test_a_reward_model_is_asked_of_no_gpu_either(install):
+    install("cpu")
+    config = make_config({"rewards": {"functions": {"reward_model:judge?num_gpus=1": 1.0}}})
+    with pytest.raises(
+        ConfigError, match=r"'reward_model:judge\?num_gpus=1' asks for a GPU, .*num_gpus=0, or"
+    ):
+        check_installed(config)
+
+
 def test_flash_attention_that_is_not_installed_is_refused(install, monkeypatch):
     install("gpu")
     config = make_config(

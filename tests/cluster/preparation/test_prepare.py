@@ -114,6 +114,10 @@ FAULTS = [
     (["learner.ranks=9000"], ["learner.ranks = 9000"]),
     (["actors.engine_memory=5000"], ["actors.engine_memory = 5000"]),
     (
+        ["actors.engine_memory=1e-5"],
+        ["1e-05 GiB holds no sequence of 12 tokens", "Set actors.engine_memory="],
+    ),
+    (
         ["buffer.max_staleness=0", "weights.publish_every=3"],
         ["at step 1 every group is too old", "at step 3 only"],
     ),
