@@ -26,6 +26,7 @@ from typing import Any
 
 from actors.messages import clean_messages
 from core.errors import DataError
+from core.newest import Newest
 from core.tokenizer import Detokenizer, closing_ids, is_mistral, text_prefix, tokenise, with_prefix
 from environments import ToolCall
 from environments.tool_calls import FORMS, Said, call_id, call_of, read_calls
@@ -38,6 +39,10 @@ _REMEDY = (
     "Put a template that only appends (chat_template.jinja) into the model's directory, use another model, or "
     "set data.chat_template=false to write the conversation as plain text"
 )
+KNOWN = 256
+"""So many beginnings and continuations are kept, the newest: the samples of a group begin with the same words
+and are often answered the same, and a template takes longer to write them than an engine a token.
+"""
 _KEPT = "the policy goes on from what it was shown and what it sampled, and is trained on that"
 
 
@@ -73,6 +78,8 @@ class Dialogue:
         names = sorted((str(tokenizer.convert_ids_to_tokens(end)) for end in self._ends), key=len)
         self._end = re.compile("|".join(map(re.escape, reversed(names))) or r"(?!)")
         self._detokenizer = Detokenizer(tokenizer, sorted(self._ends))
+        self._firsts: Newest[tuple[int, ...]] = Newest(KNOWN)
+        self._continuations: Newest[tuple[int, ...]] = Newest(KNOWN)
         self._has_tool_role, self._form, self._opening = True, None, ""
         if self._tools and chat_template and not is_mistral(tokenizer):
             self._has_tool_role = self._shows(_message("tool", _SHOWN))
@@ -92,6 +99,9 @@ class Dialogue:
         `observation`, what an environment shows first, is appended to the last message of the user as it is
         (TRL's way), or becomes one. Raises DataError where the template does not take the messages.
         """
+        key = repr((messages, observation))
+        if (known := self._firsts.get(key)) is not None:
+            return known
         shown = clean_messages([dict(message) for message in messages])
         if observation and shown and shown[-1]["role"] == "user":
             shown[-1] = {**shown[-1], "content": shown[-1]["content"] + observation}
@@ -99,7 +109,8 @@ class Dialogue:
             shown.append({"role": "user", "content": observation})
         if not shown:
             raise DataError("there is no message and no observation to begin a conversation with.")
-        return self._tokens(shown)
+        self._firsts[key] = found = self._tokens(shown)
+        return found
 
     def continuation(self, messages: Sequence[Message], *, ended: bool = True) -> tuple[int, ...]:
         """Returns the tokens that follow an answer's end token when these messages come next, up to where the
@@ -108,12 +119,14 @@ class Dialogue:
         `ended` False: the answer has no end token (a stop string ended it), so the tokens begin with the
         closing. Raises DataError where the template does not take the messages.
         """
-        shown = clean_messages([dict(message) for message in messages])
-        if not shown:
-            raise DataError("no message follows the answer: an observation is needed to go on.")
-        if not self._has_tool_role:
-            shown = _as_user(shown)
-        found = self._after_answer(shown)
+        key = repr(messages)
+        if (found := self._continuations.get(key)) is None:
+            shown = clean_messages([dict(message) for message in messages])
+            if not shown:
+                raise DataError("no message follows the answer: an observation is needed to go on.")
+            if not self._has_tool_role:
+                shown = _as_user(shown)
+            self._continuations[key] = found = self._after_answer(shown)
         return found if ended else (*self._closing, *found)
 
     def read(self, text: str, tokens: Sequence[int] = ()) -> Said:

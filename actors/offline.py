@@ -289,6 +289,8 @@ def choose_samples(row: PromptRow, count: int, seed: int) -> list[Sample]:
 
     They come without log-probs and versions, with the reward they were given or None.
     """
+    if not row.offline:
+        return []  # Most rows have none, and a generator takes longer to make than a group.
     keys = np.random.PCG64([seed, len(row.offline)]).random_raw(len(row.offline))
     return [row.offline[index] for index in np.argsort(keys, kind="stable")[:count]]
 

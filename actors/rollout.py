@@ -250,6 +250,14 @@ class RolloutActor(Heartbeat):
             if unstarted := [self._work.popleft().ordinal for _ in range(len(self._work))]:
                 self._outbox.deliver(self._buffer.give_back(self._name, unstarted), unstarted)
             return
+        is_held_up = self._follower.update is not None or self._scoring.is_full
+        while self._work and self._groups.has_room and not is_held_up:
+            item = self._work.popleft()
+            prompt = self._prompts[item.prompt_index]
+            offline = choose_samples(prompt, self._config.offline_samples, item.seed)
+            missing: list[Sample | None] = [None] * (actors.group_size - len(offline))
+            self._groups.start(OpenGroup(item, prompt, missing, offline, actors.temperature))
+        # After these were started: what is leased now arrives beside the next step, and fills what it frees.
         reserve = max(1, actors.slots // (2 * actors.group_size))
         if self._may_lease() and len(self._work) < reserve:
             self._leasing_version = self._engine.version
@@ -258,13 +266,6 @@ class RolloutActor(Heartbeat):
                 self._name, reserve, POLL_S, self._leasing_version, sorted(self._holding)
             )
             self._lease = self._calls.start(call, POLL_S + self._config.run.timeout_s)
-        is_held_up = self._follower.update is not None or self._scoring.is_full
-        while self._work and self._groups.has_room and not is_held_up:
-            item = self._work.popleft()
-            prompt = self._prompts[item.prompt_index]
-            offline = choose_samples(prompt, self._config.offline_samples, item.seed)
-            missing: list[Sample | None] = [None] * (actors.group_size - len(offline))
-            self._groups.start(OpenGroup(item, prompt, missing, offline, actors.temperature))
 
     def _may_lease(self) -> bool:
         if (

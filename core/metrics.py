@@ -65,7 +65,7 @@ METRICS: dict[str, str] = {
     "more memory than it may.",
     "reward/queue_s": "Mean time that groups waited for a reward worker, of those taken up since the row before.",
     "reward/busy_share": "Share of time in which reward workers had something to do, of all that may run "
-    "(`rewards.workers`).",
+    "(`rewards.workers`); of the actors' own time, where no function needs a worker.",
     "reward/wait_s": "Time so far that actors had nothing to generate and waited for rewards, all together.",
     "reward/zero_std_fraction": "Share of the groups whose rewards are all equal: no reward signal, only the "
     "KL pull.",

@@ -131,6 +131,8 @@ class Nursery:
         self._ready_deadline_s: float | None = None
         self._broken, self._retry_s, self._mark = "", 0.0, ""
         self._processes: dict[int, PlaceProcess] = {}
+        # Of those, by number, the ones that play nothing and may; not of an asynchronous environment.
+        self._resting: dict[int, PlaceProcess] = {}
 
     @property
     def is_awaited(self) -> bool:
@@ -318,6 +320,8 @@ class Nursery:
                 _log.warning("environment %s leaves threads behind when an episode ends", self._shown)
             if process.is_retired and not process.playing:
                 self._kill(process)
+            elif not (process.is_killed or self._spec.is_async):
+                self._resting[process.number] = process
         elif playing.question is not None and reply.turn is not None:
             self._tool_errors.count(len(playing.question.calls), reply.turn)
             playing.answer(reply.turn)
@@ -360,6 +364,7 @@ class Nursery:
         """Has the process killed; it is buried when its template says how it ended."""
         if not process.is_killed:
             process.is_killed, process.late = True, late
+            self._resting.pop(process.number, None)
             self._order(PlaceOrder("kill", process.number))
 
     def _bury(self, process: PlaceProcess, report: TemplateReport) -> None:
@@ -384,6 +389,7 @@ class Nursery:
     def _forget(self, process: PlaceProcess, kind: FailureKind, why: str) -> None:
         """Fails the episodes of a process that is no more."""
         del self._processes[process.number]
+        self._resting.pop(process.number, None)
         with contextlib.suppress(KeyError, ValueError):  # Its socket was closed by the other side before.
             self._selector.unregister(process.channel.socket)
         process.channel.close()
@@ -424,18 +430,11 @@ class Nursery:
     # --- Sockets and clocks ---
 
     def _free_process(self) -> PlaceProcess:
-        """Returns a process with room for an episode, the emptiest that there is, or a new one."""
-        free = [
-            process
-            for process in self._processes.values()
-            if not process.is_killed
-            and not process.is_retired
-            and len(process.playing) < self._room
-            # Until it has given up what it was to, its event loop may be blocked.
-            and not any(playing.is_cancelled for playing in process.playing.values())
-        ]
-        if free:
-            return min(free, key=lambda process: (not process.is_begun, len(process.playing)))
+        """Returns a process with room for an episode, or a new one."""
+        if self._resting:
+            return self._resting.pop(min(self._resting))  # So that the youngest rest for long, and end.
+        if (free := self._emptiest()) is not None:
+            return free
         ours, theirs = socket.socketpair()
         process = PlaceProcess(self._counts.started + 1, Channel(ours, Reply))
         try:
@@ -450,6 +449,20 @@ class Nursery:
         self._processes[process.number] = process
         self._order(PlaceOrder("start", process.number), theirs.detach())
         return process
+
+    def _emptiest(self) -> PlaceProcess | None:
+        """Returns the process with the most room of an asynchronous environment; None where none has any."""
+        free = [
+            process
+            for process in self._processes.values()
+            if self._spec.is_async
+            and not process.is_killed
+            and not process.is_retired
+            and len(process.playing) < self._room
+            # Until it has given up what it was to, its event loop may be blocked.
+            and not any(playing.is_cancelled for playing in process.playing.values())
+        ]
+        return min(free, key=lambda process: (not process.is_begun, len(process.playing)), default=None)
 
     def _start_clock(self, playing: Playing) -> None:
         if playing.question is not None and playing.num_pauses == 0:

@@ -15,6 +15,7 @@ import gc
 import os
 import pickle
 import random
+import select
 import socket
 import threading
 
@@ -43,7 +44,11 @@ def live(loaded: UserEnvironment, connection: socket.socket) -> None:
 def _play(loaded: UserEnvironment, connection: socket.socket) -> None:
     acting = Acting(loaded)
     surroundings = _Surroundings()
+    # A process that waits in `recv` is also woken when the pool has read what it answered.
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
     while True:
+        poll.poll()
         question: Question = receive(connection)
         if question.what in ("reset", "run"):
             acting = Acting(loaded)
@@ -98,9 +103,11 @@ class _Surroundings:
 
 def _num_children() -> int:
     """Returns how many processes live that this one has started, or that they have left to it."""
-    with contextlib.suppress(ChildProcessError):
+    try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
+    except ChildProcessError:
+        return 0  # It adopts orphans: who has no child has no descendant, and /proc need not be read.
     return len(children.family(os.getpid())) - 1
 
 

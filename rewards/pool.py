@@ -8,7 +8,8 @@ and the others go on.
                 what is called next says rewards/workers/search.py
 
 Plain and asynchronous functions have queues and processes of their own. All processes but the first of each
-start when a call has waited for START_AFTER_S.
+start when a call has waited for START_AFTER_S. Built-in functions that only compare or count are called by
+`values` itself (rewards/registry.py:INSTANT); where all are of these, no process starts.
 
 Why not pebble's ProcessPool: its workers share one channel, and a worker that dies while it is idle, or
 before its acknowledgement was read (1 of 20 immediate `os._exit` under load), breaks the whole pool for good.
@@ -34,7 +35,7 @@ from rewards.scoring import Completions, Scored, Summand, complete, joined, shor
 from rewards.workers.jobs import AskedGroup, Function, FunctionCall, FunctionJob, Queue, Values
 from rewards.workers.search import Outcome
 from rewards.workers.threads import WorkerThread
-from rewards.workers.worker import FunctionSpec, LoadedFunction, Worker
+from rewards.workers.worker import FunctionSpec, LoadedFunction, Worker, described, load_function
 
 if TYPE_CHECKING:  # pydantic stays out of the workers
     from core.config import RewardsConfig
@@ -56,22 +57,29 @@ class RewardPool:
     columns                  holds, by function name, the dataset's columns that it cannot be called without
 
     `config` gives the functions (weights by name) and the limits; of the functions, those that are called in
-    workers are this pool's (`RewardName.is_local`). The constructor returns when one worker has loaded them;
-    it raises RewardError, in one line, when one cannot be loaded.
+    workers, or here, are this pool's (`RewardName.is_local`). The constructor returns when one worker has
+    loaded them; it raises RewardError, in one line, when one cannot be loaded.
     """
 
     def __init__(self, config: RewardsConfig) -> None:
         self._config = config
+        self._weights = {
+            name: weight for name, weight in config.functions.items() if read_name(name).is_local
+        }
+        self._here = {
+            name: load_function(FunctionSpec(name, weight))
+            for name, weight in self._weights.items()
+            if read_name(name).is_instant
+        }
+        # Those of the workers.
         self._specs = [
-            FunctionSpec(name, weight)
-            for name, weight in config.functions.items()
-            if read_name(name).is_local
+            FunctionSpec(name, weight) for name, weight in self._weights.items() if name not in self._here
         ]
-        self._names = ", ".join(spec.name for spec in self._specs)
+        self._names = ", ".join(self._weights)
         self._lock = threading.RLock()
         self.is_closed = False
         self.num_scored = self.num_errors = self.num_timeouts = self.num_crashes = self.num_groups = 0
-        self.queue_s = 0.0
+        self.queue_s = self._here_s = 0.0
         self._started_s = time.monotonic()
         self._functions: list[Function] = []
         self._queues = {False: Queue(0), True: Queue(config.concurrency)}  # By whether they are asynchronous.
@@ -80,10 +88,15 @@ class RewardPool:
         self._first: Future[list[LoadedFunction]] = Future()
         self.columns: dict[str, tuple[str, ...]] = {}
         self.own: dict[str, tuple[str, ...]] = {}
+        found = {name: described(reward) for name, reward in self._here.items()}
         if self._specs:
-            self._start()
+            found |= self._start()
+        for name in self._weights:
+            self.columns[name], self.own[name] = found[name].columns, found[name].own
+        self._functions = self._listed(found)
 
-    def _start(self) -> None:
+    def _start(self) -> dict[str, LoadedFunction]:
+        """Returns what the functions of the workers are, as soon as the first has loaded them."""
         with self._lock:
             self._start_thread()
         try:
@@ -91,17 +104,34 @@ class RewardPool:
         except BaseException:  # Ctrl-C too, while a user's module hangs in its import.
             self.close()
             raise
-        for spec, function in zip(self._specs, found, strict=True):
-            self.columns[spec.name], self.own[spec.name] = function.columns, function.own
         with self._lock:
             if len({function.is_async for function in found}) == 2:
                 self._start_thread(self._queues[True])
+        return {spec.name: function for spec, function in zip(self._specs, found, strict=True)}
+
+    def _listed(self, found: Mapping[str, LoadedFunction]) -> list[Function]:
+        """Returns the functions in the order of the config; the first that can tell is asked for votes."""
+        voter = next((name for name in self._weights if found[name].votes), None)
+        places = {spec.name: place for place, spec in enumerate(self._specs)}
+        return [
+            Function(
+                places.get(name, -1),
+                name,
+                weight,
+                found[name].is_async,
+                max(self._config.timeout_s, found[name].timeout_s or 0.0),
+                name == voter,
+                self._here.get(name),
+            )
+            for name, weight in self._weights.items()
+        ]
 
     def _start_thread(self, queue: Queue | None = None) -> None:
         memory_bytes = round(self._config.memory_gib * 2**30)
         worker = Worker(msgspec.msgpack.encode(self._specs), self._config.timeout_s, memory_bytes)
         name = f"reward-{len(self._threads)}"
-        thread = WorkerThread(self, worker, name, self._names, self._config.timeout_s)
+        names = ", ".join(spec.name for spec in self._specs)
+        thread = WorkerThread(self, worker, name, names, self._config.timeout_s)
         thread.queue = queue
         self._threads.append(thread)
         thread.start()
@@ -138,33 +168,60 @@ class RewardPool:
         future: Future[Values] = Future()
         future.set_running_or_notify_cancel()
         group = AskedGroup(len(completions.texts), b"", future)
-        if not self._specs or not completions.texts:
-            future.set_result(Values([Summand(spec.name, spec.weight, []) for spec in self._specs]))
+        if not self._weights or not completions.texts:
+            future.set_result(Values([Summand(name, weight, []) for name, weight in self._weights.items()]))
             return future
-        try:
-            group.payload = pickle.dumps(completions)
-        except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
-            self._refuse(group, f"the row cannot be sent to a worker: {error}")
-            return future
-        with self._lock:
-            if not self.is_closed:
-                self._groups.add(group)
-                group.jobs = [FunctionJob(group, function) for function in self._functions]
-                for job in group.jobs:
-                    self._queue(job, job.begin())
+        if self._specs:
+            try:
+                group.payload = pickle.dumps(completions)
+            except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
+                self._refuse(group, f"the row cannot be sent to a worker: {error}")
                 return future
-        self._refuse(group, "the reward pool is closed")
+        group.jobs = [FunctionJob(group, function) for function in self._functions]
+        start_s = time.monotonic()
+        for job in group.jobs:
+            if job.function.here is not None:
+                job.answer_here(job.function.here, completions)
+        with self._lock:
+            self._here_s += time.monotonic() - start_s
+            is_closed = self.is_closed
+            if self._specs and not is_closed:
+                self._begin(group)
+        if is_closed:
+            self._refuse(group, "the reward pool is closed")
+        elif not self._specs:
+            self._end(group)
         return future
+
+    def _begin(self, group: AskedGroup) -> None:
+        """Queues the calls that workers make, with the lock."""
+        self._groups.add(group)
+        for job in group.jobs:
+            if job.function.here is None:
+                self._queue(job, job.begin())
+
+    def _end(self, group: AskedGroup) -> None:
+        """Ends a group of which no worker was asked."""
+        values = group.values()
+        with self._lock:
+            self.num_groups += 1
+            self._count(values, group.num_completions)
+        group.future.set_result(values)
 
     @property
     def busy_s(self) -> float:
-        """Returns for how long workers had something to do, all together."""
-        return sum(thread.busy_s for thread in list(self._threads))
+        """Returns for how long workers had something to do, all together, or whoever called functions that
+        need none.
+        """
+        return self._here_s + sum(thread.busy_s for thread in list(self._threads))
 
     @property
     def worker_s(self) -> float:
-        """Returns for how long `rewards.workers` workers could have had something to do."""
-        return (time.monotonic() - self._started_s) * self._config.workers if self._specs else 0.0
+        """Returns for how long `rewards.workers` workers could have had something to do, or the caller where
+        no function needs one.
+        """
+        could = self._config.workers if self._specs else int(bool(self._here))
+        return (time.monotonic() - self._started_s) * could
 
     def close(self) -> None:
         """Kills the workers within 2 s. Groups that were not scored get an error that says so. A second call
@@ -207,18 +264,6 @@ class RewardPool:
                 return None if others else thread.queue
             if self._first.done():
                 return thread.queue
-            voter = next((place for place, function in enumerate(found) if function.votes), -1)
-            self._functions = [
-                Function(
-                    place,
-                    spec.name,
-                    spec.weight,
-                    function.is_async,
-                    max(self._config.timeout_s, function.timeout_s or 0.0),
-                    place == voter,
-                )
-                for place, (spec, function) in enumerate(zip(self._specs, found, strict=True))
-            ]
             thread.queue = self._queues[all(function.is_async for function in found)]
             self._first.set_result(found)
             return thread.queue

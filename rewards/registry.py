@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import urllib.parse
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
 from core.errors import RewardError
 from core.users.code import find
-from rewards.signature import read_signature
+from rewards.signature import Signature, read_signature
 
 RewardCallable: TypeAlias = Callable[..., list[float | None]]
 
@@ -26,6 +28,10 @@ BUILTINS = {
 }
 """What the built-in names mean: a function, or a msgspec Struct whose fields are the parameters behind `?`
 and whose objects are called as functions are.
+"""
+INSTANT = ("exact_match", "overlong")
+"""Those of BUILTINS that compare or count and can neither hang nor take memory: they are called where they
+are asked for, since a message to a worker and back costs fifty times as much.
 """
 ELSEWHERE = ("environment", "reward_model")
 """What gives rewards and is no function in a worker: the environment's own reward, and hosted models
@@ -46,8 +52,13 @@ class RewardName(NamedTuple):
         return self.plain in BUILTINS
 
     @property
+    def is_instant(self) -> bool:
+        """Returns whether the function needs no worker process: it is one of INSTANT."""
+        return self.plain in INSTANT
+
+    @property
     def is_local(self) -> bool:
-        """Returns whether a worker process loads and calls it."""
+        """Returns whether it is a function that is loaded and called, in a worker process or here."""
         return self.plain not in ELSEWHERE and not self.plain.startswith(f"{ELSEWHERE[1]}:")
 
 
@@ -68,9 +79,10 @@ def read_name(name: str) -> RewardName:
     return RewardName(plain, parameters, parameters.pop(MESSAGES, None) is not None)
 
 
-class WeightedReward(NamedTuple):
+@dataclass(frozen=True)
+class WeightedReward:
     """A loaded function with the name it was asked for by and its weight in the sum; worker processes
-    call it (rewards/workers/).
+    call it (rewards/workers/), or the pool itself where it is one of INSTANT.
 
     `messages` says that the function gets lists of messages instead of texts.
     """
@@ -79,6 +91,11 @@ class WeightedReward(NamedTuple):
     weight: float
     function: RewardCallable
     messages: bool = False
+
+    @functools.cached_property
+    def signature(self) -> Signature:
+        """Returns how the function is called. Raises RewardError when it cannot be."""
+        return read_signature(self.name, self.function)
 
     @property
     def answer(self) -> Callable[[str], str | None] | None:

@@ -1,5 +1,5 @@
 """What one function says of the completions of one prompt, and what its values come to: every value is
-checked. Pure; `call` runs inside the workers of `rewards.pool`.
+checked. Pure; `call` runs inside the workers of `rewards.pool`, but for functions that need none.
 
     call, call_async --values: a number, None, or why there is none--> Summand per function --joined--> Scored
 
@@ -27,7 +27,7 @@ from core.sums import total
 from core.users import pictures
 from core.users.code import place_of
 from rewards.registry import WeightedReward
-from rewards.signature import OWN, read_signature
+from rewards.signature import OWN
 
 MAX_ERROR_CHARS = 400
 Value: TypeAlias = float | str | None
@@ -181,7 +181,7 @@ def shorten(text: str) -> str:
 def _arguments(reward: WeightedReward, completions: Completions) -> tuple[list[Any], dict[str, Any]]:
     """Returns what the function is called with. Raises CallFailed where a needed column is missing."""
     columns, num = completions.columns, len(completions.texts)
-    signature = read_signature(reward.name, reward.function)
+    signature = reward.signature
     if missing := [column for column in signature.columns if column not in columns]:
         raise CallFailed(
             f"{reward.name} needs {_quoted(missing)}, which the row does not have (it has {_quoted(columns)})"

@@ -13,7 +13,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from rewards.scoring import Summand, shorten
+from rewards.registry import WeightedReward
+from rewards.scoring import CallFailed, Completions, Summand, call, read_answers, shorten
 from rewards.workers.search import Attempt, Failed, Outcome, Verdict, search
 from rewards.workers.worker import Request
 
@@ -26,8 +27,9 @@ class Values(NamedTuple):
 
 
 class Function(NamedTuple):
-    """A function of a pool: its place, its name in the config, its weight, whether it is `async def`, the
-    limit of a call, and whether it is the one that is asked for votes.
+    """A function of a pool: its place among those of a worker, its name in the config, its weight, whether it
+    is `async def`, the limit of a call, and whether it is the one that is asked for votes. `here` is the
+    function itself where it needs no worker.
     """
 
     place: int
@@ -36,6 +38,7 @@ class Function(NamedTuple):
     is_async: bool
     limit_s: float
     votes: bool
+    here: WeightedReward | None = None
 
 
 class FunctionCall(NamedTuple):
@@ -86,6 +89,14 @@ class FunctionJob:
         now_s = time.monotonic()
         return [FunctionCall(self, position, ask, now_s) for position, ask in enumerate(asks)]
 
+    def answer_here(self, reward: WeightedReward, completions: Completions) -> None:
+        """Makes all calls at once, in this process: they can fail, but neither hang nor crash."""
+        calls = deque(self.begin())
+        while calls:
+            call = calls.popleft()
+            asked = completions.chosen(call.ask.places)
+            calls += self.settle(call, _outcome_of(reward, asked, self.function.votes))
+
     def part(self) -> Summand:
         """Returns the results as values; a failure is its reason."""
         assert self.results is not None
@@ -93,6 +104,15 @@ class FunctionJob:
             result.value if isinstance(result, Verdict) else shorten(result.reason) for result in self.results
         ]
         return Summand(self.function.name, self.function.weight, values)
+
+
+def _outcome_of(reward: WeightedReward, completions: Completions, wants_votes: bool) -> Outcome:
+    try:
+        values = call(reward, completions)
+    except CallFailed as error:
+        return Failed("raised", str(error))
+    votes = read_answers(reward, completions) if wants_votes else [None] * len(values)
+    return [Verdict(*found) for found in zip(values, votes, strict=True)]
 
 
 class AskedGroup:

@@ -35,7 +35,7 @@ from core.own_warnings import OwnWarnings
 from core.text import printable
 from rewards.registry import WeightedReward, load_reward, read_name
 from rewards.scoring import CallFailed, Completions, Value, call, describe, read_answers
-from rewards.signature import is_asynchronous, read_signature, takes_messages
+from rewards.signature import is_asynchronous, takes_messages
 
 STARTUP_LIMIT_S = 60.0
 LOOK_EVERY_S = 0.1
@@ -279,7 +279,8 @@ def serve(fd: int, parent_pid: int) -> None:
         _answer_requests(Connection(fd))
 
 
-def _load(spec: FunctionSpec) -> WeightedReward:
+def load_function(spec: FunctionSpec) -> WeightedReward:
+    """Returns the function, prepared. Raises RewardError, in one line, when it cannot be loaded."""
     function = load_reward(spec.name)
     prepare = getattr(function, "prepare", None)
     if callable(prepare):
@@ -294,8 +295,9 @@ def _load(spec: FunctionSpec) -> WeightedReward:
     return WeightedReward(spec.name, spec.weight, function, messages)
 
 
-def _described(reward: WeightedReward) -> LoadedFunction:
-    signature = read_signature(reward.name, reward.function)
+def described(reward: WeightedReward) -> LoadedFunction:
+    """Returns what the function is."""
+    signature = reward.signature
     timeout_s = getattr(reward.function, "timeout_s", None)
     return LoadedFunction(
         signature.columns,
@@ -310,8 +312,8 @@ def _answer_requests(connection: Connection) -> None:
     specs = msgspec.msgpack.decode(connection.recv_bytes(), type=list[FunctionSpec])
     warnings = OwnWarnings(("rewards",))  # The actor logs them again, and so they become events.
     try:
-        functions = [_load(spec) for spec in specs]
-        loaded = Loaded([_described(reward) for reward in functions])
+        functions = [load_function(spec) for spec in specs]
+        loaded = Loaded([described(reward) for reward in functions])
     except RewardError as error:
         connection.send_bytes(msgspec.msgpack.encode(Loaded(error=printable(str(error)))))
         return

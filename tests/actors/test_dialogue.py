@@ -158,6 +158,23 @@ def test_what_a_template_strips_is_stripped_turn_after_turn():
     assert turn_by_turn(dialogue, tokenizer, rounds) == ids(tokenizer, whole)
 
 
+def test_what_several_samples_are_shown_is_written_once(monkeypatch):
+    tokenizer, written = chatml(), []
+    dialogue = Dialogue(tokenizer)
+    render = type(tokenizer).apply_chat_template
+    monkeypatch.setattr(
+        type(tokenizer),
+        "apply_chat_template",
+        lambda self, messages, **how: written.append(messages) or render(self, messages, **how),
+    )
+    for _ in range(3):
+        for word in ("a", "b"):
+            first = dialogue.first([{"role": "user", "content": word}])
+            assert word in tokenizer.decode(first)
+            assert word in tokenizer.decode(dialogue.continuation([{"role": "user", "content": word}]))
+    assert len(written) == 4
+
+
 def test_bos_stands_once_at_the_beginning_and_never_later():
     tokenizer = made("llama3")
     dialogue = Dialogue(tokenizer)

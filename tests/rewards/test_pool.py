@@ -187,6 +187,20 @@ def test_the_answer_that_votes_comes_with_the_reward():
         assert score(pool, " 4 ", "five", answer="4") == [Scored(4.0, answer="4"), Scored(4.0, answer="five")]
 
 
+def test_functions_that_only_compare_and_count_need_no_process():
+    with pool_of("exact_match", "overlong?from=2&to=4") as pool:
+        own = {"num_tokens": [1, 3]}
+        scored = pool.submit("q", [" 4 ", "five"], {"answer": 4}, own).result(0)
+        assert scored == [Scored(1.0, answer="4"), Scored(-0.5, answer="five")]
+        refused = pool.submit("q", ["4"], {"answer": []}, {"num_tokens": [1]}).result(0)
+        assert "exact_match raised ValueError: the gold answer" in refused[0].error
+        assert (pool.num_groups, pool.num_scored, pool.num_errors) == (2, 2, 1)
+        assert pool.columns == {"exact_match": ("answer",), "overlong?from=2&to=4": ()}
+        assert pool.worker_s > pool.busy_s > 0
+        assert not worker_processes()
+    assert "the reward pool is closed" in pool.submit("q", ["4"], {"answer": 4}).result(0)[0].error
+
+
 def test_a_name_says_that_its_function_takes_messages():
     with attack_pool("says_yes?messages") as pool:
         assert score(pool, "yes", "no") == [Scored(1.0), Scored(0.0)]
