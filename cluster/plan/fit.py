@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from cluster.plan import parts
 from cluster.plan.workload import Workload
 from cluster.preparation.memory import MemoryEstimate, on_host
+from core.config.actors import GPU_MEMORY_SHARE
 from core.weights.board import KEEP
 
 FRAGMENTED = 1.1
@@ -101,6 +102,18 @@ def fullest_host_bytes(job: Workload, fit: Fit) -> float:
     return max(hosts[0] + job.published_bytes, *hosts) + fit.store
 
 
+def _more_cards(job: Workload) -> str:
+    """Returns what to type for an engine whose cards do not hold the weights and a sequence."""
+    whole = max(job.gpu_memory_share, GPU_MEMORY_SHARE)
+    for cards in (1, 2, 4, 8, 16):
+        if cards >= job.actor_gpus and cards <= job.machines.gpus_per_node:
+            changed = dataclasses.replace(job, actor_gpus=float(cards), gpu_memory_share=whole)
+            if parts.running_slots(changed) >= 1:
+                share = "" if whole == job.gpu_memory_share else f" actors.engine_memory={whole:g}"
+                return f"Set actors.num_gpus={cards} actors.tensor_parallel={cards}{share}."
+    return "Take cards with more memory, or a smaller model."
+
+
 def engine_problems(job: Workload) -> list[str]:
     """Returns why an engine's cards do not hold its slots: no room at all, or for few of them."""
     device, slots = job.machines.device, parts.running_slots(job)
@@ -109,8 +122,7 @@ def engine_problems(job: Workload) -> list[str]:
     if slots < 1:
         return [
             f"an engine's weights of {job.weight_bytes / 1e9:.0f} GB leave no room on {max(1.0, job.actor_gpus):g} x "
-            f"{device.memory_bytes / 1e9:.0f} GB at actors.engine_memory = {job.gpu_memory_share:g}. Take cards with more "
-            "memory, or engines over more of them."
+            f"{device.memory_bytes / 1e9:.0f} GB at actors.engine_memory = {job.gpu_memory_share:g}. {_more_cards(job)}"
         ]
     return [
         f"an engine holds about {slots:.0f} of actors.slots = {job.slots} at these lengths: the rest waits. Raise "

@@ -25,6 +25,8 @@ SPLIT_STEPS = 40
 """Steps at most for which another split is simulated."""
 MORE_RANKS = (2, 4, 8, 16, 32)
 """Times the ranks of a config that are tried where its cards are too small."""
+RARELY_BUSY = 0.7
+"""Where both are busy for less than this share of the time, neither is what the other waits for."""
 NEARLY_EQUAL = 1.15
 """Generation and training whose times differ by less are called equal: the rates are not known better."""
 
@@ -52,7 +54,14 @@ class Plan:
 
     @property
     def bottleneck(self) -> str:
-        """Returns who the others wait for: the learner, the actors, or neither."""
+        """Returns who the others wait for: the learner, the actors, neither, or each for the other."""
+        busy = max(self.outcome.learner_busy, self.outcome.slots_busy)
+        if busy < RARELY_BUSY:
+            arrive_s = parts.publish_times(self.job, "likely").until_used_s
+            return (
+                f"neither alone: both wait for each other, a version takes {arrive_s:.2g} s to the last actor; a larger "
+                "buffer.max_staleness, buffer.capacity or weights.publish_every lets them overlap"
+            )
         training_s = parts.learner_times(self.job, "likely").total_s
         generation_s = parts.generation_s(self.job, "likely")
         if max(training_s, generation_s) < NEARLY_EQUAL * min(training_s, generation_s):
@@ -98,6 +107,10 @@ def make_plan(
     job, notes = workload_of(config, machines, prompt_tokens, new_tokens)
     if note := experts_note(config):
         notes.append(note)
+    if config.buffer.skip_equal_rewards or config.data.curriculum is not None:
+        notes.append(
+            "groups that are left out, by equal rewards or as solved, are not counted: there is more to generate"
+        )
     if config.buffer.num_shards > 1:
         notes.append("the simulation has one shard of the buffer")
     if parts.running_slots(job) < 1:
@@ -144,11 +157,12 @@ def _with_remedies(job: Workload, fit: Callable[..., Fit]) -> Fit:
     # Of the numbers of ranks the least is enough.
     fewest = next((setting for setting in typed if "ranks" in setting), "")
     remedies = [setting for setting in typed if "ranks" not in setting or setting == fewest]
-    remedy = (
-        f"Set {' or '.join(remedies)}."
-        if remedies
-        else "Take larger cards, a smaller model, or adapters (learner.lora_rank)."
-    )
+    remedy = f"Set {' or '.join(remedies)}."
+    if not remedies:
+        remedy = (
+            "Lower learner.micro_batch_tokens, share rows (learner.sequence_parallel), train adapters (learner.lora_rank), or "
+            "take larger cards."
+        )
     return dataclasses.replace(found, problems=(f"{found.problems[0]} {remedy}", *found.problems[1:]))
 
 

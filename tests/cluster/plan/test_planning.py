@@ -160,7 +160,7 @@ def test_machines_that_cannot_be_are_refused(
         (
             ("model.path=meta-llama/Llama-3.1-70B",),
             {},
-            "an engine's weights of 141 GB leave no room on 1 x 80 GB",
+            "141 GB leave no room on 1 x 80 GB at actors.engine_memory = 0.9. Set actors.num_gpus=4 actors.tensor_parallel=4.",
         ),
     ],
 )
@@ -292,6 +292,12 @@ def test_prompts_are_shared_by_one_attention_alone() -> None:
     assert jobs[1].trained_tokens == 64 * 8 * 900
 
 
+@pytest.mark.parametrize("setting", ["buffer.skip_equal_rewards=true", "data.curriculum=3"])
+def test_groups_that_are_left_out_are_told(setting: str) -> None:
+    plan = make_plan(config_of(setting, "learner.groups_per_step=4"), h100s(), **LENGTHS)
+    assert "groups that are left out" in render_plan(plan)
+
+
 def test_evaluations_and_pushes_are_in_the_work() -> None:
     more = ["data.eval_rows=500", "eval.every=100", "eval.sampling=[4, 1.0]", "weights.transport=nccl"]
     job, _ = workload_of(config_of(*more), h100s(), **LENGTHS)
@@ -308,6 +314,7 @@ def test_a_synchronous_run_is_told_a_split_with_its_real_time() -> None:
     plan = make_plan(config, h100s(), **LENGTHS)
     both = parts.bound_s(plan.job, "likely")
     assert plan.outcome.step_s > 1.5 * both  # Nothing overlaps.
+    assert plan.bottleneck.startswith("neither alone: both wait for each other, a version takes")
     if plan.split is not None:
         dealt = plan.job.dealt(plan.split.ranks, plan.split.actors)
         again = Simulation(config, speeds_of(dealt, "likely")).run(40)
