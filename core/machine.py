@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -30,6 +32,21 @@ def idle_cpu_seconds() -> float:
     # Where some cores are hidden or offline, a row is no core's number: all are looked at.
     mine = [rows[core] for core in cores] if max(cores) < len(rows) else rows
     return sum(row.idle + row.iowait for row in mine)  # A core that waits for a disk is free too.
+
+
+def shm_bytes() -> float:
+    """Returns how much /dev/shm can hold; 0 where there is none."""
+    folder = Path("/dev/shm")
+    return float(shutil.disk_usage(folder).total) if folder.is_dir() else 0.0
+
+
+@functools.cache
+def pid_space() -> str:
+    """Returns what all processes have in common that see one another by their process ids: the start of this
+    machine's kernel, and the namespace of process ids. A host's name does not tell: containers may share it.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def available_memory_bytes() -> float:

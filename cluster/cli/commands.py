@@ -191,8 +191,8 @@ def status(arguments: Namespace) -> int:
     """Tells where a run is."""
     from cluster.control import death_of_driver, read_status
 
-    found = read_status(Path(arguments.run_dir))
-    dead = death_of_driver(found)
+    run_dir = Path(arguments.run_dir)
+    found = read_status(run_dir)
     age_s = max(0.0, time.time() - found.time)
     how = f"over: {found.stopped}" if found.state == "over" and found.stopped else found.state
     print(
@@ -203,9 +203,10 @@ def status(arguments: Namespace) -> int:
     buffer = found.buffer
     names = ("groups", "unconsumed", "leased", "inserted")
     print("buffer   " + ", ".join(f"{name} {buffer.get(f'buffer/{name}') or 0:.0f}" for name in names))
-    print("waited   " + ", ".join(f"{who} {waited_s or 0:.1f} s" for who, waited_s in found.waits.items()))
-    if dead:
-        raise ConfigError(f"{arguments.run_dir}: {dead}")
+    waits = (f"{who} {waited_s or 0:.1f} s" for who, waited_s in found.waits.items())
+    print("waited   " + ", ".join(waits), flush=True)
+    if dead := death_of_driver(run_dir, found):  # It may wait to see.
+        raise ConfigError(f"{run_dir}: {dead}")
     return 0
 
 

@@ -143,7 +143,7 @@ def _how_it_ended(run_dir: Path, status: RunStatus | None) -> list[str]:
             "It was refused before anything was done." if is_refused else "It has not written a status yet."
         )
         return [words, *_driver_words(run_dir)]
-    if gone := death_of_driver(status):
+    if gone := death_of_driver(run_dir, status):
         cause = f"The run did not end in order: {gone}; it was killed, or its machine went down. {go_on}"
         return [cause, *_driver_words(run_dir)]
     if status.state != "over":

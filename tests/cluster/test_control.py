@@ -22,8 +22,8 @@ import pytest
 from buffer.ledger import Ledger
 from cluster.cli import commands
 from cluster.control import (
+    CLOCKS_APART_S,
     MOST_ACTORS,
-    STALE_S,
     Answer,
     Control,
     RunStatus,
@@ -32,6 +32,7 @@ from cluster.control import (
     read_status,
 )
 from core.errors import ConfigError, PeerTimeout
+from core.machine import pid_space
 from tests.support import ROOT
 from tests.support.clocks.machine import machine_s
 
@@ -164,7 +165,12 @@ def test_what_is_no_run_not_started_over_or_garbled_is_said_in_one_line(tmp_path
 
 def write_as(run_dir: Path, **changes: Any) -> RunStatus:
     """A status written by another process, or host, or time."""
-    known = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
+    known = {
+        "pid": os.getpid(),
+        "pid_space": pid_space(),
+        "host": socket.gethostname(),
+        "time": time.time(),
+    }
     found = status(**{**known, **changes})
     (run_dir / "status.json").write_bytes(msgspec.json.encode(found))
     return found
@@ -176,13 +182,42 @@ def test_a_driver_that_is_gone_or_silent_is_named(tmp_path: Path) -> None:
     write_as(tmp_path, pid=gone.pid)
     with pytest.raises(ConfigError, match=rf"its driver \(process {gone.pid}\) is gone"):
         ask_for_actors(tmp_path, 2)
-    assert death_of_driver(write_as(tmp_path)) is None
-    assert "has not written" in (death_of_driver(write_as(tmp_path, time=time.time() - STALE_S - 5)) or "")
-    elsewhere = write_as(tmp_path, host="another", pid=gone.pid)
-    # A process of another host cannot be seen; its status is fresh.
-    assert death_of_driver(elsewhere) is None
-    with pytest.raises(PeerTimeout, match=r"the driver of .* on another\) did not answer within 0 s"):
+    assert death_of_driver(tmp_path, write_as(tmp_path)) is None
+    elsewhere = write_as(tmp_path, pid_space="another", host="another", pid=gone.pid)
+    with pytest.raises(
+        PeerTimeout, match=r"the driver of .* on another\) did not answer within 0 s"
+    ) as caught:
         ask_for_actors(tmp_path, 2, timeout_s=0.3)
+    assert "has not written status.json meanwhile; the request is taken back" in str(caught.value)
+    assert not (tmp_path / "scale.json").exists()
+    assert read_status(tmp_path) == elsewhere
+
+
+def test_a_driver_is_judged_by_whether_its_status_changes_whatever_its_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.control.STALE_S", 0.3)
+    monkeypatch.setattr("cluster.control.STALE_ELSEWHERE_S", 0.3)
+    hangs = write_as(tmp_path, time=time.time() - 40)
+    assert "has not written status.json for 40 s" in (death_of_driver(tmp_path, hangs) or "")
+    another = {"pid_space": "another", "host": "another"}
+    for behind_s in (-3000, 0, 3000):
+        found = write_as(tmp_path, **another, time=time.time() - behind_s)
+        assert "has not written status.json" in (death_of_driver(tmp_path, found) or "")
+    long_ago = write_as(tmp_path, **another, time=time.time() - CLOCKS_APART_S - 5)
+    monkeypatch.setattr("cluster.control.STALE_ELSEWHERE_S", float("inf"))
+    assert "on another) has not written status.json for 3605 s" in (death_of_driver(tmp_path, long_ago) or "")
+
+
+def test_a_driver_elsewhere_is_waited_for_however_late_its_disk_shows_what_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = write_as(tmp_path, pid_space="another", time=time.time() - 3000, step=7)
+    shown = iter([*[known] * 3, msgspec.structs.replace(known, step=8)])
+    monkeypatch.setattr("cluster.control.read_status", lambda run_dir: next(shown))
+    monkeypatch.setattr("cluster.control.POLL_S", 0.0)
+    assert death_of_driver(tmp_path, known) is None
+    assert not [*shown]
 
 
 def test_a_request_meant_for_an_earlier_start_and_one_that_cannot_be_read_change_nothing(
@@ -234,13 +269,16 @@ def test_a_status_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
     assert len(told) == 1
 
 
-def test_status_shows_the_run_and_errs_when_nobody_drives_it(tmp_path: Path, capsys: Any) -> None:
+def test_status_shows_the_run_and_errs_when_nobody_drives_it(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_as(tmp_path)
     assert commands.status(Namespace(run_dir=str(tmp_path))) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"r training, step 7/20; driver {os.getpid()} on ")
     assert lines[3] == "  actor-2     gone for 9 s, died: killed"
     assert lines[4].startswith("buffer   groups 5,")
+    monkeypatch.setattr("cluster.control.STALE_S", 0.1)
     write_as(tmp_path, time=time.time() - 100)
     with pytest.raises(ConfigError, match="has not written"):
         commands.status(Namespace(run_dir=str(tmp_path)))

@@ -18,6 +18,7 @@ from cluster.control import RunStatus
 from cluster.deaths import ACTOR, BOARD, Deaths
 from core.causes import Cause
 from core.errors import ConfigError
+from core.machine import pid_space
 from core.processes import Whereabouts
 from tests.support import ROOT
 from tests.support.clocks.machine import machine_s
@@ -33,6 +34,7 @@ def status(**changes: Any) -> RunStatus:
         "buffer": {},
         "waits": {},
         "pid": os.getpid(),
+        "pid_space": pid_space(),
         "host": socket.gethostname(),
         "time": time.time(),
     }
@@ -117,7 +119,7 @@ def test_one_process_its_successors_and_a_kind_are_found_by_name(run_dir: Path) 
             "ended with an error after step 12: board died 5 times.",
         ),
         ({"pid": 2**22 + 1}, "The run did not end in order: its driver (process 4194305) is gone"),
-        ({"host": "elsewhere", "time": 1.0}, "has not written status.json for"),
+        ({"host": "elsewhere", "pid_space": "", "time": 1.0}, "has not written status.json for"),
     ],
 )
 def test_how_a_run_ended_is_said(run_dir: Path, changes: dict[str, Any], expected: str) -> None:
