@@ -21,7 +21,10 @@ two buffers on one run directory would each believe to be the truth.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import sqlite3
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,12 @@ _PUT_REF_LOGPROBS = """INSERT INTO used(group_id, ref_logprobs) VALUES (?, ?)
     ON CONFLICT DO UPDATE SET ref_logprobs = excluded.ref_logprobs"""
 _FORGET_GROUPS = """DELETE FROM groups WHERE group_id IN
     (SELECT group_id FROM used WHERE has_left = 1 AND last_step < ?)"""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MAKE_ROOM = "Free space on that disk; nothing acknowledged is lost, and the caller may try again."
+_DISK_FAILS = (
+    "Its disk fails, or the network to it; nothing acknowledged is lost. Once it works, the same command with this "
+    "run.dir goes on"
+)
 
 
 class StoreError(AgroError, RuntimeError):
@@ -344,12 +353,30 @@ class Store:
         try:
             yield
         except sqlite3.Error as error:
-            is_full = getattr(error, "sqlite_errorcode", 0) & 0xFF in (
-                sqlite3.SQLITE_FULL,
-                sqlite3.SQLITE_IOERR,
-            )
-            kind = DiskFullError if is_full else StoreError
-            raise kind(f"buffer database {self.path}: {error}. {_remedy(str(error))}") from error
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            found = _why_not_writable(self.path.parent) if code == sqlite3.SQLITE_IOERR else None
+            kind, remedy = StoreError, _remedy(str(error))
+            if code == sqlite3.SQLITE_FULL or (found is not None and found.errno in _NO_ROOM):
+                kind, remedy = DiskFullError, _MAKE_ROOM
+            elif code == sqlite3.SQLITE_IOERR:
+                what = "can be written now" if found is None else f"meets: {found.strerror}"
+                remedy = f"{_DISK_FAILS} (another file beside it {what})"
+            raise kind(f"buffer database {self.path}: {error}. {remedy}") from error
+
+
+def _why_not_writable(directory: Path) -> OSError | None:
+    """Returns what a page that is written into `directory` meets; None where it can be written.
+
+    sqlite does not tell a quota, or a limit on files, from a disk that fails, or from a network disk whose
+    server is another by now.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            file.write(bytes(4096))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
 
 
 def _remedy(message: str) -> str:
@@ -358,8 +385,6 @@ def _remedy(message: str) -> str:
             f"Another process has held it for {LOCK_TIMEOUT_S:g} s: is a second run, or a sqlite shell, "
             "using this run directory?"
         )
-    if "full" in message or "I/O" in message:
-        return "Free space on that disk; nothing acknowledged is lost, and the caller may try again."
     if "malformed" in message or "not a database" in message:
         return (
             "Move it and ledger*.jsonl away: the run goes on from its checkpoint without the groups it held, "

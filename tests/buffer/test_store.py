@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
@@ -141,6 +142,35 @@ def test_a_full_disk_is_explained_and_loses_nothing(tmp_path):
     store.flush()
     assert ids(store) == [1, 2, 3]
     assert store.num_pending == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (errno.EDQUOT, DiskFullError, "Free space on that disk"),
+        (errno.ESTALE, StoreError, r"goes on \(another file beside it meets: Stale file handle\)"),
+        (
+            None,
+            StoreError,
+            r"Its disk fails, or the network to it; .* \(another file beside it can be written now\)",
+        ),
+    ],
+)
+def test_a_disk_that_fails_is_not_a_full_one(tmp_path, monkeypatch, number, kind, words):
+    class Failing:
+        def execute(self, *_: object) -> None:
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+            raise error
+
+    found = None if number is None else OSError(number, os.strerror(number))
+    store = Store(tmp_path / "b.sqlite")
+    monkeypatch.setattr(store, "_db", Failing())
+    if found is not None:
+        monkeypatch.setattr(store_module, "_why_not_writable", lambda directory: found)
+    with pytest.raises(StoreError, match=words) as caught:
+        put(store, make_group(1))
+    assert type(caught.value) is kind
 
 
 def test_a_second_process_is_refused(tmp_path, monkeypatch):
