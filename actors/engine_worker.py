@@ -24,6 +24,7 @@ import torch
 from actors.engine_cpu import mend
 from core.children import die_with
 from core.weights.snapshots import checksum
+from core.weights.staging import Staging
 
 
 class EngineWorker:
@@ -34,6 +35,7 @@ class EngineWorker:
     rank: int
     vllm_config: Any
     weight_transfer_engine: Any
+    agro_staging: Staging | None = None
     get_model: Callable[[], Any]
 
     def agro_prepare(self, actor_pid: int, on_cpu: bool) -> None:
@@ -52,8 +54,13 @@ class EngineWorker:
         """Swaps in `weights`; returns the names, as vLLM has them, of parameters that got nothing."""
         from vllm.config import set_current_vllm_config
 
+        tensors: Iterable[tuple[str, torch.Tensor]] = list(weights)
+        # Where an engine is divided, each worker takes but its part of each tensor.
+        if self.device.type == "cuda" and self.vllm_config.parallel_config.tensor_parallel_size == 1:
+            self.agro_staging = self.agro_staging or Staging(self.device)
+            tensors = self.agro_staging.staged(tensors)
         with set_current_vllm_config(self.vllm_config):  # Attention and experts of some GPUs ask for it.
-            return _reload(self.get_model(), list(weights), self.vllm_config.model_config)
+            return _reload(self.get_model(), tensors, self.vllm_config.model_config)
 
     def agro_unused_adapters(self) -> set[str]:
         """Returns the layers of vLLM's one adapter that are none of the layers it applies adapters to."""
@@ -94,7 +101,7 @@ class EngineWorker:
         return _mended(self.get_model(), self.vllm_config.model_config, probes)
 
 
-def _reload(model: Any, tensors: list[tuple[str, torch.Tensor]], model_config: Any) -> list[str]:
+def _reload(model: Any, tensors: Iterable[tuple[str, torch.Tensor]], model_config: Any) -> list[str]:
     """Loads `tensors` into `model` and returns the names, as vLLM has them, of parameters that got nothing.
 
     Among them are those that a model's own loader wrote past the reload (gpt-oss its experts): loaded, it
