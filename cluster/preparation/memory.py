@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 from core.config import ActorsConfig, Config, LearnerConfig, ModelConfig
 from core.config.checks import longest_sequence, served_rank
 from core.errors import ConfigError
-from core.model_shape import adapted_layers, empty_model, reads_config
+from core.model_shape import adapted_layers, empty_model, num_fused, reads_config
 from learner.objectives import load_objective
 from learner.step.frozen import PROXIMAL, REFERENCE, frozen_names
 from learner.step.logprobs import CHUNK_BYTES, KEPT_BYTES, chunk_bytes_on, install_logprob_head
@@ -96,6 +96,8 @@ class ModelShape(NamedTuple):
     adapted: int = 0
     """Inputs and outputs of all linear layers but the LM head."""
     has_whole_logits: bool = False
+    fused: int = 0
+    """Parameters of experts that lie together in one tensor, which files have apart."""
 
 
 def estimate_memory(config: Config, known: ModelShape | None = None) -> MemoryEstimate:
@@ -149,6 +151,7 @@ def _shape_of(model: Any, learner: LearnerConfig) -> ModelShape:
         vocabulary=text.vocab_size,
         adapted=sum(layer.in_features + layer.out_features for layer in layers),
         has_whole_logits=install_logprob_head(model) is None,
+        fused=num_fused(model),
     )
 
 
@@ -290,6 +293,12 @@ def _notes(config: Config, shape: ModelShape) -> list[str]:
         notes.append(
             f"while it loads, the learner holds the whole model once more: {whole:.1f} GiB, first "
             "in host memory."
+        )
+    experts = BYTES[config.model.dtype] * shape.fused / GIB
+    if experts >= 1 and config.learner.ranks > 1:  # transformers' way under zero.Init.
+        notes.append(
+            f"while it loads, each of the {config.learner.ranks} ranks puts all experts together in host memory, "
+            f"{experts:.1f} GiB a rank: with all on one node {experts * config.learner.ranks:,.1f} GiB."
         )
     if not one:
         return notes

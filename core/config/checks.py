@@ -391,6 +391,13 @@ def warnings(config: Config) -> list[str]:
         )
     if config.learner.offload == "all" and config.learner.num_gpus == 0:
         found.append("learner.offload = all with learner.num_gpus = 0: everything is in CPU memory anyway.")
+    on_gpu = [room for room in ("learner", "actors") if getattr(config, room).num_gpus]
+    if on_gpu and config.model.dtype == "float32":
+        asked = " and ".join(f"{room}.num_gpus = {getattr(config, room).num_gpus:g}" for room in on_gpu)
+        found.append(
+            f"model.dtype = float32 with {asked}: GPUs have their speed, and flash attention, in 16 bits. Set "
+            "model.dtype=bfloat16, unless the model is a tiny one."
+        )
     if not any(config.rewards.functions.values()):
         found.append("rewards.functions: every weight is 0, so that nothing is rewarded.")
     return found

@@ -388,6 +388,8 @@ WARNINGS = [
     ("learner.schedule=[10,constant]", "peak learning rate"),
     ("learner.offload=all", "in CPU memory anyway"),
     ("run.timeout_s=0.1", "tokens per second, longer than run.timeout_s = 0.1"),
+    ("learner.num_gpus=1", "Set model.dtype=bfloat16"),
+    ("actors.num_gpus=0.5 & actors.engine_memory=0.4", "float32 with actors.num_gpus = 0.5: GPUs"),
     ("rewards.functions={exact_match: 0.0}", "nothing is rewarded"),
 ]
 
