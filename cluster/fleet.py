@@ -140,16 +140,19 @@ class Fleet:
         timeout_s: float,
         held_by: Callable[[str], str] = lambda name: "",
         first_at_once: float = math.inf,
+        may_place: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`retire(names, how)` tells actors to end, `release(name)` hands the work of one that is gone out
         again, `tell` notes an event: none of them may wait. `timeout_s` limits loading, and one turn of an
         actor's loop. Until an actor runs, so many load at once (`first_at_once`): loading takes a core, and
-        what shares one is late together.
+        what shares one is late together. While the learner waits for its place, `may_place()` is False:
+        nobody takes it, and what was asked for and is not used yet is given back.
         """
         self._calls = calls
         self._rollouts, self._retire, self._release, self._tell = rollouts, retire, release, tell
         self._timeout_s, self._clock, self._first_at_once = timeout_s, clock, first_at_once
+        self._may_place = may_place
         self._actors: dict[str, Actor] = {}
         self._gone: deque[Actor] = deque(maxlen=NUM_GONE_SHOWN)
         self._deaths, self._held_by = deaths, held_by
@@ -223,6 +226,7 @@ class Fleet:
             added.append(f"actor-{self._num_roles}")
             self._num_roles += 1
             self._start(added[-1], added[-1], self._rollouts)
+            self._place(self._actors[added[-1]], self._clock())
         for actor in surplus:
             self._begin_retiring(actor, "drain")
         return added, [actor.name for actor in surplus]
@@ -277,20 +281,23 @@ class Fleet:
     # --- a life ---
 
     def _start(self, name: str, role: str, kind: Kind) -> None:
-        group = make_group([bundle_of(kind.num_cpus, kind.num_gpus)]) if kind.is_placed else None
-        actor = self._actors[name] = Actor(
-            name, role, kind, self._clock(), group=group, asked_s=self._clock()
-        )
-        if group is None:
+        actor = self._actors[name] = Actor(name, role, kind, self._clock(), asked_s=self._clock())
+        if not kind.is_placed:
             self._create(actor, {"num_cpus": 0})
 
     def _place(self, actor: Actor, now_s: float) -> None:
-        group = actor.group
-        assert group is not None
+        kind, group = actor.kind, actor.group
         if self._is_held(actor, now_s):
             return
+        if not self._may_place():
+            if group is not None:
+                remove_placement_group(group)
+            actor.group, actor.note = None, "the learner is placed first"
+            return
+        if group is None:
+            group = actor.group = make_group([bundle_of(kind.num_cpus, kind.num_gpus)])
         if is_placed(group):
-            self._create(actor, on_bundle(group, 0, actor.kind.num_cpus, actor.kind.num_gpus))
+            self._create(actor, on_bundle(group, 0, kind.num_cpus, kind.num_gpus))
         elif now_s - actor.asked_s > ASK_FREE_S:  # Placing takes a moment also where there is room.
             actor.asked_s, actor.note = now_s, shortage(group)
             if now_s - actor.since_s > TELL_WAITING_S and not actor.is_told:
@@ -374,7 +381,7 @@ class Fleet:
             raised = error.__cause__  # What Ray said, where `error` is ours.
             if not isinstance(raised, RayError):
                 raise error
-            cause = cause_of(raised)
+            cause = cause_of(raised, actor.where)
             is_fatal = isinstance(raised, RayTaskError) and isinstance(raised.cause, AgroError)
             if actor.state != "retiring" and (is_fatal or (could_not_start(raised) and not self._ever_ran)):
                 done = "the run ends: another actor would do no better"

@@ -5,7 +5,8 @@
                                   '---- a call fails: who still answers? --'--> RankDied, or what a rank raised
 
 As in the fleet nothing here waits: `poll` takes the answers that came, `tick` does what is due by the clock.
-A gang that failed is not started again; learner.py makes another one.
+A gang that failed is not started again; learner.py makes another one, in the same place: Ray itself looks for
+what a lost node had of it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 
 import ray
 from ray.exceptions import RayActorError
-from ray.util.placement_group import remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from core.calls import Calls, Client, Pending, asks
 from core.causes import Cause, hung
@@ -95,6 +96,7 @@ class LearnerGang:
     state    how far it is; it keeps its state while a failure is looked into
     totals   what each rank's `train` returned, once it is done
     dead     the ranks that are gone, once RankDied was raised
+    place    its placement group
     """
 
     def __init__(
@@ -104,17 +106,19 @@ class LearnerGang:
         train_arguments: Sequence[Any],
         log_of: Callable[[str], ProcessLog],
         calls: Calls,
+        place: PlacementGroup | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`train_arguments` are those of `LearnerRank.train`; `log_of("learner-rank-0")` is where that rank
-        writes.
+        writes; `place` is what the gang before has kept.
         """
         learner = config.learner
         self._config, self._pad_id, self._train_arguments = config, pad_id, tuple(train_arguments)
         self._log_of, self._calls, self._clock = log_of, calls, clock
         self._timeout_s = config.run.timeout_s
         self._place_timeout_s = config.run.placement_timeout_s or PLACE_TIMEOUT_S
-        self._group = make_group([bundle_of(learner.reserved_cpus, learner.num_gpus)] * learner.ranks)
+        bundles = [bundle_of(learner.reserved_cpus, learner.num_gpus)] * learner.ranks
+        self.place = make_group(bundles) if place is None else place
         self._ranks: list[RankClient] = []
         self._where: list[Pending[Whereabouts]] = []
         self._address: Pending[tuple[str, int]] | None = None
@@ -126,6 +130,11 @@ class LearnerGang:
         self._enter("waiting for placement")
         self.totals: list[dict[str, float]] = []
         self.dead: list[DeadRank] = []
+
+    @property
+    def wants_place(self) -> bool:
+        """Says whether it waits for its place, or looks into a failure, which may be a lost node's."""
+        return self.state == "waiting for placement" or bool(self._pings)
 
     def clients(self) -> dict[str, Client]:
         """Returns the ranks that exist as processes, by name."""
@@ -163,14 +172,15 @@ class LearnerGang:
         if self._ranks:
             self._calls.post(self._ranks[0].republish(), "the board's restart")
 
-    def kill(self) -> None:
-        """Ends the ranks at once and frees their place."""
+    def kill(self, *, keeps_place: bool = False) -> None:
+        """Ends the ranks at once, and frees their place."""
         under_way: list[Pending[Any]] = [*self._starting, *self._training, *self._pings, *self._where]
         for pending in [*under_way, *([] if self._address is None else [self._address])]:
             pending.give_up()
         for rank in self._ranks:
             ray.kill(rank.handle)
-        remove_placement_group(self._group)
+        if not keeps_place:
+            remove_placement_group(self.place)
 
     # --- a start ---
 
@@ -178,18 +188,18 @@ class LearnerGang:
         self.state, self._since_s = state, self._clock()
 
     def _place(self, now_s: float) -> None:
-        if is_placed(self._group):
+        if is_placed(self.place):
             self._create_ranks()
         elif now_s - self._since_s > self._place_timeout_s:
             raise PlacementError(
-                f"learner could not be placed in {self._place_timeout_s:.0f} s: {shortage(self._group)}. Where the cluster "
+                f"learner could not be placed in {self._place_timeout_s:.0f} s: {shortage(self.place)}. Where the cluster "
                 "adds nodes on demand, raise run.placement_timeout_s."
             )
 
     def _create_ranks(self) -> None:
         learner = self._config.learner
         for number in range(learner.ranks):
-            placed = on_bundle(self._group, number, learner.reserved_cpus, learner.num_gpus)
+            placed = on_bundle(self.place, number, learner.reserved_cpus, learner.num_gpus)
             rank_class = remote(LearnerRank, self._log_of(rank_name(number)))
             # Two threads: one trains, the other is told to stop, or asked what the first is doing.
             options = rank_class.options(
@@ -236,7 +246,7 @@ class LearnerGang:
         self.dead = [
             DeadRank(number, cause, self._whereabouts_of(number))
             for number, ping in enumerate(self._pings)
-            if ping.future.done() and (cause := _cause_of_death(ping))
+            if ping.future.done() and (cause := _cause_of_death(ping, self._whereabouts_of(number)))
         ]
         silent = [number for number, ping in enumerate(self._pings) if not ping.future.done()]
         if silent and not self.dead:
@@ -255,8 +265,10 @@ class LearnerGang:
         return where.result() if where.future.done() and where.error() is None else None
 
 
-def _cause_of_death(ping: Pending[int]) -> Cause | None:
-    """Why the process behind an answered ping is gone; None for one that lives, or could not start."""
+def _cause_of_death(ping: Pending[int], where: Whereabouts | None) -> Cause | None:
+    """Why the process behind an answered ping, which was there, is gone; None for one that lives, or could
+    not start.
+    """
     error = ping.error()
     died = None if error is None else error.__cause__  # What Ray said.
-    return cause_of(died) if isinstance(died, RayActorError) and not could_not_start(died) else None
+    return cause_of(died, where) if isinstance(died, RayActorError) and not could_not_start(died) else None

@@ -5,7 +5,8 @@
               '---- a rank died, and the board has forgotten what it had published
 
 Actors and buffer live on meanwhile. The batches since the checkpoint are asked for again by their steps, and
-are the same.
+are the same. The ranks' place stays theirs: what a lost node had of it is found elsewhere, before any actor
+is placed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
 from cluster.deaths import RANK, Deaths
 from cluster.gang import LearnerGang, RankDied
 from cluster.gang import State as GangState
@@ -21,6 +24,7 @@ from core.calls import Calls, Client, Pending
 from core.config import Config
 from core.errors import ConfigError
 from core.process_log import ProcessLog
+from core.processes import is_placed
 from learner.checkpoints.checkpoint import CheckpointManifest, checkpoint_dirs, latest_checkpoint
 
 State: TypeAlias = Literal["verifying a checkpoint"] | GangState
@@ -52,6 +56,7 @@ class Learner:
         self._deaths, self._calls, self._on_going_on = deaths, calls, on_going_on
         self._stopping = False
         self._gang: LearnerGang | None = None
+        self._place: PlacementGroup | None = None  # Of the gang before.
         self._forgetting: Pending[list[int]] | None = None
         self._verifying = self._begin_verifying()
 
@@ -59,6 +64,13 @@ class Learner:
     def state(self) -> State:
         """How far the gang that runs now is, or is about to be."""
         return "verifying a checkpoint" if self._gang is None else self._gang.state
+
+    @property
+    def wants_place(self) -> bool:
+        """Says whether its ranks have no place, or may just have lost it: actors leave it to them."""
+        if self._gang is not None:
+            return self._gang.wants_place
+        return self._place is None or not is_placed(self._place)
 
     @property
     def totals(self) -> list[dict[str, float]]:
@@ -109,6 +121,8 @@ class Learner:
         """Ends the ranks at once and frees their place."""
         if self._gang is not None:
             self._gang.kill()
+        elif self._place is not None:
+            remove_placement_group(self._place)
 
     def _mourn(self, step: Callable[[], None]) -> None:
         """Takes the step; begins another start when a rank turns out to have died."""
@@ -139,8 +153,8 @@ class Learner:
             raise error
         died, _, words = str(error).partition("\n")
         self._tell(f"{died}; starting the learner again\n{words}".strip())
-        self._gang.kill()
-        self._gang = None
+        self._gang.kill(keeps_place=True)
+        self._place, self._gang = self._gang.place, None
         self._forgetting = self._forget_snapshots()
         self._verifying = self._begin_verifying()
 
@@ -158,4 +172,6 @@ class Learner:
             self._tell(f"going on from {found[0].name}")
             self._on_going_on(found[1].step)
         train_arguments = (*self._peers, str(self._run_dir / "policy"), str(found[0]) if found else None)
-        return LearnerGang(self._config, self._pad_id, train_arguments, self._log_of, self._calls)
+        return LearnerGang(
+            self._config, self._pad_id, train_arguments, self._log_of, self._calls, self._place
+        )

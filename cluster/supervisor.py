@@ -91,6 +91,7 @@ class Supervisor:
             timeout_s=timeout_s,
             held_by=self._held_by,
             first_at_once=first_at_once(self._config.learner.ranks),
+            may_place=lambda: self._learner is None or not self._learner.wants_place,
         )
         self._scaling = Scaling(actors, self._fleet, self._control, services.event)
         self._learner: Learner | None = None
@@ -189,9 +190,9 @@ class Supervisor:
             status = read_status(run_dir)
         except ConfigError:  # It had not written one.
             return
-        if status.state == "over" or status.pid == os.getpid():
+        if status.state == "over" or (status.is_here and status.pid == os.getpid()):
             return
-        words = last_lines(words_of(log_path(run_dir, "driver"), status.pid))
+        words = last_lines(words_of(log_path(run_dir, "driver"), status.pid, status.host))
         self._deaths.note_driver(
             pid=status.pid, step=status.step, died_at=status.time, last_words=tuple(words)
         )

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 import cluster.fleet
 from cluster.deaths import ACTOR, DeathCount, Deaths
@@ -45,6 +46,7 @@ class Bench:
         num_cpus: float = 1.0,
         timeout_s: float = 60.0,
         first_at_once: float = math.inf,
+        may_place: Callable[[], bool] = lambda: True,
     ) -> None:
         self.directory, self.behaviour = directory, behaviour or {}
         self.told: list[str] = []
@@ -60,6 +62,7 @@ class Bench:
             deaths=Deaths(directory),
             timeout_s=timeout_s,
             first_at_once=first_at_once,
+            may_place=may_place,
         )
 
     def _spawn(self, name: str, options: dict[str, Any]) -> Any:
@@ -328,6 +331,30 @@ def test_deaths_are_counted_by_role_within_the_window() -> None:
     assert [deaths.note("actor-0", t, 300.0) for t in (0, 10, 20)] == [1, 2, 3]
     assert deaths.note("actor-1", 20, 300.0) == 1
     assert deaths.note("actor-0", 305, 300.0) == 3  # Those at 0 is forgotten.
+
+
+@pytest.mark.slow
+def test_successors_and_actors_that_wait_leave_their_places_to_the_learner(
+    bench: Callable[..., Bench],
+) -> None:
+    learner_is_placed = True
+    b = bench(num_cpus=2.0, may_place=lambda: learner_is_placed)
+    b.run(2)
+    b.fleet.scale_to(3)  # There is no room for the third.
+    os.kill(b.pid("actor-0"), signal.SIGKILL)
+    learner_is_placed = False
+    b.until(lambda: "actor-0.1" in b.fleet.names() and free_cpus() == 2)
+    for _ in range(3):
+        b.fleet.poll()
+        b.fleet.tick(time.monotonic())
+    assert b.fleet.names("running") == ["actor-1"]
+    notes = {entry["name"]: entry["note"] for entry in b.fleet.status()}
+    assert notes["actor-0.1"] == notes["actor-2"] == "the learner is placed first"
+    learner = placement_group([{"CPU": 2.0}])
+    assert learner.wait(60), "what waited has given its claims back"
+    learner_is_placed = True
+    remove_placement_group(learner)
+    b.until(lambda: len(b.fleet.names("running")) == 2)
 
 
 @pytest.mark.slow

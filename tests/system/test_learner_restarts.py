@@ -32,7 +32,8 @@ class Gang:
     deaths: ClassVar[list[Exception | None]] = []
     made: ClassVar[list[Any]] = []
 
-    def __init__(self, config: Any, pad_id: int, arguments: Any, log_of: Any, calls: Any) -> None:
+    def __init__(self, config: Any, pad_id: int, arguments: Any, log_of: Any, calls: Any, place: Any) -> None:
+        self.place = place or object()
         self.state, self.totals, self.killed, self.dead = "training", [], False, []
         Gang.made.append(self)
         self.arguments = arguments
@@ -45,7 +46,7 @@ class Gang:
     def tick(self, now_s: float) -> None:
         pass
 
-    def kill(self) -> None:
+    def kill(self, *, keeps_place: bool = False) -> None:
         self.killed = True
 
     def request_stop(self) -> None:
@@ -107,6 +108,7 @@ def test_a_dead_rank_starts_the_whole_gang_again(planted: Any) -> None:
     assert planted.forgotten == [True]
     assert planted.told == ["learner rank 1 died: killed; starting the learner again"]
     assert Gang.made[1].arguments[:4] == ("buffers", "board", "monitor", Gang.made[0].arguments[3])
+    assert Gang.made[1].place is Gang.made[0].place, "nobody takes it meanwhile"
     assert learner.num_deaths == 1
 
 
