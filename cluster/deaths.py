@@ -12,6 +12,7 @@ the run: `ENDS`.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -233,9 +234,10 @@ class Deaths:
         """
         role = kind.role(name)
         log = log_path(self._run_dir, role_of(name))
-        cause = self._kernel.explain(cause)
+        if where is None or where.host == socket.gethostname():  # The kernel of this machine counts its own.
+            cause = self._kernel.explain(cause)
         if not cause.last_words:
-            words = words_of(log, None if where is None else where.pid)
+            words = words_of(log, *((None, None) if where is None else (where.pid, where.host)))
             cause = replace(cause, last_words=tuple(last_lines(words)))
         number = self._recent.note(role, self._clock(), kind.window_s) if counts else 0
         self._totals[kind] += counts

@@ -37,7 +37,7 @@ from core.monitor_client import MONITOR, MonitorClient
 from core.newest import MAX_GONE, Newest
 from core.own_warnings import OwnWarnings
 from core.process_log import ProcessLog, make_log_folder, role_of
-from core.processes import Whereabouts, cause_of_pid, on_this_node, remote, threads, whereabouts
+from core.processes import Whereabouts, cause_of_end, on_this_node, remote, threads, whereabouts
 from core.weights.board import BOARD, BoardClient, Retirement
 from rewards.hosted import HostedModel, models_of, path_of
 
@@ -179,10 +179,10 @@ class Services:
         """Whether Ray has made another process in a service's place; its death is noted and told."""
         life.place.poll()
         before, life.known = life.known, life.place.value
-        if before is None or life.known is None or before.pid == life.known.pid:
+        if before is None or life.known is None or before == life.known:
             return False
         kind = life.kind
-        cause = self._deaths.note(kind, life.name, cause_of_pid(before.pid), where=before)
+        cause = self._deaths.note(kind, life.name, cause_of_end(before), where=before)
         who = kind.together or (life.name if kind is REWARD_MODEL else kind.name)
         number = ordinal(self._deaths.total(kind))
         stats = self.stats.value or {}

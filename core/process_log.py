@@ -239,8 +239,10 @@ def forget_old_logs(run_dir: Path, living: Iterable[str] = (), keep: int = MAX_L
 # --- What is read of it ---
 
 
-def words_of(path: Path, pid: int | None = None) -> str:
-    """What the process wrote: of process `pid`, or (None) of the newest. '' where there is nothing of it."""
+def words_of(path: Path, pid: int | None = None, host: str | None = None) -> str:
+    """What the process wrote: of process `pid`, or (None) of the newest, on machine `host` or (None) any. ''
+    where there is nothing of it.
+    """
     try:
         text = tail(path, LIMIT_BYTES).decode(errors="replace")
     except OSError:
@@ -250,14 +252,17 @@ def words_of(path: Path, pid: int | None = None) -> str:
     found = [
         text[header.end() : end]
         for header, end in zip(headers, ends, strict=False)
-        if pid is None or int(header[2]) == pid
+        if pid in (None, int(header[2])) and host in (None, header[3])
     ]
     return found[-1] if found else ""
 
 
-def words_of_process(pid: int) -> str:
-    """What process `pid` of this run wrote, wherever in the logs it did; '' where that is not known here."""
-    return next((words for path in _newest_first(_this.folder) if (words := words_of(path, pid))), "")
+def words_of_process(pid: int, host: str) -> str:
+    """What process `pid` of machine `host` wrote for this run, wherever in the logs it did; '' where that is
+    not known here.
+    """
+    paths = _newest_first(_this.folder)
+    return next((words for path in paths if (words := words_of(path, pid, host))), "")
 
 
 def last_lines(text: str, count: int = NUM_LAST_LINES) -> list[str]:

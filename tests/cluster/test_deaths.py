@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
 
 from cluster.deaths import ACTOR, KINDS, RANK, SHARD, Deaths, as_markdown, read_deaths
-from core.causes import Cause
+from core.causes import Cause, cause_from
 from core.errors import TrainingError
 from core.processes import Whereabouts
 from tests.support import ROOT
@@ -83,6 +84,17 @@ def test_deaths_that_do_not_count_never_end_the_run_and_each_kind_is_counted_as_
     now_s = RANK.window_s - 1
     with pytest.raises(TrainingError, match="learner ranks died 5 times within 30 min"):
         deaths.note(RANK, "learner-rank-0", KILLED)
+
+
+def test_only_the_kernel_of_its_own_machine_explains_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaths = Deaths(tmp_path)
+    monkeypatch.setattr(deaths._kernel, "_count", lambda: 1 + deaths._kernel._seen)
+    killed = cause_from("", "", 7)
+    assert deaths.note(ACTOR, "actor-0", killed, where=Whereabouts("n", 7, "elsewhere")).what == "signal"
+    here = Whereabouts("n", 7, socket.gethostname())
+    assert deaths.note(ACTOR, "actor-0", killed, where=here).what == "out of memory"
 
 
 def test_secrets_are_not_in_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from cluster.deaths import SHARD
 from cluster.services import Services
 from core.calls import Pending
 from core.errors import TrainingError
+from core.processes import Whereabouts
 
 
 def order(answer: BaseException | None = None, *, is_open: bool = False) -> Pending[None]:
@@ -53,10 +54,8 @@ def test_a_shard_that_came_back_again_is_told_with_its_number_and_what_it_recove
     services = object.__new__(Services)
     services.stats = SimpleNamespace(value={"buffer/groups": 9.0})  # type: ignore[assignment]
     services._deaths = SimpleNamespace(note=lambda *_, **__: "killed", total=lambda kind: 2)  # type: ignore[assignment]
-    place = SimpleNamespace(poll=lambda: True, value=SimpleNamespace(pid=2, host="here"))
-    life: Any = SimpleNamespace(
-        name="buffer-0", kind=SHARD, place=place, known=SimpleNamespace(pid=1, host="here")
-    )
+    place = SimpleNamespace(poll=lambda: True, value=Whereabouts("n", 2, "here"))
+    life: Any = SimpleNamespace(name="buffer-0", kind=SHARD, place=place, known=Whereabouts("n", 1, "here"))
     assert services._is_another(life)
     assert told == ["replay buffer restarted (2nd time), 9 groups recovered: killed"]
     assert not services._is_another(life)

@@ -8,17 +8,19 @@ import logging
 import logging.config
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import RayError
 
 from core.causes import Cause, KernelKills, cause_from
 from core.own_warnings import MAX_TEXTS, OTHERS, OwnWarnings
 from core.process_log import ProcessLog, bound, forget_old_logs, last_lines, log_path, role_of, words_of
-from core.processes import remote
+from core.processes import Whereabouts, cause_of, remote
 from tests.support import ROOT
 
 PROGRAM = """
@@ -231,6 +233,26 @@ def test_a_risen_count_of_the_kernel_explains_a_kill(tmp_path: Path) -> None:
     crash = Cause("signal", "its process crashed", int(signal.SIGSEGV))
     counter.write_text("oom_kill 9\n")
     assert kernel.explain(crash) == crash
+
+
+def test_what_another_machines_process_wrote_is_not_taken_from_ours_of_the_same_number(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = socket.gethostname()
+    log = f"===== actor-0: process 71 on {here} since 2026\nours\n===== actor-1: process 71 on node7 since 2026\ntheirs\n"
+    log_path(run_dir, "actor-0").write_text(log)
+    monkeypatch.setattr("core.process_log._this.folder", run_dir / "logs")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
+
+    def words(address: str, where: Whereabouts | None = None) -> tuple[str, ...]:
+        text = f"The actor died.\n\tpid: 71\n\tip: {address}\nconnection error code 2. End of file"
+        return cause_of(RayError(text), where).last_words
+
+    assert words("10.0.0.1") == ("ours",)
+    assert words("10.0.0.2") == ()
+    assert words("10.0.0.2", Whereabouts("n", 71, "node7")) == ("theirs",)
+    assert words("10.0.0.2", Whereabouts("n", 71, "node8")) == ()
 
 
 class Seeing:
