@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ray
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from cluster.guardian import guard
 from cluster.preparation.prepare import repository_root
 from cluster.preparation.surroundings import cluster_address
+from cluster.progress import say
 from core.config import ActorsConfig, LearnerConfig
 from core.errors import PlacementError
 from core.machine import available_cpus
-from core.processes import collect_seldom, environment, forget_inherited, inherited
+from core.processes import LOADING_THRESHOLDS, collect_seldom, environment, forget_inherited, inherited
 from rewards.hosted import HostedModel
 
 ROOM_FOR_ACTORS = 8
+PASSED_ON = ("HF_", "TRANSFORMERS_", "WANDB_", "VLLM_", "NCCL_", "TORCH_NCCL_", "GLOO_")
+"""What the variables begin with that processes on other machines get from the driver: where models come from,
+where curves go, how nodes speak.
+"""
+_HOOK = "worker_process_setup_hook"
 
 
 def logical_cpus(actors: ActorsConfig, learner: LearnerConfig, models: Iterable[HostedModel] = ()) -> int:
@@ -61,7 +69,7 @@ def ray_session(
     try:
         with _our_signal_handlers():
             if address is not None:
-                ray.init(address=address, **common)
+                ray.init(address=address, runtime_env=_on_cluster(os.environ), **common)
             else:
                 # It is empty or "local" here, which Ray's own processes would take for an address.
                 os.environ.pop("RAY_ADDRESS", None)
@@ -91,6 +99,38 @@ def _environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path),
         WORKER_PROCESS_SETUP_HOOK_ENV_VAR: hook,
     }
+
+
+def _on_cluster(variables: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the runtime environment of all processes of a run on a cluster: each begins with `prepare`."""
+    submitted = json.loads(variables.get(RAY_JOB_CONFIG_JSON_ENV_VAR) or "{}").get("runtime_env") or {}
+    if _HOOK in submitted:  # Ray takes one.
+        say(f"the job was submitted with a {_HOOK}: the driver's {', '.join(PASSED_ON)}* are not passed on")
+        return {}
+    passed_on = {name: value for name, value in variables.items() if name.startswith(PASSED_ON)}
+    return {_HOOK: _prepare(passed_on)}
+
+
+def _prepare(variables: Mapping[str, str]) -> Callable[[], None]:
+    """Returns what a process on a cluster does first: it takes those `variables` that its node does not have
+    itself, or that the job was not submitted with, and collects seldom while it loads its libraries.
+
+    They are no `env_vars` of Ray's: these would overrule the node, as where networks have other names there,
+    and Ray writes them into its logs, tokens too. Ray sends a function that is made here whole: the process
+    need not find this module.
+    """
+
+    thresholds = LOADING_THRESHOLDS
+
+    def prepare() -> None:
+        import gc
+        import os
+
+        for name, value in variables.items():
+            os.environ.setdefault(name, value)
+        gc.set_threshold(*thresholds)
+
+    return prepare
 
 
 def _why_not_connected(address: str | None, error: BaseException) -> str:

@@ -11,6 +11,8 @@ from ray.exceptions import RayError
 from cluster.monitor.terminal import Terminal
 from cluster.preparation import placement
 from cluster.preparation.cards import check_cards
+from cluster.preparation.memory import estimate_memory
+from cluster.preparation.nodes import ask_ray, with_shm
 from cluster.preparation.prepare import Inputs, check_start, load_libraries, locate_model, prepare
 from cluster.preparation.run_dir import kept_if_begun
 from cluster.preparation.surroundings import cluster_address
@@ -55,13 +57,12 @@ def _run(inputs: Inputs, stop: StopSignal) -> dict[str, Any]:
     stop.end_in_order(f"the same command with run.dir={inputs.run_dir}")
     say("starting the processes of the run")
     stop.raise_if_asked()
-    asked = placement.bundles(config.actors, config.learner, models)
-    nodes = placement.ask_ray()
-    short = placement.check_for(config, asked, nodes)
+    asked, nodes = placement.bundles(config.actors, config.learner, models), ask_ray()
+    warnings = [*config.warnings(), *placement.check_for(config, asked, nodes)]
     check_cards(config, nodes)
-    warnings = [*config.warnings(), *short]
     supervisor = _supervisor(inputs)
     try:
+        warnings += placement.memory_warnings(config, asked, estimate_memory(config), with_shm(nodes))
         with Terminal() as terminal:
             supervisor.start(warnings, stop, terminal)
             totals = supervisor.watch(stop, terminal)

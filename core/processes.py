@@ -26,9 +26,10 @@ WARN_TIMEOUT_S = 10.0
 _NO_MEMORY = "low on memory"  # Of Ray's own memory monitor, which kills before the kernel has to.
 _NODE_LOST = re.compile(r"because its node has died|node was terminated|node is dead", re.IGNORECASE)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
+_ADDRESS = re.compile(r"\bip[:=] ?([\w.:]+)")
 _RAY_LOG_BYTES = 2**16
 _THRESHOLDS = gc.get_threshold()
-_LOADING_THRESHOLDS = (100_000, 20, 100)
+LOADING_THRESHOLDS = (100_000, 20, 100)
 _inherited: dict[str, str] = {}  # What every process of the Ray that this one started has in its environment.
 
 
@@ -191,7 +192,7 @@ def collect_seldom() -> None:
     Hundreds of thousands of objects come and none goes. At the usual thresholds all of them are visited again
     and again: a fifth of the CPU time that the imports of an actor take.
     """
-    gc.set_threshold(*_LOADING_THRESHOLDS)
+    gc.set_threshold(*LOADING_THRESHOLDS)
 
 
 def collect_as_usual(*, leave_out: bool = True) -> None:
@@ -220,8 +221,10 @@ def whereabouts(_: object = None) -> Whereabouts:
 # --- Ends ---
 
 
-def cause_of(error: RayError) -> Cause:
-    """Why the process behind a call is gone, or what the call raised there."""
+def cause_of(error: RayError, where: Whereabouts | None = None) -> Cause:
+    """Why the process behind a call is gone, or what the call raised there. `where` it was, None where it had
+    not said so.
+    """
     if isinstance(error, RayTaskError):
         lines = str(error.cause).strip().splitlines() or ["no message"]
         words = tuple(last_lines(str(error)))
@@ -236,26 +239,36 @@ def cause_of(error: RayError) -> Cause:
         return Cause("node lost", known[:300])
     if pid is None:
         return cause_from(known, "", None)
-    return cause_from(known, words_of_worker(int(pid[1])), int(pid[1]))
+    host = _host_in(reason) if where is None else where.host
+    return cause_from(known, words_of_worker(int(pid[1]), host), int(pid[1]))
 
 
-def cause_of_pid(pid: int) -> Cause:
-    """Why process `pid` is gone, whose place Ray has given to another."""
-    return cause_from(_exit_detail(pid), words_of_worker(pid), pid)
+def cause_of_end(where: Whereabouts) -> Cause:
+    """Why the process that was there is gone, whose place Ray has given to another."""
+    return cause_from(_exit_detail(where), words_of_worker(where.pid, where.host), where.pid)
 
 
-def words_of_worker(pid: int) -> str:
-    """What a process wrote into its log; into Ray's, where it has none (yet). '' for another machine's."""
-    if words := words_of_process(pid):
+def words_of_worker(pid: int, host: str) -> str:
+    """What process `pid` of machine `host` wrote into its log; into Ray's, where it has none (yet). '' where
+    that is on another machine: there is another process of that number here.
+    """
+    if words := words_of_process(pid, host):
         return words
     session = ray._private.worker._global_node  # Private, but there is no public way to a worker's log.
-    if session is None:
+    if session is None or host != socket.gethostname():
         return ""
     paths = (Path(session.get_session_dir_path()) / "logs").glob(f"worker-*-{pid}.err")
     return "".join(tail(path, _RAY_LOG_BYTES).decode(errors="replace") for path in paths)
 
 
-def _exit_detail(pid: int) -> str:
+def _host_in(reason: str) -> str:
+    """Returns this machine's name, '' where Ray's text on a process says that it was on another one."""
+    address = _ADDRESS.search(reason)
+    is_here = address is None or not ray.is_initialized() or address[1] == ray.util.get_node_ip_address()
+    return socket.gethostname() if is_here else ""
+
+
+def _exit_detail(where: Whereabouts) -> str:
     """Ray's sentence on how a worker ended; '' where it has none. Private: the public way is the
     dashboard's.
     """
@@ -267,7 +280,7 @@ def _exit_detail(pid: int) -> str:
         ended = [
             entry
             for entry in map(WorkerTableData.FromString, table)
-            if entry.pid == pid and not entry.is_alive
+            if (entry.worker_address.node_id.hex(), entry.pid) == where[:2] and not entry.is_alive
         ]
         return str(ended[-1].exit_detail) if ended else ""
     return ""

@@ -5,26 +5,25 @@ waiting without end.
                             `------render---> the table of `train --dry-run`
 
 The learner ranks are one placement group, every actor is one of its own: an actor that cannot be placed
-blocks nobody. Everything here is pure but `ask_ray` and `this_machine`.
+blocks nobody. Everything here is pure but `available`.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
-from cluster.preparation.cards import own_card_memory
+from cluster.preparation import nodes as on_nodes
 from cluster.preparation.memory import GIB, MemoryEstimate, estimate_memory, host_bytes, render_memory
+from cluster.preparation.nodes import MEMORY, SHM, STORE, Resources, ask_ray, name_of, this_machine, with_shm
 from cluster.preparation.surroundings import cluster_address
 from core.config import ActorsConfig, Config, LearnerConfig
 from core.config.files import dump_config
 from core.errors import PlacementError
 from rewards.hosted import HostedModel, models_of
 
-Resources: TypeAlias = Mapping[str, float]
 UNLIMITED = 1 << 30
 BARE_PROCESS_GIB = 0.3
 """Half of what was measured: Python with torch and Ray imported, some of it shared."""
@@ -152,6 +151,51 @@ def most_actors(nodes: Sequence[Resources], placement: Placement) -> int | None:
     return best.get(learner.count)
 
 
+def spread(placement: Placement, nodes: Sequence[Resources]) -> list[tuple[int, int]]:
+    """Returns how many ranks and actors Ray may put on each of the nodes, beside the reward models.
+
+    It fills a node with ranks before it takes another, and gives an actor to the node with the largest share
+    free. What fits nowhere is left out.
+    """
+    free = [dict(node) for node in _beside(placement.models, nodes)]
+    counts = [[0, 0] for _ in nodes]
+    for role, bundle in enumerate((placement.learner, placement.actor)):
+        here = -1
+        for _ in range(bundle.count):
+            if role or here < 0 or not _capacity(free[here], bundle):
+                fits = [number for number, node in enumerate(free) if _capacity(node, bundle)]
+                if not fits:
+                    break
+                here = max(fits, key=lambda number: _share_left(free[number], nodes[number], bundle))
+            counts[here][role] += 1
+            for key, amount in bundle.resources.items():
+                free[here][key] = free[here].get(key, 0) - amount
+    return [(ranks, actors) for ranks, actors in counts]
+
+
+def _share_left(node: Resources, at_first: Resources, bundle: Bundle) -> float:
+    asked = {key: amount for key, amount in bundle.resources.items() if amount}
+    return sum((node[key] - amount) / at_first[key] for key, amount in asked.items())
+
+
+def memory_warnings(
+    config: Config, placement: Placement, estimate: MemoryEstimate, nodes: Sequence[Resources]
+) -> list[str]:
+    """Returns a sentence for each node whose memory will not do for what Ray may put there; where nothing can
+    be placed, one where all nodes together have too little.
+    """
+    counts = spread(placement, nodes)
+    if any(map(any, counts)):
+        return on_nodes.memory_warnings(config, estimate, nodes, counts)
+    asked, has = host_bytes(config.actors, config.learner, estimate), _sum(nodes)[MEMORY]
+    if has and asked > has:
+        return [
+            f"learner and actors want about {asked / GIB:.1f} GiB of host memory, there are "
+            f"{has / GIB:.1f} GiB."
+        ]
+    return []
+
+
 def _beside(models: Sequence[Bundle], nodes: Sequence[Resources]) -> list[Resources]:
     """Returns what is left of the nodes when the reward models have taken theirs, the largest first, each
     from the first node that has it; nothing where one fits nowhere.
@@ -216,35 +260,11 @@ def _as_nodes(resources: Resources | Sequence[Resources]) -> list[Resources]:
 
 
 def _sum(nodes: Sequence[Resources]) -> dict[str, float]:
-    return {key: sum(node.get(key, 0) for node in nodes) for key in ("CPU", "GPU", "memory")}
+    return {key: sum(node.get(key, 0) for node in nodes) for key in ("CPU", "GPU", MEMORY)}
 
 
 def _in_words(resources: Resources) -> str:
     return ", ".join(f"{resources.get(key, 0):g} {key}" for key in ("CPU", "GPU"))
-
-
-def ask_ray() -> list[dict[str, float]]:
-    """Returns the resources of every live node of the cluster this process is connected to."""
-    import ray
-
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def this_machine(placement: Placement) -> dict[str, float]:
-    """Returns what a local Ray of our own would have here: the logical CPUs that the run asks for, and the
-    GPUs that torch sees.
-    """
-    import psutil
-    import torch
-
-    cpus = max(float(os.cpu_count() or 1), placement.total()["CPU"])
-    gpus = float(torch.cuda.device_count())
-    return {
-        "CPU": cpus,
-        "GPU": gpus,
-        "memory": float(psutil.virtual_memory().total),
-        **(own_card_memory() if gpus else {}),
-    }
 
 
 def check_machine(actors: ActorsConfig, learner: LearnerConfig) -> None:
@@ -289,27 +309,20 @@ def render(
     else:
         nodes = _as_nodes(resources)
         lines.append(where)
-        lines += [
-            f"  node {number}: {_in_words(node)}, {node.get('memory', 0) / GIB:.1f} GiB memory"
-            for number, node in enumerate(nodes, start=1)
-        ]
+        lines += [f"  {_described(node, number)}" for number, node in enumerate(nodes, start=1)]
         try:
             warnings += check_for(config, placement, nodes)
         except PlacementError as error:
             warnings.append(str(error))
-        warnings += _memory_warnings(config, memory, nodes)
+        warnings += memory_warnings(config, placement, memory, nodes)
     lines += ["memory, estimated", *render_memory(config.actors, config.learner, memory)]
     return "\n".join(lines + [f"warning: {warning}" for warning in warnings])
 
 
-def _memory_warnings(config: Config, memory: MemoryEstimate, nodes: Sequence[Resources]) -> list[str]:
-    asked, has = host_bytes(config.actors, config.learner, memory), _sum(nodes)["memory"]
-    if has and asked > has:
-        return [
-            f"learner and actors want about {asked / GIB:.1f} GiB of host memory, there are "
-            f"{has / GIB:.1f} GiB."
-        ]
-    return []
+def _described(node: Resources, number: int) -> str:
+    titles = {MEMORY: "memory", STORE: "object store", SHM: "/dev/shm"}
+    sizes = [f"{node[key] / GIB:.1f} GiB {title}" for key, title in titles.items() if key in node]
+    return f"{name_of(node, number)}: {', '.join([_in_words(node), *sizes])}"
 
 
 def available(
@@ -324,9 +337,9 @@ def available(
         from cluster.session import ray_session
 
         with ray_session(actors, learner, models):
-            return f"cluster at {address}", [*ask_ray()]
+            return f"cluster at {address}", with_shm(ask_ray())
     return "this machine (RAY_ADDRESS names no cluster; logical CPUs as asked)", [
-        this_machine(bundles(actors, learner, models))
+        this_machine(bundles(actors, learner, models).total()["CPU"])
     ]
 
 

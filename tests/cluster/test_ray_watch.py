@@ -135,7 +135,7 @@ def test_a_run_in_which_ray_fails_ends_with_a_sentence(monkeypatch: Any, tmp_pat
     monkeypatch.setattr(train, "Supervisor", Unlucky)
     monkeypatch.setattr(train, "begin_driver_log", lambda run_dir: None)
     monkeypatch.setattr(train, "ray_session", lambda *parts: contextlib.nullcontext())
-    monkeypatch.setattr(train.placement, "ask_ray", list)
+    monkeypatch.setattr(train, "ask_ray", list)
     monkeypatch.setattr(train.placement, "check", lambda bundles, free: [])
     with pytest.raises(TrainingError, match=r"^the raylet is gone\n.*once more after the raylet is gone"):
         train._run(inputs(tmp_path), StopSignal())

@@ -1,4 +1,6 @@
-"""One run on two nodes of a Ray cluster, of which one is lost and another comes."""
+"""Two nodes of a Ray cluster: what processes on the other one have, and a run on both, of which one is lost
+and another comes.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.preparation.nodes import SHM, STORE, name_of
+from core.processes import LOADING_THRESHOLDS
 from tests.support.cluster.nodes import SHARED, Node, Nodes, can_have_nodes
 from tests.support.runs import environment, overrides, rows_of, started
 
@@ -24,15 +29,26 @@ CPUS = 3
 """Of a node: room for a rank, which asks for two, and an actor, which asks for one."""
 TOKEN = "5d0f3a0c" * 8
 ENV = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
-OF_THE_NODE = ["--num-cpus", str(CPUS), "--object-store-memory", str(2 * 10**8)]
+OBJECT_STORE_BYTES = 2 * 10**8
+OF_THE_NODE = ["--num-cpus", str(CPUS), "--object-store-memory", str(OBJECT_STORE_BYTES)]
 
 
-def join(node: Node, head: Node) -> None:
-    """Starts Ray on a node; the head's begins the cluster."""
+@dataclass
+class Cluster:
+    """Two nodes of it, and the directory that all see."""
+
+    shared: Path
+    nodes: Nodes
+    head: Node
+    other: Node
+
+
+def join(node: Node, head: Node, **own: str) -> None:
+    """Starts Ray on a node, with variables of its own; the head's begins the cluster."""
     where = ["--address", f"{head.address}:6379"]
     if node is head:
         where = ["--head", "--port", "6379", "--include-dashboard=false"]
-    node.run(RAY, "start", *where, "--node-ip-address", node.address, *OF_THE_NODE, env=ENV)
+    node.run(RAY, "start", *where, "--node-ip-address", node.address, *OF_THE_NODE, env={**ENV, **own})
 
 
 def start_driver(head: Node, said: Path) -> subprocess.Popen[str]:
@@ -65,13 +81,47 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"step": 0, "actors": []}
 
 
-def test_a_run_goes_on_when_a_node_is_lost_and_takes_in_another(
-    tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
-    if not can_have_nodes(tmp_path):
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    shared = tmp_path_factory.mktemp("shared")
+    if not can_have_nodes(shared):
         pytest.skip("this machine allows no namespaces of networks")
-    shutil.copytree(tiny_models["tied"], tmp_path / "model")
-    run_dir = tmp_path / "run"
+    with Nodes(shared) as nodes:
+        found = Cluster(shared, nodes, head=nodes.add(), other=nodes.add())
+        join(found.head, found.head)
+        join(found.other, found.head, NCCL_SOCKET_IFNAME="eth0")
+        yield found
+
+
+def test_another_node_s_processes_have_what_the_driver_passes_on_and_a_snapshot_travels_there_once(
+    cluster: Cluster,
+) -> None:
+    passed = {"HF_TOKEN": "a-token", "NCCL_SOCKET_IFNAME": "the-head-s", "SECRET": "the driver's own"}
+    told = cluster.head.run(
+        *(sys.executable, "-m", "tests.support.scenarios.cluster_scenario", *passed),
+        env={**ENV, **passed, "RAY_ADDRESS": f"{cluster.head.address}:6379"},
+    )
+    found = json.loads(told.splitlines()[-1])
+    environment = found["environment"]
+    assert environment["HF_TOKEN"] == "a-token"
+    assert environment["NCCL_SOCKET_IFNAME"] == "eth0", "its own network has its own names"
+    assert environment["SECRET"] is None
+    assert environment["threshold"] == LOADING_THRESHOLDS[0]
+    assert found["fetched"] == [found["size"]] * 4
+    assert found["size"] <= found["received"] < 1.5 * found["size"], "once for all actors of a node"
+    assert len(found["nodes"]) == 2
+    for node, there in zip(found["nodes"], (cluster.head, cluster.other), strict=True):
+        assert node[STORE] == OBJECT_STORE_BYTES
+        assert node[SHM] > OBJECT_STORE_BYTES
+        assert there.address in name_of(node, 1)
+
+
+def test_a_run_goes_on_when_a_node_is_lost_and_takes_in_another(
+    tiny_models: dict[str, Path], cluster: Cluster
+) -> None:
+    nodes, head, lost = cluster.nodes, cluster.head, cluster.other
+    shutil.copytree(tiny_models["tied"], cluster.shared / "model")
+    run_dir = cluster.shared / "run"
 
     def step() -> int:
         return int(status_of(run_dir)["step"])
@@ -79,31 +129,27 @@ def test_a_run_goes_on_when_a_node_is_lost_and_takes_in_another(
     def num_running() -> int:
         return sum(actor["state"] == "running" for actor in status_of(run_dir)["actors"])
 
-    with Nodes(tmp_path) as nodes:
-        head, lost = nodes.add(), nodes.add()
-        for node in (head, lost):
-            join(node, head)
-        driver = start_driver(head, tmp_path / "driver.txt")
-        wait_until(lambda: step() >= 4, "four steps on two nodes", driver)
-        told = lost.run(sys.executable, "launch.py", "status", f"{SHARED}/run", env=ENV)
-        assert f"on {head.name}" in told, "the driver is another node's"
+    driver = start_driver(head, cluster.shared / "driver.txt")
+    wait_until(lambda: step() >= 4, "four steps on two nodes", driver)
+    told = lost.run(sys.executable, "launch.py", "status", f"{SHARED}/run", env=ENV)
+    assert f"on {head.name}" in told, "the driver is another node's"
 
-        nodes.kill(lost)
-        wait_until(
-            lambda: any(row["kind"] == "learner rank" for row in rows_of(run_dir, "deaths")),
-            "a death",
-            driver,
-        )
-        before = step()
-        joined = nodes.add()
-        join(joined, head)
-        wait_until(lambda: step() >= before + 3, "steps with the node that joined", driver)
-        told = joined.run(sys.executable, "launch.py", "scale", f"{SHARED}/run", "--actors", "2", env=ENV)
-        assert "2 actors" in told
-        # Each node has room for one actor beside its rank.
-        wait_until(lambda: num_running() == 2, "an actor on each node", driver)
-        died = {(row["kind"], row["host"]) for row in rows_of(run_dir, "deaths")}
-        assert ("learner rank", lost.name) in died
-        assert not {kind for kind, _ in died} - {"learner rank", "rollout actor"}, (
-            "the driver's node has the rest"
-        )
+    nodes.kill(lost)
+    wait_until(
+        lambda: any(row["kind"] == "learner rank" for row in rows_of(run_dir, "deaths")),
+        "a death",
+        driver,
+    )
+    before = step()
+    joined = nodes.add()
+    join(joined, head)
+    wait_until(lambda: step() >= before + 3, "steps with the node that joined", driver)
+    told = joined.run(sys.executable, "launch.py", "scale", f"{SHARED}/run", "--actors", "2", env=ENV)
+    assert "2 actors" in told
+    # Each node has room for one actor beside its rank.
+    wait_until(lambda: num_running() == 2, "an actor on each node", driver)
+    died = {(row["kind"], row["host"]) for row in rows_of(run_dir, "deaths")}
+    assert ("learner rank", lost.name) in died
+    assert not {kind for kind, _ in died} - {"learner rank", "rollout actor"}, (
+        "the driver's node has the rest"
+    )

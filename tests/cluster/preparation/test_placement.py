@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from cluster.preparation.memory import GIB, estimate_memory, host_bytes
+from cluster.preparation.nodes import ask_ray
 from cluster.preparation.placement import (
-    ask_ray,
     bundles,
     check,
     check_for,
