@@ -89,7 +89,8 @@ class Measurement:
                     found[f"{kind}.{part}_{name}"] = share * (spent_s - before[part][kind])
 
         everybody = tuple(self._processes.spent())
-        measure("g", self._generate, self._steps, "actor")
+        # The rank takes a step more than is measured: what lies in the buffer must be enough for all of them.
+        measure("g", self._generate, self._steps + 1, "actor")
         measure("t", self._train, self._steps, "rank")
         before = self._ask(self._shard.calls())
         measure("together", self._both, 2 * self._steps, *everybody)
