@@ -107,7 +107,11 @@ class Engine:
         tokenizer = load_tokenizer(model)
         end_ids = end_token_ids(model, tokenizer)
         self._detokenizer = Detokenizer(tokenizer, end_ids, skip_special_tokens=skip_special_tokens)
-        arguments = engine_arguments(model, config, max_model_len=max_model_len, seed=seed)
+        is_shared = 0 < config.num_gpus < 1
+        card_bytes = torch.cuda.get_device_properties(0).total_memory if is_shared else 0
+        arguments = engine_arguments(
+            model, config, max_model_len=max_model_len, seed=seed, card_bytes=card_bytes
+        )
         if adapters is not None:
             arguments |= lora_arguments(model, adapters)
         elif version < 0:

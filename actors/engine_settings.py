@@ -71,6 +71,8 @@ CPU_PASS_TOKENS, GPU_PASS_TOKENS = 2048, 8192
 """What a pass takes at least, where there are slots for so many: vLLM's defaults for a CPU engine like ours,
 and for a server on a GPU.
 """
+CONTEXT_BYTES = 2 * 2**30
+"""Of a card's memory, for CUDA itself, its libraries and CUDA graphs: an estimate."""
 
 
 class Adapters(NamedTuple):
@@ -101,6 +103,9 @@ def set_engine_environment(config: ActorsConfig) -> None:
         # One small sampler function of vLLM would be compiled by a C++ compiler, for 2-6 s, at the first
         # token.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    else:
+        # Of float32 vLLM's attention would take ten bits of each factor (TF32): too far from the learner's.
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 
 @contextlib.contextmanager
@@ -140,10 +145,14 @@ def check_device(config: ActorsConfig, platform: Any) -> None:
 
 
 def engine_arguments(
-    model: ModelConfig, config: ActorsConfig, *, max_model_len: int, seed: int
+    model: ModelConfig, config: ActorsConfig, *, max_model_len: int, seed: int, card_bytes: int = 0
 ) -> dict[str, Any]:
-    """Returns the arguments of vLLM's engine, by the names of its EngineArgs."""
-    return {
+    """Returns the arguments of vLLM's engine, by the names of its EngineArgs; `card_bytes` is the memory of a
+    card that the engine shares.
+
+    Raises ConfigError where its share has no room for a cache.
+    """
+    arguments = {
         "model": model.path,
         "dtype": model.dtype,
         "max_model_len": max_model_len,
@@ -164,6 +173,36 @@ def engine_arguments(
         **_parallel_arguments(config),
         **_device_arguments(config),
     }
+    if 0 < config.num_gpus < 1:
+        # vLLM would take for its own what others on the card take while it measures, and end where they give
+        # some back.
+        pass_tokens = arguments["max_num_batched_tokens"]
+        arguments["kv_cache_memory_bytes"] = _cache_of_a_share(model, config, pass_tokens, card_bytes)
+    return arguments
+
+
+def _cache_of_a_share(model: ModelConfig, config: ActorsConfig, pass_tokens: int, card_bytes: int) -> int:
+    """Returns the bytes for keys and values in an engine's share of a card: what weights, a pass and CUDA
+    leave.
+
+    A pass of T tokens holds six hidden states and three MLP states a token, and four float32 rows of logits a
+    slot.
+    """
+    text, size = load_model_config(model).get_text_config(), getattr(torch, model.dtype).itemsize
+    weights = size * sum(parameter.numel() for parameter in empty_model(model).parameters())
+    mlp = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    states = size * pass_tokens * (6 * text.hidden_size + 3 * mlp)
+    logits = 4 * 4 * config.slots * text.vocab_size
+    share = config.gpu_memory_share * card_bytes
+    left = int(share - weights - states - logits - CONTEXT_BYTES)
+    if left <= 0:
+        needs = (share - left) / 2**30
+        raise ConfigError(
+            f"actors.engine_memory = {config.gpu_memory_share:g} is {share / 2**30:.1f} GiB of this card: weights, a pass and CUDA "
+            f"take {needs:.1f} GiB, which leaves none for keys and values. Raise actors.num_gpus and actors.engine_memory, or "
+            "lower actors.slots."
+        )
+    return left
 
 
 def _tokens_of_a_pass(config: ActorsConfig, max_model_len: int) -> int:

@@ -300,6 +300,11 @@ def _weights_can_travel(config: Config) -> None:
             f"{name} needs learner.lora_rank from 1 to {SERVED_RANKS[-1]}, which is what vLLM applies; it is "
             f"{learner.lora_rank}. Set it, or weights.transport=snapshot."
         )
+    if transport == "adapters" and actors.num_gpus > 0 and config.model.dtype == "float32":
+        raise ValueError(
+            f"{name} with actors.num_gpus = {actors.num_gpus:g} and model.dtype = float32: on a GPU vLLM applies adapters of 16 "
+            "bits alone. Set model.dtype=bfloat16, or weights.transport=snapshot, which merges them."
+        )
     if config.weights.is_pulled:
         return
     if config.weights.full_every > 1:

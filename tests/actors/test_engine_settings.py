@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from actors.engine_settings import check_device, engine_arguments, without_collections
+from actors.engine_settings import CONTEXT_BYTES, check_device, engine_arguments, without_collections
 from core.config import ActorsConfig, ModelConfig
 from core.errors import ConfigError
 
@@ -33,6 +33,24 @@ def test_a_pass_has_room_for_all_slots_and_for_long_prompts(
 def test_engines_that_share_a_gpu_share_its_memory():
     assert [ActorsConfig(num_gpus=gpus).gpu_memory_share for gpus in (1, 0.5, 0.25)] == [0.85, 0.425, 0.2125]
     assert ActorsConfig(num_gpus=0.5, engine_memory=0.4).gpu_memory_share == 0.4
+
+
+def test_an_engine_that_shares_a_card_does_not_measure_what_others_take(tiny_models):
+    """vLLM counts as its own what another process has taken of the card since it began."""
+    model, card_bytes = ModelConfig(path=str(tiny_models["tied"])), 80 * 2**30
+
+    def arguments(**settings):
+        config = ActorsConfig(**settings)
+        return engine_arguments(model, config, max_model_len=512, seed=0, card_bytes=card_bytes)
+
+    quarter = arguments(num_gpus=0.25, engine_memory=0.2)["kv_cache_memory_bytes"]
+    assert 13 * 2**30 < quarter < 0.2 * card_bytes - CONTEXT_BYTES
+    assert arguments(num_gpus=0.25, engine_memory=0.2, slots=256)["kv_cache_memory_bytes"] < quarter
+    assert "kv_cache_memory_bytes" not in arguments(num_gpus=1)
+    with pytest.raises(
+        ConfigError, match=r"actors\.engine_memory = 0\.02 is 1\.6 GiB of this card: .* Raise"
+    ):
+        arguments(num_gpus=0.25, engine_memory=0.02)
 
 
 def test_an_engine_for_gpus_takes_none_that_it_was_not_given():

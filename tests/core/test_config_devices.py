@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from core.errors import ConfigError
@@ -103,3 +105,18 @@ def test_what_costs_and_brings_nothing_is_told(sections: dict[str, dict[str, obj
     found = [text for text in config.warnings() if "groups_per_step" in text or "full_every" in text]
     assert len(found) == bool(told)
     assert told in "".join(found)
+
+
+def test_adapters_alone_are_of_16_bits_on_a_gpu() -> None:
+    """vLLM's kernels for them assert it, at the first request."""
+    sections: dict[str, Any] = {
+        "weights": {"transport": "adapters"},
+        "learner": {"lora_rank": 8},
+        "actors": {"num_gpus": 1},
+    }
+    with pytest.raises(
+        ConfigError, match=r"model\.dtype = float32: .* Set model\.dtype=bfloat16, or weights"
+    ):
+        make_config(sections)
+    for given in ({"model": {"dtype": "bfloat16"}}, {"actors": {"num_gpus": 0}}):
+        assert make_config(sections | given).weights.transport == "adapters"
