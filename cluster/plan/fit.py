@@ -28,7 +28,7 @@ class Fit:
     sentences with what to change.
 
     learner_gpu, actor_gpu  of one card; the second is weights and the cache of all slots at average length
-    rank_host, actor_host   of one process; rank 0 has a snapshot besides
+    rank_host, actor_host   of one process; rank 0 has snapshots besides
     store                   of Ray's object store, on the learner's first node
     network_per_step        out of that node in a step, for versions that other nodes pull
     """
@@ -96,10 +96,10 @@ def _hints(job: Workload, fit: Fit) -> Iterator[str]:
 def fullest_host_bytes(job: Workload, fit: Fit) -> float:
     """Returns the host memory that the fullest node wants, versions in the object store included.
 
-    Rank 0 has a snapshot besides.
+    Rank 0 has snapshots besides.
     """
     hosts = [ranks * fit.rank_host + actors * fit.actor_host for ranks, actors in job.nodes]
-    return max(hosts[0] + job.published_bytes, *hosts) + fit.store
+    return max(hosts[0] + job.snapshot_bytes, *hosts) + fit.store
 
 
 def _more_cards(job: Workload) -> str:

@@ -92,7 +92,7 @@ def _fit(job: Workload, fit: Fit) -> Iterator[str]:
             f"average length, of {job.machines.device.memory_bytes / 1e9:.0f} GB"
         )
     yield (
-        f"  host: a rank {fit.rank_host / 1e9:.1f} GB, rank 0 {job.published_bytes / 1e9:.1f} GB besides, an actor "
+        f"  host: a rank {fit.rank_host / 1e9:.1f} GB, rank 0 {job.snapshot_bytes / 1e9:.1f} GB besides, an actor "
         f"{fit.actor_host / 1e9:.1f} GB"
     )
     yield f"  object store: {fit.store / 1e9:.1f} GB for {KEEP} versions of {job.published_bytes / 1e9:.1f} GB"

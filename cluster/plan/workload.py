@@ -108,6 +108,13 @@ class Workload:
         return self.published_bytes * (1 + sum(shares)) / self.full_every
 
     @property
+    def snapshot_bytes(self) -> float:
+        """Returns what rank 0 has in host memory of versions on their way: with deltas the last whole one
+        too.
+        """
+        return (1 if self.full_every == 1 else 2) * self.published_bytes
+
+    @property
     def num_gpus(self) -> float:
         """Returns the GPUs that learner and actors take: whole ones, since nobody else has what is left of
         one.

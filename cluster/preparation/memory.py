@@ -31,7 +31,9 @@ arXiv 1910.02054):
 
 Actor: weights b P, adapters that come alone b Q (by vLLM's next higher rank), and a KV cache of 2 L k b per
 token. With `actors.tensor_parallel` each of its GPUs has a share of weights and cache; a process is in host
-memory for each, and new weights b P once, from which all of them read.
+memory for each, and new weights b P once, from which all of them read. Where only changes are stored
+(`weights.full_every`) new weights are put together in b P of host memory more, and rank 0 holds two
+snapshots. Else an actor reads them where Ray's object store has them.
 """
 
 from __future__ import annotations
@@ -265,12 +267,19 @@ def _actor_parts(config: Config, shape: ModelShape) -> tuple[MemoryUse, ...]:
             "KV cache of all slots",
             _cache_bytes(config.model, config.max_sequence_tokens, shape) * config.actors.slots / share,
         )
-    arriving = b * shape.num_params if parallel > 1 and not is_alone else 0
+    num_copies = (parallel > 1) + has_changes(config) if not is_alone else 0
     on_host = (
-        MemoryUse("new weights", arriving, on_host=True),
+        MemoryUse("new weights", num_copies * b * shape.num_params, on_host=True),
         MemoryUse("process", PROCESS_BYTES * config.actors.num_processes, on_host=True),
     )
     return tuple(part for part in (weights, adapters, cache, *on_host) if part.num_bytes)
+
+
+def has_changes(config: Config) -> bool:
+    """Says whether only what has changed is stored of some versions: rank 0 and actors keep whole ones for
+    that.
+    """
+    return config.weights.is_pulled and config.weights.full_every > 1
 
 
 def _cache_bytes(model: ModelConfig, num_tokens: int, shape: ModelShape) -> float:
@@ -284,10 +293,12 @@ def _notes(config: Config, shape: ModelShape) -> list[str]:
     one = _cache_bytes(config.model, config.max_sequence_tokens, shape)
     whole = BYTES[config.model.dtype] * shape.num_params / GIB
     if whole >= 1 and config.weights.transport != "adapters":
+        kept = (
+            "two snapshots of the weights take" if has_changes(config) else "a snapshot of the weights takes"
+        )
         notes.append(
-            f"a snapshot of the weights takes {whole:.1f} GiB of host memory beside learner rank 0, and as "
-            "much of Ray's object store "
-            "for each version that actors still load."
+            f"{kept} {whole * (1 + has_changes(config)):.1f} GiB of host memory beside learner rank 0, and each version that "
+            f"actors still load up to {whole:.1f} GiB of Ray's object store."
         )
     if whole >= 1 and config.learner.ranks == 1:  # Several ranks load under zero.Init, each its share.
         notes.append(
