@@ -145,7 +145,7 @@ bench-soak: setup  ## 20,000 steps of the services of a run: memory and step tim
 test-gpu: setup  ## what only a GPU can prove, in pieces of nine minutes; without a GPU it says what
 	.venv/bin/python -m benchmarks.gpu test $(ARGS)
 
-bench-gpu: setup  ## engine, update and learner on a GPU against bare ones, in pieces of nine minutes
+bench-gpu: setup  ## engine, updates, learner and time to a reward on a GPU against bare ones, in pieces of nine minutes
 	.venv/bin/python -m benchmarks.gpu bench $(ARGS)
 
 check: setup  ## lint, format, types

@@ -44,16 +44,18 @@ class Prepared(NamedTuple):
     weights: list[tuple[str, Any]]
 
 
-def prepare(directory: Path, *overrides: str, model: str = "") -> Prepared:
-    """Returns config, prompts and weights of the quickstart; with a `model` of MODELS, that of random
-    weights, which ends an answer after a dozen tokens on average.
+def prepare(
+    directory: Path, *overrides: str, model: str = "", config_path: str = "configs/quickstart.yaml"
+) -> Prepared:
+    """Returns config, prompts and weights of the quickstart, or of another config; with a `model` of MODELS,
+    that of random weights, which ends an answer after a dozen tokens on average.
     """
     from safetensors.torch import load_file
 
     more = ["buffer.max_staleness=100000", "checkpoint.every=0", "weights.publish_every=1", *overrides]
     if model:
         more += [f"model.path={_make_model(directory, model)}", "model.make=null"]
-    config = ensure_model(load_config("configs/quickstart.yaml", more))
+    config = ensure_model(load_config(config_path, more))
     prompts = load_prompts(config.data, load_tokenizer(config.model))
     return Prepared(config, prompts, list(load_file(Path(config.model.path, "model.safetensors")).items()))
 

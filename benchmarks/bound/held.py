@@ -211,8 +211,12 @@ class HeldRun:
         monitor = MonitorClient(remote(Listening).options(num_cpus=0).remote(), "nobody")
         peers = connect_buffer([shard]), board, monitor
         held = {"num_cpus": 0, "max_concurrency": 4}
-        rank_class = remote(HeldRank).options(runtime_env=threads(1), **held)
-        actor_class = remote(HeldActor).options(runtime_env=threads(1), **held)
+        rank_class = remote(HeldRank).options(
+            runtime_env=threads(1), num_gpus=config.learner.num_gpus, **held
+        )
+        actor_class = remote(HeldActor).options(
+            runtime_env=threads(1), num_gpus=config.actors.num_gpus, **held
+        )
         self.rank = HeldRankClient(rank_class.remote(0, config, 0), "the rank")
         self.actor = HeldActorClient(actor_class.remote("actor-0", config, prompts, {}, *peers), "the actor")
         self.ask(self.rank.start(self.ask(self.rank.address())))

@@ -9,6 +9,7 @@ ones. Pairs of both, every other one backwards; seconds count from the first gro
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 import ray
 
-from benchmarks.actors.rig import prepare
+from benchmarks.actors.rig import Prepared, prepare
 from benchmarks.bound.held import HeldRun
 from benchmarks.pairs import compare
 from benchmarks.results import measure_load, save, show
@@ -36,10 +37,13 @@ OVERRIDES = (
 MODES = "together", "alternating"
 
 
-def train(directory: Path, mode: str, aim: float) -> dict[str, float]:
-    """Returns seconds and steps until the reward is reached. Raises TrainingError where it is not."""
-    prepared = prepare(directory, *OVERRIDES)
-    run, groups = HeldRun(prepared, directory / mode), prepared.config.learner.groups_per_step
+def train(
+    prepared: Prepared, run_dir: Path, mode: str, aim: float, timeout_s: float = math.inf
+) -> dict[str, float]:
+    """Returns seconds and steps until the reward is reached, all steps are done or `timeout_s` is over, and
+    the reward at the end.
+    """
+    run, groups = HeldRun(prepared, run_dir), prepared.config.learner.groups_per_step
     start_s = time.perf_counter()
     is_alternating, steps = mode == "alternating", 0
     if is_alternating:
@@ -47,10 +51,8 @@ def train(directory: Path, mode: str, aim: float) -> dict[str, float]:
     else:
         run.ask(run.actor.let(True))
     reward = 0.0
-    while reward < aim:
+    while reward < aim and steps < prepared.config.run.steps and time.perf_counter() < start_s + timeout_s:
         steps += 1
-        if steps > prepared.config.run.steps:
-            raise TrainingError(f"{mode}: a mean reward of {reward:.2f} after all steps, not {aim}")
         if is_alternating:
             run.until(lambda _: run.actor.version(), steps - 1)
             run.ask(run.actor.let(True))
@@ -61,7 +63,7 @@ def train(directory: Path, mode: str, aim: float) -> dict[str, float]:
         reward = statistics.mean(run.ask(run.rank.rewards())[-MEAN_OF:]) if steps >= MEAN_OF else 0.0
     seconds = time.perf_counter() - start_s
     run.close()
-    return {"seconds": seconds, "steps": float(steps)}
+    return {"seconds": seconds, "steps": float(steps), "reward": reward}
 
 
 def main() -> None:
@@ -87,7 +89,13 @@ def main() -> None:
             break
         for mode in MODES[:: 1 if number % 2 == 0 else -1]:
             with tempfile.TemporaryDirectory() as directory:
-                found[mode].append(train(Path(directory), mode, arguments.reward))
+                prepared = prepare(Path(directory), *OVERRIDES)
+                one = train(prepared, Path(directory, mode), mode, arguments.reward)
+            if one["reward"] < arguments.reward:
+                raise TrainingError(
+                    f"{mode}: a mean reward of {one['reward']:.2f} after all steps, not {arguments.reward}"
+                )
+            found[mode].append(one)
             show(f"{mode}, until a mean reward of {arguments.reward}", [found[mode][-1]])
     seconds = {mode: [one["seconds"] for one in rounds] for mode, rounds in found.items()}
     row: dict[str, Any] = {

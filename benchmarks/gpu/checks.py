@@ -1,14 +1,14 @@
-"""The cases of benchmarks/gpu/: `python -m benchmarks.gpu.checks NAME [--on-cpu]` prints one line of JSON."""
+"""What only a GPU can show: the cases of `make test-gpu`, each of which returns what it found, and whether
+that is `ok`.
+"""
 
 from __future__ import annotations
 
 import copy
 import itertools
-import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,43 +16,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.learner.gpu import Model, measure_case, measure_gpu, save_model
+from benchmarks.gpu.engines import (
+    ADAPTERS,
+    PROMPT,
+    adapted,
+    adapters_alone,
+    changed,
+    finished,
+    load_module,
+    make_engine,
+    tokens_under_way,
+)
+from benchmarks.learner.gpu import MODELS, measure_case, save_model
 
-SMALL = Model(hidden=256, mlp=512, layers=4, heads=4, kv_heads=2, vocabulary=1000, groups=4)
-HALF_B = Model(hidden=1024, mlp=4096, layers=24, heads=16, kv_heads=8, vocabulary=64_000)
-TINY = Model(hidden=64, mlp=128, layers=2, heads=2, kv_heads=1, vocabulary=100, groups=2, steps=1)
 TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.15}
 """Of a token's log-prob between engine and transformers, at most."""
-PROMPT = tuple(3 + place * place % 90 for place in range(40))
-
-
-def _engine(model: Model, directory: str, *, on_gpu: bool, slots: int, max_new_tokens: int) -> Any:
-    """Makes an engine of random weights, whose tokenizer is that of the quickstart."""
-    from actors.engine import Engine
-    from core.config import ActorsConfig, ModelConfig
-    from recipes.arithmetic import make_tokenizer
-
-    save_model(model, directory)
-    make_tokenizer().save_pretrained(directory)
-    config = ActorsConfig(slots=slots, max_new_tokens=max_new_tokens, num_gpus=int(on_gpu), engine_memory=0.3)
-    return Engine(
-        ModelConfig.model_validate({"path": directory, "dtype": model.dtype}),
-        config,
-        max_model_len=len(PROMPT) + max_new_tokens,
-    )
-
-
-def _changed(directory: str, dtype: torch.dtype) -> tuple[Any, list[tuple[str, torch.Tensor]]]:
-    """Returns transformers' model of the directory, and other weights for it."""
-    from transformers import AutoModelForCausalLM
-
-    module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    noise = torch.Generator().manual_seed(1)
-    scale = {name: tensor.float().std() for name, tensor in module.state_dict().items()}
-    return module, [
-        (name, (tensor + scale[name] * torch.randn(tensor.shape, generator=noise)).to(tensor.dtype))
-        for name, tensor in module.state_dict().items()
-    ]
+SLOTS, NEW_TOKENS = 8, 24
+STEPS_BEFORE = 5
+"""Before an update: after an odd number a pass is under way, also where a CPU does as if."""
 
 
 @torch.no_grad()
@@ -94,37 +75,72 @@ def judge_flying(
     return {"worst_nats": worst, "from_old_nats": sum(from_old) / max(len(from_old), 1)}
 
 
-def check_engine(dtype: str, *, on_gpu: bool) -> dict[str, Any]:
+def check_engine(dtype: str, parallel: int = 1, *, on_gpu: bool) -> dict[str, Any]:
     """Compares an engine's log-probs with transformers', of what was sampled through an update in flight,
-    before and after it, and of what is sampled afresh.
+    before and after it, and of what is sampled afresh. Its model may be divided among GPUs.
     """
     with tempfile.TemporaryDirectory() as directory:
-        model = SMALL._replace(dtype=dtype)
-        engine = _engine(model, directory, on_gpu=on_gpu, slots=8, max_new_tokens=24)
-        module, other = _changed(directory, getattr(torch, dtype))
+        model = MODELS["10M"]._replace(dtype=dtype)
+        engine = make_engine(
+            model, directory, on_gpu=on_gpu, slots=SLOTS, max_new_tokens=NEW_TOKENS, parallel=parallel
+        )
+        module = load_module(directory, dtype)
         modules = {0: module, 1: copy.deepcopy(module)}
+        other = changed(module)
         modules[1].load_state_dict(dict(other))
-        for each in modules.values():
-            each.to("cuda" if on_gpu else "cpu")
-        for number in range(8):
-            engine.submit(f"flying-{number}", PROMPT, seed=number)
-        flying = [generation for _ in range(6) for _, generation in engine.step()]
-        # Without a pass under way there is nothing that the update could meet.
-        passes = engine._engine.engine_core.engine_core.batch_queue or ()
-        under_way = sum(scheduled.total_num_scheduled_tokens for _, scheduled, *_ in passes)
-        engine.load_weights(1, other)
-        while engine.num_unfinished:
-            flying += [generation for _, generation in engine.step()]
-        found = judge_flying(modules, PROMPT, flying)
-        labels = {generation.version_spans[0].version for generation in flying}
-        for number in range(8):
-            engine.submit(f"fresh-{number}", PROMPT, seed=number)
-        fresh = []
-        while engine.num_unfinished:
-            fresh += [generation for _, generation in engine.step()]
-        after = max(float(span_errors_nats(modules, PROMPT, generation)[0].max()) for generation in fresh)
-    ok = labels == {0} and max(found["worst_nats"], after) < TOLERANCE_NATS[dtype] < found["from_old_nats"]
-    return {"ok": ok, **found, "fresh_nats": after, "first_versions": sorted(labels), "under_way": under_way}
+        return _through_an_update(engine, modules, other, TOLERANCE_NATS[dtype], on_gpu=on_gpu)
+
+
+def check_adapters(*, on_gpu: bool) -> dict[str, Any]:
+    """Compares the same of an engine that gets adapters alone; vLLM's kernels for them take 16 bits."""
+    dtype = "bfloat16" if on_gpu else "float32"
+    with tempfile.TemporaryDirectory() as directory:
+        model = MODELS["10M"]._replace(dtype=dtype)
+        engine = make_engine(
+            model, directory, on_gpu=on_gpu, slots=SLOTS, max_new_tokens=NEW_TOKENS, adapters=ADAPTERS
+        )
+        modules = {version: adapted(directory, dtype, version) for version in (0, 1)}
+        engine.load_weights(0, adapters_alone(modules[0]))
+        other = adapters_alone(modules[1])
+        return _through_an_update(engine, modules, other, TOLERANCE_NATS[dtype], on_gpu=on_gpu)
+
+
+def _through_an_update(
+    engine: Any,
+    modules: Mapping[int, Any],
+    other: Sequence[tuple[str, torch.Tensor]],
+    tolerance_nats: float,
+    *,
+    on_gpu: bool,
+) -> dict[str, Any]:
+    """Takes an engine of `modules[0]` to `other`, the weights of `modules[1]`, while all its slots are busy.
+
+    Without a pass under way there would be nothing that the update could meet: that is no proof.
+    """
+    for number in range(SLOTS):
+        engine.submit(f"flying-{number}", PROMPT, seed=number)
+    flying = [generation for _ in range(STEPS_BEFORE) for _, generation in engine.step()]
+    under_way = tokens_under_way(engine)
+    engine.load_weights(1, other)
+    flying += finished(engine)
+    for module in modules.values():
+        module.to("cuda" if on_gpu else "cpu")
+    found = judge_flying(modules, PROMPT, flying)
+    labels = {generation.version_spans[0].version for generation in flying}
+    for number in range(SLOTS):
+        engine.submit(f"fresh-{number}", PROMPT, seed=number)
+    after = max(
+        float(span_errors_nats(modules, PROMPT, generation)[0].max()) for generation in finished(engine)
+    )
+    # Tokens of the old weights with a new label must stand out.
+    agrees = max(found["worst_nats"], after) < min(tolerance_nats, found["from_old_nats"] / 2)
+    return {
+        "ok": agrees and labels == {0} and under_way > 0,
+        **found,
+        "fresh_nats": after,
+        "first_versions": sorted(labels),
+        "under_way": under_way,
+    }
 
 
 def check_attention(*, on_gpu: bool) -> dict[str, Any]:
@@ -155,7 +171,8 @@ def check_attention(*, on_gpu: bool) -> dict[str, Any]:
             attention.has_kernel = held
         for one, other in zip(*found, strict=True):
             worst = max(worst, float((one - other).float().norm() / other.float().norm()))
-    return {"ok": worst < 0.02, "relative": worst, "has_kernel": attention.has_kernel(*rows)}
+    asked = attention.has_kernel(*rows)
+    return {"ok": worst < 0.02 and asked == on_gpu, "relative": worst, "has_kernel": asked}
 
 
 def check_row_softmax(*, on_gpu: bool) -> dict[str, Any]:
@@ -173,8 +190,8 @@ def check_row_softmax(*, on_gpu: bool) -> dict[str, Any]:
 def check_memory(*, on_gpu: bool) -> dict[str, Any]:
     """Compares a step's peak with the estimate."""
     if not on_gpu:
-        return {"ok": True, **measure_case("ours", 400, TINY, "cpu")}
-    row = measure_case("ours", 8192)
+        return {"ok": True, **measure_case("ours", 400, "tiny", "cpu")}
+    row = measure_case("ours", 8192, "1.1B", "cuda")
     return {"ok": abs(row["estimate_gib"] / row["peak_gib"] - 1) <= 0.15, **row}
 
 
@@ -187,7 +204,7 @@ def check_offload(*, on_gpu: bool) -> dict[str, Any]:
     from learner.step.share import Share
     from learner.step.update import Updater
 
-    model, device = (SMALL, "cuda") if on_gpu else (TINY, "cpu")
+    model, device = (MODELS["10M"], "cuda") if on_gpu else (MODELS["tiny"], "cpu")
     shape = Shape("", model.hidden, model.layers, model.vocabulary, model.groups, 2048, 1)
     batch = make_batch(shape, lengths=[(40, 60)] * 8)
     init_process_group(0, 1, "127.0.0.1", free_port(), use_gpu=on_gpu, timeout_s=120)
@@ -206,14 +223,25 @@ def check_offload(*, on_gpu: bool) -> dict[str, Any]:
     return {"ok": abs(norms[0] - norms[1]) <= 0.02 * max(norms), "grad_norms": norms}
 
 
+RUNS = {
+    "snapshot": ("actors.num_gpus=0.25 actors.engine_memory=0.2 learner.num_gpus=0.4", ""),
+    "adapters": (
+        "actors.num_gpus=0.25 actors.engine_memory=0.2 learner.num_gpus=0.4 model.dtype=bfloat16",
+        "learner.lora_rank=8 weights.transport=adapters",
+    ),
+    "ipc": (
+        "actors.count=1 actors.num_gpus=0.4 actors.engine_memory=0.3 learner.num_gpus=0.4 weights.transport=ipc",
+        "",
+    ),
+    "nccl": ("actors.count=1 actors.num_gpus=1 learner.num_gpus=1 weights.transport=nccl", ""),
+}
+"""By case: what is set on a GPU alone, and what is set everywhere."""
+
+
 def check_run(transport: str, *, on_gpu: bool) -> dict[str, Any]:
     """Trains the quickstart for a few steps with everything on the card, or one card each."""
-    shares = {
-        "snapshot": "actors.num_gpus=0.25 actors.engine_memory=0.2 learner.num_gpus=0.4",
-        "ipc": "actors.count=1 actors.num_gpus=0.4 actors.engine_memory=0.3 learner.num_gpus=0.4 weights.transport=ipc",
-        "nccl": "actors.count=1 actors.num_gpus=1 learner.num_gpus=1 weights.transport=nccl",
-    }
-    settings = shares[transport].split() if on_gpu else []
+    on_card, everywhere = RUNS[transport]
+    settings = [*everywhere.split(), *(on_card.split() if on_gpu else ())]
     with tempfile.TemporaryDirectory() as directory:
         run_dir = Path(directory) / "run"
         command = [sys.executable, "launch.py", "train", "configs/quickstart.yaml", "run.steps=20"]
@@ -222,77 +250,3 @@ def check_run(transport: str, *, on_gpu: bool) -> dict[str, Any]:
         )
         words = (ran.stderr or ran.stdout).strip().splitlines() or [""]
         return {"ok": ran.returncode == 0, "found": "" if ran.returncode == 0 else words[-1][:300]}
-
-
-def measure_actor(*, on_gpu: bool) -> dict[str, Any]:
-    """Measures an engine's tokens/s and those of vLLM's own loop over the same engine, in turns."""
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-
-    model, slots, length = (HALF_B, 256, 256) if on_gpu else (TINY._replace(dtype="float32"), 8, 16)
-    speeds: dict[str, list[float]] = {"ours": [], "bare": []}
-    with tempfile.TemporaryDirectory() as directory:
-        engine = _engine(model, directory, on_gpu=on_gpu, slots=slots, max_new_tokens=length)
-        bare = engine._engine
-        for turn in range(4):
-            start_s = time.perf_counter()
-            for number in range(slots):
-                engine.submit(f"{turn}-{number}", PROMPT, seed=number)
-            tokens = 0
-            while engine.num_unfinished:
-                tokens += sum(len(generation.tokens) for _, generation in engine.step())
-            speeds["ours"].append(tokens / (time.perf_counter() - start_s))
-            params = SamplingParams(max_tokens=length, ignore_eos=True, detokenize=False)
-            start_s = time.perf_counter()
-            for number in range(slots):
-                bare.add_request(f"bare-{turn}-{number}", TokensPrompt(prompt_token_ids=[*PROMPT]), params)
-            while bare.has_unfinished_requests():
-                bare.step()
-            speeds["bare"].append(slots * length / (time.perf_counter() - start_s))
-    ours, plain = (sorted(values[1:])[1] for values in speeds.values())  # The first turn warms up.
-    return {"ok": True, "tokens_per_s": round(ours), "bare": round(plain), "ratio": round(ours / plain, 3)}
-
-
-def measure_update(*, on_gpu: bool) -> dict[str, Any]:
-    """Measures the pause of updates while all slots generate."""
-    model, slots = (HALF_B, 256) if on_gpu else (TINY._replace(dtype="float32"), 8)
-    pauses = []
-    with tempfile.TemporaryDirectory() as directory:
-        engine = _engine(model, directory, on_gpu=on_gpu, slots=slots, max_new_tokens=128)
-        _, other = _changed(directory, getattr(torch, model.dtype))
-        for number in range(slots):
-            engine.submit(f"{number}", PROMPT, seed=number)
-        for version in range(1, 6):
-            engine.step()
-            start_s = time.perf_counter()
-            engine.load_weights(version, other)
-            pauses.append(round(time.perf_counter() - start_s, 4))
-    return {"ok": True, "pause_s": sorted(pauses)[2], "pauses_s": pauses}
-
-
-def main() -> None:
-    """Runs the case that the command line names."""
-    name, on_gpu = sys.argv[1], "--on-cpu" not in sys.argv
-    kind, _, detail = name.partition("-")
-    found: dict[str, Any]
-    if kind == "engine":
-        found = check_engine(detail, on_gpu=on_gpu)
-    elif kind == "run":
-        found = check_run(detail, on_gpu=on_gpu)
-    elif name == "learner":
-        found = {"ok": True, "rows": measure_gpu()}
-    else:
-        cases = {
-            "attention": check_attention,
-            "row-softmax": check_row_softmax,
-            "memory": check_memory,
-            "offload": check_offload,
-            "actor": measure_actor,
-            "update": measure_update,
-        }
-        found = cases[name](on_gpu=on_gpu)
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

@@ -187,7 +187,7 @@ def main() -> None:
         print(json.dumps(measure_saves()))
         return
     if parts[0] == "gpu-case":
-        print(json.dumps(measure_case(parts[1], int(parts[2]))))
+        print(json.dumps(measure_case(parts[1], int(parts[2]), parts[3], parts[4])))
         return
     import torch
 

@@ -1,8 +1,8 @@
 """What only a GPU can tell about the learner: the part `gpu` of benchmarks/learner/. NOT RUN YET: no GPU
 was at hand.
 
-A Llama of 1.1B parameters from a config, bf16, at two budgets of tokens a micro-batch. Each case has a
-process of its own, and with it a peak of its own:
+A Llama of `MODELS` from a config, bf16, at some tokens a micro-batch. Each case has a process of its own, and
+with it a peak of its own:
 
     ours           ZeroPolicy and Updater on one rank: float32 master weights, log-probs by liger's kernel
     torch softmax  the same without the kernel
@@ -10,6 +10,7 @@ process of its own, and with it a peak of its own:
     plain loop     the shortest loop that trains the same: float32 weights, autocast, AdamW, whole logits
 
 mfu: 6 x parameters x tokens/s over the GPU's dense bf16 peak; attention's products are left out.
+peak_gib: what torch had of the card at most, from the first step on.
 estimate_gib: what --dry-run says of the GPU's memory, for `ours`.
 """
 
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 CASES = ("ours", "torch softmax", "whole logits", "plain loop")
@@ -41,27 +42,47 @@ class Model(NamedTuple):
     groups: int = 32
     dtype: str = "bfloat16"
     steps: int = 5
+    tied: bool = False
 
 
-def measure_gpu() -> list[dict[str, Any]]:
-    """Returns a row for each case and budget."""
+MODELS = {
+    "tiny": Model(hidden=64, mlp=128, layers=2, heads=2, kv_heads=1, vocabulary=100, groups=2, steps=1),
+    "10M": Model(hidden=256, mlp=512, layers=4, heads=4, kv_heads=2, vocabulary=1000, groups=4),
+    "0.5B": Model(hidden=1024, mlp=4096, layers=24, heads=16, kv_heads=8, vocabulary=64_000),
+    "1.1B": Model(),
+    "1.5B": Model(hidden=1536, mlp=8960, layers=28, heads=12, kv_heads=2, vocabulary=151_936, tied=True),
+}
+"""By what they are called; the last has the sizes of Qwen2.5's."""
+
+
+def measure_gpu(
+    name: str = "1.1B",
+    budgets_tokens: Sequence[int] = BUDGETS_TOKENS,
+    cases: Sequence[str] = CASES,
+    device: str = "cuda",
+) -> list[dict[str, Any]]:
+    """Returns a row for each of the cases with the model of this name at each budget."""
     import torch
 
-    if not torch.cuda.is_available():
-        return [{"case": case, "result": "not measured (no GPU)"} for case in CASES]
+    if device == "cuda" and not torch.cuda.is_available():
+        return [{"case": case, "result": "not measured (no GPU)"} for case in cases]
     rows: list[dict[str, Any]] = []
-    for budget in BUDGETS_TOKENS:
-        for case in CASES:
-            command = [sys.executable, "-m", "benchmarks.learner", "gpu-case", case, str(budget)]
+    for budget in budgets_tokens:
+        for case in cases:
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.learner",
+                "gpu-case",
+                case,
+                str(budget),
+                name,
+                device,
+            ]
             ran = subprocess.run(command, capture_output=True, text=True)
             if ran.returncode:  # Whole logits may not fit: that is a result.
-                rows.append(
-                    {
-                        "case": case,
-                        "budget_tokens": budget,
-                        "result": ran.stderr.strip().splitlines()[-1][:200],
-                    }
-                )
+                said = ran.stderr.strip().splitlines() or ["no word"]
+                rows.append({"case": case, "budget_tokens": budget, "result": said[-1][:200]})
             else:
                 rows.append(json.loads(ran.stdout.splitlines()[-1]))
     plain = {row["budget_tokens"]: row.get("tokens_per_s") for row in rows if row["case"] == "plain loop"}
@@ -71,19 +92,14 @@ def measure_gpu() -> list[dict[str, Any]]:
     return rows
 
 
-def measure_case(
-    case: str,
-    budget_tokens: int,
-    model: Model = Model(),  # noqa: B008 -- immutable
-    device: str = "cuda",
-) -> dict[str, Any]:
+def measure_case(case: str, budget_tokens: int, name: str, device: str) -> dict[str, Any]:
     """Returns one row; on a CPU (to try it) without peak and MFU."""
     import torch
 
     from benchmarks.learner.cases import Shape, make_batch
     from cluster.preparation.memory import estimate_memory
 
-    on_gpu = device != "cpu"
+    on_gpu, model = device != "cpu", MODELS[name]
     # So short that a group fits the smallest budget.
     lengths = [(40 + 60 * number // 99, 40 + 110 * number // 99) for number in range(100)]
     batch = make_batch(
@@ -95,6 +111,9 @@ def measure_case(
         config = make_config(model, model_dir, budget_tokens, on_gpu=on_gpu)
         estimate = sum(part.num_bytes for part in estimate_memory(config).learner if not part.on_host)
         step, num_parameters = make_step(case, config, device)
+    if on_gpu:  # A model is loaded whole, and may have been made here.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(model.steps + 1):
         start_s = time.perf_counter()
@@ -167,10 +186,17 @@ def save_model(model: Model, model_dir: str) -> None:
         num_attention_heads=model.heads,
         num_key_value_heads=model.kv_heads,
         max_position_embeddings=2048,
+        tie_word_embeddings=model.tied,
         use_cache=False,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(shape).to(getattr(torch, model.dtype)).save_pretrained(model_dir)
+    # A CPU draws a billion numbers in ten seconds.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        made = LlamaForCausalLM(shape).to(getattr(torch, model.dtype))
+    made.cpu().save_pretrained(model_dir)
+    del made
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def make_config(model: Model, model_dir: str, budget_tokens: int, *, on_gpu: bool) -> Any:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from actors.episode import Generation
-from benchmarks.gpu.checks import TINY, TOLERANCE_NATS, _changed, judge_flying
+from benchmarks.gpu.checks import TOLERANCE_NATS, judge_flying
+from benchmarks.gpu.engines import changed, load_module, shape_of
 from benchmarks.learner.gpu import save_model
 from core.arrays import Float32s, Int32s
 from core.records import VersionSpan
@@ -21,14 +22,10 @@ NUM_BEFORE, NUM_AFTER = 4, 5
 @pytest.fixture(scope="module")
 def modules(tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, Any]:
     directory = tmp_path_factory.mktemp("model")
-    save_model(TINY._replace(dtype="float32"), str(directory))
-    changed = {}
-    for version in (0, 1):
-        module, other = _changed(str(directory), torch.float32)
-        if version:
-            module.load_state_dict(dict(other))
-        changed[version] = module
-    return changed
+    save_model(shape_of("1.5B", on_gpu=False), str(directory))
+    found = {version: load_module(str(directory), "float32") for version in (0, 1)}
+    found[1].load_state_dict(dict(changed(found[0])))
+    return found
 
 
 @torch.no_grad()
