@@ -9,17 +9,13 @@ import json
 import math
 import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from recipes.arithmetic import make_tokenizer
-from tests.support import ROOT
 from tests.support.parity import TOLERANCE_NATS, Parity
 from tests.support.scenarios.engine_scenario import (
     MANY_TOKENS,
@@ -32,6 +28,7 @@ from tests.support.scenarios.engine_scenario import (
     TOP_P,
     Report,
 )
+from tests.support.scenarios.reported import report_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -74,10 +71,7 @@ def observed(
             model_dir, tmp_path_factory.mktemp("model") / "two-ends"
         )
     out = tmp_path_factory.mktemp("scenario") / "report.json"
-    command = [sys.executable, "-m", "tests.support.scenarios.engine_scenario", str(model_dir), str(out)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return Observed(model_dir, msgspec.json.decode(out.read_bytes(), type=Report))
+    return Observed(model_dir, report_of("engine_scenario", Report, model_dir, out, timeout_s=240))
 
 
 def test_vllm_has_every_symbol_the_engine_uses(observed: Observed):
@@ -87,26 +81,16 @@ def test_vllm_has_every_symbol_the_engine_uses(observed: Observed):
 
 @pytest.mark.parametrize("version", [0, 1, 2])
 def test_fresh_samples_have_the_logprobs_of_their_version(observed: Observed, version: int):
-    samples = observed.phase(f"version {version}")
-    assert {generated.temperature for generated in samples} == {1.0, 0.7}
-    assert {span.version for generated in samples for span in generated.sample.version_spans} == {version}
-    assert observed.worst_nats(f"version {version}", version) < TOLERANCE_NATS
+    observed.check_fresh(version)
 
 
-def test_the_versions_differ_so_that_parity_means_something(observed: Observed):
-    for version in (1, 2):
-        assert observed.worst_nats(f"version {version}", version - 1) > 1.0
-
-
-def test_samples_in_flight_finish_and_name_both_versions(observed: Observed):
-    samples = observed.phase("in flight")
-    crossing = [generated for generated in samples if len(generated.sample.version_spans) == 2]
-    assert len(samples) == 16
-    assert crossing
-    for generated in crossing:
-        before, after = generated.sample.version_spans
-        assert (before.version, after.version) == (0, 1)
-        assert observed.errors_nats(generated, 0)[: before.end].max() < TOLERANCE_NATS
+def test_samples_in_flight_finish_and_name_both_versions_and_later_ones_share_no_prefix_with_them(
+    observed: Observed,
+):
+    observed.check_in_flight()
+    assert observed.worst_nats("prefix cache not salted", 5) > 1e-2, (
+        "without the salt parity must break, or this test shows nothing"
+    )
 
 
 def test_a_pass_under_way_at_an_update_counts_for_the_weights_it_was_made_with(observed: Observed):
@@ -143,15 +127,6 @@ def test_requests_that_waited_through_an_update_are_purely_of_the_new_version(ob
     ]
     assert started_after
     assert max(observed.errors_nats(generated, 1).max() for generated in started_after) < TOLERANCE_NATS
-
-
-def test_new_requests_share_no_prefix_with_older_weights_even_while_those_are_in_flight(observed: Observed):
-    samples = observed.phase("after an update in flight")
-    assert all(generated.version == 1 for generated in samples)
-    assert observed.worst_nats("after an update in flight", 1) < TOLERANCE_NATS
-    assert observed.worst_nats("prefix cache not salted", 5) > 1e-2, (
-        "without the salt parity must break, or this test shows nothing"
-    )
 
 
 def test_a_tied_head_left_as_it_was_packed_would_be_seen(observed: Observed):

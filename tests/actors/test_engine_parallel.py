@@ -5,18 +5,15 @@ updates, and when one of the two is killed.
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from actors.engine import WorkerLost
 from core.errors import AgroError
-from tests.support import ROOT
-from tests.support.parity import TOLERANCE_NATS, Parity
+from tests.support.parity import Parity
 from tests.support.scenarios.parallel_scenario import Report
+from tests.support.scenarios.reported import report_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -31,34 +28,18 @@ class Observed(Parity):
 
 @pytest.fixture(scope="module")
 def observed(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Observed:
-    model_dir = tiny_models["untied"]
-    out = tmp_path_factory.mktemp("scenario") / "report.json"
-    command = [sys.executable, "-m", "tests.support.scenarios.parallel_scenario", str(model_dir), str(out)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return Observed(model_dir, msgspec.json.decode(out.read_bytes(), type=Report))
+    model_dir, out = tiny_models["untied"], tmp_path_factory.mktemp("scenario") / "report.json"
+    return Observed(model_dir, report_of("parallel_scenario", Report, model_dir, out))
 
 
 @pytest.mark.parametrize("version", [0, 1, 2])
 def test_fresh_samples_have_the_logprobs_of_their_version(observed: Observed, version: int):
     assert observed.report.num_workers == 2
-    samples = observed.phase(f"version {version}")
-    assert {span.version for generated in samples for span in generated.sample.version_spans} == {version}
-    assert observed.worst_nats(f"version {version}", version) < TOLERANCE_NATS
-    if version:
-        assert observed.worst_nats(f"version {version}", version - 1) > 1.0
+    observed.check_fresh(version)
 
 
 def test_generation_under_way_goes_on_with_the_new_weights_and_says_from_which_token(observed: Observed):
-    samples = observed.phase("in flight")
-    crossing = [generated for generated in samples if len(generated.sample.version_spans) == 2]
-    assert len(samples) == 16
-    assert crossing
-    for generated in crossing:
-        before, after = generated.sample.version_spans
-        assert (before.version, after.version) == (0, 1)
-        assert observed.errors_nats(generated, 0)[: before.end].max() < TOLERANCE_NATS
-    assert observed.worst_nats("after an update in flight", 1) < TOLERANCE_NATS
+    observed.check_in_flight()
 
 
 def test_equal_seeds_sample_equal_tokens(observed: Observed):

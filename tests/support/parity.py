@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.support.scenarios.engine_scenario import Generated, weights
+from tests.support.scenarios.engine_scenario import SLOTS, Generated, weights
 
 TOLERANCE_NATS = 1e-4
 
@@ -44,3 +44,27 @@ class Parity:
 
     def worst_nats(self, phase: str, version: int) -> float:
         return max(self.errors_nats(generated, version).max().item() for generated in self.phase(phase))
+
+    def check_fresh(self, version: int) -> None:
+        """Fresh samples have the log-probs of their version, and of no other, or this would show nothing."""
+        phase = f"version {version}"
+        samples = self.phase(phase)
+        assert {generated.temperature for generated in samples} == {1.0, 0.7}
+        assert {span.version for generated in samples for span in generated.sample.version_spans} == {version}
+        assert self.worst_nats(phase, version) < TOLERANCE_NATS
+        if version:
+            assert self.worst_nats(phase, version - 1) > 1.0
+
+    def check_in_flight(self) -> None:
+        """Samples under way at an update finish and name both versions; later ones share no prefix."""
+        samples = self.phase("in flight")
+        crossing = [generated for generated in samples if len(generated.sample.version_spans) == 2]
+        assert len(samples) == 2 * SLOTS
+        assert crossing
+        for generated in crossing:
+            before, after = generated.sample.version_spans
+            assert (before.version, after.version) == (0, 1)
+            assert self.errors_nats(generated, 0)[: before.end].max() < TOLERANCE_NATS
+        later = self.phase("after an update in flight")
+        assert all(generated.version == 1 for generated in later)
+        assert self.worst_nats("after an update in flight", 1) < TOLERANCE_NATS

@@ -5,12 +5,9 @@ while generations go on.
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
@@ -19,9 +16,9 @@ from core.errors import ConfigError
 from core.records import Sample
 from learner.catalogue import parse_config
 from learner.policy.lora import adapters_of, weights_of
-from tests.support import ROOT
 from tests.support.configs import lora_config
 from tests.support.scenarios.adapters_scenario import PROMPT, SLOTS, Report, adapted_model
+from tests.support.scenarios.reported import report_of
 
 TOLERANCE_NATS = 1e-4
 
@@ -44,13 +41,12 @@ class Observed:
         return max(float(self.errors_nats(sample, version).max()) for sample in self.report.phases[phase])
 
 
-@pytest.fixture(scope="module")
-def observed(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Observed:
+@pytest.fixture(scope="module", params=[1, 2], ids=["in its process", "divided among two"])
+def observed(
+    request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Observed:
     model_dir, out = tiny_models["tied"], tmp_path_factory.mktemp("adapters") / "report.json"
-    command = [sys.executable, "-m", "tests.support.scenarios.adapters_scenario", str(model_dir), str(out)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return Observed(model_dir, msgspec.json.decode(out.read_bytes(), type=Report))
+    return Observed(model_dir, report_of("adapters_scenario", Report, model_dir, out, request.param))
 
 
 @pytest.mark.slow

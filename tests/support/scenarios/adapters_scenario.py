@@ -1,7 +1,7 @@
 """What tests/learner/policy/test_lora_adapters.py looks at: a real vLLM engine that gets adapters alone, in a
-process of its own.
+process of its own, its model there or divided among two workers.
 
-python -m tests.support.scenarios.adapters_scenario MODEL_DIR OUT.json
+    python -m tests.support.scenarios.adapters_scenario MODEL_DIR OUT.json TENSOR_PARALLEL
 """
 
 from __future__ import annotations
@@ -62,13 +62,21 @@ def snapshot(model_dir: Path, version: int) -> tuple[list[tuple[str, torch.Tenso
     return list(read_snapshot(manifest, buckets)), manifest.num_bytes
 
 
-def main(model_dir: Path, out: Path) -> None:
+def adaptable(worker: Any) -> set[str]:
+    """The layers that vLLM can apply adapters to (called where the model is)."""
+    return set(worker.get_model().lora_manager.modules)
+
+
+def main(model_dir: Path, out: Path, tensor_parallel: int) -> None:
     from vllm.config.lora import MaxLoRARanks
 
-    config = ActorsConfig(slots=SLOTS, max_new_tokens=16, engine_memory=1 / 64)
+    config = ActorsConfig(
+        slots=SLOTS, max_new_tokens=16, engine_memory=1 / 64, tensor_parallel=tensor_parallel
+    )
     engine = Engine(ModelConfig(path=str(model_dir)), config, max_model_len=48, version=-1, adapters=ADAPTERS)
-    (layers,) = engine._engine.apply_model(lambda model: set(model.lora_manager.modules))
-    report = Report({}, 0, {}, -1, get_args(MaxLoRARanks), layers)
+    layers = engine._engine.collective_rpc(adaptable)
+    assert len(layers) == tensor_parallel
+    report = Report({}, 0, {}, -1, get_args(MaxLoRARanks), set.intersection(*layers))
 
     def submit(phase: str) -> None:
         for number in range(2 * SLOTS):
@@ -94,10 +102,11 @@ def main(model_dir: Path, out: Path) -> None:
     submit("second")
     finish()
     wrong = {
-        "a layer of no known kind": [("base_model.model.model.nowhere.lora_A.weight", torch.zeros(3, 4))],
         "layers by another name": [
             (name.replace("model.layers", "language_model.layers"), tensor) for name, tensor in first
         ],
+        # These end an engine of several workers: it has read one's answer, and finds the other's next.
+        "a layer of no known kind": [("base_model.model.model.nowhere.lora_A.weight", torch.zeros(3, 4))],
         "an A without its B": first[:1],
     }
     for what, weights in wrong.items():
@@ -110,4 +119,4 @@ def main(model_dir: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
