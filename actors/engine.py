@@ -40,6 +40,7 @@ from actors.engine_settings import (
     lora_arguments,
     set_engine_environment,
     without_collections,
+    without_lowering,
 )
 from actors.episode import Generation
 from actors.requests import Options, RunningRequest, WaitingRequest
@@ -98,7 +99,7 @@ class Engine:
         `skip_special_tokens` (`rewards.skip_special_tokens`) is about the texts.
         """
         set_engine_environment(config)
-        with without_collections():
+        with without_collections(), without_lowering(config):
             from vllm import EngineArgs, LLMEngine
             from vllm.platforms import current_platform
 

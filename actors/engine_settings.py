@@ -75,6 +75,9 @@ CONTEXT_BYTES = 2 * 2**30
 """Of a card's memory, for CUDA itself, its libraries and CUDA graphs: an estimate."""
 
 
+_LOWERING = "torch._inductor.lowering"
+
+
 class Adapters(NamedTuple):
     """The kind of LoRA adapters that are published without the weights they belong to: y = W x + (alpha /
     rank) B A x.
@@ -124,6 +127,21 @@ def without_collections() -> Iterator[None]:
             gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def without_lowering(config: ActorsConfig) -> Iterator[None]:
+    """Lets vLLM be imported for a CPU without torch's lowering of compiled graphs, half a second of imports:
+    vLLM mends it wherever it can be imported, and a CPU engine compiles nothing.
+    """
+    if config.num_gpus or _LOWERING in sys.modules:
+        yield
+        return
+    sys.modules[_LOWERING] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[_LOWERING]
 
 
 def check_device(config: ActorsConfig, platform: Any) -> None:

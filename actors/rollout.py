@@ -83,15 +83,15 @@ class RolloutActor(Heartbeat):
         self._prompts = prompts
         self._buffer, self._board, self._monitor = buffer, board, monitor
         self._calls = Calls(config.run.timeout_s, monitor.event, name=name)
-        scorer = Scorer(
-            config.rewards,
-            partial(
-                ModelRewards, clients=models or {}, calls=self._calls, system_prompt=config.data.system_prompt
-            ),
-            all_paths(config),
+        models_for = partial(
+            ModelRewards, clients=models or {}, calls=self._calls, system_prompt=config.data.system_prompt
         )
-        self._scoring = Scoring(scorer, config.rewards.max_pending)
+        loading = self._calls.in_background(
+            lambda: Scorer(config.rewards, models_for, all_paths(config)), "the reward functions"
+        )
         self._engine = self._make_engine()
+        scorer = loading.wait()
+        self._scoring = Scoring(scorer, config.rewards.max_pending)
         self._groups = Groups(self._engine, config.actors, player=self._make_player())
         self._follower = Follower(name, config, board, self._calls)
         self._receiver = self._make_receiver()

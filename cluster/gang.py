@@ -160,10 +160,11 @@ class LearnerGang:
         elif self.state == "loading" and now_s - self._since_s > self._timeout_s:
             raise PeerTimeout(f"{WHO} did not answer within {self._timeout_s:.0f} s (run.timeout_s)")
 
-    def request_stop(self) -> None:
-        """Ends training in order after the step in progress."""
+    def request_stop(self, *, is_target_reached: bool = False) -> None:
+        """Ends training in order after the step in progress; see `LearnerRank.request_stop`."""
         for rank in self._ranks:
-            self._calls.post(rank.request_stop(), "the order to stop")
+            call = rank.request_stop(is_target_reached=is_target_reached)
+            self._calls.post(call, "the order to stop")
 
     def republish(self) -> None:
         """Tells a board that was started again of the weights once more. Ranks that have not begun to train

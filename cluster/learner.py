@@ -54,7 +54,7 @@ class Learner:
         self._config, self._pad_id, self._peers, self._run_dir = config, pad_id, tuple(peers), run_dir
         self._log_of, self._tell, self._forget_snapshots = log_of, tell, forget_snapshots
         self._deaths, self._calls, self._on_going_on = deaths, calls, on_going_on
-        self._stopping = False
+        self._stopping = self._is_target_reached = False
         self._gang: LearnerGang | None = None
         self._place: PlacementGroup | None = None  # Of the gang before.
         self._forgetting: Pending[list[int]] | None = None
@@ -91,7 +91,10 @@ class Learner:
         too many deaths.
         """
         if self._gang is not None:
+            was_training = self._gang.state == "training"
             self._mourn(self._gang.poll)
+            if self._is_target_reached and not was_training:
+                self._end_gang()
         elif self._verifying.is_done() and (self._forgetting is None or self._forgetting.is_done()):
             if self._forgetting is not None and (dropped := self._forgetting.result()):
                 self._tell(
@@ -111,6 +114,17 @@ class Learner:
         self._stopping = True
         if self._gang is not None:
             self._gang.request_stop()
+
+    def end_at_target(self) -> None:
+        """Ends training as after its last step: the target is reached. Ranks that start again are told
+        again.
+        """
+        self._is_target_reached = True
+        self._end_gang()
+
+    def _end_gang(self) -> None:
+        if self._gang is not None and self._gang.state == "training":
+            self._gang.request_stop(is_target_reached=True)
 
     def republish(self) -> None:
         """Tells a board that was started again of the weights once more."""

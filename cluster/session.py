@@ -21,8 +21,8 @@ from cluster.preparation.surroundings import cluster_address
 from cluster.progress import say
 from core.config import ActorsConfig, LearnerConfig
 from core.errors import PlacementError
-from core.machine import available_cpus
-from core.processes import LOADING_THRESHOLDS, collect_seldom, environment, forget_inherited, inherited
+from core.machine import LOADING_THRESHOLDS, available_cpus, collect_seldom
+from core.processes import environment, forget_inherited, inherited
 from rewards.hosted import HostedModel
 
 ROOM_FOR_ACTORS = 8
@@ -31,6 +31,7 @@ PASSED_ON = ("HF_", "TRANSFORMERS_", "WANDB_", "VLLM_", "NCCL_", "TORCH_NCCL_", 
 where curves go, how nodes speak.
 """
 _HOOK = "worker_process_setup_hook"
+_ONLOOKERS = ("start_monitor", "start_log_monitor", "start_api_server")
 
 
 def logical_cpus(actors: ActorsConfig, learner: LearnerConfig, models: Iterable[HostedModel] = ()) -> int:
@@ -75,7 +76,7 @@ def ray_session(
                 os.environ.pop("RAY_ADDRESS", None)
                 guard()
                 cpus = logical_cpus(actors, learner, models)
-                with inherited(_environment()):
+                with inherited(_environment()), without_onlookers():
                     ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
     except Exception as error:  # noqa: BLE001 -- Ray raises nothing more special where a node does not start
         forget_inherited()
@@ -86,6 +87,29 @@ def ray_session(
     finally:
         ray.shutdown()
         forget_inherited()
+
+
+@contextlib.contextmanager
+def without_onlookers() -> Iterator[None]:
+    """Lets `ray.init` start a local Ray without three processes that serve no run: the autoscaler of a
+    cluster that cannot grow, the reader of logs that nobody is sent, and the server of a dashboard that there
+    is not, for which it would wait. Nor are the libraries of that server imported here, only to see whether
+    they are there.
+
+    `ray start` has options against the first two, `ray.init` has none.
+    """
+    node, utils = ray._private.node.Node, ray._private.utils
+    starts = {name: getattr(node, name) for name in _ONLOOKERS}
+    look = utils.get_dashboard_dependency_error
+    for name in starts:
+        setattr(node, name, lambda self, **options: None)
+    utils.get_dashboard_dependency_error = lambda: None
+    try:
+        yield
+    finally:
+        utils.get_dashboard_dependency_error = look
+        for name, start in starts.items():
+            setattr(node, name, start)
 
 
 def _environment() -> dict[str, str]:

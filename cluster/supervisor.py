@@ -34,6 +34,7 @@ from cluster.control import Control, RunStatus, read_status
 from cluster.deaths import Deaths
 from cluster.evaluations.best import BestPolicy
 from cluster.evaluations.results import Evaluations
+from cluster.evaluations.target import Target
 from cluster.fleet import Fleet, Kind
 from cluster.health import Health, step_of
 from cluster.learner import Learner
@@ -79,6 +80,7 @@ class Supervisor:
         self._best = BestPolicy(self._config, run_dir, services.calls, services.board, services.event)
         earlier = self._best.begin(read_evaluations(run_dir))
         self._evaluations = Evaluations(services, earlier, inputs.eval_prompts, self._config.run.steps)
+        self._target = Target(self._config.eval, services.event)
         self._health = Health(self._config, services, run_dir)
         self._control = Control(run_dir, services.event)
         self._fleet = Fleet(
@@ -105,16 +107,13 @@ class Supervisor:
         """
         for text in [*(f"warning: {warning}" for warning in warnings), *self._inputs.notes]:
             self._services.event(text)
-        # Raises what is wrong with the run directory.
-        if not self._await(lambda: self._services.stats.value is not None, stop, terminal):
-            return
+        self._start_learner()
         if self._inputs.is_continued:
             self._tell_of_driver()
             release = self._services.release_all()  # Actors of an earlier start had the same names.
             if not self._await(release.is_done, stop, terminal):
                 return
             release.result()
-        self._start_learner()
         # Before the actors, which take what is left.
         if not self._await(lambda: self._learner_is("loading", "training"), stop, terminal):
             return
@@ -269,7 +268,10 @@ class Supervisor:
             self._evaluations.restore(self._best.held)
         if self._evaluations.poll() and self._learner is not None:
             self._learner.republish()  # Only now: what is done already would be evaluated once more.
-        self._best.consider(self._evaluations.results.values())
+        results = self._evaluations.results.values()
+        self._best.consider(results)
+        if self._learner is not None and self._target.consider(results):
+            self._learner.end_at_target()
         self._best.poll()
         self._fleet.poll()
         if self._learner is not None:

@@ -22,8 +22,8 @@ from cluster.signals import StopSignal
 from cluster.supervisor import Supervisor
 from core.config import Config
 from core.errors import AgroError, ConfigError
+from core.machine import collect_as_usual
 from core.process_log import begin_driver_log
-from core.processes import collect_as_usual, collect_seldom
 from rewards.hosted import models_of
 
 
@@ -34,7 +34,6 @@ def train(config: Config, stop: StopSignal) -> dict[str, Any]:
     Ray starts while the libraries load that the checks need. Raises AgroError after writing what there is,
     and Interrupted for a signal before a process of the run has started.
     """
-    collect_seldom()
     config = locate_model(config)
     check_start(config)
     say("starting Ray" if cluster_address() is None else f"joining the cluster at {cluster_address()}")

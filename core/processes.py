@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import os
 import re
 import socket
@@ -20,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from core.causes import Cause, cause_from
 from core.errors import AgroError, TrainingError
+from core.machine import collect_as_usual
 from core.process_log import ProcessLog, last_lines, tail, words_of_process
 
 WARN_TIMEOUT_S = 10.0
@@ -28,8 +28,6 @@ _NODE_LOST = re.compile(r"because its node has died|node was terminated|node is 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
 _ADDRESS = re.compile(r"\bip[:=] ?([\w.:]+)")
 _RAY_LOG_BYTES = 2**16
-_THRESHOLDS = gc.get_threshold()
-LOADING_THRESHOLDS = (100_000, 20, 100)
 _inherited: dict[str, str] = {}  # What every process of the Ray that this one started has in its environment.
 
 
@@ -184,25 +182,6 @@ def threads(num_cpus: float) -> dict[str, Any]:
     wanted = environment(num_cpus)
     own = {name: value for name, value in wanted.items() if _inherited.get(name) != value}
     return {"env_vars": own} if own else {}
-
-
-def collect_seldom() -> None:
-    """Makes the garbage collector rest while a process loads its libraries; Ray calls it in each new worker.
-
-    Hundreds of thousands of objects come and none goes. At the usual thresholds all of them are visited again
-    and again: a fifth of the CPU time that the imports of an actor take.
-    """
-    gc.set_threshold(*LOADING_THRESHOLDS)
-
-
-def collect_as_usual(*, leave_out: bool = True) -> None:
-    """Ends what `collect_seldom` began; what is there by now is left out of all later collections.
-
-    The driver leaves nothing out: at its end libraries tell the user of what is not collected as of leaks.
-    """
-    if leave_out:
-        gc.freeze()
-    gc.set_threshold(*_THRESHOLDS)
 
 
 class Whereabouts(NamedTuple):

@@ -31,9 +31,9 @@ from core.calls import Calls
 from core.config import Config
 from core.config.files import dump_config
 from core.errors import ConfigError
+from core.machine import collect_as_usual, collect_seldom
 from core.metrics import shows_samples
 from core.monitor_client import MonitorClient
-from core.processes import collect_as_usual, collect_seldom
 from core.records import GroupHead, open_batch
 from core.staleness import StalenessBound
 from core.weights.board import BoardClient
@@ -65,7 +65,7 @@ class LearnerRank:
 
     def __init__(self, rank: int, config: Config, pad_id: int) -> None:
         self._rank, self._config, self._pad_id = rank, config, pad_id
-        self._stopping = False
+        self._stopping = self._is_target_reached = False
         self._transport: Transport = NoTransport()
 
     def address(self) -> tuple[str, int]:
@@ -115,9 +115,12 @@ class LearnerRank:
         """Returns this rank's number: its process answers."""
         return self._rank
 
-    def request_stop(self) -> None:
-        """Ends `train` in order after the step in progress, with a checkpoint."""
+    def request_stop(self, *, is_target_reached: bool = False) -> None:
+        """Ends `train` in order after the step in progress, with a checkpoint; where the target is reached
+        (`eval.stop_at`), with an evaluation as after the last step.
+        """
         self._stopping = True
+        self._is_target_reached |= is_target_reached
 
     def republish(self) -> None:
         """Tells a board that was started again of the published weights, if there are any."""
@@ -284,8 +287,9 @@ class LearnerRank:
 
     def _finish(self, progress: Progress, policy_dir: str) -> dict[str, float]:
         """Publishes and saves what is not yet, and writes the policy; returns totals. Collective."""
-        if progress.published != progress.step:
-            self._publish(progress, evaluate=())
+        is_evaluated = self._ranks.first(self._is_target_reached)
+        if is_evaluated or progress.published != progress.step:
+            self._publish(progress, evaluate=[suite.name for suite in self._config.suites if is_evaluated])
         self._transport.flush()
         if self._config.checkpoint.every:
             self._save(progress)

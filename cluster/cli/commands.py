@@ -12,6 +12,7 @@ from typing import Any
 from cluster.progress import say
 from cluster.signals import EXIT_CODES, StopSignal
 from core.errors import AgroError, CheckpointError, ConfigError
+from core.machine import collect_seldom
 from core.text import printable
 
 
@@ -19,6 +20,7 @@ def train(arguments: Namespace) -> int:
     """Trains a policy; with --dry-run only says what would run."""
     if arguments.dry_run:
         return _dry_run(arguments)
+    collect_seldom()
     with StopSignal() as stop:
         say(f"reading {arguments.config}")
         from cluster.preparation.surroundings import check_surroundings

@@ -202,10 +202,14 @@ class WandbWriter:
             self.dropped += 1
 
     def _work(self) -> None:
+        with contextlib.suppress(OSError):  # It is told when W&B starts.
+            self._run_id()
+        # W&B takes the CPU of a second to start, which is better spent on what the first step waits for.
+        job = self._jobs.get()
         run = self._start()
         self._make_view(run)
         failed_before = False
-        while (job := self._jobs.get()) is not None:
+        while job is not None:
             try:
                 if run is not None:
                     job(run)
@@ -216,6 +220,7 @@ class WandbWriter:
                 failed_before = True
             else:
                 self.dropped += run is None
+            job = self._jobs.get()
         try:
             if run is not None:
                 import wandb

@@ -294,6 +294,15 @@ def _changes(config: Config, before: Config, path: Path) -> list[str]:
             "with it, choose another "
             "run.dir, or leave it out for a new one."
         )
+    if (
+        steps_done is not None
+        and config.eval.stop_at is not None
+        and config.eval.stop_at == before.eval.stop_at
+    ):
+        raise ConfigError(
+            f"run.dir = {path} already holds a run that ended after {steps_done} steps at its target, eval.stop_at = "
+            f"{list(config.eval.stop_at)}. Raise it to go on, or remove it (eval.stop_at=null)."
+        )
     if not before.checkpoint.every:
         raise ConfigError(
             f"run.dir = {path} already holds a run without checkpoints (checkpoint.every = 0). "

@@ -35,7 +35,7 @@ def check(config: Config) -> None:
     _template_is_used(config)
     _temperatures_are_vllms(config)
     _suites_are_whole(config)
-    _best_is_of_a_suite(config)
+    _metrics_are_of_suites(config)
     config.objective.check(config)
     _samples_come_from_somewhere(config)
     _band_can_be_held(config)
@@ -146,21 +146,21 @@ def _suites_are_whole(config: Config) -> None:
             )
 
 
-def _best_is_of_a_suite(config: Config) -> None:
-    """Raises ValueError where `eval.keep_best` is no metric of a suite."""
-    wanted = config.eval.keep_best
-    if wanted is None:
-        return
+def _metrics_are_of_suites(config: Config) -> None:
+    """Raises ValueError where `eval.keep_best` or `eval.stop_at` names no metric of a suite."""
     valid = {f"{suite.name}/{metric}": suite for suite in config.suites for metric in suite.metric_names}
-    if not valid:
-        raise ValueError(
-            f"eval.keep_best = {wanted}: nothing is evaluated (data.eval_rows = 0, no eval.suites). Remove it, or set either."
-        )
-    if wanted not in valid:
+    stop_metric = None if config.eval.stop_at is None else config.eval.stop_at[0]
+    for key, wanted in (("eval.keep_best", config.eval.keep_best), ("eval.stop_at", stop_metric)):
+        if wanted is None or wanted in valid:
+            continue
+        if not valid:
+            raise ValueError(
+                f"{key} = {wanted}: nothing is evaluated (data.eval_rows = 0, no eval.suites). Remove it, or set either."
+            )
         near = difflib.get_close_matches(wanted, valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(
-            f"eval.keep_best = {shown(wanted)} is no SUITE/METRIC of this run; {hint}valid here: {', '.join(valid)}"
+            f"{key} = {shown(wanted)} is no SUITE/METRIC of this run; {hint}valid here: {', '.join(valid)}"
         )
 
 

@@ -91,6 +91,11 @@ class EvalConfig(Section):
         description="`SUITE/METRIC`, such as `math/avg@8`: the version with the highest value is kept in `RUN_DIR/best`, a "
         "policy directory. None: only the last version is.",
     )
+    stop_at: tuple[str, float] | None = Field(
+        None,
+        description="`[SUITE/METRIC, value]`, such as `[held_out/avg@4, 0.9]`: the run ends, as after its last step, when a version "
+        "is evaluated to the value or more. None: after `run.steps`, which are the most in any case.",
+    )
 
     @property
     def samples(self) -> int:
@@ -111,6 +116,16 @@ class EvalConfig(Section):
         raise ValueError(
             f"eval.sampling = {shown(value)}: expected completions per prompt, from 1 to {MAX_SAMPLES}, and their temperature, "
             "for example [4, 1.0]"
+        )
+
+    @pydantic.field_validator("stop_at", mode="before")
+    @classmethod
+    def _stop_at_is_metric_and_value(cls, value: Any) -> Any:
+        metric, least = value if isinstance(value, tuple) and len(value) == 2 else (None, None)
+        if value is None or (isinstance(metric, str) and _is_number(least)):
+            return value
+        raise ValueError(
+            f"eval.stop_at = {shown(value)}: expected SUITE/METRIC and the value to stop at, for example [held_out/avg@4, 0.9]"
         )
 
     @pydantic.field_validator("suites", mode="before")

@@ -1,11 +1,18 @@
 """What an engine is started with, and the garbage collector that rests while libraries load."""
 
 import gc
+import sys
 from types import SimpleNamespace
 
 import pytest
 
-from actors.engine_settings import CONTEXT_BYTES, check_device, engine_arguments, without_collections
+from actors.engine_settings import (
+    CONTEXT_BYTES,
+    check_device,
+    engine_arguments,
+    without_collections,
+    without_lowering,
+)
 from core.config import ActorsConfig, ModelConfig
 from core.errors import ConfigError
 
@@ -71,6 +78,21 @@ def test_nothing_is_collected_while_libraries_load_and_what_is_there_is_left_out
         loaded = [[] for _ in range(1000)]
     assert gc.isenabled()
     assert gc.get_freeze_count() >= before + len(loaded)
+
+
+def test_torchs_lowering_is_left_out_of_an_import_for_a_cpu_alone():
+    name = "torch._inductor.lowering"
+    known = name in sys.modules
+    with without_lowering(ActorsConfig(num_gpus=1)):
+        assert (name in sys.modules) is known
+    before = sys.modules.pop(name, None)
+    try:
+        with without_lowering(ActorsConfig()):
+            assert sys.modules[name] is None, "an import of it fails"  # type: ignore[comparison-overlap]
+        assert name not in sys.modules, "whoever needs it later has it"
+    finally:
+        if before is not None:
+            sys.modules[name] = before
 
 
 def test_the_collector_is_as_it_was_also_after_an_import_that_fails():

@@ -2,14 +2,16 @@
 
 import gc
 import os
+import re
+from typing import Any
 
+import psutil
 import pytest
 import ray
 
 from cluster.session import first_at_once, ray_session
+from core.machine import collect_as_usual, collect_seldom
 from core.processes import (
-    collect_as_usual,
-    collect_seldom,
     environment,
     forget_inherited,
     inherited,
@@ -30,10 +32,18 @@ class Worker:
         )
 
 
+def onlookers() -> list[Any]:
+    node = ray._private.node.Node
+    return [node.start_monitor, node.start_log_monitor, node.start_api_server]
+
+
 @pytest.mark.slow
-def test_workers_inherit_their_environment_and_collect_seldom_while_they_load():
-    config = make_config()
+def test_workers_inherit_their_environment_and_collect_seldom_while_they_load_and_nobody_looks_on():
+    config, starts = make_config(), onlookers()
     with ray_session(config.actors, config.learner):
+        assert onlookers() == starts, "the next ray.init of this process starts what it always did"
+        lines = [" ".join(each.cmdline()) for each in psutil.Process().children(recursive=True)]
+        assert [line for line in lines if re.search(r"/(monitor|log_monitor|dashboard)\.py", line)] == []
         assert "OMP_NUM_THREADS" not in threads(1).get("env_vars", {})
         alike = remote(Worker).options(runtime_env=threads(1)).remote()
         other = remote(Worker).options(runtime_env=threads(2)).remote()

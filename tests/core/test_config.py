@@ -465,7 +465,7 @@ FIELDS_OF_TASKS = {
     "learner": {"sequence_parallel"},
     "rewards": {"workers", "concurrency", "max_pending"},
     "data": {"columns", "template_options", "curriculum"},
-    "eval": {"suites", "keep_best"},
+    "eval": {"suites", "keep_best", "stop_at"},
     "buffer": {"skip_equal_rewards"},
     "monitor": {"backends"},
     "weights": {"full_every"},

@@ -83,6 +83,9 @@ def test_overrides_reach_a_suite(tmp_path):
         ("data.eval_rows=0", ["eval.suites.words.rows is missing", "data.eval_rows = 0"]),
         ("eval.keep_best=math/avg@4", ["eval.keep_best = 'math/avg@4'", "did you mean math/avg@8"]),
         ("eval.keep_best=loss", ["eval.keep_best = 'loss'", "words/pass@4"]),
+        ("eval.stop_at=[math/avg@4, 0.9]", ["eval.stop_at = 'math/avg@4'", "did you mean math/avg@8"]),
+        ("eval.stop_at=0.9", ["eval.stop_at = 0.9", "expected SUITE/METRIC", "[held_out/avg@4, 0.9]"]),
+        ("eval.stop_at=[math/avg@8, much]", ["eval.stop_at = ", "expected SUITE/METRIC and the value"]),
     ],
 )
 def test_what_is_wrong_with_a_suite_is_said_by_its_key(tmp_path, override, words):
@@ -97,6 +100,8 @@ def test_nothing_evaluated_keeps_no_best():
     with pytest.raises(ConfigError, match="nothing is evaluated"):
         make_config(data={"path": "p", "eval_rows": 0}, eval={"keep_best": "held_out/avg@4"})
     assert make_config(eval={"keep_best": "held_out/pass@2"}).eval.keep_best == "held_out/pass@2"
+    with pytest.raises(ConfigError, match=r"eval\.stop_at = held_out/avg@4: nothing is evaluated"):
+        make_config(data={"path": "p", "eval_rows": 0}, eval={"stop_at": ("held_out/avg@4", 0.9)})
 
 
 def test_every_setting_of_a_suite_is_in_the_reference():

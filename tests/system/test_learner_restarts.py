@@ -30,6 +30,7 @@ class Gang:
     """Dies at every look it is told to."""
 
     deaths: ClassVar[list[Exception | None]] = []
+    becomes: ClassVar[list[str]] = []
     made: ClassVar[list[Any]] = []
 
     def __init__(self, config: Any, pad_id: int, arguments: Any, log_of: Any, calls: Any, place: Any) -> None:
@@ -39,6 +40,8 @@ class Gang:
         self.arguments = arguments
 
     def poll(self) -> None:
+        if Gang.becomes:
+            self.state = Gang.becomes.pop()
         if Gang.deaths and (error := Gang.deaths.pop(0)) is not None:
             self.dead = [DeadRank(1, Cause("signal", str(error), 9), None)]
             raise error
@@ -49,8 +52,8 @@ class Gang:
     def kill(self, *, keeps_place: bool = False) -> None:
         self.killed = True
 
-    def request_stop(self) -> None:
-        self.state = "stopping"
+    def request_stop(self, *, is_target_reached: bool = False) -> None:
+        self.state = "stopping at its target" if is_target_reached else "stopping"
 
 
 @pytest.fixture
@@ -110,6 +113,22 @@ def test_a_dead_rank_starts_the_whole_gang_again(planted: Any) -> None:
     assert Gang.made[1].arguments[:4] == ("buffers", "board", "monitor", Gang.made[0].arguments[3])
     assert Gang.made[1].place is Gang.made[0].place, "nobody takes it meanwhile"
     assert learner.num_deaths == 1
+
+
+def test_a_learner_whose_target_is_reached_ends_there_also_when_it_starts_again(planted: Any) -> None:
+    learner = planted()
+    learner.end_at_target()  # No gang yet.
+    look(learner)
+    assert [gang.state for gang in Gang.made] == ["training"]
+    Gang.made[0].state = "loading"
+    Gang.becomes = ["training"]
+    learner.poll()
+    assert Gang.made[0].state == "stopping at its target"
+    Gang.deaths = [RankDied("killed")]
+    look(learner)
+    Gang.made[1].state, Gang.becomes = "loading", ["training"]
+    learner.poll()
+    assert Gang.made[1].state == "stopping at its target"
 
 
 def test_five_deaths_within_half_an_hour_end_the_run_with_the_cause_and_five_in_two_hours_do_not(

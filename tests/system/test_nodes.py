@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cluster.preparation.nodes import SHM, STORE, name_of
-from core.processes import LOADING_THRESHOLDS
+from core.machine import LOADING_THRESHOLDS
 from tests.support.cluster.nodes import SHARED, Node, Nodes, can_have_nodes
 from tests.support.runs import environment, overrides, rows_of, started
 

@@ -109,6 +109,15 @@ def test_only_a_finished_run_is_not_continued(
         assert reopened(tmp_path / "run", f"run.steps={steps}").is_continued
 
 
+def test_a_run_that_ended_at_its_target_goes_on_with_another_one(tmp_path: Path) -> None:
+    reached, higher = ("eval.stop_at=[held_out/avg@4, 0.9]", "eval.stop_at=[held_out/avg@4, 0.95]")
+    open_run_dir(config_at(tmp_path / "run", reached))
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({"steps": 300, "stopped": None}))
+    with pytest.raises(ConfigError, match=r"ended after 300 steps at its target, eval\.stop_at = \['held"):
+        reopened(tmp_path / "run", reached)
+    assert reopened(tmp_path / "run", higher).is_continued
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

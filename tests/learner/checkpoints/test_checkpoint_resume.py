@@ -103,11 +103,13 @@ def test_an_exported_checkpoint_is_the_trained_policy_byte_for_byte(straight: Ru
 def test_a_run_goes_on_with_another_number_of_ranks_within_rounding(
     straight: Run, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    alone = Run(tmp_path / "run", run_config(tiny_models["untied"], ranks=1), stop=7)
+    alone = Run(tmp_path / "run", run_config(tiny_models["untied"], ranks=1), stop=7, target=True)
     shutil.copytree(straight.dir / "checkpoints" / "step-000003", alone.dir / "checkpoints" / "step-000003")
     alone.start()
     alone.finish()
     assert alone.notes("published")[0] == 3
+    # Its target was reached: it evaluates its last version, although that is not of its last step.
+    assert (alone.notes("published")[-1], alone.notes("evaluate")[-1]) == (7, ["held_out"])
     # Asked to stop, it saved, although 7 is no multiple of 3.
     assert alone.checkpoint(7).manifest.world_size == 1
     both = Run(alone.dir, straight.config)

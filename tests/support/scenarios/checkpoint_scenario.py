@@ -74,20 +74,21 @@ class World:
     """Buffer, board and monitor of a rank: what is asked of them goes into a log.
 
     `script`: `limited` [first, last] are the steps in which files cannot grow beyond LIMIT_BYTES, at `stop`
-    the run is asked to end, and the batch of `hold` does not come: the process is killed before.
+    the run is asked to end, with `target` as at its target, and the batch of `hold` does
+    not come: the process is killed before.
     """
 
-    def __init__(self, log: Path, script: dict[str, Any], request_stop: Callable[[], None]) -> None:
+    def __init__(self, log: Path, script: dict[str, Any], request_stop: Callable[..., None]) -> None:
         self._log, self._request_stop = JsonLines(log, Redactor({})), request_stop
         self._limited, self._stop = script.get("limited", [1, 0]), script.get("stop")
-        self._hold = script.get("hold")
+        self._hold, self._is_target_reached = script.get("hold"), script.get("target", False)
 
     def note(self, **record: Any) -> None:
         self._log.append(record)
 
     async def sample(self, step: int, num_groups: int, timeout_s: float) -> bytes | None:
         if step == self._stop:
-            self._request_stop()
+            self._request_stop(is_target_reached=self._is_target_reached)
             return None
         first, last = self._limited
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -110,7 +111,7 @@ class World:
         self.note(watermark=step)
 
     def publish(self, manifest: bytes, buckets: list, version: int, *, evaluate: Any) -> Any:
-        self.note(published=version)
+        self.note(published=version, evaluate=list(evaluate))
         return "board", [version]
 
     def log_step(self, row: dict[str, float]) -> None:
