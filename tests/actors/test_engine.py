@@ -28,7 +28,7 @@ from tests.support.scenarios.engine_scenario import (
     TOP_P,
     Report,
 )
-from tests.support.scenarios.reported import report_of
+from tests.support.scenarios.reported import reports_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -61,17 +61,24 @@ def with_two_ends_and_a_special_seven(model_dir: Path, copy: Path) -> Path:
     return copy
 
 
+@pytest.fixture(scope="module")
+def both(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Observed]:
+    out = tmp_path_factory.mktemp("scenario")
+    models = {
+        "tied": tiny_models["tied"],
+        "untied": with_two_ends_and_a_special_seven(tiny_models["untied"], out / "two-ends"),
+    }
+    runs = [(model_dir, out / f"{name}.json") for name, model_dir in models.items()]
+    reports = reports_of("engine_scenario", Report, runs)
+    return {
+        name: Observed(model_dir, report)
+        for (name, model_dir), report in zip(models.items(), reports, strict=True)
+    }
+
+
 @pytest.fixture(scope="module", params=["tied", "untied"])
-def observed(
-    request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Observed:
-    model_dir = tiny_models[request.param]
-    if request.param == "untied":
-        model_dir = with_two_ends_and_a_special_seven(
-            model_dir, tmp_path_factory.mktemp("model") / "two-ends"
-        )
-    out = tmp_path_factory.mktemp("scenario") / "report.json"
-    return Observed(model_dir, report_of("engine_scenario", Report, model_dir, out, timeout_s=240))
+def observed(request: pytest.FixtureRequest, both: dict[str, Observed]) -> Observed:
+    return both[request.param]
 
 
 def test_vllm_has_every_symbol_the_engine_uses(observed: Observed):

@@ -13,7 +13,7 @@ from actors.engine import WorkerLost
 from core.errors import AgroError
 from tests.support.parity import Parity
 from tests.support.scenarios.parallel_scenario import Report
-from tests.support.scenarios.reported import report_of
+from tests.support.scenarios.reported import reports_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -29,7 +29,8 @@ class Observed(Parity):
 @pytest.fixture(scope="module")
 def observed(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Observed:
     model_dir, out = tiny_models["untied"], tmp_path_factory.mktemp("scenario") / "report.json"
-    return Observed(model_dir, report_of("parallel_scenario", Report, model_dir, out))
+    (report,) = reports_of("parallel_scenario", Report, [(model_dir, out)])
+    return Observed(model_dir, report)
 
 
 @pytest.mark.parametrize("version", [0, 1, 2])

@@ -18,7 +18,7 @@ from learner.catalogue import parse_config
 from learner.policy.lora import adapters_of, weights_of
 from tests.support.configs import lora_config
 from tests.support.scenarios.adapters_scenario import PROMPT, SLOTS, Report, adapted_model
-from tests.support.scenarios.reported import report_of
+from tests.support.scenarios.reported import reports_of
 
 TOLERANCE_NATS = 1e-4
 
@@ -41,12 +41,16 @@ class Observed:
         return max(float(self.errors_nats(sample, version).max()) for sample in self.report.phases[phase])
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["in its process", "divided among two"])
-def observed(
-    request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Observed:
-    model_dir, out = tiny_models["tied"], tmp_path_factory.mktemp("adapters") / "report.json"
-    return Observed(model_dir, report_of("adapters_scenario", Report, model_dir, out, request.param))
+@pytest.fixture(scope="module")
+def both(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Observed]:
+    model_dir, out = tiny_models["tied"], tmp_path_factory.mktemp("adapters")
+    runs = [(model_dir, out / f"{parallel}.json", parallel) for parallel in (1, 2)]
+    return [Observed(model_dir, report) for report in reports_of("adapters_scenario", Report, runs)]
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["in its process", "divided among two"])
+def observed(request: pytest.FixtureRequest, both: list[Observed]) -> Observed:
+    return both[request.param]
 
 
 @pytest.mark.slow

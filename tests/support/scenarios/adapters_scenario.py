@@ -1,12 +1,9 @@
 """What tests/learner/policy/test_lora_adapters.py looks at: a real vLLM engine that gets adapters alone, in a
-process of its own, its model there or divided among two workers.
-
-    python -m tests.support.scenarios.adapters_scenario MODEL_DIR OUT.json TENSOR_PARALLEL
+process of its own (tests/support/scenarios/reported.py), its model there or divided among two workers.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -116,7 +113,3 @@ def main(model_dir: Path, out: Path, tensor_parallel: int) -> None:
             report.refused[what] = str(error)
     report.version = engine.version
     out.write_bytes(msgspec.json.encode(report))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,6 +1,5 @@
-"""What tests/actors/test_engine.py looks at: one engine, taken through updates, in a process of its own.
-
-    python -m tests.support.scenarios.engine_scenario MODEL_DIR OUT.json     everything below, as a `Report`
+"""What tests/actors/test_engine.py looks at: one engine, taken through updates, in a process of its own
+(tests/support/scenarios/reported.py).
 
 vLLM cannot be relied on to build two engines in one process, and an engine takes ten seconds to start: hence
 one run per model, with the sabotaged updates, which the tests must be able to tell from the sound ones, at
@@ -12,7 +11,6 @@ from __future__ import annotations
 import collections
 import importlib
 import operator
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -383,6 +381,11 @@ def run(model_dir: Path) -> Report:
     return scenario.report
 
 
+def main(model_dir: Path, out: Path) -> None:
+    """Everything, as a `Report`."""
+    out.write_bytes(msgspec.json.encode(run(model_dir)))
+
+
 def missing_symbols() -> list[str]:
     """Names in VLLM_SYMBOLS that do not resolve."""
     missing = []
@@ -393,7 +396,3 @@ def missing_symbols() -> list[str]:
         except (ImportError, AttributeError):
             missing.append(symbol)
     return missing
-
-
-if __name__ == "__main__":
-    Path(sys.argv[2]).write_bytes(msgspec.json.encode(run(Path(sys.argv[1]))))

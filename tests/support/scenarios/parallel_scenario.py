@@ -1,7 +1,5 @@
 """What tests/actors/test_engine_parallel.py looks at: one engine with two worker processes on CPUs, taken
 through updates, until one of the two is killed.
-
-    python -m tests.support.scenarios.parallel_scenario MODEL_DIR OUT.json
 """
 
 from __future__ import annotations
@@ -9,7 +7,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -95,7 +92,3 @@ def main(model_dir: Path, out: Path) -> None:
     _, left = psutil.wait_procs(victims, timeout=LIMIT_S)
     report.num_left = len(left)
     out.write_bytes(msgspec.json.encode(report))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
