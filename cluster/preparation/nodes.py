@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from cluster.preparation.cards import own_card_memory
-from cluster.preparation.memory import BYTES, GIB, MemoryEstimate, on_host
+from cluster.preparation.memory import BYTES, GIB, MemoryEstimate, has_changes, on_host
 from cluster.preparation.surroundings import cluster_address
 from core.config import Config
 from core.machine import shm_bytes
@@ -35,10 +35,12 @@ LEAST_SHM_BYTES = GIB
 
 
 def ask_ray() -> list[dict[str, float]]:
-    """Returns the resources of every live node of the cluster that this process is connected to."""
+    """Returns the resources of every live node of the cluster that this process is connected to, by address:
+    Ray gives them in any order.
+    """
     import ray
 
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return sorted((dict(node["Resources"]) for node in ray.nodes() if node["Alive"]), key=address_of)
 
 
 def with_shm(nodes: Sequence[Resources]) -> list[Resources]:
@@ -130,7 +132,7 @@ def _host_warnings(
     asked = ranks * on_host(estimate.learner, config.learner.num_gpus)
     asked += actors * on_host(estimate.actor, config.actors.num_gpus)
     if is_first:  # Rank 0 holds a snapshot, or two, to copy weights into.
-        asked += published_bytes(config, estimate) * (2 if config.weights.full_every > 1 else 1)
+        asked += published_bytes(config, estimate) * (2 if has_changes(config) else 1)
     has = node.get(MEMORY, 0.0)
     if not has or asked <= has:
         return []
