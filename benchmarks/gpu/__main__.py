@@ -67,12 +67,18 @@ def main() -> int:
     return _run(cases, RESULTS / f"gpu-{name}.json", minutes=given.minutes, again=given.again)
 
 
+def told(case: Case, found: dict[str, Any]) -> dict[str, Any]:
+    """Prints what a case has found, and returns it without what it said: that is for who looks on."""
+    kept = {name: value for name, value in found.items() if name != "said"}
+    print(f"{case.name:<18} {kept}", *found.get("said", ()), sep="\n    ", flush=True)
+    return kept
+
+
 def _try_all(cases: Sequence[Case]) -> int:
     """Runs the cases without a GPU, and keeps nothing of it."""
     found = {}
     for case in cases:
-        found[case.name] = run_case(case, on_cpu=True)
-        print(f"{case.name:<18} {found[case.name]}", flush=True)
+        found[case.name] = told(case, run_case(case, on_cpu=True))
     return int(not all(one["ok"] for one in found.values()))
 
 
@@ -90,9 +96,10 @@ def _run(cases: Sequence[Case], path: Path, *, minutes: float, again: bool) -> i
             if has_run and time.monotonic() + case.timeout_s > deadline_s:
                 left_out += 1
                 continue
-            done[case.name], has_run = run_case(case, on_cpu=False), True
+            done[case.name], has_run = told(case, run_case(case, on_cpu=False)), True
             path.write_text(json.dumps(done, indent=1) + "\n", "utf-8")
-        print(f"{case.name:<18} {done[case.name]}", flush=True)
+            continue
+        told(case, done[case.name])
     if left_out:
         print(f"{left_out} cases have no time left: the same command goes on with them")
     return int(any(done.get(case.name, {}).get("ok") is False for case in cases))

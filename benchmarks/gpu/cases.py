@@ -19,6 +19,9 @@ GRACE_S = 20.0
 """For a case that has had its time: a run writes a checkpoint and ends its actors."""
 
 
+SAID_LINES = 30
+
+
 class Case(NamedTuple):
     """One case: its name, what it shows, the function that does, with what it is called, the GPUs that it
     wants and how long it may take.
@@ -171,7 +174,9 @@ def function_of(case: Case) -> Any:
 
 
 def run_case(case: Case, *, on_cpu: bool) -> dict[str, Any]:
-    """Runs one case in a process of its own; returns what it found, or why it has found nothing."""
+    """Runs one case in a process of its own; returns what it found, or why it has found nothing, with the
+    last lines that it `said`.
+    """
     command = [sys.executable, "-m", "benchmarks.gpu.cases", case.name, *(["--on-cpu"] if on_cpu else [])]
     mark, value = "AGRO_GPU_CASE", uuid.uuid4().hex
     start_s = time.perf_counter()
@@ -185,14 +190,16 @@ def run_case(case: Case, *, on_cpu: bool) -> dict[str, Any]:
     )
     try:
         out, err = process.communicate(timeout=case.timeout_s)
-    except subprocess.TimeoutExpired:
-        return {"ok": False, "found": f"it took more than {case.timeout_s:.0f} s"}
+    except subprocess.TimeoutExpired as late:
+        said = (late.stderr or b"").decode(errors="replace").splitlines()
+        return {"ok": False, "found": f"it took more than {case.timeout_s:.0f} s", "said": said[-SAID_LINES:]}
     finally:
         # The next case wants the card, and a run that is left goes on training.
         end_session(process, f"{mark}={value}", GRACE_S)
     has_ended = process.returncode == 0
     lines = (out if has_ended else err).strip().splitlines() or ["no word"]
-    found = json.loads(lines[-1]) if has_ended else {"ok": False, "found": lines[-1][:300]}
+    failed = {"ok": False, "found": lines[-1][:300], "said": lines[-SAID_LINES:]}
+    found = json.loads(lines[-1]) if has_ended else failed
     return {**found, "wall_s": round(time.perf_counter() - start_s, 1)}
 
 

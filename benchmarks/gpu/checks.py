@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.gpu.cases import SAID_LINES
 from benchmarks.gpu.engines import (
     ADAPTERS,
     PROMPT,
@@ -249,4 +250,6 @@ def check_run(transport: str, *, on_gpu: bool) -> dict[str, Any]:
             [*command, f"run.dir={run_dir}", *settings], capture_output=True, text=True, check=False
         )
         words = (ran.stderr or ran.stdout).strip().splitlines() or [""]
-        return {"ok": ran.returncode == 0, "found": "" if ran.returncode == 0 else words[-1][:300]}
+        if ran.returncode == 0:
+            return {"ok": True}
+        return {"ok": False, "found": words[-1][:300], "said": words[-SAID_LINES:]}
