@@ -80,6 +80,7 @@ class Dialogue:
         self._detokenizer = Detokenizer(tokenizer, sorted(self._ends))
         self._firsts: Newest[tuple[int, ...]] = Newest(KNOWN)
         self._continuations: Newest[tuple[int, ...]] = Newest(KNOWN)
+        self._head: tuple[str, tuple[int, ...]] = ("", ())  # What ends in an answer, and its tokens.
         self._has_tool_role, self._form, self._opening = True, None, ""
         if self._tools and chat_template and not is_mistral(tokenizer):
             self._has_tool_role = self._shows(_message("tool", _SHOWN))
@@ -364,7 +365,10 @@ class Dialogue:
         end = self._end.search(tail)
         if end is None:
             raise DataError("the chat template puts no end token after an answer")
-        head, whole = self._ids(text[: len(text) - len(tail) + end.end()]), self._ids(text)
+        start = text[: len(text) - len(tail) + end.end()]
+        if self._head[0] != start:  # It is nearly always the same.
+            self._head = start, self._ids(start)
+        head, whole = self._head[1], self._ids(text)
         if whole[: len(head)] != head:
             raise DataError(
                 f"the tokenizer makes one token of the end of an answer, {end[0]!r}, and what follows"

@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 import torch
 
-from actors.engine_cpu import SEED
+from actors.engine_cpu import SEED, keep_small_linears
 from actors.engine_settings import (
     Adapters,
     check_device,
@@ -104,6 +104,8 @@ class Engine:
             from vllm.platforms import current_platform
 
         check_device(config, current_platform)
+        if config.num_gpus == 0:
+            keep_small_linears()
         self._config, self._adapters = config, adapters
         tokenizer = load_tokenizer(model)
         end_ids = end_token_ids(model, tokenizer)

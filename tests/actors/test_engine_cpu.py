@@ -2,10 +2,13 @@
 seed and a place without a pattern; and cheaper ways to the same activations.
 """
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
-from actors.engine_cpu import mixed, silu_and_mul
+from actors.engine_cpu import SMALL_WEIGHTS, keep_small_linears, mixed, silu_and_mul
 
 
 def seeds(first: int, count: int, place: int, step: int = 0) -> np.ndarray:
@@ -36,3 +39,27 @@ def test_every_bit_is_set_half_the_time_for_seeds_that_follow_one_another():
 def test_an_activation_is_bit_for_bit_what_its_two_halves_give():
     rows = torch.randn(5, 8)
     assert torch.equal(silu_and_mul(rows), torch.nn.functional.silu(rows[:, :4]) * rows[:, 4:])
+
+
+def test_small_float32_layers_are_torchs_and_all_others_vllms(monkeypatch):
+    packed = []
+    utils = SimpleNamespace(dispatch_cpu_unquantized_gemm=lambda layer, remove_weight: packed.append(layer))
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.layers", SimpleNamespace(utils=utils))
+    for _ in range(2):  # An engine after another in one process.
+        keep_small_linears()
+    small, large = (
+        torch.nn.Linear(8, 4),
+        torch.nn.Linear(2, SMALL_WEIGHTS, device="meta").to_empty(device="cpu"),
+    )
+    others = [
+        large,
+        torch.nn.Linear(8, 4).bfloat16(),
+        torch.nn.Linear(8, 4, device="meta"),
+        torch.nn.Conv1d(4, 4, 2),
+    ]
+    for layer in (small, *others):
+        utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    head = torch.nn.Linear(8, 4)
+    utils.dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+    assert small.cpu_linear is torch.nn.functional.linear
+    assert packed == [*others, head]
