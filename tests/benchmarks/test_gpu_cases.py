@@ -20,8 +20,13 @@ import torch
 
 import benchmarks.gpu.__main__ as command
 from benchmarks.gpu.cases import CASES, Case, by_name, function_of, run_case
+from benchmarks.gpu.checks import RUNS
+from benchmarks.gpu.measures import ON_CARD, TASK
 from benchmarks.gpu.table import tables
 from benchmarks.processes import end_session
+from learner.catalogue import load_config
+from tests.support import ROOT
+from tests.support.configs import quickstart
 
 STARTS_OTHERS = """
 trap '' TERM
@@ -84,6 +89,16 @@ def test_every_case_can_be_called_and_fits_a_piece(case: Case) -> None:
     inspect.signature(function_of(case)).bind(*case.given, on_gpu=True)
     assert by_name(case.name) is case
     assert case.timeout_s <= 9 * 60
+
+
+def test_what_is_set_on_a_card_is_a_config() -> None:
+    for on_card, everywhere in RUNS.values():
+        config = quickstart(*on_card.split(), *everywhere.split())
+        assert config.actors.fewest * config.actors.num_gpus + config.learner.num_gpus <= 2
+    overrides = [f"data.path={TASK}", "data.eval_rows=0", *ON_CARD]
+    config = load_config(ROOT / "configs/smollm2_sums.yaml", overrides)
+    assert config.actors.num_gpus + config.learner.num_gpus == 1
+    assert config.learner.groups_per_step * config.actors.group_size <= config.actors.slots
 
 
 @pytest.mark.parametrize("what", [*CASES])
