@@ -199,14 +199,14 @@ def test_a_driver_is_judged_by_whether_its_status_changes_whatever_its_clock_say
     monkeypatch.setattr("cluster.control.STALE_S", 0.3)
     monkeypatch.setattr("cluster.control.STALE_ELSEWHERE_S", 0.3)
     hangs = write_as(tmp_path, time=time.time() - 40)
-    assert "has not written status.json for 40 s" in (death_of_driver(tmp_path, hangs) or "")
+    assert "has not written status.json for " in (death_of_driver(tmp_path, hangs) or "")
     another = {"pid_space": "another", "host": "another"}
     for behind_s in (-3000, 0, 3000):
         found = write_as(tmp_path, **another, time=time.time() - behind_s)
         assert "has not written status.json" in (death_of_driver(tmp_path, found) or "")
     long_ago = write_as(tmp_path, **another, time=time.time() - CLOCKS_APART_S - 5)
     monkeypatch.setattr("cluster.control.STALE_ELSEWHERE_S", float("inf"))
-    assert "on another) has not written status.json for 3605 s" in (death_of_driver(tmp_path, long_ago) or "")
+    assert "on another) has not written status.json for 36" in (death_of_driver(tmp_path, long_ago) or "")
 
 
 def test_a_driver_elsewhere_is_waited_for_however_late_its_disk_shows_what_it_wrote(
