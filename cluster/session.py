@@ -30,6 +30,8 @@ PASSED_ON = ("HF_", "TRANSFORMERS_", "WANDB_", "VLLM_", "NCCL_", "TORCH_NCCL_", 
 """What the variables begin with that processes on other machines get from the driver: where models come from,
 where curves go, how nodes speak.
 """
+OF_A_NODE = ("VLLM_HOST_IP", "VLLM_PORT")
+"""Of those, what is a machine's own: an engine elsewhere would look for its workers on the driver's."""
 _HOOK = "worker_process_setup_hook"
 _ONLOOKERS = ("start_monitor", "start_log_monitor", "start_api_server")
 
@@ -131,7 +133,11 @@ def _on_cluster(variables: Mapping[str, str]) -> dict[str, Any]:
     if _HOOK in submitted:  # Ray takes one.
         say(f"the job was submitted with a {_HOOK}: the driver's {', '.join(PASSED_ON)}* are not passed on")
         return {}
-    passed_on = {name: value for name, value in variables.items() if name.startswith(PASSED_ON)}
+    passed_on = {
+        name: value
+        for name, value in variables.items()
+        if name.startswith(PASSED_ON) and name not in OF_A_NODE
+    }
     return {_HOOK: _prepare(passed_on)}
 
 

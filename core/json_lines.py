@@ -155,7 +155,7 @@ class StepLines(JsonLines):
                 yield int(json.loads(line)[self._key]), start
 
 
-def replace_json(path: Path, value: Mapping[str, Any]) -> None:
+def replace_json(path: Path, value: Mapping[str, Any] | int) -> None:
     """Writes JSON to `path`, wholly or not at all. Raises OSError."""
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     new.write_text(json.dumps(value, indent=1), encoding="utf-8")

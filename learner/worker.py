@@ -119,8 +119,8 @@ class LearnerRank:
         """Ends `train` in order after the step in progress, with a checkpoint; where the target is reached
         (`eval.stop_at`), with an evaluation as after the last step.
         """
+        self._is_target_reached |= is_target_reached  # First: `train` may look at once, in its own thread.
         self._stopping = True
-        self._is_target_reached |= is_target_reached
 
     def republish(self) -> None:
         """Tells a board that was started again of the published weights, if there are any."""

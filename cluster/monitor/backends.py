@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 from cluster.monitor.event_file import EventFile
 from core.config import Config
 from core.errors import ConfigError
+from core.json_lines import replace_json
 from core.metrics import METRICS
 
 Row = Mapping[str, float | None]
@@ -90,7 +91,9 @@ class TrackioBackend:
         trackio = importlib.import_module("trackio")
         run = f"{opened.name}-{opened.run_dir.name}"
         self._trackio, self._told = trackio, opened.run_dir / TOLD_TRACKIO
-        self._newest_step = int(self._told.read_text()) if self._told.is_file() else -1
+        self._newest_step = -1
+        with contextlib.suppress(OSError, ValueError):  # There is none, or a disk lost what was in it.
+            self._newest_step = int(self._told.read_text())
         trackio.init(project=opened.project, name=run, config=dict(opened.config), resume="allow")
 
     def log(self, row: Row) -> None:
@@ -101,7 +104,7 @@ class TrackioBackend:
         known = {name: value for name, value in row.items() if value is not None}
         self._trackio.log(known, step=step)
         self._newest_step = step
-        self._told.write_text(str(step))
+        replace_json(self._told, step)
 
     def close(self) -> None:
         """Ends the run."""

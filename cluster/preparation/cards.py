@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from cluster.plan.rates import DEVICES
-from cluster.preparation.memory import MemoryEstimate, estimate_memory
+from cluster.preparation.memory import GIB, MemoryEstimate, estimate_memory
 from core.config import Config
 from core.config.actors import GPU_MEMORY_SHARE
 from core.errors import PlacementError
@@ -35,14 +35,15 @@ _MOST_PARTS = 64
 def largest_card(nodes: Sequence[Mapping[str, float]]) -> float | None:
     """Returns the bytes of the largest card of the nodes; None where some have cards that are not known.
 
-    Ray tells the kind of a node's cards as a resource, such as `accelerator_type:H100`.
+    Ray tells the kind of a node's cards as a resource, such as `accelerator_type:H100`. The 80 GB of a data
+    sheet are 2^30 bytes each, or nearly.
     """
     found = []
     for node in nodes:
         if not node.get("GPU"):
             continue
         kinds = [DEVICES.get(key.removeprefix(_TYPE).lower()) for key in node if key.startswith(_TYPE)]
-        known = [kind.memory_bytes for kind in kinds if kind is not None]
+        known = [kind.memory_bytes * GIB / 1e9 for kind in kinds if kind is not None]
         if CARD_MEMORY in node:
             known = [node[CARD_MEMORY]]
         if not known:

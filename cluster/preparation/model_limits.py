@@ -67,13 +67,14 @@ def check_length(config: Config, found: Any, prompts: PromptSet) -> None:
 def check_cache(config: Config, found: Any) -> None:
     """Raises ConfigError where a CPU engine's cache does not hold one sequence, which vLLM refuses when it
     has loaded the model. `found` is the model's Hugging Face config, of which plain attention is judged
-    alone: windows, states and latent attention want less.
+    alone: windows, states, latent attention and keys that all heads share want less.
     """
     actors, text = config.actors, found.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     kinds = {*(getattr(text, "layer_types", None) or ("full_attention",))}
     is_plain = kinds == {"full_attention"} and not getattr(text, "sliding_window", None)
-    if actors.num_gpus or not heads or not is_plain or getattr(text, "kv_lora_rank", None):
+    has_fewer_keys = getattr(text, "kv_lora_rank", None) or getattr(text, "multi_query", False)
+    if actors.num_gpus or not heads or not is_plain or has_fewer_keys:
         return
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     width = (getattr(text, "num_key_value_heads", None) or heads) * head_dim

@@ -296,6 +296,7 @@ def _changes(config: Config, before: Config, path: Path) -> list[str]:
         )
     if (
         steps_done is not None
+        and steps_done < before.run.steps
         and config.eval.stop_at is not None
         and config.eval.stop_at == before.eval.stop_at
     ):

@@ -32,6 +32,14 @@ class Worker:
         )
 
 
+def command_of(process: psutil.Process) -> str:
+    """Its command line, "" when it has ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def onlookers() -> list[Any]:
     node = ray._private.node.Node
     return [node.start_monitor, node.start_log_monitor, node.start_api_server]
@@ -42,7 +50,7 @@ def test_workers_inherit_their_environment_and_collect_seldom_while_they_load_an
     config, starts = make_config(), onlookers()
     with ray_session(config.actors, config.learner):
         assert onlookers() == starts, "the next ray.init of this process starts what it always did"
-        lines = [" ".join(each.cmdline()) for each in psutil.Process().children(recursive=True)]
+        lines = [command_of(each) for each in psutil.Process().children(recursive=True)]
         assert [line for line in lines if re.search(r"/(monitor|log_monitor|dashboard)\.py", line)] == []
         assert "OMP_NUM_THREADS" not in threads(1).get("env_vars", {})
         alike = remote(Worker).options(runtime_env=threads(1)).remote()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -32,3 +33,15 @@ def test_the_cores_of_the_affinity_are_looked_at_or_all_where_rows_are_no_cores(
     rows = [SimpleNamespace(idle=float(number), iowait=10.0) for number in (1, 2, 3)]
     monkeypatch.setattr(machine.psutil, "cpu_times", lambda percpu: rows)
     assert machine.idle_cpu_seconds() == idle_s
+
+
+def test_where_a_sandbox_hides_the_kernel_s_start_processes_are_told_apart_by_the_host(monkeypatch):
+    def hidden(path, **_):
+        raise FileNotFoundError(path)
+
+    machine.pid_space.cache_clear()
+    monkeypatch.setattr(machine.Path, "read_text", hidden)
+    try:
+        assert machine.pid_space() == socket.gethostname()
+    finally:
+        machine.pid_space.cache_clear()

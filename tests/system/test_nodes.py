@@ -96,7 +96,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def test_another_node_s_processes_have_what_the_driver_passes_on_and_a_snapshot_travels_there_once(
     cluster: Cluster,
 ) -> None:
-    passed = {"HF_TOKEN": "a-token", "NCCL_SOCKET_IFNAME": "the-head-s", "SECRET": "the driver's own"}
+    passed = {
+        "HF_TOKEN": "a-token",
+        "NCCL_SOCKET_IFNAME": "the-head-s",
+        "VLLM_HOST_IP": cluster.head.address,
+        "SECRET": "the driver's own",
+    }
     told = cluster.head.run(
         *(sys.executable, "-m", "tests.support.scenarios.cluster_scenario", *passed),
         env={**ENV, **passed, "RAY_ADDRESS": f"{cluster.head.address}:6379"},
@@ -106,6 +111,7 @@ def test_another_node_s_processes_have_what_the_driver_passes_on_and_a_snapshot_
     assert environment["HF_TOKEN"] == "a-token"
     assert environment["NCCL_SOCKET_IFNAME"] == "eth0", "its own network has its own names"
     assert environment["SECRET"] is None
+    assert environment["VLLM_HOST_IP"] is None, "the other node has another address"
     assert environment["threshold"] == LOADING_THRESHOLDS[0]
     assert found["fetched"] == [found["size"]] * 4
     assert found["size"] <= found["received"] < 2 * found["size"], "once for the three actors of the node"

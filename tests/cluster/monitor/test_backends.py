@@ -14,7 +14,7 @@ import pytest
 
 from cluster.monitor import backends as backends_module
 from cluster.monitor import monitor as monitor_module
-from cluster.monitor.backends import Backends, Opened, check_backends, gauge_name
+from cluster.monitor.backends import TOLD_TRACKIO, Backends, Opened, check_backends, gauge_name
 from cluster.monitor.curves import CURVES, GRAFANA_FILE, grafana_dashboard
 from cluster.monitor.monitor import Monitor
 from cluster.monitor.wandb_writer import mode_of
@@ -146,6 +146,12 @@ def test_trackio_gets_a_run_that_goes_on(opened: Opened, monkeypatch: pytest.Mon
         again.log({"progress/step": step})
     assert again.close(60.0)
     assert [call[2] for call in calls if call[0] == "log"] == [7, 8]
+    (opened.run_dir / TOLD_TRACKIO).write_text("")  # A disk lost what was in it.
+    once_more = Backends(("trackio",), opened)
+    once_more.log({"progress/step": 9})
+    assert once_more.close(60.0)
+    assert (once_more.failures(), calls[-2]) == ([], ("log", {"progress/step": 9}, 9))
+    assert (opened.run_dir / TOLD_TRACKIO).read_text() == "9"
 
 
 def test_what_is_not_installed_is_refused_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,8 +43,8 @@ def config_of(path: Path, /, **sections: Any) -> Config:
 
 
 def test_the_largest_card_is_that_of_the_kind_that_ray_tells() -> None:
-    assert largest_card([H100, {"CPU": 8.0}]) == 80e9
-    assert largest_card([H100, {"GPU": 1.0, "accelerator_type:L40S": 1.0}]) == 80e9
+    assert largest_card([H100, {"CPU": 8.0}]) == 80 * 2**30
+    assert largest_card([H100, {"GPU": 1.0, "accelerator_type:L40S": 1.0}]) == 80 * 2**30
     assert largest_card([{"GPU": 1.0, CARD_MEMORY: 24e9}]) == 24e9
     assert largest_card([H100, {"GPU": 1.0, "accelerator_type:X7": 1.0}]) is None
     assert largest_card([{"CPU": 8.0}]) is None
@@ -58,17 +58,17 @@ def test_the_largest_card_is_that_of_the_kind_that_ray_tells() -> None:
             {"learner": {"ranks": 1}},
             [
                 "are 145 GB for each of learner.ranks = 1",
-                "80 GB of the largest card's 80 GB",
+                "86 GB of the largest card's 86 GB",
                 "learner.ranks=2,",
             ],
         ),
         (
             {"learner": {"ranks": 1, "num_gpus": 0.5}, "actors": {"num_gpus": 0.5}},
-            ["40 GB of", "Set learner.num_gpus=1 learner.ranks=2,"],
+            ["43 GB of", "Set learner.num_gpus=1 learner.ranks=2,"],
         ),
         (
             {"actors": {"num_gpus": 0.2}},
-            ["weights are 16 GB on each", "14 GB of the", "Set actors.num_gpus=1,"],
+            ["weights are 16 GB on each", "15 GB of the", "Set actors.num_gpus=1,"],
         ),
         (
             {"model": {"dtype": "float32"}, "actors": {"engine_memory": 0.3}, "learner": {"ranks": 8}},

@@ -18,7 +18,7 @@ import torch
 
 from cluster.cli.dry_run import dry_run
 from cluster.preparation import run_dir
-from cluster.preparation.model_limits import max_positions
+from cluster.preparation.model_limits import check_cache, max_positions
 from cluster.preparation.model_weights import check_weights
 from cluster.preparation.prepare import check_start, ensure_model, locate_model, prepare
 from core.config import Config, ModelConfig
@@ -273,6 +273,13 @@ def test_positions_are_known_from_the_config(
 ) -> None:
     found = max_positions(hf_config(kind, **changes))
     assert (found and found[0]) == expected
+
+
+def test_a_cache_is_not_asked_to_hold_keys_of_each_head_where_all_share_them() -> None:
+    config = quickstart("actors.engine_memory=0.001")
+    with pytest.raises(ConfigError, match="holds no sequence of 12 tokens"):
+        check_cache(config, hf_config("llama"))
+    check_cache(config, hf_config("falcon"))
 
 
 @pytest.mark.slow

@@ -118,6 +118,13 @@ def test_a_run_that_ended_at_its_target_goes_on_with_another_one(tmp_path: Path)
     assert reopened(tmp_path / "run", higher).is_continued
 
 
+def test_a_run_that_did_not_reach_its_target_in_all_its_steps_goes_on_with_more(tmp_path: Path) -> None:
+    target = "eval.stop_at=[held_out/avg@4, 0.9]"
+    open_run_dir(config_at(tmp_path / "run", target, "run.steps=300"))
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({"steps": 300, "stopped": None}))
+    assert reopened(tmp_path / "run", target, "run.steps=400").is_continued
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
