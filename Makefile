@@ -29,6 +29,9 @@ COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
 # The small examples share one card: a GPU install of vLLM has no CPU engine.
 ON_CARD_gpu := actors.num_gpus=0.25 actors.engine_memory=0.2
 
+# A quickstart takes as many steps as it needs, and at first large ones.
+UNTIL_SOLVED := run.steps=400 learner.lr=3e-4 eval.every=50 eval.stop_at='[held_out/avg@4, 0.95]'
+
 .PHONY: help setup quickstart quickstart-tools demo-smollm2 doctor test test-fast test-families tree figures staleness-study bench bench-buffer bench-actors bench-learner \
   bench-weights bench-trajectory bench-bound bench-reward bench-guard bench-peers bench-growth bench-soak test-gpu bench-gpu check constraints clean
 
@@ -57,7 +60,7 @@ OTHER_KIND := $(if $(filter-out $(KIND),$(shell cat .venv/.ready 2>/dev/null)),o
 	@echo $(KIND) > $@
 
 quickstart: setup  ## train a tiny model on sums, minutes on two cores
-	.venv/bin/python launch.py train configs/quickstart.yaml $(ON_CARD_$(KIND)) $(ARGS)
+	.venv/bin/python launch.py train configs/quickstart.yaml $(UNTIL_SOLVED) $(ON_CARD_$(KIND)) $(ARGS)
 
 quickstart-tools: setup  ## train a tiny model to use a calculator in two turns, minutes on two cores
 	.venv/bin/python launch.py train configs/quickstart_tools.yaml $(ON_CARD_$(KIND)) $(ARGS)

@@ -19,6 +19,7 @@ import cluster.fleet
 from cluster.deaths import ACTOR, DeathCount, Deaths
 from cluster.fleet import Fleet, Kind
 from cluster.pulse import BUSY_LIMIT_S, ELSEWHERE_LIMIT_S, LIMIT_S, MIN_LOOKS, Pulse, Sight, look_at
+from cluster.session import without_onlookers
 from core.calls import Calls
 from core.errors import DataError, TrainingError
 from tests.support.clocks.machine import machine_s
@@ -31,7 +32,10 @@ LOOK_S = 0.1
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    with without_onlookers():
+        ray.init(
+            address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error"
+        )
     yield
     ray.shutdown()
 
@@ -374,5 +378,5 @@ def test_until_one_runs_no_more_load_at_once_than_have_a_core_each(
 
     b.until(one_runs)
     assert max(seen) == 1
-    assert b.fleet.names("running") == ["actor-0"]
+    assert len(b.fleet.names("running")) == 1  # Whichever Ray placed first.
     b.until(lambda: len(b.fleet.names("running")) == 3)

@@ -24,6 +24,7 @@ from cluster.deaths import Deaths
 from cluster.health import FullDisk
 from cluster.preparation.prepare import Inputs
 from cluster.ray_watch import RayWatch
+from cluster.session import without_onlookers
 from cluster.signals import StopSignal
 from cluster.summary import run_summary
 from cluster.supervisor import Supervisor
@@ -162,7 +163,10 @@ def inputs(run_dir: Path) -> Inputs:
 
 @pytest.fixture
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    with without_onlookers():
+        ray.init(
+            address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error"
+        )
     yield
     ray.shutdown()
 

@@ -16,6 +16,7 @@ import ray
 from cluster.deaths import REWARD_MODEL, Deaths, read_deaths
 from cluster.preparation.placement import bundles, check
 from cluster.services import Services
+from cluster.session import without_onlookers
 from core.calls import Calls
 from core.errors import PlacementError
 from core.process_log import ProcessLog, make_log_folder
@@ -28,7 +29,10 @@ CONVERSATION = [{"role": "user", "content": "2+2="}, {"role": "assistant", "cont
 
 @pytest.fixture
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    with without_onlookers():
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error"
+        )
     yield
     ray.shutdown()
 

@@ -24,7 +24,7 @@ from cluster.fleet import ActorClient
 from cluster.gang import LearnerGang, RankDied
 from cluster.preparation.prepare import Inputs
 from cluster.services import Services
-from cluster.session import logical_cpus
+from cluster.session import logical_cpus, without_onlookers
 from cluster.watchdog import dump_stacks
 from core.calls import Calls, Client, asks
 from core.causes import Cause, memory_hint
@@ -48,7 +48,10 @@ CONFIG = make_config({"run": {"timeout_s": 30.0}})
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="error")
+    with without_onlookers():
+        ray.init(
+            address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="error"
+        )
     yield
     ray.shutdown()
 

@@ -17,6 +17,7 @@ import ray
 from actors.prompts import PromptRow, PromptSet
 from cluster.deaths import read_deaths
 from cluster.preparation.prepare import Inputs
+from cluster.session import without_onlookers
 from cluster.supervisor import Supervisor
 from core.config import Config
 from learner.checkpoints.checkpoint import (
@@ -57,7 +58,10 @@ def inputs_of(config: Config, prompts: PromptSet, run_dir: Path) -> Inputs:
 
 @pytest.fixture
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="error")
+    with without_onlookers():
+        ray.init(
+            address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="error"
+        )
     yield
     ray.shutdown()
 

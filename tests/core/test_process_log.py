@@ -17,6 +17,7 @@ import pytest
 import ray
 from ray.exceptions import RayError
 
+from cluster.session import without_onlookers
 from core.causes import Cause, KernelKills, cause_from
 from core.own_warnings import MAX_TEXTS, OTHERS, OwnWarnings
 from core.process_log import ProcessLog, bound, forget_old_logs, last_lines, log_path, role_of, words_of
@@ -267,7 +268,8 @@ def test_each_process_sees_the_gpus_that_ray_gave_it(tmp_path: Path, monkeypatch
     """Also where Ray itself is told to leave that to others."""
     monkeypatch.setenv("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    with without_onlookers():
+        ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
     try:
         asked = [1, 1, 0]
         parts = [

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from actors.follower import Follower
+from cluster.session import without_onlookers
 from core.calls import Calls
 from core.errors import ConfigError, PeerTimeout, SnapshotError
 from core.weights.board import BOARD, KEEP, BoardClient, Directive, ReceiverClient
@@ -411,7 +412,10 @@ class PiecewiseActor:
 def local_ray() -> Iterator[None]:
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    with without_onlookers():
+        ray.init(
+            address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error"
+        )
     yield
     ray.shutdown()
 
