@@ -51,7 +51,8 @@ class Monitor:
     """Merges what learner, actors, buffer and driver report into rows, and writes them.
 
     Row `progress/step == config.run.steps` is held back until `close`, so that the final evaluation, which
-    comes after it, is in the last row. Existing files of `run_dir` are appended to: a continued run goes on
+    comes after it, is in the last row. Where a target may end the run at any step (`eval.stop_at`), each row
+    is held back until the next. Existing files of `run_dir` are appended to: a continued run goes on
     in them, and a step that it does again replaces what was written of it.
     """
 
@@ -135,7 +136,7 @@ class Monitor:
         self._row = {**merged, **self._evaluation, **self._own_counts()}
         self._rows_seen.append((now_s - self._start_s, merged["progress/step"] or 0, merged["reward/mean"]))
         self._release_held()
-        if merged["progress/step"] == self._config.run.steps:
+        if self._config.eval.stop_at is not None or merged["progress/step"] == self._config.run.steps:
             self._held = self._row
             self._note_held()
         else:

@@ -11,8 +11,8 @@ from core.evaluation.records import Evaluation
 from tests.support.configs import make_config
 
 
-def monitored(steps: int = 10, name: str = "unit") -> Config:
-    return make_config(run={"name": name, "steps": steps})
+def monitored(steps: int = 10, name: str = "unit", **sections: Any) -> Config:
+    return make_config(run={"name": name, "steps": steps}, **sections)
 
 
 def evaluation(version: int, solve_rate: float) -> Evaluation:
