@@ -39,9 +39,10 @@ _REMEDY = (
     "Put a template that only appends (chat_template.jinja) into the model's directory, use another model, or "
     "set data.chat_template=false to write the conversation as plain text"
 )
-KNOWN = 256
-"""So many beginnings and continuations are kept, the newest: the samples of a group begin with the same words
-and are often answered the same, and a template takes longer to write them than an engine a token.
+KNOWN, KNOWN_TOKENS = 256, 2048
+"""So many beginnings and continuations are kept, the newest, if they are no longer than that: the samples of a
+group begin with the same words and are often answered the same, and a template takes longer to write them than
+an engine a token.
 """
 _KEPT = "the policy goes on from what it was shown and what it sampled, and is trained on that"
 
@@ -110,8 +111,7 @@ class Dialogue:
             shown.append({"role": "user", "content": observation})
         if not shown:
             raise DataError("there is no message and no observation to begin a conversation with.")
-        self._firsts[key] = found = self._tokens(shown)
-        return found
+        return _remembered(self._firsts, key, self._tokens(shown))
 
     def continuation(self, messages: Sequence[Message], *, ended: bool = True) -> tuple[int, ...]:
         """Returns the tokens that follow an answer's end token when these messages come next, up to where the
@@ -127,7 +127,7 @@ class Dialogue:
                 raise DataError("no message follows the answer: an observation is needed to go on.")
             if not self._has_tool_role:
                 shown = _as_user(shown)
-            self._continuations[key] = found = self._after_answer(shown)
+            found = _remembered(self._continuations, key, self._after_answer(shown))
         return found if ended else (*self._closing, *found)
 
     def read(self, text: str, tokens: Sequence[int] = ()) -> Said:
@@ -381,6 +381,13 @@ class Dialogue:
         question, answer, *shown = (message["content"] for message in conversation)
         end = self._tokenizer.convert_ids_to_tokens(self._closing[-1]) if self._closing else ""
         return "".join((question, answer, end, *shown))
+
+
+def _remembered(known: Newest[tuple[int, ...]], key: str, found: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns what was found, kept where it is short: 256 of 32k tokens would be 300 MB."""
+    if len(found) <= KNOWN_TOKENS:
+        known[key] = found
+    return found
 
 
 # --- Messages of our own ---

@@ -12,7 +12,7 @@ from typing import Any
 import mistral_common
 import pytest
 
-from actors.dialogue import Dialogue
+from actors.dialogue import KNOWN_TOKENS, Dialogue
 from core.config import ModelConfig
 from core.errors import DataError
 from core.tokenizer import load_tokenizer
@@ -173,6 +173,9 @@ def test_what_several_samples_are_shown_is_written_once(monkeypatch):
             assert word in tokenizer.decode(first)
             assert word in tokenizer.decode(dialogue.continuation([{"role": "user", "content": word}]))
     assert len(written) == 4
+    for _ in range(2):  # What is long is written each time: hundreds of them would take all memory.
+        dialogue.first([{"role": "user", "content": "a b " * KNOWN_TOKENS}])
+    assert len(written) == 6
 
 
 def test_bos_stands_once_at_the_beginning_and_never_later():

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import benchmarks.gpu.__main__ as command
+from benchmarks.gpu import cases
 from benchmarks.gpu.cases import CASES, Case, by_name, function_of, run_case
 from benchmarks.gpu.checks import RUNS
 from benchmarks.gpu.measures import ON_CARD, TASK
@@ -193,3 +194,9 @@ def test_what_was_measured_is_a_table(tmp_path: Path) -> None:
     assert any("0.40 after 240 s |  |" in line for line in lines)
     assert len({line.count("|") for line in lines}) == 1
     assert tables(tmp_path / "none") == ""
+
+
+def test_what_a_library_prints_as_it_ends_is_not_taken_for_what_was_found():
+    said = ["warming up", '{"ok": true, "found": 3}', '{"bye": 1}', "[1]", "leaked a semaphore"]
+    assert cases._found(said) == {"ok": True, "found": 3}
+    assert cases._found(["nothing"]) is None
