@@ -40,9 +40,9 @@ _REMEDY = (
     "set data.chat_template=false to write the conversation as plain text"
 )
 KNOWN, KNOWN_TOKENS = 256, 2048
-"""So many beginnings and continuations are kept, the newest, if they are no longer than that: the samples of a
-group begin with the same words and are often answered the same, and a template takes longer to write them than
-an engine a token.
+"""So many beginnings and continuations are kept, the newest, if they are no longer than that: the samples of
+a group begin with the same words and are often answered the same, and a template takes longer to write them
+than an engine a token.
 """
 _KEPT = "the policy goes on from what it was shown and what it sampled, and is trained on that"
 
