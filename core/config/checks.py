@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import TYPE_CHECKING
 
 from core.config.environments import all_paths
@@ -233,10 +234,13 @@ def _devices_fit(config: Config) -> None:
                 f"{key} = {amount:g}: Ray gives no less than {LEAST_SHARE:g}. Set it to 0, or more."
             )
     if actors.num_gpus > 1 and parallel == 1:
+        whole = math.ceil(actors.num_gpus)
+        divided = f"actors.tensor_parallel={whole}"
+        if whole != actors.num_gpus:
+            divided += f" actors.num_gpus={whole}"
         raise ValueError(
             f"actors.num_gpus = {actors.num_gpus:g} with actors.tensor_parallel = 1: an engine that is not divided uses one "
-            "GPU. Set actors.num_gpus=1 and raise actors.count instead, or, for a model that one GPU does not hold, "
-            f"actors.tensor_parallel={actors.num_gpus:g}."
+            f"GPU. Set actors.num_gpus=1 and raise actors.count instead, or, for a model that one GPU does not hold, {divided}."
         )
     if parallel > 1 and actors.num_gpus not in (0, parallel):
         raise ValueError(

@@ -15,7 +15,8 @@ from tests.support.configs import make_config
     [
         ({"tensor_parallel": 4, "num_gpus": 2}, ["actors.num_gpus = 2", "Set actors.num_gpus=4, or 0"]),
         ({"tensor_parallel": 2, "num_gpus": 0.5}, ["actors.num_gpus = 0.5", "Set actors.num_gpus=2"]),
-        ({"tensor_parallel": 1, "num_gpus": 3}, ["actors.num_gpus = 3", "actors.tensor_parallel=3"]),
+        ({"tensor_parallel": 1, "num_gpus": 3}, ["actors.num_gpus = 3", "actors.tensor_parallel=3."]),
+        ({"tensor_parallel": 1, "num_gpus": 1.5}, ["actors.tensor_parallel=2 actors.num_gpus=2."]),
         ({"tensor_parallel": 0}, ["actors.tensor_parallel = 0", "greater than or equal to 1"]),
     ],
 )
