@@ -72,6 +72,19 @@ def measure_actor(name: str, *, on_gpu: bool) -> dict[str, Any]:
     return {"ok": True, "tokens_per_s": round(ours), "bare": round(plain), "ratio": round(ours / plain, 3)}
 
 
+def _start_ray(*, on_gpu: bool) -> None:
+    """Starts a Ray whose object store holds the versions of a measurement."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=STORE_BYTES if on_gpu else 2**27,
+    )
+
+
 def measure_publish(name: str, *, on_gpu: bool) -> dict[str, Any]:
     """Measures how long a learner of one rank stands still for a snapshot, how long it is stored beside the
     next step, and a bare copy of as many bytes from the card to pinned memory.
@@ -93,13 +106,7 @@ def measure_publish(name: str, *, on_gpu: bool) -> dict[str, Any]:
         save_model(model, directory)
         config = make_config(model, directory, 2048, on_gpu=on_gpu)
         source = ZeroSource(ZeroPolicy(config.model, config.learner), config.learner.bucket_bytes)
-        ray.init(
-            address="local",
-            num_cpus=1,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=STORE_BYTES if on_gpu else 2**27,
-        )
+        _start_ray(on_gpu=on_gpu)
         transport = load_transport(Sender(0, config, source, board_of(), Calls(300), ray.put, print))
         for version in range(1 + REPEATS):
             stalls_s.append(timed(lambda: transport.publish(version, evaluate=()))())  # noqa: B023
@@ -142,13 +149,7 @@ def measure_update(name: str, *, on_gpu: bool) -> dict[str, Any]:
     verifies_s, pauses_s = [], []
     with tempfile.TemporaryDirectory() as directory:
         engine = make_engine(model, directory, on_gpu=on_gpu, slots=slots, max_new_tokens=128)
-        ray.init(
-            address="local",
-            num_cpus=1,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=STORE_BYTES if on_gpu else 2**27,
-        )
+        _start_ray(on_gpu=on_gpu)
         writer = SnapshotWriter(LearnerConfig().bucket_bytes, ray.put)
         for parameter, tensor in load_file(Path(directory, "model.safetensors")).items():
             writer.add(parameter, tensor)
