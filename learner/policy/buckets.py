@@ -43,12 +43,16 @@ class Buckets:
         tokens: npt.NDArray[np.int64] | None = None,
     ) -> None:
         """`tokens` are the places in the row of each sequence's tokens, by sequence; None: one after
-        another.
+        another. A sequence whose tokens all belong to others takes no place.
         """
-        buckets = _buckets(lengths)
-        self.shapes = [(len(bucket), lengths[bucket[0]]) for bucket in buckets]
         lengths_N = np.array(lengths)
         starts_N = lengths_N.cumsum() - lengths_N
+        if tokens is not None:
+            asked_N = _asked(lengths_N, starts_N, tokens)
+            lengths_N, starts_N = lengths_N[asked_N], starts_N[asked_N]
+        lengths = lengths_N.tolist()
+        buckets = _buckets(lengths)
+        self.shapes = [(len(bucket), lengths[bucket[0]]) for bucket in buckets]
         order_N = np.array([index for bucket in buckets for index in bucket])
         widths_N = np.array([longest for num, longest in self.shapes for _ in range(num)])
         sequence_P = order_N.repeat(widths_N)
@@ -86,6 +90,20 @@ class Buckets:
         places_PHD = torch.cat([bucket.flatten(0, 1) for bucket in buckets])
         packed: Tensor = _ToTokens.apply(places_PHD, self)
         return packed
+
+
+def _asked(
+    lengths_N: npt.NDArray[np.int64], starts_N: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Returns which sequences have a token that no longer one has, nor an earlier one as long: what comes of
+    the others nobody looks at. Ascending.
+    """
+    order_N = np.argsort(-lengths_N, kind="stable")
+    counts_N = lengths_N[order_N]
+    offset_P = np.arange(len(tokens)) - (counts_N.cumsum() - counts_N).repeat(counts_N)
+    token_P = tokens[starts_N[order_N].repeat(counts_N) + offset_P]
+    first = np.unique(token_P, return_index=True)[1]
+    return np.unique(order_N.repeat(counts_N)[first])
 
 
 def _buckets(lengths: Sequence[int]) -> list[list[int]]:

@@ -66,6 +66,8 @@ def init_process_group(
         torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Else DeepSpeed starts a process, numactl, at every reduction of gradients to count the machine's nodes.
+        os.environ.setdefault("LOCAL_SIZE", "1")
     deepspeed = _import_deepspeed()  # Before torch's threads start, which read the environment.
     backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
     # Longer than a wait for a batch: rank 0, which knows what it waits for, is the one to give up first.
@@ -132,6 +134,17 @@ def _deepspeed_config(learner: LearnerConfig, dtype: str, *, training: bool) -> 
     return config
 
 
+def _of_one_rank(learner: LearnerConfig) -> dict[str, bool]:
+    """Returns what ZeRO-3 need not do where a CPU has the only rank.
+
+    A gathered weight is then a view of the rank's part, so that to keep it until the backward pass, as torch's
+    own linear layer does and DeepSpeed's in Python does not, takes no memory. Nor do gradients fragment any,
+    which DeepSpeed would copy into a bucket before it copies them into another.
+    """
+    is_alone = dist.get_world_size() == 1 and not learner.num_gpus
+    return {"memory_efficient_linear": False, "contiguous_gradients": False} if is_alone else {}
+
+
 def _load(
     model: ModelConfig, learner: LearnerConfig, *, training: bool, seed: int = 0
 ) -> tuple[Any, TokenLogprobs]:
@@ -153,7 +166,7 @@ def _load(
     if not training:
         module.requires_grad_(False).eval()
     token_logprobs = TokenLogprobs(module, learner.layout, model.attention, connected())
-    config["zero_optimization"] |= _prefetch(learner, _gather_by_layer(module))
+    config["zero_optimization"] |= _prefetch(learner, _gather_by_layer(module)) | _of_one_rank(learner)
     parameters = [p for p in module.parameters() if p.requires_grad] or None
     engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)
     return engine, token_logprobs

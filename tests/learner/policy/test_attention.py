@@ -114,6 +114,18 @@ def test_buckets_hold_every_token_once_and_are_little_padded(seed):
     assert torch.equal(rows.grad, weights)
 
 
+def test_a_sequence_whose_tokens_all_belong_to_others_takes_no_place():
+    tokens = np.array([0, 1, 2, 0, 1, 0, 1, 3, 0, 1, 2, 4])
+    places = Buckets([3, 2, 3, 3, 1], tokens=tokens)
+    assert places.shapes == [(3, 3)]
+    assert places.to_places_P.tolist() == [0, 1, 2, 0, 1, 3, 4, 4, 4]
+    rows = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    packed = places.pack([bucket.transpose(1, 2) for bucket in places.unpack(rows)])
+    assert torch.equal(packed, rows)
+    packed.sum().backward()
+    assert torch.equal(rows.grad, torch.ones_like(rows))
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "reason"),
     [
