@@ -66,7 +66,7 @@ def init_process_group(
         torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # Else DeepSpeed starts a process, numactl, at every reduction of gradients to count the machine's nodes.
+        # Else DeepSpeed starts a process, numactl, at every reduction, to count the machine's nodes.
         os.environ.setdefault("LOCAL_SIZE", "1")
     deepspeed = _import_deepspeed()  # Before torch's threads start, which read the environment.
     backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
@@ -137,9 +137,9 @@ def _deepspeed_config(learner: LearnerConfig, dtype: str, *, training: bool) -> 
 def _of_one_rank(learner: LearnerConfig) -> dict[str, bool]:
     """Returns what ZeRO-3 need not do where a CPU has the only rank.
 
-    A gathered weight is then a view of the rank's part, so that to keep it until the backward pass, as torch's
-    own linear layer does and DeepSpeed's in Python does not, takes no memory. Nor do gradients fragment any,
-    which DeepSpeed would copy into a bucket before it copies them into another.
+    A gathered weight is then a view of the rank's part, so that to keep it until the backward pass, as
+    torch's own linear layer does and DeepSpeed's in Python does not, takes no memory. Nor do gradients
+    fragment any, which DeepSpeed would copy into a bucket before it copies them into another.
     """
     is_alone = dist.get_world_size() == 1 and not learner.num_gpus
     return {"memory_efficient_linear": False, "contiguous_gradients": False} if is_alone else {}
