@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from core.users import pictures
 from core.users.code import in_one_line, one_line, place_of
 from environments import EnvironmentFailure, Observation, ToolCall, ToolErrorKind, Turn
-from environments.loading import UserEnvironment, by_name
+from environments.loading import UserEnvironment, by_name, signature
 from environments.wire import Question
 
 MAX_CHARS = 2**22
@@ -141,7 +141,7 @@ class Acting:
             return {"error": problem}, "unknown", one_line(problem)
         tool = getattr(self._environment, call.name)
         try:
-            inspect.signature(tool).bind(**call.arguments)
+            signature(tool).bind(**call.arguments)
         except TypeError as error:
             problem = f"{call.name}: {error}"
             return {"error": problem}, "arguments", one_line(problem)
@@ -309,4 +309,4 @@ def _is_message(value: Any) -> bool:
 
 
 def _names_seed(function: Callable[..., Any]) -> bool:
-    return "seed" in inspect.signature(function).parameters
+    return "seed" in signature(function).parameters

@@ -214,8 +214,8 @@ class Nursery:
             self._start_clock(playing)
 
     def end(self, playing: Playing) -> None:
-        """Forgets an episode. Its process plays another if this one was answered, did not fail, and left
-        nothing behind.
+        """Forgets an episode, unless its process does so by itself. The process plays another if this one was
+        answered, did not fail, and left nothing behind.
         """
         if playing.is_over:
             return
@@ -226,7 +226,7 @@ class Nursery:
         if was_asked or (failure is not None and not self._spec.is_async):
             self._give_up(process, playing)
         else:
-            playing.is_over, playing.deadline_s = True, time.monotonic() + END_TIMEOUT_S
+            _leave(playing)
             self._send(process, Question(playing.number, "end"))
 
     def close(self) -> None:
@@ -324,6 +324,8 @@ class Nursery:
                 self._resting[process.number] = process
         elif playing.question is not None and reply.turn is not None:
             self._tool_errors.count(len(playing.question.calls), reply.turn)
+            if reply.turn.done and not self._spec.is_async:
+                _leave(playing)
             playing.answer(reply.turn)
         elif playing.question is not None:
             self._fail(playing, reply.kind, reply.text)
@@ -483,6 +485,12 @@ class Nursery:
         with contextlib.suppress(KeyError, ValueError):  # The other side has closed it.
             if self._selector.get_key(channel.socket).events != events:
                 self._selector.modify(channel.socket, events, (self, process))
+
+
+def _leave(playing: Playing) -> None:
+    """Notes that an episode is over, which its process is to say as well, and can be asked nothing more."""
+    playing.is_over, playing.deadline_s = True, time.monotonic() + END_TIMEOUT_S
+    playing.failure = playing.failure or EnvironmentFailure("closed", "the episode is over")
 
 
 def _is_late(playing: Playing, now_s: float) -> bool:

@@ -3,8 +3,9 @@
     play  one episode after another, of an environment that is not asynchronous; each has an object of its own
     host  several at once, on an event loop
 
-Both answer Questions on their socket until it closes. What an episode leaves behind, processes and threads,
-is told at its end, and then the pool lets this process play no other.
+Both answer Questions on their socket until it closes; `play` ends an episode behind the answer that is its
+last. What an episode leaves behind, processes and threads, is told at its end, and then the pool lets this
+process play no other.
 """
 
 from __future__ import annotations
@@ -53,17 +54,19 @@ def _play(loaded: UserEnvironment, connection: socket.socket) -> None:
         if question.what in ("reset", "run"):
             acting = Acting(loaded)
             sow(question.seed)
+        is_over = question.what == "end"
         try:
-            if question.what == "end":
-                with contextlib.suppress(EnvironmentFailure):  # Its episode is over, and its reward known.
-                    at_once(acting.close())
-                acting = Acting(loaded)
-                send(connection, surroundings.restored(question.episode))
-            else:
+            if not is_over:
                 turn = at_once(acting.answer(question))
                 connection.sendall(_written(Reply(question.episode, "turn", turn)))
+                is_over = turn.done
         except EnvironmentFailure as failure:
-            connection.sendall(_written(_failed(question, failure)))
+            connection.sendall(packed(_failed(question, failure)))
+        if is_over:  # Its reward is known, whatever comes of closing it.
+            with contextlib.suppress(EnvironmentFailure):
+                at_once(acting.close())
+            acting = Acting(loaded)
+            send(connection, surroundings.restored(question.episode))
 
 
 def _failed(question: Question, failure: EnvironmentFailure) -> Reply:
@@ -72,7 +75,7 @@ def _failed(question: Question, failure: EnvironmentFailure) -> Reply:
 
 
 def _written(reply: Reply) -> bytes:
-    """Returns a reply as it is sent; where what users' code answered cannot be, a failure that says why."""
+    """Returns a reply as it is sent. Raises EnvironmentFailure where what users' code answered cannot be."""
     try:
         message = packed(reply)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -81,23 +84,23 @@ def _written(reply: Reply) -> bytes:
         if len(message) <= MAX_BYTES:
             return message
         why = f"it is {len(message):,} bytes long; at most {MAX_BYTES:,} can be"
-    return packed(Reply(reply.episode, "failure", text=f"what it returned cannot be sent: {why}"))
+    raise EnvironmentFailure("raised", f"what it returned cannot be sent: {why}")
 
 
 class _Surroundings:
     """What an episode finds, and the next shall find as well."""
 
     def __init__(self) -> None:
-        self._directory, self._variables = os.open(".", os.O_PATH | os.O_CLOEXEC), dict(os.environ)
+        self._directory, self._variables = os.open(".", os.O_PATH | os.O_CLOEXEC), dict(os.environb)
 
     def restored(self, episode: int) -> Reply:
         """Puts back the working directory and the environment variables; says what else was left behind."""
         gc.collect()
         with contextlib.suppress(OSError):
             os.chdir(self._directory)
-        if dict(os.environ) != self._variables:
-            os.environ.clear()
-            os.environ.update(self._variables)
+        if dict(os.environb) != self._variables:  # As bytes, in half the time.
+            os.environb.clear()
+            os.environb.update(self._variables)
         return Reply(episode, "left", processes=_num_children(), threads=threading.active_count() - 1)
 
 
@@ -140,12 +143,12 @@ class _Host:
         acting = self._acting[question.episode]
         try:
             if question.what == "end":
-                reply = await self._end(question.episode)
+                message = packed(await self._end(question.episode))
             else:
-                reply = Reply(question.episode, "turn", await acting.answer(question))
+                message = _written(Reply(question.episode, "turn", await acting.answer(question)))
         except EnvironmentFailure as failure:
-            reply = _failed(question, failure)
-        writer.write(_written(reply))
+            message = packed(_failed(question, failure))
+        writer.write(message)
 
     async def _end(self, episode: int) -> Reply:
         """Forgets an episode. What was left behind is known when there is no other."""

@@ -50,7 +50,8 @@ class Question(NamedTuple):
 
 
 class Reply(msgspec.Struct, array_like=True):
-    """What a place's process says. `begun` comes once, from the process itself; `left` answers to `end`.
+    """What a place's process says. `begun` comes once, from the process itself; `left` answers to `end`,
+    or comes behind a turn that is done, where episodes share no event loop.
 
     processes, threads  what the episode left behind
     """

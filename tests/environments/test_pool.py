@@ -150,6 +150,25 @@ def test_a_process_is_used_again_with_a_new_object_and_as_it_was(pool: Environme
     assert pid in pids
 
 
+def test_a_process_is_free_after_the_last_answer_and_its_episode_is_asked_nothing_more(
+    pool: EnvironmentPool,
+) -> None:
+    over = opened(pool)
+    pid = said(over, "pid")
+    assert over.finish().result(SOON_S).done
+    deadline_s = time.monotonic() + SOON_S
+    others = [opened(pool)]
+    while said(others[-1], "pid") != pid:  # Nobody has closed the one before.
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+        others.append(opened(pool))
+    assert failure(over, "pid").kind == "closed"
+    over.close()
+    assert said(others[-1], "pid") == pid
+    for other in others:
+        other.close()
+
+
 def test_a_module_with_threads_has_places_that_are_no_forks() -> None:
     spec = EnvironmentSpec("threaded", "tests.support.environments.threaded:Threaded", "turns")
     with EnvironmentPool([spec], 10.0, 2**28) as pool:
