@@ -10,6 +10,9 @@ by one actor or waiting to be issued again. An item whose prompt rests when its 
     again changes no count.
   - An item whose holder died or was late `MAX_LOSSES` times ends as failed: a prompt that kills its actor
     must not kill them all.
+  - Where nothing was left to lease, new items are held back until there are `PORTION` batches of them, or
+    until less than a batch is stored. Whoever waits for the learner then works in full steps, and on younger
+    weights; the learner has a batch more to take in any case.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from core.errors import AgroError
 from core.records import WorkItem
 
 MAX_LOSSES = 5
+PORTION = 2
+"""Batches that are leased at a time once actors wait for the learner, where three or more are admitted."""
 
 
 class LeaseError(AgroError, LookupError):
@@ -107,7 +112,9 @@ class Admission:
         shard: int = 0,
         num_shards: int = 1,
         passes_over: Callable[[int], bool] = lambda _: False,
+        batch: int = 0,
     ) -> None:
+        """`batch` is how many groups a learner's step takes of this shard; 0: nothing is held back."""
         self.allowed = allowed
         self.lease_timeout_s = lease_timeout_s
         self.shard, self.num_shards = shard, num_shards
@@ -120,6 +127,8 @@ class Admission:
         self._held_by: dict[str, dict[int, None]] = {}
         self._waiting: OrderedDict[int, Lease] = OrderedDict()
         self._changed: dict[int, None] = {}
+        self._batch = batch
+        self._is_exhausted = False  # Since then nothing new was leased.
         self._passes_over = passes_over
         self._passed_over: list[int] = []
 
@@ -141,7 +150,20 @@ class Admission:
         """Returns how many items `lease` would give: those to issue again, and new ones as far as they are
         admitted.
         """
-        return len(self._waiting) + max(0, self.allowed - self.num_open - stored_unconsumed)
+        return len(self._waiting) + self._num_new(stored_unconsumed)
+
+    def _num_new(self, stored_unconsumed: int) -> int:
+        """Returns how many new items may be leased now; none while they are held back."""
+        free, portion = self._num_free(stored_unconsumed), PORTION * self._batch
+        is_held_back = (
+            self._is_exhausted
+            and free < portion <= self.allowed - self._batch
+            and stored_unconsumed >= self._batch
+        )
+        return 0 if is_held_back else free
+
+    def _num_free(self, stored_unconsumed: int) -> int:
+        return max(0, self.allowed - self.num_open - stored_unconsumed)
 
     def lease_of(self, ordinal: int) -> Lease | None:
         """Returns the lease of an open item, or None when the item is not open."""
@@ -182,6 +204,8 @@ class Admission:
             losses = self._waiting.pop(ordinal).losses if ordinal in self._waiting else 0
             self._hold(ordinal, Lease(actor, losses, now_s))
             self._changed[ordinal] = None
+        if new:
+            self._is_exhausted = not self._num_free(stored_unconsumed)
         return [*again, *new]
 
     def expire(self, now_s: float) -> tuple[list[int], list[int]]:

@@ -3,7 +3,9 @@
     cores it used since the last look + cores that idled meanwhile --> threads from the next step on
 
 Actors that work keep their cores; while they wait (for admission, an environment, a reward) theirs idle, and
-the rank takes them. It looks at the node's own clocks, so that nobody need tell it who else is there.
+the rank takes them. It looks at the node's own clocks, so that nobody need tell it who else is there. Where
+there is no core but one for each actor and one for the rank, it does not look: an actor that waits comes back
+between two looks, and a thread that shares its core is waited for by the others.
 
 More threads sum in another order: results differ in their last bits by the number of threads. A run with
 `run.deterministic` has one.
@@ -80,8 +82,9 @@ class Threads:
             self._fixed = 1
         else:
             self._fixed = max(1, int(learner.reserved_cpus))
-            if learner.num_cpus == "auto":
-                self._cores = FreeCores(learner.ranks, max(1, int(available_cpus())))
+            cores = int(available_cpus())
+            if learner.num_cpus == "auto" and cores > config.actors.fewest + learner.ranks:
+                self._cores = FreeCores(learner.ranks, cores)
 
     def follow(self) -> int:
         """Lets torch have as many threads as there are cores for it now, and returns how many."""

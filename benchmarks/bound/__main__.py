@@ -35,10 +35,10 @@ from benchmarks.pairs import compare
 from benchmarks.results import measure_load, save, show
 
 ROUNDS, DEFAULT_TIMEOUT_S = 3, 360.0
-STOCK_STEPS = 2
-"""Steps whose groups lie in the buffer before a round: else the rank would begin with a wait."""
 ADMITTED_STEPS, UNBOUNDED = 3, 10**6
-"""Of groups that may exist untrained, while both run: a quickstart's. Else nothing is bounded."""
+"""Of groups that may exist untrained, while both run: a quickstart's. Else nothing is bounded. So many steps
+are not measured either: whoever is faster makes or uses up what lies in the buffer meanwhile.
+"""
 
 
 class Halves(NamedTuple):
@@ -50,9 +50,9 @@ class Halves(NamedTuple):
 
 
 OVERRIDES = "run.steps=100000", "data.eval_rows=0", "actors.num_cpus=1", "buffer.capacity=1600"
-LARGE = "actors.max_new_tokens=48", "actors.slots=64", "learner.groups_per_step=8"
+LARGE = "actors.max_new_tokens=48", "actors.slots=48", "learner.groups_per_step=8"
 JOBS = {
-    "2:1": Halves(8, ("actors.slots=16",)),
+    "2:1": Halves(8, ("actors.slots=32",)),
     "1:1": Halves(8, ("actors.slots=128",)),
     "1:2": Halves(3, LARGE, "8M"),
     "1:2 auto": Halves(3, (*LARGE, "learner.num_cpus=auto"), "8M"),
@@ -71,8 +71,8 @@ class Measurement:
         self._num_made = self._num_trained = 0
 
     def warm(self) -> None:
-        """Makes the stock of a round, and takes the first steps."""
-        self._generate(STOCK_STEPS + self._steps)
+        """Takes the first steps."""
+        self._generate(self._steps + 1)
         self._train(self._steps)
 
     def round(self) -> dict[str, float]:
@@ -92,11 +92,12 @@ class Measurement:
         # The rank takes a step more than is measured: what lies in the buffer must be enough for all of them.
         measure("g", self._generate, self._steps + 1, "actor")
         measure("t", self._train, self._steps, "rank")
-        before = self._ask(self._shard.calls())
+        self._use_up()
+        before, trained = self._ask(self._shard.calls()), self._num_trained
         measure("together", self._both, 2 * self._steps, *everybody)
         for kind, count in self._ask(self._shard.calls()).items():
-            # One step more is let than is measured.
-            found[f"{kind}.shard_together"] = (count - before[kind]) / (2 * self._steps + 1)
+            # More steps are let than are measured: those that warm up, and the first.
+            found[f"{kind}.shard_together"] = (count - before[kind]) / (self._num_trained - trained)
         measure("alternating", self._alternate, self._steps)
         return found
 
@@ -127,15 +128,19 @@ class Measurement:
         self._ask(self._shard.admit(ADMITTED_STEPS * self._groups))
         self._ask(self._actor.let(True))
         made, trained = self._num_made, self._num_trained
-        self._train(steps)
+        self._train(ADMITTED_STEPS + steps)
         self._ask(self._actor.let(False))
         ends_s = self._ask(self._rank.since(trained))
-        made_s = self._ask(self._actor.since(made))
-        self._num_made = made + len(made_s)
-        window = ends_s[0], ends_s[steps]
-        made_steps = sum(window[0] < moment_s <= window[1] for moment_s in made_s) / self._groups
-        # Steps that were taken from the stock are none of both.
-        return (window[1] - window[0]) / (steps - max(0.0, steps - made_steps))
+        self._num_made = made + len(self._ask(self._actor.since(made)))
+        return (ends_s[ADMITTED_STEPS + steps] - ends_s[ADMITTED_STEPS]) / steps
+
+    def _use_up(self) -> None:
+        """Trains on what lies in the buffer: a step from a stock would be none of both."""
+        self._num_made += len(self._ask(self._actor.since(self._num_made)))
+        if stock := self._num_made // self._groups - self._num_trained:
+            self._num_trained += stock
+            self._ask(self._rank.let(stock))
+            self._until(self._rank.until, self._num_trained)
 
     def _alternate(self, steps: int) -> float:
         self._ask(self._shard.admit(UNBOUNDED))

@@ -138,7 +138,8 @@ class Simulation:
         self._config, self._speeds = config, speeds
         self._size = config.actors.group_size - config.offline_samples
         self._groups = config.learner.groups_per_step
-        self._admission = Admission(config.admitted_groups, math.inf)
+        batch = 0 if config.buffer.samples_per_insert else self._groups
+        self._admission = Admission(config.admitted_groups, math.inf, batch=batch)
         self._replay = Replay(config.buffer, seed)
         self._band = Band(config.buffer.samples_per_insert)
         self._bound = StalenessBound(config.buffer.max_staleness)

@@ -85,6 +85,34 @@ def test_admission_counts_open_and_unconsumed_items():
     assert admission.lease("b", 3, stored_unconsumed=1, now_s=0) == [4]
 
 
+def test_items_are_leased_in_portions_once_nothing_was_left():
+    admission = Admission(allowed=12, lease_timeout_s=10, batch=4)
+    made = admission.lease("a", 99, stored_unconsumed=0, now_s=0)
+    assert len(made) == 12, "nothing is held back before"
+    for ordinal in made:
+        admission.end(ordinal)
+    assert admission.num_leasable(stored_unconsumed=12) == 0
+    assert admission.lease("a", 99, stored_unconsumed=8, now_s=0) == [], "one batch less: they are held back"
+    assert admission.lease("a", 3, stored_unconsumed=4, now_s=0) == [12, 13, 14]
+    assert admission.lease("b", 99, stored_unconsumed=4, now_s=0) == [15, 16, 17, 18, 19], "and the others"
+
+
+@pytest.mark.parametrize(("stored", "leased"), [(4, []), (3, [12])], ids=["a batch lies there", "less"])
+def test_items_are_held_back_only_while_a_batch_lies_stored(stored, leased):
+    admission = Admission(allowed=12, lease_timeout_s=10, batch=4)
+    for ordinal in admission.lease("a", 99, stored_unconsumed=0, now_s=0)[: stored + 1]:
+        admission.end(ordinal)
+    assert admission.lease("a", 99, stored_unconsumed=stored, now_s=0) == leased
+    admission.give_back("a", [11])
+    assert admission.lease("b", 99, stored_unconsumed=stored, now_s=0) == [11], "what is issued again is not"
+
+
+def test_nothing_is_held_back_where_less_than_three_batches_are_admitted():
+    admission = Admission(allowed=11, lease_timeout_s=10, batch=4)
+    admission.end(admission.lease("a", 99, stored_unconsumed=4, now_s=0)[0])
+    assert admission.lease("a", 99, stored_unconsumed=4, now_s=0) == [7]
+
+
 def test_an_expired_lease_is_issued_again_first_and_ends_once():
     admission = Admission(allowed=4, lease_timeout_s=10)
     admission.lease("slow", 1, 0, now_s=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import torch
 
 from learner.cores import LOOK_EVERY_S, Clocks, FreeCores, Threads, read_clocks
@@ -94,3 +95,12 @@ def test_a_number_of_cpus_is_so_many_threads_and_a_deterministic_run_has_one():
     assert threads_of(learner={"num_cpus": 3}, run={"deterministic": True}) == (1, 1)
     assert threads_of(learner={"num_cpus": "auto"}, run={"deterministic": True}) == (1, 1)
     assert threads_of(learner={"num_cpus": "auto"}) == (1, 1)
+
+
+@pytest.mark.parametrize(("num_cores", "looks"), [(2, False), (3, True)], ids=["one each", "one more"])
+def test_auto_looks_for_cores_where_there_are_more_than_actors_and_ranks(monkeypatch, num_cores, looks):
+    looked = []
+    monkeypatch.setattr("learner.cores.available_cpus", lambda: num_cores)
+    monkeypatch.setattr("learner.cores.FreeCores", lambda *_: looked.append(True))
+    Threads(make_config(learner={"num_cpus": "auto"}, actors={"count": 1}))
+    assert bool(looked) == looks
