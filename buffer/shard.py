@@ -306,13 +306,10 @@ class Shard:
         self._left += self._replay.pop_evicted()
         left = {group.group_id: group for group, _ in self._left}
         metas = [left[group_id] if group_id in left else self._replay[group_id] for group_id in chosen]
-        refs = [stored.ref_logprobs for stored in self.store.read_groups(chosen)]
+        known = self.store.with_ref_logprobs(chosen)
         for meta in metas:
             self._record("trained", meta.group_id, version=meta.version)
-        entries = [
-            BatchEntry(meta.group_id, meta.uses, ref is not None)
-            for meta, ref in zip(metas, refs, strict=True)
-        ]
+        entries = [BatchEntry(meta.group_id, meta.uses, meta.group_id in known) for meta in metas]
         self.counts["taken"] += len(entries)
         self.next_step = step + 1
         batch = self._batches[step] = RecordedBatch(total, entries)

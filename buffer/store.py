@@ -26,6 +26,7 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,41 @@ CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITH
 PRAGMA user_version = {FORMAT};
 COMMIT;
 """
-_PUT_GROUP = "INSERT OR IGNORE INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-_PUT_USES = """INSERT INTO used(group_id, uses, last_step) VALUES (?, ?, ?)
-    ON CONFLICT DO UPDATE SET uses = excluded.uses, last_step = excluded.last_step"""
+
+
+MOST_ROWS = 64
+"""A statement has so many rows, or a smaller power of two: sqlite keeps that few of them prepared."""
+
+
+class _Rows:
+    """A statement that takes several rows: `texts` has it for 1, 2, 4, ... of them.
+
+    At each statement sqlite lets go of the interpreter, and may have to wait for it.
+    """
+
+    def __init__(self, start: str, row: str, end: str = "") -> None:
+        powers = (1 << power for power in range(MOST_ROWS.bit_length()))
+        self.texts = {count: start + ", ".join([row] * count) + end for count in powers}
+
+
+_PUT_GROUP = _Rows("INSERT OR IGNORE INTO groups VALUES ", "(?, ?, ?, ?, ?, ?, ?, ?)")
+_PUT_USES = _Rows(
+    "INSERT INTO used(group_id, uses, last_step) VALUES ",
+    "(?, ?, ?)",
+    " ON CONFLICT DO UPDATE SET uses = excluded.uses, last_step = excluded.last_step",
+)
+_LEAVE_USED = _Rows("UPDATE used SET has_left = 1 WHERE group_id IN (", "?", ")")
+_PUT_LEASE = _Rows("INSERT OR REPLACE INTO leases VALUES ", "(?, ?, ?)")
+_END_LEASE = _Rows("DELETE FROM leases WHERE ordinal IN (", "?", ")")
+_READ_GROUPS = _Rows(
+    "SELECT group_id, head, payload, ref_logprobs FROM groups LEFT JOIN used USING (group_id) "
+    "WHERE group_id IN (",
+    "?",
+    ")",
+)
+_WITH_REF_LOGPROBS = _Rows(
+    "SELECT group_id FROM used WHERE ref_logprobs IS NOT NULL AND group_id IN (", "?", ")"
+)
 _PUT_REF_LOGPROBS = """INSERT INTO used(group_id, ref_logprobs) VALUES (?, ?)
     ON CONFLICT DO UPDATE SET ref_logprobs = excluded.ref_logprobs"""
 _FORGET_GROUPS = """DELETE FROM groups WHERE group_id IN
@@ -116,7 +149,7 @@ class Store:
 
     def __init__(self, path: str | Path, fsync: str = "normal") -> None:
         self.path = Path(path)
-        self._pending: list[tuple[str, Sequence[Any]]] = []
+        self._pending: list[tuple[str | _Rows, Sequence[Any]]] = []
         # Payloads that are not on the disk yet.
         self._unwritten: dict[int, StoredGroup] = {}
         self._next_position: int | None = None  # Not known before the groups are read.
@@ -170,7 +203,7 @@ class Store:
     def leave(self, group: GroupMeta) -> None:
         """Takes a group out of the buffer; if it was in a batch, it stays for that until `forget_batches`."""
         if group.uses:
-            self._pending.append(("UPDATE used SET has_left = 1 WHERE group_id = ?", (group.group_id,)))
+            self._pending.append((_LEAVE_USED, (group.group_id,)))
         else:
             self._pending.append(("DELETE FROM groups WHERE group_id = ?", (group.group_id,)))
             self._pending.append(("DELETE FROM used WHERE group_id = ?", (group.group_id,)))
@@ -189,11 +222,11 @@ class Store:
 
     def put_lease(self, ordinal: int, actor: str, losses: int) -> None:
         """Notes an open item: who holds it ('' for nobody), and how often it was lost."""
-        self._pending.append(("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", (ordinal, actor, losses)))
+        self._pending.append((_PUT_LEASE, (ordinal, actor, losses)))
 
     def end_lease(self, ordinal: int) -> None:
         """Notes that the item has ended."""
-        self._pending.append(("DELETE FROM leases WHERE ordinal = ?", (ordinal,)))
+        self._pending.append((_END_LEASE, (ordinal,)))
 
     def put_held(self, prompt_index: int, sample: Sample) -> None:
         """Notes the held sample of a prompt."""
@@ -244,7 +277,7 @@ class Store:
         with self._explained():
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                for statement, values in self._pending:
+                for statement, values in _together(self._pending):
                     self._db.execute(statement, values)
                 self._db.execute("COMMIT")
             except BaseException:
@@ -261,10 +294,29 @@ class Store:
 
         Raises StoreError for an id that is not there.
         """
-        return [
-            self._unwritten[group_id] if group_id in self._unwritten else self._read_group(group_id)
+        wanted = list(group_ids)
+        found = {group_id: self._unwritten[group_id] for group_id in wanted if group_id in self._unwritten}
+        written = (group_id for group_id in wanted if group_id not in self._unwritten)
+        for group_id, head, payload, refs in self._select(_READ_GROUPS, written):
+            ref_logprobs = None if refs is None else msgspec.msgpack.decode(refs)
+            found[group_id] = StoredGroup(head, payload, ref_logprobs=ref_logprobs)
+        for group_id in wanted:
+            if group_id not in found:
+                raise StoreError(
+                    f"group {group_id} is not in {self.path}; was it deleted by another process?"
+                )
+        return [found[group_id] for group_id in wanted]
+
+    def with_ref_logprobs(self, group_ids: Sequence[int]) -> set[int]:
+        """Returns those of the groups whose reference log-probs are known, changes not yet written
+        included.
+        """
+        found = {group_id for (group_id,) in self._select(_WITH_REF_LOGPROBS, group_ids)}
+        return found | {
+            group_id
             for group_id in group_ids
-        ]
+            if group_id in self._unwritten and self._unwritten[group_id].ref_logprobs is not None
+        }
 
     def read_batch(self, batch: RecordedBatch) -> list[StoredGroup]:
         """Returns the groups of a recorded batch as they were then. Reference log-probs cached since are left
@@ -334,19 +386,11 @@ class Store:
         """Closes the connection and folds the log into the database file. Changes not written are lost."""
         self._db.close()
 
-    def _read_group(self, group_id: int) -> StoredGroup:
-        with self._explained():
-            row = self._db.execute(
-                "SELECT head, payload, ref_logprobs FROM groups LEFT JOIN used USING (group_id) "
-                "WHERE group_id = ?",
-                (group_id,),
-            ).fetchone()
-        if row is None:
-            raise StoreError(f"group {group_id} is not in {self.path}; was it deleted by another process?")
-        head, payload, ref_logprobs = row
-        return StoredGroup(
-            head, payload, ref_logprobs=None if ref_logprobs is None else msgspec.msgpack.decode(ref_logprobs)
-        )
+    def _select(self, statement: _Rows, group_ids: Iterable[int]) -> Iterator[tuple[Any, ...]]:
+        for text, values in _together([(statement, (group_id,)) for group_id in group_ids]):
+            with self._explained():
+                rows = self._db.execute(text, values).fetchall()
+            yield from rows
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -362,6 +406,26 @@ class Store:
                 what = "can be written now" if found is None else f"meets: {found.strerror}"
                 remedy = f"{_DISK_FAILS} (another file beside it {what})"
             raise kind(f"buffer database {self.path}: {error}. {remedy}") from error
+
+
+def _together(changes: Sequence[tuple[str | _Rows, Sequence[Any]]]) -> Iterator[tuple[str, Sequence[Any]]]:
+    """Yields these statements and their values in order; rows of one kind that follow one another are one
+    statement, or a few.
+    """
+    first, end = 0, len(changes)
+    while first < end:
+        statement, values = changes[first]
+        if isinstance(statement, str):
+            yield statement, values
+            first += 1
+            continue
+        last = first + 1
+        while last < end and last - first < MOST_ROWS and changes[last][0] is statement:
+            last += 1
+        num_rows = 1 << (last - first).bit_length() - 1
+        rows = [values for _, values in changes[first : first + num_rows]]
+        yield statement.texts[num_rows], tuple(chain.from_iterable(rows))
+        first += num_rows
 
 
 def _why_not_writable(directory: Path) -> OSError | None:

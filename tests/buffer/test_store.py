@@ -17,7 +17,7 @@ from buffer import store as store_module
 from buffer.ledger import MOST_SENTENCES, Ledger, LedgerEvent, Statuses, audit, audit_run, read_statuses
 from buffer.replay import meta_of
 from buffer.sampling import GroupMeta
-from buffer.store import BatchEntry, DiskFullError, RecordedBatch, Store, StoreError
+from buffer.store import MOST_ROWS, BatchEntry, DiskFullError, RecordedBatch, Store, StoreError
 from core.records import Group, Sample, StoredGroup, VersionSpan, decode_group
 
 
@@ -88,6 +88,45 @@ def test_putting_an_id_again_changes_nothing(tmp_path):
     put(store, make_group(1))
     put(store, make_group(1, version=9), make_group(2), make_group(2, version=9))
     assert read(store, 1, 2) == [make_group(1), make_group(2)]
+
+
+@pytest.mark.parametrize("count", [1, 3, MOST_ROWS - 1, MOST_ROWS + 5, 2 * MOST_ROWS])
+def test_changes_of_one_kind_are_the_same_however_many_are_written_together(tmp_path, count):
+    store = Store(tmp_path / "b.sqlite")
+    groups = [make_group(2 * place, version=place) for place in range(count)]
+    for group in groups:
+        store.put_lease(group.group_id, "a", 0)
+    store.put_lease(0, "b", 1)  # The later of two is what stays.
+    put(store, *groups, make_group(0, version=99))
+    assert store.load_leases() == [
+        (2 * place, "a" if place else "b", int(not place)) for place in range(count)
+    ]
+    assert ids(store) == [group.group_id for group in groups]
+    store.put_batch(4, RecordedBatch(count, [BatchEntry(group.group_id, 1, False) for group in groups]))
+    for group in groups[1:]:
+        store.leave(GroupMeta(group.group_id, 0, 12, 1))
+        store.end_lease(group.group_id)
+    store.flush()
+    backwards = [group.group_id for group in reversed(groups)]
+    assert read(store, *backwards) == groups[::-1]
+    assert [(meta.group_id, meta.uses) for meta in store.load_groups()] == [(0, 1)]
+    assert store.load_leases() == [(0, "b", 1)]
+    with pytest.raises(StoreError, match="group 1 is not in"):
+        read(store, *backwards, 1)
+
+
+def test_whose_reference_log_probs_are_known_is_seen_before_they_are_written(tmp_path):
+    store = Store(tmp_path / "b.sqlite")
+    put(store, make_group(1), make_group(2))
+    store.put_ref_logprobs(2, [-1.0, -2.0])
+    store.flush()
+    store.put_group(meta_of(make_group(3)), 2, StoredGroup.of(make_group(3)))
+    store.put_group(meta_of(make_group(4)), 2, StoredGroup.of(make_group(4)))
+    store.put_ref_logprobs(4, [-3.0, -4.0])
+    for _ in range(2):
+        assert store.with_ref_logprobs([4, 3, 2, 1]) == {2, 4}
+        assert [stored.ref_logprobs for stored in store.read_groups([4, 3])] == [[-3.0, -4.0], None]
+        store.flush()
 
 
 def test_a_group_that_left_stays_while_a_batch_needs_it(tmp_path):
