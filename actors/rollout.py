@@ -52,12 +52,16 @@ from core.config import LORA_ALPHA, Config
 from core.config.environments import all_paths
 from core.errors import SnapshotError
 from core.monitor_client import MonitorClient
-from core.records import Sample, WorkItem, encode
+from core.records import Group, Sample, WorkItem, encode
 from core.weights.board import BoardClient, ReceiverClient
 
 REPORT_EVERY_S = 1.0
 RENEWALS_PER_LEASE = 10.0
 IDLE_S = 0.1
+INSERT_EVERY_S = 0.05
+"""Groups that end within this time of one another are sent in one call, while the engine works: a call to
+another process costs this one as much as several samples.
+"""
 RETIRE_LIMIT_S = 30.0
 HAND_BACK_LIMIT_S = 10.0
 
@@ -104,7 +108,8 @@ class RolloutActor(Heartbeat):
         self._lease: Pending[list[bytes] | None] | None = None
         # What the newest lease was asked with; what the buffer refused.
         self._leasing_version = self._outdated_version = -1
-        self._lease_at_s = self._reported_s = self._renewed_s = 0.0
+        self._lease_at_s = self._reported_s = self._renewed_s = self._inserted_s = 0.0
+        self._unsent: list[Group] = []
         self._retire_deadline_s = math.inf  # Until it is told to drain.
         kinds = ("admission", "rewards", "disk", "environment", "evaluation", "weights")
         waits = (f"wait_{kind}_s" for kind in kinds)
@@ -218,13 +223,14 @@ class RolloutActor(Heartbeat):
         """Returns whether to leave the loop: at once, or drained, or after RETIRE_LIMIT_S of draining."""
         if self._follower.retire != "drain":
             return self._follower.retire == "now"
-        is_drained = not (len(self._groups) or len(self._scoring) or len(self._outbox))
+        is_drained = not (len(self._groups) or len(self._scoring) or self._unsent or len(self._outbox))
         return is_drained or time.monotonic() > self._retire_deadline_s
 
     def _hand_back(self) -> None:
         """Hands what was not finished to another actor, or to the next start of the run; what was finished is
         still waited for.
         """
+        self._insert()
         settle(self._outbox.pendings, HAND_BACK_LIMIT_S)
         self._outbox.poll()
         self._calls.ask(self._board.give_back(self._name))
@@ -260,10 +266,11 @@ class RolloutActor(Heartbeat):
         # After these were started: what is leased now arrives beside the next step, and fills what it frees.
         reserve = max(1, actors.slots // (2 * actors.group_size))
         if self._may_lease() and len(self._work) < reserve:
+            wanted = max(reserve, actors.slots // actors.group_size - len(self._work))
             self._leasing_version = self._engine.version
             self._renewed_s = time.monotonic()
             call = self._buffer.lease(
-                self._name, reserve, POLL_S, self._leasing_version, sorted(self._holding)
+                self._name, wanted, POLL_S, self._leasing_version, sorted(self._holding)
             )
             self._lease = self._calls.start(call, POLL_S + self._config.run.timeout_s)
 
@@ -328,20 +335,28 @@ class RolloutActor(Heartbeat):
 
     def _deliver(self) -> None:
         """Sends off the groups whose rewards are there, and takes note of what has arrived."""
-        groups, evaluated = [], []
+        evaluated = []
         for open_group, samples in self._scoring.take():
             self._counters["errors"] += sum(sample.error is not None for sample in samples)
             if isinstance(open_group.item, WorkItem):
-                groups.append(group_of(open_group.item, open_group.prompt, samples, self._name))
+                self._unsent.append(group_of(open_group.item, open_group.prompt, samples, self._name))
             else:
                 evaluated.append(eval_sample(open_group.item, open_group, samples))
+        is_due = time.monotonic() - self._inserted_s >= INSERT_EVERY_S
+        if is_due or not self._engine.num_unfinished:
+            self._insert()
+        self._evaluating.deliver(evaluated)
+        self._holding.difference_update(self._outbox.poll())
+
+    def _insert(self) -> None:
+        """Sends the groups that are done to the buffer."""
+        groups, self._unsent = self._unsent, []
         if groups:
+            self._inserted_s = time.monotonic()
             self._counters["groups"] += len(groups)
             payloads = [encode(group) for group in groups]
             group_ids = [group.group_id for group in groups]
             self._outbox.deliver(self._buffer.insert(self._name, payloads), group_ids)
-        self._evaluating.deliver(evaluated)
-        self._holding.difference_update(self._outbox.poll())
 
     # --- waiting and telling ---
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import inspect
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from buffer.ledger import audit_run
 from buffer.replay import EVICTIONS
 from buffer.store import DiskFullError
 from core.errors import PeerTimeout
-from core.records import Sample
+from core.records import Group, Sample
 from core.weights.board import Board
 from tests.support.clocks.machine import machine_s
 from tests.support.configs import LONG, actor_config
@@ -64,6 +65,32 @@ def test_an_item_gives_the_same_group_whoever_generates_it(bench):
         first, second = groups[0][group_id], groups[1][group_id]
         assert len(first.samples) == 4
         assert [sample.tokens for sample in first.samples] == [sample.tokens for sample in second.samples]
+
+
+def test_groups_wait_for_one_another_while_the_engine_works_and_none_stays_behind(bench, monkeypatch):
+    monkeypatch.setattr(actors.rollout, "INSERT_EVERY_S", math.inf)
+    run = bench(actor_config())
+    actor = SimulatedActor(run, num_tokens=(2, 9), step_s=0.001)
+    sent: list[list[int]] = []
+    with monkeypatch.context() as context:
+        context.setattr(actor._outbox, "deliver", lambda call, ordinals: sent.append(ordinals))
+        actor.engine.submit("under way", [1], seed=0, temperature=None, max_tokens=None)
+        for number in range(2):
+            group = Group(group_id=number, prompt_index=0, source_row=0, prompt="", samples=())
+            actor._unsent.append(group)
+            actor._deliver()
+        assert sent == []
+        actor.engine.abort(["under way"])
+        actor._deliver()
+        actor._deliver()
+        assert sent == [[0, 1]]
+    run.publish(0)
+    ended = run.start(actor)
+    until(lambda: actor._groups.counters["generated_samples"] >= 8)
+    run.board.get("retire", ["actor-0"], "now")
+    counters = ended.result(60)
+    assert actor._unsent == []
+    assert counters["groups"] - 2 == sum(event["event"] == "inserted" for event in ledger(run))
 
 
 class TestUpdates:
