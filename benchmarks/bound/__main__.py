@@ -35,9 +35,11 @@ from benchmarks.pairs import compare
 from benchmarks.results import measure_load, save, show
 
 ROUNDS, DEFAULT_TIMEOUT_S = 3, 360.0
+WARM = 3
+"""How many times a round's steps are taken before the first round."""
 ADMITTED_STEPS, UNBOUNDED = 3, 10**6
 """Of groups that may exist untrained, while both run: a quickstart's. Else nothing is bounded. So many steps
-are not measured either: whoever is faster makes or uses up what lies in the buffer meanwhile.
+are not measured either, in which whoever is faster fills or empties the buffer.
 """
 
 
@@ -52,7 +54,7 @@ class Halves(NamedTuple):
 OVERRIDES = "run.steps=100000", "data.eval_rows=0", "actors.num_cpus=1", "buffer.capacity=1600"
 LARGE = "actors.max_new_tokens=48", "actors.slots=48", "learner.groups_per_step=8"
 JOBS = {
-    "2:1": Halves(8, ("actors.slots=32",)),
+    "2:1": Halves(8, ("actors.slots=48",)),
     "1:1": Halves(8, ("actors.slots=128",)),
     "1:2": Halves(3, LARGE, "8M"),
     "1:2 auto": Halves(3, (*LARGE, "learner.num_cpus=auto"), "8M"),
@@ -71,9 +73,9 @@ class Measurement:
         self._num_made = self._num_trained = 0
 
     def warm(self) -> None:
-        """Takes the first steps."""
-        self._generate(self._steps + 1)
-        self._train(self._steps)
+        """Lets each work alone for a while: an engine's first steps take twice as long."""
+        self._generate(WARM * self._steps)
+        self._use_up()
 
     def round(self) -> dict[str, float]:
         """Returns the milliseconds a step of each kind, and what processes spent of it: `cpu_ms.rank_t`."""
@@ -92,11 +94,11 @@ class Measurement:
         # The rank takes a step more than is measured: what lies in the buffer must be enough for all of them.
         measure("g", self._generate, self._steps + 1, "actor")
         measure("t", self._train, self._steps, "rank")
-        self._use_up()
+        self._join()
         before, trained = self._ask(self._shard.calls()), self._num_trained
         measure("together", self._both, 2 * self._steps, *everybody)
         for kind, count in self._ask(self._shard.calls()).items():
-            # More steps are let than are measured: those that warm up, and the first.
+            # One step more is let than is measured.
             found[f"{kind}.shard_together"] = (count - before[kind]) / (self._num_trained - trained)
         measure("alternating", self._alternate, self._steps)
         return found
@@ -108,6 +110,7 @@ class Measurement:
     # --- phases, each in seconds a step ---
 
     def _generate(self, steps: int) -> float:
+        self._count_made()
         self._ask(self._shard.admit(UNBOUNDED))
         self._ask(self._actor.let(True))
         first = self._until(self._actor.until, self._num_made + 1)
@@ -124,25 +127,32 @@ class Measurement:
         moments_s = self._ask(self._rank.since(first))
         return (moments_s[steps] - moments_s[0]) / steps
 
-    def _both(self, steps: int) -> float:
+    def _join(self) -> None:
+        """Lets both run from an empty buffer until they go on as they will for ever."""
+        self._use_up()
         self._ask(self._shard.admit(ADMITTED_STEPS * self._groups))
         self._ask(self._actor.let(True))
-        made, trained = self._num_made, self._num_trained
-        self._train(ADMITTED_STEPS + steps)
+        self._train(ADMITTED_STEPS)
+
+    def _both(self, steps: int) -> float:
+        step_s = self._train(steps)
         self._ask(self._actor.let(False))
-        ends_s = self._ask(self._rank.since(trained))
-        self._num_made = made + len(self._ask(self._actor.since(made)))
-        return (ends_s[ADMITTED_STEPS + steps] - ends_s[ADMITTED_STEPS]) / steps
+        return step_s
+
+    def _count_made(self) -> None:
+        """Counts what was sent after the actor was told to hold: its moment is of the phase before."""
+        self._num_made += len(self._ask(self._actor.since(self._num_made)))
 
     def _use_up(self) -> None:
         """Trains on what lies in the buffer: a step from a stock would be none of both."""
-        self._num_made += len(self._ask(self._actor.since(self._num_made)))
+        self._count_made()
         if stock := self._num_made // self._groups - self._num_trained:
             self._num_trained += stock
             self._ask(self._rank.let(stock))
             self._until(self._rank.until, self._num_trained)
 
     def _alternate(self, steps: int) -> float:
+        self._count_made()
         self._ask(self._shard.admit(UNBOUNDED))
         start_s = time.perf_counter()
         for _ in range(steps):
