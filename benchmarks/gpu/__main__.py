@@ -1,5 +1,5 @@
-"""What only a machine with a GPU can prove (`make test-gpu`) and measure (`make bench-gpu`). NOT RUN YET: no
-GPU was at hand; `--on-cpu` tries every case here, with tiny models.
+"""What only a machine with a GPU can prove (`make test-gpu`) and measure (`make bench-gpu`);
+`--on-cpu` tries every case here, with tiny models.
 
     python -m benchmarks.gpu test | bench [CASE ...] [--minutes 9] [--again] [--on-cpu]
     python -m benchmarks.gpu table     what was measured, for README.md

@@ -1,5 +1,4 @@
-"""What only a GPU can tell about the learner: the part `gpu` of benchmarks/learner/. NOT RUN YET: no GPU
-was at hand.
+"""What only a GPU can tell about the learner: the part `gpu` of benchmarks/learner/.
 
 A Llama of `MODELS` from a config, bf16, at some tokens a micro-batch. Each case has a process of its own, and
 with it a peak of its own:
@@ -100,8 +99,9 @@ def measure_case(case: str, budget_tokens: int, name: str, device: str) -> dict[
     from cluster.preparation.memory import estimate_memory
 
     on_gpu, model = device != "cpu", MODELS[name]
-    # So short that a group fits the smallest budget.
-    lengths = [(40 + 60 * number // 99, 40 + 110 * number // 99) for number in range(100)]
+    # So short that a group fits the smallest budget, and of prompts that hardly count: what samples share is
+    # computed once, and a micro-batch would not hold the tokens that the estimate is of.
+    lengths = [(8, 40 + 110 * number // 99) for number in range(100)]
     batch = make_batch(
         Shape("", model.hidden, model.layers, model.vocabulary, model.groups, budget_tokens, model.steps),
         lengths=lengths,

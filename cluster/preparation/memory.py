@@ -17,9 +17,8 @@ arXiv 1910.02054):
                   (stage3_max_live_parameters); those of an offloaded reference are gone before the backward
                   pass needs its memory
     bucket        b 5e8 on a GPU: gradients on their way (reduce_bucket_size); on a CPU never touched in full
-    step          a flat float32 copy of the gradients, 4 min(Q/N, 1e9) (sub_group_size), on a GPU as much
-                  again for AdamW, instead of activations and log-probs, which are gone by then: only what is
-                  above these counts
+    step          a flat float32 copy of the gradients, 4 min(Q/N, 1e9) (sub_group_size), instead of
+                  activations and log-probs, which are gone by then: only what is above these counts
     activations   b T (L (8h + 2k + 4f) + 2h), counted on Llama with sdpa; with gradient checkpointing
                   b T (L h + 8h + 2k + 4f + 2h); with LoRA a layer keeps 2h less, whose norms need no
                   gradient, and 7 rank more
@@ -186,7 +185,7 @@ def _learner_parts(config: Config, shape: ModelShape) -> tuple[MemoryUse, ...]:
     forward = _activation_bytes(config.model, learner, shape) + _logprob_bytes(config.model, learner, shape)
     all_aside = learner.offload == "all"
     frozen_aside = all_aside or (learner.offload == "reference" and on_gpu)
-    step = (8 if on_gpu and not all_aside else 4) * min(trained, SUB_GROUP_PARAMETERS)
+    step = 4 * min(trained, SUB_GROUP_PARAMETERS)
     is_gathered = learner.ranks > 1 or (all_aside and on_gpu)
     gathered = min(shape.num_params, MAX_LIVE_PARAMETERS) if is_gathered else 0
     master = 4 * trained if b < 4 else 0
