@@ -1,7 +1,7 @@
 """What machines do: peaks of GPUs, and which share of them is reached, each with its source.
 
-A `Rate` is not one number but three. Everything that is told from them is told as a range, since none was
-measured with this system on a GPU.
+A `Rate` is not one number but three. Everything that is told from them is told as a range, since few were
+measured with this system on a GPU, and those on one (benchmarks/results/gpu-nvidia-h200.json).
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ DEVICES: dict[str, Device] = {
 """By the name that is typed; the figures are those of NVIDIA's data sheets (without sparsity)."""
 
 TRAIN_SHARE = Rate(
-    0.25,
+    0.17,
     0.38,
     0.50,
     "of the peak, recomputed passes counted: torchtitan docs/performance.md has 33-39 % for 8B by FSDP on "
-    "8 to 128 H100, KempnerForge 27-58 % for 7B on 32 to 1 H200",
+    "8 to 128 H100, KempnerForge 27-58 % for 7B on 32 to 1 H200; 17 % measured for 1.1B on one H200",
 )
 DECODE_BANDWIDTH = Rate(
     0.50,
@@ -72,10 +72,10 @@ DECODE_COMPUTE = Rate(0.30, 0.45, 0.60, "of the peak in matrix products of a few
 PREFILL_SHARE = Rate(0.30, 0.45, 0.60, "of the peak: an estimate, as for training")
 ENGINE_STEP_S = Rate(
     10e-3,
-    5e-3,
+    7e-3,
     2e-3,
-    "Python of an engine's step that no GPU work covers, 256 sequences: 5 ms of CPU time were measured for "
-    "vLLM's output alone on a slow core",
+    "Python of an engine's step that no GPU work covers: steps of 256 sequences of 0.5B and 1.5B took 7 and "
+    "9 ms on an H200, of which its memory explains less than one",
 )
 TENSOR_PARALLEL = Rate(
     0.70,
@@ -90,7 +90,9 @@ EXPOSED = Rate(1.0, 0.5, 0.1, "of ZeRO-3's traffic that no computation hides: an
 HOST_COPY_SHARE = Rate(0.60, 0.78, 0.85, "of PCIe by copies from pinned memory: an estimate")
 PAGEABLE_BYTES_PER_S = Rate(4e9, 6e9, 8e9, "from shared memory to a GPU, not pinned: an estimate")
 HASH_BYTES_PER_S = Rate(5e9, 10.5e9, 12e9, "xxh3 of a snapshot by one thread: 10.5 GB/s measured on a CPU")
-STORE_BYTES_PER_S = Rate(1.4e9, 5.3e9, 8e9, "into Ray's object store: 1.4 GB/s measured on two cores")
+STORE_BYTES_PER_S = Rate(
+    1.4e9, 5.3e9, 8e9, "into Ray's object store: 1.4 GB/s measured on two cores, 8 beside an H200"
+)
 PULL_BYTES_PER_S = Rate(1.5e9, 2.0e9, 2.5e9, "one node's pull from another by Ray: an estimate")
 SERVED_BYTES_PER_S = Rate(2.1e9, 3.0e9, 3.2e9, "what all pulling nodes get together: an estimate")
 PUSH_SHARE = Rate(0.40, 0.60, 0.80, "of the slowest link by NCCL's broadcasts in buckets: an estimate")

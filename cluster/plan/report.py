@@ -123,7 +123,7 @@ def _sure(job: Workload) -> Iterator[str]:
     if job.machines.device is None:
         yield "  rates of a core are those of benchmarks/results/, of two cores that others use too; between sizes by a line"
         return
-    yield "  no rate was measured with this system on a GPU. Peaks are the maker's, the shares of them that are reached:"
+    yield "  few rates were measured with this system, on one H200. Peaks are the maker's, the shares of them that are reached:"
     for name in _GPU_RATES:
         rate = rates[name]
         numbers = f"{rate.likely:g} ({rate.worst:g} to {rate.best:g})"
