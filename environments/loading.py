@@ -237,13 +237,13 @@ def _check_arguments(
 ) -> None:
     """Raises ConfigError when the function cannot be called with the arguments, alone or with more."""
     try:
-        signature = inspect.signature(function)
+        accepted = inspect.signature(function)
     except ValueError:  # Of a class written in C.
         return
     try:
-        signature.bind_partial(**arguments) if is_partial else signature.bind(**arguments)
+        accepted.bind_partial(**arguments) if is_partial else accepted.bind(**arguments)
     except TypeError as error:
-        takes = ", ".join(signature.parameters) or "nothing"
+        takes = ", ".join(accepted.parameters) or "nothing"
         raise ConfigError(
             f"{what}: {error}; it takes {takes}, given as ?name=value behind the path."
         ) from None

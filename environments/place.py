@@ -19,6 +19,7 @@ import random
 import select
 import socket
 import threading
+import time
 
 from core import children
 from core.users.code import in_one_line
@@ -28,6 +29,8 @@ from environments.loading import UserEnvironment
 from environments.wire import LENGTH_BYTES, MAX_BYTES, Question, Reply, length_of, packed, receive, send
 
 CANCEL_LIMIT_S = 1.0
+LINGER_LIMIT_S, LINGER_LOOK_S = 0.1, 0.002
+"""Threads and processes that end so soon behind an episode are not left behind."""
 
 
 def live(loaded: UserEnvironment, connection: socket.socket) -> None:
@@ -101,7 +104,15 @@ class _Surroundings:
         if dict(os.environb) != self._variables:  # As bytes, in half the time.
             os.environb.clear()
             os.environb.update(self._variables)
-        return Reply(episode, "left", processes=_num_children(), threads=threading.active_count() - 1)
+        deadline_s = time.monotonic() + LINGER_LIMIT_S
+        while (left := _left()) != (0, 0) and time.monotonic() < deadline_s:
+            time.sleep(LINGER_LOOK_S)
+        return Reply(episode, "left", processes=left[0], threads=left[1])
+
+
+def _left() -> tuple[int, int]:
+    """Returns how many processes and threads are here beside this process and its main thread."""
+    return _num_children(), threading.active_count() - 1
 
 
 def _num_children() -> int:
