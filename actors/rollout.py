@@ -266,7 +266,9 @@ class RolloutActor(Heartbeat):
         # After these were started: what is leased now arrives beside the next step, and fills what it frees.
         reserve = max(1, actors.slots // (2 * actors.group_size))
         if self._may_lease() and len(self._work) < reserve:
-            wanted = max(reserve, actors.slots // actors.group_size - len(self._work))
+            # No more than that beyond what is free: other actors wait for work, too.
+            free = (actors.slots - self._engine.num_unfinished) // actors.group_size
+            wanted = max(reserve, free - len(self._work))
             self._leasing_version = self._engine.version
             self._renewed_s = time.monotonic()
             call = self._buffer.lease(
