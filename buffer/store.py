@@ -69,6 +69,8 @@ COMMIT;
 
 MOST_ROWS = 64
 """A statement has so many rows, or a smaller power of two: sqlite keeps that few of them prepared."""
+LARGE_BYTES = 2**16
+"""A larger payload is a row by itself: a prepared statement keeps a copy of what it wrote last."""
 
 
 class _Rows:
@@ -190,7 +192,9 @@ class Store:
         position = self._next_position or 0
         self._next_position = position + 1
         known = (meta.group_id, position, meta.oldest_version, meta.num_tokens, meta.reward_std)
-        self._pending.append((_PUT_GROUP, (*known, num_samples, stored.head, stored.payload)))
+        is_large = len(stored.payload) > LARGE_BYTES
+        statement = _PUT_GROUP.texts[1] if is_large else _PUT_GROUP
+        self._pending.append((statement, (*known, num_samples, stored.head, stored.payload)))
 
     def put_batch(self, step: int, batch: RecordedBatch) -> None:
         """Records the batch of learner step `step`, and its groups' uses with it."""
@@ -308,8 +312,8 @@ class Store:
         return [found[group_id] for group_id in wanted]
 
     def with_ref_logprobs(self, group_ids: Sequence[int]) -> set[int]:
-        """Returns those of the groups whose reference log-probs are known, changes not yet written
-        included.
+        """Returns those of the groups whose reference log-probs are stored, or known of a group that is not
+        written yet.
         """
         found = {group_id for (group_id,) in self._select(_WITH_REF_LOGPROBS, group_ids)}
         return found | {

@@ -115,6 +115,19 @@ def test_changes_of_one_kind_are_the_same_however_many_are_written_together(tmp_
         read(store, *backwards, 1)
 
 
+def test_a_large_group_is_a_statement_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "LARGE_BYTES", len(StoredGroup.of(make_group(1)).payload))
+    store = Store(tmp_path / "b.sqlite")
+    large = [make_group(number, num_tokens=2000) for number in (9, 10)]
+    for group in (make_group(1), make_group(2), *large):
+        store.put_group(meta_of(group), len(group.samples), StoredGroup.of(group))
+    said: list[str] = []
+    store._db.set_trace_callback(said.append)
+    store.flush()
+    assert [one.count("(") for one in said if "INTO groups" in one] == [2, 1, 1]
+    assert ids(store) == [1, 2, 9, 10]
+
+
 def test_whose_reference_log_probs_are_known_is_seen_before_they_are_written(tmp_path):
     store = Store(tmp_path / "b.sqlite")
     put(store, make_group(1), make_group(2))
