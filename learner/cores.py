@@ -3,9 +3,9 @@
     cores it used since the last look + cores that idled meanwhile --> threads from the next step on
 
 Actors that work keep their cores; while they wait (for admission, an environment, a reward) theirs idle, and
-the rank takes them. It looks at the node's own clocks, so that nobody need tell it who else is there. Where
-there is no core but one for each actor and one for the rank, it does not look: an actor that waits comes back
-between two looks, and a thread that shares its core is waited for by the others.
+the rank takes them. It looks at the node's own clocks, so that nobody need tell it who is there. Where a
+run's only node has no core but one for each actor and one for each rank, it does not look: an actor that
+waits comes back between two looks, and a thread that shares its core is waited for by the others.
 
 More threads sum in another order: results differ in their last bits by the number of threads. A run with
 `run.deterministic` has one.
@@ -72,8 +72,10 @@ class Threads:
     takes them.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Reads `learner.num_cpus`, and `run.deterministic`, with which there is one."""
+    def __init__(self, config: Config, num_nodes: int = 1) -> None:
+        """Reads `learner.num_cpus`, and `run.deterministic`, with which there is one. On several nodes the
+        actors may be on others.
+        """
         learner = config.learner
         self._cores: FreeCores | None = None
         if learner.num_gpus:
@@ -83,7 +85,8 @@ class Threads:
         else:
             self._fixed = max(1, int(learner.reserved_cpus))
             cores = int(available_cpus())
-            if learner.num_cpus == "auto" and cores > config.actors.fewest + learner.ranks:
+            has_more = cores > config.actors.fewest + learner.ranks or num_nodes > 1
+            if learner.num_cpus == "auto" and has_more:
                 self._cores = FreeCores(learner.ranks, cores)
 
     def follow(self) -> int:

@@ -84,7 +84,7 @@ class LearnerRank:
 
         config = self._config
         use_gpu = config.learner.num_gpus > 0
-        self._threads = Threads(config)
+        self._threads = Threads(config, sum(node["Alive"] for node in ray.nodes()))
         self._threads.follow()
         torch.use_deterministic_algorithms(config.run.deterministic)
         for seed in (random.seed, np.random.seed, torch.manual_seed):

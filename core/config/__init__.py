@@ -106,8 +106,8 @@ class LearnerConfig(Section):
     num_cpus: float | Literal["auto"] = Field(
         1.0,
         description="CPUs of one rank, as many threads. `auto` asks for one, and on a CPU takes beside it "
-        "the cores that nobody on its node uses at the time (none with `run.deterministic`, nor where there are no more "
-        "cores than actors and ranks).",
+        "the cores that nobody on its node uses at the time (none with `run.deterministic`, nor on one node alone that "
+        "has no more cores than actors and ranks).",
     )
     num_gpus: float = Field(
         0.0, ge=0, description="GPUs of one rank: 0 trains on the CPU, 1 on a GPU, a fraction shares one."

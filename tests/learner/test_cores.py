@@ -97,10 +97,16 @@ def test_a_number_of_cpus_is_so_many_threads_and_a_deterministic_run_has_one():
     assert threads_of(learner={"num_cpus": "auto"}) == (1, 1)
 
 
-@pytest.mark.parametrize(("num_cores", "looks"), [(2, False), (3, True)], ids=["one each", "one more"])
-def test_auto_looks_for_cores_where_there_are_more_than_actors_and_ranks(monkeypatch, num_cores, looks):
+@pytest.mark.parametrize(
+    ("num_cores", "num_nodes", "looks"),
+    [(2, 1, False), (3, 1, True), (2, 2, True)],
+    ids=["one each", "one more", "actors elsewhere"],
+)
+def test_auto_looks_for_cores_where_there_are_more_than_actors_and_ranks(
+    monkeypatch, num_cores, num_nodes, looks
+):
     looked = []
     monkeypatch.setattr("learner.cores.available_cpus", lambda: num_cores)
     monkeypatch.setattr("learner.cores.FreeCores", lambda *_: looked.append(True))
-    Threads(make_config(learner={"num_cpus": "auto"}, actors={"count": 1}))
+    Threads(make_config(learner={"num_cpus": "auto"}, actors={"count": 1}), num_nodes)
     assert bool(looked) == looks
