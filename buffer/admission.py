@@ -128,7 +128,7 @@ class Admission:
         self._waiting: OrderedDict[int, Lease] = OrderedDict()
         self._changed: dict[int, None] = {}
         self._batch = batch
-        self._is_exhausted = False  # Since then nothing new was leased.
+        self._is_exhausted = False  # The new items that were leased last were all that there were.
         self._passes_over = passes_over
         self._passed_over: list[int] = []
 
@@ -148,7 +148,7 @@ class Admission:
 
     def num_leasable(self, stored_unconsumed: int) -> int:
         """Returns how many items `lease` would give: those to issue again, and new ones as far as they are
-        admitted.
+        admitted and not held back.
         """
         return len(self._waiting) + self._num_new(stored_unconsumed)
 

@@ -7,8 +7,9 @@ A run wraps it as a Ray actor, tests run it as it is.
 
 | wait   | of      | until                                    | ended by                                   |
 |--------|---------|------------------------------------------|--------------------------------------------|
-| lease  | actors  | open + stored-unconsumed < admitted,     | sample, eviction, fail, a lease that runs  |
-|        |         | or an item is to be issued again         | out                                        |
+| lease  | actors  | open + stored-unconsumed < admitted, and | sample, eviction, fail, a lease that runs  |
+|        |         | not held back, or an item is to be       | out                                        |
+|        |         | issued again                             |                                            |
 | lease  | actor   | its weights are new enough for the next  | a publication: it is told at once, and     |
 |        |         | batch                                    | asks again (with several shards: when the  |
 |        |         |                                          | items are there)                           |

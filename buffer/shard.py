@@ -77,8 +77,9 @@ class Shard:
         self._curriculum = Curriculum(
             config.data.curriculum_visits, config.data.curriculum_reward, self._stream.num_prompts_at(shard)
         )
-        timeout_s, ahead = config.run.timeout_s, 0 if config.buffer.samples_per_insert else batch
-        self.admission = Admission(allowed, timeout_s, shard, self._num_shards, self._passes_over, ahead)
+        portioned = 0 if config.buffer.samples_per_insert else batch
+        timeout_s = config.run.timeout_s
+        self.admission = Admission(allowed, timeout_s, shard, self._num_shards, self._passes_over, portioned)
         self._replay = Replay(
             config.buffer.model_copy(update={"capacity": capacity}), config.run.seed + shard
         )

@@ -83,10 +83,12 @@ class HeldActor(RolloutActor):
     def _generate(self) -> None:
         if self._may_run.wait(LOOK_S):
             super()._generate()
+        else:
+            self._insert()  # What waits for more to go along with would count in the next phase.
 
-    def _deliver(self) -> None:
+    def _insert(self) -> None:
         before = self._counters["groups"]
-        super()._deliver()
+        super()._insert()
         if sent := int(self._counters["groups"] - before):
             self._made.add(sent)
 

@@ -4,7 +4,8 @@ Its queries are the tokens of the row. Its keys are those of each sequence, so t
 sequences begin with is there for each of them. Flash counts both from the end: the queries of a sequence,
 fewer than its keys, are its last tokens, which is what a row has of it.
 
-NEVER RUN ON A GPU here: on a CPU, which has no such kernel, tests put a plain one in its place.
+On a CPU, which has no such kernel, tests put a plain one in its place; the case `attention` of
+`make test-gpu` compares the kernel with attention in buckets.
 
 Tensor letters: N sequences, S tokens of the row, P keys, H heads, D head size.
 """

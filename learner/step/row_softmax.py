@@ -8,7 +8,7 @@ objective's gradient has a coefficient per token.
 
 The kernel is compared with torch before its first use; where it is missing, fails or differs, a warning says
 so and torch is used. With TRITON_INTERPRET=1 in the environment it runs on a CPU too, slowly: that is how
-tests compare them. NEVER RUN ON A GPU here.
+tests compare them.
 
 Tensor letters: R rows, V vocabulary.
 """

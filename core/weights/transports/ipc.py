@@ -5,8 +5,8 @@ The handles travel as arguments of Ray calls, not as pickles in HTTP requests:
 VLLM_ALLOW_INSECURE_SERIALIZATION stays unset. There is no group: an actor that fails is left out, and the
 chunks go on to the others.
 
-NEVER RUN ON A GPU: tests/core/weights/test_transports.py runs all of it, and vLLM's engines at both ends,
-with handles that are CPU tensors.
+tests/core/weights/test_transports.py runs all of it, and vLLM's engines at both ends, with handles that are
+CPU tensors; the case `run-ipc` of `make test-gpu` is a run with CUDA's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Weights pushed by nccl and ipc: vLLM's own engines at both ends and the actors' real loops, on wires for
 the CPU (cpu_transfer.py).
 
-What no GPU machine has run yet: NCCL itself, CUDA's IPC handles, streams. Everything else here is the code of
-a run.
+Not here: NCCL itself, which nothing has run yet, CUDA's IPC handles and streams. Everything else is the code
+of a run.
 """
 
 from __future__ import annotations
