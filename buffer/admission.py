@@ -12,7 +12,7 @@ by one actor or waiting to be issued again. An item whose prompt rests when its 
     must not kill them all.
   - Where nothing was left to lease, new items are held back until there are `PORTION` batches of them, or
     until less than a batch is stored. Whoever waits for the learner then works in full steps, and on younger
-    weights; the learner has a batch more to take in any case.
+    weights; while they are held back the learner has a batch to take.
 """
 
 from __future__ import annotations
