@@ -84,7 +84,7 @@ class LearnerRank:
 
         config = self._config
         use_gpu = config.learner.num_gpus > 0
-        self._threads = Threads(config, sum(node["Alive"] for node in ray.nodes()))
+        self._threads = Threads(config, _num_nodes())
         self._threads.follow()
         torch.use_deterministic_algorithms(config.run.deterministic)
         for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -373,3 +373,8 @@ class LearnerRank:
 def _trained(taken: Taken, result: StepResult) -> list[GroupHead]:
     """Returns the groups that the step trained: all of its batch, or none where it was skipped."""
     return [] if result.skip else list(taken.share.index.groups)
+
+
+def _num_nodes() -> int:
+    """Returns how many nodes a run can be on; a rank that Ray has not started is where its run is."""
+    return sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1
