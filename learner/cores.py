@@ -84,7 +84,7 @@ class Threads:
             self._fixed = 1
         else:
             self._fixed = max(1, int(learner.reserved_cpus))
-            cores = int(available_cpus())
+            cores = max(1, int(available_cpus()))  # A container may have less than one.
             has_more = cores > config.actors.fewest + learner.ranks or num_nodes > 1
             if learner.num_cpus == "auto" and has_more:
                 self._cores = FreeCores(learner.ranks, cores)

@@ -110,3 +110,10 @@ def test_auto_looks_for_cores_where_there_are_more_than_actors_and_ranks(
     monkeypatch.setattr("learner.cores.FreeCores", lambda *_: looked.append(True))
     Threads(make_config(learner={"num_cpus": "auto"}, actors={"count": 1}), num_nodes)
     assert bool(looked) == looks
+
+
+def test_half_a_core_is_one_thread(monkeypatch):
+    monkeypatch.setattr("learner.cores.available_cpus", lambda: 0.5)
+    threads = Threads(make_config(learner={"num_cpus": "auto"}, actors={"count": 1}), num_nodes=2)
+    threads._cores._last = Clocks(0.0, 0.0, 0.0)  # A look is due.
+    assert threads.follow() == 1
