@@ -82,8 +82,10 @@ def full_disk(buffer: ReplayBuffer) -> Iterator[None]:
     database = buffer._shard.store._db
     database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     database.execute("PRAGMA max_page_count=1")  # That is: what it has.
-    yield
-    database.execute("PRAGMA max_page_count=100000")
+    try:
+        yield
+    finally:
+        database.execute("PRAGMA max_page_count=100000")
 
 
 @scenario

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -77,16 +78,23 @@ class Feeder(OfflineActor):
 
 @contextlib.contextmanager
 def benches(directory: Path) -> Iterator[Callable[..., Bench]]:
-    """Makes benches; at the end their actors must end, with a clean audit."""
-    made: list[Bench] = []
+    """Makes benches; at the end their actors must end, with a clean audit.
 
-    def make(config: Config, **more: Any) -> Bench:
-        made.append(Bench(config, directory / f"run-{len(made)}", more.pop("rows", rows()), **more))
-        return made[-1]
+    They end after a failure, too: other tests would find what went on running.
+    """
 
-    yield make
-    for bench in made:
+    def end(bench: Bench) -> None:
         assert bench.close()["violations"] == []
+
+    numbers = itertools.count()
+    with contextlib.ExitStack() as stack:
+
+        def make(config: Config, **more: Any) -> Bench:
+            bench = Bench(config, directory / f"run-{next(numbers)}", more.pop("rows", rows()), **more)
+            stack.callback(end, bench)
+            return bench
+
+        yield make
 
 
 class Late(concurrent.futures.Future):  # type: ignore[type-arg]
