@@ -58,6 +58,7 @@ SERIES = {
 }
 """Actors, groups a step and shards of each row."""
 OPEN_GROUPS, MEAN_GROUP_S = 16, 1.0
+INSERT_EVERY_S = 0.05  # As in actors/rollout.py, which imports vLLM.
 SAMPLES, TOKENS = 8, 32
 LEARNER_SLOWER = 1.1
 EVALUATE_EVERY, EVAL_PROMPTS = 8, 64
@@ -142,6 +143,8 @@ class Run:
         self._versions = [-1] * num_actors
         self._holding: list[set[int]] = [set() for _ in range(num_actors)]
         self._counters = [0.0] * num_actors
+        self._unsent: list[dict[int, bytes]] = [{} for _ in range(num_actors)]
+        self._inserted_s = [0.0] * num_actors
         self._tasks: set[asyncio.Task[Any]] = set()
         self._row = dict.fromkeys(METRICS, 0.123456789)
 
@@ -212,7 +215,10 @@ class Run:
                 await asyncio.sleep(0.1)
                 continue
             holding = sorted(self._holding[number])
-            items = await self.buffer.lease(_name(number), reserve, POLL_S, version, holding)
+            wanted = max(
+                reserve, OPEN_GROUPS - len(holding)
+            )  # What it holds is under way, or ended just now.
+            items = await self.buffer.lease(_name(number), wanted, POLL_S, version, holding)
             outdated = version if items is None else outdated
             for payload in items or ():
                 item = msgspec.msgpack.decode(payload, type=WorkItem)
@@ -225,11 +231,16 @@ class Run:
         # A heavy tail: exponential, at least a quarter of the mean and at most four times as long.
         drawn = random.Random(item.seed).expovariate(1.0)
         await asyncio.sleep(MEAN_GROUP_S * min(4.0, max(0.25, drawn)))
-        payload = make_group(item, version, _name(number))
-        await self.buffer.insert(_name(number), [payload])
-        self._holding[number].discard(item.ordinal)
-        self._counters[number] += SAMPLES * TOKENS
         free.release()
+        self._counters[number] += SAMPLES * TOKENS
+        self._unsent[number][item.ordinal] = make_group(item, version, _name(number))
+        clock = asyncio.get_running_loop().time
+        await asyncio.sleep(max(0.0, self._inserted_s[number] + INSERT_EVERY_S - clock()))
+        if item.ordinal in self._unsent[number]:  # Else it went with another's.
+            unsent, self._unsent[number] = self._unsent[number], {}
+            self._inserted_s[number] = clock()
+            await self.buffer.insert(_name(number), list(unsent.values()))
+            self._holding[number].difference_update(unsent)
 
     async def _report(self, number: int) -> None:
         await asyncio.sleep(REPORT_EVERY_S * number / self._num_actors)
