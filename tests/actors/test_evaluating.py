@@ -12,9 +12,10 @@ import pytest
 
 from actors.evaluating import LateScorer
 from core.errors import RewardError
+from tests.support.clocks.waits import until
 from tests.support.configs import actor_config
 from tests.support.in_process import Bench
-from tests.support.simulated import STEP_S, SimulatedActor, benches, rows, until
+from tests.support.simulated import STEP_S, SimulatedActor, benches, rows
 
 
 @pytest.fixture

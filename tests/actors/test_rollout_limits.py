@@ -4,15 +4,18 @@ no group.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import benchmarks.fake_engine
 from core.records import Sample
+from tests.support.clocks.waits import until
 from tests.support.configs import LONG, actor_config
 from tests.support.in_process import Bench
-from tests.support.simulated import STEP_S, SimulatedActor, benches, ledger, rows, until
+from tests.support.simulated import STEP_S, SimulatedActor, benches, ledger, rows
 
 pytestmark = pytest.mark.timed
 
@@ -101,7 +104,22 @@ def test_a_sample_over_its_time_ends_as_truncated_counted_from_its_slot(bench):
     assert actor._all_counters()["samples_dropped"] == 0
 
 
-def test_an_evaluation_has_no_group_deadline_but_its_samples_have_theirs(bench):
+class SleptClock:
+    """The engine's clock: its steps take what they are said to take, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self._slept_s = 0.0
+
+    def monotonic(self) -> float:
+        return self._slept_s
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self._slept_s += seconds
+
+
+def test_an_evaluation_has_no_group_deadline_but_its_samples_have_theirs(bench, monkeypatch):
+    monkeypatch.setattr(benchmarks.fake_engine, "time", SleptClock())
     actors = {"straggler_timeouts_s": (0.6, 0.1), "max_new_tokens": LONG}
     run = bench(actor_config(actors=actors), eval_rows=rows(3))
     run.publish(0, evaluate=True)

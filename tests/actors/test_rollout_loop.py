@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import inspect
 import math
 import random
@@ -27,9 +28,10 @@ from core.errors import PeerTimeout
 from core.records import Group, Sample
 from core.weights.board import Board
 from tests.support.clocks.machine import machine_s
+from tests.support.clocks.waits import until
 from tests.support.configs import LONG, actor_config
 from tests.support.in_process import Bench
-from tests.support.simulated import STEP_S, Feeder, SimulatedActor, benches, ledger, rows, until
+from tests.support.simulated import STEP_S, Feeder, SimulatedActor, benches, ledger, rows
 
 pytestmark = pytest.mark.timed
 
@@ -40,6 +42,14 @@ REFUSED_ROW = 3
 def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
     with benches(tmp_path) as make:
         yield make
+
+
+def turned(actor: SimulatedActor) -> None:
+    """Waits until the loop has turned once, whatever it was about, and what it then asked has arrived."""
+    for _ in range(2):
+        since_s = actor._turned_s
+        until(lambda since_s=since_s: actor._turned_s != since_s)
+    time.sleep(0.3)
 
 
 def test_the_simulated_engine_has_the_methods_of_the_real_one_and_their_arguments():
@@ -104,18 +114,37 @@ class TestUpdates:
         until(lambda: actor.engine.num_unfinished)
         return run, actor
 
-    def samples(self, run: Bench, actor: SimulatedActor) -> list[Any]:
+    def groups(
+        self, run: Bench, actor: SimulatedActor, are_those: Callable[[list[Group]], Any]
+    ) -> list[Group]:
+        """Trains two steps, and then on until groups of around the update are among its own."""
         until(lambda: actor.engine.version == 1)
-        return [sample for group in run.train(0, 4) + run.train(1, 4) for sample in group.samples]
+        groups = run.train(0, 4) + run.train(1, 4)
+        for step in range(2, 10):
+            if are_those(groups):
+                break
+            groups += run.train(step, 4)
+        return groups
+
+    @staticmethod
+    def samples(groups: list[Group]) -> list[Sample]:
+        return [sample for group in groups for sample in group.samples]
+
+    @classmethod
+    def crossing(cls, groups: list[Group]) -> list[Sample]:
+        return [sample for sample in cls.samples(groups) if len(sample.version_spans) == 2]
+
+    @classmethod
+    def versions(cls, groups: list[Group]) -> set[int]:
+        return {span.version for sample in cls.samples(groups) for span in sample.version_spans}
 
     def test_continue_goes_on_with_what_is_under_way_and_says_so(self, bench):
         run, actor = self.start(bench, "continue", lambda seed: 100 if seed % 4 == 0 else 5)
         time.sleep(0.1)
         run.publish(1)
-        samples = self.samples(run, actor)
-        crossing = [sample for sample in samples if len(sample.version_spans) == 2]
-        assert crossing
-        for sample in samples:
+        groups = self.groups(run, actor, self.crossing)
+        assert self.crossing(groups)
+        for sample in self.samples(groups):
             assert [span.end for span in sample.version_spans][-1] == sample.num_sampled
             assert len({span.version for span in sample.version_spans}) == len(sample.version_spans)
 
@@ -123,22 +152,22 @@ class TestUpdates:
         run, actor = self.start(bench, "drain", lambda seed: 100 if seed % 4 == 0 else 5)
         time.sleep(0.1)
         run.publish(1)
-        samples = self.samples(run, actor)
-        assert {len(sample.version_spans) for sample in samples} == {1}
-        assert {span.version for sample in samples for span in sample.version_spans} == {0, 1}
+        groups = self.groups(run, actor, lambda groups: len(self.versions(groups)) == 2)
+        assert {len(sample.version_spans) for sample in self.samples(groups)} == {1}
+        assert self.versions(groups) == {0, 1}
         assert actor.unfinished_at_load == [0, 0]
 
     def test_abort_starts_the_unfinished_again_with_their_seeds_and_keeps_the_finished(self, bench):
         run, actor = self.start(bench, "abort", lambda seed: 100 if seed % 4 == 0 else 5)
         time.sleep(0.25)
         run.publish(1)
-        groups = run.train(0, 4) + run.train(1, 4)
-        assert {len(sample.version_spans) for group in groups for sample in group.samples} == {1}
-        mixed = [
-            group
-            for group in groups
-            if {sample.version_spans[0].version for sample in group.samples} == {0, 1}
-        ]
+
+        def mixed_of(groups: list[Group]) -> list[Group]:
+            return [group for group in groups if self.versions([group]) == {0, 1}]
+
+        groups = self.groups(run, actor, mixed_of)
+        assert {len(sample.version_spans) for sample in self.samples(groups)} == {1}
+        mixed = mixed_of(groups)
         assert mixed
         for group in mixed:
             assert {
@@ -204,11 +233,11 @@ class TestFaults:
         run.publish(0)
         run.start(actor)
         until(lambda: actor._outbox.retries >= 1)
-        time.sleep(0.3)  # One question may have been on its way.
+        turned(actor)  # One question may have been on its way.
         leases = len(run.buffer.asked["lease"])
         time.sleep(0.5)
         assert len(run.buffer.asked["lease"]) == leases
-        run.buffer.faults["insert"].clear()
+        del run.buffer.faults["insert"]
         for step in range(8):
             run.train(step, 4)
         until(
@@ -284,14 +313,13 @@ class TestFaults:
     def test_a_peer_that_does_not_answer_is_named(self, method, who, tmp_path, monkeypatch):
         for module in (actors.rollout, actors.follower):
             monkeypatch.setattr(module, "POLL_S", 0.1)
-        run = Bench(actor_config(run={"timeout_s": 0.3}), tmp_path / "run", rows())
-        run.publish(0)
-        actor = SimulatedActor(run, step_s=0.001)
-        handle = run.buffer if method == "lease" else run.board
-        monkeypatch.setattr(handle._part, method, lambda *arguments: asyncio.sleep(60))
-        with pytest.raises(PeerTimeout, match=f"{who} did not answer actor-0 within"):
-            actor.run()
-        actor._scoring.close()  # Here its workers do not end with its process.
+        with contextlib.closing(Bench(actor_config(run={"timeout_s": 0.3}), tmp_path / "run", rows())) as run:
+            run.publish(0)
+            actor = SimulatedActor(run, step_s=0.001)
+            handle = run.buffer if method == "lease" else run.board
+            monkeypatch.setattr(handle._part, method, lambda *arguments: asyncio.sleep(60))
+            with pytest.raises(PeerTimeout, match=f"{who} did not answer actor-0 within"):
+                actor.run()
 
     def test_ping_and_stacks_tell_a_loop_that_hangs_in_its_engine(self, bench):
         run = bench(actor_config())

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from core.records import Sample
+from tests.support.clocks.waits import until
 from tests.support.configs import actor_config
-from tests.support.rewards.judge_server import Say, judge_server
-from tests.support.simulated import Feeder, SimulatedActor, benches, ledger, rows, until
+from tests.support.rewards.judge_server import Say, judge_server, port_of_nobody
+from tests.support.simulated import Feeder, SimulatedActor, benches, ledger, rows
 
 pytestmark = pytest.mark.timed
 
 LEASE_S = 4.0
 
 
-def test_a_judge_that_is_down_for_longer_than_a_lease_costs_nothing(tmp_path: Path, monkeypatch) -> None:
-    with judge_server(lambda number, request: Say()) as server:
-        port = server.port
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Returns the port of a judge that is down."""
+    with port_of_nobody() as port:
+        yield port
+
+
+def test_a_judge_that_is_down_for_longer_than_a_lease_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int
+) -> None:
     lines = f'from rewards.judge import Judge\nhelpful = Judge("Good?", "m", "http://127.0.0.1:{port}/v1")\n'
     (tmp_path / "judge_that_is_down.py").write_text(lines)
     monkeypatch.chdir(tmp_path)
@@ -34,7 +43,8 @@ def test_a_judge_that_is_down_for_longer_than_a_lease_costs_nothing(tmp_path: Pa
         run.start(actor)
         until(lambda: actor._scoring.is_full)
         until(lambda: not actor.engine.num_unfinished)
-        # The last step's groups are submitted a moment after the engine has ended them, before the actor waits.
+        # The last step's groups are submitted a moment after the engine has ended them, before the actor
+        # waits.
         stepped_s = actor._counters["wait_rewards_s"]
         until(lambda: actor._counters["wait_rewards_s"] > stepped_s)
         waited_s, pending = actor._counters["wait_rewards_s"], len(actor._scoring)

@@ -14,10 +14,11 @@ import pytest
 
 from core.records import Group
 from environments import EnvironmentFailure, Turn
+from tests.support.clocks.waits import until
 from tests.support.configs import actor_config
 from tests.support.in_process import Bench
 from tests.support.playing import Asked, turns
-from tests.support.simulated import SimulatedActor, benches, ledger, played_rows, until
+from tests.support.simulated import SimulatedActor, benches, ledger, played_rows
 
 pytestmark = pytest.mark.timed
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,11 +53,25 @@ ENDING = """
 """
 
 
+started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    """Ends what a failed test has left: some of it would keep a core busy for ever."""
+    yield
+    for process in started:
+        with process:
+            process.kill()
+    started.clear()
+
+
 def start(body: str, **options: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PREAMBLE + body + EPILOGUE]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )  # type: ignore[call-overload]
+    started.append(process)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process

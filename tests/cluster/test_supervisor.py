@@ -34,9 +34,9 @@ from core.processes import explained, remote
 from core.records import WorkItem
 from core.weights.board import Directive
 from tests.support.clients import events_to
+from tests.support.clocks.waits import until
 from tests.support.configs import make_config
 from tests.support.fleet_actors import SleepingActor, UnluckyRank
-from tests.support.simulated import until
 
 pytestmark = pytest.mark.timed
 
@@ -62,7 +62,7 @@ def test_stacks_of_all_are_written_and_who_does_not_answer_is_named(
 ) -> None:
     monkeypatch.setattr("cluster.watchdog.STACKS_TIMEOUT_S", 8.0)
     sleeping = ray.remote(SleepingActor).options(num_cpus=0, max_concurrency=2)
-    calls, names = Calls(20.0), ("actor-0", "actor-1")
+    calls, names = Calls(60.0), ("actor-0", "actor-1")
     clients = {name: ActorClient(sleeping.remote(name, str(tmp_path)), name) for name in names}
     runs = [calls.start(client.run()) for client in clients.values()]
     pid = calls.ask(clients["actor-1"].inside(lambda _: os.getpid()))
@@ -101,7 +101,7 @@ def test_a_failure_is_told_in_a_few_lines_with_its_cause(local_ray: None, tmp_pa
     class PartClient(Client):
         fail, pid, sleep = asks(Part.fail), asks(Part.pid), asks(Part.sleep)
 
-    remote_part, calls = ray.remote(Part).options(num_cpus=0), Calls(20.0)
+    remote_part, calls = ray.remote(Part).options(num_cpus=0), Calls(60.0)
     part = PartClient(remote_part.remote(), "the part")
     with pytest.raises(DataError, match="row 4 is empty"):
         calls.ask(part.fail(True))
@@ -148,7 +148,7 @@ class RefusingClient(Client):
 @pytest.mark.slow
 def test_an_error_that_crosses_ray_keeps_its_own_sentence(local_ray: None) -> None:
     told: list[str] = []
-    calls = Calls(30.0, events_to(told))
+    calls = Calls(60.0, events_to(told))
     part = RefusingClient(ray.remote(Refusing).options(num_cpus=0).remote(), "the part")
     with pytest.raises(DiskFullError) as caught:
         calls.ask(part.insert())
@@ -185,7 +185,7 @@ def test_what_ray_itself_raised_in_a_process_is_told_without_its_paragraph() -> 
 
 
 def inputs(run_dir: Path, **sections: dict[str, Any]) -> Inputs:
-    config = make_config({"run": {"timeout_s": 40.0}, **sections})
+    config = make_config({"run": {"timeout_s": 60.0}, **sections})
     rows = [
         PromptRow(source_row=number, text="1+1=", token_ids=(1, 2), columns={"answer": "2"})
         for number in range(4)
@@ -220,7 +220,7 @@ def test_a_rank_that_dies_while_it_loads_or_hangs_is_named_and_can_be_started_ag
         0,
         (),
         lambda name: ProcessLog(str(tmp_path), name),
-        Calls(20.0),
+        Calls(60.0),
     )
     (tmp_path / "logs").mkdir()
 

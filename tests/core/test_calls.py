@@ -24,7 +24,8 @@ from learner.catalogue import parse_config
 from tests.support import ROOT
 from tests.support.clients import events_to
 from tests.support.clocks.machine import machine_s
-from tests.support.simulated import Late, until
+from tests.support.clocks.waits import until
+from tests.support.simulated import Late
 
 pytestmark = pytest.mark.timed
 

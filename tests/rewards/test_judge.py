@@ -15,8 +15,9 @@ from core.errors import RewardError
 from rewards import judge
 from rewards.pool import RewardPool
 from tests.support.clocks.machine import machine_s
+from tests.support.clocks.waits import until
 from tests.support.pages import examples
-from tests.support.rewards.judge_server import Say, judge_server
+from tests.support.rewards.judge_server import Say, judge_server, port_of_nobody
 
 pytestmark = pytest.mark.timed
 
@@ -163,26 +164,25 @@ def test_slow_and_failing_answers_are_asked_for_again(pool_for):
 
 
 def test_a_judge_that_is_down_is_waited_for_longer_than_the_limit_of_a_call(pool_for, caplog):
-    with judge_server(lambda number, request: Say()) as server:
-        port = server.port
-    pool = pool_for(f"http://127.0.0.1:{port}/v1", timeout_s=1.0)
-    future = ask(pool, "a", "b")
-    time.sleep(3.0)
-    assert not future.done()
-    told = f"the judge m at http://127.0.0.1:{port}/v1/: APIConnectionError: 'Connection error.'; asked again for up to 600 s"
-    assert caplog.messages == [told], "the actor's log, of which events are made, has it once"
-    with judge_server(lambda number, request: Say("Score: 10"), port):
-        assert [scored.reward for scored in future.result(LIMIT_S)] == [1.0, 1.0]
+    with port_of_nobody() as port:
+        pool = pool_for(f"http://127.0.0.1:{port}/v1", timeout_s=1.0)
+        future = ask(pool, "a", "b")
+        until(lambda: caplog.messages)
+        time.sleep(2.5)
+        assert not future.done()
+        told = f"the judge m at http://127.0.0.1:{port}/v1/: APIConnectionError: 'Connection error.'; asked again for up to 600 s"
+        assert caplog.messages == [told], "the actor's log, of which events are made, has it once"
+        with judge_server(lambda number, request: Say("Score: 10"), port):
+            assert [scored.reward for scored in future.result(LIMIT_S)] == [1.0, 1.0]
     assert (pool.num_timeouts, pool.num_crashes, pool.num_errors) == (0, 0, 0)
 
 
 def test_that_a_judge_is_down_is_told_again_while_it_lasts_and_without_passwords(monkeypatch, caplog):
     monkeypatch.setattr(judge, "WARN_EVERY_S", 1.0)
     monkeypatch.setattr(judge, "MAX_PAUSE_S", 0.2)  # Else two attempts fit into its patience, or three.
-    with judge_server(lambda number, request: Say()) as server:
-        url = f"http://me:secret@127.0.0.1:{server.port}/v1"
-    down = judge.Judge("Good?", "m", url, patience_s=3)
-    (error,) = asyncio.run(down([[]], [[]]))
+    with port_of_nobody() as port:
+        down = judge.Judge("Good?", "m", f"http://me:secret@127.0.0.1:{port}/v1", patience_s=3)
+        (error,) = asyncio.run(down([[]], [[]]))
     assert isinstance(error, judge.JudgeError)
     first, *others = caplog.messages
     assert others

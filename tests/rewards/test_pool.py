@@ -30,6 +30,7 @@ from rewards.scoring import Completions, Scored
 from rewards.workers import worker
 from tests.support import ROOT
 from tests.support.clocks.machine import machine_s
+from tests.support.clocks.waits import until
 
 pytestmark = pytest.mark.timed
 
@@ -51,18 +52,22 @@ def score(pool, *completions, **columns):
     return pool.submit("q", completions, columns).result(RESULT_LIMIT_S)
 
 
-def wait_until(condition, timeout_s=60.0):
-    deadline_s = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline_s:
-        time.sleep(0.02)
-    return condition()
+STRANGERS: set[psutil.Process] = set()
+"""Workers that were here before the test: of another one's actors that have not ended."""
+
+
+@pytest.fixture(autouse=True)
+def strangers():
+    STRANGERS.clear()
+    STRANGERS.update(worker_processes())
 
 
 def worker_processes(parent=None):
+    """Lists the workers that this test has started; those of another process, with `parent`."""
     found = []
     for child in psutil.Process(parent).children():
         with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):  # One that ends while we look.
-            if "rewards.workers.worker" in " ".join(child.cmdline()):
+            if child not in STRANGERS and "rewards.workers.worker" in " ".join(child.cmdline()):
                 found.append(child)
     return found
 
@@ -128,7 +133,7 @@ def test_a_worker_that_dies_while_idle_costs_no_group():
         assert score(pool, "abc") == [Scored(3.0)]
         for worker in worker_processes():
             worker.kill()
-            assert wait_until(lambda pid=worker.pid: not is_running(pid))
+            until(lambda pid=worker.pid: not is_running(pid))
         assert score(pool, "abcd") == [Scored(4.0)]
         assert (pool.num_errors, pool.num_crashes) == (0, 0)
 
@@ -137,7 +142,7 @@ def test_a_killed_worker_takes_its_children_along(tmp_path):
     pid_file = tmp_path / "pid"
     with attack_pool("hang_with_child") as pool:
         assert "timed out" in score(pool, "a", pid_file=str(pid_file))[0].error
-        assert wait_until(lambda: not is_running(int(pid_file.read_text())))
+        until(lambda: not is_running(int(pid_file.read_text())))
 
 
 @pytest.mark.parametrize("function", ["allocate", "let_a_child_allocate"])
@@ -255,7 +260,7 @@ def test_a_module_that_cannot_be_imported_is_one_line_when_the_pool_is_built(
     with pytest.raises(RewardError, match=message) as error:
         pool_of("reward_at_import:f")
     assert "\n" not in str(error.value)
-    assert worker_processes() == []
+    until(lambda: not worker_processes())
 
 
 def test_a_module_of_the_working_directory_is_found_in_the_worker(tmp_path, monkeypatch):
@@ -300,18 +305,17 @@ def test_large_groups_pass():
 
 
 def test_close_kills_the_workers_within_two_seconds_and_answers_what_was_waiting():
-    pool = attack_pool("spin", timeout_s=100.0, workers=2)
-    score(pool, "a")
-    futures = [pool.submit("q", ["bad"], {}) for _ in range(5)]
-    assert wait_until(lambda: len(worker_processes()) == 2)
-    time.sleep(0.5)
-    start_s = machine_s()
-    pool.close()
-    assert machine_s() - start_s < 2.0
-    assert worker_processes() == []
-    assert all("pool was closed" in future.result(60)[0].error for future in futures)
-    assert score(pool, "a") == [Scored(error="the reward pool is closed")]
-    pool.close()
+    with attack_pool("spin", timeout_s=100.0, workers=2) as pool:
+        score(pool, "a")
+        futures = [pool.submit("q", ["bad"], {}) for _ in range(5)]
+        until(lambda: len(worker_processes()) == 2)
+        time.sleep(0.5)
+        start_s = machine_s()
+        pool.close()
+        until(lambda: not worker_processes())
+        assert machine_s() - start_s < 2.0
+        assert all("pool was closed" in future.result(60)[0].error for future in futures)
+        assert score(pool, "a") == [Scored(error="the reward pool is closed")]
 
 
 PARENT = textwrap.dedent("""
@@ -341,14 +345,13 @@ def test_no_worker_survives_the_parents_kill_9(function):
     try:
         assert parent.stdout.readline() == "ready\n"
         count = 1 if function == "length" else 2
-        assert wait_until(lambda: len(worker_processes(parent.pid)) == count), (
-            "the second starts when work waits"
-        )
+        # The second starts when work waits.
+        until(lambda: len(worker_processes(parent.pid)) == count)
         workers = worker_processes(parent.pid)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
         start_s = machine_s()
-        assert wait_until(lambda: not any(is_running(worker.pid) for worker in workers))
+        until(lambda: not any(is_running(worker.pid) for worker in workers))
         assert machine_s() - start_s < 2.0
     finally:
         parent.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -54,10 +55,13 @@ def test_a_task_that_hangs_costs_its_completion_and_no_process(function):
     with pool_of(function, timeout_s=1.0) as pool:
         score(pool, "warm")
         hurt, other, order = submit(pool, "a", "bad", "c"), submit(pool, "a"), []
-        hurt.add_done_callback(lambda _: order.append("hurt"))
+        told = threading.Event()
         other.add_done_callback(lambda _: order.append("other"))
+        hurt.add_done_callback(lambda _: order.append("hurt"))
+        hurt.add_done_callback(lambda _: told.set())
         assert other.result(LIMIT_S)[0].reward == 1.0
         found = hurt.result(LIMIT_S)
+        assert told.wait(LIMIT_S)  # Whoever waits for a result may have it before a callback is called.
         assert order == ["other", "hurt"]
         assert [scored.reward is None for scored in found] == [False, True, False]
         assert found[1].error == f"timed out after 1 s (tests.support.rewards.asynchronous:{function})"

@@ -12,7 +12,7 @@ import inspect
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,8 +66,8 @@ class Handle:
 
         async def call(*arguments: Any, **named: Any) -> Any:
             self.asked[name].append(arguments)
-            if self.faults[name]:
-                raise self.faults[name].popleft()
+            if faults := self.faults[name]:
+                raise faults.popleft()
             result = method(*arguments, **named)
             return await result if inspect.isawaitable(result) else result
 
@@ -202,9 +202,13 @@ class Bench:
 
     def close(self) -> dict[str, Any]:
         """Ends everything; the audit of the ledger."""
-        self.board.get("retire", list(self._running), "now")
-        for running in self._running.values():
-            running.result(60)
-        self._ask(self._facade.close())
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        try:
+            self.board.get("retire", list(self._running), "now")
+            wait(self._running.values(), 60)  # All of them, also where the first has failed.
+            for running in self._running.values():
+                running.result(0)
+        finally:
+            self._ask(self._facade.close())
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._threads.shutdown(wait=False)
         return audit_run(self.run_dir)

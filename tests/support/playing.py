@@ -85,14 +85,16 @@ class ScriptedPlace:
 
 
 class ScriptedPlaces:
-    """All places that were opened, in their order."""
+    """All places that were opened, in their order; `most_open` were open at once."""
 
     def __init__(self, behave: Behaviour) -> None:
         self._behave = behave
         self.places: list[ScriptedPlace] = []
+        self.most_open = 0
 
     def open(self, name: str, row: Mapping[str, Any], seed: int) -> ScriptedPlace:
         self.places.append(ScriptedPlace(self._behave, row, seed, len(self.places)))
+        self.most_open = max(self.most_open, self.num_open)
         return self.places[-1]
 
     def close(self) -> None:

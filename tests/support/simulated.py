@@ -48,6 +48,16 @@ class SimulatedActor(RolloutActor):
         self.load_times_s: list[float] = []
         super().__init__(name, bench.config, bench.prompts, bench.eval_prompts, *bench.peers())
 
+    def run(self) -> dict[str, float]:
+        """Generates as it always does; what it has started ends with it after a failure, too."""
+        try:
+            return super().run()
+        except BaseException:  # In a run its workers would end with its process.
+            self._groups.close()
+            self._scoring.close()
+            self._evaluating.close()
+            raise
+
     def _make_engine(self) -> FakeEngine:
         actor = self
 
@@ -105,13 +115,6 @@ class Late(concurrent.futures.Future):  # type: ignore[type-arg]
             self.set_result(7)
             raise TimeoutError
         return super().result(timeout)
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {timeout_s} s"
-        time.sleep(0.01)
 
 
 def ledger(bench: Bench) -> list[dict[str, Any]]:

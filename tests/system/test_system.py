@@ -394,20 +394,22 @@ def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
         f"--ray-client-server-port={client_port}",
     ]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={temp_dir}"]
-    log = (tmp_path / "head.log").open("w")
-    head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-    deadline_s = time.monotonic() + 180
-    while "Ray runtime started" not in (tmp_path / "head.log").read_text():
-        assert head.poll() is None, (tmp_path / "head.log").read_text()
-        assert time.monotonic() < deadline_s
-        time.sleep(0.5)
-    yield {**env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}"}
-    family = psutil.Process(head.pid).children(recursive=True)
-    head.terminate()
-    head.wait(timeout=60)
-    for process in psutil.wait_procs(family, timeout=10)[1]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    log = tmp_path / "head.log"
+    with log.open("w") as file, subprocess.Popen(command, env=env, stdout=file, stderr=file) as head:
+        try:
+            deadline_s = time.monotonic() + 180
+            while "Ray runtime started" not in log.read_text():
+                assert head.poll() is None, log.read_text()
+                assert time.monotonic() < deadline_s
+                time.sleep(0.5)
+            yield {**env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}"}
+        finally:
+            family = processes_of([head.pid])[1:]
+            head.terminate()
+            head.wait(timeout=60)
+            for process in psutil.wait_procs(family, timeout=10)[1]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def test_ray_job_submit_with_token_authentication(

@@ -14,9 +14,10 @@ from cluster.evaluations.results import Evaluations
 from core.calls import Calls
 from core.evaluation.records import Evaluation
 from core.weights.board import BOARD, BoardClient
+from tests.support.clocks.waits import until
 from tests.support.configs import actor_config
 from tests.support.in_process import Bench
-from tests.support.simulated import SimulatedActor, rows, until
+from tests.support.simulated import SimulatedActor, rows
 
 SUITES = {name: {"path": "p", "samples": 1, "rows": 2, "every": 4} for name in ("math", "words")}
 LAST = 12

@@ -21,10 +21,10 @@ from cluster.monitor.wandb_writer import mode_of
 from core.config import Config
 from core.errors import ConfigError
 from core.metrics import METRICS
+from tests.support.clocks.waits import until
 from tests.support.configs import make_config
 from tests.support.house import ROOT
 from tests.support.monitored import rows_of
-from tests.support.simulated import until
 
 
 def config_with(*names: str) -> Config:

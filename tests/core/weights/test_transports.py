@@ -30,11 +30,12 @@ from core.weights.transports.base import Transport
 from learner.policy.source import ZeroSource
 from tests.support.clients import events_to
 from tests.support.clocks.machine import machine_s
+from tests.support.clocks.waits import until
 from tests.support.configs import make_config
 from tests.support.learning.ranks import run_ranks
 from tests.support.learning.tiny_families import make_family
 from tests.support.scenarios import source_scenario
-from tests.support.simulated import Late, until
+from tests.support.simulated import Late
 from tests.support.weights import Board, Loop, Method, Plain, Store
 
 MIB = 2**20

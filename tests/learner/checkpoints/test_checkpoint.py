@@ -34,8 +34,8 @@ from learner.checkpoints.checkpoint import (
 from learner.checkpoints.writer import CheckpointWriter, random_states, set_random_states
 from tests.support import ROOT
 from tests.support.clocks.machine import machine_s
+from tests.support.clocks.waits import until
 from tests.support.scenarios.checkpoint_scenario import TENSORS, parts_of, value_of
-from tests.support.simulated import until
 
 SCENARIO = ROOT / "tests/support/scenarios/checkpoint_scenario.py"
 

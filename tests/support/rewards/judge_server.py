@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,6 +77,19 @@ def judge_server(script: Callable[[int, dict[str, Any]], Say], port: int = 0) ->
         yield server
     finally:
         server.close()
+
+
+@contextlib.contextmanager
+def port_of_nobody() -> Iterator[int]:
+    """Yields a port where nobody listens, and which no other process is given: that of a judge that is down,
+    and may come up.
+    """
+    with socket.socket() as held:
+        held.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # As the server that takes its place has it.
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 def completion(text: str) -> dict[str, Any]:
