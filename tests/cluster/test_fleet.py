@@ -181,8 +181,11 @@ def test_a_stopped_process_is_found_by_its_pulse_killed_and_replaced(bench: Call
 
 @pytest.mark.slow
 def test_a_loop_that_stands_still_while_its_process_answers_is_replaced(bench: Callable[..., Bench]) -> None:
-    b = bench(behaviour={"actor-0": "stuck"}, timeout_s=8.0)
-    b.fleet.scale_to(1)
+    b = bench(behaviour={"actor-0": "stuck"})
+    b.run(1)
+    timeout_s, b.fleet._timeout_s = b.fleet._timeout_s, 8.0
+    b.until(lambda: b.told)
+    b.fleet._timeout_s = timeout_s  # It limits loading, too.
     b.until(lambda: b.fleet.names("running") == ["actor-0.1"], timeout_s=60)
     assert "its loop has not turned for 8 s (run.timeout_s)" in b.told[0]
 

@@ -285,13 +285,13 @@ def looked_at(directory: Path) -> dict[str, Any]:
 def stopped(directory: Path) -> None:
     """Rank 1 is stopped while it writes; rank 0 gives up on it; then rank 1 goes on."""
     events: list[str] = []
-    writer = CheckpointWriter(directory, 0, WORLD_SIZE, session="s", timeout_s=1.0, on_event=events.append)
+    writer = CheckpointWriter(directory, 0, WORLD_SIZE, session="s", timeout_s=60.0, on_event=events.append)
     save_beside(directory, writer, 1)
-    rank_1 = fork(save_as_rank_1, directory, 2, 1.0)
-    while not list((directory / "checkpoints").glob(".step-000002.*/rank-1.safetensors")):
-        time.sleep(0.001)
-    os.kill(rank_1, signal.SIGSTOP)
+    rank_1 = fork(save_as_rank_1, directory, 2, True)
+    os.waitpid(rank_1, os.WUNTRACED)
+    writer._timeout_s = 1.0
     save_beside(directory, writer, 2, rank_1)
+    writer._timeout_s = 60.0
     results = {"events": [*events], "while_stopped": looked_at(directory), "metrics": writer.metrics()}
     os.kill(rank_1, signal.SIGCONT)
     os.waitpid(rank_1, 0)
@@ -303,21 +303,22 @@ def stopped(directory: Path) -> None:
 
 def save_beside(directory: Path, writer: CheckpointWriter, step: int, rank_1: int = 0) -> None:
     """A checkpoint by `writer`, rank 0's, and a process for rank 1 unless there is one."""
-    other = rank_1 or fork(save_as_rank_1, directory, step, 0.0)
+    other = rank_1 or fork(save_as_rank_1, directory, step, False)
     writer.save(step, parts_of(step, 0), {"step": step})
     writer.close()
     if not rank_1:
         os.waitpid(other, 0)
 
 
-def save_as_rank_1(directory: Path, step: int, delay_s: float) -> None:
-    """Its file is written, and not yet on disk, for `delay_s`."""
+def save_as_rank_1(directory: Path, step: int, stops: bool) -> None:
+    """Saves; `stops`: this process is stopped where its file is written, and not yet on disk."""
     import learner.checkpoints.checkpoint
 
     sync = learner.checkpoints.checkpoint._sync
 
     def sync_late(file: Any) -> None:
-        time.sleep(delay_s)
+        if stops:
+            os.kill(os.getpid(), signal.SIGSTOP)
         sync(file)
 
     learner.checkpoints.checkpoint._sync = sync_late
