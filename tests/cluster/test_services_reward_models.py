@@ -60,6 +60,7 @@ def test_a_killed_reward_model_is_started_again_and_its_death_noted(local_ray: N
         assert not restarted()
         time.sleep(0.05)
     os.kill(life.known.pid, signal.SIGKILL)
+    deadline_s = time.monotonic() + 60
     # Asked while it is gone: Ray repeats the call.
     (after,) = services.calls.ask(client.score([CONVERSATION]))
     assert after == pytest.approx(before)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from learner.checkpoints.checkpoint import (
     CheckpointManifest,
     FileEntry,
     checkpoint_root,
+    latest_checkpoint,
     rank_file,
     write_file,
     write_manifest,
@@ -70,7 +72,7 @@ def local_ray() -> Iterator[None]:
 def supervisor(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
     monkeypatch.setattr("cluster.supervisor.RolloutActor", IdleActor)
     monkeypatch.setattr("cluster.gang.LearnerRank", IdleRank)
-    config = make_config(run={"timeout_s": 60.0, "steps": 100}, actors={"count": 1})
+    config = make_config(run={"timeout_s": 180.0, "steps": 100}, actors={"count": 1})
     prompts = PromptSet([PromptRow(0, "1+1=", (1, 2), {"answer": "2"})], 0, "test")
     made = Supervisor(inputs_of(config, prompts, tmp_path))
     yield made
@@ -87,7 +89,7 @@ def write_checkpoint(run_dir: Path, step: int, sha256: str) -> None:
     write_manifest(directory, CheckpointManifest(format=1, step=step, world_size=1, tensors=(), files=files))
 
 
-def turn_until(supervisor: Supervisor, is_so: Any, timeout_s: float = 60.0) -> tuple[float, float]:
+def turn_until(supervisor: Supervisor, is_so: Any, timeout_s: float = 180.0) -> tuple[float, float]:
     """Turns until it is so; the longest turn, and the longest time for which the status was not written."""
     deadline_s, longest_s, stale_s = time.monotonic() + timeout_s, 0.0, 0.0
     status = supervisor._inputs.run_dir / "status.json"
@@ -102,14 +104,23 @@ def turn_until(supervisor: Supervisor, is_so: Any, timeout_s: float = 60.0) -> t
 
 
 def test_a_learner_whose_checkpoint_is_verified_keeps_neither_status_nor_actors_waiting(
-    supervisor: Supervisor, tmp_path: Path
+    supervisor: Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    replaced = threading.Event()
+
+    def verified(*arguments: Any) -> Any:
+        """As long as its bytes take, and at least until the actor is replaced."""
+        found = latest_checkpoint(*arguments)
+        assert replaced.wait(180)
+        return found
+
     supervisor.start([], Silent(), Silent())  # type: ignore[arg-type]
     turn_until(supervisor, lambda: supervisor._fleet.names("running") == ["actor-0"])
     learner, zeros = supervisor._learner, hashlib.sha256()
     assert learner is not None
     for _ in range(1024):
         zeros.update(bytes(2**20))
+    monkeypatch.setattr("cluster.learner.latest_checkpoint", verified)
     write_checkpoint(tmp_path, 5, zeros.hexdigest())
     write_checkpoint(tmp_path, 7, "0" * 64)  # As long, and damaged: only its bytes tell.
     (place,) = [asked.wait() for asked in learner._gang._where]  # type: ignore[union-attr]
@@ -119,10 +130,11 @@ def test_a_learner_whose_checkpoint_is_verified_keeps_neither_status_nor_actors_
     os.kill(supervisor._fleet.status()[0]["pid"], signal.SIGKILL)
 
     def is_replaced() -> bool:
-        assert learner.state == "verifying a checkpoint", "it verified for too short a time to prove anything"
+        assert learner.state == "verifying a checkpoint"
         return supervisor._fleet.names() == ["actor-0.1"]
 
     first = turn_until(supervisor, is_replaced)
+    replaced.set()
     second = turn_until(supervisor, lambda: learner.state != "verifying a checkpoint")
     third = turn_until(supervisor, lambda: learner.state == "training")
     verified_s = time.monotonic() - start_s

@@ -49,10 +49,15 @@ def wires() -> Iterator[Wires]:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
-    monkeypatch.setattr("core.weights.transports.client.ANSWER_S", ANSWER_S)
+def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
     with benches(tmp_path) as make:
         yield make
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the learner wait for an answer as long as a test has time, where one is to be missing."""
+    monkeypatch.setattr("core.weights.transports.client.ANSWER_S", ANSWER_S)
 
 
 def receiving_engine(transport: str) -> Any:
@@ -220,6 +225,7 @@ def test_a_snapshot_is_made_before_the_newest_is_too_old_to_generate_with(bench,
     assert cast.versions == [14]
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
 def test_a_laggard_is_named_and_left_out_and_back_once_it_answers(bench, wires: Wires, transport: str):
     cast = Cast(bench(pushing(transport)), 2)
@@ -322,6 +328,7 @@ def test_with_ipc_an_actor_that_dies_while_weights_arrive_costs_the_others_nothi
     assert "actor-1 keeps its weights" in cast.learner.events[0]
 
 
+@pytest.mark.usefixtures("impatient")
 def test_with_ipc_who_is_late_is_named_and_left_out_also_where_another_has_failed(bench, wires: Wires):
     cast = Cast(bench(pushing("ipc")), 3)
     cast.actors[1].dies_at = "start"
