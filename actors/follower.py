@@ -1,6 +1,6 @@
 """Follows the board: asks it what to do, and fetches the weights for that while generation goes on.
 
-    board --poll--> Directive --fetch, verify--> Update --> the actor applies it between two engine steps
+    board --poll--> Directive, snapshot --fetch, verify--> Update --> the actor applies it between two engine steps
                        `--> retire: '' | 'drain' | 'now'
 
 A snapshot that is gone, torn or late changes nothing: the actor keeps its weights, its samples say so, and
@@ -22,7 +22,7 @@ from core.config import Config
 from core.errors import PeerTimeout, SnapshotError
 from core.evaluation.records import EvalItem
 from core.troubles import Troubles
-from core.weights.board import BoardClient, Directive
+from core.weights.board import BoardClient, Directive, Snapshot
 from core.weights.fetching import Weights, shared_snapshot_of, snapshot_of
 from core.weights.shared import SharedWeights
 
@@ -57,7 +57,7 @@ class Follower:
         self._timeout_s = config.run.timeout_s
         # Adapters reach an engine's workers as files, which are small.
         self._is_shared = config.actors.tensor_parallel > 1 and config.weights.transport != "adapters"
-        self._asking: Pending[bytes] | None = None
+        self._asking: Pending[tuple[bytes, Snapshot | None]] | None = None
         self._fetching: Pending[Weights] | Pending[SharedWeights] | None = None
         self._directive: Directive | None = None  # What is being fetched for.
         self._is_asking_for_work, self._asked_version = False, -1
@@ -81,10 +81,11 @@ class Follower:
         if self._fetching is not None and self._is_fetched(self._fetching):
             self._end_fetch(self._fetching)
         if self._asking is not None and self._asking.is_done():
-            directive = msgspec.msgpack.decode(self._asking.result(), type=Directive)
+            payload, snapshot = self._asking.result()
             self._asking = None
+            directive = msgspec.msgpack.decode(payload, type=Directive)
             self.board = directive.board
-            self._obey(directive, version)
+            self._obey(directive, version, snapshot)
         # Who has something to do still has to hear that it is retired, but takes nothing else.
         has_work = self._directive is not None or self.update is not None or bool(self.retire)
         is_busy = has_work or is_evaluating
@@ -112,7 +113,7 @@ class Follower:
         call = self._board.poll(self._name, version, room, wait_s, is_busy)
         self._asking = self._calls.start(call, wait_s + self._timeout_s)
 
-    def _obey(self, directive: Directive, version: int) -> None:
+    def _obey(self, directive: Directive, version: int, snapshot: Snapshot | None) -> None:
         self.retire = directive.retire or self.retire
         if self.retire:
             self._drop_work()
@@ -120,14 +121,14 @@ class Follower:
             return  # The latter: weights were pushed while the board was about to answer.
         elif directive.version != version:
             self._directive, self._fetched_from_s = directive, time.monotonic()
-            self._fetching = self._fetch(directive.version)
+            self._fetching = self._fetch(directive.version, snapshot)
         elif directive.eval_items:
             self.update = Update(version, None, directive.eval_items)
 
-    def _fetch(self, version: int) -> Pending[Weights] | Pending[SharedWeights]:
+    def _fetch(self, version: int, snapshot: Snapshot | None) -> Pending[Weights] | Pending[SharedWeights]:
         if self._is_shared:
-            return self._calls.start(shared_snapshot_of(self._board, version))
-        return self._calls.start(snapshot_of(self._board, version))
+            return self._calls.start(shared_snapshot_of(self._board, version, snapshot))
+        return self._calls.start(snapshot_of(self._board, version, snapshot))
 
     def _drop_work(self) -> None:
         if self._fetching is not None:

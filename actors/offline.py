@@ -414,7 +414,7 @@ class OfflineActor(Heartbeat):
 
     async def _poll_board(self) -> bool:
         """Asks the board whether to end, and takes note of the newest version for the monitor."""
-        payload = await self._calls.start(self._board.poll(self._name, self._version, 0, 0.0))
+        payload, _ = await self._calls.start(self._board.poll(self._name, self._version, 0, 0.0))
         directive = msgspec.msgpack.decode(payload, type=Directive)
         self._version = directive.version
         return bool(directive.retire)

@@ -1,17 +1,17 @@
 """Calls to other processes: the one way in which the parts of a run talk to each other.
 
     class BoardClient(Client):          what may be asked of a peer, a line a method: mypy takes arguments and
-        poll = asks(Board.poll)         answers from the method itself, and a reader gets there with one click
+        snapshot = asks(Board.snapshot) answers from the method itself, and a reader gets there with one click
 
-    call = board.poll("actor-0", 3, 8, 5.0)     a Call[bytes]: nothing has happened yet; it may be made again
+    call = board.snapshot(3)    a Call[Snapshot | None]: nothing has happened yet; it may be made again
 
     calls = Calls(run.timeout_s, monitor.event, name="actor-0")
-    calls.ask(call)             -> bytes              waits for the answer
-    calls.start(call)           -> Pending[bytes]     is looked at later, or awaited
-    calls.post(call, "rows")    -> None               nobody waits; failures are counted, and told when they
-                                                      begin and end
-    calls.tell(text)            -> None               an event for the monitor; one that it does not take goes
-                                                      to the log
+    calls.ask(call)             -> Snapshot | None             waits for the answer
+    calls.start(call)           -> Pending[Snapshot | None]    is looked at later, or awaited
+    calls.post(call, "rows")    -> Future                      nobody waits; failures are counted, and told
+                                                               when they begin and end
+    calls.tell(text)            -> None                        an event for the monitor; one that it does not
+                                                               take goes to the log
 
 Every wait ends: `PeerTimeout` names who did not answer whom, and for how long. What a call raises is an
 error of ours, in a sentence of its own: Ray's paragraphs end here. A Pending that is dropped before anybody

@@ -195,18 +195,16 @@ class Run:
     async def _follow(self, number: int) -> None:
         name = _name(number)
         while True:
-            payload = await self.board.poll(name, self._versions[number], OPEN_GROUPS, POLL_S)
+            payload, _ = await self.board.poll(name, self._versions[number], OPEN_GROUPS, POLL_S)
             directive = msgspec.msgpack.decode(payload, type=Directive)
-            if directive.version != self._versions[number]:
-                await self.board.snapshot(directive.version)
-                self._versions[number] = directive.version
+            self._versions[number] = directive.version
             if directive.eval_items:
                 await asyncio.sleep(MEAN_GROUP_S)
                 evaluated = [make_evaluated(item) for item in directive.eval_items]
                 await self.board.finish(msgspec.msgpack.encode(evaluated))
 
     async def _work(self, number: int) -> None:
-        reserve = OPEN_GROUPS // 2
+        reserve, part = OPEN_GROUPS // 2, self._groups_per_step // self._num_actors
         free = asyncio.Semaphore(OPEN_GROUPS)
         outdated = -1
         while True:
@@ -215,9 +213,8 @@ class Run:
                 await asyncio.sleep(0.1)
                 continue
             holding = sorted(self._holding[number])
-            wanted = max(
-                reserve, OPEN_GROUPS - len(holding)
-            )  # What it holds is under way, or ended just now.
+            # What it holds is under way, or ended just now.
+            wanted = max(reserve, min(2 * reserve, part), OPEN_GROUPS - len(holding))
             items = await self.buffer.lease(_name(number), wanted, POLL_S, version, holding)
             outdated = version if items is None else outdated
             for payload in items or ():

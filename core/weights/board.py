@@ -163,9 +163,9 @@ class Board:
 
     async def poll(
         self, actor: str, version: int, room: int, timeout_s: float, is_evaluating: bool = False
-    ) -> bytes:
+    ) -> tuple[bytes, Snapshot | None]:
         """The actor's next Directive (msgpack), as soon as there is something new for it or after
-        `timeout_s`.
+        `timeout_s`, and the snapshot of the version that it is to load.
 
         `version`: what it has loaded. `room`: how many samples of evaluations it can take now. One that
         `is_evaluating` takes items of that version alone, no update, and is not kept waiting.
@@ -182,7 +182,8 @@ class Board:
                     await asyncio.wait_for(self._changed.wait(), left_s)
                 except TimeoutError:
                     continue
-        return msgspec.msgpack.encode(msgspec.structs.replace(directive, board=self._id))
+        snapshot = None if directive.version == version else self._snapshots.get(directive.version)
+        return msgspec.msgpack.encode(msgspec.structs.replace(directive, board=self._id)), snapshot
 
     async def snapshot(self, version: int) -> Snapshot | None:
         """The snapshot of `version`, or None when it has been dropped since (poll again)."""

@@ -11,7 +11,7 @@ import torch
 
 from core.calls import Call
 from core.errors import SnapshotError, TrainingError
-from core.weights.board import BoardClient
+from core.weights.board import BoardClient, Snapshot
 from core.weights.shared import SharedWeights, share
 from core.weights.snapshots import Manifest, read_snapshot
 
@@ -20,25 +20,30 @@ Named: TypeAlias = tuple[str, torch.Tensor]
 Weights: TypeAlias = list[Named]
 
 
-def snapshot_of(board: BoardClient, version: int) -> Call[Weights]:
+def snapshot_of(board: BoardClient, version: int, known: Snapshot | None = None) -> Call[Weights]:
     """Returns the call that fetches the verified parameters of `version`, views on the object store's memory.
 
-    It raises SnapshotError when the snapshot is gone or torn.
+    The board is not asked for a snapshot that is `known`, which has come with its word. It raises
+    SnapshotError when the snapshot is gone or torn.
     """
-    return Call(board.who, "snapshot", lambda: _fetch(board, version, list))
+    return Call(board.who, "snapshot", lambda: _fetch(board, version, known, list))
 
 
-def shared_snapshot_of(board: BoardClient, version: int) -> Call[SharedWeights]:
+def shared_snapshot_of(
+    board: BoardClient, version: int, known: Snapshot | None = None
+) -> Call[SharedWeights]:
     """Returns the call that fetches the same as a copy that other processes of this node can map.
 
     It raises SnapshotError also when there is no memory for it.
     """
-    return Call(board.who, "snapshot", lambda: _fetch(board, version, share))
+    return Call(board.who, "snapshot", lambda: _fetch(board, version, known, share))
 
 
-async def _fetch(board: BoardClient, version: int, kept: Callable[[Iterator[Named]], T]) -> T:
+async def _fetch(
+    board: BoardClient, version: int, known: Snapshot | None, kept: Callable[[Iterator[Named]], T]
+) -> T:
     try:
-        snapshot = await board.snapshot(version)
+        snapshot = known or await board.snapshot(version)
         if snapshot is None:
             raise SnapshotError(f"snapshot {version} has been dropped for newer ones")
         manifest = msgspec.msgpack.decode(snapshot[0], type=Manifest)

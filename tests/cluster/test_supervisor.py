@@ -315,12 +315,8 @@ def test_a_killed_monitor_and_a_killed_board_come_back_are_told_of_and_the_board
         services.retire(["actor-3"], "now")
         killed("board")
         services.calls.ask(services.board.restore([], dict(services._retiring)))
-        assert (
-            msgspec.msgpack.decode(
-                services.calls.ask(services.board.poll("actor-3", 0, 0, 0.0)), type=Directive
-            ).retire
-            == "now"
-        )
+        payload, _ = services.calls.ask(services.board.poll("actor-3", 0, 0, 0.0))
+        assert msgspec.msgpack.decode(payload, type=Directive).retire == "now"
         killed("monitor")
         view = services.calls.ask(services.monitor.view())
         assert view["row"]["progress/step"] == 5

@@ -47,9 +47,8 @@ class Bench:
         )
 
     async def poll(self, actor: str, version: int, max_items: int = 10, timeout_s: float = 0.05) -> Directive:
-        return msgspec.msgpack.decode(
-            await self.board.poll(actor, version, max_items, timeout_s), type=Directive
-        )
+        payload, _ = await self.board.poll(actor, version, max_items, timeout_s)
+        return msgspec.msgpack.decode(payload, type=Directive)
 
     async def finish(self, *samples: EvalSample) -> None:
         await self.board.finish(msgspec.msgpack.encode(list(samples)))
@@ -70,6 +69,8 @@ def test_a_poll_waits_for_the_first_snapshot_and_then_names_the_newest() -> None
         await bench.board.publish(b"m2", ["r2"], 2, evaluate=())
         await bench.board.publish(b"m4", ["r4"], 4, evaluate=())
         assert (await bench.poll("a", 0)).version == 4
+        assert (await bench.board.poll("a", 0, 1, 0.0))[1] == (b"m4", ["r4"])
+        assert (await bench.board.poll("a", 4, 1, 0.0))[1] is None, "it has that one"
         assert (await bench.poll("a", 4)).version == 4  # Nothing new: after the timeout, its own version.
         assert await bench.board.snapshot(4) == (b"m4", ["r4"])
 
@@ -274,9 +275,10 @@ def test_one_that_evaluates_is_given_more_of_its_version_at_once_and_nothing_els
         await bench.board.publish(b"m", [], 0, evaluate=["math", "words"])
         await bench.board.publish(b"m", [], 2, evaluate=["math"])
         assert {item.suite for item in (await bench.poll("a", 0, 2)).eval_items} == {"math"}
-        more = await bench.board.poll("a", 0, 2, 9.0, True)
+        more, _ = await bench.board.poll("a", 0, 2, 9.0, True)
         assert {item.suite for item in msgspec.msgpack.decode(more, type=Directive).eval_items} == {"words"}
-        nothing = msgspec.msgpack.decode(await bench.board.poll("a", 0, 2, 9.0, True), type=Directive)
+        payload, _ = await bench.board.poll("a", 0, 2, 9.0, True)
+        nothing = msgspec.msgpack.decode(payload, type=Directive)
         assert (nothing.version, nothing.eval_items) == (0, ()), "neither version 2 nor its items"
         assert {item.policy_version for item in (await bench.poll("b", 0, 1)).eval_items} == {2}
 

@@ -22,7 +22,8 @@ def test_a_drain_is_told_once_then_at_every_timeout_and_now_hurries_it() -> None
         await board.publish(b"m", [], 3, evaluate=())
 
         async def poll(timeout_s: float = 0.0) -> Directive:
-            return msgspec.msgpack.decode(await board.poll("actor-1", 1, 4, timeout_s), type=Directive)
+            payload, _ = await board.poll("actor-1", 1, 4, timeout_s)
+            return msgspec.msgpack.decode(payload, type=Directive)
 
         assert (await poll()).retire == ""
         waiting = asyncio.create_task(poll(600.0))

@@ -65,7 +65,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def test_a_snapshot_that_cannot_be_had_again_and_again_is_told_once(monkeypatch):
     told, directive = list[str](), msgspec.msgpack.encode(Directive(3, board="b"))
     board = SimpleNamespace(
-        poll=Method(lambda *_: directive),
+        poll=Method(lambda *_: (directive, None)),
         snapshot=Method(lambda version: None),
         give_back=Method(lambda name: None),
     )
