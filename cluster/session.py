@@ -66,8 +66,7 @@ def ray_session(
     """
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray would keep an event of every call, 100,000 of them in its control process: lists nobody asks for.
-    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
+    keep_no_call_events()
     address = cluster_address()
     try:
         with _our_signal_handlers():
@@ -89,6 +88,13 @@ def ray_session(
     finally:
         ray.shutdown()
         forget_inherited()
+
+
+def keep_no_call_events() -> None:
+    """Lets Ray, when it is started next, keep no event of every call: its control process would have lists of
+    100,000 that nobody asks for.
+    """
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
 
 
 @contextlib.contextmanager

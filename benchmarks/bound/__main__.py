@@ -33,6 +33,7 @@ from benchmarks.bound.counters import Processes
 from benchmarks.bound.held import HeldRun
 from benchmarks.pairs import compare
 from benchmarks.results import measure_load, save, show
+from cluster.session import keep_no_call_events
 
 ROUNDS, DEFAULT_TIMEOUT_S = 3, 360.0
 WARM = 3
@@ -51,7 +52,13 @@ class Halves(NamedTuple):
     model: str = ""
 
 
-OVERRIDES = "run.steps=100000", "data.eval_rows=0", "actors.num_cpus=1", "buffer.capacity=1600"
+OVERRIDES = (
+    "run.steps=100000",
+    "data.eval_rows=0",
+    "actors.num_cpus=1",
+    "buffer.capacity=1600",
+    "weights.publish_every=2",  # A quickstart's.
+)
 LARGE = "actors.max_new_tokens=48", "actors.slots=48", "learner.groups_per_step=8", "learner.lr=1e-12"
 """Nothing is learned: a policy that learns says less from phase to phase, which costs less."""
 JOBS = {
@@ -184,9 +191,7 @@ def measure(directory: Path, name: str, rounds: int, deadline_s: float) -> dict[
     """
     job = JOBS[name]
     directory.mkdir()
-    prepared = prepare(
-        directory, "actors.num_cpus=1", "buffer.capacity=1600", *job.overrides, model=job.model
-    )
+    prepared = prepare(directory, *OVERRIDES, *job.overrides, model=job.model)
     measurement = Measurement(prepared, directory, job.steps)
     measurement.warm()
     found = [measurement.round()]
@@ -239,6 +244,7 @@ def main() -> None:
     if unknown := set(asked) - set(JOBS):
         parser.error(f"unknown jobs {sorted(unknown)}; expected some of {', '.join(JOBS)}")
     load, start_s = measure_load(), time.monotonic()
+    keep_no_call_events()
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as directory:
         for number, name in enumerate(asked):

@@ -22,6 +22,7 @@ from benchmarks.actors.rig import Prepared, prepare
 from benchmarks.bound.held import HeldRun
 from benchmarks.pairs import compare
 from benchmarks.results import measure_load, save, show
+from cluster.session import keep_no_call_events
 from core.errors import TrainingError
 
 ROUNDS, DEFAULT_TIMEOUT_S = 3, 540.0
@@ -81,6 +82,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     load, began_s = measure_load(), time.monotonic()
+    keep_no_call_events()
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     found: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
     while len(found["together"]) < arguments.rounds:
