@@ -67,12 +67,16 @@ class LearnerRank:
         self._rank, self._config, self._pad_id = rank, config, pad_id
         self._stopping = self._is_target_reached = False
         self._transport: Transport = NoTransport()
+        self._meeting = socket.socket()
 
     def address(self) -> tuple[str, int]:
-        """Returns this host and a free port, for the ranks to meet at (asked of rank 0)."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        """Returns this host and a port, for the ranks to meet at (asked of rank 0, once). Until they have met
+        no other process is given it: they load for seconds first, beside engines that ask for ports, too.
+        """
+        # The ranks' own server can listen there beside it, since it has this option, too.
+        self._meeting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._meeting.bind(("", 0))
+        return ray.util.get_node_ip_address(), self._meeting.getsockname()[1]
 
     def start(self, address: tuple[str, int]) -> None:
         """Joins the other ranks and builds the policy, and reference and proximal policy where the objective
@@ -97,6 +101,7 @@ class LearnerRank:
             timeout_s=config.run.timeout_s,
             sequence_parallel=config.learner.sequence_parallel,
         )
+        self._meeting.close()
         self._policy = ZeroPolicy(config.model, config.learner, config.run.seed)
         objective = load_objective(config.objective)
         self._frozen: dict[str, ZeroAdapters | ZeroFrozen] = {

@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 
+_kept: list[socket.socket] = []
+
 
 def meet(out_dir: Path, rank: int) -> int:
-    """The port that rank 0 chose."""
+    """The port that rank 0 chose, and keeps from others as long as it lives."""
     path = out_dir / "port"
     if rank == 0:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        _kept.append(socket.socket())
+        _kept[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # Its own server can listen there.
+        _kept[-1].bind(("127.0.0.1", 0))
+        port = _kept[-1].getsockname()[1]
         path.with_suffix(".tmp").write_text(str(port))
         path.with_suffix(".tmp").rename(path)
     while not path.exists():
