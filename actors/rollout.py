@@ -264,13 +264,14 @@ class RolloutActor(Heartbeat):
             missing: list[Sample | None] = [None] * (actors.group_size - len(offline))
             self._groups.start(OpenGroup(item, prompt, missing, offline, actors.temperature))
         # After these were started: what is leased now arrives beside the next step, and fills what it frees.
-        reserve = max(1, actors.slots // (2 * actors.group_size))
-        part = self._config.learner.groups_per_step // max(1, actors.fewest)
+        held = actors.slots // actors.group_size
+        reserve = max(1, held // 2)
         if self._may_lease() and len(self._work) < reserve:
             # What is free, or as much as the engine holds, since a call costs as much as several samples. But
             # beyond what is free no more than this actor's part of a batch: others wait for work, too.
             free = (actors.slots - self._engine.num_unfinished) // actors.group_size
-            wanted = max(reserve, min(2 * reserve, part), free - len(self._work))
+            part = self._config.learner.groups_per_step // max(1, actors.fewest)
+            wanted = max(reserve, min(held, part), free - len(self._work))
             self._leasing_version = self._engine.version
             self._renewed_s = time.monotonic()
             call = self._buffer.lease(

@@ -214,7 +214,7 @@ class Run:
                 continue
             holding = sorted(self._holding[number])
             # What it holds is under way, or ended just now.
-            wanted = max(reserve, min(2 * reserve, part), OPEN_GROUPS - len(holding))
+            wanted = max(reserve, min(OPEN_GROUPS, part), OPEN_GROUPS - len(holding))
             items = await self.buffer.lease(_name(number), wanted, POLL_S, version, holding)
             outdated = version if items is None else outdated
             for payload in items or ():

@@ -24,6 +24,8 @@ from benchmarks.fake_engine import FakeEngine
 from buffer.ledger import audit_run
 from buffer.replay import EVICTIONS
 from buffer.store import DiskFullError
+from core.calls import Call
+from core.config import Config
 from core.errors import PeerTimeout
 from core.records import Group, Sample
 from core.weights.board import Board
@@ -101,6 +103,43 @@ def test_groups_wait_for_one_another_while_the_engine_works_and_none_stays_behin
     counters = ended.result(60)
     assert actor._unsent == []
     assert counters["groups"] - 2 == sum(event["event"] == "inserted" for event in ledger(run))
+
+
+def test_a_lease_is_for_what_the_engine_holds_and_beyond_what_is_free_at_most_a_part_of_a_batch(
+    bench, monkeypatch
+):
+    def config(count: int, groups_per_step: int) -> Config:
+        return actor_config(
+            actors={"slots": 32, "count": count}, learner={"groups_per_step": groups_per_step}
+        )
+
+    async def nothing() -> list[bytes]:
+        return []
+
+    run = bench(config(1, 4))
+    actor = SimulatedActor(run, num_tokens=(2, 9), step_s=0.001)
+    actor.engine.version = 0
+    wanted: list[int] = []
+    with monkeypatch.context() as context:
+        context.setattr(
+            actor._buffer,
+            "lease",
+            lambda name, most, *rest: wanted.append(most) or Call("the replay buffer", "lease", nothing),
+        )
+        for number in range(33):
+            if number in (0, 32):
+                for actors, groups_per_step in ((1, 32), (2, 12), (2, 4)):
+                    actor._config, actor._lease = config(actors, groups_per_step), None
+                    actor._take_work()
+            actor.engine.submit(str(number), [1], seed=0, temperature=None, max_tokens=None)
+    assert wanted == [8, 8, 8, 8, 6, 4], "the first three with all of its slots free, the others with none"
+    actor._config, actor._lease = run.config, None
+    actor.engine.abort([str(number) for number in range(33)])
+    run.publish(1)
+    ended = run.start(actor)
+    until(lambda: actor._groups.counters["generated_samples"] >= 8)
+    run.board.get("retire", ["actor-0"], "now")
+    ended.result(60)
 
 
 class TestUpdates:
