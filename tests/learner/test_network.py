@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -10,7 +11,9 @@ import psutil
 import pytest
 
 from learner import network
+from learner.worker import LearnerRank
 from tests.support import ROOT
+from tests.support.configs import make_config
 
 MEET = """
 import os, sys
@@ -75,9 +78,16 @@ def test_gloo_is_reached_on_a_host_whose_name_is_a_loopback_address(tmp_path):
     assert "127.0.1.1" not in listens(repaired=1)
 
 
-def network_port() -> int:
-    import socket
+def test_the_port_at_which_the_ranks_meet_is_kept_for_their_own_server_while_they_load() -> None:
+    rank = LearnerRank(0, make_config(), pad_id=0)
+    _, port = rank.address()
+    with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+        other.bind(("", port))
+    command = [sys.executable, "-c", MEET, "127.0.0.1", str(port), "0", "0"]
+    subprocess.run(command, cwd=ROOT, timeout=120, check=True)
 
+
+def network_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
