@@ -200,9 +200,8 @@ def test_patience_ends(pool_for):
 def test_calls_keep_their_pace_over_all_processes(pool_for):
     with judge_server(lambda number, request: Say()) as server:
         pools = [pool_for(server.url, "calls_per_minute=240") for _ in range(2)]
+        start_s = time.monotonic()
         futures = [ask(pool, *"abcd") for pool in pools]
         assert all(scored.reward == 1.0 for future in futures for scored in future.result(LIMIT_S))
-        gaps_s = [
-            after - before for before, after in zip(server.asked_at_s, server.asked_at_s[1:], strict=False)
-        ]
-        assert sum(gaps_s) > 7 * 0.25 - 0.5
+        # Since they were asked, not since the first call arrived: on a busy machine that one may be late.
+        assert server.asked_at_s[-1] - start_s > 7 * 0.25 - 0.05
