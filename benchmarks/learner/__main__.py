@@ -1,12 +1,13 @@
 """What the learner costs, as ratios within one process: against a plain PyTorch loop, packed against padded,
 chunked against whole logits.
 
-    python -m benchmarks.learner [speed] [layouts] [memory] [checkpoint] [gpu]     all of them by default
+    python -m benchmarks.learner [speed] [ranks] [layouts] [memory] [checkpoint] [gpu]     all by default
 
 speed    Trained tokens/s of Updater and ZeroPolicy (one rank) against the shortest loop that trains the same:
          same model, batches, micro-batches, attention and objective; whole logits, AdamW, no DeepSpeed, no
          metrics. Steps alternate. Beside it our Updater without DeepSpeed: what lies between them is ours,
          the rest DeepSpeed's.
+ranks    Two ranks against twice one, by the clock (benchmarks/learner/ranks.py).
 layouts  Forward and backward over the same sequences: padded, packed under transformers' block mask, packed
          by learner/policy/attention.py.
 memory   Growth of the peak by log-probs of T tokens and their gradient, one process each.
@@ -38,6 +39,7 @@ from benchmarks.learner.cases import (
 )
 from benchmarks.learner.checkpoint import measure_checkpoint, measure_saves
 from benchmarks.learner.gpu import measure_case, measure_gpu
+from benchmarks.learner.ranks import measure_ranks
 from benchmarks.learner.speed import clocked, measure_speed
 from benchmarks.pairs import compare, interleave
 from benchmarks.results import measure_load, save, show
@@ -175,8 +177,8 @@ def main() -> None:
     parser.add_argument(
         "parts",
         nargs="*",
-        default=["speed", "layouts", "memory", "checkpoint", "gpu"],
-        help="speed, layouts, memory, checkpoint, gpu",
+        default=["speed", "ranks", "layouts", "memory", "checkpoint", "gpu"],
+        help="speed, ranks, layouts, memory, checkpoint, gpu",
     )
     parts = parser.parse_args().parts
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -196,6 +198,7 @@ def main() -> None:
     load = measure_load()
     measures: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "speed": lambda: measure_speed(device),
+        "ranks": measure_ranks,
         "layouts": lambda: measure_layouts(device),
         "memory": measure_memory,
         "checkpoint": measure_checkpoint,
