@@ -268,7 +268,7 @@ class RolloutActor(Heartbeat):
         reserve = max(1, held // 2)
         if self._may_lease() and len(self._work) < reserve:
             # What is free, or as much as the engine holds, since a call costs as much as several samples. But
-            # beyond what is free no more than this actor's part of a batch: others wait for work, too.
+            # beyond what is free no more than the reserve or this actor's part of a batch: others wait, too.
             free = (actors.slots - self._engine.num_unfinished) // actors.group_size
             part = self._config.learner.groups_per_step // max(1, actors.fewest)
             wanted = max(reserve, min(held, part), free - len(self._work))

@@ -235,8 +235,8 @@ class Simulation:
     def _fill(self, actor: _Actor) -> None:
         """Begins samples while slots are free and items are admitted, then waits for the next to end.
 
-        An actor asks for a few items at once, for more when the others had theirs; a real one asks for as
-        many as fill its free slots (actors/rollout.py).
+        An actor asks for a few items at once, for more when the others had theirs; a real one asks for more
+        at a time, and before its slots are free (actors/rollout.py).
         """
         may_lease = max(1, self._speeds.slots // (2 * self._size))
         while len(actor.ends) < self._speeds.slots:

@@ -132,7 +132,7 @@ def test_a_lease_is_for_what_the_engine_holds_and_beyond_what_is_free_at_most_a_
                     actor._config, actor._lease = config(actors, groups_per_step), None
                     actor._take_work()
             actor.engine.submit(str(number), [1], seed=0, temperature=None, max_tokens=None)
-    assert wanted == [8, 8, 8, 8, 6, 4], "the first three with all of its slots free, the others with none"
+    assert wanted == [8, 8, 8, 8, 6, 4], "the first three with all slots free"
     actor._config, actor._lease = run.config, None
     actor.engine.abort([str(number) for number in range(33)])
     run.publish(1)
@@ -194,7 +194,7 @@ class TestUpdates:
         groups = self.groups(run, actor, lambda groups: len(self.versions(groups)) == 2)
         assert {len(sample.version_spans) for sample in self.samples(groups)} == {1}
         assert self.versions(groups) == {0, 1}
-        assert actor.unfinished_at_load == [0, 0]
+        assert (actor.unfinished_at_load, run.board.asked["snapshot"]) == ([0, 0], []), "none is asked for"
 
     def test_abort_starts_the_unfinished_again_with_their_seeds_and_keeps_the_finished(self, bench):
         run, actor = self.start(bench, "abort", lambda seed: 100 if seed % 4 == 0 else 5)
