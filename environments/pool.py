@@ -34,10 +34,6 @@ _log = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 2.0
 TICK_EVERY_S = 0.05
 IDLE_TICK_EVERY_S = 5.0
-REST_S = 0.002
-"""So long the pool's thread rests behind each look, and takes what has come meanwhile together: each time
-that it wakes it wants the interpreter in the middle of the engine's step, and takes its core.
-"""
 
 
 class Place:
@@ -169,16 +165,15 @@ class EnvironmentPool:
 
     def _run(self) -> None:
         try:
-            self._do_all()
             while not self._is_closed:
                 self._turn()
-                time.sleep(REST_S)
             self._do_all()
         finally:
             self._is_closed = True
             self._end()
 
     def _turn(self) -> None:
+        self._do_all()
         for key, _ in self._selector.select(self._patience_s()):
             if key.fileobj is self._woken:
                 self._woken.recv(64)
@@ -188,7 +183,6 @@ class EnvironmentPool:
                 nursery.take_reports()
             else:
                 nursery.take_replies(process)
-        self._do_all()
         now_s = time.monotonic()
         if now_s - self._ticked_s >= TICK_EVERY_S:
             self._ticked_s = now_s
