@@ -40,6 +40,8 @@ from learner.step.packing import ModelInputs, TokenLogprobs
 
 PREFETCHED_PARAMETERS = 50_000_000
 """DeepSpeed's default (`stage3_prefetch_bucket_size`)."""
+LONE_BUCKET_ELEMENTS = 1_000_000
+"""Of gradients that the only rank hands on together; DeepSpeed's default is 500 million."""
 
 
 def init_process_group(
@@ -134,15 +136,21 @@ def _deepspeed_config(learner: LearnerConfig, dtype: str, *, training: bool) -> 
     return config
 
 
-def _of_one_rank(learner: LearnerConfig) -> dict[str, bool]:
+def _of_one_rank(learner: LearnerConfig) -> dict[str, int]:
     """Returns what ZeRO-3 need not do where a CPU has the only rank.
 
     A gathered weight is then a view of the rank's part, so that to keep it until the backward pass, as
     torch's own linear layer does and DeepSpeed's in Python does not, takes no memory. Nor do gradients
-    fragment any, which DeepSpeed would copy into a bucket before it copies them into another.
+    fragment any, which DeepSpeed would copy into a bucket before it copies them into another. That bucket is
+    small: one of all gradients is allocated anew at each step, and half a step's page faults are its.
     """
-    is_alone = dist.get_world_size() == 1 and not learner.num_gpus
-    return {"memory_efficient_linear": False, "contiguous_gradients": False} if is_alone else {}
+    if dist.get_world_size() > 1 or learner.num_gpus:
+        return {}
+    return {
+        "memory_efficient_linear": False,
+        "contiguous_gradients": False,
+        "reduce_bucket_size": LONE_BUCKET_ELEMENTS,
+    }
 
 
 def _load(
