@@ -260,7 +260,7 @@ def test_a_module_that_cannot_be_imported_is_one_line_when_the_pool_is_built(
     with pytest.raises(RewardError, match=message) as error:
         pool_of("reward_at_import:f")
     assert "\n" not in str(error.value)
-    until(lambda: not worker_processes())
+    assert worker_processes() == []
 
 
 def test_a_module_of_the_working_directory_is_found_in_the_worker(tmp_path, monkeypatch):
@@ -312,8 +312,8 @@ def test_close_kills_the_workers_within_two_seconds_and_answers_what_was_waiting
         time.sleep(0.5)
         start_s = machine_s()
         pool.close()
-        until(lambda: not worker_processes())
         assert machine_s() - start_s < 2.0
+        assert worker_processes() == []
         assert all("pool was closed" in future.result(60)[0].error for future in futures)
         assert score(pool, "a") == [Scored(error="the reward pool is closed")]
 
