@@ -72,7 +72,7 @@ doctor: setup  ## check this machine
 	.venv/bin/python launch.py doctor
 
 # Most start processes that import for ten seconds on one core: two files at a time, those with deadlines among themselves. Whole runs
-# come last, one at a time.
+# that have deadlines, or need much, come last, one at a time.
 TWO_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: setup  ## all tests, the slow ones too (25 minutes on two cores)

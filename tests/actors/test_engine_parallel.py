@@ -15,7 +15,7 @@ from tests.support.parity import Parity
 from tests.support.scenarios.parallel_scenario import Report
 from tests.support.scenarios.reported import reports_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 
 class Observed(Parity):

@@ -18,7 +18,7 @@ from cluster.cli.why import why
 from cluster.deaths import read_deaths
 from tests.support.runs import rows_of, running, start_train, wait_for_step
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 STEPS = 80
 LAST_STEPS = 15
 """Nothing is killed in these: a row has the buffer's gauges of a second before."""

@@ -41,7 +41,6 @@ def test_the_base_is_warmed_up_on_what_a_run_shows_it():
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_a_few_steps_of_the_quickstart_with_a_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "WARM_UP_STEPS", 80)
     products.make_base(str(tmp_path / "base"))

@@ -65,7 +65,6 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_three_families_at_once_have_their_shares_and_their_own_scores(model: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     done = run_train(model, run_dir, path_of(SOURCES))

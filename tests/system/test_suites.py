@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.runs import rows_of, start_train
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 STEPS = 12
 SUITES = {"many": 2, "few": 1}

@@ -20,7 +20,7 @@ from recipes.arithmetic import make_llama
 from tests.support import ROOT
 from tests.support.dialogues.harnesses import FAMILY, TOKENIZER
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 TOLERANCE_NATS = 1e-4
 
