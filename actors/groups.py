@@ -248,9 +248,16 @@ class Groups:
         return said
 
     @property
-    def futures(self) -> list[Future[Any]]:
-        """Returns what is awaited of environments, for a caller that has nothing else to do."""
-        return [future for sample in self._waiting.values() for future in sample.episode.futures]
+    def is_waiting(self) -> bool:
+        """Returns whether any sample waits for its environment."""
+        return bool(self._waiting)
+
+    def wait(self, futures: Iterable[Future[Any]], timeout_s: float) -> None:
+        """Waits, for a caller that has nothing else to do, until one of `futures` is done or an environment
+        has answered; at most for so long.
+        """
+        awaited = (future for sample in self._waiting.values() for future in sample.episode.futures)
+        self._player.wait([*futures, *awaited], timeout_s)
 
     def start(self, group: OpenGroup) -> None:
         """Begins the samples that are missing."""
@@ -261,6 +268,7 @@ class Groups:
 
     def poll(self) -> list[OpenGroup]:
         """Applies the deadlines and takes what environments have answered; returns the groups that ended."""
+        self._player.turn()
         ended = self._end_late()
         for sample in [sample for sample in self._waiting.values() if sample.episode.is_ready]:
             ended += self._go_on(sample)
@@ -279,6 +287,7 @@ class Groups:
                 del sample.request_ids[turn]
                 sample.episode.act(turn, generation)
                 ended += self._go_on(sample)
+            self._player.turn()  # They answer while the caller does other things.
         return ended
 
     def update(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> bool:

@@ -18,7 +18,6 @@ to).
 
 from __future__ import annotations
 
-import concurrent.futures
 import math
 import time
 from collections import deque
@@ -370,16 +369,13 @@ class RolloutActor(Heartbeat):
         environments have answered.
         """
         start_s = time.monotonic()
-        if waiting := list(self._awaited()):
-            concurrent.futures.wait(waiting, IDLE_S, concurrent.futures.FIRST_COMPLETED)
-        else:
-            time.sleep(IDLE_S)
+        self._groups.wait(self._awaited(), IDLE_S)
         wait = "wait_evaluation_s" if self._config.is_offline else "wait_admission_s"
         wait = "wait_rewards_s" if len(self._scoring) else wait
         if self._buffer.who in self._outbox.refused_by or start_s < self._lease_at_s:
             wait = "wait_disk_s"
         wait = "wait_weights_s" if self._engine.version in (-1, self._outdated_version) else wait
-        wait = "wait_environment_s" if self._groups.futures else wait
+        wait = "wait_environment_s" if self._groups.is_waiting else wait
         self._counters[wait] += time.monotonic() - start_s
         self._end(self._groups.poll())
 
@@ -389,7 +385,6 @@ class RolloutActor(Heartbeat):
             pendings.append(self._lease)
         yield from (pending.future for pending in pendings)
         yield from self._scoring.futures
-        yield from self._groups.futures
 
     def _report(self) -> None:
         if time.monotonic() - self._reported_s >= REPORT_EVERY_S:

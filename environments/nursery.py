@@ -1,4 +1,4 @@
-"""One environment's processes, as the pool's thread sees them: its template, the places that it starts, and
+"""One environment's processes, as the pool sees them: its template, the places that it starts, and
 who plays where.
 
     template --starts--> PlaceProcess --plays--> Playing (one, or several on an event loop), each asked one thing
@@ -107,7 +107,7 @@ class PoolCounts:
 
 
 class Nursery:
-    """The processes of one environment. Everything is called by the pool's thread, and nothing waits.
+    """The processes of one environment. Everything is called in the pool's turns, and nothing waits.
 
     `ask` asks for an answer of an episode, `end` forgets the episode; `tick` keeps the deadlines;
     `take_reports` and `take_replies` are called when a socket has something.

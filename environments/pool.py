@@ -1,18 +1,23 @@
 """Runs environments in processes that can be killed: whatever an episode does, its future gets an answer, and
-nothing here waits.
+nothing here waits but `wait`.
 
     place = pool.open("game", row, seed)
     place.reset() --> Future[Turn]     place.act(text, calls) --> Future[Turn] ... until `done`     place.close()
+    pool.turn() sends what was asked, and completes the futures of what has come
 
-                 one thread, all sockets          one for each environment       one for each open episode
+                    all sockets                  one for each environment       one for each open episode
     Place  -->  EnvironmentPool, Nursery  -->  template (environments/template)  -->  place (environments/place)
                         `------------------------- questions and replies ------------------'
 
 Episodes of an environment that is asynchronous share processes, several to an event loop.
+
+The pool has no thread: who plays gives it its turns, an actor between two steps of its engine. A thread would
+want the interpreter four times a sample, and each time the engine would wait for it in the middle of a step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import selectors
@@ -41,7 +46,7 @@ class Place:
     next may be asked when the future of the last is done.
 
     The exception of a future is always an EnvironmentFailure, after which only `close` is of use. Futures are
-    completed by the pool's own thread: whoever adds callbacks must not wait in them.
+    completed in the pool's turns: nobody waits for one who is to give it these.
     """
 
     def __init__(
@@ -103,9 +108,11 @@ class EnvironmentPool:
     """The places of all open episodes of an actor.
 
         with EnvironmentPool(describe(paths).values(), turn_timeout_s=60, memory_bytes=2**32) as pool:
-            place = pool.open("game", {"prompt": "..."}, seed=7)
+            shown = pool.open("game", {"prompt": "..."}, seed=7).reset()
+            while not shown.done():
+                pool.wait([shown], timeout_s=0.1)
 
-    specs           the environments; their modules begin to be imported at once, in their own processes
+    specs           the environments; their modules are imported from the first turn on, in their own processes
     turn_timeout_s  the limit for one answer of an environment
     memory_bytes    what the process of a place and its children may use together
     counts          says what has happened so far
@@ -123,13 +130,12 @@ class EnvironmentPool:
         self._is_closed = False
         self._ticked_s = 0.0
         self._to_do: deque[Callable[[], None]] = deque(one.start for one in self._nurseries.values())
+        self._turns_in: int | None = None  # The thread that gives the turns: it need not be woken.
+        self._watched: set[Future[Any]] = set()
         self._wake, self._woken = socket.socketpair()
         for end in (self._wake, self._woken):
             end.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
-        # Templates die with the thread that starts them (PR_SET_PDEATHSIG).
-        self._thread = threading.Thread(target=self._run, name="environments", daemon=True)
-        self._thread.start()
 
     def open(self, name: str, row: Mapping[str, Any], seed: int) -> Place:
         """Returns a place for an episode of the environment `name`; `row` has the dataset's columns.
@@ -140,41 +146,26 @@ class EnvironmentPool:
         return Place(self, self._nurseries[name], Playing(next(self._numbers)), row, seed)
 
     def do(self, work: Callable[[], None]) -> bool:
-        """Lets the pool's thread do something, soon; False where the pool is closed."""
+        """Does something in the next turn; False where the pool is closed. Any thread may ask for it."""
         with self._lock:
             if self._is_closed:
                 return False
             self._to_do.append(work)
-            if len(self._to_do) == 1:
-                self._wake.send(b"x")
+            is_first = len(self._to_do) == 1
+        if is_first:
+            self._wake_up()
         return True
 
-    def close(self) -> None:
-        """Kills all processes within 2 s; open futures fail as `closed`. A second call does nothing."""
-        with self._lock:
-            if not self._is_closed:
-                self._is_closed = True
-                self._wake.send(b"x")
-        self._thread.join(CLOSE_TIMEOUT_S + 1.0)
-
-    def __enter__(self) -> EnvironmentPool:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def _run(self) -> None:
-        try:
-            while not self._is_closed:
-                self._turn()
-            self._do_all()
-        finally:
-            self._is_closed = True
-            self._end()
-
-    def _turn(self) -> None:
+    def turn(self, timeout_s: float = 0.0) -> None:
+        """Does what was asked for, takes what processes say, for which it waits at most so long, and looks at
+        the deadlines. All turns are to be one thread's, which lives as long as the pool: templates die with
+        who starts them (PR_SET_PDEATHSIG).
+        """
+        if self._is_closed:
+            return
+        self._turns_in = threading.get_ident()
         self._do_all()
-        for key, _ in self._selector.select(self._patience_s()):
+        for key, _ in self._selector.select(min(timeout_s, self._patience_s())):
             if key.fileobj is self._woken:
                 self._woken.recv(64)
                 continue
@@ -189,6 +180,38 @@ class EnvironmentPool:
             for nursery in self._nurseries.values():
                 nursery.tick(now_s)
 
+    def wait(self, futures: Iterable[Future[Any]], timeout_s: float) -> None:
+        """Takes turns until there was something to do in one, or one of `futures`, of whomever, is done; at
+        most for so long.
+        """
+        futures = set(futures)
+        for future in futures - self._watched:
+            future.add_done_callback(self._wake_up)
+        self._watched = futures
+        is_done = any(future.done() for future in futures)
+        self.turn(0.0 if is_done else timeout_s)
+
+    def close(self) -> None:
+        """Kills all processes within 2 s; open futures fail as `closed`. A second call does nothing."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        self._do_all()
+        self._end()
+
+    def __enter__(self) -> EnvironmentPool:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _wake_up(self, future: Future[Any] | None = None) -> None:
+        """Ends the waiting of a turn, unless it is the turn that says so."""
+        if threading.get_ident() != self._turns_in:
+            with contextlib.suppress(OSError):  # It is closed, or has more to wake up for than it can hold.
+                self._wake.send(b"x")
+
     def _do_all(self) -> None:
         while True:
             with self._lock:
@@ -198,15 +221,13 @@ class EnvironmentPool:
             for one in work:
                 try:
                     one()
-                except Exception:  # noqa: BLE001 - this thread serves all environments, and other jobs wait
+                except Exception:  # noqa: BLE001 - all environments are served here, and other jobs wait
                     _log.exception("the environments' pool could not do what it was asked")
 
-    def _patience_s(self) -> float | None:
+    def _patience_s(self) -> float:
         """Returns how long to wait for a socket until deadlines are looked at."""
-        nurseries = self._nurseries.values()
-        if any(nursery.is_awaited for nursery in nurseries):
-            return TICK_EVERY_S
-        return IDLE_TICK_EVERY_S if any(nursery.has_processes for nursery in nurseries) else None
+        is_awaited = any(nursery.is_awaited for nursery in self._nurseries.values())
+        return TICK_EVERY_S if is_awaited else IDLE_TICK_EVERY_S
 
     def _end(self) -> None:
         deadline_s = time.monotonic() + CLOSE_TIMEOUT_S

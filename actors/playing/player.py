@@ -5,7 +5,10 @@ Without environments this costs nothing: no tokenizer is loaded, no process star
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import concurrent.futures
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from actors.dialogue import Dialogue
@@ -33,6 +36,16 @@ class Player:
         del seed
         return Episode(prompt.token_ids)
 
+    def turn(self) -> None:
+        """Sends to environments what they are asked, and takes what they have answered."""
+
+    def wait(self, futures: Iterable[Future[Any]], timeout_s: float) -> None:
+        """Waits until one of `futures` is done, or an environment has said something; at most for so long."""
+        if awaited := list(futures):
+            concurrent.futures.wait(awaited, timeout_s, concurrent.futures.FIRST_COMPLETED)
+        else:
+            time.sleep(timeout_s)
+
     def close(self) -> None:
         """Ends all environments."""
 
@@ -42,6 +55,14 @@ class Places(Protocol):
 
     def open(self, name: str, row: Mapping[str, Any], seed: int) -> Played:
         """Returns a place for an episode."""
+        ...
+
+    def turn(self) -> None:
+        """Sends what they are asked, and takes what they have answered."""
+        ...
+
+    def wait(self, futures: Iterable[Future[Any]], timeout_s: float) -> None:
+        """Waits for one of `futures`, and gives turns meanwhile."""
         ...
 
     def close(self) -> None:
@@ -77,6 +98,14 @@ class EnvironmentPlayer(Player):
         if self._harnesses is not None and name in self._harnesses.names:
             return self._harnesses.begin(shown, cast("Led", place))
         return PlayedEpisode(shown, place, self._speeches[name], prompt.messages or (), self._limits)
+
+    def turn(self) -> None:
+        """Sends to environments what they are asked, and takes what they have answered."""
+        self._places.turn()
+
+    def wait(self, futures: Iterable[Future[Any]], timeout_s: float) -> None:
+        """Waits until one of `futures` is done, or an environment has said something; at most for so long."""
+        self._places.wait(futures, timeout_s)
 
     def close(self) -> None:
         """Ends all environments."""

@@ -125,6 +125,7 @@ class StepSampler:
         return [self._sample(episode) for episode in episodes]
 
     def _submit(self, waiting: dict[int, Episode], prompts: list[tuple[PromptRow, int]]) -> None:
+        self._player.turn()
         for place, episode in list(waiting.items()):
             for ask in episode.poll():
                 self._engine.submit(

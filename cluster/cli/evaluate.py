@@ -10,7 +10,6 @@ goes on: problems that are in samples.jsonl are not asked again.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import json
 import time
@@ -314,8 +313,8 @@ def _generate(config: Config, work: _Work, engine: Generator, say: Callable[[str
             for group in groups.step():
                 assert isinstance(group.item, EvalItem)
                 scoring.submit(group, scorers.of(group.item.suite))
-            if not engine.num_unfinished and (futures := [*groups.futures, *scoring.futures]):
-                concurrent.futures.wait(futures, 0.1, concurrent.futures.FIRST_COMPLETED)
+            if not engine.num_unfinished and (groups.is_waiting or scoring.futures):
+                groups.wait(scoring.futures, 0.1)
             for group, samples in scoring.take():
                 assert isinstance(group.item, EvalItem)
                 work.take(eval_sample(group.item, group, samples))

@@ -302,7 +302,7 @@ def test_retired_now_in_the_middle_of_episodes_nothing_is_left_open_and_another_
         return (3600.0 if asked.what == phase else 0), turns(2)(asked)[1]
 
     run, actor = started(bench, behave)
-    until(lambda: actor.places.num_open >= 8 and actor._groups.futures)
+    until(lambda: actor.places.num_open >= 8 and actor._groups.is_waiting)
     before = [place.seed for place in actor.places.places]
     run.board.get("retire", ["actor-0"], "now")
     run._running["actor-0"].result(60)

@@ -7,8 +7,8 @@ import pytest
 from core.users import pictures
 from environments import ToolCall
 from environments.calculator import Calculator
-from environments.pool import EnvironmentPool
 from environments.spec import describe
+from tests.support.environments.places import TurningPool
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_what_is_no_expression_raises_what_the_policy_is_told(expression: str, w
 def test_an_episode_with_tools() -> None:
     specs = describe({"environment": "environments.calculator:Calculator"})
     assert specs["environment"].columns == ("answer",)
-    with EnvironmentPool(specs.values(), 30.0, 2**29) as pool:
+    with TurningPool(specs.values(), 30.0, 2**29) as pool:
         place = pool.open("environment", {"prompt": "6*7-1?", "answer": "41"}, 0)
         assert place.reset().result(60).observation == ""
         turn = place.act("", (ToolCall("calculate", {"expression": "6*7-1"}),)).result(60)

@@ -14,7 +14,16 @@ import pytest
 
 from environments import EnvironmentFailure, nursery
 from environments.pool import EnvironmentPool, Place
-from tests.support.environments.places import SOON_S, SPECS, TIMEOUT_S, failure, is_gone, opened, said
+from tests.support.environments.places import (
+    SOON_S,
+    SPECS,
+    TIMEOUT_S,
+    TurningPool,
+    failure,
+    is_gone,
+    opened,
+    said,
+)
 
 pytestmark = pytest.mark.timed
 
@@ -22,7 +31,7 @@ pytestmark = pytest.mark.timed
 @pytest.fixture
 def pool() -> Iterator[EnvironmentPool]:
     """Returns a pool of its own for each test: which episodes share a process depends on what was before."""
-    with EnvironmentPool(SPECS, turn_timeout_s=TIMEOUT_S, memory_bytes=2**28) as pool:
+    with TurningPool(SPECS, turn_timeout_s=TIMEOUT_S, memory_bytes=2**28) as pool:
         yield pool
 
 
@@ -144,7 +153,7 @@ def test_without_file_descriptors_an_episode_fails_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(nursery, "AGAIN_AFTER_S", 0.0)
-    with EnvironmentPool(SPECS[:1], TIMEOUT_S, 2**28) as another:
+    with TurningPool(SPECS[:1], TIMEOUT_S, 2**28) as another:
         first = opened(another)
         template = psutil.Process(int(said(first, "pid"))).ppid()
         with no_more_files():

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import psutil
 import pytest
@@ -20,18 +22,45 @@ from environments.pool import EnvironmentPool
 from environments.spec import EnvironmentSpec
 from tests.support import ROOT
 from tests.support.clocks.machine import machine_s
-from tests.support.environments.places import BAD, SOON_S, SPECS, TIMEOUT_S, failure, is_gone, opened, said
+from tests.support.clocks.waits import until
+from tests.support.environments.places import (
+    BAD,
+    SOON_S,
+    SPECS,
+    TIMEOUT_S,
+    TurningPool,
+    failure,
+    is_gone,
+    opened,
+    said,
+)
 
 pytestmark = pytest.mark.timed
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[EnvironmentPool]:
-    with EnvironmentPool(SPECS, turn_timeout_s=TIMEOUT_S, memory_bytes=2**28) as pool:
+    with TurningPool(SPECS, turn_timeout_s=TIMEOUT_S, memory_bytes=2**28) as pool:
         yield pool
 
 
 # --- What goes well ---
+
+
+def test_a_pool_does_nothing_but_in_its_turns_and_waits_for_the_futures_of_others_too() -> None:
+    with EnvironmentPool(SPECS[:1], TIMEOUT_S, 2**28) as bare:
+        before = set(psutil.Process().children())
+        shown = bare.open("bad", {"reset": "say begin"}, 0).reset()
+        assert set(psutil.Process().children()) == before
+        bare.turn()
+        assert len(set(psutil.Process().children()) - before) == 1
+        with pytest.raises(TimeoutError):
+            shown.result(0.2)
+        until(lambda: bare.wait([shown], SOON_S) or shown.done())
+        other: Future[None] = Future()
+        threading.Timer(0.1, other.set_result, (None,)).start()
+        until(lambda: bare.wait([other], SOON_S) or other.done(), SOON_S / 2)
+    assert shown.result().observation == "begin"
 
 
 def test_an_episode_of_turns_in_text(pool: EnvironmentPool) -> None:
@@ -129,7 +158,7 @@ def test_the_same_seed_plays_the_same_whatever_was_played_before(pool: Environme
         drawn.append(said(place, "draw"))
         place.close()
     assert drawn[0] == drawn[2] != drawn[1]
-    with EnvironmentPool(SPECS[:1], TIMEOUT_S, 2**28) as another:
+    with TurningPool(SPECS[:1], TIMEOUT_S, 2**28) as another:
         assert said(opened(another, seed=7), "draw") == drawn[0], "sets are iterated in the same order too"
 
 
@@ -169,7 +198,7 @@ def test_a_process_is_free_after_the_last_answer_and_its_episode_is_asked_nothin
 
 def test_a_module_with_threads_has_places_that_are_no_forks() -> None:
     spec = EnvironmentSpec("threaded", "tests.support.environments.threaded:Threaded", "turns")
-    with EnvironmentPool([spec], 10.0, 2**28) as pool:
+    with TurningPool([spec], 10.0, 2**28) as pool:
         place = opened(pool, "threaded")
         turn = place.act("a").result(SOON_S)
     assert (turn.observation, turn.done, turn.reward) == ("A", True, 1.0)
@@ -248,7 +277,7 @@ def test_what_messages_have_besides_is_made_text_and_numbers(pool: EnvironmentPo
 
 @pytest.mark.parametrize("deed", ["flood", "flood_elsewhere"])
 def test_memory_that_its_processes_use_is_bounded(deed: str) -> None:
-    with EnvironmentPool(SPECS[:1], turn_timeout_s=600.0, memory_bytes=2**27) as another:
+    with TurningPool(SPECS[:1], turn_timeout_s=600.0, memory_bytes=2**27) as another:
         place = opened(another)
         pid, failed = said(place, "pid"), failure(place, deed)
         assert failed.kind == "memory"
@@ -266,7 +295,7 @@ def test_reset_may_fail_as_well(pool: EnvironmentPool, when: dict[str, str], wha
 
 def test_a_constructor_that_raises_is_told(pool: EnvironmentPool) -> None:
     spec = EnvironmentSpec("bad", f"{BAD}:Bad?ready=raise", "turns")
-    with EnvironmentPool([spec], TIMEOUT_S, 2**28) as another:
+    with TurningPool([spec], TIMEOUT_S, 2**28) as another:
         with pytest.raises(EnvironmentFailure, match="its constructor raised ValueError"):
             another.open("bad", {}, 0).reset().result(SOON_S)
         assert another.counts.failures == {"raised": 1}
@@ -338,7 +367,7 @@ def test_a_close_that_fails_costs_nothing_but_its_process(
 
 
 def test_what_is_asked_of_a_pool_that_closes_fails_and_nothing_is_left(pool: EnvironmentPool) -> None:
-    another = EnvironmentPool(SPECS, 600.0, 2**28)
+    another = TurningPool(SPECS, 600.0, 2**28)
     places = [opened(another), opened(another, "shared")]
     left = [
         said(places[0], "child"),
@@ -358,7 +387,7 @@ def test_what_is_asked_of_a_pool_that_closes_fails_and_nothing_is_left(pool: Env
 
 
 def test_a_template_that_dies_is_started_again() -> None:
-    with EnvironmentPool(SPECS[:1], TIMEOUT_S, 2**28) as another:
+    with TurningPool(SPECS[:1], TIMEOUT_S, 2**28) as another:
         place = opened(another)
         left = [said(place, "child"), said(place, "grandchild"), said(place, "pid")]
         asked = place.act("sleep 1.9")
@@ -374,11 +403,11 @@ def test_a_template_that_dies_is_started_again() -> None:
 def test_nothing_is_left_of_an_actor_that_is_killed_in_the_middle_of_an_episode() -> None:
     code = f"""
         import time
-        from environments.pool import EnvironmentPool
         from environments.spec import EnvironmentSpec
+        from tests.support.environments.places import TurningPool
         bad = EnvironmentSpec("bad", "{BAD}:Bad", "turns")
         shared = EnvironmentSpec("shared", "{BAD}:BadAsync", "turns", is_async=True)
-        pool = EnvironmentPool([bad, shared], 600.0, 2**28)
+        pool = TurningPool([bad, shared], 600.0, 2**28)
         places = [pool.open(name, {{}}, 0) for name in ("bad", "shared")]
         for place in places:
             place.reset().result()
@@ -404,7 +433,7 @@ def test_nothing_is_left_of_an_actor_that_is_killed_in_the_middle_of_an_episode(
 
 def test_a_module_that_cannot_be_loaded_fails_its_episodes_and_says_why() -> None:
     path = "tests.support.environments.gone:Gone"
-    with EnvironmentPool([EnvironmentSpec("gone", path, "turns")], TIMEOUT_S, 2**28) as another:
+    with TurningPool([EnvironmentSpec("gone", path, "turns")], TIMEOUT_S, 2**28) as another:
         with pytest.raises(EnvironmentFailure) as caught:
             another.open("gone", {}, 0).reset().result(SOON_S)
         assert f"environments.gone = {path}: no module named" in caught.value.text

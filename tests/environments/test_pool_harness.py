@@ -11,6 +11,7 @@ from environments import EnvironmentFailure, Turn
 from environments.pool import EnvironmentPool
 from environments.spec import EnvironmentSpec
 from tests.support.environments.chat_server import ChatServer
+from tests.support.environments.places import TurningPool
 
 pytestmark = pytest.mark.timed
 
@@ -32,7 +33,7 @@ def policy() -> Iterator[ChatServer]:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[EnvironmentPool]:
-    with EnvironmentPool(SPECS, turn_timeout_s=2.0, memory_bytes=2**30) as pool:
+    with TurningPool(SPECS, turn_timeout_s=2.0, memory_bytes=2**30) as pool:
         yield pool
 
 

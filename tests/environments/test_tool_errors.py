@@ -7,9 +7,13 @@ import logging
 import pytest
 
 from environments import ToolCall, Turn
-from environments.pool import EnvironmentPool
 from environments.tool_errors import MIN_CALLS, ToolErrors
-from tests.support.environments.places import SOON_S, SPECS, opened
+from tests.support.environments.places import (
+    SOON_S,
+    SPECS,
+    TurningPool,
+    opened,
+)
 
 pytestmark = pytest.mark.timed
 
@@ -18,7 +22,7 @@ def test_a_tool_that_raises_at_every_call_is_told_of_once_with_its_last_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.WARNING)
-    with EnvironmentPool(SPECS, turn_timeout_s=20.0, memory_bytes=2**28) as pool:
+    with TurningPool(SPECS, turn_timeout_s=20.0, memory_bytes=2**28) as pool:
         place = opened(pool, "counter")
         calls = (ToolCall("increment", {"step": 50}),) * (MIN_CALLS // 2)
         for _ in range(4):

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeAlias
 
@@ -96,6 +97,15 @@ class ScriptedPlaces:
         self.places.append(ScriptedPlace(self._behave, row, seed, len(self.places)))
         self.most_open = max(self.most_open, self.num_open)
         return self.places[-1]
+
+    def turn(self) -> None:
+        pass
+
+    def wait(self, futures: Iterable[Future[Any]], timeout_s: float) -> None:
+        if awaited := list(futures):
+            concurrent.futures.wait(awaited, timeout_s, concurrent.futures.FIRST_COMPLETED)
+        else:
+            time.sleep(timeout_s)
 
     def close(self) -> None:
         for place in self.places:

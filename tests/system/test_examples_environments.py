@@ -13,6 +13,7 @@ from environments.pool import EnvironmentPool, Place
 from environments.spec import describe
 from tests.support import ROOT
 from tests.support.environments.chat_server import ChatServer
+from tests.support.environments.places import TurningPool
 
 pytestmark = pytest.mark.timed
 
@@ -40,7 +41,7 @@ def pool() -> Iterator[EnvironmentPool]:
             "game": "turns",
             "agent": "harness",
         }
-        with EnvironmentPool(specs.values(), 30.0, 2**30) as pool:
+        with TurningPool(specs.values(), 30.0, 2**30) as pool:
             yield pool
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 from pathlib import Path
 
 import psutil
@@ -10,9 +9,10 @@ import pytest
 
 from actors.episode import Ask, Episode
 from actors.playing.played import EpisodeLimits
-from actors.playing.player import EnvironmentPlayer, make_player
+from actors.playing.player import EnvironmentPlayer, Player, make_player
 from actors.prompts import PromptRow
 from recipes.arithmetic import make_tokenizer
+from tests.support.clocks.waits import until
 from tests.support.configs import actor_config
 from tests.support.environments.sums import MARKS
 from tests.support.playing import DigitSpeech, ScriptedPlaces, turns
@@ -21,9 +21,14 @@ from tests.support.said import generated
 pytestmark = pytest.mark.timed
 
 
-def answered(episode: Episode) -> list[Ask]:
+def answered(player: Player, episode: Episode) -> list[Ask]:
     """What the episode asks of the engine once its environment has answered."""
-    assert concurrent.futures.wait(episode.futures, 30).done
+
+    def has_answered() -> bool:
+        player.wait(episode.futures, 30.0)
+        return episode.is_ready
+
+    until(has_answered)
     return [*episode.poll()]
 
 
@@ -60,13 +65,13 @@ def test_an_environment_in_its_process_is_played_in_tokens_and_ends_with_the_pla
     messages = ({"role": "user", "content": "3+4="},)
     prompt = PromptRow(0, "3+4=", (), {"answer": "7"}, messages=messages, environment="environment")
     episode = player.begin(prompt, seed=1)
-    (first,) = answered(episode)
+    (first,) = answered(player, episode)
     assert list(first.tokens)[-4:] == encode("3+4=")
     episode.act(0, generated(9, 1, text="6"))
-    (second,) = answered(episode)
+    (second,) = answered(player, episode)
     assert list(second.tokens) == [*first.tokens, 9, 1, *encode("1+1=")]
     episode.act(1, generated(10, 1, text="7"))
-    assert not answered(episode)
+    assert not answered(player, episode)
     sample = episode.sample()
     assert sample is not None
     assert (sample.turns, sample.error, sample.reward, sample.text) == (2, None, None, "7")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterable
 
 import psutil
 import pytest
 
 from environments import EnvironmentFailure
-from environments.pool import EnvironmentPool, Place
+from environments.pool import CLOSE_TIMEOUT_S, EnvironmentPool, Place
 from environments.spec import EnvironmentSpec
 
 TIMEOUT_S = 2.0
@@ -20,6 +22,26 @@ SPECS = (
     EnvironmentSpec("shared", f"{BAD}:BadAsync", "turns", is_async=True),
     EnvironmentSpec("counter", "tests.support.environments.trl:Counter", "tools"),
 )
+
+
+class TurningPool(EnvironmentPool):
+    """A pool whose turns are a thread's, for who waits for the futures of its places."""
+
+    def __init__(self, specs: Iterable[EnvironmentSpec], turn_timeout_s: float, memory_bytes: int) -> None:
+        super().__init__(specs, turn_timeout_s, memory_bytes)
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._go_round, name="environments", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._is_closing = True
+        self._wake_up()
+        self._thread.join(CLOSE_TIMEOUT_S + 1.0)
+
+    def _go_round(self) -> None:
+        while not self._is_closing:
+            self.turn(SOON_S)
+        super().close()
 
 
 def opened(pool: EnvironmentPool, name: str = "bad", seed: int = 0, **row: object) -> Place:
