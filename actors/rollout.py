@@ -50,6 +50,7 @@ from core.calls import Calls, Pending, settle
 from core.config import LORA_ALPHA, Config
 from core.config.environments import all_paths
 from core.errors import SnapshotError
+from core.machine import ENGINE_THREAD, call_thread
 from core.monitor_client import MonitorClient
 from core.records import Group, Sample, WorkItem, encode
 from core.weights.board import BoardClient, ReceiverClient
@@ -120,6 +121,7 @@ class RolloutActor(Heartbeat):
         """Generates until it is retired and returns the final counters. Raises PeerTimeout when buffer or
         board does not answer.
         """
+        call_thread(ENGINE_THREAD)
         while not self._is_over():
             self._beat()
             self._follow_board()

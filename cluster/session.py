@@ -15,6 +15,7 @@ import ray
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
+from cluster.cores import CoreKeeper
 from cluster.guardian import guard
 from cluster.preparation.prepare import repository_root
 from cluster.preparation.surroundings import cluster_address
@@ -84,7 +85,8 @@ def ray_session(
         raise PlacementError(_why_not_connected(address, error)) from None
     _keep_deaths_to_ourselves()
     try:
-        yield
+        with CoreKeeper(learner.ranks) if address is None else contextlib.nullcontext():
+            yield
     finally:
         ray.shutdown()
         forget_inherited()

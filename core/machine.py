@@ -4,11 +4,13 @@ how often it collects garbage, which takes a core's time too: seldom while it lo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
 import shutil
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +19,8 @@ import psutil
 _CGROUP = Path("/sys/fs/cgroup")
 _THRESHOLDS = gc.get_threshold()
 LOADING_THRESHOLDS = (100_000, 20, 100)
+ENGINE_THREAD = "engine"
+"""What the thread of a rollout actor that makes its engine's steps is called, at most 15 letters."""
 
 
 def available_cpus() -> float:
@@ -38,6 +42,12 @@ def idle_cpu_seconds() -> float:
     # Where some cores are hidden or offline, a row is no core's number: all are looked at.
     mine = [rows[core] for core in cores] if max(cores) < len(rows) else rows
     return sum(row.idle + row.iowait for row in mine)  # A core that waits for a disk is free too.
+
+
+def call_thread(name: str) -> None:
+    """Gives the calling thread a name that the kernel shows, as in `top -H`."""
+    with contextlib.suppress(OSError):  # There is no /proc.
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name, encoding="ascii")
 
 
 def shm_bytes() -> float:

@@ -33,6 +33,7 @@ from benchmarks.bound.counters import Processes
 from benchmarks.bound.held import HeldRun
 from benchmarks.pairs import compare
 from benchmarks.results import measure_load, save, show
+from cluster.cores import CoreKeeper
 from cluster.session import keep_no_call_events
 
 ROUNDS, DEFAULT_TIMEOUT_S = 3, 360.0
@@ -246,7 +247,7 @@ def main() -> None:
     load, start_s = measure_load(), time.monotonic()
     keep_no_call_events()
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
-    with tempfile.TemporaryDirectory() as directory:
+    with CoreKeeper(num_ranks=1), tempfile.TemporaryDirectory() as directory:
         for number, name in enumerate(asked):
             deadline_s = start_s + arguments.timeout_s * (number + 1) / len(asked)
             row = measure(Path(directory, str(number)), name, arguments.rounds, deadline_s)

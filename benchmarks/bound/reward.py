@@ -22,6 +22,7 @@ from benchmarks.actors.rig import Prepared, prepare
 from benchmarks.bound.held import HeldRun
 from benchmarks.pairs import compare
 from benchmarks.results import measure_load, save, show
+from cluster.cores import CoreKeeper
 from cluster.session import keep_no_call_events
 from core.errors import TrainingError
 
@@ -90,7 +91,7 @@ def main() -> None:
         if number and time.monotonic() > began_s + arguments.timeout_s * 2 / 3:
             break
         for mode in MODES[:: 1 if number % 2 == 0 else -1]:
-            with tempfile.TemporaryDirectory() as directory:
+            with CoreKeeper(num_ranks=1), tempfile.TemporaryDirectory() as directory:
                 prepared = prepare(Path(directory), *OVERRIDES)
                 one = train(prepared, Path(directory, mode), mode, arguments.reward)
             if one["reward"] < arguments.reward:
