@@ -141,11 +141,6 @@ class Nursery:
             process.playing or process.deadline_s is not None for process in self._processes.values()
         )
 
-    @property
-    def has_processes(self) -> bool:
-        """Returns whether any place's process lives."""
-        return bool(self._processes)
-
     # --- Asked by the pool ---
 
     def start(self) -> None:

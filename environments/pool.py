@@ -39,6 +39,8 @@ _log = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 2.0
 TICK_EVERY_S = 0.05
 IDLE_TICK_EVERY_S = 5.0
+AMID_LIMIT_S = 0.02
+"""A turn waits so long for the rest of a message whose beginning has come, or for room to send the rest of one."""
 
 
 class Place:
@@ -129,7 +131,7 @@ class EnvironmentPool:
         self._lock = threading.Lock()
         self._is_closed = False
         self._ticked_s = 0.0
-        self._to_do: deque[Callable[[], None]] = deque(one.start for one in self._nurseries.values())
+        self._to_do: deque[Callable[[], None]] = deque()
         self._turns_in: int | None = None  # The thread that gives the turns: it need not be woken.
         self._watched: set[Future[Any]] = set()
         self._wake, self._woken = socket.socketpair()
@@ -161,19 +163,13 @@ class EnvironmentPool:
         the deadlines. All turns are to be one thread's, which lives as long as the pool: templates die with
         who starts them (PR_SET_PDEATHSIG).
         """
+        self._begin_turn()
         if self._is_closed:
             return
-        self._turns_in = threading.get_ident()
-        self._do_all()
-        for key, _ in self._selector.select(min(timeout_s, self._patience_s())):
-            if key.fileobj is self._woken:
-                self._woken.recv(64)
-                continue
-            nursery, process = key.data
-            if process is None:
-                nursery.take_reports()
-            else:
-                nursery.take_replies(process)
+        is_amid = self._take(min(timeout_s, self._patience_s()))
+        deadline_s = time.monotonic() + AMID_LIMIT_S
+        while is_amid and time.monotonic() < deadline_s:
+            is_amid = self._take(AMID_LIMIT_S / 10)
         now_s = time.monotonic()
         if now_s - self._ticked_s >= TICK_EVERY_S:
             self._ticked_s = now_s
@@ -181,13 +177,14 @@ class EnvironmentPool:
                 nursery.tick(now_s)
 
     def wait(self, futures: Iterable[Future[Any]], timeout_s: float) -> None:
-        """Takes turns until there was something to do in one, or one of `futures`, of whomever, is done; at
+        """Takes a turn until there was something to do in it, or one of `futures`, of whomever, is done; at
         most for so long.
         """
         futures = set(futures)
         for future in futures - self._watched:
             future.add_done_callback(self._wake_up)
-        self._watched = futures
+        self._watched = {future for future in self._watched | futures if not future.done()}
+        self._begin_turn()  # Some are answered at once.
         is_done = any(future.done() for future in futures)
         self.turn(0.0 if is_done else timeout_s)
 
@@ -205,6 +202,31 @@ class EnvironmentPool:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _begin_turn(self) -> None:
+        """Does what was asked for; in the first turn the templates are started."""
+        if self._turns_in is None and not self._is_closed:
+            self._turns_in = threading.get_ident()
+            for nursery in self._nurseries.values():
+                nursery.start()
+        self._do_all()
+
+    def _take(self, timeout_s: float) -> bool:
+        """Takes what processes say, for which it waits at most so long; returns whether one of them is in the
+        middle of a message, to us or from us. A socket holds a fraction of a picture.
+        """
+        is_amid = False
+        for key, _ in self._selector.select(timeout_s):
+            if key.fileobj is self._woken:
+                self._woken.recv(64)
+                continue
+            nursery, process = key.data
+            if process is None:
+                nursery.take_reports()
+            else:
+                nursery.take_replies(process)
+                is_amid |= process.channel.is_amid
+        return is_amid
 
     def _wake_up(self, future: Future[Any] | None = None) -> None:
         """Ends the waiting of a turn, unless it is the turn that says so."""

@@ -149,6 +149,11 @@ class Channel:
         """Returns whether something is to be sent as soon as the socket takes it."""
         return bool(self._waiting)
 
+    @property
+    def is_amid(self) -> bool:
+        """Returns whether a part of a message has come, or was sent, and the rest has not."""
+        return self.is_waiting or bool(self._came)
+
     def send(self, message: object, fd: int | None = None) -> None:
         """Sends a message, with a file descriptor that is closed here once it is sent."""
         frame = framed(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))

@@ -63,6 +63,21 @@ def test_a_pool_does_nothing_but_in_its_turns_and_waits_for_the_futures_of_other
     assert shown.result().observation == "begin"
 
 
+def test_one_turn_takes_and_sends_what_no_socket_holds_at_once() -> None:
+    with EnvironmentPool(SPECS[:1], SOON_S, 2**29) as bare:
+        place = bare.open("bad", {"reset": "say begin", "more": "x" * 3_000_000}, 0)
+        shown = place.reset()
+        until(lambda: bare.wait([shown], SOON_S) or shown.done())
+        long = place.act("show {'content': 'a' * 3_000_000}")
+        num_turns = 0
+        while not long.done():
+            time.sleep(0.5)  # A step of the engine.
+            bare.turn()
+            num_turns += 1
+    assert len(long.result().observation[0]["content"]) == 3_000_000  # type: ignore[index]
+    assert num_turns <= 4
+
+
 def test_an_episode_of_turns_in_text(pool: EnvironmentPool) -> None:
     place = pool.open("bad", {"reset": "say begin"}, 0)
     assert place.reset().result(SOON_S) == Turn("begin", done=False)
