@@ -1,5 +1,5 @@
-"""Keeps a core for each engine where a machine has one for each engine and each rank, and no more: all other
-threads of the run stay off it for as long as the engines want all of theirs.
+"""Keeps a core for each engine where a machine has one for each engine and each rank, and no more: all
+other threads of the run stay off it for as long as the engines want all of theirs.
 
     engines' threads ran or waited for a core nearly all the time --> the others get the other cores
     one did not (it waits for admission, an environment, a reward) --> everybody gets all of them
@@ -27,6 +27,7 @@ from core.machine import ENGINE_THREAD, available_cpus
 LOOK_EVERY_S = 0.5
 SEARCH_EVERY_S = 5.0
 """Engines come and go, and processes that an engine's own thread has started have its cores."""
+GIVE_BACK_PASSES = 5
 WANTS_ALL, WANTS_LESS = 0.9, 0.7
 """Of the time: an engine that ran or waited for a core for the first or more gets one to itself, and gives it
 up below the second.
@@ -53,6 +54,8 @@ class CoreKeeper:
         """Takes the number of the learner's ranks; each wants a core as an engine does."""
         self._num_ranks, self._pid = num_ranks, pid or os.getpid()
         self._cores = os.sched_getaffinity(0)
+        # Where those who are no engine may run while the engines keep theirs.
+        self._others = set(sorted(self._cores)[max(0, len(self._cores) - num_ranks) :])
         self._engines: dict[Thread, float] = {}
         self._looked_s, self._searched_s = time.monotonic(), -math.inf
         self._is_over = threading.Event()
@@ -71,8 +74,7 @@ class CoreKeeper:
         self._is_over.set()
         if self._thread is not None:
             self._thread.join()
-        if self.is_keeping:
-            self._allow(self._cores)
+        self._give_back()
 
     def tick(self) -> None:
         """Looks at what the engines wanted since the last time, and sets who may run where."""
@@ -85,14 +87,13 @@ class CoreKeeper:
             self._engines = _engines(family(self._pid))
         before, self.is_keeping = self.is_keeping, self._is_wanted(wanted)
         if self.is_keeping and (is_due or not before):
-            self._allow(self._others())
+            self._allow(self._others)
         elif before and not self.is_keeping:
-            self._allow(self._cores)
+            self._give_back()
 
     def _run(self) -> None:
         while not self._is_over.wait(LOOK_EVERY_S):
-            with contextlib.suppress(OSError):  # A sandbox need not let anybody choose cores.
-                self.tick()
+            self.tick()
 
     def _wanted(self, elapsed_s: float) -> list[float]:
         """Returns how much of a core each engine used or waited for; those that have ended are left out."""
@@ -109,15 +110,25 @@ class CoreKeeper:
             return False
         return min(wanted) >= (WANTS_LESS if self.is_keeping else WANTS_ALL)
 
-    def _others(self) -> set[int]:
-        """Returns the cores that are not kept."""
-        return set(sorted(self._cores)[len(self._engines) :])
+    def _give_back(self) -> None:
+        """Gives every core back to all, also to those that were started meanwhile by who had not got his."""
+        for _ in range(GIVE_BACK_PASSES):
+            if not self._allow(self._cores):
+                return
 
-    def _allow(self, cores: set[int]) -> None:
-        """Lets the run's threads use these cores; the engines' may use all."""
+    def _allow(self, cores: set[int]) -> int:
+        """Lets the run's threads use these cores, and the engines' all; returns for how many that was new. Whose
+        cores somebody else has chosen keeps them.
+        """
+        changed = 0
         for thread in _threads(family(self._pid)):
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(thread.tid, self._cores if thread in self._engines else cores)
+            allowed = self._cores if thread in self._engines else cores
+            with contextlib.suppress(OSError):  # It has ended, or is another user's.
+                present = os.sched_getaffinity(thread.tid)
+                if present in (self._cores, self._others) and present != allowed:
+                    os.sched_setaffinity(thread.tid, allowed)
+                    changed += 1
+        return changed
 
 
 def _threads(pids: Iterable[int]) -> Iterator[Thread]:

@@ -50,7 +50,7 @@ def main(driver_pid: int) -> None:
         family = _with_descendants(family)
     time.sleep(GRACE_S)
     for process in family.intersection(_parents()) | _of_ray_session(driver_pid):
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(OSError):  # It has ended, or is another user's.
             os.kill(process.pid, signal.SIGKILL)
 
 

@@ -85,7 +85,9 @@ def ray_session(
         raise PlacementError(_why_not_connected(address, error)) from None
     _keep_deaths_to_ourselves()
     try:
-        with CoreKeeper(learner.ranks) if address is None else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if address is None and _is_full(actors, learner, models):
+                stack.enter_context(CoreKeeper(learner.ranks))
             yield
     finally:
         ray.shutdown()
@@ -120,6 +122,12 @@ def without_onlookers() -> Iterator[None]:
         utils.get_dashboard_dependency_error = look
         for name, start in starts.items():
             setattr(node, name, start)
+
+
+def _is_full(actors: ActorsConfig, learner: LearnerConfig, models: Iterable[HostedModel]) -> bool:
+    """Returns whether this machine has a core for each thread of engines and ranks, and no more."""
+    threads = max(actors.num_cpus, actors.tensor_parallel, learner.reserved_cpus)
+    return threads <= 1 and not [*models] and available_cpus() == actors.fewest + learner.ranks
 
 
 def _environment() -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.cores import CoreKeeper
+from core.machine import available_cpus
 from tests.support import ROOT
 from tests.support.clocks.waits import until
 
@@ -32,7 +33,9 @@ while True:
 other.communicate()
 """
 
-pytestmark = pytest.mark.skipif(len(CORES) < 2, reason="one core cannot be kept from anybody")
+pytestmark = pytest.mark.skipif(
+    not 2 <= len(CORES) <= available_cpus(), reason="one core cannot be kept from anybody"
+)
 
 
 class _Engine:
@@ -95,6 +98,18 @@ def test_it_looks_by_itself_and_gives_all_cores_back_at_its_end(engine: _Engine)
         until(lambda: keeper.is_keeping)
         until(lambda: os.sched_getaffinity(engine.other_pid) != CORES)
     assert os.sched_getaffinity(engine.other_pid) == CORES
+
+
+def test_whoever_has_chosen_its_cores_itself_keeps_them(engine: _Engine) -> None:
+    chosen = {min(CORES)}
+    os.sched_setaffinity(engine.other_pid, chosen)
+    keeper = _keeper(engine)
+    engine.say("work")
+    _look_until(keeper, True)
+    assert os.sched_getaffinity(engine.other_pid) == chosen
+    engine.say("wait")
+    _look_until(keeper, False)
+    assert os.sched_getaffinity(engine.other_pid) == chosen
 
 
 def test_an_engine_that_ends_is_not_kept_a_core_for(engine: _Engine) -> None:
