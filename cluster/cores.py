@@ -117,8 +117,8 @@ class CoreKeeper:
                 return
 
     def _allow(self, cores: set[int]) -> int:
-        """Lets the run's threads use these cores, and the engines' all; returns for how many that was new. Whose
-        cores somebody else has chosen keeps them.
+        """Lets the run's threads use these cores, and the engines' all; returns for how many that was new.
+        Whose cores somebody else has chosen keeps them.
         """
         changed = 0
         for thread in _threads(family(self._pid)):

@@ -40,7 +40,9 @@ CLOSE_TIMEOUT_S = 2.0
 TICK_EVERY_S = 0.05
 IDLE_TICK_EVERY_S = 5.0
 AMID_LIMIT_S = 0.02
-"""A turn waits so long for the rest of a message whose beginning has come, or for room to send the rest of one."""
+"""A turn waits so long for the rest of a message whose beginning has come, or for room to send the rest of
+one.
+"""
 
 
 class Place:
