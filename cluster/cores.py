@@ -118,7 +118,7 @@ class CoreKeeper:
 
     def _allow(self, cores: set[int]) -> int:
         """Lets the run's threads use these cores, and the engines' all; returns for how many that was new.
-        Whose cores somebody else has chosen keeps them.
+        Whose cores somebody else has chosen keeps them, unless these are the very cores that we would choose.
         """
         changed = 0
         for thread in _threads(family(self._pid)):

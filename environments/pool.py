@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 2.0
 TICK_EVERY_S = 0.05
 IDLE_TICK_EVERY_S = 5.0
-AMID_LIMIT_S = 0.02
+AMID_LIMIT_S = 0.05
 """A turn waits so long for the rest of a message whose beginning has come, or for room to send the rest of
 one.
 """
@@ -50,7 +50,7 @@ class Place:
     next may be asked when the future of the last is done.
 
     The exception of a future is always an EnvironmentFailure, after which only `close` is of use. Futures are
-    completed in the pool's turns: nobody waits for one who is to give it these.
+    completed in the pool's turns: whoever gives it these never waits for one by `result`.
     """
 
     def __init__(
@@ -170,8 +170,8 @@ class EnvironmentPool:
             return
         is_amid = self._take(min(timeout_s, self._patience_s()))
         deadline_s = time.monotonic() + AMID_LIMIT_S
-        while is_amid and time.monotonic() < deadline_s:
-            is_amid = self._take(AMID_LIMIT_S / 10)
+        while is_amid and (left_s := deadline_s - time.monotonic()) > 0:
+            is_amid = self._take(left_s)
         now_s = time.monotonic()
         if now_s - self._ticked_s >= TICK_EVERY_S:
             self._ticked_s = now_s

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeAlias
 
+from actors.playing.player import Player
 from environments import EnvironmentFailure, ToolCall, Turn
 
 Outcome: TypeAlias = Turn | EnvironmentFailure
@@ -102,10 +102,7 @@ class ScriptedPlaces:
         pass
 
     def wait(self, futures: Iterable[Future[Any]], timeout_s: float) -> None:
-        if awaited := list(futures):
-            concurrent.futures.wait(awaited, timeout_s, concurrent.futures.FIRST_COMPLETED)
-        else:
-            time.sleep(timeout_s)
+        Player().wait(futures, timeout_s)
 
     def close(self) -> None:
         for place in self.places:
