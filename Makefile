@@ -71,21 +71,20 @@ demo-smollm2: setup  ## three steps of a real 135M model on sums
 doctor: setup  ## check this machine
 	.venv/bin/python launch.py doctor
 
-# Most start processes that import for ten seconds on one core: two files at a time, those with deadlines among themselves. Whole runs
-# that have deadlines, or need much, come last, one at a time.
-TWO_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Most start processes that import for ten seconds on one core: two files at a time. Those with deadlines are
+# among themselves, and mostly wait: three at a time.
+AT_A_TIME := --dist loadfile --no-loadscope-reorder --numprocesses
 
 test: setup  ## all tests, the slow ones too (25 minutes on two cores)
 	@status=0; set -x; \
-	.venv/bin/python -m pytest -q --durations=15 -m "not timed and not alone" $(TWO_AT_A_TIME) $(ARGS) || status=1; \
-	.venv/bin/python -m pytest -q --durations=15 -m "timed and not alone" $(TWO_AT_A_TIME) $(ARGS) || status=1; \
-	.venv/bin/python -m pytest -q --durations=15 -m alone $(ARGS) || status=1; \
+	.venv/bin/python -m pytest -q --durations=15 -m "not timed" $(AT_A_TIME) 2 $(ARGS) || status=1; \
+	.venv/bin/python -m pytest -q --durations=15 -m timed $(AT_A_TIME) 3 $(ARGS) || status=1; \
 	exit $$status
 
 test-fast: setup  ## tests without engines, ranks and clusters (two minutes on two cores)
 	@status=0; set -x; \
-	.venv/bin/python -m pytest -q -m "not slow and not timed" $(TWO_AT_A_TIME) $(ARGS) || status=1; \
-	.venv/bin/python -m pytest -q -m "not slow and timed" $(TWO_AT_A_TIME) $(ARGS) || status=1; \
+	.venv/bin/python -m pytest -q -m "not slow and not timed" $(AT_A_TIME) 2 $(ARGS) || status=1; \
+	.venv/bin/python -m pytest -q -m "not slow and timed" $(AT_A_TIME) 3 $(ARGS) || status=1; \
 	exit $$status
 
 test-families: setup  ## every family of models that transformers and vLLM share, tiny; writes docs/models.md (half an hour)

@@ -44,8 +44,8 @@ RUNNING = """
 """
 ENDING = """
         stop.end_in_order("the same command with run.dir=runs/x")
-        print("begun", flush=True)
         try:
+            print("begun", flush=True)
             while True: long_call()
         finally:
             print("closed", flush=True)

@@ -55,7 +55,7 @@ BY_TEST = {
     f"{PYTHON} why RUN_DIR actor-0": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
     "launch.py why RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
     f"{PYTHON} scale RUN_DIR --actors "
-    "4": "test_system.py::test_scaling_one_to_three_to_one_from_another_shell_and_sigterm_lose_nothing",
+    "4": "test_scaled_runs.py::test_scaling_one_to_three_to_one_from_another_shell_and_sigterm_lose_nothing",
     f"{PYTHON} chat RUN_DIR/policy "
     '"12+7="': "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
     f"{PYTHON} evaluate "
@@ -65,10 +65,10 @@ BY_TEST = {
     "DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
     "launch.py inspect-batch FILE": "test_guards.py::test_inspect_batch_shows_what_a_reader_looks_for",
     "launch.py doctor": "test_readme.py::test_doctor_runs_in_a_clone",
-    "export PATH=$PWD/.venv/bin:$PATH": "test_system.py::test_ray_job_submit_with_token_authentication",
-    "export RAY_AUTH_MODE=token": "test_system.py::test_ray_job_submit_with_token_authentication",
-    "ray start --head": "test_system.py::test_ray_job_submit_with_token_authentication",
-    "ray job submit --working-dir . -- python launch.py train configs/quickstart.yaml": "test_system.py::"
+    "export PATH=$PWD/.venv/bin:$PATH": "test_submitted_runs.py::test_ray_job_submit_with_token_authentication",
+    "export RAY_AUTH_MODE=token": "test_submitted_runs.py::test_ray_job_submit_with_token_authentication",
+    "ray start --head": "test_submitted_runs.py::test_ray_job_submit_with_token_authentication",
+    "ray job submit --working-dir . -- python launch.py train configs/quickstart.yaml": "test_submitted_runs.py::"
     "test_ray_job_submit_with_token_authentication",
     "launch.py plan CONFIG --gpu h100": "test_planning.py::test_the_command_prints_a_plan",
     f"{PYTHON} plan configs/llama3_8b_math.yaml --gpu "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from tests.support import ROOT
+from tests.support.clocks.machine import machine_s
 
 STEPS = 12
 
@@ -136,3 +138,21 @@ def described(processes: list[psutil.Process]) -> list[str]:
                     f"{' '.join(process.cmdline())[:300]}"
                 )
     return found
+
+
+def check_ends_in_order(process: subprocess.Popen[str], run_dir: Path, name: str, code: int) -> None:
+    """Sends the signal: the run ends within 30 s with all its files, and no process of it is left."""
+    family = processes_of([process.pid])
+    if name == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)  # As Ctrl-C in a terminal: the whole process group.
+    else:
+        process.send_signal(signal.SIGTERM)
+    start_s = machine_s()
+    out, err = process.communicate(timeout=120)
+    assert machine_s() - start_s <= 30
+    assert process.returncode == code, out + err
+    assert f"stopped: {name}" in out
+    assert (run_dir / "policy" / "model.safetensors").exists()
+    assert (run_dir / "report.html").exists()
+    assert len(family) > 5
+    assert wait_for_end(family) == []

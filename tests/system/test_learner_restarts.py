@@ -167,7 +167,6 @@ def test_without_checkpoints_a_dead_rank_ends_the_run(planted: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_killed_ranks_and_a_killed_driver_cost_no_step_no_prompt_and_no_group(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from core.machine import LOADING_THRESHOLDS
 from tests.support.cluster.nodes import SHARED, Node, Nodes, can_have_nodes
 from tests.support.runs import environment, overrides, rows_of, started
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 LIMIT_S = 300.0
 RAY = str(Path(sys.executable).parent / "ray")

@@ -16,7 +16,7 @@ from buffer.ledger import audit_run
 from tests.support.environments.sums import MARKS
 from tests.support.runs import actor_of, described, rows_of, start_train, wait_for_step
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 STEPS = 8
 MOST_S = 240.0

@@ -1,16 +1,22 @@
-"""The examples of docs/environments.md are the files beside it, and play as it says."""
+"""The examples of the pages on environments and evaluation are the files beside them, and work."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from benchmarks.fake_engine import FakeEngine
+from cluster.cli import evaluate as module
+from core.config import Config
 from core.users import pictures
 from environments import ToolCall
 from environments.pool import EnvironmentPool, Place
 from environments.spec import describe
+from learner.catalogue import load_config
 from tests.support import ROOT
 from tests.support.environments.chat_server import ChatServer
 from tests.support.environments.places import TurningPool
@@ -18,15 +24,21 @@ from tests.support.environments.places import TurningPool
 pytestmark = pytest.mark.timed
 
 EXAMPLES = ROOT / "docs" / "examples"
-FILES = ("library.py", "higher_lower.py", "agent.py")
+SHOWN = [
+    ("environments.md", "library.py", "python"),
+    ("environments.md", "higher_lower.py", "python"),
+    ("environments.md", "agent.py", "python"),
+    ("evaluation.md", "suites.yaml", "yaml"),
+    ("evaluation.md", "closeness.py", "python"),
+]
 PATHS = {"library": "library:Library", "game": "higher_lower:HigherLower", "agent": "agent:agent"}
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_the_page_shows_the_file(name: str) -> None:
-    page = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("page", "name", "language"), SHOWN)
+def test_the_page_shows_the_file(page: str, name: str, language: str) -> None:
     text = (EXAMPLES / name).read_text(encoding="utf-8")
-    assert f"```python\n# docs/examples/{name}\n{text}```" in page
+    shown = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert f"```{language}\n# docs/examples/{name}\n{text}```" in shown
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +91,39 @@ def test_the_agent_asks_three_times(pool: EnvironmentPool) -> None:
         turn = pool.open("agent", {"question": "5?", "answer": "5"}, 0).run(server.url, "key").result(60)
     assert (turn.done, turn.reward) == (True, 1.0)
     assert [len(messages) for messages in server.asked] == [1, 3, 5]
+
+
+def test_the_suites_are_what_the_page_says() -> None:
+    config = load_config(EXAMPLES / "suites.yaml")
+    found = {
+        suite.name: (suite.rows, suite.samples, suite.temperature, suite.every) for suite in config.suites
+    }
+    assert found == {
+        "held_out": (100, 4, 1.0, 100),
+        "many": (50, 16, 1.0, 100),
+        "greedy": (50, 1, 0.0, 50),
+        "near": (50, 4, 1.0, 100),
+    }
+
+
+def test_evaluate_runs_the_suites(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(config: Config) -> FakeEngine:
+        return FakeEngine(config.actors, num_tokens=(2, 3), version=0)
+
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "closeness.py").write_bytes((EXAMPLES / "closeness.py").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setattr(module, "_make_engine", make)
+    found = module.evaluate(
+        str(tiny_models["tied"]),
+        config_path=str(EXAMPLES / "suites.yaml"),
+        suites=["near", "greedy"],
+        out="out",
+    )
+    near, greedy = ({result.suite: result for result in found.results}[name] for name in ("near", "greedy"))
+    assert (near.num_errors, near.num_samples, greedy.num_samples) == (0, 200, 50)
+    assert 0.0 < near.solve_rate < 1.0, "between right and wrong"
+    assert greedy.solve_rate == greedy.metrics["avg@1"] == greedy.metrics["pass@1"]
