@@ -22,6 +22,7 @@ def test_ctrl_c_ends_the_run_in_order_and_leaves_no_process(
     check_ends_in_order(process, tmp_path / "run", "SIGINT", 130)
 
 
+@pytest.mark.timed
 def test_a_hangup_while_the_processes_load_is_answered_at_once_and_ends_in_order(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
