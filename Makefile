@@ -72,13 +72,14 @@ doctor: setup  ## check this machine
 	.venv/bin/python launch.py doctor
 
 # Most start processes that import for ten seconds on one core: two files at a time. Those with deadlines are
-# among themselves, and mostly wait: three at a time.
+# among themselves, and mostly wait: three at a time. Whole runs with deadlines come last, one at a time.
 AT_A_TIME := --dist loadfile --no-loadscope-reorder --numprocesses
 
 test: setup  ## all tests, the slow ones too (25 minutes on two cores)
 	@status=0; set -x; \
-	.venv/bin/python -m pytest -q --durations=15 -m "not timed" $(AT_A_TIME) 2 $(ARGS) || status=1; \
-	.venv/bin/python -m pytest -q --durations=15 -m timed $(AT_A_TIME) 3 $(ARGS) || status=1; \
+	.venv/bin/python -m pytest -q --durations=15 -m "not timed and not alone" $(AT_A_TIME) 2 $(ARGS) || status=1; \
+	.venv/bin/python -m pytest -q --durations=15 -m "timed and not alone" $(AT_A_TIME) 3 $(ARGS) || status=1; \
+	.venv/bin/python -m pytest -q --durations=15 -m alone $(ARGS) || status=1; \
 	exit $$status
 
 test-fast: setup  ## tests without engines, ranks and clusters (two minutes on two cores)

@@ -54,8 +54,8 @@ def _run(inputs: Inputs, stop: StopSignal) -> dict[str, Any]:
     config, models = inputs.config, models_of(inputs.config).values()
     say(f"run directory {inputs.run_dir}")
     stop.end_in_order(f"the same command with run.dir={inputs.run_dir}")
-    say("starting the processes of the run")
     stop.raise_if_asked()
+    say("starting the processes of the run")  # From here on a signal is answered with a summary.
     asked, nodes = placement.bundles(config.actors, config.learner, models), ask_ray()
     warnings = [*config.warnings(), *placement.check_for(config, asked, nodes)]
     check_cards(config, nodes)

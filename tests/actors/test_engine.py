@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from tests.support.scenarios.engine_scenario import (
 )
 from tests.support.scenarios.reported import reports_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 EOS, SIX, SEVEN = 1, 9, 10
 
@@ -310,10 +311,10 @@ class TestUpdatesInTheLoop:
             )
 
     def test_the_pause_is_the_load(self, observed: Observed):
-        """At most 1.2x on a quiet machine; here there is none, so that the quickest of each are compared."""
+        """At most 1.2x on a quiet machine; here there is none."""
         report = observed.report
         assert len(report.pauses_s) == len(report.loads_s) == NUM_LOADS
-        assert min(report.pauses_s) < 2 * min(report.loads_s)
+        assert statistics.median(report.pauses_s) < 2 * statistics.median(report.loads_s)
 
 
 def test_an_incomplete_snapshot_is_refused_by_name(observed: Observed):

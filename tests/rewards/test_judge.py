@@ -51,6 +51,7 @@ def score(pool, *completions, **columns):
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # Its clock counts what else runs.
 def test_32_calls_of_a_second_take_two_at_most_by_default(pool_for):
     with judge_server(lambda number, request: Say(delay_s=1.0 if number else 0.0)) as server:
         pool = pool_for(server.url)

@@ -26,7 +26,7 @@ from tests.support.runs import (
     wait_for_step,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:

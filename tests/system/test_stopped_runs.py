@@ -11,7 +11,7 @@ import pytest
 from tests.support.clocks.machine import machine_s
 from tests.support.runs import check_ends_in_order, processes_of, start_train, wait_for_end, wait_for_step
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 def test_ctrl_c_ends_the_run_in_order_and_leaves_no_process(
@@ -22,7 +22,6 @@ def test_ctrl_c_ends_the_run_in_order_and_leaves_no_process(
     check_ends_in_order(process, tmp_path / "run", "SIGINT", 130)
 
 
-@pytest.mark.timed
 def test_a_hangup_while_the_processes_load_is_answered_at_once_and_ends_in_order(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
