@@ -14,13 +14,12 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.pairs import compare
 from benchmarks.peers.jobs import JOBS, PeerJob, told
-from benchmarks.peers.measured import Row, measure, rows_of_ours, rows_of_peers
+from benchmarks.peers.measured import measure, rows_of_ours, rows_of_peers
 from benchmarks.results import measure_load, save, show
 from cluster.preparation.prepare import ensure_model
 from core.config import Config
@@ -47,7 +46,7 @@ def run(system: str, job: PeerJob, config: Config, place: Path) -> dict[str, Any
     """Returns the figures of one system on one job; `place` is an empty directory for what it writes."""
     rows_path, run_dir = place / "rows.jsonl", place / "run"
     environment: dict[str, str] = {"TOKENIZERS_PARALLELISM": "false"}
-    rows: Callable[[], list[Row]] = lambda: rows_of_peers(rows_path)  # noqa: E731
+    rows = rows_of_peers(rows_path)
     if system == "trl":
         job_path = place / "job.json"
         job_path.write_text(json.dumps(told(job, config)), encoding="utf-8")
@@ -64,7 +63,7 @@ def run(system: str, job: PeerJob, config: Config, place: Path) -> dict[str, Any
         environment["OMP_NUM_THREADS"] = str(job.threads)
     else:
         command = [sys.executable, "launch.py", "train", str(job.config_path), f"run.dir={run_dir}"]
-        rows = lambda: rows_of_ours(run_dir)  # noqa: E731
+        rows = rows_of_ours(run_dir)
     return measure(job, command, rows, place / "log", environment)
 
 

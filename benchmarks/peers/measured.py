@@ -1,4 +1,8 @@
-"""Runs one system on one job and measures its processes from outside."""
+"""Runs one system on one job and measures its processes from outside.
+
+Whoever measures takes cores from what is measured, and more from a system of many processes than from one of
+few. So rows are read once, CPU time is looked at when the window opens and when it closes, and memory after that.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,13 @@ from typing import Any, NamedTuple
 import psutil
 
 from benchmarks.peers.jobs import PeerJob
+from benchmarks.processes import tree_of
 
 SMOOTHED = 5
 """So many steps in a row have the mean reward that counts."""
 START_LIMIT_S, END_LIMIT_S = 120.0, 30.0
-POLL_S, MEMORY_EVERY_S = 0.1, 1.0
+POLL_S = 0.1
+MEMORY_LOOKS, MEMORY_EVERY_S = 5, 1.0
 
 
 class Row(NamedTuple):
@@ -34,60 +40,71 @@ class Row(NamedTuple):
     reward: float
 
 
+class Rows:
+    """The rows that a system has written: `found`, and how a line of its file becomes one (None: it is none)."""
+
+    def __init__(self, path: Path, row_of: Callable[[dict[str, Any]], Row | None]) -> None:
+        self.found: list[Row] = []
+        self._path, self._row_of, self._read_bytes = path, row_of, 0
+
+    def read(self) -> bool:
+        """Reads what was written since the last time; returns whether there was a row."""
+        before = len(self.found)
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
+            file.seek(self._read_bytes)
+            for line in file:
+                if not line.endswith(b"\n"):  # It is half written.
+                    break
+                self._read_bytes += len(line)
+                if (row := self._row_of(json.loads(line))) is not None:
+                    self.found.append(row)
+        return len(self.found) > before
+
+
 class Seen(NamedTuple):
-    """A look from outside: seconds since the start of the command, CPU seconds of all its processes so far,
-    by what they are, and the rows by then.
-    """
+    """When there was something new, in seconds since the start of the command, and the rows by then."""
 
     at_s: float
-    cpu_s: dict[str, float]
     num_rows: int
 
 
-class Tree:
-    """All processes below one of ours, those that are gone included."""
+class Spent(NamedTuple):
+    """CPU seconds of all processes in the window by what they are, and for how long that was."""
 
-    def __init__(self, pid: int) -> None:
-        self._root = psutil.Process(pid)
-        self._spent: dict[tuple[int, float], tuple[str, float]] = {}
+    cpu_s: Mapping[str, float]
+    in_s: float
 
-    def cpu_s(self) -> dict[str, float]:
-        """Returns the CPU seconds that they have spent by what they are, as of the last look at each."""
-        for process in self._living():
-            with contextlib.suppress(psutil.Error):
-                times = process.cpu_times()
-                self._spent[process.pid, process.create_time()] = (
-                    _kind_of(process),
-                    times.user + times.system,
-                )
-        found: dict[str, float] = collections.defaultdict(float)
-        for kind, seconds in self._spent.values():
-            found[kind] += seconds
-        return found
 
-    def memory_mib(self) -> float:
-        """Returns their memory now; what several share is counted once (PSS)."""
-        total = 0
-        for process in self._living():
-            with contextlib.suppress(psutil.Error):
-                total += process.memory_full_info().pss
-        return total / 2**20
+def cpu_s_of(pid: int) -> dict[str, float]:
+    """Returns the CPU seconds that a process and all below it have spent by what they are; those that are
+    gone count as what has started them.
+    """
+    found: dict[str, float] = collections.defaultdict(float)
+    for process in tree_of(pid):
+        with contextlib.suppress(psutil.Error):
+            found[_kind_of(process)] += sum(process.cpu_times()[:4])
+    return found
 
-    def end(self) -> None:
-        """Ends the command, and after END_LIMIT_S whatever is left of it."""
-        processes = self._living()
+
+def memory_mib_of(pid: int) -> float:
+    """Returns the memory of a process and all below it now; what several share is counted once (PSS)."""
+    total = 0
+    for process in tree_of(pid):
+        with contextlib.suppress(psutil.Error):
+            total += process.memory_full_info().pss
+    return total / 2**20
+
+
+def end(pid: int) -> None:
+    """Ends a command, and after END_LIMIT_S whatever is left of it."""
+    processes = tree_of(pid)
+    for process in processes[:1]:
         with contextlib.suppress(psutil.NoSuchProcess):  # It may have ended by itself.
-            self._root.send_signal(signal.SIGINT)
-        _, alive = psutil.wait_procs(processes, timeout=END_LIMIT_S)
-        for process in alive:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-
-    def _living(self) -> list[psutil.Process]:
-        try:
-            return [self._root, *self._root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+            process.send_signal(signal.SIGINT)
+    _, alive = psutil.wait_procs(processes, timeout=END_LIMIT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def _kind_of(process: psutil.Process) -> str:
@@ -102,11 +119,7 @@ def _kind_of(process: psutil.Process) -> str:
 
 
 def measure(
-    job: PeerJob,
-    command: Sequence[str],
-    rows: Callable[[], list[Row]],
-    log_path: Path,
-    environment: Mapping[str, str],
+    job: PeerJob, command: Sequence[str], rows: Rows, log_path: Path, environment: Mapping[str, str]
 ) -> dict[str, Any]:
     """Runs the command until the job's window is over, and it has reached what it is to reach, or the limit;
     returns its figures. Raises RuntimeError, with the end of its log, for one that ends by itself.
@@ -115,26 +128,33 @@ def measure(
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}
         )
-    tree, start_s = Tree(process.pid), time.perf_counter()
+    start_s, found = time.perf_counter(), rows.found
     seen: list[Seen] = []
-    found: list[Row] = []
-    peak_mib = memory_at_s = 0.0
+    opened_s, before = 0.0, dict[str, float]()
     try:
         for at_s in _clock(start_s):
             if process.poll() is not None:
                 tail = log_path.read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{tail}")
-            if at_s >= memory_at_s:
-                peak_mib, memory_at_s = max(peak_mib, tree.memory_mib()), at_s + MEMORY_EVERY_S
-            if len(new := rows()) > len(found):
-                found = new
-                seen.append(Seen(at_s, tree.cpu_s(), len(found)))
+            if rows.read():
+                seen.append(Seen(at_s, len(found)))
+                if not before and len(found) > job.warm_steps:
+                    opened_s, before = at_s, cpu_s_of(process.pid)
             if is_over(job, at_s, seen, found):
                 break
+        after = cpu_s_of(process.pid)
+        spent = Spent({kind: after[kind] - before.get(kind, 0.0) for kind in after}, at_s - opened_s)
+        memory_mib = max(_memory_looks(process.pid))
     finally:
-        tree.end()
+        end(process.pid)
         process.wait(END_LIMIT_S)
-    return {**figures_of(job, seen, found), "peak_memory_mib": peak_mib}
+    return {**figures_of(job, seen, found, spent), "peak_memory_mib": memory_mib}
+
+
+def _memory_looks(pid: int) -> Iterator[float]:
+    for _ in range(MEMORY_LOOKS):
+        yield memory_mib_of(pid)
+        time.sleep(MEMORY_EVERY_S)
 
 
 def _clock(start_s: float) -> Iterator[float]:
@@ -176,7 +196,7 @@ def _at(count: int, seen: Sequence[Seen]) -> float:
     return next(one.at_s for one in seen if one.num_rows >= count)
 
 
-def figures_of(job: PeerJob, seen: Sequence[Seen], found: Sequence[Row]) -> dict[str, Any]:
+def figures_of(job: PeerJob, seen: Sequence[Seen], found: Sequence[Row], spent: Spent) -> dict[str, Any]:
     """Returns the figures of a system. Raises RuntimeError where it did too few steps for a steady state."""
     steady = [one for one in seen if one.num_rows > job.warm_steps]
     if len(steady) < 2:
@@ -184,8 +204,7 @@ def figures_of(job: PeerJob, seen: Sequence[Seen], found: Sequence[Row]) -> dict
     first, last = steady[0], steady[-1]
     before, after = found[first.num_rows - 1], found[last.num_rows - 1]
     seconds, samples = after.wall_s - before.wall_s, after.samples - before.samples
-    spent = {kind: last.cpu_s[kind] - first.cpu_s.get(kind, 0.0) for kind in last.cpu_s}
-    cores = sum(spent.values()) / (last.at_s - first.at_s)
+    cores = sum(spent.cpu_s.values()) / spent.in_s
     ms_per_core = seconds / samples * 1000
     solved = None if job.solved is None else _solved_at(job.solved, found)
     return {
@@ -193,8 +212,8 @@ def figures_of(job: PeerJob, seen: Sequence[Seen], found: Sequence[Row]) -> dict
         "tokens_per_s": (after.tokens - before.tokens) / seconds,
         "cpu_ms_per_sample": cores * ms_per_core,
         "cpu_ms_per_sample_by": {
-            kind: cpu_s / (last.at_s - first.at_s) * ms_per_core
-            for kind, cpu_s in sorted(spent.items(), key=lambda one: -one[1])
+            kind: cpu_s / spent.in_s * ms_per_core
+            for kind, cpu_s in sorted(spent.cpu_s.items(), key=lambda one: -one[1])
             if cpu_s > 0
         },
         "cores_used": cores,
@@ -205,27 +224,18 @@ def figures_of(job: PeerJob, seen: Sequence[Seen], found: Sequence[Row]) -> dict
     }
 
 
-def rows_of_peers(path: Path) -> list[Row]:
+def rows_of_peers(path: Path) -> Rows:
     """Returns the rows that benchmarks/peers/trl_grpo.py and plain_sync.py write."""
-    return [Row(row["wall_s"], row["samples"], row["tokens"], row["reward"]) for row in _json_lines(path)]
+    return Rows(path, lambda row: Row(row["wall_s"], row["samples"], row["tokens"], row["reward"]))
 
 
-def rows_of_ours(run_dir: Path) -> list[Row]:
+def rows_of_ours(run_dir: Path) -> Rows:
     """Returns the rows of a run's metrics."""
-    return [
-        Row(
-            row["time/wall_s"],
-            int(row["progress/samples"]),
-            int(row["progress/sampled_tokens"]),
-            row["reward/mean"],
-        )
-        for row in _json_lines(run_dir / "metrics.jsonl")
-        if row.get("reward/mean") is not None
-    ]
+    return Rows(run_dir / "metrics.jsonl", _row_of_ours)
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # The last one may be half written.
+def _row_of_ours(row: dict[str, Any]) -> Row | None:
+    if row.get("reward/mean") is None:
+        return None
+    samples, tokens = int(row["progress/samples"]), int(row["progress/sampled_tokens"])
+    return Row(row["time/wall_s"], samples, tokens, row["reward/mean"])
