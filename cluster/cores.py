@@ -82,12 +82,14 @@ class CoreKeeper:
         elapsed_s, self._looked_s = now_s - self._looked_s, now_s
         wanted = self._wanted(elapsed_s)
         is_due = now_s - self._searched_s >= SEARCH_EVERY_S
+        pids: list[int] = []
         if is_due or len(wanted) < len(self._engines):
             self._searched_s = now_s
-            self._engines = _engines(family(self._pid))
+            pids = family(self._pid)
+            self._engines = _engines(pids)
         before, self.is_keeping = self.is_keeping, self._is_wanted(wanted)
         if self.is_keeping and (is_due or not before):
-            self._allow(self._others)
+            self._allow(self._others, pids or family(self._pid))
         elif before and not self.is_keeping:
             self._give_back()
 
@@ -113,15 +115,16 @@ class CoreKeeper:
     def _give_back(self) -> None:
         """Gives every core back to all, also to those that were started meanwhile by who had not got his."""
         for _ in range(GIVE_BACK_PASSES):
-            if not self._allow(self._cores):
+            if not self._allow(self._cores, family(self._pid)):
                 return
 
-    def _allow(self, cores: set[int]) -> int:
-        """Lets the run's threads use these cores, and the engines' all; returns for how many that was new.
-        Whose cores somebody else has chosen keeps them, unless these are the very cores that we would choose.
+    def _allow(self, cores: set[int], pids: Iterable[int]) -> int:
+        """Lets the threads of these processes use the cores, and the engines' all; returns for how many that
+        was new. Whose cores somebody else has chosen keeps them, unless these are the very cores that we
+        would choose.
         """
         changed = 0
-        for thread in _threads(family(self._pid)):
+        for thread in _threads(pids):
             allowed = self._cores if thread in self._engines else cores
             with contextlib.suppress(OSError):  # It has ended, or is another user's.
                 present = os.sched_getaffinity(thread.tid)
@@ -146,7 +149,7 @@ def _engines(pids: Iterable[int]) -> dict[Thread, float]:
         named = {
             thread: clock_s
             for thread in _threads([pid])
-            if (clock_s := _clock_s(thread)) and _is_named(thread)
+            if _is_named(thread) and (clock_s := _clock_s(thread))
         }
         if named:
             engine = max(named, key=lambda thread: named[thread])
