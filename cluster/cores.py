@@ -57,6 +57,7 @@ class CoreKeeper:
         # Where those who are no engine may run while the engines keep theirs.
         self._others = set(sorted(self._cores)[max(0, len(self._cores) - num_ranks) :])
         self._engines: dict[Thread, float] = {}
+        self._strangers: set[Thread] = set()
         self._looked_s, self._searched_s = time.monotonic(), -math.inf
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -74,7 +75,8 @@ class CoreKeeper:
         self._is_over.set()
         if self._thread is not None:
             self._thread.join()
-        self._give_back()
+        if self.is_keeping:
+            self._give_back()
 
     def tick(self) -> None:
         """Looks at what the engines wanted since the last time, and sets who may run where."""
@@ -89,7 +91,8 @@ class CoreKeeper:
             self._engines = _engines(pids)
         before, self.is_keeping = self.is_keeping, self._is_wanted(wanted)
         if self.is_keeping and (is_due or not before):
-            self._allow(self._others, pids or family(self._pid))
+            given = self._others if before else self._cores
+            self._allow(self._others, given, pids or family(self._pid))
         elif before and not self.is_keeping:
             self._give_back()
 
@@ -115,22 +118,25 @@ class CoreKeeper:
     def _give_back(self) -> None:
         """Gives every core back to all, also to those that were started meanwhile by who had not got his."""
         for _ in range(GIVE_BACK_PASSES):
-            if not self._allow(self._cores, family(self._pid)):
+            if not self._allow(self._cores, self._others, family(self._pid)):
                 return
 
-    def _allow(self, cores: set[int], pids: Iterable[int]) -> int:
+    def _allow(self, cores: set[int], given: set[int], pids: Iterable[int]) -> int:
         """Lets the threads of these processes use the cores, and the engines' all; returns for how many that
-        was new. Whose cores somebody else has chosen keeps them, unless these are the very cores that we
-        would choose.
+        was new. Whoever has neither all nor what was `given` has chosen his cores himself, and keeps them
+        from then on.
         """
-        changed = 0
+        changed, strangers = 0, set[Thread]()
         for thread in _threads(pids):
             allowed = self._cores if thread in self._engines else cores
             with contextlib.suppress(OSError):  # It has ended, or is another user's.
                 present = os.sched_getaffinity(thread.tid)
-                if present in (self._cores, self._others) and present != allowed:
+                if thread in self._strangers or present not in (self._cores, given):
+                    strangers.add(thread)
+                elif present != allowed:
                     os.sched_setaffinity(thread.tid, allowed)
                     changed += 1
+        self._strangers = strangers
         return changed
 
 

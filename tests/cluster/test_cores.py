@@ -100,8 +100,9 @@ def test_it_looks_by_itself_and_gives_all_cores_back_at_its_end(engine: _Engine)
     assert os.sched_getaffinity(engine.other_pid) == CORES
 
 
-def test_whoever_has_chosen_its_cores_itself_keeps_them(engine: _Engine) -> None:
-    chosen = {min(CORES)}
+@pytest.mark.parametrize("core", [min(CORES), max(CORES)])
+def test_whoever_has_chosen_its_cores_itself_keeps_them(engine: _Engine, core: int) -> None:
+    chosen = {core}
     os.sched_setaffinity(engine.other_pid, chosen)
     keeper = _keeper(engine)
     engine.say("work")
