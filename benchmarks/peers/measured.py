@@ -1,7 +1,8 @@
 """Runs one system on one job and measures its processes from outside.
 
-Whoever measures takes cores from what is measured, and more from a system of many processes than from one of
-few. So rows are read once, CPU time is looked at when the window opens and when it closes, and memory after that.
+Whoever measures takes cores from what is measured, and more from a system of many processes than from one
+of few. So rows are read once, CPU time is looked at when the window opens and when it closes, and memory
+after that.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ class Row(NamedTuple):
     reward: float
 
 
-class Rows:
-    """The rows that a system has written: `found`, and how a line of its file becomes one (None: it is none)."""
+class WrittenRows:
+    """The rows that a system has written to its file, as far as they were read: `found`."""
 
     def __init__(self, path: Path, row_of: Callable[[dict[str, Any]], Row | None]) -> None:
+        """Takes what makes a row of a line, or None of one that is none."""
         self.found: list[Row] = []
         self._path, self._row_of, self._read_bytes = path, row_of, 0
 
@@ -62,13 +64,13 @@ class Rows:
 
 
 class Seen(NamedTuple):
-    """When there was something new, in seconds since the start of the command, and the rows by then."""
+    """A moment at which there was a new row, in seconds since the command began, and the rows by then."""
 
     at_s: float
     num_rows: int
 
 
-class Spent(NamedTuple):
+class WindowCpu(NamedTuple):
     """CPU seconds of all processes in the window by what they are, and for how long that was."""
 
     cpu_s: Mapping[str, float]
@@ -119,7 +121,11 @@ def _kind_of(process: psutil.Process) -> str:
 
 
 def measure(
-    job: PeerJob, command: Sequence[str], rows: Rows, log_path: Path, environment: Mapping[str, str]
+    job: PeerJob,
+    command: Sequence[str],
+    rows: WrittenRows,
+    log_path: Path,
+    environment: Mapping[str, str],
 ) -> dict[str, Any]:
     """Runs the command until the job's window is over, and it has reached what it is to reach, or the limit;
     returns its figures. Raises RuntimeError, with the end of its log, for one that ends by itself.
@@ -143,7 +149,7 @@ def measure(
             if is_over(job, at_s, seen, found):
                 break
         after = cpu_s_of(process.pid)
-        spent = Spent({kind: after[kind] - before.get(kind, 0.0) for kind in after}, at_s - opened_s)
+        spent = WindowCpu({kind: after[kind] - before.get(kind, 0.0) for kind in after}, at_s - opened_s)
         memory_mib = max(_memory_looks(process.pid))
     finally:
         end(process.pid)
@@ -196,7 +202,7 @@ def _at(count: int, seen: Sequence[Seen]) -> float:
     return next(one.at_s for one in seen if one.num_rows >= count)
 
 
-def figures_of(job: PeerJob, seen: Sequence[Seen], found: Sequence[Row], spent: Spent) -> dict[str, Any]:
+def figures_of(job: PeerJob, seen: Sequence[Seen], found: Sequence[Row], spent: WindowCpu) -> dict[str, Any]:
     """Returns the figures of a system. Raises RuntimeError where it did too few steps for a steady state."""
     steady = [one for one in seen if one.num_rows > job.warm_steps]
     if len(steady) < 2:
@@ -224,14 +230,14 @@ def figures_of(job: PeerJob, seen: Sequence[Seen], found: Sequence[Row], spent: 
     }
 
 
-def rows_of_peers(path: Path) -> Rows:
+def rows_of_peers(path: Path) -> WrittenRows:
     """Returns the rows that benchmarks/peers/trl_grpo.py and plain_sync.py write."""
-    return Rows(path, lambda row: Row(row["wall_s"], row["samples"], row["tokens"], row["reward"]))
+    return WrittenRows(path, lambda row: Row(row["wall_s"], row["samples"], row["tokens"], row["reward"]))
 
 
-def rows_of_ours(run_dir: Path) -> Rows:
+def rows_of_ours(run_dir: Path) -> WrittenRows:
     """Returns the rows of a run's metrics."""
-    return Rows(run_dir / "metrics.jsonl", _row_of_ours)
+    return WrittenRows(run_dir / "metrics.jsonl", _row_of_ours)
 
 
 def _row_of_ours(row: dict[str, Any]) -> Row | None:

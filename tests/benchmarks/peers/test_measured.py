@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from benchmarks.peers.jobs import PeerJob
-from benchmarks.peers.measured import Row, Seen, Spent, cpu_s_of, figures_of, is_over, rows_of_ours
+from benchmarks.peers.measured import Row, Seen, WindowCpu, cpu_s_of, figures_of, is_over, rows_of_ours
 
 JOB = PeerJob("sums", "exact_match", warm_steps=1, window_s=3.0, timeout_s=10.0, solved=0.5)
 
@@ -20,7 +20,7 @@ def run(num_steps: int, *, solved_from: int = 99) -> tuple[list[Seen], list[Row]
     return [Seen(5.0 + n, n + 1) for n in range(num_steps)], rows
 
 
-SPENT = Spent({"actor": 2.1, "learner": 1.4}, in_s=7.0)
+SPENT = WindowCpu({"actor": 2.1, "learner": 1.4}, in_s=7.0)
 
 
 def test_figures_are_of_the_steady_state_by_the_systems_own_clock():
