@@ -26,9 +26,16 @@ def tree_cpu_s(pid: int) -> float:
     total_s = 0.0
     for process in tree_of(pid):
         with contextlib.suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            total_s += times.user + times.system + times.children_user + times.children_system
+            total_s += cpu_s_with_gone(process)
     return total_s
+
+
+def cpu_s_with_gone(process: psutil.Process) -> float:
+    """Returns the CPU seconds, of user and system, of the process and of those it started that are gone.
+    Raises psutil.NoSuchProcess where it is gone itself.
+    """
+    times = process.cpu_times()
+    return float(times.user + times.system + times.children_user + times.children_system)
 
 
 def end_session(process: subprocess.Popen[str], mark: str, grace_s: float) -> None:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from benchmarks.peers.jobs import PeerJob
-from benchmarks.processes import tree_of
+from benchmarks.processes import cpu_s_with_gone, tree_of
 
 SMOOTHED = 5
 """So many steps in a row have the mean reward that counts."""
@@ -84,7 +84,7 @@ def cpu_s_of(pid: int) -> dict[str, float]:
     found: dict[str, float] = collections.defaultdict(float)
     for process in tree_of(pid):
         with contextlib.suppress(psutil.Error):
-            found[_kind_of(process)] += sum(process.cpu_times()[:4])
+            found[_kind_of(process)] += cpu_s_with_gone(process)
     return found
 
 
