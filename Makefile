@@ -29,8 +29,8 @@ COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
 # The small examples share one card: a GPU install of vLLM has no CPU engine.
 ON_CARD_gpu := actors.num_gpus=0.25 actors.engine_memory=0.2
 
-# A quickstart takes as many steps as it needs, and at first large ones.
-UNTIL_SOLVED := run.steps=800 learner.lr=3e-4 eval.every=50 eval.stop_at='[held_out/avg@4, 0.95]'
+# A quickstart takes as many steps as it needs.
+UNTIL_SOLVED := run.steps=300 eval.every=20 eval.stop_at='[held_out/avg@4, 0.95]'
 
 .PHONY: help setup quickstart quickstart-tools demo-smollm2 doctor test test-fast test-families tree figures staleness-study bench bench-buffer bench-actors bench-learner \
   bench-weights bench-trajectory bench-bound bench-reward bench-guard bench-peers bench-growth bench-soak test-gpu bench-gpu check constraints clean

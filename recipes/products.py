@@ -19,7 +19,7 @@ import re
 import string
 from typing import Any
 
-from recipes.arithmetic import UNLABELLED, make_llama, padded, save_base, warm_up
+from recipes.arithmetic import UNLABELLED, padded, save_base, untrained_base, warm_up
 
 SMALLEST, LARGEST = 10, 99
 QUESTION = ("Solve the following multiplication: ", " * ", ". Give only the result as your final answer.")
@@ -29,7 +29,7 @@ CALL = ('<tool_call>{"name": "', '", "arguments": {"expression": "', '"}}</tool_
 TOOLS = ("calculate", "give_answer")
 """Those of environments/calculator.py; the first is the one that is needed."""
 P_ASKS, P_RIGHT_CALL, P_RIGHT_READING = 0.65, 0.9, 0.85
-WARM_UP_STEPS, CLEAN_STEPS, BATCH = 500, 350, 64
+WARM_UP_STEPS, CLEAN_STEPS, BATCH = 350, 250, 64
 """Of the warm-up the first steps are without slips: to copy is learned sooner from what is right."""
 ROLES = ("tools", "user", "assistant", "tool")
 TEMPLATE = (
@@ -96,12 +96,12 @@ def _with_a_slip(digits: str, rng: random.Random) -> str:
     return digits[:place] + rng.choice(string.digits.replace(digits[place], "")) + digits[place + 1 :]
 
 
-def make_base(out_dir: str) -> None:
+def make_base(out_dir: str, seed: int = 0) -> None:
     """Makes and warms up the base model in `out_dir`; about a minute on one core. It is written aside, then
     renamed.
     """
-    rng, tokenizer = random.Random(0), make_tokenizer()
-    model = make_llama(len(tokenizer))
+    rng, tokenizer = random.Random(seed), make_tokenizer()
+    model = untrained_base(len(tokenizer), seed)
     steps = itertools.count()
     warm_up(
         model,
