@@ -1,8 +1,10 @@
 """Two ranks against twice one, a thread each, over the same batch: the part `ranks` of benchmarks/learner/.
 
-All three processes are loaded before anything is measured. The one rank and the two take steps in turns, by
-the clock: whoever does not step sleeps. Beside the clock their CPU seconds, which say how much of a step two
-ranks do that one does not: gathers, reductions and the wait for one another.
+All four processes are loaded before anything is measured. One rank, two, and two strangers of one rank each
+take steps in turns, by the clock: whoever does not step sleeps. Strangers share nothing but the machine, and
+take a whole batch each: they say what two cores give to two who need not hear of one another. Beside the
+clock the CPU seconds, which say how much of a step two ranks do that one does not: gathers, reductions and
+the wait for one another, and what memory that both use costs.
 """
 
 from __future__ import annotations
@@ -20,34 +22,48 @@ from benchmarks.learner.cases import SHAPES, Shape, config_of, free_port, make_b
 from benchmarks.pairs import compare, interleave
 
 RANKS = 2
-ROUNDS = 5
+ROUNDS, WARM_ROUNDS = 3, 2
 SHARED = tuple(
-    shape._replace(groups=groups, rounds=ROUNDS) for shape, groups in zip(SHAPES[2:], (8, 6), strict=True)
+    shape._replace(groups=groups, rounds=ROUNDS) for shape, groups in zip(SHAPES[2:], (24, 16), strict=True)
 )
-"""Models large enough that their steps take a second, with batches that two ranks can halve."""
+"""Work large enough: each of two ranks has micro-batches that are full."""
 
 
 def measure_ranks(shapes: tuple[Shape, ...] = SHARED) -> list[dict[str, Any]]:
-    """Returns for each shape the seconds of a step by one rank and by two; `of_twice` is half of how much
-    sooner two are done, `cpu_of_one` the CPU time of one over that of both.
+    """Returns for each shape the seconds of a step by one rank, by two, and of strangers at once.
+
+    `of_twice` is half of how much sooner two are done than one, `strangers_of_twice` what strangers reach of
+    that, `of_strangers` how much sooner two are done than strangers would be with half a batch each, and
+    `cpu_of_one` the CPU time of one over that of both.
     """
     return [_compared(shape) for shape in shapes]
 
 
 def _compared(shape: Shape) -> dict[str, Any]:
-    cpu_s: dict[str, list[float]] = {"one": [], "two": []}
+    cpu_s: dict[str, list[float]] = {"one": [], "two": [], "strangers": []}
     with tempfile.TemporaryDirectory() as model_dir:
         make_model(shape).save_pretrained(model_dir)
-        with _gang(shape, model_dir, 1) as one, _gang(shape, model_dir, RANKS) as two:
-            calls = {"one": lambda: _step(one, cpu_s["one"]), "two": lambda: _step(two, cpu_s["two"])}
-            steps_s = interleave(calls, shape.rounds, warm_rounds=1)
+        with (
+            _gang(shape, model_dir, 1) as one,
+            _gang(shape, model_dir, 1) as stranger,
+            _gang(shape, model_dir, RANKS) as two,
+        ):
+            calls = {
+                "one": lambda: _step(one, cpu_s["one"]),
+                "two": lambda: _step(two, cpu_s["two"]),
+                "strangers": lambda: _step(one + stranger, cpu_s["strangers"]),
+            }
+            steps_s = interleave(calls, shape.rounds, warm_rounds=WARM_ROUNDS)
     twice = [RANKS * step_s for step_s in steps_s["two"]]
     return {
         "case": shape.name,
         "tokens_per_step": sum(group.num_tokens for group in make_batch(shape).groups),
         "one_rank_s": statistics.median(steps_s["one"]),
         "two_ranks_s": statistics.median(steps_s["two"]),
+        "strangers_s": statistics.median(steps_s["strangers"]),
         **compare(steps_s["one"], twice).fields("of_twice"),
+        **compare(steps_s["one"], steps_s["strangers"]).fields("strangers_of_twice"),
+        **compare(steps_s["strangers"], twice).fields("of_strangers"),
         "cpu_of_one": compare(cpu_s["one"], cpu_s["two"]).median,
     }
 
@@ -76,7 +92,7 @@ def _gang(shape: Shape, model_dir: str, count: int) -> Iterator[list[Connection]
 
 
 def _step(ranks: list[Connection], cpu_s: list[float]) -> float:
-    """Lets all of a gang take a step; returns the seconds until the last is done, and notes their CPU
+    """Lets all of these ranks take a step; returns the seconds until the last is done, and notes their CPU
     seconds.
     """
     for rank in ranks:

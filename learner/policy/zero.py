@@ -40,8 +40,8 @@ from learner.step.packing import ModelInputs, TokenLogprobs
 
 PREFETCHED_PARAMETERS = 50_000_000
 """DeepSpeed's default (`stage3_prefetch_bucket_size`)."""
-LONE_BUCKET_ELEMENTS = 1_000_000
-"""Of gradients that the only rank hands on together; DeepSpeed's default is 500 million."""
+CPU_BUCKET_ELEMENTS = 4_000_000
+"""Of gradients that are handed on together; DeepSpeed's default is 500 million."""
 
 
 def init_process_group(
@@ -136,21 +136,19 @@ def _deepspeed_config(learner: LearnerConfig, dtype: str, *, training: bool) -> 
     return config
 
 
-def _of_one_rank(learner: LearnerConfig) -> dict[str, int]:
-    """Returns what ZeRO-3 need not do where a CPU has the only rank.
+def _on_a_cpu(learner: LearnerConfig) -> dict[str, int]:
+    """Returns what ZeRO-3 is told where ranks compute on a CPU.
 
-    A gathered weight is then a view of the rank's part, so that to keep it until the backward pass, as
-    torch's own linear layer does and DeepSpeed's in Python does not, takes no memory. Nor do gradients
-    fragment any, which DeepSpeed would copy into a bucket before it copies them into another. That bucket is
-    small: one of all gradients is allocated anew at each step, and half a step's page faults are its.
+    Its bucket of gradients is small: one of all gradients is allocated anew at each step, and half a step's
+    page faults are its. A rank alone does without two things more. A gathered weight is then a view of the
+    rank's part, so that to keep it until the backward pass, as torch's own linear layer does and DeepSpeed's
+    in Python does not, takes no memory. Nor do gradients fragment any, which DeepSpeed would copy into a
+    bucket before it copies them into another.
     """
-    if dist.get_world_size() > 1 or learner.num_gpus:
+    if learner.num_gpus:
         return {}
-    return {
-        "memory_efficient_linear": False,
-        "contiguous_gradients": False,
-        "reduce_bucket_size": LONE_BUCKET_ELEMENTS,
-    }
+    alone = {"memory_efficient_linear": False, "contiguous_gradients": False}
+    return {"reduce_bucket_size": CPU_BUCKET_ELEMENTS} | (alone if dist.get_world_size() == 1 else {})
 
 
 def _load(
@@ -174,7 +172,7 @@ def _load(
     if not training:
         module.requires_grad_(False).eval()
     token_logprobs = TokenLogprobs(module, learner.layout, model.attention, connected())
-    config["zero_optimization"] |= _prefetch(learner, _gather_by_layer(module)) | _of_one_rank(learner)
+    config["zero_optimization"] |= _prefetch(learner, _gather_by_layer(module)) | _on_a_cpu(learner)
     parameters = [p for p in module.parameters() if p.requires_grad] or None
     engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)
     return engine, token_logprobs
