@@ -35,7 +35,7 @@ SHAPES = (
     Shape("8M model, GSM8K lengths", 256, 10, 512, groups=8, budget_tokens=8192, rounds=6),
     Shape("23M model, GSM8K lengths", 512, 6, 8192, groups=8, budget_tokens=8192, rounds=5),
 )
-"""`learner.micro_batch_tokens` is at its default; word problems are eight groups a step, whatever the model."""
+"""Micro-batches are of the default size; word problems are eight groups a step, whatever the model."""
 GROUP_SIZE = 8
 LAYOUT_SHAPE = Shape("5M model", 256, 4, 2048, groups=6, budget_tokens=0, rounds=3)
 
