@@ -218,9 +218,12 @@ class Fleet:
         self._start("offline", "offline", kind)
 
     def scale_to(self, count: int) -> tuple[list[str], list[str]]:
-        """Makes the rollout actors so many; names those added, and those retired, the newest first."""
+        """Makes the rollout actors so many; names those added, and those retired: first who waits for its
+        place, then the newest. Ray places in an order of its own: a newer one may run while an older waits.
+        """
         serving = self._serving()
-        surplus = list(reversed(serving))[: max(0, len(serving) - count)]
+        kept_first = sorted(serving, key=lambda actor: actor.state == "waiting for placement")
+        surplus = kept_first[count:][::-1]
         added = []
         for _ in range(count - len(serving)):
             added.append(f"actor-{self._num_roles}")
@@ -423,7 +426,7 @@ class Fleet:
         )
 
     def _keep_order(self) -> None:
-        """The successor takes its role's place, so that scaling down still retires the newest role first."""
+        """The successor takes its role's place, so that the newest role that runs is retired first."""
         order = sorted(self._actors.values(), key=lambda actor: _role_number(actor.role))
         self._actors = {actor.name: actor for actor in order}
 

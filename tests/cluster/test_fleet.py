@@ -140,11 +140,13 @@ def test_one_that_cannot_be_placed_blocks_nobody_and_says_what_is_missing(
     b.fleet.scale_to(3)
     b.until(lambda: len(b.fleet.names("running")) == 2 and bool(b.told))
     waiting = next(entry for entry in b.fleet.status() if entry["state"] == "waiting for placement")
+    name = waiting["name"]  # Whichever Ray did not place.
     assert waiting["note"] == "asks for 1.5 CPU; free now: 1 CPU"
-    assert b.told == ["actor-2 waits for placement: asks for 1.5 CPU; free now: 1 CPU"]
-    b.fleet.scale_to(1)
-    assert "actor-2" not in b.fleet.names()  # It has begun nothing.
-    b.until(lambda: b.fleet.names() == ["actor-0"])
+    assert b.told == [f"{name} waits for placement: asks for 1.5 CPU; free now: 1 CPU"]
+    older, newer = b.fleet.names("running")
+    assert b.fleet.scale_to(1) == ([], [name, newer])
+    assert name not in b.fleet.names()  # It has begun nothing.
+    b.until(lambda: b.fleet.names() == [older])
     b.fleet.scale_to(2)
     b.until(lambda: len(b.fleet.names("running")) == 2)
 
@@ -362,6 +364,19 @@ def test_successors_and_actors_that_wait_leave_their_places_to_the_learner(
     learner_is_placed = True
     remove_placement_group(learner)
     b.until(lambda: len(b.fleet.names("running")) == 2)
+
+
+@pytest.mark.slow
+def test_scaling_down_takes_one_that_waits_before_a_newer_one_that_runs(bench: Callable[..., Bench]) -> None:
+    may_place = True
+    b = bench(may_place=lambda: may_place)
+    b.run(2)
+    os.kill(b.pid("actor-0"), signal.SIGKILL)
+    may_place = False
+    b.until(lambda: b.fleet.names("waiting for placement") == ["actor-0.1"])
+    assert b.fleet.scale_to(1) == ([], ["actor-0.1"])
+    assert b.fleet.names("running") == ["actor-1"]
+    assert b.orders == []
 
 
 @pytest.mark.slow
