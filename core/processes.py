@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -208,6 +209,9 @@ def cause_of(error: RayError, where: Whereabouts | None = None) -> Cause:
         lines = str(error.cause).strip().splitlines() or ["no message"]
         words = tuple(last_lines(str(error)))
         return Cause("exception", f"{type(error.cause).__name__}: {lines[-1][:300]}", last_words=words)
+    # Said of a connection that ended when Ray had not heard of a death within a second, as on a busy machine.
+    if isinstance(error, ActorUnavailableError) and where is not None and _is_gone(where):
+        return cause_of_end(where)
     reason = str(error)
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     known = next((line for line in lines if "worker exit" in line.lower()), [*lines, type(error).__name__][0])
@@ -245,6 +249,15 @@ def _host_in(reason: str) -> str:
     address = _ADDRESS.search(reason)
     is_here = address is None or not ray.is_initialized() or address[1] == ray.util.get_node_ip_address()
     return socket.gethostname() if is_here else ""
+
+
+def _is_gone(where: Whereabouts) -> bool:
+    """Whether the process has ended: as this machine says of its own, and Ray of others'."""
+    if where.host != socket.gethostname():
+        return bool(_exit_detail(where))
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(where.pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return True
 
 
 def _exit_detail(where: Whereabouts) -> str:

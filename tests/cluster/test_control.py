@@ -227,11 +227,12 @@ def test_a_request_meant_for_an_earlier_start_and_one_that_cannot_be_read_change
     (tmp_path / "scale.json").write_text('{"id": "old", "actors": 4}')
     control = Control(tmp_path, told.append)
     assert control.take() is None
-    (tmp_path / "scale.json").write_text('{"id": 3}')
+    new = tmp_path / "new"  # As `request_scaling` writes: in one go, another file each time.
+    new.write_text('{"id": 3}')
+    new.replace(tmp_path / "scale.json")
     assert control.take() is None
     assert len(told) == 1
     assert "scale.json is ignored" in told[0]
-    new = tmp_path / "new"
     new.write_text('{"id": "x", "actors": 4}')
     new.replace(tmp_path / "scale.json")
     request = control.take()

@@ -42,7 +42,7 @@ def test_a_killed_reward_model_is_started_again_and_its_death_noted(local_ray: N
     make_log_folder(tmp_path)
     path = make_classifier(tmp_path / "model")
     services: Any = object.__new__(Services)
-    services.calls, services._deaths, told = Calls(60.0), Deaths(tmp_path), []
+    services.calls, services._deaths, told = Calls(240.0), Deaths(tmp_path), []
     services.stats = SimpleNamespace(value={})
     services.event = told.append
     services.log_of = lambda name: ProcessLog(str(tmp_path), name, name, "")
@@ -55,12 +55,12 @@ def test_a_killed_reward_model_is_started_again_and_its_death_noted(local_ray: N
         return bool(services._is_another(life))
 
     (before,) = services.calls.ask(client.score([CONVERSATION]))
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 240
     while services.num_models_loading and time.monotonic() < deadline_s:
         assert not restarted()
         time.sleep(0.05)
     os.kill(life.known.pid, signal.SIGKILL)
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 240
     # Asked while it is gone: Ray repeats the call.
     (after,) = services.calls.ask(client.score([CONVERSATION]))
     assert after == pytest.approx(before)

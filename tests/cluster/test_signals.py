@@ -143,9 +143,13 @@ def test_a_second_one_counts_that_the_handler_took_for_the_first() -> None:
     with StopSignal() as stop:
         stop.end_in_order("the same command")
         signal.raise_signal(signal.SIGTERM)
-        threading.Timer(0.1, os.write, (stop._pipe, bytes([signal.SIGTERM]))).start()
-        with pytest.raises(Interrupted):  # The teller alone has heard of the second.
+
+        def hear_of_a_second() -> None:
+            threading.Timer(0.1, os.write, (stop._pipe, bytes([signal.SIGTERM]))).start()
             time.sleep(60)
+
+        with pytest.raises(Interrupted):  # The teller alone has heard of the second.
+            hear_of_a_second()
 
 
 def test_under_nohup_a_hangup_is_ignored() -> None:

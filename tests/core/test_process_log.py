@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 
 from cluster.session import without_onlookers
 from core.causes import Cause, KernelKills, cause_from
@@ -254,6 +254,25 @@ def test_what_another_machines_process_wrote_is_not_taken_from_ours_of_the_same_
     assert words("10.0.0.2") == ()
     assert words("10.0.0.2", Whereabouts("n", 71, "node7")) == ("theirs",)
     assert words("10.0.0.2", Whereabouts("n", 71, "node8")) == ()
+
+
+@pytest.mark.parametrize(
+    ("end", "what", "code"),
+    [("os._exit(7)", "exit code", 7), ("os.kill(os.getpid(), 9)", "signal", signal.SIGKILL)],
+)
+def test_a_connection_that_ended_before_ray_heard_of_the_death_is_told_as_that_death(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, end: str, what: str, code: int
+) -> None:
+    monkeypatch.setattr("core.process_log._this.folder", run_dir / "logs")
+    pid = run_process(run_dir, "actor-0.1", end).pid
+    unavailable = ActorUnavailableError("RPC error: keepalive watchdog timeout", None)
+    cause = cause_of(unavailable, Whereabouts("n", pid, socket.gethostname()))
+    assert (cause.what, cause.code) == (what, code)
+    assert str(pid) in cause.sentence
+    assert "a child's" in cause.last_words
+    for alive in (Whereabouts("n", os.getpid(), socket.gethostname()), Whereabouts("n", pid, "node7"), None):
+        assert cause_of(unavailable, alive).what == "unknown"
+        assert "keepalive watchdog timeout" in cause_of(unavailable, alive).sentence
 
 
 class Seeing:

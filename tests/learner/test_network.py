@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -68,9 +70,9 @@ def test_gloo_is_reached_on_a_host_whose_name_is_a_loopback_address(tmp_path):
         pytest.skip("this machine has no other address than the loopback's, or no namespaces")
 
     def listens(repaired: int) -> set[str]:
-        address, port = other_addresses()[0], str(network_port())
-        command = [*space, sys.executable, "-c", MEET, address, port, "0", str(repaired)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        with kept_port() as port:
+            command = [*space, sys.executable, "-c", MEET, other_addresses()[0], port, "0", str(repaired)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         return set(done.stdout.split()[-1].split(","))
 
@@ -87,7 +89,10 @@ def test_the_port_at_which_the_ranks_meet_is_kept_for_their_own_server_while_the
     subprocess.run(command, cwd=ROOT, timeout=120, check=True)
 
 
-def network_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def kept_port() -> Iterator[str]:
+    """A port that nobody else is given meanwhile, and a server may still listen at."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield str(holder.getsockname()[1])

@@ -127,6 +127,12 @@ def running(pid: int, part: str) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.create_time())
 
 
+def running_actors(run_dir: Path) -> dict[str, int]:
+    """Process ids of the actors that run, by name, as status.json has them."""
+    actors = json.loads((run_dir / "status.json").read_text())["actors"]
+    return {actor["name"]: actor["pid"] for actor in actors if actor["state"] == "running"}
+
+
 def described(processes: list[psutil.Process]) -> list[str]:
     """What the processes that still live are, for a failed test to say."""
     found = []

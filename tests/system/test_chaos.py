@@ -16,7 +16,7 @@ import pytest
 from buffer.ledger import audit_run
 from cluster.cli.why import why
 from cluster.deaths import read_deaths
-from tests.support.runs import rows_of, running, start_train, wait_for_step
+from tests.support.runs import rows_of, running, running_actors, start_train, wait_for_step
 
 pytestmark = pytest.mark.slow
 STEPS = 80
@@ -43,9 +43,15 @@ DEATHS = (
 )
 
 
-def kill_one(process: subprocess.Popen[str], part: str, how: signal.Signals) -> bool:
-    """The oldest running process of that part; False when there is none just now."""
-    for victim in running(process.pid, part)[:1]:
+def kill_one(process: subprocess.Popen[str], run_dir: Path, part: str, how: signal.Signals) -> bool:
+    """The oldest running process of that part, of actors one that has loaded; False when there is none just
+    now.
+    """
+    victims = running(process.pid, part)
+    if part == "RolloutActor":
+        loaded = set(running_actors(run_dir).values())
+        victims = [victim for victim in victims if victim.pid in loaded]
+    for victim in victims[:1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.send_signal(how)
             return True
@@ -117,7 +123,7 @@ def test_training_ends_at_its_step_count_with_a_clean_audit_though_something_die
         ):
             next_s = time.monotonic() + EVERY_S
             part, how = death
-            deaths[part, how.name] += kill_one(process, part, how)
+            deaths[part, how.name] += kill_one(process, run_dir, part, how)
         # What dies before the driver has seen it is no death to it, and an event is told twice where the
         # monitor dies just then.
         is_noticed = len(read_deaths(run_dir)) >= deaths.total()

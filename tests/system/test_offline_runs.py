@@ -26,7 +26,7 @@ def run_train(model: Path, run_dir: Path, *more: str) -> str:
         "objective.importance_weight=none",
         *more,
     ]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=280, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=560, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return done.stdout

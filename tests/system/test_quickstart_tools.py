@@ -62,7 +62,7 @@ def test_a_few_steps_of_the_quickstart_with_a_tool(tmp_path: Path, monkeypatch: 
         CONFIG,
         *(f"{key}={value}" for key, value in changes.items()),
     ]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=280, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=560, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     metrics = rows_of(run_dir)
     assert len(metrics) == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -21,6 +20,7 @@ from tests.support.runs import (
     environment,
     processes_of,
     rows_of,
+    running_actors,
     start_train,
     wait_for_end,
     wait_for_step,
@@ -39,12 +39,6 @@ def launch(*words: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
     )
-
-
-def running_actors(run_dir: Path) -> dict[str, int]:
-    """Process ids of the actors that run, by name, as status.json has them."""
-    actors = json.loads((run_dir / "status.json").read_text())["actors"]
-    return {actor["name"]: actor["pid"] for actor in actors if actor["state"] == "running"}
 
 
 def wait_for_actors(

@@ -44,7 +44,7 @@ def run_train(model: Path, run_dir: Path, *more: str) -> subprocess.CompletedPro
         "actors.group_size=4",
         *more,
     ]
-    return subprocess.run(command, cwd=ROOT, env=environment(), timeout=280, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=environment(), timeout=560, capture_output=True, text=True)
 
 
 def path_of(sources: dict[str, float]) -> str:

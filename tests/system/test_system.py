@@ -27,7 +27,7 @@ class TestFinishedRun:
     def run(self, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         run_dir = tmp_path_factory.mktemp("run") / "run"
         process = start_train(tiny_models["tied"], run_dir, STEPS, "learner.ranks=2", "learner.num_cpus=0.5")
-        out, err = process.communicate(timeout=280)
+        out, err = process.communicate(timeout=560)
         assert process.returncode == 0, out + err
         return run_dir, out
 

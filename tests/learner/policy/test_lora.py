@@ -241,7 +241,7 @@ def test_the_whole_system_trains_adapters_and_exports_merged_ones(
         reward,
     )
     process = start_train(tiny_models["tied"], tmp_path / "run", 6, *more)
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=560)
     assert process.returncode == 0, out + err
     rows, evaluations = rows_of(tmp_path / "run"), rows_of(tmp_path / "run", "evaluations")
     assert [row["progress/step"] for row in rows] == list(range(1, 7))
