@@ -8,6 +8,7 @@ import asyncio
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -484,16 +485,16 @@ def test_the_feeder_fills_a_real_buffer_with_scored_groups_and_ends_when_retired
     assert audit(tmp_path / "run" / "ledger.jsonl")["violations"] == []
 
 
-def test_a_buffer_that_does_not_answer_the_feeder_is_named(tmp_path):
+def test_a_buffer_that_does_not_answer_the_feeder_is_named(tmp_path, monkeypatch):
     config = offline_config(write_rows(tmp_path / "log.jsonl", *GOOD), run={"timeout_s": 0.2})
-
-    class Silent:
-        async def lease(self, *arguments: Any) -> None:
-            await asyncio.sleep(60)
+    silent = SimpleNamespace(lease=lambda *arguments: asyncio.sleep(60))
 
     async def scenario() -> None:
-        peers = peers_of(Silent(), Board(config.run, {}, print), Told())
-        await OfflineActor("offline", config, PromptSet([], 0, "none"), *peers).run()
+        peers = peers_of(silent, Board(config.run, {}, print), Told())
+        feeder = OfflineActor("offline", config, PromptSet([], 0, "none"), *peers)
+        start, limits_s = feeder._calls.start, {"poll": 60.0}  # The board may be slow.
+        monkeypatch.setattr(feeder._calls, "start", lambda call: start(call, limits_s.get(call.method)))
+        await feeder.run()
 
     with pytest.raises(PeerTimeout, match="the replay buffer did not answer offline within"):
         asyncio.run(scenario())

@@ -1,21 +1,21 @@
-"""Deadlines of samples and groups in the actor's real loop, on a simulated engine: a straggler holds up
-no group.
+"""Deadlines of samples and groups in the actor's real loop, on a simulated engine and by its clock: a
+straggler holds up no group, and a loop that hangs is told of.
 """
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-import benchmarks.fake_engine
 from core.records import Sample
+from tests.support.clocks.simulated import SleptClock, TurnedClock, set_clock
 from tests.support.clocks.waits import until
 from tests.support.configs import LONG, actor_config
 from tests.support.in_process import Bench
-from tests.support.simulated import STEP_S, SimulatedActor, benches, ledger, rows
+from tests.support.simulated import STEP_S, UNBOUNDED, SimulatedActor, benches, ledger, rows
 
 pytestmark = pytest.mark.timed
 
@@ -31,10 +31,11 @@ def straggler(seed: int) -> int:
     return LONG if seed % 4 == 0 else 5
 
 
-def test_a_group_goes_in_at_its_deadline_with_its_straggler_truncated(bench):
+def test_a_group_goes_in_at_its_deadline_with_its_straggler_truncated(bench, monkeypatch):
     actors = {"straggler_timeouts_s": (None, 0.8), "max_new_tokens": LONG, "slots": 32}
     run = bench(actor_config(actors=actors, buffer={"capacity": 4}))
     actor = SimulatedActor(run, num_tokens=straggler, step_s=STEP_S)
+    set_clock(monkeypatch, actor, SleptClock())
     run.publish(0)
     run.start(actor)
     groups = [group for step in range(3) for group in run.train(step, 4)]
@@ -48,24 +49,27 @@ def test_a_group_goes_in_at_its_deadline_with_its_straggler_truncated(bench):
     assert counters["groups_partial"] == counters["samples_dropped"] == 0
 
 
-def test_samples_without_a_token_are_dropped_and_two_others_are_enough(bench):
+def test_samples_without_a_token_are_dropped_and_two_others_are_enough(bench, monkeypatch):
     run = bench(
         actor_config(actors={"straggler_timeouts_s": (None, 0.6), "max_new_tokens": LONG, "slots": 2})
     )
     actor = SimulatedActor(run, num_tokens=(LONG, LONG), step_s=STEP_S)
+    set_clock(monkeypatch, actor, SleptClock())
     run.publish(0)
-    run.start(actor)
+    ended = run.start(actor)
     assert {len(group.samples) for group in run.train(0, 4)} == {2}
-    counters = actor._all_counters()
+    run.board.get("retire", ["actor-0"], "now")
+    counters = ended.result(60)  # While it runs, one of two may have been counted.
     assert counters["samples_dropped"] == counters["samples_truncated_late"] >= 8
     assert counters["groups_partial"] >= 4
 
 
-def test_a_group_with_one_sample_fails_with_the_reason(bench):
+def test_a_group_with_one_sample_fails_with_the_reason(bench, monkeypatch):
     run = bench(
         actor_config(actors={"straggler_timeouts_s": (None, 0.6), "max_new_tokens": LONG, "slots": 1})
     )
     actor = SimulatedActor(run, num_tokens=(LONG, LONG), step_s=STEP_S)
+    set_clock(monkeypatch, actor, SleptClock())
     run.publish(0)
     run.start(actor)
     until(lambda: run.stats()["failed"] >= 3)
@@ -73,7 +77,7 @@ def test_a_group_with_one_sample_fails_with_the_reason(bench):
     assert run.stats()["groups"] == actor._all_counters()["groups_partial"] == 0
 
 
-def test_offline_samples_count_as_members(bench):
+def test_offline_samples_count_as_members(bench, monkeypatch):
     offline = (
         Sample.one_turn((5, 0), (7, 8), version_spans=(), text="45", reward=1.0, finish_reason="length"),
     )
@@ -84,6 +88,7 @@ def test_offline_samples_count_as_members(bench):
         rows=rows(offline=offline),
     )
     actor = SimulatedActor(run, num_tokens=(LONG, LONG), step_s=STEP_S)
+    set_clock(monkeypatch, actor, SleptClock())
     run.publish(0)
     run.start(actor)
     for group in run.train(0, 4):
@@ -91,11 +96,12 @@ def test_offline_samples_count_as_members(bench):
         assert group.samples[0].finish_reason == "length"
 
 
-def test_a_sample_over_its_time_ends_as_truncated_counted_from_its_slot(bench):
+def test_a_sample_over_its_time_ends_as_truncated_counted_from_its_slot(bench, monkeypatch):
     run = bench(
         actor_config(actors={"straggler_timeouts_s": (0.6, None), "max_new_tokens": LONG, "slots": 2})
     )
     actor = SimulatedActor(run, num_tokens=(LONG, LONG), step_s=STEP_S)
+    set_clock(monkeypatch, actor, SleptClock())
     run.publish(0)
     run.start(actor)
     groups = run.train(0, 4)
@@ -104,27 +110,32 @@ def test_a_sample_over_its_time_ends_as_truncated_counted_from_its_slot(bench):
     assert actor._all_counters()["samples_dropped"] == 0
 
 
-class SleptClock:
-    """The engine's clock: its steps take what they are said to take, however busy the machine is."""
-
-    def __init__(self) -> None:
-        self._slept_s = 0.0
-
-    def monotonic(self) -> float:
-        return self._slept_s
-
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
-        self._slept_s += seconds
-
-
 def test_an_evaluation_has_no_group_deadline_but_its_samples_have_theirs(bench, monkeypatch):
-    monkeypatch.setattr(benchmarks.fake_engine, "time", SleptClock())
     actors = {"straggler_timeouts_s": (0.6, 0.1), "max_new_tokens": LONG}
     run = bench(actor_config(actors=actors), eval_rows=rows(3))
     run.publish(0, evaluate=True)
-    run.start(SimulatedActor(run, num_tokens=(LONG, LONG), step_s=STEP_S))
+    actor = SimulatedActor(run, num_tokens=(LONG, LONG), step_s=STEP_S)
+    set_clock(monkeypatch, actor, SleptClock())
+    run.start(actor)
     until(lambda: run.evaluations)
     result, shown = run.evaluations[0]
     assert (result.num_problems, result.num_samples, result.num_errors) == (3, 6, 0)
     assert all(len(sample["completion"]) > 0.3 / STEP_S / 2 for sample in shown)
+
+
+def test_ping_and_stacks_tell_a_loop_that_hangs_in_its_engine(bench, monkeypatch):
+    clock, is_over = TurnedClock(), threading.Event()
+    run = bench(actor_config(buffer=UNBOUNDED))
+    actor = SimulatedActor(run, step_s=0.001)
+    set_clock(monkeypatch, actor, clock)
+    assert actor.ping() == 0
+    run.publish(0)
+    run.start(actor)
+    run.train(0, 4)
+    until(lambda: actor.ping() < 1)
+    monkeypatch.setattr(clock, "sleep", lambda seconds: is_over.wait(60))
+    until(lambda: actor.ping() > 1)
+    stacks = actor.stacks()
+    is_over.set()
+    assert "actor_0" in stacks
+    assert "fake_engine.py" in stacks

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import math
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ from tests.support.clocks.machine import machine_s
 from tests.support.clocks.waits import until
 from tests.support.configs import LONG, actor_config
 from tests.support.in_process import Bench
-from tests.support.simulated import STEP_S, Feeder, SimulatedActor, benches, ledger, rows
+from tests.support.simulated import STEP_S, UNBOUNDED, Feeder, SimulatedActor, benches, ledger, rows
 
 pytestmark = pytest.mark.timed
 
@@ -220,22 +221,30 @@ class TestUpdates:
         assert {len(found) for found in seeds.values()} == {1}
 
     def test_generation_goes_on_while_a_snapshot_is_fetched_and_the_pause_is_the_load_alone(self, bench):
-        run = bench(actor_config(buffer={"capacity": 4096}))
+        run = bench(actor_config(buffer=UNBOUNDED))
         actor = SimulatedActor(run, num_tokens=(8, 8), step_s=0.002, load_s=0.05)
         run.publish(0)
         run.start(actor)
-        until(lambda: actor._groups.counters["generated_tokens"])
-        run.publish(1, delay_s=4.0)
-        before = actor._groups.counters["generated_tokens"]
-        until(lambda: actor._groups.counters["generated_tokens"] - before > 8 * 100)
-        assert actor.engine.version == 0
-        until(lambda: actor.engine.version == 1)
-        until(lambda: actor._all_counters()["updates"] == 2)
-        counters = actor._all_counters()
-        assert counters["fetch_s"] >= 4.0
-        first_s, second_s = actor.load_times_s
-        assert second_s <= counters["apply_s"] < second_s + 0.05
-        assert 0.1 <= first_s + second_s <= counters["pause_total_s"] < first_s + second_s + 0.1
+        counters = actor._groups.counters
+        until(lambda: counters["updates"] == 1)
+        pauses_s = [counters["apply_s"]]
+        for version in (1, 2, 3):
+            is_there = threading.Event()
+            run.publish(version, is_there=is_there, delay_s=0.5)
+            until(lambda: actor._follower._directive is not None)
+            start_s, before = time.monotonic(), counters["generated_tokens"]
+            until(lambda before=before: counters["generated_tokens"] - before > 8 * 100)
+            fetching_s = time.monotonic() - start_s + 0.5
+            assert actor.engine.version == version - 1
+            is_there.set()
+            until(lambda version=version: counters["updates"] == version + 1)
+            assert actor._all_counters()["fetch_s"] >= fetching_s
+            pauses_s.append(counters["apply_s"])
+        loads_s = actor.load_times_s
+        assert all(0.05 <= load_s <= pause_s for load_s, pause_s in zip(loads_s, pauses_s, strict=True))
+        # The machine may make any of them longer, but not all.
+        assert min(pause_s - load_s for load_s, pause_s in zip(loads_s[1:], pauses_s[1:], strict=True)) < 0.05
+        assert counters["pause_total_s"] == pytest.approx(sum(pauses_s))
 
     def test_a_torn_snapshot_leaves_the_weights_and_a_sound_one_comes_after_it(self, bench):
         run, actor = self.start(bench, "continue", (5, 5))
@@ -356,23 +365,11 @@ class TestFaults:
             run.publish(0)
             actor = SimulatedActor(run, step_s=0.001)
             handle = run.buffer if method == "lease" else run.board
+            if method == "lease":
+                actor._follower._timeout_s = 60.0  # The board may be slow.
             monkeypatch.setattr(handle._part, method, lambda *arguments: asyncio.sleep(60))
             with pytest.raises(PeerTimeout, match=f"{who} did not answer actor-0 within"):
                 actor.run()
-
-    def test_ping_and_stacks_tell_a_loop_that_hangs_in_its_engine(self, bench):
-        run = bench(actor_config())
-        actor = SimulatedActor(run, step_s=0.001)
-        assert actor.ping() == 0
-        run.publish(0)
-        run.start(actor)
-        run.train(0, 4)
-        until(lambda: actor.ping() < 1)
-        actor.engine._step_s = 2.0
-        until(lambda: actor.ping() > 1)
-        stacks = actor.stacks()
-        assert "actor_0" in stacks
-        assert "fake_engine.py" in stacks
 
 
 class TestRetirement:

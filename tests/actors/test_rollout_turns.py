@@ -13,6 +13,7 @@ import actors.groups
 from benchmarks.fake_engine import EOS
 from core.records import Group, Sample
 from environments import EnvironmentFailure, Turn
+from tests.support.clocks.simulated import TurnedClock, set_clock
 from tests.support.clocks.waits import until
 from tests.support.configs import actor_config
 from tests.support.in_process import Bench
@@ -251,14 +252,34 @@ class TestUpdates:
 
 
 class TestDeadlines:
-    def test_a_sample_past_its_deadline_is_cut_wherever_it_is(self, bench):
+    """Their clock moves on when nothing is open but what hangs: no other episode can be late."""
+
+    @staticmethod
+    def turn_while_all_hang(
+        monkeypatch: pytest.MonkeyPatch, actor: SimulatedActor, hangs: Callable[[Asked], bool]
+    ) -> None:
+        clock, wait = TurnedClock(), actor._groups.wait
+        set_clock(monkeypatch, actor, clock)
+
+        def waits(*arguments: Any) -> None:
+            # Of the loop itself, with nothing to generate: nothing begins meanwhile.
+            if all(hangs(place.asked[-1]) for place in actor.places.places if not place.is_closed):
+                clock.now_s += 1.5
+            wait(*arguments)
+
+        monkeypatch.setattr(actor._groups, "wait", waits)
+
+    def test_a_sample_past_its_deadline_is_cut_wherever_it_is(self, bench, monkeypatch):
+        def hangs(asked: Asked) -> bool:
+            return asked.what == "act" and asked.seed % 2 == 0
+
         def behave(asked: Asked) -> tuple[float, Turn]:
-            hangs = asked.what == "act" and asked.seed % 2 == 0
-            return (3600.0 if hangs else 0.005), turns(2)(asked)[1]
+            return (3600.0 if hangs(asked) else 0.005), turns(2)(asked)[1]
 
         config = playing_config(straggler_timeouts_s=(1.0, None))
         run = bench(config.model_copy(update={"rewards": actor_config().rewards}), rows=played_rows())
         actor = SimulatedActor(run, behave=behave, num_tokens=(2, 5), step_s=0.001)
+        self.turn_while_all_hang(monkeypatch, actor, hangs)
         run.publish(0)
         run.start(actor)
         samples = samples_of([group for step in range(4) for group in run.train(step, 4)])
@@ -267,13 +288,16 @@ class TestDeadlines:
         assert {sample.turns for sample in late} == {1}
         until(lambda: counters(actor)["samples_truncated_late"] >= len(late))
 
-    def test_a_group_does_not_wait_longer_for_an_environment(self, bench):
+    def test_a_group_does_not_wait_longer_for_an_environment(self, bench, monkeypatch):
+        def hangs(asked: Asked) -> bool:
+            return asked.what == "reset" and asked.place % 4 == 0
+
         def behave(asked: Asked) -> tuple[float, Turn]:
-            hangs = asked.what == "reset" and asked.place % 4 == 0
-            return (3600.0 if hangs else 0.005), turns(2)(asked)[1]
+            return (3600.0 if hangs(asked) else 0.005), turns(2)(asked)[1]
 
         run = bench(playing_config(straggler_timeouts_s=(None, 1.0)), rows=played_rows())
         actor = SimulatedActor(run, behave=behave, num_tokens=(2, 5), step_s=0.001)
+        self.turn_while_all_hang(monkeypatch, actor, hangs)
         run.publish(0)
         run.start(actor)
         assert {len(group.samples) for group in run.train(0, 4)} == {3}

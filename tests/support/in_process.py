@@ -98,12 +98,18 @@ class Monitor:
 
 
 class Reference:
-    """A bucket in an object store: awaited as often as one likes."""
+    """A bucket in an object store: awaited as often as one likes. It takes `delay_s`, once `is_there` is
+    set.
+    """
 
-    def __init__(self, bucket: np.ndarray, delay_s: float = 0.0) -> None:
-        self.bucket, self._delay_s = bucket, delay_s
+    def __init__(
+        self, bucket: np.ndarray, delay_s: float = 0.0, is_there: threading.Event | None = None
+    ) -> None:
+        self.bucket, self._delay_s, self._is_there = bucket, delay_s, is_there
 
     def __await__(self) -> Generator[Any, None, np.ndarray]:
+        while self._is_there is not None and not self._is_there.is_set():
+            yield from asyncio.sleep(0.01).__await__()
         yield from asyncio.sleep(self._delay_s).__await__()
         return self.bucket
 
@@ -171,11 +177,12 @@ class Bench:
         *,
         evaluate: bool | Sequence[str] = False,
         delay_s: float = 0.0,
+        is_there: threading.Event | None = None,
         torn: bool = False,
         tensors: Any = None,
     ) -> None:
-        """A snapshot as the learner publishes it; each of its buckets takes `delay_s` to arrive. It is
-        evaluated on all suites, on some, or on none.
+        """A snapshot as the learner publishes it; each of its buckets takes `delay_s` to arrive, counted
+        from when `is_there` is set, where it is given. It is evaluated on all suites, on some, or on none.
         """
         if isinstance(evaluate, bool):
             evaluate = list(self.eval_prompts) if evaluate else []
@@ -185,7 +192,7 @@ class Bench:
         manifest, buckets = writer.finish(version)
         if torn:
             buckets[0][0] += 1
-        references = [Reference(bucket, delay_s) for bucket in buckets]
+        references = [Reference(bucket, delay_s, is_there) for bucket in buckets]
         self.board.get("publish", msgspec.msgpack.encode(manifest), references, version, evaluate=evaluate)
 
     def train(self, step: int, num_groups: int, timeout_s: float = 60.0) -> list[Group]:

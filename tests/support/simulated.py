@@ -23,6 +23,8 @@ from tests.support.in_process import Bench
 from tests.support.playing import Behaviour, DigitSpeech, ScriptedPlaces
 
 STEP_S = 0.005
+UNBOUNDED = {"capacity": 10**5, "max_staleness": 10**5}
+"""A buffer that admits more groups than a test has time for: its actors never wait."""
 
 
 def rows(count: int = 16, **more: Any) -> list[PromptRow]:
