@@ -389,11 +389,11 @@ def test_two_zero_ranks_yield_the_whole_weights_in_the_declared_order_a_bucket_a
 
 class PiecewiseActor:
     """As a Ray actor: a loop that looks for orders, in a thread of its own; at the order `dies_at` its
-    process ends.
+    process ends, once two others have carried that out: each leaves a file of what it has in `done_dir`.
     """
 
-    def __init__(self, dies_at: str = "") -> None:
-        self._loop, self._dies_at = Loop(), dies_at
+    def __init__(self, name: str, done_dir: Path, dies_at: str = "") -> None:
+        self._loop, self._name, self._done_dir, self._dies_at = Loop(), name, done_dir, dies_at
 
     def me(self) -> Any:
         import ray
@@ -402,8 +402,11 @@ class PiecewiseActor:
 
     def receive(self, verb: str, number: int, *arguments: Any) -> str:
         if verb == self._dies_at:
+            until(lambda: len([*self._done_dir.glob(f"{verb}-*")]) == 2)
             os._exit(1)
-        return self._loop.receiver.order(verb, number, *arguments)
+        said = self._loop.receiver.order(verb, number, *arguments)
+        (self._done_dir / f"{verb}-{self._name}").touch()
+        return said
 
     def seen(self) -> tuple[int, list[str]]:
         return self._loop.engine.version, self._loop.engine.asked
@@ -458,7 +461,7 @@ def test_over_ray_what_changes_are_changes_of_is_there_when_the_board_holds_it_n
 @pytest.mark.slow
 @pytest.mark.parametrize("coupled", [True, False])
 def test_over_ray_a_killed_actor_is_named_at_once_and_costs_the_others_what_the_road_says(
-    local_ray: None, coupled: bool
+    local_ray: None, coupled: bool, tmp_path: Path
 ):
     import ray
 
@@ -466,11 +469,11 @@ def test_over_ray_a_killed_actor_is_named_at_once_and_costs_the_others_what_the_
 
     actor_class = ray.remote(PiecewiseActor).options(num_cpus=0, max_concurrency=4)
     actors = {
-        name: actor_class.remote(dies_at)
+        name: actor_class.remote(name, tmp_path, dies_at)
         for name, dies_at in (("actor-0", ""), ("actor-1", "update"), ("actor-2", ""))
     }
     # As they join the board.
-    handles = {name: ray.get(actor.me.remote(), timeout=60) for name, actor in actors.items()}
+    handles = {name: ray.get(actor.me.remote(), timeout=180) for name, actor in actors.items()}
     client = ActorsClient(Calls(20.0), 20.0, ranks_each=2, coupled=coupled)
     client.begin({name: ReceiverClient(handle, name) for name, handle in handles.items()}, 8, {"norm": "x"})
     client.init_weight_transfer_engine({"rank_offset": 1})
