@@ -70,10 +70,10 @@ def test_a_task_that_hangs_costs_its_completion_and_no_process(function):
 
 @pytest.mark.parametrize(
     ("function", "error"),
-    [("blocks", "blocked its event loop for 4 s"), ("dies", "the worker died: it exited with code 3")],
+    [("blocks", "blocked its event loop for 2 s"), ("dies", "the worker died: it exited with code 3")],
 )
 def test_a_lost_process_costs_the_completion_that_is_to_blame_and_none_beside_it(function, error):
-    with pool_of(function, timeout_s=4.0) as pool:
+    with pool_of(function, timeout_s=2.0) as pool:
         score(pool, "warm")
         others = [submit(pool, "a", "b") for _ in range(3)]
         hurt = submit(pool, "a", "bad", "c")
