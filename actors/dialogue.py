@@ -152,7 +152,7 @@ class Dialogue:
         with the reason.
         """
         if not self._chat_template:
-            return ()
+            return tuple(self._text_notes())
         if not self._closing:
             raise _refusal("it puts no end token after an answer")
         if is_mistral(self._tokenizer):
@@ -161,6 +161,14 @@ class Dialogue:
         return (*self._tool_notes(), *self._continuation_notes())
 
     # --- Checks ---
+
+    def _text_notes(self) -> Iterator[str]:
+        if self._tools:
+            yield (
+                f"warning: with data.chat_template=false nothing shows the policy its tools "
+                f"({', '.join(map(_name, self._tools))}): say in the rows' prompts what they are and how to call "
+                f"them, in one of the forms {', '.join(FORMS)}, or let the chat template show them"
+            )
 
     def _tool_notes(self) -> Iterator[str]:
         if not self._tools:

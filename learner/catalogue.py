@@ -10,19 +10,23 @@ processes that do without. These hand their parts the sections that they use.
 
 from __future__ import annotations
 
-import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from core.config import ObjectiveConfig
 from core.config.files import ConfigFiles
+from core.errors import ConfigError
+from core.users.code import find
 
 _FOLDER = Path(__file__).with_name("objectives")
 
 
 class _Objectives(Mapping[str, type[ObjectiveConfig]]):
-    """The class of knobs of each objective, by its file's name; files that begin with _ hold none."""
+    """The class of knobs of each objective, by its file's name; files that begin with _ hold none.
+
+    Raises ConfigError for a file that does not import, or holds no class of knobs or no `build`.
+    """
 
     def __init__(self) -> None:
         found = (module.name for module in pkgutil.iter_modules([str(_FOLDER)]))
@@ -31,7 +35,14 @@ class _Objectives(Mapping[str, type[ObjectiveConfig]]):
     def __getitem__(self, name: str) -> type[ObjectiveConfig]:
         if name not in self._names:
             raise KeyError(name)
-        return importlib.import_module(f"learner.objectives.{name}").Config
+        what, module = f"objective.name = {name!r}", f"learner.objectives.{name}"
+        knobs = find(what, f"{module}:Config", ConfigError)
+        if not (isinstance(knobs, type) and issubclass(knobs, ObjectiveConfig)):
+            raise ConfigError(
+                f"{what}: Config of {module} is no class of knobs; derive it from ObjectiveConfig."
+            )
+        find(what, f"{module}:build", ConfigError)
+        return knobs
 
     def __contains__(self, name: object) -> bool:
         return name in self._names

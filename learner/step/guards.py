@@ -27,6 +27,14 @@ MIN_SPREAD = 0.02
 """Least spread, as a share of the median: where a series hardly moves, its MAD makes a spike of every
 small change.
 """
+NO_SIGNAL = 1e-9
+"""What is watched and no larger is rounding: all groups of the step agreed. Once the task is solved nearly
+all steps are such, and beside them every other would be a spike.
+"""
+JUMP, BEFORE = 2.0, slice(-5, -2)
+"""The KL to the reference grows while a policy learns. A rise that goes on is no spike: that is at more than
+`JUMP` times the most of a few steps before, which a KL that runs away soon is, too.
+"""
 WATCHED = {"loss spike": ("objective/residual_std", "optim/grad_norm"), "KL spike": ("objective/kl_ref",)}
 """By alarm, the metric it looks at: the first that is known. AGRO's loss is half the square of the residual's
 spread; a gradient norm has heavy tails (in recorded healthy runs such an alarm every 200 steps), and serves
@@ -37,10 +45,10 @@ where an objective has no reference.
 class Alarms:
     """Tells of values far above what they were lately: `for sentence in alarms.observe(step, metrics)`.
 
-    A value is far when it is more than `NUM_MADS` median absolute deviations above the running median. Each
-    series is judged against its last `WINDOW` values, once it has `MIN_SEEN`; after an alarm it is quiet for
-    `QUIET_STEPS`. Log-probs of actors and learner that are further apart than `mismatch_bound_nats` give an
-    alarm, too.
+    A value is far when it is more than `NUM_MADS` median absolute deviations above the running median, and no
+    rise of the KL that goes on. Each series is judged against its last `WINDOW` values, once it has
+    `MIN_SEEN`; after an alarm it is quiet for `QUIET_STEPS`. Steps without a signal are left out. Log-probs
+    of actors and learner that are further apart than `mismatch_bound_nats` give an alarm, too.
     """
 
     def __init__(self, mismatch_bound_nats: float = math.inf) -> None:
@@ -59,7 +67,10 @@ class Alarms:
             if not known:
                 continue
             value, limit = metrics[known[0]], alarm_limit(seen) if len(seen) >= MIN_SEEN else math.inf
-            if value > limit and step - self._told.get(alarm, -QUIET_STEPS) >= QUIET_STEPS:
+            if 0 <= value <= NO_SIGNAL:
+                continue
+            goes_on = alarm == "KL spike" and value <= JUMP * max(map(abs, list(seen)[BEFORE]), default=0.0)
+            if value > limit and not goes_on and step - self._told.get(alarm, -QUIET_STEPS) >= QUIET_STEPS:
                 self._told[alarm] = step
                 events.append(
                     f"{alarm} at learner step {step}: {known[0]} = {value:.4g}, above {limit:.4g}, which is "

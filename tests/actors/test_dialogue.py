@@ -364,6 +364,10 @@ def test_without_a_template_what_follows_is_the_text_as_it_is(make):
     tokenizer = make("<eos>")
     dialogue = Dialogue(tokenizer, chat_template=False)
     assert dialogue.check() == ()
+    (unseen,) = Dialogue(tokenizer, [ADD], chat_template=False).check()
+    assert unseen.startswith(
+        "warning: with data.chat_template=false nothing shows the policy its tools (add)"
+    )
     tokens = dialogue.first([say("user", "2+3=")]) + ids(tokenizer, "<eos>")
     tokens += dialogue.continuation([say("user", "No. ")])
     assert tokens == ids(tokenizer, "2+3=<eos>No. ")

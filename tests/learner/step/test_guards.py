@@ -274,6 +274,25 @@ def alarms_of(series: list[dict[str, float]]) -> list[tuple[int, str]]:
     ]
 
 
+GROWING_KL = [
+    0.0,
+    -0.001,
+    -0.002,
+    0.0,
+    -0.002,
+    0.005,
+    -0.004,
+    0.016,
+    0.032,
+    0.013,
+    0.004,
+    0.012,
+    0.056,
+    0.013,
+]
+GROWING_KL += [0.067, 0.145, 0.139, 0.128, 0.187, 0.191, 0.094, 0.13, 0.181, 0.268, 0.223, 0.218]
+
+
 def noisy(count: int) -> list[dict[str, float]]:
     return [{LOSS: 1.0 + 0.1 * (step % 5), KL: -2.0 + 0.2 * (step % 3)} for step in range(count)]
 
@@ -297,6 +316,21 @@ SERIES: dict[str, tuple[list[dict[str, float]], list[tuple[int, str]]]] = {
     "hardly any spread": (
         [*({LOSS: 1.0} for _ in range(40)), {LOSS: 1.1}, {LOSS: 1.3}],
         [(41, "loss spike")],
+    ),
+    "now and then a group whose samples differ, once nearly all agree": (
+        [*noisy(30), *([{LOSS: 1e-17}] * 6 + [{LOSS: 0.06}] + [{LOSS: 1e-17}] * 6 + [{LOSS: 0.1}]) * 20],
+        [],
+    ),
+    "a spike once nearly all agree": (
+        [*([{LOSS: 0.0}, {LOSS: 0.06}] * 50), {LOSS: 0.9}],
+        [(100, "loss spike")],
+    ),
+    "a KL that grows as the policy learns": ([{KL: 0.3 * (step / 25) ** 4} for step in range(60)], []),
+    # As recorded: the first steps of a healthy run of sums.
+    "a KL that grows unevenly": ([{KL: value} for value in GROWING_KL], []),
+    "a KL that runs away": (
+        [*({KL: 0.01} for _ in range(30)), *({KL: 0.01 * 1.5**n} for n in range(9))],
+        [(32, "KL spike")],
     ),
     "not finite is left out": (
         [*noisy(30), {LOSS: math.nan, KL: math.inf}, {}, {LOSS: 9.0}],
