@@ -22,7 +22,6 @@ from cluster.gang import LearnerGang, RankDied
 from cluster.gang import State as GangState
 from core.calls import Calls, Client, Pending
 from core.config import Config
-from core.errors import ConfigError
 from core.process_log import ProcessLog
 from core.processes import is_placed
 from learner.checkpoints.checkpoint import CheckpointManifest, checkpoint_dirs, latest_checkpoint
@@ -177,12 +176,6 @@ class Learner:
 
     def _make_gang(self, found: tuple[Path, CheckpointManifest] | None) -> LearnerGang:
         if found is not None:
-            if found[1].step > self._config.run.steps:
-                raise ConfigError(
-                    f"run.steps = {self._config.run.steps}, but the run in {self._run_dir} has done "
-                    f"{found[1].step} steps already. "
-                    "Raise run.steps."
-                )
             self._tell(f"going on from {found[0].name}")
             self._on_going_on(found[1].step)
         train_arguments = (*self._peers, str(self._run_dir / "policy"), str(found[0]) if found else None)

@@ -21,6 +21,7 @@ from core.config.files import dump_config, read_tree
 from core.errors import AgroError, ConfigError
 from core.text import user_path
 from learner.catalogue import parse_config
+from learner.checkpoints.checkpoint import latest_checkpoint
 
 # What a run is about: with another value its prompts, its groups or its weights would mean something else.
 _FIXED = (
@@ -308,6 +309,12 @@ def _changes(config: Config, before: Config, path: Path) -> list[str]:
         raise ConfigError(
             f"run.dir = {path} already holds a run without checkpoints (checkpoint.every = 0). "
             "Choose another run.dir."
+        )
+    found = latest_checkpoint(path, contents=False)  # Hashing may take minutes, and only finds an older one.
+    if found is not None and found[1].step > config.run.steps:
+        raise ConfigError(
+            f"run.steps = {config.run.steps}, but the run in {path} has done {found[1].step} steps already. "
+            "Raise run.steps to go on with it, or choose another run.dir."
         )
     differences = list(_differences(before.model_dump(), config.model_dump()))
     # With a curriculum every prompt belongs to one of the shards, otherwise ordinals do.

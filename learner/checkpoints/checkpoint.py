@@ -180,16 +180,16 @@ class Checkpoint:
 
 
 def latest_checkpoint(
-    run_dir: str | Path, on_problem: Callable[[str], None] = lambda text: None
+    run_dir: str | Path, on_problem: Callable[[str], None] = lambda text: None, *, contents: bool = True
 ) -> tuple[Path, CheckpointManifest] | None:
-    """Returns the newest checkpoint that verifies, every byte of it, or None.
+    """Returns the newest checkpoint that verifies, every byte of it (without `contents`, its sizes), or None.
 
     `on_problem` gets a sentence for each newer one that does not verify: which file, and what is wrong with
     it.
     """
     for _, path in reversed(checkpoint_dirs(run_dir)):
         try:
-            return path, verify(path)
+            return path, verify(path, contents=contents)
         except CheckpointError as error:
             on_problem(str(error))
     return None

@@ -88,6 +88,10 @@ class FrozenPolicies:
         """True where a reference never moves: its log-probs stay true for later uses of a sample."""
         return REFERENCE in self._policies and not self._every[REFERENCE]
 
+    def set_moved(self, names: Collection[str]) -> None:
+        """Takes over what had `moved`, of what there is: the run may go on with another objective."""
+        self.moved = set(names) & set(self._policies)
+
     def move(self, policy: TrainedPolicy, step: int) -> None:
         """Copies the policy into those whose time has come before learner step `step`. Collective."""
         for name, frozen in self._policies.items():

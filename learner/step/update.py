@@ -148,7 +148,7 @@ class Updater:
         besides.
         """
         self._variances.set_state(state["variances"])
-        self._frozen.moved = set(state["moved"])
+        self._frozen.set_moved(state["moved"])
 
     # --- verbs of a step ------------------------------------------------------------------------------------
 

@@ -16,6 +16,16 @@ from cluster.preparation.run_dir import check_run_dir, kept_if_begun, open_run_d
 from core.config import Config
 from core.errors import ConfigError, PlacementError
 from learner.catalogue import load_config
+from learner.checkpoints.checkpoint import (
+    STATE_NAME,
+    CheckpointManifest,
+    FileEntry,
+    checkpoint_name,
+    checkpoint_root,
+    rank_file,
+    write_file,
+    write_manifest,
+)
 from tests.support import ROOT
 from tests.support.configs import quickstart
 
@@ -107,6 +117,47 @@ def test_only_a_finished_run_is_not_continued(
             reopened(tmp_path / "run", f"run.steps={steps}")
     else:
         assert reopened(tmp_path / "run", f"run.steps={steps}").is_continued
+
+
+def save_checkpoint(run_dir: Path, step: int, manifest_step: int | None = None) -> Path:
+    """A checkpoint of one rank whose bytes are not those written, of the same size."""
+    directory = checkpoint_root(run_dir) / checkpoint_name(step)
+    directory.mkdir(parents=True)
+    (directory / rank_file(0)).touch()
+    entry = FileEntry(rank_file(0), 0, "of other bytes")
+    files = (entry, write_file(directory / STATE_NAME, b"{}"))
+    manifest = CheckpointManifest(format=1, step=manifest_step or step, world_size=1, tensors=(), files=files)
+    write_manifest(directory, manifest)
+    return directory
+
+
+@pytest.mark.parametrize("ask", [open_run_dir, check_run_dir])
+def test_fewer_steps_than_a_stopped_run_has_done_are_refused_and_leave_its_record_as_it_is(
+    tmp_path: Path, ask: Any
+) -> None:
+    path = tmp_path / "run"
+    open_run_dir(config_at(path, "run.steps=3000"))
+    save_checkpoint(path, 686)
+    (path / "summary.json").write_text(json.dumps({"steps": 686, "stopped": "SIGINT"}))
+    while run_dir._held_locks:
+        os.close(run_dir._held_locks.pop())
+    before = {file.name: file.read_bytes() for file in path.iterdir() if file.suffix in (".json", ".yaml")}
+    with pytest.raises(ConfigError, match=r"run\.steps = 600, but the run in .* has done 686 steps already"):
+        ask(config_at(path, "run.steps=600"))
+    assert before == {
+        file.name: file.read_bytes() for file in path.iterdir() if file.suffix in (".json", ".yaml")
+    }
+    assert reopened(path, "run.steps=686").is_continued
+
+
+def test_the_steps_done_are_those_of_the_newest_checkpoint_that_is_whole(tmp_path: Path) -> None:
+    open_run_dir(config_at(tmp_path / "run", "run.steps=3000"))
+    save_checkpoint(tmp_path / "run", 500)
+    save_checkpoint(tmp_path / "run", 650, manifest_step=640)
+    (save_checkpoint(tmp_path / "run", 686) / STATE_NAME).unlink()
+    with pytest.raises(ConfigError, match="has done 500 steps already"):
+        reopened(tmp_path / "run", "run.steps=499")
+    assert reopened(tmp_path / "run", "run.steps=600").is_continued
 
 
 def test_a_run_that_ended_at_its_target_goes_on_with_another_one(tmp_path: Path) -> None:

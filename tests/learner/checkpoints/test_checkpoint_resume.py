@@ -15,7 +15,9 @@ from actors.heartbeat import Heartbeat
 from learner.catalogue import parse_text
 from learner.checkpoints.checkpoint import checkpoint_dirs
 from learner.checkpoints.export import export
+from learner.step.frozen import FrozenPolicies
 from learner.worker import LearnerRank
+from tests.support.configs import quickstart
 from tests.support.learning.resumed import STEPS, Run, run_config
 from tests.support.learning.updates import spied
 from tests.support.scenarios.checkpoint_scenario import LIMIT_BYTES
@@ -145,7 +147,7 @@ def test_what_the_updater_keeps_survives_json(tiny_models: dict[str, Path]) -> N
     state = json.loads(json.dumps(updater.get_state()))
     assert state["moved"] == ["proximal", "reference"]
     assert len(state["variances"]) == 5
-    _, _, other = spied(tiny_models["untied"], 0)
+    _, _, other = spied(tiny_models["untied"], 0, moving=True)
     assert other.get_state() == {"variances": [], "moved": []}
     other.set_state(state)
     assert other.get_state() == updater.get_state()
@@ -157,3 +159,9 @@ def test_a_rank_says_where_its_threads_are(tiny_models: dict[str, Path]) -> None
     stacks = Heartbeat.stacks(rank)  # As the watchdog asks, of any actor.
     assert "test_a_rank_says_where_its_threads_are" in stacks
     assert "MainThread:" in stacks
+
+
+def test_a_run_goes_on_with_an_objective_that_needs_less_than_the_one_before() -> None:
+    frozen = FrozenPolicies({}, quickstart(), needs=())
+    frozen.set_moved(["proximal", "reference"])
+    assert not frozen.moved
