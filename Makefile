@@ -1,7 +1,10 @@
 # AGRO: set up, run, test. `make` lists the targets.
 #
-# Needs python3 >= 3.11 with pip and venv, nothing else. PYTHON=... chooses the interpreter, ARGS="run.steps=20" overrides
-# config fields. Packages come from where pip is told to look; PIP_FIND_LINKS is passed on to uv.
+# Needs python3 >= 3.11 with pip and venv, nothing else. PYTHON=... chooses the interpreter. Packages come from where pip is
+# told to look; PIP_FIND_LINKS is passed on to uv.
+#
+# Targets that train take config fields: `make quickstart run.dir=RUN_DIR run.steps=20 'eval.stop_at=[held_out/avg@4, 0.9]'`.
+# ARGS="..." is given to any target's command as it stands, for the shell to take apart.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -28,6 +31,18 @@ OPTIONS_gpu :=
 COMPILE := .venv/bin/uv pip compile --quiet --upgrade --no-annotate
 # The small examples share one card: a GPU install of vLLM has no CPU engine.
 ON_CARD_gpu := actors.num_gpus=0.25 actors.engine_memory=0.2
+
+# The config fields of make's own command line, as they were typed, each one word for the shell.
+is_field = $(and $(findstring .,$1)$(filter environments,$1),$(filter command,$(firstword $(origin $1))))
+FIELDS := $(strip $(foreach name,$(filter-out .%,$(.VARIABLES)),$(if $(call is_field,$(name)),$(name))))
+as_word = '$(subst ','\'',$1)'
+GIVEN = $(foreach name,$(FIELDS),$(call as_word,$(name)=$(value $(name))))
+TRAINING := quickstart quickstart-tools demo-smollm2
+ifneq ($(FIELDS),)
+ifeq ($(filter $(TRAINING),$(MAKECMDGOALS)),)
+$(error $(FIELDS): only $(TRAINING) take config fields)
+endif
+endif
 
 # A quickstart takes as many steps as it needs.
 UNTIL_SOLVED := run.steps=300 eval.every=20 eval.stop_at='[held_out/avg@4, 0.95]'
@@ -60,13 +75,13 @@ OTHER_KIND := $(if $(filter-out $(KIND),$(shell cat .venv/.ready 2>/dev/null)),o
 	@echo $(KIND) > $@
 
 quickstart: setup  ## train a tiny model on sums, minutes on two cores
-	.venv/bin/python launch.py train configs/quickstart.yaml $(UNTIL_SOLVED) $(ON_CARD_$(KIND)) $(ARGS)
+	.venv/bin/python launch.py train configs/quickstart.yaml $(UNTIL_SOLVED) $(ON_CARD_$(KIND)) $(GIVEN) $(ARGS)
 
 quickstart-tools: setup  ## train a tiny model to use a calculator in two turns, minutes on two cores
-	.venv/bin/python launch.py train configs/quickstart_tools.yaml $(ON_CARD_$(KIND)) $(ARGS)
+	.venv/bin/python launch.py train configs/quickstart_tools.yaml $(ON_CARD_$(KIND)) $(GIVEN) $(ARGS)
 
 demo-smollm2: setup  ## three steps of a real 135M model on sums
-	.venv/bin/python launch.py train configs/smollm2_sums.yaml run.steps=3 $(ON_CARD_$(KIND)) $(ARGS)
+	.venv/bin/python launch.py train configs/smollm2_sums.yaml run.steps=3 $(ON_CARD_$(KIND)) $(GIVEN) $(ARGS)
 
 doctor: setup  ## check this machine
 	.venv/bin/python launch.py doctor

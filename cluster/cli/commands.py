@@ -7,13 +7,16 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.progress import say
 from cluster.signals import EXIT_CODES, StopSignal
 from core.errors import AgroError, CheckpointError, ConfigError
 from core.machine import collect_seldom
 from core.text import printable
+
+if TYPE_CHECKING:
+    from core.config import Config
 
 
 def train(arguments: Namespace) -> int:
@@ -33,8 +36,21 @@ def train(arguments: Namespace) -> int:
         from cluster.train import train
 
         summary = train(config, stop)
-    print(summary_screen(summary))
+    print(summary_screen(summary, _go_on(arguments, config, summary)))
     return EXIT_CODES[summary["stopped"]]
+
+
+def _go_on(arguments: Namespace, config: Config, summary: Mapping[str, Any]) -> str | None:
+    """Returns the command that goes on with a run that was stopped; None where no steps are left, or no
+    checkpoint is kept to go on from.
+    """
+    from cluster.monitor.terminal import command
+
+    has_steps_left = (summary["steps"] or 0) < config.run.steps
+    if not (summary["stopped"] and config.checkpoint.every and has_steps_left):
+        return None
+    others = [each for each in arguments.overrides if not each.startswith("run.dir=")]
+    return command("train", arguments.config, *others, f"run.dir={summary['run_dir']}")
 
 
 def _dry_run(arguments: Namespace) -> int:

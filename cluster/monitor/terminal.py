@@ -276,8 +276,10 @@ def _event_lines(view: View) -> RenderableType:
     )
 
 
-def summary_screen(summary: Mapping[str, Any]) -> str:
-    """The last screen of a run: what came out, where it is, and what to type next."""
+def summary_screen(summary: Mapping[str, Any], go_on: str | None = None) -> str:
+    """The last screen of a run: what came out, where it is, and what to type next; `go_on` is what goes on
+    with a run that was stopped.
+    """
 
     def number(name: str, digits: int) -> str:
         return figure(summary.get(name), digits)
@@ -311,7 +313,9 @@ def summary_screen(summary: Mapping[str, Any]) -> str:
     if policy:
         # A chat has neither the prompts' form nor the tools of an environment.
         verbs = ("evaluate",) if summary.get("environments") else ("chat", "evaluate")
-        rows += [(verb, f"{_python()} launch.py {verb} {shlex.quote(policy)}") for verb in verbs]
+        rows += [(verb, command(verb, policy)) for verb in verbs]
+    if go_on:
+        rows.append(("go on", go_on))
     outcome = f"stopped: {stopped}" if stopped else "finished"
     lines = [f"{summary.get('name') or '-'} {outcome}", *(f"  {label:<11}{value}" for label, value in rows)]
     return "\n".join(lines)
@@ -335,10 +339,11 @@ def _course(course: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _python() -> str:
-    """This interpreter as one would type it here."""
+def command(verb: str, *arguments: str) -> str:
+    """A command of launch.py with this interpreter, as one would type it here."""
     path = Path(sys.executable)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    python = str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    return f"{python} launch.py {verb} {shlex.join(arguments)}"
 
 
 def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
