@@ -22,6 +22,7 @@ from buffer.outline import group_id_in
 from buffer.refusals import forgotten
 from buffer.server import Offer, ReplayBuffer
 from buffer.store import DiskFullError
+from buffer.usable import ErrorTexts
 from core.calls import Client, as_call, asks
 from core.records import merge_batches
 
@@ -203,13 +204,16 @@ class BufferClient:
         return max(await _gather(shard.next_step() for shard in self.shards))
 
     @as_call
-    async def error_summary(self) -> tuple[int, int, list[str]]:
-        """Samples that failed, samples in all, and the last error texts of each shard."""
+    async def error_summary(self) -> tuple[int, int, dict[str, int]]:
+        """Samples that failed, samples in all, and the last error texts of all shards, with their counts."""
         found = await _gather(shard.error_summary() for shard in self.shards)
+        texts = ErrorTexts()
+        for _, _, counts in found:
+            texts.note(counts.items())
         return (
             sum(failed for failed, _, _ in found),
             sum(total for _, total, _ in found),
-            [text for _, _, texts in found for text in texts],
+            texts.newest(),
         )
 
     @as_call

@@ -308,12 +308,12 @@ class ReplayBuffer:
         """
         return self._shard.next_step
 
-    async def error_summary(self) -> tuple[int, int, list[str]]:
-        """Returns samples that failed, samples in all, and the last error texts of this process (at most 5,
-        oldest first).
+    async def error_summary(self) -> tuple[int, int, dict[str, int]]:
+        """Returns samples that failed, samples in all, and the last error texts of this process: one of each
+        kind, with how often that came, oldest first.
         """
         counts = self._shard.counts
-        return counts["samples_error"], counts["samples_total"], list(self._shard.error_texts)
+        return counts["samples_error"], counts["samples_total"], self._shard.error_texts.newest()
 
     async def close(self) -> None:
         """Ends all waits and closes the files; a second call does nothing. What is open or stored stays so,

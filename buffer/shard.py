@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,11 @@ from buffer.sampling import GroupMeta
 from buffer.sources import Part
 from buffer.store import BatchEntry, DiskFullError, RecordedBatch, Store, StoreError
 from buffer.stream import PromptStream
-from buffer.usable import MIN_SAMPLES, HeldSamples, Usable, generated_rewards, usable_in
+from buffer.usable import MIN_SAMPLES, ErrorTexts, HeldSamples, Usable, generated_rewards, usable_in
 from core.config import Config
 from core.records import StoredGroup, WorkItem, encode, encode_batch, head_of
 from core.staleness import StalenessBound
 
-_NUM_ERROR_TEXTS = 5
 _ADMISSION_COUNTS = ("failed", "expired", "reissued", "lost_too_often", "rested", "ignored_reports")
 _COUNTS = ("evicted_too_small", "samples_error", "samples_total", "taken", "starts", "disk_errors")
 _log = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ class Shard:
         self.counts: Counter[str] = Counter()
         self._batches: dict[int, RecordedBatch] = {}
         self._left: list[tuple[GroupMeta, str]] = []  # Groups that left and are not written yet.
-        self.error_texts: deque[str] = deque(maxlen=_NUM_ERROR_TEXTS)
+        self.error_texts = ErrorTexts()
         self._step = self.next_step = 0  # The newest step told; the step of the next batch.
         self._watermark = self._ledger_forgotten = 0
         self._closed = False
@@ -226,7 +225,7 @@ class Shard:
             return
         self.counts["samples_total"] += len(head.samples) + len(errors)
         self.counts["samples_error"] += len(errors)
-        self.error_texts.extend(errors)
+        self.error_texts.note((text, 1) for text in errors)
         if self._config.data.curriculum is not None and len(head.samples) >= MIN_SAMPLES:
             self._curriculum.observe(self.item(head.group_id).prompt_index, generated_rewards(head))
         if group is not None:

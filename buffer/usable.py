@@ -1,9 +1,13 @@
-"""Decides what of a group is worth storing, and holds the sample of a group too small for that."""
+"""Decides what of a group is worth storing, holds the sample of a group too small for that, and keeps why
+samples failed.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -15,6 +19,12 @@ from core.staleness import StalenessBound, counted_version
 
 MIN_SAMPLES = 2
 """A group with fewer samples carries no signal: its leave-one-out mean does not exist."""
+
+
+MAX_KINDS = 20
+"""Kinds of errors that are kept."""
+NUM_SHOWN = 5
+_VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 
 
 class Usable(NamedTuple):
@@ -67,6 +77,41 @@ def usable_group(group: Group) -> tuple[Group, list[str]]:
 def generated_rewards(group: GroupHead) -> list[float]:
     """Returns the rewards of the samples that were generated for the group, not taken from a log."""
     return [sample.reward for sample in group.samples if sample.reward is not None and not sample.is_offline]
+
+
+def error_kind(text: str) -> str:
+    """Returns what error texts have in common that differ only in numbers and in what is quoted."""
+    return _VARYING.sub("#", text)
+
+
+def last_texts(texts: Mapping[str, int]) -> dict[str, int]:
+    """Returns the last few of the texts that `ErrorTexts.newest` returned: those that are shown."""
+    return dict([*texts.items()][-NUM_SHOWN:])
+
+
+class ErrorTexts:
+    """Keeps the newest error text of each kind, and how often that kind came; of kinds, the newest
+    `MAX_KINDS`.
+
+        texts.note([("ValueError: no 3", 1), ("ValueError: no 4", 1)])
+        texts.newest()     # {"ValueError: no 4": 2}
+    """
+
+    def __init__(self) -> None:
+        self._by_kind: dict[str, tuple[str, int]] = {}
+
+    def note(self, counted: Iterable[tuple[str, int]]) -> None:
+        """Takes texts, the oldest first, each with how many errors it stands for."""
+        for text, count in counted:
+            kind = error_kind(text)
+            _, before = self._by_kind.pop(kind, ("", 0))
+            self._by_kind[kind] = text, before + count
+            if len(self._by_kind) > MAX_KINDS:
+                del self._by_kind[next(iter(self._by_kind))]
+
+    def newest(self) -> dict[str, int]:
+        """Returns the texts with their counts, the kind that came last at the end."""
+        return dict(self._by_kind.values())
 
 
 class HeldSamples:

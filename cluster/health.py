@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from buffer.usable import error_kind, last_texts
 from cluster.fleet import Fleet
 from cluster.learner import Learner
 from cluster.services import Services
@@ -23,6 +24,7 @@ from core.errors import RewardError
 from core.troubles import QUIET_S
 
 MIN_SCORED_SAMPLES = 64
+MAX_TOLD_KINDS = 10
 REWARDS_WINDOW_S = 300.0
 
 
@@ -46,6 +48,53 @@ class Recent:
         ):
             self._marks.popleft()
         return errors - self._marks[0][1], samples - self._marks[0][2]
+
+
+class FailedRewards:
+    """Why samples got no reward: each kind of error is told once, and of kinds the first `MAX_TOLD_KINDS`.
+
+    texts   the last error texts that are known, with how often their kinds came, oldest first
+    """
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._asked: Pending[tuple[int, int, Mapping[str, int]]] | None = None
+        self._num_errors = 0.0
+        self._told: set[str] = set()
+        self.texts: Mapping[str, int] = {}
+
+    @property
+    def is_asked(self) -> bool:
+        """Returns whether the buffer has still to say why."""
+        return self._asked is not None
+
+    def ask(self, num_errors: float) -> None:
+        """Asks the buffer for the texts where its count of errors has risen; not waited for."""
+        if num_errors > self._num_errors and self._asked is None:
+            self._num_errors = num_errors
+            self._asked = self._services.calls.start(self._services.buffer.error_summary())
+
+    def poll(self) -> None:
+        """Takes the answer if it came. Raises AgroError where none comes in time."""
+        if self._asked is not None and self._asked.is_done():
+            asked, self._asked = self._asked, None
+            self.take(*asked.result())
+
+    def take(self, num_errors: float, _: float, texts: Mapping[str, int]) -> None:
+        """Takes what `ReplayBuffer.error_summary` says, and tells what is new in it."""
+        self._num_errors, self.texts = max(self._num_errors, num_errors), texts
+        for text, count in texts.items():
+            kind = error_kind(text)
+            if kind in self._told or len(self._told) > MAX_TOLD_KINDS:
+                continue
+            self._told.add(kind)
+            if len(self._told) > MAX_TOLD_KINDS:
+                self._services.event(
+                    f"samples got no reward for more than {MAX_TOLD_KINDS} reasons: further ones are not told;"
+                    " the summary has the last"
+                )
+            else:
+                self._services.event(f"{count} sample{'s' * (count > 1)} got no reward: {text}")
 
 
 class FullDisk:
@@ -107,8 +156,8 @@ class Health:
         self._watchdog = Watchdog(config.run.timeout_s)
         self._rewards = Recent()
         self._disk = FullDisk(run_dir, services.event, clock)
+        self.failures = FailedRewards(services)
         self._failed = ""
-        self._error_texts: Pending[Any] | None = None  # Asked for once too many rewards have failed.
         self._waited_s = 0.0
         # The step at which the learner had no actor left; None while it has.
         self._alone_since_step: int | None = None
@@ -136,12 +185,13 @@ class Health:
         is_failing = (
             samples >= MIN_SCORED_SAMPLES and errors / samples > self._config.rewards.max_error_fraction
         )
-        if is_failing and self._error_texts is None:
+        if not self._failed:
+            self.failures.ask(stats["buffer/samples_error"])
+        self.failures.poll()
+        if is_failing and not self._failed:
             self._failed = f"{errors:.0f} of the last {samples:.0f} samples got no reward"
-            self._error_texts = self._services.calls.start(self._services.buffer.error_summary())
-        if self._error_texts is not None and self._error_texts.is_done():
-            _, _, texts = self._error_texts.result()
-            shown = "\n  ".join(dict.fromkeys(texts))
+        if self._failed and not self.failures.is_asked:
+            shown = "\n  ".join(last_texts(self.failures.texts))
             raise RewardError(
                 f"{self._failed}, more than rewards.max_error_fraction = {self._config.rewards.max_error_fraction}. "
                 f"The last errors:\n  {shown}"

@@ -159,8 +159,10 @@ class Services:
         self.calls.tell(text)
 
     def log_buffer(self, gauges: Mapping[str, float]) -> None:
-        """Gives the monitor gauges for its next rows."""
-        self.calls.post(self.monitor.log_buffer(gauges), "the buffer's gauges")
+        """Gives the monitor the buffer's gauges for its next rows, and the share of samples that failed."""
+        errors, samples = gauges["buffer/samples_error"], gauges["buffer/samples_total"]
+        shares = {"reward/error_fraction": errors / samples if samples else 0.0}
+        self.calls.post(self.monitor.log_buffer({**gauges, **shares}), "the buffer's gauges")
 
     def poll(self) -> list[str]:
         """Takes the answers that have come, and asks again; the names of the services that were started

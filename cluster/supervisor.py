@@ -30,6 +30,7 @@ from ray.exceptions import RayError
 
 from actors.offline import OfflineActor
 from actors.rollout import RolloutActor
+from buffer.usable import last_texts
 from cluster.control import Control, RunStatus, read_status
 from cluster.deaths import Deaths
 from cluster.evaluations.best import BestPolicy
@@ -300,7 +301,7 @@ class Supervisor:
         if gauges is None:
             return
         stats, view = gauges
-        self._log_buffer(stats)
+        self._services.log_buffer(stats)
         if self._learner is not None:
             num_open = len(self._evaluations.open)
             self._health.judge(stats, view, num_open, self._fleet, self._learner)
@@ -341,10 +342,6 @@ class Supervisor:
             f"{leases:.0f} leases on prompts and {tokens:.0f} tokens of unfinished samples, as it reported "
             f"{counters.get('silent_s') or 0:.0f} s before"
         )
-
-    def _log_buffer(self, stats: Mapping[str, float]) -> None:
-        errors, samples = stats["buffer/samples_error"], stats["buffer/samples_total"]
-        self._services.log_buffer({**stats, "reward/error_fraction": errors / samples if samples else 0.0})
 
     def _await_evaluations(self, stop: StopSignal, terminal: Terminal) -> None:
         """Turns until no evaluation is open, as the board says from now on, and the best version is written,
@@ -401,7 +398,9 @@ class Supervisor:
         services = self._services
         self._evaluations.take(*self._last_word(services.board.evaluations(0), ([], [])))
         stats = defaultdict(float, self._last_word(services.buffer.stats(), services.stats.value or {}))
-        self._log_buffer(stats)
+        services.log_buffer(stats)
+        failures = self._health.failures
+        failures.take(*self._last_word(services.buffer.error_summary(), (0, 0, failures.texts)))
         if not self._ray.cause:
             self._retire_all()
         summary = self._summary(totals[0] if totals else {}, stats, stopped)
@@ -427,7 +426,7 @@ class Supervisor:
     def _summary(
         self, totals: Mapping[str, float], stats: Mapping[str, float], stopped: str | None
     ) -> dict[str, Any]:
-        return run_summary(
+        summary = run_summary(
             self._inputs,
             time.monotonic() - self._start_s,
             totals=totals,
@@ -437,6 +436,7 @@ class Supervisor:
             stopped=stopped,
             best=self._best.kept,
         )
+        return {**summary, "last_errors": last_texts(self._health.failures.texts)}
 
     def _write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes the last rows, the summary and the report: by the monitor, and by this process where that

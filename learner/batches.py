@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from buffer.client import BufferClient
+from buffer.usable import last_texts
 from core.calls import Calls
 from core.errors import PeerTimeout
 from core.monitor_client import MonitorClient
@@ -104,7 +105,7 @@ class BatchSource:
         errors, samples, texts = self._calls.ask(self._buffer.error_summary())
         if not texts:
             return "See events.jsonl; raise run.timeout_s if generation is merely slow."
-        shown = "\n  ".join(dict.fromkeys(texts))
+        shown = "\n  ".join(last_texts(texts))
         return f"{errors} of {samples} samples got no reward so far, the last because of:\n  {shown}"
 
 

@@ -329,6 +329,7 @@ def _headline(
         "planned_steps": planned,
         "max_staleness": bound,
         "errors": summary.get("errors") or {},
+        "last_errors": summary.get("last_errors") or {},
     }
 
 

@@ -304,6 +304,7 @@ def summary_screen(summary: Mapping[str, Any], go_on: str | None = None) -> str:
             f"{number('samples', 0)} ({number('samples_per_s', 1)} per second), {number('tokens', 0)} tokens",
         ),
         ("errors", ", ".join(f"{name} {figure(count, 0)}" for name, count in errors.items()) or "none"),
+        *(("", f"{count} x {text}") for text, count in (summary.get("last_errors") or {}).items()),
         ("policy", policy or "-"),
         *(("best", _best(best)) for best in [summary.get("best")] if best),
         ("report", summary.get("report") or "-"),

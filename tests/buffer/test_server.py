@@ -96,7 +96,7 @@ async def test_failed_samples_are_counted_and_too_small_groups_not_stored(run_di
     await buffer.fail("a", [2], "prompt too long")
     stats = await check_sums(buffer)
     assert (stats["groups"], stats["evicted_too_small"], stats["failed"], stats["leased"]) == (1, 1, 1, 0)
-    assert await buffer.error_summary() == (3, 6, ["ValueError: boom"] * 3)
+    assert await buffer.error_summary() == (3, 6, {"ValueError: boom": 3})
     ledger = audit(f"{run_dir}/{LEDGER_NAME}")
     assert (ledger["violations"], ledger["status"]) == ([], {"stored": 1, "failed": 2})
 

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from buffer.replay import meta_of
-from buffer.usable import HeldSamples, usable_group
+from buffer.usable import MAX_KINDS, ErrorTexts, HeldSamples, last_texts, usable_group
 from core.arrays import Bits, Float32s
 from core.errors import DataError
 from core.staleness import AGELESS
@@ -72,3 +72,13 @@ def test_neither_nothing_nor_an_offline_sample_is_held():
 def test_a_sample_without_reward_or_error_is_refused(reward):
     with pytest.raises(DataError, match="scored sample 1"):
         usable_group(make_group(make_sample(), make_sample(reward=reward)))
+
+
+def test_error_texts_are_counted_by_kind_and_the_newest_kinds_are_kept():
+    texts = ErrorTexts()
+    texts.note([("no 3 in 'a'", 1), ("boom", 1), ('no 14 in "b c"', 2)])
+    assert texts.newest() == {"boom": 1, 'no 14 in "b c"': 3}
+    texts.note(("x" * length, 1) for length in range(1, MAX_KINDS))
+    assert len(texts.newest()) == MAX_KINDS
+    assert "boom" not in texts.newest()
+    assert [*last_texts(texts.newest())][-1] == "x" * (MAX_KINDS - 1)

@@ -26,13 +26,14 @@ class Notes:
 
     def __init__(self) -> None:
         self.told: list[str] = []
+        self.texts = {"ValueError: raises": 30}
         self.buffer, self.calls = connect_buffer([Local(self)]), Calls(5.0)
 
     def event(self, text: str) -> None:
         self.told.append(text)
 
-    def error_summary(self) -> tuple[int, int, list[str]]:
-        return 30, 64, ["ValueError: raises", "ValueError: raises"]
+    def error_summary(self) -> tuple[int, int, dict[str, int]]:
+        return 30, 64, self.texts
 
 
 class Roles:
@@ -100,6 +101,31 @@ def test_rewards_that_fail_too_often_stop_the_run_with_their_texts_once_each() -
         judge_until_it_raises(judge, {"buffer/samples_error": 530.0, "buffer/samples_total": 564.0})
     assert str(caught.value).count("ValueError: raises") == 1
     assert "30 of the last 64 samples got no reward" in str(caught.value)
+
+
+def test_each_kind_of_failure_is_told_once_and_of_many_the_first_ten() -> None:
+    judge, notes = health()
+
+    def judge_until_told(num_errors: float) -> None:
+        judge._judge_rewards({"buffer/samples_error": num_errors, "buffer/samples_total": 10_000.0})
+        deadline_s = time.monotonic() + 60
+        while judge.failures.is_asked and time.monotonic() < deadline_s:
+            judge.failures.poll()
+            time.sleep(0.01)
+
+    judge_until_told(0.0)
+    assert notes.told == []
+    notes.texts = {"f raised ValueError: no number in 'a' after 12": 1}
+    judge_until_told(1.0)
+    notes.texts = {"f raised ValueError: no number in 'b' after 3": 7}
+    judge_until_told(7.0)
+    assert notes.told == ["1 sample got no reward: f raised ValueError: no number in 'a' after 12"]
+    notes.texts = {f"f raised {letter * 3}": 2 for letter in "abcdefghijklmnop"}
+    judge_until_told(40.0)
+    assert notes.told[1] == "2 samples got no reward: f raised aaa"
+    assert len(notes.told) == 11
+    assert "more than 10 reasons" in notes.told[-1]
+    assert judge.failures.texts == notes.texts
 
 
 def test_rewards_that_break_late_in_a_long_run_stop_it_as_soon_as_early_ones() -> None:

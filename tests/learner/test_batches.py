@@ -28,8 +28,8 @@ def test_the_learner_waits_as_long_as_tokens_come_and_names_who_generates_none(m
         async def stats(self) -> dict[str, float]:
             return {f"buffer/{name}": 0.0 for name in ("inserted", "wait_admission_s", "wait_batch_s")}
 
-        async def error_summary(self) -> tuple[int, int, list[str]]:
-            return 0, 0, []
+        async def error_summary(self) -> tuple[int, int, dict[str, int]]:
+            return 0, 0, {}
 
         async def generation(self) -> dict[str, Any]:
             return {"actor-0": ((0.0, min(deadline_s, time.monotonic() - start_s) * 100), 0.4)}

@@ -91,12 +91,14 @@ def test_the_summary_screen_shows_results_commands_and_dashes() -> None:
             "final_policy_version": 1200,
             "policy_dir": "runs/a b/policy",
             "errors": {"reward": 3, "stale": 0},
+            "last_errors": {"f raised ValueError": 3},
         }
     )
     assert "0.230 -> 0.750 at v1200" in full
     assert "1200 in 2m10s" in full
     assert "launch.py chat 'runs/a b/policy'" in full
     assert "reward 3\n" in full
+    assert "3 x f raised ValueError\n" in full
     assert len(full.splitlines()) < 20
     played = summary_screen({"policy_dir": "policy", "environments": ["game"]})
     assert "launch.py evaluate policy" in played
