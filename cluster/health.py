@@ -5,6 +5,7 @@ gang.py, services.py.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from cluster.watchdog import Observation, Watchdog, dump_stacks
 from core.calls import Client, Pending
 from core.config import Config
 from core.errors import RewardError
+from core.json_lines import Redactor
 from core.troubles import QUIET_S
 
 MIN_SCORED_SAMPLES = 64
@@ -61,6 +63,7 @@ class FailedRewards:
         self._asked: Pending[tuple[int, int, Mapping[str, int]]] | None = None
         self._num_errors = 0.0
         self._told: set[str] = set()
+        self._redact = Redactor(os.environ)
         self.texts: Mapping[str, int] = {}
 
     @property
@@ -82,8 +85,9 @@ class FailedRewards:
 
     def take(self, num_errors: float, _: float, texts: Mapping[str, int]) -> None:
         """Takes what `ReplayBuffer.error_summary` says, and tells what is new in it."""
-        self._num_errors, self.texts = max(self._num_errors, num_errors), texts
-        for text, count in texts.items():
+        self._num_errors = max(self._num_errors, num_errors)
+        self.texts = {self._redact(text): count for text, count in texts.items()}
+        for text, count in self.texts.items():
             kind = error_kind(text)
             if kind in self._told or len(self._told) > MAX_TOLD_KINDS:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from typing import Any
 
@@ -22,8 +23,10 @@ from cluster.signals import StopSignal
 from cluster.supervisor import Supervisor
 from core.config import Config
 from core.errors import AgroError, ConfigError
+from core.json_lines import Redactor
 from core.machine import collect_as_usual
 from core.process_log import begin_driver_log
+from core.text import bounded, one_line
 from rewards.hosted import models_of
 
 
@@ -69,14 +72,14 @@ def _run(inputs: Inputs, stop: StopSignal) -> dict[str, Any]:
     except (AgroError, RayError) as raised:
         error = supervisor.explained(raised)
         try:
-            supervisor.finish([], str(error).splitlines()[0])
+            supervisor.finish([], Redactor(os.environ)(bounded(str(error))))
         except (
             AgroError,
             RayError,
             # What is left of the run cannot be closed in order: say so, but the first error is the cause.
         ) as second:
             raise type(error)(
-                f"{error}\n(and the run's files could not be completed: {str(second).splitlines()[0]})"
+                f"{error}\n(and the run's files could not be completed: {one_line(str(second))})"
             ) from None
         raise error from None
     finally:

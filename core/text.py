@@ -54,6 +54,24 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def bounded(text: str, max_lines: int = 12, max_chars: int = 1000) -> str:
+    """Returns the beginning of the text, with dots where it was cut."""
+    kept = "\n".join(text.strip().splitlines()[:max_lines])[:max_chars].rstrip()
+    return kept if kept == text.strip() else f"{kept} ..."
+
+
+def one_line(text: str) -> str:
+    """Returns the first line of the text, and the second one too where the first ends with a colon; dots
+    where lines of its list are left out. Example: "no reward: boom" of "no reward:\\n  boom".
+    """
+    lines = [line.strip() for line in text.strip().splitlines()] or [""]
+    num_lines = 2 if lines[0].endswith(":") else 1
+    line = " ".join(lines[:num_lines])
+    if line.endswith(":"):
+        return f"{line[:-1]}."
+    return f"{line} ..." if num_lines == 2 < len(lines) else line
+
+
 def shown_name(environment: str, path: str) -> str:
     """Returns how an environment is called in errors: by its name in the whole run, or by its path where the
     user gave no name.

@@ -13,7 +13,7 @@ from cluster.progress import say
 from cluster.signals import EXIT_CODES, StopSignal
 from core.errors import AgroError, CheckpointError, ConfigError
 from core.machine import collect_seldom
-from core.text import printable
+from core.text import one_line, printable
 
 if TYPE_CHECKING:
     from core.config import Config
@@ -212,7 +212,11 @@ def status(arguments: Namespace) -> int:
     run_dir = Path(arguments.run_dir)
     found = read_status(run_dir)
     age_s = max(0.0, time.time() - found.time)
-    how = f"over: {found.stopped}" if found.state == "over" and found.stopped else found.state
+    how = (
+        f"over: {one_line(found.stopped).rstrip('.')}"
+        if found.state == "over" and found.stopped
+        else found.state
+    )
     print(
         f"{found.name} {how}, step {found.step}/{found.steps}; driver {found.pid} on {found.host}, "
         f"{age_s:.0f} s ago"

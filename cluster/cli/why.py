@@ -16,6 +16,7 @@ from cluster.control import STATUS_NAME, RunStatus, death_of_driver, read_status
 from cluster.deaths import FILE_NAME, KINDS, MOST_READ, Death, read_deaths
 from core.errors import ConfigError
 from core.process_log import last_lines, log_path, role_of, words_of
+from core.text import one_line
 
 NUM_LINES = 8
 """Lines of a log that are shown of a process that has not died."""
@@ -43,7 +44,7 @@ def why(run_dir: Path, name: str = "") -> list[str]:
         lines += [*_story(number, death), ""]
     if not died:
         lines.append("No process of this run has died.")
-    return [*lines, *_how_it_ended(run_dir, status)]
+    return [*lines, *_how_it_ended(run_dir, status, deaths)]
 
 
 def _status(run_dir: Path) -> RunStatus | None:
@@ -100,7 +101,7 @@ def _story(number: int, death: Death) -> list[str]:
     """One death, in sentences: a line each."""
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(death.time))
     if death.kind == "run":
-        return [f"{number}. {when}, after step {death.step}: the run ended: {_sentence(death.cause)}"]
+        return _whole(f"{number}. {when}, after step {death.step}: the run ended:", death.cause, "   ")
     who = death.name if death.kind == death.name else f"{death.name}, a {death.kind},"
     lines = [f"{number}. {when}, after step {death.step}: {who} died: {_sentence(death.cause)}"]
     lines += [f"   Noticed: {_sentence(death.noticed)}"] if death.noticed else []
@@ -123,9 +124,15 @@ def _quoted(title: str, lines: Sequence[str], indent: str = "") -> list[str]:
 
 
 def _sentence(text: str) -> str:
-    """Returns the first line with its full stop; last words are shown below it."""
-    first = text.strip().partition("\n")[0]
-    return first if first.endswith((".", "?", "!")) else f"{first}."
+    """Returns the text in one line, with its full stop; last words are shown below it."""
+    line = one_line(text)
+    return line if line.endswith((".", "?", "!")) else f"{line}."
+
+
+def _whole(title: str, cause: str, indent: str = "") -> list[str]:
+    """Returns the title with a cause of one line, or with the first one of several, and the others below."""
+    first, *others = cause.strip().splitlines() or [""]
+    return _quoted(f"{title} {first}", others, indent) or [f"{title} {_sentence(cause)}"]
 
 
 def _where_it_is(run_dir: Path, status: RunStatus | None) -> str:
@@ -134,8 +141,10 @@ def _where_it_is(run_dir: Path, status: RunStatus | None) -> str:
     return f"{status.name}: {status.state}, step {status.step}/{status.steps}, in {run_dir}"
 
 
-def _how_it_ended(run_dir: Path, status: RunStatus | None) -> list[str]:
-    """How the run ended; that it goes on, where it does."""
+def _how_it_ended(run_dir: Path, status: RunStatus | None, deaths: Sequence[Death]) -> list[str]:
+    """How the run ended; that it goes on, where it does. A cause that is told whole among `deaths` is a line
+    here.
+    """
     go_on = f"The same command with run.dir={run_dir} goes on."
     if status is None:
         is_refused = (run_dir / "config-refused.yaml").is_file()
@@ -155,7 +164,14 @@ def _how_it_ended(run_dir: Path, status: RunStatus | None) -> list[str]:
         return [f"The run finished in order at step {status.step}."]
     if status.stopped.startswith("SIG"):
         return [f"The run was ended by {status.stopped}, in order, after step {status.step}. {go_on}"]
-    return [f"The run ended with an error after step {status.step}: {_sentence(status.stopped)} {go_on}"]
+    how = f"The run ended with an error after step {status.step}:"
+    is_told = any(death.kind == "run" and death.cause == status.stopped for death in deaths)
+    lines = [f"{how} {_sentence(status.stopped)}"] if is_told else _whole(how, status.stopped)
+    has_checkpoint = any((run_dir / "checkpoints").glob("step-*"))
+    where = (
+        "goes on from the newest checkpoint" if has_checkpoint else "begins at step 0, without a checkpoint"
+    )
+    return [*lines, f"Mend the cause first; then the same command with run.dir={run_dir} {where}."]
 
 
 def _driver_words(run_dir: Path) -> list[str]:

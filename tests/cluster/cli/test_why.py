@@ -20,6 +20,7 @@ from core.causes import Cause
 from core.errors import ConfigError
 from core.machine import pid_space
 from core.processes import Whereabouts
+from core.text import bounded, one_line
 from tests.support import ROOT
 from tests.support.clocks.machine import machine_s
 
@@ -116,7 +117,7 @@ def test_one_process_its_successors_and_a_kind_are_found_by_name(run_dir: Path) 
         ({"state": "over", "stopped": "SIGTERM"}, "The run was ended by SIGTERM, in order, after step 12."),
         (
             {"state": "over", "stopped": "board died 5 times"},
-            "ended with an error after step 12: board died 5 times.",
+            "ended with an error after step 12: board died 5 times.\nMend the cause first",
         ),
         ({"pid": 2**22 + 1}, "The run did not end in order: its driver (process 4194305) is gone"),
         ({"host": "elsewhere", "pid_space": "", "time": 1.0}, "has not written status.json for"),
@@ -128,6 +129,36 @@ def test_how_a_run_ended_is_said(run_dir: Path, changes: dict[str, Any], expecte
     assert "No process of this run has died." in text
     assert expected in text
     assert ("the last event" in text) == ("state" not in changes)
+
+
+def test_the_cause_of_an_error_is_told_whole_and_is_to_be_mended_first(run_dir: Path) -> None:
+    cause = "30 of the last 64 samples got no reward. The last errors:\n  f raised A\n  f raised B"
+    write(run_dir, status(state="over", stopped=cause))
+    text = "\n".join(why(run_dir))
+    assert (
+        "after step 12: 30 of the last 64 samples got no reward. The last errors:\n  | f raised A\n" in text
+    )
+    assert "  | f raised B\nMend the cause first; then the same command with run.dir=" in text
+    assert text.endswith("begins at step 0, without a checkpoint.")
+    (run_dir / "checkpoints" / "step-000010").mkdir(parents=True)
+    Deaths(run_dir).note_end(cause)
+    text = "\n".join(why(run_dir))
+    assert (
+        "the run ended: 30 of the last 64 samples got no reward. The last errors:\n     | f raised A\n"
+        in text
+    )
+    assert "samples got no reward. The last errors: f raised A ...\nMend the cause first" in text
+    assert text.endswith("goes on from the newest checkpoint.")
+
+
+def test_a_cause_is_bounded_and_its_line_is_a_whole_one() -> None:
+    cause = "no reward. The last errors:\n  f raised A\n  f raised B"
+    assert bounded(cause) == cause
+    assert one_line(cause) == "no reward. The last errors: f raised A ..."
+    assert one_line("no reward. The last errors:") == "no reward. The last errors."
+    assert [one_line(text) for text in ("boom\nits last words", "")] == ["boom", ""]
+    assert bounded("line\n" * 50) == "line\n" * 11 + "line ..."
+    assert len(bounded("x" * 5000)) == 1004
 
 
 def test_a_run_that_was_refused_or_has_not_begun_says_so(run_dir: Path) -> None:
