@@ -56,14 +56,18 @@ class Scaling:
         if decision is not None:
             count, reason = decision
             added, retired = self._scale_to(count)
-            self._tell(f"autoscaling to {count} actors, {_changes(added, retired)}: {reason}")
+            self._tell(
+                f"autoscaling to {count} actor{'s' * (count != 1)}, {_changes(added, retired)}: {reason}"
+            )
 
     def _answer(self, request: ScaleRequest, state: str) -> Answer:
         if refused := self._refusal(request, state):
             return Answer(request.id, request.actors, refused=refused)
         before = self._fleet.target
         added, retired = self._scale_to(request.actors)
-        self._tell(f"scaled from {before} to {request.actors} actors, as asked: {_changes(added, retired)}")
+        self._tell(
+            f"scaled from {before} to {request.actors} actor{'s' * (request.actors != 1)}, as asked: {_changes(added, retired)}"
+        )
         return Answer(request.id, request.actors, tuple(added), tuple(retired))
 
     def _refusal(self, request: ScaleRequest, state: str) -> str:

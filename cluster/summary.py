@@ -58,6 +58,7 @@ def run_summary(
         "report": str(run_dir / "report.html"),
         "run_dir": str(run_dir),
         "stopped": stopped,
+        "is_continued": inputs.is_continued,
         "errors": {
             "failed rewards": stats["buffer/samples_error"],
             "bad rows skipped": inputs.prompts.num_bad_rows,

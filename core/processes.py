@@ -113,7 +113,13 @@ def shortage(group: PlacementGroup) -> str:
     """Says what a group that is not placed asks for, and what is free now."""
     asked = [in_words(bundle) for bundle in group.bundle_specs]
     times = f"{len(asked)} x ({asked[0]})" if len(asked) > 1 else asked[0]
-    return f"asks for {times}; free now: {in_words(ray.available_resources())}"
+    free = ray.available_resources()
+    wanted = {key: sum(one.get(key, 0) for one in group.bundle_specs) for key in ("CPU", "GPU")}
+    is_short = any(wanted[key] > free.get(key, 0) for key in wanted)
+    yet = (
+        "" if is_short else ", which Ray has not placed yet"
+    )  # No node may have all of it, or it is about to.
+    return f"asks for {times}{yet}; free now: {in_words(free)}"
 
 
 def in_words(resources: Mapping[str, float]) -> str:

@@ -200,7 +200,8 @@ def scale(arguments: Namespace) -> int:
     if answer.refused:
         raise ConfigError(f"{arguments.run_dir}: not scaled: {answer.refused}")
     signs = {**dict.fromkeys(answer.added, "+"), **dict.fromkeys(answer.retired, "-")}
-    print(f"{status.name}: {answer.actors} actors; {len(answer.added)} added, {len(answer.retired)} retire")
+    actors = f"{answer.actors} actor{'s' * (answer.actors != 1)}"
+    print(f"{status.name}: {actors}; {len(answer.added)} added, {len(answer.retired)} retire")
     print("\n".join(actor_lines(status.actors, signs, with_gone=False)))
     return 0
 

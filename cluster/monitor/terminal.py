@@ -6,6 +6,7 @@ Both take the dicts of `Monitor.view()`; a value not known yet is shown as "-".
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 import sys
 import time
@@ -292,13 +293,17 @@ def summary_screen(summary: Mapping[str, Any], go_on: str | None = None) -> str:
     )
     errors = {name: count for name, count in (summary.get("errors") or {}).items() if count}
     suites = {name: course for name, course in (summary.get("suites") or {}).items() if name != HELD_OUT}
+    wall = duration(summary.get("wall_s"))
+    took = f"; {wall} since the last start" if summary.get("is_continued") else f" in {wall}"
     solve_rate = f"{number('base_solve_rate', 3)} -> {number('final_solve_rate', 3)}{version}"
+    if summary.get("final_policy_version") == 0:
+        solve_rate = f"{number('base_solve_rate', 3)}{version}, and none later"
     rows = [(name, _course(course)) for name, course in suites.items()]
     if not suites or summary.get("final_solve_rate") is not None:
         rows = [("solve rate", solve_rate), *rows]
     rows += [
         ("staleness", f"mean {number('staleness_mean', 2)}, max {number('staleness_max', 0)} learner steps"),
-        ("steps", f"{_count(summary.get('steps'))} in {duration(summary.get('wall_s'))}"),
+        ("steps", f"{_count(summary.get('steps'))}{took}"),
         (
             "samples",
             f"{number('samples', 0)} ({number('samples_per_s', 1)} per second), {number('tokens', 0)} tokens",
@@ -358,8 +363,10 @@ def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
 
 
 def figure(value: float | None, digits: int) -> str:
-    """`value` with so many decimals (thousands apart); very small values in exponent form; None as "-"."""
-    if value is None:
+    """`value` with so many decimals (thousands apart); very small values in exponent form; None and
+    NaN as "-".
+    """
+    if value is None or math.isnan(value):
         return "-"
     if digits and 0 < abs(value) < 0.5 * 10**-digits:
         return f"{value:.1e}"

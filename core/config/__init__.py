@@ -45,7 +45,7 @@ class RunConfig(Section):
         "agro",
         pattern=r"^[A-Za-z0-9._-]+$",
         max_length=100,
-        description="Name of the run; also of its W&B run.",
+        description="Name of the run, also of its W&B run: letters, digits, `.`, `_` and `-`.",
     )
     dir: str | None = Field(
         None,

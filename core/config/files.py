@@ -26,6 +26,7 @@ from core.config.section import PROSE, shown
 from core.errors import ConfigError
 
 MAX_FILE_BYTES = 1 << 18
+_HINTS = {"eval.every": "data.eval_rows=0 switches evaluation off"}
 _EXPECTED = {  # By pydantic's type of problem; its own message where none is here.
     "model_type": "expected a mapping of keys, one a line below it; remove the line to take the defaults",
     "tuple_type": "expected a list of numbers, for example [0.5, 1.0]",
@@ -148,7 +149,9 @@ class ConfigFiles:
         if kind == "dict_type":
             expected = _MAPPINGS.get(names[-1], "expected a mapping of names")
         if kind == "string_pattern_mismatch":
-            expected += f"; {self._fields(names[0], tree)[names[1]].description}"
+            expected = f"it is of another form. {self._fields(names[0], tree)[names[1]].description}"
+        if where in _HINTS:
+            expected += f"; {_HINTS[where]}"
         return f"{where} = {shown(problem['input'])}: {expected}"
 
     def _nearest(self, location: tuple[Any, ...], tree: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -23,6 +24,7 @@ from cluster.pulse import BUSY_LIMIT_S, ELSEWHERE_LIMIT_S, LIMIT_S, MIN_LOOKS, P
 from cluster.session import without_onlookers
 from core.calls import Calls
 from core.errors import DataError, TrainingError
+from core.processes import shortage
 from tests.support.clocks.machine import machine_s
 from tests.support.clocks.waits import until
 from tests.support.fleet_actors import SleepingActor
@@ -407,3 +409,13 @@ def test_until_one_runs_no_more_load_at_once_than_have_a_core_each(
     assert max(seen) == 1
     assert len(b.fleet.names("running")) == 1  # Whichever Ray placed first.
     b.until(lambda: len(b.fleet.names("running")) == 3)
+
+
+@pytest.mark.parametrize(("free", "yet"), [(0.25, ""), (3.0, ", which Ray has not placed yet")])
+def test_a_shortage_is_told_only_where_less_is_free_than_asked(
+    free: float, yet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.processes.ray.available_resources", lambda: {"CPU": free})
+    group = SimpleNamespace(bundle_specs=[{"CPU": 0.5}])
+    told = shortage(group)  # type: ignore[arg-type]
+    assert told == f"asks for 0.5 CPU{yet}; free now: {free:g} CPU"

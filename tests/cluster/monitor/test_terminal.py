@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 from pathlib import Path
 
@@ -100,6 +101,10 @@ def test_the_summary_screen_shows_results_commands_and_dashes() -> None:
     assert "reward 3\n" in full
     assert "3 x f raised ValueError\n" in full
     assert len(full.splitlines()) < 20
+    continued = {"steps": 63, "wall_s": 58.0, "is_continued": True, "final_policy_version": 0}
+    nothing = summary_screen({**continued, "base_solve_rate": math.nan, "final_solve_rate": math.nan})
+    assert "63; 58s since the last start" in nothing
+    assert "solve rate - at v0, and none later" in nothing
     played = summary_screen({"policy_dir": "policy", "environments": ["game"]})
     assert "launch.py evaluate policy" in played
     assert "chat" not in played, "it has no environment"
