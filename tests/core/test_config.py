@@ -99,7 +99,6 @@ BAD_OVERRIDES = [
     ("run.steps=0", ["run.steps = 0", "greater than or equal to 1"]),
     ("run.seed=-1", ["run.seed = -1", "greater than or equal to 0"]),
     ("run.timeout_s=0", ["run.timeout_s = 0", "greater than 0"]),
-    ("eval.every=0", ["eval.every = 0", "data.eval_rows=0 switches evaluation off"]),
     ("run.name=my/run", ["run.name = 'my/run'", "letters, digits"]),
     ("run.name=my\n", ["run.name = 'my\\n'"]),
     ("run.name=" + "x" * 101, ["run.name", "at most 100 characters"]),

@@ -149,3 +149,8 @@ def test_the_key_of_a_suites_environment_is_one_that_a_config_has():
         "eval.suites.math.environments",
         "eval.suites.math.v2.environments.game",
     ]
+
+
+def test_who_would_switch_evaluation_off_by_its_period_is_told_what_does() -> None:
+    with pytest.raises(ConfigError, match=r"eval\.every = 0: .*; data\.eval_rows=0 switches evaluation off"):
+        parse_config({**MINIMAL, "eval": {"every": 0}})
