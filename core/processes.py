@@ -116,9 +116,8 @@ def shortage(group: PlacementGroup) -> str:
     free = ray.available_resources()
     wanted = {key: sum(one.get(key, 0) for one in group.bundle_specs) for key in ("CPU", "GPU")}
     is_short = any(wanted[key] > free.get(key, 0) for key in wanted)
-    yet = (
-        "" if is_short else ", which Ray has not placed yet"
-    )  # No node may have all of it, or it is about to.
+    # Else no node has all of it, or Ray is about to place it.
+    yet = "" if is_short else ", which Ray has not placed yet"
     return f"asks for {times}{yet}; free now: {in_words(free)}"
 
 

@@ -7,6 +7,7 @@ asked, so that it works on a run that goes on, is over, was killed, or was copie
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from cluster.control import STATUS_NAME, RunStatus, death_of_driver, read_status
 from cluster.deaths import FILE_NAME, KINDS, MOST_READ, Death, read_deaths
+from core.config.files import read_tree
 from core.errors import ConfigError
 from core.process_log import last_lines, log_path, role_of, words_of
 from core.text import one_line
@@ -145,7 +147,7 @@ def _how_it_ended(run_dir: Path, status: RunStatus | None, deaths: Sequence[Deat
     """How the run ended; that it goes on, where it does. A cause that is told whole among `deaths` is a line
     here.
     """
-    go_on = f"The same command with run.dir={run_dir} goes on."
+    go_on = f"The same command {_what_it_does(run_dir)}."
     if status is None:
         is_refused = (run_dir / "config-refused.yaml").is_file()
         words = (
@@ -167,11 +169,17 @@ def _how_it_ended(run_dir: Path, status: RunStatus | None, deaths: Sequence[Deat
     how = f"The run ended with an error after step {status.step}:"
     is_told = any(death.kind == "run" and death.cause == status.stopped for death in deaths)
     lines = [f"{how} {_sentence(status.stopped)}"] if is_told else _whole(how, status.stopped)
-    has_checkpoint = any((run_dir / "checkpoints").glob("step-*"))
-    where = (
-        "goes on from the newest checkpoint" if has_checkpoint else "begins at step 0, without a checkpoint"
-    )
-    return [*lines, f"Mend the cause first; then the same command with run.dir={run_dir} {where}."]
+    return [*lines, f"Mend the cause first; then the same command {_what_it_does(run_dir)}."]
+
+
+def _what_it_does(run_dir: Path) -> str:
+    """What the command of a run that is over does when it is given again."""
+    if any((run_dir / "checkpoints").glob("step-*")):
+        return f"with run.dir={run_dir} goes on from the newest checkpoint"
+    with contextlib.suppress(ConfigError):
+        if (read_tree(run_dir / "config.yaml").get("checkpoint") or {}).get("every") == 0:
+            return "with another run.dir begins anew: this run keeps no checkpoints (checkpoint.every = 0)"
+    return f"with run.dir={run_dir} begins at step 0: it has no checkpoint yet"
 
 
 def _driver_words(run_dir: Path) -> list[str]:

@@ -114,7 +114,10 @@ def test_one_process_its_successors_and_a_kind_are_found_by_name(run_dir: Path) 
     ("changes", "expected"),
     [
         ({"state": "over", "step": 100}, "The run finished in order at step 100."),
-        ({"state": "over", "stopped": "SIGTERM"}, "The run was ended by SIGTERM, in order, after step 12."),
+        (
+            {"state": "over", "stopped": "SIGTERM"},
+            "The run was ended by SIGTERM, in order, after step 12. The same command with run.dir=",
+        ),
         (
             {"state": "over", "stopped": "board died 5 times"},
             "ended with an error after step 12: board died 5 times.\nMend the cause first",
@@ -139,7 +142,11 @@ def test_the_cause_of_an_error_is_told_whole_and_is_to_be_mended_first(run_dir: 
         "after step 12: 30 of the last 64 samples got no reward. The last errors:\n  | f raised A\n" in text
     )
     assert "  | f raised B\nMend the cause first; then the same command with run.dir=" in text
-    assert text.endswith("begins at step 0, without a checkpoint.")
+    assert text.endswith("begins at step 0: it has no checkpoint yet.")
+    (run_dir / "config.yaml").write_text("checkpoint:\n  every: 0\n")
+    assert why(run_dir)[-1].endswith(
+        "with another run.dir begins anew: this run keeps no checkpoints (checkpoint.every = 0)."
+    )
     (run_dir / "checkpoints" / "step-000010").mkdir(parents=True)
     Deaths(run_dir).note_end(cause)
     text = "\n".join(why(run_dir))
