@@ -49,6 +49,8 @@ def run(folder: Path, command: str) -> str:
 
 
 BY_TEST = {
+    "make quickstart "
+    "run.dir=RUN_DIR": "test_commands.py::test_make_gives_its_config_fields_to_launch_py_as_they_were_typed",
     f"{PYTHON} status RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
     f"{PYTHON} audit RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",
     f"{PYTHON} why RUN_DIR": "test_system.py::TestFinishedRun::test_the_commands_of_readme_for_a_run",

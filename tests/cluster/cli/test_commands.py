@@ -63,8 +63,11 @@ def test_a_run_that_was_stopped_says_the_command_that_goes_on_with_it(summary, g
 
 
 def made(*words: str) -> subprocess.CompletedProcess[str]:
-    """What make would do, without doing it."""
-    return subprocess.run(["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    """What make would do, without doing it, where no other make has started this process."""
+    others = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "ARGS")
+    env = {name: value for name, value in os.environ.items() if name not in others}
+    command = ["make", "--dry-run", *words]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("target", ["quickstart", "quickstart-tools", "demo-smollm2"])
