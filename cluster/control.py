@@ -28,7 +28,7 @@ import psutil
 from core.errors import ConfigError, PeerTimeout
 from core.json_lines import finite_tree, replace_json
 from core.machine import pid_space
-from core.text import one_line
+from core.text import headline
 from core.troubles import Troubles
 
 STATUS_NAME, REQUEST_NAME = "status.json", "scale.json"
@@ -222,7 +222,7 @@ def ask_for_actors(run_dir: Path, count: int, timeout_s: float | None = None) ->
     first = status = read_status(run_dir)
     if status.state == "over":
         raise ConfigError(
-            f"{run_dir}: the run is over{f' ({one_line(status.stopped)})' if status.stopped else ''}; "
+            f"{run_dir}: the run is over{f' ({headline(status.stopped)})' if status.stopped else ''}; "
             "there is nothing to scale"
         )
     if dead := _known_death(status):

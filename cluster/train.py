@@ -26,7 +26,7 @@ from core.errors import AgroError, ConfigError
 from core.json_lines import Redactor
 from core.machine import collect_as_usual
 from core.process_log import begin_driver_log
-from core.text import bounded, one_line
+from core.text import bounded, headline
 from rewards.hosted import models_of
 
 
@@ -79,7 +79,7 @@ def _run(inputs: Inputs, stop: StopSignal) -> dict[str, Any]:
             # What is left of the run cannot be closed in order: say so, but the first error is the cause.
         ) as second:
             raise type(error)(
-                f"{error}\n(and the run's files could not be completed: {one_line(str(second))})"
+                f"{error}\n(and the run's files could not be completed: {headline(str(second))})"
             ) from None
         raise error from None
     finally:

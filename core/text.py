@@ -60,7 +60,7 @@ def bounded(text: str, max_lines: int = 12, max_chars: int = 1000) -> str:
     return kept if kept == text.strip() else f"{kept} ..."
 
 
-def one_line(text: str) -> str:
+def headline(text: str) -> str:
     """Returns the first line of the text, and the second one too where the first ends with a colon; dots
     where lines of its list are left out. Example: "no reward: boom" of "no reward:\\n  boom".
     """

@@ -13,7 +13,7 @@ from cluster.progress import say
 from cluster.signals import EXIT_CODES, StopSignal
 from core.errors import AgroError, CheckpointError, ConfigError
 from core.machine import collect_seldom
-from core.text import one_line, printable
+from core.text import headline, printable
 
 if TYPE_CHECKING:
     from core.config import Config
@@ -214,7 +214,7 @@ def status(arguments: Namespace) -> int:
     found = read_status(run_dir)
     age_s = max(0.0, time.time() - found.time)
     how = (
-        f"over: {one_line(found.stopped).rstrip('.')}"
+        f"over: {headline(found.stopped).rstrip('.')}"
         if found.state == "over" and found.stopped
         else found.state
     )

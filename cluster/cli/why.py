@@ -18,7 +18,7 @@ from cluster.deaths import FILE_NAME, KINDS, MOST_READ, Death, read_deaths
 from core.config.files import read_tree
 from core.errors import ConfigError
 from core.process_log import last_lines, log_path, role_of, words_of
-from core.text import one_line
+from core.text import headline
 
 NUM_LINES = 8
 """Lines of a log that are shown of a process that has not died."""
@@ -127,7 +127,7 @@ def _quoted(title: str, lines: Sequence[str], indent: str = "") -> list[str]:
 
 def _sentence(text: str) -> str:
     """Returns the text in one line, with its full stop; last words are shown below it."""
-    line = one_line(text)
+    line = headline(text)
     return line if line.endswith((".", "?", "!")) else f"{line}."
 
 

@@ -20,7 +20,7 @@ from core.causes import Cause
 from core.errors import ConfigError
 from core.machine import pid_space
 from core.processes import Whereabouts
-from core.text import bounded, one_line
+from core.text import bounded, headline
 from tests.support import ROOT
 from tests.support.clocks.machine import machine_s
 
@@ -161,9 +161,9 @@ def test_the_cause_of_an_error_is_told_whole_and_is_to_be_mended_first(run_dir: 
 def test_a_cause_is_bounded_and_its_line_is_a_whole_one() -> None:
     cause = "no reward. The last errors:\n  f raised A\n  f raised B"
     assert bounded(cause) == cause
-    assert one_line(cause) == "no reward. The last errors: f raised A ..."
-    assert one_line("no reward. The last errors:") == "no reward. The last errors."
-    assert [one_line(text) for text in ("boom\nits last words", "")] == ["boom", ""]
+    assert headline(cause) == "no reward. The last errors: f raised A ..."
+    assert headline("no reward. The last errors:") == "no reward. The last errors."
+    assert [headline(text) for text in ("boom\nits last words", "")] == ["boom", ""]
     assert bounded("line\n" * 50) == "line\n" * 11 + "line ..."
     assert len(bounded("x" * 5000)) == 1004
 
