@@ -23,6 +23,7 @@ from core.calls import Client, Pending
 from core.config import Config
 from core.errors import RewardError
 from core.json_lines import Redactor
+from core.text import counted
 from core.troubles import QUIET_S
 
 MIN_SCORED_SAMPLES = 64
@@ -98,7 +99,7 @@ class FailedRewards:
                     " the summary has the last"
                 )
             else:
-                self._services.event(f"{count} sample{'s' * (count > 1)} got no reward: {text}")
+                self._services.event(f"{counted(count, 'sample')} got no reward: {text}")
 
 
 class FullDisk:

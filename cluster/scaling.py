@@ -12,6 +12,7 @@ from cluster.autoscale import Autoscaler, Load
 from cluster.control import Answer, Control, ScaleRequest
 from cluster.fleet import Fleet
 from core.config import ActorsConfig
+from core.text import counted
 
 
 class Scaling:
@@ -56,9 +57,7 @@ class Scaling:
         if decision is not None:
             count, reason = decision
             added, retired = self._scale_to(count)
-            self._tell(
-                f"autoscaling to {count} actor{'s' * (count != 1)}, {_changes(added, retired)}: {reason}"
-            )
+            self._tell(f"autoscaling to {counted(count, 'actor')}, {_changes(added, retired)}: {reason}")
 
     def _answer(self, request: ScaleRequest, state: str) -> Answer:
         if refused := self._refusal(request, state):
@@ -66,7 +65,7 @@ class Scaling:
         before = self._fleet.target
         added, retired = self._scale_to(request.actors)
         self._tell(
-            f"scaled from {before} to {request.actors} actor{'s' * (request.actors != 1)}, as asked: {_changes(added, retired)}"
+            f"scaled from {before} to {counted(request.actors, 'actor')}, as asked: {_changes(added, retired)}"
         )
         return Answer(request.id, request.actors, tuple(added), tuple(retired))
 

@@ -25,12 +25,13 @@ def run_summary(
     deaths: Deaths,
     stopped: str | None,
     best: Kept | None = None,
+    last_errors: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Returns summary.json: of one start of the run, but for the evaluations.
 
     `totals` are those of rank 0, empty when training did not end; `evaluations` are by policy version;
     `stats` are the buffer's; `stopped` is the signal or the error that ended the run, None where it ended by
-    itself; `best` is the best version that is kept.
+    itself; `best` is the best version that is kept; `last_errors` say why samples got no reward, with counts.
     """
     run_dir = inputs.run_dir
     by_suite = {name: _course(evaluations, name) for name in {each.suite for each in evaluations}}
@@ -59,6 +60,7 @@ def run_summary(
         "run_dir": str(run_dir),
         "stopped": stopped,
         "is_continued": inputs.is_continued,
+        "last_errors": dict(last_errors or {}),
         "errors": {
             "failed rewards": stats["buffer/samples_error"],
             "bad rows skipped": inputs.prompts.num_bad_rows,

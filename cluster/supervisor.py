@@ -53,6 +53,7 @@ from core.errors import AgroError, ConfigError, TrainingError
 from core.json_lines import finite_tree, note_event, replace_json
 from core.process_log import forget_old_logs, last_lines, log_path, words_of
 from core.processes import remote, threads
+from core.text import counted
 
 T = TypeVar("T")
 TURN_S, START_TURN_S = 0.4, 0.1
@@ -176,7 +177,7 @@ class Supervisor:
         if self._learner is not None and not self._learner_is("training"):
             waits.append(f"the learner is {self._learner.state}")
         if num_models := self._services.num_models_loading:
-            waits.append(f"{num_models} reward model{'s' * (num_models > 1)} loading")
+            waits.append(f"{counted(num_models, 'reward model')} loading")
         if num_loading := len(self._fleet.rollout_names("waiting for placement", "loading")):
             waits.append(f"{num_loading} of {self._fleet.target} actors are loading")
         self._services.event(
@@ -426,7 +427,7 @@ class Supervisor:
     def _summary(
         self, totals: Mapping[str, float], stats: Mapping[str, float], stopped: str | None
     ) -> dict[str, Any]:
-        summary = run_summary(
+        return run_summary(
             self._inputs,
             time.monotonic() - self._start_s,
             totals=totals,
@@ -435,8 +436,8 @@ class Supervisor:
             deaths=self._deaths,
             stopped=stopped,
             best=self._best.kept,
+            last_errors=last_texts(self._health.failures.texts),
         )
-        return {**summary, "last_errors": last_texts(self._health.failures.texts)}
 
     def _write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes the last rows, the summary and the report: by the monitor, and by this process where that

@@ -54,6 +54,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def counted(count: int, what: str) -> str:
+    """Writes a number of things: 1 actor, 2 actors."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def bounded(text: str, max_lines: int = 12, max_chars: int = 1000) -> str:
     """Returns the beginning of the text, with dots where it was cut."""
     kept = "\n".join(text.strip().splitlines()[:max_lines])[:max_chars].rstrip()

@@ -13,7 +13,7 @@ from cluster.progress import say
 from cluster.signals import EXIT_CODES, StopSignal
 from core.errors import AgroError, CheckpointError, ConfigError
 from core.machine import collect_seldom
-from core.text import headline, printable
+from core.text import counted, headline, printable
 
 if TYPE_CHECKING:
     from core.config import Config
@@ -200,8 +200,9 @@ def scale(arguments: Namespace) -> int:
     if answer.refused:
         raise ConfigError(f"{arguments.run_dir}: not scaled: {answer.refused}")
     signs = {**dict.fromkeys(answer.added, "+"), **dict.fromkeys(answer.retired, "-")}
-    actors = f"{answer.actors} actor{'s' * (answer.actors != 1)}"
-    print(f"{status.name}: {actors}; {len(answer.added)} added, {len(answer.retired)} retire")
+    print(
+        f"{status.name}: {counted(answer.actors, 'actor')}; {len(answer.added)} added, {len(answer.retired)} retire"
+    )
     print("\n".join(actor_lines(status.actors, signs, with_gone=False)))
     return 0
 
